@@ -1,0 +1,35 @@
+//! lakebase-proxy: any Postgres client reaches Databricks Lakebase on localhost, with no password and no token code.
+//!
+//! # The way of a connection
+//!
+//! ```text
+//!  app ──plain Postgres──▶ listener ─▶ session ────────────────────────────▶ endpoint
+//!                                       handshake   who is asking, for what      ▲
+//!                                       login ──▶ upstream  dial, TLS, log in ───┤
+//!                                       relay       bytes both ways ─────────────┘
+//!                                       cancel      key of ours ▶ key of theirs
+//!                                          │
+//!  workspace API ◀── Mint ── refresher ─▶ cell (ArcSwap, read without a lock)
+//! ```
+//!
+//! # The rooms
+//!
+//! | room | owns |
+//! |---|---|
+//! | [`app`] | the composition root: `build` binds everything, `run` drives it |
+//! | [`cli`], [`config`] | flag > environment > file > default, resolved once |
+//! | [`listener`] | sockets, bounded handshakes, accept errors that back off |
+//! | [`session`] | one client from accept to close |
+//! | [`upstream`] | reaching the endpoint: dial, TLS, login, failure classes, holding while it wakes |
+//! | [`credential`] | the life of the database credential |
+//! | [`workspace`] | everything said to the Databricks workspace over HTTPS |
+//! | [`protocol`] | the Postgres wire protocol without I/O; the only room that knows `pgwire` |
+//! | [`telemetry`] | logs and metrics; a leaf that all may use |
+//! | [`admin`] | health and metrics over HTTP |
+//! | `notes` | the notes page: a client of our own listener |
+//! | `emulator`, `demo` | a Lakebase for one machine; the proxy never imports them |
+//!
+//! Arrows go downwards only; `credential` knows the workspace through the trait [`credential::Mint`] alone.
+
+pub mod clock;
+pub mod credential;

@@ -1,0 +1,2 @@
+//! The `lakebase-proxy` binary.
+fn main() {}
