@@ -1,0 +1,293 @@
+//! Message frames: one tag byte, a length that counts itself, a body.
+
+use bytes::{Buf, BytesMut};
+
+/// Bytes before a frame's body: the tag and the length.
+pub const HEADER_LEN: usize = 5;
+
+/// libpq's limit for messages that are never long (`VALID_LONG_MESSAGE_TYPE` excludes them), in bytes.
+pub const SMALL_MESSAGE_LIMIT: usize = 30_000;
+
+/// Message types, named as in the protocol documentation.
+pub mod tag {
+    /// Authentication request of any kind.
+    pub const AUTHENTICATION: u8 = b'R';
+    /// Cancel key.
+    pub const BACKEND_KEY_DATA: u8 = b'K';
+    /// End of a COPY IN by the client.
+    pub const COPY_DONE: u8 = b'c';
+    /// COPY IN given up by the client.
+    pub const COPY_FAIL: u8 = b'f';
+    /// The server is ready to take COPY data.
+    pub const COPY_IN_RESPONSE: u8 = b'G';
+    /// Error.
+    pub const ERROR_RESPONSE: u8 = b'E';
+    /// Execute a portal (the client's `E`).
+    pub const EXECUTE: u8 = b'E';
+    /// Function call (the client's).
+    pub const FUNCTION_CALL: u8 = b'F';
+    /// Answer to an unknown minor version or option.
+    pub const NEGOTIATE_PROTOCOL_VERSION: u8 = b'v';
+    /// Notice.
+    pub const NOTICE_RESPONSE: u8 = b'N';
+    /// A run-time parameter's value.
+    pub const PARAMETER_STATUS: u8 = b'S';
+    /// Password, or a SASL message (the client's).
+    pub const PASSWORD: u8 = b'p';
+    /// Simple query.
+    pub const QUERY: u8 = b'Q';
+    /// The server waits for the next request.
+    pub const READY_FOR_QUERY: u8 = b'Z';
+    /// End of a request in the extended protocol (the client's `S`).
+    pub const SYNC: u8 = b'S';
+    /// Orderly end (the client's).
+    pub const TERMINATE: u8 = b'X';
+}
+
+/// A frame that cannot be one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum FrameError {
+    /// The length does not even count itself.
+    #[error("invalid length {length} for message type {tag:#04x}")]
+    InvalidLength {
+        /// The message type.
+        tag: u8,
+        /// The length as sent.
+        length: i32,
+    },
+    /// Longer than this message may be at this point.
+    #[error("message type {tag:#04x} of {length} bytes is longer than the {limit} allowed here")]
+    TooLong {
+        /// The message type.
+        tag: u8,
+        /// The length as sent.
+        length: usize,
+        /// The limit.
+        limit: usize,
+    },
+}
+
+/// A whole message, for the phases that deal in whole messages.
+#[derive(Debug)]
+pub struct Message {
+    /// The message type.
+    pub tag: u8,
+    /// The whole frame, header included, as it came.
+    pub frame: BytesMut,
+}
+
+impl Message {
+    /// The body, without the header.
+    pub fn body(&self) -> &[u8] {
+        self.frame.get(HEADER_LEN..).unwrap_or_default()
+    }
+}
+
+/// Takes one whole message off the front of `buffer`; `None` when more bytes are needed.
+///
+/// # Errors
+/// A length below 4, or a frame of more than `limit` bytes.
+pub fn take_message(buffer: &mut BytesMut, limit: usize) -> Result<Option<Message>, FrameError> {
+    let Some((&tag, &[a, b, c, d])) = buffer
+        .first_chunk::<HEADER_LEN>()
+        .map(|h| (&h[0], h.last_chunk::<4>().unwrap_or(&[0; 4])))
+    else {
+        return Ok(None);
+    };
+    let length = i32::from_be_bytes([a, b, c, d]);
+    let total = match usize::try_from(length) {
+        Ok(length) if length >= 4 => length.saturating_add(1),
+        _ => return Err(FrameError::InvalidLength { tag, length }),
+    };
+    if total > limit {
+        return Err(FrameError::TooLong {
+            tag,
+            length: total,
+            limit,
+        });
+    }
+    if buffer.len() < total {
+        return Ok(None);
+    }
+    Ok(Some(Message {
+        tag,
+        frame: buffer.split_to(total),
+    }))
+}
+
+/// What the scanner sees pass.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Seen {
+    /// A message begins.
+    Message {
+        /// Its type.
+        tag: u8,
+    },
+    /// The transaction status byte of a `ReadyForQuery`.
+    Status(u8),
+}
+
+/// Follows message boundaries in a byte stream that it never holds.
+///
+/// Bytes that cannot be a frame make it lose its place for good: the stream then passes unread, and the peer, which
+/// is the one to judge, answers as it would without us.
+#[derive(Debug, Default)]
+pub struct Scanner {
+    header: [u8; HEADER_LEN],
+    have: usize,
+    body_left: usize,
+    status_next: bool,
+    lost: bool,
+}
+
+impl Scanner {
+    /// A scanner at a message boundary.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Whether the bytes so far end exactly between two messages.
+    pub fn is_at_boundary(&self) -> bool {
+        self.have == 0 && self.body_left == 0 && !self.lost
+    }
+
+    /// Whether something passed that cannot be a frame.
+    pub fn is_lost(&self) -> bool {
+        self.lost
+    }
+
+    /// Reads on through `chunk`, telling `visit` what passes.
+    #[inline]
+    pub fn scan(&mut self, mut chunk: &[u8], mut visit: impl FnMut(Seen)) {
+        while !self.lost {
+            if self.body_left > 0 {
+                if self.status_next {
+                    let Some(&status) = chunk.first() else { return };
+                    self.status_next = false;
+                    visit(Seen::Status(status));
+                }
+                let skip = self.body_left.min(chunk.len());
+                self.body_left -= skip;
+                chunk.advance(skip);
+                if self.body_left > 0 {
+                    return;
+                }
+            }
+            if chunk.is_empty() {
+                return;
+            }
+            let take = (HEADER_LEN - self.have).min(chunk.len());
+            self.header[self.have..self.have + take].copy_from_slice(&chunk[..take]);
+            self.have += take;
+            chunk.advance(take);
+            if self.have < HEADER_LEN {
+                return;
+            }
+            let [tag, a, b, c, d] = self.header;
+            self.have = 0;
+            match usize::try_from(i32::from_be_bytes([a, b, c, d])) {
+                Ok(length) if length >= 4 => {
+                    self.body_left = length - 4;
+                    self.status_next = tag == tag::READY_FOR_QUERY && self.body_left > 0;
+                    visit(Seen::Message { tag });
+                }
+                _ => self.lost = true,
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use bytes::BufMut;
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn frame(tag: u8, body: &[u8]) -> Vec<u8> {
+        let mut out = vec![tag];
+        out.put_i32(i32::try_from(body.len()).unwrap() + 4);
+        out.extend_from_slice(body);
+        out
+    }
+
+    fn scan_all(scanner: &mut Scanner, chunks: &[&[u8]]) -> Vec<Seen> {
+        let mut seen = Vec::new();
+        for chunk in chunks {
+            scanner.scan(chunk, |event| seen.push(event));
+        }
+        seen
+    }
+
+    #[test]
+    fn a_message_is_taken_only_when_whole() {
+        let whole = frame(b'Q', b"select 1\0");
+        for cut in 0..whole.len() {
+            let mut buffer = BytesMut::from(&whole[..cut]);
+            assert!(take_message(&mut buffer, 100).unwrap().is_none());
+            assert_eq!(buffer.len(), cut, "nothing is consumed while incomplete");
+        }
+        let mut buffer = BytesMut::from(&whole[..]);
+        let message = take_message(&mut buffer, 100).unwrap().unwrap();
+        assert_eq!((message.tag, message.body()), (b'Q', &b"select 1\0"[..]));
+    }
+
+    #[test]
+    fn impossible_lengths_are_errors() {
+        for length in [i32::MIN, -1, 0, 3] {
+            let mut bytes = vec![b'R'];
+            bytes.put_i32(length);
+            let error = take_message(&mut BytesMut::from(&bytes[..]), 100).unwrap_err();
+            assert_eq!(error, FrameError::InvalidLength { tag: b'R', length });
+        }
+        let long = frame(b'R', &[0; 200]);
+        assert!(matches!(
+            take_message(&mut BytesMut::from(&long[..]), 100),
+            Err(FrameError::TooLong { .. })
+        ));
+    }
+
+    #[test]
+    fn the_scanner_loses_its_place_for_good() {
+        let mut scanner = Scanner::new();
+        scanner.scan(&[b'Q', 0, 0, 0, 2, b'Q'], |_| {});
+        assert!(scanner.is_lost() && !scanner.is_at_boundary());
+        let seen = scan_all(&mut scanner, &[&frame(b'Q', b"")]);
+        assert!(seen.is_empty(), "no guessing after that");
+    }
+
+    proptest! {
+        #[test]
+        fn splitting_a_stream_anywhere_changes_nothing(
+            messages in prop::collection::vec((any::<u8>(), prop::collection::vec(any::<u8>(), 0..20)), 0..12),
+            cuts in prop::collection::vec(any::<prop::sample::Index>(), 0..10),
+        ) {
+            let stream: Vec<u8> = messages.iter().flat_map(|(tag, body)| frame(*tag, body)).collect();
+            let mut expected = Vec::new();
+            for (tag, body) in &messages {
+                expected.push(Seen::Message { tag: *tag });
+                if let (b'Z', Some(status)) = (*tag, body.first()) {
+                    expected.push(Seen::Status(*status));
+                }
+            }
+            let mut at: Vec<usize> = cuts.iter().map(|cut| cut.index(stream.len() + 1)).collect();
+            at.sort_unstable();
+            let mut scanner = Scanner::new();
+            let mut seen = Vec::new();
+            let mut from = 0;
+            for to in at.into_iter().chain([stream.len()]) {
+                scanner.scan(&stream[from..to], |event| seen.push(event));
+                from = to;
+            }
+            prop_assert_eq!(seen, expected);
+            prop_assert!(scanner.is_at_boundary());
+        }
+
+        #[test]
+        fn no_bytes_make_it_panic(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
+            Scanner::new().scan(&bytes, |_| {});
+            let mut buffer = BytesMut::from(&bytes[..]);
+            while let Ok(Some(_)) = take_message(&mut buffer, 1000) {}
+        }
+    }
+}

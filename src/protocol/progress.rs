@@ -1,0 +1,185 @@
+//! Who owes what: requests under way and the transaction's state, followed from the outside.
+
+use super::frame::{Seen, tag};
+
+/// The transaction state in the last `ReadyForQuery`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum TransactionStatus {
+    /// Inside a failed transaction block.
+    Failed,
+    /// Outside a transaction block.
+    #[default]
+    Idle,
+    /// Inside a transaction block.
+    InTransaction,
+}
+
+impl TransactionStatus {
+    fn from_byte(byte: u8) -> Self {
+        match byte {
+            b'T' => Self::InTransaction,
+            b'E' => Self::Failed,
+            _ => Self::Idle,
+        }
+    }
+}
+
+/// What client and server owe each other.
+#[derive(Debug, Default)]
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "independent facts about one stream, not states of a machine"
+)]
+pub struct Progress {
+    /// Requests sent whose `ReadyForQuery` has not come back.
+    outstanding: u32,
+    /// Extended-protocol messages sent since the last `Sync`.
+    unsynced: bool,
+    last_request_simple: bool,
+    copy_in: bool,
+    terminated: bool,
+    status: TransactionStatus,
+}
+
+impl Progress {
+    /// A session that has just been logged in.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Whether the server waits for a request, outside any transaction.
+    pub fn is_idle(&self) -> bool {
+        self.outstanding == 0 && !self.unsynced && self.status == TransactionStatus::Idle
+    }
+
+    /// Whether the client has said goodbye.
+    pub fn is_terminated(&self) -> bool {
+        self.terminated
+    }
+
+    /// The last known transaction state.
+    pub fn status(&self) -> TransactionStatus {
+        self.status
+    }
+
+    /// Takes note of what the client sent.
+    #[inline]
+    pub fn from_client(&mut self, seen: Seen) {
+        let Seen::Message { tag } = seen else { return };
+        match tag {
+            tag::QUERY | tag::FUNCTION_CALL => {
+                self.last_request_simple = true;
+                self.outstanding = self.outstanding.saturating_add(1);
+            }
+            tag::SYNC => {
+                self.unsynced = false;
+                self.outstanding = self.outstanding.saturating_add(1);
+            }
+            // While it takes COPY data the server ignores every Sync: what was counted before the end of the data
+            // will never be answered, except for the simple query that began the COPY.
+            tag::COPY_DONE | tag::COPY_FAIL if self.copy_in => {
+                self.copy_in = false;
+                self.outstanding = u32::from(self.last_request_simple);
+            }
+            tag::TERMINATE => self.terminated = true,
+            // Parse, Bind, Describe, Execute, Close, Flush.
+            b'P' | b'B' | b'D' | tag::EXECUTE | b'C' | b'H' => {
+                self.last_request_simple = false;
+                self.unsynced = true;
+            }
+            _ => {}
+        }
+    }
+
+    /// Takes note of what the server sent.
+    #[inline]
+    pub fn from_server(&mut self, seen: Seen) {
+        match seen {
+            Seen::Status(byte) => {
+                self.outstanding = self.outstanding.saturating_sub(1);
+                self.copy_in = false;
+                self.status = TransactionStatus::from_byte(byte);
+            }
+            Seen::Message {
+                tag: tag::COPY_IN_RESPONSE,
+            } => self.copy_in = true,
+            Seen::Message { .. } => {}
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn client(progress: &mut Progress, tags: &[u8]) {
+        for &tag in tags {
+            progress.from_client(Seen::Message { tag });
+        }
+    }
+
+    fn ready(progress: &mut Progress, status: u8) {
+        progress.from_server(Seen::Message {
+            tag: tag::READY_FOR_QUERY,
+        });
+        progress.from_server(Seen::Status(status));
+    }
+
+    #[test]
+    fn a_query_is_owed_one_answer() {
+        let mut progress = Progress::new();
+        assert!(progress.is_idle());
+        client(&mut progress, b"Q");
+        assert!(!progress.is_idle());
+        ready(&mut progress, b'I');
+        assert!(progress.is_idle());
+    }
+
+    #[test]
+    fn a_transaction_is_not_idle() {
+        let mut progress = Progress::new();
+        client(&mut progress, b"Q");
+        ready(&mut progress, b'T');
+        assert!(!progress.is_idle());
+        client(&mut progress, b"Q");
+        ready(&mut progress, b'E');
+        assert_eq!(progress.status(), TransactionStatus::Failed);
+    }
+
+    #[test]
+    fn pipelined_requests_are_counted_by_their_syncs() {
+        let mut progress = Progress::new();
+        client(&mut progress, b"PBDESPBES");
+        ready(&mut progress, b'I');
+        assert!(!progress.is_idle());
+        ready(&mut progress, b'I');
+        assert!(progress.is_idle());
+        client(&mut progress, b"P");
+        assert!(!progress.is_idle(), "a Parse without Sync is under way");
+    }
+
+    #[test]
+    fn the_sync_that_a_copy_swallows_is_not_awaited() {
+        let mut progress = Progress::new();
+        client(&mut progress, b"PBDES");
+        progress.from_server(Seen::Message {
+            tag: tag::COPY_IN_RESPONSE,
+        });
+        client(&mut progress, b"ddcS");
+        ready(&mut progress, b'I');
+        assert!(progress.is_idle());
+    }
+
+    #[test]
+    fn a_simple_copy_ends_with_one_answer() {
+        let mut progress = Progress::new();
+        client(&mut progress, b"Q");
+        progress.from_server(Seen::Message {
+            tag: tag::COPY_IN_RESPONSE,
+        });
+        client(&mut progress, b"ddc");
+        assert!(!progress.is_idle());
+        ready(&mut progress, b'I');
+        assert!(progress.is_idle());
+    }
+}
