@@ -18,7 +18,11 @@ pub struct Clock(Kind);
 #[derive(Clone, Debug)]
 enum Kind {
     System,
-    Simulated { origin: Timestamp, started: Instant, offset_ms: Arc<AtomicI64> },
+    Simulated {
+        origin: Timestamp,
+        started: Instant,
+        offset_ms: Arc<AtomicI64>,
+    },
 }
 
 impl Clock {
@@ -29,17 +33,28 @@ impl Clock {
 
     /// A clock that reads `origin` now and advances with `tokio::time` (which a test may pause).
     pub fn simulated(origin: Timestamp) -> Self {
-        Self(Kind::Simulated { origin, started: Instant::now(), offset_ms: Arc::default() })
+        Self(Kind::Simulated {
+            origin,
+            started: Instant::now(),
+            offset_ms: Arc::default(),
+        })
     }
 
     /// Wall-clock time.
     pub fn now(&self) -> Timestamp {
         match &self.0 {
             Kind::System => Timestamp::now(),
-            Kind::Simulated { origin, started, offset_ms } => {
-                let elapsed = SignedDuration::try_from(started.elapsed()).unwrap_or(SignedDuration::MAX);
+            Kind::Simulated {
+                origin,
+                started,
+                offset_ms,
+            } => {
+                let elapsed =
+                    SignedDuration::try_from(started.elapsed()).unwrap_or(SignedDuration::MAX);
                 let offset = SignedDuration::from_millis(offset_ms.load(Ordering::Relaxed));
-                origin.saturating_add(elapsed.saturating_add(offset)).unwrap_or(Timestamp::MAX)
+                origin
+                    .saturating_add(elapsed.saturating_add(offset))
+                    .unwrap_or(Timestamp::MAX)
             }
         }
     }

@@ -33,3 +33,4 @@
 
 pub mod clock;
 pub mod credential;
+pub mod telemetry;

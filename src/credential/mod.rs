@@ -75,7 +75,10 @@ pub enum MintErrorKind {
 impl MintErrorKind {
     /// Whether waiting may heal it.
     pub fn is_transient(self) -> bool {
-        matches!(self, Self::RateLimited | Self::Unavailable | Self::Malformed)
+        matches!(
+            self,
+            Self::RateLimited | Self::Unavailable | Self::Malformed
+        )
     }
 
     /// The metric label.
