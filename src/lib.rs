@@ -33,4 +33,4 @@
 
 pub mod clock;
 pub mod credential;
-pub mod protocol;
+pub mod telemetry;

@@ -1,0 +1,10 @@
+//! Logs and metrics.
+//!
+//! A leaf: every room may use it, and it imports none of them. It knows how things are written down, not what they mean.
+
+pub mod logging;
+pub mod metrics;
+pub mod names;
+
+pub use logging::{DEFAULT_FILTER, LogError, LogHandle, LogOptions, chain};
+pub use metrics::{GaugeGuard, Metrics};

@@ -1,0 +1,181 @@
+//! Every metric name and label value, in one place.
+//!
+//! To add one: `<noun>_<unit>` in base units (seconds, bytes), counters end in `_total`, the [`PREFIX`] is put in front by
+//! the registry. Labels come from a closed set that is listed here, so that every child exists from the start and zero
+//! can be seen; never a user, a database or a host. Then a help text in `metrics.rs` that says what is counted and when.
+
+/// Put in front of each name by the registry; the standard `process_*` metrics stand outside it.
+pub const PREFIX: &str = "lakebase_proxy";
+
+/// Clients whose connection was accepted.
+pub const CLIENTS_OPENED: &str = "client_connections_opened_total";
+/// Clients connected now.
+pub const CLIENTS_ACTIVE: &str = "client_connections_active";
+/// Clients sent away, by [`reason`].
+pub const CLIENTS_REFUSED: &str = "client_connections_refused_total";
+/// Logins at the endpoint, by [`outcome`] and [`class`].
+pub const UPSTREAM_CONNECTS: &str = "upstream_connects_total";
+/// Logged-in connections to the endpoint now.
+pub const UPSTREAM_ACTIVE: &str = "upstream_connections_active";
+/// Time that a login took, by [`phase`].
+pub const UPSTREAM_CONNECT_SECONDS: &str = "upstream_connect_duration_seconds";
+/// Time that clients waited for a server.
+pub const HOLD_SECONDS: &str = "client_hold_duration_seconds";
+/// Bytes passed on, by [`direction`].
+pub const RELAY_BYTES: &str = "relay_bytes_total";
+/// Cancel requests, by [`cancel`].
+pub const CANCELS: &str = "cancel_requests_total";
+/// Sessions ended by a panic.
+pub const SESSION_PANICS: &str = "session_panics_total";
+/// Attempts to mint a credential, by [`refresh`].
+pub const CREDENTIAL_REFRESHES: &str = "credential_refreshes_total";
+/// Time that minting took, by [`step`].
+pub const MINT_SECONDS: &str = "credential_mint_duration_seconds";
+/// When the current credential expires.
+pub const CREDENTIAL_EXPIRY: &str = "credential_expiry_timestamp_seconds";
+/// When the current credential was minted.
+pub const CREDENTIAL_MINTED: &str = "credential_minted_timestamp_seconds";
+/// How old the current credential is.
+pub const CREDENTIAL_AGE: &str = "credential_age_seconds";
+/// Which build this is.
+pub const BUILD_INFO: &str = "build_info";
+
+/// Declares the closed set of one label: a constant for each value, and `ALL`.
+macro_rules! label {
+    ($(#[$doc:meta])* $set:ident { $($(#[$value_doc:meta])* $name:ident = $value:literal,)+ }) => {
+        $(#[$doc])*
+        pub mod $set {
+            $($(#[$value_doc])* pub const $name: &str = $value;)+
+            /// Every value of this label.
+            pub const ALL: &[&str] = &[$($name),+];
+        }
+    };
+}
+
+label! {
+    /// Why a client was refused.
+    reason {
+        /// The endpoint did not wake in time.
+        WAKING = "waking",
+        /// The server did not accept who we are.
+        IDENTITY = "identity",
+        /// The credential is of a kind that the server does not take.
+        WRONG_KIND = "wrong_kind",
+        /// Role, database, grant or address list.
+        PERMISSION = "permission",
+        /// The server is full.
+        CAPACITY = "capacity",
+        /// The other side did not speak Postgres, or is not trusted.
+        PROTOCOL = "protocol",
+        /// No valid database credential could be had.
+        CREDENTIAL = "credential",
+        /// Our own limit of connections.
+        MAX_CONNECTIONS = "max_connections",
+        /// We are shutting down.
+        SHUTTING_DOWN = "shutting_down",
+        /// The client's first message could not be used.
+        BAD_STARTUP = "bad_startup",
+        /// TLS between the client and us.
+        CLIENT_TLS = "client_tls",
+        /// The client did not say what it wants in time.
+        TIMEOUT = "timeout",
+        /// Anything else.
+        OTHER = "other",
+    }
+}
+
+label! {
+    /// How a login at the endpoint ended.
+    outcome {
+        /// Logged in.
+        OK = "ok",
+        /// Not logged in; the class says why.
+        FAILED = "failed",
+    }
+}
+
+label! {
+    /// Failure classes of a login at the endpoint.
+    class {
+        /// No failure.
+        NONE = "none",
+        /// Asleep, starting or not reachable.
+        WAKING = "waking",
+        /// Login refused.
+        IDENTITY = "identity",
+        /// Not an OAuth token.
+        WRONG_KIND = "wrong_kind",
+        /// Role, database, grant or address list.
+        PERMISSION = "permission",
+        /// The server is full.
+        CAPACITY = "capacity",
+        /// Not Postgres, or not trusted.
+        PROTOCOL = "protocol",
+        /// Unknown to us.
+        OTHER = "other",
+    }
+}
+
+label! {
+    /// Parts of a login at the endpoint.
+    phase {
+        /// Host name to addresses.
+        RESOLVE = "resolve",
+        /// TCP connect.
+        DIAL = "dial",
+        /// SSLRequest and TLS handshake.
+        TLS = "tls",
+        /// Startup message up to ReadyForQuery.
+        LOGIN = "login",
+        /// All of it.
+        TOTAL = "total",
+    }
+}
+
+label! {
+    /// Which way bytes went.
+    direction {
+        /// From the client to the endpoint.
+        FROM_CLIENT = "from_client",
+        /// From the endpoint to the client.
+        FROM_SERVER = "from_server",
+    }
+}
+
+label! {
+    /// What became of a cancel request.
+    cancel {
+        /// Passed on to the endpoint.
+        FORWARDED = "forwarded",
+        /// The endpoint could not be reached.
+        FAILED = "failed",
+        /// No session has that key.
+        UNKNOWN = "unknown",
+    }
+}
+
+label! {
+    /// What became of an attempt to mint.
+    refresh {
+        /// A new credential.
+        SUCCESS = "success",
+        /// The workspace said no.
+        REFUSED = "refused",
+        /// The workspace asked us to slow down.
+        RATE_LIMITED = "rate_limited",
+        /// No answer, or a server error.
+        UNAVAILABLE = "unavailable",
+        /// An answer that makes no sense.
+        MALFORMED = "malformed",
+    }
+}
+
+label! {
+    /// Steps of a mint.
+    step {
+        /// Getting a workspace token.
+        WORKSPACE_TOKEN = "workspace_token",
+        /// Getting the database credential with it.
+        CREDENTIAL = "credential",
+    }
+}
