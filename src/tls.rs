@@ -1,0 +1,102 @@
+//! TLS towards the endpoint and the workspace: always verified, TLS 1.2 or newer, one crypto provider named explicitly.
+
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use rustls::{
+    ClientConfig, RootCertStore,
+    crypto::{CryptoProvider, aws_lc_rs},
+    pki_types::{CertificateDer, pem::PemObject},
+};
+use rustls_platform_verifier::Verifier;
+
+/// ALPN of the Postgres protocol; an edge that knows no ALPN ignores it, as it does for libpq 17.
+pub const ALPN_POSTGRESQL: &[u8] = b"postgresql";
+/// ALPN of HTTP/1.1.
+pub const ALPN_HTTP_1_1: &[u8] = b"http/1.1";
+
+/// Whose word for a server's name we take.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Roots {
+    /// Only the certificates in this PEM file (`PGSSLROOTCERT=file`).
+    File(PathBuf),
+    /// The system's.
+    #[default]
+    System,
+}
+
+/// Why no TLS configuration could be made.
+#[derive(Debug, thiserror::Error)]
+pub enum TlsError {
+    /// The file of roots cannot be read or holds something else.
+    #[error("cannot read certificates from `{}`", path.display())]
+    Roots {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: rustls::pki_types::pem::Error,
+    },
+    /// The file of roots holds none.
+    #[error("`{}` holds no certificate", path.display())]
+    NoRoots {
+        /// The file.
+        path: PathBuf,
+    },
+    /// A root that cannot be one, or no usable system roots.
+    #[error("the trusted root certificates cannot be used")]
+    Unusable(#[source] rustls::Error),
+}
+
+/// The crypto provider of the whole process.
+pub fn provider() -> Arc<CryptoProvider> {
+    Arc::new(aws_lc_rs::default_provider())
+}
+
+/// A configuration that verifies chain and name against `roots` and offers `alpn`.
+pub fn client_config(roots: &Roots, alpn: &[u8]) -> Result<Arc<ClientConfig>, TlsError> {
+    let provider = provider();
+    let builder = ClientConfig::builder_with_provider(Arc::clone(&provider))
+        .with_safe_default_protocol_versions()
+        .map_err(TlsError::Unusable)?;
+    let mut config = match roots {
+        Roots::System => {
+            let verifier = Verifier::new(provider).map_err(TlsError::Unusable)?;
+            builder
+                .dangerous() // the platform's own verifier is no less strict than the built-in one
+                .with_custom_certificate_verifier(Arc::new(verifier))
+                .with_no_client_auth()
+        }
+        Roots::File(path) => builder.with_root_certificates(read_roots(path)?).with_no_client_auth(),
+    };
+    config.alpn_protocols = vec![alpn.to_vec()];
+    Ok(Arc::new(config))
+}
+
+fn read_roots(path: &Path) -> Result<RootCertStore, TlsError> {
+    let unreadable = |source| TlsError::Roots { path: path.to_owned(), source };
+    let mut store = RootCertStore::empty();
+    for certificate in CertificateDer::pem_file_iter(path).map_err(unreadable)? {
+        store.add(certificate.map_err(unreadable)?).map_err(TlsError::Unusable)?;
+    }
+    if store.is_empty() {
+        return Err(TlsError::NoRoots { path: path.to_owned() });
+    }
+    Ok(store)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_without_certificates_is_refused() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let error = client_config(&Roots::File(file.path().to_owned()), ALPN_POSTGRESQL).unwrap_err();
+        assert!(matches!(error, TlsError::NoRoots { .. }));
+        let missing = client_config(&Roots::File("/nowhere/ca.pem".into()), ALPN_POSTGRESQL).unwrap_err();
+        assert!(matches!(missing, TlsError::Roots { .. }));
+    }
+}

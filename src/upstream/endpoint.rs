@@ -1,0 +1,81 @@
+//! What we connect to.
+
+use std::{fmt, net::IpAddr, sync::Arc, time::Duration};
+
+use rustls::{ClientConfig, pki_types::ServerName};
+
+/// The endpoint's name as people know it, for messages: its resource name, or else its host.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Label(Arc<str>);
+
+impl Label {
+    /// A label.
+    pub fn new(name: &str) -> Self {
+        Self(name.into())
+    }
+}
+
+impl fmt::Display for Label {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "`{}`", self.0)
+    }
+}
+
+/// How the wire to the endpoint is protected.
+#[derive(Clone, Debug)]
+pub enum Security {
+    /// Not at all: for a server on this machine, when asked for.
+    Plain,
+    /// TLS, verified against this name.
+    Tls {
+        /// Roots, versions and ALPN.
+        config: Arc<ClientConfig>,
+        /// What the certificate must be for, and what SNI says.
+        name: ServerName<'static>,
+    },
+}
+
+/// An endpoint, ready to be dialled.
+#[derive(Clone, Debug)]
+pub struct Endpoint {
+    /// For messages.
+    pub label: Label,
+    /// Host name or IP literal.
+    pub host: String,
+    /// Port.
+    pub port: u16,
+    /// The role to log in as.
+    pub user: String,
+    /// Whether and how TLS is spoken.
+    pub security: Security,
+}
+
+/// TCP keepalive and its kin, for both sides of a session.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Keepalive {
+    /// Silence before the first probe.
+    pub idle: Duration,
+    /// Between probes.
+    pub interval: Duration,
+    /// Unanswered probes before the connection is given up.
+    pub count: u32,
+    /// How long sent data may stay unacknowledged (`TCP_USER_TIMEOUT`); zero leaves it to the kernel.
+    pub user_timeout: Duration,
+}
+
+impl Default for Keepalive {
+    /// 30 s, 10 s, 5 probes; user timeout as long as all of them together.
+    fn default() -> Self {
+        Self {
+            idle: Duration::from_secs(30),
+            interval: Duration::from_secs(10),
+            count: 5,
+            user_timeout: Duration::from_secs(80),
+        }
+    }
+}
+
+/// Whether an upstream at `address` is on this machine.
+pub fn is_loopback(address: IpAddr) -> bool {
+    address.to_canonical().is_loopback()
+}

@@ -1,0 +1,387 @@
+//! What went wrong at login, what that means, and what the client is told.
+//!
+//! The one table of failure classes. Texts are matched first, because the edge sends most of its errors under a
+//! catch-all SQLSTATE and hides an IP access list behind a transient one; then the SQLSTATE. An error in neither list
+//! is not retried: the server's own words go to the client.
+
+use std::{fmt, io};
+
+use super::endpoint::Label;
+use crate::{
+    protocol::{
+        auth::AuthError,
+        error::{ErrorFields, Report, sqlstate},
+        frame::FrameError,
+    },
+    telemetry::chain,
+};
+
+/// What a failure means; decides retry, health, metric label and hint.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Class {
+    /// No room at the endpoint: wait a little.
+    Capacity,
+    /// The credential was refused: one forced refresh, one retry.
+    Identity,
+    /// An error nobody has told us about: passed on as it is.
+    Other,
+    /// A grant or setting is missing.
+    Permission,
+    /// Not Postgres, not trusted, or not our dialect.
+    Protocol,
+    /// Asleep, starting or unreachable: hold and retry.
+    Waking,
+    /// What we sent as a password is no OAuth token.
+    WrongKind,
+}
+
+impl Class {
+    /// The metric label.
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::Capacity => "capacity",
+            Self::Identity => "identity",
+            Self::Other => "other",
+            Self::Permission => "permission",
+            Self::Protocol => "protocol",
+            Self::Waking => "waking",
+            Self::WrongKind => "wrong_kind",
+        }
+    }
+
+    /// For servers that put everything under `XX000`.
+    fn sqlstate(self) -> &'static str {
+        match self {
+            Self::Capacity => sqlstate::TOO_MANY_CONNECTIONS,
+            Self::Identity | Self::Permission | Self::WrongKind => sqlstate::INVALID_AUTHORIZATION,
+            Self::Other => INTERNAL_ERROR,
+            Self::Protocol => sqlstate::PROTOCOL_VIOLATION,
+            Self::Waking => sqlstate::CANNOT_CONNECT_NOW,
+        }
+    }
+
+    fn hint(self) -> Option<&'static str> {
+        match self {
+            Self::Capacity => {
+                Some("The endpoint has no connection left: use fewer or smaller pools, or raise the compute's size.")
+            }
+            Self::Identity => Some(
+                "Check that PGUSER is the identity the credential belongs to, and that the role was made with databricks_create_role on this branch.",
+            ),
+            Self::Other => None,
+            Self::Permission => Some("Grant the role what it lacks, or correct the setting."),
+            Self::Protocol => {
+                Some("Check PGHOST and PGPORT, and PGSSLROOTCERT if something on the way terminates TLS.")
+            }
+            Self::Waking => Some(
+                "The endpoint did not answer in time. Retry; if it lasts, check that the compute is not disabled and that the network reaches it.",
+            ),
+            Self::WrongKind => Some(
+                "The endpoint takes OAuth credentials only. A personal access token or a native password cannot log in here.",
+            ),
+        }
+    }
+}
+
+/// The catch-all of the edge.
+const INTERNAL_ERROR: &str = "XX000";
+
+/// Texts that decide, in lower case; every part must occur, the first rule that fits wins.
+const RULES: &[(&[&str], Class, Option<&str>)] = &[
+    (&["blocked by databricks ip acl"], Class::Permission, Some(IP_ACCESS)),
+    (&["ip address", "not allowed to connect"], Class::Permission, Some(IP_ACCESS)),
+    (&["not a valid jwt encoding"], Class::WrongKind, None),
+    (&["failed to decode token for role"], Class::WrongKind, None),
+    (&["token", "has expired"], Class::Identity, None),
+    (
+        &["not yet ready to use"],
+        Class::Identity,
+        Some("This machine's clock and the endpoint's differ: check the clock."),
+    ),
+    (&["invalid jwt token audience"], Class::Identity, None),
+    (&["jwk not found"], Class::Identity, None),
+    (&["missing key id"], Class::Identity, None),
+    (&["signature error"], Class::Identity, None),
+    (&["invalid authorization for databricks identity login"], Class::Identity, None),
+    (&["password authentication failed"], Class::Identity, None),
+    (
+        &["role \"", "does not exist"],
+        Class::Permission,
+        Some(
+            "Make the role on this branch: CREATE EXTENSION IF NOT EXISTS databricks_auth; SELECT databricks_create_role('<identity>', 'SERVICE_PRINCIPAL');",
+        ),
+    ),
+    (
+        &["database \"", "does not exist"],
+        Class::Permission,
+        Some("Check PGDATABASE: the Postgres name has underscores (databricks_postgres) where the resource id has hyphens."),
+    ),
+    (
+        &["permission denied for database"],
+        Class::Permission,
+        Some("GRANT CONNECT ON DATABASE to the role."),
+    ),
+    (&["is not permitted to log in"], Class::Permission, Some("ALTER ROLE ... LOGIN, or make it with databricks_create_role.")),
+    (&["no pg_hba.conf entry"], Class::Permission, None),
+    (&["endpoint is disabled"], Class::Permission, Some("Enable the compute: no connection can wake a disabled one.")),
+    (&["endpoint cannot be found"], Class::Permission, Some("Check ENDPOINT_NAME and PGHOST: there is no such endpoint.")),
+    (&["too many connections"], Class::Capacity, None),
+    (&["too many clients already"], Class::Capacity, None),
+    (&["connection slots are reserved"], Class::Capacity, None),
+    (&["failed to acquire permit"], Class::Capacity, None),
+    (&["too many database connection attempts"], Class::Capacity, None),
+    (&["no more connections allowed"], Class::Capacity, None),
+    (&["invalid protocol version"], Class::Protocol, None),
+    (&["does not have sni"], Class::Protocol, Some("Set PGHOST to the endpoint's host name: an IP address carries no SNI.")),
+    (&["unsupported frontend protocol"], Class::Protocol, None),
+    (&["unsupported startup parameter"], Class::Protocol, Some("This host is a pooler's; use the endpoint's own host.")),
+    (&["endpoint id is not specified"], Class::Protocol, None),
+    (&["inconsistent project name"], Class::Protocol, None),
+    (&["connection is insecure"], Class::Protocol, None),
+    (&["received unencrypted data"], Class::Protocol, None),
+    (&["external authorization failed"], Class::Waking, None),
+    (&["endpoint is idle"], Class::Waking, None),
+    (&["waiting for endpoint to become active"], Class::Waking, None),
+    (&["couldn't connect to compute node"], Class::Waking, None),
+    (&["control plane request failed"], Class::Waking, None),
+    (&["authentication timed out"], Class::Waking, None),
+    (&["client handshake timeout"], Class::Waking, None),
+    (&["insecure connection"], Class::Waking, None),
+    (&["database system is"], Class::Waking, None),
+    (&["not yet accepting connections"], Class::Waking, None),
+];
+
+const IP_ACCESS: &str = "Add the address this proxy connects from to the workspace's IP access list.";
+
+/// SQLSTATEs that decide where no text did.
+fn class_of_sqlstate(code: &str) -> Class {
+    match code {
+        "57P01" | "57P02" | "57P03" | "57P05" => Class::Waking,
+        "53300" => Class::Capacity,
+        "28P01" | "28000" => Class::Identity,
+        "42501" | "3D000" => Class::Permission,
+        "08P01" | "0A000" => Class::Protocol,
+        code if code.starts_with("08") => Class::Waking,
+        _ => Class::Other,
+    }
+}
+
+/// One attempt to log in that came to nothing.
+#[derive(Clone, Debug)]
+pub struct Failure {
+    /// What it means.
+    pub class: Class,
+    /// Whether the endpoint's name could not be resolved: waited for less long than a sleeping endpoint.
+    pub is_dns: bool,
+    cause: Cause,
+    hint: Option<&'static str>,
+}
+
+#[derive(Clone, Debug)]
+enum Cause {
+    /// The server said so.
+    Server(ErrorFields),
+    /// No server spoke.
+    Ours { sqlstate: &'static str, message: String },
+}
+
+impl std::error::Error for Failure {}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.cause {
+            Cause::Server(said) => {
+                write!(f, "{} {}: {}", said.severity, said.code, said.message)?;
+                said.detail.as_ref().map_or(Ok(()), |detail| write!(f, " ({detail})"))
+            }
+            Cause::Ours { message, .. } => f.write_str(message),
+        }
+    }
+}
+
+impl Failure {
+    /// A server's ErrorResponse.
+    pub fn server(said: ErrorFields) -> Self {
+        let text = format!("{}\n{}", said.message, said.detail.as_deref().unwrap_or_default()).to_lowercase();
+        let rule = RULES.iter().find(|(parts, ..)| parts.iter().all(|part| text.contains(part)));
+        let (class, hint) = match rule {
+            Some(&(_, class, hint)) => (class, hint),
+            None => (class_of_sqlstate(&said.code), None),
+        };
+        Self { class, is_dns: false, cause: Cause::Server(said), hint }
+    }
+
+    /// The name could not be resolved.
+    pub fn resolve(host: &str, error: &io::Error) -> Self {
+        let mut failure = Self::ours(
+            Class::Waking,
+            sqlstate::CANNOT_CONNECT,
+            format!("cannot resolve host name `{host}`: {}", chain(error)),
+        );
+        failure.is_dns = true;
+        failure.hint = Some("Check PGHOST and the machine's name resolution.");
+        failure
+    }
+
+    /// No address took the connection.
+    pub fn dial(error: &io::Error) -> Self {
+        Self::ours(Class::Waking, sqlstate::CANNOT_CONNECT, format!("cannot connect: {}", chain(error)))
+    }
+
+    /// An established connection broke before login was complete.
+    pub fn broken(error: &io::Error) -> Self {
+        let message = match error.kind() {
+            io::ErrorKind::UnexpectedEof => "the server closed the connection unexpectedly".to_owned(),
+            _ => format!("the connection to the server broke: {}", chain(error)),
+        };
+        Self::ours(Class::Waking, sqlstate::CONNECTION_FAILURE, message)
+    }
+
+    /// An attempt took longer than it may.
+    pub fn timed_out(phase: &str) -> Self {
+        Self::ours(Class::Waking, sqlstate::CONNECTION_FAILURE, format!("the server did not answer in time ({phase})"))
+    }
+
+    /// The TLS handshake failed: the certificate, or the network under it.
+    pub fn tls(error: &io::Error) -> Self {
+        let tls = error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>());
+        let Some(tls) = tls else { return Self::broken(error) };
+        let mut failure = Self::ours(Class::Protocol, sqlstate::CANNOT_CONNECT, format!("TLS failed: {tls}"));
+        if let rustls::Error::InvalidCertificate(_) = tls {
+            failure.hint = Some(
+                "The server's certificate is not trusted for this name. Behind a private CA set PGSSLROOTCERT; otherwise something between here and Lakebase intercepts TLS.",
+            );
+        }
+        failure
+    }
+
+    /// The other side does not speak as a Postgres server does.
+    pub fn protocol(message: impl Into<String>) -> Self {
+        Self::ours(Class::Protocol, sqlstate::PROTOCOL_VIOLATION, message.into())
+    }
+
+    fn ours(class: Class, sqlstate: &'static str, message: String) -> Self {
+        Self { class, is_dns: false, cause: Cause::Ours { sqlstate, message }, hint: None }
+    }
+
+    /// What a person can do about it.
+    pub fn hint(&self) -> Option<&'static str> {
+        self.hint.or_else(|| self.class.hint())
+    }
+
+    /// What the client is told.
+    pub fn report(&self, endpoint: &Label) -> Report {
+        let mut report = match &self.cause {
+            Cause::Server(said) => {
+                let sqlstate = match said.code.as_str() {
+                    "" | INTERNAL_ERROR => self.class.sqlstate(),
+                    code => code,
+                };
+                let detail = format!("The server said: {self}");
+                Report::new(sqlstate, format!("cannot log in to Lakebase endpoint {endpoint}: {}", said.message))
+                    .with_detail(detail)
+            }
+            Cause::Ours { sqlstate, message } => {
+                Report::new(sqlstate, format!("cannot reach Lakebase endpoint {endpoint}: {message}"))
+            }
+        };
+        let said_hint = match &self.cause {
+            Cause::Server(said) => said.hint.clone(),
+            Cause::Ours { .. } => None,
+        };
+        report.hint = self.hint().map(str::to_owned).or(said_hint);
+        report
+    }
+}
+
+impl From<FrameError> for Failure {
+    fn from(error: FrameError) -> Self {
+        Self::protocol(format!("the server does not speak Postgres: {error}"))
+    }
+}
+
+impl From<AuthError> for Failure {
+    fn from(error: AuthError) -> Self {
+        match error {
+            // The server proved not to know the password, or refused ours in the middle.
+            AuthError::Scram(_) => Self::ours(Class::Identity, sqlstate::INVALID_AUTHORIZATION, chain(&error).to_string()),
+            AuthError::OutOfOrder | AuthError::Unsupported(_) => Self::protocol(error.to_string()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn class(code: &str, message: &str, detail: Option<&str>) -> Class {
+        let said = ErrorFields {
+            severity: "FATAL".to_owned(),
+            code: code.to_owned(),
+            message: message.to_owned(),
+            detail: detail.map(str::to_owned),
+            hint: None,
+        };
+        Failure::server(said).class
+    }
+
+    #[test]
+    fn every_known_text_has_its_class() {
+        let acl = "Source IP address: 1.2.3.4 is blocked by Databricks IP ACL for workspace: 1";
+        let generic = "This could be due to paused instances, disabling readable secondaries, IP ACLs or private link configuration.";
+        for (code, message, detail, expected) in [
+            ("28000", "External authorization failed.", Some(generic), Class::Waking),
+            ("28000", "External authorization failed.", Some(acl), Class::Permission),
+            ("57P03", "the database system is starting up", None, Class::Waking),
+            ("57P03", "irgendetwas auf Deutsch", None, Class::Waking),
+            ("XX000", "endpoint is idle, retry request", None, Class::Waking),
+            ("XX000", "Couldn't connect to compute node", None, Class::Waking),
+            ("XX000", "Control plane request failed: endpoint is disabled", None, Class::Permission),
+            ("XX000", "Control plane request failed: endpoint is temporarily unavailable.", None, Class::Waking),
+            ("28P01", "password authentication failed for user \"x\"", None, Class::Identity),
+            ("XX000", "password authentication failed for user 'x'", None, Class::Identity),
+            ("XX000", "JWT token has expired (exp=1)", None, Class::Identity),
+            ("28000", "Invalid authorization for databricks identity login", None, Class::Identity),
+            ("XX000", "Provided authentication token is not a valid JWT encoding", None, Class::WrongKind),
+            ("28000", "role \"x\" does not exist", None, Class::Permission),
+            ("3D000", "database \"x\" does not exist", None, Class::Permission),
+            ("42501", "permission denied for database \"x\"", None, Class::Permission),
+            ("53300", "sorry, too many clients already", None, Class::Capacity),
+            ("XX000", "Too many connections to this endpoint. Please try again later.", None, Class::Capacity),
+            ("08P01", "Invalid protocol version. Protocol version: 196608", None, Class::Protocol),
+            ("08006", "Connection does not have SNI.", None, Class::Protocol),
+            ("0A000", "Unsupported frontend protocol 3.2. Server supports 3.0 to 3.0", None, Class::Protocol),
+            ("08006", "Client handshake timeout.", None, Class::Waking),
+            ("58000", "something new", None, Class::Other),
+        ] {
+            assert_eq!(class(code, message, detail), expected, "{code} {message} {detail:?}");
+        }
+    }
+
+    #[test]
+    fn the_catch_all_code_is_replaced_and_every_other_kept() {
+        let endpoint = Label::new("projects/p/branches/b/endpoints/e");
+        let said = |code: &str| ErrorFields {
+            severity: "ERROR".to_owned(),
+            code: code.to_owned(),
+            message: "password authentication failed for user 'x'".to_owned(),
+            ..ErrorFields::default()
+        };
+        let report = Failure::server(said("XX000")).report(&endpoint);
+        assert_eq!(report.sqlstate, "28000");
+        assert!(report.message.contains("projects/p/branches/b/endpoints/e"));
+        assert!(report.detail.is_some_and(|detail| detail.contains("password authentication failed")));
+        assert!(report.hint.is_some());
+        assert_eq!(Failure::server(said("28P01")).report(&endpoint).sqlstate, "28P01");
+    }
+
+    #[test]
+    fn an_untrusted_certificate_is_never_retried() {
+        let inner = rustls::Error::InvalidCertificate(rustls::CertificateError::UnknownIssuer);
+        let failure = Failure::tls(&io::Error::new(io::ErrorKind::InvalidData, inner));
+        assert_eq!(failure.class, Class::Protocol);
+        assert!(failure.hint().is_some_and(|hint| hint.contains("PGSSLROOTCERT")));
+        let reset = Failure::tls(&io::ErrorKind::ConnectionReset.into());
+        assert_eq!(reset.class, Class::Waking);
+    }
+}
