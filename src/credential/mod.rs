@@ -1,9 +1,17 @@
 //! The life of the database credential: minted by one task, published through a cell that readers never lock.
 
-use std::{fmt, future::Future, time::Duration};
+mod cell;
+mod forced;
+mod refresher;
+mod schedule;
+
+use std::{fmt, future::Future, sync::Arc, time::Duration};
 
 use jiff::Timestamp;
 use secrecy::SecretString;
+
+pub use cell::{CredentialCell, CredentialStatus};
+pub use refresher::Refresher;
 
 /// A database credential: what the endpoint takes as a password.
 ///
@@ -18,6 +26,13 @@ pub struct Credential {
     pub minted_at: Timestamp,
     /// Counts published credentials from 1; tells one credential from the next without looking at the secret.
     pub generation: u64,
+}
+
+impl Credential {
+    /// Whether a server would still take it at login at this time.
+    pub fn is_valid_at(&self, now: Timestamp) -> bool {
+        self.expires_at.is_none_or(|expires_at| now < expires_at)
+    }
 }
 
 impl fmt::Debug for Credential {
@@ -35,6 +50,14 @@ pub struct Minted {
     pub secret: SecretString,
     /// Expiry by our wall clock (the source corrects for skew).
     pub expires_at: Option<Timestamp>,
+}
+
+impl fmt::Debug for Minted {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Minted")
+            .field("expires_at", &self.expires_at)
+            .finish_non_exhaustive()
+    }
 }
 
 /// The seam between the refresher and whatever makes credentials (the workspace, a password file, a command).
@@ -88,6 +111,98 @@ impl MintErrorKind {
             Self::RateLimited => "rate_limited",
             Self::Unavailable => "unavailable",
             Self::Malformed => "malformed",
+        }
+    }
+}
+
+/// Where a credential stands in its life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CredentialState {
+    /// There has been none yet.
+    None,
+    /// Nothing to do.
+    Fresh,
+    /// Past half of its life: to be replaced without haste.
+    Due,
+    /// About to run out.
+    Urgent,
+    /// No login works with it any more.
+    Expired,
+}
+
+impl CredentialState {
+    /// The name for status pages and logs.
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Fresh => "fresh",
+            Self::Due => "due",
+            Self::Urgent => "urgent",
+            Self::Expired => "expired",
+        }
+    }
+
+    /// Whether logins can work.
+    pub fn is_valid(self) -> bool {
+        matches!(self, Self::Fresh | Self::Due | Self::Urgent)
+    }
+}
+
+/// Why a client could not be given a credential. The client is refused with SQLSTATE 28000.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum CredentialError {
+    /// The credential has expired, and no new one came in time.
+    #[error("the database credential has expired and no new one came in time")]
+    Expired,
+    /// The last attempt to mint failed.
+    #[error("cannot obtain a database credential")]
+    Failed(#[source] Arc<MintError>),
+    /// There has never been one, and none came in time.
+    #[error("no database credential came in time")]
+    Missing,
+    /// The endpoint rejected the credential, and another may not be asked for yet.
+    #[error("the endpoint rejected the database credential, as it did the one before")]
+    RateLimited {
+        /// How long until another may be asked for.
+        retry_in: Duration,
+    },
+    /// The endpoint rejected the credential, and no new one came in time.
+    #[error("the endpoint rejected the database credential and no new one came in time")]
+    TimedOut,
+}
+
+impl CredentialError {
+    /// One line for the client that is refused.
+    pub fn message(&self) -> String {
+        match self {
+            Self::Failed(error) => format!("{self}: {error}"),
+            _ => self.to_string(),
+        }
+    }
+
+    /// The other side's own words, where it spoke.
+    pub fn detail(&self) -> Option<String> {
+        match self {
+            Self::Failed(error) => error.detail.clone(),
+            Self::RateLimited { retry_in } => Some(format!(
+                "another credential is asked for in {} s at the earliest",
+                retry_in.as_secs().max(1)
+            )),
+            Self::Expired | Self::Missing | Self::TimedOut => None,
+        }
+    }
+
+    /// What a person can do about it.
+    pub fn hint(&self) -> Option<String> {
+        match self {
+            Self::Failed(error) => error.hint.clone(),
+            Self::RateLimited { .. } | Self::TimedOut => Some(
+                "check that a Postgres role with exactly this identity's name exists on the branch                  (`databricks_create_role`) and that the workspace owns the project"
+                    .to_owned(),
+            ),
+            Self::Expired | Self::Missing => {
+                Some("check that the workspace can be reached; the proxy keeps trying".to_owned())
+            }
         }
     }
 }

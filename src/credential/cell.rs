@@ -1,0 +1,377 @@
+//! The cell that holds the current credential: read without a lock, waited for without polling.
+//!
+//! It knows nothing of how a credential is made. Clients read it and report what became of their logins; the refresher
+//! writes it. The two meet in the status that is published here and in the demand that clients leave behind.
+
+use std::{
+    fmt,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use arc_swap::ArcSwapOption;
+use jiff::Timestamp;
+use tokio::{
+    sync::{Notify, watch},
+    time::{Instant, timeout_at},
+};
+
+use super::{
+    Credential, CredentialError, CredentialState, MintError, Minted, forced::Forced,
+    schedule::Lifetime,
+};
+use crate::clock::Clock;
+
+/// How long a client is held for an attempt that the pace does not allow yet; if it is further off, the client is
+/// refused at once. Equal to the shortest interval between two mints.
+const HOLD: Duration = Duration::from_secs(5);
+
+/// The current database credential of one endpoint and identity; cheap to clone.
+#[derive(Clone)]
+pub struct CredentialCell(Arc<Inner>);
+
+struct Inner {
+    clock: Clock,
+    current: ArcSwapOption<Credential>,
+    status: watch::Sender<CredentialStatus>,
+    forced: Mutex<Forced>,
+    /// Whether `forced` remembers a rejection; spares [`CredentialCell::accepted`] the lock.
+    strained: AtomicBool,
+    waiting: AtomicUsize,
+    demand: Notify,
+}
+
+/// What is known about the credential; holds no secret.
+#[derive(Clone, Debug)]
+pub struct CredentialStatus {
+    /// The generation of the current credential; 0 before the first.
+    pub generation: u64,
+    /// When the current credential was minted.
+    pub minted_at: Option<Timestamp>,
+    /// When it expires; `None` before the first and for one that never does.
+    pub expires_at: Option<Timestamp>,
+    /// Where it stands in its life.
+    pub state: CredentialState,
+    /// Why the last attempt failed; `None` after a success.
+    pub last_error: Option<Arc<MintError>>,
+    /// When the next attempt is planned.
+    pub next_attempt: Option<Timestamp>,
+    /// The milestones of the current credential.
+    pub(super) lifetime: Option<Lifetime>,
+    /// Attempts that have ended.
+    pub(super) settled: u64,
+    /// Whether an attempt is being made.
+    pub(super) in_flight: bool,
+    /// The earliest attempt that a waiting client can bring about.
+    pub(super) opens_at: Instant,
+}
+
+impl CredentialCell {
+    /// An empty cell; a refresher fills it.
+    pub fn new(clock: Clock) -> Self {
+        let (status, _) = watch::channel(CredentialStatus {
+            generation: 0,
+            minted_at: None,
+            expires_at: None,
+            state: CredentialState::None,
+            last_error: None,
+            next_attempt: None,
+            lifetime: None,
+            settled: 0,
+            in_flight: false,
+            opens_at: Instant::now(),
+        });
+        Self(Arc::new(Inner {
+            clock,
+            current: ArcSwapOption::empty(),
+            status,
+            forced: Mutex::default(),
+            strained: AtomicBool::new(false),
+            waiting: AtomicUsize::new(0),
+            demand: Notify::new(),
+        }))
+    }
+
+    /// The credential, if there is one that is valid by the wall clock now. Takes no lock and never waits.
+    pub fn current(&self) -> Option<Arc<Credential>> {
+        let credential = self.0.current.load_full()?;
+        credential
+            .is_valid_at(self.0.clock.now())
+            .then_some(credential)
+    }
+
+    /// A valid credential; waits for one until the deadline. Cancel safe.
+    ///
+    /// Failures that time heals are waited out. A refusal that only a person can mend is returned as soon as an attempt
+    /// made during the wait has met it, or at once when the next attempt is further off than a few seconds.
+    pub async fn get(&self, deadline: Instant) -> Result<Arc<Credential>, CredentialError> {
+        if let Some(credential) = self.current() {
+            return Ok(credential);
+        }
+        let status = self.0.status.subscribe();
+        {
+            let status = status.borrow();
+            if let Some(error) = status.refusal()
+                && !status.is_open_by(deadline)
+            {
+                return Err(CredentialError::Failed(Arc::clone(error)));
+            }
+        }
+        self.wait(status, 0, deadline).await
+    }
+
+    /// A credential newer than the one that the endpoint has just rejected; waits for it until the deadline. Cancel safe.
+    ///
+    /// All who ask for the same generation share one mint. Asking is rate-limited, and the interval doubles while the
+    /// credentials made on demand are rejected too, until [`accepted`](Self::accepted) is called.
+    pub async fn replace(
+        &self,
+        rejected_generation: u64,
+        deadline: Instant,
+    ) -> Result<Arc<Credential>, CredentialError> {
+        let status = self.0.status.subscribe();
+        if let Some(credential) = self.newer(rejected_generation) {
+            return Ok(credential);
+        }
+        let (opens_at, in_flight) = {
+            let status = status.borrow();
+            if let Some(error) = status.refusal()
+                && !status.is_open_by(deadline)
+            {
+                return Err(CredentialError::Failed(Arc::clone(error)));
+            }
+            (status.opens_at, status.in_flight)
+        };
+        {
+            let now = Instant::now();
+            let mut forced = self.forced();
+            forced.reject(rejected_generation);
+            self.0.strained.store(true, Ordering::Relaxed);
+            let allowed_at = forced.allowed_at().map_or(opens_at, |at| at.max(opens_at));
+            if !in_flight && allowed_at > deadline.min(now + HOLD) {
+                return Err(CredentialError::RateLimited {
+                    retry_in: allowed_at.saturating_duration_since(now),
+                });
+            }
+            forced.want(rejected_generation);
+        }
+        self.wait(status, rejected_generation, deadline).await
+    }
+
+    /// A login worked: the identity is in order, so that a later rejection is worth a prompt new mint.
+    pub fn accepted(&self, generation: u64) {
+        // Called at every login: without a rejection behind us it costs one atomic load and takes no lock.
+        if self.0.strained.load(Ordering::Relaxed) {
+            let mut forced = self.forced();
+            forced.accept(generation);
+            self.0
+                .strained
+                .store(forced.is_strained(), Ordering::Relaxed);
+        }
+    }
+
+    /// What is known about the credential, judged by the wall clock now.
+    pub fn status(&self) -> CredentialStatus {
+        let mut status = self.0.status.borrow().clone();
+        status.state = status.state_at(self.0.clock.now());
+        status
+    }
+
+    /// Follows the status: a change of generation, of state, of outcome, of plan.
+    pub fn subscribe(&self) -> watch::Receiver<CredentialStatus> {
+        self.0.status.subscribe()
+    }
+
+    /// Publishes a credential, as the refresher does; for tests and for credentials that nobody refreshes.
+    ///
+    /// `jitter` in -1..=1 moves the time of its refresh.
+    pub fn publish(&self, minted: Minted, jitter: f64) -> Arc<Credential> {
+        let now = self.0.clock.now();
+        let generation = self
+            .0
+            .current
+            .load()
+            .as_ref()
+            .map_or(1, |credential| credential.generation + 1);
+        let credential = Arc::new(Credential {
+            secret: minted.secret,
+            expires_at: minted.expires_at,
+            minted_at: now,
+            generation,
+        });
+        let lifetime = credential
+            .expires_at
+            .map(|expires_at| Lifetime::new(now, expires_at, jitter));
+        self.forced().minted(generation);
+        self.0.current.store(Some(Arc::clone(&credential)));
+        self.0.status.send_modify(|status| {
+            status.generation = generation;
+            status.minted_at = Some(now);
+            status.expires_at = credential.expires_at;
+            status.lifetime = lifetime;
+            status.last_error = None;
+            status.state = status.state_at(now);
+        });
+        credential
+    }
+
+    pub(super) fn clock(&self) -> &Clock {
+        &self.0.clock
+    }
+
+    /// The latest credential, valid or not.
+    pub(super) fn latest(&self) -> Option<Arc<Credential>> {
+        self.0.current.load_full()
+    }
+
+    /// Whether the latest credential was rejected at a login.
+    pub(super) fn is_rejected(&self, generation: u64) -> bool {
+        self.forced().rejected() >= generation
+    }
+
+    /// When a forced refresh that is still owed may be made.
+    pub(super) fn forced_at(&self, now: Instant) -> Option<Instant> {
+        let forced = self.forced();
+        forced
+            .is_wanted()
+            .then(|| forced.allowed_at().unwrap_or(now))
+    }
+
+    /// An attempt begins.
+    pub(super) fn attempt_begins(&self, now: Instant) {
+        self.forced().attempt(now);
+        self.0.status.send_modify(|status| {
+            status.in_flight = true;
+            status.next_attempt = None;
+        });
+    }
+
+    /// An attempt has ended; waiters look at the outcome. `opens_at`: the earliest attempt that a waiting client can cause.
+    pub(super) fn attempt_ended(&self, opens_at: Instant, error: Option<Arc<MintError>>) {
+        self.0.status.send_modify(|status| {
+            status.in_flight = false;
+            status.settled += 1;
+            status.opens_at = opens_at;
+            status.last_error = error;
+        });
+    }
+
+    /// Brings state and plan up to date; followers are woken if either changed.
+    pub(super) fn plan(&self, next_attempt: Option<Timestamp>) {
+        let now = self.0.clock.now();
+        self.0.status.send_if_modified(|status| {
+            let state = status.state_at(now);
+            let changed = state != status.state || next_attempt != status.next_attempt;
+            status.state = state;
+            status.next_attempt = next_attempt;
+            changed
+        });
+    }
+
+    pub(super) fn is_awaited(&self) -> bool {
+        self.0.waiting.load(Ordering::SeqCst) > 0
+    }
+
+    /// Completes when a client asks for something. Cancel safe.
+    pub(super) async fn demand(&self) {
+        self.0.demand.notified().await;
+    }
+
+    fn forced(&self) -> MutexGuard<'_, Forced> {
+        self.0.forced.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn newer(&self, than: u64) -> Option<Arc<Credential>> {
+        self.current()
+            .filter(|credential| credential.generation > than)
+    }
+
+    async fn wait(
+        &self,
+        mut status: watch::Receiver<CredentialStatus>,
+        newer_than: u64,
+        deadline: Instant,
+    ) -> Result<Arc<Credential>, CredentialError> {
+        let _waiting = Waiting::new(&self.0);
+        let settled = status.borrow().settled;
+        loop {
+            let (attempted, refusal) = {
+                let status = status.borrow_and_update();
+                (status.settled > settled, status.refusal().cloned())
+            };
+            // Looked at after the status was marked as seen, so that no publication falls between the two.
+            if let Some(credential) = self.newer(newer_than) {
+                return Ok(credential);
+            }
+            if let Some(error) = refusal
+                && attempted
+            {
+                return Err(CredentialError::Failed(error));
+            }
+            match timeout_at(deadline, status.changed()).await {
+                Ok(Ok(())) => {}
+                Ok(Err(_)) | Err(_) => return Err(self.gave_up(newer_than)),
+            }
+        }
+    }
+
+    fn gave_up(&self, newer_than: u64) -> CredentialError {
+        let status = self.0.status.borrow();
+        match &status.last_error {
+            Some(error) => CredentialError::Failed(Arc::clone(error)),
+            None if status.generation == 0 => CredentialError::Missing,
+            None if newer_than == 0 => CredentialError::Expired,
+            None => CredentialError::TimedOut,
+        }
+    }
+}
+
+impl fmt::Debug for CredentialCell {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("CredentialCell")
+            .field("current", &self.0.current.load())
+            .finish_non_exhaustive()
+    }
+}
+
+impl CredentialStatus {
+    fn state_at(&self, now: Timestamp) -> CredentialState {
+        match (&self.lifetime, self.generation) {
+            (_, 0) => CredentialState::None,
+            (Some(lifetime), _) => lifetime.state(now),
+            (None, _) => CredentialState::Fresh,
+        }
+    }
+
+    /// The last error, if waiting will not mend it.
+    fn refusal(&self) -> Option<&Arc<MintError>> {
+        self.last_error
+            .as_ref()
+            .filter(|error| !error.kind.is_transient())
+    }
+
+    /// Whether an attempt is under way, or can be soon enough to hold a client for it.
+    fn is_open_by(&self, deadline: Instant) -> bool {
+        self.in_flight || self.opens_at <= deadline.min(Instant::now() + HOLD)
+    }
+}
+
+/// Counts a waiting client for as long as it waits.
+struct Waiting<'a>(&'a Inner);
+
+impl<'a> Waiting<'a> {
+    fn new(inner: &'a Inner) -> Self {
+        inner.waiting.fetch_add(1, Ordering::SeqCst);
+        inner.demand.notify_one();
+        Self(inner)
+    }
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.0.waiting.fetch_sub(1, Ordering::SeqCst);
+    }
+}

@@ -1,0 +1,217 @@
+//! The one task that mints.
+//!
+//! It decides when (`schedule` does the arithmetic), asks through [`Mint`], publishes into the cell, and says once, in one
+//! line, what a person must do something about.
+
+use std::{sync::Arc, time::Duration};
+
+use jiff::{SignedDuration, Timestamp};
+use tokio::time::{Instant, sleep_until, timeout};
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, error, info, warn};
+
+use super::{
+    CredentialCell, CredentialState, Mint, MintError, MintErrorKind, Minted,
+    schedule::{Need, Pace},
+};
+
+/// Longest time between two looks at the wall clock: timers stand still while a laptop sleeps.
+const LOOK_AT_LEAST_EVERY: Duration = Duration::from_secs(30);
+/// An attempt that has not ended by then counts as failed.
+const MINT_TIMEOUT: Duration = Duration::from_mins(1);
+
+/// Keeps a cell filled; one per endpoint and identity.
+pub struct Refresher<M, O> {
+    mint: M,
+    cell: CredentialCell,
+    observer: O,
+    pace: Pace,
+    /// The trouble already spoken of, so that it is said once and not per retry.
+    reported: Option<Reported>,
+}
+
+/// Follows what the refresher does; the metrics are behind it.
+pub trait Observer: Send + Sync + 'static {
+    /// An attempt has ended: the kind of failure, or `None` for a success.
+    fn attempt(&self, failure: Option<MintErrorKind>);
+    /// A credential was published.
+    fn published(&self, expires_at: Option<Timestamp>);
+}
+
+/// For those who do not look.
+impl Observer for () {
+    fn attempt(&self, _: Option<MintErrorKind>) {}
+    fn published(&self, _: Option<Timestamp>) {}
+}
+
+#[derive(PartialEq)]
+struct Reported {
+    message: String,
+    was_valid: bool,
+}
+
+impl<M: Mint, O: Observer> Refresher<M, O> {
+    /// A refresher that has not started; [`run`](Self::run) drives it.
+    pub fn new(mint: M, cell: CredentialCell, observer: O) -> Self {
+        Self {
+            mint,
+            cell,
+            observer,
+            pace: Pace::new(Instant::now()),
+            reported: None,
+        }
+    }
+
+    /// Mints and refreshes until stopped.
+    pub async fn run(mut self, stop: CancellationToken) {
+        loop {
+            let now = Instant::now();
+            let attempt_at = self.pace.next_attempt(now, &self.need(now));
+            if attempt_at.is_some_and(|at| at <= now) {
+                tokio::select! {
+                    () = stop.cancelled() => return,
+                    () = self.attempt() => {}
+                }
+                continue;
+            }
+            self.cell.plan(attempt_at.map(|at| self.wall(at - now)));
+            let look_at = now + LOOK_AT_LEAST_EVERY;
+            tokio::select! {
+                () = stop.cancelled() => return,
+                () = sleep_until(attempt_at.map_or(look_at, |at| at.min(look_at))) => {}
+                () = self.cell.demand() => {}
+            }
+        }
+    }
+
+    fn need(&self, now: Instant) -> Need {
+        let status = self.cell.status();
+        let due_in = status.lifetime.map(|lifetime| {
+            Duration::try_from(lifetime.due.duration_since(self.cell.clock().now()))
+                .unwrap_or_default()
+        });
+        Need {
+            state: status.state,
+            due_in,
+            forced_at: self.cell.forced_at(now),
+            awaited: self.cell.is_awaited(),
+        }
+    }
+
+    async fn attempt(&mut self) {
+        self.cell.attempt_begins(Instant::now());
+        let outcome = match timeout(MINT_TIMEOUT, self.mint.mint()).await {
+            Ok(outcome) => outcome.and_then(|minted| self.checked(minted)),
+            Err(_) => Err(MintError {
+                message: format!(
+                    "the request for a database credential did not end within {} s",
+                    MINT_TIMEOUT.as_secs()
+                ),
+                detail: None,
+                hint: Some("check that the workspace can be reached from here".to_owned()),
+                kind: MintErrorKind::Unavailable,
+                retry_after: None,
+            }),
+        };
+        self.observer
+            .attempt(outcome.as_ref().err().map(|error| error.kind));
+        let now = Instant::now();
+        let failure = match outcome {
+            Ok(minted) => {
+                self.take(minted, now);
+                None
+            }
+            Err(error) => {
+                self.pace.failed(now, error.kind, error.retry_after, jitter);
+                self.report(&error);
+                Some(Arc::new(error))
+            }
+        };
+        self.cell.attempt_ended(self.pace.awaited(), failure);
+    }
+
+    /// A credential that has expired on arrival would be minted again and again.
+    fn checked(&self, minted: Minted) -> Result<Minted, MintError> {
+        match minted.expires_at {
+            Some(expires_at) if expires_at <= self.cell.clock().now() => Err(MintError {
+                message: "the workspace gave a database credential that has already expired"
+                    .to_owned(),
+                detail: Some(format!("it expired at {expires_at}")),
+                hint: Some("check this machine's clock".to_owned()),
+                kind: MintErrorKind::Malformed,
+                retry_after: None,
+            }),
+            _ => Ok(minted),
+        }
+    }
+
+    /// Takes the new credential if it is of more use than the current one.
+    fn take(&mut self, minted: Minted, now: Instant) {
+        let is_better = self.cell.latest().is_none_or(|current| {
+            self.cell.is_rejected(current.generation)
+                || lasts_longer(minted.expires_at, current.expires_at)
+        });
+        if !is_better {
+            debug!("the new database credential does not last longer than the current one");
+            self.pace.unchanged(now, jitter);
+            return;
+        }
+        let credential = self.cell.publish(minted, jitter());
+        self.pace.succeeded(now);
+        self.observer.published(credential.expires_at);
+        let expires_at = credential.expires_at.map(tracing::field::display);
+        let was_in_trouble = self.reported.take().is_some();
+        if credential.generation == 1 || was_in_trouble {
+            info!(
+                generation = credential.generation,
+                expires_at, "database credential obtained"
+            );
+        } else {
+            debug!(
+                generation = credential.generation,
+                expires_at, "database credential refreshed"
+            );
+        }
+    }
+
+    /// Says each trouble once, and once more when it has come to matter to the clients.
+    fn report(&mut self, error: &MintError) {
+        let state = self.cell.status().state;
+        let trouble = Reported {
+            message: error.message.clone(),
+            was_valid: state.is_valid(),
+        };
+        if self.reported.as_ref() == Some(&trouble) {
+            debug!(state = state.label(), error = %error, "minting a database credential failed again");
+            return;
+        }
+        self.reported = Some(trouble);
+        let (detail, hint) = (error.detail.as_deref(), error.hint.as_deref());
+        if !error.kind.is_transient() || state == CredentialState::Expired {
+            error!(state = state.label(), error = %error, detail, hint, "cannot mint a database credential");
+        } else {
+            warn!(state = state.label(), error = %error, detail, hint, "cannot mint a database credential, retrying");
+        }
+    }
+
+    fn wall(&self, wait: Duration) -> Timestamp {
+        let now = self.cell.clock().now();
+        SignedDuration::try_from(wait)
+            .ok()
+            .and_then(|wait| now.checked_add(wait).ok())
+            .unwrap_or(now)
+    }
+}
+
+/// A random number in -1..=1.
+fn jitter() -> f64 {
+    rand::random_range(-1.0..=1.0)
+}
+
+fn lasts_longer(new: Option<Timestamp>, current: Option<Timestamp>) -> bool {
+    match (new, current) {
+        (_, None) => false,
+        (None, Some(_)) => true,
+        (Some(new), Some(current)) => new > current,
+    }
+}

@@ -1,0 +1,365 @@
+//! When to mint: pure arithmetic over one credential's lifetime and over the attempts made so far.
+//!
+//! Nothing here waits, reads a clock or draws a random number; the refresher passes all three in.
+
+use std::time::Duration;
+
+use jiff::{SignedDuration, Timestamp};
+use tokio::time::Instant;
+
+use super::{CredentialState, MintErrorKind};
+
+/// Least time between two mints that succeeded, whatever the lifetime.
+pub(super) const MIN_BETWEEN_MINTS: Duration = Duration::from_secs(5);
+/// The random share of the half-life by which a refresh comes early or late, in per mille: a fleet must not mint in step.
+const DUE_JITTER_PER_MILLE: i64 = 100;
+/// The urgent window at the end of a lifetime is never longer than this.
+const URGENT_WINDOW_MS: i64 = 5 * 60 * 1000;
+/// ... nor longer than this share of the lifetime.
+const URGENT_SHARE: i64 = 6;
+/// Pace of retries while a credential is about to run out.
+const URGENT_RETRY: Duration = Duration::from_secs(1);
+/// Back-off of failures that time heals, with nobody waiting.
+const TRANSIENT: Backoff = Backoff {
+    first: Duration::from_secs(1),
+    most: Duration::from_secs(30),
+};
+/// The same with a client waiting.
+const TRANSIENT_AWAITED: Backoff = Backoff {
+    first: Duration::from_secs(1),
+    most: Duration::from_secs(5),
+};
+/// Back-off of failures that only a person can mend.
+const REFUSED: Backoff = Backoff {
+    first: Duration::from_secs(30),
+    most: Duration::from_mins(5),
+};
+/// The same with a client waiting: a mended setting should be noticed soon.
+const REFUSED_AWAITED: Backoff = Backoff {
+    first: Duration::from_secs(5),
+    most: Duration::from_secs(30),
+};
+/// Back-off when the answer is no better than what we hold, as from a cache on the other side.
+const UNCHANGED: Backoff = Backoff {
+    first: MIN_BETWEEN_MINTS,
+    most: Duration::from_mins(1),
+};
+/// A `Retry-After` beyond this is cut: nothing that the other side says may stop us for good.
+const RETRY_AFTER_MOST: Duration = Duration::from_mins(10);
+
+/// The wall-clock milestones of one credential.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Lifetime {
+    pub(super) due: Timestamp,
+    pub(super) urgent: Timestamp,
+    pub(super) expires: Timestamp,
+}
+
+impl Lifetime {
+    /// `jitter` lies in -1..=1 and moves the due time within its random share.
+    pub(super) fn new(minted_at: Timestamp, expires: Timestamp, jitter: f64) -> Self {
+        let whole = millis(expires.duration_since(minted_at));
+        let half = whole / 2;
+        let shift = (half / 1000).saturating_mul(per_mille(jitter) * DUE_JITTER_PER_MILLE / 1000);
+        let urgent = before(expires, (whole / URGENT_SHARE).min(URGENT_WINDOW_MS));
+        // The two cannot cross for any lifetime (0.55 < 5/6); `min` says so rather than trusting it.
+        let due = before(expires, whole - (half.saturating_add(shift))).min(urgent);
+        Self {
+            due,
+            urgent,
+            expires,
+        }
+    }
+
+    pub(super) fn state(&self, now: Timestamp) -> CredentialState {
+        if now >= self.expires {
+            CredentialState::Expired
+        } else if now >= self.urgent {
+            CredentialState::Urgent
+        } else if now >= self.due {
+            CredentialState::Due
+        } else {
+            CredentialState::Fresh
+        }
+    }
+}
+
+/// What a credential's state, and the clients, ask of the refresher.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Need {
+    pub(super) state: CredentialState,
+    /// Until the due time, for a fresh credential that has one.
+    pub(super) due_in: Option<Duration>,
+    /// A login was rejected with the current credential: when another may be asked for.
+    pub(super) forced_at: Option<Instant>,
+    /// Whether a client waits for the outcome.
+    pub(super) awaited: bool,
+}
+
+/// The gates that past attempts have set; no attempt begins before its gate.
+#[derive(Debug)]
+pub(super) struct Pace {
+    failures: u32,
+    relaxed: Instant,
+    urgent: Instant,
+    awaited: Instant,
+}
+
+impl Pace {
+    pub(super) fn new(now: Instant) -> Self {
+        Self {
+            failures: 0,
+            relaxed: now,
+            urgent: now,
+            awaited: now,
+        }
+    }
+
+    /// A new credential was published.
+    pub(super) fn succeeded(&mut self, now: Instant) {
+        let gate = now + MIN_BETWEEN_MINTS;
+        *self = Self {
+            failures: 0,
+            relaxed: gate,
+            urgent: gate,
+            awaited: gate,
+        };
+    }
+
+    /// The mint worked and brought nothing better. `jitter` yields values in -1..=1.
+    pub(super) fn unchanged(&mut self, now: Instant, jitter: impl FnMut() -> f64) {
+        self.failures = self.failures.saturating_add(1);
+        let wait = UNCHANGED.nth(self.failures, jitter).max(MIN_BETWEEN_MINTS);
+        self.relaxed = now + wait;
+        self.urgent = now + wait;
+        self.awaited = now + MIN_BETWEEN_MINTS;
+    }
+
+    /// The mint failed. `jitter` yields values in -1..=1.
+    pub(super) fn failed(
+        &mut self,
+        now: Instant,
+        kind: MintErrorKind,
+        retry_after: Option<Duration>,
+        mut jitter: impl FnMut() -> f64,
+    ) {
+        self.failures = self.failures.saturating_add(1);
+        let least = retry_after.unwrap_or_default().min(RETRY_AFTER_MOST);
+        let (relaxed, awaited) = if kind.is_transient() {
+            (TRANSIENT, TRANSIENT_AWAITED)
+        } else {
+            (REFUSED, REFUSED_AWAITED)
+        };
+        let relaxed = relaxed.nth(self.failures, &mut jitter);
+        let awaited = awaited.nth(self.failures, &mut jitter);
+        let urgent = if kind.is_transient() {
+            spread(URGENT_RETRY, jitter())
+        } else {
+            relaxed
+        };
+        self.relaxed = now + relaxed.max(least);
+        self.urgent = now + urgent.max(least);
+        self.awaited = now + awaited.max(least);
+    }
+
+    /// The earliest attempt when a client waits.
+    pub(super) fn awaited(&self) -> Instant {
+        self.awaited
+    }
+
+    /// When to mint next; `None`: only when something changes.
+    pub(super) fn next_attempt(&self, now: Instant, need: &Need) -> Option<Instant> {
+        let by_demand = if need.awaited {
+            self.awaited.min(self.relaxed)
+        } else {
+            self.relaxed
+        };
+        let scheduled = match need.state {
+            CredentialState::None | CredentialState::Expired => Some(by_demand.max(now)),
+            CredentialState::Urgent => Some(self.urgent.min(by_demand).max(now)),
+            CredentialState::Due => Some(self.relaxed.max(now)),
+            CredentialState::Fresh => need.due_in.map(|due_in| self.relaxed.max(now + due_in)),
+        };
+        let forced = need.forced_at.map(|at| at.max(by_demand).max(now));
+        [scheduled, forced].into_iter().flatten().min()
+    }
+}
+
+/// An exponential back-off.
+struct Backoff {
+    first: Duration,
+    most: Duration,
+}
+
+impl Backoff {
+    /// The wait after the `n`th failure in a row, counted from 1.
+    fn nth(&self, n: u32, mut jitter: impl FnMut() -> f64) -> Duration {
+        let doublings = n.saturating_sub(1).min(16);
+        let wait = self.first.saturating_mul(1 << doublings).min(self.most);
+        spread(wait, jitter())
+    }
+}
+
+/// Spreads a wait over half to one and a half times its length: never zero, so that no loop can spin.
+fn spread(wait: Duration, jitter: f64) -> Duration {
+    wait.mul_f64(1.0 + 0.5 * unit(jitter))
+}
+
+fn unit(jitter: f64) -> f64 {
+    if jitter.is_finite() {
+        jitter.clamp(-1.0, 1.0)
+    } else {
+        0.0
+    }
+}
+
+fn per_mille(jitter: f64) -> i64 {
+    #[expect(clippy::cast_possible_truncation, reason = "clamped to -1000..=1000")]
+    let value = (unit(jitter) * 1000.0) as i64;
+    value
+}
+
+fn millis(duration: SignedDuration) -> i64 {
+    i64::try_from(duration.as_millis())
+        .unwrap_or(i64::MAX)
+        .max(0)
+}
+
+fn before(at: Timestamp, millis: i64) -> Timestamp {
+    at.saturating_sub(SignedDuration::from_millis(millis))
+        .unwrap_or(at)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn at(second: i64) -> Timestamp {
+        Timestamp::from_second(1_700_000_000 + second).unwrap()
+    }
+
+    #[test]
+    fn milestones_of_an_hour_and_of_a_minute() {
+        let hour = Lifetime::new(at(0), at(3600), 0.0);
+        assert_eq!((hour.due, hour.urgent), (at(1800), at(3300)));
+        let minute = Lifetime::new(at(0), at(60), 0.0);
+        assert_eq!((minute.due, minute.urgent), (at(30), at(50)));
+        assert_eq!(minute.state(at(29)), CredentialState::Fresh);
+        assert_eq!(minute.state(at(30)), CredentialState::Due);
+        assert_eq!(minute.state(at(50)), CredentialState::Urgent);
+        assert_eq!(minute.state(at(60)), CredentialState::Expired);
+    }
+
+    #[test]
+    fn jitter_moves_the_due_time_by_a_tenth_of_the_half_life() {
+        assert_eq!(Lifetime::new(at(0), at(3600), -1.0).due, at(1620));
+        assert_eq!(Lifetime::new(at(0), at(3600), 1.0).due, at(1980));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_refusal_is_retried_slowly_and_a_waiting_client_hastens_it() {
+        let now = Instant::now();
+        let mut pace = Pace::new(now);
+        pace.failed(now, MintErrorKind::Refused, None, || 0.0);
+        let idle = Need {
+            state: CredentialState::None,
+            due_in: None,
+            forced_at: None,
+            awaited: false,
+        };
+        assert_eq!(
+            pace.next_attempt(now, &idle),
+            Some(now + Duration::from_secs(30))
+        );
+        let awaited = Need {
+            awaited: true,
+            ..idle
+        };
+        assert_eq!(
+            pace.next_attempt(now, &awaited),
+            Some(now + Duration::from_secs(5))
+        );
+        for _ in 0..20 {
+            pace.failed(now, MintErrorKind::Refused, None, || 0.0);
+        }
+        assert_eq!(
+            pace.next_attempt(now, &idle),
+            Some(now + Duration::from_mins(5))
+        );
+        assert_eq!(
+            pace.next_attempt(now, &awaited),
+            Some(now + Duration::from_secs(30))
+        );
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_valid_credential_without_expiry_is_never_refreshed_by_itself() {
+        let now = Instant::now();
+        let need = Need {
+            state: CredentialState::Fresh,
+            due_in: None,
+            forced_at: None,
+            awaited: true,
+        };
+        assert_eq!(Pace::new(now).next_attempt(now, &need), None);
+        let forced = Need {
+            forced_at: Some(now),
+            ..need
+        };
+        assert_eq!(Pace::new(now).next_attempt(now, &forced), Some(now));
+    }
+
+    proptest! {
+        #[test]
+        fn the_milestones_are_in_order_for_any_lifetime(seconds in 0_i64..400_000, jitter in -1.0..=1.0_f64) {
+            let life = Lifetime::new(at(0), at(seconds), jitter);
+            prop_assert!(life.due >= at(0));
+            prop_assert!(life.due <= life.urgent);
+            prop_assert!(life.urgent <= life.expires);
+            if seconds >= 60 {
+                let due = life.due.duration_since(at(0)).as_secs_f64();
+                #[expect(clippy::cast_precision_loss, reason = "small numbers")]
+                let half = seconds as f64 / 2.0;
+                prop_assert!(due >= half * 0.89 && due <= half * 1.11, "{due} of {half}");
+            }
+        }
+
+        #[test]
+        fn no_attempt_follows_another_without_a_pause(
+            kinds in proptest::collection::vec((0_u8..5, 0_u64..4000, -1.0..=1.0_f64), 1..60),
+            awaited: bool,
+            state in 0_u8..4,
+        ) {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().unwrap();
+            let _guard = runtime.enter();
+            let mut now = Instant::now();
+            let mut pace = Pace::new(now);
+            let state = [CredentialState::None, CredentialState::Due, CredentialState::Urgent, CredentialState::Expired]
+                [usize::from(state)];
+            for (kind, retry_after, jitter) in kinds {
+                let retry_after = Duration::from_secs(retry_after);
+                match kind {
+                    0 => pace.succeeded(now),
+                    1 => pace.unchanged(now, || jitter),
+                    2 => pace.failed(now, MintErrorKind::Unavailable, None, || jitter),
+                    3 => pace.failed(now, MintErrorKind::RateLimited, Some(retry_after), || jitter),
+                    _ => pace.failed(now, MintErrorKind::Refused, None, || jitter),
+                }
+                let need = Need { state, due_in: None, forced_at: Some(now), awaited };
+                let next = pace.next_attempt(now, &need).unwrap();
+                let pause = next - now;
+                prop_assert!(pause >= Duration::from_millis(500), "{pause:?}");
+                prop_assert!(pause <= RETRY_AFTER_MOST, "{pause:?}");
+                if kind < 2 {
+                    prop_assert!(pause >= MIN_BETWEEN_MINTS);
+                }
+                if kind == 3 {
+                    prop_assert!(pause >= retry_after.min(RETRY_AFTER_MOST));
+                }
+                now = next;
+            }
+        }
+    }
+}
