@@ -33,4 +33,7 @@
 
 pub mod clock;
 pub mod credential;
+pub mod protocol;
 pub mod telemetry;
+pub mod tls;
+pub mod upstream;

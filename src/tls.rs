@@ -69,20 +69,29 @@ pub fn client_config(roots: &Roots, alpn: &[u8]) -> Result<Arc<ClientConfig>, Tl
                 .with_custom_certificate_verifier(Arc::new(verifier))
                 .with_no_client_auth()
         }
-        Roots::File(path) => builder.with_root_certificates(read_roots(path)?).with_no_client_auth(),
+        Roots::File(path) => builder
+            .with_root_certificates(read_roots(path)?)
+            .with_no_client_auth(),
     };
     config.alpn_protocols = vec![alpn.to_vec()];
     Ok(Arc::new(config))
 }
 
 fn read_roots(path: &Path) -> Result<RootCertStore, TlsError> {
-    let unreadable = |source| TlsError::Roots { path: path.to_owned(), source };
+    let unreadable = |source| TlsError::Roots {
+        path: path.to_owned(),
+        source,
+    };
     let mut store = RootCertStore::empty();
     for certificate in CertificateDer::pem_file_iter(path).map_err(unreadable)? {
-        store.add(certificate.map_err(unreadable)?).map_err(TlsError::Unusable)?;
+        store
+            .add(certificate.map_err(unreadable)?)
+            .map_err(TlsError::Unusable)?;
     }
     if store.is_empty() {
-        return Err(TlsError::NoRoots { path: path.to_owned() });
+        return Err(TlsError::NoRoots {
+            path: path.to_owned(),
+        });
     }
     Ok(store)
 }
@@ -94,9 +103,11 @@ mod tests {
     #[test]
     fn a_file_without_certificates_is_refused() {
         let file = tempfile::NamedTempFile::new().unwrap();
-        let error = client_config(&Roots::File(file.path().to_owned()), ALPN_POSTGRESQL).unwrap_err();
+        let error =
+            client_config(&Roots::File(file.path().to_owned()), ALPN_POSTGRESQL).unwrap_err();
         assert!(matches!(error, TlsError::NoRoots { .. }));
-        let missing = client_config(&Roots::File("/nowhere/ca.pem".into()), ALPN_POSTGRESQL).unwrap_err();
+        let missing =
+            client_config(&Roots::File("/nowhere/ca.pem".into()), ALPN_POSTGRESQL).unwrap_err();
         assert!(matches!(missing, TlsError::Roots { .. }));
     }
 }

@@ -14,6 +14,8 @@ pub mod tag {
     pub const AUTHENTICATION: u8 = b'R';
     /// Cancel key.
     pub const BACKEND_KEY_DATA: u8 = b'K';
+    /// A command is done.
+    pub const COMMAND_COMPLETE: u8 = b'C';
     /// End of a COPY IN by the client.
     pub const COPY_DONE: u8 = b'c';
     /// COPY IN given up by the client.

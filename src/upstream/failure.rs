@@ -62,17 +62,17 @@ impl Class {
 
     fn hint(self) -> Option<&'static str> {
         match self {
-            Self::Capacity => {
-                Some("The endpoint has no connection left: use fewer or smaller pools, or raise the compute's size.")
-            }
+            Self::Capacity => Some(
+                "The endpoint has no connection left: use fewer or smaller pools, or raise the compute's size.",
+            ),
             Self::Identity => Some(
                 "Check that PGUSER is the identity the credential belongs to, and that the role was made with databricks_create_role on this branch.",
             ),
             Self::Other => None,
             Self::Permission => Some("Grant the role what it lacks, or correct the setting."),
-            Self::Protocol => {
-                Some("Check PGHOST and PGPORT, and PGSSLROOTCERT if something on the way terminates TLS.")
-            }
+            Self::Protocol => Some(
+                "Check PGHOST and PGPORT, and PGSSLROOTCERT if something on the way terminates TLS.",
+            ),
             Self::Waking => Some(
                 "The endpoint did not answer in time. Retry; if it lasts, check that the compute is not disabled and that the network reaches it.",
             ),
@@ -88,8 +88,16 @@ const INTERNAL_ERROR: &str = "XX000";
 
 /// Texts that decide, in lower case; every part must occur, the first rule that fits wins.
 const RULES: &[(&[&str], Class, Option<&str>)] = &[
-    (&["blocked by databricks ip acl"], Class::Permission, Some(IP_ACCESS)),
-    (&["ip address", "not allowed to connect"], Class::Permission, Some(IP_ACCESS)),
+    (
+        &["blocked by databricks ip acl"],
+        Class::Permission,
+        Some(IP_ACCESS),
+    ),
+    (
+        &["ip address", "not allowed to connect"],
+        Class::Permission,
+        Some(IP_ACCESS),
+    ),
     (&["not a valid jwt encoding"], Class::WrongKind, None),
     (&["failed to decode token for role"], Class::WrongKind, None),
     (&["token", "has expired"], Class::Identity, None),
@@ -102,7 +110,11 @@ const RULES: &[(&[&str], Class, Option<&str>)] = &[
     (&["jwk not found"], Class::Identity, None),
     (&["missing key id"], Class::Identity, None),
     (&["signature error"], Class::Identity, None),
-    (&["invalid authorization for databricks identity login"], Class::Identity, None),
+    (
+        &["invalid authorization for databricks identity login"],
+        Class::Identity,
+        None,
+    ),
     (&["password authentication failed"], Class::Identity, None),
     (
         &["role \"", "does not exist"],
@@ -114,34 +126,64 @@ const RULES: &[(&[&str], Class, Option<&str>)] = &[
     (
         &["database \"", "does not exist"],
         Class::Permission,
-        Some("Check PGDATABASE: the Postgres name has underscores (databricks_postgres) where the resource id has hyphens."),
+        Some(
+            "Check PGDATABASE: the Postgres name has underscores (databricks_postgres) where the resource id has hyphens.",
+        ),
     ),
     (
         &["permission denied for database"],
         Class::Permission,
         Some("GRANT CONNECT ON DATABASE to the role."),
     ),
-    (&["is not permitted to log in"], Class::Permission, Some("ALTER ROLE ... LOGIN, or make it with databricks_create_role.")),
+    (
+        &["is not permitted to log in"],
+        Class::Permission,
+        Some("ALTER ROLE ... LOGIN, or make it with databricks_create_role."),
+    ),
     (&["no pg_hba.conf entry"], Class::Permission, None),
-    (&["endpoint is disabled"], Class::Permission, Some("Enable the compute: no connection can wake a disabled one.")),
-    (&["endpoint cannot be found"], Class::Permission, Some("Check ENDPOINT_NAME and PGHOST: there is no such endpoint.")),
+    (
+        &["endpoint is disabled"],
+        Class::Permission,
+        Some("Enable the compute: no connection can wake a disabled one."),
+    ),
+    (
+        &["endpoint cannot be found"],
+        Class::Permission,
+        Some("Check ENDPOINT_NAME and PGHOST: there is no such endpoint."),
+    ),
     (&["too many connections"], Class::Capacity, None),
     (&["too many clients already"], Class::Capacity, None),
     (&["connection slots are reserved"], Class::Capacity, None),
     (&["failed to acquire permit"], Class::Capacity, None),
-    (&["too many database connection attempts"], Class::Capacity, None),
+    (
+        &["too many database connection attempts"],
+        Class::Capacity,
+        None,
+    ),
     (&["no more connections allowed"], Class::Capacity, None),
     (&["invalid protocol version"], Class::Protocol, None),
-    (&["does not have sni"], Class::Protocol, Some("Set PGHOST to the endpoint's host name: an IP address carries no SNI.")),
+    (
+        &["does not have sni"],
+        Class::Protocol,
+        Some("Set PGHOST to the endpoint's host name: an IP address carries no SNI."),
+    ),
     (&["unsupported frontend protocol"], Class::Protocol, None),
-    (&["unsupported startup parameter"], Class::Protocol, Some("This host is a pooler's; use the endpoint's own host.")),
+    (
+        &["unsupported startup parameter"],
+        Class::Protocol,
+        Some("This host is a pooler's; use the endpoint's own host."),
+    ),
     (&["endpoint id is not specified"], Class::Protocol, None),
     (&["inconsistent project name"], Class::Protocol, None),
     (&["connection is insecure"], Class::Protocol, None),
     (&["received unencrypted data"], Class::Protocol, None),
     (&["external authorization failed"], Class::Waking, None),
     (&["endpoint is idle"], Class::Waking, None),
-    (&["waiting for endpoint to become active"], Class::Waking, None),
+    (
+        &["waiting for endpoint to become active"],
+        Class::Waking,
+        None,
+    ),
     (&["couldn't connect to compute node"], Class::Waking, None),
     (&["control plane request failed"], Class::Waking, None),
     (&["authentication timed out"], Class::Waking, None),
@@ -151,7 +193,8 @@ const RULES: &[(&[&str], Class, Option<&str>)] = &[
     (&["not yet accepting connections"], Class::Waking, None),
 ];
 
-const IP_ACCESS: &str = "Add the address this proxy connects from to the workspace's IP access list.";
+const IP_ACCESS: &str =
+    "Add the address this proxy connects from to the workspace's IP access list.";
 
 /// SQLSTATEs that decide where no text did.
 fn class_of_sqlstate(code: &str) -> Class {
@@ -180,9 +223,12 @@ pub struct Failure {
 #[derive(Clone, Debug)]
 enum Cause {
     /// The server said so.
-    Server(ErrorFields),
+    Server(Box<ErrorFields>),
     /// No server spoke.
-    Ours { sqlstate: &'static str, message: String },
+    Ours {
+        sqlstate: &'static str,
+        message: String,
+    },
 }
 
 impl std::error::Error for Failure {}
@@ -192,7 +238,9 @@ impl fmt::Display for Failure {
         match &self.cause {
             Cause::Server(said) => {
                 write!(f, "{} {}: {}", said.severity, said.code, said.message)?;
-                said.detail.as_ref().map_or(Ok(()), |detail| write!(f, " ({detail})"))
+                said.detail
+                    .as_ref()
+                    .map_or(Ok(()), |detail| write!(f, " ({detail})"))
             }
             Cause::Ours { message, .. } => f.write_str(message),
         }
@@ -202,13 +250,25 @@ impl fmt::Display for Failure {
 impl Failure {
     /// A server's ErrorResponse.
     pub fn server(said: ErrorFields) -> Self {
-        let text = format!("{}\n{}", said.message, said.detail.as_deref().unwrap_or_default()).to_lowercase();
-        let rule = RULES.iter().find(|(parts, ..)| parts.iter().all(|part| text.contains(part)));
+        let text = format!(
+            "{}\n{}",
+            said.message,
+            said.detail.as_deref().unwrap_or_default()
+        )
+        .to_lowercase();
+        let rule = RULES
+            .iter()
+            .find(|(parts, ..)| parts.iter().all(|part| text.contains(part)));
         let (class, hint) = match rule {
             Some(&(_, class, hint)) => (class, hint),
             None => (class_of_sqlstate(&said.code), None),
         };
-        Self { class, is_dns: false, cause: Cause::Server(said), hint }
+        Self {
+            class,
+            is_dns: false,
+            cause: Cause::Server(Box::new(said)),
+            hint,
+        }
     }
 
     /// The name could not be resolved.
@@ -225,13 +285,19 @@ impl Failure {
 
     /// No address took the connection.
     pub fn dial(error: &io::Error) -> Self {
-        Self::ours(Class::Waking, sqlstate::CANNOT_CONNECT, format!("cannot connect: {}", chain(error)))
+        Self::ours(
+            Class::Waking,
+            sqlstate::CANNOT_CONNECT,
+            format!("cannot connect: {}", chain(error)),
+        )
     }
 
     /// An established connection broke before login was complete.
     pub fn broken(error: &io::Error) -> Self {
         let message = match error.kind() {
-            io::ErrorKind::UnexpectedEof => "the server closed the connection unexpectedly".to_owned(),
+            io::ErrorKind::UnexpectedEof => {
+                "the server closed the connection unexpectedly".to_owned()
+            }
             _ => format!("the connection to the server broke: {}", chain(error)),
         };
         Self::ours(Class::Waking, sqlstate::CONNECTION_FAILURE, message)
@@ -239,14 +305,26 @@ impl Failure {
 
     /// An attempt took longer than it may.
     pub fn timed_out(phase: &str) -> Self {
-        Self::ours(Class::Waking, sqlstate::CONNECTION_FAILURE, format!("the server did not answer in time ({phase})"))
+        Self::ours(
+            Class::Waking,
+            sqlstate::CONNECTION_FAILURE,
+            format!("the server did not answer in time ({phase})"),
+        )
     }
 
     /// The TLS handshake failed: the certificate, or the network under it.
     pub fn tls(error: &io::Error) -> Self {
-        let tls = error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>());
-        let Some(tls) = tls else { return Self::broken(error) };
-        let mut failure = Self::ours(Class::Protocol, sqlstate::CANNOT_CONNECT, format!("TLS failed: {tls}"));
+        let tls = error
+            .get_ref()
+            .and_then(|inner| inner.downcast_ref::<rustls::Error>());
+        let Some(tls) = tls else {
+            return Self::broken(error);
+        };
+        let mut failure = Self::ours(
+            Class::Protocol,
+            sqlstate::CANNOT_CONNECT,
+            format!("TLS failed: {tls}"),
+        );
         if let rustls::Error::InvalidCertificate(_) = tls {
             failure.hint = Some(
                 "The server's certificate is not trusted for this name. Behind a private CA set PGSSLROOTCERT; otherwise something between here and Lakebase intercepts TLS.",
@@ -257,11 +335,20 @@ impl Failure {
 
     /// The other side does not speak as a Postgres server does.
     pub fn protocol(message: impl Into<String>) -> Self {
-        Self::ours(Class::Protocol, sqlstate::PROTOCOL_VIOLATION, message.into())
+        Self::ours(
+            Class::Protocol,
+            sqlstate::PROTOCOL_VIOLATION,
+            message.into(),
+        )
     }
 
     fn ours(class: Class, sqlstate: &'static str, message: String) -> Self {
-        Self { class, is_dns: false, cause: Cause::Ours { sqlstate, message }, hint: None }
+        Self {
+            class,
+            is_dns: false,
+            cause: Cause::Ours { sqlstate, message },
+            hint: None,
+        }
     }
 
     /// What a person can do about it.
@@ -278,12 +365,19 @@ impl Failure {
                     code => code,
                 };
                 let detail = format!("The server said: {self}");
-                Report::new(sqlstate, format!("cannot log in to Lakebase endpoint {endpoint}: {}", said.message))
-                    .with_detail(detail)
+                Report::new(
+                    sqlstate,
+                    format!(
+                        "cannot log in to Lakebase endpoint {endpoint}: {}",
+                        said.message
+                    ),
+                )
+                .with_detail(detail)
             }
-            Cause::Ours { sqlstate, message } => {
-                Report::new(sqlstate, format!("cannot reach Lakebase endpoint {endpoint}: {message}"))
-            }
+            Cause::Ours { sqlstate, message } => Report::new(
+                sqlstate,
+                format!("cannot reach Lakebase endpoint {endpoint}: {message}"),
+            ),
         };
         let said_hint = match &self.cause {
             Cause::Server(said) => said.hint.clone(),
@@ -304,7 +398,11 @@ impl From<AuthError> for Failure {
     fn from(error: AuthError) -> Self {
         match error {
             // The server proved not to know the password, or refused ours in the middle.
-            AuthError::Scram(_) => Self::ours(Class::Identity, sqlstate::INVALID_AUTHORIZATION, chain(&error).to_string()),
+            AuthError::Scram(_) => Self::ours(
+                Class::Identity,
+                sqlstate::INVALID_AUTHORIZATION,
+                chain(&error).to_string(),
+            ),
             AuthError::OutOfOrder | AuthError::Unsupported(_) => Self::protocol(error.to_string()),
         }
     }
@@ -330,31 +428,135 @@ mod tests {
         let acl = "Source IP address: 1.2.3.4 is blocked by Databricks IP ACL for workspace: 1";
         let generic = "This could be due to paused instances, disabling readable secondaries, IP ACLs or private link configuration.";
         for (code, message, detail, expected) in [
-            ("28000", "External authorization failed.", Some(generic), Class::Waking),
-            ("28000", "External authorization failed.", Some(acl), Class::Permission),
-            ("57P03", "the database system is starting up", None, Class::Waking),
+            (
+                "28000",
+                "External authorization failed.",
+                Some(generic),
+                Class::Waking,
+            ),
+            (
+                "28000",
+                "External authorization failed.",
+                Some(acl),
+                Class::Permission,
+            ),
+            (
+                "57P03",
+                "the database system is starting up",
+                None,
+                Class::Waking,
+            ),
             ("57P03", "irgendetwas auf Deutsch", None, Class::Waking),
-            ("XX000", "endpoint is idle, retry request", None, Class::Waking),
-            ("XX000", "Couldn't connect to compute node", None, Class::Waking),
-            ("XX000", "Control plane request failed: endpoint is disabled", None, Class::Permission),
-            ("XX000", "Control plane request failed: endpoint is temporarily unavailable.", None, Class::Waking),
-            ("28P01", "password authentication failed for user \"x\"", None, Class::Identity),
-            ("XX000", "password authentication failed for user 'x'", None, Class::Identity),
-            ("XX000", "JWT token has expired (exp=1)", None, Class::Identity),
-            ("28000", "Invalid authorization for databricks identity login", None, Class::Identity),
-            ("XX000", "Provided authentication token is not a valid JWT encoding", None, Class::WrongKind),
-            ("28000", "role \"x\" does not exist", None, Class::Permission),
-            ("3D000", "database \"x\" does not exist", None, Class::Permission),
-            ("42501", "permission denied for database \"x\"", None, Class::Permission),
-            ("53300", "sorry, too many clients already", None, Class::Capacity),
-            ("XX000", "Too many connections to this endpoint. Please try again later.", None, Class::Capacity),
-            ("08P01", "Invalid protocol version. Protocol version: 196608", None, Class::Protocol),
-            ("08006", "Connection does not have SNI.", None, Class::Protocol),
-            ("0A000", "Unsupported frontend protocol 3.2. Server supports 3.0 to 3.0", None, Class::Protocol),
+            (
+                "XX000",
+                "endpoint is idle, retry request",
+                None,
+                Class::Waking,
+            ),
+            (
+                "XX000",
+                "Couldn't connect to compute node",
+                None,
+                Class::Waking,
+            ),
+            (
+                "XX000",
+                "Control plane request failed: endpoint is disabled",
+                None,
+                Class::Permission,
+            ),
+            (
+                "XX000",
+                "Control plane request failed: endpoint is temporarily unavailable.",
+                None,
+                Class::Waking,
+            ),
+            (
+                "28P01",
+                "password authentication failed for user \"x\"",
+                None,
+                Class::Identity,
+            ),
+            (
+                "XX000",
+                "password authentication failed for user 'x'",
+                None,
+                Class::Identity,
+            ),
+            (
+                "XX000",
+                "JWT token has expired (exp=1)",
+                None,
+                Class::Identity,
+            ),
+            (
+                "28000",
+                "Invalid authorization for databricks identity login",
+                None,
+                Class::Identity,
+            ),
+            (
+                "XX000",
+                "Provided authentication token is not a valid JWT encoding",
+                None,
+                Class::WrongKind,
+            ),
+            (
+                "28000",
+                "role \"x\" does not exist",
+                None,
+                Class::Permission,
+            ),
+            (
+                "3D000",
+                "database \"x\" does not exist",
+                None,
+                Class::Permission,
+            ),
+            (
+                "42501",
+                "permission denied for database \"x\"",
+                None,
+                Class::Permission,
+            ),
+            (
+                "53300",
+                "sorry, too many clients already",
+                None,
+                Class::Capacity,
+            ),
+            (
+                "XX000",
+                "Too many connections to this endpoint. Please try again later.",
+                None,
+                Class::Capacity,
+            ),
+            (
+                "08P01",
+                "Invalid protocol version. Protocol version: 196608",
+                None,
+                Class::Protocol,
+            ),
+            (
+                "08006",
+                "Connection does not have SNI.",
+                None,
+                Class::Protocol,
+            ),
+            (
+                "0A000",
+                "Unsupported frontend protocol 3.2. Server supports 3.0 to 3.0",
+                None,
+                Class::Protocol,
+            ),
             ("08006", "Client handshake timeout.", None, Class::Waking),
             ("58000", "something new", None, Class::Other),
         ] {
-            assert_eq!(class(code, message, detail), expected, "{code} {message} {detail:?}");
+            assert_eq!(
+                class(code, message, detail),
+                expected,
+                "{code} {message} {detail:?}"
+            );
         }
     }
 
@@ -370,9 +572,16 @@ mod tests {
         let report = Failure::server(said("XX000")).report(&endpoint);
         assert_eq!(report.sqlstate, "28000");
         assert!(report.message.contains("projects/p/branches/b/endpoints/e"));
-        assert!(report.detail.is_some_and(|detail| detail.contains("password authentication failed")));
+        assert!(
+            report
+                .detail
+                .is_some_and(|detail| detail.contains("password authentication failed"))
+        );
         assert!(report.hint.is_some());
-        assert_eq!(Failure::server(said("28P01")).report(&endpoint).sqlstate, "28P01");
+        assert_eq!(
+            Failure::server(said("28P01")).report(&endpoint).sqlstate,
+            "28P01"
+        );
     }
 
     #[test]
@@ -380,7 +589,11 @@ mod tests {
         let inner = rustls::Error::InvalidCertificate(rustls::CertificateError::UnknownIssuer);
         let failure = Failure::tls(&io::Error::new(io::ErrorKind::InvalidData, inner));
         assert_eq!(failure.class, Class::Protocol);
-        assert!(failure.hint().is_some_and(|hint| hint.contains("PGSSLROOTCERT")));
+        assert!(
+            failure
+                .hint()
+                .is_some_and(|hint| hint.contains("PGSSLROOTCERT"))
+        );
         let reset = Failure::tls(&io::ErrorKind::ConnectionReset.into());
         assert_eq!(reset.class, Class::Waking);
     }

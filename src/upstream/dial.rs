@@ -1,0 +1,297 @@
+//! Getting a byte stream to the endpoint: resolve, connect to whichever address answers, TLS.
+
+use std::{
+    io,
+    net::SocketAddr,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use socket2::{SockRef, TcpKeepalive};
+use tokio::{
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf},
+    net::{TcpStream, lookup_host},
+    task::JoinSet,
+    time::{Instant, timeout},
+};
+use tokio_rustls::{TlsConnector, client::TlsStream};
+
+use super::{
+    endpoint::{Endpoint, Keepalive, Security},
+    failure::Failure,
+};
+use crate::{
+    protocol::{
+        error::ErrorFields,
+        frame::{SMALL_MESSAGE_LIMIT, take_message},
+        startup::ssl_request,
+    },
+    telemetry::{Metrics, names::phase},
+};
+
+/// How long one address gets before the next is tried beside it (RFC 8305's connection attempt delay).
+const HAPPY_EYEBALLS_DELAY: Duration = Duration::from_millis(250);
+
+/// A byte stream to the endpoint.
+#[derive(Debug)]
+pub enum Stream {
+    /// Bare TCP, to a server on this machine.
+    Plain(TcpStream),
+    /// TLS, verified.
+    Tls(Box<TlsStream<TcpStream>>),
+}
+
+/// Resolves, connects and negotiates TLS; says which address answered.
+///
+/// Not cancel safe, and need not be: dropping it drops the connection.
+pub(super) async fn dial(
+    endpoint: &Endpoint,
+    keepalive: &Keepalive,
+    metrics: &Metrics,
+) -> Result<(Stream, SocketAddr), Failure> {
+    let started = Instant::now();
+    let addresses: Vec<SocketAddr> = lookup_host((endpoint.host.as_str(), endpoint.port))
+        .await
+        .map_err(|error| Failure::resolve(&endpoint.host, &error))?
+        .collect();
+    observe(metrics, phase::RESOLVE, started);
+
+    let started = Instant::now();
+    let tcp = connect_any(interleave(addresses))
+        .await
+        .map_err(|error| Failure::dial(&error))?;
+    observe(metrics, phase::DIAL, started);
+    let address = tcp.peer_addr().map_err(|error| Failure::dial(&error))?;
+    Ok((secure(tcp, endpoint, keepalive, metrics).await?, address))
+}
+
+/// Connects to an address that answered before, as a CancelRequest must.
+pub(super) async fn redial(
+    address: SocketAddr,
+    endpoint: &Endpoint,
+    keepalive: &Keepalive,
+    metrics: &Metrics,
+) -> Result<Stream, Failure> {
+    let tcp = TcpStream::connect(address)
+        .await
+        .map_err(|error| Failure::dial(&error))?;
+    secure(tcp, endpoint, keepalive, metrics).await
+}
+
+/// Switches a socket to low latency and makes a dead peer noticed. Failures are not worth losing a connection for.
+pub fn tune(socket: &TcpStream, keepalive: &Keepalive) {
+    let _ = socket.set_nodelay(true);
+    let socket = SockRef::from(socket);
+    if !keepalive.idle.is_zero() {
+        let probes = TcpKeepalive::new()
+            .with_time(keepalive.idle)
+            .with_interval(keepalive.interval)
+            .with_retries(keepalive.count);
+        let _ = socket.set_tcp_keepalive(&probes);
+    }
+    #[cfg(target_os = "linux")]
+    if !keepalive.user_timeout.is_zero() {
+        let _ = socket.set_tcp_user_timeout(Some(keepalive.user_timeout));
+    }
+}
+
+/// Families alternate, beginning with the one the resolver prefers (RFC 8305).
+fn interleave(addresses: Vec<SocketAddr>) -> Vec<SocketAddr> {
+    let Some(first) = addresses.first().copied() else {
+        return addresses;
+    };
+    let (mut preferred, mut other): (Vec<_>, Vec<_>) = addresses
+        .into_iter()
+        .partition(|address| address.is_ipv4() == first.is_ipv4());
+    let mut ordered = Vec::with_capacity(preferred.len() + other.len());
+    preferred.reverse();
+    other.reverse();
+    loop {
+        let before = ordered.len();
+        ordered.extend(preferred.pop());
+        ordered.extend(other.pop());
+        if ordered.len() == before {
+            return ordered;
+        }
+    }
+}
+
+/// The first connection to succeed; each address gets a head start over the next.
+async fn connect_any(addresses: Vec<SocketAddr>) -> io::Result<TcpStream> {
+    let mut attempts = JoinSet::new();
+    let mut last_error = io::Error::new(
+        io::ErrorKind::AddrNotAvailable,
+        "the host name has no address",
+    );
+    let mut addresses = addresses.into_iter();
+    let mut more = true;
+    loop {
+        if more {
+            match addresses.next() {
+                Some(address) => {
+                    attempts.spawn(TcpStream::connect(address));
+                }
+                None => more = false,
+            }
+        }
+        let finished = if more {
+            match timeout(HAPPY_EYEBALLS_DELAY, attempts.join_next()).await {
+                Ok(finished) => finished,
+                Err(_head_start_over) => continue,
+            }
+        } else {
+            attempts.join_next().await
+        };
+        match finished {
+            Some(Ok(Ok(stream))) => return Ok(stream),
+            Some(Ok(Err(error))) => last_error = error,
+            Some(Err(lost)) => last_error = io::Error::other(lost),
+            None if more => {}
+            None => return Err(last_error),
+        }
+    }
+}
+
+async fn secure(
+    mut tcp: TcpStream,
+    endpoint: &Endpoint,
+    keepalive: &Keepalive,
+    metrics: &Metrics,
+) -> Result<Stream, Failure> {
+    tune(&tcp, keepalive);
+    let Security::Tls { config, name } = &endpoint.security else {
+        return Ok(Stream::Plain(tcp));
+    };
+    let started = Instant::now();
+    tcp.write_all(&ssl_request())
+        .await
+        .map_err(|error| Failure::broken(&error))?;
+    // Exactly one byte is read: nothing sent in the clear can slip in behind it.
+    let answer = tcp
+        .read_u8()
+        .await
+        .map_err(|error| Failure::broken(&error))?;
+    match answer {
+        b'S' => {}
+        b'N' => return Err(Failure::protocol("the server does not offer TLS")),
+        b'E' => return Err(read_plain_error(tcp).await),
+        other => {
+            return Err(Failure::protocol(format!(
+                "the server answered the TLS request with byte {other:#04x}: is it Postgres?"
+            )));
+        }
+    }
+    let stream = TlsConnector::from(Arc::clone(config))
+        .connect(name.clone(), tcp)
+        .await
+        .map_err(|error| Failure::tls(&error))?;
+    observe(metrics, phase::TLS, started);
+    Ok(Stream::Tls(Box::new(stream)))
+}
+
+/// An error sent instead of an answer to SSLRequest. It is unauthenticated, so it may say when to retry and no more.
+async fn read_plain_error(tcp: TcpStream) -> Failure {
+    let mut buffer = bytes::BytesMut::from(&b"E"[..]);
+    let mut limited = tcp.take(SMALL_MESSAGE_LIMIT as u64);
+    loop {
+        match take_message(&mut buffer, SMALL_MESSAGE_LIMIT) {
+            Ok(Some(message)) => return Failure::server(ErrorFields::parse(message.body())),
+            Ok(None) => {}
+            Err(error) => return error.into(),
+        }
+        match limited.read_buf(&mut buffer).await {
+            Ok(0) => return Failure::broken(&io::ErrorKind::UnexpectedEof.into()),
+            Ok(_) => {}
+            Err(error) => return Failure::broken(&error),
+        }
+    }
+}
+
+pub(super) fn observe(metrics: &Metrics, phase: &str, started: Instant) {
+    metrics
+        .upstream_connect_seconds
+        .with_label_values(&[phase])
+        .observe(started.elapsed().as_secs_f64());
+}
+
+impl AsyncRead for Stream {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Self::Plain(stream) => Pin::new(stream).poll_read(cx, buf),
+            Self::Tls(stream) => Pin::new(stream).poll_read(cx, buf),
+        }
+    }
+}
+
+impl AsyncWrite for Stream {
+    fn poll_write(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        match self.get_mut() {
+            Self::Plain(stream) => Pin::new(stream).poll_write(cx, buf),
+            Self::Tls(stream) => Pin::new(stream).poll_write(cx, buf),
+        }
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Self::Plain(stream) => Pin::new(stream).poll_flush(cx),
+            Self::Tls(stream) => Pin::new(stream).poll_flush(cx),
+        }
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Self::Plain(stream) => Pin::new(stream).poll_shutdown(cx),
+            Self::Tls(stream) => Pin::new(stream).poll_shutdown(cx),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::net::TcpListener;
+
+    use super::*;
+
+    #[test]
+    fn families_alternate() {
+        let parse = |list: &[&str]| {
+            list.iter()
+                .map(|a| a.parse().unwrap())
+                .collect::<Vec<SocketAddr>>()
+        };
+        let given = parse(&["[::1]:1", "[::2]:1", "[::3]:1", "1.1.1.1:1"]);
+        assert_eq!(
+            interleave(given),
+            parse(&["[::1]:1", "1.1.1.1:1", "[::2]:1", "[::3]:1"])
+        );
+    }
+
+    #[tokio::test]
+    async fn every_address_is_tried() {
+        let dead = TcpListener::bind("127.0.0.1:0")
+            .await
+            .unwrap()
+            .local_addr()
+            .unwrap();
+        let alive = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let stream = connect_any(vec![dead, alive.local_addr().unwrap()])
+            .await
+            .unwrap();
+        assert_eq!(stream.peer_addr().unwrap(), alive.local_addr().unwrap());
+        assert_eq!(
+            connect_any(vec![dead, dead]).await.unwrap_err().kind(),
+            io::ErrorKind::ConnectionRefused
+        );
+        assert!(connect_any(Vec::new()).await.is_err());
+    }
+}

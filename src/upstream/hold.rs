@@ -1,0 +1,373 @@
+//! Holding a client until it can be logged in, and no longer.
+//!
+//! While the endpoint wakes one client's attempt leads: it dials, backs off and dials again, and the others wait for
+//! its result. Once a login has worked (or failed for a reason of its own) everybody goes ahead, a bounded number at a
+//! time. So a thousand clients at a sleeping endpoint make one client's dials.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use arc_swap::ArcSwapOption;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    sync::{Mutex, MutexGuard, Semaphore},
+    time::{Instant, sleep_until, timeout, timeout_at},
+};
+
+use super::{
+    dial,
+    endpoint::{Endpoint, Keepalive},
+    failure::{Class, Failure},
+    login::{Connection, log_in},
+};
+use crate::{
+    credential::{CredentialCell, CredentialError},
+    protocol::{
+        error::{Report, sqlstate},
+        options::SessionSettings,
+        startup::CancelKey,
+    },
+    telemetry::{
+        Metrics,
+        names::{class, outcome, reason},
+    },
+};
+
+/// Logins under way at a time.
+const CONCURRENT_LOGINS: usize = 32;
+/// How long a name that does not resolve is tried: a typing error should not cost a minute.
+const DNS_BUDGET: Duration = Duration::from_secs(10);
+/// The budget after a whole one has failed, until a login works again.
+const BUDGET_WHILE_FAILING: Duration = Duration::from_secs(10);
+/// How long a cancel may take, as PgBouncer's `cancel_wait_timeout`.
+const CANCEL_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How long things may take; each a setting.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// From the client's request to its session or refusal.
+    pub connect_timeout: Duration,
+    /// One attempt at the server.
+    pub server_connect_timeout: Duration,
+    /// Waiting for room at an endpoint that has none.
+    pub capacity_timeout: Duration,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            connect_timeout: Duration::from_mins(1),
+            server_connect_timeout: Duration::from_secs(15),
+            capacity_timeout: Duration::from_secs(10),
+        }
+    }
+}
+
+/// Why a client gets no session.
+#[derive(Clone, Debug)]
+pub struct Refusal {
+    /// What it is told.
+    pub report: Report,
+    /// The metric label.
+    pub reason: &'static str,
+}
+
+/// The way to one endpoint, shared by all of its clients.
+pub struct Upstream {
+    endpoint: Endpoint,
+    credentials: CredentialCell,
+    limits: Limits,
+    keepalive: Keepalive,
+    metrics: Arc<Metrics>,
+    logins: Semaphore,
+    /// Held by the client that leads while the endpoint wakes.
+    lead: Mutex<Backoff>,
+    waking: AtomicBool,
+    failing: AtomicBool,
+    last_failure: ArcSwapOption<Failure>,
+}
+
+impl Upstream {
+    /// The way to `endpoint` with the credentials of `credentials`.
+    pub fn new(
+        endpoint: Endpoint,
+        credentials: CredentialCell,
+        limits: Limits,
+        keepalive: Keepalive,
+        metrics: Arc<Metrics>,
+    ) -> Self {
+        Self {
+            endpoint,
+            credentials,
+            limits,
+            keepalive,
+            metrics,
+            logins: Semaphore::new(CONCURRENT_LOGINS),
+            lead: Mutex::new(Backoff::START),
+            waking: AtomicBool::new(false),
+            failing: AtomicBool::new(false),
+            last_failure: ArcSwapOption::empty(),
+        }
+    }
+
+    /// What is connected to.
+    pub fn endpoint(&self) -> &Endpoint {
+        &self.endpoint
+    }
+
+    /// A logged-in connection, or the reason why there is none, after one budget at most; with it how long the client
+    /// was held because the endpoint was waking.
+    ///
+    /// Cancel safe: dropping it gives up the lead, the attempt and the wait.
+    pub async fn connect(
+        &self,
+        settings: &SessionSettings,
+    ) -> Result<(Connection, Option<Duration>), Refusal> {
+        let budget = if self.failing.load(Ordering::Relaxed) {
+            self.limits.connect_timeout.min(BUDGET_WHILE_FAILING)
+        } else {
+            self.limits.connect_timeout
+        };
+        let mut deadline = Deadline::new(budget);
+        let mut backoff = Backoff::START;
+        let mut lead: Option<MutexGuard<'_, Backoff>> = None;
+        let mut renewed = false;
+        let mut held = false;
+        loop {
+            if lead.is_none() && self.waking.load(Ordering::Acquire) {
+                held = true;
+                lead = self.wait_for_lead(deadline.at).await?;
+            }
+            let credential = self
+                .credentials
+                .get(deadline.at)
+                .await
+                .map_err(|error| self.no_credential(&error))?;
+            let attempt = self.attempt(&credential, settings, deadline.at);
+            let failure = match attempt.await {
+                Ok(connection) => {
+                    self.credentials.accepted(credential.generation);
+                    self.failing.store(false, Ordering::Relaxed);
+                    self.wake(lead.as_deref_mut());
+                    return Ok((connection, held.then(|| deadline.began.elapsed())));
+                }
+                Err(failure) => failure,
+            };
+            let retry_at = match failure.class {
+                Class::Waking => {
+                    held = true;
+                    self.waking.store(true, Ordering::Release);
+                    self.last_failure.store(Some(Arc::new(failure.clone())));
+                    if failure.is_dns {
+                        deadline.shorten(DNS_BUDGET);
+                    }
+                    if lead.is_none() {
+                        lead = self.wait_for_lead(deadline.at).await?;
+                        // Somebody else got through meanwhile: no reason to wait.
+                        if lead.is_none() {
+                            continue;
+                        }
+                    }
+                    lead.as_deref_mut().unwrap_or(&mut backoff).next()
+                }
+                Class::Identity if !renewed => {
+                    self.wake(lead.as_deref_mut());
+                    lead = None;
+                    renewed = true;
+                    let fresh = self
+                        .credentials
+                        .replace(credential.generation, deadline.at)
+                        .await;
+                    // The server's own words explain more than why there is no other credential to try.
+                    fresh.map_err(|error| self.not_renewed(&failure, &error))?;
+                    continue;
+                }
+                Class::Capacity => {
+                    self.wake(lead.as_deref_mut());
+                    lead = None;
+                    deadline.shorten(self.limits.capacity_timeout);
+                    backoff.next()
+                }
+                _ => {
+                    self.wake(lead.as_deref_mut());
+                    return Err(self.refusal(&failure));
+                }
+            };
+            if retry_at >= deadline.at {
+                sleep_until(deadline.at).await;
+                if failure.class == Class::Waking && !failure.is_dns {
+                    self.failing.store(true, Ordering::Relaxed);
+                }
+                return Err(self.refusal(&failure));
+            }
+            sleep_until(retry_at).await;
+        }
+    }
+
+    /// Sends the server's own cancel key to the address that gave it, over a fresh connection.
+    ///
+    /// Returns when the server has closed that connection, which is when the signal has been sent.
+    pub async fn cancel(
+        &self,
+        address: std::net::SocketAddr,
+        key: CancelKey,
+    ) -> Result<(), Failure> {
+        let exchange = async {
+            let mut stream =
+                dial::redial(address, &self.endpoint, &self.keepalive, &self.metrics).await?;
+            let sent = async {
+                stream.write_all(&key.request()).await?;
+                stream.flush().await
+            };
+            sent.await.map_err(|error| Failure::broken(&error))?;
+            // The server answers by closing, cleanly or not.
+            let mut nothing = [0; 64];
+            while let Ok(1..) = stream.read(&mut nothing).await {}
+            Ok(())
+        };
+        timeout(CANCEL_TIMEOUT, exchange)
+            .await
+            .unwrap_or_else(|_| Err(Failure::timed_out("cancel")))
+    }
+
+    /// Waits until this client leads, or until somebody has got through (then `None`). Cancel safe.
+    async fn wait_for_lead(
+        &self,
+        deadline: Instant,
+    ) -> Result<Option<MutexGuard<'_, Backoff>>, Refusal> {
+        match timeout_at(deadline, self.lead.lock()).await {
+            Ok(lead) if self.waking.load(Ordering::Acquire) => Ok(Some(lead)),
+            Ok(_) => Ok(None),
+            Err(_elapsed) => {
+                let failure = self.last_failure.load_full();
+                Err(self.refusal(
+                    &failure.map_or_else(|| Failure::timed_out("waking"), Arc::unwrap_or_clone),
+                ))
+            }
+        }
+    }
+
+    /// The endpoint has answered: nobody need wait for a leader.
+    fn wake(&self, lead: Option<&mut Backoff>) {
+        self.waking.store(false, Ordering::Release);
+        if let Some(backoff) = lead {
+            *backoff = Backoff::START;
+        }
+    }
+
+    async fn attempt(
+        &self,
+        credential: &crate::credential::Credential,
+        settings: &SessionSettings,
+        deadline: Instant,
+    ) -> Result<Connection, Failure> {
+        let attempt = async {
+            // Never closed, so never an error.
+            let _permit = self.logins.acquire().await;
+            let limit = self.limits.server_connect_timeout;
+            timeout(
+                limit,
+                log_in(
+                    &self.endpoint,
+                    credential,
+                    settings,
+                    &self.keepalive,
+                    &self.metrics,
+                ),
+            )
+            .await
+            .unwrap_or_else(|_| Err(Failure::timed_out("login")))
+        };
+        let result = timeout_at(deadline, attempt)
+            .await
+            .unwrap_or_else(|_| Err(Failure::timed_out("login")));
+        let labels = match &result {
+            Ok(_) => [outcome::OK, class::NONE],
+            Err(failure) => [outcome::FAILED, failure.class.label()],
+        };
+        self.metrics
+            .upstream_connects
+            .with_label_values(&labels)
+            .inc();
+        if let Err(failure) = &result {
+            tracing::debug!(endpoint = %self.endpoint.label, class = failure.class.label(), error = %failure, "upstream login failed");
+        }
+        result
+    }
+
+    fn refusal(&self, failure: &Failure) -> Refusal {
+        Refusal {
+            report: failure.report(&self.endpoint.label),
+            reason: failure.class.label(),
+        }
+    }
+
+    fn not_renewed(&self, failure: &Failure, error: &CredentialError) -> Refusal {
+        let mut refusal = self.refusal(failure);
+        let said = refusal.report.detail.take().unwrap_or_default();
+        refusal.report.detail = Some(format!(
+            "{said} No other credential could be tried: {}.",
+            error.message()
+        ));
+        refusal
+    }
+
+    fn no_credential(&self, error: &CredentialError) -> Refusal {
+        let mut report = Report::new(
+            sqlstate::INVALID_AUTHORIZATION,
+            format!(
+                "no credential for Lakebase endpoint {}: {}",
+                self.endpoint.label,
+                error.message()
+            ),
+        );
+        report.detail = error.detail();
+        report.hint = error.hint();
+        Refusal {
+            report,
+            reason: reason::CREDENTIAL,
+        }
+    }
+}
+
+/// When a client's patience ends.
+#[derive(Clone, Copy, Debug)]
+struct Deadline {
+    at: Instant,
+    began: Instant,
+}
+
+impl Deadline {
+    fn new(budget: Duration) -> Self {
+        let began = Instant::now();
+        Self {
+            at: began + budget,
+            began,
+        }
+    }
+
+    /// Allows `budget` from the beginning, where less than now.
+    fn shorten(&mut self, budget: Duration) {
+        self.at = self.at.min(self.began + budget);
+    }
+}
+
+/// Growing pauses, a random half of each: 50..100 ms at first, 1..2 s at last.
+#[derive(Clone, Copy, Debug)]
+struct Backoff(Duration);
+
+impl Backoff {
+    const START: Self = Self(Duration::from_millis(100));
+    const MAX: Duration = Duration::from_secs(2);
+
+    fn next(&mut self) -> Instant {
+        let pause = self.0.mul_f64(rand::random_range(0.5..1.0));
+        self.0 = self.0.mul_f64(1.5).min(Self::MAX);
+        Instant::now() + pause
+    }
+}

@@ -1,0 +1,417 @@
+//! Logging in: startup, the credential as password, up to the first ReadyForQuery.
+
+use std::{io, net::SocketAddr};
+
+use bytes::BytesMut;
+use tokio::{
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
+    time::Instant,
+};
+
+use super::{
+    dial::{self, Stream},
+    endpoint::{Endpoint, Keepalive, Security},
+    failure::Failure,
+};
+use crate::{
+    credential::Credential,
+    protocol::{
+        auth::{AuthenticationRequest, Authenticator},
+        error::ErrorFields,
+        frame::{Message, SMALL_MESSAGE_LIMIT, tag, take_message},
+        options::SessionSettings,
+        startup::{CancelKey, encode_startup},
+    },
+    telemetry::{GaugeGuard, Metrics, names::phase},
+};
+
+/// What a server may say at login in all, in bytes: parameters and notices are kept until the client is welcomed.
+const GREETING_LIMIT: usize = 1024 * 1024;
+
+/// A logged-in connection: a value, independent of the client that caused it.
+#[derive(Debug)]
+pub struct Connection<S = Stream> {
+    /// The wire.
+    pub stream: S,
+    /// What the server sent behind its ReadyForQuery.
+    pub leftover: BytesMut,
+    /// What a client must be told at login.
+    pub greeting: Greeting,
+    /// The address that answered, where a CancelRequest must go.
+    pub address: SocketAddr,
+    /// Counts it among the active ones.
+    pub gauge: GaugeGuard,
+}
+
+/// What the server said at login.
+#[derive(Clone, Debug, Default)]
+pub struct Greeting {
+    /// ParameterStatus frames.
+    pub parameter_status: BytesMut,
+    /// NoticeResponse frames.
+    pub notices: BytesMut,
+    /// The server's cancel key, if it gave one.
+    pub key: Option<CancelKey>,
+    client_encoding: Option<String>,
+}
+
+/// Dials and logs in once. Not cancel safe, and need not be: dropping it drops the connection.
+pub(super) async fn log_in(
+    endpoint: &Endpoint,
+    credential: &Credential,
+    settings: &SessionSettings,
+    keepalive: &Keepalive,
+    metrics: &Metrics,
+) -> Result<Connection, Failure> {
+    let whole = Instant::now();
+    let (mut stream, address) = dial::dial(endpoint, keepalive, metrics).await?;
+    let started = Instant::now();
+    let encrypted = matches!(endpoint.security, Security::Tls { .. });
+    let may_send_cleartext = encrypted || super::endpoint::is_loopback(address.ip());
+    let (greeting, leftover) = exchange(
+        &mut stream,
+        &endpoint.user,
+        credential,
+        settings,
+        may_send_cleartext,
+    )
+    .await?;
+    dial::observe(metrics, phase::LOGIN, started);
+    dial::observe(metrics, phase::TOTAL, whole);
+    let gauge = GaugeGuard::new(&metrics.upstream_active);
+    Ok(Connection {
+        stream,
+        leftover,
+        greeting,
+        address,
+        gauge,
+    })
+}
+
+/// Everything said between TLS and ReadyForQuery.
+async fn exchange<S: AsyncRead + AsyncWrite + Unpin>(
+    stream: &mut S,
+    user: &str,
+    credential: &Credential,
+    settings: &SessionSettings,
+    may_send_cleartext: bool,
+) -> Result<(Greeting, BytesMut), Failure> {
+    let mut parameters = vec![("user", user), ("database", settings.database.as_str())];
+    parameters.extend(
+        settings
+            .parameters
+            .iter()
+            .map(|(name, value)| (name.as_str(), value.as_str())),
+    );
+    let startup = encode_startup(&parameters).ok_or_else(|| {
+        Failure::protocol(
+            "the startup parameters are longer than the 9,999 bytes the endpoint takes",
+        )
+    })?;
+    let mut wire = Wire {
+        stream,
+        buffer: BytesMut::with_capacity(2048),
+        read: 0,
+    };
+    wire.send(&startup).await?;
+
+    let mut authenticator = Authenticator::new(user, &credential.secret);
+    loop {
+        let message = wire.message().await?;
+        match message.tag {
+            tag::AUTHENTICATION => {
+                let request = AuthenticationRequest::parse(message.body())
+                    .ok_or_else(|| Failure::protocol("malformed authentication request"))?;
+                if request == AuthenticationRequest::Cleartext && !may_send_cleartext {
+                    return Err(Failure::protocol(
+                        "the server asks for the password in the clear",
+                    ));
+                }
+                let done = request == AuthenticationRequest::Ok;
+                if let Some(answer) = authenticator.answer(request)? {
+                    wire.send(&answer).await?;
+                }
+                if done {
+                    break;
+                }
+            }
+            tag::ERROR_RESPONSE => return Err(Failure::server(ErrorFields::parse(message.body()))),
+            // Notices before authentication are not authenticated; NegotiateProtocolVersion cannot follow a 3.0 startup.
+            tag::NOTICE_RESPONSE => {}
+            other => return Err(unexpected(other)),
+        }
+    }
+
+    let mut greeting = Greeting::default();
+    wire.until_ready(&mut greeting, Until::Welcomed).await?;
+    if let Some(wanted) = &settings.client_encoding
+        && !settings.replication
+        && !greeting
+            .client_encoding
+            .as_ref()
+            .is_some_and(|is| same_encoding(is, wanted))
+    {
+        wire.send(&set_encoding(wanted)).await?;
+        wire.until_ready(&mut greeting, Until::Answered).await?;
+    }
+    Ok((greeting, wire.buffer))
+}
+
+fn unexpected(tag: u8) -> Failure {
+    Failure::protocol(format!(
+        "unexpected message type {tag:#04x} from the server at login"
+    ))
+}
+
+/// `UTF8`, `utf-8` and `Utf_8` are one encoding.
+fn same_encoding(a: &str, b: &str) -> bool {
+    let plain = |name: &str| {
+        name.chars()
+            .filter(char::is_ascii_alphanumeric)
+            .map(|c| c.to_ascii_lowercase())
+            .collect::<String>()
+    };
+    plain(a) == plain(b)
+}
+
+/// A simple query; quoted as an escape string, which means the same whatever `standard_conforming_strings` says.
+fn set_encoding(encoding: &str) -> Vec<u8> {
+    let quoted = encoding.replace('\\', "\\\\").replace('\'', "''");
+    let query = format!("SET client_encoding TO E'{quoted}'\0");
+    let length = u32::try_from(query.len() + 4).unwrap_or(u32::MAX);
+    [&[tag::QUERY][..], &length.to_be_bytes(), query.as_bytes()].concat()
+}
+
+struct Wire<'a, S> {
+    stream: &'a mut S,
+    buffer: BytesMut,
+    read: usize,
+}
+
+impl<S: AsyncRead + AsyncWrite + Unpin> Wire<'_, S> {
+    async fn send(&mut self, bytes: &[u8]) -> Result<(), Failure> {
+        let sent = async {
+            self.stream.write_all(bytes).await?;
+            self.stream.flush().await
+        };
+        sent.await.map_err(|error| Failure::broken(&error))
+    }
+
+    async fn message(&mut self) -> Result<Message, Failure> {
+        loop {
+            if let Some(message) = take_message(&mut self.buffer, SMALL_MESSAGE_LIMIT)? {
+                return Ok(message);
+            }
+            let read = self
+                .stream
+                .read_buf(&mut self.buffer)
+                .await
+                .map_err(|error| Failure::broken(&error))?;
+            self.read = self.read.saturating_add(read);
+            if read == 0 {
+                return Err(Failure::broken(&io::ErrorKind::UnexpectedEof.into()));
+            }
+            if self.read > GREETING_LIMIT {
+                return Err(Failure::protocol("the server talks without end at login"));
+            }
+        }
+    }
+
+    async fn until_ready(&mut self, greeting: &mut Greeting, until: Until) -> Result<(), Failure> {
+        let mut error = None;
+        loop {
+            let message = match self.message().await {
+                Ok(message) => message,
+                Err(broken) => return Err(error.unwrap_or(broken)),
+            };
+            match message.tag {
+                tag::PARAMETER_STATUS => {
+                    if let Some(encoding) = value_of(message.body(), "client_encoding") {
+                        greeting.client_encoding = Some(encoding);
+                    }
+                    greeting.parameter_status.extend_from_slice(&message.frame);
+                }
+                tag::BACKEND_KEY_DATA => greeting.key = cancel_key(message.body()),
+                tag::NOTICE_RESPONSE => greeting.notices.extend_from_slice(&message.frame),
+                tag::ERROR_RESPONSE => {
+                    let failure = Failure::server(ErrorFields::parse(message.body()));
+                    if until == Until::Welcomed {
+                        return Err(failure);
+                    }
+                    error = Some(failure);
+                }
+                tag::COMMAND_COMPLETE if until == Until::Answered => {}
+                tag::READY_FOR_QUERY => return error.map_or(Ok(()), Err),
+                other => return Err(unexpected(other)),
+            }
+        }
+    }
+}
+
+/// What the next ReadyForQuery ends.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Until {
+    /// A query of our own.
+    Answered,
+    /// The login: an error here is final, whatever severity the edge gives it.
+    Welcomed,
+}
+
+fn cancel_key(body: &[u8]) -> Option<CancelKey> {
+    let (process_id, rest) = body.split_first_chunk::<4>()?;
+    let secret: &[u8; 4] = rest.try_into().ok()?;
+    Some(CancelKey {
+        process_id: u32::from_be_bytes(*process_id),
+        secret: u32::from_be_bytes(*secret),
+    })
+}
+
+fn value_of(parameter_status: &[u8], wanted: &str) -> Option<String> {
+    let mut strings = parameter_status.split(|&byte| byte == 0);
+    let name = strings.next()?;
+    let value = strings.next()?;
+    (name == wanted.as_bytes()).then(|| String::from_utf8_lossy(value).into_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use jiff::Timestamp;
+    use secrecy::SecretString;
+    use tokio::io::duplex;
+
+    use super::*;
+    use crate::upstream::Class;
+
+    fn settings(client_encoding: Option<&str>, replication: bool) -> SessionSettings {
+        SessionSettings {
+            database: "db".to_owned(),
+            parameters: Vec::new(),
+            client_encoding: client_encoding.map(str::to_owned),
+            replication,
+        }
+    }
+
+    /// Logs in at a server that sends `answers` one by one, each after whatever the client sent before it.
+    async fn against(
+        answers: &[&[u8]],
+        settings: SessionSettings,
+    ) -> (Result<Greeting, Failure>, Vec<u8>) {
+        let (mut ours, mut theirs) = duplex(1 << 16);
+        let script: Vec<Vec<u8>> = answers.iter().map(|answer| answer.to_vec()).collect();
+        let server = async move {
+            let mut heard = Vec::with_capacity(4096);
+            for answer in script {
+                theirs.read_buf(&mut heard).await.unwrap();
+                theirs.write_all(&answer).await.unwrap();
+            }
+            drop(theirs);
+            heard
+        };
+        let credential = Credential {
+            secret: SecretString::from("token"),
+            expires_at: None,
+            minted_at: Timestamp::UNIX_EPOCH,
+            generation: 1,
+        };
+        let (result, heard) = tokio::join!(
+            exchange(&mut ours, "me", &credential, &settings, true),
+            server
+        );
+        (result.map(|(greeting, _)| greeting), heard)
+    }
+
+    fn frame(tag: u8, body: &[u8]) -> Vec<u8> {
+        let length = u32::try_from(body.len() + 4).unwrap();
+        [&[tag][..], &length.to_be_bytes(), body].concat()
+    }
+
+    fn ask() -> Vec<u8> {
+        frame(b'R', &[0, 0, 0, 3])
+    }
+
+    fn welcome() -> Vec<u8> {
+        [
+            frame(b'R', &[0, 0, 0, 0]),
+            frame(b'S', b"client_encoding\0UTF8\0"),
+            frame(b'K', &[0, 0, 0, 7, 0, 0, 0, 9]),
+            frame(b'Z', b"I"),
+        ]
+        .concat()
+    }
+
+    #[tokio::test]
+    async fn a_cleartext_login_yields_what_the_client_must_be_told() {
+        let (greeting, heard) =
+            against(&[&ask(), &welcome()], settings(Some("utf-8"), false)).await;
+        let greeting = greeting.unwrap();
+        assert_eq!(
+            greeting.key,
+            Some(CancelKey {
+                process_id: 7,
+                secret: 9
+            })
+        );
+        assert!(greeting.parameter_status.starts_with(b"S"));
+        assert!(
+            heard.ends_with(b"p\0\0\0\x0atoken\0"),
+            "no SET where the encoding is right"
+        );
+    }
+
+    #[tokio::test]
+    async fn a_forced_encoding_is_mended() {
+        let set = [
+            frame(b'S', b"client_encoding\0LATIN1\0"),
+            frame(b'C', b"SET\0"),
+            frame(b'Z', b"I"),
+        ]
+        .concat();
+        let (greeting, heard) =
+            against(&[&ask(), &welcome(), &set], settings(Some("LATIN1"), false)).await;
+        assert!(heard.ends_with(b"SET client_encoding TO E'LATIN1'\0"));
+        assert_eq!(greeting.unwrap().client_encoding.as_deref(), Some("LATIN1"));
+    }
+
+    #[tokio::test]
+    async fn a_replication_session_gets_no_query_of_ours() {
+        let (greeting, heard) =
+            against(&[&ask(), &welcome()], settings(Some("LATIN1"), true)).await;
+        assert!(greeting.is_ok());
+        assert!(heard.ends_with(b"token\0"));
+    }
+
+    #[tokio::test]
+    async fn an_encoding_the_server_refuses_ends_the_login_with_its_words() {
+        let refused = [
+            frame(b'E', b"SERROR\0C22023\0Minvalid value\0\0"),
+            frame(b'Z', b"I"),
+        ]
+        .concat();
+        let (result, _) = against(
+            &[&ask(), &welcome(), &refused],
+            settings(Some("nonsense"), false),
+        )
+        .await;
+        let failure = result.unwrap_err();
+        assert_eq!(failure.class, Class::Other);
+        assert!(failure.to_string().contains("22023"));
+    }
+
+    #[tokio::test]
+    async fn an_error_without_fatal_is_final_at_login() {
+        let refused = frame(
+            b'E',
+            b"SERROR\0CXX000\0Mpassword authentication failed for user\0\0",
+        );
+        let (result, _) = against(&[&ask(), &refused], settings(None, false)).await;
+        assert_eq!(result.unwrap_err().class, Class::Identity);
+    }
+
+    #[tokio::test]
+    async fn silence_and_nonsense_are_told_apart() {
+        let (result, _) = against(&[&ask()], settings(None, false)).await;
+        assert_eq!(result.unwrap_err().class, Class::Waking);
+        let (result, _) = against(&[b"HTTP/1.1 400 Bad Request\r\n"], settings(None, false)).await;
+        assert_eq!(result.unwrap_err().class, Class::Protocol);
+    }
+}

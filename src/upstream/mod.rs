@@ -1,0 +1,17 @@
+//! Reaching the endpoint: resolve, dial, TLS, log in; classify failures; hold clients and retry while it wakes.
+//!
+//! Knows nothing of the client: it is given [`SessionSettings`] and gives back a logged-in [`Connection`].
+//!
+//! [`SessionSettings`]: crate::protocol::options::SessionSettings
+
+mod dial;
+pub mod endpoint;
+mod failure;
+mod hold;
+mod login;
+
+pub use dial::{Stream, tune};
+pub use endpoint::{Endpoint, Keepalive, Label, Security};
+pub use failure::{Class, Failure};
+pub use hold::{Limits, Refusal, Upstream};
+pub use login::{Connection, Greeting};
