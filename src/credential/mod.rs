@@ -206,3 +206,6 @@ impl CredentialError {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -3,7 +3,10 @@
 //! It decides when (`schedule` does the arithmetic), asks through [`Mint`], publishes into the cell, and says once, in one
 //! line, what a person must do something about.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
 
 use jiff::{SignedDuration, Timestamp};
 use tokio::time::{Instant, sleep_until, timeout};
@@ -14,6 +17,7 @@ use super::{
     CredentialCell, CredentialState, Mint, MintError, MintErrorKind, Minted,
     schedule::{Need, Pace},
 };
+use crate::telemetry::{Metrics, names};
 
 /// Longest time between two looks at the wall clock: timers stand still while a laptop sleeps.
 const LOOK_AT_LEAST_EVERY: Duration = Duration::from_secs(30);
@@ -21,27 +25,13 @@ const LOOK_AT_LEAST_EVERY: Duration = Duration::from_secs(30);
 const MINT_TIMEOUT: Duration = Duration::from_mins(1);
 
 /// Keeps a cell filled; one per endpoint and identity.
-pub struct Refresher<M, O> {
+pub struct Refresher<M> {
     mint: M,
     cell: CredentialCell,
-    observer: O,
+    metrics: Arc<Metrics>,
     pace: Pace,
     /// The trouble already spoken of, so that it is said once and not per retry.
     reported: Option<Reported>,
-}
-
-/// Follows what the refresher does; the metrics are behind it.
-pub trait Observer: Send + Sync + 'static {
-    /// An attempt has ended: the kind of failure, or `None` for a success.
-    fn attempt(&self, failure: Option<MintErrorKind>);
-    /// A credential was published.
-    fn published(&self, expires_at: Option<Timestamp>);
-}
-
-/// For those who do not look.
-impl Observer for () {
-    fn attempt(&self, _: Option<MintErrorKind>) {}
-    fn published(&self, _: Option<Timestamp>) {}
 }
 
 #[derive(PartialEq)]
@@ -50,13 +40,13 @@ struct Reported {
     was_valid: bool,
 }
 
-impl<M: Mint, O: Observer> Refresher<M, O> {
+impl<M: Mint> Refresher<M> {
     /// A refresher that has not started; [`run`](Self::run) drives it.
-    pub fn new(mint: M, cell: CredentialCell, observer: O) -> Self {
+    pub fn new(mint: M, cell: CredentialCell, metrics: Arc<Metrics>) -> Self {
         Self {
             mint,
             cell,
-            observer,
+            metrics,
             pace: Pace::new(Instant::now()),
             reported: None,
         }
@@ -113,8 +103,13 @@ impl<M: Mint, O: Observer> Refresher<M, O> {
                 retry_after: None,
             }),
         };
-        self.observer
-            .attempt(outcome.as_ref().err().map(|error| error.kind));
+        let label = outcome
+            .as_ref()
+            .map_or_else(|error| error.kind.label(), |_| names::refresh::SUCCESS);
+        self.metrics
+            .credential_refreshes
+            .with_label_values(&[label])
+            .inc();
         let now = Instant::now();
         let failure = match outcome {
             Ok(minted) => {
@@ -158,7 +153,13 @@ impl<M: Mint, O: Observer> Refresher<M, O> {
         }
         let credential = self.cell.publish(minted, jitter());
         self.pace.succeeded(now);
-        self.observer.published(credential.expires_at);
+        let never = f64::INFINITY;
+        self.metrics
+            .credential_expiry
+            .set(credential.expires_at.map_or(never, unix_seconds));
+        self.metrics
+            .credential_minted
+            .set(unix_seconds(credential.minted_at));
         let expires_at = credential.expires_at.map(tracing::field::display);
         let was_in_trouble = self.reported.take().is_some();
         if credential.generation == 1 || was_in_trouble {
@@ -201,6 +202,13 @@ impl<M: Mint, O: Observer> Refresher<M, O> {
             .and_then(|wait| now.checked_add(wait).ok())
             .unwrap_or(now)
     }
+}
+
+fn unix_seconds(at: Timestamp) -> f64 {
+    SystemTime::from(at)
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default()
+        .as_secs_f64()
 }
 
 /// A random number in -1..=1.

@@ -1,0 +1,604 @@
+//! The cell and the refresher together, in paused time, against a scripted mint.
+
+use std::{
+    collections::HashSet,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use jiff::{SignedDuration, Timestamp};
+use proptest::prelude::*;
+use secrecy::ExposeSecret;
+use tokio::{
+    task::JoinSet,
+    time::{Instant, sleep},
+};
+use tokio_util::sync::CancellationToken;
+
+use super::*;
+use crate::{clock::Clock, telemetry::Metrics};
+
+const HOUR: Duration = Duration::from_hours(1);
+const MINUTE: Duration = Duration::from_mins(1);
+
+#[derive(Clone, Copy, Debug)]
+enum Step {
+    /// A credential of this lifetime.
+    Gives(Duration),
+    GivesForever,
+    /// A credential of this lifetime, after a while.
+    GivesAfter(Duration, Duration),
+    /// The same credential as ever: it expires this long after the start.
+    GivesUntil(Duration),
+    Fails(MintErrorKind),
+    AsksToWait(Duration),
+    Hangs,
+}
+
+/// What the workspace does at the `n`th call (from 0), that begins this long after the start.
+type Script = dyn Fn(usize, Duration) -> Step + Send + Sync;
+
+#[derive(Clone)]
+struct Scripted {
+    clock: Clock,
+    origin: Timestamp,
+    started: Instant,
+    calls: Arc<Mutex<Vec<Duration>>>,
+    script: Arc<Script>,
+}
+
+impl Mint for Scripted {
+    async fn mint(&self) -> Result<Minted, MintError> {
+        let elapsed = self.started.elapsed();
+        let n = {
+            let mut calls = self.calls.lock().unwrap();
+            calls.push(elapsed);
+            calls.len() - 1
+        };
+        let fails = |kind, retry_after| MintError {
+            message: format!("scripted failure {n}"),
+            detail: None,
+            hint: Some("mend the script".to_owned()),
+            kind,
+            retry_after,
+        };
+        let expires_at = match (self.script)(n, elapsed) {
+            Step::Gives(lifetime) => {
+                Some(self.clock.now() + SignedDuration::try_from(lifetime).unwrap())
+            }
+            Step::GivesForever => None,
+            Step::GivesAfter(wait, lifetime) => {
+                sleep(wait).await;
+                Some(self.clock.now() + SignedDuration::try_from(lifetime).unwrap())
+            }
+            Step::GivesUntil(until) => Some(self.origin + SignedDuration::try_from(until).unwrap()),
+            Step::Fails(kind) => return Err(fails(kind, None)),
+            Step::AsksToWait(wait) => return Err(fails(MintErrorKind::RateLimited, Some(wait))),
+            Step::Hangs => std::future::pending().await,
+        };
+        Ok(Minted {
+            secret: format!("secret {n}").into(),
+            expires_at,
+        })
+    }
+}
+
+/// A running refresher and everything that a test looks at.
+struct Rig {
+    cell: CredentialCell,
+    clock: Clock,
+    mint: Scripted,
+    metrics: Arc<Metrics>,
+    _tasks: JoinSet<()>,
+}
+
+impl Rig {
+    fn start(script: impl Fn(usize, Duration) -> Step + Send + Sync + 'static) -> Self {
+        let origin = Timestamp::from_second(1_700_000_000).unwrap();
+        let clock = Clock::simulated(origin);
+        let mint = Scripted {
+            clock: clock.clone(),
+            origin,
+            started: Instant::now(),
+            calls: Arc::default(),
+            script: Arc::new(script),
+        };
+        let cell = CredentialCell::new(clock.clone());
+        let metrics = Metrics::new().unwrap();
+        let mut tasks = JoinSet::new();
+        let refresher = Refresher::new(mint.clone(), cell.clone(), Arc::clone(&metrics));
+        tasks.spawn(refresher.run(CancellationToken::new()));
+        Self {
+            cell,
+            clock,
+            mint,
+            metrics,
+            _tasks: tasks,
+        }
+    }
+
+    /// When the calls were made, counted from the start.
+    fn calls(&self) -> Vec<Duration> {
+        self.mint.calls.lock().unwrap().clone()
+    }
+
+    async fn first(&self) -> Arc<Credential> {
+        self.cell.get(within(MINUTE)).await.unwrap()
+    }
+}
+
+/// The time between each call and the next.
+fn gaps(calls: &[Duration]) -> Vec<Duration> {
+    calls
+        .windows(2)
+        .map(|pair| pair[1].saturating_sub(pair[0]))
+        .collect()
+}
+
+fn within(wait: Duration) -> Instant {
+    Instant::now() + wait
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_client_that_comes_first_waits_for_the_first_credential() {
+    let rig = Rig::start(|_, _| Step::GivesAfter(Duration::from_secs(3), HOUR));
+    assert!(rig.cell.current().is_none());
+    let credential = rig.first().await;
+    assert_eq!(credential.secret.expose_secret(), "secret 0");
+    assert_eq!(credential.generation, 1);
+    assert_eq!(rig.mint.started.elapsed(), Duration::from_secs(3));
+    assert_eq!(rig.cell.status().state, CredentialState::Fresh);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_hour_is_refreshed_near_its_half_and_nobody_is_ever_without() {
+    let rig = Rig::start(|_, _| Step::Gives(HOUR));
+    rig.first().await;
+    for _ in 0..24 * 60 {
+        sleep(MINUTE).await;
+        assert!(rig.cell.current().is_some());
+    }
+    let calls = rig.calls();
+    for apart in gaps(&calls) {
+        assert!(
+            apart >= 27 * MINUTE && apart <= 33 * MINUTE + Duration::from_secs(1),
+            "{apart:?}"
+        );
+    }
+    assert!(
+        (43..=54).contains(&calls.len()),
+        "{} calls a day",
+        calls.len()
+    );
+    let spread = gaps(&calls).into_iter().collect::<HashSet<_>>();
+    assert!(spread.len() > 10, "a fleet would mint in step");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_minute_is_refreshed_in_time_and_a_few_seconds_do_not_make_it_spin() {
+    for (lifetime, most_per_hour) in [(60, 140), (6, 720), (1, 720)] {
+        let rig = Rig::start(move |_, _| Step::Gives(Duration::from_secs(lifetime)));
+        rig.first().await;
+        sleep(HOUR).await;
+        let calls = rig.calls();
+        assert!(
+            calls.len() <= most_per_hour,
+            "{} calls an hour at {lifetime} s",
+            calls.len()
+        );
+        assert!(
+            gaps(&calls)
+                .iter()
+                .all(|gap| *gap >= Duration::from_secs(5))
+        );
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_valid_credential_outlives_failed_refreshes() {
+    let rig = Rig::start(|n, _| {
+        if n == 0 {
+            Step::Gives(HOUR)
+        } else {
+            Step::Fails(MintErrorKind::Unavailable)
+        }
+    });
+    rig.first().await;
+    while rig.mint.started.elapsed() + Duration::from_secs(1) < HOUR {
+        sleep(Duration::from_secs(1)).await;
+        if rig.mint.started.elapsed() < HOUR {
+            assert!(
+                rig.cell.current().is_some(),
+                "thrown away at {:?}",
+                rig.mint.started.elapsed()
+            );
+        }
+    }
+    let calls = rig.calls();
+    let urgent = calls.iter().filter(|at| **at >= 55 * MINUTE).count();
+    let due = calls.len() - urgent;
+    assert!((30..=140).contains(&due), "{due} attempts while due");
+    assert!(
+        (200..=600).contains(&urgent),
+        "{urgent} attempts in the last five minutes"
+    );
+    assert!(rig.cell.status().last_error.is_some());
+    sleep(Duration::from_secs(2)).await;
+    assert!(rig.cell.current().is_none());
+    assert_eq!(rig.cell.status().state, CredentialState::Expired);
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_first_success_after_an_outage_is_taken_at_once() {
+    let rig = Rig::start(|n, at| {
+        if n > 0 && at < 2 * HOUR {
+            Step::Fails(MintErrorKind::Unavailable)
+        } else {
+            Step::Gives(HOUR)
+        }
+    });
+    rig.first().await;
+    sleep(2 * HOUR + Duration::from_secs(46)).await;
+    assert!(rig.cell.current().is_some());
+    assert!(rig.cell.status().last_error.is_none());
+    assert!(
+        rig.calls().len() < 700,
+        "{} calls during the outage",
+        rig.calls().len()
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn clients_are_held_until_their_budget_and_then_told_why() {
+    let rig = Rig::start(|_, _| Step::Fails(MintErrorKind::Unavailable));
+    let error = rig.cell.get(within(MINUTE)).await.unwrap_err();
+    assert_eq!(rig.mint.started.elapsed(), MINUTE);
+    let CredentialError::Failed(cause) = &error else {
+        panic!("{error:?}")
+    };
+    assert_eq!(cause.kind, MintErrorKind::Unavailable);
+    assert!(
+        error
+            .message()
+            .starts_with("cannot obtain a database credential: scripted failure"),
+        "{}",
+        error.message()
+    );
+    assert_eq!(error.hint().as_deref(), Some("mend the script"));
+    let calls = rig.calls().len();
+    assert!(
+        (12..=60).contains(&calls),
+        "{calls} attempts while a client waited"
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_client_is_not_held_for_what_only_a_person_can_mend() {
+    let rig = Rig::start(|_, _| Step::Fails(MintErrorKind::Refused));
+    let started = Instant::now();
+    let error = rig.cell.get(within(MINUTE)).await.unwrap_err();
+    assert!(
+        started.elapsed() < Duration::from_secs(1),
+        "{:?}",
+        started.elapsed()
+    );
+    assert!(
+        matches!(error, CredentialError::Failed(cause) if cause.kind == MintErrorKind::Refused)
+    );
+
+    // Clients that come back again and again hasten the retries, within bounds.
+    while started.elapsed() < HOUR {
+        rig.cell.get(within(MINUTE)).await.unwrap_err();
+        sleep(Duration::from_millis(100)).await;
+    }
+    let calls = rig.calls().len();
+    assert!((100..=260).contains(&calls), "{calls} calls in an hour");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_refusal_with_nobody_waiting_is_retried_every_few_minutes() {
+    let rig = Rig::start(|_, _| Step::Fails(MintErrorKind::Refused));
+    sleep(6 * HOUR).await;
+    let calls = rig.calls();
+    assert!(
+        (40..=150).contains(&calls.len()),
+        "{} calls in six hours",
+        calls.len()
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn retry_after_is_honoured_even_while_clients_wait() {
+    let wait = Duration::from_secs(40);
+    let rig = Rig::start(move |n, _| {
+        if n == 0 {
+            Step::AsksToWait(wait)
+        } else {
+            Step::Gives(HOUR)
+        }
+    });
+    rig.first().await;
+    let calls = rig.calls();
+    assert_eq!(calls.len(), 2);
+    assert!(
+        calls[1] >= wait && calls[1] < wait + Duration::from_secs(2),
+        "{calls:?}"
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_mint_that_hangs_is_given_up_and_tried_again() {
+    let rig = Rig::start(|n, _| {
+        if n == 0 {
+            Step::Hangs
+        } else {
+            Step::Gives(HOUR)
+        }
+    });
+    let credential = rig.cell.get(within(2 * MINUTE)).await.unwrap();
+    assert_eq!(credential.generation, 1);
+    assert!(
+        rig.calls()[1] <= Duration::from_secs(62),
+        "{:?}",
+        rig.calls()
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_suspended_laptop_is_noticed_within_thirty_seconds() {
+    let rig = Rig::start(|_, _| Step::Gives(HOUR));
+    rig.first().await;
+    sleep(MINUTE).await;
+    rig.clock.jump(SignedDuration::from_hours(3));
+    assert!(rig.cell.current().is_none(), "judged by the wall clock");
+    assert_eq!(rig.cell.status().state, CredentialState::Expired);
+    sleep(Duration::from_secs(31)).await;
+    assert_eq!(rig.cell.current().unwrap().generation, 2);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_client_that_meets_an_expired_credential_wakes_the_refresher() {
+    let rig = Rig::start(|_, _| Step::Gives(HOUR));
+    rig.first().await;
+    sleep(MINUTE).await;
+    rig.clock.jump(SignedDuration::from_hours(3));
+    let started = Instant::now();
+    assert_eq!(rig.cell.get(within(MINUTE)).await.unwrap().generation, 2);
+    assert!(started.elapsed() < Duration::from_secs(1));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_hundred_rejected_clients_share_one_mint() {
+    let rig = Rig::start(|_, _| Step::GivesAfter(Duration::from_secs(1), HOUR));
+    rig.first().await;
+    sleep(MINUTE).await;
+    let mut clients = JoinSet::new();
+    for _ in 0..100 {
+        let cell = rig.cell.clone();
+        clients.spawn(async move { cell.replace(1, within(MINUTE)).await.unwrap().generation });
+    }
+    while let Some(generation) = clients.join_next().await {
+        assert_eq!(generation.unwrap(), 2);
+    }
+    assert_eq!(rig.calls().len(), 2);
+    // One that comes late with the old generation is given the new one without a mint.
+    assert_eq!(
+        rig.cell
+            .replace(1, within(MINUTE))
+            .await
+            .unwrap()
+            .generation,
+        2
+    );
+    assert_eq!(rig.calls().len(), 2);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_rejected_credential_is_replaced_even_by_one_that_expires_earlier() {
+    let rig = Rig::start(|n, _| Step::Gives(if n == 0 { HOUR } else { 10 * MINUTE }));
+    rig.first().await;
+    sleep(MINUTE).await;
+    assert_eq!(
+        rig.cell
+            .replace(1, within(MINUTE))
+            .await
+            .unwrap()
+            .generation,
+        2
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_new_credential_that_lasts_no_longer_is_not_taken_and_not_asked_for_in_a_loop() {
+    let rig = Rig::start(|_, _| Step::GivesUntil(HOUR));
+    rig.first().await;
+    sleep(59 * MINUTE).await;
+    assert_eq!(rig.cell.current().unwrap().generation, 1);
+    let calls = rig.calls().len();
+    assert!((10..=80).contains(&calls), "{calls} calls");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_permanent_mismatch_does_not_hammer_the_workspace() {
+    let rig = Rig::start(|_, _| Step::Gives(HOUR));
+    let mut generation = rig.first().await.generation;
+    let started = Instant::now();
+    let mut refused_at_once = 0;
+    while started.elapsed() < 2 * HOUR {
+        let asked = Instant::now();
+        match rig.cell.replace(generation, within(MINUTE)).await {
+            Ok(credential) => generation = credential.generation,
+            Err(CredentialError::RateLimited { retry_in }) => {
+                assert!(retry_in > Duration::from_secs(5));
+                assert!(asked.elapsed() < Duration::from_secs(1));
+                refused_at_once += 1;
+            }
+            Err(other) => panic!("{other:?}"),
+        }
+        sleep(Duration::from_secs(1)).await;
+    }
+    let calls = rig.calls().len();
+    assert!(
+        (15..=45).contains(&calls),
+        "{calls} mints in two hours of rejection"
+    );
+    assert!(refused_at_once > 1000);
+
+    // The role is made: logins work, and a later rejection is served promptly again.
+    rig.cell.accepted(generation);
+    let asked = Instant::now();
+    let credential = rig.cell.replace(generation, within(MINUTE)).await.unwrap();
+    assert!(credential.generation > generation);
+    assert!(
+        asked.elapsed() <= Duration::from_secs(10),
+        "{:?}",
+        asked.elapsed()
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_static_credential_is_minted_once_unless_it_is_rejected() {
+    let rig = Rig::start(|_, _| Step::GivesForever);
+    rig.first().await;
+    sleep(100 * HOUR).await;
+    assert_eq!(rig.calls().len(), 1);
+    assert_eq!(rig.cell.status().state, CredentialState::Fresh);
+    rig.cell.replace(1, within(MINUTE)).await.unwrap();
+    sleep(100 * HOUR).await;
+    assert_eq!(rig.calls().len(), 2);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_credential_that_has_expired_on_arrival_is_a_failure() {
+    let rig = Rig::start(|_, _| Step::Gives(Duration::ZERO));
+    let error = rig.cell.get(within(MINUTE)).await.unwrap_err();
+    assert!(
+        error.message().contains("already expired"),
+        "{}",
+        error.message()
+    );
+    assert!(rig.calls().len() <= 60);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_client_that_hangs_up_leaves_nothing_behind() {
+    let rig = Rig::start(|_, _| Step::Fails(MintErrorKind::Unavailable));
+    for _ in 0..50 {
+        tokio::select! {
+            biased;
+            _ = rig.cell.get(within(MINUTE)) => panic!("there is no credential"),
+            () = sleep(Duration::from_millis(10)) => {}
+        }
+    }
+    assert!(!rig.cell.is_awaited());
+}
+
+#[tokio::test(start_paused = true)]
+async fn followers_see_each_refresh_and_the_metrics_count_it() {
+    let rig = Rig::start(|n, _| {
+        if n == 1 {
+            Step::Fails(MintErrorKind::RateLimited)
+        } else {
+            Step::Gives(MINUTE)
+        }
+    });
+    let mut status = rig.cell.subscribe();
+    status
+        .wait_for(|status| status.generation == 1)
+        .await
+        .unwrap();
+    status
+        .wait_for(|status| status.last_error.is_some())
+        .await
+        .unwrap();
+    let third = status
+        .wait_for(|status| status.generation == 2)
+        .await
+        .unwrap()
+        .clone();
+    assert!(third.expires_at > third.minted_at);
+    tokio::task::yield_now().await;
+    let count = |outcome| {
+        rig.metrics
+            .credential_refreshes
+            .with_label_values(&[outcome])
+            .get()
+    };
+    assert_eq!((count("success"), count("rate_limited")), (2, 1));
+    #[expect(clippy::cast_precision_loss, reason = "seconds fit")]
+    let expiry = third.expires_at.unwrap().as_second() as f64;
+    assert!((rig.metrics.credential_expiry.get() - expiry).abs() < 1.0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn stopping_ends_the_task_even_in_the_middle_of_a_mint() {
+    let clock = Clock::simulated(Timestamp::now());
+    let mint = Scripted {
+        clock: clock.clone(),
+        origin: clock.now(),
+        started: Instant::now(),
+        calls: Arc::default(),
+        script: Arc::new(|_, _| Step::Hangs),
+    };
+    let stop = CancellationToken::new();
+    let refresher = Refresher::new(
+        mint.clone(),
+        CredentialCell::new(clock),
+        Metrics::new().unwrap(),
+    );
+    let mut tasks = JoinSet::new();
+    tasks.spawn(refresher.run(stop.clone()));
+    sleep(Duration::from_secs(1)).await;
+    assert_eq!(mint.calls.lock().unwrap().len(), 1);
+    stop.cancel();
+    let started = Instant::now();
+    tasks.join_next().await.unwrap().unwrap();
+    assert!(started.elapsed() < Duration::from_millis(10));
+}
+
+#[test]
+fn no_secret_prints() {
+    let cell = CredentialCell::new(Clock::system());
+    let minted = Minted {
+        secret: "hunter2".into(),
+        expires_at: None,
+    };
+    let printed = format!("{minted:?}");
+    let credential = cell.publish(minted, 0.0);
+    let printed = format!("{printed} {credential:?} {cell:?} {:?}", cell.status());
+    assert!(!printed.contains("hunter2"), "{printed}");
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
+
+    #[test]
+    fn whatever_fails_the_pace_is_bounded_and_the_valid_credential_stays(
+        lifetime in 1_u64..8_000,
+        outcomes in proptest::collection::vec(0_u8..6, 1..40),
+    ) {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().unwrap();
+        runtime.block_on(async move {
+            let rig = Rig::start(move |n, _| match outcomes[n % outcomes.len()] {
+                0 => Step::Fails(MintErrorKind::Unavailable),
+                1 => Step::Fails(MintErrorKind::Refused),
+                2 => Step::Fails(MintErrorKind::Malformed),
+                3 => Step::AsksToWait(Duration::from_secs(7)),
+                _ => Step::Gives(Duration::from_secs(lifetime)),
+            });
+            let mut latest: Option<Arc<Credential>> = None;
+            while rig.mint.started.elapsed() < 2 * HOUR {
+                sleep(Duration::from_secs(7)).await;
+                if let Some(before) = &latest
+                    && before.is_valid_at(rig.clock.now())
+                {
+                    let now = rig.cell.current().expect("a valid credential was thrown away");
+                    assert!(now.expires_at >= before.expires_at);
+                }
+                latest = rig.cell.current().or(latest);
+            }
+            let calls = rig.calls();
+            assert!(gaps(&calls).iter().all(|gap| *gap >= Duration::from_millis(500)));
+        });
+    }
+}
