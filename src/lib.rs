@@ -25,14 +25,19 @@
 //! | [`workspace`] | everything said to the Databricks workspace over HTTPS |
 //! | [`protocol`] | the Postgres wire protocol without I/O; the only room that knows `pgwire` |
 //! | [`telemetry`] | logs and metrics; a leaf that all may use |
+//! | [`http`] | what our HTTP servers share: bounds, and the guard against other origins' pages |
 //! | [`admin`] | health and metrics over HTTP |
 //! | `notes` | the notes page: a client of our own listener |
 //! | `emulator`, `demo` | a Lakebase for one machine; the proxy never imports them |
 //!
 //! Arrows go downwards only; `credential` knows the workspace through the trait [`credential::Mint`] alone.
 
+pub mod admin;
 pub mod clock;
 pub mod credential;
+pub mod http;
+#[cfg(feature = "notes")]
+pub mod notes;
 pub mod protocol;
 pub mod telemetry;
 pub mod tls;

@@ -123,9 +123,9 @@ label! {
         RESOLVE = "resolve",
         /// TCP connect.
         DIAL = "dial",
-        /// SSLRequest and TLS handshake.
+        /// `SSLRequest` and TLS handshake.
         TLS = "tls",
-        /// Startup message up to ReadyForQuery.
+        /// Startup message up to `ReadyForQuery`.
         LOGIN = "login",
         /// All of it.
         TOTAL = "total",

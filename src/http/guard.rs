@@ -1,0 +1,317 @@
+//! Keeps other people's web pages away from our ports.
+//!
+//! A browser on this machine can reach loopback, and any page that it shows may try. Three things tell such a request
+//! apart, none of which a page can forge: a `Host` that is a name (DNS rebinding needs one), an `Origin` that is not
+//! ours, and the fetch metadata that browsers add.
+
+use std::net::IpAddr;
+
+use axum::{
+    extract::{Request, State},
+    http::{
+        HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Version,
+        header::{
+            CACHE_CONTROL, CONTENT_SECURITY_POLICY, HOST, ORIGIN, REFERRER_POLICY,
+            X_CONTENT_TYPE_OPTIONS, X_FRAME_OPTIONS,
+        },
+        uri::Authority,
+    },
+    middleware::Next,
+    response::{IntoResponse, Response},
+};
+
+/// No scripts, no frames, no forms; styles and images from us alone.
+const POLICY: &str = "default-src 'none'; style-src 'self'; img-src 'self'; base-uri 'none'; form-action 'none'; \
+                      frame-ancestors 'none'";
+
+/// Sent with every answer, also a refusal.
+const HARDENING: [(HeaderName, &str); 7] = [
+    (CONTENT_SECURITY_POLICY, POLICY),
+    (X_CONTENT_TYPE_OPTIONS, "nosniff"),
+    (X_FRAME_OPTIONS, "DENY"),
+    (REFERRER_POLICY, "no-referrer"),
+    (CACHE_CONTROL, "no-store"),
+    (
+        HeaderName::from_static("cross-origin-resource-policy"),
+        "same-origin",
+    ),
+    (
+        HeaderName::from_static("cross-origin-opener-policy"),
+        "same-origin",
+    ),
+];
+
+/// Who may be expected at a listener.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Reach {
+    /// Bound to a loopback address: only this machine's names are right.
+    Loopback,
+    /// Reached from elsewhere, under names that we cannot know (a pod's, a reverse proxy's).
+    Network,
+}
+
+/// The middleware: refuses what is foreign, hardens every answer.
+pub(super) async fn guard(State(reach): State<Reach>, request: Request, next: Next) -> Response {
+    let mut response = match judge(reach, &request) {
+        Ok(()) => next.run(request).await,
+        Err(refusal) => refusal.into_response(),
+    };
+    for (name, value) in HARDENING {
+        response
+            .headers_mut()
+            .insert(name, HeaderValue::from_static(value));
+    }
+    response
+}
+
+type Refusal = (StatusCode, &'static str);
+
+fn judge(reach: Reach, request: &Request) -> Result<(), Refusal> {
+    let host = host(request)?;
+    if reach == Reach::Loopback
+        && let Some(host) = &host
+        && !is_local(host)
+    {
+        return Err((
+            StatusCode::MISDIRECTED_REQUEST,
+            "this address answers to localhost only\n",
+        ));
+    }
+    let foreign = (
+        StatusCode::FORBIDDEN,
+        "requests from other origins are refused\n",
+    );
+    if !origin_is_ours(request.headers(), host.as_ref())
+        || embeds_us(request.method(), request.headers())
+    {
+        return Err(foreign);
+    }
+    Ok(())
+}
+
+/// The host that the request is for: the target's own when it has one (RFC 9112, 3.2.2), else the `Host` field.
+fn host(request: &Request) -> Result<Option<Authority>, Refusal> {
+    let bad = (StatusCode::BAD_REQUEST, "one valid Host header is needed\n");
+    let mut fields = request.headers().get_all(HOST).iter();
+    let field = fields.next();
+    if fields.next().is_some() || (field.is_none() && request.version() == Version::HTTP_11) {
+        return Err(bad);
+    }
+    let field = field
+        .map(|value| Authority::try_from(value.as_bytes()))
+        .transpose()
+        .map_err(|_| bad)?;
+    let host = request.uri().authority().cloned().or(field);
+    if host
+        .as_ref()
+        .is_some_and(|host| host.as_str().contains('@'))
+    {
+        return Err(bad);
+    }
+    Ok(host)
+}
+
+fn is_local(host: &Authority) -> bool {
+    let name = host.host();
+    let literal = name
+        .strip_prefix('[')
+        .and_then(|name| name.strip_suffix(']'))
+        .unwrap_or(name);
+    name.eq_ignore_ascii_case("localhost") || literal.parse::<IpAddr>().is_ok()
+}
+
+/// True without an `Origin`, and for one that names the host asked. `null` (sandboxed frames, files) is foreign.
+fn origin_is_ours(headers: &HeaderMap, host: Option<&Authority>) -> bool {
+    headers.get_all(ORIGIN).iter().all(|origin| {
+        let Ok(origin) = origin.to_str() else {
+            return false;
+        };
+        // https: a reverse proxy may terminate TLS in front of us.
+        let ours = origin
+            .strip_prefix("http://")
+            .or_else(|| origin.strip_prefix("https://"));
+        ours.zip(host)
+            .is_some_and(|(ours, host)| ours.eq_ignore_ascii_case(host.as_str()))
+    })
+}
+
+/// Another site's page (or another port of this machine, which browsers call same-site) making a request of its own.
+/// A link that somebody follows is a navigation and passes, since its page cannot read the answer.
+fn embeds_us(method: &Method, headers: &HeaderMap) -> bool {
+    let says = |name: &str, value: &str| headers.get(name).is_some_and(|field| field == value);
+    if !says("sec-fetch-site", "cross-site") && !says("sec-fetch-site", "same-site") {
+        return false;
+    }
+    let reads = method == Method::GET || method == Method::HEAD;
+    !(reads && says("sec-fetch-mode", "navigate") && says("sec-fetch-dest", "document"))
+}
+
+#[cfg(test)]
+mod tests {
+    use axum::body::Body;
+
+    use super::*;
+
+    fn verdict(reach: Reach, method: &str, headers: &[(&str, &str)]) -> u16 {
+        let mut request = Request::builder().method(method).uri("/");
+        for (name, value) in headers {
+            request = request.header(*name, *value);
+        }
+        let request = request.body(Body::empty()).unwrap();
+        judge(reach, &request).map_or_else(|(status, _)| status.as_u16(), |()| 200)
+    }
+
+    #[test]
+    fn loopback_answers_to_localhost_and_addresses_whatever_the_port() {
+        for host in [
+            "localhost",
+            "LOCALHOST:9090",
+            "127.0.0.1",
+            "127.0.0.1:80",
+            "[::1]:9090",
+            "[::1]",
+            "192.0.2.7:1",
+        ] {
+            assert_eq!(
+                verdict(Reach::Loopback, "GET", &[("host", host)]),
+                200,
+                "{host}"
+            );
+        }
+        for host in [
+            "rebound.example",
+            "localhost.example:9090",
+            "127.0.0.1.nip.io",
+            "localhost.",
+            "127.1",
+        ] {
+            assert_eq!(
+                verdict(Reach::Loopback, "GET", &[("host", host)]),
+                421,
+                "{host}"
+            );
+            assert_eq!(
+                verdict(Reach::Network, "GET", &[("host", host)]),
+                200,
+                "{host}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_host_must_be_there_once_and_make_sense() {
+        assert_eq!(verdict(Reach::Loopback, "GET", &[]), 400);
+        assert_eq!(verdict(Reach::Network, "GET", &[]), 400);
+        assert_eq!(
+            verdict(
+                Reach::Loopback,
+                "GET",
+                &[("host", "localhost"), ("host", "localhost")]
+            ),
+            400
+        );
+        assert_eq!(
+            verdict(Reach::Loopback, "GET", &[("host", "evil@localhost")]),
+            400
+        );
+        assert_eq!(verdict(Reach::Loopback, "GET", &[("host", "a b")]), 400);
+    }
+
+    #[test]
+    fn the_targets_own_authority_counts_before_the_host_field() {
+        let request = Request::builder()
+            .uri("http://rebound.example/")
+            .header("host", "localhost");
+        let refusal = judge(Reach::Loopback, &request.body(Body::empty()).unwrap()).unwrap_err();
+        assert_eq!(refusal.0, StatusCode::MISDIRECTED_REQUEST);
+    }
+
+    #[test]
+    fn a_foreign_origin_gets_nothing_by_any_method() {
+        for method in ["GET", "HEAD", "POST", "OPTIONS", "DELETE"] {
+            for origin in [
+                "http://evil.example",
+                "http://localhost:3000",
+                "null",
+                "http://localhost:9090.evil.example",
+            ] {
+                let headers = [("host", "localhost:9090"), ("origin", origin)];
+                assert_eq!(
+                    verdict(Reach::Loopback, method, &headers),
+                    403,
+                    "{method} {origin}"
+                );
+                assert_eq!(
+                    verdict(Reach::Network, method, &headers),
+                    403,
+                    "{method} {origin}"
+                );
+            }
+            let ours = [
+                ("host", "localhost:9090"),
+                ("origin", "http://localhost:9090"),
+            ];
+            assert_eq!(verdict(Reach::Loopback, method, &ours), 200, "{method}");
+        }
+    }
+
+    #[test]
+    fn a_link_may_be_followed_but_nothing_embedded() {
+        let from = |site, mode, dest| {
+            [
+                ("host", "localhost"),
+                ("sec-fetch-site", site),
+                ("sec-fetch-mode", mode),
+                ("sec-fetch-dest", dest),
+            ]
+        };
+        assert_eq!(
+            verdict(
+                Reach::Loopback,
+                "GET",
+                &from("cross-site", "navigate", "document")
+            ),
+            200
+        );
+        assert_eq!(
+            verdict(
+                Reach::Loopback,
+                "GET",
+                &from("cross-site", "navigate", "iframe")
+            ),
+            403
+        );
+        assert_eq!(
+            verdict(
+                Reach::Loopback,
+                "GET",
+                &from("same-site", "no-cors", "script")
+            ),
+            403
+        );
+        assert_eq!(
+            verdict(
+                Reach::Loopback,
+                "POST",
+                &from("cross-site", "navigate", "document")
+            ),
+            403
+        );
+        assert_eq!(
+            verdict(
+                Reach::Loopback,
+                "GET",
+                &from("same-origin", "no-cors", "style")
+            ),
+            200
+        );
+        assert_eq!(
+            verdict(
+                Reach::Loopback,
+                "GET",
+                &from("none", "navigate", "document")
+            ),
+            200
+        );
+    }
+}

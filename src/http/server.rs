@@ -1,0 +1,143 @@
+//! An HTTP/1.1 server whose every wait is bounded.
+//!
+//! `axum::serve` has no limit on connections and none on the time a head may take; this loop has both.
+
+use std::{io, pin::pin, sync::Arc, time::Duration};
+
+use axum::{Router, middleware};
+use hyper::server::conn::http1;
+use hyper_util::{
+    rt::{TokioIo, TokioTimer},
+    service::TowerToHyperService,
+};
+use tokio::{
+    net::{TcpListener, TcpStream},
+    sync::Semaphore,
+    time::{sleep, timeout},
+};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tracing::{debug, warn};
+
+use super::guard::{Reach, guard};
+
+/// Longest pause between attempts to accept, so that a descriptor set free is used soon.
+const ACCEPT_BACKOFF_MAX: Duration = Duration::from_secs(1);
+
+/// Bounds of one server.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Connections at a time; more wait in the listener's backlog.
+    pub max_connections: usize,
+    /// A request's head must be complete within this time, counted from the connection or the answer before.
+    pub header_read_timeout: Duration,
+    /// After this time a connection is closed at the next answer, whatever it does.
+    pub connection_lifetime: Duration,
+    /// What an answer under way may still take once we stop, or once a connection's life is over.
+    pub drain: Duration,
+    /// Largest head of a request.
+    pub max_head: usize,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            max_connections: 256,
+            header_read_timeout: Duration::from_secs(10),
+            connection_lifetime: Duration::from_mins(5),
+            drain: Duration::from_secs(5),
+            max_head: 16 * 1024,
+        }
+    }
+}
+
+/// Serves `app` behind the guard until `stop`, then lets answers under way finish within `limits.drain`.
+pub async fn serve(
+    listener: TcpListener,
+    app: Router,
+    limits: Limits,
+    stop: CancellationToken,
+) -> io::Result<()> {
+    let loopback = listener.local_addr()?.ip().to_canonical().is_loopback();
+    let reach = if loopback {
+        Reach::Loopback
+    } else {
+        Reach::Network
+    };
+    let app = app.layer(middleware::from_fn_with_state(reach, guard));
+    let connections = TaskTracker::new();
+    let permits = Arc::new(Semaphore::new(limits.max_connections));
+    let mut backoff = Backoff::default();
+
+    let _stopped = stop
+        .run_until_cancelled(async {
+            // The semaphore is never closed.
+            while let Ok(permit) = Arc::clone(&permits).acquire_owned().await {
+                match listener.accept().await {
+                    Ok((stream, _)) => {
+                        backoff = Backoff::default();
+                        let (app, stop) = (app.clone(), stop.clone());
+                        connections.spawn(async move {
+                            connection(stream, app, limits, stop).await;
+                            drop(permit);
+                        });
+                    }
+                    Err(error) => {
+                        backoff.report(&error);
+                        sleep(backoff.next()).await;
+                    }
+                }
+            }
+        })
+        .await;
+    drop(listener);
+    connections.close();
+    connections.wait().await;
+    Ok(())
+}
+
+/// One connection up to its end, which `limits` bring about if the client does not.
+async fn connection(stream: TcpStream, app: Router, limits: Limits, stop: CancellationToken) {
+    // Only a latency matter; a stream that cannot take it is about to fail anyway.
+    stream.set_nodelay(true).ok();
+    let served = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(limits.header_read_timeout)
+        .max_buf_size(limits.max_head)
+        .serve_connection(TokioIo::new(stream), TowerToHyperService::new(app));
+    let mut served = pin!(served);
+    let ended = tokio::select! {
+        ended = served.as_mut() => Some(ended),
+        () = stop.cancelled() => None,
+        () = sleep(limits.connection_lifetime) => None,
+    };
+    let ended = if let Some(ended) = ended {
+        ended
+    } else {
+        served.as_mut().graceful_shutdown();
+        timeout(limits.drain, served).await.unwrap_or(Ok(()))
+    };
+    if let Err(error) = ended {
+        debug!(%error, "http connection ended early");
+    }
+}
+
+#[derive(Default)]
+struct Backoff {
+    failures: u32,
+}
+
+impl Backoff {
+    /// Once for a run of failures, not once for each.
+    fn report(&self, error: &io::Error) {
+        if self.failures == 0 {
+            warn!(%error, "cannot accept http connections, trying again");
+        }
+    }
+
+    fn next(&mut self) -> Duration {
+        self.failures = self.failures.saturating_add(1);
+        Duration::from_millis(10)
+            .saturating_mul(1 << self.failures.min(7))
+            .min(ACCEPT_BACKOFF_MAX)
+    }
+}
