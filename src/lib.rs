@@ -39,6 +39,8 @@ pub mod http;
 #[cfg(feature = "notes")]
 pub mod notes;
 pub mod protocol;
+pub mod session;
+pub mod shutdown;
 pub mod telemetry;
 pub mod tls;
 pub mod upstream;

@@ -1,0 +1,428 @@
+//! One client from accept to close.
+//!
+//! # Life cycle
+//!
+//! ```text
+//! accept ─▶ handshake ─┬─▶ cancel ─▶ close
+//!                      └─▶ permit ─▶ login ─▶ welcome ─▶ relay ─▶ close
+//!                               └────────┴─▶ refuse ─▶ close
+//! ```
+//!
+//! Until the welcome nothing is sent to the client but the answers to its requests for encryption: libpq takes a
+//! notice before AuthenticationOk for an error.
+
+mod cancel;
+mod handshake;
+mod relay;
+
+use std::{
+    io,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use bytes::BytesMut;
+use tokio::{
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
+    sync::{OwnedSemaphorePermit, Semaphore},
+    time::{Instant, timeout},
+};
+
+pub use self::cancel::Cancels;
+use self::{
+    cancel::Target,
+    handshake::{HandshakeError, Opening},
+    relay::{End, Relay},
+};
+use crate::{
+    protocol::{
+        backend::welcome,
+        error::{Report, sqlstate},
+        options::SessionSettings,
+        startup::{StartupError, StartupMessage},
+    },
+    shutdown::{Phase, Shutdown},
+    telemetry::{
+        GaugeGuard, Metrics,
+        names::{cancel as cancel_outcome, direction, reason},
+    },
+    upstream::{Connection, Refusal, Upstream},
+};
+
+/// A wait worth telling the client about.
+const LONG_WAIT: Duration = Duration::from_secs(1);
+/// How long a client may take to read its refusal, and to close after we have.
+const FAREWELL: Duration = Duration::from_secs(1);
+/// What a client may send before it is welcomed, in bytes; beyond it, it is simply not read from.
+const EARLY_LIMIT: usize = 64 * 1024;
+/// Terminate: the orderly end of a session towards the server.
+const TERMINATE: [u8; 5] = [b'X', 0, 0, 0, 4];
+
+/// Which database a client gets.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Databases {
+    /// The one for clients that name none.
+    pub default: String,
+    /// What the names clients send mean.
+    pub mapping: DatabaseMapping,
+}
+
+/// What the database name a client sends means.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DatabaseMapping {
+    /// Itself, but where it is the client's user name, which libpq sends when none is given, the default.
+    #[default]
+    Default,
+    /// Always itself.
+    Exact,
+}
+
+impl Databases {
+    /// The database to open for a client.
+    fn choose(&self, startup: &StartupMessage) -> String {
+        let user = startup.parameter("user");
+        let asked = startup.parameter("database").or(user);
+        match (self.mapping, asked) {
+            (_, None) => self.default.clone(),
+            (DatabaseMapping::Default, asked) if asked == user => self.default.clone(),
+            (_, Some(asked)) => asked.to_owned(),
+        }
+    }
+}
+
+/// What the sessions of one listener share.
+pub struct Sessions {
+    /// Where they lead.
+    pub upstream: Arc<Upstream>,
+    /// Which database a client gets.
+    pub databases: Databases,
+    /// How long a client may take to say what it wants.
+    pub client_login_timeout: Duration,
+    /// One permit a session.
+    pub permits: Arc<Semaphore>,
+    /// The number of permits there are, for the message.
+    pub max_connections: usize,
+    /// Keys given out.
+    pub cancels: Arc<Cancels>,
+    /// When to end.
+    pub shutdown: Shutdown,
+    /// What is counted.
+    pub metrics: Arc<Metrics>,
+    /// Numbers the sessions of this process.
+    pub ids: Arc<AtomicU64>,
+}
+
+impl Sessions {
+    /// A number for the next session, which the client is told in a refusal and the log shows.
+    pub fn next_id(&self) -> u64 {
+        self.ids.fetch_add(1, Ordering::Relaxed).saturating_add(1)
+    }
+
+    /// Serves one client to its end. `handshaking` is held until it has said what it wants.
+    pub async fn serve<S>(&self, id: u64, mut client: S, handshaking: OwnedSemaphorePermit)
+    where
+        S: AsyncRead + AsyncWrite + Unpin,
+    {
+        let _active = GaugeGuard::new(&self.metrics.clients_active);
+        let mut buffer = BytesMut::with_capacity(1024);
+        let opening = timeout(
+            self.client_login_timeout,
+            handshake::receive(&mut client, &mut buffer),
+        );
+        match opening.await {
+            Ok(Ok(Opening::Gone)) => {}
+            Ok(Ok(Opening::Cancel(key))) => {
+                drop(handshaking);
+                self.cancel(key).await;
+            }
+            Ok(Ok(Opening::Session(startup))) => {
+                drop(handshaking);
+                if let Err(refusal) = self.run(id, &mut client, buffer, &startup).await {
+                    self.refuse(id, &mut client, refusal).await;
+                }
+            }
+            Ok(Err(error)) => self.reject_handshake(id, &mut client, &error).await,
+            Err(_elapsed) => {
+                let report = Report::new(
+                    sqlstate::PROTOCOL_VIOLATION,
+                    "no complete startup message in time",
+                );
+                self.refuse(
+                    id,
+                    &mut client,
+                    Refusal {
+                        report,
+                        reason: reason::TIMEOUT,
+                    },
+                )
+                .await;
+            }
+        }
+    }
+
+    /// A session proper; an error is a refusal that the client is still to be told.
+    async fn run<S>(
+        &self,
+        id: u64,
+        client: &mut S,
+        mut buffer: BytesMut,
+        startup: &StartupMessage,
+    ) -> Result<(), Refusal>
+    where
+        S: AsyncRead + AsyncWrite + Unpin,
+    {
+        let began = Instant::now();
+        let _permit = self.admit()?;
+        let settings =
+            SessionSettings::new(startup, self.databases.choose(startup)).map_err(|error| {
+                Refusal {
+                    report: Report::new(sqlstate::UNDEFINED_OBJECT, error.to_string()),
+                    reason: reason::BAD_STARTUP,
+                }
+            })?;
+        let draining = self.shutdown.draining().clone();
+        let connected = tokio::select! {
+            connected = self.upstream.connect(&settings) => connected,
+            () = hang_up(client, &mut buffer) => {
+                tracing::debug!(session = id, "client left while it was being logged in");
+                return Ok(());
+            }
+            () = draining.cancelled() => Err(shutting_down()),
+        };
+        self.metrics
+            .hold_seconds
+            .observe(began.elapsed().as_secs_f64());
+        let (connection, woke_after) = connected?;
+        tracing::debug!(session = id, database = settings.database, after = ?began.elapsed(), "session begins");
+        let Connection {
+            mut stream,
+            leftover,
+            mut greeting,
+            address,
+            gauge: _gauge,
+        } = connection;
+        let registration = greeting
+            .key
+            .map(|key| self.cancels.register(Target { address, key }));
+        let key = registration
+            .as_ref()
+            .map_or_else(Cancels::meaningless_key, cancel::Registration::key);
+        if let Some(wait) = woke_after.filter(|wait| *wait >= LONG_WAIT) {
+            let notice = format!(
+                "Lakebase endpoint {} woke after {:.1} s",
+                self.upstream.endpoint().label,
+                wait.as_secs_f64()
+            );
+            greeting
+                .notices
+                .extend_from_slice(&Report::new("00000", notice).encode_notice());
+        }
+        let hello = welcome(startup, &greeting.parameter_status, key, &greeting.notices);
+        drop(greeting);
+        if write_all(client, &hello).await.is_err() {
+            return Ok(());
+        }
+        let counter = |direction| self.metrics.relay_bytes.with_label_values(&[direction]);
+        let relay = Relay::new(
+            (client, &buffer, counter(direction::FROM_CLIENT)),
+            (&mut stream, &leftover, counter(direction::FROM_SERVER)),
+            &self.shutdown,
+        );
+        drop((hello, buffer, leftover));
+        let end = relay.run().await;
+        tracing::debug!(session = id, ?end, "session ends");
+        match end {
+            // Gone or broken: the server's side ends as that of a direct client would, by the socket being closed.
+            End::Client => {}
+            End::Server => linger(client).await,
+            End::Shutdown => {
+                let goodbye = async {
+                    write_all(&mut stream, &TERMINATE).await?;
+                    stream.shutdown().await
+                };
+                let _ = timeout(FAREWELL, goodbye).await;
+                linger(client).await;
+            }
+        }
+        Ok(())
+    }
+
+    fn admit(&self) -> Result<OwnedSemaphorePermit, Refusal> {
+        if self.shutdown.phase() != Phase::Serving {
+            return Err(shutting_down());
+        }
+        Arc::clone(&self.permits)
+            .try_acquire_owned()
+            .map_err(|_| Refusal {
+                report: Report::new(
+                    sqlstate::TOO_MANY_CONNECTIONS,
+                    format!(
+                        "sorry, too many clients already: lakebase-proxy takes {}",
+                        self.max_connections
+                    ),
+                )
+                .with_hint("Close connections that are not used, or raise --max-connections."),
+                reason: reason::MAX_CONNECTIONS,
+            })
+    }
+
+    async fn cancel(&self, key: crate::protocol::startup::CancelKey) {
+        let outcome = match self.cancels.find(key) {
+            Some(Target { address, key }) => match self.upstream.cancel(address, key).await {
+                Ok(()) => cancel_outcome::FORWARDED,
+                Err(error) => {
+                    tracing::warn!(error = %error, "cancel request could not be passed on");
+                    cancel_outcome::FAILED
+                }
+            },
+            None => {
+                self.cancels.delay_guess().await;
+                cancel_outcome::UNKNOWN
+            }
+        };
+        self.metrics.cancels.with_label_values(&[outcome]).inc();
+    }
+
+    async fn reject_handshake<S>(&self, id: u64, client: &mut S, error: &HandshakeError)
+    where
+        S: AsyncRead + AsyncWrite + Unpin,
+    {
+        let reason = match error {
+            HandshakeError::Startup(StartupError::TlsHandshake) => {
+                tracing::warn!(
+                    session = id,
+                    "a client insists on TLS, which this listener does not speak; hint: set sslmode=prefer or disable at the client"
+                );
+                reason::CLIENT_TLS
+            }
+            HandshakeError::Io(error) => {
+                tracing::debug!(session = id, error = %error, "client broke off in the handshake");
+                return;
+            }
+            _ => reason::BAD_STARTUP,
+        };
+        match error.report() {
+            Some(report) => self.refuse(id, client, Refusal { report, reason }).await,
+            None => {
+                self.metrics
+                    .clients_refused
+                    .with_label_values(&[reason])
+                    .inc();
+                tracing::debug!(session = id, error = %error, "not a Postgres client");
+            }
+        }
+    }
+
+    /// Tells the client why it gets no session, and whoever reads the log.
+    async fn refuse<S>(&self, id: u64, client: &mut S, refusal: Refusal)
+    where
+        S: AsyncRead + AsyncWrite + Unpin,
+    {
+        let Refusal { mut report, reason } = refusal;
+        self.metrics
+            .clients_refused
+            .with_label_values(&[reason])
+            .inc();
+        tracing::warn!(
+            session = id,
+            reason,
+            sqlstate = report.sqlstate,
+            detail = report.detail,
+            hint = report.hint,
+            "client refused: {}",
+            report.message
+        );
+        let mut detail = report.detail.take().unwrap_or_default();
+        if !detail.is_empty() {
+            detail.push(' ');
+        }
+        report.detail = Some(format!("{detail}(lakebase-proxy session {id})"));
+        let said = timeout(FAREWELL, write_all(client, &report.encode_fatal())).await;
+        if matches!(said, Ok(Ok(()))) && client.shutdown().await.is_ok() {
+            linger(client).await;
+        }
+    }
+}
+
+fn shutting_down() -> Refusal {
+    Refusal {
+        report: Report::new(
+            sqlstate::CANNOT_CONNECT_NOW,
+            "lakebase-proxy is shutting down",
+        )
+        .with_hint("Connect again once it has restarted, or to another host."),
+        reason: reason::SHUTTING_DOWN,
+    }
+}
+
+/// Returns when the client hangs up; keeps what it sends meanwhile. Cancel safe.
+async fn hang_up<S: AsyncRead + Unpin>(client: &mut S, buffer: &mut BytesMut) {
+    while buffer.len() < EARLY_LIMIT {
+        if let Ok(0) | Err(_) = client.read_buf(buffer).await {
+            return;
+        }
+    }
+    std::future::pending::<()>().await;
+}
+
+/// Reads on until the client closes too: closing with bytes unread resets the connection, and the reset may overtake
+/// the last words.
+async fn linger<S: AsyncRead + Unpin>(client: &mut S) {
+    let mut ignored = [0; 512];
+    let closed = async { while let Ok(1..) = client.read(&mut ignored).await {} };
+    let _ = timeout(FAREWELL, closed).await;
+}
+
+async fn write_all<S: AsyncWrite + Unpin>(stream: &mut S, bytes: &[u8]) -> io::Result<()> {
+    stream.write_all(bytes).await?;
+    stream.flush().await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn chosen(mapping: DatabaseMapping, parameters: &[(&str, &str)]) -> String {
+        let startup = StartupMessage {
+            minor: 0,
+            parameters: parameters
+                .iter()
+                .map(|&(n, v)| (n.to_owned(), v.to_owned()))
+                .collect(),
+            protocol_options: Vec::new(),
+        };
+        Databases {
+            default: "databricks_postgres".to_owned(),
+            mapping,
+        }
+        .choose(&startup)
+    }
+
+    #[test]
+    fn a_client_that_names_no_database_gets_the_default() {
+        use DatabaseMapping::{Default, Exact};
+        assert_eq!(chosen(Default, &[("user", "app")]), "databricks_postgres");
+        assert_eq!(
+            chosen(Default, &[("user", "app"), ("database", "app")]),
+            "databricks_postgres"
+        );
+        assert_eq!(
+            chosen(Default, &[("user", "app"), ("database", "")]),
+            "databricks_postgres"
+        );
+        assert_eq!(
+            chosen(Default, &[("user", "app"), ("database", "other")]),
+            "other"
+        );
+        assert_eq!(
+            chosen(Exact, &[("user", "app"), ("database", "app")]),
+            "app"
+        );
+        assert_eq!(chosen(Exact, &[("user", "app")]), "app");
+        assert_eq!(chosen(Default, &[]), "databricks_postgres");
+    }
+}
