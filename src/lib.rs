@@ -34,3 +34,4 @@
 pub mod clock;
 pub mod credential;
 pub mod telemetry;
+pub mod workspace;
