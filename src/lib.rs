@@ -44,3 +44,4 @@ pub mod shutdown;
 pub mod telemetry;
 pub mod tls;
 pub mod upstream;
+pub mod workspace;

@@ -1,0 +1,329 @@
+//! HTTPS to the workspace: one bounded call, and what came back.
+//!
+//! It knows the rules that hold for every call (no redirects, limits, headers) and none of the calls.
+
+use std::{error::Error, time::Duration};
+
+use jiff::{SignedDuration, Timestamp, fmt::rfc2822};
+use reqwest::{
+    Client, Method, RequestBuilder, StatusCode,
+    header::{ACCEPT, DATE, HeaderMap, HeaderName, HeaderValue, LOCATION, RETRY_AFTER},
+    redirect::Policy,
+};
+use serde::de::DeserializeOwned;
+use tokio::time::Instant;
+use tracing::debug;
+use url::Url;
+use zeroize::Zeroizing;
+
+use super::{
+    error_body::{self, ErrorBody},
+    settings::{Host, SettingsError},
+};
+use crate::clock::Clock;
+
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+/// One whole call. A credential takes two; both must fit into the refresher's patience.
+const CALL_TIMEOUT: Duration = Duration::from_secs(30);
+/// Shorter than any refresh interval, so that no refresh meets a connection that died meanwhile.
+const POOL_IDLE_TIMEOUT: Duration = Duration::from_secs(10);
+/// The largest answer that is read.
+const MAX_BODY: usize = 1024 * 1024;
+/// `Date` has whole seconds and travels; below this a difference is not skew.
+const SKEW_NOISE: SignedDuration = SignedDuration::from_secs(2);
+
+const WORKSPACE_ID: HeaderName = HeaderName::from_static("x-databricks-workspace-id");
+const ORG_ID: HeaderName = HeaderName::from_static("x-databricks-org-id");
+const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+
+/// Speaks HTTPS to one workspace.
+#[derive(Debug)]
+pub(super) struct Api {
+    http: Client,
+    host: Host,
+    clock: Clock,
+}
+
+/// An answer with a 2xx status.
+pub(super) struct Reply {
+    body: Zeroizing<Vec<u8>>,
+    /// How far the other side's clock is ahead of ours.
+    pub(super) skew: Option<SignedDuration>,
+    /// The workspace that answered.
+    pub(super) workspace_id: Option<String>,
+}
+
+/// Why a call brought no answer of use.
+#[derive(Debug)]
+pub(super) enum ApiError {
+    /// No answer, or half of one.
+    Network { source: reqwest::Error },
+    /// An answer that is not what was asked for.
+    Malformed { reason: String },
+    /// Sent elsewhere; we do not follow, since a redirect may carry secrets away.
+    Redirect { location: String },
+    /// A status of 400 or more.
+    Status {
+        status: StatusCode,
+        body: ErrorBody,
+        retry_after: Option<Duration>,
+    },
+}
+
+impl Api {
+    pub(super) fn new(
+        host: Host,
+        workspace_id: Option<&str>,
+        auth_type: &str,
+        mut tls: rustls::ClientConfig,
+        clock: Clock,
+    ) -> Result<Self, BuildError> {
+        let mut headers = HeaderMap::new();
+        headers.insert(ACCEPT, HeaderValue::from_static("application/json"));
+        if let Some(id) = workspace_id {
+            let value = HeaderValue::from_str(id).map_err(|_| SettingsError::InvalidValue {
+                name: "DATABRICKS_WORKSPACE_ID",
+            })?;
+            headers.insert(WORKSPACE_ID, value);
+        }
+        tls.alpn_protocols = vec![b"http/1.1".to_vec()];
+        let mut builder = Client::builder()
+            .tls_backend_preconfigured(tls)
+            .user_agent(user_agent(auth_type))
+            .default_headers(headers)
+            .redirect(Policy::none())
+            .https_only(!host.is_loopback())
+            .connect_timeout(CONNECT_TIMEOUT)
+            .timeout(CALL_TIMEOUT)
+            .pool_idle_timeout(POOL_IDLE_TIMEOUT)
+            .pool_max_idle_per_host(1)
+            .referer(false);
+        if host.is_loopback() {
+            builder = builder.no_proxy();
+        }
+        let http = builder.build().map_err(BuildError::Client)?;
+        Ok(Self { http, host, clock })
+    }
+
+    pub(super) fn host(&self) -> &Host {
+        &self.host
+    }
+
+    pub(super) fn request(&self, method: Method, url: Url) -> RequestBuilder {
+        self.http.request(method, url)
+    }
+
+    /// Sends and reads the whole answer. Bounded in time and size. Cancel safe: the connection is given up.
+    pub(super) async fn send(&self, request: RequestBuilder) -> Result<Reply, ApiError> {
+        let request = request.build().map_err(network)?;
+        let (method, path) = (request.method().clone(), request.url().path().to_owned());
+        let started = Instant::now();
+        let mut response = self.http.execute(request).await.map_err(network)?;
+        let (status, received_at) = (response.status(), self.clock.now());
+        debug!(%method, path, status = status.as_u16(), elapsed = ?started.elapsed(), "workspace answered");
+
+        let headers = response.headers().clone();
+        let length = response
+            .content_length()
+            .and_then(|length| usize::try_from(length).ok())
+            .unwrap_or_default();
+        let mut body = Zeroizing::new(Vec::with_capacity(length.min(MAX_BODY)));
+        while let Some(chunk) = response.chunk().await.map_err(network)? {
+            if body.len() + chunk.len() > MAX_BODY {
+                return Err(ApiError::Malformed {
+                    reason: format!("the answer is larger than {MAX_BODY} bytes"),
+                });
+            }
+            body.extend_from_slice(&chunk);
+        }
+
+        let date = text(&headers, &DATE).and_then(http_date);
+        if status.is_redirection() {
+            let location = text(&headers, &LOCATION)
+                .map(|location| self.redacted(location))
+                .unwrap_or_default();
+            return Err(ApiError::Redirect { location });
+        }
+        if !status.is_success() {
+            let mut parsed = error_body::parse(status, &body);
+            parsed.request_id = parsed
+                .request_id
+                .or_else(|| text(&headers, &REQUEST_ID).map(error_body::clean))
+                .filter(|id| !id.is_empty());
+            let retry_after = text(&headers, &RETRY_AFTER)
+                .and_then(|value| retry_after(value, date.unwrap_or(received_at)))
+                .or(parsed.retry_delay);
+            return Err(ApiError::Status {
+                status,
+                body: parsed,
+                retry_after,
+            });
+        }
+        Ok(Reply {
+            body,
+            skew: date.and_then(|date| skew(date, received_at)),
+            workspace_id: text(&headers, &ORG_ID)
+                .map(error_body::clean)
+                .filter(|id| !id.is_empty()),
+        })
+    }
+
+    /// An address without what may be a secret in its query: only the error that it names.
+    fn redacted(&self, location: &str) -> String {
+        let Ok(url) = self.host.join("/").join(location) else {
+            return "an invalid address".to_owned();
+        };
+        let error = url
+            .query_pairs()
+            .find(|(key, _)| key == "error")
+            .map(|(_, value)| error_body::clean(&value));
+        let address = format!("{}{}", url.origin().ascii_serialization(), url.path());
+        error.map_or(address.clone(), |error| format!("{address}?error={error}"))
+    }
+}
+
+/// Why the client could not be made.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum BuildError {
+    #[error("cannot set up HTTPS")]
+    Client(#[source] reqwest::Error),
+    #[error(transparent)]
+    Settings(#[from] SettingsError),
+}
+
+impl Reply {
+    /// Reads the body as JSON of one shape.
+    pub(super) fn json<T: DeserializeOwned>(&self) -> Result<T, ApiError> {
+        serde_json::from_slice(&self.body).map_err(|error| {
+            // serde_json may quote a string that it did not expect, and that string may be a token: place and kind only.
+            let reason = if self.body.trim_ascii_start().starts_with(b"<") {
+                "the answer is a web page, not JSON".to_owned()
+            } else {
+                format!(
+                    "the answer is not the expected JSON ({:?} error at line {})",
+                    error.classify(),
+                    error.line()
+                )
+            };
+            ApiError::Malformed { reason }
+        })
+    }
+}
+
+impl ApiError {
+    /// The causes of a network failure, innermost last, without the address.
+    pub(super) fn causes(error: &reqwest::Error) -> String {
+        let mut parts: Vec<String> = Vec::new();
+        let mut next = error.source();
+        while let Some(cause) = next {
+            let text = error_body::clean(&cause.to_string());
+            if parts.last().is_none_or(|last| !last.contains(&text)) {
+                parts.push(text);
+            }
+            next = cause.source();
+        }
+        if parts.is_empty() {
+            error_body::clean(&error.to_string())
+        } else {
+            parts.join(": ")
+        }
+    }
+}
+
+fn network(error: reqwest::Error) -> ApiError {
+    ApiError::Network {
+        source: error.without_url(),
+    }
+}
+
+fn text<'a>(headers: &'a HeaderMap, name: &HeaderName) -> Option<&'a str> {
+    headers.get(name)?.to_str().ok()
+}
+
+/// `lakebase-proxy/0.1.0 rust/1.95 os/linux auth/oauth-m2m`: the form that Databricks asks of its SDKs' users.
+fn user_agent(auth_type: &str) -> String {
+    format!(
+        "lakebase-proxy/{} rust/{} os/{} auth/{auth_type}",
+        env!("CARGO_PKG_VERSION"),
+        env!("CARGO_PKG_RUST_VERSION"),
+        std::env::consts::OS
+    )
+}
+
+/// RFC 9110's preferred form, which is also an RFC 2822 date.
+fn http_date(text: &str) -> Option<Timestamp> {
+    rfc2822::parse(text).ok().map(|date| date.timestamp())
+}
+
+/// Seconds or a date (RFC 9110 section 10.2.3).
+fn retry_after(text: &str, now: Timestamp) -> Option<Duration> {
+    if let Ok(seconds) = text.trim().parse() {
+        return Some(Duration::from_secs(seconds));
+    }
+    let wait = http_date(text)?.duration_since(now);
+    Some(Duration::try_from(wait).unwrap_or_default())
+}
+
+fn skew(date: Timestamp, received_at: Timestamp) -> Option<SignedDuration> {
+    // The moment lies somewhere in that second.
+    let skew = date
+        .duration_since(received_at)
+        .saturating_add(SignedDuration::from_millis(500));
+    (skew.abs() > SKEW_NOISE).then_some(skew)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn at(second: i64) -> Timestamp {
+        Timestamp::from_second(second).unwrap()
+    }
+
+    #[test]
+    fn the_user_agent_has_the_form_that_databricks_asks_for() {
+        let agent = user_agent("oauth-m2m");
+        assert!(
+            agent.starts_with(concat!(
+                "lakebase-proxy/",
+                env!("CARGO_PKG_VERSION"),
+                " rust/1."
+            )),
+            "{agent}"
+        );
+        assert!(
+            agent.ends_with(&format!("os/{} auth/oauth-m2m", std::env::consts::OS)),
+            "{agent}"
+        );
+    }
+
+    #[test]
+    fn retry_after_is_seconds_or_a_date() {
+        let now = http_date("Sun, 06 Nov 1994 08:49:37 GMT").unwrap();
+        assert_eq!(retry_after(" 7 ", now), Some(Duration::from_secs(7)));
+        assert_eq!(
+            retry_after("Sun, 06 Nov 1994 08:50:07 GMT", now),
+            Some(Duration::from_secs(30))
+        );
+        assert_eq!(
+            retry_after("Sun, 06 Nov 1994 08:00:00 GMT", now),
+            Some(Duration::ZERO)
+        );
+        assert_eq!(retry_after("soon", now), None);
+        assert_eq!(retry_after("-1", now), None);
+    }
+
+    #[test]
+    fn skew_is_told_from_the_noise_of_whole_seconds() {
+        assert_eq!(skew(at(100), at(101)), None);
+        assert_eq!(skew(at(102), at(101)), None);
+        assert_eq!(
+            skew(at(400), at(100)),
+            Some(SignedDuration::from_millis(300_500))
+        );
+        assert_eq!(
+            skew(at(100), at(400)),
+            Some(SignedDuration::from_millis(-299_500))
+        );
+    }
+}

@@ -1,0 +1,154 @@
+//! Minting a database credential, for both products. They differ in path, body and the name of one field.
+
+use jiff::Timestamp;
+use reqwest::Method;
+use secrecy::{ExposeSecret, SecretString};
+use serde::Deserialize;
+use serde_json::{Value, json};
+use tokio::time::Instant;
+
+use super::{CallError, Target, Workspace, diagnosis::Purpose};
+use crate::{
+    credential::{Mint, MintError, MintErrorKind, Minted},
+    telemetry::names,
+};
+
+const AUTOSCALING: &str = "/api/2.0/postgres/credentials";
+const PROVISIONED: &str = "/api/2.0/database/credentials";
+/// The password message's limit at the endpoint leaves no room for more.
+const MAX_TOKEN: usize = 9_000;
+
+/// Mints credentials for one target.
+#[derive(Clone, Debug)]
+pub struct CredentialMinter {
+    workspace: Workspace,
+    target: Target,
+}
+
+/// Autoscaling says `expire_time`, Provisioned `expiration_time`.
+#[derive(Deserialize)]
+struct Response {
+    token: SecretString,
+    #[serde(alias = "expiration_time")]
+    expire_time: String,
+}
+
+impl CredentialMinter {
+    /// A minter; nothing is asked yet.
+    pub fn new(workspace: Workspace, target: Target) -> Self {
+        Self { workspace, target }
+    }
+
+    fn request(&self) -> (&'static str, Value) {
+        match &self.target {
+            Target::Endpoint(name) => (AUTOSCALING, json!({ "endpoint": name.as_str() })),
+            Target::Instance(name) => {
+                let body = json!({ "instance_names": [name.as_str()], "request_id": request_id() });
+                (PROVISIONED, body)
+            }
+        }
+    }
+
+    fn malformed(&self, reason: &str) -> CallError {
+        CallError {
+            message: format!("the workspace {} gave a database credential that makes no sense", self.workspace.host()),
+            detail: Some(reason.to_owned()),
+            hint: Some("check that `DATABRICKS_HOST` is the workspace, and that no HTTP proxy answers in its place".to_owned()),
+            kind: MintErrorKind::Malformed,
+            retry_after: None,
+            status: None,
+        }
+    }
+}
+
+impl Mint for CredentialMinter {
+    async fn mint(&self) -> Result<Minted, MintError> {
+        let purpose = Purpose::Credential(self.target.as_str());
+        let (path, body) = self.request();
+        // Apart from the credential itself, so that its time is not counted twice.
+        self.workspace.authenticate().await?;
+        let started = Instant::now();
+        let answer = self
+            .workspace
+            .call::<Response>(purpose, Method::POST, path, Some(&body))
+            .await?;
+        self.workspace.observe(names::step::CREDENTIAL, started);
+        let Response { token, expire_time } = answer.value;
+        if !is_jwt(token.expose_secret()) {
+            return Err(self.malformed("its token is not a JWT").into());
+        }
+        let expires_at: Timestamp = expire_time
+            .trim()
+            .parse()
+            .map_err(|_| self.malformed("its expiry is not a point in time"))?;
+        // By the workspace's clock; we judge by ours.
+        let expires_at = match answer.skew {
+            Some(skew) => expires_at.checked_sub(skew).unwrap_or(expires_at),
+            None => expires_at,
+        };
+        self.workspace.note_skew(answer.skew);
+        Ok(Minted {
+            secret: token,
+            expires_at: Some(expires_at),
+        })
+    }
+}
+
+/// The shape alone: what the endpoint would reject as "not a valid JWT encoding".
+fn is_jwt(token: &str) -> bool {
+    token.len() <= MAX_TOKEN
+        && token.split('.').count() == 3
+        && token.split('.').all(|part| {
+            !part.is_empty()
+                && part
+                    .bytes()
+                    .all(|byte| byte.is_ascii_alphanumeric() || b"-_=".contains(&byte))
+        })
+}
+
+/// A random UUID (RFC 9562, version 4).
+fn request_id() -> String {
+    let bits: u128 = rand::random();
+    let bits = (bits & !(0xf << 76) & !(0b11 << 62)) | (4 << 76) | (0b10 << 62);
+    let hex = format!("{bits:032x}");
+    [
+        &hex[..8],
+        &hex[8..12],
+        &hex[12..16],
+        &hex[16..20],
+        &hex[20..],
+    ]
+    .join("-")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_jwt_has_three_parts() {
+        assert!(is_jwt("eyJh.eyJz.c2ln"));
+        for text in [
+            "",
+            "dapi0123456789",
+            "a.b",
+            "a.b.c.d",
+            "a..c",
+            "a.b.c\n",
+            "a b.c.d",
+            "<html>.b.c",
+        ] {
+            assert!(!is_jwt(text), "{text}");
+        }
+        assert!(!is_jwt(&format!("a.b.{}", "c".repeat(MAX_TOKEN))));
+    }
+
+    #[test]
+    fn a_request_id_is_a_random_uuid() {
+        let id = request_id();
+        assert_eq!(id.len(), 36);
+        assert_eq!(&id[14..15], "4");
+        assert!("89ab".contains(&id[19..20]), "{id}");
+        assert_ne!(id, request_id());
+    }
+}

@@ -1,0 +1,246 @@
+//! Everything said to the Databricks workspace over HTTPS: who we are, where the endpoint is, and the database credential.
+//!
+//! It knows the REST API and the ways to authenticate to it. It knows nothing of Postgres, nor of when a credential is due.
+
+mod api;
+mod auth;
+mod credentials;
+mod diagnosis;
+mod discovery;
+mod error_body;
+mod names;
+mod settings;
+#[cfg(test)]
+mod tests;
+
+use std::{
+    fmt,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+
+use jiff::SignedDuration;
+use reqwest::Method;
+use secrecy::ExposeSecret;
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+use tokio::time::Instant;
+use tracing::warn;
+
+pub use auth::AuthKind;
+pub use credentials::CredentialMinter;
+pub use diagnosis::CallError;
+pub use discovery::{EndpointInfo, EndpointState, EndpointType, Identity};
+pub use names::{EndpointName, InstanceName, NameError, Target};
+pub use settings::{Host, Settings, SettingsError};
+
+use api::{Api, ApiError, BuildError, Reply};
+use auth::{CachedToken, TokenCache, TokenSource};
+use diagnosis::{Purpose, diagnose};
+
+use crate::{
+    clock::Clock,
+    telemetry::{Metrics, names as metric_names},
+};
+
+/// A difference between the clocks that is worth a word.
+const NOTABLE_SKEW: SignedDuration = SignedDuration::from_mins(1);
+
+/// Why a workspace could not be set up. Calls fail with [`CallError`].
+#[derive(Debug, thiserror::Error)]
+pub enum WorkspaceError {
+    /// The HTTP client cannot be made.
+    #[error("cannot set up HTTPS towards the workspace")]
+    Client(#[source] reqwest::Error),
+    /// The settings make no sense.
+    #[error(transparent)]
+    Settings(#[from] SettingsError),
+}
+
+impl WorkspaceError {
+    /// What a person can do about it.
+    pub fn hint(&self) -> Option<String> {
+        match self {
+            Self::Client(_) => None,
+            Self::Settings(error) => error.hint(),
+        }
+    }
+}
+
+/// One workspace, and how we authenticate to it; cheap to clone.
+#[derive(Clone)]
+pub struct Workspace(Arc<Inner>);
+
+struct Inner {
+    api: Api,
+    tokens: TokenCache,
+    metrics: Arc<Metrics>,
+    has_noted_skew: AtomicBool,
+}
+
+/// What a call brought, and by how much the workspace's clock is ahead of ours.
+struct Answer<T> {
+    value: T,
+    skew: Option<SignedDuration>,
+    workspace_id: Option<String>,
+}
+
+impl Workspace {
+    /// Checks the settings and prepares; nothing is sent yet.
+    ///
+    /// `tls` holds the roots that are trusted and the crypto provider; its ALPN is set here.
+    pub fn new(
+        settings: Settings,
+        tls: rustls::ClientConfig,
+        clock: Clock,
+        metrics: Arc<Metrics>,
+    ) -> Result<Self, WorkspaceError> {
+        let settings = settings.trimmed();
+        let (host, id_in_host) =
+            Host::parse(settings.host.as_deref().ok_or(SettingsError::NoHost)?)?;
+        let source = TokenSource::choose(&settings)?;
+        let workspace_id = settings.workspace_id.or(id_in_host);
+        let api = Api::new(
+            host,
+            workspace_id.as_deref(),
+            source.kind().label(),
+            tls,
+            clock.clone(),
+        )
+        .map_err(|error| match error {
+            BuildError::Client(error) => WorkspaceError::Client(error),
+            BuildError::Settings(error) => WorkspaceError::Settings(error),
+        })?;
+        let tokens = TokenCache::new(source, clock);
+        Ok(Self(Arc::new(Inner {
+            api,
+            tokens,
+            metrics,
+            has_noted_skew: AtomicBool::new(false),
+        })))
+    }
+
+    /// Its address.
+    pub fn host(&self) -> &Host {
+        self.0.api.host()
+    }
+
+    /// How we authenticate.
+    pub fn auth_kind(&self) -> AuthKind {
+        self.0.tokens.source().kind()
+    }
+
+    /// The service principal's application id, which is also its Postgres role, where it is known without asking.
+    pub fn service_principal(&self) -> Option<&str> {
+        self.0.tokens.source().service_principal()
+    }
+
+    /// Gets a workspace token, to see that authentication works.
+    pub async fn authenticate(&self) -> Result<(), CallError> {
+        self.token().await.map(drop)
+    }
+
+    /// One call with a workspace token; once more with a new one if the workspace does not take the first.
+    async fn call<T: DeserializeOwned>(
+        &self,
+        purpose: Purpose<'_>,
+        method: Method,
+        path: &str,
+        body: Option<&Value>,
+    ) -> Result<Answer<T>, CallError> {
+        let token = self.token().await?;
+        self.call_with(&token, purpose, method, path, body).await
+    }
+
+    async fn call_with<T: DeserializeOwned>(
+        &self,
+        token: &CachedToken,
+        purpose: Purpose<'_>,
+        method: Method,
+        path: &str,
+        body: Option<&Value>,
+    ) -> Result<Answer<T>, CallError> {
+        let mut outcome = self.send(token, method.clone(), path, body).await;
+        if let Err(ApiError::Status { status, .. }) = &outcome
+            && status.as_u16() == 401
+            && let Some(another) = self.0.tokens.another(&self.0.api, token).await
+        {
+            let another =
+                another.map_err(|error| self.diagnosed(Purpose::WorkspaceToken, error))?;
+            outcome = self.send(&another, method, path, body).await;
+        }
+        outcome
+            .and_then(|reply| {
+                Ok(Answer {
+                    value: reply.json()?,
+                    skew: reply.skew,
+                    workspace_id: reply.workspace_id.clone(),
+                })
+            })
+            .map_err(|error| self.diagnosed(purpose, error))
+    }
+
+    async fn token(&self) -> Result<CachedToken, CallError> {
+        let started = Instant::now();
+        let token = self
+            .0
+            .tokens
+            .token(&self.0.api)
+            .await
+            .map_err(|error| self.diagnosed(Purpose::WorkspaceToken, error))?;
+        if token.is_new {
+            self.observe(metric_names::step::WORKSPACE_TOKEN, started);
+        }
+        Ok(token)
+    }
+
+    async fn send(
+        &self,
+        token: &CachedToken,
+        method: Method,
+        path: &str,
+        body: Option<&Value>,
+    ) -> Result<Reply, ApiError> {
+        let mut request = self.0.api.request(method, self.host().join(path));
+        request = request.bearer_auth(token.secret.expose_secret());
+        if let Some(body) = body {
+            request = request.json(body);
+        }
+        self.0.api.send(request).await
+    }
+
+    fn diagnosed(&self, purpose: Purpose<'_>, error: ApiError) -> CallError {
+        diagnose(purpose, self.auth_kind(), self.host(), error)
+    }
+
+    /// Says once that the clocks differ: what expires when would puzzle whoever reads the logs.
+    fn note_skew(&self, skew: Option<SignedDuration>) {
+        if let Some(skew) = skew.filter(|skew| skew.abs() >= NOTABLE_SKEW)
+            && !self.0.has_noted_skew.swap(true, Ordering::Relaxed)
+        {
+            warn!(
+                seconds_behind = skew.as_secs(),
+                "this machine's clock differs from the workspace's"
+            );
+        }
+    }
+
+    fn observe(&self, step: &str, started: Instant) {
+        self.0
+            .metrics
+            .mint_seconds
+            .with_label_values(&[step])
+            .observe(started.elapsed().as_secs_f64());
+    }
+}
+
+impl fmt::Debug for Workspace {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Workspace")
+            .field("host", &self.host().to_string())
+            .field("auth", &self.auth_kind())
+            .finish_non_exhaustive()
+    }
+}
