@@ -236,8 +236,10 @@ async fn a_table_that_is_locked_does_not_hold_the_reader_up() {
     let cluster = Cluster::start().await;
     let front = cluster.front().await;
     let admin = cluster.connect("postgres").await;
+    let table = "CREATE TABLE notes (id int, content text, created_at timestamp)";
+    admin.batch_execute(table).await.unwrap();
     admin
-        .batch_execute("CREATE TABLE notes (id int, content text, created_at timestamp); BEGIN; LOCK TABLE notes")
+        .batch_execute("BEGIN; LOCK TABLE notes")
         .await
         .unwrap();
     let request_timeout = Duration::from_secs(1);
