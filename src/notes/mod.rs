@@ -1,1 +1,183 @@
-//! The notes page.
+//! The notes page: a small web app that reads its rows through our own listener, with no password, as any app would.
+//!
+//! It knows an address and nothing of credentials, endpoints or TLS; it is here to show that an app needs no more, and
+//! that things work from end to end. It never refreshes itself and lets go of idle connections, so that a page left
+//! open keeps no database awake.
+
+mod database;
+mod page;
+mod trouble;
+
+use std::{
+    io,
+    net::SocketAddr,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use axum::{
+    Router,
+    extract::State,
+    http::{
+        StatusCode,
+        header::{CONTENT_TYPE, RETRY_AFTER},
+    },
+    response::{Html, IntoResponse, Response},
+    routing::get,
+};
+use tokio::{
+    net::TcpListener,
+    time::{Instant, timeout_at},
+};
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+
+use crate::{
+    http::{self, Limits},
+    telemetry::chain,
+};
+
+use self::{
+    database::{Database, Failure},
+    trouble::Trouble,
+};
+
+/// What the page reads from, and how long it waits.
+#[derive(Clone, Debug)]
+pub struct NotesOptions {
+    /// Our own Postgres listener.
+    pub upstream: SocketAddr,
+    /// Database to ask for; without one the proxy decides.
+    pub database: Option<String>,
+    /// User to give; the proxy replaces it.
+    pub user: Option<String>,
+    /// Connections at a time.
+    pub pool_size: usize,
+    /// Most that a reader waits for an answer, whatever state the database is in.
+    pub request_timeout: Duration,
+    /// An idle connection is closed before it reaches this age, so that the endpoint may sleep.
+    pub idle_timeout: Duration,
+}
+
+impl NotesOptions {
+    /// The defaults, reading through the listener at `upstream`.
+    pub fn new(upstream: SocketAddr) -> Self {
+        Self {
+            upstream,
+            database: None,
+            user: None,
+            pool_size: 4,
+            request_timeout: Duration::from_secs(14),
+            idle_timeout: Duration::from_secs(30),
+        }
+    }
+}
+
+/// Serves the page on `listener` until `stop`, then finishes answers under way.
+pub async fn serve(
+    listener: TcpListener,
+    options: NotesOptions,
+    stop: CancellationToken,
+) -> io::Result<()> {
+    let site = Arc::new(Site {
+        database: Database::new(&options).map_err(io::Error::other)?,
+        request_timeout: options.request_timeout,
+        last: Mutex::new(None),
+    });
+    let app = router(Arc::clone(&site));
+    let served = tokio::select! {
+        served = http::serve(listener, app, Limits::default(), stop) => served,
+        never = site.database.tend() => match never {},
+    };
+    site.database.close().await;
+    served
+}
+
+/// What the routes share.
+struct Site {
+    database: Database,
+    request_timeout: Duration,
+    /// What was wrong last time, so that a change is logged and a lasting state is not.
+    last: Mutex<Option<Trouble>>,
+}
+
+impl Site {
+    async fn notes(&self) -> Result<Vec<page::Note>, Trouble> {
+        let deadline = Instant::now() + self.request_timeout;
+        let outcome = match timeout_at(deadline, self.database.newest()).await {
+            Ok(outcome) => outcome,
+            Err(_) => Err(Failure::Slow),
+        };
+        let trouble = outcome.as_ref().err().map(Trouble::from);
+        let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
+        match (&outcome, trouble, *last) {
+            (Err(failure), Some(now), before) if before != Some(now) => {
+                warn!(trouble = ?now, error = %chain(failure), "the notes page cannot show its notes");
+            }
+            (Ok(_), None, Some(_)) => info!("the notes page shows its notes again"),
+            _ => {}
+        }
+        *last = trouble;
+        outcome.map_err(|failure| Trouble::from(&failure))
+    }
+}
+
+fn router(site: Arc<Site>) -> Router {
+    Router::new()
+        .route("/", get(index))
+        .route("/healthz", get(async || "ok\n"))
+        .route(
+            "/style.css",
+            get(async || {
+                (
+                    [(CONTENT_TYPE, "text/css; charset=utf-8")],
+                    include_str!("style.css"),
+                )
+            }),
+        )
+        .route(
+            "/icon.svg",
+            get(async || ([(CONTENT_TYPE, "image/svg+xml")], include_str!("icon.svg"))),
+        )
+        .fallback(async || {
+            html(
+                StatusCode::NOT_FOUND,
+                page::message(
+                    "Nothing here",
+                    "This address does not exist. The notes are on the first page.",
+                ),
+            )
+        })
+        .method_not_allowed_fallback(async || {
+            html(
+                StatusCode::METHOD_NOT_ALLOWED,
+                page::message("Not possible", "The notes can only be read here."),
+            )
+        })
+        .with_state(site)
+}
+
+async fn index(State(site): State<Arc<Site>>) -> Response {
+    match site.notes().await {
+        Ok(notes) => html(StatusCode::OK, page::notes(&notes)),
+        Err(trouble) => (
+            [(RETRY_AFTER, trouble.retry_after().to_string())],
+            html(StatusCode::SERVICE_UNAVAILABLE, page::trouble(trouble)),
+        )
+            .into_response(),
+    }
+}
+
+fn html(status: StatusCode, page: Result<String, askama::Error>) -> Response {
+    match page {
+        Ok(page) => (status, Html(page)).into_response(),
+        Err(error) => {
+            warn!(error = %chain(&error), "a page could not be written");
+            (
+                StatusCode::INTERNAL_SERVER_ERROR,
+                "the page could not be written\n",
+            )
+                .into_response()
+        }
+    }
+}

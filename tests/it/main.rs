@@ -7,4 +7,6 @@
 )]
 
 mod admin;
+mod notes;
+mod postgres;
 mod web;

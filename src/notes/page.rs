@@ -1,0 +1,161 @@
+//! The pages, written by one template that escapes whatever it is given.
+
+use askama::Template;
+use jiff::Timestamp;
+
+use super::trouble::Trouble;
+
+/// One row.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct Note {
+    /// Its text, of any content.
+    pub(super) content: String,
+    /// When it was made, where that is known and makes sense.
+    pub(super) created_at: Option<Timestamp>,
+}
+
+impl Note {
+    /// For machines.
+    fn datetime(&self) -> Option<String> {
+        self.created_at
+            .map(|at| at.strftime("%Y-%m-%dT%H:%M:%SZ").to_string())
+    }
+
+    /// For people.
+    fn when(&self) -> String {
+        self.created_at
+            .map(|at| at.strftime("%-d %B %Y, %H:%M UTC").to_string())
+            .unwrap_or_default()
+    }
+}
+
+/// The page with the notes.
+pub(super) fn notes(notes: &[Note]) -> Result<String, askama::Error> {
+    Page {
+        title: "Hello from Lakebase!",
+        view: View::Notes(notes),
+    }
+    .render()
+}
+
+/// The page that says why there are none.
+pub(super) fn trouble(trouble: Trouble) -> Result<String, askama::Error> {
+    let view = View::Message {
+        text: trouble.explanation(),
+        statement: trouble.statement(),
+        link: "Try again",
+    };
+    Page {
+        title: trouble.heading(),
+        view,
+    }
+    .render()
+}
+
+/// A page with something else to say.
+pub(super) fn message(title: &str, text: &str) -> Result<String, askama::Error> {
+    Page {
+        title,
+        view: View::Message {
+            text,
+            statement: None,
+            link: "To the notes",
+        },
+    }
+    .render()
+}
+
+#[derive(Template)]
+#[template(path = "page.html", config = "src/notes/askama.toml")]
+struct Page<'a> {
+    title: &'a str,
+    view: View<'a>,
+}
+
+enum View<'a> {
+    Notes(&'a [Note]),
+    Message {
+        text: &'a str,
+        statement: Option<&'a str>,
+        link: &'a str,
+    },
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn note(content: &str, at: Option<&str>) -> Note {
+        Note {
+            content: content.to_owned(),
+            created_at: at.map(|at| at.parse().unwrap()),
+        }
+    }
+
+    #[test]
+    fn a_note_that_holds_markup_shows_as_text() {
+        let hostile = r#"</p><script>alert("1")</script><img src=x onerror='alert(2)'>&amp;"#;
+        let page = notes(&[note(hostile, None)]).unwrap();
+        assert!(
+            !page.contains("<script") && !page.contains("<img src=x") && !page.contains("&amp;<"),
+            "{page}"
+        );
+        assert!(
+            page.contains("&#60;script&#62;alert(&#34;1&#34;)&#60;/script&#62;"),
+            "{page}"
+        );
+        assert!(
+            page.contains("&#38;amp;"),
+            "an entity in a note is text too: {page}"
+        );
+    }
+
+    #[test]
+    fn times_are_there_for_people_and_for_machines() {
+        let page = notes(&[
+            note("timed", Some("2026-03-01T09:05:07Z")),
+            note("timeless", None),
+        ])
+        .unwrap();
+        assert!(
+            page.contains(
+                r#"<time datetime="2026-03-01T09:05:07Z">1 March 2026, 09:05 UTC</time>"#
+            ),
+            "{page}"
+        );
+        assert_eq!(page.matches("<time").count(), 1);
+    }
+
+    #[test]
+    fn an_empty_table_is_not_an_error_and_looks_like_none() {
+        let page = notes(&[]).unwrap();
+        assert!(
+            page.contains("Recent Notes") && page.contains("No notes yet"),
+            "{page}"
+        );
+    }
+
+    #[test]
+    fn no_page_refreshes_itself_or_carries_inline_code() {
+        let pages = [
+            notes(&[note("x", None)]),
+            trouble(Trouble::Waking),
+            trouble(Trouble::NoTable),
+            message("a", "b"),
+        ];
+        for page in pages {
+            let page = page.unwrap();
+            for banned in [
+                "http-equiv",
+                "<script",
+                "<style",
+                " style=",
+                " onload",
+                "http://",
+                "https://",
+            ] {
+                assert!(!page.contains(banned), "{banned} in {page}");
+            }
+        }
+    }
+}

@@ -1,0 +1,198 @@
+//! A Postgres of our own for one test, and a listener in front of it that stands in for the proxy.
+
+use std::{
+    net::SocketAddr,
+    os::unix::{fs::chown, process::CommandExt},
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use tempfile::TempDir;
+use tokio::{
+    net::{TcpListener, UnixStream},
+    time::{sleep, timeout},
+};
+use tokio_postgres::{Client, Config, NoTls};
+use tokio_util::task::TaskTracker;
+
+/// A server without passwords on a Unix socket in a private directory, gone with the value.
+pub(crate) struct Cluster {
+    directory: TempDir,
+    server: Child,
+    tasks: TaskTracker,
+}
+
+impl Cluster {
+    pub(crate) async fn start() -> Self {
+        let binaries = binaries();
+        let directory = TempDir::new().unwrap();
+        let owner = owner();
+        if let Some((user, group)) = owner {
+            chown(directory.path(), Some(user), Some(group)).unwrap();
+        }
+        let data = directory.path().join("data");
+        let as_owner = |program: &str| {
+            let mut command = Command::new(binaries.join(program));
+            command
+                .current_dir(directory.path())
+                .stdout(Stdio::null())
+                .stderr(Stdio::null())
+                .env("LC_ALL", "C");
+            if let Some((user, group)) = owner {
+                command.uid(user).gid(group);
+            }
+            command
+        };
+        let made = as_owner("initdb")
+            .args([
+                "-A",
+                "trust",
+                "-U",
+                "postgres",
+                "-E",
+                "UTF8",
+                "--no-sync",
+                "-D",
+            ])
+            .arg(&data)
+            .status();
+        assert!(made.unwrap().success(), "initdb");
+        let server = as_owner("postgres")
+            .arg("-D")
+            .arg(&data)
+            .arg("-k")
+            .arg(directory.path())
+            .args([
+                "-c",
+                "listen_addresses=",
+                "-c",
+                "fsync=off",
+                "-c",
+                "timezone=UTC",
+            ])
+            .spawn()
+            .unwrap();
+        let cluster = Self {
+            directory,
+            server,
+            tasks: TaskTracker::new(),
+        };
+        let ready = timeout(Duration::from_secs(30), async {
+            while cluster.config("postgres").connect(NoTls).await.is_err() {
+                sleep(Duration::from_millis(20)).await;
+            }
+        });
+        ready.await.expect("the server starts");
+        cluster
+    }
+
+    /// A superuser's connection.
+    pub(crate) async fn connect(&self, database: &str) -> Client {
+        let (client, connection) = self.config(database).connect(NoTls).await.unwrap();
+        self.tasks.spawn(connection);
+        client
+    }
+
+    fn config(&self, database: &str) -> Config {
+        let mut config = Config::new();
+        config
+            .host_path(self.directory.path())
+            .user("postgres")
+            .dbname(database);
+        config
+    }
+
+    /// Passes TCP connections on to the server, as the proxy would.
+    pub(crate) async fn front(&self) -> Front {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let front = Front {
+            address: listener.local_addr().unwrap(),
+            opened: Arc::default(),
+            open: Arc::default(),
+        };
+        let socket = self.directory.path().join(".s.PGSQL.5432");
+        let (opened, open) = (Arc::clone(&front.opened), Arc::clone(&front.open));
+        let tasks = self.tasks.clone();
+        self.tasks.spawn(async move {
+            while let Ok((mut client, _)) = listener.accept().await {
+                opened.fetch_add(1, Ordering::SeqCst);
+                open.fetch_add(1, Ordering::SeqCst);
+                let (socket, open) = (socket.clone(), Arc::clone(&open));
+                tasks.spawn(async move {
+                    let mut server = UnixStream::connect(socket).await.unwrap();
+                    tokio::io::copy_bidirectional(&mut client, &mut server)
+                        .await
+                        .ok();
+                    open.fetch_sub(1, Ordering::SeqCst);
+                });
+            }
+        });
+        front
+    }
+}
+
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        // A fast shutdown; killing the postmaster would leave its children behind.
+        Command::new("kill")
+            .args(["-INT", &self.server.id().to_string()])
+            .status()
+            .ok();
+        self.server.wait().ok();
+    }
+}
+
+/// See [`Cluster::front`].
+pub(crate) struct Front {
+    pub(crate) address: SocketAddr,
+    opened: Arc<AtomicUsize>,
+    open: Arc<AtomicUsize>,
+}
+
+impl Front {
+    /// Connections so far.
+    pub(crate) fn opened(&self) -> usize {
+        self.opened.load(Ordering::SeqCst)
+    }
+
+    /// Connections now.
+    pub(crate) fn open(&self) -> usize {
+        self.open.load(Ordering::SeqCst)
+    }
+}
+
+/// Debian's newest, or whatever `pg_config` names.
+fn binaries() -> PathBuf {
+    let mut found: Vec<_> = std::fs::read_dir("/usr/lib/postgresql")
+        .into_iter()
+        .flatten()
+        .filter_map(|entry| Some(entry.ok()?.path().join("bin")))
+        .filter(|path| path.join("postgres").exists())
+        .collect();
+    found.sort();
+    found.pop().unwrap_or_else(|| {
+        let output = Command::new("pg_config")
+            .arg("--bindir")
+            .output()
+            .expect("Postgres is installed");
+        Path::new(String::from_utf8(output.stdout).unwrap().trim()).to_owned()
+    })
+}
+
+/// The server refuses to run as root: then it runs as `postgres`.
+fn owner() -> Option<(u32, u32)> {
+    let id = |arguments: &[&str]| {
+        let output = Command::new("id").args(arguments).output().unwrap();
+        String::from_utf8(output.stdout)
+            .unwrap()
+            .trim()
+            .parse::<u32>()
+            .unwrap()
+    };
+    (id(&["-u"]) == 0).then(|| (id(&["-u", "postgres"]), id(&["-g", "postgres"])))
+}
