@@ -33,9 +33,13 @@
 //! Arrows go downwards only; `credential` knows the workspace through the trait [`credential::Mint`] alone.
 
 pub mod admin;
+pub mod app;
+pub mod cli;
 pub mod clock;
+pub mod config;
 pub mod credential;
 pub mod http;
+pub mod listener;
 #[cfg(feature = "notes")]
 pub mod notes;
 pub mod protocol;

@@ -71,7 +71,7 @@ pub struct Databases {
 }
 
 /// What the database name a client sends means.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum DatabaseMapping {
     /// Itself, but where it is the client's user name, which libpq sends when none is given, the default.

@@ -11,7 +11,7 @@ mod hold;
 mod login;
 
 pub use dial::{Stream, tune};
-pub use endpoint::{Endpoint, Keepalive, Label, Security};
+pub use endpoint::{Endpoint, Keepalive, Label, Security, is_loopback};
 pub use failure::{Class, Failure};
 pub use hold::{Limits, Refusal, Upstream};
 pub use login::{Connection, Greeting};

@@ -1,0 +1,176 @@
+//! Subcommands and flags, and what becomes of them.
+
+use std::{ffi::OsString, process::ExitCode};
+
+use clap::{Args, Command, CommandFactory, FromArgMatches, Parser, Subcommand};
+
+use crate::{
+    app::App,
+    config::{Config, ConfigError, Environment, Settings},
+    shutdown::Signals,
+    telemetry,
+};
+
+/// A bad command line or configuration, or a start that failed.
+const FAILURE: u8 = 1;
+
+const AFTER_HELP: &str = "\
+Every flag may also be set as LAKEBASE_PROXY_<FLAG>, or in the file named by --config-file.
+
+The endpoint is named by the variables that Databricks' tutorial and Databricks Apps use:
+  ENDPOINT_NAME (or LAKEBASE_ENDPOINT)   projects/<project>/branches/<branch>/endpoints/<endpoint>
+  PGHOST PGPORT PGDATABASE PGUSER        looked up where unset
+  PGSSLMODE PGSSLROOTCERT                certificates are always verified, against the system's roots or this file
+  DATABRICKS_HOST                        the workspace, with either of
+  DATABRICKS_CLIENT_ID + _CLIENT_SECRET  a service principal, or
+  DATABRICKS_TOKEN                       a personal access token
+
+Exit codes: 0 ended on request, 1 bad command or configuration, 130 SIGINT, 143 SIGTERM.";
+
+/// Any Postgres client reaches Databricks Lakebase on localhost, with no password and no token code.
+#[derive(Debug, Parser)]
+#[command(name = "lakebase-proxy", version, after_help = AFTER_HELP, args_conflicts_with_subcommands = true)]
+struct Cli {
+    #[command(flatten)]
+    settings: Settings,
+    #[command(subcommand)]
+    verb: Option<Verb>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    /// Run the proxy (the default)
+    #[command(after_help = AFTER_HELP)]
+    Serve(Serve),
+}
+
+#[derive(Args, Debug)]
+struct Serve {
+    #[command(flatten)]
+    settings: Settings,
+}
+
+/// Why a command came to nothing.
+#[derive(Debug, thiserror::Error)]
+enum CommandError {
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    #[error(transparent)]
+    Log(#[from] telemetry::LogError),
+    #[error("cannot watch for signals")]
+    Signals(#[source] std::io::Error),
+    #[error(transparent)]
+    Start(#[from] crate::app::StartError),
+}
+
+impl CommandError {
+    fn hint(&self) -> Option<String> {
+        match self {
+            Self::Config(error) => error.hint().map(str::to_owned),
+            Self::Start(error) => error.hint(),
+            Self::Log(_) | Self::Signals(_) => None,
+        }
+    }
+}
+
+/// Runs the program with these arguments, the first of which is its name.
+pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
+    let parsed = command()
+        .try_get_matches_from(arguments)
+        .and_then(|matches| Cli::from_arg_matches(&matches));
+    let cli = match parsed {
+        Ok(cli) => cli,
+        Err(message) => {
+            // Help and version go to standard output and are no failure.
+            let _ = message.print();
+            return if message.use_stderr() {
+                ExitCode::from(FAILURE)
+            } else {
+                ExitCode::SUCCESS
+            };
+        }
+    };
+    let runtime = match tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+    {
+        Ok(runtime) => runtime,
+        Err(error) => return fail(&error, None),
+    };
+    let result = runtime.block_on(dispatch(cli));
+    // What is left are name look-ups on the blocking pool, which nobody waits for.
+    runtime.shutdown_background();
+    match result {
+        Ok(code) => code,
+        Err(error) => fail(&error, error.hint()),
+    }
+}
+
+async fn dispatch(cli: Cli) -> Result<ExitCode, CommandError> {
+    match cli.verb {
+        None => serve(cli.settings).await,
+        Some(Verb::Serve(Serve { settings })) => serve(settings).await,
+    }
+}
+
+async fn serve(settings: Settings) -> Result<ExitCode, CommandError> {
+    let config = Config::resolve(settings, Environment::of_process())?;
+    let _log = telemetry::logging::init(&config.log)?;
+    let zero_on_sigterm = config.exit_zero_on_sigterm;
+    // Caught before anything is begun, so that a signal during the start is not lost.
+    let mut signals = Signals::catch().map_err(CommandError::Signals)?;
+    let running = tokio::select! {
+        app = App::build(config) => app?.start()?,
+        cause = signals.next() => return Ok(cause.exit_code(zero_on_sigterm)),
+    };
+    let cause = signals.next().await;
+    let hurry = async {
+        signals.next().await;
+    };
+    running.end(hurry).await;
+    Ok(cause.exit_code(zero_on_sigterm))
+}
+
+/// The command line, each flag with its variable. An empty variable counts as unset.
+fn command() -> Command {
+    with_variables(Cli::command())
+}
+
+fn with_variables(command: Command) -> Command {
+    let command = command.mut_args(|argument| {
+        let Some(long) = argument.get_long() else {
+            return argument;
+        };
+        if matches!(long, "help" | "version") {
+            return argument;
+        }
+        let variable = format!("LAKEBASE_PROXY_{}", long.to_uppercase().replace('-', "_"));
+        if std::env::var_os(&variable).is_none_or(|value| value.is_empty()) {
+            return argument;
+        }
+        argument.env(variable).hide_env(true)
+    });
+    command.mut_subcommands(with_variables)
+}
+
+#[expect(
+    clippy::print_stderr,
+    reason = "the last word of a command that failed, maybe before there is a log"
+)]
+fn fail(error: &(dyn std::error::Error + 'static), hint: Option<String>) -> ExitCode {
+    eprintln!("lakebase-proxy: {}", telemetry::chain(error));
+    if let Some(hint) = hint {
+        eprintln!("hint: {hint}");
+    }
+    ExitCode::from(FAILURE)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        command().debug_assert();
+    }
+}

@@ -1,0 +1,73 @@
+//! The variables that the tutorial, libpq, the Databricks SDKs and Databricks Apps have already given names to.
+
+use std::collections::HashMap;
+
+use secrecy::SecretString;
+
+use crate::workspace;
+
+/// What the environment says, read once. An empty or blank variable counts as unset.
+#[derive(Clone, Debug, Default)]
+pub struct Environment {
+    /// `ENDPOINT_NAME`.
+    pub endpoint_name: Option<String>,
+    /// `LAKEBASE_ENDPOINT`, the same thing by another name.
+    pub lakebase_endpoint: Option<String>,
+    /// `PGHOST`.
+    pub host: Option<String>,
+    /// `PGPORT`.
+    pub port: Option<String>,
+    /// `PGDATABASE`.
+    pub database: Option<String>,
+    /// `PGUSER`.
+    pub user: Option<String>,
+    /// `PGSSLMODE`.
+    pub sslmode: Option<String>,
+    /// `PGSSLROOTCERT`.
+    pub sslrootcert: Option<String>,
+    /// `DATABRICKS_APP_PORT`.
+    pub app_port: Option<String>,
+    /// `DATABRICKS_HOST` and what authenticates us there.
+    pub workspace: workspace::Settings,
+}
+
+impl Environment {
+    /// Of this process.
+    pub fn of_process() -> Self {
+        Self::from_variables(std::env::vars_os().filter_map(|(name, value)| {
+            Some((name.into_string().ok()?, value.into_string().ok()?))
+        }))
+    }
+
+    /// Of these variables.
+    pub fn from_variables(variables: impl IntoIterator<Item = (String, String)>) -> Self {
+        let variables: HashMap<_, _> = variables.into_iter().collect();
+        let get = |name: &str| {
+            variables
+                .get(name)
+                .map(|value| value.trim())
+                .filter(|value| !value.is_empty())
+                .map(str::to_owned)
+        };
+        let secret = |name: &str| get(name).map(SecretString::from);
+        Self {
+            endpoint_name: get("ENDPOINT_NAME"),
+            lakebase_endpoint: get("LAKEBASE_ENDPOINT"),
+            host: get("PGHOST"),
+            port: get("PGPORT"),
+            database: get("PGDATABASE"),
+            user: get("PGUSER"),
+            sslmode: get("PGSSLMODE"),
+            sslrootcert: get("PGSSLROOTCERT"),
+            app_port: get("DATABRICKS_APP_PORT"),
+            workspace: workspace::Settings {
+                host: get("DATABRICKS_HOST"),
+                token: secret("DATABRICKS_TOKEN"),
+                client_id: get("DATABRICKS_CLIENT_ID"),
+                client_secret: secret("DATABRICKS_CLIENT_SECRET"),
+                auth_type: get("DATABRICKS_AUTH_TYPE"),
+                workspace_id: get("DATABRICKS_WORKSPACE_ID"),
+            },
+        }
+    }
+}

@@ -1,0 +1,124 @@
+//! Settings as somebody wrote them: flags, `LAKEBASE_PROXY_*` and the file have one shape, in which all may be absent.
+
+use std::{net::IpAddr, path::PathBuf};
+
+use clap::Args;
+use serde::Deserialize;
+
+use super::values::{DurationSetting, PortSetting};
+use crate::session::DatabaseMapping;
+
+/// One layer of settings; see `config/lakebase-proxy.toml` for what each means.
+#[derive(Args, Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Settings {
+    /// Address to listen on for Postgres clients [default: 127.0.0.1, and ::1 with it]
+    #[arg(long, value_name = "IP", help_heading = "Listening")]
+    pub address: Option<IpAddr>,
+
+    /// Port to listen on for Postgres clients; 0 = any free one, `none` = do not [default: 5432]
+    #[arg(short, long, value_name = "PORT", help_heading = "Listening")]
+    pub port: Option<PortSetting>,
+
+    /// Allow an address that other machines reach: whoever reaches it is the service principal
+    #[arg(long, num_args = 0..=1, default_missing_value = "true", require_equals = true, value_name = "BOOL", help_heading = "Listening")]
+    pub allow_remote: Option<bool>,
+
+    /// Sessions at a time; 0 = (descriptor limit - 100) / 2 [default: 0]
+    #[arg(long, value_name = "N", help_heading = "Limits")]
+    pub max_connections: Option<usize>,
+
+    /// How long a client may take to send its startup message [default: 15s]
+    #[arg(long, value_name = "TIME", help_heading = "Limits")]
+    pub client_login_timeout: Option<DurationSetting>,
+
+    /// How long a client is held while the endpoint wakes [default: 60s]
+    #[arg(long, value_name = "TIME", help_heading = "Limits")]
+    pub connect_timeout: Option<DurationSetting>,
+
+    /// How long one attempt at the endpoint may take [default: 15s]
+    #[arg(long, value_name = "TIME", help_heading = "Limits")]
+    pub server_connect_timeout: Option<DurationSetting>,
+
+    /// How long a client is held while the endpoint has no connection left [default: 10s]
+    #[arg(long, value_name = "TIME", help_heading = "Limits")]
+    pub capacity_timeout: Option<DurationSetting>,
+
+    /// Silence before the first TCP keepalive probe, both sides; 0 = no probes [default: 30s]
+    #[arg(long, value_name = "TIME", help_heading = "Limits")]
+    pub tcp_keepalive_idle: Option<DurationSetting>,
+
+    /// Time between TCP keepalive probes [default: 10s]
+    #[arg(long, value_name = "TIME", help_heading = "Limits")]
+    pub tcp_keepalive_interval: Option<DurationSetting>,
+
+    /// Unanswered probes before a connection is given up [default: 5]
+    #[arg(long, value_name = "N", help_heading = "Limits")]
+    pub tcp_keepalive_count: Option<u32>,
+
+    /// How long sent data may stay unacknowledged; 0 = as long as the kernel likes [default: 80s]
+    #[arg(long, value_name = "TIME", help_heading = "Limits")]
+    pub tcp_user_timeout: Option<DurationSetting>,
+
+    /// Which database a client gets that names none, or its own user name [default: default]
+    #[arg(long, value_enum, value_name = "HOW", help_heading = "Upstream")]
+    pub database_mapping: Option<DatabaseMapping>,
+
+    /// Address for health checks and metrics [default: 127.0.0.1]
+    #[arg(long, value_name = "IP", help_heading = "Seen from outside")]
+    pub http_address: Option<IpAddr>,
+
+    /// Port for health checks and metrics; 0 = any free one, `none` = do not [default: 9090]
+    #[arg(long, value_name = "PORT", help_heading = "Seen from outside")]
+    pub http_port: Option<PortSetting>,
+
+    /// Serve the notes page
+    #[arg(long, num_args = 0..=1, default_missing_value = "true", require_equals = true, value_name = "BOOL", help_heading = "Notes page")]
+    pub notes: Option<bool>,
+
+    /// Address of the notes page [default: 127.0.0.1; 0.0.0.0 where DATABRICKS_APP_PORT is set]
+    #[arg(long, value_name = "IP", help_heading = "Notes page")]
+    pub notes_address: Option<IpAddr>,
+
+    /// Port of the notes page [default: DATABRICKS_APP_PORT, else 8000]
+    #[arg(long, value_name = "PORT", help_heading = "Notes page")]
+    pub notes_port: Option<PortSetting>,
+
+    /// How long work under way may go on after SIGTERM or SIGINT [default: 10s]
+    #[arg(long, value_name = "TIME", help_heading = "Ending")]
+    pub max_sigterm_delay: Option<DurationSetting>,
+
+    /// Exit with 0, not 143, after SIGTERM
+    #[arg(long, visible_alias = "exit-zero-sigterm", num_args = 0..=1, default_missing_value = "true", require_equals = true, value_name = "BOOL", help_heading = "Ending")]
+    pub exit_zero_on_sigterm: Option<bool>,
+
+    /// Log JSON, a line each
+    #[arg(short = 'l', long, num_args = 0..=1, default_missing_value = "true", require_equals = true, value_name = "BOOL", help_heading = "Logs")]
+    pub structured_logs: Option<bool>,
+
+    /// What to log, as in `debug` or `warn,lakebase_proxy::session=trace` [default: info for ours, warn for others]
+    #[arg(long, value_name = "FILTER", help_heading = "Logs")]
+    pub log_filter: Option<String>,
+
+    /// TOML file of settings: the same names with underscores; flags and environment go before it
+    #[arg(long, value_name = "FILE")]
+    #[serde(skip)]
+    pub config_file: Option<PathBuf>,
+}
+
+impl Settings {
+    /// This layer, with `below` where it says nothing.
+    #[must_use]
+    pub fn or(self, below: Self) -> Self {
+        macro_rules! layer {
+            ($($field:ident),+ $(,)?) => { Self { $($field: self.$field.or(below.$field)),+ } };
+        }
+        layer! {
+            address, port, allow_remote, max_connections, client_login_timeout, connect_timeout,
+            server_connect_timeout, capacity_timeout, tcp_keepalive_idle, tcp_keepalive_interval,
+            tcp_keepalive_count, tcp_user_timeout, database_mapping, http_address, http_port, notes,
+            notes_address, notes_port, max_sigterm_delay, exit_zero_on_sigterm, structured_logs,
+            log_filter, config_file,
+        }
+    }
+}

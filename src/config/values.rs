@@ -1,0 +1,135 @@
+//! The kinds of values that settings have, each readable from a flag, the environment and the file alike.
+
+use std::{fmt, num::NonZeroU16, str::FromStr, time::Duration};
+
+use jiff::SignedDuration;
+use serde::{Deserialize, Deserializer, de};
+
+/// A port to listen on, or none.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PortSetting {
+    /// Do not listen.
+    None,
+    /// This one; 0 means any that is free.
+    Port(u16),
+}
+
+impl FromStr for PortSetting {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.trim() {
+            "none" => Ok(Self::None),
+            port => port.parse().map(Self::Port).map_err(|_| {
+                format!("`{port}` is neither a port (0 to 65535, 0 = any free one) nor `none`")
+            }),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for PortSetting {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        scalar(deserializer)
+    }
+}
+
+/// A length of time: `90s`, `1m 30s`, or a plain number of seconds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DurationSetting(pub Duration);
+
+impl FromStr for DurationSetting {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let text = text.trim();
+        let wrong = || {
+            format!(
+                "`{text}` is not a length of time such as `15s`, `1m 30s` or a number of seconds"
+            )
+        };
+        if let Ok(seconds) = text.parse::<f64>() {
+            return Duration::try_from_secs_f64(seconds)
+                .map(Self)
+                .map_err(|_| wrong());
+        }
+        let duration: SignedDuration = text.parse().map_err(|_| wrong())?;
+        Duration::try_from(duration).map(Self).map_err(|_| wrong())
+    }
+}
+
+impl<'de> Deserialize<'de> for DurationSetting {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        scalar(deserializer)
+    }
+}
+
+/// The upstream's port: never 0.
+pub(super) fn upstream_port(text: &str) -> Result<NonZeroU16, String> {
+    text.trim()
+        .parse()
+        .map_err(|_| format!("`{text}` is not a port (1 to 65535)"))
+}
+
+/// Reads a string or a number of the file as the same text a flag would hold.
+fn scalar<'de, D, T>(deserializer: D) -> Result<T, D::Error>
+where
+    D: Deserializer<'de>,
+    T: FromStr<Err = String>,
+{
+    struct Scalar;
+    impl de::Visitor<'_> for Scalar {
+        type Value = String;
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("a string or a number")
+        }
+        fn visit_str<E: de::Error>(self, text: &str) -> Result<String, E> {
+            Ok(text.to_owned())
+        }
+        fn visit_i64<E: de::Error>(self, number: i64) -> Result<String, E> {
+            Ok(number.to_string())
+        }
+        fn visit_u64<E: de::Error>(self, number: u64) -> Result<String, E> {
+            Ok(number.to_string())
+        }
+        fn visit_f64<E: de::Error>(self, number: f64) -> Result<String, E> {
+            Ok(number.to_string())
+        }
+    }
+    deserializer
+        .deserialize_any(Scalar)?
+        .parse()
+        .map_err(de::Error::custom)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn durations_read_as_people_write_them() {
+        for (text, seconds) in [
+            ("15s", 15.0),
+            ("1m 30s", 90.0),
+            ("60", 60.0),
+            ("0.5", 0.5),
+            ("1h", 3600.0),
+        ] {
+            assert_eq!(
+                text.parse(),
+                Ok(DurationSetting(Duration::from_secs_f64(seconds))),
+                "{text}"
+            );
+        }
+        for text in ["", "soon", "-1", "-5s", "NaN", "1e400"] {
+            assert!(text.parse::<DurationSetting>().is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn ports_may_be_turned_off() {
+        assert_eq!("none".parse(), Ok(PortSetting::None));
+        assert_eq!("0".parse(), Ok(PortSetting::Port(0)));
+        assert!("65536".parse::<PortSetting>().is_err());
+        assert!("".parse::<PortSetting>().is_err());
+    }
+}
