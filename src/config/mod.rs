@@ -263,8 +263,8 @@ impl Config {
         let endpoint = EndpointConfig {
             name,
             tls: tls_mode(
-                environment.sslmode,
-                environment.sslrootcert,
+                environment.sslmode.as_deref(),
+                environment.sslrootcert.as_deref(),
                 environment.host.as_deref(),
             )?,
             host: environment.host,
