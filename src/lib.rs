@@ -35,6 +35,8 @@
 pub mod admin;
 pub mod clock;
 pub mod credential;
+#[cfg(feature = "demo")]
+pub mod emulator;
 pub mod http;
 #[cfg(feature = "notes")]
 pub mod notes;
