@@ -38,6 +38,8 @@ pub mod cli;
 pub mod clock;
 pub mod config;
 pub mod credential;
+#[cfg(feature = "demo")]
+pub mod emulator;
 pub mod http;
 pub mod listener;
 #[cfg(feature = "notes")]

@@ -7,6 +7,7 @@
 )]
 
 mod admin;
+mod emulator;
 mod notes;
 mod postgres;
 mod web;

@@ -1,0 +1,158 @@
+//! The `emulator` command: flags, start, and the lines people need.
+
+use std::{
+    future::Future,
+    io::{self, Write},
+    path::PathBuf,
+    time::Duration,
+};
+
+use jiff::SignedDuration;
+
+use super::{
+    Emulator, EmulatorError, EmulatorOptions, LocalPostgresOptions, PostgresSource, Settings,
+};
+
+/// Flags of `lakebase-proxy emulator`.
+#[derive(Clone, Debug, clap::Args)]
+pub struct EmulatorArgs {
+    /// Port of the emulated workspace API on 127.0.0.1; 0 picks a free one
+    #[arg(long, value_name = "PORT", default_value_t = 0)]
+    pub workspace_port: u16,
+    /// Port of the emulated Lakebase endpoint on localhost; 0 picks a free one
+    #[arg(long, value_name = "PORT", default_value_t = 0)]
+    pub pg_port: u16,
+    /// Lifetime of a database credential, e.g. `60s` or `15m`
+    #[arg(long, value_name = "DURATION", default_value = "1h", value_parser = duration)]
+    pub token_ttl: Duration,
+    /// Suspend the endpoint after this long without queries and new connections; never if not given
+    #[arg(long, value_name = "DURATION", value_parser = duration)]
+    pub suspend_after: Option<Duration>,
+    /// How long a suspended endpoint takes to wake, counted from the connection that wakes it
+    #[arg(long, value_name = "DURATION", default_value = "2s", value_parser = duration)]
+    pub wake_delay: Duration,
+    /// Use this Postgres instead of an own one: a superuser's URL, without TLS
+    #[arg(
+        long,
+        value_name = "URL",
+        conflicts_with = "postgres_bin_dir",
+        env = "LAKEBASE_PROXY_POSTGRES_URL",
+        hide_env_values = true
+    )]
+    pub postgres_url: Option<String>,
+    /// Where `initdb` and `postgres` are; looked for if not given
+    #[arg(long, value_name = "DIR", env = "LAKEBASE_PROXY_POSTGRES_BIN_DIR")]
+    pub postgres_bin_dir: Option<PathBuf>,
+    /// Write the variables that clients need to this file once the emulator is ready; without it they are printed
+    #[arg(long, value_name = "FILE")]
+    pub env_file: Option<PathBuf>,
+}
+
+impl EmulatorArgs {
+    /// The flags as options.
+    pub fn options(&self) -> EmulatorOptions {
+        EmulatorOptions {
+            workspace_port: self.workspace_port,
+            pg_port: self.pg_port,
+            settings: Settings {
+                token_ttl: self.token_ttl,
+                suspend_after: self.suspend_after.unwrap_or_default(),
+                wake_delay: self.wake_delay,
+                ..Settings::default()
+            },
+            postgres: match &self.postgres_url {
+                Some(url) => PostgresSource::Url(url.clone()),
+                None => PostgresSource::Local(LocalPostgresOptions {
+                    bin_dir: self.postgres_bin_dir.clone(),
+                    ..LocalPostgresOptions::default()
+                }),
+            },
+            ..EmulatorOptions::default()
+        }
+    }
+}
+
+/// Runs an emulator until `shutdown` resolves, then takes everything away.
+///
+/// Once it is ready the variables that clients need go to `env_file`, or to standard output if there is none.
+pub async fn run(
+    options: EmulatorOptions,
+    env_file: Option<PathBuf>,
+    shutdown: impl Future<Output = ()>,
+) -> Result<(), EmulatorError> {
+    tokio::pin!(shutdown);
+    let emulator = tokio::select! {
+        started = Emulator::start(options) => started?,
+        // Dropping the start takes away what it made.
+        () = &mut shutdown => return Ok(()),
+    };
+    let told = match &env_file {
+        Some(path) => emulator.write_env_file(path),
+        None => {
+            print_environment(&emulator);
+            Ok(())
+        }
+    };
+    if told.is_ok() {
+        tracing::info!(
+            workspace = emulator.workspace_url(),
+            port = emulator.pg_port(),
+            "the emulator is ready"
+        );
+        shutdown.await;
+    }
+    if let (Ok(()), Some(path)) = (&told, &env_file) {
+        // It names ports and a secret that are no more.
+        let _ = std::fs::remove_file(path);
+    }
+    emulator.stop().await;
+    told
+}
+
+fn print_environment(emulator: &Emulator) {
+    let mut out = io::stdout().lock();
+    // A closed pipe is the reader's choice.
+    let _ = out
+        .write_all(emulator.environment_text().as_bytes())
+        .and_then(|()| out.flush());
+}
+
+/// `60s`, `15m`, `1h 30m`.
+fn duration(text: &str) -> Result<Duration, String> {
+    let parsed: SignedDuration = text
+        .parse()
+        .map_err(|error: jiff::Error| error.to_string())?;
+    Duration::try_from(parsed).map_err(|_| "must not be negative".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Cli {
+        #[command(flatten)]
+        emulator: EmulatorArgs,
+    }
+
+    #[test]
+    fn flags_become_options() {
+        let cli = Cli::parse_from([
+            "x",
+            "--token-ttl",
+            "90s",
+            "--suspend-after",
+            "1m",
+            "--pg-port",
+            "7",
+        ]);
+        let options = cli.emulator.options();
+        assert_eq!(options.settings.token_ttl, Duration::from_secs(90));
+        assert_eq!(options.settings.suspend_after, Duration::from_mins(1));
+        assert_eq!(options.pg_port, 7);
+        assert!(Cli::try_parse_from(["x", "--token-ttl", "-3s"]).is_err());
+        assert!(Cli::try_parse_from(["x", "--token-ttl", "soon"]).is_err());
+    }
+}

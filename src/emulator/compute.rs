@@ -1,0 +1,209 @@
+//! Scale-to-zero: when the compute sleeps, what wakes it, and what it means for sessions.
+//!
+//! Idle means no query running, no byte relayed and no new connection; a silent open session does not keep it awake.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use jiff::{SignedDuration, Timestamp};
+use tokio::{
+    sync::watch,
+    time::{Instant, sleep, sleep_until},
+};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+use super::{
+    counts::Counters,
+    postgres::Database,
+    sessions::{Disruption, Sessions},
+    settings::{OnSuspend, Settings},
+};
+
+/// How long to wait before asking Postgres again whether a query still runs.
+const BUSY_RECHECK: Duration = Duration::from_millis(200);
+
+/// The compute's state, as the API names it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum State {
+    /// Takes connections.
+    Active,
+    /// Suspended.
+    Idle,
+    /// Suspended still, but on its way up.
+    Waking,
+}
+
+/// The one compute behind the edge; cheap to clone.
+#[derive(Clone)]
+pub(crate) struct Compute(Arc<Inner>);
+
+struct Inner {
+    state: watch::Sender<State>,
+    started: Instant,
+    /// Milliseconds from `started`.
+    last_activity: AtomicU64,
+    settings: watch::Sender<Settings>,
+    sessions: Sessions,
+    database: Database,
+    counters: Counters,
+    tracker: TaskTracker,
+    stop: CancellationToken,
+}
+
+impl Compute {
+    pub(crate) fn start(
+        settings: watch::Sender<Settings>,
+        sessions: Sessions,
+        database: Database,
+        counters: Counters,
+        tracker: &TaskTracker,
+        stop: &CancellationToken,
+    ) -> Self {
+        let compute = Self(Arc::new(Inner {
+            state: watch::Sender::new(State::Active),
+            started: Instant::now(),
+            last_activity: AtomicU64::new(0),
+            settings,
+            sessions,
+            database,
+            counters,
+            tracker: tracker.clone(),
+            stop: stop.clone(),
+        }));
+        let watcher = compute.clone();
+        tracker.spawn(
+            stop.clone()
+                .run_until_cancelled_owned(async move { watcher.suspend_when_idle().await }),
+        );
+        compute
+    }
+
+    pub(crate) fn state(&self) -> State {
+        *self.0.state.borrow()
+    }
+
+    /// Notes that something was said or asked.
+    pub(crate) fn touch(&self) {
+        let now = u64::try_from(self.0.started.elapsed().as_millis()).unwrap_or(u64::MAX);
+        self.0.last_activity.store(now, Ordering::Relaxed);
+    }
+
+    /// When the compute was last active, by the wall clock that reads `now`.
+    pub(crate) fn last_active(&self, now: Timestamp) -> Timestamp {
+        let quiet = SignedDuration::try_from(self.last_activity().elapsed()).unwrap_or_default();
+        now.checked_sub(quiet).unwrap_or(now)
+    }
+
+    /// Whether a new connection finds the compute up; one that does not causes it to wake.
+    pub(crate) fn admit(&self) -> bool {
+        let wake_delay = self.0.settings.borrow().wake_delay;
+        let mut must_wake = false;
+        let mut is_active = false;
+        self.0.state.send_if_modified(|state| {
+            let before = *state;
+            if *state == State::Idle {
+                *state = if wake_delay.is_zero() {
+                    State::Active
+                } else {
+                    State::Waking
+                };
+                must_wake = true;
+            }
+            is_active = *state == State::Active;
+            before != *state
+        });
+        if must_wake && is_active {
+            self.0.counters.change(|counts| counts.wakes += 1);
+        } else if must_wake {
+            let compute = self.clone();
+            self.0
+                .tracker
+                .spawn(self.0.stop.clone().run_until_cancelled_owned(async move {
+                    sleep(wake_delay).await;
+                    compute.touch();
+                    if compute.become_active() {
+                        compute.0.counters.change(|counts| counts.wakes += 1);
+                    }
+                }));
+        }
+        if is_active {
+            self.touch();
+        }
+        is_active
+    }
+
+    /// Resolves when the compute is up. Cancel safe.
+    pub(crate) async fn until_active(&self) {
+        let _ = self
+            .0
+            .state
+            .subscribe()
+            .wait_for(|state| *state == State::Active)
+            .await;
+    }
+
+    /// Goes to sleep now: sessions end, connections are refused until one has woken it.
+    pub(crate) async fn suspend(&self) {
+        if self.0.state.send_replace(State::Idle) == State::Idle {
+            return;
+        }
+        self.0.counters.change(|counts| counts.suspensions += 1);
+        let on_suspend = self.0.settings.borrow().on_suspend;
+        match on_suspend {
+            OnSuspend::Terminate => {
+                self.0
+                    .database
+                    .terminate(self.0.sessions.process_ids())
+                    .await;
+            }
+            OnSuspend::Reset => self.0.sessions.disrupt(Disruption::Reset),
+            OnSuspend::Close => self.0.sessions.disrupt(Disruption::Close),
+        }
+    }
+
+    fn become_active(&self) -> bool {
+        self.0.state.send_if_modified(|state| {
+            let is_change = *state == State::Waking;
+            if is_change {
+                *state = State::Active;
+            }
+            is_change
+        })
+    }
+
+    fn last_activity(&self) -> Instant {
+        self.0.started + Duration::from_millis(self.0.last_activity.load(Ordering::Relaxed))
+    }
+
+    async fn suspend_when_idle(&self) {
+        let mut settings = self.0.settings.subscribe();
+        let mut state = self.0.state.subscribe();
+        loop {
+            let suspend_after = settings.borrow_and_update().suspend_after;
+            if suspend_after.is_zero() || self.state() != State::Active {
+                tokio::select! {
+                    changed = settings.changed() => if changed.is_err() { return },
+                    changed = state.changed() => if changed.is_err() { return },
+                }
+                continue;
+            }
+            let deadline = self.last_activity() + suspend_after;
+            if Instant::now() < deadline {
+                tokio::select! {
+                    () = sleep_until(deadline) => {}
+                    changed = settings.changed() => if changed.is_err() { return },
+                }
+            } else if self.0.database.is_busy(self.0.sessions.process_ids()).await {
+                self.touch();
+                sleep(BUSY_RECHECK.min(suspend_after)).await;
+            } else {
+                self.suspend().await;
+            }
+        }
+    }
+}

@@ -1,0 +1,328 @@
+//! One connection from accept to close: the front's rules, in the front's order.
+
+use std::{io, sync::Arc, time::Duration};
+
+use socket2::SockRef;
+use tokio::{
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
+    net::TcpStream,
+    time::{Instant, timeout, timeout_at},
+};
+use tokio_rustls::{TlsAcceptor, server::TlsStream};
+
+use super::{
+    error::ServerError,
+    login, relay,
+    wire::{self, CANCEL_REQUEST, MAX_STARTUP_LENGTH, PROTOCOL_3_0, Parameters, SSL_REQUEST},
+};
+use crate::emulator::{
+    faults::{Action, BadCertificate, Site},
+    settings::WhileAsleep,
+    shared::Shared,
+};
+
+/// What the inspector keeps of a first message; a longer one is never complete, so it waits for the timer.
+const INSPECTOR_BUFFER: usize = 16 * 1024;
+/// How long we let a client read our last words before the socket goes.
+const LINGER: Duration = Duration::from_secs(2);
+/// How long Postgres may take over a cancel.
+const CANCEL_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How a connection ends before it is a session.
+#[derive(Debug)]
+pub(super) enum Ending {
+    /// Without a word.
+    Close,
+    /// With a reset.
+    Reset,
+    /// After these bytes.
+    Say(Vec<u8>),
+    /// Never, until the client leaves or the faults are cleared.
+    Stall,
+}
+
+impl From<ServerError> for Ending {
+    fn from(error: ServerError) -> Self {
+        Self::Say(error.encode())
+    }
+}
+
+impl From<io::Error> for Ending {
+    fn from(_: io::Error) -> Self {
+        Self::Close
+    }
+}
+
+/// Serves one connection. Ends with it.
+pub(super) async fn serve(mut tcp: TcpStream, shared: Arc<Shared>) {
+    let _gauge = shared.counters.gauge(|counts| &mut counts.connections);
+    shared.counters.change(|counts| counts.dials += 1);
+    let _ = tcp.set_nodelay(true);
+    let deadline = Instant::now() + shared.settings.borrow().handshake_timeout;
+    let certificate = match timeout_at(deadline, inspect(&mut tcp, &shared)).await {
+        Ok(Ok(Some(certificate))) => certificate,
+        Ok(Err(ending)) => return end_plain(tcp, ending, &shared).await,
+        // A cancel, served; or the listener's own timer, which closes without a word.
+        Ok(Ok(None)) | Err(_) => return,
+    };
+    let acceptor = TlsAcceptor::from(shared.certificates.server(certificate.0));
+    let Ok(Ok(mut tls)) = timeout_at(deadline, acceptor.accept(tcp)).await else {
+        return;
+    };
+    shared.counters.change(|counts| counts.tls_handshakes += 1);
+    match converse(&mut tls, deadline, &shared).await {
+        Ok(Some((server, session))) => relay::run(tls, server, session, &shared).await,
+        Ok(None) => {}
+        Err(ending) => end_tls(tls, ending, &shared).await,
+    }
+}
+
+/// The certificate to go on with.
+struct Certificate(Option<BadCertificate>);
+
+/// In plain text: `SSLRequest` or `CancelRequest`, nothing else. `None`: it was a cancel. Not cancel safe.
+async fn inspect(tcp: &mut TcpStream, shared: &Shared) -> Result<Option<Certificate>, Ending> {
+    strike(shared, Site::Accept).await?;
+    if shared.settings.borrow().while_asleep == WhileAsleep::Reset && !shared.compute.admit() {
+        return Err(Ending::Reset);
+    }
+    let mut buffer = vec![0; INSPECTOR_BUFFER];
+    let mut filled = 0;
+    let (length, code) = loop {
+        let read = match buffer.get_mut(filled..) {
+            Some(free) if !free.is_empty() => tcp.read(free).await?,
+            _ => std::future::pending().await,
+        };
+        if read == 0 {
+            return Err(Ending::Close);
+        }
+        filled += read;
+        let seen = buffer.get(..filled).unwrap_or_default();
+        if let (Some(length), Some(code)) = (
+            wire::word(seen),
+            wire::word(seen.get(4..).unwrap_or_default()),
+        ) && filled >= usize::try_from(length).unwrap_or(usize::MAX)
+        {
+            break (length, code);
+        }
+    };
+    match code {
+        CANCEL_REQUEST if length != 16 => Err(ServerError::cancel_request_length().into()),
+        CANCEL_REQUEST => {
+            cancel(buffer.get(8..16).unwrap_or_default(), shared).await;
+            Ok(None)
+        }
+        SSL_REQUEST if length != 8 => Err(ServerError::ssl_request_length().into()),
+        SSL_REQUEST => {
+            let mut certificate = Certificate(None);
+            match shared
+                .faults
+                .strike(Site::SslRequest)
+                .await
+                .map(|fault| fault.action)
+            {
+                None => {}
+                Some(Action::Certificate(bad)) => certificate = Certificate(Some(bad)),
+                Some(Action::NoTls) => {
+                    tcp.write_all(b"N").await?;
+                    // The client may go on in plain text, which nobody reads, or leave.
+                    return Err(Ending::Close);
+                }
+                Some(action) => return Err(ending(action)),
+            }
+            tcp.write_all(b"S").await?;
+            if filled > 8 {
+                return Err(ServerError::unencrypted_data().into());
+            }
+            Ok(Some(certificate))
+        }
+        other => Err(ServerError::protocol_version(other).into()),
+    }
+}
+
+type Logged = (Box<dyn crate::emulator::postgres::Stream>, relay::Running);
+
+/// Inside TLS, up to the end of login. `None`: it was a cancel. Not cancel safe.
+async fn converse(
+    tls: &mut TlsStream<TcpStream>,
+    deadline: Instant,
+    shared: &Arc<Shared>,
+) -> Result<Option<Logged>, Ending> {
+    strike(shared, Site::Tls).await?;
+    let packet = match timeout_at(deadline, read_startup(tls)).await {
+        Ok(packet) => packet?,
+        Err(_) => return Err(ServerError::handshake_timeout().into()),
+    };
+    let server_name = tls.get_ref().1.server_name().map(str::to_owned);
+    let Some(server_name) = server_name else {
+        return Err(ServerError::no_sni().into());
+    };
+    if packet.code == CANCEL_REQUEST {
+        cancel(packet.body.get(..8).unwrap_or_default(), shared).await;
+        return Ok(None);
+    }
+    if packet.code != PROTOCOL_3_0 {
+        return Err(ServerError::unsupported_protocol(packet.code).into());
+    }
+    shared.counters.change(|counts| counts.startups += 1);
+    let logged = log_in(&server_name, &packet.body, tls, shared).await;
+    if logged.is_err() {
+        shared.counters.change(|counts| counts.refusals += 1);
+    }
+    logged.map(Some)
+}
+
+async fn log_in(
+    server_name: &str,
+    body: &[u8],
+    tls: &mut TlsStream<TcpStream>,
+    shared: &Arc<Shared>,
+) -> Result<Logged, Ending> {
+    strike(shared, Site::Startup).await?;
+    authorize(server_name, shared).await?;
+    let Some(parameters) = Parameters::parse(body) else {
+        return Err(ServerError::proxy("malformed startup packet").into());
+    };
+    login::run(tls, &parameters, shared).await
+}
+
+/// The front's question to its control plane: may anybody connect to this host now?
+async fn authorize(server_name: &str, shared: &Shared) -> Result<(), Ending> {
+    if shared.settings.borrow().is_disabled {
+        return Err(
+            ServerError::proxy("Control plane request failed: endpoint is disabled").into(),
+        );
+    }
+    if !shared.names.answers_to(server_name) {
+        return Err(ServerError::external_authorization().into());
+    }
+    if shared.compute.admit() {
+        return Ok(());
+    }
+    let while_asleep = shared.settings.borrow().while_asleep;
+    match while_asleep {
+        WhileAsleep::ExternalAuthorization => Err(ServerError::external_authorization().into()),
+        WhileAsleep::Reset => Err(Ending::Reset),
+        WhileAsleep::Close => Err(Ending::Close),
+        // Said after the password.
+        WhileAsleep::StartingUp => Ok(()),
+        WhileAsleep::Hold => {
+            shared.compute.until_active().await;
+            Ok(())
+        }
+    }
+}
+
+struct Startup {
+    code: u32,
+    body: Vec<u8>,
+}
+
+/// Not cancel safe.
+async fn read_startup<S: AsyncRead + Unpin>(stream: &mut S) -> Result<Startup, Ending> {
+    let length = usize::try_from(stream.read_u32().await?).unwrap_or(usize::MAX);
+    if !(8..MAX_STARTUP_LENGTH).contains(&length) {
+        return Err(ServerError::startup_length().into());
+    }
+    let code = stream.read_u32().await?;
+    let mut body = vec![0; length - 8];
+    stream.read_exact(&mut body).await?;
+    Ok(Startup { code, body })
+}
+
+/// Passes a cancel on with Postgres's own key; an unknown key is ignored, as Postgres does.
+async fn cancel(key: &[u8], shared: &Shared) {
+    shared.counters.change(|counts| counts.cancels += 1);
+    let Ok(key) = key.try_into() else { return };
+    let Some(backend) = shared.sessions.backend_of(key) else {
+        return;
+    };
+    let request = wire::cancel_request(backend.process_id, &backend.secret);
+    let pass_on = async {
+        let mut stream = shared.database.dial().await?;
+        stream.write_all(&request).await?;
+        shared
+            .counters
+            .change(|counts| counts.cancels_forwarded += 1);
+        // Postgres closes when the signal is sent.
+        stream.read(&mut [0]).await
+    };
+    let _ = timeout(CANCEL_TIMEOUT, pass_on).await;
+}
+
+/// Applies what was asked for at this place.
+pub(super) async fn strike(shared: &Shared, site: Site) -> Result<(), Ending> {
+    shared
+        .faults
+        .strike(site)
+        .await
+        .map_or(Ok(()), |fault| Err(ending(fault.action)))
+}
+
+fn ending(action: Action) -> Ending {
+    match action {
+        Action::Error(error) => error.into(),
+        Action::Answer(text) => Ending::Say(text.into_bytes()),
+        Action::Reset => Ending::Reset,
+        Action::Stall => Ending::Stall,
+        // HTTP's own, and what makes sense before TLS alone: a closed door.
+        _ => Ending::Close,
+    }
+}
+
+async fn end_plain(mut tcp: TcpStream, ending: Ending, shared: &Shared) {
+    match ending {
+        Ending::Reset => reset(&tcp),
+        ending => finish(&mut tcp, ending, shared).await,
+    }
+}
+
+async fn end_tls(mut tls: TlsStream<TcpStream>, ending: Ending, shared: &Shared) {
+    match ending {
+        Ending::Reset => reset(tls.get_ref().0),
+        ending => finish(&mut tls, ending, shared).await,
+    }
+}
+
+/// Makes the coming close a reset.
+pub(super) fn reset(tcp: &TcpStream) {
+    let _ = SockRef::from(tcp).set_linger(Some(Duration::ZERO));
+}
+
+async fn finish<S: AsyncRead + AsyncWrite + Unpin>(
+    stream: &mut S,
+    ending: Ending,
+    shared: &Shared,
+) {
+    match ending {
+        Ending::Close | Ending::Reset => {}
+        Ending::Say(bytes) => {
+            let _ = timeout(LINGER, async {
+                stream.write_all(&bytes).await?;
+                stream.flush().await
+            })
+            .await;
+        }
+        Ending::Stall => {
+            tokio::select! {
+                () = shared.faults.until_cleared() => {}
+                () = drain(stream) => {}
+            }
+        }
+    }
+    linger(stream).await;
+}
+
+/// Closes our side and reads on for a moment: unread bytes would turn the close into a reset, and lose our last words.
+pub(super) async fn linger<S: AsyncRead + AsyncWrite + Unpin>(stream: &mut S) {
+    let _ = timeout(LINGER, async {
+        let _ = stream.shutdown().await;
+        drain(stream).await;
+    })
+    .await;
+}
+
+async fn drain<S: AsyncRead + Unpin>(stream: &mut S) {
+    let mut scrap = [0; 1024];
+    while matches!(stream.read(&mut scrap).await, Ok(read) if read > 0) {}
+}

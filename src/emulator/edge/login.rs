@@ -1,0 +1,270 @@
+//! Authentication, and the login at Postgres that follows it.
+//!
+//! The token comes as a cleartext password inside TLS. Identity and expiry are judged here and only here: an open
+//! session outlives its token. Roles and databases are Postgres's own business, whose words go to the client unchanged.
+
+use std::{io, sync::Arc, time::Duration};
+
+use postgres_protocol::authentication::{
+    md5_hash,
+    sasl::{ChannelBinding, SCRAM_SHA_256, ScramSha256},
+};
+use tokio::{io::AsyncWriteExt, net::TcpStream, time::timeout};
+use tokio_rustls::server::TlsStream;
+
+use super::{
+    connection::{Ending, strike},
+    error::ServerError,
+    relay::Running,
+    wire::{self, MAX_PASSWORD_LENGTH, Message, PROTOCOL_3_0, Parameters},
+};
+use crate::emulator::{
+    compute::State,
+    faults::Site,
+    identity::random,
+    postgres::{RoleKind, Stream},
+    sessions::{BackendKey, Session},
+    settings::WhileAsleep,
+    shared::Shared,
+    token::{Audience, TokenError},
+};
+
+/// How long a client may take over its password; Neon's proxy gives 15 seconds to authenticate.
+const PASSWORD_TIMEOUT: Duration = Duration::from_secs(15);
+/// How long Postgres may take over a login.
+const BACKEND_TIMEOUT: Duration = Duration::from_mins(1);
+/// A parameter that the front keeps to itself.
+const HIDDEN_PARAMETER: &[u8] = b"upstream_ip\0";
+
+type Client = TlsStream<TcpStream>;
+
+/// Authenticates and logs in; the client has its `ReadyForQuery` when this returns. Not cancel safe.
+pub(super) async fn run(
+    client: &mut Client,
+    parameters: &Parameters,
+    shared: &Arc<Shared>,
+) -> Result<(Box<dyn Stream>, Running), Ending> {
+    let Some(user) = parameters.find("user").filter(|user| !user.is_empty()) else {
+        return Err(ServerError::proxy("Parameter 'user' is missing in startup packet.").into());
+    };
+    let is_native = shared.settings.borrow().native_login
+        && shared
+            .database
+            .role(user)
+            .await
+            .is_ok_and(|role| role == RoleKind::Native);
+    if !is_native {
+        authenticate(client, user, shared).await?;
+    }
+    if shared.settings.borrow().while_asleep == WhileAsleep::StartingUp
+        && shared.compute.state() != State::Active
+    {
+        return Err(ServerError::starting_up().into());
+    }
+    let login = timeout(
+        BACKEND_TIMEOUT,
+        backend(client, user, parameters, is_native, shared),
+    )
+    .await;
+    let (server, session) = login.unwrap_or_else(|_| Err(unreachable_compute()))?;
+    shared.counters.change(|counts| counts.logins += 1);
+    let fault = shared.faults.strike(Site::Session).await;
+    Ok((server, Running { session, fault }))
+}
+
+/// Asks for the token and judges it.
+async fn authenticate(client: &mut Client, user: &str, shared: &Shared) -> Result<(), Ending> {
+    client
+        .write_all(&wire::message(b'R', &3_u32.to_be_bytes()))
+        .await?;
+    client.flush().await?;
+    let Ok(answer) = timeout(
+        PASSWORD_TIMEOUT,
+        wire::read_message(client, MAX_PASSWORD_LENGTH),
+    )
+    .await
+    else {
+        return Err(ServerError::proxy("Authentication timed out").into());
+    };
+    let Message { kind: b'p', body } = answer? else {
+        return Err(ServerError::fatal("08P01", "expected a password response").into());
+    };
+    shared.counters.change(|counts| counts.passwords += 1);
+    strike(shared, Site::Password).await?;
+    // Bytes that are no text are no JWT either.
+    let password = body
+        .strip_suffix(b"\0")
+        .and_then(|text| std::str::from_utf8(text).ok())
+        .unwrap_or_default();
+    let claims = shared
+        .signer
+        .verify(password, Audience::Database, shared.now())
+        .map_err(|error: TokenError| ServerError::proxy(error.to_string()))?;
+    if shared.is_revoked(&claims, Audience::Database) {
+        return Err(ServerError::identity().into());
+    }
+    let Some(identity) = shared.identities.by_name(&claims.sub) else {
+        return Err(ServerError::identity().into());
+    };
+    let role = shared
+        .database
+        .role(user)
+        .await
+        .map_err(|_| unreachable_compute())?;
+    let is_owner = identity.name == user;
+    match role {
+        RoleKind::OAuth | RoleKind::Missing if is_owner => Ok(()),
+        RoleKind::Group if identity.groups.iter().any(|group| group == user) => Ok(()),
+        RoleKind::Plain | RoleKind::Native if is_owner => {
+            Err(ServerError::password_failed(user).into())
+        }
+        _ => Err(ServerError::identity().into()),
+    }
+}
+
+/// Logs in at Postgres and passes its welcome on, with the cancel key replaced.
+async fn backend(
+    client: &mut Client,
+    user: &str,
+    parameters: &Parameters,
+    is_native: bool,
+    shared: &Shared,
+) -> Result<(Box<dyn Stream>, Session), Ending> {
+    let mut server = shared
+        .database
+        .dial()
+        .await
+        .map_err(|_| unreachable_compute())?;
+    server
+        .write_all(&wire::packet(PROTOCOL_3_0, &parameters.forwarded()))
+        .await?;
+    let mut welcome = Vec::new();
+    let mut session = None;
+    loop {
+        let message = match wire::read_backend(&mut server).await {
+            Ok(message) => message,
+            Err(_) if welcome.is_empty() => return Err(unreachable_compute()),
+            Err(_) => return Err(Ending::Say(welcome)),
+        };
+        match message.kind {
+            b'R' if wire::word(&message.body) == Some(0) => welcome.extend(message.encode()),
+            b'R' if is_native => pass_challenge(client, &mut server, &message).await?,
+            b'R' => {
+                let password = shared.role_password_or_empty();
+                answer_challenge(&mut server, &message.body, user, password).await?;
+            }
+            b'K' => {
+                let (key, entered) = replace_key(&message.body, shared)?;
+                welcome.extend(wire::message(b'K', &key));
+                session = Some(entered);
+            }
+            b'S' if message.body.starts_with(HIDDEN_PARAMETER) => {}
+            b'E' => {
+                welcome.extend(message.encode());
+                return Err(Ending::Say(welcome));
+            }
+            b'Z' => {
+                welcome.extend(message.encode());
+                break;
+            }
+            _ => welcome.extend(message.encode()),
+        }
+    }
+    client.write_all(&welcome).await?;
+    client.flush().await?;
+    let session = session.ok_or_else(unreachable_compute)?;
+    Ok((server, session))
+}
+
+/// Native login: the client answers Postgres itself.
+async fn pass_challenge(
+    client: &mut Client,
+    server: &mut Box<dyn Stream>,
+    challenge: &Message,
+) -> Result<(), Ending> {
+    client.write_all(&challenge.encode()).await?;
+    client.flush().await?;
+    let is_final = wire::word(&challenge.body) == Some(12);
+    if !is_final {
+        let Ok(answer) = timeout(
+            PASSWORD_TIMEOUT,
+            wire::read_message(client, MAX_PASSWORD_LENGTH),
+        )
+        .await
+        else {
+            return Err(ServerError::proxy("Authentication timed out").into());
+        };
+        server.write_all(&answer?.encode()).await?;
+    }
+    Ok(())
+}
+
+/// A server that is not ours wants the role's password from us.
+async fn answer_challenge(
+    server: &mut Box<dyn Stream>,
+    challenge: &[u8],
+    user: &str,
+    password: &str,
+) -> Result<(), Ending> {
+    match (wire::word(challenge), challenge.get(4..)) {
+        (Some(3), _) => send_password(server, format!("{password}\0").as_bytes()).await?,
+        (Some(5), Some(salt)) => {
+            let salt = salt
+                .try_into()
+                .map_err(|_| wire::invalid("short md5 salt"))?;
+            let hash = md5_hash(user.as_bytes(), password.as_bytes(), salt);
+            send_password(server, format!("{hash}\0").as_bytes()).await?;
+        }
+        (Some(10), _) => scram(server, password).await?,
+        _ => return Err(unreachable_compute()),
+    }
+    Ok(())
+}
+
+async fn scram(server: &mut Box<dyn Stream>, password: &str) -> Result<(), Ending> {
+    let mut exchange = ScramSha256::new(password.as_bytes(), ChannelBinding::unsupported());
+    let first = exchange.message();
+    let length = u32::try_from(first.len()).unwrap_or_default().to_be_bytes();
+    let initial = [SCRAM_SHA_256.as_bytes(), b"\0", &length, first].concat();
+    send_password(server, &initial).await?;
+    for step in [11, 12] {
+        let message = wire::read_backend(server).await?;
+        if message.kind == b'E' {
+            return Err(Ending::Say(message.encode()));
+        }
+        if message.kind != b'R' || wire::word(&message.body) != Some(step) {
+            return Err(unreachable_compute());
+        }
+        let data = message.body.get(4..).unwrap_or_default();
+        if step == 11 {
+            exchange.update(data)?;
+            send_password(server, exchange.message()).await?;
+        } else {
+            exchange.finish(data)?;
+        }
+    }
+    Ok(())
+}
+
+async fn send_password(server: &mut Box<dyn Stream>, body: &[u8]) -> io::Result<()> {
+    server.write_all(&wire::message(b'p', body)).await
+}
+
+/// Gives the client a random key that stands for Postgres's.
+fn replace_key(body: &[u8], shared: &Shared) -> Result<([u8; 8], Session), Ending> {
+    let process_id = wire::word(body).ok_or_else(unreachable_compute)?;
+    let backend = BackendKey {
+        process_id,
+        secret: body.get(4..).unwrap_or_default().to_vec(),
+    };
+    let key = random().map_err(|_| unreachable_compute())?;
+    let session = shared
+        .sessions
+        .enter(key, backend)
+        .ok_or_else(unreachable_compute)?;
+    Ok((key, session))
+}
+
+fn unreachable_compute() -> Ending {
+    ServerError::proxy("Couldn't connect to compute node").into()
+}

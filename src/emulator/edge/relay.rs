@@ -1,0 +1,159 @@
+//! Bytes between a client and Postgres, after login; nothing is looked at.
+//!
+//! Either side's end becomes the other's: a client's FIN is passed on and replies still flow, Postgres's end closes the
+//! client's connection after its last words.
+
+use tokio::{
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, split},
+    net::TcpStream,
+    sync::watch,
+};
+use tokio_rustls::server::TlsStream;
+
+use super::connection::{linger, reset};
+use crate::emulator::{
+    compute::Compute,
+    faults::{Action, Fault},
+    postgres::Stream,
+    sessions::{Disruption, Session},
+    shared::Shared,
+};
+
+/// Bytes moved at a time.
+const BUFFER: usize = 64 * 1024;
+
+/// A session that is logged in, and the fault in store for it.
+pub(super) struct Running {
+    pub(super) session: Session,
+    pub(super) fault: Option<Fault>,
+}
+
+/// How a relay ended.
+enum End {
+    /// Postgres closed; its last words were passed on.
+    Server,
+    /// One side broke off, or a fault says so.
+    Abrupt,
+    Reset,
+}
+
+/// Runs until either side ends.
+pub(super) async fn run(
+    mut tls: TlsStream<TcpStream>,
+    mut server: Box<dyn Stream>,
+    running: Running,
+    shared: &Shared,
+) {
+    let Running { mut session, fault } = running;
+    let end = pass(
+        &mut tls,
+        &mut server,
+        fault,
+        &mut session.disrupted,
+        &shared.compute,
+    )
+    .await;
+    // Postgres first: what it holds must not wait for the client.
+    drop(server);
+    drop(session);
+    match end {
+        End::Reset => reset(tls.get_ref().0),
+        End::Server => linger(&mut tls).await,
+        End::Abrupt => {}
+    }
+}
+
+async fn pass(
+    tls: &mut TlsStream<TcpStream>,
+    server: &mut Box<dyn Stream>,
+    fault: Option<Fault>,
+    disrupted: &mut watch::Receiver<Disruption>,
+    compute: &Compute,
+) -> End {
+    let (mut client_read, mut client_write) = split(tls);
+    let (mut server_read, mut server_write) = split(server);
+    let limit = fault.as_ref().map(|fault| fault.after_bytes);
+    let up = pump(&mut client_read, &mut server_write, None, compute);
+    let down = pump(&mut server_read, &mut client_write, limit, compute);
+    tokio::pin!(up, down);
+    let mut is_up_open = true;
+    loop {
+        tokio::select! {
+            ended = &mut down => match ended {
+                Ok(Pumped::End) => return End::Server,
+                Ok(Pumped::Limit) => match fault.map(|fault| fault.action) {
+                    Some(Action::Reset) => return End::Reset,
+                    Some(Action::Stall) => {
+                        // Nothing flows any more; the disruption table can still end it.
+                        let _ = disrupted.wait_for(|state| matches!(state, Disruption::Close | Disruption::Reset)).await;
+                        return End::Abrupt;
+                    }
+                    _ => return End::Abrupt,
+                },
+                Err(_) => return End::Abrupt,
+            },
+            ended = &mut up, if is_up_open => match ended {
+                // A Postgres that takes no more may still have last words.
+                Ok(_) | Err(Broken::Write) => is_up_open = false,
+                Err(Broken::Read) => return End::Abrupt,
+            },
+            changed = disrupted.changed() => {
+                let mut state = *disrupted.borrow_and_update();
+                if changed.is_ok() && state == Disruption::Stall {
+                    match disrupted.wait_for(|state| *state != Disruption::Stall).await {
+                        Ok(next) => state = *next,
+                        Err(_) => return End::Abrupt,
+                    }
+                }
+                match state {
+                    Disruption::Reset => return End::Reset,
+                    Disruption::Close => return End::Abrupt,
+                    Disruption::None | Disruption::Stall => {}
+                }
+            }
+        }
+    }
+}
+
+enum Pumped {
+    End,
+    Limit,
+}
+
+/// Which side of a pump failed.
+enum Broken {
+    Read,
+    Write,
+}
+
+/// Moves bytes until the reader ends, whose end is passed on, or `limit` bytes have gone. Not cancel safe.
+async fn pump<R, W>(
+    reader: &mut R,
+    writer: &mut W,
+    limit: Option<u64>,
+    compute: &Compute,
+) -> Result<Pumped, Broken>
+where
+    R: AsyncRead + Unpin,
+    W: AsyncWrite + Unpin,
+{
+    let mut left = limit.unwrap_or(u64::MAX);
+    let mut buffer = vec![0; BUFFER];
+    loop {
+        if left == 0 {
+            return Ok(Pumped::Limit);
+        }
+        let wanted = usize::try_from(left).unwrap_or(BUFFER).min(BUFFER);
+        let free = buffer.get_mut(..wanted).unwrap_or_default();
+        let read = reader.read(free).await.map_err(|_| Broken::Read)?;
+        if read == 0 {
+            writer.shutdown().await.map_err(|_| Broken::Write)?;
+            return Ok(Pumped::End);
+        }
+        compute.touch();
+        let bytes = buffer.get(..read).unwrap_or_default();
+        writer.write_all(bytes).await.map_err(|_| Broken::Write)?;
+        writer.flush().await.map_err(|_| Broken::Write)?;
+        left = left.saturating_sub(u64::try_from(read).unwrap_or(u64::MAX));
+    }
+}

@@ -1,0 +1,110 @@
+//! What a client must know, as the environment variables that the tutorial and the SDKs read.
+
+use std::{
+    fs::Permissions,
+    io::{self, Write},
+    os::unix::fs::PermissionsExt,
+    path::Path,
+};
+
+use secrecy::ExposeSecret;
+
+use super::{Emulator, EmulatorError, shared::Names};
+
+impl Emulator {
+    /// The variables with which the Databricks SDKs, libpq and the proxy find this emulator. Holds a secret.
+    pub fn environment(&self) -> Vec<(&'static str, String)> {
+        let app = &self.shared.identities.app;
+        let secret = app
+            .client_secret
+            .as_ref()
+            .map(|secret| secret.expose_secret().to_owned());
+        vec![
+            ("DATABRICKS_HOST", self.shared.workspace_url.clone()),
+            ("DATABRICKS_CLIENT_ID", app.name.clone()),
+            ("DATABRICKS_CLIENT_SECRET", secret.unwrap_or_default()),
+            ("ENDPOINT_NAME", Names::ENDPOINT.to_owned()),
+            ("PGHOST", self.shared.names.host.clone()),
+            ("PGPORT", self.pg_port.to_string()),
+            ("PGDATABASE", self.shared.names.database.clone()),
+            ("PGUSER", app.name.clone()),
+            ("PGSSLMODE", "require".to_owned()),
+            ("PGSSLROOTCERT", self.authority.display().to_string()),
+        ]
+    }
+
+    /// [`Emulator::environment`] as `NAME=value` lines, which a shell and an env-file reader both understand.
+    pub(super) fn environment_text(&self) -> String {
+        let lines: Vec<String> = self
+            .environment()
+            .iter()
+            .map(|(name, value)| format!("{name}={}", quoted(value)))
+            .collect();
+        lines.join(
+            "
+",
+        ) + "
+"
+    }
+
+    /// Writes [`Emulator::environment`] as `NAME=value` lines. The file is 0600 and appears whole.
+    pub fn write_env_file(&self, path: &Path) -> Result<(), EmulatorError> {
+        replace_file(path, &self.environment_text()).map_err(|source| {
+            EmulatorError::EnvironmentFile {
+                path: path.to_owned(),
+                source,
+            }
+        })
+    }
+}
+
+/// Plain where a shell and an env-file reader agree on it, else in single quotes.
+fn quoted(value: &str) -> String {
+    let is_plain =
+        |character: char| character.is_ascii_alphanumeric() || "-_./:@%+,=".contains(character);
+    if value.chars().all(is_plain) {
+        value.to_owned()
+    } else {
+        format!("'{}'", value.replace('\'', r"'\''"))
+    }
+}
+
+fn replace_file(path: &Path, text: &str) -> io::Result<()> {
+    let directory = path
+        .parent()
+        .filter(|parent| !parent.as_os_str().is_empty())
+        .unwrap_or(Path::new("."));
+    // Named files are made 0600.
+    let mut file = tempfile::Builder::new()
+        .permissions(Permissions::from_mode(0o600))
+        .tempfile_in(directory)?;
+    file.write_all(text.as_bytes())?;
+    file.persist(path).map(drop).map_err(|error| error.error)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+
+    #[test]
+    fn the_file_is_private_and_replaces_what_was_there() {
+        let scratch = tempfile::tempdir().unwrap();
+        let path = scratch.path().join("env");
+        fs::write(&path, "old").unwrap();
+        replace_file(&path, "NEW=1\n").unwrap();
+        assert_eq!(fs::read_to_string(&path).unwrap(), "NEW=1\n");
+        assert_eq!(
+            fs::metadata(&path).unwrap().permissions().mode() & 0o777,
+            0o600
+        );
+        assert_eq!(fs::read_dir(scratch.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn only_values_that_need_it_are_quoted() {
+        assert_eq!(quoted("http://127.0.0.1:1"), "http://127.0.0.1:1");
+        assert_eq!(quoted("/tmp/my dir/it's"), r"'/tmp/my dir/it'\''s'");
+    }
+}

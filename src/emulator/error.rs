@@ -1,0 +1,116 @@
+//! Why an emulator cannot start or do what is asked.
+
+use std::{io, path::PathBuf};
+
+/// Written for the person at the terminal; holds no secret.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum EmulatorError {
+    /// A port is taken or forbidden.
+    #[error("cannot listen on port {port} of this machine's loopback address")]
+    Bind {
+        /// The port.
+        port: u16,
+        /// What the system says.
+        #[source]
+        source: io::Error,
+    },
+    /// A certificate could not be made.
+    #[error("cannot make a certificate")]
+    Certificate {
+        /// What is wrong with it.
+        #[source]
+        source: rcgen::Error,
+    },
+    /// The temporary directory does not do what it should.
+    #[error("cannot prepare a temporary directory")]
+    Directory {
+        /// What the system says.
+        #[source]
+        source: io::Error,
+    },
+    /// The environment file could not be written.
+    #[error("cannot write the environment file `{}`", path.display())]
+    EnvironmentFile {
+        /// Its path.
+        path: PathBuf,
+        /// What the system says.
+        #[source]
+        source: io::Error,
+    },
+    /// `initdb` failed.
+    #[error("initdb failed: {output}")]
+    Initdb {
+        /// The end of what it printed.
+        output: String,
+    },
+    /// The runtime is going away.
+    #[error("interrupted while starting Postgres")]
+    Interrupted,
+    /// A token could not be written.
+    #[error("cannot write a token")]
+    Json {
+        /// Why.
+        #[source]
+        source: serde_json::Error,
+    },
+    /// No Postgres on this machine.
+    #[error(
+        "no Postgres found on this machine: install one (Debian, Ubuntu: `apt install postgresql`; macOS: `brew install \
+         postgresql@17`), or name its programs with --postgres-bin-dir, or a running one with --postgres-url"
+    )]
+    NoPostgres,
+    /// No Postgres where the user said.
+    #[error("no `initdb` and `postgres` in `{}`", directory.display())]
+    NoPostgresIn {
+        /// Where the user said.
+        directory: PathBuf,
+    },
+    /// Root has nobody to run the server as.
+    #[error(
+        "Postgres does not run as root, and this machine has neither a `postgres` nor a `nobody` user"
+    )]
+    NoUnprivilegedUser,
+    /// The server went away while starting.
+    #[error("Postgres ended while starting: {log}")]
+    PostgresEnded {
+        /// The end of its log.
+        log: String,
+    },
+    /// The URL cannot be read.
+    #[error("--postgres-url is not a connection URL")]
+    PostgresUrl {
+        /// What is wrong with it.
+        #[source]
+        source: tokio_postgres::Error,
+    },
+    /// The URL names no host.
+    #[error("--postgres-url names no host")]
+    PostgresUrlHost,
+    /// Postgres refused something.
+    #[error("Postgres does not do what the emulator needs")]
+    Query {
+        /// What it says.
+        #[source]
+        source: tokio_postgres::Error,
+    },
+    /// The system gave no randomness.
+    #[error("no random numbers to be had")]
+    Randomness,
+    /// A program could not be run.
+    #[error("cannot run `{program}`")]
+    Spawn {
+        /// Which.
+        program: &'static str,
+        /// What the system says.
+        #[source]
+        source: io::Error,
+    },
+    /// TLS could not be set up.
+    #[error("cannot set up TLS")]
+    Tls {
+        /// Why.
+        #[source]
+        source: rustls::Error,
+    },
+}

@@ -1,0 +1,368 @@
+//! A Lakebase for one machine: the workspace's API, the edge, and a real Postgres behind it.
+//!
+//! It serves the demo, the tests, and other people's tests. It keeps Lakebase's rules rather than Postgres's: a token
+//! is the password and is judged at login only, TLS begins with `SSLRequest` and names the host, the protocol is 3.0, a
+//! sleeping compute refuses. What goes wrong on request is in [`Faults`].
+//!
+//! ```text
+//!  client ──TLS──▶ edge ──Unix socket──▶ Postgres
+//!                   ▲ signed by
+//!  SDK ──HTTP──▶ workspace        /emulator: faults, settings, events
+//! ```
+//!
+//! The proxy never imports this room, and this room imports none of the proxy's.
+
+mod args;
+mod certificates;
+mod compute;
+mod counts;
+mod edge;
+mod environment;
+mod error;
+mod faults;
+mod identity;
+mod postgres;
+mod sessions;
+mod settings;
+mod shared;
+mod token;
+mod workspace;
+
+use std::{
+    fmt,
+    net::{Ipv4Addr, SocketAddr},
+    path::{Path, PathBuf},
+    sync::{Arc, atomic::AtomicU64},
+    time::Duration,
+};
+
+use tempfile::TempDir;
+use tokio::{net::TcpListener, sync::watch, time::timeout};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+pub use args::{EmulatorArgs, run};
+pub use counts::Counts;
+pub use edge::ServerError;
+pub use error::EmulatorError;
+pub use faults::{Action, BadCertificate, Fault, Faults, Response, Site};
+pub use identity::{Identities, Identity, IdentityKind};
+pub use postgres::{LocalPostgres, LocalPostgresOptions};
+pub use sessions::Disruption;
+pub use settings::{OnSuspend, Settings, WhileAsleep};
+
+use certificates::Certificates;
+use compute::Compute;
+use counts::Counters;
+use postgres::Database;
+use sessions::Sessions;
+use shared::{Names, Shared};
+use token::{Audience, Signer};
+
+/// How long connections may take to end when the emulator stops.
+const STOP_TIMEOUT: Duration = Duration::from_secs(3);
+
+/// What an emulator is started with. The default suits tests: any free ports, an own Postgres, the tutorial's table.
+#[derive(Clone, Debug)]
+pub struct EmulatorOptions {
+    /// Port of the workspace API; 0: any.
+    pub workspace_port: u16,
+    /// Port of the edge; 0: any.
+    pub pg_port: u16,
+    /// What can be changed later, too.
+    pub settings: Settings,
+    /// Where the data lives.
+    pub postgres: PostgresSource,
+    /// Name of the database, made if it is not there.
+    pub database: String,
+    /// Whether to make the tutorial's `notes` table and its rows.
+    pub sample_notes: bool,
+}
+
+impl Default for EmulatorOptions {
+    fn default() -> Self {
+        Self {
+            workspace_port: 0,
+            pg_port: 0,
+            settings: Settings::default(),
+            postgres: PostgresSource::default(),
+            database: "databricks_postgres".to_owned(),
+            sample_notes: true,
+        }
+    }
+}
+
+/// The Postgres behind the edge.
+#[derive(Clone)]
+pub enum PostgresSource {
+    /// One of its own, gone when the emulator stops.
+    Local(LocalPostgresOptions),
+    /// One that outlives the emulator and that others may use.
+    Shared(Arc<LocalPostgres>),
+    /// Any other, by its connection URL: a superuser's, without TLS.
+    Url(String),
+}
+
+impl Default for PostgresSource {
+    fn default() -> Self {
+        Self::Local(LocalPostgresOptions::default())
+    }
+}
+
+impl fmt::Debug for PostgresSource {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // A URL may hold a password.
+        f.write_str(match self {
+            Self::Local(_) => "Local",
+            Self::Shared(_) => "Shared",
+            Self::Url(_) => "Url",
+        })
+    }
+}
+
+/// A running emulator; everything it made goes when it is dropped, best through [`Emulator::stop`].
+pub struct Emulator {
+    shared: Arc<Shared>,
+    workspace_port: u16,
+    pg_port: u16,
+    authority: PathBuf,
+    /// Declared before the server, whose drop waits: connections are told first.
+    _stop: StopOnDrop,
+    _authority_directory: TempDir,
+    _server: Option<Arc<LocalPostgres>>,
+}
+
+struct StopOnDrop(CancellationToken);
+
+impl Drop for StopOnDrop {
+    fn drop(&mut self) {
+        self.0.cancel();
+    }
+}
+
+impl fmt::Debug for Emulator {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Emulator")
+            .field("workspace_port", &self.workspace_port)
+            .field("pg_port", &self.pg_port)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Emulator {
+    /// Starts everything; it answers when this returns.
+    pub async fn start(options: EmulatorOptions) -> Result<Self, EmulatorError> {
+        let stop = CancellationToken::new();
+        let stop_on_drop = StopOnDrop(stop.clone());
+        // Ports first: a taken one should be told before a server is started.
+        let listeners = edge::Listeners::bind(options.pg_port)?;
+        let pg_port = listeners.port;
+        let address = SocketAddr::from((Ipv4Addr::LOCALHOST, options.workspace_port));
+        let bind_error = |source| EmulatorError::Bind {
+            port: options.workspace_port,
+            source,
+        };
+        let workspace = TcpListener::bind(address).await.map_err(bind_error)?;
+        let workspace_port = workspace.local_addr().map_err(bind_error)?.port();
+        let workspace_url = format!("http://127.0.0.1:{workspace_port}");
+
+        let identities = Identities::generate()?;
+        let names = Names::generate(&options.database)?;
+        let certificates = Certificates::generate(&names.certificate_names())?;
+        let authority_directory = tempfile::Builder::new()
+            .prefix("lakebase-ca-")
+            .tempdir()
+            .map_err(|source| EmulatorError::Directory { source })?;
+        let authority = authority_directory.path().join("ca.pem");
+        std::fs::write(&authority, &certificates.authority_pem)
+            .map_err(|source| EmulatorError::Directory { source })?;
+
+        let server = match &options.postgres {
+            PostgresSource::Local(local) => {
+                Some(Arc::new(LocalPostgres::start(local.clone()).await?))
+            }
+            PostgresSource::Shared(server) => Some(Arc::clone(server)),
+            PostgresSource::Url(_) => None,
+        };
+        let database = match (&server, &options.postgres) {
+            (Some(server), _) => Database::on_local(server, &identities, &options).await?,
+            (None, PostgresSource::Url(url)) => {
+                Database::on_url(url, &identities, &options).await?
+            }
+            (None, _) => return Err(EmulatorError::NoPostgres),
+        };
+
+        let tracker = TaskTracker::new();
+        let counters = Counters::new();
+        let sessions = Sessions::new(counters.clone());
+        let settings = watch::Sender::new(options.settings.clone());
+        let compute = Compute::start(
+            settings.clone(),
+            sessions.clone(),
+            database.clone(),
+            counters.clone(),
+            &tracker,
+            &stop,
+        );
+        let shared = Arc::new(Shared {
+            signer: Signer::generate(format!("{workspace_url}/oidc"))?,
+            names,
+            workspace_url,
+            identities,
+            certificates,
+            counters,
+            faults: Faults::default(),
+            settings,
+            sessions,
+            compute,
+            database,
+            tracker: tracker.clone(),
+            stop,
+            serial: AtomicU64::new(0),
+            credentials_revoked_through: AtomicU64::new(0),
+            tokens_revoked_through: AtomicU64::new(0),
+        });
+        tracker.spawn(edge::serve(listeners, Arc::clone(&shared)));
+        tracker.spawn(workspace::serve(workspace, Arc::clone(&shared)));
+        Ok(Self {
+            shared,
+            workspace_port,
+            pg_port,
+            authority,
+            _stop: stop_on_drop,
+            _authority_directory: authority_directory,
+            _server: server,
+        })
+    }
+
+    /// Ends connections, then Postgres, and removes what was made.
+    pub async fn stop(self) {
+        self.shared.stop.cancel();
+        self.shared.tracker.close();
+        // What takes longer is dropped with the runtime.
+        let _ = timeout(STOP_TIMEOUT, self.shared.tracker.wait()).await;
+        self.shared.database.forget(&self.shared.identities).await;
+        // Waiting for Postgres to end blocks.
+        let _ = tokio::task::spawn_blocking(move || drop(self)).await;
+    }
+
+    /// The workspace's address: `http://127.0.0.1:PORT`.
+    pub fn workspace_url(&self) -> &str {
+        &self.shared.workspace_url
+    }
+
+    /// The edge's port on `localhost`.
+    pub fn pg_port(&self) -> u16 {
+        self.pg_port
+    }
+
+    /// The file with the certificate authority to trust.
+    pub fn ca_file(&self) -> &Path {
+        &self.authority
+    }
+
+    /// The endpoint's resource name.
+    pub fn endpoint_name(&self) -> &'static str {
+        Names::ENDPOINT
+    }
+
+    /// The name of the Provisioned instance that is the same compute.
+    pub fn instance_name(&self) -> &'static str {
+        Names::INSTANCE
+    }
+
+    /// Who exists in the workspace.
+    pub fn identities(&self) -> &Identities {
+        &self.shared.identities
+    }
+
+    /// The faults to come.
+    pub fn faults(&self) -> &Faults {
+        &self.shared.faults
+    }
+
+    /// The settings as they are.
+    pub fn settings(&self) -> Settings {
+        self.shared.settings.borrow().clone()
+    }
+
+    /// Changes settings; they hold from the next request or connection on.
+    pub fn configure(&self, change: impl FnOnce(&mut Settings)) {
+        self.shared.settings.send_modify(change);
+    }
+
+    /// What has happened so far.
+    pub fn counts(&self) -> Counts {
+        self.shared.counters.snapshot()
+    }
+
+    /// Waits until the counts satisfy `reached`, and returns them; `None` if that takes longer than `within`.
+    pub async fn wait_for(
+        &self,
+        within: Duration,
+        reached: impl FnMut(&Counts) -> bool,
+    ) -> Option<Counts> {
+        self.shared.counters.until(within, reached).await
+    }
+
+    /// Whether the compute takes connections.
+    pub fn is_active(&self) -> bool {
+        self.shared.compute.state() == compute::State::Active
+    }
+
+    /// Sends the compute to sleep now.
+    pub async fn suspend(&self) {
+        self.shared.compute.suspend().await;
+    }
+
+    /// Ends the running sessions as an administrator does: FATAL 57P01.
+    pub async fn terminate_sessions(&self) {
+        self.shared
+            .database
+            .terminate(self.shared.sessions.process_ids())
+            .await;
+    }
+
+    /// Does something to the connections of the running sessions.
+    pub fn disrupt_sessions(&self, disruption: Disruption) {
+        self.shared.sessions.disrupt(disruption);
+    }
+
+    /// Makes the database credentials issued so far worthless at login; newly minted ones work.
+    pub fn revoke_credentials(&self) {
+        self.shared.revoke(Audience::Database);
+    }
+
+    /// Makes the workspace tokens issued so far worthless; newly issued ones work.
+    pub fn revoke_workspace_tokens(&self) {
+        self.shared.revoke(Audience::Workspace);
+    }
+
+    /// A database credential for `identity`, as the API would mint it, without asking the API.
+    pub fn credential_for(
+        &self,
+        identity: &Identity,
+        lifetime: Duration,
+    ) -> Result<String, EmulatorError> {
+        let seconds = i64::try_from(lifetime.as_secs()).unwrap_or(i64::MAX);
+        self.shared
+            .issue(&identity.name, Audience::Database, seconds)
+            .map(|(token, _)| token)
+    }
+
+    /// A role with a Postgres password, for logins without a token; needs [`Settings::native_login`].
+    pub async fn create_native_role(
+        &self,
+        name: &str,
+        password: &str,
+    ) -> Result<(), EmulatorError> {
+        self.shared
+            .database
+            .create_native_role(name, password)
+            .await
+    }
+
+    /// Runs statements as the superuser, past the edge, in the maintenance database.
+    pub async fn execute(&self, script: &str) -> Result<(), EmulatorError> {
+        self.shared.database.execute(script).await
+    }
+}

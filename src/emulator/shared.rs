@@ -1,0 +1,138 @@
+//! What the workspace API, the edge and the compute all know.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use jiff::{SignedDuration, Timestamp};
+use tokio::sync::watch;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+use super::{
+    EmulatorError,
+    certificates::Certificates,
+    compute::Compute,
+    counts::Counters,
+    faults::Faults,
+    identity::{Identities, hex, random, uuid},
+    postgres::Database,
+    sessions::Sessions,
+    settings::Settings,
+    token::{Audience, Claims, Signer},
+};
+
+/// The names of things in the emulated workspace.
+#[derive(Clone, Debug)]
+pub(crate) struct Names {
+    /// The workspace's id.
+    pub(crate) workspace_id: String,
+    /// The host that the endpoint answers on: SNI needs a name, so it is no address.
+    pub(crate) host: String,
+    /// Part of every uid, so that two emulators differ.
+    pub(crate) suffix: String,
+    /// The uid of the Provisioned instance that is the same compute.
+    pub(crate) instance_uid: String,
+    /// The name of the one database.
+    pub(crate) database: String,
+}
+
+impl Names {
+    /// The endpoint's resource name.
+    pub(crate) const ENDPOINT: &str =
+        "projects/lakebase-local/branches/production/endpoints/primary";
+    /// The Provisioned instance's name.
+    pub(crate) const INSTANCE: &str = "lakebase-local";
+    /// The app's name, for the apps API.
+    pub(crate) const APP: &str = "lakebase-local-app";
+
+    pub(crate) fn generate(database: &str) -> Result<Self, EmulatorError> {
+        let number = u64::from_be_bytes(random()?) % 9_000_000_000_000_000;
+        Ok(Self {
+            workspace_id: (1_000_000_000_000_000 + number).to_string(),
+            host: "localhost".to_owned(),
+            suffix: hex(&random::<4>()?),
+            instance_uid: uuid()?,
+            database: database.to_owned(),
+        })
+    }
+
+    /// The endpoint's uid.
+    pub(crate) fn endpoint_uid(&self) -> String {
+        format!("ep-local-breeze-{}", self.suffix)
+    }
+
+    /// Names on the edge's certificate.
+    pub(crate) fn certificate_names(&self) -> Vec<String> {
+        vec![
+            self.host.clone(),
+            format!("{}.localhost", self.endpoint_uid()),
+        ]
+    }
+
+    /// Whether a TLS server name means this endpoint.
+    pub(crate) fn answers_to(&self, server_name: &str) -> bool {
+        self.certificate_names()
+            .iter()
+            .any(|name| name.eq_ignore_ascii_case(server_name))
+    }
+}
+
+pub(crate) struct Shared {
+    pub(crate) names: Names,
+    pub(crate) workspace_url: String,
+    pub(crate) identities: Identities,
+    pub(crate) signer: Signer,
+    pub(crate) certificates: Certificates,
+    pub(crate) counters: Counters,
+    pub(crate) faults: Faults,
+    pub(crate) settings: watch::Sender<Settings>,
+    pub(crate) sessions: Sessions,
+    pub(crate) compute: Compute,
+    pub(crate) database: Database,
+    pub(crate) tracker: TaskTracker,
+    pub(crate) stop: CancellationToken,
+    pub(crate) serial: AtomicU64,
+    pub(crate) credentials_revoked_through: AtomicU64,
+    pub(crate) tokens_revoked_through: AtomicU64,
+}
+
+impl Shared {
+    /// The workspace's wall clock.
+    pub(crate) fn now(&self) -> Timestamp {
+        let skew = SignedDuration::from_secs(self.settings.borrow().clock_skew_seconds);
+        let now = Timestamp::now();
+        now.checked_add(skew).unwrap_or(now)
+    }
+
+    /// Issues a token for `subject`.
+    pub(crate) fn issue(
+        &self,
+        subject: &str,
+        audience: Audience,
+        seconds: i64,
+    ) -> Result<(String, Claims), EmulatorError> {
+        let serial = self.serial.fetch_add(1, Ordering::Relaxed) + 1;
+        self.signer
+            .issue(subject, audience, self.now(), seconds, serial)
+    }
+
+    /// Whether a token was issued before the last revocation of its kind.
+    pub(crate) fn is_revoked(&self, claims: &Claims, audience: Audience) -> bool {
+        claims.serial <= self.revoked_through(audience).load(Ordering::Relaxed)
+    }
+
+    /// Makes every token of this kind issued so far worthless.
+    pub(crate) fn revoke(&self, audience: Audience) {
+        self.revoked_through(audience)
+            .store(self.serial.load(Ordering::Relaxed), Ordering::Relaxed);
+    }
+
+    fn revoked_through(&self, audience: Audience) -> &AtomicU64 {
+        match audience {
+            Audience::Database => &self.credentials_revoked_through,
+            Audience::Workspace => &self.tokens_revoked_through,
+        }
+    }
+
+    pub(crate) fn role_password_or_empty(&self) -> &str {
+        self.database.role_password().unwrap_or_default()
+    }
+}

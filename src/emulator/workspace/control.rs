@@ -1,0 +1,139 @@
+//! `/emulator`: faults, settings and events on request, for people. Tests use the Rust API.
+
+use std::sync::Arc;
+
+use axum::{Json, extract::State, http::StatusCode};
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use super::error::ApiError;
+use crate::emulator::{
+    faults::Fault, sessions::Disruption, settings::Settings, shared::Shared, token::Audience,
+};
+
+/// `GET /emulator`: what there is to see and to change.
+pub(super) async fn overview(State(shared): State<Arc<Shared>>) -> Json<Value> {
+    Json(json!({
+        "state": format!("{:?}", shared.compute.state()).to_lowercase(),
+        "faults": shared.faults.pending(),
+        "settings": *shared.settings.borrow(),
+        "sessions": shared.sessions.process_ids().len(),
+    }))
+}
+
+/// Body of a change of faults.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct FaultList {
+    faults: Vec<Fault>,
+}
+
+/// `GET /emulator/faults`
+pub(super) async fn faults(State(shared): State<Arc<Shared>>) -> Json<Value> {
+    Json(json!({ "faults": shared.faults.pending() }))
+}
+
+/// `PUT /emulator/faults`: these and no others.
+pub(super) async fn replace_faults(
+    State(shared): State<Arc<Shared>>,
+    body: String,
+) -> Result<Json<Value>, ApiError> {
+    let FaultList { faults: list } = parse(&body)?;
+    shared.faults.clear();
+    for fault in list {
+        shared.faults.add(fault);
+    }
+    Ok(faults(State(shared)).await)
+}
+
+/// `POST /emulator/faults`: these too.
+pub(super) async fn add_faults(
+    State(shared): State<Arc<Shared>>,
+    body: String,
+) -> Result<Json<Value>, ApiError> {
+    let FaultList { faults: list } = parse(&body)?;
+    for fault in list {
+        shared.faults.add(fault);
+    }
+    Ok(faults(State(shared)).await)
+}
+
+/// `DELETE /emulator/faults`
+pub(super) async fn clear_faults(State(shared): State<Arc<Shared>>) -> StatusCode {
+    shared.faults.clear();
+    StatusCode::NO_CONTENT
+}
+
+/// `PATCH /emulator/settings`: the fields named change, the others stay.
+pub(super) async fn change_settings(
+    State(shared): State<Arc<Shared>>,
+    body: String,
+) -> Result<Json<Value>, ApiError> {
+    let changes: serde_json::Map<String, Value> = parse(&body)?;
+    let mut merged = json!(*shared.settings.borrow());
+    if let Some(merged) = merged.as_object_mut() {
+        merged.extend(changes);
+    }
+    let settings: Settings = serde_json::from_value(merged)
+        .map_err(|error| ApiError::invalid(format!("Invalid setting: {error}")))?;
+    shared.settings.send_replace(settings);
+    Ok(overview(State(shared)).await)
+}
+
+/// Something that happens once, now.
+#[derive(Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum Event {
+    /// The compute goes to sleep.
+    Suspend,
+    /// Credentials issued so far stop working.
+    RevokeCredentials,
+    /// Workspace tokens issued so far stop working.
+    RevokeTokens,
+    /// Sessions end with 57P01.
+    TerminateSessions,
+    /// Sessions end without a word.
+    CloseSessions,
+    /// Sessions are reset.
+    ResetSessions,
+    /// Sessions stand still.
+    StallSessions,
+    /// Sessions move again.
+    ResumeSessions,
+}
+
+/// Body of an event.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct EventBody {
+    event: Event,
+}
+
+/// `POST /emulator/events`
+pub(super) async fn event(
+    State(shared): State<Arc<Shared>>,
+    body: String,
+) -> Result<StatusCode, ApiError> {
+    let EventBody { event } = parse(&body)?;
+    match event {
+        Event::Suspend => shared.compute.suspend().await,
+        Event::RevokeCredentials => shared.revoke(Audience::Database),
+        Event::RevokeTokens => shared.revoke(Audience::Workspace),
+        Event::TerminateSessions => {
+            shared
+                .database
+                .terminate(shared.sessions.process_ids())
+                .await;
+        }
+        Event::CloseSessions => shared.sessions.disrupt(Disruption::Close),
+        Event::ResetSessions => shared.sessions.disrupt(Disruption::Reset),
+        Event::StallSessions => shared.sessions.disrupt(Disruption::Stall),
+        Event::ResumeSessions => shared.sessions.disrupt(Disruption::None),
+    }
+    Ok(StatusCode::NO_CONTENT)
+}
+
+fn parse<T: serde::de::DeserializeOwned>(body: &str) -> Result<T, ApiError> {
+    serde_json::from_str(body)
+        .map_err(|error| ApiError::invalid(format!("Invalid request: {error}")))
+}

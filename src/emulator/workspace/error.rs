@@ -1,0 +1,116 @@
+//! The API's error shape: `error_code`, `message`, `details` with the request's id.
+
+use axum::{
+    Json,
+    http::StatusCode,
+    response::{IntoResponse, Response},
+};
+use serde_json::{Value, json};
+
+use crate::emulator::identity::{hex, random};
+
+/// An error answer of the workspace API.
+#[derive(Debug)]
+pub(super) struct ApiError {
+    status: StatusCode,
+    code: Value,
+    message: String,
+}
+
+impl ApiError {
+    pub(super) fn new(status: StatusCode, code: &str, message: impl Into<String>) -> Self {
+        Self {
+            status,
+            code: code.into(),
+            message: message.into(),
+        }
+    }
+
+    /// A request field that is wrong.
+    pub(super) fn invalid(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::BAD_REQUEST, "INVALID_PARAMETER_VALUE", message)
+    }
+
+    /// A required field that is missing or empty.
+    pub(super) fn required(field: &str) -> Self {
+        Self::invalid(format!(
+            "Field '{field}' is required, expected non-default value (not \"\")!"
+        ))
+    }
+
+    /// A resource that does not exist; `kind` is `project`, `branch`, `endpoint` and so on.
+    pub(super) fn not_found(kind: &str) -> Self {
+        Self::new(
+            StatusCode::NOT_FOUND,
+            "NOT_FOUND",
+            format!("{kind} id not found [TraceId: {}]", request_id()),
+        )
+    }
+
+    /// No way of authentication that the API knows.
+    pub(super) fn unauthenticated(message: &str) -> Self {
+        Self::new(StatusCode::UNAUTHORIZED, "UNAUTHENTICATED", message)
+    }
+
+    /// A token that is none of ours. The code is a number in a string, as the platform sends it.
+    pub(super) fn invalid_token() -> Self {
+        Self::new(StatusCode::FORBIDDEN, "403", "Invalid access token.")
+    }
+
+    /// An identity without the entitlement.
+    pub(super) fn no_workspace_access() -> Self {
+        Self::new(
+            StatusCode::FORBIDDEN,
+            "PERMISSION_DENIED",
+            "API is disabled for users without workspace-access entitlement",
+        )
+    }
+
+    /// What the platform says with this status when nothing more is known.
+    pub(super) fn of_status(status: StatusCode) -> Self {
+        let (code, message) = match status.as_u16() {
+            400 => ("INVALID_PARAMETER_VALUE", "Invalid request."),
+            401 => (
+                "UNAUTHENTICATED",
+                "Credential was not sent or was of an unsupported type for this API.",
+            ),
+            403 => (
+                "PERMISSION_DENIED",
+                "You do not have permission to do this.",
+            ),
+            404 => ("NOT_FOUND", "Resource not found."),
+            409 => ("ALREADY_EXISTS", "Resource already exists."),
+            429 => (
+                "RESOURCE_EXHAUSTED",
+                "Too many requests. Please wait a moment and try again.",
+            ),
+            503 => (
+                "TEMPORARILY_UNAVAILABLE",
+                "The service is temporarily unavailable.",
+            ),
+            504 => ("DEADLINE_EXCEEDED", "The request timed out."),
+            _ => ("INTERNAL_ERROR", "An internal error occurred."),
+        };
+        Self::new(status, code, message)
+    }
+}
+
+impl IntoResponse for ApiError {
+    fn into_response(self) -> Response {
+        let body = json!({
+            "error_code": self.code,
+            "message": self.message,
+            "details": [{
+                "@type": "type.googleapis.com/google.rpc.RequestInfo",
+                "request_id": request_id(),
+                "serving_data": "",
+            }],
+        });
+        (self.status, Json(body)).into_response()
+    }
+}
+
+/// A fresh request id.
+pub(super) fn request_id() -> String {
+    random::<16>().map(|bytes| hex(&bytes)).unwrap_or_default()
+}
