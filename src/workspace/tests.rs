@@ -13,13 +13,16 @@ use axum::{
     response::Response,
 };
 use jiff::{SignedDuration, Timestamp};
-use rustls::{ClientConfig, RootCertStore, crypto::aws_lc_rs};
+use rustls::{ClientConfig, RootCertStore};
 use secrecy::{ExposeSecret, SecretString};
 use serde_json::{Value, json};
 use tokio::{net::TcpListener, task::JoinSet};
 
 use super::*;
-use crate::credential::{Mint, MintError, MintErrorKind, Minted};
+use crate::{
+    credential::{Mint, MintError, MintErrorKind, Minted},
+    tls,
+};
 
 const ENDPOINT: &str = "projects/p/branches/production/endpoints/primary";
 const CREDENTIALS: &str = "/api/2.0/postgres/credentials";
@@ -130,12 +133,12 @@ impl FakeWorkspace {
 }
 
 fn workspace(settings: Settings, clock: Clock) -> Workspace {
-    let tls = ClientConfig::builder_with_provider(Arc::new(aws_lc_rs::default_provider()))
+    let tls = ClientConfig::builder_with_provider(tls::provider())
         .with_safe_default_protocol_versions()
         .unwrap()
         .with_root_certificates(RootCertStore::empty())
         .with_no_client_auth();
-    Workspace::new(settings, tls, clock, Metrics::new().unwrap()).unwrap()
+    Workspace::new(settings, &tls, clock, Metrics::new().unwrap()).unwrap()
 }
 
 async fn mint(settings: Settings) -> Result<Minted, MintError> {
@@ -501,7 +504,15 @@ async fn each_bad_answer_is_a_failure_of_its_kind_and_repeats_no_secret() {
         ),
         (
             "huge",
-            raw(200, "application/json", "x".repeat(1024 * 1024 + 1)),
+            raw(
+                200,
+                "application/json",
+                format!(
+                    "{}{}",
+                    " ".repeat(1 << 20),
+                    json!({"token": JWT, "expire_time": EXPIRY})
+                ),
+            ),
             Malformed,
         ),
     ];
