@@ -20,7 +20,7 @@ use super::{
     error_body::{self, ErrorBody},
     settings::{Host, SettingsError},
 };
-use crate::clock::Clock;
+use crate::{clock::Clock, tls::ALPN_HTTP_1_1};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// One whole call. A credential takes two; both must fit into the refresher's patience.
@@ -86,7 +86,7 @@ impl Api {
             })?;
             headers.insert(WORKSPACE_ID, value);
         }
-        tls.alpn_protocols = vec![b"http/1.1".to_vec()];
+        tls.alpn_protocols = vec![ALPN_HTTP_1_1.to_vec()];
         let mut builder = Client::builder()
             .tls_backend_preconfigured(tls)
             .user_agent(user_agent(auth_type))

@@ -93,7 +93,7 @@ impl Workspace {
     /// `tls` holds the roots that are trusted and the crypto provider; its ALPN is set here.
     pub fn new(
         settings: Settings,
-        tls: rustls::ClientConfig,
+        tls: &rustls::ClientConfig,
         clock: Clock,
         metrics: Arc<Metrics>,
     ) -> Result<Self, WorkspaceError> {
@@ -106,7 +106,7 @@ impl Workspace {
             host,
             workspace_id.as_deref(),
             source.kind().label(),
-            tls,
+            tls.clone(),
             clock.clone(),
         )
         .map_err(|error| match error {
