@@ -61,8 +61,9 @@ pub(super) struct Database {
 impl Database {
     /// Connects to nothing yet.
     pub(super) fn new(options: &NotesOptions) -> Result<Self, BuildError> {
-        // Ends before the reader's patience, so that there is time to say what happened.
-        let patience = options.request_timeout.mul_f32(0.9);
+        // Shares of the reader's patience, so that there is time left to say what took so long.
+        let whole = options.request_timeout;
+        let (wait, create, statement) = (whole / 4, whole * 6 / 10, whole * 9 / 10);
         let mut config = Config::new();
         // 0.0.0.0 and :: are addresses to listen on, not to connect to.
         let host = match options.upstream {
@@ -75,7 +76,7 @@ impl Database {
             .port(options.upstream.port())
             .user(options.user.as_deref().unwrap_or("notes"))
             .application_name("lakebase-proxy notes")
-            .options(format!("-c statement_timeout={}", patience.as_millis()))
+            .options(format!("-c statement_timeout={}", statement.as_millis()))
             .ssl_mode(SslMode::Disable);
         if let Some(database) = &options.database {
             config.dbname(database);
@@ -93,8 +94,8 @@ impl Database {
         let pool = Pool::builder(manager)
             .max_size(options.pool_size.max(1))
             .runtime(Runtime::Tokio1)
-            .wait_timeout(Some(patience))
-            .create_timeout(Some(patience))
+            .wait_timeout(Some(wait))
+            .create_timeout(Some(create))
             .recycle_timeout(Some(RECYCLE_TIMEOUT))
             .build()?;
         Ok(Self {
