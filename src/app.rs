@@ -164,7 +164,7 @@ impl App {
         let workspace_tls = tls::client_config(&Roots::System, tls::ALPN_HTTP_1_1);
         let workspace = Workspace::new(
             config.workspace.clone(),
-            Arc::unwrap_or_clone(workspace_tls?),
+            &*workspace_tls?,
             clock.clone(),
             Arc::clone(&metrics),
         )?;

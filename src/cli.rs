@@ -39,6 +39,9 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Verb {
+    /// Run only the emulator: a Lakebase for this machine, for tests and for trying things out
+    #[cfg(feature = "demo")]
+    Emulator(crate::emulator::EmulatorArgs),
     /// Run the proxy (the default)
     #[command(after_help = AFTER_HELP)]
     Serve(Serve),
@@ -55,6 +58,9 @@ struct Serve {
 enum CommandError {
     #[error(transparent)]
     Config(#[from] ConfigError),
+    #[cfg(feature = "demo")]
+    #[error(transparent)]
+    Emulator(#[from] crate::emulator::EmulatorError),
     #[error(transparent)]
     Log(#[from] telemetry::LogError),
     #[error("cannot watch for signals")]
@@ -68,6 +74,8 @@ impl CommandError {
         match self {
             Self::Config(error) => error.hint().map(str::to_owned),
             Self::Start(error) => error.hint(),
+            #[cfg(feature = "demo")]
+            Self::Emulator(_) => None,
             Self::Log(_) | Self::Signals(_) => None,
         }
     }
@@ -109,6 +117,8 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
 async fn dispatch(cli: Cli) -> Result<ExitCode, CommandError> {
     match cli.verb {
         None => serve(cli.settings).await,
+        #[cfg(feature = "demo")]
+        Some(Verb::Emulator(arguments)) => emulate(arguments).await,
         Some(Verb::Serve(Serve { settings })) => serve(settings).await,
     }
 }
@@ -129,6 +139,16 @@ async fn serve(settings: Settings) -> Result<ExitCode, CommandError> {
     };
     running.end(hurry).await;
     Ok(cause.exit_code(zero_on_sigterm))
+}
+
+#[cfg(feature = "demo")]
+async fn emulate(arguments: crate::emulator::EmulatorArgs) -> Result<ExitCode, CommandError> {
+    let _log = telemetry::logging::init(&telemetry::LogOptions::default())?;
+    let mut signals = Signals::catch().map_err(CommandError::Signals)?;
+    let mut cause = None;
+    let stop = async { cause = Some(signals.next().await) };
+    crate::emulator::run(arguments.options(), arguments.env_file, stop).await?;
+    Ok(cause.map_or(ExitCode::SUCCESS, |cause| cause.exit_code(false)))
 }
 
 /// The command line, each flag with its variable. An empty variable counts as unset.
