@@ -1,6 +1,6 @@
 //! The metrics of one process, in registries of its own, so that tests run side by side in one process.
 //!
-//! Names and label values are in [`names`](super::names). Resolve a label child once (`with_label_values` hashes and
+//! Names and label values are in [`names`]. Resolve a label child once (`with_label_values` hashes and
 //! locks) and keep it where it is used often.
 
 use std::{
