@@ -30,13 +30,16 @@ mod workspace;
 
 use std::{
     fmt,
+    fs::Permissions,
+    io::{self, Write},
     net::{Ipv4Addr, SocketAddr},
-    path::{Path, PathBuf},
+    os::unix::fs::PermissionsExt,
+    path::Path,
     sync::{Arc, atomic::AtomicU64},
     time::Duration,
 };
 
-use tempfile::TempDir;
+use tempfile::TempPath;
 use tokio::{net::TcpListener, sync::watch, time::timeout};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
@@ -119,15 +122,25 @@ impl fmt::Debug for PostgresSource {
     }
 }
 
+/// The authority's certificate is public, so anybody may read the file.
+fn write_authority(directory: &Path, certificates: &Certificates) -> io::Result<TempPath> {
+    let mut file = tempfile::Builder::new()
+        .prefix("lakebase-ca-")
+        .suffix(".pem")
+        .permissions(Permissions::from_mode(0o644))
+        .tempfile_in(directory)?;
+    file.write_all(certificates.authority_pem.as_bytes())?;
+    Ok(file.into_temp_path())
+}
+
 /// A running emulator; everything it made goes when it is dropped, best through [`Emulator::stop`].
 pub struct Emulator {
     shared: Arc<Shared>,
     workspace_port: u16,
     pg_port: u16,
-    authority: PathBuf,
+    authority: TempPath,
     /// Declared before the server, whose drop waits: connections are told first.
     _stop: StopOnDrop,
-    _authority_directory: TempDir,
     _server: Option<Arc<LocalPostgres>>,
 }
 
@@ -168,14 +181,6 @@ impl Emulator {
         let identities = Identities::generate()?;
         let names = Names::generate(&options.database)?;
         let certificates = Certificates::generate(&names.certificate_names())?;
-        let authority_directory = tempfile::Builder::new()
-            .prefix("lakebase-ca-")
-            .tempdir()
-            .map_err(|source| EmulatorError::Directory { source })?;
-        let authority = authority_directory.path().join("ca.pem");
-        std::fs::write(&authority, &certificates.authority_pem)
-            .map_err(|source| EmulatorError::Directory { source })?;
-
         let server = match &options.postgres {
             PostgresSource::Local(local) => {
                 Some(Arc::new(LocalPostgres::start(local.clone()).await?))
@@ -190,6 +195,11 @@ impl Emulator {
             }
             (None, _) => return Err(EmulatorError::NoPostgres),
         };
+        let directory = server
+            .as_ref()
+            .map_or_else(std::env::temp_dir, |server| server.directory().to_owned());
+        let authority = write_authority(&directory, &certificates)
+            .map_err(|source| EmulatorError::Directory { source })?;
 
         let tracker = TaskTracker::new();
         let counters = Counters::new();
@@ -229,7 +239,6 @@ impl Emulator {
             pg_port,
             authority,
             _stop: stop_on_drop,
-            _authority_directory: authority_directory,
             _server: server,
         })
     }

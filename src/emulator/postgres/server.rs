@@ -103,7 +103,7 @@ impl LocalPostgres {
             .join(format!(".s.PGSQL.{SOCKET_PORT}"))
     }
 
-    /// The directory everything is in, 0700.
+    /// The directory everything is in: 0711, what is private in it 0700. It goes even if this process is killed.
     pub fn directory(&self) -> &Path {
         &self.directory
     }
@@ -127,6 +127,7 @@ impl LocalPostgres {
         // A socket's path may have 107 bytes at most, so names are short.
         let scratch = tempfile::Builder::new()
             .prefix("lakebase-")
+            .permissions(Permissions::from_mode(0o711))
             .tempdir()
             .map_err(directory_error)?;
         let owner = Owner::choose()?;

@@ -2,7 +2,7 @@
 
 use axum::{
     Json,
-    http::StatusCode,
+    http::{HeaderName, StatusCode},
     response::{IntoResponse, Response},
 };
 use serde_json::{Value, json};
@@ -97,18 +97,22 @@ impl ApiError {
 
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
+        let request_id = request_id();
         let body = json!({
             "error_code": self.code,
             "message": self.message,
             "details": [{
                 "@type": "type.googleapis.com/google.rpc.RequestInfo",
-                "request_id": request_id(),
+                "request_id": request_id,
                 "serving_data": "",
             }],
         });
-        (self.status, Json(body)).into_response()
+        (self.status, [(REQUEST_ID, request_id)], Json(body)).into_response()
     }
 }
+
+/// The header that names a request.
+pub(super) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
 /// A fresh request id.
 pub(super) fn request_id() -> String {

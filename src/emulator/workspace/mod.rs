@@ -199,14 +199,11 @@ async fn stamp(State(shared): State<Arc<Shared>>, request: Request, next: Next) 
             HeaderName::from_static("x-databricks-org-id"),
             Some(shared.names.workspace_id.clone()),
         ),
-        (
-            HeaderName::from_static("x-request-id"),
-            Some(error::request_id()),
-        ),
+        (error::REQUEST_ID, Some(error::request_id())),
     ];
     for (name, value) in stamps {
         if let Some(value) = value.and_then(|value| HeaderValue::try_from(value).ok()) {
-            response.headers_mut().insert(name, value);
+            response.headers_mut().entry(name).or_insert(value);
         }
     }
     response
