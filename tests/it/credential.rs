@@ -18,7 +18,7 @@ use tokio_util::sync::CancellationToken;
 fn workspace(settings: Settings) -> Workspace {
     let tls = tls::client_config(&Roots::System, tls::ALPN_HTTP_1_1).unwrap();
     let tls = Arc::unwrap_or_clone(tls);
-    Workspace::new(settings, tls, Clock::system(), Metrics::new().unwrap()).unwrap()
+    Workspace::new(settings, &tls, Clock::system(), Metrics::new().unwrap()).unwrap()
 }
 
 fn m2m(emulator: &Emulator, identity: &Identity) -> Settings {
