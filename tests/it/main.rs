@@ -7,6 +7,7 @@
 )]
 
 mod admin;
+mod credential;
 mod emulator;
 mod notes;
 mod postgres;
