@@ -1,6 +1,6 @@
 //! Workspace and credential rooms against the emulator's workspace API.
 
-use std::{sync::Arc, time::Duration};
+use std::time::Duration;
 
 use jiff::{SignedDuration, Timestamp};
 use lakebase_proxy::{
@@ -17,7 +17,6 @@ use tokio_util::sync::CancellationToken;
 
 fn workspace(settings: Settings) -> Workspace {
     let tls = tls::client_config(&Roots::System, tls::ALPN_HTTP_1_1).unwrap();
-    let tls = Arc::unwrap_or_clone(tls);
     Workspace::new(settings, &tls, Clock::system(), Metrics::new().unwrap()).unwrap()
 }
 
