@@ -4,13 +4,15 @@
 //! locks) and keep it where it is used often.
 
 use std::{
-    sync::Arc,
+    collections::{BTreeMap, HashMap, btree_map::Entry},
+    sync::{Arc, Mutex, PoisonError},
     time::{SystemTime, UNIX_EPOCH},
 };
 
 use prometheus::{
     Encoder, Gauge, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec,
     IntGauge, Opts, Registry, TextEncoder, core::Collector, exponential_buckets,
+    proto::MetricFamily,
 };
 
 use super::names;
@@ -48,26 +50,55 @@ pub struct Metrics {
     pub credential_expiry: Gauge,
     /// Unix time at which the current credential was minted; 0 while there is none.
     pub credential_minted: Gauge,
-    credential_age: Gauge,
+    process: Arc<ProcessMetrics>,
+}
+
+/// What is counted once for the whole process, and where each endpoint's own metrics are found at a scrape.
+struct ProcessMetrics {
     registries: [Registry; 2],
+    mint_seconds: HistogramVec,
+    session_panics: IntCounter,
+    endpoints: Mutex<Vec<EndpointRegistry>>,
+}
+
+struct EndpointRegistry {
+    registry: Registry,
+    credential_minted: Gauge,
+    credential_age: Gauge,
 }
 
 impl Metrics {
-    /// Registers every metric with all its label values.
+    /// The metrics of a process without endpoints by name, as tests have them.
     pub fn new() -> Result<Arc<Self>, prometheus::Error> {
-        let ours = Registry::new_custom(Some(names::PREFIX.to_owned()), None)?;
-        // Stock dashboards look for `process_*` without a prefix.
-        let process = Registry::new();
-        #[cfg(target_os = "linux")]
-        process.register(Box::new(
-            prometheus::process_collector::ProcessCollector::for_self(),
-        ))?;
+        Self::register(&ProcessMetrics::new()?, None)
+    }
+
+    /// The metrics of a process's first endpoint.
+    pub fn of_endpoint(name: &str) -> Result<Arc<Self>, prometheus::Error> {
+        Self::register(&ProcessMetrics::new()?, Some(name))
+    }
+
+    /// The metrics of another endpoint of the same process: shown by the same [`render`](Self::render).
+    pub fn of_another(&self, name: &str) -> Result<Arc<Self>, prometheus::Error> {
+        Self::register(&self.process, Some(name))
+    }
+
+    fn register(
+        process: &Arc<ProcessMetrics>,
+        endpoint: Option<&str>,
+    ) -> Result<Arc<Self>, prometheus::Error> {
+        let labels = endpoint.map(|name| HashMap::from([("endpoint".to_owned(), name.to_owned())]));
+        let ours = Registry::new_custom(Some(names::PREFIX.to_owned()), labels)?;
 
         // 0.5 ms to 131 s: a warm login is a few milliseconds, a cold one may take the whole connect timeout of 60 s.
         let login_buckets = exponential_buckets(0.0005, 2.0, 19)?;
-        // 10 ms to 41 s: calls over the internet.
-        let mint_buckets = exponential_buckets(0.01, 2.0, 13)?;
-
+        let credential_minted = add(
+            &ours,
+            Gauge::new(
+                names::CREDENTIAL_MINTED,
+                "Unix time at which the current database credential was minted; 0 while there is none.",
+            ),
+        )?;
         let metrics = Self {
             clients_opened: add(&ours, IntCounter::new(names::CLIENTS_OPENED, "Client connections accepted."))?,
             clients_active: add(&ours, IntGauge::new(names::CLIENTS_ACTIVE, "Client connections open now."))?,
@@ -126,10 +157,7 @@ impl Metrics {
                 "outcome",
                 names::cancel::ALL,
             )?,
-            session_panics: add(
-                &ours,
-                IntCounter::new(names::SESSION_PANICS, "Sessions ended by a panic; each one is a defect of the proxy."),
-            )?,
+            session_panics: process.session_panics.clone(),
             credential_refreshes: counters(
                 &ours,
                 names::CREDENTIAL_REFRESHES,
@@ -137,16 +165,7 @@ impl Metrics {
                 "outcome",
                 names::refresh::ALL,
             )?,
-            mint_seconds: histograms(
-                &ours,
-                HistogramOpts::new(
-                    names::MINT_SECONDS,
-                    "Time that getting a database credential took, by step.",
-                )
-                .buckets(mint_buckets),
-                "step",
-                names::step::ALL,
-            )?,
+            mint_seconds: process.mint_seconds.clone(),
             credential_expiry: add(
                 &ours,
                 Gauge::new(
@@ -154,22 +173,16 @@ impl Metrics {
                     "Unix time at which the current database credential expires; 0 while there is none.",
                 ),
             )?,
-            credential_minted: add(
-                &ours,
-                Gauge::new(
-                    names::CREDENTIAL_MINTED,
-                    "Unix time at which the current database credential was minted; 0 while there is none.",
-                ),
-            )?,
-            credential_age: add(
-                &ours,
-                Gauge::new(
-                    names::CREDENTIAL_AGE,
-                    "Age of the current database credential at the time of the scrape; NaN while there is none.",
-                ),
-            )?,
-            registries: [ours.clone(), process],
+            credential_minted: credential_minted.clone(),
+            process: Arc::clone(process),
         };
+        let credential_age = add(
+            &ours,
+            Gauge::new(
+                names::CREDENTIAL_AGE,
+                "Age of the current database credential at the time of the scrape; NaN while there is none.",
+            ),
+        )?;
         metrics
             .upstream_connects
             .with_label_values(&[names::outcome::OK, names::class::NONE]);
@@ -181,6 +194,66 @@ impl Metrics {
                 .upstream_connects
                 .with_label_values(&[names::outcome::FAILED, class]);
         }
+        let shown = EndpointRegistry {
+            registry: ours,
+            credential_minted,
+            credential_age,
+        };
+        process
+            .endpoints
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push(shown);
+        Ok(Arc::new(metrics))
+    }
+
+    /// Everything of the process, all endpoints included, in the Prometheus text format.
+    pub fn render(&self) -> String {
+        let mut families = BTreeMap::new();
+        let mut gather = |registry: &Registry| {
+            for mut family in registry.gather() {
+                match families.entry(family.name().to_owned()) {
+                    Entry::Vacant(place) => drop(place.insert(family)),
+                    Entry::Occupied(mut same) => {
+                        let same: &mut MetricFamily = same.get_mut();
+                        same.mut_metric().append(&mut family.take_metric());
+                    }
+                }
+            }
+        };
+        for registry in &self.process.registries {
+            gather(registry);
+        }
+        for endpoint in &*self
+            .process
+            .endpoints
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+        {
+            endpoint
+                .credential_age
+                .set(age(endpoint.credential_minted.get(), SystemTime::now()));
+            gather(&endpoint.registry);
+        }
+        let mut text = Vec::with_capacity(16 * 1024);
+        let families: Vec<_> = families.into_values().collect();
+        // Only a family without children is an error, and gather() leaves those out.
+        if let Err(error) = TextEncoder::new().encode(&families, &mut text) {
+            tracing::error!(%error, "metrics could not be written");
+        }
+        String::from_utf8(text).unwrap_or_default()
+    }
+}
+
+impl ProcessMetrics {
+    fn new() -> Result<Arc<Self>, prometheus::Error> {
+        let ours = Registry::new_custom(Some(names::PREFIX.to_owned()), None)?;
+        // Stock dashboards look for `process_*` without a prefix.
+        let system = Registry::new();
+        #[cfg(target_os = "linux")]
+        system.register(Box::new(
+            prometheus::process_collector::ProcessCollector::for_self(),
+        ))?;
         let build = add(
             &ours,
             GaugeVec::new(
@@ -191,25 +264,29 @@ impl Metrics {
         build
             .with_label_values(&[env!("CARGO_PKG_VERSION")])
             .set(1.0);
-        Ok(Arc::new(metrics))
-    }
-
-    /// Everything in the Prometheus text format.
-    pub fn render(&self) -> String {
-        self.credential_age
-            .set(age(self.credential_minted.get(), SystemTime::now()));
-        let mut families = self
-            .registries
-            .iter()
-            .flat_map(Registry::gather)
-            .collect::<Vec<_>>();
-        families.sort_by(|a, b| a.name().cmp(b.name()));
-        let mut text = Vec::with_capacity(16 * 1024);
-        // Only a family without children is an error, and gather() leaves those out.
-        if let Err(error) = TextEncoder::new().encode(&families, &mut text) {
-            tracing::error!(%error, "metrics could not be written");
-        }
-        String::from_utf8(text).unwrap_or_default()
+        // 10 ms to 41 s: calls over the internet.
+        let mint_buckets = exponential_buckets(0.01, 2.0, 13)?;
+        Ok(Arc::new(Self {
+            mint_seconds: histograms(
+                &ours,
+                HistogramOpts::new(
+                    names::MINT_SECONDS,
+                    "Time that getting a database credential took, by step.",
+                )
+                .buckets(mint_buckets),
+                "step",
+                names::step::ALL,
+            )?,
+            session_panics: add(
+                &ours,
+                IntCounter::new(
+                    names::SESSION_PANICS,
+                    "Sessions ended by a panic; each one is a defect of the proxy.",
+                ),
+            )?,
+            registries: [ours, system],
+            endpoints: Mutex::default(),
+        }))
     }
 }
 
@@ -326,6 +403,30 @@ mod tests {
                 "{name} has no help text"
             );
         }
+    }
+
+    #[test]
+    fn endpoints_of_one_process_are_told_apart_by_a_label() {
+        let one = Metrics::of_endpoint("a").unwrap();
+        let other = one.of_another("b").unwrap();
+        other.clients_opened.inc();
+        let text = one.render();
+        let name = "lakebase_proxy_client_connections_opened_total";
+        assert!(
+            text.contains(&format!(
+                "{name}{{endpoint=\"a\"}} 0\n{name}{{endpoint=\"b\"}} 1\n"
+            )),
+            "{text}"
+        );
+        assert_eq!(
+            text.matches("# TYPE lakebase_proxy_client_connections_opened_total")
+                .count(),
+            1
+        );
+        assert!(
+            other.render().contains("{endpoint=\"a\"}"),
+            "each shows all"
+        );
     }
 
     #[test]
