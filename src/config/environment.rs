@@ -1,6 +1,6 @@
 //! The variables that the tutorial, libpq, the Databricks SDKs and Databricks Apps have already given names to.
 
-use std::collections::HashMap;
+use std::{collections::HashMap, fmt};
 
 use secrecy::SecretString;
 
@@ -29,6 +29,18 @@ pub struct Environment {
     pub app_port: Option<String>,
     /// `DATABRICKS_HOST` and what authenticates us there.
     pub workspace: workspace::Settings,
+    /// All of it, for settings that name a variable.
+    variables: Variables,
+}
+
+/// Every variable, unprintable, as any may be a secret.
+#[derive(Clone, Default)]
+struct Variables(HashMap<String, String>);
+
+impl fmt::Debug for Variables {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Variables").finish_non_exhaustive()
+    }
 }
 
 impl Environment {
@@ -68,6 +80,13 @@ impl Environment {
                 auth_type: get("DATABRICKS_AUTH_TYPE"),
                 workspace_id: get("DATABRICKS_WORKSPACE_ID"),
             },
+            variables: Variables(variables),
         }
+    }
+
+    /// The value of the variable that a setting names; kept as it is, since a password may begin with a blank.
+    pub fn secret(&self, name: &str) -> Option<SecretString> {
+        let value = self.variables.0.get(name)?;
+        (!value.is_empty()).then(|| SecretString::from(value.as_str()))
     }
 }

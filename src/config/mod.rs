@@ -1,6 +1,7 @@
 //! Settings, resolved once: flag > `LAKEBASE_PROXY_*` > file > the environment's own names and defaults. No other room
 //! reads the environment.
 
+mod endpoint;
 mod environment;
 mod settings;
 mod values;
@@ -8,11 +9,15 @@ mod values;
 use std::{
     fs,
     net::{IpAddr, Ipv4Addr, SocketAddr},
+    num::NonZeroU16,
     path::{Path, PathBuf},
     time::Duration,
 };
 
+use secrecy::SecretString;
+
 pub use self::{
+    endpoint::{CredentialSetting, EndpointSettings, ListenSetting},
     environment::Environment,
     settings::Settings,
     values::{DurationSetting, PortSetting},
@@ -38,12 +43,8 @@ const CLIENT_LOGIN_TIMEOUT: Duration = Duration::from_secs(15);
 /// Everything the program needs to know.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// Where Postgres clients connect.
-    pub listen: SocketAddr,
-    /// What they are connected to.
-    pub endpoint: EndpointConfig,
-    /// Which database they get.
-    pub databases: Databases,
+    /// What clients are connected to, and where; at least one.
+    pub endpoints: Vec<EndpointConfig>,
     /// Where credentials come from.
     pub workspace: workspace::Settings,
     /// How long things may take at the endpoint.
@@ -69,16 +70,47 @@ pub struct Config {
 /// One endpoint, as far as the settings say.
 #[derive(Clone, Debug)]
 pub struct EndpointConfig {
-    /// Its resource name, for which credentials are minted.
-    pub name: EndpointName,
+    /// Where its clients connect.
+    pub listen: SocketAddr,
+    /// Its resource name; looked up when absent.
+    pub name: Option<String>,
     /// Its host; looked up when absent.
     pub host: Option<String>,
     /// Its port.
     pub port: u16,
     /// The role to log in as; the workspace identity when absent.
     pub user: Option<String>,
+    /// Which database its clients get.
+    pub databases: Databases,
+    /// Whether its read-only host is meant.
+    pub read_only: bool,
     /// Whether and how TLS is verified.
     pub tls: TlsMode,
+    /// Where its credential comes from.
+    pub credential: CredentialSource,
+}
+
+impl EndpointConfig {
+    /// What people know it by: its name, else its host.
+    pub fn called(&self) -> &str {
+        self.name
+            .as_deref()
+            .or(self.host.as_deref())
+            .unwrap_or_default()
+    }
+}
+
+/// Where a credential comes from.
+#[derive(Clone, Debug)]
+pub enum CredentialSource {
+    /// A program that prints one.
+    Command(Vec<String>),
+    /// A password that stays as it is.
+    Password(SecretString),
+    /// A password in a file, which may change.
+    PasswordFile(PathBuf),
+    /// The workspace mints it.
+    Workspace,
 }
 
 /// How the wire to the endpoint is protected.
@@ -110,6 +142,32 @@ pub enum ConfigError {
         /// Where and why, with the line drawn.
         #[source]
         source: Box<toml::de::Error>,
+    },
+    /// A credential names a variable that is not set.
+    #[error("the endpoint `{endpoint}` takes its password from {variable}, which is not set")]
+    NoPassword {
+        /// Which endpoint.
+        endpoint: String,
+        /// Which variable.
+        variable: String,
+    },
+    /// A credential without an identity.
+    #[error("the endpoint `{endpoint}` has a credential of its own, but no user")]
+    NoUser {
+        /// Which endpoint.
+        endpoint: String,
+    },
+    /// A credential without a host, so that there is nobody to present it to.
+    #[error("the endpoint `{endpoint}` has a credential of its own, but no host")]
+    NoHost {
+        /// Which endpoint.
+        endpoint: String,
+    },
+    /// An empty command.
+    #[error("the endpoint `{endpoint}` takes its credential from a command that is empty")]
+    NoCommand {
+        /// Which endpoint.
+        endpoint: String,
     },
     /// No endpoint is named.
     #[error("no endpoint is named: neither ENDPOINT_NAME nor LAKEBASE_ENDPOINT is set")]
@@ -166,6 +224,12 @@ impl ConfigError {
                 "check the path, or leave --config-file out: every setting has a flag and a variable"
             }
             Self::Parse { .. } => "config/lakebase-proxy.toml shows every setting",
+            Self::NoPassword { .. } => "set it where the proxy is started",
+            Self::NoUser { .. } => "add `user` to its table: the role that the password belongs to",
+            Self::NoHost { .. } => "add `host` to its table",
+            Self::NoCommand { .. } => {
+                "write it as `credential = { command = [\"program\", \"argument\"] }`"
+            }
             Self::NoEndpoint => {
                 "set ENDPOINT_NAME=projects/<project>/branches/<branch>/endpoints/<endpoint>; `databricks postgres list-endpoints projects/<project>/branches/<branch>` shows it. To try without an account: lakebase-proxy demo"
             }
@@ -193,33 +257,23 @@ impl Config {
             Some(path) => settings.or(read(&path)?),
             None => settings,
         };
-        let environment_port = |name, text: Option<String>| {
-            text.map(|text| {
-                values::upstream_port(&text)
-                    .map(std::num::NonZeroU16::get)
-                    .map_err(|_| ConfigError::Variable {
-                        variable: name,
-                        value: text,
-                        expected: "a port (1 to 65535)",
-                    })
-            })
-            .transpose()
-        };
         let loopback = IpAddr::V4(Ipv4Addr::LOCALHOST);
 
         let address = settings.address.unwrap_or(loopback);
-        if !address.to_canonical().is_loopback() && !settings.allow_remote.unwrap_or(false) {
-            return Err(ConfigError::Remote { address });
-        }
-        let listen =
-            socket(address, settings.port, POSTGRES_PORT).ok_or(ConfigError::NoListener)?;
         let http = socket(
             settings.http_address.unwrap_or(loopback),
             settings.http_port,
             HTTP_PORT,
         );
 
-        let app_port = environment_port("DATABRICKS_APP_PORT", environment.app_port)?;
+        let app_port = match &environment.app_port {
+            None => None,
+            Some(text) => Some(text.parse().map_err(|_| ConfigError::Variable {
+                variable: "DATABRICKS_APP_PORT",
+                value: text.clone(),
+                expected: "a port",
+            })?),
+        };
         let notes_address = settings.notes_address.unwrap_or_else(|| {
             // Databricks Apps routes to the port on every address.
             if app_port.is_some() {
@@ -240,53 +294,43 @@ impl Config {
             })
             .flatten();
 
-        let name = match (environment.endpoint_name, environment.lakebase_endpoint) {
-            (Some(endpoint_name), Some(lakebase_endpoint))
-                if endpoint_name != lakebase_endpoint =>
+        let tables = match settings.endpoints {
+            tables if tables.is_empty() => vec![of_environment(&environment, settings.read_only)?],
+            tables => tables,
+        };
+        let mut next_port = match settings.port {
+            None => POSTGRES_PORT,
+            Some(PortSetting::Port(port)) => port,
+            Some(PortSetting::None) => return Err(ConfigError::NoListener),
+        };
+        let mut endpoints = Vec::with_capacity(tables.len());
+        for table in tables {
+            let listen = match table.listen {
+                Some(listen) => SocketAddr::new(listen.address.unwrap_or(address), listen.port),
+                None => SocketAddr::new(address, next_port),
+            };
+            if !listen.ip().to_canonical().is_loopback() && !settings.allow_remote.unwrap_or(false)
             {
-                return Err(ConfigError::TwoEndpoints {
-                    endpoint_name,
-                    lakebase_endpoint,
+                return Err(ConfigError::Remote {
+                    address: listen.ip(),
                 });
             }
-            (Some(name), _) | (None, Some(name)) => name.parse()?,
-            (None, None) => return Err(ConfigError::NoEndpoint),
-        };
-        if let Some(host) = &environment.host
-            && host
-                .split('.')
-                .next()
-                .is_some_and(|label| label.ends_with("-pooler"))
-        {
-            return Err(ConfigError::Pooler { host: host.clone() });
+            // Any free port for one is any free port for the next.
+            next_port = if listen.port() == 0 {
+                0
+            } else {
+                listen.port().saturating_add(1)
+            };
+            let mapping = settings.database_mapping.unwrap_or_default();
+            endpoints.push(endpoint(table, listen, mapping, &environment)?);
         }
-        let endpoint = EndpointConfig {
-            name,
-            tls: tls_mode(
-                environment.sslmode.as_deref(),
-                environment.sslrootcert.as_deref(),
-                environment.host.as_deref(),
-            )?,
-            host: environment.host,
-            port: environment_port("PGPORT", environment.port)?.unwrap_or(POSTGRES_PORT),
-            user: environment.user,
-        };
 
         let or = |setting: Option<DurationSetting>, default| {
             setting.map_or(default, |DurationSetting(time)| time)
         };
         let (limits, keepalive) = (Limits::default(), Keepalive::default());
         Ok(Self {
-            listen,
-            endpoint,
-            databases: Databases {
-                default: environment
-                    .database
-                    .unwrap_or_else(|| DEFAULT_DATABASE.to_owned()),
-                mapping: settings
-                    .database_mapping
-                    .unwrap_or(DatabaseMapping::Default),
-            },
+            endpoints,
             workspace: environment.workspace,
             limits: Limits {
                 connect_timeout: or(settings.connect_timeout, limits.connect_timeout),
@@ -338,6 +382,105 @@ fn socket(address: IpAddr, port: Option<PortSetting>, default: u16) -> Option<So
         PortSetting::None => None,
         PortSetting::Port(port) => Some(SocketAddr::new(address, port)),
     }
+}
+
+/// The one endpoint that the tutorial's variables define.
+fn of_environment(
+    environment: &Environment,
+    read_only: Option<bool>,
+) -> Result<EndpointSettings, ConfigError> {
+    let name = match (&environment.endpoint_name, &environment.lakebase_endpoint) {
+        (Some(endpoint_name), Some(lakebase_endpoint)) if endpoint_name != lakebase_endpoint => {
+            return Err(ConfigError::TwoEndpoints {
+                endpoint_name: endpoint_name.clone(),
+                lakebase_endpoint: lakebase_endpoint.clone(),
+            });
+        }
+        (Some(name), _) | (None, Some(name)) => name.clone(),
+        (None, None) => return Err(ConfigError::NoEndpoint),
+    };
+    let port = environment.port.as_ref().map(|text| {
+        values::upstream_port(text).map_err(|_| ConfigError::Variable {
+            variable: "PGPORT",
+            value: text.clone(),
+            expected: "a port (1 to 65535)",
+        })
+    });
+    Ok(EndpointSettings {
+        name: Some(name),
+        host: environment.host.clone(),
+        port: port.transpose()?,
+        user: environment.user.clone(),
+        database: environment.database.clone(),
+        read_only: read_only.unwrap_or(false),
+        ..EndpointSettings::default()
+    })
+}
+
+fn endpoint(
+    table: EndpointSettings,
+    listen: SocketAddr,
+    mapping: DatabaseMapping,
+    environment: &Environment,
+) -> Result<EndpointConfig, ConfigError> {
+    let Some(called) = table.name.clone().or_else(|| table.host.clone()) else {
+        return Err(ConfigError::NoEndpoint);
+    };
+    let credential = match &table.credential {
+        None => CredentialSource::Workspace,
+        Some(CredentialSetting::Command(command)) if command.is_empty() => {
+            return Err(ConfigError::NoCommand { endpoint: called });
+        }
+        Some(CredentialSetting::Command(command)) => CredentialSource::Command(command.clone()),
+        Some(CredentialSetting::PasswordFile(path)) => CredentialSource::PasswordFile(path.clone()),
+        Some(CredentialSetting::PasswordEnv(variable)) => match environment.secret(variable) {
+            Some(password) => CredentialSource::Password(password),
+            None => {
+                return Err(ConfigError::NoPassword {
+                    endpoint: called,
+                    variable: variable.clone(),
+                });
+            }
+        },
+    };
+    if let CredentialSource::Workspace = credential {
+        if let Some(name) = &table.name {
+            name.parse::<EndpointName>()?;
+        }
+        if let Some(host) = &table.host
+            && host
+                .split('.')
+                .next()
+                .is_some_and(|label| label.ends_with("-pooler"))
+        {
+            return Err(ConfigError::Pooler { host: host.clone() });
+        }
+    } else if table.host.is_none() {
+        return Err(ConfigError::NoHost { endpoint: called });
+    } else if table.user.is_none() {
+        return Err(ConfigError::NoUser { endpoint: called });
+    }
+    let tls = tls_mode(
+        environment.sslmode.as_deref(),
+        environment.sslrootcert.as_deref(),
+        table.host.as_deref(),
+    )?;
+    Ok(EndpointConfig {
+        listen,
+        name: table.name,
+        host: table.host,
+        port: table.port.map_or(POSTGRES_PORT, NonZeroU16::get),
+        user: table.user,
+        databases: Databases {
+            default: table
+                .database
+                .unwrap_or_else(|| DEFAULT_DATABASE.to_owned()),
+            mapping,
+        },
+        read_only: table.read_only,
+        tls,
+        credential,
+    })
 }
 
 fn tls_mode(
@@ -409,11 +552,14 @@ mod tests {
             "",
         )
         .unwrap();
-        assert_eq!(config.listen, "127.0.0.1:5432".parse().unwrap());
+        let [endpoint] = &config.endpoints[..] else {
+            panic!("one endpoint")
+        };
+        assert_eq!(endpoint.listen, "127.0.0.1:5432".parse().unwrap());
         assert_eq!(config.http, Some("127.0.0.1:9090".parse().unwrap()));
         assert_eq!(config.notes, None);
         assert_eq!(
-            config.endpoint.tls,
+            config.endpoints[0].tls,
             TlsMode::Verified(Roots::System),
             "require does not mean: do not verify"
         );
@@ -424,7 +570,7 @@ mod tests {
     fn settings_of_a_file_hold_where_nothing_goes_before_them() {
         let file = "port = 6000\nhttp_port = \"none\"\nconnect_timeout = \"1m 30s\"\nnotes = true\nmax_connections = 7";
         let config = resolve(&[("DATABRICKS_APP_PORT", "8080")], file).unwrap();
-        assert_eq!(config.listen.port(), 6000);
+        assert_eq!(config.endpoints[0].listen.port(), 6000);
         assert_eq!(config.http, None);
         assert_eq!(config.limits.connect_timeout, Duration::from_secs(90));
         assert_eq!(config.notes, Some("0.0.0.0:8080".parse().unwrap()));
@@ -450,9 +596,9 @@ mod tests {
             "",
         )
         .unwrap();
-        assert_eq!(config.endpoint.host, None);
-        assert_eq!(config.endpoint.port, 5432);
-        assert_eq!(config.endpoint.tls, TlsMode::Verified(Roots::System));
+        assert_eq!(config.endpoints[0].host, None);
+        assert_eq!(config.endpoints[0].port, 5432);
+        assert_eq!(config.endpoints[0].tls, TlsMode::Verified(Roots::System));
     }
 
     #[test]
@@ -502,6 +648,52 @@ mod tests {
         );
         assert!(resolve(&[("PGHOST", "localhost"), ("PGSSLMODE", "disable")], "").is_ok());
         assert!(resolve(&[], "address = \"0.0.0.0\"\nallow_remote = true").is_ok());
+    }
+
+    #[test]
+    fn several_endpoints_listen_one_beside_the_other() {
+        let config = resolve(
+            &[("PGHOST", "not.for.tables"), ("SECRET", "s")],
+            "[[endpoint]]\nname = \"projects/p/branches/b/endpoints/e\"\n\
+             [[endpoint]]\nname = \"projects/p/branches/b/endpoints/e\"\nread_only = true\ndatabase = \"d\"\n\
+             [[endpoint]]\nhost = \"pg\"\nuser = \"u\"\nlisten = 7000\ncredential = { password_env = \"SECRET\" }",
+        )
+        .unwrap();
+        let ports: Vec<_> = config
+            .endpoints
+            .iter()
+            .map(|endpoint| endpoint.listen.port())
+            .collect();
+        assert_eq!(ports, [5432, 5433, 7000]);
+        assert_eq!(
+            config.endpoints[0].host, None,
+            "PGHOST defines the one endpoint where there is no table"
+        );
+        assert!(config.endpoints[1].read_only);
+        assert!(matches!(
+            config.endpoints[2].credential,
+            CredentialSource::Password(_)
+        ));
+    }
+
+    #[test]
+    fn a_credential_of_its_own_needs_all_that_the_workspace_would_tell() {
+        let error =
+            |rest: &str| resolve(&[("SECRET", "s")], &format!("[[endpoint]]\n{rest}")).unwrap_err();
+        let password = "credential = { password_env = \"SECRET\" }";
+        assert!(matches!(
+            error(&format!("name = \"x\"\n{password}")),
+            ConfigError::NoHost { .. }
+        ));
+        assert!(matches!(
+            error(&format!("host = \"h\"\n{password}")),
+            ConfigError::NoUser { .. }
+        ));
+        let unset = "host = \"h\"\nuser = \"u\"\ncredential = { password_env = \"UNSET\" }";
+        assert!(matches!(error(unset), ConfigError::NoPassword { .. }));
+        let empty = "host = \"h\"\nuser = \"u\"\ncredential = { command = [] }";
+        assert!(matches!(error(empty), ConfigError::NoCommand { .. }));
+        assert!(matches!(error("user = \"u\""), ConfigError::NoEndpoint));
     }
 
     #[test]

@@ -5,7 +5,10 @@ use std::{net::IpAddr, path::PathBuf};
 use clap::Args;
 use serde::Deserialize;
 
-use super::values::{DurationSetting, PortSetting};
+use super::{
+    endpoint::EndpointSettings,
+    values::{DurationSetting, PortSetting},
+};
 use crate::session::DatabaseMapping;
 
 /// One layer of settings; see `config/lakebase-proxy.toml` for what each means.
@@ -60,6 +63,20 @@ pub struct Settings {
     #[arg(long, value_name = "TIME", help_heading = "Limits")]
     pub tcp_user_timeout: Option<DurationSetting>,
 
+    /// An endpoint, where there are several: NAME or HOST, then ?port=&address=&database=&user=&read_only= (repeatable;
+    /// without a port each takes the next one)
+    #[arg(
+        long = "endpoint",
+        value_name = "NAME?KEY=VALUE",
+        help_heading = "Upstream"
+    )]
+    #[serde(rename = "endpoint")]
+    pub endpoints: Vec<EndpointSettings>,
+
+    /// Connect to the endpoint's read-only host
+    #[arg(long, num_args = 0..=1, default_missing_value = "true", require_equals = true, value_name = "BOOL", help_heading = "Upstream")]
+    pub read_only: Option<bool>,
+
     /// Which database a client gets that names none, or its own user name [default: default]
     #[arg(long, value_enum, value_name = "HOW", help_heading = "Upstream")]
     pub database_mapping: Option<DatabaseMapping>,
@@ -111,14 +128,22 @@ impl Settings {
     #[must_use]
     pub fn or(self, below: Self) -> Self {
         macro_rules! layer {
-            ($($field:ident),+ $(,)?) => { Self { $($field: self.$field.or(below.$field)),+ } };
+            ($endpoints:ident; $($field:ident),+ $(,)?) => {
+                Self { $endpoints, $($field: self.$field.or(below.$field)),+ }
+            };
         }
+        let endpoints = if self.endpoints.is_empty() {
+            below.endpoints
+        } else {
+            self.endpoints
+        };
         layer! {
+            endpoints;
             address, port, allow_remote, max_connections, client_login_timeout, connect_timeout,
             server_connect_timeout, capacity_timeout, tcp_keepalive_idle, tcp_keepalive_interval,
-            tcp_keepalive_count, tcp_user_timeout, database_mapping, http_address, http_port, notes,
-            notes_address, notes_port, max_sigterm_delay, exit_zero_on_sigterm, structured_logs,
-            log_filter, config_file,
+            tcp_keepalive_count, tcp_user_timeout, read_only, database_mapping, http_address,
+            http_port, notes, notes_address, notes_port, max_sigterm_delay, exit_zero_on_sigterm,
+            structured_logs, log_filter, config_file,
         }
     }
 }

@@ -71,7 +71,7 @@ pub(super) fn upstream_port(text: &str) -> Result<NonZeroU16, String> {
 }
 
 /// Reads a string or a number of the file as the same text a flag would hold.
-fn scalar<'de, D, T>(deserializer: D) -> Result<T, D::Error>
+pub(super) fn scalar<'de, D, T>(deserializer: D) -> Result<T, D::Error>
 where
     D: Deserializer<'de>,
     T: FromStr<Err = String>,

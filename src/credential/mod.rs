@@ -4,6 +4,7 @@ mod cell;
 mod forced;
 mod refresher;
 mod schedule;
+mod sources;
 
 use std::{fmt, future::Future, sync::Arc, time::Duration};
 
@@ -12,6 +13,7 @@ use secrecy::SecretString;
 
 pub use cell::{CredentialCell, CredentialStatus};
 pub use refresher::Refresher;
+pub use sources::{CredentialCommand, Password, PasswordFile};
 
 /// A database credential: what the endpoint takes as a password.
 ///

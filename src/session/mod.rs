@@ -49,7 +49,7 @@ use crate::{
         GaugeGuard, Metrics,
         names::{cancel as cancel_outcome, direction, reason},
     },
-    upstream::{Connection, Refusal, Upstream},
+    upstream::{Connection, Refusal, Route},
 };
 
 /// A wait worth telling the client about.
@@ -97,7 +97,7 @@ impl Databases {
 /// What the sessions of one listener share.
 pub struct Sessions {
     /// Where they lead.
-    pub upstream: Arc<Upstream>,
+    pub route: Route,
     /// Which database a client gets.
     pub databases: Databases,
     /// How long a client may take to say what it wants.
@@ -185,8 +185,9 @@ impl Sessions {
                 }
             })?;
         let draining = self.shutdown.draining().clone();
+        let connect = async { self.route.upstream().await?.connect(&settings).await };
         let connected = tokio::select! {
-            connected = self.upstream.connect(&settings) => connected,
+            connected = connect => connected,
             () = hang_up(client, &mut buffer) => {
                 tracing::debug!(session = id, "client left while it was being logged in");
                 return Ok(());
@@ -214,7 +215,7 @@ impl Sessions {
         if let Some(wait) = woke_after.filter(|wait| *wait >= LONG_WAIT) {
             let notice = format!(
                 "Lakebase endpoint {} woke after {:.1} s",
-                self.upstream.endpoint().label,
+                self.route.label(),
                 wait.as_secs_f64()
             );
             greeting
@@ -271,14 +272,17 @@ impl Sessions {
     }
 
     async fn cancel(&self, key: crate::protocol::startup::CancelKey) {
-        let outcome = match self.cancels.find(key) {
-            Some(Target { address, key }) => match self.upstream.cancel(address, key).await {
-                Ok(()) => cancel_outcome::FORWARDED,
-                Err(error) => {
-                    tracing::warn!(error = %error, "cancel request could not be passed on");
-                    cancel_outcome::FAILED
+        let target = self.cancels.find(key).zip(self.route.found());
+        let outcome = match target {
+            Some((Target { address, key }, upstream)) => {
+                match upstream.cancel(address, key).await {
+                    Ok(()) => cancel_outcome::FORWARDED,
+                    Err(error) => {
+                        tracing::warn!(error = %error, "cancel request could not be passed on");
+                        cancel_outcome::FAILED
+                    }
                 }
-            },
+            }
             None => {
                 self.cancels.delay_guess().await;
                 cancel_outcome::UNKNOWN

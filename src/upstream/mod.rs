@@ -9,9 +9,11 @@ pub mod endpoint;
 mod failure;
 mod hold;
 mod login;
+mod route;
 
 pub use dial::{Stream, tune};
 pub use endpoint::{Endpoint, Keepalive, Label, Security, is_loopback};
 pub use failure::{Class, Failure};
 pub use hold::{Limits, Refusal, Upstream};
 pub use login::{Connection, Greeting};
+pub use route::{Route, RouteFinder};

@@ -1,0 +1,390 @@
+//! The composition root: [`build`](App::build) binds everything and looks up what the settings leave open,
+//! [`start`](App::start) sets it going.
+
+mod error;
+mod gate;
+mod locate;
+mod source;
+
+use std::{
+    fmt,
+    net::SocketAddr,
+    sync::{Arc, OnceLock, atomic::AtomicU64},
+    time::Duration,
+};
+
+use tokio::{net::TcpListener, sync::Semaphore, task::JoinSet, time::timeout};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+pub use self::error::StartError;
+use self::{
+    gate::{Gate, Surroundings},
+    source::Access,
+};
+use crate::{
+    admin::{Admin, Health},
+    clock::Clock,
+    config::Config,
+    credential::CredentialCell,
+    listener::Listener,
+    session::Sessions,
+    shutdown::Shutdown,
+    telemetry::{Metrics, chain},
+    tls::{self, Roots},
+    upstream::{Label, Route},
+    workspace::Workspace,
+};
+
+/// How long helpers (the health port, the notes page) may take to end once no client is left.
+const HELPERS_END: Duration = Duration::from_secs(2);
+
+/// Where a started program can be reached.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Addresses {
+    /// Postgres: the first endpoint.
+    pub postgres: SocketAddr,
+    /// Postgres: every endpoint, in the order of the settings.
+    pub endpoints: Vec<SocketAddr>,
+    /// Health and metrics.
+    pub http: Option<SocketAddr>,
+    /// The notes page.
+    pub notes: Option<SocketAddr>,
+}
+
+/// Bound, but not serving yet.
+pub struct App {
+    gates: Vec<Gate>,
+    http: Option<TcpListener>,
+    notes: Option<TcpListener>,
+    addresses: Addresses,
+    metrics: Arc<Metrics>,
+    shutdown: Shutdown,
+    grace: Duration,
+}
+
+impl fmt::Debug for App {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("App")
+            .field("addresses", &self.addresses)
+            .finish_non_exhaustive()
+    }
+}
+
+impl App {
+    /// Binds every port, and asks the workspace for what the settings leave open. One endpoint that cannot be found
+    /// does not stop the others; if none can, the first one's failure is returned.
+    pub async fn build(config: Config) -> Result<Self, StartError> {
+        let http = bind(config.http, "http-port").await?;
+        let notes = bind(config.notes, "notes-port").await?;
+        let mut listeners = Vec::with_capacity(config.endpoints.len());
+        for endpoint in &config.endpoints {
+            let address = endpoint.listen;
+            let bound = Listener::bind(address);
+            listeners.push(bound.map_err(|source| StartError::Bind {
+                address,
+                flag: "port",
+                source,
+            })?);
+        }
+        let endpoints: Vec<SocketAddr> = listeners.iter().map(Listener::address).collect();
+        let local = |listener: &Option<TcpListener>| {
+            listener.as_ref().and_then(|bound| bound.local_addr().ok())
+        };
+        let addresses = Addresses {
+            postgres: endpoints
+                .first()
+                .copied()
+                .unwrap_or_else(|| SocketAddr::from(([127, 0, 0, 1], 0))),
+            http: local(&http),
+            notes: local(&notes),
+            endpoints,
+        };
+
+        let first = config
+            .endpoints
+            .first()
+            .map_or("", |endpoint| endpoint.called());
+        let metrics = Metrics::of_endpoint(first)?;
+        let clock = Clock::system();
+        let shutdown = Shutdown::new();
+        let permits = Arc::new(Semaphore::new(
+            config.max_connections.min(Semaphore::MAX_PERMITS),
+        ));
+        let ids = Arc::new(AtomicU64::new(0));
+        let surroundings = Surroundings {
+            limits: config.limits,
+            keepalive: config.keepalive,
+            ours: addresses.endpoints.clone().into(),
+        };
+        let shared_workspace = OnceLock::new();
+        let workspace = || -> Result<Workspace, StartError> {
+            if let Some(workspace) = shared_workspace.get() {
+                return Ok(Workspace::clone(workspace));
+            }
+            let tls = tls::client_config(&Roots::System, tls::ALPN_HTTP_1_1)?;
+            let workspace = Workspace::new(
+                config.workspace.clone(),
+                &tls,
+                clock.clone(),
+                Arc::clone(&metrics),
+            )?;
+            Ok(shared_workspace.get_or_init(|| workspace).clone())
+        };
+        let mut gates = Vec::with_capacity(listeners.len());
+        for (endpoint, listener) in config.endpoints.into_iter().zip(listeners) {
+            let metrics = if gates.is_empty() {
+                Arc::clone(&metrics)
+            } else {
+                metrics.of_another(endpoint.called())?
+            };
+            let (finder, route) =
+                Route::to(Label::new(endpoint.called()), config.limits.connect_timeout);
+            let sessions = Arc::new(Sessions {
+                route,
+                databases: endpoint.databases.clone(),
+                client_login_timeout: config.client_login_timeout,
+                permits: Arc::clone(&permits),
+                max_connections: config.max_connections,
+                cancels: Arc::default(),
+                shutdown: shutdown.clone(),
+                metrics,
+                ids: Arc::clone(&ids),
+            });
+            gates.push(Gate {
+                access: Access::new(&endpoint.credential, workspace)?,
+                config: endpoint,
+                listener,
+                sessions,
+                credentials: CredentialCell::new(clock.clone()),
+                finder,
+                located: None,
+                surroundings: surroundings.clone(),
+            });
+        }
+        let gates = look_up(gates).await?;
+        Ok(Self {
+            gates,
+            http,
+            notes,
+            addresses,
+            metrics,
+            shutdown,
+            grace: config.grace,
+        })
+    }
+
+    /// Where it will be reached.
+    pub fn addresses(&self) -> &Addresses {
+        &self.addresses
+    }
+
+    /// Starts everything.
+    pub fn start(self) -> Result<Running, StartError> {
+        let Self {
+            gates,
+            http,
+            notes,
+            addresses,
+            metrics,
+            shutdown,
+            grace,
+        } = self;
+        let clients = TaskTracker::new();
+        let helpers = TaskTracker::new();
+        let stop = CancellationToken::new();
+
+        let credentials: Vec<CredentialCell> =
+            gates.iter().map(|gate| gate.credentials.clone()).collect();
+        let watched = credentials.clone();
+        let health = Arc::new(Health::new(move || any_valid(&watched)));
+        let heart = (Arc::clone(&health), stop.clone());
+        helpers.spawn(async move { heart.0.beat(&heart.1).await });
+        let admin = http
+            .map(|listener| {
+                Admin::spawn(
+                    listener,
+                    Arc::clone(&metrics),
+                    Arc::clone(&health),
+                    stop.clone(),
+                )
+            })
+            .transpose()?;
+        for (gate, address) in gates.into_iter().zip(&addresses.endpoints) {
+            tracing::info!(%address, endpoint = gate.config.called(), "listening for Postgres clients");
+            if !address.ip().to_canonical().is_loopback() {
+                tracing::warn!(
+                    %address,
+                    "anyone who reaches this address is the Lakebase identity; hint: bind loopback unless that is meant"
+                );
+            }
+            gate.start(&clients, &helpers, &stop);
+        }
+        #[cfg(feature = "notes")]
+        if let Some(listener) = notes {
+            let options = crate::notes::NotesOptions::new(reachable(addresses.postgres));
+            let stop = stop.clone();
+            helpers.spawn(async move {
+                if let Err(error) = crate::notes::serve(listener, options, stop).await {
+                    tracing::error!(%error, "the notes page has ended");
+                }
+            });
+        }
+        #[cfg(not(feature = "notes"))]
+        drop(notes);
+        if let Some(address) = addresses.http {
+            tracing::info!(%address, "serving health and metrics");
+        }
+        if let Some(address) = addresses.notes {
+            tracing::info!(%address, "serving the notes page");
+        }
+        health.set_started();
+        Ok(Running {
+            addresses,
+            metrics,
+            shutdown,
+            credentials,
+            health,
+            clients,
+            helpers,
+            admin,
+            stop,
+            grace,
+        })
+    }
+}
+
+/// A program that serves.
+pub struct Running {
+    addresses: Addresses,
+    metrics: Arc<Metrics>,
+    shutdown: Shutdown,
+    credentials: Vec<CredentialCell>,
+    health: Arc<Health>,
+    clients: TaskTracker,
+    helpers: TaskTracker,
+    admin: Option<Admin>,
+    stop: CancellationToken,
+    grace: Duration,
+}
+
+impl fmt::Debug for Running {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Running")
+            .field("addresses", &self.addresses)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Running {
+    /// Where it is reached.
+    pub fn addresses(&self) -> &Addresses {
+        &self.addresses
+    }
+
+    /// The credentials in use, one an endpoint, in the order of the settings.
+    pub fn credentials(&self) -> &[CredentialCell] {
+        &self.credentials
+    }
+
+    /// What is counted for the first endpoint; it renders the others with it.
+    pub fn metrics(&self) -> &Arc<Metrics> {
+        &self.metrics
+    }
+
+    /// Refuses new clients, lets work under way finish within the grace time or until `hurry`, then ends what is left.
+    pub async fn end(self, hurry: impl Future<Output = ()>) {
+        tracing::info!(sessions = self.clients.len(), grace = ?self.grace, "shutting down");
+        self.health.set_draining();
+        self.shutdown.drain();
+        // The accept loops run until the cut, so that late clients are told why they are refused.
+        self.clients.close();
+        tokio::select! {
+            () = self.clients.wait() => {}
+            () = tokio::time::sleep(self.grace) => {}
+            () = hurry => {}
+        }
+        self.shutdown.cut();
+        let cut = timeout(HELPERS_END, self.clients.wait()).await;
+        self.stop.cancel();
+        self.helpers.close();
+        let _ = timeout(HELPERS_END, self.helpers.wait()).await;
+        if let Some(admin) = self.admin {
+            let _ = timeout(HELPERS_END, admin.ended()).await;
+        }
+        tracing::info!(complete = cut.is_ok(), "shut down");
+    }
+}
+
+async fn bind(
+    address: Option<SocketAddr>,
+    flag: &'static str,
+) -> Result<Option<TcpListener>, StartError> {
+    let Some(address) = address else {
+        return Ok(None);
+    };
+    match TcpListener::bind(address).await {
+        Ok(listener) => Ok(Some(listener)),
+        Err(source) => Err(StartError::Bind {
+            address,
+            flag,
+            source,
+        }),
+    }
+}
+
+/// Looks all endpoints up at a time.
+async fn look_up(gates: Vec<Gate>) -> Result<Vec<Gate>, StartError> {
+    let total = gates.len();
+    let mut looking = JoinSet::new();
+    for (index, mut gate) in gates.into_iter().enumerate() {
+        looking.spawn(async move {
+            let result = gate.look_up().await;
+            (index, gate, result)
+        });
+    }
+    let mut done = looking.join_all().await;
+    done.sort_by_key(|(index, ..)| *index);
+    let failed = done.iter().filter(|(.., result)| result.is_err()).count();
+    let mut gates = Vec::with_capacity(total);
+    for (_, gate, result) in done {
+        match result {
+            Err(error) if failed == total => return Err(error),
+            Err(error) => tracing::error!(
+                endpoint = gate.config.called(),
+                error = %chain(&error),
+                hint = error.hint(),
+                "endpoint cannot be used for now; the others serve"
+            ),
+            Ok(()) => {}
+        }
+        gates.push(gate);
+    }
+    Ok(gates)
+}
+
+/// Whether logins can work anywhere, and if not, why.
+fn any_valid(credentials: &[CredentialCell]) -> Result<(), String> {
+    let mut why = String::new();
+    for credential in credentials {
+        let status = credential.status();
+        if status.state.is_valid() {
+            return Ok(());
+        }
+        if let (true, Some(error)) = (why.is_empty(), &status.last_error) {
+            why = format!(": {error}");
+        }
+    }
+    Err(format!("no valid database credential{why}"))
+}
+
+/// Where a client on this machine reaches a listener, also one on every address.
+#[cfg(feature = "notes")]
+fn reachable(listener: SocketAddr) -> SocketAddr {
+    use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+    let ip = match listener.ip() {
+        IpAddr::V4(ip) if ip.is_unspecified() => IpAddr::V4(Ipv4Addr::LOCALHOST),
+        IpAddr::V6(ip) if ip.is_unspecified() => IpAddr::V6(Ipv6Addr::LOCALHOST),
+        ip => ip,
+    };
+    SocketAddr::new(ip, listener.port())
+}
