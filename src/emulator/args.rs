@@ -32,16 +32,10 @@ pub struct EmulatorArgs {
     #[arg(long, value_name = "DURATION", default_value = "2s", value_parser = duration)]
     pub wake_delay: Duration,
     /// Use this Postgres instead of an own one: a superuser's URL, without TLS
-    #[arg(
-        long,
-        value_name = "URL",
-        conflicts_with = "postgres_bin_dir",
-        env = "LAKEBASE_PROXY_POSTGRES_URL",
-        hide_env_values = true
-    )]
+    #[arg(long, value_name = "URL", conflicts_with = "postgres_bin_dir")]
     pub postgres_url: Option<String>,
     /// Where `initdb` and `postgres` are; looked for if not given
-    #[arg(long, value_name = "DIR", env = "LAKEBASE_PROXY_POSTGRES_BIN_DIR")]
+    #[arg(long, value_name = "DIR")]
     pub postgres_bin_dir: Option<PathBuf>,
     /// Write the variables that clients need to this file once the emulator is ready; without it they are printed
     #[arg(long, value_name = "FILE")]

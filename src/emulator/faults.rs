@@ -160,6 +160,26 @@ fn is_zero(value: &u64) -> bool {
 pub struct Faults {
     list: Arc<Mutex<Vec<Fault>>>,
     cleared: Arc<watch::Sender<u64>>,
+    struck: Arc<watch::Sender<u64>>,
+}
+
+/// A fault that strikes now.
+#[derive(Debug)]
+pub(crate) struct Struck {
+    pub(crate) action: Action,
+    pub(crate) after_bytes: u64,
+    pub(crate) cleared: Cleared,
+}
+
+/// Resolves when faults are cleared after this one struck.
+#[derive(Debug)]
+pub(crate) struct Cleared(watch::Receiver<u64>);
+
+impl Cleared {
+    /// Cancel safe.
+    pub(crate) async fn wait(&mut self) {
+        let _ = self.0.changed().await;
+    }
 }
 
 impl Faults {
@@ -198,14 +218,12 @@ impl Faults {
 
     /// Forgets them all, and ends what is stalled.
     pub fn clear(&self) {
-        self.lock().clear();
-        self.cleared.send_modify(|epoch| *epoch += 1);
+        self.forget(|_| true);
     }
 
     /// Forgets those of one place, and ends what is stalled.
     pub fn clear_at(&self, at: Site) {
-        self.lock().retain(|fault| fault.at != at);
-        self.cleared.send_modify(|epoch| *epoch += 1);
+        self.forget(|fault| fault.at == at);
     }
 
     /// Those still to come.
@@ -213,42 +231,60 @@ impl Faults {
         self.lock().clone()
     }
 
+    /// Waits until `count` faults have struck since the start; delays count.
+    pub async fn struck(&self, count: u64) {
+        let _ = self
+            .struck
+            .subscribe()
+            .wait_for(|struck| *struck >= count)
+            .await;
+    }
+
     /// Takes what strikes at `at` now: waits the delays, and returns the first fault that is more than a delay.
     ///
     /// Cancel safe; a fault that was taken stays taken.
-    pub(crate) async fn strike(&self, at: Site) -> Option<Fault> {
-        let (delay, fault) = self.take(at);
+    pub(crate) async fn strike(&self, at: Site) -> Option<Struck> {
+        let (delay, struck) = self.take(at);
         if !delay.is_zero() {
             sleep(delay).await;
         }
-        fault
+        struck
     }
 
-    /// Resolves when faults are cleared. Cancel safe.
-    pub(crate) async fn until_cleared(&self) {
-        let _ = self.cleared.subscribe().changed().await;
-    }
-
-    fn take(&self, at: Site) -> (Duration, Option<Fault>) {
+    fn take(&self, at: Site) -> (Duration, Option<Struck>) {
         let mut list = self.lock();
         let mut delay = Duration::ZERO;
         let mut found = None;
-        for fault in list
-            .iter_mut()
-            .filter(|fault| fault.at == at && fault.times != Some(0))
-        {
+        let mut count = 0;
+        for fault in list.iter_mut().filter(|fault| fault.at == at) {
             if let Some(times) = &mut fault.times {
-                *times -= 1;
+                *times = times.saturating_sub(1);
             }
+            count += 1;
             if let Action::Delay(millis) = fault.action {
                 delay += Duration::from_millis(millis);
             } else {
-                found = Some(fault.clone());
+                found = Some(Struck {
+                    action: fault.action.clone(),
+                    after_bytes: fault.after_bytes,
+                    // Under the lock: a clearing that comes next is seen.
+                    cleared: Cleared(self.cleared.subscribe()),
+                });
                 break;
             }
         }
         list.retain(|fault| fault.times != Some(0));
+        drop(list);
+        if count > 0 {
+            self.struck.send_modify(|struck| *struck += count);
+        }
         (delay, found)
+    }
+
+    fn forget(&self, is_it: impl Fn(&Fault) -> bool) {
+        let mut list = self.lock();
+        list.retain(|fault| !is_it(fault));
+        self.cleared.send_modify(|epoch| *epoch += 1);
     }
 
     fn lock(&self) -> MutexGuard<'_, Vec<Fault>> {

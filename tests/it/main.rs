@@ -9,6 +9,7 @@
 mod admin;
 mod credential;
 mod emulator;
+mod harness;
 mod notes;
 mod postgres;
 mod web;

@@ -16,7 +16,7 @@ use super::{
     wire::{self, CANCEL_REQUEST, MAX_STARTUP_LENGTH, PROTOCOL_3_0, Parameters, SSL_REQUEST},
 };
 use crate::emulator::{
-    faults::{Action, BadCertificate, Site},
+    faults::{Action, BadCertificate, Cleared, Site, Struck},
     settings::WhileAsleep,
     shared::Shared,
 };
@@ -38,7 +38,7 @@ pub(super) enum Ending {
     /// After these bytes.
     Say(Vec<u8>),
     /// Never, until the client leaves or the faults are cleared.
-    Stall,
+    Stall(Cleared),
 }
 
 impl From<ServerError> for Ending {
@@ -61,7 +61,7 @@ pub(super) async fn serve(mut tcp: TcpStream, shared: Arc<Shared>) {
     let deadline = Instant::now() + shared.settings.borrow().handshake_timeout;
     let certificate = match timeout_at(deadline, inspect(&mut tcp, &shared)).await {
         Ok(Ok(Some(certificate))) => certificate,
-        Ok(Err(ending)) => return end_plain(tcp, ending, &shared).await,
+        Ok(Err(ending)) => return end_plain(tcp, ending).await,
         // A cancel, served; or the listener's own timer, which closes without a word.
         Ok(Ok(None)) | Err(_) => return,
     };
@@ -73,7 +73,7 @@ pub(super) async fn serve(mut tcp: TcpStream, shared: Arc<Shared>) {
     match converse(&mut tls, deadline, &shared).await {
         Ok(Some((server, session))) => relay::run(tls, server, session, &shared).await,
         Ok(None) => {}
-        Err(ending) => end_tls(tls, ending, &shared).await,
+        Err(ending) => end_tls(tls, ending).await,
     }
 }
 
@@ -115,20 +115,21 @@ async fn inspect(tcp: &mut TcpStream, shared: &Shared) -> Result<Option<Certific
         SSL_REQUEST if length != 8 => Err(ServerError::ssl_request_length().into()),
         SSL_REQUEST => {
             let mut certificate = Certificate(None);
-            match shared
-                .faults
-                .strike(Site::SslRequest)
-                .await
-                .map(|fault| fault.action)
-            {
+            match shared.faults.strike(Site::SslRequest).await {
                 None => {}
-                Some(Action::Certificate(bad)) => certificate = Certificate(Some(bad)),
-                Some(Action::NoTls) => {
+                Some(Struck {
+                    action: Action::Certificate(bad),
+                    ..
+                }) => certificate = Certificate(Some(bad)),
+                Some(Struck {
+                    action: Action::NoTls,
+                    ..
+                }) => {
                     tcp.write_all(b"N").await?;
                     // The client may go on in plain text, which nobody reads, or leave.
                     return Err(Ending::Close);
                 }
-                Some(action) => return Err(ending(action)),
+                Some(struck) => return Err(ending(struck)),
             }
             tcp.write_all(b"S").await?;
             if filled > 8 {
@@ -256,31 +257,31 @@ pub(super) async fn strike(shared: &Shared, site: Site) -> Result<(), Ending> {
         .faults
         .strike(site)
         .await
-        .map_or(Ok(()), |fault| Err(ending(fault.action)))
+        .map_or(Ok(()), |struck| Err(ending(struck)))
 }
 
-fn ending(action: Action) -> Ending {
-    match action {
+fn ending(struck: Struck) -> Ending {
+    match struck.action {
         Action::Error(error) => error.into(),
         Action::Answer(text) => Ending::Say(text.into_bytes()),
         Action::Reset => Ending::Reset,
-        Action::Stall => Ending::Stall,
+        Action::Stall => Ending::Stall(struck.cleared),
         // HTTP's own, and what makes sense before TLS alone: a closed door.
         _ => Ending::Close,
     }
 }
 
-async fn end_plain(mut tcp: TcpStream, ending: Ending, shared: &Shared) {
+async fn end_plain(mut tcp: TcpStream, ending: Ending) {
     match ending {
         Ending::Reset => reset(&tcp),
-        ending => finish(&mut tcp, ending, shared).await,
+        ending => finish(&mut tcp, ending).await,
     }
 }
 
-async fn end_tls(mut tls: TlsStream<TcpStream>, ending: Ending, shared: &Shared) {
+async fn end_tls(mut tls: TlsStream<TcpStream>, ending: Ending) {
     match ending {
         Ending::Reset => reset(tls.get_ref().0),
-        ending => finish(&mut tls, ending, shared).await,
+        ending => finish(&mut tls, ending).await,
     }
 }
 
@@ -289,11 +290,7 @@ pub(super) fn reset(tcp: &TcpStream) {
     let _ = SockRef::from(tcp).set_linger(Some(Duration::ZERO));
 }
 
-async fn finish<S: AsyncRead + AsyncWrite + Unpin>(
-    stream: &mut S,
-    ending: Ending,
-    shared: &Shared,
-) {
+async fn finish<S: AsyncRead + AsyncWrite + Unpin>(stream: &mut S, ending: Ending) {
     match ending {
         Ending::Close | Ending::Reset => {}
         Ending::Say(bytes) => {
@@ -303,9 +300,9 @@ async fn finish<S: AsyncRead + AsyncWrite + Unpin>(
             })
             .await;
         }
-        Ending::Stall => {
+        Ending::Stall(mut cleared) => {
             tokio::select! {
-                () = shared.faults.until_cleared() => {}
+                () = cleared.wait() => {}
                 () = drain(stream) => {}
             }
         }

@@ -13,7 +13,7 @@ use tokio_rustls::server::TlsStream;
 use super::connection::{linger, reset};
 use crate::emulator::{
     compute::Compute,
-    faults::{Action, Fault},
+    faults::{Action, Struck},
     postgres::Stream,
     sessions::{Disruption, Session},
     shared::Shared,
@@ -25,7 +25,7 @@ const BUFFER: usize = 64 * 1024;
 /// A session that is logged in, and the fault in store for it.
 pub(super) struct Running {
     pub(super) session: Session,
-    pub(super) fault: Option<Fault>,
+    pub(super) fault: Option<Struck>,
 }
 
 /// How a relay ended.
@@ -66,7 +66,7 @@ pub(super) async fn run(
 async fn pass(
     tls: &mut TlsStream<TcpStream>,
     server: &mut Box<dyn Stream>,
-    fault: Option<Fault>,
+    fault: Option<Struck>,
     disrupted: &mut watch::Receiver<Disruption>,
     compute: &Compute,
 ) -> End {
@@ -81,11 +81,15 @@ async fn pass(
         tokio::select! {
             ended = &mut down => match ended {
                 Ok(Pumped::End) => return End::Server,
-                Ok(Pumped::Limit) => match fault.map(|fault| fault.action) {
-                    Some(Action::Reset) => return End::Reset,
-                    Some(Action::Stall) => {
+                Ok(Pumped::Limit) => match fault.map(|fault| (fault.action, fault.cleared)) {
+                    Some((Action::Reset, _)) => return End::Reset,
+                    Some((Action::Stall, mut cleared)) => {
                         // Nothing flows any more; the disruption table can still end it.
-                        let _ = disrupted.wait_for(|state| matches!(state, Disruption::Close | Disruption::Reset)).await;
+                        let is_end = |state: &Disruption| matches!(state, Disruption::Close | Disruption::Reset);
+                        tokio::select! {
+                            _ = disrupted.wait_for(is_end) => {}
+                            () = cleared.wait() => {}
+                        }
                         return End::Abrupt;
                     }
                     _ => return End::Abrupt,

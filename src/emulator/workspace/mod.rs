@@ -119,25 +119,24 @@ async fn strike(
     }
     let (site, counter) = place(path);
     shared.counters.change(|counts| *counter(counts) += 1);
-    let fault = match site {
+    let struck = match site {
         Some(site) => shared.faults.strike(site).await,
         None => None,
     };
-    match fault.map(|fault| fault.action) {
-        None => next.run(request).await,
-        Some(Action::Respond(response)) => scripted(response),
-        Some(Action::Stall) => {
-            let _ = shared
-                .stop
-                .run_until_cancelled(shared.faults.until_cleared())
-                .await;
+    let Some(mut struck) = struck else {
+        return next.run(request).await;
+    };
+    match struck.action {
+        Action::Respond(response) => scripted(response),
+        Action::Stall => {
+            let _ = shared.stop.run_until_cancelled(struck.cleared.wait()).await;
             next.run(request).await
         }
-        Some(Action::Reset) => {
+        Action::Reset => {
             breaker.reset();
             StatusCode::OK.into_response()
         }
-        Some(_) => {
+        _ => {
             breaker.close();
             StatusCode::OK.into_response()
         }

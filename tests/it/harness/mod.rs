@@ -1,0 +1,3 @@
+//! What several capabilities' tests stand on.
+
+pub(crate) mod emulator;
