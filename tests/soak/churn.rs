@@ -21,7 +21,7 @@ const AT_ONCE: usize = 100;
 /// Clients that are through before memory is first looked at.
 const WARM_UP: u32 = 1000;
 /// Five seconds of query, five of relay patience, and a busy machine.
-const SETTLE: Duration = Duration::from_secs(60);
+const SETTLE: Duration = Duration::from_mins(1);
 
 /// How a client leaves.
 #[derive(Clone, Copy)]
@@ -95,7 +95,7 @@ async fn crowd(stage: &Stage, clients: std::ops::Range<u32>) {
         let permit = Arc::clone(&room).acquire_owned().await.unwrap();
         let address = stage.postgres;
         crowd.spawn(async move {
-            let visit = timeout(Duration::from_secs(60), visit(address, client));
+            let visit = timeout(Duration::from_mins(1), visit(address, client));
             visit
                 .await
                 .expect("a visit ends")

@@ -30,7 +30,7 @@ pub(crate) async fn sessions(stage: &Stage) {
     let after = status(process, "VmRSS");
     let used = processor_time(process);
     sleep(WATCH).await;
-    let used = processor_time(process) - used;
+    let used = processor_time(process).saturating_sub(used);
     println!(
         "   {SESSIONS} idle sessions: {used:?} of processor time in {WATCH:?}; {:.1} kB each ({before} to {after} kB)",
         f64::from(u32::try_from(after.saturating_sub(before)).unwrap()) / f64::from(SESSIONS)
@@ -57,7 +57,11 @@ pub(crate) async fn calls(stage: &Stage) {
     println!(
         "   {QUERIES} x SELECT 1: {:.0} us each, of which {:.0} us the proxy's processor time",
         began.elapsed().as_secs_f64() * 1e6 / f64::from(QUERIES),
-        (processor_time(stage.proxy.id()) - used).as_secs_f64() * 1e6 / f64::from(QUERIES)
+        processor_time(stage.proxy.id())
+            .saturating_sub(used)
+            .as_secs_f64()
+            * 1e6
+            / f64::from(QUERIES)
     );
 
     let tracer = Command::new("strace")

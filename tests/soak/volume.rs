@@ -31,7 +31,7 @@ pub(crate) async fn copy_out(stage: &Stage) {
             b'd' => {
                 rows += 1;
                 let mut xs = 0;
-                let count = |piece: &[u8]| xs += piece.iter().filter(|&&byte| byte == b'x').count();
+                let count = |piece: &[u8]| xs += xs_in(piece);
                 client.pieces(length, count).await.unwrap();
                 wrong += usize::from(length != ROW + 1 || xs != ROW);
             }
@@ -94,7 +94,7 @@ pub(crate) async fn one_value(stage: &Stage) {
         match tag {
             b'D' => {
                 assert_eq!(length, VALUE + 6, "one field, whole");
-                let count = |piece: &[u8]| xs += piece.iter().filter(|&&byte| byte == b'x').count();
+                let count = |piece: &[u8]| xs += xs_in(piece);
                 client.pieces(length, count).await.unwrap();
             }
             b'Z' => break client.body(length).await.map(drop).unwrap(),
@@ -165,6 +165,10 @@ pub(crate) async fn slow_reader(stage: &Stage) {
     );
     client.reset();
     peak(stage);
+}
+
+fn xs_in(piece: &[u8]) -> usize {
+    piece.iter().map(|&byte| usize::from(byte == b'x')).sum()
 }
 
 /// Bytes passed on to clients.
