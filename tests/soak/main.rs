@@ -1,0 +1,140 @@
+//! What only shows under weight: memory, leaks, idle cost. Takes minutes.
+//!
+//! ```text
+//! cargo test --test soak                     all of it, one after another
+//! cargo test --test soak -- churn idle       only these
+//! ```
+//!
+//! The proxy runs as a process of its own, since it is the process that is measured; the emulator runs in this one. Each
+//! scenario asserts its bound and prints what it measured. What is only reported (`idle`, `calls`) depends on the
+//! machine, and its bounds are wide.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::print_stdout,
+    reason = "a scenario fails by panicking and reports on standard output; it is no part of the program"
+)]
+
+mod churn;
+mod idle;
+mod measure;
+mod process;
+mod volume;
+mod wire;
+
+use std::{net::SocketAddr, process::ExitCode};
+
+use lakebase_proxy::emulator::{Emulator, EmulatorOptions};
+use tokio::time::Instant;
+
+use process::Process;
+
+/// All that a scenario has: an emulator and a proxy of its own.
+struct Stage {
+    emulator: Emulator,
+    proxy: Process,
+    postgres: SocketAddr,
+    http: SocketAddr,
+}
+
+impl Stage {
+    async fn set() -> Self {
+        let emulator = Emulator::start(EmulatorOptions::default()).await.unwrap();
+        let arguments = [
+            "--port",
+            "0",
+            "--http-port",
+            "0",
+            "--max-connections",
+            "2000",
+        ];
+        let proxy = Process::spawn(emulator.environment(), &arguments);
+        let postgres = proxy.address("listening for Postgres clients").await;
+        let http = proxy.address("serving health and metrics").await;
+        // One client first: what is allocated once is there before anything is measured.
+        wire::Wire::connect(postgres)
+            .await
+            .unwrap()
+            .terminate()
+            .await
+            .unwrap();
+        Self {
+            emulator,
+            proxy,
+            postgres,
+            http,
+        }
+    }
+
+    /// Ends the proxy, which it does at once where no session is left.
+    async fn strike(self) {
+        let began = Instant::now();
+        let (status, said) = self.proxy.end().await;
+        assert_eq!(status.code(), Some(143), "{said}");
+        assert!(
+            said.contains("complete=true"),
+            "a session did not end:\n{said}"
+        );
+        assert!(
+            began.elapsed().as_secs() < 5,
+            "it took {:?} to end without a session",
+            began.elapsed()
+        );
+        self.emulator.stop().await;
+    }
+}
+
+const SCENARIOS: [&str; 7] = [
+    "copy-out",
+    "copy-in",
+    "value",
+    "slow-reader",
+    "churn",
+    "idle",
+    "calls",
+];
+
+fn main() -> ExitCode {
+    let asked: Vec<String> = std::env::args()
+        .skip(1)
+        .filter(|name| !name.starts_with('-'))
+        .collect();
+    if let Some(unknown) = asked
+        .iter()
+        .find(|name| !SCENARIOS.contains(&name.as_str()))
+    {
+        println!(
+            "no scenario `{unknown}`; there are: {}",
+            SCENARIOS.join(" ")
+        );
+        return ExitCode::FAILURE;
+    }
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .unwrap();
+    for name in SCENARIOS {
+        if !asked.is_empty() && !asked.iter().any(|wanted| wanted == name) {
+            continue;
+        }
+        let began = Instant::now();
+        println!("== {name} ({})", measure::load());
+        runtime.block_on(async {
+            let stage = Stage::set().await;
+            match name {
+                "copy-out" => volume::copy_out(&stage).await,
+                "copy-in" => volume::copy_in(&stage).await,
+                "value" => volume::one_value(&stage).await,
+                "slow-reader" => volume::slow_reader(&stage).await,
+                "churn" => churn::churn(&stage).await,
+                "idle" => idle::sessions(&stage).await,
+                "calls" => idle::calls(&stage).await,
+                _ => unreachable!("listed above"),
+            }
+            stage.strike().await;
+        });
+        println!("   {:.1} s\n", began.elapsed().as_secs_f64());
+    }
+    ExitCode::SUCCESS
+}

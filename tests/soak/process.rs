@@ -1,0 +1,117 @@
+//! The program as a process of its own: what it says, where it listens, and how it ends.
+
+use std::{
+    net::SocketAddr,
+    process::{ExitStatus, Stdio},
+    time::Duration,
+};
+
+use tokio::{
+    io::{AsyncRead, AsyncReadExt},
+    process::{Child, Command},
+    sync::watch,
+    time::timeout,
+};
+use tokio_util::task::TaskTracker;
+
+/// The machine may be busy with other tests.
+const PATIENCE: Duration = Duration::from_mins(1);
+
+/// A running `lakebase-proxy`; killed when dropped.
+pub(crate) struct Process {
+    child: Child,
+    id: u32,
+    said: watch::Receiver<Vec<u8>>,
+    readers: TaskTracker,
+}
+
+impl Process {
+    /// Starts it with these variables and no others.
+    pub(crate) fn spawn(
+        variables: impl IntoIterator<Item = (impl Into<String>, impl Into<String>)>,
+        arguments: &[&str],
+    ) -> Self {
+        let variables = variables
+            .into_iter()
+            .map(|(name, value)| (name.into(), value.into()));
+        let mut child = Command::new(env!("CARGO_BIN_EXE_lakebase-proxy"))
+            .args(arguments)
+            .env_clear()
+            .envs(variables)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .kill_on_drop(true)
+            .spawn()
+            .unwrap();
+        let (heard, said) = watch::channel(Vec::new());
+        let readers = TaskTracker::new();
+        readers.spawn(listen(child.stdout.take().unwrap(), heard.clone()));
+        readers.spawn(listen(child.stderr.take().unwrap(), heard));
+        readers.close();
+        Self {
+            id: child.id().unwrap(),
+            child,
+            said,
+            readers,
+        }
+    }
+
+    pub(crate) fn id(&self) -> u32 {
+        self.id
+    }
+
+    /// Everything it has written so far.
+    pub(crate) fn said(&self) -> String {
+        String::from_utf8_lossy(&self.said.borrow()).into_owned()
+    }
+
+    /// Waits until it has written `text`, and returns the rest of that line.
+    pub(crate) async fn line(&self, text: &str) -> String {
+        let mut said = self.said.clone();
+        let after = |said: &Vec<u8>| {
+            let said = String::from_utf8_lossy(said).into_owned();
+            let (_, rest) = said.split_once(text)?;
+            Some(rest.split_once('\n')?.0.to_owned())
+        };
+        let found = timeout(PATIENCE, said.wait_for(|said| after(said).is_some())).await;
+        match found {
+            Ok(Ok(said)) => after(&said).unwrap(),
+            _ => panic!("it never said {text:?}, only:\n{}", self.said()),
+        }
+    }
+
+    /// The loopback address in the line that says `text`.
+    pub(crate) async fn address(&self, text: &str) -> SocketAddr {
+        let line = self.line(text).await;
+        let (_, rest) = line
+            .split_once("127.0.0.1:")
+            .unwrap_or_else(|| panic!("no address in {line:?}"));
+        let port: String = rest.chars().take_while(char::is_ascii_digit).collect();
+        SocketAddr::from(([127, 0, 0, 1], port.parse().unwrap()))
+    }
+
+    /// Asks it to end, waits until it has, and returns all that it ever wrote.
+    pub(crate) async fn end(self) -> (ExitStatus, String) {
+        let asked = Command::new("kill")
+            .args(["-TERM", &self.id.to_string()])
+            .status();
+        assert!(asked.await.unwrap().success());
+        self.ended().await
+    }
+
+    /// Waits until it ends by itself.
+    pub(crate) async fn ended(mut self) -> (ExitStatus, String) {
+        let ended = timeout(PATIENCE, self.child.wait()).await;
+        let status = ended.expect("it ends").unwrap();
+        self.readers.wait().await;
+        (status, self.said())
+    }
+}
+
+async fn listen(mut pipe: impl AsyncRead + Unpin, heard: watch::Sender<Vec<u8>>) {
+    let mut chunk = vec![0; 64 * 1024];
+    while let Ok(read @ 1..) = pipe.read(&mut chunk).await {
+        heard.send_modify(|said| said.extend_from_slice(&chunk[..read]));
+    }
+}
