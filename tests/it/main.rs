@@ -9,6 +9,8 @@
 mod admin;
 mod credential;
 mod emulator;
+mod harness;
 mod notes;
 mod postgres;
+mod startup;
 mod web;
