@@ -195,8 +195,10 @@ impl App {
 
         let credentials: Vec<CredentialCell> =
             gates.iter().map(|gate| gate.credentials.clone()).collect();
-        let watched = credentials.clone();
-        let health = Arc::new(Health::new(move || any_valid(&watched)));
+        // There is at least one endpoint; an empty cell stands for none.
+        let first = credentials.first().cloned();
+        let first = first.unwrap_or_else(|| CredentialCell::new(Clock::system()));
+        let health = Arc::new(Health::new(move || any_valid(&credentials)));
         let heart = (Arc::clone(&health), stop.clone());
         helpers.spawn(async move { heart.0.beat(&heart.1).await });
         let admin = http
@@ -242,7 +244,7 @@ impl App {
             addresses,
             metrics,
             shutdown,
-            credentials,
+            credentials: first,
             health,
             clients,
             helpers,
@@ -258,7 +260,7 @@ pub struct Running {
     addresses: Addresses,
     metrics: Arc<Metrics>,
     shutdown: Shutdown,
-    credentials: Vec<CredentialCell>,
+    credentials: CredentialCell,
     health: Arc<Health>,
     clients: TaskTracker,
     helpers: TaskTracker,
@@ -281,8 +283,8 @@ impl Running {
         &self.addresses
     }
 
-    /// The credentials in use, one an endpoint, in the order of the settings.
-    pub fn credentials(&self) -> &[CredentialCell] {
+    /// The first endpoint's credential.
+    pub fn credentials(&self) -> &CredentialCell {
         &self.credentials
     }
 

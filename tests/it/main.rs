@@ -12,4 +12,5 @@ mod emulator;
 mod harness;
 mod notes;
 mod postgres;
+mod startup;
 mod web;

@@ -1,3 +1,248 @@
-//! What several capabilities' tests stand on.
+//! What the tests of the main job share: an emulator and a proxy in this process, and clients of both.
+//!
+//! Everything runs on the test's own runtime and ends with it. Only the Postgres behind the emulators is shared: it
+//! stops when this process ends, and each emulator has roles of its own on it.
 
+pub(crate) mod binary;
 pub(crate) mod emulator;
+pub(crate) mod wire;
+
+use std::{net::SocketAddr, sync::Arc, time::Duration};
+
+use lakebase_proxy::{
+    app::{App, Running, StartError},
+    config::{Config, DurationSetting, Environment, PortSetting, Settings},
+    emulator::{Emulator, EmulatorOptions, LocalPostgres, LocalPostgresOptions, PostgresSource},
+    protocol::error::ErrorFields,
+    telemetry::Metrics,
+};
+use tokio::{
+    sync::OnceCell,
+    time::{Instant, sleep, timeout},
+};
+use tokio_postgres::{AsyncMessage, Client, NoTls};
+use tokio_util::task::TaskTracker;
+
+use self::wire::Wire;
+
+/// What nothing here takes unless it hangs, on a busy machine too.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
+
+static SERVER: OnceCell<Arc<LocalPostgres>> = OnceCell::const_new();
+
+/// The Postgres that all emulators of this process share.
+pub(crate) async fn server() -> Arc<LocalPostgres> {
+    let start = || async {
+        Arc::new(
+            LocalPostgres::start(LocalPostgresOptions::default())
+                .await
+                .unwrap(),
+        )
+    };
+    Arc::clone(SERVER.get_or_init(start).await)
+}
+
+/// An emulator on the shared server.
+pub(crate) async fn emulator() -> Emulator {
+    let postgres = PostgresSource::Shared(server().await);
+    let options = EmulatorOptions {
+        postgres,
+        ..EmulatorOptions::default()
+    };
+    Emulator::start(options).await.unwrap()
+}
+
+/// A superuser's session at the server, past everything.
+pub(crate) async fn superuser() -> Client {
+    let mut config = tokio_postgres::Config::new();
+    config
+        .host_path(server().await.directory().join("s"))
+        .user("databricks_control_plane")
+        .dbname("databricks_postgres");
+    let (client, connection) = config.connect(NoTls).await.unwrap();
+    TaskTracker::new().spawn(connection);
+    client
+}
+
+/// How many sessions the role has at the server itself.
+pub(crate) async fn backends(superuser: &Client, role: &str) -> i64 {
+    let query = "select count(*) from pg_stat_activity where usename = $1 and backend_type = 'client backend'";
+    superuser.query_one(query, &[&role]).await.unwrap().get(0)
+}
+
+/// A setting of so many milliseconds.
+pub(crate) fn millis(count: u64) -> Option<DurationSetting> {
+    Some(DurationSetting(Duration::from_millis(count)))
+}
+
+/// `future`, which must end in reasonable time.
+pub(crate) async fn within<T>(what: &str, future: impl Future<Output = T>) -> T {
+    match timeout(PATIENCE, future).await {
+        Ok(value) => value,
+        Err(_) => panic!("{what}: still waiting after {PATIENCE:?}"),
+    }
+}
+
+/// Looks again and again until there is something to see.
+pub(crate) async fn eventually<T>(what: &str, mut look: impl AsyncFnMut() -> Option<T>) -> T {
+    let deadline = Instant::now() + PATIENCE;
+    let mut pause = Duration::from_millis(2);
+    loop {
+        if let Some(seen) = look().await {
+            return seen;
+        }
+        assert!(Instant::now() < deadline, "{what}: not after {PATIENCE:?}");
+        sleep(pause).await;
+        pause = (pause * 2).min(Duration::from_millis(50));
+    }
+}
+
+/// A proxy in this process.
+pub(crate) struct Proxy {
+    running: Running,
+}
+
+/// What a proxy in front of `emulator` is configured with: any free port, no HTTP; `variables` go before the emulator's.
+pub(crate) fn config(
+    emulator: &Emulator,
+    variables: &[(&str, &str)],
+    change: impl FnOnce(&mut Settings),
+) -> Config {
+    let mut settings = Settings {
+        port: Some(PortSetting::Port(0)),
+        http_port: Some(PortSetting::None),
+        max_connections: Some(1000),
+        ..Settings::default()
+    };
+    change(&mut settings);
+    let theirs = emulator
+        .environment()
+        .into_iter()
+        .map(|(name, value)| (name.to_owned(), value));
+    let ours = variables
+        .iter()
+        .map(|&(name, value)| (name.to_owned(), value.to_owned()));
+    Config::resolve(settings, Environment::from_variables(theirs.chain(ours))).unwrap()
+}
+
+impl Proxy {
+    /// With the default settings; it holds a credential when this returns.
+    pub(crate) async fn start(emulator: &Emulator) -> Self {
+        Self::with(emulator, |_| {}).await
+    }
+
+    /// With other settings; it holds a credential when this returns.
+    pub(crate) async fn with(emulator: &Emulator, change: impl FnOnce(&mut Settings)) -> Self {
+        let proxy = Self::cold(emulator, &[], change).await.unwrap();
+        proxy.warm().await;
+        proxy
+    }
+
+    /// With other settings and variables, and maybe without a credential yet.
+    pub(crate) async fn cold(
+        emulator: &Emulator,
+        variables: &[(&str, &str)],
+        change: impl FnOnce(&mut Settings),
+    ) -> Result<Self, StartError> {
+        let app = App::build(config(emulator, variables, change)).await?;
+        Ok(Self {
+            running: app.start()?,
+        })
+    }
+
+    /// Waits for the first credential.
+    pub(crate) async fn warm(&self) {
+        self.running
+            .credentials()
+            .get(Instant::now() + PATIENCE)
+            .await
+            .unwrap();
+    }
+
+    pub(crate) fn address(&self) -> SocketAddr {
+        self.running.addresses().postgres
+    }
+
+    pub(crate) fn metrics(&self) -> &Arc<Metrics> {
+        self.running.metrics()
+    }
+
+    /// How an application would be configured: no password, any user, no database.
+    pub(crate) fn client_config(&self) -> tokio_postgres::Config {
+        let mut config = tokio_postgres::Config::new();
+        config
+            .host("127.0.0.1")
+            .port(self.address().port())
+            .user("anyone");
+        config
+    }
+
+    /// A session of an application.
+    pub(crate) async fn client(&self) -> Client {
+        within("a session", self.try_client(&self.client_config()))
+            .await
+            .unwrap()
+    }
+
+    pub(crate) async fn try_client(
+        &self,
+        config: &tokio_postgres::Config,
+    ) -> Result<Client, tokio_postgres::Error> {
+        let (client, connection) = config.connect(NoTls).await?;
+        TaskTracker::new().spawn(connection);
+        Ok(client)
+    }
+
+    /// A session, and the messages that come unasked.
+    pub(crate) async fn client_with_messages(
+        &self,
+    ) -> (
+        Client,
+        tokio::sync::mpsc::UnboundedReceiver<Result<AsyncMessage, tokio_postgres::Error>>,
+    ) {
+        let (client, mut connection) = self.client_config().connect(NoTls).await.unwrap();
+        let (sender, receiver) = tokio::sync::mpsc::unbounded_channel();
+        TaskTracker::new().spawn(async move {
+            while let Some(message) = std::future::poll_fn(|cx| connection.poll_message(cx)).await {
+                if sender.send(message).is_err() {
+                    break;
+                }
+            }
+        });
+        (client, receiver)
+    }
+
+    /// A bare connection, nothing said yet.
+    pub(crate) async fn dial(&self) -> Wire {
+        Wire::dial(self.address()).await
+    }
+
+    /// A bare connection with a session on it.
+    pub(crate) async fn session(&self) -> Wire {
+        let mut wire = self.dial().await;
+        wire.startup(&[("user", "anyone")]).await;
+        wire.welcome().await;
+        wire
+    }
+
+    /// What a client is told that gets no session.
+    pub(crate) async fn refusal(&self) -> ErrorFields {
+        let mut wire = self.dial().await;
+        wire.startup(&[("user", "anyone")]).await;
+        wire.refusal().await
+    }
+
+    /// Waits until no session is left on either side.
+    pub(crate) async fn until_quiet(&self) {
+        let metrics = self.metrics();
+        eventually("the last session ends", async || {
+            (metrics.clients_active.get() == 0 && metrics.upstream_active.get() == 0).then_some(())
+        })
+        .await;
+    }
+
+    /// Drains, as after SIGTERM.
+    pub(crate) async fn end(self, hurry: impl Future<Output = ()>) {
+        self.running.end(hurry).await;
+    }
+}

@@ -1,0 +1,133 @@
+//! The program itself, as an operator starts it.
+
+use std::{net::SocketAddr, process::Stdio};
+
+use lakebase_proxy::emulator::Emulator;
+use serde_json::Value;
+use tokio::{
+    io::{AsyncBufReadExt, BufReader, Lines},
+    process::{Child, ChildStderr, Command},
+};
+
+use super::within;
+
+/// A running program; killed when dropped.
+pub(crate) struct Binary {
+    child: Child,
+    log: Lines<BufReader<ChildStderr>>,
+    /// What it has logged so far.
+    pub(crate) lines: Vec<Value>,
+    pub(crate) postgres: SocketAddr,
+    pub(crate) http: SocketAddr,
+}
+
+/// The program with nothing of this process's environment that it would read.
+pub(crate) fn command(arguments: &[&str]) -> Command {
+    let mut command = Command::new(assert_cmd::cargo::cargo_bin!("lakebase-proxy"));
+    for (name, _) in std::env::vars_os() {
+        let name = name.to_string_lossy().into_owned();
+        if ["PG", "DATABRICKS_", "LAKEBASE_", "ENDPOINT_NAME"]
+            .iter()
+            .any(|prefix| name.starts_with(prefix))
+        {
+            command.env_remove(name);
+        }
+    }
+    command
+        .args(arguments)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .kill_on_drop(true);
+    command
+}
+
+impl Binary {
+    /// `serve` in front of `emulator` on any free ports; it holds a credential when this returns.
+    pub(crate) async fn serve(emulator: &Emulator, flags: &[&str]) -> Self {
+        let base = [
+            "serve",
+            "--port",
+            "0",
+            "--http-port",
+            "0",
+            "--structured-logs",
+        ];
+        let mut child = command(&base)
+            .args(flags)
+            .envs(emulator.environment())
+            .spawn()
+            .unwrap();
+        let log = BufReader::new(child.stderr.take().unwrap()).lines();
+        let unknown = SocketAddr::from(([127, 0, 0, 1], 0));
+        let mut binary = Self {
+            child,
+            log,
+            lines: Vec::new(),
+            postgres: unknown,
+            http: unknown,
+        };
+        let address = |line: &Value| line["address"].as_str().unwrap().parse().unwrap();
+        // The two come in either order.
+        let mut wanted = vec![
+            "serving health and metrics",
+            "database credential obtained",
+            "listening for Postgres clients",
+        ];
+        while !wanted.is_empty() {
+            let line = binary.line().await.expect("it starts");
+            let message = line["message"].as_str().unwrap_or_default();
+            wanted.retain(|wanted| *wanted != message);
+            match message {
+                "listening for Postgres clients" => binary.postgres = address(&line),
+                "serving health and metrics" => binary.http = address(&line),
+                _ => {}
+            }
+        }
+        binary
+    }
+
+    /// The next line it logs.
+    async fn line(&mut self) -> Option<Value> {
+        let line = within("a line of the log", self.log.next_line())
+            .await
+            .unwrap()?;
+        let line: Value =
+            serde_json::from_str(&line).unwrap_or_else(|_| panic!("not JSON: {line}"));
+        self.lines.push(line.clone());
+        Some(line)
+    }
+
+    /// Reads the log up to this message.
+    pub(crate) async fn until(&mut self, message: &str) -> Value {
+        loop {
+            let line = self
+                .line()
+                .await
+                .unwrap_or_else(|| panic!("it ended without saying: {message}"));
+            if line["message"]
+                .as_str()
+                .is_some_and(|said| said.contains(message))
+            {
+                return line;
+            }
+        }
+    }
+
+    pub(crate) fn signal(&self, name: &str) {
+        let id = self.child.id().expect("it runs").to_string();
+        let sent = std::process::Command::new("kill")
+            .args(["-s", name, &id])
+            .status();
+        assert!(sent.unwrap().success());
+    }
+
+    /// Waits for the end and returns the exit code.
+    pub(crate) async fn exit_code(mut self) -> Option<i32> {
+        while self.line().await.is_some() {}
+        within("the program ends", self.child.wait())
+            .await
+            .unwrap()
+            .code()
+    }
+}

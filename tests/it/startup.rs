@@ -1,0 +1,452 @@
+//! From the first byte to ReadyForQuery: what clients may send, and what of it is in force at the server.
+
+use std::time::Duration;
+
+use lakebase_proxy::{config::PortSetting, session::DatabaseMapping};
+use tokio::io::AsyncWriteExt;
+
+use crate::harness::{
+    self, Proxy, superuser,
+    wire::{
+        GSSENC_REQUEST, PROTOCOL_3_0, PROTOCOL_3_2, SSL_REQUEST, Wire, message, packet, startup,
+        text,
+    },
+    within,
+};
+
+#[tokio::test]
+async fn packets_may_come_byte_by_byte_or_all_at_once() {
+    let emulator = harness::emulator().await;
+    let proxy = Proxy::start(&emulator).await;
+
+    // Each request, then each byte of the StartupMessage and of a query, in a segment of its own.
+    let mut wire = proxy.dial().await;
+    for request in [GSSENC_REQUEST, SSL_REQUEST] {
+        for byte in request {
+            wire.send(&[byte]).await;
+            tokio::task::yield_now().await;
+        }
+        assert_eq!(wire.byte().await, 'N');
+    }
+    for byte in startup(PROTOCOL_3_0, &[("user", "anyone")]) {
+        wire.send(&[byte]).await;
+        tokio::task::yield_now().await;
+    }
+    wire.welcome().await;
+    for byte in text('Q', "select 'in pieces'") {
+        wire.send(&[byte]).await;
+        tokio::task::yield_now().await;
+    }
+    assert_eq!(wire.tags().await, "TDCZ");
+
+    // StartupMessage, query and goodbye in one segment.
+    wire = proxy.dial().await;
+    let all = [
+        startup(PROTOCOL_3_0, &[("user", "anyone")]),
+        text('Q', "select 'at once'"),
+        message('X', b""),
+    ]
+    .concat();
+    wire.send(&all).await;
+    wire.welcome().await;
+    assert_eq!(wire.until('Z').await[1].value(), "at once");
+    wire.closed().await;
+    proxy.until_quiet().await;
+}
+
+#[tokio::test]
+async fn what_begins_no_connection_is_turned_away_and_never_reaches_the_endpoint() {
+    let emulator = harness::emulator().await;
+    let proxy = Proxy::with(&emulator, |settings| {
+        settings.client_login_timeout = harness::millis(700)
+    })
+    .await;
+    let refused = async |bytes: &[u8]| {
+        let mut wire = proxy.dial().await;
+        wire.send(bytes).await;
+        wire.refusal().await
+    };
+
+    let stuffed =
+        refused(&[&SSL_REQUEST[..], &startup(PROTOCOL_3_0, &[("user", "a")])].concat()).await;
+    assert_eq!(stuffed.code, "08P01");
+    assert!(stuffed.message.contains("SSLRequest"), "{stuffed:?}");
+    assert!(stuffed.detail.unwrap().contains("lakebase-proxy session"));
+    assert_eq!(
+        refused(&[&GSSENC_REQUEST[..], b"x"].concat()).await.code,
+        "08P01"
+    );
+
+    let mut wire = proxy.dial().await;
+    wire.send(&SSL_REQUEST).await;
+    assert_eq!(wire.byte().await, 'N');
+    wire.send(&SSL_REQUEST).await;
+    assert_eq!(wire.refusal().await.code, "08P01", "asked for twice");
+
+    assert_eq!(refused(&packet(2 << 16, b"\0")).await.code, "0A000");
+    assert_eq!(
+        refused(&packet(PROTOCOL_3_0, b"user\0a\0")).await.code,
+        "08P01"
+    );
+    assert_eq!(
+        refused(&packet(PROTOCOL_3_0, b"user\0\xff\0\0")).await.code,
+        "22021"
+    );
+
+    // Not Postgres at all: no answer that could be taken for one.
+    let hello = b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03";
+    for bytes in [
+        &hello[..],
+        b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        &[0, 0, 0, 7, 0, 0, 0],
+        &[0, 0, 0x27, 0x10, 0, 3, 0, 0],
+    ] {
+        let mut wire = proxy.dial().await;
+        wire.send(bytes).await;
+        wire.closed().await;
+    }
+
+    // Too slow, and silent.
+    for beginning in [&b""[..], &startup(PROTOCOL_3_0, &[("user", "a")])[..12]] {
+        let late = refused(beginning).await;
+        assert_eq!(late.code, "08P01");
+        assert!(late.message.contains("in time"), "{late:?}");
+    }
+    assert_eq!(emulator.counts().dials, 0);
+    let refusals = &proxy.metrics().clients_refused;
+    assert_eq!(refusals.with_label_values(&["client_tls"]).get(), 1);
+    assert_eq!(refusals.with_label_values(&["timeout"]).get(), 2);
+    proxy.until_quiet().await;
+}
+
+#[tokio::test]
+async fn a_startup_message_as_long_as_the_edge_takes_passes_and_a_longer_one_is_refused() {
+    let emulator = harness::emulator().await;
+    let proxy = Proxy::start(&emulator).await;
+    let long = |length: usize| {
+        let empty = startup(PROTOCOL_3_0, &[("user", "a"), ("application_name", "")]).len();
+        startup(
+            PROTOCOL_3_0,
+            &[
+                ("user", "a"),
+                ("application_name", &"x".repeat(length - empty)),
+            ],
+        )
+    };
+    // Room for the longer user name that we put in the place of theirs, and for the database's.
+    let mut wire = proxy.dial().await;
+    wire.send(&long(9_800)).await;
+    wire.welcome().await;
+
+    // What fits on the way in may not on the way out.
+    let mut wire = proxy.dial().await;
+    wire.send(&long(9_999)).await;
+    let refusal = wire.refusal().await;
+    assert!(refusal.message.contains("9,999 bytes"), "{refusal:?}");
+
+    let mut wire = proxy.dial().await;
+    wire.send(&long(10_000)).await;
+    wire.closed().await;
+}
+
+#[tokio::test]
+async fn newer_clients_are_told_what_is_spoken_here() {
+    let emulator = harness::emulator().await;
+    let proxy = Proxy::start(&emulator).await;
+    let mut wire = proxy.dial().await;
+    let parameters = [
+        ("user", "anyone"),
+        ("_pq_.something", "1"),
+        ("_pq_.else", "2"),
+    ];
+    wire.send(&startup(PROTOCOL_3_2, &parameters)).await;
+    let first = wire.next().await;
+    assert_eq!(first.tag, 'v', "before anything else");
+    assert_eq!(
+        &first.body[..],
+        b"\0\x03\0\0\0\0\0\x02_pq_.something\0_pq_.else\0"
+    );
+    wire.welcome().await;
+    assert_eq!(wire.value("select 1").await, "1");
+
+    // An option alone, and a version alone.
+    let mut wire = proxy.dial().await;
+    wire.send(&startup(PROTOCOL_3_0, &parameters[..2])).await;
+    assert!(wire.welcome().await.negotiation.is_some());
+    let mut wire = proxy.dial().await;
+    wire.send(&startup(PROTOCOL_3_2, &parameters[..1])).await;
+    assert!(wire.welcome().await.negotiation.is_some());
+}
+
+#[tokio::test]
+async fn any_user_and_any_password_will_do() {
+    let emulator = harness::emulator().await;
+    let proxy = Proxy::start(&emulator).await;
+    let app = &emulator.identities().app.name;
+    for user in [
+        "anyone",
+        "postgres",
+        "ünïcödé",
+        "o'hara; drop table notes",
+        "",
+    ] {
+        let mut wire = proxy.dial().await;
+        // A password that nobody asked for, in two segments, behind it a query.
+        let startup = startup(
+            PROTOCOL_3_0,
+            &[("user", user), ("password", "in the startup")][..1],
+        );
+        let password = text('p', "sesame-of-the-client");
+        wire.send(&[&startup[..], &password[..9]].concat()).await;
+        wire.welcome().await;
+        wire.send(&password[9..]).await;
+        assert_eq!(wire.value("select current_user").await, *app, "{user}");
+        assert_eq!(wire.value("select session_user").await, *app);
+    }
+    // A driver with a password set.
+    let mut config = proxy.client_config();
+    config.password("sesame-of-the-client");
+    let client = proxy.try_client(&config).await.unwrap();
+    client.simple_query("select 1").await.unwrap();
+    assert_eq!(emulator.counts().logins, 6);
+}
+
+#[tokio::test]
+async fn the_database_is_the_clients_or_else_the_configured_one() {
+    let emulator = harness::emulator().await;
+    let proxy = Proxy::start(&emulator).await;
+    let exact = Proxy::with(&emulator, |settings| {
+        settings.database_mapping = Some(DatabaseMapping::Exact)
+    })
+    .await;
+    let database = async |proxy: &Proxy, parameters: &[(&str, &str)]| {
+        let mut wire = proxy.dial().await;
+        wire.startup(parameters).await;
+        wire.welcome().await;
+        wire.value("select current_database()").await
+    };
+    let default = "databricks_postgres";
+    assert_eq!(database(&proxy, &[("user", "a")]).await, default);
+    assert_eq!(
+        database(&proxy, &[("user", "a"), ("database", "a")]).await,
+        default
+    );
+    assert_eq!(
+        database(&proxy, &[("user", "a"), ("database", "")]).await,
+        default
+    );
+    assert_eq!(
+        database(&proxy, &[("user", "a"), ("database", "postgres")]).await,
+        "postgres"
+    );
+    assert_eq!(
+        database(&exact, &[("user", "a"), ("database", "postgres")]).await,
+        "postgres"
+    );
+
+    let mut wire = exact.dial().await;
+    wire.startup(&[("user", "nosuch"), ("database", "nosuch")])
+        .await;
+    let refusal = wire.refusal().await;
+    assert_eq!(refusal.code, "3D000");
+    assert!(
+        refusal
+            .message
+            .contains("database \"nosuch\" does not exist"),
+        "{refusal:?}"
+    );
+}
+
+#[tokio::test]
+async fn every_startup_setting_is_in_force_and_survives_resets_as_startup_values_do() {
+    let emulator = harness::emulator().await;
+    let proxy = Proxy::start(&emulator).await;
+    let settings = [
+        (
+            "search_path",
+            "\"my schema\", public",
+            "\"my schema\", public",
+        ),
+        ("TimeZone", "America/New_York", "America/New_York"),
+        ("DateStyle", "SQL, DMY", "SQL, DMY"),
+        ("statement_timeout", "7s", "7s"),
+        ("extra_float_digits", "2", "2"),
+        ("lock_timeout", "1500", "1500ms"),
+        ("application_name", "my app", "my app"),
+        ("myapp.note", "a\\b 'c' \"d\"\te", "a\\b 'c' \"d\"\te"),
+        ("intervalstyle", "iso_8601", "iso_8601"),
+        ("work_mem", "5MB", "5MB"),
+        ("enable_seqscan", "off", "off"),
+    ];
+    let mut parameters = vec![
+        ("user", "anyone"),
+        (
+            "options",
+            "-c geqo=off -c work_mem=6MB --random_page_cost=3",
+        ),
+    ];
+    parameters.extend(settings.iter().map(|&(name, value, _)| (name, value)));
+    let mut wire = proxy.dial().await;
+    wire.startup(&parameters).await;
+    let welcome = wire.welcome().await;
+    assert_eq!(welcome.parameters["TimeZone"], "America/New_York");
+    assert_eq!(welcome.parameters["application_name"], "my app");
+    assert_eq!(welcome.parameters["DateStyle"], "SQL, DMY");
+
+    for reset in ["select 1", "reset all", "discard all"] {
+        for (name, _, _) in settings.iter().filter(|_| reset != "select 1") {
+            // What a session changes is undone by the reset, to what it began with.
+            let other = match *name {
+                "TimeZone" => "UTC",
+                "DateStyle" => "ISO",
+                "intervalstyle" => "postgres",
+                "search_path" | "application_name" | "myapp.note" => "other",
+                _ => "1",
+            };
+            if !name.ends_with("mem") {
+                wire.query(&format!("set {name} to '{other}'")).await;
+            }
+        }
+        wire.query(reset).await;
+        for (name, _, expected) in settings {
+            assert_eq!(
+                wire.value(&format!("show {name}")).await,
+                expected,
+                "{name} after {reset}"
+            );
+        }
+        assert_eq!(wire.value("show geqo").await, "off", "after {reset}");
+        assert_eq!(
+            wire.value("show random_page_cost").await,
+            "3",
+            "after {reset}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn the_client_encoding_is_in_force() {
+    let emulator = harness::emulator().await;
+    let proxy = Proxy::start(&emulator).await;
+    let mut wire = proxy.dial().await;
+    wire.startup(&[("user", "anyone"), ("client_encoding", "LATIN1")])
+        .await;
+    assert_eq!(wire.welcome().await.parameters["client_encoding"], "LATIN1");
+    wire.send(&message('Q', b"select 'caf\xe9'\0")).await;
+    let said = wire.until('Z').await;
+    assert_eq!(&said[1].body[6..], b"caf\xe9");
+    assert_eq!(wire.value("select length('caf' || chr(233))").await, "4");
+
+    // The edge forces UTF8 as the value to begin with, so that is what a reset leads to; the client is told so.
+    wire.send(&text('Q', "reset client_encoding")).await;
+    let told = wire.until('Z').await;
+    let status = told
+        .iter()
+        .find(|said| said.tag == 'S')
+        .expect("a ParameterStatus");
+    assert_eq!(&status.body[..], b"client_encoding\0UTF8\0");
+
+    // A name the server does not know is the server's to refuse.
+    let mut wire = proxy.dial().await;
+    wire.startup(&[("user", "anyone"), ("client_encoding", "NOSUCH")])
+        .await;
+    let refusal = wire.refusal().await;
+    assert_eq!(refusal.code, "22023", "{refusal:?}");
+    assert!(refusal.message.contains("client_encoding"), "{refusal:?}");
+}
+
+#[tokio::test]
+async fn what_the_server_says_about_a_setting_reaches_the_client() {
+    let emulator = harness::emulator().await;
+    let proxy = Proxy::start(&emulator).await;
+    for (name, value, code) in [
+        ("no_such_setting", "1", "42704"),
+        ("TimeZone", "Mars/Olympus", "22023"),
+        ("fsync", "off", "55P02"),
+        ("log_statement", "all", "42501"),
+        ("bad-name", "1", "42704"),
+    ] {
+        let mut wire = proxy.dial().await;
+        wire.startup(&[("user", "anyone"), (name, value)]).await;
+        let refusal = wire.refusal().await;
+        assert_eq!(refusal.code, code, "{refusal:?}");
+        assert!(
+            refusal.message.contains(&format!("\"{name}\"")),
+            "{refusal:?}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn replication_passes_and_the_servers_answer_is_shown() {
+    let emulator = harness::emulator().await;
+    let proxy = Proxy::start(&emulator).await;
+    let mut wire = proxy.dial().await;
+    wire.startup(&[("user", "anyone"), ("replication", "database")])
+        .await;
+    let refusal = wire.refusal().await;
+    assert_eq!(refusal.code, "42501", "{refusal:?}");
+    assert!(
+        refusal.message.contains("superuser or replication role"),
+        "{refusal:?}"
+    );
+
+    let app = &emulator.identities().app.name;
+    superuser()
+        .await
+        .batch_execute(&format!("alter role \"{app}\" replication"))
+        .await
+        .unwrap();
+    let mut wire = proxy.dial().await;
+    // A plain walsender takes no SQL, so that nothing of ours may be slipped in.
+    wire.startup(&[
+        ("user", "anyone"),
+        ("replication", "true"),
+        ("client_encoding", "LATIN1"),
+    ])
+    .await;
+    wire.welcome().await;
+    wire.send(&text('Q', "IDENTIFY_SYSTEM")).await;
+    assert_eq!(wire.tags().await, "TDCZ");
+}
+
+#[tokio::test]
+async fn localhost_reaches_it_by_either_family() {
+    let emulator = harness::emulator().await;
+    let proxy = Proxy::start(&emulator).await;
+    let port = proxy.address().port();
+    let mut addresses = vec![([127, 0, 0, 1], port).into()];
+    if std::net::TcpListener::bind("[::1]:0").is_ok() {
+        addresses.push(format!("[::1]:{port}").parse().unwrap());
+    }
+    for address in addresses {
+        let mut wire = Wire::dial(address).await;
+        wire.startup(&[("user", "anyone")]).await;
+        wire.welcome().await;
+        assert_eq!(wire.value("select 1").await, "1");
+    }
+}
+
+#[tokio::test]
+async fn clients_that_look_in_and_leave_cost_nothing() {
+    let emulator = harness::emulator().await;
+    let proxy = Proxy::with(&emulator, |settings| {
+        settings.http_port = Some(PortSetting::None)
+    })
+    .await;
+    for bytes in [&b""[..], &SSL_REQUEST, &[0, 0]] {
+        let mut wire = proxy.dial().await;
+        wire.send(bytes).await;
+        within("half-close", wire.stream.shutdown()).await.unwrap();
+        if bytes.len() == 8 {
+            assert_eq!(wire.byte().await, 'N');
+        }
+        wire.closed().await;
+        proxy.dial().await.reset();
+    }
+    proxy.until_quiet().await;
+    assert_eq!(emulator.counts().dials, 0);
+    tokio::time::timeout(Duration::from_secs(30), proxy.client())
+        .await
+        .unwrap();
+}
