@@ -32,8 +32,12 @@ use tracing::warn;
 pub use auth::AuthKind;
 pub use credentials::CredentialMinter;
 pub use diagnosis::CallError;
-pub use discovery::{EndpointInfo, EndpointState, EndpointType, Identity};
-pub use names::{EndpointName, InstanceName, NameError, Target};
+pub use discovery::{
+    EndpointInfo, EndpointState, EndpointType, Identity, Known, LocateError, Located, Wanted,
+};
+pub use names::{
+    BranchName, EndpointName, HostName, InstanceName, NameError, ProjectName, Reference, Target,
+};
 pub use settings::{Host, Settings, SettingsError};
 
 use api::{Api, ApiError, BuildError, Reply};

@@ -4,6 +4,12 @@ use std::{fmt, str::FromStr};
 
 /// The longest resource id.
 const MAX_ID: usize = 63;
+/// The longest host name (RFC 1035).
+const MAX_HOST: usize = 253;
+/// Ends the first label of a pooler's host, of either kind.
+const POOLER: &str = "-pooler";
+/// Ends the first label of the readable replicas' host.
+const READ_ONLY: &str = "-ro";
 
 /// What is wrong with a name.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -14,12 +20,53 @@ pub enum NameError {
         /// What was given.
         name: String,
     },
+    /// Not a host name.
+    #[error("`{name}` is not a host name")]
+    Host {
+        /// What was given.
+        name: String,
+    },
     /// Not the name of a database instance.
     #[error("`{name}` is not the name of a database instance")]
     Instance {
         /// What was given.
         name: String,
     },
+    /// A host of the built-in pooler.
+    #[error("`{name}` is a pooler's host, which takes no OAuth credential")]
+    Pooler {
+        /// What was given.
+        name: String,
+        /// The endpoint's own host.
+        instead: String,
+    },
+    /// Nothing that leads to an endpoint.
+    #[error("`{name}` names no endpoint, branch, project, instance or host")]
+    Reference {
+        /// What was given.
+        name: String,
+    },
+}
+
+impl NameError {
+    /// What to write instead.
+    pub fn hint(&self) -> String {
+        match self {
+            Self::Endpoint { .. } => {
+                "the form is `projects/PROJECT/branches/BRANCH/endpoints/ENDPOINT`".to_owned()
+            }
+            Self::Host { .. } => "a host is named as in `ep-cool-breeze-1.database.us-east-1.cloud.databricks.com`".to_owned(),
+            Self::Instance { .. } => {
+                "an instance is named by letters, digits and hyphens".to_owned()
+            }
+            Self::Pooler { instead, .. } => format!("use the endpoint's own host: `{instead}`"),
+            Self::Reference { .. } => {
+                "write `projects/PROJECT/branches/BRANCH/endpoints/ENDPOINT`, `projects/PROJECT/branches/BRANCH`, \
+                 `projects/PROJECT`, the endpoint's host, or the name of a database instance"
+                    .to_owned()
+            }
+        }
+    }
 }
 
 /// `projects/P/branches/B/endpoints/E`: a compute of Lakebase Autoscaling.
@@ -37,6 +84,195 @@ impl EndpointName {
         self.0
             .rsplit_once("/endpoints/")
             .map_or("", |(branch, _)| branch)
+    }
+}
+
+/// `projects/P/branches/B`.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct BranchName(String);
+
+impl BranchName {
+    /// The full name.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+
+    /// The endpoint of this id on it.
+    pub(super) fn endpoint(&self, id: &str) -> EndpointName {
+        EndpointName(format!("{}/endpoints/{id}", self.0))
+    }
+}
+
+impl FromStr for BranchName {
+    type Err = NameError;
+
+    fn from_str(text: &str) -> Result<Self, NameError> {
+        match text.parse()? {
+            Reference::Branch(name) => Ok(name),
+            _ => Err(NameError::Reference {
+                name: text.to_owned(),
+            }),
+        }
+    }
+}
+
+/// `projects/P`.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct ProjectName(String);
+
+impl ProjectName {
+    /// The full name.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+
+    /// The branch of this id in it.
+    pub(super) fn branch(&self, id: &str) -> BranchName {
+        BranchName(format!("{}/branches/{id}", self.0))
+    }
+}
+
+impl From<&InstanceName> for ProjectName {
+    /// The project that an instance of this name has become.
+    fn from(name: &InstanceName) -> Self {
+        Self(format!("projects/{}", name.0))
+    }
+}
+
+/// Whatever may stand where an endpoint is to be named.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Reference {
+    /// The endpoint itself.
+    Endpoint(EndpointName),
+    /// The read-write endpoint of a branch.
+    Branch(BranchName),
+    /// That of a project's default branch.
+    Project(ProjectName),
+    /// A Provisioned instance.
+    Instance(InstanceName),
+    /// Whatever answers on this host.
+    Host(HostName),
+}
+
+impl FromStr for Reference {
+    type Err = NameError;
+
+    fn from_str(text: &str) -> Result<Self, NameError> {
+        let text = text.trim();
+        let unknown = || NameError::Reference {
+            name: text.to_owned(),
+        };
+        let parts: Vec<&str> = text.split('/').collect();
+        match parts[..] {
+            ["projects", project] if is_id(project) => {
+                Ok(Self::Project(ProjectName(text.to_owned())))
+            }
+            ["projects", project, "branches", branch] if is_id(project) && is_id(branch) => {
+                Ok(Self::Branch(BranchName(text.to_owned())))
+            }
+            ["projects", _, "branches", _, "endpoints", _] => Ok(Self::Endpoint(text.parse()?)),
+            [word] => {
+                // An endpoint's uid is the first label of its host and leads to it just as well.
+                let is_host = word.contains('.') || word.starts_with("ep-");
+                if is_host {
+                    return Ok(Self::Host(word.parse()?));
+                }
+                word.parse().map(Self::Instance).map_err(|_| unknown())
+            }
+            _ => Err(unknown()),
+        }
+    }
+}
+
+/// What the first label of a host says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum HostKind {
+    /// An endpoint, by its uid.
+    Endpoint(String),
+    /// A Provisioned instance, by its uid.
+    Instance(String),
+    /// Nothing: an alias, or another server.
+    Other,
+}
+
+/// The name of a host that an endpoint may answer on, lower-case, and never a pooler's.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HostName {
+    text: String,
+    pub(super) kind: HostKind,
+    is_read_only: bool,
+}
+
+impl HostName {
+    /// The name.
+    pub fn as_str(&self) -> &str {
+        &self.text
+    }
+
+    /// Whether it is an address or a whole name, not the first label alone.
+    pub(super) fn is_complete(&self) -> bool {
+        self.kind == HostKind::Other || self.text.contains('.')
+    }
+
+    /// The host of the readable replicas, where the shape of the name tells.
+    pub fn read_only(&self) -> Self {
+        let text = match &self.kind {
+            _ if self.is_read_only => return self.clone(),
+            HostKind::Endpoint(uid) => self.text.replacen(uid, &format!("{uid}{READ_ONLY}"), 1),
+            HostKind::Instance(uid) => self.text.replacen(uid, &format!("ro-{uid}"), 1),
+            HostKind::Other => return self.clone(),
+        };
+        Self {
+            text,
+            is_read_only: true,
+            ..self.clone()
+        }
+    }
+}
+
+impl FromStr for HostName {
+    type Err = NameError;
+
+    fn from_str(text: &str) -> Result<Self, NameError> {
+        let name = text.trim().trim_end_matches('.').to_ascii_lowercase();
+        let is_host = (1..=MAX_HOST).contains(&name.len())
+            && name
+                .bytes()
+                .all(|byte| byte.is_ascii_alphanumeric() || b"-._:[]".contains(&byte));
+        if !is_host {
+            return Err(NameError::Host {
+                name: text.trim().to_owned(),
+            });
+        }
+        let (label, rest) = name
+            .find('.')
+            .map_or((&*name, ""), |dot| name.split_at(dot));
+        if let Some(own) = label.strip_suffix(POOLER) {
+            let instead = format!("{own}{rest}");
+            return Err(NameError::Pooler { name, instead });
+        }
+        let (kind, is_read_only) = if label.starts_with("ep-") {
+            let uid = label.strip_suffix(READ_ONLY);
+            let kind = HostKind::Endpoint(uid.unwrap_or(label).to_owned());
+            (kind, uid.is_some())
+        } else if let Some(uid) = label.strip_prefix("instance-") {
+            let replica = uid.strip_prefix("ro-");
+            let kind = HostKind::Instance(replica.unwrap_or(uid).to_owned());
+            (kind, replica.is_some())
+        } else {
+            (HostKind::Other, false)
+        };
+        Ok(Self {
+            text: name,
+            kind,
+            is_read_only,
+        })
+    }
+}
+
+impl fmt::Display for HostName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.text)
     }
 }
 
@@ -158,6 +394,88 @@ mod tests {
             "/projects/p/branches/b/endpoints/e",
         ] {
             assert!(text.parse::<EndpointName>().is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn whatever_leads_to_an_endpoint_is_told_apart() {
+        let read = |text: &str| text.parse::<Reference>();
+        assert!(matches!(
+            read("projects/p/branches/b/endpoints/e"),
+            Ok(Reference::Endpoint(_))
+        ));
+        assert!(
+            matches!(read(" projects/p/branches/br-b "), Ok(Reference::Branch(name)) if name.as_str() == "projects/p/branches/br-b")
+        );
+        assert!(
+            matches!(read("projects/p"), Ok(Reference::Project(name)) if name.as_str() == "projects/p")
+        );
+        assert!(matches!(read("my-instance"), Ok(Reference::Instance(_))));
+        for host in [
+            "ep-a-1.database.cloud.databricks.com",
+            "ep-a-1",
+            "db.example.com",
+        ] {
+            assert!(matches!(read(host), Ok(Reference::Host(_))), "{host}");
+        }
+        for text in [
+            "",
+            "projects/",
+            "projects/p/branches/",
+            "projects/p/branches/b/databases/d",
+            "projects/p/branches/b/endpoints/",
+            "/projects/p",
+            "two words",
+            "a/b",
+        ] {
+            assert!(read(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_host_says_what_it_belongs_to() {
+        let host = |text: &str| text.parse::<HostName>().unwrap();
+        let uid = HostKind::Endpoint("ep-a-1".to_owned());
+        assert_eq!(host("EP-a-1.database.cloud.databricks.com.").kind, uid);
+        assert_eq!(host("ep-a-1-ro.database.cloud.databricks.com").kind, uid);
+        let uid = HostKind::Instance("0f7d-1".to_owned());
+        assert_eq!(
+            host("instance-0f7d-1.database.azuredatabricks.net").kind,
+            uid
+        );
+        assert_eq!(
+            host("instance-ro-0f7d-1.database.azuredatabricks.net").kind,
+            uid
+        );
+        assert_eq!(host("localhost").kind, HostKind::Other);
+        assert!("ep a".parse::<HostName>().is_err());
+    }
+
+    #[test]
+    fn the_replicas_host_follows_from_the_endpoints() {
+        for (given, expected) in [
+            ("ep-a-1.database.x", "ep-a-1-ro.database.x"),
+            ("ep-a-1-ro.database.x", "ep-a-1-ro.database.x"),
+            ("instance-7.database.x", "instance-ro-7.database.x"),
+            ("localhost", "localhost"),
+        ] {
+            let host: HostName = given.parse().unwrap();
+            assert_eq!(host.read_only().as_str(), expected);
+        }
+    }
+
+    #[test]
+    fn a_poolers_host_is_refused_with_the_one_to_use() {
+        for (given, expected) in [
+            ("ep-a-1-pooler.database.x", "ep-a-1.database.x"),
+            ("ep-a-1-ro-pooler.database.x", "ep-a-1-ro.database.x"),
+        ] {
+            let error = given.parse::<Reference>().unwrap_err();
+            assert!(
+                matches!(&error, NameError::Pooler { instead, .. } if instead == expected),
+                "{error:?}"
+            );
+            assert!(error.hint().contains(expected));
         }
     }
 
