@@ -64,6 +64,7 @@ impl Names {
         vec![
             self.host.clone(),
             format!("{}.localhost", self.endpoint_uid()),
+            format!("{}-ro.localhost", self.endpoint_uid()),
         ]
     }
 

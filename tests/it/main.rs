@@ -8,6 +8,7 @@
 
 mod admin;
 mod credential;
+mod discovery;
 mod emulator;
 mod harness;
 mod notes;

@@ -29,11 +29,17 @@ const TREE: [(&str, &[Branch]); 2] = [
         "lakebase-local",
         &[
             ("production", &["primary", "replica"]),
-            ("development", &["primary"]),
+            ("development", &["primary", "recreated"]),
+            ("archive", &["primary"]),
         ],
     ),
     ("another-project", &[("production", &["primary"])]),
 ];
+
+/// Switched off for good; the real one is by [`crate::emulator::Settings::is_disabled`].
+const DISABLED: &str = "projects/lakebase-local/branches/archive/endpoints/primary";
+/// Deleted and made again under its old name: listed, but not found by it (databricks/cli#5872).
+const LISTED_ONLY: &str = "projects/lakebase-local/branches/development/endpoints/recreated";
 
 /// Paging parameters of a list.
 #[derive(Default, Deserialize)]
@@ -117,6 +123,7 @@ pub(super) async fn get(
             endpoints_of(parent, branch)?;
             let parent = format!("projects/{parent}/branches/{branch}");
             let found = match *kind {
+                "endpoints" if name == LISTED_ONLY => None,
                 "endpoints" => {
                     find_endpoint(&name)?;
                     Some(endpoint(&shared, &parent, id))
@@ -240,16 +247,27 @@ fn endpoint(shared: &Shared, parent: &str, id: &str) -> Value {
     } else {
         format!("{uid}.localhost")
     };
+    let hosts = if is_replica {
+        json!({ "read_only_host": host })
+    } else {
+        let suffixed = |suffix: &str| format!("{uid}{suffix}.localhost");
+        json!({
+            "host": host,
+            "read_only_host": suffixed("-ro"),
+            "read_write_pooled_host": suffixed("-pooler"),
+            "read_only_pooled_host": suffixed("-ro-pooler"),
+        })
+    };
     let mut status = json!({
         "endpoint_id": id,
         "endpoint_type": if is_replica { "ENDPOINT_TYPE_READ_ONLY" } else { "ENDPOINT_TYPE_READ_WRITE" },
         "current_state": if state == compute::State::Active { "ACTIVE" } else { "IDLE" },
-        "disabled": is_real && shared.settings.borrow().is_disabled,
+        "disabled": name == DISABLED || (is_real && shared.settings.borrow().is_disabled),
         "autoscaling_limit_min_cu": 0.5,
         "autoscaling_limit_max_cu": 4.0,
         "suspend_timeout_duration": suspend_timeout(shared),
         "last_active_time": if is_real { shared.compute.last_active(shared.now()).to_string() } else { CREATED.to_owned() },
-        "hosts": if is_replica { json!({ "read_only_host": host }) } else { json!({ "host": host }) },
+        "hosts": hosts,
         "group": { "min": 1, "max": 1, "enable_readable_secondaries": false },
         "settings": { "pg_settings": {} },
     });

@@ -80,34 +80,48 @@ pub(super) async fn roles(
     page.of("database_instance_roles", roles.to_vec())
 }
 
-/// `GET /api/2.0/apps/{name}`
+/// `GET /api/2.0/apps/{name}`: one app for each kind of resource, and one without a database.
 pub(super) async fn app(
     State(shared): State<Arc<Shared>>,
     _: Caller,
     Path(name): Path<String>,
 ) -> Result<Json<Value>, ApiError> {
-    if name != Names::APP {
-        let message = format!("App with name {name} does not exist or is deleted.");
-        return Err(ApiError::new(
-            StatusCode::NOT_FOUND,
-            "RESOURCE_DOES_NOT_EXIST",
-            message,
-        ));
-    }
     let branch = Names::ENDPOINT.rsplitn(3, '/').last().unwrap_or_default();
-    let database = shared.names.database.replace('_', "-");
+    let database = &shared.names.database;
+    let resource = match name.strip_prefix(Names::APP) {
+        Some("") => json!({
+            "name": "postgres",
+            "postgres": {
+                "branch": branch,
+                "database": format!("{branch}/databases/{}", database.replace('_', "-")),
+                "permission": "CAN_CONNECT_AND_CREATE",
+            },
+        }),
+        Some("-provisioned") => json!({
+            "name": "database",
+            "database": {
+                "instance_name": Names::INSTANCE,
+                "database_name": database,
+                "permission": "CAN_CONNECT_AND_CREATE",
+            },
+        }),
+        Some("-without-database") => json!({
+            "name": "api-key",
+            "secret": { "scope": "apps", "key": "api-key", "permission": "READ" },
+        }),
+        _ => {
+            return Err(ApiError::new(
+                StatusCode::NOT_FOUND,
+                "RESOURCE_DOES_NOT_EXIST",
+                format!("App with name {name} does not exist or is deleted."),
+            ));
+        }
+    };
     Ok(Json(json!({
         "name": name,
         "service_principal_client_id": shared.identities.app.name,
         "service_principal_name": shared.identities.app.display_name,
-        "resources": [{
-            "name": "postgres",
-            "postgres": {
-                "branch": branch,
-                "database": format!("{branch}/databases/{database}"),
-                "permission": "CAN_CONNECT_AND_CREATE",
-            },
-        }],
+        "resources": [resource],
     })))
 }
 
