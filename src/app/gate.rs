@@ -102,7 +102,7 @@ impl Gate {
                 endpoint = %endpoint.label,
                 host = endpoint.host,
                 user = endpoint.user,
-                database = config.databases.default,
+                database = endpoint.database,
                 "endpoint found"
             );
             finder.found(Arc::new(route));

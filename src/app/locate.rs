@@ -10,8 +10,11 @@ use crate::{
     config::{EndpointConfig, TlsMode},
     tls,
     upstream::{Endpoint, Label, Security},
-    workspace::{CredentialMinter, EndpointName, Target},
+    workspace::{CredentialMinter, Wanted},
 };
+
+/// What Lakebase calls the database of a new project.
+const DEFAULT_DATABASE: &str = "databricks_postgres";
 
 /// An endpoint that can be dialled, and who makes its credentials.
 pub(super) struct Located {
@@ -24,69 +27,41 @@ pub(super) async fn locate(
     config: &EndpointConfig,
     access: &Access,
 ) -> Result<Located, StartError> {
-    let label = Label::new(config.called());
     let workspace = match access {
         Access::Workspace(workspace) => workspace,
         Access::Own(own) => {
             // The settings have been checked: such an endpoint has a host and a user.
             let host = config.host.clone().unwrap_or_default();
             let user = config.user.clone().unwrap_or_default();
+            let database = config
+                .database
+                .clone()
+                .unwrap_or_else(|| DEFAULT_DATABASE.to_owned());
+            let label = Label::new(config.called());
             return Ok(Located {
-                endpoint: endpoint(config, label, host, user)?,
+                endpoint: endpoint(config, label, host, user, database)?,
                 source: Source::Own(own.clone()),
             });
         }
     };
-    let name = config
-        .name
-        .as_deref()
-        .and_then(|name| name.parse::<EndpointName>().ok());
-    let Some(name) = name else {
-        return Err(StartError::NoName {
-            host: config.host.clone().unwrap_or_default(),
-        });
-    };
-    let host = match &config.host {
-        Some(host) => host.clone(),
-        None => {
-            let look_up = |source| StartError::LookUp {
-                what: "the endpoint",
-                source,
-            };
-            let info = workspace.endpoint(&name).await.map_err(look_up)?;
-            if info.disabled {
-                return Err(StartError::Disabled {
-                    name: name.to_string(),
-                });
-            }
-            let (what, host) = if config.read_only {
-                ("read-only host", info.read_only_host)
-            } else {
-                ("host", info.host)
-            };
-            host.ok_or_else(|| StartError::NoHost {
-                what,
-                name: name.to_string(),
-            })?
-        }
-    };
-    let user = match (&config.user, workspace.service_principal()) {
-        (Some(user), _) => user.clone(),
-        (None, Some(client_id)) => client_id.to_owned(),
-        (None, None) => {
-            let look_up = |source| StartError::LookUp {
-                what: "who we are (set PGUSER to skip this)",
-                source,
-            };
-            workspace.me().await.map_err(look_up)?.user_name
-        }
-    };
+    let located = workspace
+        .locate(&Wanted {
+            name: config.name.clone(),
+            host: config.host.clone(),
+            app: config.app.clone(),
+            read_only: config.read_only,
+            user: config.user.clone(),
+            database: config.database.clone(),
+        })
+        .await
+        .map_err(Box::new)?;
+    let label = Label::new(&located.label);
+    let database = located
+        .database
+        .unwrap_or_else(|| DEFAULT_DATABASE.to_owned());
     Ok(Located {
-        endpoint: endpoint(config, label, host, user)?,
-        source: Source::Workspace(CredentialMinter::new(
-            workspace.clone(),
-            Target::Endpoint(name),
-        )),
+        endpoint: endpoint(config, label, located.host, located.user, database)?,
+        source: Source::Workspace(CredentialMinter::new(workspace.clone(), located.target)),
     })
 }
 
@@ -95,6 +70,7 @@ fn endpoint(
     label: Label,
     host: String,
     user: String,
+    database: String,
 ) -> Result<Endpoint, StartError> {
     let security = match &config.tls {
         TlsMode::Disabled => Security::Plain,
@@ -109,6 +85,7 @@ fn endpoint(
         host,
         port: config.port,
         user,
+        database,
         security,
     })
 }

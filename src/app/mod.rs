@@ -141,7 +141,7 @@ impl App {
                 Route::to(Label::new(endpoint.called()), config.limits.connect_timeout);
             let sessions = Arc::new(Sessions {
                 route,
-                databases: endpoint.databases.clone(),
+                database_mapping: config.database_mapping,
                 client_login_timeout: config.client_login_timeout,
                 permits: Arc::clone(&permits),
                 max_connections: config.max_connections,

@@ -25,6 +25,8 @@ pub struct Environment {
     pub sslmode: Option<String>,
     /// `PGSSLROOTCERT`.
     pub sslrootcert: Option<String>,
+    /// `DATABRICKS_APP_NAME`, or `PGAPPNAME`, which an app with a database is given as well.
+    pub app_name: Option<String>,
     /// `DATABRICKS_APP_PORT`.
     pub app_port: Option<String>,
     /// `DATABRICKS_HOST` and what authenticates us there.
@@ -71,6 +73,7 @@ impl Environment {
             user: get("PGUSER"),
             sslmode: get("PGSSLMODE"),
             sslrootcert: get("PGSSLROOTCERT"),
+            app_name: get("DATABRICKS_APP_NAME").or_else(|| get("PGAPPNAME")),
             app_port: get("DATABRICKS_APP_PORT"),
             workspace: workspace::Settings {
                 host: get("DATABRICKS_HOST"),

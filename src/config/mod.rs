@@ -23,18 +23,16 @@ pub use self::{
     values::{DurationSetting, PortSetting},
 };
 use crate::{
-    session::{DatabaseMapping, Databases},
+    session::DatabaseMapping,
     telemetry::{DEFAULT_FILTER, LogOptions},
     tls::Roots,
     upstream::{Keepalive, Limits},
-    workspace::{self, EndpointName, NameError},
+    workspace,
 };
 
 const POSTGRES_PORT: u16 = 5432;
 const HTTP_PORT: u16 = 9090;
 const NOTES_PORT: u16 = 8000;
-/// What Lakebase calls the database of a new project.
-const DEFAULT_DATABASE: &str = "databricks_postgres";
 /// Descriptors that are not for sessions: sockets of our own, logs, the workspace, name resolution.
 const RESERVED_DESCRIPTORS: u64 = 100;
 const MAX_SIGTERM_DELAY: Duration = Duration::from_secs(10);
@@ -45,6 +43,8 @@ const CLIENT_LOGIN_TIMEOUT: Duration = Duration::from_secs(15);
 pub struct Config {
     /// What clients are connected to, and where; at least one.
     pub endpoints: Vec<EndpointConfig>,
+    /// What the database names that clients send mean.
+    pub database_mapping: DatabaseMapping,
     /// Where credentials come from.
     pub workspace: workspace::Settings,
     /// How long things may take at the endpoint.
@@ -80,8 +80,10 @@ pub struct EndpointConfig {
     pub port: u16,
     /// The role to log in as; the workspace identity when absent.
     pub user: Option<String>,
-    /// Which database its clients get.
-    pub databases: Databases,
+    /// The database for clients that name none, by name or resource id.
+    pub database: Option<String>,
+    /// The Databricks App whose database it is, where nothing else names it.
+    pub app: Option<String>,
     /// Whether its read-only host is meant.
     pub read_only: bool,
     /// Whether and how TLS is verified.
@@ -93,10 +95,11 @@ pub struct EndpointConfig {
 impl EndpointConfig {
     /// What people know it by: its name, else its host.
     pub fn called(&self) -> &str {
-        self.name
-            .as_deref()
-            .or(self.host.as_deref())
-            .unwrap_or_default()
+        [&self.name, &self.host, &self.app]
+            .into_iter()
+            .flatten()
+            .next()
+            .map_or("default", String::as_str)
     }
 }
 
@@ -180,9 +183,6 @@ pub enum ConfigError {
         /// `LAKEBASE_ENDPOINT`.
         lakebase_endpoint: String,
     },
-    /// The endpoint's name is malformed.
-    #[error(transparent)]
-    Name(#[from] NameError),
     /// A variable holds something it cannot.
     #[error("{variable} is `{value}`, which is not {expected}")]
     Variable {
@@ -234,9 +234,6 @@ impl ConfigError {
                 "set ENDPOINT_NAME=projects/<project>/branches/<branch>/endpoints/<endpoint>; `databricks postgres list-endpoints projects/<project>/branches/<branch>` shows it. To try without an account: lakebase-proxy demo"
             }
             Self::TwoEndpoints { .. } => "unset one of them",
-            Self::Name(_) => {
-                "the form is projects/<project>/branches/<branch>/endpoints/<endpoint>"
-            }
             Self::Variable { .. } => return None,
             Self::Pooler { .. } => "use the endpoint's own host: the same name without `-pooler`",
             Self::PlainRemote { .. } => {
@@ -321,8 +318,7 @@ impl Config {
             } else {
                 listen.port().saturating_add(1)
             };
-            let mapping = settings.database_mapping.unwrap_or_default();
-            endpoints.push(endpoint(table, listen, mapping, &environment)?);
+            endpoints.push(endpoint(table, listen, &environment)?);
         }
 
         let or = |setting: Option<DurationSetting>, default| {
@@ -331,6 +327,7 @@ impl Config {
         let (limits, keepalive) = (Limits::default(), Keepalive::default());
         Ok(Self {
             endpoints,
+            database_mapping: settings.database_mapping.unwrap_or_default(),
             workspace: environment.workspace,
             limits: Limits {
                 connect_timeout: or(settings.connect_timeout, limits.connect_timeout),
@@ -396,8 +393,8 @@ fn of_environment(
                 lakebase_endpoint: lakebase_endpoint.clone(),
             });
         }
-        (Some(name), _) | (None, Some(name)) => name.clone(),
-        (None, None) => return Err(ConfigError::NoEndpoint),
+        (Some(name), _) | (None, Some(name)) => Some(name.clone()),
+        (None, None) => None,
     };
     let port = environment.port.as_ref().map(|text| {
         values::upstream_port(text).map_err(|_| ConfigError::Variable {
@@ -407,7 +404,7 @@ fn of_environment(
         })
     });
     Ok(EndpointSettings {
-        name: Some(name),
+        name,
         host: environment.host.clone(),
         port: port.transpose()?,
         user: environment.user.clone(),
@@ -420,11 +417,22 @@ fn of_environment(
 fn endpoint(
     table: EndpointSettings,
     listen: SocketAddr,
-    mapping: DatabaseMapping,
     environment: &Environment,
 ) -> Result<EndpointConfig, ConfigError> {
-    let Some(called) = table.name.clone().or_else(|| table.host.clone()) else {
-        return Err(ConfigError::NoEndpoint);
+    // An app's database is what is left when nothing else names one.
+    let app = match (&table.name, &table.host) {
+        (None, None) => environment.app_name.clone(),
+        _ => None,
+    };
+    let called = [&table.name, &table.host, &app]
+        .into_iter()
+        .flatten()
+        .next();
+    let called = match (called, &environment.workspace.host) {
+        (Some(called), _) => called.clone(),
+        // The workspace may tell what there is to name.
+        (None, Some(_)) => "default".to_owned(),
+        (None, None) => return Err(ConfigError::NoEndpoint),
     };
     let credential = match &table.credential {
         None => CredentialSource::Workspace,
@@ -444,9 +452,6 @@ fn endpoint(
         },
     };
     if let CredentialSource::Workspace = credential {
-        if let Some(name) = &table.name {
-            name.parse::<EndpointName>()?;
-        }
         if let Some(host) = &table.host
             && host
                 .split('.')
@@ -471,12 +476,8 @@ fn endpoint(
         host: table.host,
         port: table.port.map_or(POSTGRES_PORT, NonZeroU16::get),
         user: table.user,
-        databases: Databases {
-            default: table
-                .database
-                .unwrap_or_else(|| DEFAULT_DATABASE.to_owned()),
-            mapping,
-        },
+        database: table.database,
+        app,
         read_only: table.read_only,
         tls,
         credential,

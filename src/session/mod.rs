@@ -61,15 +61,6 @@ const EARLY_LIMIT: usize = 64 * 1024;
 /// Terminate: the orderly end of a session towards the server.
 const TERMINATE: [u8; 5] = [b'X', 0, 0, 0, 4];
 
-/// Which database a client gets.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Databases {
-    /// The one for clients that name none.
-    pub default: String,
-    /// What the names clients send mean.
-    pub mapping: DatabaseMapping,
-}
-
 /// What the database name a client sends means.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "kebab-case")]
@@ -81,14 +72,14 @@ pub enum DatabaseMapping {
     Exact,
 }
 
-impl Databases {
-    /// The database to open for a client.
-    fn choose(&self, startup: &StartupMessage) -> String {
+impl DatabaseMapping {
+    /// The database to open for a client, where `default` is the endpoint's.
+    fn choose(self, startup: &StartupMessage, default: &str) -> String {
         let user = startup.parameter("user");
         let asked = startup.parameter("database").or(user);
-        match (self.mapping, asked) {
-            (_, None) => self.default.clone(),
-            (DatabaseMapping::Default, asked) if asked == user => self.default.clone(),
+        match (self, asked) {
+            (_, None) => default.to_owned(),
+            (Self::Default, asked) if asked == user => default.to_owned(),
             (_, Some(asked)) => asked.to_owned(),
         }
     }
@@ -98,8 +89,8 @@ impl Databases {
 pub struct Sessions {
     /// Where they lead.
     pub route: Route,
-    /// Which database a client gets.
-    pub databases: Databases,
+    /// What the database names that clients send mean.
+    pub database_mapping: DatabaseMapping,
     /// How long a client may take to say what it wants.
     pub client_login_timeout: Duration,
     /// One permit a session.
@@ -177,15 +168,18 @@ impl Sessions {
     {
         let began = Instant::now();
         let _permit = self.admit()?;
-        let settings =
-            SessionSettings::new(startup, self.databases.choose(startup)).map_err(|error| {
-                Refusal {
-                    report: Report::new(sqlstate::UNDEFINED_OBJECT, error.to_string()),
-                    reason: reason::BAD_STARTUP,
-                }
-            })?;
         let draining = self.shutdown.draining().clone();
-        let connect = async { self.route.upstream().await?.connect(&settings).await };
+        let connect = async {
+            let upstream = self.route.upstream().await?;
+            let database = self
+                .database_mapping
+                .choose(startup, &upstream.endpoint().database);
+            let settings = SessionSettings::new(startup, database).map_err(|error| Refusal {
+                report: Report::new(sqlstate::UNDEFINED_OBJECT, error.to_string()),
+                reason: reason::BAD_STARTUP,
+            })?;
+            upstream.connect(&settings).await
+        };
         let connected = tokio::select! {
             connected = connect => connected,
             () = hang_up(client, &mut buffer) => {
@@ -198,7 +192,7 @@ impl Sessions {
             .hold_seconds
             .observe(began.elapsed().as_secs_f64());
         let (connection, woke_after) = connected?;
-        tracing::debug!(session = id, database = settings.database, after = ?began.elapsed(), "session begins");
+        tracing::debug!(session = id, after = ?began.elapsed(), "session begins");
         let Connection {
             mut stream,
             leftover,
@@ -399,11 +393,7 @@ mod tests {
                 .collect(),
             protocol_options: Vec::new(),
         };
-        Databases {
-            default: "databricks_postgres".to_owned(),
-            mapping,
-        }
-        .choose(&startup)
+        mapping.choose(&startup, "databricks_postgres")
     }
 
     #[test]

@@ -46,6 +46,8 @@ pub struct Endpoint {
     pub port: u16,
     /// The role to log in as.
     pub user: String,
+    /// The database for clients that name none.
+    pub database: String,
     /// Whether and how TLS is spoken.
     pub security: Security,
 }
