@@ -9,6 +9,7 @@ use crate::{
     config::{Config, ConfigError, Environment, Settings},
     shutdown::Signals,
     telemetry,
+    token::{self, TokenArgs},
 };
 
 /// A bad command line or configuration, or a start that failed.
@@ -45,6 +46,9 @@ enum Verb {
     /// Run the proxy (the default)
     #[command(after_help = AFTER_HELP)]
     Serve(Serve),
+    /// Print a database credential, on standard output only
+    #[command(after_help = AFTER_HELP)]
+    Token(TokenArgs),
 }
 
 #[derive(Args, Debug)]
@@ -67,6 +71,8 @@ enum CommandError {
     Signals(#[source] std::io::Error),
     #[error(transparent)]
     Start(#[from] crate::app::StartError),
+    #[error(transparent)]
+    Token(#[from] token::TokenError),
 }
 
 impl CommandError {
@@ -74,6 +80,7 @@ impl CommandError {
         match self {
             Self::Config(error) => error.hint().map(str::to_owned),
             Self::Start(error) => error.hint(),
+            Self::Token(error) => error.hint(),
             #[cfg(feature = "demo")]
             Self::Emulator(_) => None,
             Self::Log(_) | Self::Signals(_) => None,
@@ -120,6 +127,7 @@ async fn dispatch(cli: Cli) -> Result<ExitCode, CommandError> {
         #[cfg(feature = "demo")]
         Some(Verb::Emulator(arguments)) => emulate(arguments).await,
         Some(Verb::Serve(Serve { settings })) => serve(settings).await,
+        Some(Verb::Token(arguments)) => print_token(arguments).await,
     }
 }
 
@@ -139,6 +147,19 @@ async fn serve(settings: Settings) -> Result<ExitCode, CommandError> {
     };
     running.end(hurry).await;
     Ok(cause.exit_code(zero_on_sigterm))
+}
+
+#[expect(clippy::print_stdout, reason = "printing is what it is for")]
+async fn print_token(arguments: TokenArgs) -> Result<ExitCode, CommandError> {
+    let TokenArgs {
+        json,
+        format,
+        settings,
+    } = arguments;
+    let config = Config::resolve(settings, Environment::of_process())?;
+    let _log = telemetry::logging::init(&config.log)?;
+    print!("{}", token::text(config, json, format).await?);
+    Ok(ExitCode::SUCCESS)
 }
 
 #[cfg(feature = "demo")]

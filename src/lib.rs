@@ -49,5 +49,6 @@ pub mod session;
 pub mod shutdown;
 pub mod telemetry;
 pub mod tls;
+pub mod token;
 pub mod upstream;
 pub mod workspace;

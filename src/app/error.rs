@@ -45,6 +45,9 @@ pub enum StartError {
     /// Metrics cannot be registered; a defect.
     #[error("cannot register metrics")]
     Metrics(#[from] prometheus::Error),
+    /// The settings hold no endpoint.
+    #[error("no endpoint is configured")]
+    NoEndpoint,
     /// TLS cannot be set up.
     #[error("cannot set up TLS")]
     Tls(#[from] TlsError),
@@ -74,7 +77,9 @@ impl StartError {
                 "install the system's root certificates (Debian: ca-certificates), or set PGSSLROOTCERT"
             }
             Self::Workspace(error) => return error.hint(),
-            Self::Admin(_) | Self::Bind { .. } | Self::Metrics(_) => return None,
+            Self::Admin(_) | Self::Bind { .. } | Self::Metrics(_) | Self::NoEndpoint => {
+                return None;
+            }
         };
         Some(hint.to_owned())
     }

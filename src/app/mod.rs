@@ -19,19 +19,20 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 pub use self::error::StartError;
 use self::{
     gate::{Gate, Surroundings},
+    locate::locate,
     source::Access,
 };
 use crate::{
     admin::{Admin, Health},
     clock::Clock,
     config::Config,
-    credential::CredentialCell,
+    credential::{CredentialCell, Mint, MintError, Minted},
     listener::Listener,
     session::Sessions,
     shutdown::Shutdown,
     telemetry::{Metrics, chain},
     tls::{self, Roots},
-    upstream::{Label, Route},
+    upstream::{Endpoint, Label, Route},
     workspace::Workspace,
 };
 
@@ -253,6 +254,27 @@ impl App {
             grace,
         })
     }
+}
+
+/// Looks the first endpoint up and mints one credential for it, without listening anywhere.
+pub async fn mint_once(
+    config: Config,
+) -> Result<(Endpoint, Result<Minted, MintError>), StartError> {
+    let [endpoint, ..] = &config.endpoints[..] else {
+        return Err(StartError::NoEndpoint);
+    };
+    let workspace = || -> Result<Workspace, StartError> {
+        let tls = tls::client_config(&Roots::System, tls::ALPN_HTTP_1_1)?;
+        Ok(Workspace::new(
+            config.workspace.clone(),
+            &tls,
+            Clock::system(),
+            Metrics::new()?,
+        )?)
+    };
+    let located = locate(endpoint, &Access::new(&endpoint.credential, workspace)?).await?;
+    let minted = located.source.mint().await;
+    Ok((located.endpoint, minted))
 }
 
 /// A program that serves.

@@ -13,6 +13,11 @@ impl Label {
     pub fn new(name: &str) -> Self {
         Self(name.into())
     }
+
+    /// As it is, unquoted.
+    pub fn name(&self) -> &str {
+        &self.0
+    }
 }
 
 impl fmt::Display for Label {
