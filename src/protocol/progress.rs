@@ -38,6 +38,8 @@ pub struct Progress {
     last_request_simple: bool,
     copy_in: bool,
     terminated: bool,
+    /// The server's last message was an error: if nothing follows, it explains why the server left.
+    explained: bool,
     status: TransactionStatus,
 }
 
@@ -57,6 +59,11 @@ impl Progress {
         self.terminated
     }
 
+    /// Whether the last thing the server said was an error, which no word of ours may follow.
+    pub fn is_explained(&self) -> bool {
+        self.explained
+    }
+
     /// The last known transaction state.
     pub fn status(&self) -> TransactionStatus {
         self.status
@@ -69,6 +76,8 @@ impl Progress {
         match tag {
             tag::QUERY | tag::FUNCTION_CALL => {
                 self.last_request_simple = true;
+                // A simple request ends an extended one that lacks its Sync.
+                self.unsynced = false;
                 self.outstanding = self.outstanding.saturating_add(1);
             }
             tag::SYNC => {
@@ -100,10 +109,10 @@ impl Progress {
                 self.copy_in = false;
                 self.status = TransactionStatus::from_byte(byte);
             }
-            Seen::Message {
-                tag: tag::COPY_IN_RESPONSE,
-            } => self.copy_in = true,
-            Seen::Message { .. } => {}
+            Seen::Message { tag } => {
+                self.explained = tag == tag::ERROR_RESPONSE;
+                self.copy_in |= tag == tag::COPY_IN_RESPONSE;
+            }
         }
     }
 }
@@ -156,6 +165,26 @@ mod tests {
         assert!(progress.is_idle());
         client(&mut progress, b"P");
         assert!(!progress.is_idle(), "a Parse without Sync is under way");
+        client(&mut progress, b"Q");
+        ready(&mut progress, b'I');
+        assert!(
+            progress.is_idle(),
+            "the query has ended what came before it"
+        );
+    }
+
+    #[test]
+    fn an_error_explains_an_end_only_while_nothing_follows_it() {
+        let mut progress = Progress::new();
+        let error = Seen::Message {
+            tag: tag::ERROR_RESPONSE,
+        };
+        progress.from_server(error);
+        assert!(progress.is_explained());
+        ready(&mut progress, b'I');
+        assert!(!progress.is_explained());
+        client(&mut progress, b"E");
+        assert!(!progress.is_explained(), "an Execute is no error");
     }
 
     #[test]

@@ -28,7 +28,7 @@ use bytes::BytesMut;
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
     sync::{OwnedSemaphorePermit, Semaphore},
-    time::{Instant, timeout},
+    time::{Instant, sleep, timeout},
 };
 
 pub use self::cancel::Cancels;
@@ -124,7 +124,17 @@ impl Sessions {
             self.client_login_timeout,
             handshake::receive(&mut client, &mut buffer),
         );
-        match opening.await {
+        // A client that says nothing must not hold up the end.
+        let draining = self.shutdown.draining().clone();
+        let hurried = async {
+            draining.cancelled().await;
+            sleep(FAREWELL).await;
+        };
+        let opening = tokio::select! {
+            opening = opening => opening,
+            () = hurried => Ok(Ok(Opening::Gone)),
+        };
+        match opening {
             Ok(Ok(Opening::Gone)) => {}
             Ok(Ok(Opening::Cancel(key))) => {
                 drop(handshaking);
@@ -218,7 +228,9 @@ impl Sessions {
         }
         let hello = welcome(startup, &greeting.parameter_status, key, &greeting.notices);
         drop(greeting);
-        if write_all(client, &hello).await.is_err() {
+        let said = timeout(self.client_login_timeout, write_all(client, &hello)).await;
+        if !matches!(said, Ok(Ok(()))) {
+            tracing::debug!(session = id, "client did not take its welcome");
             return Ok(());
         }
         let counter = |direction| self.metrics.relay_bytes.with_label_values(&[direction]);
@@ -234,13 +246,14 @@ impl Sessions {
             // Gone or broken: the server's side ends as that of a direct client would, by the socket being closed.
             End::Client => {}
             End::Server => linger(client).await,
-            End::Shutdown => {
+            End::Shutdown { orderly } => {
                 let goodbye = async {
-                    write_all(&mut stream, &TERMINATE).await?;
+                    if orderly {
+                        write_all(&mut stream, &TERMINATE).await?;
+                    }
                     stream.shutdown().await
                 };
-                let _ = timeout(FAREWELL, goodbye).await;
-                linger(client).await;
+                let _ = tokio::join!(timeout(FAREWELL, goodbye), linger(client));
             }
         }
         Ok(())
@@ -339,8 +352,12 @@ impl Sessions {
             detail.push(' ');
         }
         report.detail = Some(format!("{detail}(lakebase-proxy session {id})"));
-        let said = timeout(FAREWELL, write_all(client, &report.encode_fatal())).await;
-        if matches!(said, Ok(Ok(()))) && client.shutdown().await.is_ok() {
+        let last_words = report.encode_fatal();
+        let goodbye = async {
+            write_all(client, &last_words).await?;
+            client.shutdown().await
+        };
+        if let Ok(Ok(())) = timeout(FAREWELL, goodbye).await {
             linger(client).await;
         }
     }

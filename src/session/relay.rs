@@ -15,6 +15,8 @@
 //! | the server takes no more | its last words are read, as they explain why |
 //! | draining | an idle session is ended with 57P01, others as soon as they are idle |
 //! | cutting | every session is ended, with 57P01 where that cannot be mistaken for part of a reply |
+//!
+//! No word of ours lands inside a message, follows an error of the server's, or is said to a client that has said goodbye.
 
 use std::{
     cell::RefCell,
@@ -44,6 +46,8 @@ use crate::{
 const REPLY_PAUSE: Duration = Duration::from_secs(5);
 /// How long a client may leave the last words of its server untouched.
 const DELIVERY_PAUSE: Duration = Duration::from_mins(1);
+/// The same, once the grace time of a shutdown is over.
+const CUT_PAUSE: Duration = Duration::from_secs(1);
 /// What is read at a time; a TLS record holds 16 KiB at most.
 const BUFFER_LEN: usize = 32 * 1024;
 
@@ -60,7 +64,10 @@ pub(super) enum End {
     /// The server left or broke.
     Server,
     /// We ended it.
-    Shutdown,
+    Shutdown {
+        /// Whether the server waits for a message, so that a Terminate is understood as one.
+        orderly: bool,
+    },
 }
 
 /// Both directions of one session.
@@ -72,8 +79,6 @@ pub(super) struct Relay<'a, C, U> {
     to_client: Pipe,
     progress: Progress,
     unasked: UnaskedPasswords,
-    /// Type of the last message from the server: an error that nothing follows explains why it left.
-    last_from_server: u8,
     /// Set once no more is read from the server.
     end: Option<End>,
 }
@@ -97,7 +102,6 @@ where
             to_client: Pipe::new(server_bytes),
             progress: Progress::new(),
             unasked: UnaskedPasswords::default(),
-            last_from_server: 0,
             end: None,
         };
         let mut from_client = from_client;
@@ -117,20 +121,19 @@ where
     ///
     /// Not cancel safe.
     pub(super) async fn run(mut self) -> End {
-        let (draining, cutting) = (self.shutdown.draining(), self.shutdown.cutting());
-        let mut phases = pin!(async {
-            draining.cancelled().await;
-            cutting.cancelled().await;
-        });
-        let mut watched = None;
+        let shutdown = self.shutdown;
+        let mut draining = pin!(shutdown.draining().cancelled());
+        let mut cutting = pin!(shutdown.cutting().cancelled());
+        let mut reached = None;
         let mut patience = None;
         poll_fn(|cx| {
-            // The phase costs a load; the tokens, which lock, are polled only to be woken by the next change.
-            let phase = self.shutdown.phase();
-            if watched != Some(phase) {
-                watched = Some(phase);
-                let _ = phases.as_mut().poll(cx);
-            }
+            let phase = poll_phase(
+                cx,
+                shutdown.phase(),
+                &mut reached,
+                draining.as_mut(),
+                cutting.as_mut(),
+            );
             self.poll(cx, phase, &mut patience)
         })
         .await
@@ -140,41 +143,51 @@ where
         &mut self,
         cx: &mut Context<'_>,
         phase: Phase,
-        patience: &mut Option<Pin<Box<Sleep>>>,
+        patience: &mut Option<Patience>,
     ) -> Poll<End> {
         let before = (self.to_client.total, self.to_client.kept.len());
         if self.poll_from_client(cx).is_err() || self.poll_from_server(cx).is_err() {
             return Poll::Ready(End::Client);
         }
         self.heed(phase);
-        let allowed = match self.end {
-            Some(end) => {
-                // A client that is gone needs no telling.
-                if self.to_client.poll_finish(cx, self.client).is_ready() {
-                    return Poll::Ready(end);
+        loop {
+            let allowed = match self.end {
+                Some(end) => {
+                    // A client that is gone needs no telling.
+                    if self.to_client.poll_finish(cx, self.client).is_ready() {
+                        return Poll::Ready(end);
+                    }
+                    if phase == Phase::Cutting {
+                        CUT_PAUSE
+                    } else {
+                        DELIVERY_PAUSE
+                    }
                 }
-                if phase == Phase::Cutting {
-                    REPLY_PAUSE
-                } else {
-                    DELIVERY_PAUSE
+                None if self.to_server.state == PipeState::Open
+                    || self.to_server.state == PipeState::Ending =>
+                {
+                    return Poll::Pending;
                 }
+                None => REPLY_PAUSE,
+            };
+            let progressed = before != (self.to_client.total, self.to_client.kept.len());
+            let patience = patience.get_or_insert_with(|| Patience::new(allowed));
+            ready!(patience.poll(cx, allowed, progressed));
+            match self.end {
+                Some(end) => return Poll::Ready(end),
+                None if self.to_server.state == PipeState::Closed => {
+                    return Poll::Ready(End::Client);
+                }
+                // A server that neither takes nor says anything.
+                None => self.server_is_lost(),
             }
-            None if self.to_server.state == PipeState::Closed => REPLY_PAUSE,
-            None => return Poll::Pending,
-        };
-        let patience = patience.get_or_insert_with(|| Box::pin(sleep(allowed)));
-        if before != (self.to_client.total, self.to_client.kept.len()) {
-            patience.as_mut().reset(Instant::now() + allowed);
         }
-        patience
-            .as_mut()
-            .poll(cx)
-            .map(|()| self.end.unwrap_or(End::Client))
     }
 
     /// Passes on what the client says. An error is the end of the session.
     fn poll_from_client(&mut self, cx: &mut Context<'_>) -> Result<(), Broken> {
-        if self.to_server.state == PipeState::Closed || self.end.is_some() {
+        let over = matches!(self.to_server.state, PipeState::Closed | PipeState::Refused);
+        if over || self.end.is_some() {
             return Ok(());
         }
         let (progress, unasked) = (&mut self.progress, &mut self.unasked);
@@ -188,7 +201,7 @@ where
         match pumped {
             Poll::Ready(Err(Broken::Source)) => return Err(Broken::Source),
             // The server takes no more, but may have said why: go on reading from it.
-            Poll::Ready(Err(Broken::Sink)) => self.to_server.state = PipeState::Closed,
+            Poll::Ready(Err(Broken::Sink)) => self.to_server.state = PipeState::Refused,
             Poll::Ready(Ok(())) => {
                 if Pin::new(&mut *self.server).poll_shutdown(cx).is_ready() {
                     self.to_server.state = PipeState::Closed;
@@ -204,36 +217,28 @@ where
         if self.end.is_some() {
             return Ok(());
         }
-        let (progress, last) = (&mut self.progress, &mut self.last_from_server);
+        let progress = &mut self.progress;
         let pumped = self.to_client.poll_pump(
             cx,
             self.server,
             self.client,
             |_| {},
-            |seen| {
-                if let Seen::Message { tag } = seen {
-                    *last = tag;
-                }
-                progress.from_server(seen);
-            },
+            |seen| progress.from_server(seen),
         );
         match pumped {
             Poll::Ready(Err(Broken::Sink)) => return Err(Broken::Sink),
-            Poll::Ready(Err(Broken::Source) | Ok(())) => {
-                self.end = Some(End::Server);
-                self.explain_loss();
-            }
+            Poll::Ready(Err(Broken::Source) | Ok(())) => self.server_is_lost(),
             Poll::Pending => {}
         }
         Ok(())
     }
 
-    /// Says why the session ends when the server has not.
-    fn explain_loss(&mut self) {
-        let said_why = self.last_from_server == tag::ERROR_RESPONSE;
-        let client_left = self.progress.is_terminated() || self.to_server.state != PipeState::Open;
-        if !said_why && !client_left {
-            self.to_client.say(
+    /// No more comes from the server. Says why the session ends when the server has not.
+    fn server_is_lost(&mut self) {
+        self.end = Some(End::Server);
+        // A client that has closed its half has asked for this.
+        if matches!(self.to_server.state, PipeState::Open | PipeState::Refused) {
+            self.say(
                 &Report::new(
                     sqlstate::CONNECTION_FAILURE,
                     "the Lakebase endpoint closed the connection",
@@ -254,8 +259,11 @@ where
             Phase::Cutting => true,
         };
         if may_end && self.end.is_none() {
-            self.end = Some(End::Shutdown);
-            self.to_client.say(
+            self.end = Some(End::Shutdown {
+                orderly: self.to_server.state == PipeState::Open
+                    && self.to_server.is_between_messages(),
+            });
+            self.say(
                 &Report::new(
                     sqlstate::ADMIN_SHUTDOWN,
                     "terminating connection because lakebase-proxy is shutting down",
@@ -263,6 +271,62 @@ where
                 .with_hint("Connect again."),
             );
         }
+    }
+
+    /// A last word to the client, where it is understood as one.
+    fn say(&mut self, report: &Report) {
+        if !self.progress.is_terminated() && !self.progress.is_explained() {
+            self.to_client.append(&report.encode_fatal());
+        }
+    }
+}
+
+/// The phase, of which `now` is the latest that could be had without a lock; the task is woken by the next.
+///
+/// The tokens lock, so they are asked only when the phase is not the one they have `reached` with us. It changes before
+/// its token does: then the token is asked again, and will wake us meanwhile.
+fn poll_phase(
+    cx: &mut Context<'_>,
+    now: Phase,
+    reached: &mut Option<Phase>,
+    draining: Pin<&mut impl Future<Output = ()>>,
+    cutting: Pin<&mut impl Future<Output = ()>>,
+) -> Phase {
+    if *reached == Some(now) {
+        return now;
+    }
+    let mut phase = reached.unwrap_or(Phase::Serving);
+    if phase == Phase::Serving && draining.poll(cx).is_ready() {
+        phase = Phase::Draining;
+    }
+    if phase == Phase::Draining && cutting.poll(cx).is_ready() {
+        phase = Phase::Cutting;
+    }
+    *reached = Some(phase);
+    phase.max(now)
+}
+
+/// How long the other side may go on doing nothing.
+struct Patience {
+    allowed: Duration,
+    sleep: Pin<Box<Sleep>>,
+}
+
+impl Patience {
+    fn new(allowed: Duration) -> Self {
+        Self {
+            allowed,
+            sleep: Box::pin(sleep(allowed)),
+        }
+    }
+
+    /// Ready once nothing has happened for as long as is allowed.
+    fn poll(&mut self, cx: &mut Context<'_>, allowed: Duration, progressed: bool) -> Poll<()> {
+        if progressed || allowed != self.allowed {
+            self.allowed = allowed;
+            self.sleep.as_mut().reset(Instant::now() + allowed);
+        }
+        self.sleep.as_mut().poll(cx)
     }
 }
 
@@ -281,8 +345,10 @@ enum PipeState {
     Open,
     /// The source has ended; what was kept is still to be written.
     Ending,
-    /// Nothing will be written any more.
+    /// The source has ended and the sink was told.
     Closed,
+    /// The sink takes no more.
+    Refused,
 }
 
 /// One direction.
@@ -312,10 +378,10 @@ impl Pipe {
         self.kept.is_empty() && self.scanner.is_at_boundary()
     }
 
-    /// Appends a last word, unless that would land inside a message.
-    fn say(&mut self, report: &Report) {
+    /// Appends a message of ours, unless it would land inside another.
+    fn append(&mut self, frame: &[u8]) {
         if self.scanner.is_at_boundary() {
-            self.kept.extend_from_slice(&report.encode_fatal());
+            self.kept.extend_from_slice(frame);
         }
     }
 
@@ -468,3 +534,6 @@ impl UnaskedPasswords {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -20,7 +20,7 @@ use tokio_rustls::{TlsConnector, client::TlsStream};
 
 use super::{
     endpoint::{Endpoint, Keepalive, Security},
-    failure::Failure,
+    failure::{Class, Failure},
 };
 use crate::{
     protocol::{
@@ -191,13 +191,19 @@ async fn secure(
     Ok(Stream::Tls(Box::new(stream)))
 }
 
-/// An error sent instead of an answer to SSLRequest. It is unauthenticated, so it may say when to retry and no more.
+/// An error sent instead of an answer to SSLRequest. It is not authenticated, so it may make us wait, and no more.
 async fn read_plain_error(tcp: TcpStream) -> Failure {
     let mut buffer = bytes::BytesMut::from(&b"E"[..]);
     let mut limited = tcp.take(SMALL_MESSAGE_LIMIT as u64);
     loop {
         match take_message(&mut buffer, SMALL_MESSAGE_LIMIT) {
-            Ok(Some(message)) => return Failure::server(ErrorFields::parse(message.body())),
+            Ok(Some(message)) => {
+                let failure = Failure::server(ErrorFields::parse(message.body()));
+                return match failure.class {
+                    Class::Capacity | Class::Waking => failure,
+                    _ => Failure::protocol(format!("the server refused TLS: {failure}")),
+                };
+            }
             Ok(None) => {}
             Err(error) => return error.into(),
         }
@@ -274,6 +280,77 @@ mod tests {
             interleave(given),
             parse(&["[::1]:1", "1.1.1.1:1", "[::2]:1", "[::3]:1"])
         );
+    }
+
+    /// What becomes of an answer to SSLRequest that comes in the clear.
+    async fn refused_with(answer: &[u8]) -> Failure {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let server = async {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            stream.read_exact(&mut [0; 8]).await.unwrap();
+            stream.write_all(answer).await.unwrap();
+            stream.shutdown().await.unwrap();
+            stream
+                .read_to_end(&mut Vec::new())
+                .await
+                .unwrap_or_default();
+        };
+        let config = rustls::ClientConfig::builder_with_provider(crate::tls::provider())
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_root_certificates(rustls::RootCertStore::empty())
+            .with_no_client_auth();
+        let address = listener.local_addr().unwrap();
+        let endpoint = Endpoint {
+            label: crate::upstream::Label::new("e"),
+            host: "localhost".to_owned(),
+            port: address.port(),
+            user: "me".to_owned(),
+            security: Security::Tls {
+                config: Arc::new(config),
+                name: "localhost".try_into().unwrap(),
+            },
+        };
+        let metrics = Metrics::new().unwrap();
+        let keepalive = Keepalive::default();
+        let dialled = async {
+            redial(address, &endpoint, &keepalive, &metrics)
+                .await
+                .unwrap_err()
+        };
+        tokio::join!(dialled, server).0
+    }
+
+    #[tokio::test]
+    async fn an_error_in_the_clear_can_make_us_wait_and_no_more() {
+        let starting = b"E\0\0\0\x20SFATAL\0C57P03\0Mstarting up\0\0";
+        assert_eq!(refused_with(starting).await.class, Class::Waking);
+        let expired = b"E\0\0\0\x26SFATAL\0C28P01\0Mtoken has expired\0\0";
+        let failure = refused_with(expired).await;
+        assert_eq!(
+            failure.class,
+            Class::Protocol,
+            "or anyone could make us mint"
+        );
+        assert!(failure.to_string().contains("token has expired"));
+        assert_eq!(refused_with(b"N").await.class, Class::Protocol);
+        assert_eq!(refused_with(b"HTTP/1.1 400").await.class, Class::Protocol);
+        assert_eq!(refused_with(b"").await.class, Class::Waking);
+    }
+
+    /// A server that waits for a lock in the middle of a COPY reads nothing, and is alive: Linux would end such a
+    /// connection when the user timeout is over.
+    #[tokio::test]
+    async fn a_peer_is_given_up_when_it_is_dead_and_not_when_it_does_not_read() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let socket = TcpStream::connect(listener.local_addr().unwrap())
+            .await
+            .unwrap();
+        tune(&socket, &Keepalive::default());
+        assert!(socket.nodelay().unwrap());
+        assert!(SockRef::from(&socket).keepalive().unwrap());
+        #[cfg(target_os = "linux")]
+        assert_eq!(SockRef::from(&socket).tcp_user_timeout().unwrap(), None);
     }
 
     #[tokio::test]

@@ -71,13 +71,14 @@ pub struct Keepalive {
 }
 
 impl Default for Keepalive {
-    /// 30 s, 10 s, 5 probes; user timeout as long as all of them together.
+    /// 30 s, 10 s, 5 probes; no user timeout, as libpq: Linux also ends a connection whose peer is alive but has not
+    /// read for that long, such as a server that waits for a lock in the middle of a COPY.
     fn default() -> Self {
         Self {
             idle: Duration::from_secs(30),
             interval: Duration::from_secs(10),
             count: 5,
-            user_timeout: Duration::from_secs(80),
+            user_timeout: Duration::ZERO,
         }
     }
 }

@@ -312,6 +312,17 @@ impl Failure {
         )
     }
 
+    /// Too many clients are being logged in for this one to have had its turn.
+    pub fn crowded() -> Self {
+        let mut failure = Self::ours(
+            Class::Capacity,
+            sqlstate::TOO_MANY_CONNECTIONS,
+            "too many clients log in at the same time".to_owned(),
+        );
+        failure.hint = Some("Open fewer connections at a time, or keep them in a pool.");
+        failure
+    }
+
     /// The TLS handshake failed: the certificate, or the network under it.
     pub fn tls(error: &io::Error) -> Self {
         let tls = error

@@ -2,9 +2,11 @@
 //!
 //! While the endpoint wakes one client's attempt leads: it dials, backs off and dials again, and the others wait for
 //! its result. Once a login has worked (or failed for a reason of its own) everybody goes ahead, a bounded number at a
-//! time. So a thousand clients at a sleeping endpoint make one client's dials.
+//! time. So a thousand clients at a sleeping endpoint make one client's dials, and those that were under way already.
 
 use std::{
+    net::SocketAddr,
+    pin::pin,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -15,7 +17,7 @@ use std::{
 use arc_swap::ArcSwapOption;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
-    sync::{Mutex, MutexGuard, Semaphore},
+    sync::{Mutex, MutexGuard, Notify, Semaphore, SemaphorePermit},
     time::{Instant, sleep_until, timeout, timeout_at},
 };
 
@@ -26,7 +28,7 @@ use super::{
     login::{Connection, log_in},
 };
 use crate::{
-    credential::{CredentialCell, CredentialError},
+    credential::{Credential, CredentialCell, CredentialError},
     protocol::{
         error::{Report, sqlstate},
         options::SessionSettings,
@@ -40,10 +42,8 @@ use crate::{
 
 /// Logins under way at a time.
 const CONCURRENT_LOGINS: usize = 32;
-/// How long a name that does not resolve is tried: a typing error should not cost a minute.
-const DNS_BUDGET: Duration = Duration::from_secs(10);
-/// The budget after a whole one has failed, until a login works again.
-const BUDGET_WHILE_FAILING: Duration = Duration::from_secs(10);
+/// Cancels under way at a time.
+const CONCURRENT_CANCELS: usize = 32;
 /// How long a cancel may take, as PgBouncer's `cancel_wait_timeout`.
 const CANCEL_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -68,6 +68,24 @@ impl Default for Limits {
     }
 }
 
+/// Budgets that are no settings.
+#[derive(Clone, Copy, Debug)]
+struct Budgets {
+    /// How long a name that does not resolve is tried: a typing error should not cost a minute.
+    dns: Duration,
+    /// What a client gets after a whole budget has failed, until a login works again.
+    while_failing: Duration,
+}
+
+impl Default for Budgets {
+    fn default() -> Self {
+        Self {
+            dns: Duration::from_secs(10),
+            while_failing: Duration::from_secs(10),
+        }
+    }
+}
+
 /// Why a client gets no session.
 #[derive(Clone, Debug)]
 pub struct Refusal {
@@ -84,10 +102,14 @@ pub struct Upstream {
     limits: Limits,
     keepalive: Keepalive,
     metrics: Arc<Metrics>,
+    budgets: Budgets,
     logins: Semaphore,
+    cancels: Semaphore,
     /// Held by the client that leads while the endpoint wakes.
     lead: Mutex<Backoff>,
     waking: AtomicBool,
+    /// Told when `waking` ends.
+    woken: Notify,
     failing: AtomicBool,
     last_failure: ArcSwapOption<Failure>,
 }
@@ -107,9 +129,12 @@ impl Upstream {
             limits,
             keepalive,
             metrics,
+            budgets: Budgets::default(),
             logins: Semaphore::new(CONCURRENT_LOGINS),
-            lead: Mutex::new(Backoff::START),
+            cancels: Semaphore::new(CONCURRENT_CANCELS),
+            lead: Mutex::default(),
             waking: AtomicBool::new(false),
+            woken: Notify::new(),
             failing: AtomicBool::new(false),
             last_failure: ArcSwapOption::empty(),
         }
@@ -129,15 +154,14 @@ impl Upstream {
         settings: &SessionSettings,
     ) -> Result<(Connection, Option<Duration>), Refusal> {
         let budget = if self.failing.load(Ordering::Relaxed) {
-            self.limits.connect_timeout.min(BUDGET_WHILE_FAILING)
+            self.limits.connect_timeout.min(self.budgets.while_failing)
         } else {
             self.limits.connect_timeout
         };
         let mut deadline = Deadline::new(budget);
-        let mut backoff = Backoff::START;
+        let mut backoff = Backoff::default();
         let mut lead: Option<MutexGuard<'_, Backoff>> = None;
-        let mut renewed = false;
-        let mut held = false;
+        let (mut held, mut renewed, mut crowded) = (false, false, false);
         loop {
             if lead.is_none() && self.waking.load(Ordering::Acquire) {
                 held = true;
@@ -148,7 +172,14 @@ impl Upstream {
                 .get(deadline.at)
                 .await
                 .map_err(|error| self.no_credential(&error))?;
-            let attempt = self.attempt(&credential, settings, deadline.at);
+            let turn = self.wait_for_turn(deadline.at).await?;
+            // Those ahead may have found the endpoint asleep.
+            if lead.is_none() && self.waking.load(Ordering::Acquire) {
+                continue;
+            }
+            // There may have been a new one meanwhile.
+            let credential = self.credentials.current().unwrap_or(credential);
+            let attempt = self.attempt(turn, &credential, settings, deadline.at);
             let failure = match attempt.await {
                 Ok(connection) => {
                     self.credentials.accepted(credential.generation);
@@ -158,22 +189,29 @@ impl Upstream {
                 }
                 Err(failure) => failure,
             };
-            let retry_at = match failure.class {
+            match failure.class {
                 Class::Waking => {
                     held = true;
                     self.waking.store(true, Ordering::Release);
                     self.last_failure.store(Some(Arc::new(failure.clone())));
                     if failure.is_dns {
-                        deadline.shorten(DNS_BUDGET);
+                        deadline.shorten(self.budgets.dns);
                     }
-                    if lead.is_none() {
+                    if lead.is_none() && !deadline.is_over() {
                         lead = self.wait_for_lead(deadline.at).await?;
                         // Somebody else got through meanwhile: no reason to wait.
                         if lead.is_none() {
                             continue;
                         }
                     }
-                    lead.as_deref_mut().unwrap_or(&mut backoff).next()
+                    let retry_at = lead.as_deref_mut().unwrap_or(&mut backoff).next();
+                    if retry_at >= deadline.at {
+                        if deadline.is_whole {
+                            self.failing.store(true, Ordering::Relaxed);
+                        }
+                        return Err(self.refusal(&failure));
+                    }
+                    let _ = timeout_at(retry_at, self.woken.notified()).await;
                 }
                 Class::Identity if !renewed => {
                     self.wake(lead.as_deref_mut());
@@ -185,39 +223,36 @@ impl Upstream {
                         .await;
                     // The server's own words explain more than why there is no other credential to try.
                     fresh.map_err(|error| self.not_renewed(&failure, &error))?;
-                    continue;
                 }
                 Class::Capacity => {
                     self.wake(lead.as_deref_mut());
                     lead = None;
-                    deadline.shorten(self.limits.capacity_timeout);
-                    backoff.next()
+                    if !crowded {
+                        crowded = true;
+                        let waited = deadline.began.elapsed();
+                        deadline.shorten(waited + self.limits.capacity_timeout);
+                    }
+                    let retry_at = backoff.next();
+                    if retry_at >= deadline.at {
+                        return Err(self.refusal(&failure));
+                    }
+                    sleep_until(retry_at).await;
                 }
                 _ => {
                     self.wake(lead.as_deref_mut());
                     return Err(self.refusal(&failure));
                 }
-            };
-            if retry_at >= deadline.at {
-                sleep_until(deadline.at).await;
-                if failure.class == Class::Waking && !failure.is_dns {
-                    self.failing.store(true, Ordering::Relaxed);
-                }
-                return Err(self.refusal(&failure));
             }
-            sleep_until(retry_at).await;
         }
     }
 
     /// Sends the server's own cancel key to the address that gave it, over a fresh connection.
     ///
     /// Returns when the server has closed that connection, which is when the signal has been sent.
-    pub async fn cancel(
-        &self,
-        address: std::net::SocketAddr,
-        key: CancelKey,
-    ) -> Result<(), Failure> {
+    pub async fn cancel(&self, address: SocketAddr, key: CancelKey) -> Result<(), Failure> {
         let exchange = async {
+            // Never closed, so never an error.
+            let _turn = self.cancels.acquire().await;
             let mut stream =
                 dial::redial(address, &self.endpoint, &self.keepalive, &self.metrics).await?;
             let sent = async {
@@ -240,10 +275,15 @@ impl Upstream {
         &self,
         deadline: Instant,
     ) -> Result<Option<MutexGuard<'_, Backoff>>, Refusal> {
-        match timeout_at(deadline, self.lead.lock()).await {
-            Ok(lead) if self.waking.load(Ordering::Acquire) => Ok(Some(lead)),
-            Ok(_) => Ok(None),
-            Err(_elapsed) => {
+        let mut woken = pin!(self.woken.notified());
+        woken.as_mut().enable();
+        if !self.waking.load(Ordering::Acquire) {
+            return Ok(None);
+        }
+        tokio::select! {
+            () = woken => Ok(None),
+            lead = self.lead.lock() => Ok(self.waking.load(Ordering::Acquire).then_some(lead)),
+            () = sleep_until(deadline) => {
                 let failure = self.last_failure.load_full();
                 Err(self.refusal(
                     &failure.map_or_else(|| Failure::timed_out("waking"), Arc::unwrap_or_clone),
@@ -252,38 +292,40 @@ impl Upstream {
         }
     }
 
+    /// Waits until few enough others are being logged in. Cancel safe.
+    async fn wait_for_turn(&self, deadline: Instant) -> Result<SemaphorePermit<'_>, Refusal> {
+        match timeout_at(deadline, self.logins.acquire()).await {
+            Ok(Ok(turn)) => Ok(turn),
+            Ok(Err(_)) | Err(_) => Err(self.refusal(&Failure::crowded())),
+        }
+    }
+
     /// The endpoint has answered: nobody need wait for a leader.
     fn wake(&self, lead: Option<&mut Backoff>) {
-        self.waking.store(false, Ordering::Release);
+        if self.waking.swap(false, Ordering::AcqRel) {
+            self.woken.notify_waiters();
+        }
         if let Some(backoff) = lead {
-            *backoff = Backoff::START;
+            *backoff = Backoff::default();
         }
     }
 
     async fn attempt(
         &self,
-        credential: &crate::credential::Credential,
+        _turn: SemaphorePermit<'_>,
+        credential: &Credential,
         settings: &SessionSettings,
         deadline: Instant,
     ) -> Result<Connection, Failure> {
-        let attempt = async {
-            // Never closed, so never an error.
-            let _permit = self.logins.acquire().await;
-            let limit = self.limits.server_connect_timeout;
-            timeout(
-                limit,
-                log_in(
-                    &self.endpoint,
-                    credential,
-                    settings,
-                    &self.keepalive,
-                    &self.metrics,
-                ),
-            )
-            .await
-            .unwrap_or_else(|_| Err(Failure::timed_out("login")))
-        };
-        let result = timeout_at(deadline, attempt)
+        let login = log_in(
+            &self.endpoint,
+            credential,
+            settings,
+            &self.keepalive,
+            &self.metrics,
+        );
+        let limit = deadline.min(Instant::now() + self.limits.server_connect_timeout);
+        let result = timeout_at(limit, login)
             .await
             .unwrap_or_else(|_| Err(Failure::timed_out("login")));
         let labels = match &result {
@@ -340,6 +382,8 @@ impl Upstream {
 struct Deadline {
     at: Instant,
     began: Instant,
+    /// It has not been shortened.
+    is_whole: bool,
 }
 
 impl Deadline {
@@ -348,26 +392,57 @@ impl Deadline {
         Self {
             at: began + budget,
             began,
+            is_whole: true,
         }
     }
 
-    /// Allows `budget` from the beginning, where less than now.
+    /// Allows `budget` from the beginning, where that is less.
     fn shorten(&mut self, budget: Duration) {
-        self.at = self.at.min(self.began + budget);
+        let at = self.began + budget;
+        if at < self.at {
+            self.at = at;
+            self.is_whole = false;
+        }
+    }
+
+    fn is_over(&self) -> bool {
+        Instant::now() >= self.at
     }
 }
 
 /// Growing pauses, a random half of each: 50..100 ms at first, 1..2 s at last.
 #[derive(Clone, Copy, Debug)]
-struct Backoff(Duration);
+struct Backoff {
+    pause: Duration,
+    used: Option<Instant>,
+}
 
-impl Backoff {
-    const START: Self = Self(Duration::from_millis(100));
-    const MAX: Duration = Duration::from_secs(2);
-
-    fn next(&mut self) -> Instant {
-        let pause = self.0.mul_f64(rand::random_range(0.5..1.0));
-        self.0 = self.0.mul_f64(1.5).min(Self::MAX);
-        Instant::now() + pause
+impl Default for Backoff {
+    fn default() -> Self {
+        Self {
+            pause: Self::FIRST,
+            used: None,
+        }
     }
 }
+
+impl Backoff {
+    const FIRST: Duration = Duration::from_millis(100);
+    const LAST: Duration = Duration::from_secs(2);
+    /// When nobody has tried for this long, a new client begins anew.
+    const STALE: Duration = Duration::from_secs(30);
+
+    fn next(&mut self) -> Instant {
+        let now = Instant::now();
+        if self.used.is_some_and(|used| now - used > Self::STALE) {
+            self.pause = Self::FIRST;
+        }
+        self.used = Some(now);
+        let pause = self.pause.mul_f64(rand::random_range(0.5..1.0));
+        self.pause = self.pause.mul_f64(1.5).min(Self::LAST);
+        now + pause
+    }
+}
+
+#[cfg(test)]
+mod tests;

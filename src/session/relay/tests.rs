@@ -1,0 +1,817 @@
+//! Sessions over in-memory streams with a paused clock: what passes, what pushes back, how each side's end ends the other.
+
+use std::{
+    io,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
+    task::{Wake, Waker},
+};
+
+use proptest::prelude::*;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex},
+    task::JoinSet,
+    time::timeout,
+};
+use tokio_util::sync::CancellationToken;
+
+use super::*;
+use crate::protocol::{error::ErrorFields, frame::take_message};
+
+const ROOM: usize = 64 * 1024;
+
+fn frame(tag: u8, body: &[u8]) -> Vec<u8> {
+    let length = u32::try_from(body.len() + 4).unwrap();
+    [&[tag][..], &length.to_be_bytes(), body].concat()
+}
+
+fn query() -> Vec<u8> {
+    frame(b'Q', b"select 1\0")
+}
+
+fn ready(status: u8) -> Vec<u8> {
+    frame(b'Z', &[status])
+}
+
+fn fatal() -> Vec<u8> {
+    frame(b'E', b"SFATAL\0C57P01\0Mterminating connection\0\0")
+}
+
+fn counter() -> IntCounter {
+    IntCounter::new("bytes", "bytes").unwrap()
+}
+
+/// A relay under way, seen from both of its ends.
+struct Session {
+    client: DuplexStream,
+    server: DuplexStream,
+    breaks: Breaks,
+    shutdown: Shutdown,
+    relay: JoinSet<End>,
+}
+
+/// Lets a test reset either side's connection.
+#[derive(Clone, Default)]
+struct Breaks {
+    client: Arc<Switch>,
+    server: Arc<Switch>,
+}
+
+impl Session {
+    fn begin() -> Self {
+        Self::with((ROOM, ROOM), &[], &[])
+    }
+
+    fn with((client_room, server_room): (usize, usize), early: &[u8], leftover: &[u8]) -> Self {
+        let (client, our_client) = duplex(client_room);
+        let (server, our_server) = duplex(server_room);
+        let breaks = Breaks::default();
+        let shutdown = Shutdown::new();
+        let mut client_end = Breakable::new(our_client, &breaks.client);
+        let mut server_end = Breakable::new(our_server, &breaks.server);
+        let (early, leftover) = (early.to_vec(), leftover.to_vec());
+        let watched = shutdown.clone();
+        let mut relay = JoinSet::new();
+        relay.spawn(async move {
+            let relay = Relay::new(
+                (&mut client_end, &early, counter()),
+                (&mut server_end, &leftover, counter()),
+                &watched,
+            );
+            relay.run().await
+        });
+        Self {
+            client,
+            server,
+            breaks,
+            shutdown,
+            relay,
+        }
+    }
+
+    /// One query on its way, of which the server has heard.
+    async fn ask(&mut self) {
+        self.client.write_all(&query()).await.unwrap();
+        let mut heard = vec![0; query().len()];
+        self.server.read_exact(&mut heard).await.unwrap();
+        assert_eq!(heard, query());
+    }
+
+    /// The server says this, and the client hears it.
+    async fn answer(&mut self, bytes: &[u8]) {
+        self.server.write_all(bytes).await.unwrap();
+        let mut heard = vec![0; bytes.len()];
+        self.client.read_exact(&mut heard).await.unwrap();
+        assert_eq!(heard, bytes);
+    }
+
+    async fn ended(&mut self) -> End {
+        let ended = timeout(Duration::from_hours(1), self.relay.join_next());
+        ended
+            .await
+            .expect("the relay does not end")
+            .unwrap()
+            .unwrap()
+    }
+
+    /// The end, and all that the client hears until then.
+    async fn last_words(&mut self) -> (End, Vec<u8>) {
+        let mut words = Vec::new();
+        let client = &mut self.client;
+        let end = tokio::join!(self.relay.join_next(), client.read_to_end(&mut words)).0;
+        (end.unwrap().unwrap(), words)
+    }
+
+    async fn is_waiting(&mut self) -> bool {
+        timeout(Duration::from_hours(1), self.relay.join_next())
+            .await
+            .is_err()
+    }
+}
+
+/// The SQLSTATEs of the errors in a stream of whole messages.
+fn errors(words: &[u8]) -> Vec<String> {
+    let mut buffer = BytesMut::from(words);
+    let mut codes = Vec::new();
+    while let Some(message) = take_message(&mut buffer, ROOM).unwrap() {
+        if message.tag == tag::ERROR_RESPONSE {
+            codes.push(ErrorFields::parse(message.body()).code);
+        }
+    }
+    assert!(buffer.is_empty(), "words end inside a message: {buffer:?}");
+    codes
+}
+
+/// What a connection does once it has been switched: it resets, reads or writes or both.
+#[derive(Default)]
+struct Switch {
+    reads: AtomicBool,
+    writes: AtomicBool,
+    wakers: Mutex<Vec<Waker>>,
+}
+
+impl Switch {
+    fn reset(&self) {
+        self.reads.store(true, Ordering::SeqCst);
+        self.refuse_writes();
+    }
+
+    fn refuse_writes(&self) {
+        self.writes.store(true, Ordering::SeqCst);
+        for waker in self.wakers.lock().unwrap().drain(..) {
+            waker.wake();
+        }
+    }
+
+    fn check(&self, flag: &AtomicBool, cx: &Context<'_>) -> io::Result<()> {
+        self.wakers.lock().unwrap().push(cx.waker().clone());
+        if flag.load(Ordering::SeqCst) {
+            return Err(io::ErrorKind::ConnectionReset.into());
+        }
+        Ok(())
+    }
+}
+
+struct Breakable {
+    stream: DuplexStream,
+    switch: Arc<Switch>,
+}
+
+impl Breakable {
+    fn new(stream: DuplexStream, switch: &Arc<Switch>) -> Self {
+        Self {
+            stream,
+            switch: Arc::clone(switch),
+        }
+    }
+}
+
+impl AsyncRead for Breakable {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        // What came before a reset can still be read.
+        match Pin::new(&mut self.stream).poll_read(cx, buf) {
+            Poll::Pending => match self.switch.check(&self.switch.reads, cx) {
+                Ok(()) => Poll::Pending,
+                Err(error) => Poll::Ready(Err(error)),
+            },
+            ready @ Poll::Ready(_) => ready,
+        }
+    }
+}
+
+impl AsyncWrite for Breakable {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        self.switch.check(&self.switch.writes, cx)?;
+        Pin::new(&mut self.stream).poll_write(cx, buf)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}
+
+// Traffic.
+
+fn messages() -> impl Strategy<Value = Vec<u8>> {
+    let body = prop_oneof![
+        8 => prop::collection::vec(any::<u8>(), 0..40),
+        1 => prop::collection::vec(any::<u8>(), 0..70_000),
+    ];
+    prop::collection::vec((any::<u8>(), body), 0..12).prop_map(|messages| {
+        let frames = messages.into_iter().map(|(tag, body)| frame(tag, &body));
+        frames.flatten().collect()
+    })
+}
+
+async fn write_in_pieces(to: &mut (impl AsyncWrite + Unpin), bytes: &[u8], pieces: &[usize]) {
+    let mut pieces = pieces.iter().copied().cycle();
+    let mut rest = bytes;
+    while !rest.is_empty() {
+        let (piece, left) = rest.split_at(pieces.next().unwrap_or(1000).min(rest.len()));
+        to.write_all(piece).await.unwrap();
+        tokio::task::yield_now().await;
+        rest = left;
+    }
+}
+
+fn run_paused<T>(future: impl Future<Output = T>) -> T {
+    tokio::runtime::Builder::new_current_thread()
+        .enable_time()
+        .start_paused(true)
+        .build()
+        .unwrap()
+        .block_on(future)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    #[test]
+    fn whatever_is_said_arrives_as_it_was_said(
+        passwords in prop::collection::vec(prop::collection::vec(any::<u8>(), 0..300), 0..3),
+        from_client in messages(),
+        from_server in messages(),
+        early in any::<prop::sample::Index>(),
+        leftover in any::<prop::sample::Index>(),
+        pieces in prop::collection::vec(1..9000_usize, 1..20),
+        room in 1..9000_usize,
+    ) {
+        // Asked for nothing, a client may send passwords first; anything else first ends that.
+        let mut expected = query();
+        expected.extend_from_slice(&from_client);
+        let mut sent: Vec<u8> = passwords.iter().flat_map(|password| frame(b'p', password)).collect();
+        sent.extend_from_slice(&expected);
+        let (early, sent) = sent.split_at(early.index(sent.len() + 1).min(9000));
+        let (leftover, answers) = from_server.split_at(leftover.index(from_server.len() + 1));
+        let (heard_by_server, heard_by_client, end) = run_paused(async {
+            let Session { mut client, mut server, mut relay, .. } = Session::with((room, room), early, leftover);
+            let (mut client_reads, mut client_writes) = tokio::io::split(&mut client);
+            let (mut server_reads, mut server_writes) = tokio::io::split(&mut server);
+            let mut by_server = Vec::new();
+            let mut by_client = vec![0; from_server.len()];
+            tokio::join!(
+                write_in_pieces(&mut client_writes, sent, &pieces),
+                write_in_pieces(&mut server_writes, answers, &pieces),
+                async { client_reads.read_exact(&mut by_client).await.unwrap(); },
+                async {
+                    by_server.resize(expected.len(), 0);
+                    server_reads.read_exact(&mut by_server).await.unwrap();
+                },
+            );
+            client_writes.shutdown().await.unwrap();
+            server_reads.read_to_end(&mut by_server).await.unwrap();
+            server_writes.shutdown().await.unwrap();
+            client_reads.read_to_end(&mut by_client).await.unwrap();
+            (by_server, by_client, relay.join_next().await.unwrap().unwrap())
+        });
+        prop_assert!(heard_by_server == expected, "the server heard something else");
+        prop_assert!(heard_by_client == from_server, "the client heard something else");
+        prop_assert_eq!(end, End::Server);
+    }
+
+    #[test]
+    fn no_part_of_an_unasked_password_is_passed_on(
+        password in prop::collection::vec(any::<u8>(), 0..100),
+        cuts in prop::collection::vec(any::<prop::sample::Index>(), 0..6),
+    ) {
+        let stream = [frame(b'p', &password), query(), frame(b'p', b"later, for the server to judge")].concat();
+        let mut at: Vec<usize> = cuts.iter().map(|cut| cut.index(stream.len() + 1)).collect();
+        at.sort_unstable();
+        let mut unasked = UnaskedPasswords::default();
+        let (mut passed, mut from) = (Vec::new(), 0);
+        for to in at.into_iter().chain([stream.len()]) {
+            let mut chunk = &stream[from..to];
+            unasked.strip(&mut chunk);
+            passed.extend_from_slice(chunk);
+            from = to;
+        }
+        prop_assert_eq!(passed, &stream[password.len() + HEADER_LEN..]);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_password_whose_length_is_nonsense_is_not_passed_on_either() {
+    let mut session = Session::with((ROOM, ROOM), b"p\0\0", b"");
+    session.client.write_all(b"\0\x02").await.unwrap();
+    session.ask().await;
+}
+
+/// A reader that stops reading: of what the other side goes on to say, only a bufferful is taken in.
+#[tokio::test(start_paused = true)]
+async fn a_slow_reader_slows_its_sender_in_either_direction() {
+    const SMALL: usize = 512;
+    for from_server in [true, false] {
+        let (client_room, server_room) = if from_server {
+            (SMALL, ROOM)
+        } else {
+            (ROOM, SMALL)
+        };
+        let mut session = Session::with((client_room, server_room), b"", b"");
+        let (sender, receiver) = if from_server {
+            (&mut session.server, &mut session.client)
+        } else {
+            (&mut session.client, &mut session.server)
+        };
+        let message = frame(b'd', &[7; 1000]);
+        let mut taken = 0;
+        while let Ok(written) = timeout(Duration::from_secs(1), sender.write(&message)).await {
+            taken += written.unwrap();
+            assert!(
+                taken <= ROOM + BUFFER_LEN + SMALL,
+                "{taken} bytes were taken in"
+            );
+        }
+        assert!(
+            taken > ROOM + BUFFER_LEN / 2,
+            "only {taken} bytes were taken in"
+        );
+        let mut heard = vec![0; taken];
+        receiver.read_exact(&mut heard).await.unwrap();
+        sender.write_all(&message).await.unwrap();
+        receiver
+            .read_exact(&mut heard[..message.len()])
+            .await
+            .unwrap();
+    }
+}
+
+/// One gigabyte would take minutes here; what matters is that a message beyond any buffer is passed on as it comes.
+#[tokio::test(start_paused = true)]
+async fn a_message_is_not_held_until_it_is_whole() {
+    let mut session = Session::begin();
+    let header = [b'D', 0x3f, 0xff, 0xff, 0xff];
+    session.answer(&header).await;
+    for _ in 0..64 {
+        session.answer(&[1; 16 * 1024]).await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_session_that_waits_holds_no_buffer() {
+    let (mut client, mut our_client) = duplex(100);
+    let (mut server, mut our_server) = duplex(100);
+    let shutdown = Shutdown::new();
+    let mut relay = Relay::new(
+        (&mut our_client, &[], counter()),
+        (&mut our_server, &[], counter()),
+        &shutdown,
+    );
+    let mut cx = Context::from_waker(Waker::noop());
+    let reply = frame(b'D', &[0; 500]);
+    let mut rest = &reply[..];
+    let mut heard = Vec::new();
+    let mut held = 0;
+    while heard.len() < reply.len() {
+        if let Ok(written) = timeout(Duration::ZERO, server.write(rest)).await {
+            rest = &rest[written.unwrap()..];
+        }
+        assert!(relay.poll(&mut cx, Phase::Serving, &mut None).is_pending());
+        held = held.max(relay.to_client.kept.len());
+        let mut piece = [0; 30];
+        if let Ok(read) = timeout(Duration::ZERO, client.read(&mut piece)).await {
+            heard.extend_from_slice(&piece[..read.unwrap()]);
+        }
+    }
+    assert!(relay.poll(&mut cx, Phase::Serving, &mut None).is_pending());
+    assert!(held > 0, "the client was too fast for this test");
+    assert_eq!(relay.to_client.kept.capacity(), 0);
+    assert_eq!(relay.to_server.kept.capacity(), 0);
+    assert_eq!(relay.to_client.counter.get(), 505);
+}
+
+// The client's end.
+
+#[tokio::test(start_paused = true)]
+async fn replies_drain_after_a_client_has_closed_its_half() {
+    let mut session = Session::begin();
+    session.ask().await;
+    session.client.shutdown().await.unwrap();
+    assert_eq!(
+        session.server.read(&mut [0; 1]).await.unwrap(),
+        0,
+        "the server is told"
+    );
+    for _ in 0..5 {
+        sleep(Duration::from_secs(4)).await;
+        session.answer(&frame(b'D', b"row")).await;
+    }
+    session.answer(&ready(b'I')).await;
+    drop(session.server);
+    let mut rest = Vec::new();
+    session.client.read_to_end(&mut rest).await.unwrap();
+    assert!(rest.is_empty(), "the client has asked for this end");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_server_that_says_nothing_more_is_not_waited_for_long() {
+    let mut session = Session::begin();
+    session.ask().await;
+    let began = Instant::now();
+    drop(session.client);
+    assert_eq!(
+        session.relay.join_next().await.unwrap().unwrap(),
+        End::Client
+    );
+    assert_eq!(began.elapsed().as_secs(), REPLY_PAUSE.as_secs());
+    assert_eq!(session.server.read(&mut [0; 1]).await.unwrap(), 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_client_that_resets_ends_its_server_at_once() {
+    let mut session = Session::begin();
+    session.ask().await;
+    let began = Instant::now();
+    session.breaks.client.reset();
+    assert_eq!(session.ended().await, End::Client);
+    assert_eq!(began.elapsed(), Duration::ZERO);
+    assert!(session.server.write_all(b"x").await.is_err());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_client_that_takes_no_more_ends_its_server_at_once() {
+    let mut session = Session::begin();
+    session.ask().await;
+    session.breaks.client.refuse_writes();
+    session
+        .server
+        .write_all(&frame(b'D', b"row"))
+        .await
+        .unwrap();
+    assert_eq!(session.ended().await, End::Client);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_client_that_dies_in_the_middle_of_a_message_gets_none_made_up_for_it() {
+    let mut session = Session::begin();
+    session.client.write_all(&query()[..9]).await.unwrap();
+    drop(session.client);
+    let mut heard = Vec::new();
+    session.server.read_to_end(&mut heard).await.unwrap();
+    assert_eq!(heard, &query()[..9]);
+}
+
+// The server's end.
+
+#[tokio::test(start_paused = true)]
+async fn a_fatal_error_is_delivered_and_nothing_follows_it() {
+    let mut session = Session::begin();
+    session.ask().await;
+    session
+        .server
+        .write_all(&frame(b'D', b"row"))
+        .await
+        .unwrap();
+    session.server.write_all(&fatal()).await.unwrap();
+    session.breaks.server.reset();
+    let (end, words) = session.last_words().await;
+    assert_eq!(end, End::Server);
+    assert_eq!(words, [frame(b'D', b"row"), fatal()].concat());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_fatal_error_right_behind_the_login_counts_too() {
+    let mut session = Session::with((ROOM, ROOM), b"", &fatal());
+    session.breaks.server.reset();
+    let (end, words) = session.last_words().await;
+    assert_eq!((end, words), (End::Server, fatal()));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_fatal_error_waits_for_a_client_that_reads_slowly_but_not_for_ever() {
+    let mut session = Session::with((16, ROOM), b"", b"");
+    let reply = frame(b'D', &[0; 100]);
+    session.server.write_all(&reply).await.unwrap();
+    session.server.write_all(&fatal()).await.unwrap();
+    drop(session.server);
+    let mut words = Vec::new();
+    while words.len() < reply.len() + fatal().len() {
+        sleep(Duration::from_secs(20)).await;
+        words.push(session.client.read_u8().await.unwrap());
+        if words.len() == 5 {
+            session.client.read_buf(&mut words).await.unwrap();
+        }
+    }
+    assert_eq!(words, [reply.clone(), fatal()].concat());
+
+    let mut session = Session::with((16, ROOM), b"", b"");
+    let began = Instant::now();
+    session
+        .server
+        .write_all(&frame(b'D', &[0; 11]))
+        .await
+        .unwrap();
+    drop(session.server);
+    assert_eq!(
+        session.relay.join_next().await.unwrap().unwrap(),
+        End::Server
+    );
+    assert_eq!(began.elapsed().as_secs(), DELIVERY_PAUSE.as_secs());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_server_lost_between_two_messages_is_explained() {
+    for reset in [true, false] {
+        let mut session = Session::begin();
+        session.ask().await;
+        session.answer(&frame(b'D', b"row")).await;
+        if reset {
+            session.breaks.server.reset();
+        } else {
+            session.server.shutdown().await.unwrap();
+        }
+        let (end, words) = session.last_words().await;
+        assert_eq!(end, End::Server);
+        assert_eq!(errors(&words), ["08006"]);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn nothing_is_put_inside_a_message_that_the_server_leaves_unfinished() {
+    for cut in 1..9 {
+        let mut session = Session::begin();
+        session.ask().await;
+        session.answer(&frame(b'D', b"row!")[..cut]).await;
+        session.breaks.server.reset();
+        let (end, words) = session.last_words().await;
+        assert_eq!((end, words), (End::Server, Vec::new()), "{cut}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_client_that_has_said_goodbye_is_told_nothing() {
+    let mut session = Session::begin();
+    session.client.write_all(&frame(b'X', b"")).await.unwrap();
+    session.server.read_exact(&mut [0; 5]).await.unwrap();
+    session.breaks.server.reset();
+    let (end, words) = session.last_words().await;
+    assert_eq!((end, words), (End::Server, Vec::new()));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_server_that_takes_no_more_is_heard_out() {
+    let mut session = Session::begin();
+    session.breaks.server.refuse_writes();
+    session.client.write_all(&query()).await.unwrap();
+    session.answer(&fatal()).await;
+    session.server.shutdown().await.unwrap();
+    let (end, words) = session.last_words().await;
+    assert_eq!((end, words), (End::Server, Vec::new()));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_server_that_takes_no_more_and_says_nothing_is_explained() {
+    for reset in [true, false] {
+        let mut session = Session::begin();
+        session.breaks.server.refuse_writes();
+        if reset {
+            session.breaks.server.reset();
+        }
+        let began = Instant::now();
+        session.client.write_all(&query()).await.unwrap();
+        let (end, words) = session.last_words().await;
+        assert_eq!(end, End::Server);
+        assert_eq!(errors(&words), ["08006"]);
+        let waited = if reset { Duration::ZERO } else { REPLY_PAUSE };
+        assert_eq!(began.elapsed().as_secs(), waited.as_secs());
+    }
+}
+
+// Our own end.
+
+const ORDERLY: End = End::Shutdown { orderly: true };
+
+#[tokio::test(start_paused = true)]
+async fn draining_ends_an_idle_session_at_once() {
+    let mut session = Session::begin();
+    session.ask().await;
+    session.answer(&ready(b'I')).await;
+    let began = Instant::now();
+    session.shutdown.drain();
+    let (end, words) = session.last_words().await;
+    assert_eq!((end, began.elapsed()), (ORDERLY, Duration::ZERO));
+    assert_eq!(errors(&words), ["57P01"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn draining_lets_a_transaction_finish() {
+    let mut session = Session::begin();
+    session.ask().await;
+    session.shutdown.drain();
+    session.answer(&ready(b'T')).await;
+    assert!(session.is_waiting().await, "in a transaction");
+    session.ask().await;
+    session.answer(&frame(b'C', b"COMMIT\0")).await;
+    assert!(session.is_waiting().await, "the answer is not complete");
+    session.server.write_all(&ready(b'I')).await.unwrap();
+    let (end, words) = session.last_words().await;
+    assert_eq!(end, ORDERLY);
+    assert!(words.starts_with(&ready(b'I')));
+    assert_eq!(errors(&words), ["57P01"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn draining_waits_for_the_end_of_a_request() {
+    let mut session = Session::begin();
+    session.client.write_all(&query()[..3]).await.unwrap();
+    session.server.read_exact(&mut [0; 3]).await.unwrap();
+    session.shutdown.drain();
+    assert!(session.is_waiting().await, "half a query was sent");
+    session.client.write_all(&query()[3..]).await.unwrap();
+    assert!(session.is_waiting().await, "a query was sent");
+    session.server.write_all(&ready(b'I')).await.unwrap();
+    assert_eq!(session.ended().await, ORDERLY);
+}
+
+#[tokio::test(start_paused = true)]
+async fn draining_adds_nothing_to_what_the_server_said_last() {
+    let mut session = Session::begin();
+    session.answer(&fatal()).await;
+    session.shutdown.drain();
+    let (_, words) = session.last_words().await;
+    assert!(words.is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_cut_ends_every_session_between_two_messages() {
+    let mut session = Session::begin();
+    session.ask().await;
+    session.answer(&frame(b'D', b"row")).await;
+    session.shutdown.drain();
+    assert!(session.is_waiting().await);
+    session.shutdown.cut();
+    let (end, words) = session.last_words().await;
+    assert_eq!(end, ORDERLY);
+    assert_eq!(errors(&words), ["57P01"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_cut_says_nothing_inside_a_message_to_either_side() {
+    let mut session = Session::begin();
+    session.ask().await;
+    session.answer(&frame(b'D', b"row")[..6]).await;
+    session.client.write_all(&query()[..6]).await.unwrap();
+    session.server.read_exact(&mut [0; 6]).await.unwrap();
+    session.shutdown.cut();
+    let (end, words) = session.last_words().await;
+    assert_eq!(
+        end,
+        End::Shutdown { orderly: false },
+        "no Terminate inside a query"
+    );
+    assert!(words.is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_cut_waits_for_no_client_that_does_not_read() {
+    let mut session = Session::with((16, ROOM), b"", b"");
+    session
+        .server
+        .write_all(&frame(b'D', &[0; 100]))
+        .await
+        .unwrap();
+    drop(session.server);
+    assert!(
+        timeout(Duration::from_secs(10), session.relay.join_next())
+            .await
+            .is_err()
+    );
+    let began = Instant::now();
+    session.shutdown.cut();
+    session.relay.join_next().await.unwrap().unwrap();
+    assert_eq!(began.elapsed().as_secs(), CUT_PAUSE.as_secs());
+}
+
+#[derive(Default)]
+struct Count(AtomicUsize);
+
+impl Wake for Count {
+    fn wake(self: Arc<Self>) {
+        self.0.fetch_add(1, Ordering::SeqCst);
+    }
+}
+
+/// The phase and its token do not change in one step. Whatever a session sees of them, in whichever order, the next
+/// change must wake it, and none may be looked at twice.
+#[tokio::test]
+async fn no_change_of_phase_is_missed() {
+    use Phase::{Cutting, Draining, Serving};
+    enum Step {
+        Drain,
+        Cut,
+        Look(Phase, Phase),
+        Woken,
+    }
+    use Step::{Cut, Drain, Look, Woken};
+    let stories: Vec<Vec<Step>> = vec![
+        vec![
+            Look(Serving, Serving),
+            Drain,
+            Woken,
+            Look(Draining, Draining),
+            Cut,
+            Woken,
+            Look(Cutting, Cutting),
+        ],
+        // The phase is seen before its token has changed.
+        vec![
+            Look(Draining, Draining),
+            Drain,
+            Woken,
+            Look(Draining, Draining),
+            Cut,
+            Woken,
+            Look(Cutting, Cutting),
+        ],
+        // The phase changes right after it was looked at.
+        vec![
+            Drain,
+            Look(Serving, Draining),
+            Cut,
+            Woken,
+            Look(Cutting, Cutting),
+        ],
+        vec![
+            Drain,
+            Cut,
+            Look(Serving, Cutting),
+            Look(Cutting, Cutting),
+            Look(Cutting, Cutting),
+        ],
+        vec![
+            Look(Serving, Serving),
+            Drain,
+            Cut,
+            Woken,
+            Look(Draining, Cutting),
+            Look(Cutting, Cutting),
+        ],
+        vec![
+            Look(Cutting, Cutting),
+            Drain,
+            Woken,
+            Look(Cutting, Cutting),
+            Cut,
+            Woken,
+            Look(Cutting, Cutting),
+        ],
+    ];
+    for (number, story) in stories.into_iter().enumerate() {
+        let (drain, cut) = (CancellationToken::new(), CancellationToken::new());
+        let (mut draining, mut cutting) = (pin!(drain.cancelled()), pin!(cut.cancelled()));
+        let mut reached = None;
+        let woken = Arc::new(Count::default());
+        let waker = Waker::from(Arc::clone(&woken));
+        let mut cx = Context::from_waker(&waker);
+        for step in story {
+            match step {
+                Drain => drain.cancel(),
+                Cut => cut.cancel(),
+                Look(now, expected) => {
+                    let phase = poll_phase(
+                        &mut cx,
+                        now,
+                        &mut reached,
+                        draining.as_mut(),
+                        cutting.as_mut(),
+                    );
+                    assert_eq!(phase, expected, "story {number}");
+                }
+                Woken => assert!(woken.0.swap(0, Ordering::SeqCst) > 0, "story {number}"),
+            }
+        }
+    }
+}

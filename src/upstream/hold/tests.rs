@@ -1,0 +1,547 @@
+//! Clients at a scripted server on loopback: who dials, how often, for how long, and what each is told.
+
+use std::{future::Future, sync::atomic::AtomicUsize};
+
+use jiff::Timestamp;
+use secrecy::SecretString;
+use tokio::{
+    net::{TcpListener, TcpStream},
+    sync::watch,
+    task::JoinSet,
+};
+use tokio_util::sync::{CancellationToken, DropGuard};
+
+use super::*;
+use crate::{
+    clock::Clock,
+    credential::{Mint, MintError, Minted, Refresher},
+    upstream::{Label, Security},
+};
+
+/// More than any of these tests takes when all is well.
+const LONG: Duration = Duration::from_secs(30);
+
+/// What the server does with a connection once it has heard the password.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Act {
+    /// Closes without a word, before anything was said.
+    Asleep,
+    /// Refuses with this SQLSTATE and text.
+    Refuse(&'static str, &'static str),
+    /// Refuses the first credential and takes any other.
+    RefuseFirst,
+    /// Says nothing.
+    Stall,
+    /// Logs the client in.
+    Welcome,
+}
+
+#[derive(Default)]
+struct Seen {
+    dials: AtomicUsize,
+    logging_in: AtomicUsize,
+    cancels: std::sync::Mutex<Vec<[u8; 16]>>,
+}
+
+impl Seen {
+    fn dials(&self) -> usize {
+        self.dials.load(Ordering::SeqCst)
+    }
+}
+
+struct Server {
+    port: u16,
+    act: watch::Sender<Act>,
+    seen: Arc<Seen>,
+    /// Sends once for each dial.
+    dialled: watch::Receiver<usize>,
+    _tasks: JoinSet<()>,
+}
+
+impl Server {
+    async fn start(act: Act) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let (act, acts) = watch::channel(act);
+        let (dial, dialled) = watch::channel(0);
+        let seen = Arc::new(Seen::default());
+        let witness = Arc::clone(&seen);
+        let mut tasks = JoinSet::new();
+        tasks.spawn(async move {
+            let mut connections = JoinSet::new();
+            loop {
+                let (stream, _) = listener.accept().await.unwrap();
+                let (seen, acts) = (Arc::clone(&witness), acts.clone());
+                seen.dials.fetch_add(1, Ordering::SeqCst);
+                dial.send_modify(|dials| *dials += 1);
+                connections.spawn(async move {
+                    // A client that leaves ends its connection, and no test.
+                    let _ = serve(stream, acts, &seen).await;
+                });
+            }
+        });
+        Self {
+            port,
+            act,
+            seen,
+            dialled,
+            _tasks: tasks,
+        }
+    }
+
+    fn now(&self, act: Act) {
+        self.act.send_replace(act);
+    }
+
+    async fn dialled(&self, at_least: usize) {
+        let mut dialled = self.dialled.clone();
+        let waited = timeout(LONG, dialled.wait_for(|dials| *dials >= at_least)).await;
+        waited.expect("nobody dials").unwrap();
+    }
+}
+
+fn frame(tag: u8, body: &[u8]) -> Vec<u8> {
+    let length = u32::try_from(body.len() + 4).unwrap();
+    [&[tag][..], &length.to_be_bytes(), body].concat()
+}
+
+async fn serve(
+    mut stream: TcpStream,
+    mut acts: watch::Receiver<Act>,
+    seen: &Seen,
+) -> std::io::Result<()> {
+    if *acts.borrow() == Act::Asleep {
+        return Ok(());
+    }
+    seen.logging_in.fetch_add(1, Ordering::SeqCst);
+    let mut first = [0; 16];
+    stream.read_exact(&mut first).await?;
+    if first[4..8] == [4, 210, 22, 46] {
+        seen.cancels.lock().unwrap().push(first);
+        return Ok(());
+    }
+    let length = u32::from_be_bytes(first[..4].try_into().unwrap());
+    stream
+        .read_exact(&mut vec![0; length as usize - 16])
+        .await?;
+    stream.write_all(&frame(b'R', &[0, 0, 0, 3])).await?;
+    stream.read_u8().await?;
+    let length = stream.read_u32().await?;
+    let mut password = vec![0; length as usize - 4];
+    stream.read_exact(&mut password).await?;
+    // Stalls until told otherwise.
+    let act = *acts.wait_for(|act| *act != Act::Stall).await.unwrap();
+    seen.logging_in.fetch_sub(1, Ordering::SeqCst);
+    let refusal = match act {
+        Act::Refuse(code, text) => Some((code, text)),
+        Act::RefuseFirst if password == b"token-1\0" => {
+            Some(("28P01", "password authentication failed"))
+        }
+        _ => None,
+    };
+    if let Some((code, text)) = refusal {
+        let said = format!("SFATAL\0C{code}\0M{text}\0\0");
+        return stream.write_all(&frame(b'E', said.as_bytes())).await;
+    }
+    let welcome = [
+        frame(b'R', &[0, 0, 0, 0]),
+        frame(b'K', &[0, 0, 0, 7, 0, 0, 0, 9]),
+        frame(b'Z', b"I"),
+    ];
+    stream.write_all(&welcome.concat()).await?;
+    stream.read_to_end(&mut Vec::new()).await?;
+    Ok(())
+}
+
+/// Makes `token-2`, `token-3` and so on, once there is a `token-1`.
+struct Counting(Arc<AtomicUsize>);
+
+impl Mint for Counting {
+    fn mint(&self) -> impl Future<Output = Result<Minted, MintError>> + Send {
+        let number = self.0.fetch_add(1, Ordering::SeqCst) + 2;
+        async move { Ok(minted(number)) }
+    }
+}
+
+fn minted(number: usize) -> Minted {
+    Minted {
+        secret: SecretString::from(format!("token-{number}")),
+        expires_at: Some(Timestamp::now() + Duration::from_hours(1)),
+    }
+}
+
+struct House {
+    upstream: Upstream,
+    mints: Arc<AtomicUsize>,
+    _stop: DropGuard,
+    _refresher: JoinSet<()>,
+}
+
+fn limits() -> Limits {
+    Limits {
+        connect_timeout: LONG,
+        server_connect_timeout: LONG,
+        capacity_timeout: LONG,
+    }
+}
+
+fn house(server: &Server, limits: Limits) -> Arc<House> {
+    let metrics = Metrics::new().unwrap();
+    let cell = CredentialCell::new(Clock::system());
+    cell.publish(minted(1), 0.0);
+    let mints = Arc::new(AtomicUsize::new(0));
+    let stop = CancellationToken::new();
+    let mut refresher = JoinSet::new();
+    let minter = Refresher::new(
+        Counting(Arc::clone(&mints)),
+        cell.clone(),
+        Arc::clone(&metrics),
+    );
+    refresher.spawn(minter.run(stop.clone()));
+    let endpoint = Endpoint {
+        label: Label::new("e"),
+        host: "127.0.0.1".to_owned(),
+        port: server.port,
+        user: "me".to_owned(),
+        security: Security::Plain,
+    };
+    let mut upstream = Upstream::new(endpoint, cell, limits, Keepalive::default(), metrics);
+    upstream.budgets.while_failing = Duration::from_millis(150);
+    Arc::new(House {
+        upstream,
+        mints,
+        _stop: stop.drop_guard(),
+        _refresher: refresher,
+    })
+}
+
+impl House {
+    async fn connect(&self) -> Result<(Connection, Option<Duration>), Refusal> {
+        let settings = SessionSettings {
+            database: "db".to_owned(),
+            parameters: Vec::new(),
+            client_encoding: None,
+            replication: false,
+        };
+        timeout(LONG * 2, self.upstream.connect(&settings))
+            .await
+            .expect("neither session nor refusal")
+    }
+
+    async fn refused(&self) -> Refusal {
+        self.connect().await.map(|_| ()).unwrap_err()
+    }
+
+    fn mints(&self) -> usize {
+        self.mints.load(Ordering::SeqCst)
+    }
+}
+
+type Clients = JoinSet<Result<(Connection, Option<Duration>), Refusal>>;
+
+fn clients(house: &Arc<House>, count: usize) -> Clients {
+    let mut clients = JoinSet::new();
+    for _ in 0..count {
+        let house = Arc::clone(house);
+        clients.spawn(async move { house.connect().await });
+    }
+    clients
+}
+
+#[tokio::test]
+async fn while_the_endpoint_wakes_one_client_dials_for_all() {
+    const CLIENTS: usize = 200;
+    let server = Server::start(Act::Asleep).await;
+    let house = house(&server, limits());
+    let clients = clients(&house, CLIENTS);
+    // Those under way when the first was refused, and then the leader's own.
+    server.dialled(CONCURRENT_LOGINS + 4).await;
+    let asleep = server.seen.dials();
+    assert!(
+        asleep <= CONCURRENT_LOGINS + 8,
+        "{asleep} dials while asleep"
+    );
+    server.now(Act::Welcome);
+    let results = timeout(LONG, clients.join_all()).await.unwrap();
+    let held = results
+        .iter()
+        .filter(|result| result.as_ref().unwrap().1.is_some())
+        .count();
+    assert!(held >= CLIENTS - 1, "only {held} know that they were held");
+    let dials = server.seen.dials();
+    assert!(dials <= CLIENTS + asleep + 2, "{dials} dials in all");
+    drop(results);
+}
+
+#[tokio::test]
+async fn a_leader_that_hangs_up_hands_the_lead_over() {
+    let server = Server::start(Act::Asleep).await;
+    let house = house(&server, limits());
+    let mut leader = clients(&house, 1);
+    server.dialled(2).await;
+    let others = clients(&house, 5);
+    server.dialled(4).await;
+    leader.shutdown().await;
+    let dials = server.seen.dials();
+    server.dialled(dials + 2).await;
+    server.now(Act::Welcome);
+    for result in timeout(LONG, others.join_all()).await.unwrap() {
+        assert!(result.unwrap().1.is_some());
+    }
+    assert_eq!(house.upstream.logins.available_permits(), CONCURRENT_LOGINS);
+}
+
+#[tokio::test]
+async fn once_somebody_got_through_nobody_waits_for_the_leader() {
+    let server = Server::start(Act::Asleep).await;
+    let house = house(&server, limits());
+    let _leader = house.upstream.lead.lock().await;
+    house.upstream.waking.store(true, Ordering::Release);
+    let waiting = clients(&house, 20);
+    server.now(Act::Welcome);
+    house.upstream.wake(None);
+    for result in timeout(LONG, waiting.join_all()).await.unwrap() {
+        assert!(result.is_ok());
+    }
+}
+
+#[tokio::test]
+async fn after_a_whole_budget_has_failed_later_clients_wait_less_until_a_login_works() {
+    let server = Server::start(Act::Asleep).await;
+    let house = house(
+        &server,
+        Limits {
+            connect_timeout: Duration::from_millis(800),
+            ..limits()
+        },
+    );
+    let began = Instant::now();
+    let refusal = house.refused().await;
+    let whole = began.elapsed();
+    assert_eq!(
+        (refusal.reason, refusal.report.sqlstate.as_str()),
+        (class::WAKING, "08006")
+    );
+    assert!(house.upstream.failing.load(Ordering::Relaxed));
+    assert!(server.seen.dials() >= 3, "{} dials", server.seen.dials());
+
+    let began = Instant::now();
+    assert_eq!(house.refused().await.reason, class::WAKING);
+    assert!(began.elapsed() < whole, "waited as long as before");
+
+    server.now(Act::Welcome);
+    drop(house.connect().await.unwrap());
+    assert!(!house.upstream.failing.load(Ordering::Relaxed));
+}
+
+#[tokio::test]
+async fn a_server_that_stalls_is_given_one_attempts_time_and_tried_again() {
+    let server = Server::start(Act::Stall).await;
+    let house = house(
+        &server,
+        Limits {
+            server_connect_timeout: Duration::from_millis(50),
+            ..limits()
+        },
+    );
+    let client = clients(&house, 1);
+    server.dialled(3).await;
+    server.now(Act::Welcome);
+    assert!(client.join_all().await.remove(0).is_ok());
+}
+
+#[tokio::test]
+async fn a_rejected_identity_mints_once_for_everybody_and_is_tried_once_more() {
+    let server = Server::start(Act::RefuseFirst).await;
+    let house = house(&server, limits());
+    for result in clients(&house, 20).join_all().await {
+        assert!(result.unwrap().1.is_none(), "nothing was asleep");
+    }
+    assert_eq!(house.mints(), 1);
+    assert!(server.seen.dials() <= 40);
+}
+
+#[tokio::test]
+async fn an_identity_that_is_always_rejected_is_refused_after_one_retry() {
+    let server = Server::start(Act::Refuse(
+        "28P01",
+        "password authentication failed for user \"me\"",
+    ))
+    .await;
+    let house = house(&server, limits());
+    let refusal = house.refused().await;
+    assert_eq!(
+        (refusal.reason, refusal.report.sqlstate.as_str()),
+        (class::IDENTITY, "28P01")
+    );
+    assert!(refusal.report.hint.is_some());
+    assert_eq!((server.seen.dials(), house.mints()), (2, 1));
+}
+
+#[tokio::test]
+async fn a_full_endpoint_is_waited_for_a_little() {
+    let server = Server::start(Act::Refuse("53300", "sorry, too many clients already")).await;
+    let house = house(
+        &server,
+        Limits {
+            capacity_timeout: Duration::from_millis(400),
+            ..limits()
+        },
+    );
+    let refusal = house.refused().await;
+    assert_eq!(
+        (refusal.reason, refusal.report.sqlstate.as_str()),
+        (class::CAPACITY, "53300")
+    );
+    let dials = server.seen.dials();
+    assert!((2..=8).contains(&dials), "{dials} dials");
+    assert_eq!(house.mints(), 0);
+
+    let client = clients(&house, 1);
+    server.dialled(dials + 1).await;
+    server.now(Act::Welcome);
+    assert!(client.join_all().await.remove(0).is_ok());
+}
+
+#[tokio::test]
+async fn room_is_waited_for_even_by_a_client_that_waited_for_the_endpoint_before() {
+    let server = Server::start(Act::Asleep).await;
+    let house = house(
+        &server,
+        Limits {
+            capacity_timeout: Duration::from_millis(200),
+            ..limits()
+        },
+    );
+    let client = clients(&house, 1);
+    // Longer than the wait for room.
+    server.dialled(5).await;
+    let dials = server.seen.dials();
+    server.now(Act::Refuse("53300", "sorry, too many clients already"));
+    server.dialled(dials + 2).await;
+    let refusal = client.join_all().await.remove(0).map(|_| ()).unwrap_err();
+    assert_eq!(refusal.reason, class::CAPACITY);
+}
+
+#[tokio::test]
+async fn what_waiting_does_not_mend_is_refused_at_once() {
+    for (code, text, reason, sqlstate) in [
+        (
+            "28000",
+            "role \"me\" does not exist",
+            class::PERMISSION,
+            "28000",
+        ),
+        (
+            "3D000",
+            "database \"db\" does not exist",
+            class::PERMISSION,
+            "3D000",
+        ),
+        (
+            "XX000",
+            "Provided authentication token is not a valid JWT encoding",
+            class::WRONG_KIND,
+            "28000",
+        ),
+        (
+            "08006",
+            "Connection does not have SNI.",
+            class::PROTOCOL,
+            "08006",
+        ),
+        ("58000", "something new", class::OTHER, "58000"),
+    ] {
+        let server = Server::start(Act::Refuse(code, text)).await;
+        let house = house(&server, limits());
+        let refusal = house.refused().await;
+        assert_eq!(
+            (refusal.reason, refusal.report.sqlstate.as_str()),
+            (reason, sqlstate),
+            "{text}"
+        );
+        assert!(
+            refusal
+                .report
+                .detail
+                .is_some_and(|detail| detail.contains(text))
+        );
+        assert_eq!((server.seen.dials(), house.mints()), (1, 0), "{text}");
+    }
+}
+
+#[tokio::test]
+async fn a_bounded_number_of_clients_log_in_at_a_time() {
+    let server = Server::start(Act::Stall).await;
+    let house = house(&server, limits());
+    let clients = clients(&house, 100);
+    server.dialled(CONCURRENT_LOGINS).await;
+    let more = timeout(
+        Duration::from_millis(100),
+        server.dialled(CONCURRENT_LOGINS + 1),
+    )
+    .await;
+    assert!(
+        more.is_err(),
+        "{} clients log in",
+        server.seen.logging_in.load(Ordering::SeqCst)
+    );
+    server.now(Act::Welcome);
+    for result in timeout(LONG, clients.join_all()).await.unwrap() {
+        assert!(result.is_ok());
+    }
+}
+
+#[tokio::test]
+async fn a_client_that_never_had_its_turn_says_nothing_about_the_endpoint() {
+    let server = Server::start(Act::Welcome).await;
+    let house = house(
+        &server,
+        Limits {
+            connect_timeout: Duration::from_millis(50),
+            ..limits()
+        },
+    );
+    let turns = house.upstream.logins.acquire_many(32).await.unwrap();
+    let refusal = house.refused().await;
+    assert_eq!(
+        (refusal.reason, refusal.report.sqlstate.as_str()),
+        (class::CAPACITY, "53300")
+    );
+    assert_eq!(server.seen.dials(), 0);
+    assert!(
+        !house.upstream.waking.load(Ordering::Relaxed)
+            && !house.upstream.failing.load(Ordering::Relaxed)
+    );
+    drop(turns);
+    assert!(house.connect().await.is_ok());
+}
+
+#[tokio::test]
+async fn a_cancel_reaches_the_address_that_gave_the_key() {
+    let (server, elsewhere) = (
+        Server::start(Act::Welcome).await,
+        Server::start(Act::Welcome).await,
+    );
+    let house = house(&elsewhere, limits());
+    let key = CancelKey {
+        process_id: 7,
+        secret: 9,
+    };
+    let address = SocketAddr::from(([127, 0, 0, 1], server.port));
+    house.upstream.cancel(address, key).await.unwrap();
+    assert_eq!(*server.seen.cancels.lock().unwrap(), [key.request()]);
+    assert_eq!(elsewhere.seen.dials(), 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_backoff_grows_and_begins_anew_after_a_long_silence() {
+    let mut backoff = Backoff::default();
+    let mut pause = || backoff.next() - Instant::now();
+    let first = pause();
+    assert!((50..=100).contains(&first.as_millis()), "{first:?}");
+    let last = (0..20).map(|_| pause()).last().unwrap();
+    assert!((1000..=2000).contains(&last.as_millis()), "{last:?}");
+    tokio::time::advance(Backoff::STALE + Duration::from_secs(1)).await;
+    assert!(pause() <= Duration::from_millis(100));
+}
