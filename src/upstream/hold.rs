@@ -138,6 +138,7 @@ impl Upstream {
         let mut lead: Option<MutexGuard<'_, Backoff>> = None;
         let mut renewed = false;
         let mut held = false;
+        let mut previous: Option<Failure> = None;
         loop {
             if lead.is_none() && self.waking.load(Ordering::Acquire) {
                 held = true;
@@ -148,7 +149,7 @@ impl Upstream {
                 .get(deadline.at)
                 .await
                 .map_err(|error| self.no_credential(&error))?;
-            let attempt = self.attempt(&credential, settings, deadline.at);
+            let attempt = self.attempt(&credential, settings, deadline.at, previous.as_ref());
             let failure = match attempt.await {
                 Ok(connection) => {
                     self.credentials.accepted(credential.generation);
@@ -170,6 +171,7 @@ impl Upstream {
                         lead = self.wait_for_lead(deadline.at).await?;
                         // Somebody else got through meanwhile: no reason to wait.
                         if lead.is_none() {
+                            previous = Some(failure);
                             continue;
                         }
                     }
@@ -185,6 +187,7 @@ impl Upstream {
                         .await;
                     // The server's own words explain more than why there is no other credential to try.
                     fresh.map_err(|error| self.not_renewed(&failure, &error))?;
+                    previous = Some(failure);
                     continue;
                 }
                 Class::Capacity => {
@@ -206,6 +209,7 @@ impl Upstream {
                 return Err(self.refusal(&failure));
             }
             sleep_until(retry_at).await;
+            previous = Some(failure);
         }
     }
 
@@ -260,11 +264,13 @@ impl Upstream {
         }
     }
 
+    /// One login. One that the deadline cuts short says nothing new: then it is what was wrong with the one before.
     async fn attempt(
         &self,
         credential: &crate::credential::Credential,
         settings: &SessionSettings,
         deadline: Instant,
+        previous: Option<&Failure>,
     ) -> Result<Connection, Failure> {
         let attempt = async {
             // Never closed, so never an error.
@@ -283,9 +289,11 @@ impl Upstream {
             .await
             .unwrap_or_else(|_| Err(Failure::timed_out("login")))
         };
-        let result = timeout_at(deadline, attempt)
-            .await
-            .unwrap_or_else(|_| Err(Failure::timed_out("login")));
+        let result = timeout_at(deadline, attempt).await.unwrap_or_else(|_| {
+            Err(previous
+                .cloned()
+                .unwrap_or_else(|| Failure::timed_out("login")))
+        });
         let labels = match &result {
             Ok(_) => [outcome::OK, class::NONE],
             Err(failure) => [outcome::FAILED, failure.class.label()],
