@@ -10,6 +10,7 @@ mod admin;
 mod credential;
 mod discovery;
 mod emulator;
+mod failures;
 mod harness;
 mod notes;
 mod postgres;
