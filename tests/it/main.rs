@@ -7,6 +7,7 @@
 )]
 
 mod admin;
+mod cancel;
 mod credential;
 mod discovery;
 mod emulator;
@@ -14,5 +15,6 @@ mod failures;
 mod harness;
 mod notes;
 mod postgres;
+mod relay;
 mod startup;
 mod web;
