@@ -12,6 +12,7 @@ use std::{net::SocketAddr, sync::Arc, time::Duration};
 use lakebase_proxy::{
     app::{App, Running, StartError},
     config::{Config, DurationSetting, Environment, PortSetting, Settings},
+    credential::CredentialCell,
     emulator::{Emulator, EmulatorOptions, LocalPostgres, LocalPostgresOptions, PostgresSource},
     protocol::error::ErrorFields,
     telemetry::Metrics,
@@ -161,6 +162,10 @@ impl Proxy {
 
     pub(crate) fn address(&self) -> SocketAddr {
         self.running.addresses().postgres
+    }
+
+    pub(crate) fn credentials(&self) -> &CredentialCell {
+        self.running.credentials()
     }
 
     pub(crate) fn metrics(&self) -> &Arc<Metrics> {
