@@ -66,8 +66,8 @@ fn check_words(refusal: &ErrorFields, said: &ServerError, emulator: &Emulator) {
 }
 
 fn short(settings: &mut Settings) {
-    settings.connect_timeout = millis(800);
-    settings.capacity_timeout = millis(500);
+    settings.connect_timeout = Some(millis(800));
+    settings.capacity_timeout = Some(millis(500));
 }
 
 #[tokio::test]
@@ -404,7 +404,7 @@ async fn a_stall_costs_one_attempt() {
         .map(async |site| {
             let emulator = harness::emulator().await;
             let proxy = Proxy::with(&emulator, |settings| {
-                settings.server_connect_timeout = millis(1500)
+                settings.server_connect_timeout = Some(millis(1500));
             })
             .await;
             emulator.faults().once(site, Action::Stall);

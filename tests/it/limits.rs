@@ -68,7 +68,7 @@ async fn one_client_too_many_is_told_so_and_cancels_still_pass() {
 async fn unfinished_handshakes_hold_nobody_up_for_ever() {
     let emulator = harness::emulator().await;
     let proxy = Proxy::with(&emulator, |settings| {
-        settings.client_login_timeout = millis(1000)
+        settings.client_login_timeout = Some(millis(1000));
     })
     .await;
     let mut busy = proxy.dial().await;

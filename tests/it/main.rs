@@ -18,6 +18,7 @@ mod notes;
 mod postgres;
 mod refresh;
 mod relay;
+mod replication;
 mod shutdown;
 mod startup;
 mod web;

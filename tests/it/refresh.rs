@@ -67,7 +67,7 @@ async fn an_outage_is_noticed_only_once_the_credential_has_expired_and_heals_by_
     let emulator = harness::emulator().await;
     emulator.configure(|settings| settings.token_ttl = Duration::from_secs(7));
     let proxy = Proxy::with(&emulator, |settings| {
-        settings.connect_timeout = millis(1500)
+        settings.connect_timeout = Some(millis(1500));
     })
     .await;
     emulator

@@ -67,21 +67,19 @@ pub(crate) async fn superuser() -> Client {
 
 /// How many sessions the role has at the server itself.
 pub(crate) async fn backends(superuser: &Client, role: &str) -> i64 {
-    let query = "select count(*) from pg_stat_activity where usename = $1 and backend_type = 'client backend'";
+    let query = "select count(*) from pg_stat_activity where usename = $1 and backend_type in ('client backend', 'walsender')";
     superuser.query_one(query, &[&role]).await.unwrap().get(0)
 }
 
 /// A setting of so many milliseconds.
-pub(crate) fn millis(count: u64) -> Option<DurationSetting> {
-    Some(DurationSetting(Duration::from_millis(count)))
+pub(crate) fn millis(count: u64) -> DurationSetting {
+    DurationSetting(Duration::from_millis(count))
 }
 
 /// `future`, which must end in reasonable time.
 pub(crate) async fn within<T>(what: &str, future: impl Future<Output = T>) -> T {
-    match timeout(PATIENCE, future).await {
-        Ok(value) => value,
-        Err(_) => panic!("{what}: still waiting after {PATIENCE:?}"),
-    }
+    let ended = timeout(PATIENCE, future).await;
+    ended.unwrap_or_else(|_| panic!("{what}: still waiting after {PATIENCE:?}"))
 }
 
 /// Looks again and again until there is something to see.
@@ -244,10 +242,5 @@ impl Proxy {
             (metrics.clients_active.get() == 0 && metrics.upstream_active.get() == 0).then_some(())
         })
         .await;
-    }
-
-    /// Drains, as after SIGTERM.
-    pub(crate) async fn end(self, hurry: impl Future<Output = ()>) {
-        self.running.end(hurry).await;
     }
 }
