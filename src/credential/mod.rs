@@ -197,12 +197,12 @@ impl CredentialError {
     /// What a person can do about it.
     pub fn hint(&self) -> Option<String> {
         match self {
-            Self::Failed(error) => error.hint.clone(),
+            Self::Failed(error) if error.hint.is_some() => error.hint.clone(),
             Self::RateLimited { .. } | Self::TimedOut => Some(
-                "check that a Postgres role with exactly this identity's name exists on the branch                  (`databricks_create_role`) and that the workspace owns the project"
+                "check that a Postgres role with exactly this identity's name exists on the branch (`databricks_create_role`) and that the workspace owns the project"
                     .to_owned(),
             ),
-            Self::Expired | Self::Missing => {
+            Self::Expired | Self::Failed(_) | Self::Missing => {
                 Some("check that the workspace can be reached; the proxy keeps trying".to_owned())
             }
         }

@@ -59,11 +59,10 @@ pub(super) async fn dial(
     observe(metrics, phase::RESOLVE, started);
 
     let started = Instant::now();
-    let tcp = connect_any(interleave(addresses))
+    let (tcp, address) = connect_any(interleave(addresses))
         .await
         .map_err(|error| Failure::dial(&error))?;
     observe(metrics, phase::DIAL, started);
-    let address = tcp.peer_addr().map_err(|error| Failure::dial(&error))?;
     Ok((secure(tcp, endpoint, keepalive, metrics).await?, address))
 }
 
@@ -118,8 +117,8 @@ fn interleave(addresses: Vec<SocketAddr>) -> Vec<SocketAddr> {
     }
 }
 
-/// The first connection to succeed; each address gets a head start over the next.
-async fn connect_any(addresses: Vec<SocketAddr>) -> io::Result<TcpStream> {
+/// The first connection to succeed, and its address; each address gets a head start over the next.
+async fn connect_any(addresses: Vec<SocketAddr>) -> io::Result<(TcpStream, SocketAddr)> {
     let mut attempts = JoinSet::new();
     let mut last_error = io::Error::new(
         io::ErrorKind::AddrNotAvailable,
@@ -131,7 +130,9 @@ async fn connect_any(addresses: Vec<SocketAddr>) -> io::Result<TcpStream> {
         if more {
             match addresses.next() {
                 Some(address) => {
-                    attempts.spawn(TcpStream::connect(address));
+                    // The socket could not say its peer's address any more once it has been reset.
+                    attempts
+                        .spawn(async move { Ok((TcpStream::connect(address).await?, address)) });
                 }
                 None => more = false,
             }
@@ -145,7 +146,7 @@ async fn connect_any(addresses: Vec<SocketAddr>) -> io::Result<TcpStream> {
             attempts.join_next().await
         };
         match finished {
-            Some(Ok(Ok(stream))) => return Ok(stream),
+            Some(Ok(Ok(connected))) => return Ok(connected),
             Some(Ok(Err(error))) => last_error = error,
             Some(Err(lost)) => last_error = io::Error::other(lost),
             None if more => {}
@@ -361,10 +362,11 @@ mod tests {
             .local_addr()
             .unwrap();
         let alive = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let stream = connect_any(vec![dead, alive.local_addr().unwrap()])
+        let (stream, address) = connect_any(vec![dead, alive.local_addr().unwrap()])
             .await
             .unwrap();
-        assert_eq!(stream.peer_addr().unwrap(), alive.local_addr().unwrap());
+        assert_eq!(address, alive.local_addr().unwrap());
+        assert_eq!(stream.peer_addr().unwrap(), address);
         assert_eq!(
             connect_any(vec![dead, dead]).await.unwrap_err().kind(),
             io::ErrorKind::ConnectionRefused

@@ -162,6 +162,7 @@ impl Upstream {
         let mut backoff = Backoff::default();
         let mut lead: Option<MutexGuard<'_, Backoff>> = None;
         let (mut held, mut renewed, mut crowded) = (false, false, false);
+        let mut previous: Option<Failure> = None;
         loop {
             if lead.is_none() && self.waking.load(Ordering::Acquire) {
                 held = true;
@@ -179,7 +180,7 @@ impl Upstream {
             }
             // There may have been a new one meanwhile.
             let credential = self.credentials.current().unwrap_or(credential);
-            let attempt = self.attempt(turn, &credential, settings, deadline.at);
+            let attempt = self.attempt(turn, &credential, settings, deadline.at, previous.as_ref());
             let failure = match attempt.await {
                 Ok(connection) => {
                     self.credentials.accepted(credential.generation);
@@ -201,6 +202,7 @@ impl Upstream {
                         lead = self.wait_for_lead(deadline.at).await?;
                         // Somebody else got through meanwhile: no reason to wait.
                         if lead.is_none() {
+                            previous = Some(failure);
                             continue;
                         }
                     }
@@ -243,6 +245,7 @@ impl Upstream {
                     return Err(self.refusal(&failure));
                 }
             }
+            previous = Some(failure);
         }
     }
 
@@ -310,12 +313,14 @@ impl Upstream {
         }
     }
 
+    /// One login. One that the deadline cuts short says nothing new: then it is what was wrong with the one before.
     async fn attempt(
         &self,
         _turn: SemaphorePermit<'_>,
         credential: &Credential,
         settings: &SessionSettings,
         deadline: Instant,
+        previous: Option<&Failure>,
     ) -> Result<Connection, Failure> {
         let login = log_in(
             &self.endpoint,
@@ -325,9 +330,12 @@ impl Upstream {
             &self.metrics,
         );
         let limit = deadline.min(Instant::now() + self.limits.server_connect_timeout);
-        let result = timeout_at(limit, login)
-            .await
-            .unwrap_or_else(|_| Err(Failure::timed_out("login")));
+        let result = timeout_at(limit, login).await.unwrap_or_else(|_| {
+            let cut_short = previous.filter(|_| limit == deadline);
+            Err(cut_short
+                .cloned()
+                .unwrap_or_else(|| Failure::timed_out("login")))
+        });
         let labels = match &result {
             Ok(_) => [outcome::OK, class::NONE],
             Err(failure) => [outcome::FAILED, failure.class.label()],

@@ -7,11 +7,18 @@
 )]
 
 mod admin;
+mod cancel;
 mod credential;
 mod discovery;
 mod emulator;
+mod failures;
 mod harness;
+mod limits;
 mod notes;
 mod postgres;
+mod refresh;
+mod relay;
+mod replication;
+mod shutdown;
 mod startup;
 mod web;

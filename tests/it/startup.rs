@@ -6,7 +6,7 @@ use lakebase_proxy::{config::PortSetting, session::DatabaseMapping};
 use tokio::io::AsyncWriteExt;
 
 use crate::harness::{
-    self, Proxy, superuser,
+    self, Proxy,
     wire::{
         GSSENC_REQUEST, PROTOCOL_3_0, PROTOCOL_3_2, SSL_REQUEST, Wire, message, packet, startup,
         text,
@@ -58,7 +58,7 @@ async fn packets_may_come_byte_by_byte_or_all_at_once() {
 async fn what_begins_no_connection_is_turned_away_and_never_reaches_the_endpoint() {
     let emulator = harness::emulator().await;
     let proxy = Proxy::with(&emulator, |settings| {
-        settings.client_login_timeout = harness::millis(700)
+        settings.client_login_timeout = Some(harness::millis(700));
     })
     .await;
     let refused = async |bytes: &[u8]| {
@@ -216,7 +216,7 @@ async fn the_database_is_the_clients_or_else_the_configured_one() {
     let emulator = harness::emulator().await;
     let proxy = Proxy::start(&emulator).await;
     let exact = Proxy::with(&emulator, |settings| {
-        settings.database_mapping = Some(DatabaseMapping::Exact)
+        settings.database_mapping = Some(DatabaseMapping::Exact);
     })
     .await;
     let database = async |proxy: &Proxy, parameters: &[(&str, &str)]| {
@@ -378,39 +378,6 @@ async fn what_the_server_says_about_a_setting_reaches_the_client() {
 }
 
 #[tokio::test]
-async fn replication_passes_and_the_servers_answer_is_shown() {
-    let emulator = harness::emulator().await;
-    let proxy = Proxy::start(&emulator).await;
-    let mut wire = proxy.dial().await;
-    wire.startup(&[("user", "anyone"), ("replication", "database")])
-        .await;
-    let refusal = wire.refusal().await;
-    assert_eq!(refusal.code, "42501", "{refusal:?}");
-    assert!(
-        refusal.message.contains("superuser or replication role"),
-        "{refusal:?}"
-    );
-
-    let app = &emulator.identities().app.name;
-    superuser()
-        .await
-        .batch_execute(&format!("alter role \"{app}\" replication"))
-        .await
-        .unwrap();
-    let mut wire = proxy.dial().await;
-    // A plain walsender takes no SQL, so that nothing of ours may be slipped in.
-    wire.startup(&[
-        ("user", "anyone"),
-        ("replication", "true"),
-        ("client_encoding", "LATIN1"),
-    ])
-    .await;
-    wire.welcome().await;
-    wire.send(&text('Q', "IDENTIFY_SYSTEM")).await;
-    assert_eq!(wire.tags().await, "TDCZ");
-}
-
-#[tokio::test]
 async fn localhost_reaches_it_by_either_family() {
     let emulator = harness::emulator().await;
     let proxy = Proxy::start(&emulator).await;
@@ -431,7 +398,7 @@ async fn localhost_reaches_it_by_either_family() {
 async fn clients_that_look_in_and_leave_cost_nothing() {
     let emulator = harness::emulator().await;
     let proxy = Proxy::with(&emulator, |settings| {
-        settings.http_port = Some(PortSetting::None)
+        settings.http_port = Some(PortSetting::None);
     })
     .await;
     for bytes in [&b""[..], &SSL_REQUEST, &[0, 0]] {

@@ -98,6 +98,19 @@ impl Binary {
         Some(line)
     }
 
+    /// This message, from what it has logged so far or will.
+    pub(crate) async fn find(&mut self, message: &str) -> Value {
+        let is_it = |line: &&Value| {
+            line["message"]
+                .as_str()
+                .is_some_and(|said| said.contains(message))
+        };
+        match self.lines.iter().find(is_it) {
+            Some(line) => line.clone(),
+            None => self.until(message).await,
+        }
+    }
+
     /// Reads the log up to this message.
     pub(crate) async fn until(&mut self, message: &str) -> Value {
         loop {

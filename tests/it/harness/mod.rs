@@ -12,6 +12,7 @@ use std::{net::SocketAddr, sync::Arc, time::Duration};
 use lakebase_proxy::{
     app::{App, Running, StartError},
     config::{Config, DurationSetting, Environment, PortSetting, Settings},
+    credential::CredentialCell,
     emulator::{Emulator, EmulatorOptions, LocalPostgres, LocalPostgresOptions, PostgresSource},
     protocol::error::ErrorFields,
     telemetry::Metrics,
@@ -66,21 +67,19 @@ pub(crate) async fn superuser() -> Client {
 
 /// How many sessions the role has at the server itself.
 pub(crate) async fn backends(superuser: &Client, role: &str) -> i64 {
-    let query = "select count(*) from pg_stat_activity where usename = $1 and backend_type = 'client backend'";
+    let query = "select count(*) from pg_stat_activity where usename = $1 and backend_type in ('client backend', 'walsender')";
     superuser.query_one(query, &[&role]).await.unwrap().get(0)
 }
 
 /// A setting of so many milliseconds.
-pub(crate) fn millis(count: u64) -> Option<DurationSetting> {
-    Some(DurationSetting(Duration::from_millis(count)))
+pub(crate) fn millis(count: u64) -> DurationSetting {
+    DurationSetting(Duration::from_millis(count))
 }
 
 /// `future`, which must end in reasonable time.
 pub(crate) async fn within<T>(what: &str, future: impl Future<Output = T>) -> T {
-    match timeout(PATIENCE, future).await {
-        Ok(value) => value,
-        Err(_) => panic!("{what}: still waiting after {PATIENCE:?}"),
-    }
+    let ended = timeout(PATIENCE, future).await;
+    ended.unwrap_or_else(|_| panic!("{what}: still waiting after {PATIENCE:?}"))
 }
 
 /// Looks again and again until there is something to see.
@@ -163,6 +162,10 @@ impl Proxy {
         self.running.addresses().postgres
     }
 
+    pub(crate) fn credentials(&self) -> &CredentialCell {
+        self.running.credentials()
+    }
+
     pub(crate) fn metrics(&self) -> &Arc<Metrics> {
         self.running.metrics()
     }
@@ -239,10 +242,5 @@ impl Proxy {
             (metrics.clients_active.get() == 0 && metrics.upstream_active.get() == 0).then_some(())
         })
         .await;
-    }
-
-    /// Drains, as after SIGTERM.
-    pub(crate) async fn end(self, hurry: impl Future<Output = ()>) {
-        self.running.end(hurry).await;
     }
 }

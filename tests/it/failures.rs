@@ -1,0 +1,1009 @@
+//! Each way in which a login fails: what the client sees, and what it costs the workspace and the endpoint.
+
+use std::time::Duration;
+
+use futures_util::future::join_all;
+use lakebase_proxy::{
+    config::Settings,
+    emulator::{
+        Action, BadCertificate, Counts, Emulator, Response, ServerError, Site, WhileAsleep,
+    },
+    protocol::error::ErrorFields,
+};
+use tokio::time::Instant;
+
+use crate::harness::{self, Proxy, binary::Binary, eventually, millis, wire::Wire, within};
+
+/// Well beyond what an answer takes that waits for nothing, well below any wait.
+const AT_ONCE: Duration = Duration::from_secs(2);
+const SLEEPING: &str = "This could be due to paused instances, disabling readable secondaries, IP ACLs or private link configuration.";
+const IP_ACL: &str =
+    "Source IP address: 203.0.113.7 is blocked by Databricks IP ACL for workspace: 1234567890";
+
+/// What the front says, or Postgres itself.
+fn fatal(code: &str, message: &str) -> ServerError {
+    ServerError::fatal(code, message)
+}
+
+/// What the proxy behind the front says: ERROR, XX000.
+fn inner(message: &str) -> ServerError {
+    ServerError::proxy(message)
+}
+
+/// What happened at the emulator between two looks.
+fn since(before: &Counts, emulator: &Emulator) -> (u64, u64, u64) {
+    let now = emulator.counts();
+    (
+        now.dials - before.dials,
+        now.mint_requests - before.mint_requests,
+        now.api_requests() - before.api_requests(),
+    )
+}
+
+/// What is true of every refusal that an endpoint's failure leads to.
+fn check_refusal(refusal: &ErrorFields, emulator: &Emulator) {
+    assert!(
+        refusal.message.contains(emulator.endpoint_name()),
+        "names the endpoint: {refusal:?}"
+    );
+    let detail = refusal.detail.as_deref().unwrap_or_default();
+    assert!(
+        detail.contains("lakebase-proxy session "),
+        "an id to find the log line by: {refusal:?}"
+    );
+}
+
+/// The same for one whose cause the server put into words.
+fn check_words(refusal: &ErrorFields, said: &ServerError, emulator: &Emulator) {
+    check_refusal(refusal, emulator);
+    let detail = refusal.detail.as_deref().unwrap();
+    assert!(refusal.message.contains(&said.message), "{refusal:?}");
+    assert!(detail.contains(&said.message), "{refusal:?}");
+    assert!(
+        detail.contains(said.detail.as_deref().unwrap_or_default()),
+        "{refusal:?}"
+    );
+}
+
+fn short(settings: &mut Settings) {
+    settings.connect_timeout = Some(millis(800));
+    settings.capacity_timeout = Some(millis(500));
+}
+
+#[tokio::test]
+async fn what_no_wait_can_heal_is_refused_at_once_after_one_dial() {
+    let emulator = harness::emulator().await;
+    let proxy = Proxy::start(&emulator).await;
+    let rows = [
+        // The credential is of the wrong kind.
+        (
+            inner("Provided authentication token is not a valid JWT encoding"),
+            "wrong_kind",
+            "28000",
+            "OAuth",
+        ),
+        (
+            inner("Failed to decode token for role \"x\""),
+            "wrong_kind",
+            "28000",
+            "OAuth",
+        ),
+        // A grant or a setting is missing.
+        (
+            fatal("28000", "role \"x\" does not exist"),
+            "permission",
+            "28000",
+            "databricks_create_role",
+        ),
+        (
+            fatal("28P01", "role \"x\" does not exist"),
+            "permission",
+            "28P01",
+            "databricks_create_role",
+        ),
+        (
+            fatal("3D000", "database \"x\" does not exist"),
+            "permission",
+            "3D000",
+            "PGDATABASE",
+        ),
+        (
+            fatal("42501", "permission denied for database \"x\""),
+            "permission",
+            "42501",
+            "GRANT CONNECT",
+        ),
+        (fatal("42501", "whatever"), "permission", "42501", "Grant"),
+        (
+            fatal("28000", "External authorization failed.").detail(IP_ACL),
+            "permission",
+            "28000",
+            "IP access list",
+        ),
+        (
+            fatal("28000", IP_ACL),
+            "permission",
+            "28000",
+            "IP access list",
+        ),
+        (
+            inner("This IP address 203.0.113.7 is not allowed to connect to this endpoint"),
+            "permission",
+            "28000",
+            "IP access list",
+        ),
+        (
+            inner("Control plane request failed: endpoint is disabled"),
+            "permission",
+            "28000",
+            "Enable the compute",
+        ),
+        (
+            inner("Control plane request failed: endpoint cannot be found"),
+            "permission",
+            "28000",
+            "ENDPOINT_NAME",
+        ),
+        // Not our dialect.
+        (
+            fatal(
+                "08P01",
+                "Invalid protocol version. Protocol version: 196608",
+            ),
+            "protocol",
+            "08P01",
+            "PGHOST",
+        ),
+        (
+            fatal("08006", "Connection does not have SNI."),
+            "protocol",
+            "08006",
+            "host name",
+        ),
+        (
+            fatal(
+                "0A000",
+                "Unsupported frontend protocol 3.2. Server supports 3.0 to 3.0",
+            ),
+            "protocol",
+            "0A000",
+            "PGHOST",
+        ),
+        (
+            fatal("08P01", "unsupported startup parameter: search_path"),
+            "protocol",
+            "08P01",
+            "pooler",
+        ),
+        (
+            inner("Endpoint ID is not specified. Either please upgrade the client library"),
+            "protocol",
+            "08P01",
+            "PGHOST",
+        ),
+        (
+            inner("Inconsistent project name inferred from SNI"),
+            "protocol",
+            "08P01",
+            "PGHOST",
+        ),
+        (
+            inner("connection is insecure (try using `sslmode=require`)"),
+            "protocol",
+            "08P01",
+            "PGHOST",
+        ),
+        // Nobody has told us about these: the server's own words, code and hint.
+        (
+            ServerError {
+                hint: Some("Ask somebody.".to_owned()),
+                ..fatal("58030", "the disk is on fire")
+            },
+            "other",
+            "58030",
+            "Ask somebody.",
+        ),
+        (inner("a text never seen before"), "other", "XX000", ""),
+    ];
+    for (said, class, code, hint) in rows {
+        for site in [Site::Startup, Site::Password] {
+            let before = emulator.counts();
+            let refused = proxy.metrics().clients_refused.with_label_values(&[class]);
+            let refused_before = refused.get();
+            emulator.faults().always(site, Action::Error(said.clone()));
+            let began = Instant::now();
+            let refusal = proxy.refusal().await;
+            assert!(
+                began.elapsed() < AT_ONCE,
+                "{said:?} took {:?}",
+                began.elapsed()
+            );
+            emulator.faults().clear();
+            assert_eq!(refusal.code, code, "{refusal:?}");
+            assert!(
+                refusal.hint.as_deref().unwrap_or_default().contains(hint),
+                "{refusal:?}"
+            );
+            assert_eq!(refusal.hint.is_some(), !hint.is_empty(), "{refusal:?}");
+            check_words(&refusal, &said, &emulator);
+            assert_eq!(
+                since(&before, &emulator),
+                (1, 0, 0),
+                "dials, mints, calls for {said:?}"
+            );
+            assert_eq!(refused.get(), refused_before + 1, "counted as {class}");
+        }
+    }
+    proxy.client().await;
+    proxy.until_quiet().await;
+}
+
+#[tokio::test]
+async fn an_error_before_tls_is_heeded_too() {
+    let emulator = harness::emulator().await;
+    let proxy = Proxy::start(&emulator).await;
+    let said = fatal(
+        "08P01",
+        "Invalid protocol version. Protocol version: 80877103",
+    );
+    emulator
+        .faults()
+        .once(Site::SslRequest, Action::Error(said.clone()));
+    let refusal = proxy.refusal().await;
+    assert_eq!(refusal.code, "08P01");
+    check_words(&refusal, &said, &emulator);
+    emulator
+        .faults()
+        .once(Site::SslRequest, Action::Error(ServerError::starting_up()));
+    proxy.client().await;
+    assert_eq!(emulator.counts().dials, 3);
+}
+
+#[tokio::test]
+async fn a_server_that_is_not_to_be_trusted_gets_no_credential() {
+    let emulator = harness::emulator().await;
+    let proxy = Proxy::start(&emulator).await;
+    let http = Action::Answer("HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n".to_owned());
+    let rows = [
+        (
+            Site::SslRequest,
+            Action::Certificate(BadCertificate::Expired),
+            "08001",
+            "certificate",
+        ),
+        (
+            Site::SslRequest,
+            Action::Certificate(BadCertificate::OtherAuthority),
+            "08001",
+            "certificate",
+        ),
+        (
+            Site::SslRequest,
+            Action::Certificate(BadCertificate::WrongName),
+            "08001",
+            "certificate",
+        ),
+        (
+            Site::SslRequest,
+            Action::NoTls,
+            "08P01",
+            "does not offer TLS",
+        ),
+        (Site::SslRequest, http.clone(), "08P01", "is it Postgres?"),
+        (Site::Startup, http, "08P01", "does not speak Postgres"),
+        (
+            Site::Startup,
+            Action::Answer("R\0\0\0\x03".to_owned()),
+            "08P01",
+            "does not speak Postgres",
+        ),
+        (
+            Site::Startup,
+            Action::Answer("D\0\0\0\x06\0\0".to_owned()),
+            "08P01",
+            "unexpected message",
+        ),
+        (
+            Site::Startup,
+            Action::Answer("R\0\0\0\x08\0\0\0\x07".to_owned()),
+            "08P01",
+            "authentication method 7",
+        ),
+    ];
+    for (site, action, code, message) in rows {
+        let before = emulator.counts();
+        emulator.faults().always(site, action.clone());
+        let began = Instant::now();
+        let refusal = proxy.refusal().await;
+        assert!(began.elapsed() < AT_ONCE, "{action:?}");
+        emulator.faults().clear();
+        assert_eq!(refusal.code, code, "{action:?}: {refusal:?}");
+        assert!(refusal.message.contains(message), "{action:?}: {refusal:?}");
+        assert!(
+            refusal.hint.as_deref().unwrap().contains("PGSSLROOTCERT"),
+            "{refusal:?}"
+        );
+        check_refusal(&refusal, &emulator);
+        assert_eq!(since(&before, &emulator), (1, 0, 0), "{action:?}");
+    }
+    assert_eq!(emulator.counts().passwords, 0);
+    let refused = proxy
+        .metrics()
+        .clients_refused
+        .with_label_values(&["protocol"]);
+    assert_eq!(refused.get(), 9);
+}
+
+#[tokio::test]
+async fn what_a_wake_heals_is_waited_for() {
+    let emulator = harness::emulator().await;
+    let proxy = Proxy::start(&emulator).await;
+    for said in [
+        ServerError::external_authorization(),
+        fatal("28000", "External authorization failed.").detail(SLEEPING),
+        fatal("57P03", "the database system is starting up"),
+        fatal(
+            "57P03",
+            "the database system is not yet accepting connections",
+        ),
+        fatal("57P03", "le système de bases de données se lance"),
+        fatal(
+            "57P01",
+            "terminating connection due to administrator command",
+        ),
+        fatal("08006", "Client handshake timeout."),
+        fatal("08006", "Insecure connection."),
+        inner("Couldn't connect to compute node"),
+        inner("Control plane request failed"),
+        inner(
+            "Control plane request failed: endpoint is temporarily unavailable. Check your quotas",
+        ),
+        inner("endpoint is idle, retry request"),
+        inner("timed out while waiting for endpoint to become active"),
+        inner("Authentication timed out"),
+    ] {
+        let before = emulator.counts();
+        emulator
+            .faults()
+            .times(2, Site::Startup, Action::Error(said.clone()));
+        let mut wire = proxy.session().await;
+        assert_eq!(wire.value("select 1").await, "1", "{said:?}");
+        assert_eq!(since(&before, &emulator), (3, 0, 0), "{said:?}");
+    }
+    for action in [Action::Close, Action::Reset] {
+        for site in [
+            Site::Accept,
+            Site::SslRequest,
+            Site::Tls,
+            Site::Startup,
+            Site::Password,
+        ] {
+            let before = emulator.counts();
+            emulator.faults().times(2, site, action.clone());
+            drop(proxy.session().await);
+            assert_eq!(
+                since(&before, &emulator),
+                (3, 0, 0),
+                "{action:?} at {site:?}"
+            );
+        }
+    }
+    proxy.until_quiet().await;
+}
+
+#[tokio::test]
+async fn a_stall_costs_one_attempt() {
+    join_all(
+        [
+            Site::Accept,
+            Site::SslRequest,
+            Site::Tls,
+            Site::Startup,
+            Site::Password,
+        ]
+        .map(async |site| {
+            let emulator = harness::emulator().await;
+            let proxy = Proxy::with(&emulator, |settings| {
+                settings.server_connect_timeout = Some(millis(1500));
+            })
+            .await;
+            emulator.faults().once(site, Action::Stall);
+            let began = Instant::now();
+            drop(proxy.session().await);
+            assert!(began.elapsed() >= Duration::from_millis(1500), "{site:?}");
+            assert_eq!(emulator.counts().dials, 2, "{site:?}");
+        }),
+    )
+    .await;
+}
+
+#[tokio::test]
+async fn an_endpoint_that_does_not_wake_is_given_up_after_the_budget() {
+    let rows = [
+        (
+            Some((
+                Site::Startup,
+                Action::Error(ServerError::external_authorization()),
+            )),
+            "28000",
+            "External authorization failed.",
+        ),
+        (
+            Some((Site::Password, Action::Error(ServerError::starting_up()))),
+            "57P03",
+            "starting up",
+        ),
+        (
+            Some((
+                Site::Startup,
+                Action::Error(inner("Couldn't connect to compute node")),
+            )),
+            "57P03",
+            "compute node",
+        ),
+        (
+            Some((Site::Startup, Action::Close)),
+            "08006",
+            "closed the connection unexpectedly",
+        ),
+        // The kernel may tell of the reset in the middle of the connect or after it.
+        (Some((Site::Accept, Action::Reset)), "08", "cannot reach"),
+        (
+            Some((Site::Startup, Action::Stall)),
+            "08006",
+            "did not answer in time",
+        ),
+        (None, "08001", "refused"),
+    ];
+    join_all(rows.map(async |(fault, code, message)| {
+        let emulator = harness::emulator().await;
+        let proxy = Proxy::with(&emulator, short).await;
+        match fault {
+            Some((site, action)) => emulator.faults().always(site, action),
+            None => emulator.configure(|settings| settings.is_listening = false),
+        }
+        let before = emulator.counts();
+        let began = Instant::now();
+        let (one, other) = tokio::join!(proxy.refusal(), proxy.refusal());
+        let took = began.elapsed();
+        assert!(
+            took >= Duration::from_millis(800) && took < Duration::from_secs(3),
+            "{code}: {took:?}"
+        );
+        for refusal in [one, other] {
+            assert!(refusal.code.starts_with(code), "{refusal:?}");
+            assert!(refusal.message.contains(message), "{refusal:?}");
+            assert!(refusal.hint.is_some(), "{refusal:?}");
+            check_refusal(&refusal, &emulator);
+        }
+        let (dials, mints, _) = since(&before, &emulator);
+        // Pauses grow from 50 ms: two first attempts and a handful of the leader's.
+        assert!(
+            dials <= 10 && mints == 0,
+            "{code}: {dials} dials, {mints} mints"
+        );
+        // It heals by itself.
+        emulator.faults().clear();
+        emulator.configure(|settings| settings.is_listening = true);
+        proxy.client().await;
+    }))
+    .await;
+}
+
+#[tokio::test]
+async fn an_attempt_that_the_budget_cuts_short_does_not_hide_what_the_server_said() {
+    let emulator = harness::emulator().await;
+    let proxy = Proxy::with(&emulator, short).await;
+    let said = ServerError::external_authorization();
+    emulator
+        .faults()
+        .once(Site::Startup, Action::Error(said.clone()));
+    emulator.faults().always(Site::Startup, Action::Stall);
+    let refusal = proxy.refusal().await;
+    assert_eq!(refusal.code, "28000");
+    check_words(&refusal, &said, &emulator);
+    assert_eq!(emulator.counts().dials, 2);
+}
+
+#[tokio::test]
+async fn a_name_that_does_not_resolve_is_given_up_sooner() {
+    let emulator = harness::emulator().await;
+    let variables = [("PGHOST", "does-not-exist.invalid")];
+    let proxy = Proxy::cold(&emulator, &variables, |_| {}).await.unwrap();
+    proxy.warm().await;
+    let began = Instant::now();
+    let refusal = proxy.refusal().await;
+    let took = began.elapsed();
+    assert!(
+        took >= Duration::from_secs(9) && took < Duration::from_secs(20),
+        "{took:?}"
+    );
+    assert_eq!(refusal.code, "08001");
+    assert!(
+        refusal.message.contains("`does-not-exist.invalid`"),
+        "{refusal:?}"
+    );
+    assert!(refusal.hint.as_deref().unwrap().contains("PGHOST"));
+    check_refusal(&refusal, &emulator);
+    assert_eq!(emulator.counts().dials, 0);
+}
+
+#[tokio::test]
+async fn clients_of_a_sleeping_endpoint_are_held_and_told() {
+    let emulator = harness::emulator().await;
+    let proxy = Proxy::start(&emulator).await;
+    emulator.configure(|settings| settings.wake_delay = Duration::from_millis(1700));
+    emulator.suspend().await;
+    let leader = async {
+        let mut wire = proxy.dial().await;
+        wire.startup(&[("user", "leader")]).await;
+        wire.welcome().await
+    };
+    let followers = async {
+        emulator
+            .wait_for(harness::PATIENCE, |counts| counts.refusals > 0)
+            .await
+            .unwrap();
+        join_all((0..40).map(async |_| {
+            let mut wire = proxy.dial().await;
+            wire.startup(&[("user", "follower")]).await;
+            wire.welcome().await
+        }))
+        .await
+    };
+    let (leader, mut welcomes) = tokio::join!(leader, followers);
+    welcomes.push(leader);
+    for welcome in &welcomes {
+        let notice = welcome.notices.last().expect("a notice");
+        assert_eq!(notice.severity, "NOTICE");
+        let expected = format!(
+            "Lakebase endpoint `{}` woke after ",
+            emulator.endpoint_name()
+        );
+        assert!(notice.message.starts_with(&expected), "{notice:?}");
+    }
+    let counts = emulator.counts();
+    assert_eq!(
+        (counts.wakes, counts.logins, counts.mint_requests),
+        (1, 41, 1)
+    );
+    assert!(
+        counts.dials <= 41 + 20,
+        "the waiting made {} dials",
+        counts.dials - 41
+    );
+    // A prompt login is not spoken of.
+    let mut wire = proxy.dial().await;
+    wire.startup(&[("user", "anyone")]).await;
+    assert_eq!(wire.welcome().await.notices, []);
+}
+
+#[tokio::test]
+async fn whatever_a_sleeping_endpoint_answers_the_client_is_served() {
+    let answers = [
+        WhileAsleep::ExternalAuthorization,
+        WhileAsleep::StartingUp,
+        WhileAsleep::Reset,
+        WhileAsleep::Close,
+        WhileAsleep::Hold,
+    ];
+    join_all(answers.map(async |while_asleep| {
+        let emulator = harness::emulator().await;
+        let proxy = Proxy::start(&emulator).await;
+        emulator.configure(|settings| {
+            settings.wake_delay = Duration::from_millis(400);
+            settings.while_asleep = while_asleep;
+        });
+        emulator.suspend().await;
+        let client = proxy.client().await;
+        client.simple_query("select 1").await.unwrap();
+        assert!(
+            emulator.counts().dials <= 12,
+            "{while_asleep:?}: {:?}",
+            emulator.counts()
+        );
+    }))
+    .await;
+}
+
+#[tokio::test]
+async fn a_client_that_hangs_up_ends_its_wait() {
+    let emulator = harness::emulator().await;
+    let proxy = Proxy::start(&emulator).await;
+    emulator.faults().always(
+        Site::Startup,
+        Action::Error(ServerError::external_authorization()),
+    );
+    let mut leader = proxy.dial().await;
+    leader.startup(&[("user", "leader")]).await;
+    emulator
+        .wait_for(harness::PATIENCE, |counts| counts.dials >= 2)
+        .await
+        .unwrap();
+    let mut follower = proxy.dial().await;
+    follower.startup(&[("user", "follower")]).await;
+    let active = &proxy.metrics().clients_active;
+    eventually("both are in", async || (active.get() == 2).then_some(())).await;
+
+    // The leader goes, the other takes over.
+    drop(leader);
+    eventually("the leader is gone", async || {
+        (active.get() == 1).then_some(())
+    })
+    .await;
+    let dials = emulator.counts().dials;
+    emulator
+        .wait_for(harness::PATIENCE, |counts| counts.dials > dials + 1)
+        .await
+        .expect("somebody goes on dialling");
+
+    // Nobody is left: nobody dials.
+    follower.reset();
+    proxy.until_quiet().await;
+    emulator
+        .wait_for(harness::PATIENCE, |counts| counts.connections == 0)
+        .await
+        .unwrap();
+    let dials = emulator.counts().dials;
+    // Longer than the longest pause between two attempts.
+    let more = emulator
+        .wait_for(Duration::from_millis(2500), |counts| counts.dials > dials)
+        .await;
+    assert_eq!(more, None, "a dial without a client");
+
+    // One that stalls, rather than fails, is let go as well.
+    emulator.faults().clear();
+    emulator.faults().always(Site::Startup, Action::Stall);
+    let mut stalled = proxy.dial().await;
+    stalled.startup(&[("user", "anyone")]).await;
+    emulator
+        .wait_for(harness::PATIENCE, |counts| counts.connections == 1)
+        .await
+        .unwrap();
+    drop(stalled);
+    emulator
+        .wait_for(harness::PATIENCE, |counts| counts.connections == 0)
+        .await
+        .expect("the upstream dial ends");
+    proxy.until_quiet().await;
+}
+
+#[tokio::test]
+async fn a_full_endpoint_is_waited_for_a_little() {
+    let texts = [
+        fatal("53300", "sorry, too many clients already"),
+        fatal("53300", "too many connections for role \"x\""),
+        fatal("53300", "too many connections for database \"x\""),
+        fatal(
+            "53300",
+            "remaining connection slots are reserved for non-replication superuser connections",
+        ),
+        fatal("08P01", "no more connections allowed (max_client_conn)"),
+        inner("Too many connections to this endpoint. Please try again later."),
+        inner(
+            "Failed to acquire permit to connect to the database. Too many database connection attempts are currently ongoing.",
+        ),
+    ];
+    join_all(texts.map(async |said| {
+        let emulator = harness::emulator().await;
+        let proxy = Proxy::with(&emulator, short).await;
+        emulator
+            .faults()
+            .times(2, Site::Password, Action::Error(said.clone()));
+        drop(proxy.session().await);
+        assert_eq!(emulator.counts().dials, 3, "{said:?}");
+
+        emulator
+            .faults()
+            .always(Site::Password, Action::Error(said.clone()));
+        let before = emulator.counts();
+        let began = Instant::now();
+        let refusal = proxy.refusal().await;
+        let took = began.elapsed();
+        assert!(
+            took >= Duration::from_millis(500) && took < Duration::from_secs(3),
+            "{took:?}"
+        );
+        assert_eq!(
+            refusal.code,
+            if said.code == "XX000" {
+                "53300"
+            } else {
+                &said.code
+            }
+        );
+        assert!(
+            refusal.hint.as_deref().unwrap().contains("pools"),
+            "{refusal:?}"
+        );
+        check_words(&refusal, &said, &emulator);
+        let (dials, mints, _) = since(&before, &emulator);
+        assert!(dials <= 7 && mints == 0, "{dials} dials");
+    }))
+    .await;
+}
+
+#[tokio::test]
+async fn a_rejected_credential_is_replaced_once_behind_the_clients_back() {
+    let texts = [
+        inner("JWT token has expired (exp=1700000000)"),
+        inner("JWT token is not yet ready to use (nbf=1900000000)"),
+        inner("invalid JWT token audience"),
+        inner("jwk not found"),
+        inner("missing key id"),
+        inner("signature error: signature verification failed"),
+        inner("password authentication failed for user 'x'"),
+        fatal("28P01", "password authentication failed for user \"x\""),
+        fatal(
+            "28000",
+            "Invalid authorization for databricks identity login",
+        ),
+        fatal(
+            "28P01",
+            "Invalid authorization for databricks identity login",
+        ),
+        fatal("28000", "token has expired"),
+        fatal("28000", "nobody has told us about this one"),
+    ];
+    join_all(texts.map(async |said| {
+        let emulator = harness::emulator().await;
+        let proxy = Proxy::start(&emulator).await;
+        let before = emulator.counts();
+        emulator
+            .faults()
+            .once(Site::Password, Action::Error(said.clone()));
+        let mut wire = proxy.dial().await;
+        wire.startup(&[("user", "anyone")]).await;
+        assert_eq!(wire.welcome().await.notices, [], "{said:?}");
+        assert_eq!(since(&before, &emulator), (2, 1, 1), "{said:?}");
+    }))
+    .await;
+}
+
+#[tokio::test]
+async fn fifty_clients_with_a_revoked_credential_cost_one_mint() {
+    let emulator = harness::emulator().await;
+    let proxy = Proxy::start(&emulator).await;
+    emulator.revoke_credentials();
+    let before = emulator.counts();
+    let sessions = join_all((0..50).map(async |_| {
+        let mut wire = proxy.session().await;
+        assert_eq!(wire.value("select 1").await, "1");
+        wire
+    }))
+    .await;
+    assert_eq!(sessions.len(), 50);
+    let (dials, mints, calls) = since(&before, &emulator);
+    assert_eq!((mints, calls), (1, 1));
+    assert!(dials <= 100, "{dials} dials");
+}
+
+#[tokio::test]
+async fn an_identity_that_does_not_fit_is_refused_and_does_not_hammer_the_workspace() {
+    let emulator = harness::emulator().await;
+    let variables = [("PGUSER", emulator.identities().user.name.as_str())];
+    let proxy = Proxy::cold(&emulator, &variables, |_| {}).await.unwrap();
+    proxy.warm().await;
+    let refusals = join_all((0..25).map(|_| proxy.refusal())).await;
+    let first = emulator.counts();
+    assert_eq!(first.mint_requests, 2, "one forced refresh for all");
+    assert!(first.dials <= 50, "{}", first.dials);
+    for refusal in &refusals {
+        assert_eq!(refusal.code, "28000");
+        assert!(
+            refusal
+                .message
+                .contains("Invalid authorization for databricks identity login"),
+            "{refusal:?}"
+        );
+        assert!(
+            refusal.hint.as_deref().unwrap().contains("PGUSER"),
+            "{refusal:?}"
+        );
+        check_refusal(refusal, &emulator);
+    }
+    // Those who come at once get the same answer for a dial each, and not one more mint.
+    for _ in 0..10 {
+        let refusal = proxy.refusal().await;
+        assert!(
+            refusal.message.contains("Invalid authorization"),
+            "{refusal:?}"
+        );
+        assert!(
+            refusal
+                .detail
+                .as_deref()
+                .unwrap()
+                .contains("No other credential could be tried"),
+            "{refusal:?}"
+        );
+    }
+    assert_eq!(since(&first, &emulator), (10, 0, 0));
+}
+
+#[tokio::test]
+async fn a_role_that_was_never_made_is_named_with_the_statement_that_makes_it() {
+    let emulator = harness::emulator().await;
+    let stranger = emulator.identities().stranger.clone();
+    let secret =
+        secrecy::ExposeSecret::expose_secret(stranger.client_secret.as_ref().unwrap()).to_owned();
+    let variables = [
+        ("PGUSER", stranger.name.as_str()),
+        ("DATABRICKS_CLIENT_ID", &stranger.name),
+        ("DATABRICKS_CLIENT_SECRET", &secret),
+    ];
+    let proxy = Proxy::cold(&emulator, &variables, |_| {}).await.unwrap();
+    proxy.warm().await;
+    let refusal = proxy.refusal().await;
+    assert_eq!(refusal.code, "28000");
+    assert!(
+        refusal
+            .message
+            .contains(&format!("role \"{}\" does not exist", stranger.name)),
+        "{refusal:?}"
+    );
+    assert!(
+        refusal
+            .hint
+            .as_deref()
+            .unwrap()
+            .contains("databricks_create_role"),
+        "{refusal:?}"
+    );
+    assert!(!format!("{refusal:?}").contains(&secret));
+    assert_eq!(emulator.counts().dials, 1);
+}
+
+/// Without any credential a mint that time may heal is waited for.
+#[tokio::test]
+async fn a_workspace_in_trouble_is_waited_for() {
+    let rows = [
+        (Action::Respond(Response::status(429).retry_after("1")), 2),
+        (Action::Respond(Response::status(500)), 2),
+        (Action::Respond(Response::status(503).retry_after("1")), 2),
+        (Action::Respond(Response::body(200, "{}")), 2),
+        (
+            Action::Respond(Response::body(200, "<html>log in</html>")),
+            2,
+        ),
+        (Action::Close, 2),
+        (Action::Reset, 2),
+        (Action::Delay(900), 1),
+    ];
+    join_all(rows.map(async |(action, mints)| {
+        let emulator = harness::emulator().await;
+        emulator.faults().once(Site::Mint, action.clone());
+        let proxy = Proxy::cold(&emulator, &[], |_| {}).await.unwrap();
+        let began = Instant::now();
+        drop(proxy.session().await);
+        assert!(
+            began.elapsed() >= Duration::from_millis(450),
+            "{action:?}: {:?}",
+            began.elapsed()
+        );
+        let counts = emulator.counts();
+        assert_eq!(
+            (counts.dials, counts.mint_requests),
+            (1, mints),
+            "{action:?}"
+        );
+    }))
+    .await;
+}
+
+/// Without any credential a refusal that only a person can mend is told, and not asked for again by each client.
+#[tokio::test]
+async fn a_workspace_that_refuses_is_quoted() {
+    let denied = |status: u16, code: &str, message: &str| {
+        Action::Respond(Response::body(
+            status,
+            format!(r#"{{"error_code":"{code}","message":"{message}"}}"#),
+        ))
+    };
+    let rows = [
+        (
+            Site::Mint,
+            denied(
+                400,
+                "INVALID_PARAMETER_VALUE",
+                "Field 'endpoint' is required",
+            ),
+            "Field 'endpoint' is required",
+        ),
+        (
+            Site::Mint,
+            denied(401, "UNAUTHENTICATED", "Credential was not sent"),
+            "Credential was not sent",
+        ),
+        (
+            Site::Mint,
+            denied(
+                403,
+                "PERMISSION_DENIED",
+                "API is disabled for users without workspace-access entitlement",
+            ),
+            "workspace-access",
+        ),
+        (
+            Site::Mint,
+            denied(404, "NOT_FOUND", "endpoint id not found"),
+            "endpoint id not found",
+        ),
+        (
+            Site::Token,
+            denied(401, "invalid_client", "Client authentication failed"),
+            "Client authentication failed",
+        ),
+    ];
+    join_all(rows.map(async |(site, action, words)| {
+        let emulator = harness::emulator().await;
+        emulator.faults().always(site, action.clone());
+        let proxy = Proxy::cold(&emulator, &[], |_| {}).await.unwrap();
+        let began = Instant::now();
+        let refusals = join_all((0..10).map(|_| proxy.refusal())).await;
+        assert!(
+            began.elapsed() < Duration::from_secs(9),
+            "{words}: {:?}",
+            began.elapsed()
+        );
+        for refusal in refusals {
+            assert_eq!(refusal.code, "28000");
+            let all = format!("{refusal:?}");
+            assert!(all.contains(words), "{refusal:?}");
+            assert!(refusal.hint.is_some(), "{refusal:?}");
+            check_refusal(&refusal, &emulator);
+        }
+        let counts = emulator.counts();
+        assert_eq!(counts.dials, 0);
+        assert!(
+            counts.mint_requests <= 4 && counts.token_requests <= 4,
+            "{words}: {counts:?}"
+        );
+    }))
+    .await;
+}
+
+#[tokio::test]
+async fn a_workspace_that_never_answers_costs_the_client_its_budget() {
+    let emulator = harness::emulator().await;
+    emulator.faults().always(Site::Mint, Action::Stall);
+    let proxy = Proxy::cold(&emulator, &[], short).await.unwrap();
+    let began = Instant::now();
+    let refusal = proxy.refusal().await;
+    assert!(
+        began.elapsed() >= Duration::from_millis(800) && began.elapsed() < Duration::from_secs(3)
+    );
+    assert_eq!(refusal.code, "28000");
+    assert!(
+        refusal
+            .message
+            .contains("no database credential came in time"),
+        "{refusal:?}"
+    );
+    assert!(
+        refusal.hint.as_deref().unwrap().contains("workspace"),
+        "{refusal:?}"
+    );
+    check_refusal(&refusal, &emulator);
+}
+
+#[tokio::test]
+async fn a_refusal_is_found_in_the_log_by_its_id() {
+    let emulator = harness::emulator().await;
+    let mut binary = Binary::serve(&emulator, &[]).await;
+    let said = fatal("3D000", "database \"x\" does not exist");
+    emulator.faults().once(Site::Startup, Action::Error(said));
+    let mut wire = Wire::dial(binary.postgres).await;
+    wire.startup(&[("user", "anyone")]).await;
+    let refusal = within("a refusal", wire.refusal()).await;
+    let line = binary.until("client refused").await;
+    let id = format!("(lakebase-proxy session {})", line["session"]);
+    assert!(
+        refusal.detail.as_deref().unwrap().ends_with(&id),
+        "{refusal:?} {line}"
+    );
+    assert_eq!(line["level"], "WARN");
+    assert_eq!(line["sqlstate"], "3D000");
+    assert_eq!(line["hint"].as_str(), refusal.hint.as_deref());
+    assert_eq!(line["reason"], "permission");
+}

@@ -1,0 +1,253 @@
+//! Limits, and starts that must not succeed.
+
+use std::{net::TcpListener, time::Duration};
+
+use futures_util::future::join_all;
+use lakebase_proxy::{
+    app::{App, StartError},
+    config::PortSetting,
+};
+use tokio::time::Instant;
+
+use crate::harness::{
+    self, Proxy,
+    binary::{Binary, command},
+    eventually, millis,
+    wire::{Wire, cancel, text},
+    within,
+};
+
+#[tokio::test]
+async fn one_client_too_many_is_told_so_and_cancels_still_pass() {
+    let emulator = harness::emulator().await;
+    let proxy = Proxy::with(&emulator, |settings| settings.max_connections = Some(3)).await;
+    let mut first = proxy.dial().await;
+    first.startup(&[("user", "anyone")]).await;
+    let key = first.welcome().await.key;
+    let others = [proxy.session().await, proxy.session().await];
+    // Connections that have not asked for a session take no place.
+    let unfinished = [proxy.dial().await, proxy.dial().await];
+
+    let dials = emulator.counts().dials;
+    let refusal = proxy.refusal().await;
+    assert_eq!(refusal.code, "53300");
+    assert!(refusal.message.contains("takes 3"), "{refusal:?}");
+    assert!(
+        refusal
+            .hint
+            .as_deref()
+            .unwrap()
+            .contains("--max-connections"),
+        "{refusal:?}"
+    );
+    assert_eq!(emulator.counts().dials, dials);
+    assert_eq!(
+        proxy
+            .metrics()
+            .clients_refused
+            .with_label_values(&["max_connections"])
+            .get(),
+        1
+    );
+
+    first.send(&text('Q', "select pg_sleep(60)")).await;
+    cancel(proxy.address(), key).await;
+    let said = first.until('Z').await;
+    assert!(
+        said.iter()
+            .any(|said| said.tag == 'E' && said.error().code == "57014")
+    );
+
+    drop((others, unfinished));
+    let active = &proxy.metrics().clients_active;
+    eventually("they are gone", async || (active.get() == 1).then_some(())).await;
+    drop((proxy.session().await, proxy.session().await));
+}
+
+#[tokio::test]
+async fn unfinished_handshakes_hold_nobody_up_for_ever() {
+    let emulator = harness::emulator().await;
+    let proxy = Proxy::with(&emulator, |settings| {
+        settings.client_login_timeout = Some(millis(1000));
+    })
+    .await;
+    let mut busy = proxy.dial().await;
+    busy.startup(&[("user", "anyone")]).await;
+    let key = busy.welcome().await.key;
+    busy.send(&text('Q', "select pg_sleep(60)")).await;
+
+    let silent = join_all((0..300).map(|_| Wire::dial(proxy.address()))).await;
+    let began = Instant::now();
+    let cancelled = async {
+        cancel(proxy.address(), key).await;
+        busy.until('Z').await
+    };
+    let (said, _) = tokio::join!(cancelled, proxy.client());
+    assert!(
+        said.iter()
+            .any(|said| said.tag == 'E' && said.error().code == "57014")
+    );
+    assert!(
+        began.elapsed() < Duration::from_secs(10),
+        "{:?}",
+        began.elapsed()
+    );
+    for mut silent in silent {
+        let refusal = silent.refusal().await;
+        assert!(refusal.message.contains("in time"), "{refusal:?}");
+    }
+    drop(busy);
+    proxy.until_quiet().await;
+}
+
+#[tokio::test]
+async fn a_proxy_in_front_of_itself_does_not_start() {
+    let emulator = harness::emulator().await;
+    for host in ["localhost", "127.0.0.1", "::1"] {
+        let port = TcpListener::bind("127.0.0.1:0")
+            .unwrap()
+            .local_addr()
+            .unwrap()
+            .port();
+        let text = port.to_string();
+        let config = harness::config(
+            &emulator,
+            &[("PGHOST", host), ("PGPORT", &text)],
+            |settings| {
+                settings.port = Some(PortSetting::Port(port));
+            },
+        );
+        let error = App::build(config).await.unwrap_err();
+        assert!(
+            matches!(error, StartError::Loop { .. }),
+            "{host}: {error:?}"
+        );
+        assert!(error.hint().unwrap().contains("PGHOST"));
+    }
+}
+
+/// Runs the program to its end: exit code and standard error.
+async fn run(arguments: &[&str], variables: &[(&'static str, String)]) -> (Option<i32>, String) {
+    let child = command(arguments)
+        .envs(variables.iter().cloned())
+        .spawn()
+        .unwrap();
+    let output = within("the program ends", child.wait_with_output())
+        .await
+        .unwrap();
+    (
+        output.status.code(),
+        String::from_utf8(output.stderr).unwrap(),
+    )
+}
+
+#[tokio::test]
+async fn a_start_that_cannot_be_meant_ends_with_1_and_says_how_to_mend_it() {
+    let emulator = harness::emulator().await;
+    let good = emulator.environment();
+    let with = |name: &'static str, value: &str| {
+        let mut variables = good.clone();
+        variables.retain(|(found, _)| *found != name);
+        variables.push((name, value.to_owned()));
+        variables
+    };
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = taken.local_addr().unwrap().port().to_string();
+    let free = ["--port", "0", "--http-port", "none"];
+
+    let rows: [(&[&str], _, &[&str]); 9] = [
+        (
+            &["--port", &port, "--http-port", "none"],
+            good.clone(),
+            &[&port, "--port", "hint: "],
+        ),
+        (
+            &["--port", "0", "--http-port", &port],
+            good.clone(),
+            &[&port, "--http-port", "hint: "],
+        ),
+        (
+            &[
+                "--port",
+                "0",
+                "--http-port",
+                "none",
+                "--notes",
+                "--notes-port",
+                &port,
+            ],
+            good.clone(),
+            &["--notes-port"],
+        ),
+        (
+            &["--port", "0", "--http-port", "none", "--address", "0.0.0.0"],
+            good.clone(),
+            &["0.0.0.0", "--allow-remote"],
+        ),
+        (
+            &["--port", "0", "--http-port", "none", "--address", "::"],
+            good.clone(),
+            &["--allow-remote"],
+        ),
+        (
+            &free,
+            with("ENDPOINT_NAME", ""),
+            &["ENDPOINT_NAME", "hint: "],
+        ),
+        (
+            &free,
+            with("PGHOST", "ep-x-pooler.database.cloud.databricks.com"),
+            &["-pooler", "hint: "],
+        ),
+        (
+            &free,
+            with("PGSSLROOTCERT", "/does/not/exist.pem"),
+            &["/does/not/exist.pem", "PGSSLROOTCERT"],
+        ),
+        (&["--no-such-flag"], good.clone(), &["--no-such-flag"]),
+    ];
+    for (arguments, variables, words) in rows {
+        let (code, said) = run(arguments, &variables).await;
+        assert_eq!(code, Some(1), "{arguments:?}: {said}");
+        for word in words {
+            assert!(said.contains(word), "{arguments:?}: no `{word}` in {said}");
+        }
+        assert!(!said.contains("panicked"), "{said}");
+        for (name, secret) in &variables {
+            assert!(*name != "DATABRICKS_CLIENT_SECRET" || !said.contains(secret));
+        }
+    }
+}
+
+#[tokio::test]
+async fn listening_where_others_reach_it_must_be_asked_for_and_is_warned_of() {
+    let emulator = harness::emulator().await;
+    let mut binary = Binary::serve(&emulator, &["--address", "0.0.0.0", "--allow-remote"]).await;
+    assert!(binary.postgres.ip().is_unspecified());
+    let warning = binary.find("is the Lakebase identity").await;
+    assert_eq!(warning["level"], "WARN");
+    assert_eq!(
+        warning["user"].as_str(),
+        Some(emulator.identities().app.name.as_str())
+    );
+}
+
+#[tokio::test]
+async fn the_limit_follows_from_the_descriptors_unless_set() {
+    let emulator = harness::emulator().await;
+    let limit = async |flags: &[&str]| {
+        let binary = Binary::serve(&emulator, flags).await;
+        let line = binary
+            .lines
+            .iter()
+            .find(|line| line["message"] == "listening for Postgres clients")
+            .unwrap();
+        line["max_connections"].as_u64().unwrap()
+    };
+    let (_, hard) = rlimit::getrlimit(rlimit::Resource::NOFILE).unwrap();
+    assert_eq!(
+        limit(&["--max-connections", "0"]).await,
+        ((hard - 100) / 2).min(1 << 20)
+    );
+    assert_eq!(limit(&["--max-connections", "42"]).await, 42);
+}
