@@ -9,9 +9,7 @@ use std::{
 
 use jiff::SignedDuration;
 
-use super::{
-    Emulator, EmulatorError, EmulatorOptions, LocalPostgresOptions, PostgresSource, Settings,
-};
+use super::{Emulator, EmulatorError, EmulatorOptions, PostgresSource, Settings};
 
 /// Flags of `lakebase-proxy emulator`.
 #[derive(Clone, Debug, clap::Args)]
@@ -54,13 +52,10 @@ impl EmulatorArgs {
                 wake_delay: self.wake_delay,
                 ..Settings::default()
             },
-            postgres: match &self.postgres_url {
-                Some(url) => PostgresSource::Url(url.clone()),
-                None => PostgresSource::Local(LocalPostgresOptions {
-                    bin_dir: self.postgres_bin_dir.clone(),
-                    ..LocalPostgresOptions::default()
-                }),
-            },
+            postgres: PostgresSource::chosen(
+                self.postgres_url.as_deref(),
+                self.postgres_bin_dir.as_deref(),
+            ),
             ..EmulatorOptions::default()
         }
     }
@@ -111,8 +106,8 @@ fn print_environment(emulator: &Emulator) {
         .and_then(|()| out.flush());
 }
 
-/// `60s`, `15m`, `1h 30m`.
-fn duration(text: &str) -> Result<Duration, String> {
+/// Reads a flag such as `60s`, `15m`, `1h 30m`.
+pub(crate) fn duration(text: &str) -> Result<Duration, String> {
     let parsed: SignedDuration = text
         .parse()
         .map_err(|error: jiff::Error| error.to_string())?;

@@ -43,6 +43,7 @@ use tempfile::TempPath;
 use tokio::{net::TcpListener, sync::watch, time::timeout};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
+pub(crate) use args::duration;
 pub use args::{EmulatorArgs, run};
 pub use counts::Counts;
 pub use edge::ServerError;
@@ -103,6 +104,19 @@ pub enum PostgresSource {
     Shared(Arc<LocalPostgres>),
     /// Any other, by its connection URL: a superuser's, without TLS.
     Url(String),
+}
+
+impl PostgresSource {
+    /// What the flags `--postgres-url` and `--postgres-bin-dir` mean together.
+    pub(crate) fn chosen(url: Option<&str>, bin_dir: Option<&Path>) -> Self {
+        match url {
+            Some(url) => Self::Url(url.to_owned()),
+            None => Self::Local(LocalPostgresOptions {
+                bin_dir: bin_dir.map(Path::to_owned),
+                ..LocalPostgresOptions::default()
+            }),
+        }
+    }
 }
 
 impl Default for PostgresSource {
