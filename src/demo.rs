@@ -13,6 +13,7 @@ use std::{
 
 use anstyle::Style;
 use jiff::{SignedDuration, Timestamp, tz::TimeZone};
+use secrecy::SecretString;
 
 use crate::{
     app::{Addresses, App, Running, StartError},
@@ -48,7 +49,7 @@ pub struct DemoArgs {
     pub token_ttl: Duration,
     /// Use this Postgres instead of an own one: a superuser's URL, without TLS
     #[arg(long, value_name = "URL", conflicts_with = "postgres_bin_dir")]
-    pub postgres_url: Option<String>,
+    pub postgres_url: Option<SecretString>,
     /// Where `initdb` and `postgres` are; looked for if not given
     #[arg(long, value_name = "DIR")]
     pub postgres_bin_dir: Option<PathBuf>,
@@ -89,9 +90,17 @@ pub fn log_options() -> LogOptions {
 
 /// Runs the demo until a signal, and takes everything away again.
 pub async fn run(arguments: DemoArgs, signals: &mut Signals) -> Result<Cause, DemoError> {
+    let start = Emulator::start(options(&arguments));
+    tokio::pin!(start);
     let emulator = tokio::select! {
-        started = Emulator::start(options(&arguments)) => started?,
-        cause = signals.next() => return Ok(cause),
+        started = &mut start => started?,
+        cause = signals.next() => {
+            // What is half made is finished, so that all of it can be taken away.
+            if let Ok(emulator) = start.await {
+                emulator.stop().await;
+            }
+            return Ok(cause);
+        }
     };
     let served = serve(&arguments, &emulator, signals).await;
     emulator.stop().await;
@@ -104,7 +113,7 @@ async fn serve(
     signals: &mut Signals,
 ) -> Result<Cause, DemoError> {
     let proxy = tokio::select! {
-        proxy = start(arguments, emulator) => proxy?,
+        proxy = start_proxy(arguments, emulator) => proxy?,
         cause = signals.next() => return Ok(cause),
     };
     print(&panel(proxy.addresses(), emulator, arguments));
@@ -122,7 +131,7 @@ async fn serve(
 fn options(arguments: &DemoArgs) -> EmulatorOptions {
     let mut options = EmulatorOptions {
         postgres: PostgresSource::chosen(
-            arguments.postgres_url.as_deref(),
+            arguments.postgres_url.as_ref(),
             arguments.postgres_bin_dir.as_deref(),
         ),
         ..EmulatorOptions::default()
@@ -139,7 +148,7 @@ struct Ports {
 }
 
 /// Starts the proxy on the ports asked for, else on the known ones, else on free ones.
-async fn start(arguments: &DemoArgs, emulator: &Emulator) -> Result<Running, DemoError> {
+async fn start_proxy(arguments: &DemoArgs, emulator: &Emulator) -> Result<Running, DemoError> {
     let mut ports = Ports {
         postgres: arguments.port.unwrap_or(PORTS.postgres),
         http: arguments.http_port.unwrap_or(PORTS.http),

@@ -9,6 +9,7 @@
 mod admin;
 mod credential;
 mod discovery;
+mod demo;
 mod emulator;
 mod harness;
 mod notes;
