@@ -40,6 +40,9 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Verb {
+    /// Everything on this machine, no account needed: the emulator, the proxy, a web page
+    #[cfg(feature = "demo")]
+    Demo(crate::demo::DemoArgs),
     /// Run only the emulator: a Lakebase for this machine, for tests and for trying things out
     #[cfg(feature = "demo")]
     Emulator(crate::emulator::EmulatorArgs),
@@ -64,6 +67,9 @@ enum CommandError {
     Config(#[from] ConfigError),
     #[cfg(feature = "demo")]
     #[error(transparent)]
+    Demo(#[from] crate::demo::DemoError),
+    #[cfg(feature = "demo")]
+    #[error(transparent)]
     Emulator(#[from] crate::emulator::EmulatorError),
     #[error(transparent)]
     Log(#[from] telemetry::LogError),
@@ -81,6 +87,8 @@ impl CommandError {
             Self::Config(error) => error.hint().map(str::to_owned),
             Self::Start(error) => error.hint(),
             Self::Token(error) => error.hint(),
+            #[cfg(feature = "demo")]
+            Self::Demo(error) => error.hint(),
             #[cfg(feature = "demo")]
             Self::Emulator(_) => None,
             Self::Log(_) | Self::Signals(_) => None,
@@ -125,6 +133,8 @@ async fn dispatch(cli: Cli) -> Result<ExitCode, CommandError> {
     match cli.verb {
         None => serve(cli.settings).await,
         #[cfg(feature = "demo")]
+        Some(Verb::Demo(arguments)) => demonstrate(arguments).await,
+        #[cfg(feature = "demo")]
         Some(Verb::Emulator(arguments)) => emulate(arguments).await,
         Some(Verb::Serve(Serve { settings })) => serve(settings).await,
         Some(Verb::Token(arguments)) => print_token(arguments).await,
@@ -160,6 +170,14 @@ async fn print_token(arguments: TokenArgs) -> Result<ExitCode, CommandError> {
     let _log = telemetry::logging::init(&config.log)?;
     print!("{}", token::text(config, json, format).await?);
     Ok(ExitCode::SUCCESS)
+}
+
+#[cfg(feature = "demo")]
+async fn demonstrate(arguments: crate::demo::DemoArgs) -> Result<ExitCode, CommandError> {
+    let _log = telemetry::logging::init(&crate::demo::log_options())?;
+    let mut signals = Signals::catch().map_err(CommandError::Signals)?;
+    let cause = crate::demo::run(arguments, &mut signals).await?;
+    Ok(cause.exit_code(false))
 }
 
 #[cfg(feature = "demo")]

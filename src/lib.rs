@@ -39,6 +39,8 @@ pub mod clock;
 pub mod config;
 pub mod credential;
 #[cfg(feature = "demo")]
+pub mod demo;
+#[cfg(feature = "demo")]
 pub mod emulator;
 pub mod http;
 pub mod listener;

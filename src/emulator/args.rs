@@ -8,13 +8,29 @@ use std::{
 };
 
 use jiff::SignedDuration;
+use secrecy::SecretString;
 
-use super::{
-    Emulator, EmulatorError, EmulatorOptions, LocalPostgresOptions, PostgresSource, Settings,
-};
+use super::{Emulator, EmulatorError, EmulatorOptions, PostgresSource, Settings};
+
+const AFTER_HELP: &str = "\
+While it runs, under the workspace's address (DATABRICKS_HOST):
+  GET    /emulator            state, settings, faults to come
+  PUT    /emulator/faults     {\"faults\":[{\"at\":\"mint\",\"do\":{\"respond\":{\"status\":429,\"retry_after\":\"2\"}},\"times\":3}]}
+  POST   /emulator/faults     the same, added to those that are there; DELETE forgets them all
+  PATCH  /emulator/settings   {\"token_ttl\":90,\"wake_delay\":5,\"while_asleep\":\"starting_up\"}
+  POST   /emulator/events     {\"event\":\"suspend\"}
+
+Places of faults: discovery token mint lookup whoami (the workspace's API),
+  accept ssl_request tls startup password session (the endpoint).
+Faults: {\"respond\":{...}} {\"delay\":MILLISECONDS} \"stall\" \"close\" \"reset\" \"no_tls\" {\"answer\":TEXT}
+  {\"error\":{\"severity\":\"FATAL\",\"code\":\"53300\",\"message\":\"sorry, too many clients already\"}}
+  {\"certificate\":\"expired\"|\"other_authority\"|\"wrong_name\"}
+Events: suspend revoke_credentials revoke_tokens terminate_sessions close_sessions
+  reset_sessions stall_sessions resume_sessions";
 
 /// Flags of `lakebase-proxy emulator`.
 #[derive(Clone, Debug, clap::Args)]
+#[command(after_help = AFTER_HELP)]
 pub struct EmulatorArgs {
     /// Port of the emulated workspace API on 127.0.0.1; 0 picks a free one
     #[arg(long, value_name = "PORT", default_value_t = 0)]
@@ -33,7 +49,7 @@ pub struct EmulatorArgs {
     pub wake_delay: Duration,
     /// Use this Postgres instead of an own one: a superuser's URL, without TLS
     #[arg(long, value_name = "URL", conflicts_with = "postgres_bin_dir")]
-    pub postgres_url: Option<String>,
+    pub postgres_url: Option<SecretString>,
     /// Where `initdb` and `postgres` are; looked for if not given
     #[arg(long, value_name = "DIR")]
     pub postgres_bin_dir: Option<PathBuf>,
@@ -54,13 +70,10 @@ impl EmulatorArgs {
                 wake_delay: self.wake_delay,
                 ..Settings::default()
             },
-            postgres: match &self.postgres_url {
-                Some(url) => PostgresSource::Url(url.clone()),
-                None => PostgresSource::Local(LocalPostgresOptions {
-                    bin_dir: self.postgres_bin_dir.clone(),
-                    ..LocalPostgresOptions::default()
-                }),
-            },
+            postgres: PostgresSource::chosen(
+                self.postgres_url.as_ref(),
+                self.postgres_bin_dir.as_deref(),
+            ),
             ..EmulatorOptions::default()
         }
     }
@@ -75,10 +88,17 @@ pub async fn run(
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), EmulatorError> {
     tokio::pin!(shutdown);
+    let start = Emulator::start(options);
+    tokio::pin!(start);
     let emulator = tokio::select! {
-        started = Emulator::start(options) => started?,
-        // Dropping the start takes away what it made.
-        () = &mut shutdown => return Ok(()),
+        started = &mut start => started?,
+        () = &mut shutdown => {
+            // What is half made is finished, so that all of it can be taken away.
+            if let Ok(emulator) = start.await {
+                emulator.stop().await;
+            }
+            return Ok(());
+        }
     };
     let told = match &env_file {
         Some(path) => emulator.write_env_file(path),
@@ -111,8 +131,8 @@ fn print_environment(emulator: &Emulator) {
         .and_then(|()| out.flush());
 }
 
-/// `60s`, `15m`, `1h 30m`.
-fn duration(text: &str) -> Result<Duration, String> {
+/// Reads a flag such as `60s`, `15m`, `1h 30m`.
+pub(crate) fn duration(text: &str) -> Result<Duration, String> {
     let parsed: SignedDuration = text
         .parse()
         .map_err(|error: jiff::Error| error.to_string())?;

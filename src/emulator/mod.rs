@@ -39,10 +39,12 @@ use std::{
     time::Duration,
 };
 
+use secrecy::{ExposeSecret, SecretString};
 use tempfile::TempPath;
 use tokio::{net::TcpListener, sync::watch, time::timeout};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
+pub(crate) use args::duration;
 pub use args::{EmulatorArgs, run};
 pub use counts::Counts;
 pub use edge::ServerError;
@@ -95,30 +97,32 @@ impl Default for EmulatorOptions {
 }
 
 /// The Postgres behind the edge.
-#[derive(Clone)]
+#[derive(Clone, Debug)]
 pub enum PostgresSource {
     /// One of its own, gone when the emulator stops.
     Local(LocalPostgresOptions),
     /// One that outlives the emulator and that others may use.
     Shared(Arc<LocalPostgres>),
     /// Any other, by its connection URL: a superuser's, without TLS.
-    Url(String),
+    Url(SecretString),
+}
+
+impl PostgresSource {
+    /// What the flags `--postgres-url` and `--postgres-bin-dir` mean together.
+    pub(crate) fn chosen(url: Option<&SecretString>, bin_dir: Option<&Path>) -> Self {
+        match url {
+            Some(url) => Self::Url(url.clone()),
+            None => Self::Local(LocalPostgresOptions {
+                bin_dir: bin_dir.map(Path::to_owned),
+                ..LocalPostgresOptions::default()
+            }),
+        }
+    }
 }
 
 impl Default for PostgresSource {
     fn default() -> Self {
         Self::Local(LocalPostgresOptions::default())
-    }
-}
-
-impl fmt::Debug for PostgresSource {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // A URL may hold a password.
-        f.write_str(match self {
-            Self::Local(_) => "Local",
-            Self::Shared(_) => "Shared",
-            Self::Url(_) => "Url",
-        })
     }
 }
 
@@ -191,7 +195,7 @@ impl Emulator {
         let database = match (&server, &options.postgres) {
             (Some(server), _) => Database::on_local(server, &identities, &options).await?,
             (None, PostgresSource::Url(url)) => {
-                Database::on_url(url, &identities, &options).await?
+                Database::on_url(url.expose_secret(), &identities, &options).await?
             }
             (None, _) => return Err(EmulatorError::NoPostgres),
         };

@@ -10,6 +10,7 @@ mod admin;
 mod cancel;
 mod credential;
 mod discovery;
+mod demo;
 mod emulator;
 mod failures;
 mod harness;

@@ -170,9 +170,13 @@ async fn backend(
             _ => welcome.extend(message.encode()),
         }
     }
+    let session = session.ok_or_else(unreachable_compute)?;
+    if shared.compute.state() == State::Idle {
+        // It fell asleep meanwhile, and did not know of this session to end.
+        return Err(ServerError::proxy("endpoint is idle, retry request").into());
+    }
     client.write_all(&welcome).await?;
     client.flush().await?;
-    let session = session.ok_or_else(unreachable_compute)?;
     Ok((server, session))
 }
 

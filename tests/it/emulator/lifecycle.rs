@@ -144,7 +144,7 @@ async fn a_postgres_named_by_url_is_used_and_left_as_it_was() {
         server.directory().join("s").display()
     );
     let options = EmulatorOptions {
-        postgres: PostgresSource::Url(url.clone()),
+        postgres: PostgresSource::Url(url.clone().into()),
         ..EmulatorOptions::default()
     };
     let emulator = Emulator::start(options).await.unwrap();

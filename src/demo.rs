@@ -1,0 +1,341 @@
+//! The demo: an emulated Lakebase, the proxy in front of it and the notes page, on one machine in one command.
+//!
+//! Put together from what everybody may use: the [`emulator`](crate::emulator), and an [`App`] that is configured by the
+//! tutorial's variables alone, as an app's environment would have them. The surrounding environment is left out of it,
+//! so that a demo never talks to a real workspace.
+
+use std::{
+    io::{self, Write},
+    net::SocketAddr,
+    path::PathBuf,
+    time::Duration,
+};
+
+use anstyle::Style;
+use jiff::{SignedDuration, Timestamp, tz::TimeZone};
+use secrecy::SecretString;
+
+use crate::{
+    app::{Addresses, App, Running, StartError},
+    config::{Config, ConfigError, Environment, PortSetting, Settings},
+    emulator::{self, Emulator, EmulatorError, EmulatorOptions, PostgresSource},
+    shutdown::{Cause, Signals},
+    telemetry::LogOptions,
+};
+
+/// The ports people know, taken where they are free.
+const PORTS: Ports = Ports {
+    postgres: 5432,
+    http: 9090,
+    notes: 8000,
+};
+/// Labels of the panel are this wide.
+const LABEL_WIDTH: usize = 13;
+
+/// Flags of `lakebase-proxy demo`.
+#[derive(Clone, Debug, clap::Args)]
+pub struct DemoArgs {
+    /// Port for Postgres clients; 0 = any free one [default: 5432, or another if it is taken]
+    #[arg(short, long, value_name = "PORT")]
+    pub port: Option<u16>,
+    /// Port for health checks and metrics; 0 = any free one [default: 9090, or another if it is taken]
+    #[arg(long, value_name = "PORT")]
+    pub http_port: Option<u16>,
+    /// Port of the notes page; 0 = any free one [default: 8000, or another if it is taken]
+    #[arg(long, value_name = "PORT")]
+    pub notes_port: Option<u16>,
+    /// Lifetime of a database credential; an hour at Lakebase, short here so that refreshes are seen
+    #[arg(long, value_name = "TIME", default_value = "60s", value_parser = emulator::duration)]
+    pub token_ttl: Duration,
+    /// Use this Postgres instead of an own one: a superuser's URL, without TLS
+    #[arg(long, value_name = "URL", conflicts_with = "postgres_bin_dir")]
+    pub postgres_url: Option<SecretString>,
+    /// Where `initdb` and `postgres` are; looked for if not given
+    #[arg(long, value_name = "DIR")]
+    pub postgres_bin_dir: Option<PathBuf>,
+}
+
+/// Why there is no demo.
+#[derive(Debug, thiserror::Error)]
+pub enum DemoError {
+    /// The emulator's settings do not do for the proxy; a defect.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The emulator cannot start.
+    #[error(transparent)]
+    Emulator(#[from] EmulatorError),
+    /// The proxy cannot start.
+    #[error(transparent)]
+    Start(#[from] StartError),
+}
+
+impl DemoError {
+    /// What to do about it.
+    pub fn hint(&self) -> Option<String> {
+        match self {
+            Self::Config(error) => error.hint().map(str::to_owned),
+            Self::Emulator(_) => None,
+            Self::Start(error) => error.hint(),
+        }
+    }
+}
+
+/// How a demo logs: the panel tells what is well.
+pub fn log_options() -> LogOptions {
+    LogOptions {
+        filter: "warn".to_owned(),
+        ..LogOptions::default()
+    }
+}
+
+/// Runs the demo until a signal, and takes everything away again.
+pub async fn run(arguments: DemoArgs, signals: &mut Signals) -> Result<Cause, DemoError> {
+    let start = Emulator::start(options(&arguments));
+    tokio::pin!(start);
+    let emulator = tokio::select! {
+        started = &mut start => started?,
+        cause = signals.next() => {
+            // What is half made is finished, so that all of it can be taken away.
+            if let Ok(emulator) = start.await {
+                emulator.stop().await;
+            }
+            return Ok(cause);
+        }
+    };
+    let served = serve(&arguments, &emulator, signals).await;
+    emulator.stop().await;
+    served
+}
+
+async fn serve(
+    arguments: &DemoArgs,
+    emulator: &Emulator,
+    signals: &mut Signals,
+) -> Result<Cause, DemoError> {
+    let proxy = tokio::select! {
+        proxy = start_proxy(arguments, emulator) => proxy?,
+        cause = signals.next() => return Ok(cause),
+    };
+    print(&panel(proxy.addresses(), emulator, arguments));
+    let cause = tokio::select! {
+        cause = signals.next() => cause,
+        () = tell_refreshes(&proxy) => Cause::Request,
+    };
+    let hurry = async {
+        signals.next().await;
+    };
+    proxy.end(hurry).await;
+    Ok(cause)
+}
+
+fn options(arguments: &DemoArgs) -> EmulatorOptions {
+    let mut options = EmulatorOptions {
+        postgres: PostgresSource::chosen(
+            arguments.postgres_url.as_ref(),
+            arguments.postgres_bin_dir.as_deref(),
+        ),
+        ..EmulatorOptions::default()
+    };
+    options.settings.token_ttl = arguments.token_ttl;
+    options
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Ports {
+    postgres: u16,
+    http: u16,
+    notes: u16,
+}
+
+/// Starts the proxy on the ports asked for, else on the known ones, else on free ones.
+async fn start_proxy(arguments: &DemoArgs, emulator: &Emulator) -> Result<Running, DemoError> {
+    let mut ports = Ports {
+        postgres: arguments.port.unwrap_or(PORTS.postgres),
+        http: arguments.http_port.unwrap_or(PORTS.http),
+        notes: arguments.notes_port.unwrap_or(PORTS.notes),
+    };
+    loop {
+        match App::build(config(ports, emulator)?).await {
+            Ok(app) => return Ok(app.start()?),
+            Err(StartError::Bind { flag, source, .. })
+                if source.kind() == io::ErrorKind::AddrInUse =>
+            {
+                let (port, asked_for) = match flag {
+                    "http-port" => (&mut ports.http, arguments.http_port),
+                    "notes-port" => (&mut ports.notes, arguments.notes_port),
+                    _ => (&mut ports.postgres, arguments.port),
+                };
+                if asked_for.is_some() || *port == 0 {
+                    let address = SocketAddr::from(([127, 0, 0, 1], *port));
+                    return Err(StartError::Bind {
+                        address,
+                        flag,
+                        source,
+                    }
+                    .into());
+                }
+                *port = 0;
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+fn config(ports: Ports, emulator: &Emulator) -> Result<Config, ConfigError> {
+    let settings = Settings {
+        port: Some(PortSetting::Port(ports.postgres)),
+        http_port: Some(PortSetting::Port(ports.http)),
+        notes: Some(cfg!(feature = "notes")),
+        notes_port: Some(PortSetting::Port(ports.notes)),
+        ..Settings::default()
+    };
+    let variables = emulator
+        .environment()
+        .into_iter()
+        .map(|(name, value)| (name.to_owned(), value));
+    Config::resolve(settings, Environment::from_variables(variables))
+}
+
+/// Says each credential, as it comes. Ends only if there will be no more.
+async fn tell_refreshes(proxy: &Running) {
+    let mut status = proxy.credentials().subscribe();
+    let mut told = 0;
+    loop {
+        let now = {
+            let status = status.borrow_and_update();
+            (status.generation, status.minted_at, status.expires_at)
+        };
+        if let (generation, Some(minted_at), Some(expires_at)) = now
+            && generation > told
+        {
+            told = generation;
+            print(&refresh(
+                generation,
+                minted_at,
+                expires_at,
+                &TimeZone::system(),
+            ));
+        }
+        if status.changed().await.is_err() {
+            return;
+        }
+    }
+}
+
+fn refresh(
+    generation: u64,
+    minted_at: Timestamp,
+    expires_at: Timestamp,
+    zone: &TimeZone,
+) -> String {
+    let clock = |time: Timestamp| time.to_zoned(zone.clone()).strftime("%H:%M:%S").to_string();
+    let lifetime = expires_at
+        .duration_since(minted_at)
+        .round(jiff::Unit::Second);
+    let lifetime = lifetime.unwrap_or(SignedDuration::ZERO).as_secs();
+    let what = if generation == 1 {
+        "minted"
+    } else {
+        "refreshed"
+    };
+    format!(
+        "  {}  credential {generation} {what}, good for logins until {} ({lifetime} s)\n",
+        clock(minted_at),
+        clock(expires_at),
+    )
+}
+
+/// What is where, and what to type.
+fn panel(addresses: Addresses, emulator: &Emulator, arguments: &DemoArgs) -> String {
+    let bold = Style::new().bold();
+    let port = addresses.postgres.port();
+    let mut lines = vec![
+        String::new(),
+        format!("  {bold}Lakebase on this machine{bold:#}"),
+        String::new(),
+    ];
+    let mut line = |label: &str, text: String| lines.push(format!("  {label:LABEL_WIDTH$}{text}"));
+    line(
+        "Postgres",
+        format!(
+            "localhost:{port}, any user, no password{}",
+            instead_of(port, PORTS.postgres, arguments.port)
+        ),
+    );
+    if let Some(address) = addresses.notes {
+        let port = address.port();
+        let other = instead_of(port, PORTS.notes, arguments.notes_port);
+        line("Notes page", format!("http://localhost:{port}/{other}"));
+    }
+    if let Some(address) = addresses.http {
+        let port = address.port();
+        let other = instead_of(port, PORTS.http, arguments.http_port);
+        line("Metrics", format!("http://localhost:{port}/metrics{other}"));
+    }
+    line(
+        "Workspace",
+        format!(
+            "{} (emulated; faults at /emulator)",
+            emulator.workspace_url()
+        ),
+    );
+    line(
+        "Endpoint",
+        format!(
+            "localhost:{} (emulated; TLS and a token)",
+            emulator.pg_port()
+        ),
+    );
+    line("", String::new());
+    line(
+        "Try",
+        format!("{bold}psql -h localhost -p {port} -c 'select content from notes'{bold:#}"),
+    );
+    line("", String::new());
+    let ttl = arguments.token_ttl.as_secs();
+    lines.push(format!(
+        "  Credentials live for {ttl} s; each refresh is told here. Ctrl-C ends everything."
+    ));
+    lines.push(String::new());
+    lines
+        .into_iter()
+        .map(|line| line.trim_end().to_owned() + "\n")
+        .collect()
+}
+
+/// Says that another port had to do.
+fn instead_of(port: u16, known: u16, asked_for: Option<u16>) -> String {
+    if asked_for.is_none() && port != known {
+        format!(" ({known} is taken)")
+    } else {
+        String::new()
+    }
+}
+
+fn print(text: &str) {
+    let mut out = anstream::stdout().lock();
+    // A closed pipe is the reader's choice.
+    let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_refresh_is_told_with_its_times() {
+        let minted: Timestamp = "2026-11-22T10:00:00.4Z".parse().unwrap();
+        let expires: Timestamp = "2026-11-22T10:01:00Z".parse().unwrap();
+        assert_eq!(
+            refresh(2, minted, expires, &TimeZone::UTC),
+            "  10:00:00  credential 2 refreshed, good for logins until 10:01:00 (60 s)\n"
+        );
+    }
+
+    #[test]
+    fn only_a_port_that_nobody_asked_for_is_explained() {
+        assert_eq!(instead_of(40_000, 5432, None), " (5432 is taken)");
+        assert_eq!(instead_of(5432, 5432, None), "");
+        assert_eq!(instead_of(40_000, 5432, Some(0)), "");
+    }
+}
