@@ -72,7 +72,10 @@ pub(super) async fn serve(mut tcp: TcpStream, shared: Arc<Shared>) {
     shared.counters.change(|counts| counts.tls_handshakes += 1);
     match converse(&mut tls, deadline, &shared).await {
         Ok(Some((server, session))) => relay::run(tls, server, session, &shared).await,
-        Ok(None) => {}
+        // A cancel, served. libpq 17 takes an end without TLS's own goodbye for a cancel that failed.
+        Ok(None) => {
+            let _ = timeout(LINGER, tls.shutdown()).await;
+        }
         Err(ending) => end_tls(tls, ending).await,
     }
 }

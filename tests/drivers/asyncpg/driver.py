@@ -208,8 +208,8 @@ async def copy(conn):
 
 async def notifications():
     listener, speaker = await connect(), await connect()
-    heard = asyncio.Queue()
-    await listener.add_listener("drivers_asyncpg", lambda _conn, pid, channel, payload: heard.put_nowait((channel, payload, pid == speaker.get_server_pid())))
+    heard, speakers = asyncio.Queue(), await backend(speaker)
+    await listener.add_listener("drivers_asyncpg", lambda _conn, pid, channel, payload: heard.put_nowait((channel, payload, pid == speakers)))
     await speaker.execute("notify drivers_asyncpg, 'one'")
     say("notify.first", await asyncio.wait_for(heard.get(), WAIT))
     await speaker.fetch("select pg_notify('drivers_asyncpg', $1)", "two 🐘" + "x" * 7900)
@@ -227,6 +227,11 @@ async def notices(conn):
     say("notices", seen)
 
 
+async def backend(conn):
+    """Which process serves it; what a driver knows as its process id may be half of a cancel key that the edge made up."""
+    return await conn.fetchval("select pg_backend_pid()")
+
+
 async def wait_until_active(pid):
     watcher = await connect()
     deadline = time.monotonic() + WAIT
@@ -242,9 +247,10 @@ async def wait_until_active(pid):
 
 
 async def cancel(conn):
+    pid = await backend(conn)
     began = time.monotonic()
     query = asyncio.ensure_future(conn.execute("select pg_sleep(60)"))
-    await wait_until_active(conn.get_server_pid())
+    await wait_until_active(pid)
     query.cancel()
     try:
         await query
@@ -285,9 +291,10 @@ async def pool():
 async def ended():
     """A backend that is ended from outside: the server's own last words arrive."""
     victim, killer = await connect(), await connect()
+    pid = await backend(victim)
     query = asyncio.ensure_future(victim.execute("select pg_sleep(60)"))
-    await wait_until_active(victim.get_server_pid())
-    await killer.execute(f"select pg_terminate_backend({victim.get_server_pid()})")
+    await wait_until_active(pid)
+    await killer.execute(f"select pg_terminate_backend({pid})")
     try:
         await query
     except asyncpg.PostgresError as error:

@@ -98,6 +98,11 @@ public class Driver {
         }
     }
 
+    /** Which process serves it; what a driver knows as its process id may be half of a cancel key that the edge made up. */
+    private static int backend(Connection connection) throws SQLException {
+        return Integer.parseInt(one(connection, "select pg_backend_pid()"));
+    }
+
     private static void run(Connection connection, String sql) throws SQLException {
         try (Statement statement = connection.createStatement()) {
             statement.execute(sql);
@@ -109,7 +114,7 @@ public class Driver {
         // The driver sends TimeZone, DateStyle, client_encoding and extra_float_digits as startup parameters by itself.
         try (Connection connection = connect("ApplicationName", "jdbc's job", "options", "-c statement_timeout=54321", "currentSchema", "public,pg_catalog", "readOnly", "true", "preferQueryMode", "simple")) {
             PGConnection postgres = connection.unwrap(PGConnection.class);
-            say("startup.pid is pg_backend_pid", one(connection, "select pg_backend_pid()").equals(String.valueOf(postgres.getBackendPID())));
+            say("startup.pid is pg_backend_pid", backend(connection) == postgres.getBackendPID());
             say("startup.server", connection.getMetaData().getDatabaseProductVersion());
             new TreeMap<>(postgres.getParameterStatuses()).forEach((name, value) -> say("startup.status." + name, value));
             for (String name : settings) {
@@ -283,6 +288,7 @@ public class Driver {
             run(listener, "listen drivers_jdbc");
             run(speaker, "notify drivers_jdbc, 'one'");
             run(speaker, "select pg_notify('drivers_jdbc', 'two \ud83d\udc18')");
+            int pid = backend(speaker);
             int heard = 0;
             while (heard < 2) {
                 PGNotification[] some = listener.unwrap(PGConnection.class).getNotifications(WAIT * 1000);
@@ -290,7 +296,7 @@ public class Driver {
                     break;
                 }
                 for (PGNotification one : some) {
-                    say("notify." + heard++, one.getName() + " " + one.getParameter() + " " + (one.getPID() == speaker.unwrap(PGConnection.class).getBackendPID()));
+                    say("notify." + heard++, one.getName() + " " + one.getParameter() + " " + (one.getPID() == pid));
                 }
             }
         }
@@ -320,8 +326,8 @@ public class Driver {
     }
 
     private static void cancel(Connection connection) throws Exception {
+        int pid = backend(connection);
         long began = System.nanoTime();
-        int pid = connection.unwrap(PGConnection.class).getBackendPID();
         var worker = Executors.newSingleThreadExecutor();
         try (Statement statement = connection.createStatement()) {
             var striker = worker.submit(() -> {
@@ -411,7 +417,7 @@ public class Driver {
     /** A backend that is ended from outside: the server's own last words arrive. */
     private static void ended() throws Exception {
         try (Connection victim = connect(); Connection killer = connect()) {
-            int pid = victim.unwrap(PGConnection.class).getBackendPID();
+            int pid = backend(victim);
             var worker = Executors.newSingleThreadExecutor();
             var striker = worker.submit(() -> {
                 untilAsleep(pid);

@@ -36,13 +36,16 @@ async function withClient(more, job) {
 
 const value = async (client, text, values) => Object.values((await client.query(text, values)).rows[0])[0];
 
+// Which process serves a client; what a driver knows as its process id may be half of a cancel key that the edge made up.
+const backend = (client) => value(client, 'select pg_backend_pid()');
+
 async function startup() {
   const statuses = {};
   const client = new pg.Client(config({ application_name: "node's job", statement_timeout: 54321, lock_timeout: 4321, options: '-c search_path=public,pg_catalog -c geqo=off' }));
   client.connection.on('parameterStatus', ({ parameterName, parameterValue }) => { statuses[parameterName] = parameterValue; });
   await client.connect();
   // pg learns the process id for its own cancel and compares it with nothing; we do.
-  say('startup.pid is pg_backend_pid', (await value(client, 'select pg_backend_pid()')) === client.processID);
+  say('startup.pid is pg_backend_pid', (await backend(client)) === client.processID);
   for (const name of Object.keys(statuses).sort()) say(`startup.status.${name}`, statuses[name]);
   const show = async (key) => {
     for (const name of ['application_name', 'statement_timeout', 'lock_timeout', 'search_path', 'geqo', 'client_encoding', 'TimeZone']) {
@@ -151,9 +154,10 @@ async function copy(client) {
 async function notifications() {
   await withClient({}, (listener) => withClient({}, async (speaker) => {
     const heard = [];
+    const pid = await backend(speaker);
     const both = new Promise((resolve) => {
       listener.on('notification', ({ channel, payload, processId }) => {
-        heard.push([channel, payload, processId === speaker.processID]);
+        heard.push([channel, payload, processId === pid]);
         if (heard.length === 2) resolve();
       });
     });
@@ -185,11 +189,12 @@ async function untilAsleep(pid) {
 
 async function cancel() {
   await withClient({}, async (client) => {
+    const pid = await backend(client);
     const began = Date.now();
     const query = new pg.Query('select pg_sleep(60)');
     const ended = new Promise((resolve) => { query.on('error', resolve); query.on('end', () => resolve(undefined)); });
     client.query(query);
-    await untilAsleep(client.processID);
+    await untilAsleep(pid);
     // node-postgres sends a CancelRequest from a client that was never connected.
     new pg.Client(config()).cancel(client, query);
     failure('cancel', await ended);
@@ -231,9 +236,10 @@ async function ended() {
   const victim = new pg.Client(config());
   victim.on('error', () => {});
   await victim.connect();
+  const pid = await backend(victim);
   const query = victim.query('select pg_sleep(60)').then(() => undefined, (error) => error);
-  await untilAsleep(victim.processID);
-  await withClient({}, (killer) => killer.query('select pg_terminate_backend($1)', [victim.processID]));
+  await untilAsleep(pid);
+  await withClient({}, (killer) => killer.query('select pg_terminate_backend($1)', [pid]));
   failure('ended', await query);
 }
 

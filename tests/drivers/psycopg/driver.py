@@ -226,7 +226,8 @@ def notifications():
         listener.execute("listen drivers_psycopg")
         speaker.execute("notify drivers_psycopg, 'one'")
         speaker.execute("select pg_notify('drivers_psycopg', %s)", ("two 🐘",))
-        heard = [(n.channel, n.payload, n.pid == speaker.info.backend_pid) for n in listener.notifies(timeout=WAIT, stop_after=2)]
+        pid = backend(speaker)
+        heard = [(n.channel, n.payload, n.pid == pid) for n in listener.notifies(timeout=WAIT, stop_after=2)]
         say("notify.heard", heard)
         listener.execute("unlisten *")
         speaker.execute("notify drivers_psycopg")
@@ -242,6 +243,31 @@ def notices(conn):
     conn.rollback()
 
 
+def backend(conn):
+    """Which process serves it; what a driver knows as its process id may be half of a cancel key that the edge made up."""
+    return conn.execute("select pg_backend_pid()").fetchone()[0]
+
+
+class Striker(threading.Thread):
+    """Does something to a backend once that is seen asleep; a failure of it is not lost."""
+
+    def __init__(self, pid, strike):
+        super().__init__()
+        self.pid, self.strike, self.error = pid, strike, None
+
+    def run(self):
+        try:
+            wait_until_active(self.pid)
+            self.strike()
+        except Exception as error:  # told by whoever joins
+            self.error = error
+
+    def done(self):
+        self.join()
+        if self.error:
+            raise self.error
+
+
 def wait_until_active(pid):
     with connect(autocommit=True) as watcher:
         deadline = time.monotonic() + WAIT
@@ -255,17 +281,14 @@ def wait_until_active(pid):
 
 def cancel(conn):
     for key, how in (("cancel", "cancel"), ("cancel_safe", "cancel_safe")):
-        def strike():
-            wait_until_active(conn.info.backend_pid)
-            getattr(conn, how)()
-        striker = threading.Thread(target=strike)
+        striker = Striker(backend(conn), getattr(conn, how))
         began = time.monotonic()
         striker.start()
         try:
             conn.execute("select pg_sleep(60)")
         except psycopg.errors.QueryCanceled as error:
             failure(key, error)
-        striker.join()
+        striker.done()
         say(f"{key}.prompt", time.monotonic() - began < WAIT)
         conn.rollback()
         say(f"{key}.usable", conn.execute("select 1").fetchone())
@@ -314,17 +337,18 @@ def results(conn):
 def ended():
     """A backend that is ended from outside: the server's own last words arrive."""
     with connect(autocommit=True) as victim:
+        pid = backend(victim)
+
         def strike():
-            wait_until_active(victim.info.backend_pid)
             with connect(autocommit=True) as killer:
-                killer.execute("select pg_terminate_backend(%s)", (victim.info.backend_pid,))
-        striker = threading.Thread(target=strike)
+                killer.execute("select pg_terminate_backend(%s)", (pid,))
+        striker = Striker(pid, strike)
         striker.start()
         try:
             victim.execute("select pg_sleep(60)")
         except psycopg.OperationalError as error:
             failure("ended", error)
-        striker.join()
+        striker.done()
         say("ended.closed", victim.closed)
 
 
