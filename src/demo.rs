@@ -246,7 +246,7 @@ fn refresh(
 }
 
 /// What is where, and what to type.
-fn panel(addresses: Addresses, emulator: &Emulator, arguments: &DemoArgs) -> String {
+fn panel(addresses: &Addresses, emulator: &Emulator, arguments: &DemoArgs) -> String {
     let bold = Style::new().bold();
     let port = addresses.postgres.port();
     let mut lines = vec![

@@ -7,6 +7,7 @@ use std::{
 
 use rustls::{
     ClientConfig, RootCertStore,
+    client::{WebPkiServerVerifier, danger::ServerCertVerifier},
     crypto::{CryptoProvider, aws_lc_rs},
     pki_types::{CertificateDer, pem::PemObject},
 };
@@ -57,24 +58,35 @@ pub fn provider() -> Arc<CryptoProvider> {
 
 /// A configuration that verifies chain and name against `roots` and offers `alpn`.
 pub fn client_config(roots: &Roots, alpn: &[u8]) -> Result<Arc<ClientConfig>, TlsError> {
-    let provider = provider();
-    let builder = ClientConfig::builder_with_provider(Arc::clone(&provider))
+    client_config_with(verifier(roots)?, alpn)
+}
+
+/// The same with a verifier that does at least what [`verifier`]'s does.
+pub(crate) fn client_config_with(
+    verifier: Arc<dyn ServerCertVerifier>,
+    alpn: &[u8],
+) -> Result<Arc<ClientConfig>, TlsError> {
+    let mut config = ClientConfig::builder_with_provider(provider())
         .with_safe_default_protocol_versions()
-        .map_err(TlsError::Unusable)?;
-    let mut config = match roots {
-        Roots::System => {
-            let verifier = Verifier::new(provider).map_err(TlsError::Unusable)?;
-            builder
-                .dangerous() // the platform's own verifier is no less strict than the built-in one
-                .with_custom_certificate_verifier(Arc::new(verifier))
-                .with_no_client_auth()
-        }
-        Roots::File(path) => builder
-            .with_root_certificates(read_roots(path)?)
-            .with_no_client_auth(),
-    };
+        .map_err(TlsError::Unusable)?
+        .dangerous() // the platform's own verifier and rustls's with other roots: neither is less strict
+        .with_custom_certificate_verifier(verifier)
+        .with_no_client_auth();
     config.alpn_protocols = vec![alpn.to_vec()];
     Ok(Arc::new(config))
+}
+
+/// Verifies chain and name against `roots`.
+pub(crate) fn verifier(roots: &Roots) -> Result<Arc<dyn ServerCertVerifier>, TlsError> {
+    Ok(match roots {
+        Roots::System => Arc::new(Verifier::new(provider()).map_err(TlsError::Unusable)?),
+        Roots::File(path) => {
+            let store = Arc::new(read_roots(path)?);
+            WebPkiServerVerifier::builder_with_provider(store, provider())
+                .build()
+                .map_err(|error| TlsError::Unusable(rustls::Error::General(error.to_string())))?
+        }
+    })
 }
 
 fn read_roots(path: &Path) -> Result<RootCertStore, TlsError> {

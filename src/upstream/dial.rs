@@ -2,7 +2,7 @@
 
 use std::{
     io,
-    net::SocketAddr,
+    net::{Ipv4Addr, Ipv6Addr, SocketAddr},
     pin::Pin,
     sync::Arc,
     task::{Context, Poll},
@@ -52,18 +52,35 @@ pub(super) async fn dial(
     metrics: &Metrics,
 ) -> Result<(Stream, SocketAddr), Failure> {
     let started = Instant::now();
-    let addresses: Vec<SocketAddr> = lookup_host((endpoint.host.as_str(), endpoint.port))
-        .await
-        .map_err(|error| Failure::resolve(&endpoint.host, &error))?
-        .collect();
+    let addresses = resolve(&endpoint.host, endpoint.port).await?;
     observe(metrics, phase::RESOLVE, started);
 
     let started = Instant::now();
-    let (tcp, address) = connect_any(interleave(addresses))
-        .await
-        .map_err(|error| Failure::dial(&error))?;
+    let (tcp, address) = connect(addresses).await?;
     observe(metrics, phase::DIAL, started);
     Ok((secure(tcp, endpoint, keepalive, metrics).await?, address))
+}
+
+/// The addresses of a host, in the resolver's order.
+pub(super) async fn resolve(host: &str, port: u16) -> Result<Vec<SocketAddr>, Failure> {
+    match lookup_host((host, port)).await {
+        Ok(addresses) => Ok(addresses.collect()),
+        // RFC 6761: such a name is this machine, which not every resolver knows.
+        Err(_) if host.to_ascii_lowercase().ends_with(".localhost") => Ok(vec![
+            SocketAddr::from((Ipv4Addr::LOCALHOST, port)),
+            SocketAddr::from((Ipv6Addr::LOCALHOST, port)),
+        ]),
+        Err(error) => Err(Failure::resolve(host, &error)),
+    }
+}
+
+/// Connects to whichever address answers, and says which.
+pub(super) async fn connect(
+    addresses: Vec<SocketAddr>,
+) -> Result<(TcpStream, SocketAddr), Failure> {
+    connect_any(interleave(addresses))
+        .await
+        .map_err(|error| Failure::dial(&error))
 }
 
 /// Connects to an address that answered before, as a CancelRequest must.
@@ -155,7 +172,8 @@ async fn connect_any(addresses: Vec<SocketAddr>) -> io::Result<(TcpStream, Socke
     }
 }
 
-async fn secure(
+/// Negotiates TLS, where the endpoint wants it.
+pub(super) async fn secure(
     mut tcp: TcpStream,
     endpoint: &Endpoint,
     keepalive: &Keepalive,
@@ -307,6 +325,7 @@ mod tests {
             host: "localhost".to_owned(),
             port: address.port(),
             user: "me".to_owned(),
+            database: "db".to_owned(),
             security: Security::Tls {
                 config: Arc::new(config),
                 name: "localhost".try_into().unwrap(),

@@ -89,7 +89,7 @@ pub(super) async fn log_in(
 }
 
 /// Everything said between TLS and ReadyForQuery.
-async fn exchange<S: AsyncRead + AsyncWrite + Unpin>(
+pub(super) async fn exchange<S: AsyncRead + AsyncWrite + Unpin>(
     stream: &mut S,
     user: &str,
     credential: &Credential,

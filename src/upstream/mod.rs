@@ -9,6 +9,7 @@ pub mod endpoint;
 mod failure;
 mod hold;
 mod login;
+pub mod probe;
 mod route;
 
 pub use dial::{Stream, tune};

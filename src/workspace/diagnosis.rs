@@ -228,8 +228,10 @@ fn explain(
         return token_endpoint(host, status, code, &text);
     }
     let name = purpose.name();
+    // A token that is none comes back as 403, with the number as its code.
+    let is_unauthenticated = status == StatusCode::UNAUTHORIZED || has("invalid access token");
     match (status.as_u16(), code, name) {
-        (401, ..) => match auth {
+        _ if is_unauthenticated => match auth {
             AuthKind::Pat => say(
                 format!("the workspace {host} refused the personal access token"),
                 "check `DATABRICKS_TOKEN`: it may have expired, been revoked, or belong to another workspace",

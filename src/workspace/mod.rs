@@ -8,6 +8,7 @@ mod credentials;
 mod diagnosis;
 mod discovery;
 mod error_body;
+mod inspect;
 mod names;
 mod settings;
 #[cfg(test)]
@@ -35,6 +36,7 @@ pub use diagnosis::CallError;
 pub use discovery::{
     EndpointInfo, EndpointState, EndpointType, Identity, Known, LocateError, Located, Wanted,
 };
+pub use inspect::{Profile, Role, TokenFacts};
 pub use names::{
     BranchName, EndpointName, HostName, InstanceName, NameError, ProjectName, Reference, Target,
 };

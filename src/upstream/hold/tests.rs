@@ -203,6 +203,7 @@ fn house(server: &Server, limits: Limits) -> Arc<House> {
         host: "127.0.0.1".to_owned(),
         port: server.port,
         user: "me".to_owned(),
+        database: "db".to_owned(),
         security: Security::Plain,
     };
     let mut upstream = Upstream::new(endpoint, cell, limits, Keepalive::default(), metrics);

@@ -14,14 +14,14 @@ use tracing::warn;
 use super::{
     EndpointInfo, Identity,
     bodies::{
-        AppBody, BranchBody, DatabaseBody, EndpointBody, InstanceBody, MeBody, ProjectBody,
-        RoleBody,
+        AppBody, BranchBody, DatabaseBody, EndpointBody, InstanceBody, MeBody, MeValue,
+        ProjectBody, RoleBody,
     },
 };
 use crate::{
     credential::MintErrorKind,
     workspace::{
-        Answer, CallError, EndpointName, InstanceName, Workspace,
+        Answer, CallError, EndpointName, InstanceName, Profile, Role, Target, Workspace,
         diagnosis::Purpose,
         names::{BranchName, ProjectName},
     },
@@ -31,6 +31,8 @@ const FIRST_WAIT: Duration = Duration::from_millis(500);
 const LAST_WAIT: Duration = Duration::from_secs(8);
 /// Pages of a list that are read; a page holds 100.
 const MAX_PAGES: usize = 10;
+/// What the API calls a role that logs in with an OAuth credential.
+const OAUTH_METHOD: &str = "LAKEBASE_OAUTH_V1";
 /// Calls that one search through the whole workspace may make.
 const MAX_CALLS: usize = 200;
 
@@ -140,6 +142,63 @@ impl<'a> Explorer<'a> {
         Ok(self.get(Purpose::Lookup(name), &path).await?.value)
     }
 
+    /// An endpoint or an instance, as the target has it.
+    pub(in crate::workspace) async fn describe(
+        &self,
+        target: &Target,
+    ) -> Result<EndpointInfo, CallError> {
+        match target {
+            Target::Endpoint(name) => self.endpoint(name).await,
+            Target::Instance(name) => self.instance(name).await,
+        }
+    }
+
+    /// Who we are, at length.
+    pub(in crate::workspace) async fn profile(&self) -> Result<Profile, CallError> {
+        let Answer {
+            value,
+            workspace_id,
+            ..
+        } = self.me_in_full().await?;
+        let texts = |values: Vec<MeValue>| {
+            let text = |value: MeValue| match value.display.as_str() {
+                "" => value.value,
+                _ => value.display,
+            };
+            values.into_iter().map(text).collect()
+        };
+        Ok(Profile {
+            user_name: value.user_name,
+            id: value.id,
+            groups: texts(value.groups),
+            entitlements: texts(value.entitlements),
+            workspace_id,
+        })
+    }
+
+    /// The Postgres roles of a branch.
+    pub(in crate::workspace) async fn role_names(
+        &self,
+        branch: &str,
+    ) -> Result<Vec<Role>, CallError> {
+        let roles = self.roles(branch).await?.into_iter().map(|role| Role {
+            is_oauth: role.status.auth_method == OAUTH_METHOD,
+            name: role.status.postgres_role,
+        });
+        Ok(roles.collect())
+    }
+
+    /// The databases of a branch, by their names in Postgres.
+    pub(in crate::workspace) async fn database_names(
+        &self,
+        branch: &str,
+    ) -> Result<Vec<String>, CallError> {
+        let databases = self.databases(branch).await?.into_iter();
+        Ok(databases
+            .map(|database| database.status.postgres_database)
+            .collect())
+    }
+
     pub(super) async fn me(&self) -> Result<Identity, CallError> {
         let answer = self.me_in_full().await?;
         Ok(Identity {
@@ -148,7 +207,7 @@ impl<'a> Explorer<'a> {
         })
     }
 
-    pub(super) async fn me_in_full(&self) -> Result<Answer<MeBody>, CallError> {
+    async fn me_in_full(&self) -> Result<Answer<MeBody>, CallError> {
         self.get(Purpose::Identity, "/api/2.0/preview/scim/v2/Me")
             .await
     }

@@ -73,10 +73,7 @@ pub struct Identity {
 impl Workspace {
     /// Looks an endpoint or an instance up. Bounded by a minute.
     pub async fn describe(&self, target: &Target) -> Result<EndpointInfo, CallError> {
-        match target {
-            Target::Endpoint(name) => self.endpoint(name).await,
-            Target::Instance(name) => self.instance(name).await,
-        }
+        Explorer::new(self, BUDGET).describe(target).await
     }
 
     /// Looks an endpoint up. Bounded by a minute.
