@@ -7,7 +7,7 @@ use std::{
 };
 
 use jiff::Timestamp;
-use secrecy::SecretString;
+use secrecy::{ExposeSecret, SecretString};
 use serde::Deserialize;
 use tokio::{fs, io::AsyncReadExt, process::Command, time::timeout};
 use tokio_util::sync::CancellationToken;
@@ -68,9 +68,9 @@ impl Mint for PasswordFile {
 }
 
 impl PasswordFile {
-    /// Publishes the password anew whenever the file changes, until stopped.
+    /// Publishes the password anew whenever the file has come to hold another, until stopped.
     pub async fn watch(self, cell: CredentialCell, stop: CancellationToken) {
-        let mut seen = stamp(&self.0).await;
+        let mut seen = None;
         while stop
             .run_until_cancelled(tokio::time::sleep(LOOK_EVERY))
             .await
@@ -83,13 +83,16 @@ impl PasswordFile {
             match self.mint().await {
                 Ok(minted) => {
                     seen = now;
-                    cell.publish(minted, 0.0);
-                    tracing::info!(file = %self.0.display(), "password file has changed, new logins use it");
+                    let is_current = cell.current().is_some_and(|current| {
+                        current.secret.expose_secret() == minted.secret.expose_secret()
+                    });
+                    if !is_current {
+                        cell.publish(minted, 0.0);
+                        tracing::info!(file = %self.0.display(), "the password file has changed; new logins use it");
+                    }
                 }
                 // Seen half-written, perhaps: looked at again.
-                Err(error) => {
-                    tracing::debug!(%error, "password file has changed but cannot be used");
-                }
+                Err(error) => tracing::debug!(%error, "the password file cannot be used"),
             }
         }
     }
@@ -190,7 +193,6 @@ fn refused(message: String, hint: &str) -> MintError {
 
 #[cfg(test)]
 mod tests {
-    use secrecy::ExposeSecret;
     use tokio::time::Instant;
 
     use super::*;
