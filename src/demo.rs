@@ -1,6 +1,6 @@
 //! The demo: an emulated Lakebase, the proxy in front of it and the notes page, on one machine in one command.
 //!
-//! Put together from what everybody may use: the [`emulator`](crate::emulator), and an [`App`] that is configured by the
+//! Put together from what everybody may use: the [`emulator`], and an [`App`] that is configured by the
 //! tutorial's variables alone, as an app's environment would have them. The surrounding environment is left out of it,
 //! so that a demo never talks to a real workspace.
 
@@ -246,7 +246,7 @@ fn refresh(
 }
 
 /// What is where, and what to type.
-fn panel(addresses: Addresses, emulator: &Emulator, arguments: &DemoArgs) -> String {
+fn panel(addresses: &Addresses, emulator: &Emulator, arguments: &DemoArgs) -> String {
     let bold = Style::new().bold();
     let port = addresses.postgres.port();
     let mut lines = vec![

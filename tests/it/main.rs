@@ -9,8 +9,8 @@
 mod admin;
 mod cancel;
 mod credential;
-mod discovery;
 mod demo;
+mod discovery;
 mod emulator;
 mod failures;
 mod harness;
