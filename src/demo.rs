@@ -1,6 +1,6 @@
 //! The demo: an emulated Lakebase, the proxy in front of it and the notes page, on one machine in one command.
 //!
-//! Put together from what everybody may use: the [`emulator`](crate::emulator), and an [`App`] that is configured by the
+//! Put together from what everybody may use: the [`emulator`], and an [`App`] that is configured by the
 //! tutorial's variables alone, as an app's environment would have them. The surrounding environment is left out of it,
 //! so that a demo never talks to a real workspace.
 

@@ -417,7 +417,7 @@ async fn the_endpoint_is_found_by_name_and_in_lists() {
         .0;
     for (path, key, count) in [
         ("projects".to_owned(), "projects", 2),
-        ("projects/lakebase-local/branches".to_owned(), "branches", 2),
+        ("projects/lakebase-local/branches".to_owned(), "branches", 3),
         (format!("{branch}/endpoints"), "endpoints", 2),
         (format!("{branch}/roles"), "roles", 2),
         (format!("{branch}/databases"), "databases", 1),
@@ -448,6 +448,33 @@ async fn the_endpoint_is_found_by_name_and_in_lists() {
     assert_eq!(
         get(&emulator, "/api/2.0/nothing/here", &token).await.json()["error_code"],
         "ENDPOINT_NOT_FOUND"
+    );
+}
+
+#[tokio::test]
+async fn an_endpoint_made_again_under_its_old_name_is_listed_but_not_found() {
+    let emulator = start().await;
+    let token = token(&emulator).await;
+    let parent = "/api/2.0/postgres/projects/lakebase-local/branches/development/endpoints";
+    let list = get(&emulator, parent, &token).await.json();
+    let ids: Vec<&str> = list["endpoints"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|endpoint| endpoint["endpoint_id"].as_str().unwrap())
+        .collect();
+    assert_eq!(ids, ["primary", "recreated"]);
+    assert_eq!(
+        get(&emulator, &format!("{parent}/primary"), &token)
+            .await
+            .status,
+        200
+    );
+    assert_eq!(
+        get(&emulator, &format!("{parent}/recreated"), &token)
+            .await
+            .status,
+        404
     );
 }
 
