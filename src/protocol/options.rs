@@ -74,6 +74,11 @@ fn fold(options: &mut String, name: &str, value: &str) -> Result<(), UnknownSett
             name: name.to_owned(),
         });
     }
+    // The server drops a lone backslash at the very end; here it would take the space that follows.
+    let backslashes = options.len() - options.trim_end_matches('\\').len();
+    if backslashes % 2 == 1 {
+        options.pop();
+    }
     if !options.is_empty() {
         options.push(' ');
     }
@@ -179,6 +184,19 @@ mod tests {
                 "TimeZone=UTC"
             ]
         );
+    }
+
+    #[test]
+    fn a_backslash_at_the_end_of_the_clients_own_takes_nothing_of_ours() {
+        for own in ["-c x=1\\", "-c x=1"] {
+            let settings = settings(&[("options", own), ("a", "b\\"), ("c", "d")]);
+            let (_, options) = settings.parameters.last().unwrap();
+            assert_eq!(
+                split(options),
+                ["-c", "x=1", "-c", "a=b\\", "-c", "c=d"],
+                "{own}"
+            );
+        }
     }
 
     #[test]

@@ -70,7 +70,7 @@ pub struct StartupMessage {
 }
 
 impl StartupMessage {
-    /// The last value sent for `name` that is not empty.
+    /// The last value sent for `name`, unless that is empty.
     pub fn parameter(&self, name: &str) -> Option<&str> {
         let (_, value) = self.parameters.iter().rev().find(|(key, _)| key == name)?;
         (!value.is_empty()).then_some(value.as_str())

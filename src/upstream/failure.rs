@@ -414,7 +414,9 @@ impl From<AuthError> for Failure {
                 sqlstate::INVALID_AUTHORIZATION,
                 chain(&error).to_string(),
             ),
-            AuthError::OutOfOrder | AuthError::Unsupported(_) => Self::protocol(error.to_string()),
+            AuthError::OutOfOrder | AuthError::TooCostly(_) | AuthError::Unsupported(_) => {
+                Self::protocol(error.to_string())
+            }
         }
     }
 }

@@ -15,6 +15,7 @@ mod emulator;
 mod failures;
 mod harness;
 mod limits;
+mod login;
 mod notes;
 mod postgres;
 mod refresh;

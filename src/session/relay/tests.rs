@@ -697,22 +697,23 @@ async fn the_cut_says_nothing_inside_a_message_to_either_side() {
 
 #[tokio::test(start_paused = true)]
 async fn the_cut_waits_for_no_client_that_does_not_read() {
-    let mut session = Session::with((16, ROOM), b"", b"");
-    session
-        .server
-        .write_all(&frame(b'D', &[0; 100]))
-        .await
-        .unwrap();
-    drop(session.server);
-    assert!(
-        timeout(Duration::from_secs(10), session.relay.join_next())
-            .await
-            .is_err()
-    );
-    let began = Instant::now();
-    session.shutdown.cut();
-    session.relay.join_next().await.unwrap().unwrap();
-    assert_eq!(began.elapsed().as_secs(), CUT_PAUSE.as_secs());
+    // One that has yet to hear that its server is gone, and one whose server still talks.
+    for gone in [true, false] {
+        let mut session = Session::with((16, ROOM), b"", b"");
+        let reply = frame(b'D', &[0; 11]);
+        session.server.write_all(&reply).await.unwrap();
+        if gone {
+            session.server.shutdown().await.unwrap();
+        } else {
+            session.server.write_all(&reply).await.unwrap();
+        }
+        let waited = timeout(Duration::from_secs(10), session.relay.join_next()).await;
+        assert!(waited.is_err());
+        let began = Instant::now();
+        session.shutdown.cut();
+        session.relay.join_next().await.unwrap().unwrap();
+        assert_eq!(began.elapsed().as_secs(), CUT_PAUSE.as_secs());
+    }
 }
 
 #[derive(Default)]

@@ -299,6 +299,11 @@ async fn once_somebody_got_through_nobody_waits_for_the_leader() {
     let _leader = house.upstream.lead.lock().await;
     house.upstream.waking.store(true, Ordering::Release);
     let waiting = clients(&house, 20);
+    // One runtime thread: all of them have run until they wait.
+    for _ in 0..20 {
+        tokio::task::yield_now().await;
+    }
+    assert_eq!(server.seen.dials(), 0);
     server.now(Act::Welcome);
     house.upstream.wake(None);
     for result in timeout(LONG, waiting.join_all()).await.unwrap() {
@@ -376,6 +381,8 @@ async fn an_identity_that_is_always_rejected_is_refused_after_one_retry() {
         (class::IDENTITY, "28P01")
     );
     assert!(refusal.report.hint.is_some());
+    let detail = refusal.report.detail.unwrap();
+    assert!(detail.ends_with("for user \"me\""), "{detail}");
     assert_eq!((server.seen.dials(), house.mints()), (2, 1));
 }
 

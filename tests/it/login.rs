@@ -1,0 +1,98 @@
+//! Passwords that a real Postgres asks for in each of the ways it knows.
+
+use std::{net::SocketAddr, sync::Arc, time::Duration};
+
+use lakebase_proxy::{
+    clock::Clock,
+    credential::{CredentialCell, Minted},
+    protocol::options::SessionSettings,
+    telemetry::Metrics,
+    upstream::{Connection, Endpoint, Keepalive, Label, Limits, Refusal, Security, Upstream},
+};
+use secrecy::SecretString;
+use tokio::time::timeout;
+
+use crate::postgres::Cluster;
+
+async fn log_in(front: SocketAddr, user: &str, password: &str) -> Result<Connection, Refusal> {
+    let credentials = CredentialCell::new(Clock::system());
+    credentials.publish(
+        Minted {
+            secret: SecretString::from(password),
+            expires_at: None,
+        },
+        0.0,
+    );
+    let endpoint = Endpoint {
+        label: Label::new("local"),
+        host: front.ip().to_string(),
+        port: front.port(),
+        user: user.to_owned(),
+        security: Security::Plain,
+    };
+    let limits = Limits {
+        connect_timeout: Duration::from_secs(10),
+        ..Limits::default()
+    };
+    let metrics: Arc<Metrics> = Metrics::new().unwrap();
+    let upstream = Upstream::new(endpoint, credentials, limits, Keepalive::default(), metrics);
+    let settings = SessionSettings {
+        database: "postgres".to_owned(),
+        parameters: vec![("options".to_owned(), "-c extra_float_digits=0".to_owned())],
+        client_encoding: Some("LATIN1".to_owned()),
+        replication: false,
+    };
+    let (connection, held) = upstream.connect(&settings).await?;
+    assert!(held.is_none());
+    Ok(connection)
+}
+
+#[tokio::test]
+async fn a_password_is_proved_in_whichever_way_the_server_asks() {
+    let cluster = Cluster::start().await;
+    let admin = cluster.connect("postgres").await;
+    admin
+        .batch_execute(
+            "SET password_encryption = 'scram-sha-256';
+             CREATE ROLE \"scram-sha-256\" LOGIN PASSWORD 'pässword';
+             CREATE ROLE password LOGIN PASSWORD 'pässword';
+             SET password_encryption = 'md5';
+             CREATE ROLE md5 LOGIN PASSWORD 'pässword';",
+        )
+        .await
+        .unwrap();
+    let rules: String = admin.query_one("SHOW hba_file", &[]).await.unwrap().get(0);
+    std::fs::write(
+        rules,
+        "local all scram-sha-256 scram-sha-256\nlocal all password password\nlocal all md5 md5\n",
+    )
+    .unwrap();
+    admin
+        .batch_execute("SELECT pg_reload_conf()")
+        .await
+        .unwrap();
+    let front = cluster.front().await;
+    for user in ["scram-sha-256", "password", "md5"] {
+        // The reload reaches the postmaster in its own time; until then every password is right.
+        let refused = async {
+            loop {
+                match log_in(front.address, user, "wrong").await {
+                    Err(refusal) => break refusal,
+                    Ok(connection) => drop(connection),
+                }
+            }
+        };
+        let refusal = timeout(Duration::from_secs(30), refused).await.unwrap();
+        assert_eq!(
+            (refusal.reason, refusal.report.sqlstate.as_str()),
+            ("identity", "28P01"),
+            "{user}"
+        );
+        let connection = log_in(front.address, user, "pässword").await.unwrap();
+        assert!(connection.greeting.key.is_some(), "{user}");
+        let told = String::from_utf8_lossy(&connection.greeting.parameter_status).into_owned();
+        assert!(told.contains("server_version\0"), "{user}: {told}");
+        assert!(told.contains("client_encoding\0LATIN1\0"), "{user}: {told}");
+        assert!(connection.leftover.is_empty());
+    }
+}
