@@ -213,7 +213,12 @@ impl App {
             })
             .transpose()?;
         for (gate, address) in gates.into_iter().zip(&addresses.endpoints) {
-            tracing::info!(%address, endpoint = gate.config.called(), "listening for Postgres clients");
+            tracing::info!(
+                %address,
+                endpoint = gate.config.called(),
+                max_connections = gate.sessions.max_connections,
+                "listening for Postgres clients"
+            );
             if !address.ip().to_canonical().is_loopback() {
                 tracing::warn!(
                     %address,

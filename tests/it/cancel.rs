@@ -8,7 +8,7 @@ use tokio::time::Instant;
 use tokio_postgres::{NoTls, error::SqlState};
 
 use crate::harness::{
-    self, PATIENCE, Proxy, eventually, superuser,
+    self, PATIENCE, Proxy, until_running,
     wire::{SSL_REQUEST, Wire, cancel, cancel_request, text},
     within,
 };
@@ -21,17 +21,6 @@ async fn session(proxy: &Proxy) -> (Wire, [u8; 8]) {
     wire.startup(&[("user", "anyone")]).await;
     let key = wire.welcome().await.key;
     (wire, key)
-}
-
-/// Waits until so many queries of the role run.
-async fn until_running(role: &str, count: i64) {
-    let superuser = superuser().await;
-    let query = "select count(*) from pg_stat_activity where usename = $1 and state = 'active' and query like '%sleep%'";
-    eventually("the queries run", async || {
-        let running: i64 = superuser.query_one(query, &[&role]).await.unwrap().get(0);
-        (running == count).then_some(())
-    })
-    .await;
 }
 
 async fn expect_cancelled(wire: &mut Wire) {

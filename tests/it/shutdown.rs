@@ -9,6 +9,7 @@ use crate::{
     harness::{
         self, PATIENCE,
         binary::{Binary, command},
+        until_running,
         wire::{Wire, cancel, terminate, text},
         within,
     },
@@ -98,6 +99,7 @@ async fn work_under_way_may_finish_while_others_are_sent_away() {
     transaction.query("commit").await;
     assert_eq!(transaction.refusal().await.code, "57P01");
     // Cancels are still passed on.
+    until_running(&emulator.identities().app.name, 1).await;
     cancel(binary.postgres, waiting_key).await;
     let error = waiting.until('Z').await;
     assert!(
