@@ -21,5 +21,8 @@ mod refresh;
 mod relay;
 mod replication;
 mod shutdown;
+#[path = "../soak/process.rs"]
+mod process;
+mod secrecy;
 mod startup;
 mod web;
