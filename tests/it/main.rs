@@ -16,6 +16,7 @@ mod failures;
 mod harness;
 mod limits;
 mod notes;
+mod origins;
 mod postgres;
 mod refresh;
 mod relay;
