@@ -18,12 +18,12 @@ mod limits;
 mod notes;
 mod origins;
 mod postgres;
+#[path = "../soak/process.rs"]
+mod process;
 mod refresh;
 mod relay;
 mod replication;
-mod shutdown;
-#[path = "../soak/process.rs"]
-mod process;
 mod secrecy;
+mod shutdown;
 mod startup;
 mod web;

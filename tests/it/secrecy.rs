@@ -20,7 +20,7 @@ use tokio::{
 
 use self::{
     search::Secrets,
-    tap::{Call, Tap, Twist},
+    tap::{Call, Tap, Twist, Untruth},
 };
 use crate::{process::Process, web};
 
@@ -43,7 +43,7 @@ const PARAMETER: &str = "parameter-e1d20b9946ac88";
 /// What a client may send as a password, asked or not.
 const CLIENT_PASSWORD: &str = "hunter2-is-what-the-client-sent";
 
-fn truth(_: &Call) -> Option<(u16, Option<(&'static str, String)>, String)> {
+fn truth(_: &Call) -> Option<Untruth> {
     None
 }
 

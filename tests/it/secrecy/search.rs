@@ -100,7 +100,7 @@ fn a_piece_is_found_in_every_form() {
         format!("Authorization: Bearer {secret}"),
         format!("...{}...", &secret[2..19]),
         format!("body: {bytes:?}"),
-        format!("{:02x?}", bytes).replace(", ", ""),
+        format!("{bytes:02x?}").replace(", ", ""),
         STANDARD.encode(format!("id:{secret}")),
         "client_secret=q7Zx%2B0Pw%2F3Lk9Tn5Vb1Md8".to_owned(),
     ] {

@@ -53,8 +53,11 @@ impl Call {
     }
 }
 
-/// What to answer instead of the truth, if anything: status, extra header, body.
-pub(super) type Twist = fn(&Call) -> Option<(u16, Option<(&'static str, String)>, String)>;
+/// An answer instead of the truth: status, extra header, body.
+pub(super) type Untruth = (u16, Option<(&'static str, String)>, String);
+
+/// What to answer instead of the truth, if anything.
+pub(super) type Twist = fn(&Call) -> Option<Untruth>;
 
 pub(super) struct Tap {
     pub(super) address: SocketAddr,
@@ -134,14 +137,14 @@ impl Tap {
 async fn answer(State(heard): State<Arc<Heard>>, request: Request) -> Response {
     let (parts, body) = request.into_parts();
     let body = to_bytes(body, 1 << 20).await.unwrap();
-    let mut head = format!("{} {} HTTP/1.1\r\n", parts.method, parts.uri);
+    let mut message = format!("{} {} HTTP/1.1\r\n", parts.method, parts.uri);
     for (name, value) in &parts.headers {
         if name != "connection" {
-            head += &format!("{name}: {}\r\n", value.to_str().unwrap());
+            message.extend([name.as_str(), ": ", value.to_str().unwrap(), "\r\n"]);
         }
     }
-    head += "connection: close\r\n\r\n";
-    let (status, headers, reply) = forward(&heard.emulator, &head, &body).await;
+    message += "connection: close\r\n\r\n";
+    let (status, headers, reply) = forward(&heard.emulator, &message, &body).await;
     // The discovery document names addresses: they are to lead here.
     let reply = match String::from_utf8(reply) {
         Ok(text) => text.replace(&heard.emulator, &heard.address).into_bytes(),
@@ -160,7 +163,7 @@ async fn answer(State(heard): State<Arc<Heard>>, request: Request) -> Response {
     let call = Call {
         path: parts.uri.path().to_owned(),
         authorization,
-        request: head + &String::from_utf8_lossy(&body),
+        request: message + &String::from_utf8_lossy(&body),
         reply: serde_json::from_slice(&reply).unwrap_or_default(),
     };
     if !call.token().is_empty() {
