@@ -76,8 +76,13 @@ fn endpoint(
         TlsMode::Disabled => Security::Plain,
         TlsMode::Verified(roots) => Security::Tls {
             config: tls::client_config(roots, tls::ALPN_POSTGRESQL)?,
-            name: ServerName::try_from(host.clone())
-                .map_err(|_| StartError::HostName { host: host.clone() })?,
+            name: ServerName::try_from(host.clone()).map_err(|_| {
+                // A whole URL, perhaps, and then with a password before its host.
+                let host = host
+                    .rsplit_once('@')
+                    .map_or(host.clone(), |(_, host)| format!("...@{host}"));
+                StartError::HostName { host }
+            })?,
         },
     };
     Ok(Endpoint {

@@ -6,6 +6,8 @@ use tracing_subscriber::{
     EnvFilter, Layer, Registry, fmt as lines, layer::SubscriberExt, reload, util::SubscriberInitExt,
 };
 
+use super::redact::redact;
+
 /// Quiet on success: our own life-cycle events, other crates' warnings.
 pub const DEFAULT_FILTER: &str = "warn,lakebase_proxy=info";
 
@@ -106,7 +108,8 @@ pub fn init(options: &LogOptions) -> Result<LogHandle, LogError> {
 
 /// An error with all of its causes on one line: `cannot connect: connection refused`.
 ///
-/// Control characters are escaped, since a cause may hold what a stranger sent: one event stays one line.
+/// A cause may hold what a stranger sent: control characters are escaped, so that one event stays one line, and what looks
+/// like a token is taken out.
 pub fn chain<'a>(error: &'a (dyn Error + 'static)) -> Chain<'a> {
     Chain(error)
 }
@@ -132,7 +135,7 @@ impl fmt::Display for Chain<'_> {
             }
             next = error.source();
         }
-        for character in said.chars() {
+        for character in redact(&said).chars() {
             if character.is_control() {
                 write!(f, "{}", character.escape_default())?;
             } else {

@@ -5,6 +5,8 @@
 pub mod logging;
 pub mod metrics;
 pub mod names;
+mod redact;
 
 pub use logging::{DEFAULT_FILTER, LogError, LogHandle, LogOptions, chain};
 pub use metrics::{GaugeGuard, Metrics};
+pub use redact::redact;

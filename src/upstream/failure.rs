@@ -4,7 +4,7 @@
 //! catch-all SQLSTATE and hides an IP access list behind a transient one; then the SQLSTATE. An error in neither list
 //! is not retried: the server's own words go to the client.
 
-use std::{fmt, io};
+use std::{borrow::Cow, fmt, io};
 
 use super::endpoint::Label;
 use crate::{
@@ -13,7 +13,7 @@ use crate::{
         error::{ErrorFields, Report, sqlstate},
         frame::FrameError,
     },
-    telemetry::chain,
+    telemetry::{chain, redact},
 };
 
 /// What a failure means; decides retry, health, metric label and hint.
@@ -249,7 +249,20 @@ impl fmt::Display for Failure {
 
 impl Failure {
     /// A server's ErrorResponse.
-    pub fn server(said: ErrorFields) -> Self {
+    pub fn server(mut said: ErrorFields) -> Self {
+        // Servers have been known to repeat the password in their refusal.
+        let texts = [
+            Some(&mut said.severity),
+            Some(&mut said.code),
+            Some(&mut said.message),
+            said.detail.as_mut(),
+            said.hint.as_mut(),
+        ];
+        for text in texts.into_iter().flatten() {
+            if let Cow::Owned(clean) = redact(text) {
+                *text = clean;
+            }
+        }
         let text = format!(
             "{}\n{}",
             said.message,

@@ -178,6 +178,7 @@ impl Api {
             .find(|(key, _)| key == "error")
             .map(|(_, value)| error_body::clean(&value));
         let address = format!("{}{}", url.origin().ascii_serialization(), url.path());
+        let address = error_body::clean(&address);
         error.map_or(address.clone(), |error| format!("{address}?error={error}"))
     }
 }

@@ -17,10 +17,14 @@ mod harness;
 mod limits;
 mod login;
 mod notes;
+mod origins;
 mod postgres;
+#[path = "../soak/process.rs"]
+mod process;
 mod refresh;
 mod relay;
 mod replication;
+mod secrecy;
 mod shutdown;
 mod startup;
 mod web;

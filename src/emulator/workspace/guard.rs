@@ -43,11 +43,16 @@ fn refusal(headers: &HeaderMap) -> Option<(StatusCode, &'static str)> {
 
 /// `localhost` or an IP literal, with or without a port.
 fn is_local_name(host: &str) -> bool {
-    let name = match host.strip_prefix('[') {
-        Some(rest) => rest.split_once(']').map_or("", |(address, _)| address),
-        None => host.rsplit_once(':').map_or(host, |(name, _)| name),
+    let (name, rest) = match host.strip_prefix('[') {
+        Some(literal) => literal.split_once(']').unwrap_or_default(),
+        None => host.split_at(host.find(':').unwrap_or(host.len())),
     };
-    name.eq_ignore_ascii_case("localhost") || name.parse::<std::net::IpAddr>().is_ok()
+    let is_port = |rest: &str| {
+        rest.strip_prefix(':')
+            .is_some_and(|port| port.bytes().all(|byte| byte.is_ascii_digit()))
+    };
+    (rest.is_empty() || is_port(rest))
+        && (name.eq_ignore_ascii_case("localhost") || name.parse::<std::net::IpAddr>().is_ok())
 }
 
 #[cfg(test)]
@@ -85,6 +90,9 @@ mod tests {
             "localhost.evil.example:80",
             "",
             "127.0.0.1.evil.example",
+            "127.0.0.1:80@evil.example",
+            "[::1",
+            "[::1].evil.example",
         ] {
             assert_eq!(
                 verdict(&[("host", host)]),

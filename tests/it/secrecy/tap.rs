@@ -1,0 +1,214 @@
+//! Between the proxy and the emulated workspace: hears every secret, and can answer as no API should, by repeating them.
+
+use std::{
+    net::SocketAddr,
+    sync::{Arc, Mutex},
+};
+
+use axum::{
+    Router,
+    body::{Body, to_bytes},
+    extract::{Request, State},
+    http::{HeaderMap, StatusCode},
+    response::Response,
+};
+use base64::{Engine as _, engine::general_purpose::STANDARD};
+use serde_json::Value;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpListener, TcpStream},
+};
+use tokio_util::task::TaskTracker;
+
+use super::search::Secrets;
+
+/// One call and the emulator's true answer to it.
+pub(super) struct Call {
+    pub(super) path: String,
+    /// The `Authorization` header's value.
+    pub(super) authorization: String,
+    pub(super) request: String,
+    pub(super) reply: Value,
+}
+
+impl Call {
+    /// The token asked for, if one was given.
+    pub(super) fn token(&self) -> &str {
+        ["access_token", "token"]
+            .iter()
+            .find_map(|name| self.reply.get(name)?.as_str())
+            .unwrap_or_default()
+    }
+
+    pub(super) fn is_mint(&self) -> bool {
+        self.path.ends_with("/credentials")
+    }
+
+    pub(super) fn is_sign_in(&self) -> bool {
+        self.path == "/oidc/v1/token"
+    }
+
+    pub(super) fn is_look_up(&self) -> bool {
+        self.path.contains("/endpoints/") || self.path.ends_with("/Me")
+    }
+}
+
+/// An answer instead of the truth: status, extra header, body.
+pub(super) type Untruth = (u16, Option<(&'static str, String)>, String);
+
+/// What to answer instead of the truth, if anything.
+pub(super) type Twist = fn(&Call) -> Option<Untruth>;
+
+pub(super) struct Tap {
+    pub(super) address: SocketAddr,
+    heard: Arc<Heard>,
+    tasks: TaskTracker,
+}
+
+struct Heard {
+    address: String,
+    emulator: String,
+    twist: Twist,
+    authorizations: Mutex<Vec<String>>,
+    tokens: Mutex<Vec<String>>,
+}
+
+impl Tap {
+    pub(super) async fn open(emulator: &str, twist: Twist) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let heard = Arc::new(Heard {
+            address: address.to_string(),
+            emulator: emulator.strip_prefix("http://").unwrap().to_owned(),
+            twist,
+            authorizations: Mutex::default(),
+            tokens: Mutex::default(),
+        });
+        let tap = Self {
+            address,
+            heard: Arc::clone(&heard),
+            tasks: TaskTracker::new(),
+        };
+        let app = Router::new().fallback(answer).with_state(heard);
+        tap.tasks
+            .spawn(async move { axum::serve(listener, app).await });
+        tap
+    }
+
+    /// The token issued last.
+    pub(super) fn latest(&self) -> String {
+        self.heard
+            .tokens
+            .lock()
+            .unwrap()
+            .last()
+            .cloned()
+            .unwrap_or_default()
+    }
+
+    pub(super) fn tokens(&self) -> usize {
+        self.heard.tokens.lock().unwrap().len()
+    }
+
+    /// Hands over all that was heard.
+    pub(super) fn tell(&self, secrets: &mut Secrets) {
+        for authorization in &*self.heard.authorizations.lock().unwrap() {
+            if let Some(basic) = authorization.strip_prefix("Basic ") {
+                let pair = String::from_utf8(STANDARD.decode(basic).unwrap()).unwrap();
+                let (id, secret) = pair.split_once(':').unwrap();
+                secrets.add("the client secret", secret);
+                // The id is no secret, and base64 of three bytes does not depend on what follows.
+                secrets.add("id and secret in base64", &basic[id.len() / 3 * 4..]);
+            } else {
+                let token = authorization.strip_prefix("Bearer ").unwrap();
+                if token.contains('.') {
+                    secrets.add_token("a workspace token", token);
+                } else {
+                    secrets.add("the personal access token", token);
+                }
+            }
+        }
+        for token in &*self.heard.tokens.lock().unwrap() {
+            secrets.add_token("a token issued", token);
+        }
+    }
+}
+
+async fn answer(State(heard): State<Arc<Heard>>, request: Request) -> Response {
+    let (parts, body) = request.into_parts();
+    let body = to_bytes(body, 1 << 20).await.unwrap();
+    let mut message = format!("{} {} HTTP/1.1\r\n", parts.method, parts.uri);
+    for (name, value) in &parts.headers {
+        if name != "connection" {
+            message.extend([name.as_str(), ": ", value.to_str().unwrap(), "\r\n"]);
+        }
+    }
+    message += "connection: close\r\n\r\n";
+    let (status, headers, reply) = forward(&heard.emulator, &message, &body).await;
+    // The discovery document names addresses: they are to lead here.
+    let reply = match String::from_utf8(reply) {
+        Ok(text) => text.replace(&heard.emulator, &heard.address).into_bytes(),
+        Err(binary) => binary.into_bytes(),
+    };
+    let authorization = parts.headers.get("authorization");
+    let authorization = authorization
+        .map_or("", |value| value.to_str().unwrap())
+        .to_owned();
+    if !authorization.is_empty() {
+        let mut all = heard.authorizations.lock().unwrap();
+        if !all.contains(&authorization) {
+            all.push(authorization.clone());
+        }
+    }
+    let call = Call {
+        path: parts.uri.path().to_owned(),
+        authorization,
+        request: message + &String::from_utf8_lossy(&body),
+        reply: serde_json::from_slice(&reply).unwrap_or_default(),
+    };
+    if !call.token().is_empty() {
+        heard.tokens.lock().unwrap().push(call.token().to_owned());
+    }
+    let mut answer = Response::builder();
+    match (heard.twist)(&call) {
+        Some((status, header, body)) => {
+            if let Some((name, value)) = header {
+                answer = answer.header(name, value);
+            }
+            answer.status(status).body(Body::from(body)).unwrap()
+        }
+        None => {
+            *answer.headers_mut().unwrap() = headers;
+            answer.status(status).body(Body::from(reply)).unwrap()
+        }
+    }
+}
+
+/// Asks the emulator, whose answers have a `Content-Length`.
+async fn forward(emulator: &str, head: &str, body: &[u8]) -> (StatusCode, HeaderMap, Vec<u8>) {
+    let mut stream = TcpStream::connect(emulator).await.unwrap();
+    stream.write_all(head.as_bytes()).await.unwrap();
+    stream.write_all(body).await.unwrap();
+    let mut answer = Vec::new();
+    stream.read_to_end(&mut answer).await.unwrap();
+    let split = answer
+        .windows(4)
+        .position(|four| four == b"\r\n\r\n")
+        .unwrap();
+    let head = String::from_utf8(answer[..split].to_vec()).unwrap();
+    let mut lines = head.lines();
+    let status = lines
+        .next()
+        .unwrap()
+        .split(' ')
+        .nth(1)
+        .unwrap()
+        .parse()
+        .unwrap();
+    let headers = lines
+        .filter_map(|line| line.split_once(": "))
+        .filter(|(name, _)| !matches!(*name, "connection" | "content-length" | "transfer-encoding"))
+        .map(|(name, value)| (name.parse().unwrap(), value.parse().unwrap()))
+        .collect();
+    (status, headers, answer[split + 4..].to_vec())
+}
