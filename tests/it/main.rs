@@ -17,6 +17,7 @@ mod harness;
 mod limits;
 mod notes;
 mod postgres;
+mod reference;
 mod refresh;
 mod relay;
 mod replication;
