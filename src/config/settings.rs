@@ -59,7 +59,7 @@ pub struct Settings {
     #[arg(long, value_name = "N", help_heading = "Limits")]
     pub tcp_keepalive_count: Option<u32>,
 
-    /// How long sent data may stay unacknowledged; 0 = as long as the kernel likes [default: 80s]
+    /// How long sent data may stay unacknowledged; 0 = as long as the kernel likes [default: 0]
     #[arg(long, value_name = "TIME", help_heading = "Limits")]
     pub tcp_user_timeout: Option<DurationSetting>,
 

@@ -21,6 +21,7 @@ mod origins;
 mod postgres;
 #[path = "../soak/process.rs"]
 mod process;
+mod reference;
 mod refresh;
 mod relay;
 mod replication;
