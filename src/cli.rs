@@ -39,6 +39,8 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Verb {
+    /// Check each step from the settings to `SELECT 1` and say how to mend what is wrong
+    Doctor(crate::doctor::DoctorArgs),
     /// Run only the emulator: a Lakebase for this machine, for tests and for trying things out
     #[cfg(feature = "demo")]
     Emulator(crate::emulator::EmulatorArgs),
@@ -117,6 +119,7 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
 async fn dispatch(cli: Cli) -> Result<ExitCode, CommandError> {
     match cli.verb {
         None => serve(cli.settings).await,
+        Some(Verb::Doctor(arguments)) => Ok(crate::doctor::command(arguments).await),
         #[cfg(feature = "demo")]
         Some(Verb::Emulator(arguments)) => emulate(arguments).await,
         Some(Verb::Serve(Serve { settings })) => serve(settings).await,
