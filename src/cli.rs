@@ -43,6 +43,8 @@ enum Verb {
     /// Everything on this machine, no account needed: the emulator, the proxy, a web page
     #[cfg(feature = "demo")]
     Demo(crate::demo::DemoArgs),
+    /// Check each step from the settings to `SELECT 1` and say how to mend what is wrong
+    Doctor(crate::doctor::DoctorArgs),
     /// Run only the emulator: a Lakebase for this machine, for tests and for trying things out
     #[cfg(feature = "demo")]
     Emulator(crate::emulator::EmulatorArgs),
@@ -132,6 +134,7 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
 async fn dispatch(cli: Cli) -> Result<ExitCode, CommandError> {
     match cli.verb {
         None => serve(cli.settings).await,
+        Some(Verb::Doctor(arguments)) => Ok(crate::doctor::command(arguments).await),
         #[cfg(feature = "demo")]
         Some(Verb::Demo(arguments)) => demonstrate(arguments).await,
         #[cfg(feature = "demo")]

@@ -26,6 +26,7 @@
 //! | [`protocol`] | the Postgres wire protocol without I/O; the only room that knows `pgwire` |
 //! | [`telemetry`] | logs and metrics; a leaf that all may use |
 //! | [`http`] | what our HTTP servers share: bounds, and the guard against other origins' pages |
+//! | [`doctor`] | each step from the settings to `SELECT 1`, checked alone, with its mend |
 //! | [`admin`] | health and metrics over HTTP |
 //! | `notes` | the notes page: a client of our own listener |
 //! | `emulator`, `demo` | a Lakebase for one machine; the proxy never imports them |
@@ -38,6 +39,7 @@ pub mod cli;
 pub mod clock;
 pub mod config;
 pub mod credential;
+pub mod doctor;
 #[cfg(feature = "demo")]
 pub mod demo;
 #[cfg(feature = "demo")]

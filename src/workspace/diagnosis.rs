@@ -27,6 +27,16 @@ pub struct CallError {
     pub status: Option<u16>,
 }
 
+/// The mend of a call that the identity may not make.
+const GRANT_ACCESS: &str = "grant the identity access to the Lakebase project in this workspace";
+
+impl CallError {
+    /// Whether it is the identity's rights that are missing, not the way to the workspace or our proof of who we are.
+    pub fn is_forbidden(&self) -> bool {
+        self.status == Some(403) && self.hint.as_deref() == Some(GRANT_ACCESS)
+    }
+}
+
 impl From<CallError> for MintError {
     fn from(error: CallError) -> Self {
         let CallError {
@@ -263,7 +273,7 @@ fn explain(
         ),
         (403, ..) => say(
             format!("the workspace {host} does not allow the identity to ask for {}", purpose.asked()),
-            "grant the identity access to the Lakebase project in this workspace",
+            GRANT_ACCESS,
         ),
         (429, ..) => (
             format!("the workspace {host} limits the rate of calls"),

@@ -209,6 +209,11 @@ impl HostName {
         &self.text
     }
 
+    /// Whether its shape is that of a Lakebase endpoint's host.
+    pub fn is_lakebase(&self) -> bool {
+        self.kind != HostKind::Other
+    }
+
     /// Whether it is an address or a whole name, not the first label alone.
     pub(super) fn is_complete(&self) -> bool {
         self.kind == HostKind::Other || self.text.contains('.')

@@ -141,11 +141,16 @@ pub enum LocateError {
 }
 
 impl LocateError {
+    /// Whether only the right to look something up is missing.
+    pub fn is_forbidden(&self) -> bool {
+        matches!(self, Self::Call { source, .. } if source.is_forbidden())
+    }
+
     /// What to do about it.
     pub fn hint(&self) -> Option<String> {
         let set = "set ENDPOINT_NAME=projects/PROJECT/branches/BRANCH/endpoints/ENDPOINT";
         match self {
-            Self::Call { source, .. } if source.status == Some(403) => Some(format!(
+            Self::Call { source, .. } if source.is_forbidden() => Some(format!(
                 "without the right to look it up, {set} and PGHOST, which skip the look-up; or grant the identity access to the project"
             )),
             Self::Call { source, .. } => source.hint.clone(),
@@ -374,7 +379,7 @@ impl Explorer<'_> {
     ) -> Result<Found, LocateError> {
         let endpoints = match self.endpoints(branch.as_str()).await {
             Ok(endpoints) => endpoints,
-            Err(error) if error.status == Some(403) && has_host => {
+            Err(error) if error.is_forbidden() && has_host => {
                 // The host is known, and this is what a branch's compute is called unless somebody chose otherwise.
                 return Ok(Found {
                     target: Target::Endpoint(branch.endpoint(DEFAULT_ENDPOINT)),
@@ -445,7 +450,7 @@ impl Explorer<'_> {
                 Ok(branch) => branch,
                 Err(_) => self.default_branch(project).await?,
             },
-            Err(error) if error.status == Some(403) && has_host => project.branch(DEFAULT_BRANCH),
+            Err(error) if error.is_forbidden() && has_host => project.branch(DEFAULT_BRANCH),
             Err(error) if error.status == Some(404) => {
                 return Err(LocateError::NotFound {
                     what: format!("project `{}`", project.as_str()),
@@ -485,7 +490,7 @@ impl Explorer<'_> {
     ) -> Result<Found, LocateError> {
         let info = match self.instance(&name).await {
             Ok(info) => Some(info),
-            Err(error) if error.status == Some(403) && has_host => None,
+            Err(error) if error.is_forbidden() && has_host => None,
             Err(error) if error.status == Some(404) => {
                 // Instances have been turned into projects of the same name, and people write a project's id alone.
                 let project = ProjectName::from(&name);

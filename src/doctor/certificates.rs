@@ -1,0 +1,185 @@
+//! What a server showed of itself: the chain, kept while the real verifier judges it, and put into words.
+
+use std::{
+    fmt,
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use jiff::Timestamp;
+use rustls::{
+    DigitallySignedStruct, Error, SignatureScheme,
+    client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
+    pki_types::{CertificateDer, ServerName, UnixTime},
+};
+use x509_parser::{
+    extensions::GeneralName,
+    prelude::{FromDer, X509Certificate, X509Name},
+};
+
+/// Names of a certificate that are shown.
+const MAX_NAMES: usize = 5;
+
+/// Judges as the verifier inside does, and remembers what was shown.
+pub(super) struct Recorder {
+    inner: Arc<dyn ServerCertVerifier>,
+    shown: Mutex<Vec<CertificateDer<'static>>>,
+}
+
+impl Recorder {
+    pub(super) fn new(inner: Arc<dyn ServerCertVerifier>) -> Arc<Self> {
+        Arc::new(Self {
+            inner,
+            shown: Mutex::default(),
+        })
+    }
+
+    /// The last chain that was shown; `None` if there was none to read.
+    pub(super) fn certificate(&self) -> Option<Certificate> {
+        let shown = self.shown.lock().unwrap_or_else(PoisonError::into_inner);
+        let last = shown.last()?;
+        Certificate::parse(shown.first()?, last)
+    }
+}
+
+impl fmt::Debug for Recorder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Recorder").field(&self.inner).finish()
+    }
+}
+
+impl ServerCertVerifier for Recorder {
+    fn verify_server_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        server_name: &ServerName<'_>,
+        ocsp_response: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, Error> {
+        let chain = std::iter::once(end_entity)
+            .chain(intermediates)
+            .map(|certificate| certificate.clone().into_owned())
+            .collect();
+        *self.shown.lock().unwrap_or_else(PoisonError::into_inner) = chain;
+        self.inner
+            .verify_server_cert(end_entity, intermediates, server_name, ocsp_response, now)
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        self.inner
+            .verify_tls12_signature(message, certificate, signature)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        self.inner
+            .verify_tls13_signature(message, certificate, signature)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.inner.supported_verify_schemes()
+    }
+}
+
+/// A server's certificate, as far as people care.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Certificate {
+    subject: String,
+    issuer: String,
+    /// The authority at the chain's end, as far as it was sent.
+    pub(super) authority: String,
+    pub(super) names: Vec<String>,
+    pub(super) expires_at: Timestamp,
+}
+
+impl Certificate {
+    fn parse(leaf: &CertificateDer<'_>, last: &CertificateDer<'_>) -> Option<Self> {
+        let (_, leaf) = X509Certificate::from_der(leaf).ok()?;
+        let (_, last) = X509Certificate::from_der(last).ok()?;
+        let names = leaf.subject_alternative_name().ok().flatten();
+        let names = names
+            .map(|extension| &extension.value.general_names[..])
+            .unwrap_or_default();
+        Some(Self {
+            subject: called(leaf.subject()),
+            issuer: called(leaf.issuer()),
+            authority: called(last.issuer()),
+            names: names
+                .iter()
+                .filter_map(|name| match name {
+                    GeneralName::DNSName(name) => Some(clean(name)),
+                    _ => None,
+                })
+                .take(MAX_NAMES)
+                .collect(),
+            expires_at: Timestamp::from_second(leaf.validity().not_after.timestamp()).ok()?,
+        })
+    }
+}
+
+impl fmt::Display for Certificate {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "`{}` issued by `{}`", self.subject, self.issuer)?;
+        if self.authority != self.issuer {
+            write!(f, " under `{}`", self.authority)?;
+        }
+        if !self.names.is_empty() {
+            write!(f, ", for {}", self.names.join(", "))?;
+        }
+        let date = self.expires_at.strftime("%Y-%m-%d");
+        write!(f, ", valid until {date}")
+    }
+}
+
+/// The common name, or else all of it.
+fn called(name: &X509Name<'_>) -> String {
+    let common = name
+        .iter_common_name()
+        .next()
+        .and_then(|attribute| attribute.as_str().ok());
+    clean(&common.map_or_else(|| name.to_string(), str::to_owned))
+}
+
+/// One line of bounded length, whatever a stranger put there.
+fn clean(text: &str) -> String {
+    text.chars()
+        .filter(|character| !character.is_control())
+        .take(100)
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_certificate_is_put_into_words() {
+        let mut parameters =
+            rcgen::CertificateParams::new(vec!["a.example".to_owned(), "b.example".to_owned()])
+                .unwrap();
+        parameters.not_after = rcgen::date_time_ymd(2033, 5, 18);
+        parameters
+            .distinguished_name
+            .push(rcgen::DnType::CommonName, "the\nedge");
+        let key = rcgen::KeyPair::generate().unwrap();
+        let certificate = parameters.self_signed(&key).unwrap();
+        let parsed = Certificate::parse(certificate.der(), certificate.der()).unwrap();
+        assert_eq!(
+            parsed.to_string(),
+            "`theedge` issued by `theedge`, for a.example, b.example, valid until 2033-05-18"
+        );
+        assert_eq!(
+            Certificate::parse(&CertificateDer::from(&b"no"[..]), certificate.der()),
+            None
+        );
+    }
+}

@@ -1,0 +1,171 @@
+//! Whether our own port is free, and if not, who has it.
+
+use std::{fs, io, net::SocketAddr, path::Path};
+
+use super::report::Finding;
+use crate::listener::Listener;
+
+/// State of a listening socket in `/proc/net/tcp` (`TCP_LISTEN`).
+const LISTEN: &str = "0A";
+/// The name of our own process, as the kernel cuts it off.
+const OURSELVES: &str = "lakebase-proxy";
+
+/// Binds the port for a moment. Must run on a runtime.
+pub(super) async fn check(listen: SocketAddr) -> Finding {
+    let error = match Listener::bind(listen) {
+        Ok(_bound) if listen.port() == 0 => return Finding::ok("any free port will do"),
+        Ok(_bound) => return Finding::ok(format!("{listen} is free")),
+        Err(error) => error,
+    };
+    let flag = "choose another port with --port (0 = any free one)";
+    match error.kind() {
+        io::ErrorKind::AddrInUse => {
+            let owner =
+                tokio::task::spawn_blocking(move || owner(Path::new("/proc"), listen.port()));
+            match owner.await.ok().flatten() {
+                Some(owner) if owner.name == OURSELVES => Finding::ok(format!(
+                    "{listen} is served by a lakebase-proxy already (pid {})",
+                    owner.pid
+                )),
+                Some(Owner { pid, name }) => {
+                    Finding::failed(format!("{listen} is taken by `{name}` (pid {pid})"))
+                        .mend(format!("stop it (`kill {pid}`), or {flag}"))
+                }
+                None => Finding::failed(format!(
+                    "{listen} is taken by a process that this user may not see"
+                ))
+                .mend(format!(
+                    "find it with `sudo ss -ltnp 'sport = :{}'`, or {flag}",
+                    listen.port()
+                )),
+            }
+        }
+        io::ErrorKind::PermissionDenied => {
+            Finding::failed(format!("this user may not listen on {listen}"))
+                .mend("choose a port of 1024 or more with --port".to_owned())
+        }
+        _ => Finding::failed(format!("cannot listen on {listen}: {error}"))
+            .mend("set --address to an address of this machine".to_owned()),
+    }
+}
+
+/// A process, by what does not tell its secrets: never its command line.
+#[derive(Debug, PartialEq, Eq)]
+struct Owner {
+    pid: u32,
+    name: String,
+}
+
+/// Who listens on `port`, as far as we may see. Blocks.
+fn owner(proc: &Path, port: u16) -> Option<Owner> {
+    let inodes: Vec<String> = ["net/tcp", "net/tcp6"]
+        .into_iter()
+        .filter_map(|table| fs::read_to_string(proc.join(table)).ok())
+        .flat_map(|table| listening(&table, port))
+        .collect();
+    if inodes.is_empty() {
+        return None;
+    }
+    fs::read_dir(proc)
+        .ok()?
+        .filter_map(|entry| {
+            let entry = entry.ok()?;
+            let pid = entry.file_name().to_str()?.parse().ok()?;
+            Some((pid, entry.path()))
+        })
+        .find(|(_, process)| holds(process, &inodes))
+        .map(|(pid, process)| {
+            let name = fs::read_to_string(process.join("comm")).unwrap_or_default();
+            Owner {
+                pid,
+                name: name.trim().to_owned(),
+            }
+        })
+}
+
+/// The inodes of the sockets that listen on `port`, from a table as the kernel prints it.
+fn listening(table: &str, port: u16) -> Vec<String> {
+    let suffix = format!(":{port:04X}");
+    table
+        .lines()
+        .skip(1)
+        .filter_map(|line| {
+            let columns: Vec<&str> = line.split_ascii_whitespace().collect();
+            let (local, state, inode) = (columns.get(1)?, columns.get(3)?, columns.get(9)?);
+            (local.ends_with(&suffix) && *state == LISTEN).then(|| (*inode).to_owned())
+        })
+        .collect()
+}
+
+fn holds(process: &Path, inodes: &[String]) -> bool {
+    let Ok(descriptors) = fs::read_dir(process.join("fd")) else {
+        return false;
+    };
+    descriptors.flatten().any(|descriptor| {
+        fs::read_link(descriptor.path()).is_ok_and(|target| {
+            let target = target.to_string_lossy();
+            target
+                .strip_prefix("socket:[")
+                .and_then(|rest| rest.strip_suffix(']'))
+                .is_some_and(|inode| inodes.iter().any(|wanted| wanted == inode))
+        })
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+
+    use tempfile::TempDir;
+
+    use super::*;
+    use crate::doctor::report::Outcome;
+
+    const TABLE: &str = "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode
+   0: 0100007F:1538 00000000:0000 0A 00000000:00000000 00:00000000 00000000   104        0 4711 1 0000000000000000 100 0 0 10 0
+   1: 0100007F:1538 0100007F:D431 01 00000000:00000000 00:00000000 00000000   104        0 4712 1 0000000000000000 20 4 30 10 -1
+   2: 0100007F:0050 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 4713 1 0000000000000000 100 0 0 10 0
+";
+
+    #[test]
+    fn a_listener_is_found_among_processes() {
+        assert_eq!(listening(TABLE, 5432), ["4711"]);
+        assert_eq!(listening(TABLE, 80), ["4713"]);
+        assert!(listening(TABLE, 54321).is_empty());
+        assert!(listening("header\ngarbage", 5432).is_empty());
+
+        let proc = TempDir::new().unwrap();
+        let at = |path: &str| proc.path().join(path);
+        fs::create_dir_all(at("net")).unwrap();
+        fs::write(at("net/tcp"), TABLE).unwrap();
+        for (pid, inode) in [("7", "4712"), ("42", "4711")] {
+            fs::create_dir_all(at(&format!("{pid}/fd"))).unwrap();
+            symlink(format!("socket:[{inode}]"), at(&format!("{pid}/fd/3"))).unwrap();
+            fs::write(at(&format!("{pid}/comm")), "postgres\n").unwrap();
+        }
+        assert_eq!(
+            owner(proc.path(), 5432),
+            Some(Owner {
+                pid: 42,
+                name: "postgres".to_owned()
+            })
+        );
+        assert_eq!(owner(proc.path(), 80), None);
+    }
+
+    #[tokio::test]
+    async fn a_taken_port_names_its_owner_and_a_free_one_is_free() {
+        let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = taken.local_addr().unwrap();
+        let finding = check(address).await;
+        assert_eq!(finding.outcome, Outcome::Failed);
+        let pid = format!("pid {}", std::process::id());
+        assert!(finding.message.contains(&pid), "{}", finding.message);
+        assert!(finding.mend.unwrap().contains("--port"));
+
+        let free = check("127.0.0.1:0".parse().unwrap()).await;
+        assert_eq!(free.outcome, Outcome::Ok);
+        let elsewhere = check("192.0.2.1:0".parse().unwrap()).await;
+        assert!(elsewhere.mend.unwrap().contains("--address"));
+    }
+}

@@ -1,0 +1,324 @@
+//! The settings in force and where each came from, and whether they make sense together. Secrets are present or absent.
+
+use std::net::IpAddr;
+
+use url::Url;
+
+use super::report::{Finding, Setting};
+use crate::{
+    config::{Config, ConfigError, EndpointConfig, Settings, TlsMode},
+    tls,
+    workspace::Workspace,
+};
+
+/// The longest value that is shown, in characters.
+const MAX_VALUE: usize = 100;
+
+/// How a variable's value may be shown.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Plain,
+    Secret,
+    /// An address, without what may be a password in it.
+    Url,
+}
+
+/// Variables that matter here, in the order in which they are shown. The last column: what holds while one is unset;
+/// empty leaves it out of the list.
+const VARIABLES: &[(&str, Kind, &str)] = &[
+    ("ENDPOINT_NAME", Kind::Plain, ""),
+    ("LAKEBASE_ENDPOINT", Kind::Plain, ""),
+    ("PGHOST", Kind::Plain, "looked up"),
+    ("PGPORT", Kind::Plain, "5432"),
+    ("PGDATABASE", Kind::Plain, "databricks_postgres"),
+    ("PGUSER", Kind::Plain, "the workspace identity"),
+    ("PGSSLMODE", Kind::Plain, "verify-full"),
+    ("PGSSLROOTCERT", Kind::Plain, "system"),
+    ("PGPASSWORD", Kind::Secret, ""),
+    ("PGAPPNAME", Kind::Plain, ""),
+    ("DATABRICKS_HOST", Kind::Url, "absent"),
+    ("DATABRICKS_CLIENT_ID", Kind::Plain, "absent"),
+    ("DATABRICKS_CLIENT_SECRET", Kind::Secret, "absent"),
+    ("DATABRICKS_TOKEN", Kind::Secret, "absent"),
+    ("DATABRICKS_AUTH_TYPE", Kind::Plain, ""),
+    ("DATABRICKS_CONFIG_PROFILE", Kind::Plain, ""),
+    ("DATABRICKS_CONFIG_FILE", Kind::Plain, ""),
+    ("DATABRICKS_WORKSPACE_ID", Kind::Plain, ""),
+    ("DATABRICKS_ACCOUNT_ID", Kind::Plain, ""),
+    ("DATABRICKS_CLI_PATH", Kind::Plain, ""),
+    ("DATABRICKS_OIDC_TOKEN", Kind::Secret, ""),
+    ("DATABRICKS_OIDC_TOKEN_ENV", Kind::Plain, ""),
+    ("DATABRICKS_OIDC_TOKEN_FILEPATH", Kind::Plain, ""),
+    ("DATABRICKS_OIDC_TOKEN_FILE", Kind::Plain, ""),
+    ("DATABRICKS_TOKEN_AUDIENCE", Kind::Plain, ""),
+    ("DATABRICKS_METADATA_SERVICE_URL", Kind::Url, ""),
+    ("DATABRICKS_AZURE_RESOURCE_ID", Kind::Plain, ""),
+    ("DATABRICKS_PASSWORD", Kind::Secret, ""),
+    ("DATABRICKS_APP_NAME", Kind::Plain, ""),
+    ("DATABRICKS_APP_PORT", Kind::Plain, ""),
+    ("ARM_CLIENT_ID", Kind::Plain, ""),
+    ("ARM_CLIENT_SECRET", Kind::Secret, ""),
+    ("ARM_TENANT_ID", Kind::Plain, ""),
+    ("ARM_USE_MSI", Kind::Plain, ""),
+    ("ACTIONS_ID_TOKEN_REQUEST_URL", Kind::Url, ""),
+    ("ACTIONS_ID_TOKEN_REQUEST_TOKEN", Kind::Secret, ""),
+    ("GOOGLE_CREDENTIALS", Kind::Secret, ""),
+    ("HTTPS_PROXY", Kind::Url, ""),
+    ("https_proxy", Kind::Url, ""),
+    ("ALL_PROXY", Kind::Url, ""),
+    ("NO_PROXY", Kind::Plain, ""),
+    ("no_proxy", Kind::Plain, ""),
+    ("SSL_CERT_FILE", Kind::Plain, ""),
+    ("SSL_CERT_DIR", Kind::Plain, ""),
+];
+
+/// How variables of our own begin.
+const PREFIX: &str = "LAKEBASE_PROXY_";
+
+/// Every setting worth seeing.
+pub(super) fn list(
+    variables: &[(String, String)],
+    flags: &Settings,
+    config: Option<&Config>,
+) -> Vec<Setting> {
+    let mut list = Vec::new();
+    for &(name, kind, unset) in VARIABLES {
+        let set = variables
+            .iter()
+            .find(|(known, value)| known == name && !value.trim().is_empty());
+        match set {
+            Some((_, value)) => list.push(Setting {
+                name: name.to_owned(),
+                value: shown(kind, value),
+                source: "environment".to_owned(),
+            }),
+            None if unset.is_empty() => {}
+            None => list.push(Setting {
+                name: name.to_owned(),
+                value: unset.to_owned(),
+                source: "not set".to_owned(),
+            }),
+        }
+    }
+    let mut own: Vec<_> = variables
+        .iter()
+        .filter(|(name, value)| name.starts_with(PREFIX) && !value.is_empty())
+        .collect();
+    own.sort_unstable();
+    for (name, value) in own {
+        list.push(Setting {
+            name: name.clone(),
+            value: shown(Kind::Plain, value),
+            source: "environment, unless its flag is given".to_owned(),
+        });
+    }
+    if let Some(path) = &flags.config_file {
+        list.push(Setting {
+            name: "--config-file".to_owned(),
+            value: shown(Kind::Plain, &path.display().to_string()),
+            source: "flag or environment".to_owned(),
+        });
+    }
+    for endpoint in config.iter().flat_map(|config| &config.endpoints) {
+        let source = match (flags.endpoints.is_empty(), &flags.config_file) {
+            (false, _) => "--endpoint".to_owned(),
+            (true, _) if flags.port.is_some() || flags.address.is_some() => {
+                "flag or environment".to_owned()
+            }
+            (true, Some(path)) => format!("{} or default", path.display()),
+            (true, None) => "default".to_owned(),
+        };
+        list.push(Setting {
+            name: "listen".to_owned(),
+            value: format!("{} for {}", endpoint.listen, called(endpoint)),
+            source,
+        });
+    }
+    list
+}
+
+/// How an endpoint is called in what people read.
+pub(super) fn called(endpoint: &EndpointConfig) -> String {
+    let called = endpoint
+        .name
+        .as_deref()
+        .or(endpoint.host.as_deref())
+        .unwrap_or("the app's database");
+    shown(Kind::Plain, called)
+}
+
+/// Whether they can be used.
+pub(super) fn check(
+    config: Result<&Config, &ConfigError>,
+    workspace: Option<&Result<Workspace, Finding>>,
+) -> Finding {
+    let config = match config {
+        Ok(config) => config,
+        Err(error) => {
+            return Finding::failed(error.to_string())
+                .detail(
+                    std::error::Error::source(error)
+                        .map(|source| crate::telemetry::chain(source).to_string()),
+                )
+                .mend(error.hint().map(str::to_owned));
+        }
+    };
+    let workspace = match workspace {
+        Some(Err(finding)) => return finding.clone(),
+        Some(Ok(workspace)) => format!("{} to {}", workspace.auth_kind().label(), workspace.host()),
+        None => "no workspace is needed".to_owned(),
+    };
+    config
+        .endpoints
+        .iter()
+        .find_map(unusable)
+        .unwrap_or_else(|| Finding::ok(format!("complete; {workspace}")))
+}
+
+/// What makes an endpoint unusable whatever anybody answers.
+fn unusable(endpoint: &EndpointConfig) -> Option<Finding> {
+    let TlsMode::Verified(roots) = &endpoint.tls else {
+        return None;
+    };
+    if let Err(error) = tls::verifier(roots) {
+        return Some(
+            Finding::failed(error.to_string())
+                .detail(
+                    std::error::Error::source(&error)
+                        .map(|source| crate::telemetry::chain(source).to_string()),
+                )
+                .mend("set PGSSLROOTCERT to a PEM file of trusted roots, or unset it to use the system's (Debian: apt install ca-certificates)".to_owned()),
+        );
+    }
+    let host = endpoint.host.as_deref()?;
+    host.parse::<IpAddr>().ok()?;
+    Some(
+        Finding::failed(format!(
+            "PGHOST is `{host}`, an address: TLS to the endpoint needs its name (SNI)"
+        ))
+        .mend("set PGHOST to the endpoint's host name (ep-...database...), or unset it to have it looked up".to_owned()),
+    )
+}
+
+/// A value as it may be shown.
+fn shown(kind: Kind, value: &str) -> String {
+    let value = value.trim();
+    let looks_secret = ["dapi", "dose", "dkea", "eyJ"]
+        .iter()
+        .any(|prefix| value.starts_with(prefix));
+    if kind == Kind::Secret || looks_secret {
+        return "present".to_owned();
+    }
+    let value = match kind {
+        Kind::Url => without_secrets(value),
+        Kind::Plain | Kind::Secret => value.to_owned(),
+    };
+    let mut shown: String = value
+        .chars()
+        .map(|character| {
+            if character.is_control() {
+                ' '
+            } else {
+                character
+            }
+        })
+        .take(MAX_VALUE)
+        .collect();
+    if value.chars().count() > MAX_VALUE {
+        shown.push_str("...");
+    }
+    shown
+}
+
+/// An address without user, password and query.
+pub(super) fn without_secrets(text: &str) -> String {
+    let Ok(mut url) = Url::parse(text) else {
+        // Without a scheme it is no URL, but may hold a password all the same.
+        let text = text.rsplit_once('@').map_or(text, |(_, host)| host);
+        return text.split(['?', '#']).next().unwrap_or_default().to_owned();
+    };
+    let _ = url.set_username("");
+    let _ = url.set_password(None);
+    url.set_query(None);
+    url.set_fragment(None);
+    url.to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Environment;
+
+    fn variables(pairs: &[(&str, &str)]) -> Vec<(String, String)> {
+        pairs
+            .iter()
+            .map(|&(name, value)| (name.to_owned(), value.to_owned()))
+            .collect()
+    }
+
+    #[test]
+    fn secrets_are_present_or_absent() {
+        let variables = variables(&[
+            ("DATABRICKS_CLIENT_SECRET", "hunter2"),
+            ("PGPASSWORD", "hunter2"),
+            ("HTTPS_PROXY", "http://me:hunter2@proxy:3128/?key=hunter2"),
+            (
+                "DATABRICKS_HOST",
+                "me:hunter2@dbc-1.cloud.databricks.com?o=1",
+            ),
+            ("DATABRICKS_CLIENT_ID", "dosehunter2"),
+            ("UNHEARD_OF", "hunter2"),
+        ]);
+        let list = list(&variables, &Settings::default(), None);
+        let value = |name: &str| {
+            list.iter()
+                .find(|setting| setting.name == name)
+                .map(|setting| setting.value.as_str())
+        };
+        assert_eq!(value("DATABRICKS_CLIENT_SECRET"), Some("present"));
+        assert_eq!(value("DATABRICKS_TOKEN"), Some("absent"));
+        assert_eq!(value("PGPASSWORD"), Some("present"));
+        assert_eq!(value("HTTPS_PROXY"), Some("http://proxy:3128/"));
+        assert_eq!(value("DATABRICKS_HOST"), Some("dbc-1.cloud.databricks.com"));
+        assert_eq!(value("DATABRICKS_CLIENT_ID"), Some("present"));
+        assert!(!format!("{list:?}").contains("hunter2"));
+    }
+
+    #[test]
+    fn each_setting_names_its_source() {
+        let variables = variables(&[
+            ("ENDPOINT_NAME", "projects/p/branches/b/endpoints/e"),
+            ("LAKEBASE_PROXY_PORT", "6000"),
+        ]);
+        let config = Config::resolve(
+            Settings::default(),
+            Environment::from_variables(variables.clone()),
+        )
+        .unwrap();
+        let list = list(&variables, &Settings::default(), Some(&config));
+        let source = |name: &str| {
+            list.iter()
+                .find(|setting| setting.name == name)
+                .map(|setting| setting.source.as_str())
+        };
+        assert_eq!(source("ENDPOINT_NAME"), Some("environment"));
+        assert_eq!(source("PGHOST"), Some("not set"));
+        assert_eq!(
+            source("LAKEBASE_PROXY_PORT"),
+            Some("environment, unless its flag is given")
+        );
+        assert_eq!(source("listen"), Some("default"));
+    }
+
+    #[test]
+    fn an_address_for_a_host_is_refused_before_anything_is_dialled() {
+        let variables = variables(&[
+            ("ENDPOINT_NAME", "projects/p/branches/b/endpoints/e"),
+            ("PGHOST", "10.0.0.1"),
+        ]);
+        let config =
+            Config::resolve(Settings::default(), Environment::from_variables(variables)).unwrap();
+        let finding = check(Ok(&config), None);
+        assert!(finding.message.contains("SNI"), "{finding:?}");
+    }
+}
