@@ -7,14 +7,11 @@ use super::{
     source::{Access, Source},
 };
 use crate::{
-    config::{EndpointConfig, TlsMode},
+    config::{DEFAULT_DATABASE, EndpointConfig, TlsMode},
     tls,
     upstream::{Endpoint, Label, Security},
     workspace::{CredentialMinter, Wanted},
 };
-
-/// What Lakebase calls the database of a new project.
-const DEFAULT_DATABASE: &str = "databricks_postgres";
 
 /// An endpoint that can be dialled, and who makes its credentials.
 pub(super) struct Located {
@@ -33,10 +30,7 @@ pub(super) async fn locate(
             // The settings have been checked: such an endpoint has a host and a user.
             let host = config.host.clone().unwrap_or_default();
             let user = config.user.clone().unwrap_or_default();
-            let database = config
-                .database
-                .clone()
-                .unwrap_or_else(|| DEFAULT_DATABASE.to_owned());
+            let database = config.database_or_default().to_owned();
             let label = Label::new(config.called());
             return Ok(Located {
                 endpoint: endpoint(config, label, host, user, database)?,

@@ -33,6 +33,8 @@ use crate::{
 const POSTGRES_PORT: u16 = 5432;
 const HTTP_PORT: u16 = 9090;
 const NOTES_PORT: u16 = 8000;
+/// What Lakebase calls the database of a new project.
+pub const DEFAULT_DATABASE: &str = "databricks_postgres";
 /// Descriptors that are not for sessions: sockets of our own, logs, the workspace, name resolution.
 const RESERVED_DESCRIPTORS: u64 = 100;
 const MAX_SIGTERM_DELAY: Duration = Duration::from_secs(10);
@@ -93,6 +95,11 @@ pub struct EndpointConfig {
 }
 
 impl EndpointConfig {
+    /// The database for clients that name none, where only the settings are asked.
+    pub fn database_or_default(&self) -> &str {
+        self.database.as_deref().unwrap_or(DEFAULT_DATABASE)
+    }
+
     /// What people know it by: its name, else its host.
     pub fn called(&self) -> &str {
         [&self.name, &self.host, &self.app]
@@ -328,7 +335,7 @@ impl Config {
         Ok(Self {
             endpoints,
             database_mapping: settings.database_mapping.unwrap_or_default(),
-            workspace: environment.workspace,
+            workspace: environment.workspace.with_profile(settings.profile),
             limits: Limits {
                 connect_timeout: or(settings.connect_timeout, limits.connect_timeout),
                 server_connect_timeout: or(

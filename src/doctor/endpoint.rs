@@ -178,7 +178,7 @@ async fn locate(chart: &mut Chart<'_>, examined: &Examined<'_>) -> Option<Found>
             target: None,
             host: config.host.clone()?,
             user: config.user.clone()?,
-            database: config.databases.default.clone(),
+            database: config.database_or_default().to_owned(),
             state: None,
         });
     }
@@ -194,7 +194,7 @@ async fn locate(chart: &mut Chart<'_>, examined: &Examined<'_>) -> Option<Found>
         app: examined.app.clone(),
         read_only: config.read_only,
         user: config.user.clone(),
-        database: Some(config.databases.default.clone()),
+        database: config.database.clone(),
     };
     // Asked as if the host were not known, so that a wrong name shows.
     let asked = Wanted {
@@ -240,7 +240,7 @@ async fn locate(chart: &mut Chart<'_>, examined: &Examined<'_>) -> Option<Found>
         user: located.user,
         database: located
             .database
-            .unwrap_or_else(|| config.databases.default.clone()),
+            .unwrap_or_else(|| config.database_or_default().to_owned()),
         state: located.info.map(|info| info.state),
     })
 }
@@ -490,6 +490,7 @@ fn prepare(
         host: found.host.clone(),
         port: examined.config.port,
         user: found.user.clone(),
+        database: found.database.clone(),
         security,
     };
     Ok((endpoint, recorder))
