@@ -220,6 +220,7 @@ impl HostName {
     }
 
     /// The host of the readable replicas, where the shape of the name tells.
+    #[must_use]
     pub fn read_only(&self) -> Self {
         let text = match &self.kind {
             _ if self.is_read_only => return self.clone(),

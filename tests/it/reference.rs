@@ -54,7 +54,7 @@ fn its_examples_of_endpoints_parse() {
         .lines()
         .filter_map(|line| line.strip_prefix("# "))
         .filter(|line| line.starts_with("[[") || keys(line).iter().any(|key| !key.contains(' ')))
-        .map(|line| format!("{line}\n"))
+        .flat_map(|line| [line, "\n"])
         .collect();
     let settings: Settings = toml::from_str(&examples).unwrap();
     assert_eq!(settings.endpoints.len(), 3, "{examples}");
