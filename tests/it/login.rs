@@ -28,6 +28,7 @@ async fn log_in(front: SocketAddr, user: &str, password: &str) -> Result<Connect
         host: front.ip().to_string(),
         port: front.port(),
         user: user.to_owned(),
+        database: "postgres".to_owned(),
         security: Security::Plain,
     };
     let limits = Limits {
