@@ -398,42 +398,4 @@ async fn write_all<S: AsyncWrite + Unpin>(stream: &mut S, bytes: &[u8]) -> io::R
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn chosen(mapping: DatabaseMapping, parameters: &[(&str, &str)]) -> String {
-        let startup = StartupMessage {
-            minor: 0,
-            parameters: parameters
-                .iter()
-                .map(|&(n, v)| (n.to_owned(), v.to_owned()))
-                .collect(),
-            protocol_options: Vec::new(),
-        };
-        mapping.choose(&startup, "databricks_postgres")
-    }
-
-    #[test]
-    fn a_client_that_names_no_database_gets_the_default() {
-        use DatabaseMapping::{Default, Exact};
-        assert_eq!(chosen(Default, &[("user", "app")]), "databricks_postgres");
-        assert_eq!(
-            chosen(Default, &[("user", "app"), ("database", "app")]),
-            "databricks_postgres"
-        );
-        assert_eq!(
-            chosen(Default, &[("user", "app"), ("database", "")]),
-            "databricks_postgres"
-        );
-        assert_eq!(
-            chosen(Default, &[("user", "app"), ("database", "other")]),
-            "other"
-        );
-        assert_eq!(
-            chosen(Exact, &[("user", "app"), ("database", "app")]),
-            "app"
-        );
-        assert_eq!(chosen(Exact, &[("user", "app")]), "app");
-        assert_eq!(chosen(Default, &[]), "databricks_postgres");
-    }
-}
+mod tests;

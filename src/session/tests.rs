@@ -1,0 +1,238 @@
+//! Whole sessions from accept to close, and which database they open.
+
+use std::net::SocketAddr;
+
+use secrecy::SecretString;
+use tokio::{
+    io::{DuplexStream, duplex},
+    net::TcpListener,
+    task::JoinSet,
+};
+
+use super::*;
+use crate::{
+    clock::Clock,
+    credential::{CredentialCell, Minted},
+    protocol::{
+        error::ErrorFields,
+        frame::{Message, take_message},
+        startup::{CancelKey, encode_startup},
+    },
+    upstream::{Endpoint, Keepalive, Label, Limits, Security, Upstream},
+};
+
+/// More than any of these tests takes when all is well.
+const LONG: Duration = Duration::from_secs(30);
+
+/// Sessions that lead to a listener on this machine.
+fn sessions(upstream: SocketAddr, client_login_timeout: Duration) -> Arc<Sessions> {
+    let metrics = Metrics::new().unwrap();
+    let credentials = CredentialCell::new(Clock::system());
+    credentials.publish(
+        Minted {
+            secret: SecretString::from("token"),
+            expires_at: None,
+        },
+        0.0,
+    );
+    let endpoint = Endpoint {
+        label: Label::new("e"),
+        host: upstream.ip().to_string(),
+        port: upstream.port(),
+        user: "me".to_owned(),
+        database: "db".to_owned(),
+        security: Security::Plain,
+    };
+    let upstream = Upstream::new(
+        endpoint,
+        credentials,
+        Limits::default(),
+        Keepalive::default(),
+        Arc::clone(&metrics),
+    );
+    let (finder, route) = Route::to(Label::new("e"), LONG);
+    finder.found(Arc::new(upstream));
+    Arc::new(Sessions {
+        route,
+        database_mapping: DatabaseMapping::Default,
+        client_login_timeout,
+        permits: Arc::new(Semaphore::new(1)),
+        max_connections: 1,
+        cancels: Arc::default(),
+        shutdown: Shutdown::new(),
+        metrics,
+        ids: Arc::default(),
+    })
+}
+
+/// A client of these sessions, with so much room for what it does not read.
+async fn client(sessions: &Arc<Sessions>, room: usize, tasks: &mut JoinSet<()>) -> DuplexStream {
+    let (client, ours) = duplex(room);
+    let sessions = Arc::clone(sessions);
+    let handshaking = Arc::new(Semaphore::new(1)).acquire_owned().await.unwrap();
+    tasks.spawn(async move { sessions.serve(sessions.next_id(), ours, handshaking).await });
+    client
+}
+
+async fn message(stream: &mut (impl AsyncRead + Unpin), buffer: &mut BytesMut) -> Message {
+    loop {
+        if let Some(message) = take_message(buffer, 10_000).unwrap() {
+            return message;
+        }
+        assert!(stream.read_buf(buffer).await.unwrap() > 0, "no message");
+    }
+}
+
+/// A server that logs one client in; gives back its connection once it is welcomed.
+async fn welcome_one(listener: &TcpListener) -> tokio::net::TcpStream {
+    let (mut stream, _) = listener.accept().await.unwrap();
+    let length = stream.read_u32().await.unwrap();
+    stream
+        .read_exact(&mut vec![0; length as usize - 4])
+        .await
+        .unwrap();
+    let status = [&b"S\0\0\0\x30a\0"[..], &[b'b'; 41], &[0]].concat();
+    let said = [
+        &b"R\0\0\0\x08\0\0\0\0"[..],
+        &status,
+        b"K\0\0\0\x0c\0\0\0\x07\0\0\0\x09Z\0\0\0\x05I",
+    ];
+    stream.write_all(&said.concat()).await.unwrap();
+    stream
+}
+
+fn startup() -> Vec<u8> {
+    encode_startup(&[("user", "anyone")]).unwrap()
+}
+
+async fn listen() -> (TcpListener, SocketAddr) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    (listener, address)
+}
+
+#[tokio::test]
+async fn a_session_is_welcomed_relayed_and_ended_with_its_client() {
+    let (listener, address) = listen().await;
+    let sessions = sessions(address, LONG);
+    let mut tasks = JoinSet::new();
+    let mut client = client(&sessions, 64 * 1024, &mut tasks).await;
+    client.write_all(&startup()).await.unwrap();
+    let mut server = welcome_one(&listener).await;
+    let (mut buffer, mut tags) = (BytesMut::new(), Vec::new());
+    let mut key = None;
+    while tags.last() != Some(&b'Z') {
+        let message = message(&mut client, &mut buffer).await;
+        tags.push(message.tag);
+        if message.tag == b'K' {
+            let (process_id, secret) = message.body().split_at(4);
+            key = Some(CancelKey {
+                process_id: u32::from_be_bytes(process_id.try_into().unwrap()),
+                secret: u32::from_be_bytes(secret.try_into().unwrap()),
+            });
+        }
+    }
+    assert_eq!(tags, b"RSKZ");
+    let key = key.unwrap();
+    assert_eq!(key.process_id, 7);
+    assert_eq!(sessions.cancels.find(key).unwrap().address, address);
+
+    let mut second = self::client(&sessions, 64 * 1024, &mut tasks).await;
+    second.write_all(&startup()).await.unwrap();
+    let refusal = message(&mut second, &mut BytesMut::new()).await;
+    assert_eq!(ErrorFields::parse(refusal.body()).code, "53300");
+    drop(second);
+
+    client.write_all(&TERMINATE).await.unwrap();
+    drop(client);
+    let mut heard = Vec::new();
+    server.read_to_end(&mut heard).await.unwrap();
+    assert_eq!(heard, TERMINATE);
+    drop(server);
+    timeout(LONG, tasks.join_all()).await.unwrap();
+    assert_eq!(sessions.cancels.find(key), None);
+    assert_eq!(sessions.metrics.clients_active.get(), 0);
+    assert_eq!(sessions.metrics.upstream_active.get(), 0);
+    assert_eq!(sessions.permits.available_permits(), 1);
+}
+
+#[tokio::test]
+async fn a_client_that_does_not_take_its_welcome_holds_its_session_no_longer_than_a_login() {
+    let (listener, address) = listen().await;
+    let sessions = sessions(address, Duration::from_millis(100));
+    let mut tasks = JoinSet::new();
+    let mut client = client(&sessions, 32, &mut tasks).await;
+    client.write_all(&startup()).await.unwrap();
+    let mut server = welcome_one(&listener).await;
+    timeout(LONG, tasks.join_all()).await.unwrap();
+    assert_eq!(server.read(&mut [0; 1]).await.unwrap_or(0), 0);
+    assert_eq!(sessions.permits.available_permits(), 1);
+}
+
+#[tokio::test]
+async fn a_client_that_hangs_up_ends_its_own_wait() {
+    let (listener, address) = listen().await;
+    let sessions = sessions(address, LONG);
+    let mut tasks = JoinSet::new();
+    let mut client = client(&sessions, 1024, &mut tasks).await;
+    client.write_all(&startup()).await.unwrap();
+    let (mut server, _) = listener.accept().await.unwrap();
+    drop(client);
+    timeout(LONG, tasks.join_all()).await.unwrap();
+    let mut heard = Vec::new();
+    server.read_to_end(&mut heard).await.unwrap_or_default();
+    assert_eq!(sessions.permits.available_permits(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_client_that_says_nothing_does_not_hold_up_the_end() {
+    let sessions = sessions(SocketAddr::from(([127, 0, 0, 1], 1)), LONG);
+    let mut tasks = JoinSet::new();
+    let silent = client(&sessions, 1024, &mut tasks).await;
+    let mut late = client(&sessions, 1024, &mut tasks).await;
+    let began = Instant::now();
+    sessions.shutdown.drain();
+    late.write_all(&startup()).await.unwrap();
+    let refusal = message(&mut late, &mut BytesMut::new()).await;
+    assert_eq!(ErrorFields::parse(refusal.body()).code, "57P03");
+    drop(late);
+    tasks.join_all().await;
+    assert_eq!(began.elapsed().as_secs(), FAREWELL.as_secs());
+    drop(silent);
+}
+
+fn chosen(mapping: DatabaseMapping, parameters: &[(&str, &str)]) -> String {
+    let startup = StartupMessage {
+        minor: 0,
+        parameters: parameters
+            .iter()
+            .map(|&(n, v)| (n.to_owned(), v.to_owned()))
+            .collect(),
+        protocol_options: Vec::new(),
+    };
+    mapping.choose(&startup, "databricks_postgres")
+}
+
+#[test]
+fn a_client_that_names_no_database_gets_the_default() {
+    use DatabaseMapping::{Default, Exact};
+    assert_eq!(chosen(Default, &[("user", "app")]), "databricks_postgres");
+    assert_eq!(
+        chosen(Default, &[("user", "app"), ("database", "app")]),
+        "databricks_postgres"
+    );
+    assert_eq!(
+        chosen(Default, &[("user", "app"), ("database", "")]),
+        "databricks_postgres"
+    );
+    assert_eq!(
+        chosen(Default, &[("user", "app"), ("database", "other")]),
+        "other"
+    );
+    assert_eq!(
+        chosen(Exact, &[("user", "app"), ("database", "app")]),
+        "app"
+    );
+    assert_eq!(chosen(Exact, &[("user", "app")]), "app");
+    assert_eq!(chosen(Default, &[]), "databricks_postgres");
+}
