@@ -65,6 +65,7 @@ fn check_words(refusal: &ErrorFields, said: &ServerError, emulator: &Emulator) {
     );
 }
 
+/// Budgets that a test can wait for. A client is refused once no further attempt fits into what is left of them.
 fn short(settings: &mut Settings) {
     settings.connect_timeout = Some(millis(800));
     settings.capacity_timeout = Some(millis(500));
@@ -251,7 +252,9 @@ async fn an_error_before_tls_is_heeded_too() {
         .once(Site::SslRequest, Action::Error(said.clone()));
     let refusal = proxy.refusal().await;
     assert_eq!(refusal.code, "08P01");
-    check_words(&refusal, &said, &emulator);
+    // It is unauthenticated, so that it is passed on but not believed.
+    assert!(refusal.message.contains(&said.message), "{refusal:?}");
+    check_refusal(&refusal, &emulator);
     emulator
         .faults()
         .once(Site::SslRequest, Action::Error(ServerError::starting_up()));
@@ -467,7 +470,7 @@ async fn an_endpoint_that_does_not_wake_is_given_up_after_the_budget() {
         let (one, other) = tokio::join!(proxy.refusal(), proxy.refusal());
         let took = began.elapsed();
         assert!(
-            took >= Duration::from_millis(800) && took < Duration::from_secs(3),
+            took >= Duration::from_millis(400) && took < Duration::from_secs(3),
             "{code}: {took:?}"
         );
         for refusal in [one, other] {
@@ -515,7 +518,7 @@ async fn a_name_that_does_not_resolve_is_given_up_sooner() {
     let refusal = proxy.refusal().await;
     let took = began.elapsed();
     assert!(
-        took >= Duration::from_secs(9) && took < Duration::from_secs(20),
+        took >= Duration::from_secs(7) && took < Duration::from_secs(20),
         "{took:?}"
     );
     assert_eq!(refusal.code, "08001");
@@ -686,7 +689,7 @@ async fn a_full_endpoint_is_waited_for_a_little() {
     ];
     join_all(texts.map(async |said| {
         let emulator = harness::emulator().await;
-        let proxy = Proxy::with(&emulator, short).await;
+        let proxy = Proxy::start(&emulator).await;
         emulator
             .faults()
             .times(2, Site::Password, Action::Error(said.clone()));
@@ -696,12 +699,13 @@ async fn a_full_endpoint_is_waited_for_a_little() {
         emulator
             .faults()
             .always(Site::Password, Action::Error(said.clone()));
+        let proxy = Proxy::with(&emulator, short).await;
         let before = emulator.counts();
         let began = Instant::now();
         let refusal = proxy.refusal().await;
         let took = began.elapsed();
         assert!(
-            took >= Duration::from_millis(500) && took < Duration::from_secs(3),
+            took >= Duration::from_millis(250) && took < Duration::from_secs(3),
             "{took:?}"
         );
         assert_eq!(

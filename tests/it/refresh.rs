@@ -25,6 +25,11 @@ async fn lifetimes_pass_and_every_login_works() {
             "{:?}",
             emulator.counts()
         );
+        let state = proxy.credentials().status().state;
+        assert!(
+            state.is_valid(),
+            "nobody has to wait for a refresh: {state:?}"
+        );
         let mut wire = proxy.session().await;
         logins += 1;
         assert_eq!(wire.value("select 1").await, "1");
