@@ -53,6 +53,8 @@ pub(super) struct Examined<'a> {
     pub(super) clock: &'a Clock,
     pub(super) metrics: &'a Metrics,
     pub(super) connect: bool,
+    /// Whether the settings make sense; if not, nothing is dialled.
+    pub(super) is_usable: bool,
 }
 
 /// Where it is and how it is doing.
@@ -106,6 +108,7 @@ impl Examined<'_> {
                 .parse::<HostName>()
                 .is_ok_and(|host| !host.is_lakebase());
         match found.state {
+            _ if !self.is_usable => Some("the settings cannot be used"),
             _ if self.connect || is_elsewhere => None,
             Some(EndpointState::Active | EndpointState::Degraded) => None,
             Some(EndpointState::Idle) => Some("asleep: --connect wakes it and goes on"),

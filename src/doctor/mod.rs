@@ -153,6 +153,7 @@ pub async fn run(
         .map_or(environment.workspace, |config| config.workspace.clone());
     let workspace = needs_workspace.then(|| open(settings, &clock, &metrics));
     let finding = settings::check(config.as_ref(), workspace.as_ref());
+    let is_usable = finding.outcome == Outcome::Ok;
     chart.note(step::SETTINGS, started, finding);
 
     let workspace = workspace.and_then(Result::ok);
@@ -183,6 +184,7 @@ pub async fn run(
                     clock: &clock,
                     metrics: &metrics,
                     connect: inputs.connect,
+                    is_usable,
                 };
                 endpoint::check(&mut chart, &examined).await;
                 let started = Instant::now();
