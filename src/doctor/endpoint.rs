@@ -22,8 +22,8 @@ use crate::{
     tls,
     upstream::{Class, Endpoint, Failure, Label, Limits, Security, is_loopback, probe},
     workspace::{
-        CredentialMinter, EndpointInfo, EndpointState, HostName, LocateError, Located, Target,
-        Wanted, Workspace,
+        CredentialMinter, DEFAULT_DATABASE, EndpointInfo, EndpointState, HostName, LocateError,
+        Located, Target, Wanted, Workspace,
     },
 };
 
@@ -49,7 +49,6 @@ pub(super) struct Examined<'a> {
     pub(super) limits: Limits,
     pub(super) workspace: Option<&'a Workspace>,
     pub(super) access: &'a Access,
-    pub(super) app: Option<String>,
     pub(super) clock: &'a Clock,
     pub(super) metrics: &'a Metrics,
     pub(super) connect: bool,
@@ -181,7 +180,10 @@ async fn locate(chart: &mut Chart<'_>, examined: &Examined<'_>) -> Option<Found>
             target: None,
             host: config.host.clone()?,
             user: config.user.clone()?,
-            database: config.databases.default.clone(),
+            database: config
+                .database
+                .clone()
+                .unwrap_or_else(|| DEFAULT_DATABASE.to_owned()),
             state: None,
         });
     }
@@ -194,10 +196,10 @@ async fn locate(chart: &mut Chart<'_>, examined: &Examined<'_>) -> Option<Found>
     let wanted = Wanted {
         name: config.name.clone(),
         host: config.host.clone(),
-        app: examined.app.clone(),
+        app: config.app.clone(),
         read_only: config.read_only,
         user: config.user.clone(),
-        database: Some(config.databases.default.clone()),
+        database: config.database.clone(),
     };
     // Asked as if the host were not known, so that a wrong name shows.
     let asked = Wanted {
@@ -243,7 +245,7 @@ async fn locate(chart: &mut Chart<'_>, examined: &Examined<'_>) -> Option<Found>
         user: located.user,
         database: located
             .database
-            .unwrap_or_else(|| config.databases.default.clone()),
+            .unwrap_or_else(|| DEFAULT_DATABASE.to_owned()),
         state: located.info.map(|info| info.state),
     })
 }
@@ -493,6 +495,7 @@ fn prepare(
         host: found.host.clone(),
         port: examined.config.port,
         user: found.user.clone(),
+        database: found.database.clone(),
         security,
     };
     Ok((endpoint, recorder))

@@ -180,7 +180,6 @@ pub async fn run(
                     limits: config.limits,
                     workspace: workspace.as_ref(),
                     access: &access,
-                    app: app(&inputs.variables),
                     clock: &clock,
                     metrics: &metrics,
                     connect: inputs.connect,
@@ -199,18 +198,6 @@ pub async fn run(
         }
     }
     chart.report
-}
-
-/// The Databricks App that we are, if any.
-fn app(variables: &[(String, String)]) -> Option<String> {
-    ["DATABRICKS_APP_NAME", "PGAPPNAME"]
-        .into_iter()
-        .find_map(|name| {
-            variables
-                .iter()
-                .find(|(known, value)| known == name && !value.trim().is_empty())
-        })
-        .map(|(_, value)| value.trim().to_owned())
 }
 
 fn open(

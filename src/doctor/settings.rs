@@ -139,12 +139,7 @@ pub(super) fn list(
 
 /// How an endpoint is called in what people read.
 pub(super) fn called(endpoint: &EndpointConfig) -> String {
-    let called = endpoint
-        .name
-        .as_deref()
-        .or(endpoint.host.as_deref())
-        .unwrap_or("the app's database");
-    shown(Kind::Plain, called)
+    shown(Kind::Plain, endpoint.called())
 }
 
 /// Whether they can be used.

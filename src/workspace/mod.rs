@@ -34,7 +34,8 @@ pub use auth::AuthKind;
 pub use credentials::CredentialMinter;
 pub use diagnosis::CallError;
 pub use discovery::{
-    EndpointInfo, EndpointState, EndpointType, Identity, Known, LocateError, Located, Wanted,
+    DEFAULT_DATABASE, EndpointInfo, EndpointState, EndpointType, Identity, Known, LocateError,
+    Located, Wanted,
 };
 pub use inspect::{Profile, Role, TokenFacts};
 pub use names::{

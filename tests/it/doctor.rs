@@ -179,6 +179,24 @@ async fn a_set_up_in_order_is_well_with_either_way_to_authenticate() {
         .with("PGDATABASE", "");
     let report = setup.is_well().await;
     assert!(step(&report, "login").message.contains(&user.name));
+
+    // A host alone, or the app alone, leads to the endpoint as well.
+    let report = Setup::new(&emulator)
+        .with("ENDPOINT_NAME", "")
+        .is_well()
+        .await;
+    assert!(
+        step(&report, "endpoint")
+            .message
+            .contains(emulator.endpoint_name())
+    );
+    let setup = Setup::new(&emulator)
+        .with("ENDPOINT_NAME", "")
+        .with("PGHOST", "")
+        .with("PGDATABASE", "")
+        .with("DATABRICKS_APP_NAME", "lakebase-local-app");
+    let report = setup.is_well().await;
+    assert_eq!(step(&report, "SELECT 1").outcome, Outcome::Ok);
     emulator.stop().await;
 }
 
@@ -188,6 +206,7 @@ async fn settings_that_cannot_work_are_the_first_cause() {
     let setup = || Setup::new(&emulator);
     setup()
         .with("ENDPOINT_NAME", "")
+        .with("PGHOST", "")
         .ails("settings", "ENDPOINT_NAME=")
         .await;
     setup()
