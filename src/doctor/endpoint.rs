@@ -22,8 +22,8 @@ use crate::{
     tls,
     upstream::{Class, Endpoint, Failure, Label, Limits, Security, is_loopback, probe},
     workspace::{
-        CredentialMinter, EndpointInfo, EndpointState, HostName, LocateError, Located, Target,
-        Wanted, Workspace,
+        CredentialMinter, DEFAULT_DATABASE, EndpointInfo, EndpointState, HostName, LocateError,
+        Located, Target, Wanted, Workspace,
     },
 };
 
@@ -49,10 +49,11 @@ pub(super) struct Examined<'a> {
     pub(super) limits: Limits,
     pub(super) workspace: Option<&'a Workspace>,
     pub(super) access: &'a Access,
-    pub(super) app: Option<String>,
     pub(super) clock: &'a Clock,
     pub(super) metrics: &'a Metrics,
     pub(super) connect: bool,
+    /// Whether the settings make sense; if not, nothing is dialled.
+    pub(super) is_usable: bool,
 }
 
 /// Where it is and how it is doing.
@@ -106,6 +107,7 @@ impl Examined<'_> {
                 .parse::<HostName>()
                 .is_ok_and(|host| !host.is_lakebase());
         match found.state {
+            _ if !self.is_usable => Some("the settings cannot be used"),
             _ if self.connect || is_elsewhere => None,
             Some(EndpointState::Active | EndpointState::Degraded) => None,
             Some(EndpointState::Idle) => Some("asleep: --connect wakes it and goes on"),
@@ -191,7 +193,7 @@ async fn locate(chart: &mut Chart<'_>, examined: &Examined<'_>) -> Option<Found>
     let wanted = Wanted {
         name: config.name.clone(),
         host: config.host.clone(),
-        app: examined.app.clone(),
+        app: config.app.clone(),
         read_only: config.read_only,
         user: config.user.clone(),
         database: config.database.clone(),

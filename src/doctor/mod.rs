@@ -153,6 +153,7 @@ pub async fn run(
         .map_or(environment.workspace, |config| config.workspace.clone());
     let workspace = needs_workspace.then(|| open(settings, &clock, &metrics));
     let finding = settings::check(config.as_ref(), workspace.as_ref());
+    let is_usable = finding.outcome == Outcome::Ok;
     chart.note(step::SETTINGS, started, finding);
 
     let workspace = workspace.and_then(Result::ok);
@@ -179,10 +180,10 @@ pub async fn run(
                     limits: config.limits,
                     workspace: workspace.as_ref(),
                     access: &access,
-                    app: app(&inputs.variables),
                     clock: &clock,
                     metrics: &metrics,
                     connect: inputs.connect,
+                    is_usable,
                 };
                 endpoint::check(&mut chart, &examined).await;
                 let started = Instant::now();
@@ -197,18 +198,6 @@ pub async fn run(
         }
     }
     chart.report
-}
-
-/// The Databricks App that we are, if any.
-fn app(variables: &[(String, String)]) -> Option<String> {
-    ["DATABRICKS_APP_NAME", "PGAPPNAME"]
-        .into_iter()
-        .find_map(|name| {
-            variables
-                .iter()
-                .find(|(known, value)| known == name && !value.trim().is_empty())
-        })
-        .map(|(_, value)| value.trim().to_owned())
 }
 
 fn open(

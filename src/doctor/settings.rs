@@ -139,12 +139,7 @@ pub(super) fn list(
 
 /// How an endpoint is called in what people read.
 pub(super) fn called(endpoint: &EndpointConfig) -> String {
-    let called = endpoint
-        .name
-        .as_deref()
-        .or(endpoint.host.as_deref())
-        .unwrap_or("the app's database");
-    shown(Kind::Plain, called)
+    shown(Kind::Plain, endpoint.called())
 }
 
 /// Whether they can be used.
@@ -232,7 +227,12 @@ fn shown(kind: Kind, value: &str) -> String {
 
 /// An address without user, password and query.
 pub(super) fn without_secrets(text: &str) -> String {
-    let Ok(mut url) = Url::parse(text) else {
+    // `user:password@host` would parse, with the user for a scheme.
+    let url = text
+        .contains("://")
+        .then(|| Url::parse(text).ok())
+        .flatten();
+    let Some(mut url) = url else {
         // Without a scheme it is no URL, but may hold a password all the same.
         let text = text.rsplit_once('@').map_or(text, |(_, host)| host);
         return text.split(['?', '#']).next().unwrap_or_default().to_owned();

@@ -62,11 +62,11 @@ pub(super) async fn check(
 
 async fn clock(chart: &mut Chart<'_>, workspace: &Workspace) {
     let started = Instant::now();
-    let finding = match workspace.clock_skew().await {
-        Ok(skew) if skew.abs() < NOTABLE_SKEW => {
+    let finding = match timeout(STEP_TIMEOUT, workspace.clock_skew()).await {
+        Ok(Ok(skew)) if skew.abs() < NOTABLE_SKEW => {
             Finding::ok("this machine's clock agrees with the workspace's")
         }
-        Ok(skew) => {
+        Ok(Ok(skew)) => {
             let way = if skew.is_negative() {
                 "ahead of"
             } else {
@@ -79,7 +79,7 @@ async fn clock(chart: &mut Chart<'_>, workspace: &Workspace) {
             .mend("set this machine's clock: `timedatectl set-ntp true`".to_owned())
         }
         // Why is for the steps below to find out.
-        Err(_) => Finding::skipped("the workspace did not tell its time"),
+        Ok(Err(_)) | Err(_) => Finding::skipped("the workspace did not tell its time"),
     };
     chart.note(step::CLOCK, started, finding);
 }
@@ -214,7 +214,8 @@ async fn secure(chart: &mut Chart<'_>, host: &str, tcp: TcpStream) -> bool {
             (finding, false)
         }
         Err(_) => (
-            Finding::failed("the workspace did not answer the TLS handshake in time"),
+            Finding::failed("the workspace did not answer the TLS handshake in time")
+                .mend("check DATABRICKS_HOST: what answers there may be no workspace".to_owned()),
             false,
         ),
     };

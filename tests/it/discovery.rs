@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use lakebase_proxy::{
     clock::Clock,
-    emulator::{Action, Emulator, EmulatorOptions, Response, Site},
+    emulator::{Action, Emulator, Response, Site},
     telemetry::Metrics,
     tls::{self, Roots},
     workspace::{LocateError, Located, NameError, Settings, Target, Wanted, Workspace},
@@ -12,13 +12,11 @@ use lakebase_proxy::{
 use secrecy::ExposeSecret;
 use serde_json::Value;
 
+use crate::harness::emulator;
+
 const BRANCH: &str = "projects/lakebase-local/branches/production";
 const ENDPOINT: &str = "projects/lakebase-local/branches/production/endpoints/primary";
 const APP: &str = "lakebase-local-app";
-
-async fn emulator() -> Emulator {
-    Emulator::start(EmulatorOptions::default()).await.unwrap()
-}
 
 fn workspace(settings: Settings) -> Workspace {
     let tls = tls::client_config(&Roots::System, tls::ALPN_HTTP_1_1).unwrap();

@@ -11,6 +11,7 @@ mod cancel;
 mod credential;
 mod demo;
 mod discovery;
+mod doctor;
 mod emulator;
 mod failures;
 mod harness;

@@ -1,0 +1,519 @@
+//! `doctor` against set-ups that are broken in one way each: it must name that way first, mend it, and tell no secret.
+
+use std::{net::TcpListener, time::Duration};
+
+use lakebase_proxy::{
+    config::{PortSetting, Settings},
+    doctor::{self, Inputs, Outcome, Report, Step},
+    emulator::{Action, BadCertificate, Emulator, Identity, Response, ServerError, Site},
+};
+use secrecy::ExposeSecret;
+
+use crate::harness::emulator;
+
+const OTHER_ENDPOINT: &str = "projects/lakebase-local/branches/production/endpoints/primery";
+
+/// What `doctor` is run with: the emulator's variables, and changes to them; an empty value unsets.
+struct Setup<'a> {
+    emulator: &'a Emulator,
+    variables: Vec<(String, String)>,
+    settings: Settings,
+    connect: bool,
+}
+
+impl<'a> Setup<'a> {
+    fn new(emulator: &'a Emulator) -> Self {
+        let variables = emulator
+            .environment()
+            .into_iter()
+            .map(|(name, value)| (name.to_owned(), value))
+            .collect();
+        Self {
+            emulator,
+            variables,
+            settings: Settings {
+                port: Some(PortSetting::Port(0)),
+                max_connections: Some(10),
+                ..Settings::default()
+            },
+            connect: false,
+        }
+    }
+
+    fn with(mut self, name: &str, value: &str) -> Self {
+        self.variables.retain(|(known, _)| known != name);
+        if !value.is_empty() {
+            self.variables.push((name.to_owned(), value.to_owned()));
+        }
+        self
+    }
+
+    fn identity(self, identity: &Identity) -> Self {
+        let secret = identity.client_secret.as_ref().unwrap().expose_secret();
+        self.with("DATABRICKS_CLIENT_ID", &identity.name)
+            .with("DATABRICKS_CLIENT_SECRET", secret)
+            .with("PGUSER", &identity.name)
+    }
+
+    fn token(self, token: &str) -> Self {
+        self.with("DATABRICKS_CLIENT_ID", "")
+            .with("DATABRICKS_CLIENT_SECRET", "")
+            .with("PGUSER", "")
+            .with("DATABRICKS_TOKEN", token)
+    }
+
+    fn connecting(mut self) -> Self {
+        self.connect = true;
+        self
+    }
+
+    async fn report(&self) -> Report {
+        let inputs = Inputs {
+            settings: self.settings.clone(),
+            variables: self.variables.clone(),
+            connect: self.connect,
+        };
+        let mut told = Vec::new();
+        let report = doctor::run(&inputs, |_| {}, |step| told.push(step.clone())).await;
+        assert_eq!(told, report.steps, "told as it is found");
+        self.tells_no_secret(&report);
+        report
+    }
+
+    fn tells_no_secret(&self, report: &Report) {
+        let shown = format!("{}{}{report:?}", report.text(), report.json());
+        let identities = self.emulator.identities();
+        let secrets = identities
+            .iter()
+            .flat_map(|identity| [&identity.client_secret, &identity.pat])
+            .flatten();
+        for secret in secrets {
+            assert!(!shown.contains(secret.expose_secret()), "{shown}");
+        }
+        for (name, value) in &self.variables {
+            let is_secret = name.ends_with("_SECRET") || name.ends_with("_TOKEN");
+            assert!(!is_secret || !shown.contains(value), "{name}: {shown}");
+        }
+        assert!(!shown.contains("eyJ"), "a token: {shown}");
+    }
+
+    /// The first trouble is this step, and its mend says this.
+    async fn ails(&self, step: &str, mend: &str) -> Report {
+        let report = self.report().await;
+        let text = anstream::adapter::strip_str(&report.text()).to_string();
+        let Some(first) = report.first_trouble() else {
+            panic!("all is well, but should not be:\n{text}");
+        };
+        assert_eq!(first.name, step, "{text}");
+        let said = first.mend.as_deref().unwrap_or_default();
+        assert!(said.contains(mend), "no `{mend}` in `{said}`:\n{text}");
+        assert!(!report.is_well());
+        // Every step is there whatever happened, once.
+        let names: Vec<_> = report.steps.iter().map(|step| step.name).collect();
+        assert_eq!(names, STEPS, "{text}");
+        report
+    }
+
+    async fn is_well(&self) -> Report {
+        let report = self.report().await;
+        let text = anstream::adapter::strip_str(&report.text()).to_string();
+        assert!(report.is_well(), "{text}");
+        report
+    }
+}
+
+const STEPS: [&str; 17] = [
+    "settings",
+    "clock",
+    "DNS",
+    "TCP",
+    "workspace TLS",
+    "workspace token",
+    "who am I",
+    "entitlement",
+    "endpoint",
+    "credential",
+    "endpoint DNS",
+    "endpoint TCP",
+    "endpoint TLS",
+    "login",
+    "role and grants",
+    "SELECT 1",
+    "local port",
+];
+
+fn step<'a>(report: &'a Report, name: &str) -> &'a Step {
+    report.steps.iter().find(|step| step.name == name).unwrap()
+}
+
+fn refusal(code: &str, message: &str, detail: Option<&str>) -> Action {
+    let mut error = serde_json::json!({ "severity": "FATAL", "code": code, "message": message });
+    if let Some(detail) = detail {
+        error["detail"] = detail.into();
+    }
+    Action::Error(serde_json::from_value::<ServerError>(error).unwrap())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_set_up_in_order_is_well_with_either_way_to_authenticate() {
+    let emulator = emulator().await;
+    let report = Setup::new(&emulator).is_well().await;
+    assert_eq!(step(&report, "SELECT 1").outcome, Outcome::Ok);
+    let tls = &step(&report, "endpoint TLS").message;
+    assert!(
+        tls.contains("Lakebase emulator CA") && tls.contains("2049-01-01"),
+        "{tls}"
+    );
+    let token = &step(&report, "workspace token").message;
+    assert!(
+        token.contains("oauth-m2m") && token.contains("59 min"),
+        "{token}"
+    );
+    assert_eq!(step(&report, "workspace TLS").outcome, Outcome::Skipped);
+
+    // A personal access token alone: the person is asked for, and the host looked up.
+    let user = &emulator.identities().user;
+    let setup = Setup::new(&emulator)
+        .token(user.pat.as_ref().unwrap().expose_secret())
+        .with("PGHOST", "")
+        .with("PGDATABASE", "");
+    let report = setup.is_well().await;
+    assert!(step(&report, "login").message.contains(&user.name));
+
+    // A host alone, or the app alone, leads to the endpoint as well.
+    let report = Setup::new(&emulator)
+        .with("ENDPOINT_NAME", "")
+        .is_well()
+        .await;
+    assert!(
+        step(&report, "endpoint")
+            .message
+            .contains(emulator.endpoint_name())
+    );
+    let setup = Setup::new(&emulator)
+        .with("ENDPOINT_NAME", "")
+        .with("PGHOST", "")
+        .with("PGDATABASE", "")
+        .with("DATABRICKS_APP_NAME", "lakebase-local-app");
+    let report = setup.is_well().await;
+    assert_eq!(step(&report, "SELECT 1").outcome, Outcome::Ok);
+    emulator.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn settings_that_cannot_work_are_the_first_cause() {
+    let emulator = emulator().await;
+    let setup = || Setup::new(&emulator);
+    setup()
+        .with("ENDPOINT_NAME", "")
+        .with("PGHOST", "")
+        .ails("settings", "ENDPOINT_NAME=")
+        .await;
+    setup()
+        .with("PGHOST", "127.0.0.1")
+        .ails("settings", "host name")
+        .await;
+    setup()
+        .with("PGHOST", "ep-a-1-pooler.database.cloud.databricks.com")
+        .ails("settings", "-pooler")
+        .await;
+    setup()
+        .with("DATABRICKS_HOST", "")
+        .ails("settings", "DATABRICKS_HOST")
+        .await;
+    setup()
+        .with("DATABRICKS_CLIENT_SECRET", "")
+        .ails("settings", "DATABRICKS_CLIENT_SECRET")
+        .await;
+    setup()
+        .with("PGSSLROOTCERT", "/nowhere/ca.pem")
+        .ails("settings", "PGSSLROOTCERT")
+        .await;
+    setup()
+        .with("PGSSLMODE", "disable")
+        .with("PGHOST", "db.example.com")
+        .ails("settings", "PGSSLMODE")
+        .await;
+    assert_eq!(emulator.counts().dials, 0);
+    emulator.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn two_ways_to_authenticate_are_named_both() {
+    let emulator = emulator().await;
+    let setup = Setup::new(&emulator).with("DATABRICKS_TOKEN", "dapi-left-over");
+    let report = setup.ails("settings", "DATABRICKS_AUTH_TYPE").await;
+    let message = &step(&report, "settings").message;
+    assert!(message.contains("DATABRICKS_TOKEN"), "{message}");
+    emulator.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_wrong_clock_is_noticed_though_all_else_works() {
+    let emulator = emulator().await;
+    emulator.configure(|settings| settings.clock_skew_seconds = 600);
+    let report = Setup::new(&emulator).ails("clock", "timedatectl").await;
+    assert!(
+        step(&report, "clock").message.contains("10 min behind"),
+        "{}",
+        step(&report, "clock").message
+    );
+    assert_eq!(step(&report, "SELECT 1").outcome, Outcome::Ok);
+    emulator.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_workspace_that_cannot_be_reached_is_told_by_how_far_one_gets() {
+    let emulator = emulator().await;
+    let setup = || Setup::new(&emulator);
+    let report = setup()
+        .with("DATABRICKS_HOST", "https://workspace.invalid")
+        .ails("DNS", "DATABRICKS_HOST")
+        .await;
+    assert_eq!(step(&report, "workspace token").outcome, Outcome::Skipped);
+    let closed = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = closed.local_addr().unwrap();
+    drop(closed);
+    setup()
+        .with("DATABRICKS_HOST", &format!("http://{address}"))
+        .ails("TCP", "firewall")
+        .await;
+    // The endpoint's port speaks no TLS of this kind, and soon says so.
+    emulator.configure(|settings| settings.handshake_timeout = Duration::from_millis(200));
+    let port = emulator.pg_port();
+    setup()
+        .with("DATABRICKS_HOST", &format!("https://localhost:{port}"))
+        .ails("workspace TLS", "DATABRICKS_HOST")
+        .await;
+    emulator.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_the_workspace_refuses_is_told_apart() {
+    let emulator = emulator().await;
+    let setup = || Setup::new(&emulator);
+    setup()
+        .with("DATABRICKS_CLIENT_SECRET", "dose-not-the-secret")
+        .ails("workspace token", "DATABRICKS_CLIENT_SECRET")
+        .await;
+    setup()
+        .token("dapi-not-a-token")
+        .ails("who am I", "DATABRICKS_TOKEN")
+        .await;
+    let report = setup()
+        .identity(&emulator.identities().unentitled)
+        .ails("entitlement", "databricks service-principals patch")
+        .await;
+    assert_eq!(step(&report, "who am I").outcome, Outcome::Skipped);
+
+    let blocked = r#"{"error_code":"403","message":"Source IP address: 192.0.2.7 is blocked by Databricks IP ACL for workspace: 1"}"#;
+    for (site, name) in [
+        (Site::Token, "workspace token"),
+        (Site::Whoami, "who am I"),
+        (Site::Lookup, "endpoint"),
+        (Site::Mint, "credential"),
+    ] {
+        let blocked = Action::Respond(Response::body(403, blocked));
+        emulator.faults().always(site, blocked);
+        setup().ails(name, "IP access list").await;
+        emulator.faults().clear();
+    }
+    emulator
+        .faults()
+        .always(Site::Mint, Action::Respond(Response::status(429)));
+    setup().ails("credential", "by itself").await;
+    emulator.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_endpoint_that_cannot_be_used_is_told_with_those_that_can() {
+    let emulator = emulator().await;
+    let setup = || Setup::new(&emulator);
+    setup()
+        .with("ENDPOINT_NAME", OTHER_ENDPOINT)
+        .ails("endpoint", emulator.endpoint_name())
+        .await;
+    setup()
+        .with("PGHOST", "ep-other-1.database.cloud.databricks.com")
+        .ails("endpoint", "unset PGHOST")
+        .await;
+    emulator.configure(|settings| settings.is_disabled = true);
+    setup()
+        .ails("endpoint", "update-endpoint projects/lakebase-local/")
+        .await;
+    assert_eq!(emulator.counts().dials, 0);
+    emulator.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn rights_to_look_up_are_not_needed_where_the_host_is_known() {
+    let emulator = emulator().await;
+    emulator
+        .faults()
+        .always(Site::Lookup, Action::Respond(Response::status(403)));
+    let report = Setup::new(&emulator).is_well().await;
+    assert_eq!(
+        step(&report, "login").outcome,
+        Outcome::Skipped,
+        "it may be asleep"
+    );
+    let report = Setup::new(&emulator).connecting().is_well().await;
+    assert_eq!(step(&report, "SELECT 1").outcome, Outcome::Ok);
+    Setup::new(&emulator)
+        .with("PGHOST", "")
+        .ails("endpoint", "PGHOST")
+        .await;
+    emulator.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_sleeping_compute_is_woken_only_when_told_to_connect() {
+    let emulator = emulator().await;
+    emulator.suspend().await;
+    let report = Setup::new(&emulator).is_well().await;
+    let login = step(&report, "login");
+    assert_eq!(login.outcome, Outcome::Skipped);
+    assert!(login.message.contains("--connect"), "{}", login.message);
+    assert_eq!(step(&report, "role and grants").outcome, Outcome::Ok);
+    assert_eq!(emulator.counts().dials, 0);
+    assert!(!emulator.is_active());
+
+    // What the workspace knows of roles is told without waking anything.
+    Setup::new(&emulator)
+        .identity(&emulator.identities().stranger)
+        .ails("role and grants", "databricks_create_role")
+        .await;
+    assert!(!emulator.is_active());
+
+    let report = Setup::new(&emulator).connecting().is_well().await;
+    let login = &step(&report, "login").message;
+    assert!(login.contains("awake after"), "{login}");
+    assert!(emulator.is_active());
+    emulator.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_fails_between_here_and_the_edge_is_told_apart() {
+    let emulator = emulator().await;
+    let setup = || Setup::new(&emulator);
+    setup()
+        .with("PGSSLROOTCERT", "")
+        .ails("endpoint TLS", "`Lakebase emulator CA`")
+        .await;
+    for (certificate, mend) in [
+        (BadCertificate::Expired, "clock"),
+        (BadCertificate::OtherAuthority, "An authority nobody trusts"),
+        (BadCertificate::WrongName, "elsewhere.invalid"),
+    ] {
+        emulator
+            .faults()
+            .always(Site::SslRequest, Action::Certificate(certificate));
+        let report = setup().ails("endpoint TLS", mend).await;
+        assert!(step(&report, "endpoint TLS").detail.is_some());
+        emulator.faults().clear();
+    }
+    emulator.faults().always(Site::SslRequest, Action::NoTls);
+    setup().ails("endpoint TLS", "PGHOST").await;
+    emulator.faults().clear();
+
+    emulator.configure(|settings| settings.is_listening = false);
+    // The port closes when the emulator has taken notice.
+    crate::harness::eventually("the port is closed", async || {
+        let dialled = tokio::net::TcpStream::connect(("127.0.0.1", emulator.pg_port())).await;
+        dialled.is_err().then_some(())
+    })
+    .await;
+    setup().ails("endpoint TCP", "firewall").await;
+    emulator.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_refused_login_is_told_by_its_cause() {
+    let emulator = emulator().await;
+    let setup = || Setup::new(&emulator);
+    let stranger = &emulator.identities().stranger;
+    let mend = format!(
+        "databricks_create_role('{}', 'SERVICE_PRINCIPAL');",
+        stranger.name
+    );
+    setup().identity(stranger).ails("login", &mend).await;
+    setup()
+        .with("PGUSER", &emulator.identities().user.name)
+        .ails("login", &emulator.identities().app.name)
+        .await;
+
+    let report = setup()
+        .with("PGDATABASE", "nowhere")
+        .ails("role and grants", "databricks_postgres")
+        .await;
+    assert_eq!(step(&report, "login").outcome, Outcome::Ok);
+    for statement in [
+        "drop database if exists doctor_closed",
+        "create database doctor_closed",
+        "revoke connect on database doctor_closed from public",
+    ] {
+        emulator.execute(statement).await.unwrap();
+    }
+    let mend = format!(
+        "GRANT CONNECT ON DATABASE \"doctor_closed\" TO \"{}\";",
+        emulator.identities().app.name
+    );
+    setup()
+        .with("PGDATABASE", "doctor_closed")
+        .ails("role and grants", &mend)
+        .await;
+
+    let hidden = "Source IP address: 192.0.2.7 is blocked by Databricks IP ACL for workspace: 1";
+    for (action, mend) in [
+        (
+            refusal("28000", "External authorization failed.", Some(hidden)),
+            "access list",
+        ),
+        (
+            refusal("XX000", "JWT token is not yet ready to use (nbf=1)", None),
+            "clock",
+        ),
+        (
+            refusal("53300", "sorry, too many clients already", None),
+            "pools",
+        ),
+        (
+            refusal(
+                "XX000",
+                "Provided authentication token is not a valid JWT encoding",
+                None,
+            ),
+            "OAuth",
+        ),
+    ] {
+        emulator.faults().once(Site::Password, action);
+        setup().ails("login", mend).await;
+    }
+    emulator.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_taken_port_names_whose_it_is() {
+    let emulator = emulator().await;
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = taken.local_addr().unwrap().port();
+    let mut setup = Setup::new(&emulator);
+    setup.settings.port = Some(PortSetting::Port(port));
+    let report = setup.ails("local port", "--port").await;
+    let message = &step(&report, "local port").message;
+    assert!(
+        message.contains(&format!("pid {}", std::process::id())),
+        "{message}"
+    );
+    assert_eq!(step(&report, "SELECT 1").outcome, Outcome::Ok);
+    emulator.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_proxy_itself_is_not_taken_for_the_endpoint() {
+    let emulator = emulator().await;
+    let mut setup = Setup::new(&emulator);
+    setup.settings.port = Some(PortSetting::Port(emulator.pg_port()));
+    setup.ails("endpoint DNS", "--port").await;
+    emulator.stop().await;
+}
