@@ -63,7 +63,6 @@ impl Environment {
                 .filter(|value| !value.is_empty())
                 .map(str::to_owned)
         };
-        let secret = |name: &str| get(name).map(SecretString::from);
         Self {
             endpoint_name: get("ENDPOINT_NAME"),
             lakebase_endpoint: get("LAKEBASE_ENDPOINT"),
@@ -75,14 +74,12 @@ impl Environment {
             sslrootcert: get("PGSSLROOTCERT"),
             app_name: get("DATABRICKS_APP_NAME").or_else(|| get("PGAPPNAME")),
             app_port: get("DATABRICKS_APP_PORT"),
-            workspace: workspace::Settings {
-                host: get("DATABRICKS_HOST"),
-                token: secret("DATABRICKS_TOKEN"),
-                client_id: get("DATABRICKS_CLIENT_ID"),
-                client_secret: secret("DATABRICKS_CLIENT_SECRET"),
-                auth_type: get("DATABRICKS_AUTH_TYPE"),
-                workspace_id: get("DATABRICKS_WORKSPACE_ID"),
-            },
+            workspace: workspace::Settings::from_variables(
+                variables
+                    .iter()
+                    .map(|(name, value)| (name.clone(), value.clone()))
+                    .collect(),
+            ),
             variables: Variables(variables),
         }
     }

@@ -2,12 +2,12 @@
 //!
 //! It knows the rules that hold for every call (no redirects, limits, headers) and none of the calls.
 
-use std::{error::Error, time::Duration};
+use std::{error::Error, sync::OnceLock, time::Duration};
 
 use jiff::{SignedDuration, Timestamp, fmt::rfc2822};
 use reqwest::{
-    Client, Method, RequestBuilder, StatusCode,
-    header::{ACCEPT, DATE, HeaderMap, HeaderName, HeaderValue, LOCATION, RETRY_AFTER},
+    Client, ClientBuilder, Method, NoProxy, Proxy, RequestBuilder, StatusCode,
+    header::{ACCEPT, DATE, HeaderMap, HeaderName, HeaderValue, LOCATION, RETRY_AFTER, USER_AGENT},
     redirect::Policy,
 };
 use serde::de::DeserializeOwned;
@@ -17,14 +17,20 @@ use url::Url;
 use zeroize::Zeroizing;
 
 use super::{
+    auth::AuthKind,
     error_body::{self, ErrorBody},
-    settings::{Host, SettingsError},
+    host::Host,
+    settings::{SettingsError, Variables},
 };
 use crate::{clock::Clock, tls::ALPN_HTTP_1_1};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// One whole call. A credential takes two; both must fit into the refresher's patience.
 const CALL_TIMEOUT: Duration = Duration::from_secs(30);
+/// One call to a service of this very machine (as the Databricks SDKs do).
+const LOCAL_TIMEOUT: Duration = Duration::from_secs(10);
+/// One look for something that there need not be.
+const PROBE_TIMEOUT: Duration = Duration::from_secs(5);
 /// Shorter than any refresh interval, so that no refresh meets a connection that died meanwhile.
 const POOL_IDLE_TIMEOUT: Duration = Duration::from_secs(10);
 /// The largest answer that is read.
@@ -36,12 +42,55 @@ const WORKSPACE_ID: HeaderName = HeaderName::from_static("x-databricks-workspace
 const ORG_ID: HeaderName = HeaderName::from_static("x-databricks-org-id");
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
-/// Speaks HTTPS to one workspace.
+/// Speaks HTTPS to one workspace, and to those who vouch for us there.
 #[derive(Debug)]
 pub(super) struct Api {
+    /// To the workspace, and to token endpoints elsewhere.
     http: Client,
+    /// To services of this machine: plain HTTP, never through a proxy.
+    local: Client,
     host: Host,
+    workspace_id: OnceLock<HeaderValue>,
     clock: Clock,
+}
+
+/// The HTTP proxy to go through, by the variables that everybody uses.
+#[derive(Clone, Debug, Default)]
+pub(super) struct ProxySetting {
+    proxy: Option<Proxy>,
+}
+
+impl ProxySetting {
+    /// `HTTPS_PROXY` or `ALL_PROXY`, but not for what `NO_PROXY` lists; each in lower case too.
+    pub(super) fn from_variables(variables: &Variables) -> Result<Self, SettingsError> {
+        let either = |name: &'static str| {
+            variables
+                .get(name)
+                .or_else(|| variables.get(&name.to_ascii_lowercase()))
+                .map(|value| (name, value))
+        };
+        let Some((name, address)) = either("HTTPS_PROXY").or_else(|| either("ALL_PROXY")) else {
+            return Ok(Self::default());
+        };
+        let address = if address.contains("://") {
+            address.to_owned()
+        } else {
+            format!("http://{address}")
+        };
+        let wrong = |problem| SettingsError::InvalidValue {
+            name: format!("`{name}`"),
+            problem,
+        };
+        let url = Url::parse(&address).map_err(|_| wrong("is not the address of a proxy"))?;
+        if !matches!(url.scheme(), "http" | "https") {
+            return Err(wrong("names a proxy that speaks neither http nor https"));
+        }
+        let except = either("NO_PROXY").and_then(|(_, list)| NoProxy::from_string(list));
+        let proxy = Proxy::all(url).map_err(|_| wrong("is not the address of a proxy"))?;
+        Ok(Self {
+            proxy: Some(proxy.no_proxy(except)),
+        })
+    }
 }
 
 /// An answer with a 2xx status.
@@ -61,7 +110,11 @@ pub(super) enum ApiError {
     /// An answer that is not what was asked for.
     Malformed { reason: String },
     /// Sent elsewhere; we do not follow, since a redirect may carry secrets away.
-    Redirect { location: String },
+    Redirect {
+        /// Fit to be shown.
+        location: String,
+        target: Option<Url>,
+    },
     /// A status of 400 or more.
     Status {
         status: StatusCode,
@@ -74,43 +127,79 @@ impl Api {
     pub(super) fn new(
         host: Host,
         workspace_id: Option<&str>,
-        auth_type: &str,
         mut tls: rustls::ClientConfig,
+        proxy: ProxySetting,
         clock: Clock,
     ) -> Result<Self, BuildError> {
-        let mut headers = HeaderMap::new();
-        headers.insert(ACCEPT, HeaderValue::from_static("application/json"));
-        if let Some(id) = workspace_id {
-            let value = HeaderValue::from_str(id).map_err(|_| SettingsError::InvalidValue {
-                name: "DATABRICKS_WORKSPACE_ID",
-            })?;
-            headers.insert(WORKSPACE_ID, value);
-        }
+        let workspace_id = match workspace_id {
+            None => OnceLock::new(),
+            Some(id) => HeaderValue::from_str(id)
+                .map_err(|_| SettingsError::InvalidValue {
+                    name: "`DATABRICKS_WORKSPACE_ID`".to_owned(),
+                    problem: "holds characters that cannot be sent",
+                })?
+                .into(),
+        };
         tls.alpn_protocols = vec![ALPN_HTTP_1_1.to_vec()];
-        let mut builder = Client::builder()
-            .tls_backend_preconfigured(tls)
-            .user_agent(user_agent(auth_type))
-            .default_headers(headers)
-            .redirect(Policy::none())
+        // The variables are read by us, once, like every other.
+        let mut http = bounded(tls.clone())
             .https_only(!host.is_loopback())
-            .connect_timeout(CONNECT_TIMEOUT)
-            .timeout(CALL_TIMEOUT)
-            .pool_idle_timeout(POOL_IDLE_TIMEOUT)
-            .pool_max_idle_per_host(1)
-            .referer(false);
-        if host.is_loopback() {
-            builder = builder.no_proxy();
+            .timeout(CALL_TIMEOUT);
+        if let Some(proxy) = proxy.proxy.filter(|_| !host.is_loopback()) {
+            http = http.proxy(proxy);
         }
-        let http = builder.build().map_err(BuildError::Client)?;
-        Ok(Self { http, host, clock })
+        let local = bounded(tls).timeout(LOCAL_TIMEOUT);
+        Ok(Self {
+            http: http.build().map_err(BuildError::Client)?,
+            local: local.build().map_err(BuildError::Client)?,
+            host,
+            workspace_id,
+            clock,
+        })
     }
 
     pub(super) fn host(&self) -> &Host {
         &self.host
     }
 
-    pub(super) fn request(&self, method: Method, url: Url) -> RequestBuilder {
-        self.http.request(method, url)
+    pub(super) fn clock(&self) -> &Clock {
+        &self.clock
+    }
+
+    /// The workspace says which one it is; what the settings said before stays.
+    pub(super) fn learn_workspace_id(&self, id: &str) {
+        if let Ok(value) = HeaderValue::from_str(id) {
+            let _ = self.workspace_id.set(value);
+        }
+    }
+
+    /// A call to the workspace itself.
+    pub(super) fn request(&self, kind: AuthKind, method: Method, path: &str) -> RequestBuilder {
+        let request = self.elsewhere(kind, method, self.host.join(path));
+        match self.workspace_id.get() {
+            Some(id) => request.header(WORKSPACE_ID, id.clone()),
+            None => request,
+        }
+    }
+
+    /// A call to somebody who vouches for us: https, or http if this and the workspace are on this machine.
+    pub(super) fn elsewhere(&self, kind: AuthKind, method: Method, url: Url) -> RequestBuilder {
+        self.http
+            .request(method, url)
+            .header(USER_AGENT, user_agent(kind.label()))
+    }
+
+    /// A look for a document that there need not be.
+    pub(super) fn probe(&self, kind: AuthKind, url: Url) -> RequestBuilder {
+        self.elsewhere(kind, Method::GET, url)
+            .timeout(PROBE_TIMEOUT)
+    }
+
+    /// A call to a service of this machine.
+    pub(super) fn local(&self, kind: AuthKind, url: Url) -> RequestBuilder {
+        self.local
+            .get(url)
+            .header(USER_AGENT, user_agent(kind.label()))
     }
 
     /// Sends and reads the whole answer. Bounded in time and size. Cancel safe: the connection is given up.
@@ -139,10 +228,13 @@ impl Api {
 
         let date = text(&headers, &DATE).and_then(http_date);
         if status.is_redirection() {
-            let location = text(&headers, &LOCATION)
-                .map(|location| self.redacted(location))
-                .unwrap_or_default();
-            return Err(ApiError::Redirect { location });
+            let location = text(&headers, &LOCATION);
+            return Err(ApiError::Redirect {
+                target: location.and_then(|location| self.host.join("/").join(location).ok()),
+                location: location
+                    .map(|location| self.redacted(location))
+                    .unwrap_or_default(),
+            });
         }
         if !status.is_success() {
             let mut parsed = error_body::parse(status, &body);
@@ -239,6 +331,21 @@ fn network(error: reqwest::Error) -> ApiError {
 
 fn text<'a>(headers: &'a HeaderMap, name: &HeaderName) -> Option<&'a str> {
     headers.get(name)?.to_str().ok()
+}
+
+/// What holds for every client. No redirects: they may carry secrets away.
+fn bounded(tls: rustls::ClientConfig) -> ClientBuilder {
+    let mut headers = HeaderMap::new();
+    headers.insert(ACCEPT, HeaderValue::from_static("application/json"));
+    Client::builder()
+        .tls_backend_preconfigured(tls)
+        .default_headers(headers)
+        .redirect(Policy::none())
+        .connect_timeout(CONNECT_TIMEOUT)
+        .pool_idle_timeout(POOL_IDLE_TIMEOUT)
+        .pool_max_idle_per_host(1)
+        .referer(false)
+        .no_proxy()
 }
 
 /// `lakebase-proxy/0.1.0 rust/1.95 os/linux auth/oauth-m2m`: the form that Databricks asks of its SDKs' users.

@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use reqwest::StatusCode;
 
-use super::{api::ApiError, auth::AuthKind, error_body::ErrorBody, settings::Host};
+pub(super) use super::error_body::clean;
+use super::{api::ApiError, auth::AuthKind, error_body::ErrorBody, host::Host};
 use crate::credential::{MintError, MintErrorKind};
 
 /// A call to the workspace failed. Holds no secret.
@@ -35,6 +36,50 @@ impl CallError {
     pub fn is_forbidden(&self) -> bool {
         self.status == Some(403) && self.hint.as_deref() == Some(GRANT_ACCESS)
     }
+
+    /// Waiting does not help.
+    pub(super) fn refused(
+        message: impl Into<String>,
+        detail: Option<String>,
+        hint: impl Into<String>,
+    ) -> Self {
+        Self::of(MintErrorKind::Refused, message, detail, Some(hint.into()))
+    }
+
+    /// Waiting may help.
+    pub(super) fn unavailable(
+        message: impl Into<String>,
+        detail: Option<String>,
+        hint: impl Into<String>,
+    ) -> Self {
+        Self::of(
+            MintErrorKind::Unavailable,
+            message,
+            detail,
+            Some(hint.into()),
+        )
+    }
+
+    /// An answer that is not what was asked for.
+    pub(super) fn malformed(message: impl Into<String>, detail: Option<String>) -> Self {
+        Self::of(MintErrorKind::Malformed, message, detail, None)
+    }
+
+    fn of(
+        kind: MintErrorKind,
+        message: impl Into<String>,
+        detail: Option<String>,
+        hint: Option<String>,
+    ) -> Self {
+        Self {
+            message: message.into(),
+            detail,
+            hint,
+            kind,
+            retry_after: None,
+            status: None,
+        }
+    }
 }
 
 impl From<CallError> for MintError {
@@ -60,7 +105,8 @@ impl From<CallError> for MintError {
 /// What was being done, for the words of the message.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Purpose<'a> {
-    WorkspaceToken,
+    /// The time.
+    Clock,
     /// A credential for this endpoint or instance.
     Credential(&'a str),
     /// A look at this endpoint or instance.
@@ -71,9 +117,9 @@ pub(super) enum Purpose<'a> {
 impl Purpose<'_> {
     fn asked(self) -> String {
         match self {
-            Self::WorkspaceToken => "a workspace token".to_owned(),
             Self::Credential(_) => "a database credential".to_owned(),
             Self::Lookup(name) => format!("what it knows of `{name}`"),
+            Self::Clock => "the time".to_owned(),
             Self::Identity => "who we are".to_owned(),
         }
     }
@@ -81,48 +127,177 @@ impl Purpose<'_> {
     fn name(self) -> Option<String> {
         match self {
             Self::Credential(name) | Self::Lookup(name) => Some(name.to_owned()),
-            Self::WorkspaceToken | Self::Identity => None,
+            Self::Clock | Self::Identity => None,
         }
     }
+}
+
+/// Whose token the call carried, and what to do if the workspace does not take it.
+#[derive(Clone, Debug)]
+pub(super) struct SignedIn {
+    pub(super) kind: AuthKind,
+    pub(super) mend: String,
 }
 
 /// Explains a failed call.
 pub(super) fn diagnose(
     purpose: Purpose<'_>,
-    auth: AuthKind,
+    signed_in: &SignedIn,
     host: &Host,
     error: ApiError,
 ) -> CallError {
     match error {
         ApiError::Network { source } => network(host, &source),
         ApiError::Malformed { reason } => CallError {
-            message: format!("the answer of {host} to the question for {} makes no sense", purpose.asked()),
-            detail: Some(reason),
             hint: Some("check that `DATABRICKS_HOST` is the workspace, and that no HTTP proxy answers in its place".to_owned()),
-            kind: MintErrorKind::Malformed,
-            retry_after: None,
-            status: None,
+            ..CallError::malformed(
+                format!("the answer of {host} to the question for {} makes no sense", purpose.asked()),
+                Some(reason),
+            )
         },
-        ApiError::Redirect { location } => redirect(host, &location),
+        ApiError::Redirect { location, .. } => redirect(host, &location),
         ApiError::Status { status, body, retry_after } => {
-            let (message, hint) = explain(purpose, auth, host, status, &body);
-            CallError {
-                message,
-                detail: Some(words(status, &body)),
-                hint,
-                kind: kind(status, &body),
-                retry_after,
-                status: Some(status.as_u16()),
-            }
+            let explained = explain(purpose, signed_in, host, status, &body);
+            answered(explained, status, &body, retry_after)
         }
     }
 }
 
-fn network(host: &Host, source: &reqwest::Error) -> CallError {
+/// Explains why a token endpoint of the workspace gave no token. `refused` and `mend` are for what it says of the
+/// identity itself.
+pub(super) fn token_endpoint(host: &Host, refused: &str, mend: &str, error: ApiError) -> CallError {
+    let (status, body, retry_after) = match error {
+        ApiError::Status {
+            status,
+            body,
+            retry_after,
+        } => (status, body, retry_after),
+        ApiError::Network { source } => return network(host, &source),
+        ApiError::Redirect { location, .. } => return redirect(host, &location),
+        ApiError::Malformed { reason } => {
+            return CallError {
+                hint: Some("check that `DATABRICKS_HOST` is the workspace, and that no HTTP proxy answers in its place".to_owned()),
+                ..CallError::malformed(
+                    format!("the answer of {host} to the question for a workspace token makes no sense"),
+                    Some(reason),
+                )
+            };
+        }
+    };
+    let text = body.message.to_ascii_lowercase();
+    let code = body.code.as_deref().unwrap_or_default();
+    let explained = if let Some(explained) = blocked(host, &text) {
+        explained
+    } else if matches!(
+        code,
+        "invalid_client" | "invalid_grant" | "unauthorized_client"
+    ) || text.contains("missing client authentication")
+        || status == StatusCode::UNAUTHORIZED
+        || (code == "invalid_request" && text.contains("token"))
+    {
+        (
+            format!("the workspace {host} {refused}"),
+            Some(mend.to_owned()),
+        )
+    } else if code == "invalid_scope" {
+        (
+            format!("the workspace {host} does not grant the scopes asked for"),
+            Some(
+                "check `scopes` in the profile; `all-apis` is what a service principal usually has"
+                    .to_owned(),
+            ),
+        )
+    } else {
+        match status.as_u16() {
+            404 => (
+                format!("{host} has no token endpoint"),
+                Some("check that `DATABRICKS_HOST` is the address of a workspace".to_owned()),
+            ),
+            429 => (
+                format!("the token endpoint of {host} limits the rate of calls"),
+                Some(TOO_BUSY.to_owned()),
+            ),
+            500.. => (format!("the token endpoint of {host} failed"), None),
+            _ => (
+                format!("the token endpoint of {host} refused the request"),
+                Some(
+                    "check that the service principal is active and assigned to this workspace"
+                        .to_owned(),
+                ),
+            ),
+        }
+    };
+    answered(explained, status, &body, retry_after)
+}
+
+/// Explains why somebody other than the workspace did not vouch for us.
+pub(super) fn service(
+    who: &str,
+    hint: impl FnOnce(&ErrorBody) -> Option<String>,
+    error: ApiError,
+) -> CallError {
+    let mut told = match error {
+        ApiError::Network { source } => CallError::of(
+            MintErrorKind::Unavailable,
+            if source.is_timeout() {
+                format!("{who} did not answer in time")
+            } else {
+                format!("cannot reach {who}")
+            },
+            Some(ApiError::causes(&source)),
+            None,
+        ),
+        ApiError::Malformed { reason } => {
+            CallError::malformed(format!("the answer of {who} makes no sense"), Some(reason))
+        }
+        ApiError::Redirect { location, .. } => CallError::of(
+            MintErrorKind::Refused,
+            format!("{who} redirected the call instead of answering"),
+            Some(format!("redirected to {location}")),
+            None,
+        ),
+        ApiError::Status {
+            status,
+            body,
+            retry_after,
+        } => {
+            let message = match status.as_u16() {
+                429 => format!("{who} limits the rate of calls"),
+                500.. => format!("{who} failed"),
+                _ => format!("{who} gave no token"),
+            };
+            let hint = hint(&body);
+            return answered((message, hint), status, &body, retry_after);
+        }
+    };
+    told.hint = hint(&ErrorBody::default());
+    told
+}
+
+const TOO_BUSY: &str =
+    "it is asked again by itself; other clients of the same identity may be too busy";
+
+fn answered(
+    (message, hint): (String, Option<String>),
+    status: StatusCode,
+    body: &ErrorBody,
+    retry_after: Option<Duration>,
+) -> CallError {
+    CallError {
+        message,
+        detail: Some(words(status, body)),
+        hint,
+        kind: kind(status, body),
+        retry_after,
+        status: Some(status.as_u16()),
+    }
+}
+
+pub(super) fn network(host: &Host, source: &reqwest::Error) -> CallError {
     let causes = ApiError::causes(source);
     let lower = causes.to_ascii_lowercase();
     let hint = if lower.contains("certificate") {
-        "the workspace's certificate is not trusted here: if a proxy inspects TLS, install its root certificate on this machine"
+        "the workspace's certificate is not trusted here: if a proxy inspects TLS, install its root certificate on this machine, or name a file of roots in `SSL_CERT_FILE`"
     } else if lower.contains("dns") || lower.contains("lookup address") {
         "check `DATABRICKS_HOST` and the name resolution of this machine"
     } else {
@@ -193,14 +368,14 @@ fn kind(status: StatusCode, body: &ErrorBody) -> MintErrorKind {
         429 => MintErrorKind::RateLimited,
         // Timeouts, conflicts with an operation under way, and a client that the other side thinks has gone.
         408 | 409 | 425 | 499 => MintErrorKind::Unavailable,
-        400..=498 => MintErrorKind::Refused,
+        400..=498 | 501 => MintErrorKind::Refused,
         _ => MintErrorKind::Unavailable,
     }
 }
 
 fn explain(
     purpose: Purpose<'_>,
-    auth: AuthKind,
+    signed_in: &SignedIn,
     host: &Host,
     status: StatusCode,
     body: &ErrorBody,
@@ -210,47 +385,21 @@ fn explain(
     let has = |part: &str| text.contains(part);
     let say = |message: String, hint: &str| (message, Some(hint.to_owned()));
 
-    if has("ip acl") || has("ip access list") {
-        return say(
-            format!("the IP access list of the workspace {host} does not admit this machine"),
-            "add this machine's public address to the workspace's IP access list",
-        );
-    }
-    if has("unauthorized network access") {
-        return say(
-            format!("the network policy of the workspace {host} does not admit this machine"),
-            "check the workspace's network policy and its PrivateLink (Service-Direct) endpoints",
-        );
-    }
-    if has("workspace-access entitlement") {
-        return say(
-            "the identity may not use the workspace's API".to_owned(),
-            "grant it the `Workspace access` entitlement in the workspace's admin settings",
-        );
-    }
-    if has("required scopes") {
-        return say(
-            "the workspace token lacks a scope".to_owned(),
-            "make a token that has the scopes named in the detail, or one for all APIs",
-        );
-    }
-    if matches!(purpose, Purpose::WorkspaceToken) {
-        return token_endpoint(host, status, code, &text);
+    if let Some(explained) = blocked(host, &text) {
+        return explained;
     }
     let name = purpose.name();
     // A token that is none comes back as 403, with the number as its code.
     let is_unauthenticated = status == StatusCode::UNAUTHORIZED || has("invalid access token");
     match (status.as_u16(), code, name) {
-        _ if is_unauthenticated => match auth {
-            AuthKind::Pat => say(
-                format!("the workspace {host} refused the personal access token"),
-                "check `DATABRICKS_TOKEN`: it may have expired, been revoked, or belong to another workspace",
-            ),
-            AuthKind::OAuthM2m => say(
-                format!("the workspace {host} refused the token that its own token endpoint issued"),
-                "check that the service principal is assigned to this workspace and that `DATABRICKS_HOST` names it",
-            ),
-        },
+        _ if is_unauthenticated => {
+            let token = match signed_in.kind {
+                AuthKind::Pat => "the personal access token".to_owned(),
+                AuthKind::OAuthM2m => "the token that its own token endpoint issued".to_owned(),
+                kind => format!("the token that {} gave", kind.label()),
+            };
+            (format!("the workspace {host} refused {token}"), Some(signed_in.mend.clone()))
+        }
         (_, "FEATURE_DISABLED", _) => say(
             format!("Lakebase is not enabled in the workspace {host}"),
             "ask a workspace admin to enable Lakebase, or check `DATABRICKS_HOST`",
@@ -277,53 +426,40 @@ fn explain(
         ),
         (429, ..) => (
             format!("the workspace {host} limits the rate of calls"),
-            Some("it is asked again by itself; other clients of the same identity may be too busy".to_owned()),
+            Some(TOO_BUSY.to_owned()),
         ),
         (500.., ..) => (format!("the workspace {host} failed when asked for {}", purpose.asked()), None),
         _ => (format!("the workspace {host} refused to say {}", purpose.asked()), None),
     }
 }
 
-fn token_endpoint(
-    host: &Host,
-    status: StatusCode,
-    code: &str,
-    text: &str,
-) -> (String, Option<String>) {
-    if code == "invalid_client"
-        || text.contains("missing client authentication")
-        || status == StatusCode::UNAUTHORIZED
-    {
-        return (
-            format!("the workspace {host} refused the client id or its secret"),
-            Some(
-                "check `DATABRICKS_CLIENT_ID` and `DATABRICKS_CLIENT_SECRET`: the secret may have expired, \
-                 or belong to another service principal"
-                    .to_owned(),
-            ),
-        );
-    }
-    match status.as_u16() {
-        404 => (
-            format!("{host} has no token endpoint"),
-            Some("check that `DATABRICKS_HOST` is the address of a workspace".to_owned()),
-        ),
-        429 => (
-            format!("the token endpoint of {host} limits the rate of calls"),
-            Some(
-                "it is asked again by itself; other clients of the same identity may be too busy"
-                    .to_owned(),
-            ),
-        ),
-        500.. => (format!("the token endpoint of {host} failed"), None),
-        _ => (
-            format!("the token endpoint of {host} refused the request"),
-            Some(
-                "check that the service principal is active and assigned to this workspace"
-                    .to_owned(),
-            ),
-        ),
-    }
+/// What any call may meet, whatever it asks for.
+fn blocked(host: &Host, text: &str) -> Option<(String, Option<String>)> {
+    let has = |part: &str| text.contains(part);
+    let (message, hint) = if has("ip acl") || has("ip access list") {
+        (
+            format!("the IP access list of the workspace {host} does not admit this machine"),
+            "add this machine's public address to the workspace's IP access list",
+        )
+    } else if has("unauthorized network access") {
+        (
+            format!("the network policy of the workspace {host} does not admit this machine"),
+            "check the workspace's network policy and its PrivateLink (Service-Direct) endpoints",
+        )
+    } else if has("workspace-access entitlement") {
+        (
+            "the identity may not use the workspace's API".to_owned(),
+            "grant it the `Workspace access` entitlement in the workspace's admin settings",
+        )
+    } else if has("required scopes") {
+        (
+            "the workspace token lacks a scope".to_owned(),
+            "make a token that has the scopes named in the detail, or one for all APIs",
+        )
+    } else {
+        return None;
+    };
+    Some((message, Some(hint.to_owned())))
 }
 
 #[cfg(test)]
@@ -332,7 +468,20 @@ mod tests {
 
     const NAME: &str = "projects/p/branches/production/endpoints/primary";
 
-    fn diagnosed(purpose: Purpose<'_>, status: u16, code: &str, message: &str) -> CallError {
+    fn signed_in(kind: AuthKind) -> SignedIn {
+        SignedIn {
+            kind,
+            mend: "the service principal is assigned to this workspace".to_owned(),
+        }
+    }
+
+    /// Without a purpose: by the token endpoint.
+    fn diagnosed(
+        purpose: Option<Purpose<'_>>,
+        status: u16,
+        code: &str,
+        message: &str,
+    ) -> CallError {
         let host = Host::parse("dbc-1.cloud.databricks.com").unwrap().0;
         let body = ErrorBody {
             code: (!code.is_empty()).then(|| code.to_owned()),
@@ -345,14 +494,22 @@ mod tests {
             body,
             retry_after: None,
         };
-        diagnose(purpose, AuthKind::OAuthM2m, &host, error)
+        match purpose {
+            Some(purpose) => diagnose(purpose, &signed_in(AuthKind::OAuthM2m), &host, error),
+            None => token_endpoint(
+                &host,
+                "refused the client id or its secret",
+                "check `DATABRICKS_CLIENT_SECRET`",
+                error,
+            ),
+        }
     }
 
     #[test]
     fn each_known_refusal_has_its_own_mend() {
         use MintErrorKind::{RateLimited, Refused, Unavailable};
-        let credential = Purpose::Credential(NAME);
-        let token = Purpose::WorkspaceToken;
+        let credential = Some(Purpose::Credential(NAME));
+        let token = None;
         for (purpose, status, code, text, kind, hint) in [
             (
                 token,
@@ -482,6 +639,12 @@ mod tests {
                 RateLimited,
                 "",
             ),
+            (token, 400, "invalid_scope", "no", Refused, "all-apis"),
+            (token, 429, "", "slow", RateLimited, "by itself"),
+            (token, 502, "", "oops", Unavailable, ""),
+            (token, 503, "", "oops", Unavailable, ""),
+            (token, 504, "", "oops", Unavailable, ""),
+            (credential, 501, "", "never", Refused, ""),
             (credential, 409, "", "busy", Unavailable, ""),
             (credential, 500, "", "oops", Unavailable, ""),
             (
@@ -514,8 +677,9 @@ mod tests {
         let redirected = |location: &str| {
             let error = ApiError::Redirect {
                 location: location.to_owned(),
+                target: None,
             };
-            diagnose(Purpose::Identity, AuthKind::Pat, &host, error)
+            diagnose(Purpose::Identity, &signed_in(AuthKind::Pat), &host, error)
         };
         let private = redirected(
             "https://dbc-1.cloud.databricks.com/login.html?error=private-link-validation-error",

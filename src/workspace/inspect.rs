@@ -56,23 +56,29 @@ pub struct Role {
 impl Workspace {
     /// How far the workspace's clock is ahead of ours; zero for what the whole seconds of HTTP cannot tell.
     pub async fn clock_skew(&self) -> Result<SignedDuration, CallError> {
-        let request = self
-            .0
-            .api
-            .request(Method::GET, self.host().join(CLOCK_PATH));
+        let kind = self.auth_kind();
+        let request = self.0.api.request(kind, Method::GET, CLOCK_PATH);
         match self.0.api.send(request).await {
             Ok(reply) => Ok(reply.skew.unwrap_or_default()),
-            Err(error) => Err(self.diagnosed(Purpose::WorkspaceToken, error)),
+            Err(error) => Err(self.diagnosed(Purpose::Clock, error)),
         }
     }
 
     /// Gets a workspace token and reads what it says of itself.
     pub async fn token_facts(&self) -> Result<TokenFacts, CallError> {
         let token = self.token().await?;
-        let (expires_at, scopes) = claims(token.secret.expose_secret());
+        let parts = &token.token;
+        let (expires_at, mut scopes) = claims(parts.secret.expose_secret());
+        if scopes.is_empty() {
+            let told = parts.scopes.as_deref().unwrap_or_default();
+            scopes = told
+                .split_ascii_whitespace()
+                .map(error_body::clean)
+                .collect();
+        }
         Ok(TokenFacts {
             kind: self.auth_kind(),
-            expires_at,
+            expires_at: expires_at.or(parts.expires_at),
             scopes,
         })
     }

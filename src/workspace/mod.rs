@@ -5,11 +5,14 @@
 mod api;
 mod auth;
 mod credentials;
+mod databrickscfg;
 mod diagnosis;
 mod discovery;
 mod error_body;
+mod host;
 mod inspect;
 mod names;
+mod profile;
 mod settings;
 #[cfg(test)]
 mod tests;
@@ -32,18 +35,22 @@ use tracing::warn;
 
 pub use auth::AuthKind;
 pub use credentials::CredentialMinter;
+pub use databrickscfg::SyntaxError;
 pub use diagnosis::CallError;
 pub use discovery::{
     EndpointInfo, EndpointState, EndpointType, Identity, Known, LocateError, Located, Wanted,
 };
+pub use host::Host;
 pub use inspect::{Profile, Role, TokenFacts};
 pub use names::{
     BranchName, EndpointName, HostName, InstanceName, NameError, ProjectName, Reference, Target,
 };
-pub use settings::{Host, Settings, SettingsError};
+pub use settings::{
+    Attribute, Origin, Provenance, Services, Settings, SettingsError, Source, Summary, Variables,
+};
 
-use api::{Api, ApiError, BuildError, Reply};
-use auth::{CachedToken, TokenCache, TokenSource};
+use api::{Api, ApiError, BuildError, ProxySetting, Reply};
+use auth::{CachedToken, Oidc, TokenCache};
 use diagnosis::{Purpose, diagnose};
 
 use crate::{
@@ -103,23 +110,27 @@ impl Workspace {
         clock: Clock,
         metrics: Arc<Metrics>,
     ) -> Result<Self, WorkspaceError> {
-        let settings = settings.trimmed();
-        let (host, id_in_host) =
-            Host::parse(settings.host.as_deref().ok_or(SettingsError::NoHost)?)?;
-        let source = TokenSource::choose(&settings)?;
-        let workspace_id = settings.workspace_id.or(id_in_host);
+        let settings = settings.resolve()?;
+        let (host, id_in_host) = settings.address()?;
+        let sources = auth::choose(&settings, &host)?;
+        let workspace_id = settings.workspace_id.clone().or(id_in_host);
         let api = Api::new(
-            host,
+            host.clone(),
             workspace_id.as_deref(),
-            source.kind().label(),
             tls.clone(),
+            ProxySetting::from_variables(&settings.variables)?,
             clock.clone(),
         )
         .map_err(|error| match error {
             BuildError::Client(error) => WorkspaceError::Client(error),
             BuildError::Settings(error) => WorkspaceError::Settings(error),
         })?;
-        let tokens = TokenCache::new(source, clock);
+        let tokens = TokenCache::new(sources, Oidc::new(&settings)?, clock).ok_or_else(|| {
+            SettingsError::NoAuthentication {
+                notes: Vec::new(),
+                host: host.to_string(),
+            }
+        })?;
         Ok(Self(Arc::new(Inner {
             api,
             tokens,
@@ -133,14 +144,14 @@ impl Workspace {
         self.0.api.host()
     }
 
-    /// How we authenticate.
+    /// How we authenticate; where several ways may do, the first until one has.
     pub fn auth_kind(&self) -> AuthKind {
         self.0.tokens.source().kind()
     }
 
     /// The service principal's application id, which is also its Postgres role, where it is known without asking.
     pub fn service_principal(&self) -> Option<&str> {
-        self.0.tokens.source().service_principal()
+        self.0.tokens.service_principal()
     }
 
     /// Gets a workspace token, to see that authentication works.
@@ -173,9 +184,7 @@ impl Workspace {
             && status.as_u16() == 401
             && let Some(another) = self.0.tokens.another(&self.0.api, token).await
         {
-            let another =
-                another.map_err(|error| self.diagnosed(Purpose::WorkspaceToken, error))?;
-            outcome = self.send(&another, method, path, body).await;
+            outcome = self.send(&another?, method, path, body).await;
         }
         outcome
             .and_then(|reply| {
@@ -190,12 +199,7 @@ impl Workspace {
 
     async fn token(&self) -> Result<CachedToken, CallError> {
         let started = Instant::now();
-        let token = self
-            .0
-            .tokens
-            .token(&self.0.api)
-            .await
-            .map_err(|error| self.diagnosed(Purpose::WorkspaceToken, error))?;
+        let token = self.0.tokens.token(&self.0.api).await?;
         if token.is_new {
             self.observe(metric_names::step::WORKSPACE_TOKEN, started);
         }
@@ -209,8 +213,11 @@ impl Workspace {
         path: &str,
         body: Option<&Value>,
     ) -> Result<Reply, ApiError> {
-        let mut request = self.0.api.request(method, self.host().join(path));
-        request = request.bearer_auth(token.secret.expose_secret());
+        let mut request = self.0.api.request(self.auth_kind(), method, path);
+        request = request.bearer_auth(token.token.secret.expose_secret());
+        for (name, value) in &token.token.headers {
+            request = request.header(name, value);
+        }
         if let Some(body) = body {
             request = request.json(body);
         }
@@ -218,7 +225,7 @@ impl Workspace {
     }
 
     fn diagnosed(&self, purpose: Purpose<'_>, error: ApiError) -> CallError {
-        diagnose(purpose, self.auth_kind(), self.host(), error)
+        diagnose(purpose, &self.0.tokens.signed_in(), self.host(), error)
     }
 
     /// Says once that the clocks differ: what expires when would puzzle whoever reads the logs.

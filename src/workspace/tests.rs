@@ -238,8 +238,7 @@ async fn the_token_endpoint_is_discovered_once() {
             200,
             &json!({"access_token": format!("t{n}"), "expires_in": "1"}),
         ),
-        CREDENTIALS => credential(),
-        other => panic!("{other}"),
+        _ => good(seen, n),
     })
     .await;
     let minter = minter(&workspace(fake.m2m(), Clock::system()));
@@ -255,6 +254,66 @@ async fn the_token_endpoint_is_discovered_once() {
         fake.calls(CREDENTIALS)[1].header("authorization"),
         "Bearer t1"
     );
+}
+
+#[tokio::test]
+async fn a_workspace_may_say_where_its_tokens_are_issued_and_which_one_it_is() {
+    let fake = FakeWorkspace::start(|seen, n| match seen.path.as_str() {
+        "/.well-known/databricks-config" => answer(
+            200,
+            &json!({"oidc_endpoint": format!("http://{}/accounts/{{account_id}}/", seen.header("host")),
+                "account_id": "a-1", "workspace_id": "815"}),
+        ),
+        "/accounts/a-1/.well-known/oauth-authorization-server" => answer(
+            200,
+            &json!({"token_endpoint": format!("http://{}/accounts/a-1/token", seen.header("host"))}),
+        ),
+        "/accounts/a-1/token" => token(n),
+        _ => good(seen, n),
+    })
+    .await;
+    let settings = Settings {
+        workspace_id: None,
+        ..fake.m2m()
+    };
+    mint(settings).await.unwrap();
+    assert_eq!(fake.calls("/accounts/a-1/token").len(), 1);
+    assert_eq!(
+        fake.calls(CREDENTIALS)[0].header("x-databricks-workspace-id"),
+        "815"
+    );
+    // What the settings say goes before.
+    mint(fake.m2m()).await.unwrap();
+    assert_eq!(
+        fake.calls(CREDENTIALS)[1].header("x-databricks-workspace-id"),
+        "4711"
+    );
+}
+
+#[tokio::test]
+async fn a_discovery_url_goes_before_what_the_workspace_says() {
+    let fake = FakeWorkspace::start(|seen, n| match seen.path.as_str() {
+        "/mine" => answer(
+            200,
+            &json!({"token_endpoint": format!("http://{}/elsewhere", seen.header("host"))}),
+        ),
+        "/elsewhere" => token(n),
+        _ => good(seen, n),
+    })
+    .await;
+    let settings = Settings {
+        discovery_url: Some(format!("{}/mine", fake.host)),
+        scopes: Some("sql, postgres sql".to_owned()),
+        group_id: Some("77".to_owned()),
+        authorization_details: Some("[]".to_owned()),
+        ..fake.m2m()
+    };
+    mint(settings).await.unwrap();
+    assert_eq!(
+        fake.calls("/elsewhere")[0].body,
+        "grant_type=client_credentials&scope=postgres+sql&authorization_details=%5B%5D&assume_group=77"
+    );
+    assert_eq!(fake.calls("/.well-known/databricks-config").len(), 0);
 }
 
 #[tokio::test]

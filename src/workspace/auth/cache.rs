@@ -1,85 +1,204 @@
 //! Keeps one workspace token and renews it ahead of its expiry; many askers share one renewal.
 
-use std::{sync::Arc, time::Duration};
+use std::sync::{Arc, OnceLock};
 
 use jiff::{SignedDuration, Timestamp};
+use reqwest::header::{HeaderName, HeaderValue};
 use secrecy::SecretString;
 use tokio::sync::Mutex;
-use tracing::debug;
+use tracing::{debug, info};
 
-use super::{TokenSource, WorkspaceToken};
+use super::{Expiry, Freshness, Oidc, TokenSource, WorkspaceToken};
 use crate::{
     clock::Clock,
-    workspace::api::{Api, ApiError},
+    credential::MintErrorKind,
+    workspace::{
+        api::Api,
+        diagnosis::{CallError, SignedIn},
+    },
 };
 
 /// A token is renewed when this is left of it, or half of its life if that is shorter (as the Databricks SDKs do).
-const STALE: Duration = Duration::from_mins(20);
+const STALE: SignedDuration = SignedDuration::from_mins(20);
 /// ... and is not used any more when this is left: a call takes time (as the Databricks SDKs do).
 const EXPIRED: SignedDuration = SignedDuration::from_secs(40);
 /// After a failed renewal of a token that still works, the next waits this long (as the Databricks SDKs do).
 const COOL_DOWN: SignedDuration = SignedDuration::from_mins(1);
 
 pub(in crate::workspace) struct TokenCache {
-    source: TokenSource,
+    sources: Sources,
+    oidc: Oidc,
     clock: Clock,
     /// Held while a token is fetched: whoever comes meanwhile waits for that one.
     held: Mutex<Option<Held>>,
 }
 
+/// The ways that may work, until one has.
+struct Sources {
+    first: TokenSource,
+    others: Vec<TokenSource>,
+    /// Which one has: 0 is the first.
+    settled: OnceLock<usize>,
+}
+
 #[derive(Clone)]
 pub(in crate::workspace) struct CachedToken {
-    pub(in crate::workspace) secret: Arc<SecretString>,
+    pub(in crate::workspace) token: Arc<Parts>,
     /// Whether it was fetched for this very call, so that a refusal is final.
     pub(in crate::workspace) is_new: bool,
     generation: u64,
 }
 
-struct Held {
-    secret: Arc<SecretString>,
-    generation: u64,
-    renew_at: Option<Timestamp>,
-    expires_at: Option<Timestamp>,
+/// What goes into a request, and what people may know of it.
+pub(in crate::workspace) struct Parts {
+    pub(in crate::workspace) secret: SecretString,
+    pub(in crate::workspace) headers: Vec<(HeaderName, HeaderValue)>,
+    pub(in crate::workspace) scopes: Option<String>,
+    pub(in crate::workspace) expires_at: Option<Timestamp>,
 }
 
-impl TokenCache {
-    pub(in crate::workspace) fn new(source: TokenSource, clock: Clock) -> Self {
-        Self {
-            source,
-            clock,
-            held: Mutex::new(None),
+struct Held {
+    token: Arc<Parts>,
+    generation: u64,
+    renew_at: Option<Timestamp>,
+    /// When it is not used any more.
+    useless_at: Option<Timestamp>,
+}
+
+impl Sources {
+    /// The one that works, or the one that is tried first.
+    fn current(&self) -> &TokenSource {
+        let index = self.settled.get().copied().unwrap_or_default();
+        match index.checked_sub(1) {
+            Some(index) => self.others.get(index).unwrap_or(&self.first),
+            None => &self.first,
         }
     }
 
+    fn is_settled(&self) -> bool {
+        self.others.is_empty() || self.settled.get().is_some()
+    }
+
+    async fn token(
+        &self,
+        api: &Api,
+        oidc: &Oidc,
+        freshness: Freshness,
+    ) -> Result<WorkspaceToken, CallError> {
+        if self.is_settled() {
+            return self.current().token(api, oidc, freshness).await;
+        }
+        let mut failures: Vec<(&TokenSource, CallError)> = Vec::new();
+        for (index, source) in std::iter::once(&self.first).chain(&self.others).enumerate() {
+            match source.token(api, oidc, freshness).await {
+                Ok(token) => {
+                    let _ = self.settled.set(index);
+                    info!(kind = source.kind().label(), "signed in to the workspace");
+                    return Ok(token);
+                }
+                // Another way may be another identity: it is not taken because a network is down for a moment.
+                Err(error) if error.kind != MintErrorKind::Refused => return Err(error),
+                Err(error) => {
+                    debug!(kind = source.kind().label(), %error, "not signed in this way");
+                    failures.push((source, error));
+                }
+            }
+        }
+        Err(none_works(failures))
+    }
+}
+
+/// One error of many: the first way's hint, and what each said.
+fn none_works(failures: Vec<(&TokenSource, CallError)>) -> CallError {
+    let kinds: Vec<&str> = failures
+        .iter()
+        .map(|(source, _)| source.kind().label())
+        .collect();
+    let told: Vec<String> = failures
+        .iter()
+        .map(|(source, error)| match &error.detail {
+            Some(detail) => format!("{}: {error} ({detail})", source.kind().label()),
+            None => format!("{}: {error}", source.kind().label()),
+        })
+        .collect();
+    let hints: Vec<String> = failures
+        .iter()
+        .filter_map(|(_, error)| error.hint.clone())
+        .collect();
+    CallError::refused(
+        format!("none of the ways to sign in works: {}", kinds.join(", ")),
+        Some(told.join("; ")),
+        hints.join(", or "),
+    )
+}
+
+impl TokenCache {
+    /// `None` without a source.
+    pub(in crate::workspace) fn new(
+        sources: Vec<TokenSource>,
+        oidc: Oidc,
+        clock: Clock,
+    ) -> Option<Self> {
+        let mut sources = sources.into_iter();
+        Some(Self {
+            sources: Sources {
+                first: sources.next()?,
+                others: sources.collect(),
+                settled: OnceLock::new(),
+            },
+            oidc,
+            clock,
+            held: Mutex::new(None),
+        })
+    }
+
+    /// The way that works, or the one that is tried first.
     pub(in crate::workspace) fn source(&self) -> &TokenSource {
-        &self.source
+        self.sources.current()
+    }
+
+    /// For the words of an error.
+    pub(in crate::workspace) fn signed_in(&self) -> SignedIn {
+        SignedIn {
+            kind: self.source().kind(),
+            mend: self.source().mend(),
+        }
+    }
+
+    /// The service principal's application id, where it is certain without asking.
+    pub(in crate::workspace) fn service_principal(&self) -> Option<&str> {
+        let source = self.sources.is_settled().then(|| self.source());
+        source.and_then(TokenSource::service_principal)
     }
 
     /// A token that should work. Cancel safe.
-    pub(in crate::workspace) async fn token(&self, api: &Api) -> Result<CachedToken, ApiError> {
+    pub(in crate::workspace) async fn token(&self, api: &Api) -> Result<CachedToken, CallError> {
         let mut held = self.held.lock().await;
         let now = self.clock.now();
         if let Some(token) = held
             .as_mut()
-            .filter(|token| token.expires_at.is_none_or(|at| now < at))
+            .filter(|token| token.useless_at.is_none_or(|at| now < at))
         {
             if token.renew_at.is_none_or(|at| now < at) {
                 return Ok(token.cached());
             }
-            return match self.source.token(api).await {
-                Ok(new) => Ok(self.keep(&mut held, new)),
+            return match self.fetch(api, &mut held, Freshness::New).await {
+                Ok(new) => Ok(new),
                 Err(error) => {
                     debug!(
                         ?error,
                         "the workspace token could not be renewed ahead of its expiry"
                     );
-                    token.renew_at = self.clock.now().checked_add(COOL_DOWN).ok();
-                    Ok(token.cached())
+                    let retry_at = self.clock.now().checked_add(COOL_DOWN).ok();
+                    let token = held.as_mut().map(|token| {
+                        token.renew_at = retry_at;
+                        token.cached()
+                    });
+                    token.ok_or(error)
                 }
             };
         }
-        let new = self.source.token(api).await?;
-        Ok(self.keep(&mut held, new))
+        self.fetch(api, &mut held, Freshness::Any).await
     }
 
     /// Another token than the one that the workspace has just refused; `None` if there can be none. Cancel safe.
@@ -87,8 +206,8 @@ impl TokenCache {
         &self,
         api: &Api,
         refused: &CachedToken,
-    ) -> Option<Result<CachedToken, ApiError>> {
-        if refused.is_new || !self.source.is_renewable() {
+    ) -> Option<Result<CachedToken, CallError>> {
+        if refused.is_new || !self.source().is_renewable() {
             return None;
         }
         let mut held = self.held.lock().await;
@@ -98,46 +217,52 @@ impl TokenCache {
         {
             return Some(Ok(token.cached()));
         }
-        Some(
-            self.source
-                .token(api)
-                .await
-                .map(|new| self.keep(&mut held, new)),
-        )
+        Some(self.fetch(api, &mut held, Freshness::New).await)
     }
 
-    fn keep(&self, held: &mut Option<Held>, new: WorkspaceToken) -> CachedToken {
+    async fn fetch(
+        &self,
+        api: &Api,
+        held: &mut Option<Held>,
+        freshness: Freshness,
+    ) -> Result<CachedToken, CallError> {
+        let new = self.sources.token(api, &self.oidc, freshness).await?;
         let now = self.clock.now();
         let generation = held.as_ref().map_or(1, |token| token.generation + 1);
-        let expires_at = new.lifetime.and_then(|lifetime| {
-            now.checked_add(SignedDuration::try_from(lifetime).ok()?)
-                .ok()
-        });
-        let stale = new
-            .lifetime
-            .map(|lifetime| (lifetime / 2).min(STALE))
-            .and_then(|d| SignedDuration::try_from(d).ok());
+        let lifetime = match new.expiry {
+            Expiry::At(at) => Some(at.duration_since(now).max(SignedDuration::ZERO)),
+            Expiry::In(lifetime) => SignedDuration::try_from(lifetime).ok(),
+            Expiry::Unknown => None,
+        };
+        let expires_at = lifetime.and_then(|lifetime| now.checked_add(lifetime).ok());
+        let stale = lifetime.map(|lifetime| (lifetime / 2).min(STALE));
         let token = Held {
-            secret: Arc::new(new.secret),
+            token: Arc::new(Parts {
+                secret: new.secret,
+                headers: new.headers,
+                scopes: new.scopes,
+                expires_at,
+            }),
             generation,
             renew_at: expires_at
                 .zip(stale)
                 .and_then(|(at, stale)| at.checked_sub(stale).ok()),
-            expires_at: expires_at.and_then(|at| at.checked_sub(EXPIRED).ok()),
+            useless_at: expires_at.and_then(|at| at.checked_sub(EXPIRED).ok()),
         };
         let cached = CachedToken {
-            is_new: true,
+            // What a way keeps itself may be old already.
+            is_new: freshness == Freshness::New || !self.source().has_cache(),
             ..token.cached()
         };
         *held = Some(token);
-        cached
+        Ok(cached)
     }
 }
 
 impl Held {
     fn cached(&self) -> CachedToken {
         CachedToken {
-            secret: Arc::clone(&self.secret),
+            token: Arc::clone(&self.token),
             is_new: false,
             generation: self.generation,
         }

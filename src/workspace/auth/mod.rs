@@ -1,248 +1,341 @@
-//! How we prove to the workspace who we are: one file per way, and the chain that picks one.
+//! How we prove to the workspace who we are: one file per way, and the chain that picks among them.
 //!
-//! A way yields workspace tokens; the cache keeps one and renews it ahead of its expiry. A new way is a file here, an arm
-//! of [`TokenSource`], and its place in [`TokenSource::choose`].
+//! A way yields workspace tokens; the cache keeps one and renews it ahead of its expiry. A new way is a file here, a row
+//! of [`AuthKind`], an arm of [`TokenSource`], and its place in the chain.
 
+mod azure;
+mod azure_cli;
+mod azure_client_secret;
+mod azure_msi;
 mod cache;
+mod chain;
+mod command;
+mod databricks_cli;
+mod env_oidc;
+mod exchange;
+mod file_oidc;
+mod github_oidc;
+mod metadata_service;
 mod oauth_m2m;
+mod oidc;
 mod pat;
+mod refused;
 
 use std::time::Duration;
 
+use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
+use jiff::Timestamp;
+use reqwest::header::{HeaderName, HeaderValue};
 use secrecy::{ExposeSecret, SecretString};
+use serde::Deserialize;
+use serde_json::Value;
 
 use super::{
-    api::{Api, ApiError},
-    settings::{Settings, SettingsError},
+    api::Api,
+    diagnosis::CallError,
+    settings::{Attribute, Settings, SettingsError},
 };
 
 pub(super) use cache::{CachedToken, TokenCache};
+pub(super) use chain::choose;
+pub(super) use oidc::Oidc;
+
+use azure_cli::AzureCli;
+use azure_client_secret::AzureClientSecret;
+use azure_msi::AzureMsi;
+use databricks_cli::DatabricksCli;
+use exchange::Exchange;
+use metadata_service::MetadataService;
 use oauth_m2m::OAuthM2m;
 use pat::Pat;
 
-/// The ways to authenticate, by the names that `DATABRICKS_AUTH_TYPE` takes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum AuthKind {
-    /// OAuth machine-to-machine: the id and secret of a service principal.
-    OAuthM2m,
-    /// A personal access token.
-    Pat,
+macro_rules! kinds {
+    ($($(#[$doc:meta])* $kind:ident = $label:literal,)+) => {
+        /// The ways to authenticate, by the names that `DATABRICKS_AUTH_TYPE` takes.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        pub enum AuthKind { $($(#[$doc])* $kind,)+ }
+
+        impl AuthKind {
+            /// The name in settings and in the user agent.
+            pub fn label(self) -> &'static str {
+                match self { $(Self::$kind => $label,)+ }
+            }
+
+            /// Every name.
+            pub(super) fn labels() -> Vec<&'static str> {
+                vec![$($label),+]
+            }
+
+            fn of_label(label: &str) -> Option<Self> {
+                match label { $($label => Some(Self::$kind),)+ _ => None }
+            }
+        }
+    };
 }
 
-impl AuthKind {
-    /// The name in settings and in the user agent.
-    pub fn label(self) -> &'static str {
-        match self {
-            Self::OAuthM2m => "oauth-m2m",
-            Self::Pat => "pat",
+kinds! {
+    /// A personal access token.
+    Pat = "pat",
+    /// OAuth machine-to-machine: the id and secret of a service principal.
+    OAuthM2m = "oauth-m2m",
+    /// Whoever is logged in to the Databricks CLI.
+    DatabricksCli = "databricks-cli",
+    /// A service on this machine that hands out tokens.
+    MetadataService = "metadata-service",
+    /// The identity token of a GitHub Actions job, exchanged.
+    GithubOidc = "github-oidc",
+    /// An identity token in a variable, exchanged.
+    EnvOidc = "env-oidc",
+    /// An identity token in a file, exchanged.
+    FileOidc = "file-oidc",
+    /// The managed identity of an Azure machine.
+    AzureMsi = "azure-msi",
+    /// An application of Entra ID, by its secret.
+    AzureClientSecret = "azure-client-secret",
+    /// Whoever is logged in to the Azure CLI.
+    AzureCli = "azure-cli",
+}
+
+/// A token that the workspace's API accepts.
+pub(super) struct WorkspaceToken {
+    pub(super) secret: SecretString,
+    pub(super) expiry: Expiry,
+    /// What it may be used for, where that is said.
+    pub(super) scopes: Option<String>,
+    /// What must be sent beside it.
+    pub(super) headers: Vec<(HeaderName, HeaderValue)>,
+}
+
+/// When a token ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Expiry {
+    /// At this time, by the clock of whoever issued it.
+    At(Timestamp),
+    /// So long from now.
+    In(Duration),
+    /// Nobody knows.
+    Unknown,
+}
+
+/// How new a token has to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Freshness {
+    /// Any that works.
+    Any,
+    /// Another than the last.
+    New,
+}
+
+/// RFC 6749 lets a server leave `expires_in` out; then we ask again soon.
+const DEFAULT_LIFETIME: Duration = Duration::from_mins(10);
+
+impl WorkspaceToken {
+    /// A token that can stand in a header, and nothing else with it.
+    fn new(secret: SecretString, expiry: Expiry) -> Result<Self, CallError> {
+        let token = secret.expose_secret();
+        if token.is_empty() || token.chars().any(|c| !c.is_ascii_graphic()) {
+            return Err(CallError::malformed(
+                "the workspace token is not a token",
+                None,
+            ));
         }
+        let scopes = claim(token, "scope").or_else(|| claim(token, "scp"));
+        Ok(Self {
+            secret,
+            expiry,
+            scopes,
+            headers: Vec::new(),
+        })
     }
 }
 
-/// A token that the workspace's API accepts, and how long it lives from now; `None`: nobody knows.
-pub(super) struct WorkspaceToken {
-    pub(super) secret: SecretString,
-    pub(super) lifetime: Option<Duration>,
-}
-
-/// Yields workspace tokens.
+/// One way to get workspace tokens.
 pub(super) enum TokenSource {
+    AzureCli(AzureCli),
+    AzureClientSecret(AzureClientSecret),
+    AzureMsi(AzureMsi),
+    DatabricksCli(DatabricksCli),
+    /// Of an identity token from somewhere else.
+    Exchange(Exchange),
+    MetadataService(MetadataService),
     OAuthM2m(OAuthM2m),
     Pat(Pat),
 }
 
 impl TokenSource {
-    /// Picks by `auth_type` or else by what is configured, in the order of the Databricks SDKs. Expects trimmed settings.
-    pub(super) fn choose(settings: &Settings) -> Result<Self, SettingsError> {
-        match settings.auth_type.as_deref() {
-            Some("pat") => return Self::pat(settings),
-            Some("oauth-m2m") => return Self::oauth_m2m(settings),
-            Some(other) => {
-                return Err(SettingsError::UnknownAuthType {
-                    auth_type: other.to_owned(),
-                });
-            }
-            None => {}
-        }
-        // The id alone means nothing: platforms set it to say who we are.
-        match (&settings.token, &settings.client_secret) {
-            (Some(_), Some(_)) => Err(SettingsError::Ambiguous {
-                ways: vec!["`DATABRICKS_TOKEN`", "`DATABRICKS_CLIENT_SECRET`"],
-            }),
-            (Some(_), None) => Self::pat(settings),
-            (None, Some(_)) => Self::oauth_m2m(settings),
-            (None, None) if settings.client_id.is_some() => Err(SettingsError::Incomplete {
-                missing: "DATABRICKS_CLIENT_SECRET",
-                because: "`DATABRICKS_CLIENT_ID` is, and there is no other way to authenticate",
-            }),
-            (None, None) => Err(SettingsError::NoAuthentication),
-        }
-    }
-
     pub(super) fn kind(&self) -> AuthKind {
         match self {
+            Self::AzureCli(_) => AuthKind::AzureCli,
+            Self::AzureClientSecret(_) => AuthKind::AzureClientSecret,
+            Self::AzureMsi(_) => AuthKind::AzureMsi,
+            Self::DatabricksCli(_) => AuthKind::DatabricksCli,
+            Self::Exchange(exchange) => exchange.kind(),
+            Self::MetadataService(_) => AuthKind::MetadataService,
             Self::OAuthM2m(_) => AuthKind::OAuthM2m,
             Self::Pat(_) => AuthKind::Pat,
         }
     }
 
     /// The service principal's application id, which is also its Postgres role, where this way knows it.
-    pub(super) fn service_principal(&self) -> Option<&str> {
+    fn service_principal(&self) -> Option<&str> {
         match self {
+            Self::Exchange(source) => source.client_id(),
             Self::OAuthM2m(source) => Some(source.client_id()),
-            Self::Pat(_) => None,
+            // Entra ID's applications keep their id in the workspace.
+            Self::AzureClientSecret(source) => Some(source.client_id()),
+            Self::AzureMsi(source) => source.client_id(),
+            Self::AzureCli(_)
+            | Self::DatabricksCli(_)
+            | Self::MetadataService(_)
+            | Self::Pat(_) => None,
         }
+    }
+
+    /// What a person would look at if the workspace refuses the token: a setting, or a command to run.
+    pub(super) fn mend(&self) -> String {
+        match self {
+            Self::AzureCli(_) => "check with `az account show` that the right account is logged in, and that it is a user of this workspace".to_owned(),
+            Self::AzureClientSecret(_) | Self::AzureMsi(_) => {
+                "check that the identity is a service principal of this workspace; one that is not yet needs `DATABRICKS_AZURE_RESOURCE_ID` and the Contributor role on it".to_owned()
+            }
+            Self::DatabricksCli(source) => format!("run `{}`", source.login()),
+            Self::Exchange(_) | Self::OAuthM2m(_) => {
+                "check that the service principal is assigned to this workspace and that `DATABRICKS_HOST` names it".to_owned()
+            }
+            Self::MetadataService(_) => "restart the tool that set `DATABRICKS_METADATA_SERVICE_URL`".to_owned(),
+            Self::Pat(source) => format!(
+                "check {}: it may have expired, been revoked, or belong to another workspace",
+                source.setting()
+            ),
+        }
+    }
+
+    /// Whether what it gives may be a token that it gave before.
+    fn has_cache(&self) -> bool {
+        matches!(
+            self,
+            Self::AzureCli(_)
+                | Self::AzureMsi(_)
+                | Self::DatabricksCli(_)
+                | Self::MetadataService(_)
+        )
     }
 
     /// Whether asking again can yield another token.
     fn is_renewable(&self) -> bool {
-        match self {
-            Self::OAuthM2m(_) => true,
-            Self::Pat(_) => false,
-        }
+        !matches!(self, Self::Pat(_))
     }
 
-    async fn token(&self, api: &Api) -> Result<WorkspaceToken, ApiError> {
+    async fn token(
+        &self,
+        api: &Api,
+        oidc: &Oidc,
+        freshness: Freshness,
+    ) -> Result<WorkspaceToken, CallError> {
         match self {
-            Self::OAuthM2m(source) => source.token(api).await,
+            Self::AzureCli(source) => source.token(api).await,
+            Self::AzureClientSecret(source) => source.token(api).await,
+            Self::AzureMsi(source) => source.token(api).await,
+            Self::DatabricksCli(source) => source.token(api, freshness).await,
+            Self::Exchange(source) => source.token(api, oidc).await,
+            Self::MetadataService(source) => source.token(api).await,
+            Self::OAuthM2m(source) => source.token(api, oidc).await,
             Self::Pat(source) => Ok(source.token()),
         }
     }
+}
 
-    fn pat(settings: &Settings) -> Result<Self, SettingsError> {
-        let because = "`DATABRICKS_AUTH_TYPE` is `pat`";
-        let token = settings.token.clone().ok_or(SettingsError::Incomplete {
-            missing: "DATABRICKS_TOKEN",
-            because,
-        })?;
-        must_be_sendable(&token, "DATABRICKS_TOKEN")?;
-        Ok(Self::Pat(Pat::new(token)))
-    }
+/// RFC 6749 section 5.1, as far as it concerns us.
+#[derive(Deserialize)]
+struct TokenResponse {
+    access_token: SecretString,
+    #[serde(default)]
+    expires_in: Option<Number>,
+    #[serde(default)]
+    expires_on: Option<Number>,
+    #[serde(default)]
+    scope: Option<String>,
+}
 
-    fn oauth_m2m(settings: &Settings) -> Result<Self, SettingsError> {
-        let incomplete = |missing, because| SettingsError::Incomplete { missing, because };
-        let id = settings.client_id.clone().ok_or_else(|| {
-            incomplete(
-                "DATABRICKS_CLIENT_ID",
-                "a service principal needs both its id and its secret",
-            )
-        })?;
-        let secret = settings.client_secret.clone().ok_or_else(|| {
-            incomplete(
-                "DATABRICKS_CLIENT_SECRET",
-                "a service principal needs both its id and its secret",
-            )
-        })?;
-        must_be_sendable(&secret, "DATABRICKS_CLIENT_SECRET")?;
-        // RFC 7617: a colon in the id would end it early.
-        if id.contains(':') || id.chars().any(char::is_control) {
-            return Err(SettingsError::InvalidValue {
-                name: "DATABRICKS_CLIENT_ID",
-            });
+/// Some servers quote numbers.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Number {
+    Number(f64),
+    Text(String),
+}
+
+impl Number {
+    fn value(&self) -> Option<f64> {
+        match self {
+            Self::Number(number) => Some(*number),
+            Self::Text(text) => text.trim().parse().ok(),
         }
-        Ok(Self::OAuthM2m(OAuthM2m::new(id, secret)))
+    }
+
+    fn timestamp(&self) -> Option<Timestamp> {
+        let seconds = Duration::try_from_secs_f64(self.value()?).ok()?;
+        Timestamp::from_second(i64::try_from(seconds.as_secs()).ok()?).ok()
     }
 }
 
-fn must_be_sendable(secret: &SecretString, name: &'static str) -> Result<(), SettingsError> {
-    if secret
-        .expose_secret()
-        .chars()
-        .any(|c| !c.is_ascii_graphic())
-    {
-        return Err(SettingsError::InvalidValue { name });
-    }
-    Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn chosen(
-        token: Option<&str>,
-        id: Option<&str>,
-        secret: Option<&str>,
-        auth_type: Option<&str>,
-    ) -> Result<AuthKind, String> {
-        let settings = Settings {
-            token: token.map(SecretString::from),
-            client_id: id.map(str::to_owned),
-            client_secret: secret.map(SecretString::from),
-            auth_type: auth_type.map(str::to_owned),
-            ..Settings::default()
+impl TokenResponse {
+    fn into_token(self) -> Result<WorkspaceToken, CallError> {
+        let lifetime = self.expires_in.as_ref().and_then(Number::value);
+        let end = self.expires_on.as_ref().and_then(Number::timestamp);
+        let expiry = match (
+            lifetime.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok()),
+            end,
+        ) {
+            (Some(lifetime), _) => Expiry::In(lifetime),
+            (None, Some(end)) => Expiry::At(end),
+            (None, None) => Expiry::In(DEFAULT_LIFETIME),
         };
-        TokenSource::choose(&settings.trimmed())
-            .map(|source| source.kind())
-            .map_err(|error| error.to_string())
+        let mut token = WorkspaceToken::new(self.access_token, expiry)?;
+        token.scopes = self.scope.or(token.scopes);
+        Ok(token)
     }
+}
 
-    #[test]
-    fn what_is_configured_decides() {
-        assert_eq!(chosen(Some("t"), None, None, None), Ok(AuthKind::Pat));
-        assert_eq!(chosen(Some("t"), Some("id"), None, None), Ok(AuthKind::Pat));
-        assert_eq!(
-            chosen(None, Some("id"), Some("s"), None),
-            Ok(AuthKind::OAuthM2m)
-        );
-        assert_eq!(
-            chosen(Some(" "), Some(" id "), Some("s\n"), Some("")),
-            Ok(AuthKind::OAuthM2m)
-        );
-        assert_eq!(
-            chosen(Some("t"), Some("id"), Some("s"), Some("pat")),
-            Ok(AuthKind::Pat)
-        );
-        assert_eq!(
-            chosen(Some("t"), Some("id"), Some("s"), Some("oauth-m2m")),
-            Ok(AuthKind::OAuthM2m)
-        );
+/// A claim of a JWT, unverified: for people and for messages, never for a decision about access.
+fn claim(token: &str, name: &str) -> Option<String> {
+    let payload = URL_SAFE_NO_PAD.decode(token.split('.').nth(1)?).ok()?;
+    let claims: Value = serde_json::from_slice(&payload).ok()?;
+    match claims.get(name)? {
+        Value::String(text) => Some(text.clone()),
+        Value::Array(list) => {
+            let words: Vec<&str> = list.iter().filter_map(Value::as_str).collect();
+            Some(words.join(" "))
+        }
+        _ => None,
     }
+}
 
-    #[test]
-    fn two_ways_at_once_are_refused_by_the_names_of_both_variables() {
-        let message = chosen(Some("t"), Some("id"), Some("s"), None).unwrap_err();
-        assert!(
-            message.contains("DATABRICKS_TOKEN") && message.contains("DATABRICKS_CLIENT_SECRET"),
-            "{message}"
-        );
-    }
+/// A setting that is needed.
+fn needed(
+    settings: &Settings,
+    attribute: Attribute,
+    because: impl Into<String>,
+) -> Result<String, SettingsError> {
+    let value = settings.text(attribute).map(str::to_owned);
+    value.ok_or_else(|| SettingsError::Incomplete {
+        missing: attribute.variables().first().copied().unwrap_or_default(),
+        because: because.into(),
+    })
+}
 
-    #[test]
-    fn what_is_missing_is_named() {
-        assert!(
-            chosen(None, Some("id"), None, None)
-                .unwrap_err()
-                .contains("DATABRICKS_CLIENT_SECRET")
-        );
-        assert!(
-            chosen(None, None, Some("s"), None)
-                .unwrap_err()
-                .contains("DATABRICKS_CLIENT_ID")
-        );
-        assert!(
-            chosen(None, None, None, Some("pat"))
-                .unwrap_err()
-                .contains("DATABRICKS_TOKEN")
-        );
-        assert!(
-            chosen(None, None, None, None)
-                .unwrap_err()
-                .contains("no way to authenticate")
-        );
-        assert!(
-            chosen(None, None, None, Some("kerberos"))
-                .unwrap_err()
-                .contains("kerberos")
-        );
+/// ... and that is a secret which can stand in a header or a form.
+fn needed_secret(
+    settings: &Settings,
+    attribute: Attribute,
+    because: impl Into<String>,
+) -> Result<SecretString, SettingsError> {
+    let secret = needed(settings, attribute, because)?;
+    if secret.chars().any(|c| !c.is_ascii_graphic()) {
+        return Err(SettingsError::InvalidValue {
+            name: settings.named(attribute),
+            problem: "holds characters that cannot be sent",
+        });
     }
-
-    #[test]
-    fn a_secret_with_a_line_break_inside_is_refused_and_not_repeated() {
-        let message = chosen(Some("hunter\n2"), None, None, None).unwrap_err();
-        assert!(
-            message.contains("DATABRICKS_TOKEN") && !message.contains("hunter"),
-            "{message}"
-        );
-    }
+    Ok(secret.into())
 }

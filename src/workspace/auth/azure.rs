@@ -1,0 +1,208 @@
+//! What the ways through Microsoft Entra ID share: the clouds, the tenant, and what goes beside the token.
+
+use reqwest::header::{HeaderName, HeaderValue};
+use secrecy::{ExposeSecret, SecretString};
+use tracing::debug;
+
+use super::{AuthKind, WorkspaceToken};
+use crate::workspace::{
+    api::{Api, ApiError},
+    diagnosis::CallError,
+    error_body::ErrorBody,
+    host::Host,
+    settings::{Attribute, Settings, SettingsError},
+};
+
+/// The application that stands for Databricks in Entra ID, in every cloud.
+pub(super) const DATABRICKS: &str = "2ff814a6-3304-4ab8-85cb-cd0e6f879c1d";
+
+const ZONES: [&str; 3] = [
+    ".azuredatabricks.net",
+    ".databricks.azure.us",
+    ".databricks.azure.cn",
+];
+const MANAGEMENT_TOKEN: HeaderName =
+    HeaderName::from_static("x-databricks-azure-sp-management-token");
+const RESOURCE_ID: HeaderName = HeaderName::from_static("x-databricks-azure-workspace-resource-id");
+
+/// One of Azure's clouds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Cloud {
+    /// Where Entra ID answers.
+    pub(super) entra_id: &'static str,
+    /// The resource whose token shows rights on the workspace itself.
+    pub(super) management: &'static str,
+}
+
+const PUBLIC: Cloud = Cloud {
+    entra_id: "https://login.microsoftonline.com/",
+    management: "https://management.core.windows.net/",
+};
+const US_GOVERNMENT: Cloud = Cloud {
+    entra_id: "https://login.microsoftonline.us/",
+    management: "https://management.core.usgovcloudapi.net/",
+};
+const CHINA: Cloud = Cloud {
+    entra_id: "https://login.chinacloudapi.cn/",
+    management: "https://management.core.chinacloudapi.cn/",
+};
+
+/// Whether the workspace is in Azure.
+pub(super) fn is_azure(settings: &Settings, host: &Host) -> bool {
+    let cloud = settings.cloud.as_deref().unwrap_or_default();
+    settings.azure_workspace_resource_id.is_some()
+        || cloud.eq_ignore_ascii_case("azure")
+        || ZONES.iter().any(|zone| host.name().ends_with(zone))
+}
+
+/// By the workspace's address, else by `ARM_ENVIRONMENT`.
+pub(super) fn cloud(settings: &Settings, host: &Host) -> Result<Cloud, SettingsError> {
+    if host.name().ends_with(".databricks.azure.us") {
+        return Ok(US_GOVERNMENT);
+    }
+    if host.name().ends_with(".databricks.azure.cn") {
+        return Ok(CHINA);
+    }
+    let name = settings.azure_environment.as_deref().unwrap_or("public");
+    match name.to_ascii_lowercase().as_str() {
+        "public" | "azurepubliccloud" => Ok(PUBLIC),
+        "usgovernment" | "azureusgovernmentcloud" => Ok(US_GOVERNMENT),
+        "china" | "azurechinacloud" => Ok(CHINA),
+        _ => Err(SettingsError::InvalidValue {
+            name: settings.named(Attribute::AzureEnvironment),
+            problem: "is none of Azure's clouds (public, usgovernment, china)",
+        }),
+    }
+}
+
+/// The workspace's resource id as a header, if it is set.
+pub(super) fn resource_id(settings: &Settings) -> Result<Option<HeaderValue>, SettingsError> {
+    let Some(id) = &settings.azure_workspace_resource_id else {
+        return Ok(None);
+    };
+    let value = HeaderValue::from_str(id).map_err(|_| SettingsError::InvalidValue {
+        name: settings.named(Attribute::AzureWorkspaceResourceId),
+        problem: "holds characters that cannot be sent",
+    })?;
+    Ok(Some(value))
+}
+
+/// The tenant that the workspace sends its own users to; it is in the address of its login page.
+pub(super) async fn tenant(api: &Api, kind: AuthKind) -> Result<String, CallError> {
+    let page = api.host().join("/aad/auth");
+    let target = match api.send(api.probe(kind, page)).await {
+        Err(ApiError::Redirect { target, .. }) => target,
+        Err(ApiError::Network { source }) => {
+            return Err(crate::workspace::diagnosis::network(api.host(), &source));
+        }
+        Ok(_) | Err(_) => None,
+    };
+    let tenant = target.as_ref().and_then(|url| url.path_segments()?.next());
+    match tenant.filter(|tenant| is_tenant(tenant)) {
+        Some(tenant) => {
+            debug!(tenant, "the workspace names its tenant");
+            Ok(tenant.to_owned())
+        }
+        None => Err(CallError::refused(
+            format!(
+                "the workspace {} does not say which tenant it belongs to",
+                api.host()
+            ),
+            None,
+            "set `ARM_TENANT_ID`, and check that `DATABRICKS_HOST` is a workspace in Azure",
+        )),
+    }
+}
+
+/// An id or a domain: it becomes part of an address.
+pub(super) fn is_tenant(text: &str) -> bool {
+    !text.is_empty()
+        && text
+            .bytes()
+            .all(|byte| byte.is_ascii_alphanumeric() || b"-._".contains(&byte))
+}
+
+/// Adds to a token what the workspace needs to admit an identity that it does not know yet.
+pub(super) fn add_headers(
+    token: &mut WorkspaceToken,
+    management: Option<&SecretString>,
+    resource_id: Option<&HeaderValue>,
+) {
+    let value = management.and_then(|token| HeaderValue::from_str(token.expose_secret()).ok());
+    if let Some(mut value) = value {
+        value.set_sensitive(true);
+        token.headers.push((MANAGEMENT_TOKEN, value));
+    }
+    if let Some(id) = resource_id {
+        token.headers.push((RESOURCE_ID, id.clone()));
+    }
+}
+
+/// What to do about an error of Entra ID, by its number.
+pub(super) fn mend(body: &ErrorBody, settings: &str) -> String {
+    for (code, hint) in [
+        (
+            "AADSTS7000215",
+            "the client secret is wrong: use its value, not its id",
+        ),
+        (
+            "AADSTS7000222",
+            "the client secret has expired: make a new one in Entra ID",
+        ),
+        (
+            "AADSTS700016",
+            "the application is not in this tenant: check `ARM_CLIENT_ID` and `ARM_TENANT_ID`",
+        ),
+        (
+            "AADSTS90002",
+            "there is no such tenant: check `ARM_TENANT_ID`",
+        ),
+        (
+            "AADSTS500011",
+            "Azure Databricks is not known in this tenant: check `ARM_TENANT_ID`",
+        ),
+    ] {
+        if body.message.contains(code) {
+            return hint.to_owned();
+        }
+    }
+    format!("check {settings}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn settings(environment: Option<&str>) -> Settings {
+        Settings {
+            azure_environment: environment.map(str::to_owned),
+            ..Settings::default()
+        }
+    }
+
+    #[test]
+    fn the_cloud_is_told_by_the_address_or_by_its_name() {
+        let host = |name: &str| Host::parse(name).unwrap().0;
+        let public = host("adb-1.2.azuredatabricks.net");
+        assert_eq!(cloud(&settings(None), &public).unwrap(), PUBLIC);
+        assert_eq!(
+            cloud(
+                &settings(Some("PUBLIC")),
+                &host("adb-1.2.databricks.azure.us")
+            )
+            .unwrap(),
+            US_GOVERNMENT
+        );
+        assert_eq!(
+            cloud(&settings(None), &host("adb-1.2.databricks.azure.cn")).unwrap(),
+            CHINA
+        );
+        assert_eq!(cloud(&settings(Some("China")), &public).unwrap(), CHINA);
+        assert!(cloud(&settings(Some("german")), &public).is_err());
+        assert!(is_azure(&settings(None), &public));
+        assert!(!is_azure(
+            &settings(None),
+            &host("dbc-1.cloud.databricks.com")
+        ));
+    }
+}

@@ -1,0 +1,251 @@
+//! Whoever is logged in to the Azure CLI, through `az account get-access-token`.
+
+use std::{path::PathBuf, time::Duration};
+
+use jiff::{Timestamp, civil::DateTime, tz::TimeZone};
+use reqwest::header::HeaderValue;
+use secrecy::SecretString;
+use serde::Deserialize;
+use tokio::sync::OnceCell;
+use tracing::debug;
+
+use super::{
+    AuthKind, Expiry, Number, WorkspaceToken,
+    azure::{self, Cloud},
+    command::{self, CommandError},
+};
+use crate::workspace::{
+    api::Api,
+    diagnosis::CallError,
+    host::Host,
+    settings::{Settings, SettingsError},
+};
+
+const COMMAND: &str = "az";
+/// It is slow to start, and may have to renew its own token over the network.
+const LIMIT: Duration = Duration::from_secs(30);
+
+pub(in crate::workspace) struct AzureCli {
+    program: PathBuf,
+    tenant: Option<String>,
+    subscription: Option<String>,
+    cloud: Cloud,
+    resource_id: Option<HeaderValue>,
+    /// What is logged in; asked once.
+    login: OnceCell<Login>,
+}
+
+/// What is logged in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Login {
+    /// A managed identity, for which no tenant may be named.
+    ManagedIdentity,
+    Person,
+    ServicePrincipal,
+}
+
+#[derive(Deserialize)]
+struct Account {
+    #[serde(default)]
+    user: AccountUser,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct AccountUser {
+    name: String,
+    #[serde(rename = "type")]
+    kind: String,
+}
+
+#[derive(Deserialize)]
+struct Answer {
+    #[serde(rename = "accessToken")]
+    access_token: SecretString,
+    /// In local time, without saying so.
+    #[serde(rename = "expiresOn", default)]
+    local: Option<String>,
+    /// Seconds since 1970, since version 2.54.
+    #[serde(default)]
+    expires_on: Option<Number>,
+}
+
+impl AzureCli {
+    pub(super) fn new(settings: &Settings, host: &Host) -> Result<Self, SettingsError> {
+        let programs = command::find(COMMAND, &settings.variables);
+        let program = programs
+            .into_iter()
+            .next()
+            .ok_or_else(|| SettingsError::NoCommand {
+                kind: AuthKind::AzureCli.label(),
+                command: COMMAND.to_owned(),
+                problem: "is not installed",
+            })?;
+        let id = settings.azure_workspace_resource_id.as_deref();
+        // /subscriptions/SUBSCRIPTION/resourceGroups/...
+        let subscription = id.and_then(|id| id.split('/').nth(2)).map(str::to_owned);
+        Ok(Self {
+            program,
+            tenant: settings.azure_tenant_id.clone(),
+            subscription: subscription.filter(|text| !text.is_empty()),
+            cloud: azure::cloud(settings, host)?,
+            resource_id: azure::resource_id(settings)?,
+            login: OnceCell::new(),
+        })
+    }
+
+    pub(super) async fn token(&self, api: &Api) -> Result<WorkspaceToken, CallError> {
+        let login = *self.login.get_or_try_init(|| self.who()).await?;
+        // A person of several tenants must get a token of the workspace's own.
+        let tenant = match (&self.tenant, login) {
+            (_, Login::ManagedIdentity) => None,
+            (Some(tenant), _) => Some(tenant.clone()),
+            (None, _) => azure::tenant(api, AuthKind::AzureCli).await.ok(),
+        };
+        let mut token = match self.ask(azure::DATABRICKS, tenant.as_deref()).await {
+            // A login by a federated token knows its tenant and takes no other word for it.
+            Err(_) if login == Login::ServicePrincipal && tenant.is_some() => {
+                self.ask(azure::DATABRICKS, None).await?
+            }
+            asked => asked?,
+        };
+        // People are users of the workspace already.
+        let management = if login == Login::Person {
+            None
+        } else {
+            self.ask(self.cloud.management, tenant.as_deref())
+                .await
+                .ok()
+        };
+        let management = management.map(|token| token.secret);
+        azure::add_headers(&mut token, management.as_ref(), self.resource_id.as_ref());
+        Ok(token)
+    }
+
+    async fn who(&self) -> Result<Login, CallError> {
+        let stdout = self.run(&["account", "show", "--output", "json"]).await?;
+        let account: Account = serde_json::from_slice(&stdout).map_err(|_| {
+            CallError::malformed("`az account show` did not print an account", None)
+        })?;
+        let AccountUser { name, kind } = account.user;
+        Ok(match (kind.as_str(), name.as_str()) {
+            ("servicePrincipal", "systemAssignedIdentity" | "userAssignedIdentity") => {
+                Login::ManagedIdentity
+            }
+            ("servicePrincipal", _) => Login::ServicePrincipal,
+            _ => Login::Person,
+        })
+    }
+
+    async fn ask(&self, resource: &str, tenant: Option<&str>) -> Result<WorkspaceToken, CallError> {
+        let mut arguments = vec![
+            "account",
+            "get-access-token",
+            "--resource",
+            resource,
+            "--output",
+            "json",
+        ];
+        if let Some(tenant) = tenant {
+            arguments.extend(["--tenant", tenant]);
+        }
+        let stdout = match (&self.subscription, tenant) {
+            // Whoever may use the workspace need not see its subscription.
+            (Some(subscription), None) => {
+                let mut with_subscription = arguments.clone();
+                with_subscription.extend(["--subscription", subscription]);
+                match self.run(&with_subscription).await {
+                    Ok(stdout) => stdout,
+                    Err(error) => {
+                        debug!(%error, "no token by subscription; asking without");
+                        self.run(&arguments).await?
+                    }
+                }
+            }
+            _ => self.run(&arguments).await?,
+        };
+        let malformed =
+            || CallError::malformed("`az account get-access-token` did not print a token", None);
+        let answer: Answer = serde_json::from_slice(&stdout).map_err(|_| malformed())?;
+        let epoch = answer.expires_on.as_ref().and_then(Number::timestamp);
+        let at = epoch.or_else(|| local_time(answer.local.as_deref()?, &TimeZone::system()));
+        WorkspaceToken::new(answer.access_token, Expiry::At(at.ok_or_else(malformed)?))
+    }
+
+    async fn run(&self, arguments: &[&str]) -> Result<zeroize::Zeroizing<Vec<u8>>, CallError> {
+        let output = match command::run(&self.program, arguments, LIMIT).await {
+            Ok(output) if output.is_success => return Ok(output.stdout),
+            Ok(output) => output,
+            Err(error @ CommandError::Timeout(_)) => {
+                return Err(CallError::unavailable(
+                    "the Azure CLI gives no token".to_owned(),
+                    Some(error.to_string()),
+                    "run `az account get-access-token` by hand".to_owned(),
+                ));
+            }
+            Err(error) => {
+                return Err(CallError::refused(
+                    "the Azure CLI gives no token",
+                    Some(error.to_string()),
+                    "run `az account get-access-token` by hand",
+                ));
+            }
+        };
+        let words = output.stderr;
+        let has = |parts: &[&str]| parts.iter().any(|part| words.contains(part));
+        let (message, hint) = if has(&["AADSTS50173", "AADSTS700082", "AADSTS70043", "expired"]) {
+            ("the Azure CLI's login has expired", "run `az login`")
+        } else if has(&["az login", "No subscription found"]) {
+            ("the Azure CLI is not logged in", "run `az login`")
+        } else if has(&["AADSTS50076", "AADSTS50079", "interaction"]) {
+            (
+                "the Azure CLI's login needs another factor",
+                "run `az login --scope 2ff814a6-3304-4ab8-85cb-cd0e6f879c1d/.default`",
+            )
+        } else if has(&[
+            "Failed to resolve",
+            "Connection",
+            "Max retries exceeded",
+            "timed out",
+        ]) {
+            return Err(CallError::unavailable(
+                "the Azure CLI does not reach Microsoft Entra ID".to_owned(),
+                Some(words),
+                "check that this machine reaches login.microsoftonline.com, and the proxy variables (`HTTPS_PROXY`, `NO_PROXY`)".to_owned(),
+            ));
+        } else {
+            (
+                "the Azure CLI gives no token",
+                "run `az account get-access-token --resource 2ff814a6-3304-4ab8-85cb-cd0e6f879c1d` by hand",
+            )
+        };
+        Err(CallError::refused(
+            message,
+            Some(words).filter(|words| !words.is_empty()),
+            hint,
+        ))
+    }
+}
+
+/// `2026-08-28 15:04:05.000000`, in the time zone of this machine.
+fn local_time(text: &str, zone: &TimeZone) -> Option<Timestamp> {
+    let time: DateTime = text.trim().parse().ok()?;
+    Some(time.to_zoned(zone.clone()).ok()?.timestamp())
+}
+
+#[cfg(test)]
+mod tests {
+    use jiff::tz::Offset;
+
+    use super::*;
+
+    #[test]
+    fn the_expiry_is_in_local_time() {
+        let zone = TimeZone::fixed(Offset::constant(2));
+        assert_eq!(
+            local_time("2026-08-28 15:04:05.000000", &zone),
+            Some("2026-08-28T13:04:05Z".parse().unwrap())
+        );
+        assert_eq!(local_time("soon", &zone), None);
+    }
+}

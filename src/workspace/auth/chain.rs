@@ -1,0 +1,471 @@
+//! Which ways are tried, by what is configured and what is there.
+//!
+//! Settings that are made for one way choose it alone, so that its failures are told and not passed over. Where none
+//! are, what is found on the machine is tried in the order of the Databricks Go SDK until one way works.
+
+use super::{
+    AuthKind, AzureCli, AzureClientSecret, AzureMsi, DatabricksCli, Exchange, MetadataService,
+    OAuthM2m, Pat, TokenSource, azure, refused,
+};
+use crate::workspace::{
+    host::Host,
+    settings::{Attribute, Settings, SettingsError, Way},
+};
+
+/// The ways to try, first to last; at least one. Expects resolved settings.
+pub(in crate::workspace) fn choose(
+    settings: &Settings,
+    host: &Host,
+) -> Result<Vec<TokenSource>, SettingsError> {
+    let sources = match &settings.auth_type {
+        Some(auth_type) => vec![forced(settings, host, auth_type)?],
+        None => configured(settings, host)?,
+    };
+    let cannot = sources.iter().find(|source| !takes_group(source.kind()));
+    if let (Some(source), true) = (cannot, settings.group_id.is_some()) {
+        return Err(SettingsError::Group {
+            kind: source.kind().label(),
+            setting: settings.named(Attribute::GroupId),
+        });
+    }
+    Ok(sources)
+}
+
+fn forced(settings: &Settings, host: &Host, auth_type: &str) -> Result<TokenSource, SettingsError> {
+    let Some(kind) = AuthKind::of_label(auth_type) else {
+        return Err(refused::refusal(auth_type).unwrap_or_else(|| {
+            SettingsError::UnknownAuthType {
+                setting: settings.named(Attribute::AuthType),
+                auth_type: auth_type.to_owned(),
+            }
+        }));
+    };
+    Ok(match kind {
+        AuthKind::Pat => TokenSource::Pat(Pat::new(settings)?),
+        AuthKind::OAuthM2m => TokenSource::OAuthM2m(OAuthM2m::new(settings)?),
+        AuthKind::DatabricksCli => TokenSource::DatabricksCli(DatabricksCli::new(settings, host)?),
+        AuthKind::MetadataService => {
+            TokenSource::MetadataService(MetadataService::new(settings, host)?)
+        }
+        AuthKind::GithubOidc => TokenSource::Exchange(Exchange::github(settings)?),
+        AuthKind::EnvOidc => TokenSource::Exchange(Exchange::env(settings)?),
+        AuthKind::FileOidc => TokenSource::Exchange(Exchange::file(settings)?),
+        AuthKind::AzureMsi => TokenSource::AzureMsi(AzureMsi::new(settings, host)?),
+        AuthKind::AzureClientSecret => {
+            TokenSource::AzureClientSecret(AzureClientSecret::new(settings, host)?)
+        }
+        AuthKind::AzureCli => TokenSource::AzureCli(AzureCli::new(settings, host)?),
+    })
+}
+
+fn configured(settings: &Settings, host: &Host) -> Result<Vec<TokenSource>, SettingsError> {
+    let refuse = |kind| refused::refusal(kind).map_or(Ok(Vec::new()), Err);
+    let only = |kind: AuthKind| Ok(vec![forced(settings, host, kind.label())?]);
+    match settings.one_way()? {
+        Some(Way::Pat) => only(AuthKind::Pat),
+        Some(Way::Basic) => refuse("basic"),
+        Some(Way::MetadataService) => only(AuthKind::MetadataService),
+        Some(Way::EnvOidc) => only(AuthKind::EnvOidc),
+        Some(Way::FileOidc) => only(AuthKind::FileOidc),
+        Some(Way::Google) if settings.google_credentials.is_some() => refuse("google-credentials"),
+        Some(Way::Google) => refuse("google-id"),
+        Some(Way::OAuth) if settings.client_secret.is_some() => only(AuthKind::OAuthM2m),
+        Some(Way::Azure) if settings.uses_msi() => only(AuthKind::AzureMsi),
+        Some(Way::Azure) if settings.azure_client_secret.is_some() => {
+            only(AuthKind::AzureClientSecret)
+        }
+        Some(Way::OAuth | Way::Azure) | None => found(settings, host),
+    }
+}
+
+/// What there is without a setting that asks for it.
+fn found(settings: &Settings, host: &Host) -> Result<Vec<TokenSource>, SettingsError> {
+    let (mut sources, mut notes) = (Vec::new(), Vec::new());
+    match DatabricksCli::new(settings, host) {
+        Ok(source) => sources.push(TokenSource::DatabricksCli(source)),
+        Err(error @ SettingsError::NoCommand { .. }) => notes.push(error.to_string()),
+        Err(error) => return Err(error),
+    }
+    let is_github_job = settings.actions_id_token_request_url.is_some()
+        && settings.actions_id_token_request_token.is_some();
+    if is_github_job && settings.client_id.is_some() {
+        sources.push(TokenSource::Exchange(Exchange::github(settings)?));
+    }
+    if let Ok(source) = Exchange::env(settings) {
+        sources.push(TokenSource::Exchange(source));
+    }
+    if azure::is_azure(settings, host) {
+        match AzureCli::new(settings, host) {
+            Ok(source) => sources.push(TokenSource::AzureCli(source)),
+            Err(error @ SettingsError::NoCommand { .. }) => notes.push(error.to_string()),
+            Err(error) => return Err(error),
+        }
+    }
+    // A group can be assumed by an exchange alone: the logins of people are not meant then.
+    if settings.group_id.is_some() && sources.iter().any(|source| takes_group(source.kind())) {
+        sources.retain(|source| takes_group(source.kind()));
+    }
+    if !sources.is_empty() {
+        return Ok(sources);
+    }
+    let in_pipeline = settings.variables.get("SYSTEM_ACCESSTOKEN").is_some();
+    let refusal = if is_github_job && settings.azure_client_id.is_some() {
+        refused::refusal("github-oidc-azure")
+    } else if in_pipeline && settings.client_id.is_some() {
+        refused::refusal("azure-devops-oidc")
+    } else {
+        None
+    };
+    if let Some(refusal) = refusal {
+        return Err(refusal);
+    }
+    if settings.client_id.is_some() {
+        return Err(SettingsError::Incomplete {
+            missing: "DATABRICKS_CLIENT_SECRET",
+            because: format!(
+                "{} is, and there is no other way to authenticate",
+                settings.named(Attribute::ClientId)
+            ),
+        });
+    }
+    if let Some((profile, path)) = settings.origin.missing.clone() {
+        return Err(SettingsError::MissingFile { profile, path });
+    }
+    Err(SettingsError::NoAuthentication {
+        notes,
+        host: host.to_string(),
+    })
+}
+
+fn takes_group(kind: AuthKind) -> bool {
+    matches!(
+        kind,
+        AuthKind::OAuthM2m | AuthKind::GithubOidc | AuthKind::EnvOidc | AuthKind::FileOidc
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{fs, os::unix::fs::PermissionsExt, path::Path};
+
+    use super::*;
+
+    const HOST: (&str, &str) = ("DATABRICKS_HOST", "https://dbc-1.cloud.databricks.com");
+    const AZURE: (&str, &str) = ("DATABRICKS_HOST", "https://adb-1.2.azuredatabricks.net");
+    const ID: (&str, &str) = ("DATABRICKS_CLIENT_ID", "sp");
+    const SECRET: (&str, &str) = ("DATABRICKS_CLIENT_SECRET", "hunter2");
+    const TOKEN: (&str, &str) = ("DATABRICKS_TOKEN", "hunter2");
+    const GITHUB: [(&str, &str); 2] = [
+        (
+            "ACTIONS_ID_TOKEN_REQUEST_URL",
+            "https://github.example/token?x=1",
+        ),
+        ("ACTIONS_ID_TOKEN_REQUEST_TOKEN", "hunter2"),
+    ];
+
+    fn chosen(variables: &[(&str, &str)]) -> Result<String, String> {
+        let variables = variables
+            .iter()
+            .map(|(name, value)| ((*name).to_owned(), (*value).to_owned()))
+            .collect();
+        let summary = Settings::from_variables(variables).summary();
+        summary
+            .map(|summary| {
+                let kinds: Vec<&str> = summary.kinds.iter().map(|kind| kind.label()).collect();
+                kinds.join(" ")
+            })
+            .map_err(|error| format!("{error} / {}", error.hint().unwrap_or_default()))
+    }
+
+    fn program(directory: &Path, name: &str, size: u64) {
+        let path = directory.join(name);
+        let file = fs::File::create(&path).unwrap();
+        file.set_len(size).unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+    }
+
+    #[test]
+    fn what_is_configured_decides() {
+        for (variables, kind) in [
+            (&[HOST, TOKEN][..], "pat"),
+            (&[HOST, ID, SECRET], "oauth-m2m"),
+            (
+                &[HOST, TOKEN, ID, SECRET, ("DATABRICKS_AUTH_TYPE", "pat")],
+                "pat",
+            ),
+            (
+                &[
+                    HOST,
+                    TOKEN,
+                    ID,
+                    SECRET,
+                    ("DATABRICKS_AUTH_TYPE", "oauth-m2m"),
+                ],
+                "oauth-m2m",
+            ),
+            (
+                &[HOST, ("DATABRICKS_OIDC_TOKEN_FILEPATH", "/f"), ID],
+                "file-oidc",
+            ),
+            (
+                &[HOST, ("DATABRICKS_OIDC_TOKEN_ENV", "X"), ("X", "jwt")],
+                "env-oidc",
+            ),
+            (&[HOST, ("DATABRICKS_OIDC_TOKEN", "jwt"), ID], "env-oidc"),
+            (&[HOST, ID, GITHUB[0], GITHUB[1]], "github-oidc"),
+            (
+                &[
+                    HOST,
+                    ID,
+                    GITHUB[0],
+                    GITHUB[1],
+                    ("DATABRICKS_OIDC_TOKEN", "jwt"),
+                ],
+                "github-oidc env-oidc",
+            ),
+            (
+                &[
+                    HOST,
+                    ("DATABRICKS_METADATA_SERVICE_URL", "http://localhost:1/x"),
+                ],
+                "metadata-service",
+            ),
+            (&[AZURE, ("ARM_USE_MSI", "true")], "azure-msi"),
+            (
+                &[
+                    AZURE,
+                    ("ARM_CLIENT_ID", "i"),
+                    ("ARM_CLIENT_SECRET", "s"),
+                    ("ARM_TENANT_ID", "t"),
+                ],
+                "azure-client-secret",
+            ),
+            (&[HOST, ("DATABRICKS_TOKEN", " "), ID, SECRET], "oauth-m2m"),
+        ] {
+            assert_eq!(chosen(variables).as_deref(), Ok(kind), "{variables:?}");
+        }
+    }
+
+    #[test]
+    fn what_is_found_is_tried_in_the_order_of_the_go_sdk() {
+        let bin = tempfile::tempdir().unwrap();
+        program(bin.path(), "databricks", 2 << 20);
+        program(bin.path(), "az", 100);
+        let path = ("PATH", bin.path().to_str().unwrap());
+        assert_eq!(chosen(&[HOST, path]).unwrap(), "databricks-cli");
+        assert_eq!(chosen(&[AZURE, path]).unwrap(), "databricks-cli azure-cli");
+        assert_eq!(
+            chosen(&[
+                HOST,
+                path,
+                ID,
+                GITHUB[0],
+                GITHUB[1],
+                ("DATABRICKS_OIDC_TOKEN", "t")
+            ])
+            .unwrap(),
+            "databricks-cli github-oidc env-oidc"
+        );
+        // Settings that mean one way leave no other.
+        assert_eq!(chosen(&[HOST, path, TOKEN]).unwrap(), "pat");
+        // A group is assumed by those that can.
+        assert_eq!(
+            chosen(&[
+                HOST,
+                path,
+                ID,
+                ("DATABRICKS_OIDC_TOKEN", "t"),
+                ("DATABRICKS_GROUP_ID", "7")
+            ])
+            .unwrap(),
+            "env-oidc"
+        );
+    }
+
+    #[test]
+    fn two_ways_at_once_are_refused_with_the_source_of_both() {
+        for (variables, names) in [
+            (
+                &[HOST, TOKEN, ID, SECRET][..],
+                &[
+                    "oauth (`DATABRICKS_CLIENT_SECRET`)",
+                    "pat (`DATABRICKS_TOKEN`)",
+                    "`oauth-m2m`",
+                    "`pat`",
+                ][..],
+            ),
+            (
+                &[HOST, TOKEN, ID],
+                &["oauth (`DATABRICKS_CLIENT_ID`)", "pat (`DATABRICKS_TOKEN`)"],
+            ),
+            (
+                &[HOST, TOKEN, ("ARM_TENANT_ID", "t")],
+                &["azure (`ARM_TENANT_ID`)", "pat (", "`azure-cli`"],
+            ),
+            (
+                &[HOST, ID, SECRET, ("DATABRICKS_OIDC_TOKEN_FILE", "/f")],
+                &["file-oidc (`DATABRICKS_OIDC_TOKEN_FILE`)", "oauth ("],
+            ),
+        ] {
+            let message = chosen(variables).unwrap_err();
+            assert!(message.starts_with("more than one way"), "{message}");
+            for name in names {
+                assert!(message.contains(name), "no {name} in {message}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_missing_or_wrong_is_named() {
+        let forced = |kind| ("DATABRICKS_AUTH_TYPE", kind);
+        for (variables, parts) in [
+            (
+                &[HOST, ID][..],
+                &["DATABRICKS_CLIENT_SECRET", "`DATABRICKS_CLIENT_ID` is"][..],
+            ),
+            (&[HOST, SECRET], &["DATABRICKS_CLIENT_ID"]),
+            (&[HOST, forced("pat")], &["DATABRICKS_TOKEN"]),
+            (
+                &[HOST],
+                &[
+                    "no way to authenticate",
+                    "databricks auth login --host https://dbc-1",
+                    "`databricks`, which is not installed",
+                ],
+            ),
+            (
+                &[AZURE],
+                &["no way to authenticate", "`az`, which is not installed"],
+            ),
+            (
+                &[HOST, forced("kerberos")],
+                &[
+                    "`DATABRICKS_AUTH_TYPE` is `kerberos`",
+                    "`pat`",
+                    "`azure-cli`",
+                ],
+            ),
+            (
+                &[HOST, forced("databricks-cli")],
+                &[
+                    "databricks-cli needs the command `databricks`",
+                    "DATABRICKS_CLI_PATH",
+                ],
+            ),
+            (
+                &[HOST, forced("azure-cli")],
+                &["azure-cli needs the command `az`", "az login"],
+            ),
+            (
+                &[HOST, forced("file-oidc")],
+                &["DATABRICKS_OIDC_TOKEN_FILEPATH"],
+            ),
+            (&[HOST, forced("env-oidc")], &["DATABRICKS_OIDC_TOKEN"]),
+            (
+                &[HOST, ("DATABRICKS_OIDC_TOKEN_ENV", "MINE")],
+                &["`MINE` is not set"],
+            ),
+            (
+                &[HOST, forced("github-oidc"), ID],
+                &["ACTIONS_ID_TOKEN_REQUEST_URL", "id-token: write"],
+            ),
+            (
+                &[HOST, forced("github-oidc"), GITHUB[0], GITHUB[1]],
+                &["DATABRICKS_CLIENT_ID"],
+            ),
+            (
+                &[HOST, forced("metadata-service")],
+                &["DATABRICKS_METADATA_SERVICE_URL"],
+            ),
+            (
+                &[
+                    HOST,
+                    (
+                        "DATABRICKS_METADATA_SERVICE_URL",
+                        "http://metadata.example/hunter2",
+                    ),
+                ],
+                &["this machine"],
+            ),
+            (
+                &[AZURE, ("ARM_CLIENT_SECRET", "hunter2")],
+                &["ARM_CLIENT_ID"],
+            ),
+            (
+                &[HOST, TOKEN, ("DATABRICKS_GROUP_ID", "7")],
+                &["pat cannot act as a group", "DATABRICKS_GROUP_ID"],
+            ),
+            (&[TOKEN], &["`DATABRICKS_HOST` is not set"]),
+            (
+                &[("DATABRICKS_AZURE_RESOURCE_ID", "/subscriptions/x")],
+                &[
+                    "`DATABRICKS_HOST` is not set",
+                    "az databricks workspace show",
+                ],
+            ),
+            // Known, and refused by name.
+            (
+                &[
+                    HOST,
+                    ("DATABRICKS_USERNAME", "u"),
+                    ("DATABRICKS_PASSWORD", "hunter2"),
+                ],
+                &["with basic is not supported", "databricks auth login"],
+            ),
+            (
+                &[HOST, ("GOOGLE_CREDENTIALS", "{}")],
+                &["google-credentials", "service principal"],
+            ),
+            (
+                &[HOST, ("DATABRICKS_GOOGLE_SERVICE_ACCOUNT", "a")],
+                &["google-id"],
+            ),
+            (
+                &[HOST, forced("external-browser")],
+                &["external-browser", "databricks auth login"],
+            ),
+            (
+                &[HOST, forced("azure-devops-oidc")],
+                &["azure-devops-oidc", "file-oidc"],
+            ),
+            (
+                &[HOST, ID, ("SYSTEM_ACCESSTOKEN", "hunter2")],
+                &["azure-devops-oidc"],
+            ),
+            (
+                &[AZURE, ("ARM_CLIENT_ID", "i"), GITHUB[0], GITHUB[1]],
+                &["github-oidc-azure", "azure/login"],
+            ),
+        ] {
+            let message = chosen(variables).expect_err("an error");
+            for part in parts {
+                assert!(message.contains(part), "no `{part}` in: {message}");
+            }
+            assert!(!message.contains("hunter2"), "{message}");
+        }
+    }
+
+    #[test]
+    fn the_old_cli_is_told_from_the_new_by_its_size() {
+        let bin = tempfile::tempdir().unwrap();
+        program(bin.path(), "databricks", 4000);
+        let path = ("PATH", bin.path().to_str().unwrap());
+        let message =
+            chosen(&[HOST, path, ("DATABRICKS_AUTH_TYPE", "databricks-cli")]).unwrap_err();
+        assert!(
+            message.contains("is the old one") && message.contains("from pip"),
+            "{message}"
+        );
+        let message = chosen(&[HOST, path]).unwrap_err();
+        assert!(message.contains("is the old one"), "{message}");
+    }
+
+    #[test]
+    fn a_secret_with_a_line_break_inside_is_refused_and_not_repeated() {
+        let message = chosen(&[HOST, ("DATABRICKS_TOKEN", "hunter\n2")]).unwrap_err();
+        assert!(
+            message.contains("`DATABRICKS_TOKEN` holds") && !message.contains("hunter"),
+            "{message}"
+        );
+    }
+}

@@ -1,0 +1,160 @@
+//! Runs somebody else's program for its output: found by us, bounded in time and size, never through a shell.
+
+use std::{
+    env::split_paths,
+    io,
+    path::{Path, PathBuf},
+    process::Stdio,
+    time::Duration,
+};
+
+use tokio::{
+    io::{AsyncRead, AsyncReadExt},
+    process::Command,
+    time::timeout,
+};
+use zeroize::Zeroizing;
+
+use crate::workspace::{diagnosis::clean, settings::Variables};
+
+/// The largest output that is read, of each kind.
+const MAX_OUTPUT: u64 = 1024 * 1024;
+
+/// What a program that ended has said.
+pub(super) struct Output {
+    pub(super) is_success: bool,
+    pub(super) stdout: Zeroizing<Vec<u8>>,
+    /// One line, fit to be shown.
+    pub(super) stderr: String,
+}
+
+/// Why a program has said nothing of use.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum CommandError {
+    #[error("it does not start: {0}")]
+    Start(#[source] io::Error),
+    #[error("it did not end within {} seconds", .0.as_secs())]
+    Timeout(Duration),
+    #[error("it says too much")]
+    TooMuch,
+}
+
+/// Runs to the end, or kills. Cancel safe: the program is killed.
+pub(super) async fn run(
+    program: &Path,
+    arguments: &[&str],
+    limit: Duration,
+) -> Result<Output, CommandError> {
+    let mut child = Command::new(program)
+        .args(arguments)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .kill_on_drop(true)
+        .spawn()
+        .map_err(CommandError::Start)?;
+    let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
+    let all = async { tokio::try_join!(read(stdout), read(stderr), child.wait()) };
+    let (stdout, stderr, status) = timeout(limit, all)
+        .await
+        .map_err(|_| CommandError::Timeout(limit))?
+        .map_err(CommandError::Start)?;
+    if stdout.len() as u64 > MAX_OUTPUT {
+        return Err(CommandError::TooMuch);
+    }
+    Ok(Output {
+        is_success: status.success(),
+        stdout,
+        stderr: clean(&String::from_utf8_lossy(&stderr)),
+    })
+}
+
+/// One byte more than the limit tells that there is more; the rest is dropped, so that the program does not wait.
+async fn read(pipe: Option<impl AsyncRead + Unpin>) -> io::Result<Zeroizing<Vec<u8>>> {
+    let mut bytes = Zeroizing::new(Vec::new());
+    if let Some(pipe) = pipe {
+        let mut limited = pipe.take(MAX_OUTPUT + 1);
+        limited.read_to_end(&mut bytes).await?;
+    }
+    Ok(bytes)
+}
+
+/// Every program of this name, by `PATH`; a name with a slash is a path already.
+pub(super) fn find(name: &str, variables: &Variables) -> Vec<PathBuf> {
+    let is_program = |path: &PathBuf| is_executable(path);
+    if name.contains('/') {
+        return Some(PathBuf::from(name))
+            .filter(is_program)
+            .into_iter()
+            .collect();
+    }
+    let path = variables.get("PATH").unwrap_or_default();
+    split_paths(path)
+        // What lies in the directory we happen to be in is nobody's choice.
+        .filter(|directory| directory.is_absolute())
+        .map(|directory| directory.join(name))
+        .filter(is_program)
+        .collect()
+}
+
+#[cfg(unix)]
+fn is_executable(path: &Path) -> bool {
+    use std::os::unix::fs::PermissionsExt;
+
+    path.metadata()
+        .is_ok_and(|found| found.is_file() && found.permissions().mode() & 0o111 != 0)
+}
+
+#[cfg(not(unix))]
+fn is_executable(path: &Path) -> bool {
+    path.is_file()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn shell() -> &'static Path {
+        Path::new("/bin/sh")
+    }
+
+    #[tokio::test]
+    async fn output_and_end_are_told_and_secrets_are_removed() {
+        let script = format!("echo out; echo \"bad dapi{}\" >&2; exit 3", "0".repeat(32));
+        let output = run(shell(), &["-c", &script], Duration::from_secs(20))
+            .await
+            .unwrap();
+        assert_eq!(output.stdout.as_slice(), b"out\n");
+        assert_eq!(output.stderr, "bad [removed]");
+        assert!(!output.is_success);
+    }
+
+    #[tokio::test]
+    async fn a_program_that_hangs_or_talks_without_end_is_given_up() {
+        let error = run(shell(), &["-c", "exec sleep 60"], Duration::from_millis(50)).await;
+        assert!(matches!(error, Err(CommandError::Timeout(_))));
+        let endless = "exec head -c 3000000 /dev/zero";
+        let error = run(shell(), &["-c", endless], Duration::from_secs(20)).await;
+        assert!(matches!(error, Err(CommandError::TooMuch)));
+        let missing = run(Path::new("/nowhere"), &[], Duration::from_secs(1)).await;
+        assert!(matches!(missing, Err(CommandError::Start(_))));
+    }
+
+    #[test]
+    fn relative_directories_of_the_path_are_passed_over() {
+        let variables = |path: &str| {
+            [("PATH".to_owned(), path.to_owned())]
+                .into_iter()
+                .collect::<Variables>()
+        };
+        assert_eq!(
+            find("sh", &variables(".::/nowhere:/bin")),
+            [Path::new("/bin/sh")]
+        );
+        assert!(find("sh", &variables("bin:")).is_empty());
+        assert_eq!(
+            find("/bin/sh", &Variables::default()),
+            [Path::new("/bin/sh")]
+        );
+    }
+}

@@ -1,0 +1,208 @@
+//! Where the workspace's OAuth tokens are issued: found out once, with the documented address where nothing says it.
+//!
+//! `DATABRICKS_DISCOVERY_URL`, else what the workspace says of itself, else its own RFC 8414 document.
+
+use reqwest::Method;
+use serde::{Deserialize, de::DeserializeOwned};
+use tokio::sync::OnceCell;
+use tracing::debug;
+use url::Url;
+
+use super::AuthKind;
+use crate::workspace::{
+    api::{Api, ApiError},
+    settings::{Attribute, Settings, SettingsError},
+};
+
+/// What a workspace says of itself.
+const HOST_METADATA: &str = "/.well-known/databricks-config";
+/// RFC 8414's document, where a workspace has it.
+const DISCOVERY: &str = "/oidc/.well-known/oauth-authorization-server";
+/// The token endpoint that Databricks documents.
+const TOKEN_ENDPOINT: &str = "/oidc/v1/token";
+
+/// Knows the token endpoint; asks for it when it is first needed.
+pub(in crate::workspace) struct Oidc {
+    discovery_url: Option<Url>,
+    account_id: Option<String>,
+    endpoint: OnceCell<TokenEndpoint>,
+}
+
+#[derive(Clone, Debug)]
+pub(super) struct TokenEndpoint {
+    pub(super) url: Url,
+    /// The audience that the workspace expects in identity tokens, where it says so.
+    pub(super) audience: Option<String>,
+}
+
+#[derive(Deserialize)]
+struct Metadata {
+    token_endpoint: String,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct HostMetadata {
+    oidc_endpoint: Option<String>,
+    account_id: Option<String>,
+    workspace_id: Option<String>,
+    token_federation_default_oidc_audiences: Vec<String>,
+}
+
+/// What a look for a document brought.
+enum Found<T> {
+    Document(T),
+    /// There is none.
+    No,
+    /// That is still open: look again with the next token.
+    Unknown,
+}
+
+impl Oidc {
+    pub(in crate::workspace) fn new(settings: &Settings) -> Result<Self, SettingsError> {
+        let wrong = || SettingsError::InvalidValue {
+            name: settings.named(Attribute::DiscoveryUrl),
+            problem: "is not an https address",
+        };
+        let discovery_url = match &settings.discovery_url {
+            None => None,
+            Some(text) => Some(Url::parse(text).map_err(|_| wrong())?),
+        };
+        Ok(Self {
+            discovery_url,
+            account_id: settings.account_id.clone(),
+            endpoint: OnceCell::new(),
+        })
+    }
+
+    /// The token endpoint. Cancel safe.
+    pub(super) async fn endpoint(&self, api: &Api, kind: AuthKind) -> TokenEndpoint {
+        let found = self
+            .endpoint
+            .get_or_try_init(|| async { self.discover(api, kind).await });
+        match found.await {
+            Ok(endpoint) => endpoint.clone(),
+            Err(fallback) => fallback,
+        }
+    }
+
+    /// `Err`: for now.
+    async fn discover(&self, api: &Api, kind: AuthKind) -> Result<TokenEndpoint, TokenEndpoint> {
+        let mut endpoint = TokenEndpoint {
+            url: api.host().join(TOKEN_ENDPOINT),
+            audience: None,
+        };
+        let document = if let Some(url) = &self.discovery_url {
+            url.clone()
+        } else {
+            match look(api, kind, api.host().join(HOST_METADATA)).await {
+                Found::Document(metadata) => self
+                    .learn(api, metadata, &mut endpoint)
+                    .unwrap_or_else(|| api.host().join(DISCOVERY)),
+                Found::No => api.host().join(DISCOVERY),
+                Found::Unknown => return Err(endpoint),
+            }
+        };
+        match look::<Metadata>(api, kind, document).await {
+            Found::Document(metadata) => {
+                // Secrets go there.
+                let url = Url::parse(&metadata.token_endpoint).ok();
+                if let Some(url) = url.filter(|url| api.host().may_trust(url)) {
+                    endpoint.url = url;
+                }
+            }
+            Found::No => {}
+            Found::Unknown => return Err(endpoint),
+        }
+        debug!(endpoint = %endpoint.url, "token endpoint chosen");
+        Ok(endpoint)
+    }
+
+    /// Takes over what the workspace says of itself; returns where its token endpoint is described.
+    fn learn(
+        &self,
+        api: &Api,
+        metadata: HostMetadata,
+        endpoint: &mut TokenEndpoint,
+    ) -> Option<Url> {
+        if let Some(id) = metadata.workspace_id {
+            api.learn_workspace_id(&id);
+        }
+        endpoint.audience = metadata
+            .token_federation_default_oidc_audiences
+            .into_iter()
+            .next();
+        let root = metadata.oidc_endpoint?;
+        let root = match self.account_id.as_ref().or(metadata.account_id.as_ref()) {
+            Some(account) => root.replace("{account_id}", account),
+            None if root.contains("{account_id}") => return None,
+            None => root,
+        };
+        let address = format!(
+            "{}/.well-known/oauth-authorization-server",
+            root.trim_end_matches('/')
+        );
+        Url::parse(&address)
+            .ok()
+            .filter(|url| api.host().may_trust(url))
+    }
+}
+
+async fn look<T: DeserializeOwned>(api: &Api, kind: AuthKind, url: Url) -> Found<T> {
+    match api.send(api.probe(kind, url)).await {
+        Ok(reply) => reply.json().map_or(Found::No, Found::Document),
+        Err(ApiError::Network { .. }) => Found::Unknown,
+        Err(ApiError::Status { status, .. })
+            if status.is_server_error() || status.as_u16() == 429 =>
+        {
+            Found::Unknown
+        }
+        Err(_) => Found::No,
+    }
+}
+
+/// The parameters that every request for an OAuth token of the workspace has.
+pub(super) struct Grant {
+    scopes: String,
+    authorization_details: Option<String>,
+    group: Option<String>,
+}
+
+impl Grant {
+    pub(super) fn new(settings: &Settings) -> Self {
+        let scopes = settings.scopes.as_deref().unwrap_or_default();
+        let mut scopes: Vec<&str> = scopes
+            .split([',', ' '])
+            .filter(|scope| !scope.is_empty())
+            .collect();
+        scopes.sort_unstable();
+        scopes.dedup();
+        if scopes.is_empty() {
+            scopes.push("all-apis");
+        }
+        Self {
+            scopes: scopes.join(" "),
+            authorization_details: settings.authorization_details.clone(),
+            group: settings.group_id.clone(),
+        }
+    }
+
+    pub(super) fn form<'a>(
+        &'a self,
+        grant_type: &'a str,
+        more: impl IntoIterator<Item = (&'a str, &'a str)>,
+    ) -> Vec<(&'a str, &'a str)> {
+        let mut form = vec![("grant_type", grant_type), ("scope", self.scopes.as_str())];
+        if let Some(details) = &self.authorization_details {
+            form.push(("authorization_details", details));
+        }
+        if let Some(group) = &self.group {
+            form.push(("assume_group", group));
+        }
+        form.extend(more);
+        form
+    }
+}
+
+/// How a token is asked for.
+pub(super) const POST: Method = Method::POST;

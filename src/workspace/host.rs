@@ -1,0 +1,212 @@
+//! The workspace's address, in the one form that the rest uses.
+
+use std::{fmt, net::IpAddr};
+
+use url::Url;
+
+use super::settings::SettingsError;
+
+/// Addresses of account consoles, which have no workspace API.
+const ACCOUNT_CONSOLES: [&str; 3] = [
+    "accounts.cloud.databricks.com",
+    "accounts.azuredatabricks.net",
+    "accounts.gcp.databricks.com",
+];
+
+/// The address of a workspace: scheme, host and port, nothing else.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Host {
+    origin: Url,
+    is_loopback: bool,
+}
+
+impl Host {
+    /// Takes what people and platforms write: with or without scheme, with a trailing slash, copied from a browser.
+    ///
+    /// Also returns the workspace id that the address names (`?o=`), as those of unified hosts do.
+    pub fn parse(text: &str) -> Result<(Self, Option<String>), SettingsError> {
+        let text = text.trim();
+        let with_scheme = if text.contains("://") {
+            text.to_owned()
+        } else {
+            format!("https://{text}")
+        };
+        let invalid = |source| SettingsError::InvalidHost {
+            host: without_userinfo(text),
+            source,
+        };
+        let mut url = Url::parse(&with_scheme).map_err(|source| invalid(Some(source)))?;
+        let Some(name) = url.host_str().map(str::to_owned) else {
+            return Err(invalid(None));
+        };
+        if !url.username().is_empty() || url.password().is_some() {
+            return Err(invalid(None));
+        }
+        if ACCOUNT_CONSOLES.contains(&name.as_str()) {
+            return Err(SettingsError::AccountConsole { host: name });
+        }
+        let is_loopback = is_loopback(&name);
+        match url.scheme() {
+            "https" => {}
+            "http" if is_loopback => {}
+            "http" => {
+                return Err(SettingsError::NotHttps {
+                    host: text.to_owned(),
+                });
+            }
+            _ => return Err(invalid(None)),
+        }
+        let workspace_id = url
+            .query_pairs()
+            .find(|(key, value)| {
+                matches!(&**key, "o" | "w" | "workspace_id")
+                    && value.bytes().all(|byte| byte.is_ascii_digit())
+            })
+            .map(|(_, value)| value.into_owned())
+            .filter(|value| !value.is_empty());
+        url.set_path("/");
+        url.set_query(None);
+        url.set_fragment(None);
+        Ok((
+            Self {
+                origin: url,
+                is_loopback,
+            },
+            workspace_id,
+        ))
+    }
+
+    /// The name alone.
+    pub fn name(&self) -> &str {
+        self.origin.host_str().unwrap_or_default()
+    }
+
+    /// The address of a path below it. The path is ours: literal, or made of validated names.
+    pub(super) fn join(&self, path: &str) -> Url {
+        let (path, query) = path
+            .split_once('?')
+            .map_or((path, None), |(path, query)| (path, Some(query)));
+        let mut url = self.origin.clone();
+        url.set_path(path);
+        url.set_query(query);
+        url
+    }
+
+    /// Whether it is on this machine, where plain http is allowed and no HTTP proxy is asked.
+    pub fn is_loopback(&self) -> bool {
+        self.is_loopback
+    }
+
+    /// Whether secrets for this workspace may be sent to `url`: https, or http when both are on this machine.
+    pub(super) fn may_trust(&self, url: &Url) -> bool {
+        match url.scheme() {
+            "https" => true,
+            "http" => self.is_loopback && url.host_str().is_some_and(is_loopback),
+            _ => false,
+        }
+    }
+}
+
+impl fmt::Display for Host {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.origin.as_str().trim_end_matches('/'))
+    }
+}
+
+pub(super) fn is_loopback(host: &str) -> bool {
+    let host = host.trim_start_matches('[').trim_end_matches(']');
+    host.eq_ignore_ascii_case("localhost")
+        || host
+            .parse::<IpAddr>()
+            .is_ok_and(|address| address.is_loopback())
+}
+
+/// For messages: a password written into an address must not be repeated.
+pub(super) fn without_userinfo(text: &str) -> String {
+    match text.rsplit_once('@') {
+        Some((_, host)) => format!("...@{host}"),
+        None => text.to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_are_taken_as_people_write_them() {
+        for (text, expected) in [
+            (
+                "dbc-1.cloud.databricks.com",
+                "https://dbc-1.cloud.databricks.com",
+            ),
+            (
+                " https://dbc-1.cloud.databricks.com/ \n",
+                "https://dbc-1.cloud.databricks.com",
+            ),
+            (
+                "https://dbc-1.cloud.databricks.com:443",
+                "https://dbc-1.cloud.databricks.com",
+            ),
+            (
+                "https://DBC-1.cloud.databricks.com/browse/folders?x=1#y",
+                "https://dbc-1.cloud.databricks.com",
+            ),
+            ("http://127.0.0.1:8080", "http://127.0.0.1:8080"),
+            ("http://[::1]:8080/", "http://[::1]:8080"),
+            ("http://localhost:8080", "http://localhost:8080"),
+            ("localhost:8080", "https://localhost:8080"),
+        ] {
+            assert_eq!(Host::parse(text).unwrap().0.to_string(), expected, "{text}");
+        }
+    }
+
+    #[test]
+    fn an_address_copied_from_a_browser_names_its_workspace() {
+        let (host, id) = Host::parse("https://adb-1.11.azuredatabricks.net/?o=4711").unwrap();
+        assert_eq!(host.to_string(), "https://adb-1.11.azuredatabricks.net");
+        assert_eq!(id.as_deref(), Some("4711"));
+        assert_eq!(Host::parse("https://a.example/?o=x'y").unwrap().1, None);
+    }
+
+    #[test]
+    fn plain_http_is_for_loopback_alone() {
+        for text in [
+            "http://dbc-1.cloud.databricks.com",
+            "http://localhost.example.com",
+            "http://10.0.0.1",
+        ] {
+            assert!(
+                matches!(Host::parse(text), Err(SettingsError::NotHttps { .. })),
+                "{text}"
+            );
+        }
+        for text in ["ftp://localhost", "", "https://", "https://a b"] {
+            assert!(
+                matches!(Host::parse(text), Err(SettingsError::InvalidHost { .. })),
+                "{text}"
+            );
+        }
+        assert!(matches!(
+            Host::parse("https://accounts.cloud.databricks.com"),
+            Err(SettingsError::AccountConsole { .. })
+        ));
+    }
+
+    #[test]
+    fn a_password_in_an_address_is_refused_and_not_repeated() {
+        let error = Host::parse("https://me:hunter2@dbc-1.cloud.databricks.com").unwrap_err();
+        assert!(!error.to_string().contains("hunter2"), "{error}");
+    }
+
+    #[test]
+    fn secrets_for_a_remote_workspace_are_sent_over_https_only() {
+        let remote = Host::parse("dbc-1.cloud.databricks.com").unwrap().0;
+        let local = Host::parse("http://localhost:1").unwrap().0;
+        let url = |text: &str| Url::parse(text).unwrap();
+        assert!(remote.may_trust(&url("https://login.example.com/token")));
+        assert!(!remote.may_trust(&url("http://localhost:1/token")));
+        assert!(!local.may_trust(&url("http://example.com/token")));
+        assert!(local.may_trust(&url("http://127.0.0.1:2/token")));
+    }
+}
