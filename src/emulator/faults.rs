@@ -31,6 +31,8 @@ pub enum Site {
     Lookup,
     /// SCIM `Me`.
     Whoami,
+    /// GitHub, Entra ID, the instance metadata service and the local metadata service.
+    Voucher,
     /// The edge, when a connection was accepted.
     Accept,
     /// The edge, after `SSLRequest` and before its answer.

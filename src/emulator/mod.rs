@@ -356,10 +356,68 @@ impl Emulator {
         identity: &Identity,
         lifetime: Duration,
     ) -> Result<String, EmulatorError> {
+        self.token_for(identity, Audience::Database, lifetime)
+    }
+
+    fn token_for(
+        &self,
+        identity: &Identity,
+        audience: Audience,
+        lifetime: Duration,
+    ) -> Result<String, EmulatorError> {
         let seconds = i64::try_from(lifetime.as_secs()).unwrap_or(i64::MAX);
         self.shared
-            .issue(&identity.name, Audience::Database, seconds)
+            .issue(&identity.name, audience, seconds)
             .map(|(token, _)| token)
+    }
+
+    /// A workspace token for `identity`, as a command-line tool that is logged in would print it.
+    pub fn workspace_token_for(
+        &self,
+        identity: &Identity,
+        lifetime: Duration,
+    ) -> Result<String, EmulatorError> {
+        self.token_for(identity, Audience::Workspace, lifetime)
+    }
+
+    /// An identity token that the workspace exchanges for one of its own, as Kubernetes would project it.
+    pub fn identity_token_for(
+        &self,
+        identity: &Identity,
+        lifetime: Duration,
+    ) -> Result<String, EmulatorError> {
+        self.token_for(identity, Audience::Identity, lifetime)
+    }
+
+    /// The variables of a GitHub Actions job that may ask for its identity token; it is the app's.
+    pub fn github_variables(&self) -> [(&'static str, String); 2] {
+        let url = format!("{}/github/token?api-version=2.0", self.workspace_url());
+        [
+            ("ACTIONS_ID_TOKEN_REQUEST_URL", url),
+            (
+                "ACTIONS_ID_TOKEN_REQUEST_TOKEN",
+                Names::GITHUB_REQUEST_TOKEN.to_owned(),
+            ),
+        ]
+    }
+
+    /// The address of a local metadata service, which hands out the user's tokens.
+    pub fn metadata_service_url(&self) -> String {
+        format!(
+            "{}/metadata-service/{}",
+            self.workspace_url(),
+            Names::METADATA_SESSION
+        )
+    }
+
+    /// Where Microsoft Entra ID answers; ends with a slash.
+    pub fn entra_id_url(&self) -> String {
+        format!("{}/entra/", self.workspace_url())
+    }
+
+    /// The tenant in Microsoft Entra ID.
+    pub fn tenant(&self) -> &'static str {
+        Names::TENANT
     }
 
     /// A role with a Postgres password, for logins without a token; needs [`Settings::native_login`].

@@ -40,6 +40,12 @@ impl Names {
         "projects/lakebase-local/branches/production/endpoints/primary";
     /// The Provisioned instance's name.
     pub(crate) const INSTANCE: &str = "lakebase-local";
+    /// The tenant in Microsoft Entra ID.
+    pub(crate) const TENANT: &str = "5e1f7a3c-0000-4000-8000-00000000a2d1";
+    /// What a GitHub Actions job shows to get its identity token.
+    pub(crate) const GITHUB_REQUEST_TOKEN: &str = "github-request-token";
+    /// The one session of the local metadata service.
+    pub(crate) const METADATA_SESSION: &str = "session-1";
     /// The app's name, for the apps API.
     pub(crate) const APP: &str = "lakebase-local-app";
 
@@ -129,7 +135,9 @@ impl Shared {
     fn revoked_through(&self, audience: Audience) -> &AtomicU64 {
         match audience {
             Audience::Database => &self.credentials_revoked_through,
-            Audience::Workspace => &self.tokens_revoked_through,
+            Audience::Workspace | Audience::Identity | Audience::Management => {
+                &self.tokens_revoked_through
+            }
         }
     }
 

@@ -29,6 +29,10 @@ pub(crate) enum Audience {
     Workspace,
     /// The password of a Postgres login.
     Database,
+    /// An exchange for a workspace token.
+    Identity,
+    /// Azure's resource management.
+    Management,
 }
 
 impl Audience {
@@ -36,6 +40,8 @@ impl Audience {
         match self {
             Self::Workspace => "workspace",
             Self::Database => "lakebase",
+            Self::Identity => "federation",
+            Self::Management => "management",
         }
     }
 }

@@ -484,10 +484,12 @@ impl SettingsError {
                 }
             },
             Self::NoAuthentication { notes, host } => {
-                let notes: String = notes.iter().map(|note| format!("; {note}")).collect();
-                return Some(format!(
-                    "on a laptop: `databricks auth login --host {host}`; elsewhere: set `DATABRICKS_CLIENT_ID` and `DATABRICKS_CLIENT_SECRET` of a service principal{notes}"
-                ));
+                let mut parts = vec![
+                    format!("on a laptop: `databricks auth login --host {host}`"),
+                    "elsewhere: set `DATABRICKS_CLIENT_ID` and `DATABRICKS_CLIENT_SECRET` of a service principal".to_owned(),
+                ];
+                parts.extend(notes.iter().cloned());
+                return Some(parts.join("; "));
             }
             Self::NoProfile { known, .. } => {
                 return Some(if known.is_empty() {

@@ -11,6 +11,7 @@ mod guard;
 mod instances;
 mod oidc;
 mod socket;
+mod vouchers;
 
 use std::sync::Arc;
 
@@ -80,6 +81,17 @@ fn router(shared: Arc<Shared>) -> Router {
         )
         .route("/api/2.0/apps/{name}", get(instances::app))
         .route("/api/2.0/preview/scim/v2/Me", get(instances::me))
+        .route("/aad/auth", get(vouchers::login_page))
+        .route("/entra/{tenant}/oauth2/token", post(vouchers::entra_id))
+        .route("/github/token", get(vouchers::github))
+        .route(
+            "/metadata/identity/oauth2/token",
+            get(vouchers::instance_metadata),
+        )
+        .route(
+            "/metadata-service/{session}",
+            get(vouchers::metadata_service),
+        )
         .route("/emulator", get(control::overview))
         .route(
             "/emulator/faults",
@@ -158,6 +170,17 @@ fn place(path: &str) -> (Option<Site>, fn(&mut Counts) -> &mut u64) {
         .any(|root| path.starts_with(root))
     {
         (Some(Site::Lookup), |counts| &mut counts.lookups)
+    } else if [
+        "/aad/",
+        "/entra/",
+        "/github/",
+        "/metadata/",
+        "/metadata-service/",
+    ]
+    .iter()
+    .any(|root| path.starts_with(root))
+    {
+        (Some(Site::Voucher), |counts| &mut counts.other_requests)
     } else {
         (None, |counts| &mut counts.other_requests)
     }

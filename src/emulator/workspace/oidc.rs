@@ -13,9 +13,9 @@ use secrecy::{ExposeSecret, SecretString};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::error::ApiError;
+use super::{error::ApiError, vouchers};
 use crate::emulator::{
-    identity::Identity,
+    identity::{Identity, IdentityKind},
     shared::Shared,
     token::{Audience, TokenError},
 };
@@ -40,7 +40,7 @@ pub(super) async fn discovery(State(shared): State<Arc<Shared>>) -> Json<Value> 
         "jwks_uri": format!("{root}/jwks.json"),
         "scopes_supported": ["all-apis", "offline_access", "postgres"],
         "response_types_supported": ["code"],
-        "grant_types_supported": ["client_credentials"],
+        "grant_types_supported": ["client_credentials", TOKEN_EXCHANGE],
         "token_endpoint_auth_methods_supported": ["client_secret_basic", "client_secret_post"],
         "code_challenge_methods_supported": ["S256"],
     }))
@@ -51,9 +51,14 @@ pub(super) async fn key_set(State(shared): State<Arc<Shared>>) -> Json<Value> {
     Json(shared.signer.jwks())
 }
 
+const TOKEN_EXCHANGE: &str = "urn:ietf:params:oauth:grant-type:token-exchange";
+const JWT: &str = "urn:ietf:params:oauth:token-type:jwt";
+
 /// The form of a token request.
 #[derive(Deserialize)]
 pub(super) struct TokenRequest {
+    subject_token: Option<String>,
+    subject_token_type: Option<String>,
     grant_type: Option<String>,
     scope: Option<String>,
     client_id: Option<String>,
@@ -66,8 +71,9 @@ pub(super) async fn token(
     headers: HeaderMap,
     Form(request): Form<TokenRequest>,
 ) -> Result<Response, Response> {
-    match request.grant_type.as_deref() {
-        Some("client_credentials") => {}
+    let identity = match request.grant_type.as_deref() {
+        Some("client_credentials") => by_secret(&shared, &headers, &request)?,
+        Some(TOKEN_EXCHANGE) => by_exchange(&shared, &request)?,
         Some(_) => {
             return Err(refusal(
                 StatusCode::BAD_REQUEST,
@@ -82,25 +88,6 @@ pub(super) async fn token(
                 "Missing grant_type",
             ));
         }
-    }
-    let given = basic(&headers).or_else(|| Some((request.client_id?, request.client_secret?)));
-    let Some((client_id, secret)) = given else {
-        return Err(refusal(
-            StatusCode::UNAUTHORIZED,
-            "invalid_client",
-            "Missing client authentication",
-        ));
-    };
-    let identity = shared
-        .identities
-        .by_name(&client_id)
-        .filter(|identity| is_secret(identity, &secret));
-    let Some(identity) = identity else {
-        return Err(refusal(
-            StatusCode::UNAUTHORIZED,
-            "invalid_client",
-            "Client authentication failed",
-        ));
     };
     let scope = request.scope.unwrap_or_else(|| "all-apis".to_owned());
     if !scope
@@ -129,6 +116,56 @@ pub(super) async fn token(
     shared.counters.change(|counts| counts.tokens_issued += 1);
     let body = json!({ "access_token": token, "token_type": "Bearer", "expires_in": seconds, "scope": scope });
     Ok(([("cache-control", "no-store")], Json(body)).into_response())
+}
+
+fn by_secret<'a>(
+    shared: &'a Shared,
+    headers: &HeaderMap,
+    request: &TokenRequest,
+) -> Result<&'a Identity, Response> {
+    let given = basic(headers)
+        .or_else(|| Some((request.client_id.clone()?, request.client_secret.clone()?)));
+    let Some((client_id, secret)) = given else {
+        return Err(refusal(
+            StatusCode::UNAUTHORIZED,
+            "invalid_client",
+            "Missing client authentication",
+        ));
+    };
+    let identity = shared.identities.by_name(&client_id);
+    identity
+        .filter(|identity| is_secret(identity, &secret))
+        .ok_or_else(|| {
+            refusal(
+                StatusCode::UNAUTHORIZED,
+                "invalid_client",
+                "Client authentication failed",
+            )
+        })
+}
+
+/// RFC 8693. A service principal's policy admits tokens of its own name; the account's, those of people.
+fn by_exchange<'a>(shared: &'a Shared, request: &TokenRequest) -> Result<&'a Identity, Response> {
+    if request.subject_token_type.as_deref() != Some(JWT) {
+        return Err(refusal(
+            StatusCode::BAD_REQUEST,
+            "invalid_request",
+            "Unsupported subject_token_type",
+        ));
+    }
+    let refuse = |text: &str| refusal(StatusCode::BAD_REQUEST, "invalid_grant", text);
+    let token = request.subject_token.as_deref().unwrap_or_default();
+    let claims = shared
+        .signer
+        .verify(token, Audience::Identity, shared.now())
+        .map_err(|error| refuse(&format!("The subject token is not valid: {error}")))?;
+    let identity = shared.identities.by_name(&claims.sub);
+    identity
+        .filter(|identity| match &request.client_id {
+            Some(client_id) => *client_id == identity.name,
+            None => identity.kind == IdentityKind::User,
+        })
+        .ok_or_else(|| refuse("No federation policy matches the subject token"))
 }
 
 /// Who makes a request; the extractor is the check.
@@ -176,6 +213,9 @@ impl FromRequestParts<Arc<Shared>> for Caller {
                 .by_name(&claims.sub)
                 .ok_or_else(ApiError::invalid_token)?
         };
+        if !vouchers::is_admitted(shared, &parts.headers, identity) {
+            return Err(ApiError::invalid_token());
+        }
         if identity.has_workspace_access {
             Ok(Self(identity.clone()))
         } else {
@@ -195,7 +235,7 @@ fn basic(headers: &HeaderMap) -> Option<(String, SecretString)> {
     Some((client_id.to_owned(), SecretString::from(secret)))
 }
 
-fn is_secret(identity: &Identity, given: &SecretString) -> bool {
+pub(super) fn is_secret(identity: &Identity, given: &SecretString) -> bool {
     let expected = identity.client_secret.as_ref();
     expected.is_some_and(|secret| secret.expose_secret() == given.expose_secret())
 }
@@ -208,7 +248,7 @@ fn is_pat(identity: &Identity, given: &str) -> bool {
 }
 
 /// The token endpoint's own error shape (RFC 6749, 5.2).
-fn refusal(status: StatusCode, error: &str, description: &str) -> Response {
+pub(super) fn refusal(status: StatusCode, error: &str, description: &str) -> Response {
     (
         status,
         Json(json!({ "error": error, "error_description": description })),

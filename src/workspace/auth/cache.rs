@@ -104,12 +104,12 @@ impl Sources {
                 }
             }
         }
-        Err(none_works(failures))
+        Err(none_works(&failures))
     }
 }
 
 /// One error of many: the first way's hint, and what each said.
-fn none_works(failures: Vec<(&TokenSource, CallError)>) -> CallError {
+fn none_works(failures: &[(&TokenSource, CallError)]) -> CallError {
     let kinds: Vec<&str> = failures
         .iter()
         .map(|(source, _)| source.kind().label())
