@@ -22,9 +22,12 @@ The endpoint is named by the variables that Databricks' tutorial and Databricks 
   ENDPOINT_NAME (or LAKEBASE_ENDPOINT)   projects/<project>/branches/<branch>/endpoints/<endpoint>
   PGHOST PGPORT PGDATABASE PGUSER        looked up where unset
   PGSSLMODE PGSSLROOTCERT                certificates are always verified, against the system's roots or this file
-  DATABRICKS_HOST                        the workspace, with either of
-  DATABRICKS_CLIENT_ID + _CLIENT_SECRET  a service principal, or
+  DATABRICKS_HOST                        the workspace, with one of
+  DATABRICKS_CLIENT_ID + _CLIENT_SECRET  a service principal
   DATABRICKS_TOKEN                       a personal access token
+  DATABRICKS_OIDC_TOKEN_FILEPATH         an identity token to exchange, and the others that Databricks SDKs take
+  DATABRICKS_CONFIG_PROFILE              or all of that from a profile of ~/.databrickscfg; without any of it, whoever is
+                                         logged in with `databricks auth login`
 
 Exit codes: 0 ended on request, 1 bad command or configuration, 130 SIGINT, 143 SIGTERM.";
 

@@ -328,7 +328,7 @@ impl Config {
         Ok(Self {
             endpoints,
             database_mapping: settings.database_mapping.unwrap_or_default(),
-            workspace: environment.workspace,
+            workspace: environment.workspace.with_profile(settings.profile),
             limits: Limits {
                 connect_timeout: or(settings.connect_timeout, limits.connect_timeout),
                 server_connect_timeout: or(

@@ -77,6 +77,10 @@ pub struct Settings {
     #[arg(long, num_args = 0..=1, default_missing_value = "true", require_equals = true, value_name = "BOOL", help_heading = "Upstream")]
     pub read_only: Option<bool>,
 
+    /// Profile of ~/.databrickscfg to sign in to the workspace with [default: DATABRICKS_CONFIG_PROFILE]
+    #[arg(long, value_name = "NAME", help_heading = "Upstream")]
+    pub profile: Option<String>,
+
     /// Which database a client gets that names none, or its own user name [default: default]
     #[arg(long, value_enum, value_name = "HOW", help_heading = "Upstream")]
     pub database_mapping: Option<DatabaseMapping>,
@@ -143,7 +147,7 @@ impl Settings {
             server_connect_timeout, capacity_timeout, tcp_keepalive_idle, tcp_keepalive_interval,
             tcp_keepalive_count, tcp_user_timeout, read_only, database_mapping, http_address,
             http_port, notes, notes_address, notes_port, max_sigterm_delay, exit_zero_on_sigterm,
-            structured_logs, log_filter, config_file,
+            structured_logs, log_filter, config_file, profile,
         }
     }
 }
