@@ -7,6 +7,7 @@
 )]
 
 mod admin;
+mod auth;
 mod cancel;
 mod credential;
 mod demo;
