@@ -39,9 +39,9 @@ pub mod cli;
 pub mod clock;
 pub mod config;
 pub mod credential;
-pub mod doctor;
 #[cfg(feature = "demo")]
 pub mod demo;
+pub mod doctor;
 #[cfg(feature = "demo")]
 pub mod emulator;
 pub mod http;

@@ -8,6 +8,7 @@
 
 mod admin;
 mod auth;
+mod auth_network;
 mod cancel;
 mod credential;
 mod demo;
