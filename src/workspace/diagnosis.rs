@@ -297,7 +297,7 @@ pub(super) fn network(host: &Host, source: &reqwest::Error) -> CallError {
     let causes = ApiError::causes(source);
     let lower = causes.to_ascii_lowercase();
     let hint = if lower.contains("certificate") {
-        "the workspace's certificate is not trusted here: if a proxy inspects TLS, install its root certificate on this machine"
+        "the workspace's certificate is not trusted here: if a proxy inspects TLS, install its root certificate on this machine, or name a file of roots in `SSL_CERT_FILE`"
     } else if lower.contains("dns") || lower.contains("lookup address") {
         "check `DATABRICKS_HOST` and the name resolution of this machine"
     } else {

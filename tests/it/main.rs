@@ -7,6 +7,8 @@
 )]
 
 mod admin;
+mod auth;
+mod auth_network;
 mod cancel;
 mod credential;
 mod demo;
