@@ -13,6 +13,7 @@ mod demo;
 mod discovery;
 mod emulator;
 mod failures;
+mod exec;
 mod harness;
 mod limits;
 mod login;
