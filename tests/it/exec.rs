@@ -271,10 +271,8 @@ async fn a_child_that_ignores_sigterm_is_killed_in_time() {
 async fn signals_are_passed_on() {
     let emulator = harness::emulator().await;
     let names = ["HUP", "INT", "QUIT", "USR1", "USR2", "WINCH", "TTIN"];
-    let traps: String = names
-        .iter()
-        .map(|name| format!("trap 'echo got {name}' {name}; "))
-        .collect();
+    let trap = |name: &&str| format!("trap 'echo got {name}' {name}; ");
+    let traps = names.iter().map(trap).collect::<Vec<_>>().concat();
     let script = format!("{traps} echo ready; while :; do sleep 0.05; done");
     let mut command = Command::new("setsid");
     command
@@ -343,7 +341,7 @@ async fn a_clean_end_by_sigterm_can_be_zero() {
 async fn two_live_side_by_side() {
     let emulator = harness::emulator().await;
     let script = "echo $PGPORT; psql -XAtc 'select 1'; read line";
-    let mut start = || {
+    let start = || {
         let mut command = exec(&emulator, &[], script);
         command.stdin(Stdio::piped());
         Running::start(&mut command)
@@ -434,7 +432,6 @@ impl Terminal {
             .envs(emulator.environment())
             .env("PROXY", env!("CARGO_BIN_EXE_lakebase-proxy"))
             .env("TERM", "dumb")
-            .env("PS1", "prompt> ")
             .env("PAGER", "cat")
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -514,6 +511,7 @@ async fn in_a_terminal_ctrl_c_ends_a_program_that_it_would_have_ended() {
 async fn in_a_shell_job_control_works() {
     let emulator = harness::emulator().await;
     let mut terminal = Terminal::start(&emulator, "exec bash --norc --noprofile -i");
+    terminal.type_in("PS1='pro''mpt> '\n").await;
     terminal.until("prompt>").await;
     terminal
         .type_in("$PROXY exec -- sh -c 'echo rea''dy; exec cat'\n")

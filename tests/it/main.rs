@@ -17,6 +17,7 @@ mod exec;
 mod harness;
 mod limits;
 mod login;
+mod lifecycle;
 mod notes;
 mod origins;
 mod postgres;
