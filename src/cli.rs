@@ -1,13 +1,15 @@
 //! Subcommands and flags, and what becomes of them.
 
-use std::{ffi::OsString, process::ExitCode};
+use std::{ffi::OsString, process::ExitCode, time::Duration};
 
 use clap::{Args, Command, CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use crate::{
     app::App,
     config::{Config, ConfigError, Environment, Settings},
-    shutdown::Signals,
+    exec::{self, ExecArgs, Secrets},
+    remote::{self, ShutdownArgs, WaitArgs},
+    shutdown::{Cause, Signals},
     telemetry,
     token::{self, TokenArgs},
 };
@@ -31,6 +33,20 @@ The endpoint is named by the variables that Databricks' tutorial and Databricks 
 
 Exit codes: 0 ended on request, 1 bad command or configuration, 130 SIGINT, 143 SIGTERM.";
 
+const EXEC_HELP: &str = "\
+CMD starts once the proxy holds a credential, and is given
+  PGHOST PGPORT PGUSER PGDATABASE   this proxy, on any free port unless --port says which
+  PGSSLMODE=disable                 the way to the endpoint is encrypted nevertheless
+  DATABASE_URL                      where it is unset: postgresql://...?sslmode=disable
+Variables that would lead a client elsewhere (PGPASSWORD, PGSERVICE, PGSSLROOTCERT and such) are taken away, and
+LAKEBASE_PROXY_* with them. The health port is off unless --http-port is given.
+
+Signals are passed on. On SIGTERM CMD goes first, then its sessions, all within --max-sigterm-delay; a CMD that stays is
+killed, and so it is by a second SIGTERM. As PID 1 of a container orphans are reaped.
+
+Exit codes: CMD's own, 128 + n when signal n killed it (0 for SIGTERM passed on, with --exit-zero-on-sigterm),
+1 bad command line or configuration, or no credential, 126 CMD cannot be run, 127 CMD is not found.";
+
 /// Any Postgres client reaches Databricks Lakebase on localhost, with no password and no token code.
 #[derive(Debug, Parser)]
 #[command(name = "lakebase-proxy", version, after_help = AFTER_HELP, args_conflicts_with_subcommands = true)]
@@ -51,12 +67,19 @@ enum Verb {
     /// Run only the emulator: a Lakebase for this machine, for tests and for trying things out
     #[cfg(feature = "demo")]
     Emulator(crate::emulator::EmulatorArgs),
+    /// Run CMD as a child whose Postgres clients find the proxy
+    #[command(after_help = EXEC_HELP)]
+    Exec(ExecArgs),
     /// Run the proxy (the default)
     #[command(after_help = AFTER_HELP)]
     Serve(Serve),
+    /// End a proxy that was started with --quitquitquit
+    Shutdown(ShutdownArgs),
     /// Print a database credential, on standard output only
     #[command(after_help = AFTER_HELP)]
     Token(TokenArgs),
+    /// Wait until a proxy has started
+    Wait(WaitArgs),
 }
 
 #[derive(Args, Debug)]
@@ -77,7 +100,11 @@ enum CommandError {
     #[error(transparent)]
     Emulator(#[from] crate::emulator::EmulatorError),
     #[error(transparent)]
+    Exec(#[from] exec::ExecError),
+    #[error(transparent)]
     Log(#[from] telemetry::LogError),
+    #[error(transparent)]
+    Remote(#[from] remote::RemoteError),
     #[error("cannot watch for signals")]
     Signals(#[source] std::io::Error),
     #[error(transparent)]
@@ -90,6 +117,8 @@ impl CommandError {
     fn hint(&self) -> Option<String> {
         match self {
             Self::Config(error) => error.hint().map(str::to_owned),
+            Self::Exec(error) => error.hint(),
+            Self::Remote(error) => error.hint().map(str::to_owned),
             Self::Start(error) => error.hint(),
             Self::Token(error) => error.hint(),
             #[cfg(feature = "demo")]
@@ -99,12 +128,20 @@ impl CommandError {
             Self::Log(_) | Self::Signals(_) => None,
         }
     }
+
+    fn exit_code(&self) -> u8 {
+        match self {
+            Self::Exec(error) => error.exit_code(),
+            _ => FAILURE,
+        }
+    }
 }
 
 /// Runs the program with these arguments, the first of which is its name.
 pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
+    let arguments: Vec<OsString> = arguments.into_iter().collect();
     let parsed = command()
-        .try_get_matches_from(arguments)
+        .try_get_matches_from(&arguments)
         .and_then(|matches| Cli::from_arg_matches(&matches));
     let cli = match parsed {
         Ok(cli) => cli,
@@ -118,19 +155,22 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
             };
         }
     };
+    if matches!(cli.verb, Some(Verb::Exec(_))) && std::process::id() == 1 {
+        return exec::init::run(&arguments).unwrap_or_else(|error| fail(&error, None, FAILURE));
+    }
     let runtime = match tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()
     {
         Ok(runtime) => runtime,
-        Err(error) => return fail(&error, None),
+        Err(error) => return fail(&error, None, FAILURE),
     };
     let result = runtime.block_on(dispatch(cli));
     // What is left are name look-ups on the blocking pool, which nobody waits for.
     runtime.shutdown_background();
     match result {
         Ok(code) => code,
-        Err(error) => fail(&error, error.hint()),
+        Err(error) => fail(&error, error.hint(), error.exit_code()),
     }
 }
 
@@ -142,8 +182,17 @@ async fn dispatch(cli: Cli) -> Result<ExitCode, CommandError> {
         Some(Verb::Demo(arguments)) => demonstrate(arguments).await,
         #[cfg(feature = "demo")]
         Some(Verb::Emulator(arguments)) => emulate(arguments).await,
+        Some(Verb::Exec(arguments)) => execute(arguments).await,
         Some(Verb::Serve(Serve { settings })) => serve(settings).await,
+        Some(Verb::Shutdown(arguments)) => {
+            remote::shutdown(arguments).await?;
+            Ok(ExitCode::SUCCESS)
+        }
         Some(Verb::Token(arguments)) => print_token(arguments).await,
+        Some(Verb::Wait(arguments)) => {
+            remote::wait(arguments).await?;
+            Ok(ExitCode::SUCCESS)
+        }
     }
 }
 
@@ -157,12 +206,57 @@ async fn serve(settings: Settings) -> Result<ExitCode, CommandError> {
         app = App::build(config) => app?.start()?,
         cause = signals.next() => return Ok(cause.exit_code(zero_on_sigterm)),
     };
-    let cause = signals.next().await;
+    let serving = async {
+        running.ready().await?;
+        running.asked_to_end().await;
+        Ok(Cause::Request)
+    };
+    let cause = tokio::select! {
+        cause = serving => cause,
+        cause = signals.next() => Ok(cause),
+    };
     let hurry = async {
         signals.next().await;
     };
-    running.end(hurry).await;
-    Ok(cause.exit_code(zero_on_sigterm))
+    match cause {
+        Ok(Cause::Terminate) => running.end_after_delay(hurry).await,
+        Ok(Cause::Interrupt | Cause::Request) => running.end(hurry).await,
+        Err(_) => running.end_within(Duration::ZERO, hurry).await,
+    }
+    cause
+        .map(|cause| cause.exit_code(zero_on_sigterm))
+        .map_err(CommandError::Start)
+}
+
+async fn execute(arguments: ExecArgs) -> Result<ExitCode, CommandError> {
+    // Resolving the settings raises it.
+    let descriptors = exec::DescriptorLimit::now();
+    let ExecArgs {
+        strip_secrets,
+        settings,
+        command,
+    } = arguments;
+    let config = Config::resolve(exec::settings(settings)?, Environment::of_process())?;
+    let _log = telemetry::logging::init(&config.log)?;
+    let program = exec::Program {
+        command,
+        inherited: std::env::vars_os().collect(),
+        secrets: if strip_secrets.unwrap_or(false) {
+            Secrets::Stripped(config.password_variables.clone())
+        } else {
+            Secrets::Kept
+        },
+        descriptors,
+    };
+    let zero_on_sigterm = config.exit_zero_on_sigterm;
+    let patience = config.limits.connect_timeout;
+    let mut signals = exec::Signals::catch().map_err(CommandError::Signals)?;
+    let running = tokio::select! {
+        app = App::build(config) => app?.start()?,
+        signal = signals.ending() => return Ok(exec::interrupted(signal, zero_on_sigterm)),
+    };
+    let code = exec::run(running, &program, signals, patience, zero_on_sigterm).await?;
+    Ok(code)
 }
 
 #[expect(clippy::print_stdout, reason = "printing is what it is for")]
@@ -222,12 +316,12 @@ fn with_variables(command: Command) -> Command {
     clippy::print_stderr,
     reason = "the last word of a command that failed, maybe before there is a log"
 )]
-fn fail(error: &(dyn std::error::Error + 'static), hint: Option<String>) -> ExitCode {
+fn fail(error: &(dyn std::error::Error + 'static), hint: Option<String>, code: u8) -> ExitCode {
     eprintln!("lakebase-proxy: {}", telemetry::chain(error));
     if let Some(hint) = hint {
         eprintln!("hint: {hint}");
     }
-    ExitCode::from(FAILURE)
+    ExitCode::from(code)
 }
 
 #[cfg(test)]

@@ -28,6 +28,8 @@
 //! | [`http`] | what our HTTP servers share: bounds, and the guard against other origins' pages |
 //! | [`doctor`] | each step from the settings to `SELECT 1`, checked alone, with its mend |
 //! | [`admin`] | health and metrics over HTTP |
+//! | [`exec`] | the proxy as the parent of one program |
+//! | [`remote`] | `wait` and `shutdown`: errands at a proxy that runs already |
 //! | `notes` | the notes page: a client of our own listener |
 //! | `emulator`, `demo` | a Lakebase for one machine; the proxy never imports them |
 //!
@@ -44,11 +46,13 @@ pub mod demo;
 pub mod doctor;
 #[cfg(feature = "demo")]
 pub mod emulator;
+pub mod exec;
 pub mod http;
 pub mod listener;
 #[cfg(feature = "notes")]
 pub mod notes;
 pub mod protocol;
+pub mod remote;
 pub mod session;
 pub mod shutdown;
 pub mod telemetry;

@@ -1,9 +1,11 @@
-//! Health and metrics over HTTP, for probes and for Prometheus.
+//! Health and metrics over HTTP, for probes and for Prometheus; and, at a port of its own, the request to end.
 //!
 //! Runs on a thread and a runtime of its own: `/liveness` has to answer just when the other runtime does not. Nothing
 //! here touches the database, so that no probe keeps an endpoint awake. What health means is in [`health`].
 
+pub mod client;
 pub mod health;
+pub mod quit;
 
 use std::{io, sync::Arc, thread};
 

@@ -4,6 +4,7 @@ use std::{io, net::SocketAddr};
 
 use crate::{
     admin::AdminError,
+    protocol::error::Report,
     tls::TlsError,
     workspace::{LocateError, WorkspaceError},
 };
@@ -48,6 +49,9 @@ pub enum StartError {
     /// The settings hold no endpoint.
     #[error("no endpoint is configured")]
     NoEndpoint,
+    /// The login of `--run-connection-test` was refused.
+    #[error("connection test failed: {}", .0.line())]
+    Test(Box<Report>),
     /// TLS cannot be set up.
     #[error("cannot set up TLS")]
     Tls(#[from] TlsError),
@@ -76,6 +80,7 @@ impl StartError {
             Self::Tls(TlsError::Unusable(_)) => {
                 "install the system's root certificates (Debian: ca-certificates), or set PGSSLROOTCERT"
             }
+            Self::Test(report) => return report.hint.clone(),
             Self::Workspace(error) => return error.hint(),
             Self::Admin(_) | Self::Bind { .. } | Self::Metrics(_) | Self::NoEndpoint => {
                 return None;

@@ -7,10 +7,10 @@ use super::{
     source::{Access, Source},
 };
 use crate::{
-    config::{DEFAULT_DATABASE, EndpointConfig, TlsMode},
+    config::{EndpointConfig, TlsMode},
     tls,
     upstream::{Endpoint, Label, Security},
-    workspace::{CredentialMinter, Wanted},
+    workspace::{CredentialMinter, DEFAULT_DATABASE, Wanted},
 };
 
 /// An endpoint that can be dialled, and who makes its credentials.

@@ -4,6 +4,7 @@
 mod error;
 mod gate;
 mod locate;
+mod running;
 mod source;
 
 use std::{
@@ -13,31 +14,31 @@ use std::{
     time::Duration,
 };
 
-use tokio::{net::TcpListener, sync::Semaphore, task::JoinSet, time::timeout};
+use tokio::{net::TcpListener, sync::Semaphore, task::JoinSet};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-pub use self::error::StartError;
+pub use self::{
+    error::StartError,
+    running::{Running, Target},
+};
 use self::{
     gate::{Gate, Surroundings},
     locate::locate,
     source::Access,
 };
 use crate::{
-    admin::{Admin, Health},
+    admin::{self, Admin, Health},
     clock::Clock,
     config::Config,
     credential::{CredentialCell, Mint, MintError, Minted},
     listener::Listener,
-    session::Sessions,
+    session::{Presence, Sessions},
     shutdown::Shutdown,
     telemetry::{Metrics, chain},
     tls::{self, Roots},
     upstream::{Endpoint, Label, Route},
     workspace::Workspace,
 };
-
-/// How long helpers (the health port, the notes page) may take to end once no client is left.
-const HELPERS_END: Duration = Duration::from_secs(2);
 
 /// Where a started program can be reached.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -50,6 +51,8 @@ pub struct Addresses {
     pub http: Option<SocketAddr>,
     /// The notes page.
     pub notes: Option<SocketAddr>,
+    /// /quitquitquit.
+    pub admin: Option<SocketAddr>,
 }
 
 /// Bound, but not serving yet.
@@ -57,10 +60,24 @@ pub struct App {
     gates: Vec<Gate>,
     http: Option<TcpListener>,
     notes: Option<TcpListener>,
+    admin: Option<TcpListener>,
     addresses: Addresses,
     metrics: Arc<Metrics>,
     shutdown: Shutdown,
+    presence: Presence,
+    ending: Ending,
+    run_connection_test: bool,
+}
+
+/// How the program ends.
+#[derive(Clone, Copy, Debug)]
+struct Ending {
+    /// How long clients are still accepted after SIGTERM.
+    delay: Duration,
+    /// How long work under way may go on.
     grace: Duration,
+    /// After how long without a client it ends of itself.
+    when_idle: Option<Duration>,
 }
 
 impl fmt::Debug for App {
@@ -77,6 +94,7 @@ impl App {
     pub async fn build(config: Config) -> Result<Self, StartError> {
         let http = bind(config.http, "http-port").await?;
         let notes = bind(config.notes, "notes-port").await?;
+        let admin = bind(config.admin, "admin-port").await?;
         let mut listeners = Vec::with_capacity(config.endpoints.len());
         for endpoint in &config.endpoints {
             let address = endpoint.listen;
@@ -98,6 +116,7 @@ impl App {
                 .unwrap_or_else(|| SocketAddr::from(([127, 0, 0, 1], 0))),
             http: local(&http),
             notes: local(&notes),
+            admin: local(&admin),
             endpoints,
         };
 
@@ -112,6 +131,7 @@ impl App {
             config.max_connections.min(Semaphore::MAX_PERMITS),
         ));
         let ids = Arc::new(AtomicU64::new(0));
+        let presence = Presence::default();
         let surroundings = Surroundings {
             limits: config.limits,
             keepalive: config.keepalive,
@@ -149,6 +169,7 @@ impl App {
                 cancels: Arc::default(),
                 shutdown: shutdown.clone(),
                 metrics,
+                presence: presence.clone(),
                 ids: Arc::clone(&ids),
             });
             gates.push(Gate {
@@ -167,10 +188,17 @@ impl App {
             gates,
             http,
             notes,
+            admin,
             addresses,
             metrics,
             shutdown,
-            grace: config.grace,
+            presence,
+            ending: Ending {
+                delay: config.min_sigterm_delay,
+                grace: config.grace,
+                when_idle: config.exit_when_idle,
+            },
+            run_connection_test: config.run_connection_test,
         })
     }
 
@@ -185,10 +213,13 @@ impl App {
             gates,
             http,
             notes,
+            admin,
             addresses,
             metrics,
             shutdown,
-            grace,
+            presence,
+            ending,
+            run_connection_test,
         } = self;
         let clients = TaskTracker::new();
         let helpers = TaskTracker::new();
@@ -200,9 +231,13 @@ impl App {
         let first = credentials.first().cloned();
         let first = first.unwrap_or_else(|| CredentialCell::new(Clock::system()));
         let health = Arc::new(Health::new(move || any_valid(&credentials)));
+        let routes: Vec<Route> = gates
+            .iter()
+            .map(|gate| gate.sessions.route.clone())
+            .collect();
         let heart = (Arc::clone(&health), stop.clone());
         helpers.spawn(async move { heart.0.beat(&heart.1).await });
-        let admin = http
+        let http = http
             .map(|listener| {
                 Admin::spawn(
                     listener,
@@ -239,24 +274,49 @@ impl App {
         }
         #[cfg(not(feature = "notes"))]
         drop(notes);
+        let asked = CancellationToken::new();
+        if let Some(listener) = admin {
+            helpers.spawn(admin::quit::serve(listener, asked.clone(), stop.clone()));
+        }
+        if let Some(time) = ending.when_idle {
+            let (asked, stop) = (asked.clone(), stop.clone());
+            helpers.spawn(async move {
+                if stop
+                    .run_until_cancelled(presence.gone_for(time))
+                    .await
+                    .is_some()
+                {
+                    tracing::info!(?time, "no client for this long; ending (--exit-when-idle)");
+                    asked.cancel();
+                }
+            });
+        }
+        if let Some(address) = addresses.admin {
+            tracing::info!(%address, "answering /quitquitquit");
+        }
         if let Some(address) = addresses.http {
             tracing::info!(%address, "serving health and metrics");
         }
         if let Some(address) = addresses.notes {
             tracing::info!(%address, "serving the notes page");
         }
-        health.set_started();
+        if !run_connection_test {
+            health.set_started();
+        }
         Ok(Running {
             addresses,
             metrics,
             shutdown,
             credentials: first,
+            routes,
             health,
             clients,
             helpers,
-            admin,
+            http,
             stop,
-            grace,
+            asked,
+            ending,
+            run_connection_test,
         })
     }
 }
@@ -280,68 +340,6 @@ pub async fn mint_once(
     let located = locate(endpoint, &Access::new(&endpoint.credential, workspace)?).await?;
     let minted = located.source.mint().await;
     Ok((located.endpoint, minted))
-}
-
-/// A program that serves.
-pub struct Running {
-    addresses: Addresses,
-    metrics: Arc<Metrics>,
-    shutdown: Shutdown,
-    credentials: CredentialCell,
-    health: Arc<Health>,
-    clients: TaskTracker,
-    helpers: TaskTracker,
-    admin: Option<Admin>,
-    stop: CancellationToken,
-    grace: Duration,
-}
-
-impl fmt::Debug for Running {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Running")
-            .field("addresses", &self.addresses)
-            .finish_non_exhaustive()
-    }
-}
-
-impl Running {
-    /// Where it is reached.
-    pub fn addresses(&self) -> &Addresses {
-        &self.addresses
-    }
-
-    /// The first endpoint's credential.
-    pub fn credentials(&self) -> &CredentialCell {
-        &self.credentials
-    }
-
-    /// What is counted for the first endpoint; it renders the others with it.
-    pub fn metrics(&self) -> &Arc<Metrics> {
-        &self.metrics
-    }
-
-    /// Refuses new clients, lets work under way finish within the grace time or until `hurry`, then ends what is left.
-    pub async fn end(self, hurry: impl Future<Output = ()>) {
-        tracing::info!(sessions = self.clients.len(), grace = ?self.grace, "shutting down");
-        self.health.set_draining();
-        self.shutdown.drain();
-        // The accept loops run until the cut, so that late clients are told why they are refused.
-        self.clients.close();
-        tokio::select! {
-            () = self.clients.wait() => {}
-            () = tokio::time::sleep(self.grace) => {}
-            () = hurry => {}
-        }
-        self.shutdown.cut();
-        let cut = timeout(HELPERS_END, self.clients.wait()).await;
-        self.stop.cancel();
-        self.helpers.close();
-        let _ = timeout(HELPERS_END, self.helpers.wait()).await;
-        if let Some(admin) = self.admin {
-            let _ = timeout(HELPERS_END, admin.ended()).await;
-        }
-        tracing::info!(complete = cut.is_ok(), "shut down");
-    }
 }
 
 async fn bind(
@@ -407,7 +405,6 @@ fn any_valid(credentials: &[CredentialCell]) -> Result<(), String> {
 }
 
 /// Where a client on this machine reaches a listener, also one on every address.
-#[cfg(feature = "notes")]
 fn reachable(listener: SocketAddr) -> SocketAddr {
     use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
     let ip = match listener.ip() {

@@ -31,10 +31,10 @@ use crate::{
 };
 
 const POSTGRES_PORT: u16 = 5432;
-const HTTP_PORT: u16 = 9090;
+pub(crate) const HTTP_PORT: u16 = 9090;
 const NOTES_PORT: u16 = 8000;
-/// What Lakebase calls the database of a new project.
-pub const DEFAULT_DATABASE: &str = "databricks_postgres";
+/// Cloud SQL Auth Proxy's.
+pub(crate) const ADMIN_PORT: u16 = 9091;
 /// Descriptors that are not for sessions: sockets of our own, logs, the workspace, name resolution.
 const RESERVED_DESCRIPTORS: u64 = 100;
 const MAX_SIGTERM_DELAY: Duration = Duration::from_secs(10);
@@ -49,6 +49,8 @@ pub struct Config {
     pub database_mapping: DatabaseMapping,
     /// Where credentials come from.
     pub workspace: workspace::Settings,
+    /// The variables that hold passwords of endpoints.
+    pub password_variables: Vec<String>,
     /// How long things may take at the endpoint.
     pub limits: Limits,
     /// How long a client may take to say what it wants.
@@ -61,8 +63,16 @@ pub struct Config {
     pub http: Option<SocketAddr>,
     /// Where the notes page is served, if at all.
     pub notes: Option<SocketAddr>,
+    /// Where /quitquitquit is served, if at all.
+    pub admin: Option<SocketAddr>,
+    /// Whether one login must have worked before the proxy counts as started.
+    pub run_connection_test: bool,
+    /// How long clients are still accepted after SIGTERM.
+    pub min_sigterm_delay: Duration,
     /// How long work under way may go on after a signal.
     pub grace: Duration,
+    /// After how long without a client the program ends.
+    pub exit_when_idle: Option<Duration>,
     /// Whether SIGTERM leads to exit code 0.
     pub exit_zero_on_sigterm: bool,
     /// What is logged, and how.
@@ -97,7 +107,9 @@ pub struct EndpointConfig {
 impl EndpointConfig {
     /// The database for clients that name none, where only the settings are asked.
     pub fn database_or_default(&self) -> &str {
-        self.database.as_deref().unwrap_or(DEFAULT_DATABASE)
+        self.database
+            .as_deref()
+            .unwrap_or(workspace::DEFAULT_DATABASE)
     }
 
     /// What people know it by: its name, else its host.
@@ -257,10 +269,7 @@ impl ConfigError {
 impl Config {
     /// Puts the layers together and checks the result.
     pub fn resolve(settings: Settings, environment: Environment) -> Result<Self, ConfigError> {
-        let settings = match settings.config_file.clone() {
-            Some(path) => settings.or(read(&path)?),
-            None => settings,
-        };
+        let settings = settings.with_file()?;
         let loopback = IpAddr::V4(Ipv4Addr::LOCALHOST);
 
         let address = settings.address.unwrap_or(loopback);
@@ -307,6 +316,13 @@ impl Config {
             Some(PortSetting::Port(port)) => port,
             Some(PortSetting::None) => return Err(ConfigError::NoListener),
         };
+        let password_variables = tables
+            .iter()
+            .filter_map(|table| match &table.credential {
+                Some(CredentialSetting::PasswordEnv(variable)) => Some(variable.clone()),
+                _ => None,
+            })
+            .collect();
         let mut endpoints = Vec::with_capacity(tables.len());
         for table in tables {
             let listen = match table.listen {
@@ -336,6 +352,7 @@ impl Config {
             endpoints,
             database_mapping: settings.database_mapping.unwrap_or_default(),
             workspace: environment.workspace.with_profile(settings.profile),
+            password_variables,
             limits: Limits {
                 connect_timeout: or(settings.connect_timeout, limits.connect_timeout),
                 server_connect_timeout: or(
@@ -357,7 +374,18 @@ impl Config {
             },
             http,
             notes,
+            admin: settings
+                .quitquitquit
+                .unwrap_or(false)
+                .then(|| socket(loopback, settings.admin_port, ADMIN_PORT))
+                .flatten(),
+            run_connection_test: settings.run_connection_test.unwrap_or(false),
+            min_sigterm_delay: or(settings.min_sigterm_delay, Duration::ZERO),
             grace: or(settings.max_sigterm_delay, MAX_SIGTERM_DELAY),
+            exit_when_idle: settings
+                .exit_when_idle
+                .map(|DurationSetting(time)| time)
+                .filter(|time| !time.is_zero()),
             exit_zero_on_sigterm: settings.exit_zero_on_sigterm.unwrap_or(false),
             log: LogOptions {
                 filter: settings
@@ -366,6 +394,16 @@ impl Config {
                 structured: settings.structured_logs.unwrap_or(false),
             },
         })
+    }
+}
+
+impl Settings {
+    /// These settings, and the file's where they say nothing.
+    pub fn with_file(mut self) -> Result<Self, ConfigError> {
+        match self.config_file.take() {
+            Some(path) => Ok(self.or(read(&path)?)),
+            None => Ok(self),
+        }
     }
 }
 

@@ -85,6 +85,10 @@ pub struct Settings {
     #[arg(long, value_enum, value_name = "HOW", help_heading = "Upstream")]
     pub database_mapping: Option<DatabaseMapping>,
 
+    /// Log in once before being ready, and exit with 1 if that fails; retried while the endpoint wakes
+    #[arg(long, num_args = 0..=1, default_missing_value = "true", require_equals = true, value_name = "BOOL", help_heading = "Upstream")]
+    pub run_connection_test: Option<bool>,
+
     /// Address for health checks and metrics [default: 127.0.0.1]
     #[arg(long, value_name = "IP", help_heading = "Seen from outside")]
     pub http_address: Option<IpAddr>,
@@ -105,6 +109,10 @@ pub struct Settings {
     #[arg(long, value_name = "PORT", help_heading = "Notes page")]
     pub notes_port: Option<PortSetting>,
 
+    /// How long to go on accepting clients after SIGTERM, before the drain begins [default: 0s]
+    #[arg(long, value_name = "TIME", help_heading = "Ending")]
+    pub min_sigterm_delay: Option<DurationSetting>,
+
     /// How long work under way may go on after SIGTERM or SIGINT [default: 10s]
     #[arg(long, value_name = "TIME", help_heading = "Ending")]
     pub max_sigterm_delay: Option<DurationSetting>,
@@ -112,6 +120,18 @@ pub struct Settings {
     /// Exit with 0, not 143, after SIGTERM
     #[arg(long, visible_alias = "exit-zero-sigterm", num_args = 0..=1, default_missing_value = "true", require_equals = true, value_name = "BOOL", help_heading = "Ending")]
     pub exit_zero_on_sigterm: Option<bool>,
+
+    /// Exit with 0 once no client has been connected for this long, from the start on; for jobs
+    #[arg(long, value_name = "TIME", help_heading = "Ending")]
+    pub exit_when_idle: Option<DurationSetting>,
+
+    /// Answer /quitquitquit at the admin port, which ends the proxy as SIGTERM does, but with exit code 0
+    #[arg(long, num_args = 0..=1, default_missing_value = "true", require_equals = true, value_name = "BOOL", help_heading = "Ending")]
+    pub quitquitquit: Option<bool>,
+
+    /// Port of /quitquitquit, on 127.0.0.1 always [default: 9091]
+    #[arg(long, value_name = "PORT", help_heading = "Ending")]
+    pub admin_port: Option<PortSetting>,
 
     /// Log JSON, a line each
     #[arg(short = 'l', long, num_args = 0..=1, default_missing_value = "true", require_equals = true, value_name = "BOOL", help_heading = "Logs")]
@@ -146,7 +166,8 @@ impl Settings {
             address, port, allow_remote, max_connections, client_login_timeout, connect_timeout,
             server_connect_timeout, capacity_timeout, tcp_keepalive_idle, tcp_keepalive_interval,
             tcp_keepalive_count, tcp_user_timeout, read_only, database_mapping, http_address,
-            http_port, notes, notes_address, notes_port, max_sigterm_delay, exit_zero_on_sigterm,
+            http_port, notes, notes_address, notes_port, min_sigterm_delay, max_sigterm_delay,
+            exit_zero_on_sigterm, exit_when_idle, quitquitquit, admin_port, run_connection_test,
             structured_logs, log_filter, config_file, profile,
         }
     }

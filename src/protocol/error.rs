@@ -112,6 +112,14 @@ impl Report {
         self
     }
 
+    /// Message and DETAIL in one line, for people who are no client.
+    pub fn line(&self) -> String {
+        match &self.detail {
+            Some(detail) => format!("{} ({detail})", self.message),
+            None => self.message.clone(),
+        }
+    }
+
     /// As an ErrorResponse that ends the connection.
     pub fn encode_fatal(&self) -> BytesMut {
         let mut out = BytesMut::new();

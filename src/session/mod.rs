@@ -13,6 +13,7 @@
 
 mod cancel;
 mod handshake;
+mod presence;
 mod relay;
 
 use std::{
@@ -31,7 +32,10 @@ use tokio::{
     time::{Instant, sleep, timeout},
 };
 
-pub use self::cancel::Cancels;
+pub use self::{
+    cancel::Cancels,
+    presence::{Presence, Present},
+};
 use self::{
     cancel::Target,
     handshake::{HandshakeError, Opening},
@@ -59,7 +63,7 @@ const FAREWELL: Duration = Duration::from_secs(1);
 /// What a client may send before it is welcomed, in bytes; beyond it, it is simply not read from.
 const EARLY_LIMIT: usize = 64 * 1024;
 /// Terminate: the orderly end of a session towards the server.
-const TERMINATE: [u8; 5] = [b'X', 0, 0, 0, 4];
+pub(crate) const TERMINATE: [u8; 5] = [b'X', 0, 0, 0, 4];
 
 /// What the database name a client sends means.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Deserialize, clap::ValueEnum)]
@@ -103,6 +107,8 @@ pub struct Sessions {
     pub shutdown: Shutdown,
     /// What is counted.
     pub metrics: Arc<Metrics>,
+    /// Whether any session runs.
+    pub presence: Presence,
     /// Numbers the sessions of this process.
     pub ids: Arc<AtomicU64>,
 }
@@ -178,6 +184,7 @@ impl Sessions {
     {
         let began = Instant::now();
         let _permit = self.admit()?;
+        let _present = self.presence.enter();
         let draining = self.shutdown.draining().clone();
         let connect = async {
             let upstream = self.route.upstream().await?;

@@ -62,6 +62,7 @@ fn sessions(upstream: SocketAddr, client_login_timeout: Duration) -> Arc<Session
         shutdown: Shutdown::new(),
         metrics,
         ids: Arc::default(),
+        presence: Presence::default(),
     })
 }
 

@@ -45,14 +45,10 @@ pub(crate) fn command(arguments: &[&str]) -> Command {
 impl Binary {
     /// `serve` in front of `emulator` on any free ports; it holds a credential when this returns.
     pub(crate) async fn serve(emulator: &Emulator, flags: &[&str]) -> Self {
-        let base = [
-            "serve",
-            "--port",
-            "0",
-            "--http-port",
-            "0",
-            "--structured-logs",
-        ];
+        let mut base = vec!["serve", "--port", "0", "--structured-logs"];
+        if !flags.contains(&"--http-port") {
+            base.extend(["--http-port", "0"]);
+        }
         let mut child = command(&base)
             .args(flags)
             .envs(emulator.environment())
@@ -124,6 +120,15 @@ impl Binary {
             {
                 return line;
             }
+        }
+    }
+
+    /// The line with this message, logged already or next.
+    pub(crate) async fn logged(&mut self, message: &str) -> Value {
+        let said = |line: &&Value| line["message"] == message;
+        match self.lines.iter().find(said) {
+            Some(line) => line.clone(),
+            None => self.until(message).await,
         }
     }
 

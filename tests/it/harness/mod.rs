@@ -246,6 +246,11 @@ impl Proxy {
         wire.refusal().await
     }
 
+    /// Drains, as after SIGTERM.
+    pub(crate) async fn end(self, hurry: impl Future<Output = ()>) {
+        self.running.end(hurry).await;
+    }
+
     /// Waits until no session is left on either side.
     pub(crate) async fn until_quiet(&self) {
         let metrics = self.metrics();

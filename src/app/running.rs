@@ -1,0 +1,193 @@
+//! A program that serves, up to its end.
+
+use std::{fmt, future::pending, net::SocketAddr, pin::pin, sync::Arc, time::Duration};
+
+use tokio::{
+    io::AsyncWriteExt,
+    task::JoinSet,
+    time::{sleep, timeout},
+};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+use super::{Addresses, Ending, StartError};
+use crate::{
+    admin::{Admin, Health},
+    credential::CredentialCell,
+    protocol::options::SessionSettings,
+    session::TERMINATE,
+    shutdown::Shutdown,
+    telemetry::Metrics,
+    upstream::{Refusal, Route},
+};
+
+/// How long helpers (the health port, the notes page) may take to end once no client is left.
+const HELPERS_END: Duration = Duration::from_secs(2);
+
+/// A program that serves.
+pub struct Running {
+    pub(super) addresses: Addresses,
+    pub(super) metrics: Arc<Metrics>,
+    pub(super) shutdown: Shutdown,
+    pub(super) credentials: CredentialCell,
+    pub(super) routes: Vec<Route>,
+    pub(super) health: Arc<Health>,
+    pub(super) clients: TaskTracker,
+    pub(super) helpers: TaskTracker,
+    pub(super) http: Option<Admin>,
+    pub(super) stop: CancellationToken,
+    pub(super) asked: CancellationToken,
+    pub(super) ending: Ending,
+    pub(super) run_connection_test: bool,
+}
+
+impl fmt::Debug for Running {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Running")
+            .field("addresses", &self.addresses)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Where clients find the first endpoint here, and who and what they meet there.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Target {
+    /// An address of ours that a client on this machine reaches.
+    pub address: SocketAddr,
+    /// The role that they are upstream.
+    pub user: String,
+    /// The database that they get unless they name another.
+    pub database: String,
+}
+
+impl Running {
+    /// Where it is reached.
+    pub fn addresses(&self) -> &Addresses {
+        &self.addresses
+    }
+
+    /// The first endpoint's credential.
+    pub fn credentials(&self) -> &CredentialCell {
+        &self.credentials
+    }
+
+    /// What is counted for the first endpoint; it renders the others with it.
+    pub fn metrics(&self) -> &Arc<Metrics> {
+        &self.metrics
+    }
+
+    /// How long work under way may go on at the end.
+    pub fn grace(&self) -> Duration {
+        self.ending.grace
+    }
+
+    /// The first endpoint, for clients on this machine; waits for its look-up. Cancel safe.
+    pub async fn target(&self) -> Result<Target, Refusal> {
+        let Some(route) = self.routes.first() else {
+            return Err(no_endpoint());
+        };
+        let upstream = route.upstream().await?;
+        let endpoint = upstream.endpoint();
+        Ok(Target {
+            address: super::reachable(self.addresses.postgres),
+            user: endpoint.user.clone(),
+            database: endpoint.database.clone(),
+        })
+    }
+
+    /// With `--run-connection-test`: logs in once at every endpoint, as a client would, and counts as started only then.
+    /// An endpoint that wakes is waited for, as long as a client waits.
+    pub async fn ready(&self) -> Result<(), StartError> {
+        if !self.run_connection_test {
+            return Ok(());
+        }
+        let mut logins: JoinSet<_> = self.routes.iter().cloned().map(log_in).collect();
+        while let Some(login) = logins.join_next().await {
+            // A panic is counted and logged where it happens.
+            if let Ok(Err(refusal)) = login {
+                return Err(StartError::Test(Box::new(refusal.report)));
+            }
+        }
+        tracing::info!("connection test passed");
+        self.health.set_started();
+        Ok(())
+    }
+
+    /// Returns when the program was asked to end otherwise than by a signal. Cancel safe.
+    pub async fn asked_to_end(&self) {
+        self.asked.cancelled().await;
+    }
+
+    /// As [`end`](Self::end), but accepts clients for `--min-sigterm-delay` before.
+    pub async fn end_after_delay(self, hurry: impl Future<Output = ()>) {
+        let mut hurry = pin!(hurry);
+        let delay = self.ending.delay;
+        if !delay.is_zero() {
+            tracing::info!(?delay, "told to end; accepting clients a while longer");
+            tokio::select! {
+                () = sleep(delay) => {}
+                () = &mut hurry => return self.end_within(Duration::ZERO, pending()).await,
+            }
+        }
+        self.end(hurry).await;
+    }
+
+    /// Refuses new clients, lets work under way finish within the grace time or until `hurry`, then ends what is left.
+    pub async fn end(self, hurry: impl Future<Output = ()>) {
+        let grace = self.ending.grace;
+        self.end_within(grace, hurry).await;
+    }
+
+    /// As [`end`](Self::end), with another grace time.
+    pub async fn end_within(self, grace: Duration, hurry: impl Future<Output = ()>) {
+        tracing::info!(sessions = self.clients.len(), ?grace, "shutting down");
+        self.health.set_draining();
+        self.shutdown.drain();
+        // The accept loops run until the cut, so that late clients are told why they are refused.
+        self.clients.close();
+        tokio::select! {
+            () = self.clients.wait() => {}
+            () = sleep(grace) => {}
+            () = hurry => {}
+        }
+        self.shutdown.cut();
+        let cut = timeout(HELPERS_END, self.clients.wait()).await;
+        self.stop.cancel();
+        self.helpers.close();
+        let http = async {
+            if let Some(http) = self.http {
+                http.ended().await;
+            }
+        };
+        let helpers = async { tokio::join!(self.helpers.wait(), http) };
+        let _ = timeout(HELPERS_END, helpers).await;
+        tracing::info!(complete = cut.is_ok(), "shut down");
+    }
+}
+
+/// One login as a client would make it, and an orderly goodbye.
+async fn log_in(route: Route) -> Result<(), Refusal> {
+    let upstream = route.upstream().await?;
+    let settings = SessionSettings {
+        database: upstream.endpoint().database.clone(),
+        parameters: vec![("application_name".to_owned(), "lakebase-proxy".to_owned())],
+        client_encoding: None,
+        replication: false,
+    };
+    let (mut connection, _woke_after) = upstream.connect(&settings).await?;
+    let goodbye = async {
+        connection.stream.write_all(&TERMINATE).await?;
+        connection.stream.shutdown().await
+    };
+    let _ = timeout(HELPERS_END, goodbye).await;
+    Ok(())
+}
+
+fn no_endpoint() -> Refusal {
+    Refusal {
+        report: crate::protocol::error::Report::new(
+            crate::protocol::error::sqlstate::CANNOT_CONNECT,
+            "no endpoint is configured",
+        ),
+        reason: crate::telemetry::names::reason::OTHER,
+    }
+}

@@ -1,0 +1,251 @@
+//! The environment of the program we run: ours, but with a database that needs no password.
+
+use std::{
+    ffi::{OsStr, OsString},
+    net::SocketAddr,
+};
+
+use crate::app::Target;
+
+/// What would lead a client elsewhere, or make it ask for what a local connection has not.
+const REMOVED: [&str; 16] = [
+    "NOTIFY_SOCKET",
+    "PGCHANNELBINDING",
+    "PGGSSENCMODE",
+    "PGHOSTADDR",
+    "PGPASSFILE",
+    "PGPASSWORD",
+    "PGREQUIREAUTH",
+    "PGREQUIREPEER",
+    "PGREQUIRESSL",
+    "PGSERVICE",
+    "PGSERVICEFILE",
+    "PGSSLCERT",
+    "PGSSLCRL",
+    "PGSSLKEY",
+    "PGSSLNEGOTIATION",
+    "PGSSLROOTCERT",
+];
+
+/// The service manager's sockets and our own settings are for us, not for our child.
+const REMOVED_PREFIXES: [&str; 2] = ["LISTEN_", "LAKEBASE_PROXY_"];
+
+/// What holds a secret of the workspace, for `--strip-secrets`.
+const SECRETS: [&str; 9] = [
+    "ACTIONS_ID_TOKEN_REQUEST_TOKEN",
+    "ARM_CLIENT_SECRET",
+    "DATABRICKS_CLIENT_SECRET",
+    "DATABRICKS_GOOGLE_CREDENTIALS",
+    "DATABRICKS_OIDC_TOKEN",
+    "DATABRICKS_PASSWORD",
+    "DATABRICKS_TOKEN",
+    "GOOGLE_CREDENTIALS",
+    "SYSTEM_ACCESSTOKEN",
+];
+
+const DATABASE_URL: &str = "DATABASE_URL";
+
+/// Which secrets the child does not get.
+#[derive(Clone, Debug, Default)]
+pub enum Secrets {
+    /// None is taken away: the program may use the workspace itself.
+    #[default]
+    Kept,
+    /// The workspace's, and these variables.
+    Stripped(Vec<String>),
+}
+
+/// The child's variables, from those that we have inherited.
+pub(super) fn variables(
+    inherited: impl IntoIterator<Item = (OsString, OsString)>,
+    target: &Target,
+    secrets: &Secrets,
+) -> Vec<(OsString, OsString)> {
+    let ours = [
+        ("PGHOST", target.address.ip().to_string()),
+        ("PGPORT", target.address.port().to_string()),
+        ("PGSSLMODE", "disable".to_owned()),
+        ("PGUSER", target.user.clone()),
+        ("PGDATABASE", target.database.clone()),
+    ];
+    let replaced = |name: &OsStr| ours.iter().any(|(ours, _)| name == *ours);
+    let mut variables: Vec<(OsString, OsString)> = inherited
+        .into_iter()
+        .filter(|(name, value)| {
+            // An empty one counts as unset, as everywhere here.
+            let no_url = name == DATABASE_URL && value.is_empty();
+            !replaced(name) && !no_url && !is_removed(name) && !is_secret(name, secrets)
+        })
+        .collect();
+    let has_url = variables.iter().any(|(name, _)| name == DATABASE_URL);
+    variables.extend(
+        ours.into_iter()
+            .map(|(name, value)| (name.into(), value.into())),
+    );
+    if !has_url {
+        variables.push((DATABASE_URL.into(), url(target).into()));
+    }
+    variables
+}
+
+fn is_removed(name: &OsStr) -> bool {
+    REMOVED.iter().any(|removed| name == *removed)
+        || REMOVED_PREFIXES
+            .iter()
+            .any(|prefix| name.as_encoded_bytes().starts_with(prefix.as_bytes()))
+}
+
+fn is_secret(name: &OsStr, secrets: &Secrets) -> bool {
+    match secrets {
+        Secrets::Kept => false,
+        Secrets::Stripped(more) => {
+            SECRETS.iter().any(|secret| name == *secret)
+                || more.iter().any(|secret| name == secret.as_str())
+        }
+    }
+}
+
+fn url(target: &Target) -> String {
+    // SocketAddr writes an IPv6 address in brackets, as a URL wants it.
+    let address: SocketAddr = target.address;
+    format!(
+        "postgresql://{}@{address}/{}?sslmode=disable",
+        percent_encoded(&target.user),
+        percent_encoded(&target.database)
+    )
+}
+
+/// Everything but RFC 3986's unreserved characters is encoded, which is right in every part of a URL.
+fn percent_encoded(text: &str) -> String {
+    text.bytes()
+        .map(|byte| match byte {
+            b'A'..=b'Z' | b'a'..=b'z' | b'0'..=b'9' | b'-' | b'.' | b'_' | b'~' => {
+                char::from(byte).to_string()
+            }
+            _ => format!("%{byte:02X}"),
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+
+    fn child(inherited: &[(&str, &str)], secrets: &Secrets) -> BTreeMap<String, String> {
+        let target = Target {
+            address: "127.0.0.1:6000".parse().unwrap(),
+            user: "me@example.com".to_owned(),
+            database: "a/b ü".to_owned(),
+        };
+        let inherited = inherited
+            .iter()
+            .map(|&(name, value)| (name.into(), value.into()));
+        let variables = variables(inherited, &target, secrets);
+        let count = variables.len();
+        let text = |text: OsString| text.into_string().unwrap();
+        let variables: BTreeMap<_, _> = variables
+            .into_iter()
+            .map(|(name, value)| (text(name), text(value)))
+            .collect();
+        assert_eq!(variables.len(), count, "each once");
+        variables
+    }
+
+    #[test]
+    fn the_child_is_led_to_us() {
+        let inherited = [
+            ("PGHOST", "ep.database.cloud.databricks.com"),
+            ("PGSSLMODE", "require"),
+            ("HOME", "/h"),
+        ];
+        let child = child(&inherited, &Secrets::Kept);
+        let expected = [
+            (
+                "DATABASE_URL",
+                "postgresql://me%40example.com@127.0.0.1:6000/a%2Fb%20%C3%BC?sslmode=disable",
+            ),
+            ("HOME", "/h"),
+            ("PGDATABASE", "a/b ü"),
+            ("PGHOST", "127.0.0.1"),
+            ("PGPORT", "6000"),
+            ("PGSSLMODE", "disable"),
+            ("PGUSER", "me@example.com"),
+        ];
+        assert_eq!(
+            child.into_iter().collect::<Vec<_>>(),
+            expected.map(|(n, v)| (n.to_owned(), v.to_owned()))
+        );
+    }
+
+    #[test]
+    fn what_would_lead_elsewhere_is_gone() {
+        let names = [
+            "PGPASSWORD",
+            "PGPASSFILE",
+            "PGHOSTADDR",
+            "PGSERVICE",
+            "PGSERVICEFILE",
+            "PGSSLROOTCERT",
+            "PGSSLCERT",
+            "PGSSLKEY",
+            "PGSSLCRL",
+            "PGSSLNEGOTIATION",
+            "PGREQUIRESSL",
+            "PGREQUIREAUTH",
+            "PGREQUIREPEER",
+            "PGCHANNELBINDING",
+            "PGGSSENCMODE",
+            "NOTIFY_SOCKET",
+            "LISTEN_FDS",
+            "LISTEN_PID",
+            "LISTEN_FDNAMES",
+            "LAKEBASE_PROXY_PORT",
+        ];
+        let kept = [
+            "PGAPPNAME",
+            "PGOPTIONS",
+            "LISTENER",
+            "LAKEBASE_ENDPOINT",
+            "DATABRICKS_TOKEN",
+        ];
+        let inherited: Vec<_> = names
+            .into_iter()
+            .chain(kept)
+            .map(|name| (name, "x"))
+            .collect();
+        let child = child(&inherited, &Secrets::Kept);
+        for name in names {
+            assert!(!child.contains_key(name), "{name}");
+        }
+        for name in kept {
+            assert!(child.contains_key(name), "{name}");
+        }
+    }
+
+    #[test]
+    fn a_database_url_of_its_own_is_kept_and_an_empty_one_is_none() {
+        let own = child(&[("DATABASE_URL", "sqlite://x")], &Secrets::Kept);
+        assert_eq!(own["DATABASE_URL"], "sqlite://x");
+        let empty = child(&[("DATABASE_URL", "")], &Secrets::Kept);
+        assert!(empty["DATABASE_URL"].starts_with("postgresql://"));
+    }
+
+    #[test]
+    fn secrets_are_stripped_when_asked() {
+        let inherited = [
+            ("DATABRICKS_CLIENT_SECRET", "s"),
+            ("DATABRICKS_TOKEN", "s"),
+            ("ARM_CLIENT_SECRET", "s"),
+            ("MY_PASSWORD", "s"),
+            ("DATABRICKS_HOST", "h"),
+            ("DATABRICKS_CLIENT_ID", "i"),
+        ];
+        let child = child(&inherited, &Secrets::Stripped(vec!["MY_PASSWORD".into()]));
+        assert!(child.values().all(|value| value != "s"), "{child:?}");
+        assert!(
+            child.contains_key("DATABRICKS_HOST") && child.contains_key("DATABRICKS_CLIENT_ID")
+        );
+    }
+}

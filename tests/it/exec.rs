@@ -1,0 +1,543 @@
+//! `exec`: the program itself with a child, in front of an emulator.
+
+use std::{
+    os::unix::process::ExitStatusExt,
+    process::{ExitStatus, Stdio},
+    time::Duration,
+};
+
+use lakebase_proxy::emulator::Emulator;
+use tokio::{
+    io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
+    process::{Child, ChildStdout, Command},
+    time::Instant,
+};
+
+use crate::harness::{self, binary, within};
+
+/// `exec` in front of `emulator` with these flags, of this shell script.
+fn exec(emulator: &Emulator, flags: &[&str], script: &str) -> Command {
+    let mut command = program(emulator, flags);
+    command.args(["--", "sh", "-c", script]);
+    command
+}
+
+fn program(emulator: &Emulator, flags: &[&str]) -> Command {
+    let mut command = binary::command(&["exec", "--structured-logs"]);
+    command
+        .args(flags)
+        .envs(emulator.environment())
+        .stdout(Stdio::piped());
+    command
+}
+
+struct Outcome {
+    code: Option<i32>,
+    out: String,
+    log: String,
+}
+
+async fn outcome(command: &mut Command) -> Outcome {
+    let output = within("the program ends", command.output()).await.unwrap();
+    Outcome {
+        code: output.status.code(),
+        out: String::from_utf8(output.stdout).unwrap(),
+        log: String::from_utf8_lossy(&output.stderr).into_owned(),
+    }
+}
+
+/// A running `exec`, and what its child says line by line.
+struct Running {
+    process: Child,
+    out: tokio::io::Lines<BufReader<ChildStdout>>,
+}
+
+impl Running {
+    fn start(command: &mut Command) -> Self {
+        let mut process = command.stderr(Stdio::inherit()).spawn().unwrap();
+        let out = BufReader::new(process.stdout.take().unwrap()).lines();
+        Self { process, out }
+    }
+
+    async fn line(&mut self) -> String {
+        let line = within("a line of the child", self.out.next_line()).await;
+        line.unwrap().expect("the child says more")
+    }
+
+    fn signal(&self, name: &str) {
+        signal(self.process.id().unwrap(), name);
+    }
+
+    async fn end(&mut self) -> ExitStatus {
+        within("exec ends", self.process.wait()).await.unwrap()
+    }
+}
+
+fn signal(id: u32, name: &str) {
+    let sent = std::process::Command::new("kill")
+        .args(["-s", name, &id.to_string()])
+        .status();
+    assert!(sent.unwrap().success());
+}
+
+#[tokio::test]
+async fn the_child_finds_its_database_without_a_password() {
+    let emulator = harness::emulator().await;
+    let script = "psql -XAtc 'select current_user, current_database()' && psql -XAtc 'select 1' \"$DATABASE_URL\"";
+    let mut command = exec(&emulator, &[], script);
+    // What would lead it elsewhere.
+    let elsewhere = [
+        ("PGPASSWORD", "wrong"),
+        ("PGHOSTADDR", "192.0.2.1"),
+        ("PGSSLROOTCERT", "/nowhere"),
+        ("PGSERVICE", "nowhere"),
+        ("PGREQUIREAUTH", "scram-sha-256"),
+        ("PGCHANNELBINDING", "require"),
+        ("DATABASE_URL", ""),
+    ];
+    let roots = emulator.environment();
+    let roots = roots.iter().any(|(name, _)| *name == "PGSSLROOTCERT");
+    for (name, value) in elsewhere {
+        if !(roots && name == "PGSSLROOTCERT") {
+            command.env(name, value);
+        }
+    }
+    let outcome = outcome(&mut command).await;
+    let user = &emulator.identities().app.name;
+    assert_eq!(
+        outcome.out,
+        format!("{user}|databricks_postgres\n1\n"),
+        "{}",
+        outcome.log
+    );
+    assert_eq!(outcome.code, Some(0));
+}
+
+#[tokio::test]
+async fn its_variables_are_the_proxys_and_ours_are_gone() {
+    let emulator = harness::emulator().await;
+    let mut command = exec(&emulator, &["--strip-secrets"], "env; ulimit -Sn");
+    command
+        .env("NOTIFY_SOCKET", "/nowhere")
+        .env("LISTEN_FDS", "0")
+        .env("LAKEBASE_PROXY_MAX_CONNECTIONS", "50")
+        .env("KEPT", "kept");
+    let outcome = outcome(&mut command).await;
+    let has = |start: &str| outcome.out.lines().any(|line| line.starts_with(start));
+    assert!(has("PGHOST=127.0.0.1") && has("PGSSLMODE=disable") && has("KEPT=kept"));
+    assert!(has("DATABASE_URL=postgresql://") && has("DATABRICKS_HOST="));
+    for gone in [
+        "NOTIFY_SOCKET",
+        "LISTEN_",
+        "LAKEBASE_PROXY_",
+        "PGSSLROOTCERT",
+        "DATABRICKS_TOKEN",
+        "DATABRICKS_CLIENT_SECRET",
+    ] {
+        assert!(!has(gone), "{gone}: {}", outcome.out);
+    }
+}
+
+#[tokio::test]
+async fn the_child_has_the_limit_of_open_files_that_it_would_have_had() {
+    let emulator = harness::emulator().await;
+    let exec = env!("CARGO_BIN_EXE_lakebase-proxy");
+    // No --max-connections, so that the proxy raises its own.
+    let script = "ulimit -Sn; ulimit -Hn; grep 'open files' /proc/$PPID/limits | tr -s ' '";
+    let mut command = Command::new("sh");
+    command
+        .args(["-c", "ulimit -Sn 345; ulimit -Hn 4000; exec \"$@\"", "sh"])
+        .args([exec, "exec", "--", "sh", "-c", script])
+        .envs(emulator.environment())
+        .stdin(Stdio::null());
+    let outcome = outcome(&mut command).await;
+    assert_eq!(
+        outcome.out, "345\n4000\nMax open files 4000 4000 files \n",
+        "{}",
+        outcome.log
+    );
+}
+
+#[tokio::test]
+async fn the_exit_code_is_the_childs() {
+    let emulator = harness::emulator().await;
+    for (script, code) in [
+        ("exit 3", 3),
+        ("kill -KILL $$", 137),
+        ("kill -TERM $$", 143),
+    ] {
+        assert_eq!(
+            outcome(&mut exec(&emulator, &[], script)).await.code,
+            Some(code),
+            "{script}"
+        );
+    }
+    let mut missing = program(&emulator, &[]);
+    let outcome = outcome(missing.args(["--", "/nowhere/at-all"])).await;
+    assert_eq!(outcome.code, Some(127));
+    assert!(
+        outcome
+            .log
+            .contains("lakebase-proxy: cannot run `/nowhere/at-all`: "),
+        "{}",
+        outcome.log
+    );
+}
+
+#[tokio::test]
+async fn without_a_credential_the_child_is_not_started() {
+    let emulator = harness::emulator().await;
+    let mut command = exec(&emulator, &["--connect-timeout", "300ms"], "echo started");
+    let began = Instant::now();
+    // Nobody there.
+    command.env("DATABRICKS_HOST", "http://127.0.0.1:1");
+    let outcome = outcome(&mut command).await;
+    assert_eq!((outcome.code, outcome.out.as_str()), (Some(1), ""));
+    let last = outcome
+        .log
+        .lines()
+        .filter(|line| line.starts_with("lakebase-proxy: "));
+    let last: Vec<_> = last.collect();
+    assert_eq!(last.len(), 1, "{}", outcome.log);
+    assert!(
+        last[0].starts_with("lakebase-proxy: `sh` was not started: "),
+        "{}",
+        outcome.log
+    );
+    assert!(began.elapsed() < Duration::from_secs(20));
+}
+
+#[tokio::test]
+async fn on_sigterm_the_child_goes_first_and_still_has_its_database() {
+    let emulator = harness::emulator().await;
+    let script =
+        "trap 'psql -XAtc \"select 42\"; exit 7' TERM; echo ready; while :; do sleep 0.1; done";
+    let mut running = Running::start(&mut exec(&emulator, &[], script));
+    assert_eq!(running.line().await, "ready");
+    running.signal("TERM");
+    assert_eq!(
+        running.line().await,
+        "42",
+        "a new session after the proxy was told to end"
+    );
+    assert_eq!(running.end().await.code(), Some(7));
+}
+
+#[tokio::test]
+async fn a_child_that_ignores_sigterm_is_killed_in_time() {
+    let emulator = harness::emulator().await;
+    let script = "trap '' TERM; echo ready; while :; do sleep 0.1; done";
+    let flags = ["--max-sigterm-delay", "1s"];
+    let mut running = Running::start(&mut exec(&emulator, &flags, script));
+    assert_eq!(running.line().await, "ready");
+    let told = Instant::now();
+    running.signal("TERM");
+    assert_eq!(running.end().await.code(), Some(137));
+    assert!(
+        told.elapsed() > Duration::from_millis(500),
+        "it had its time"
+    );
+
+    // The second one does not wait.
+    let flags = ["--max-sigterm-delay", "1h"];
+    let mut running = Running::start(&mut exec(&emulator, &flags, script));
+    assert_eq!(running.line().await, "ready");
+    running.signal("TERM");
+    running.signal("TERM");
+    // Two that come as one are one.
+    let again = async {
+        loop {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            signal(running.process.id().unwrap(), "TERM");
+        }
+    };
+    let ended = async {
+        let mut nothing = Vec::new();
+        running
+            .out
+            .get_mut()
+            .read_to_end(&mut nothing)
+            .await
+            .unwrap();
+    };
+    tokio::select! {
+        () = again => {}
+        () = within("the child is killed", ended) => {}
+    }
+    assert_eq!(running.end().await.code(), Some(137));
+}
+
+#[tokio::test]
+async fn signals_are_passed_on() {
+    let emulator = harness::emulator().await;
+    let names = ["HUP", "INT", "QUIT", "USR1", "USR2", "WINCH", "TTIN"];
+    let trap = |name: &&str| format!("trap 'echo got {name}' {name}; ");
+    let traps = names.iter().map(trap).collect::<Vec<_>>().concat();
+    let script = format!("{traps} echo ready; while :; do sleep 0.05; done");
+    let mut command = Command::new("setsid");
+    command
+        .arg(env!("CARGO_BIN_EXE_lakebase-proxy"))
+        .args(["exec", "--", "sh", "-c", &script])
+        .envs(emulator.environment())
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .kill_on_drop(true);
+    let mut running = Running::start(&mut command);
+    assert_eq!(running.line().await, "ready");
+    for name in names {
+        running.signal(name);
+        assert_eq!(running.line().await, format!("got {name}"));
+    }
+    running.signal("TERM");
+    assert_eq!(running.end().await.code(), Some(143), "the child's own");
+}
+
+#[tokio::test]
+async fn what_was_ignored_stays_ignored() {
+    let emulator = harness::emulator().await;
+    let script = "echo ready; read line; echo still here";
+    let mut command = Command::new("sh");
+    command
+        .args(["-c", "trap '' HUP; exec \"$@\"", "sh"])
+        .arg(env!("CARGO_BIN_EXE_lakebase-proxy"))
+        .args(["exec", "--", "sh", "-c", script])
+        .envs(emulator.environment())
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .kill_on_drop(true);
+    let mut running = Running::start(&mut command);
+    assert_eq!(running.line().await, "ready");
+    running.signal("HUP");
+    let mut input = running.process.stdin.take().unwrap();
+    input.write_all(b"\n").await.unwrap();
+    assert_eq!(running.line().await, "still here");
+    assert_eq!(running.end().await.code(), Some(0));
+}
+
+#[tokio::test]
+async fn a_clean_end_by_sigterm_can_be_zero() {
+    let emulator = harness::emulator().await;
+    for (flags, script, code) in [
+        (
+            &["--exit-zero-on-sigterm"][..],
+            "echo ready; exec sleep 60",
+            0,
+        ),
+        (
+            &["--exit-zero-on-sigterm"],
+            "trap 'exit 9' TERM; echo ready; while :; do sleep 0.05; done",
+            9,
+        ),
+        (&[], "echo ready; exec sleep 60", 143),
+    ] {
+        let mut running = Running::start(&mut exec(&emulator, flags, script));
+        assert_eq!(running.line().await, "ready");
+        running.signal("TERM");
+        assert_eq!(running.end().await.code(), Some(code), "{flags:?} {script}");
+    }
+}
+
+#[tokio::test]
+async fn two_live_side_by_side() {
+    let emulator = harness::emulator().await;
+    let script = "echo $PGPORT; psql -XAtc 'select 1'; read line";
+    let start = || {
+        let mut command = exec(&emulator, &[], script);
+        command.stdin(Stdio::piped());
+        Running::start(&mut command)
+    };
+    let (mut one, mut other) = (start(), start());
+    let ports = (one.line().await, other.line().await);
+    assert_ne!(ports.0, ports.1);
+    assert_eq!(
+        (one.line().await, other.line().await),
+        ("1".into(), "1".into())
+    );
+    for running in [&mut one, &mut other] {
+        drop(running.process.stdin.take());
+        running.end().await;
+    }
+}
+
+#[tokio::test]
+async fn as_pid_1_orphans_are_reaped_and_the_status_is_the_childs() {
+    let emulator = harness::emulator().await;
+    // Orphans that end before, beside and after; each would stay as a zombie of PID 1.
+    let script = "for i in 1 2 3 4 5; do (sh -c 'sleep 0.05; exit 4' &) ; done; \
+                  psql -XAtc 'select 1'; sleep 0.5; \
+                  echo zombies $(ps -eo stat= | grep -c '^Z'); exit 3";
+    let mut command = Command::new("unshare");
+    command
+        .args(["--pid", "--fork", "--mount-proc", "--kill-child"])
+        .arg(env!("CARGO_BIN_EXE_lakebase-proxy"))
+        .args(["exec", "--", "sh", "-c", script])
+        .envs(emulator.environment())
+        .stdin(Stdio::null());
+    let outcome = outcome(&mut command).await;
+    if outcome.log.contains("Operation not permitted") {
+        return; // No namespaces here.
+    }
+    assert_eq!(outcome.out, "1\nzombies 0\n", "{}", outcome.log);
+    assert_eq!(outcome.code, Some(3));
+}
+
+#[tokio::test]
+async fn pid_1_passes_sigterm_on() {
+    let emulator = harness::emulator().await;
+    let script = "trap 'echo told; exit 5' TERM; echo ready; while :; do sleep 0.05; done";
+    let mut command = Command::new("unshare");
+    command
+        .args([
+            "--pid",
+            "--fork",
+            "--mount-proc",
+            "--kill-child",
+            "sh",
+            "-c",
+        ])
+        // The shell is replaced by the program, which then is PID 1.
+        .arg(format!(
+            "exec {} exec -- sh -c \"$0\"",
+            env!("CARGO_BIN_EXE_lakebase-proxy")
+        ))
+        .arg(script)
+        .envs(emulator.environment())
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .kill_on_drop(true);
+    let mut running = Running::start(&mut command);
+    let Ok(Some(line)) = within("a line", running.out.next_line()).await else {
+        return; // No namespaces here.
+    };
+    assert_eq!(line, "ready");
+    let unshare = running.process.id().unwrap();
+    let init = std::fs::read_to_string(format!("/proc/{unshare}/task/{unshare}/children")).unwrap();
+    signal(init.trim().parse().unwrap(), "TERM");
+    assert_eq!(running.line().await, "told");
+    let status = running.end().await;
+    assert_eq!((status.code(), status.signal()), (Some(5), None));
+}
+
+/// A terminal with a program in it, typed at and read from.
+struct Terminal {
+    process: Child,
+    out: ChildStdout,
+    seen: String,
+}
+
+impl Terminal {
+    fn start(emulator: &Emulator, line: &str) -> Self {
+        let mut process = Command::new("script")
+            .args(["-qefc", line, "/dev/null"])
+            .envs(emulator.environment())
+            .env("PROXY", env!("CARGO_BIN_EXE_lakebase-proxy"))
+            .env("TERM", "dumb")
+            .env("PAGER", "cat")
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .kill_on_drop(true)
+            .spawn()
+            .unwrap();
+        let out = process.stdout.take().unwrap();
+        Self {
+            process,
+            out,
+            seen: String::new(),
+        }
+    }
+
+    async fn type_in(&mut self, keys: &str) {
+        let keyboard = self.process.stdin.as_mut().unwrap();
+        keyboard.write_all(keys.as_bytes()).await.unwrap();
+        keyboard.flush().await.unwrap();
+    }
+
+    /// Reads on until this is to be seen; forgets what was before it.
+    async fn until(&mut self, text: &str) {
+        let mut chunk = [0; 4096];
+        loop {
+            if let Some(at) = self.seen.find(text) {
+                self.seen.drain(..at + text.len());
+                return;
+            }
+            let read = within(text, self.out.read(&mut chunk)).await.unwrap();
+            assert!(read > 0, "it ends without saying {text:?}: {}", self.seen);
+            self.seen.push_str(&String::from_utf8_lossy(&chunk[..read]));
+        }
+    }
+
+    async fn code(mut self) -> Option<i32> {
+        let mut rest = Vec::new();
+        let _ = within("the end", self.out.read_to_end(&mut rest)).await;
+        within("the end", self.process.wait()).await.unwrap().code()
+    }
+}
+
+#[tokio::test]
+async fn in_a_terminal_ctrl_c_cancels_the_query_and_not_psql() {
+    let emulator = harness::emulator().await;
+    let superuser = harness::superuser().await;
+    let mut terminal = Terminal::start(&emulator, "exec $PROXY exec -- psql -X");
+    terminal.until("databricks_postgres=>").await;
+    terminal.type_in("select 'asleep', pg_sleep(600);\n").await;
+    let role = &emulator.identities().app.name;
+    harness::eventually("the query runs", async || {
+        let query = "select 1 from pg_stat_activity where usename = $1 and state = 'active' and query like '%asleep%'";
+        superuser.query_opt(query, &[role]).await.unwrap()
+    })
+    .await;
+    terminal.type_in("\x03").await;
+    terminal
+        .until("canceling statement due to user request")
+        .await;
+    terminal.until("databricks_postgres=>").await;
+    terminal.type_in("select 'still ' || 'here';\n").await;
+    terminal.until("still here").await;
+    terminal.type_in("\\q\n").await;
+    assert_eq!(terminal.code().await, Some(0));
+}
+
+#[tokio::test]
+async fn in_a_terminal_ctrl_c_ends_a_program_that_it_would_have_ended() {
+    let emulator = harness::emulator().await;
+    let line = "exec $PROXY exec -- sh -c 'echo ready; exec sleep 600'";
+    let mut terminal = Terminal::start(&emulator, line);
+    terminal.until("ready").await;
+    terminal.type_in("\x03").await;
+    assert_eq!(terminal.code().await, Some(130));
+}
+
+#[tokio::test]
+async fn in_a_shell_job_control_works() {
+    let emulator = harness::emulator().await;
+    let mut terminal = Terminal::start(&emulator, "exec bash --norc --noprofile -i");
+    terminal.type_in("PS1='pro''mpt> '\n").await;
+    terminal.until("prompt>").await;
+    terminal
+        .type_in("$PROXY exec -- sh -c 'echo rea''dy; exec cat'\n")
+        .await;
+    terminal.until("ready").await;
+    terminal.type_in("\x1a").await;
+    terminal.until("Stopped").await;
+    terminal.until("prompt>").await;
+    terminal.type_in("fg\n").await;
+    terminal.until("PROXY exec").await;
+    terminal.type_in("a line for cat\n").await;
+    // The terminal's echo and cat's own.
+    terminal.until("a line for cat").await;
+    terminal.until("a line for cat").await;
+    terminal.type_in("\x04").await;
+    terminal.until("prompt>").await;
+
+    // A program that stops itself alone.
+    terminal
+        .type_in("$PROXY exec -- sh -c 'kill -STOP $$; echo go''es on'\n")
+        .await;
+    terminal.until("Stopped").await;
+    terminal.until("prompt>").await;
+    terminal.type_in("fg\n").await;
+    terminal.until("goes on").await;
+    terminal.until("prompt>").await;
+    terminal.type_in("exit 0\n").await;
+    assert_eq!(terminal.code().await, Some(0));
+}
