@@ -2,6 +2,8 @@
 
 use std::{fmt, str::FromStr};
 
+use super::host::without_userinfo;
+
 /// The longest resource id.
 const MAX_ID: usize = 63;
 /// The longest host name (RFC 1035).
@@ -110,7 +112,7 @@ impl FromStr for BranchName {
         match text.parse()? {
             Reference::Branch(name) => Ok(name),
             _ => Err(NameError::Reference {
-                name: text.to_owned(),
+                name: without_userinfo(text),
             }),
         }
     }
@@ -160,7 +162,7 @@ impl FromStr for Reference {
     fn from_str(text: &str) -> Result<Self, NameError> {
         let text = text.trim();
         let unknown = || NameError::Reference {
-            name: text.to_owned(),
+            name: without_userinfo(text),
         };
         let parts: Vec<&str> = text.split('/').collect();
         match parts[..] {
@@ -247,7 +249,7 @@ impl FromStr for HostName {
                 .all(|byte| byte.is_ascii_alphanumeric() || b"-._:[]".contains(&byte));
         if !is_host {
             return Err(NameError::Host {
-                name: text.trim().to_owned(),
+                name: without_userinfo(text.trim()),
             });
         }
         let (label, rest) = name
@@ -298,7 +300,7 @@ impl FromStr for EndpointName {
                 endpoint,
             ] if [project, branch, endpoint].into_iter().all(is_id) => Ok(Self(text.to_owned())),
             _ => Err(NameError::Endpoint {
-                name: text.to_owned(),
+                name: without_userinfo(text),
             }),
         }
     }
@@ -330,7 +332,7 @@ impl FromStr for InstanceName {
             Ok(Self(text.to_owned()))
         } else {
             Err(NameError::Instance {
-                name: text.to_owned(),
+                name: without_userinfo(text),
             })
         }
     }

@@ -207,7 +207,7 @@ async fn settings_that_cannot_work_are_the_first_cause() {
     setup()
         .with("ENDPOINT_NAME", "")
         .with("PGHOST", "")
-        .ails("settings", "ENDPOINT_NAME=")
+        .ails("endpoint", "ENDPOINT_NAME=")
         .await;
     setup()
         .with("PGHOST", "127.0.0.1")
