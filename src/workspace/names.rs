@@ -2,6 +2,8 @@
 
 use std::{fmt, str::FromStr};
 
+use crate::telemetry::without_userinfo;
+
 /// The longest resource id.
 const MAX_ID: usize = 63;
 /// The longest host name (RFC 1035).
@@ -160,7 +162,7 @@ impl FromStr for Reference {
     fn from_str(text: &str) -> Result<Self, NameError> {
         let text = text.trim();
         let unknown = || NameError::Reference {
-            name: text.to_owned(),
+            name: without_userinfo(text).into_owned(),
         };
         let parts: Vec<&str> = text.split('/').collect();
         match parts[..] {
@@ -247,7 +249,7 @@ impl FromStr for HostName {
                 .all(|byte| byte.is_ascii_alphanumeric() || b"-._:[]".contains(&byte));
         if !is_host {
             return Err(NameError::Host {
-                name: text.trim().to_owned(),
+                name: without_userinfo(text.trim()).into_owned(),
             });
         }
         let (label, rest) = name
