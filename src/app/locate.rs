@@ -8,6 +8,7 @@ use super::{
 };
 use crate::{
     config::{EndpointConfig, TlsMode},
+    telemetry::without_userinfo,
     tls,
     upstream::{Endpoint, Label, Security},
     workspace::{CredentialMinter, DEFAULT_DATABASE, Wanted},
@@ -72,9 +73,7 @@ fn endpoint(
             config: tls::client_config(roots, tls::ALPN_POSTGRESQL)?,
             name: ServerName::try_from(host.clone()).map_err(|_| {
                 // A whole URL, perhaps, and then with a password before its host.
-                let host = host
-                    .rsplit_once('@')
-                    .map_or(host.clone(), |(_, host)| format!("...@{host}"));
+                let host = without_userinfo(&host).into_owned();
                 StartError::HostName { host }
             })?,
         },

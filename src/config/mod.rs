@@ -24,7 +24,7 @@ pub use self::{
 };
 use crate::{
     session::DatabaseMapping,
-    telemetry::{DEFAULT_FILTER, LogOptions},
+    telemetry::{DEFAULT_FILTER, LogOptions, without_userinfo},
     tls::Roots,
     upstream::{Keepalive, Limits},
     workspace,
@@ -503,7 +503,9 @@ fn endpoint(
                 .next()
                 .is_some_and(|label| label.ends_with("-pooler"))
         {
-            return Err(ConfigError::Pooler { host: host.clone() });
+            return Err(ConfigError::Pooler {
+                host: without_userinfo(host).into_owned(),
+            });
         }
     } else if table.host.is_none() {
         return Err(ConfigError::NoHost { endpoint: called });
@@ -544,7 +546,7 @@ fn tls_mode(
         }
         (Some("disable"), Some(host)) if is_this_machine(host) => Ok(TlsMode::Disabled),
         (Some("disable"), host) => Err(ConfigError::PlainRemote {
-            host: host.unwrap_or("the endpoint").to_owned(),
+            host: without_userinfo(host.unwrap_or("the endpoint")).into_owned(),
         }),
         (Some(other), _) => Err(ConfigError::Variable {
             variable: "PGSSLMODE",

@@ -9,4 +9,4 @@ mod redact;
 
 pub use logging::{DEFAULT_FILTER, LogError, LogHandle, LogOptions, chain};
 pub use metrics::{GaugeGuard, Metrics};
-pub use redact::redact;
+pub use redact::{redact, without_userinfo};

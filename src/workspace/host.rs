@@ -5,6 +5,7 @@ use std::{fmt, net::IpAddr};
 use url::Url;
 
 use super::settings::SettingsError;
+use crate::telemetry::without_userinfo;
 
 /// Addresses of account consoles, which have no workspace API.
 const ACCOUNT_CONSOLES: [&str; 3] = [
@@ -32,7 +33,7 @@ impl Host {
             format!("https://{text}")
         };
         let invalid = |source| SettingsError::InvalidHost {
-            host: without_userinfo(text),
+            host: without_userinfo(text).into_owned(),
             source,
         };
         let mut url = Url::parse(&with_scheme).map_err(|source| invalid(Some(source)))?;
@@ -119,14 +120,6 @@ pub(super) fn is_loopback(host: &str) -> bool {
         || host
             .parse::<IpAddr>()
             .is_ok_and(|address| address.is_loopback())
-}
-
-/// For messages: a password written into an address must not be repeated.
-pub(super) fn without_userinfo(text: &str) -> String {
-    match text.rsplit_once('@') {
-        Some((_, host)) => format!("...@{host}"),
-        None => text.to_owned(),
-    }
 }
 
 #[cfg(test)]

@@ -2,7 +2,7 @@
 
 use std::{fmt, str::FromStr};
 
-use super::host::without_userinfo;
+use crate::telemetry::without_userinfo;
 
 /// The longest resource id.
 const MAX_ID: usize = 63;
@@ -112,7 +112,7 @@ impl FromStr for BranchName {
         match text.parse()? {
             Reference::Branch(name) => Ok(name),
             _ => Err(NameError::Reference {
-                name: without_userinfo(text),
+                name: text.to_owned(),
             }),
         }
     }
@@ -162,7 +162,7 @@ impl FromStr for Reference {
     fn from_str(text: &str) -> Result<Self, NameError> {
         let text = text.trim();
         let unknown = || NameError::Reference {
-            name: without_userinfo(text),
+            name: without_userinfo(text).into_owned(),
         };
         let parts: Vec<&str> = text.split('/').collect();
         match parts[..] {
@@ -249,7 +249,7 @@ impl FromStr for HostName {
                 .all(|byte| byte.is_ascii_alphanumeric() || b"-._:[]".contains(&byte));
         if !is_host {
             return Err(NameError::Host {
-                name: without_userinfo(text.trim()),
+                name: without_userinfo(text.trim()).into_owned(),
             });
         }
         let (label, rest) = name
@@ -300,7 +300,7 @@ impl FromStr for EndpointName {
                 endpoint,
             ] if [project, branch, endpoint].into_iter().all(is_id) => Ok(Self(text.to_owned())),
             _ => Err(NameError::Endpoint {
-                name: without_userinfo(text),
+                name: text.to_owned(),
             }),
         }
     }
@@ -332,7 +332,7 @@ impl FromStr for InstanceName {
             Ok(Self(text.to_owned()))
         } else {
             Err(NameError::Instance {
-                name: without_userinfo(text),
+                name: text.to_owned(),
             })
         }
     }

@@ -13,6 +13,7 @@ use std::{
 use secrecy::{ExposeSecret, SecretString};
 
 use super::{auth, databrickscfg::SyntaxError, host::Host, profile};
+use crate::telemetry::without_userinfo;
 
 /// What is set, as far as it is; empty values count as absent, white space around them is dropped.
 macro_rules! settings {
@@ -698,7 +699,7 @@ impl Settings {
 /// An address may hold a password.
 fn shown(attribute: Attribute, value: &str) -> String {
     match attribute {
-        Attribute::Host | Attribute::DiscoveryUrl => super::host::without_userinfo(value),
+        Attribute::Host | Attribute::DiscoveryUrl => without_userinfo(value).into_owned(),
         _ => value.to_owned(),
     }
 }

@@ -517,6 +517,8 @@ async fn a_configuration_that_cannot_work_is_refused_without_its_secrets() {
         ("DATABRICKS_AUTH_TYPE", "oauth-m2m"),
         ("PGHOST", &url),
         ("PGPORT", "none"),
+        ("ENDPOINT_NAME", &url),
+        ("PGSSLMODE", &url),
     ] {
         let mut variables: Vec<(&str, &str)> = base
             .iter()
