@@ -207,6 +207,12 @@ async fn settings_that_cannot_work_are_the_first_cause() {
     setup()
         .with("ENDPOINT_NAME", "")
         .with("PGHOST", "")
+        .ails("endpoint", "projects/lakebase-local")
+        .await;
+    setup()
+        .with("ENDPOINT_NAME", "")
+        .with("PGHOST", "")
+        .with("DATABRICKS_HOST", "")
         .ails("settings", "ENDPOINT_NAME=")
         .await;
     setup()
