@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use axum::{Router, http::StatusCode, routing::get};
 use lakebase_proxy::{
     clock::Clock,
     emulator::{Action, Emulator, Response, Site},
@@ -10,7 +11,8 @@ use lakebase_proxy::{
     workspace::{LocateError, Located, NameError, Settings, Target, Wanted, Workspace},
 };
 use secrecy::ExposeSecret;
-use serde_json::Value;
+use serde_json::{Value, json};
+use tokio::{net::TcpListener, task::JoinSet};
 
 use crate::harness::emulator;
 
@@ -208,6 +210,40 @@ async fn an_app_knows_its_database() {
     let error = refused(&app, of_app("../credentials")).await;
     assert!(matches!(error, LocateError::NotFound { .. }), "{error}");
     emulator.stop().await;
+}
+
+/// A workspace in which an app may see its own resources and nothing else.
+async fn strict_workspace() -> (Workspace, JoinSet<()>) {
+    let resource =
+        json!({"postgres": {"branch": BRANCH, "database": format!("{BRANCH}/databases/notes-db")}});
+    let app = json!({"name": "my-app", "resources": [resource]}).to_string();
+    let router = Router::new()
+        .route("/api/2.0/apps/my-app", get(|| async { app }))
+        .fallback(|| async { (StatusCode::FORBIDDEN, "PERMISSION_DENIED: no") });
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let host = format!("http://{}", listener.local_addr().unwrap());
+    let mut tasks = JoinSet::new();
+    tasks.spawn(async move { axum::serve(listener, router).await.unwrap() });
+    let settings = Settings {
+        host: Some(host),
+        token: Some("dapi-test".into()),
+        ..Settings::default()
+    };
+    (workspace(settings), tasks)
+}
+
+#[tokio::test]
+async fn an_app_that_may_look_nothing_up_goes_by_what_the_platform_injects() {
+    let (workspace, _tasks) = strict_workspace().await;
+    let wanted = Wanted {
+        app: Some("my-app".to_owned()),
+        user: Some("0f7d".to_owned()),
+        ..on_host("ep-a-1.database.cloud.databricks.com")
+    };
+    let found = located(&workspace, wanted).await;
+    assert_eq!(endpoint(&found), ENDPOINT);
+    assert_eq!(found.host, "ep-a-1.database.cloud.databricks.com");
+    assert_eq!(found.database.as_deref(), Some("notes_db"));
 }
 
 #[tokio::test(flavor = "multi_thread")]

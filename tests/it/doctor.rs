@@ -207,7 +207,13 @@ async fn settings_that_cannot_work_are_the_first_cause() {
     setup()
         .with("ENDPOINT_NAME", "")
         .with("PGHOST", "")
-        .ails("endpoint", "ENDPOINT_NAME=")
+        .ails("endpoint", "projects/lakebase-local")
+        .await;
+    setup()
+        .with("ENDPOINT_NAME", "")
+        .with("PGHOST", "")
+        .with("DATABRICKS_HOST", "")
+        .ails("settings", "ENDPOINT_NAME=")
         .await;
     setup()
         .with("PGHOST", "127.0.0.1")

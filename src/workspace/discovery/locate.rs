@@ -585,10 +585,7 @@ impl Explorer<'_> {
     /// Whose host this is: by the app's resource, by uid, and in the end by looking everywhere.
     async fn find_host(&self, host: &HostName, app: Option<&str>) -> Result<Found, LocateError> {
         if let Some(app) = app
-            && let Ok(AppResourceKind::Postgres(resource)) = self.app_resource(app).await
-            && let Ok(branch) = resource.branch.parse::<BranchName>()
-            && let Ok(endpoints) = self.endpoints(branch.as_str()).await
-            && let Some(found) = matching(endpoints, host)
+            && let Some(found) = self.find_host_of_app(host, app).await
         {
             return Ok(found);
         }
@@ -641,6 +638,45 @@ impl Explorer<'_> {
             known: Known::new("endpoints".to_owned(), seen),
             source: None,
         })
+    }
+
+    /// The app's database, if this is its host; an app may see its own resources and little else.
+    async fn find_host_of_app(&self, host: &HostName, app: &str) -> Option<Found> {
+        match self.app_resource(app).await.ok()? {
+            AppResourceKind::Postgres(resource) => {
+                let branch: BranchName = resource.branch.parse().ok()?;
+                let found = match self.endpoints(branch.as_str()).await {
+                    Ok(endpoints) => matching(endpoints, host)?,
+                    // This is what a branch's compute is called unless somebody chose otherwise.
+                    Err(error) if error.is_forbidden() => Found {
+                        target: Target::Endpoint(branch.endpoint(DEFAULT_ENDPOINT)),
+                        info: None,
+                        database: None,
+                    },
+                    Err(_) => return None,
+                };
+                let database = Some(resource.database).filter(|name| !name.is_empty());
+                Some(Found { database, ..found })
+            }
+            AppResourceKind::Database(resource) => {
+                let name: InstanceName = resource.instance_name.parse().ok()?;
+                let info = match self.instance(&name).await {
+                    Ok(info) => Some(info).filter(|info| {
+                        [&info.host, &info.read_only_host]
+                            .into_iter()
+                            .flatten()
+                            .any(|known| known.eq_ignore_ascii_case(host.as_str()))
+                    }),
+                    Err(_) => None,
+                };
+                let is_its_host = info.is_some() || matches!(host.kind, HostKind::Instance(_));
+                is_its_host.then(|| Found {
+                    target: Target::Instance(name),
+                    info,
+                    database: Some(resource.database_name).filter(|name| !name.is_empty()),
+                })
+            }
+        }
     }
 
     async fn find_instance_host(&self, host: &HostName, uid: &str) -> Result<Found, LocateError> {
