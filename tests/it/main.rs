@@ -15,6 +15,7 @@ mod demo;
 mod discovery;
 mod doctor;
 mod emulator;
+mod endpoints;
 mod exec;
 mod failures;
 mod harness;

@@ -2,7 +2,10 @@
 
 use std::{
     net::SocketAddr,
-    os::unix::{fs::chown, process::CommandExt},
+    os::unix::{
+        fs::{PermissionsExt, chown},
+        process::CommandExt,
+    },
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     sync::{
@@ -24,11 +27,55 @@ use tokio_util::task::TaskTracker;
 pub(crate) struct Cluster {
     directory: TempDir,
     server: Child,
+    port: u16,
     tasks: TaskTracker,
 }
 
 impl Cluster {
     pub(crate) async fn start() -> Self {
+        Self::start_at(5432, "").await
+    }
+
+    /// Reached over TCP, too, with TLS where asked for; `ca_file` is whom to trust.
+    pub(crate) async fn start_with_tls() -> (Self, u16) {
+        // Free now; somebody else taking it in between would fail the start, not the test's claim.
+        let port = std::net::TcpListener::bind("127.0.0.1:0")
+            .unwrap()
+            .local_addr()
+            .unwrap()
+            .port();
+        let cluster = Self::start_at(port, "127.0.0.1").await;
+        let data = cluster.directory.path().join("data");
+        let key = rcgen::KeyPair::generate().unwrap();
+        let certificate = rcgen::CertificateParams::new(["localhost".to_owned()])
+            .unwrap()
+            .self_signed(&key)
+            .unwrap();
+        for (name, content) in [
+            ("server.crt", certificate.pem()),
+            ("server.key", key.serialize_pem()),
+        ] {
+            let path = data.join(name);
+            std::fs::write(&path, content).unwrap();
+            std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).unwrap();
+            if let Some((user, group)) = owner() {
+                chown(&path, Some(user), Some(group)).unwrap();
+            }
+        }
+        let admin = cluster.connect("postgres").await;
+        admin
+            .batch_execute("ALTER SYSTEM SET ssl = on")
+            .await
+            .unwrap();
+        (cluster, port)
+    }
+
+    /// The certificate of [`start_with_tls`](Self::start_with_tls), which is its own authority.
+    pub(crate) fn ca_file(&self) -> PathBuf {
+        self.directory.path().join("data/server.crt")
+    }
+
+    async fn start_at(port: u16, listen: &str) -> Self {
         let binaries = binaries();
         let directory = TempDir::new().unwrap();
         let owner = owner();
@@ -67,19 +114,15 @@ impl Cluster {
             .arg(&data)
             .arg("-k")
             .arg(directory.path())
-            .args([
-                "-c",
-                "listen_addresses=",
-                "-c",
-                "fsync=off",
-                "-c",
-                "timezone=UTC",
-            ])
+            .args(["-p", &port.to_string()])
+            .args(["-c", &format!("listen_addresses={listen}")])
+            .args(["-c", "fsync=off", "-c", "timezone=UTC"])
             .spawn()
             .unwrap();
         let cluster = Self {
             directory,
             server,
+            port,
             tasks: TaskTracker::new(),
         };
         let ready = timeout(Duration::from_secs(30), async {
@@ -102,6 +145,7 @@ impl Cluster {
         let mut config = Config::new();
         config
             .host_path(self.directory.path())
+            .port(self.port)
             .user("postgres")
             .dbname(database);
         config
