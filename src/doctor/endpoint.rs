@@ -22,8 +22,8 @@ use crate::{
     tls,
     upstream::{Class, Endpoint, Failure, Label, Limits, Security, is_loopback, probe},
     workspace::{
-        CredentialMinter, DEFAULT_DATABASE, EndpointInfo, EndpointState, HostName, LocateError,
-        Located, Target, Wanted, Workspace,
+        CredentialMinter, EndpointInfo, EndpointState, HostName, LocateError, Located, Target,
+        Wanted, Workspace,
     },
 };
 
