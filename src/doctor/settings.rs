@@ -8,7 +8,7 @@ use super::report::{Finding, Setting};
 use crate::{
     config::{Config, ConfigError, EndpointConfig, Settings, TlsMode},
     tls,
-    workspace::Workspace,
+    workspace::{Attribute, Provenance, Source, Workspace},
 };
 
 /// The longest value that is shown, in characters.
@@ -82,6 +82,12 @@ pub(super) fn list(
     config: Option<&Config>,
 ) -> Vec<Setting> {
     let mut list = Vec::new();
+    let profile = config.map(of_profile).unwrap_or_default();
+    let is_in_profile = |variable: &str| {
+        profile
+            .iter()
+            .any(|setting| setting.attribute.variables().contains(&variable))
+    };
     for &(name, kind, unset) in VARIABLES {
         let set = variables
             .iter()
@@ -92,13 +98,27 @@ pub(super) fn list(
                 value: shown(kind, value),
                 source: "environment".to_owned(),
             }),
-            None if unset.is_empty() => {}
+            None if unset.is_empty() || is_in_profile(name) => {}
             None => list.push(Setting {
                 name: name.to_owned(),
                 value: unset.to_owned(),
                 source: "not set".to_owned(),
             }),
         }
+    }
+    for setting in &profile {
+        let kind = match setting.attribute {
+            Attribute::Host | Attribute::MetadataServiceUrl => Kind::Url,
+            _ => Kind::Plain,
+        };
+        list.push(Setting {
+            name: setting.name.to_owned(),
+            value: setting
+                .value
+                .as_deref()
+                .map_or_else(|| "present".to_owned(), |value| shown(kind, value)),
+            source: setting.source.to_string(),
+        });
     }
     let mut own: Vec<_> = variables
         .iter()
@@ -135,6 +155,19 @@ pub(super) fn list(
         });
     }
     list
+}
+
+/// What a profile or a flag says of the workspace, beside the environment.
+fn of_profile(config: &Config) -> Vec<Provenance> {
+    let resolved = config.workspace.clone().resolve();
+    // What is wrong with the profile is told by the first step.
+    let settings = resolved.map(|settings| settings.provenance());
+    let beside = |setting: &Provenance| !matches!(setting.source, Source::Variable(_));
+    settings
+        .unwrap_or_default()
+        .into_iter()
+        .filter(beside)
+        .collect()
 }
 
 /// How an endpoint is called in what people read.

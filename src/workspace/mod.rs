@@ -38,8 +38,7 @@ pub use credentials::CredentialMinter;
 pub use databrickscfg::SyntaxError;
 pub use diagnosis::CallError;
 pub use discovery::{
-    DEFAULT_DATABASE, EndpointInfo, EndpointState, EndpointType, Identity, Known, LocateError,
-    Located, Wanted,
+    EndpointInfo, EndpointState, EndpointType, Identity, Known, LocateError, Located, Wanted,
 };
 pub use host::Host;
 pub use inspect::{Profile, Role, TokenFacts};

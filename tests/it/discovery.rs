@@ -200,7 +200,8 @@ async fn an_app_knows_its_database() {
         ..on_host("localhost")
     };
     assert_eq!(endpoint(&located(&app, wanted).await), ENDPOINT);
-    assert_eq!(emulator.counts().lookups - before, 2);
+    // The app, the endpoints of its branch, the name of its database.
+    assert_eq!(emulator.counts().lookups - before, 3);
 
     let error = refused(&app, of_app("lakebase-local-app-without-database")).await;
     assert!(matches!(error, LocateError::NoResource { .. }), "{error}");

@@ -1,6 +1,12 @@
 //! `doctor` against set-ups that are broken in one way each: it must name that way first, mend it, and tell no secret.
 
-use std::{net::TcpListener, time::Duration};
+use std::{
+    io::Write,
+    net::TcpListener,
+    path::Path,
+    process::{Command, Stdio},
+    time::Duration,
+};
 
 use lakebase_proxy::{
     config::{PortSetting, Settings},
@@ -251,6 +257,74 @@ async fn two_ways_to_authenticate_are_named_both() {
     let report = setup.ails("settings", "DATABRICKS_AUTH_TYPE").await;
     let message = &step(&report, "settings").message;
     assert!(message.contains("DATABRICKS_TOKEN"), "{message}");
+    emulator.stop().await;
+}
+
+/// A program that stands in for the Databricks CLI, big enough not to be taken for its predecessor. Written by another
+/// process, since a file that is open for writing while somebody forks cannot be run.
+fn databricks_cli(path: &Path, script: &str) {
+    let mut install = Command::new("install")
+        .args(["-m", "755", "/dev/stdin"])
+        .arg(path)
+        .stdin(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let text = format!(
+        "#!/bin/sh\nif [ \"$1\" = version ]; then echo '{{\"Major\":0,\"Minor\":296,\"Patch\":0}}'; exit; fi\n{script}\nexit\n{}",
+        "#\n".repeat(1 << 19)
+    );
+    let mut stdin = install.stdin.take().unwrap();
+    stdin.write_all(text.as_bytes()).unwrap();
+    drop(stdin);
+    assert!(install.wait().unwrap().success());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_expired_login_is_told_with_the_command_that_renews_it() {
+    let emulator = emulator().await;
+    let scratch = tempfile::tempdir().unwrap();
+    let directory = scratch.path().display().to_string();
+    databricks_cli(
+        &scratch.path().join("databricks"),
+        "echo 'Error: a new access token could not be retrieved because the refresh token is invalid' >&2; exit 1",
+    );
+    let setup = Setup::new(&emulator)
+        .token("")
+        .with("HOME", &directory)
+        .with("PATH", &directory);
+    setup
+        .ails("workspace token", "databricks auth login --host")
+        .await;
+    emulator.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn settings_of_a_profile_are_shown_with_their_source() {
+    let emulator = emulator().await;
+    let scratch = tempfile::tempdir().unwrap();
+    let app = &emulator.identities().app;
+    let profile = format!(
+        "[here]\nhost = {}\nclient_id = {}\nclient_secret = {}\n",
+        emulator.workspace_url(),
+        app.name,
+        app.client_secret.as_ref().unwrap().expose_secret()
+    );
+    let file = scratch.path().join("databrickscfg");
+    std::fs::write(&file, profile).unwrap();
+    let setup = Setup::new(&emulator)
+        .token("")
+        .with("DATABRICKS_HOST", "")
+        .with("DATABRICKS_CONFIG_FILE", &file.display().to_string())
+        .with("DATABRICKS_CONFIG_PROFILE", "here");
+    let report = setup.is_well().await;
+    let of = |name: &str| report.settings.iter().find(|setting| setting.name == name);
+    let secret = of("client_secret").unwrap();
+    assert_eq!(secret.value, "present");
+    assert!(secret.source.contains("profile `here`"), "{secret:?}");
+    assert_eq!(of("DATABRICKS_CLIENT_SECRET"), None);
+
+    let setup = setup.with("DATABRICKS_CONFIG_PROFILE", "elsewhere");
+    setup.ails("settings", "here").await;
     emulator.stop().await;
 }
 

@@ -17,8 +17,6 @@ use crate::workspace::{
 /// The ids that a new project gives its branch and its endpoint.
 const DEFAULT_BRANCH: &str = "production";
 const DEFAULT_ENDPOINT: &str = "primary";
-/// What Lakebase calls the database of a new project, in Postgres.
-pub const DEFAULT_DATABASE: &str = "databricks_postgres";
 /// How many names of what does exist are shown.
 const MAX_SHOWN: usize = 10;
 /// A whole search, however many calls it takes.

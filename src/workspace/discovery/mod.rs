@@ -11,7 +11,7 @@ use std::{fmt, time::Duration};
 use super::{CallError, EndpointName, InstanceName, Target, Workspace, error_body};
 
 pub(super) use explore::Explorer;
-pub use locate::{DEFAULT_DATABASE, Known, LocateError, Located, Wanted};
+pub use locate::{Known, LocateError, Located, Wanted};
 
 /// All attempts at one question together.
 const BUDGET: Duration = Duration::from_mins(1);
