@@ -35,17 +35,26 @@ Exit codes: 0 ended on request, 1 bad command or configuration, 130 SIGINT, 143 
 
 const EXEC_HELP: &str = "\
 CMD starts once the proxy holds a credential, and is given
-  PGHOST PGPORT PGUSER PGDATABASE   this proxy, on any free port unless --port says which
-  PGSSLMODE=disable                 the way to the endpoint is encrypted nevertheless
-  DATABASE_URL                      where it is unset: postgresql://...?sslmode=disable
-Variables that would lead a client elsewhere (PGPASSWORD, PGSERVICE, PGSSLROOTCERT and such) are taken away, and
-LAKEBASE_PROXY_* with them. The health port is off unless --http-port is given.
+  PGHOST PGPORT PGUSER PGDATABASE  this proxy, on any free port without --port
+  PGSSLMODE=disable                (the way to the endpoint is encrypted)
+  DATABASE_URL                     postgresql://...?sslmode=disable, where unset
+Variables that would lead a client elsewhere (PGPASSWORD, PGSERVICE,
+PGSSLROOTCERT and such) are taken away, and LAKEBASE_PROXY_* with them. The
+health port is off unless --http-port is given. In a terminal only warnings are
+logged, unless --log-filter is given.
 
-Signals are passed on. On SIGTERM CMD goes first, then its sessions, all within --max-sigterm-delay; a CMD that stays is
-killed, and so it is by a second SIGTERM. As PID 1 of a container orphans are reaped.
+Signals are passed on. On SIGTERM CMD goes first, then its sessions, all within
+--max-sigterm-delay; a CMD that stays is killed, and so it is by a second
+SIGTERM. Keys such as Ctrl-C are the terminal's business with CMD. As PID 1 of a
+container orphans are reaped. --exit-when-idle and --min-sigterm-delay mean
+nothing here.
 
-Exit codes: CMD's own, 128 + n when signal n killed it (0 for SIGTERM passed on, with --exit-zero-on-sigterm),
-1 bad command line or configuration, or no credential, 126 CMD cannot be run, 127 CMD is not found.";
+Exit codes:
+  CMD's own, or 128 + n when signal n killed it; with --exit-zero-on-sigterm 0
+  where it ended by the SIGTERM that was passed on
+  1    bad command line or configuration, or no credential
+  126  CMD cannot be run
+  127  CMD is not found";
 
 /// Any Postgres client reaches Databricks Lakebase on localhost, with no password and no token code.
 #[derive(Debug, Parser)]

@@ -7,11 +7,11 @@ use super::{
     source::{Access, Source},
 };
 use crate::{
-    config::{EndpointConfig, TlsMode},
+    config::{DEFAULT_DATABASE, EndpointConfig, TlsMode},
     telemetry::without_userinfo,
     tls,
     upstream::{Endpoint, Label, Security},
-    workspace::{CredentialMinter, DEFAULT_DATABASE, Wanted},
+    workspace::{CredentialMinter, Wanted},
 };
 
 /// An endpoint that can be dialled, and who makes its credentials.

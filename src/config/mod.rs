@@ -35,6 +35,8 @@ pub(crate) const HTTP_PORT: u16 = 9090;
 const NOTES_PORT: u16 = 8000;
 /// Cloud SQL Auth Proxy's.
 pub(crate) const ADMIN_PORT: u16 = 9091;
+/// What Lakebase calls the database of a new project.
+pub const DEFAULT_DATABASE: &str = "databricks_postgres";
 /// Descriptors that are not for sessions: sockets of our own, logs, the workspace, name resolution.
 const RESERVED_DESCRIPTORS: u64 = 100;
 const MAX_SIGTERM_DELAY: Duration = Duration::from_secs(10);
@@ -107,9 +109,7 @@ pub struct EndpointConfig {
 impl EndpointConfig {
     /// The database for clients that name none, where only the settings are asked.
     pub fn database_or_default(&self) -> &str {
-        self.database
-            .as_deref()
-            .unwrap_or(workspace::DEFAULT_DATABASE)
+        self.database.as_deref().unwrap_or(DEFAULT_DATABASE)
     }
 
     /// What people know it by: its name, else its host.

@@ -380,6 +380,91 @@ async fn a_client_that_meets_an_expired_credential_wakes_the_refresher() {
     assert!(started.elapsed() < Duration::from_secs(1));
 }
 
+/// Outages of up to 25 minutes with at least 10 minutes between them, of each kind: none covers the whole time between
+/// the earliest refresh (33 minutes before expiry at the latest) and expiry, so a good refresher is never without.
+fn outages(seed: u64) -> Vec<(Duration, Duration, Step)> {
+    let mut state = seed;
+    let mut random = |below: u64| {
+        // SplitMix64: the same life for the same seed.
+        state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = (state ^ (state >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        (z ^ (z >> 31)) % below
+    };
+    let mut outages = Vec::new();
+    let mut at = MINUTE;
+    while at < 6 * HOUR {
+        let from = at + Duration::from_secs(random(3_000));
+        let until = from + Duration::from_secs(1 + random(25 * 60));
+        let kind = match random(5) {
+            0 => Step::Hangs,
+            1 => Step::AsksToWait(Duration::from_secs(1 + random(60))),
+            2 => Step::Fails(MintErrorKind::Malformed),
+            _ => Step::Fails(MintErrorKind::Unavailable),
+        };
+        outages.push((from, until, kind));
+        at = until + 10 * MINUTE;
+    }
+    outages
+}
+
+#[tokio::test(start_paused = true)]
+async fn six_hours_of_faults_leave_nobody_without_a_credential_that_could_have_been_had() {
+    for seed in 0..20 {
+        let faults = outages(seed);
+        let rig = Rig::start(move |_, at| {
+            let fault = faults
+                .iter()
+                .find(|(from, until, _)| (*from..*until).contains(&at));
+            fault.map_or(Step::Gives(HOUR), |(.., step)| *step)
+        });
+        rig.first().await;
+        let began = Instant::now();
+        while began.elapsed() < 6 * HOUR {
+            sleep(Duration::from_secs(10)).await;
+            assert!(
+                rig.cell.current().is_some(),
+                "seed {seed}: none after {:?}",
+                began.elapsed()
+            );
+        }
+        let calls = rig.calls();
+        for hour in 0..6 {
+            let count = calls
+                .iter()
+                .filter(|at| (hour * HOUR..(hour + 1) * HOUR).contains(*at))
+                .count();
+            assert!(count <= 150, "seed {seed}: {count} calls in hour {hour}");
+        }
+        let minted = rig.cell.status().generation;
+        assert!(
+            (6..=14).contains(&minted),
+            "seed {seed}: {minted} mints in six hours"
+        );
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn replicas_that_start_together_do_not_stay_in_step() {
+    let rigs: Vec<Rig> = (0..20)
+        .map(|_| Rig::start(|_, _| Step::Gives(HOUR)))
+        .collect();
+    sleep(6 * HOUR).await;
+    let mut tenth: Vec<Duration> = rigs.iter().map(|rig| rig.calls()[9]).collect();
+    tenth.sort_unstable();
+    let spread = tenth[tenth.len() - 1].saturating_sub(tenth[0]);
+    assert!(spread > 2 * MINUTE, "twenty replicas within {spread:?}");
+    let crowd = tenth
+        .windows(5)
+        .map(|five| five[4].saturating_sub(five[0]))
+        .min()
+        .unwrap();
+    assert!(
+        crowd > Duration::from_secs(1),
+        "five of them within {crowd:?}"
+    );
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_hundred_rejected_clients_share_one_mint() {
     let rig = Rig::start(|_, _| Step::GivesAfter(Duration::from_secs(1), HOUR));
