@@ -283,7 +283,7 @@ impl Config {
             None => None,
             Some(text) => Some(text.parse().map_err(|_| ConfigError::Variable {
                 variable: "DATABRICKS_APP_PORT",
-                value: text.clone(),
+                value: without_userinfo(text).into_owned(),
                 expected: "a port",
             })?),
         };
@@ -444,7 +444,7 @@ fn of_environment(
     let port = environment.port.as_ref().map(|text| {
         values::upstream_port(text).map_err(|_| ConfigError::Variable {
             variable: "PGPORT",
-            value: text.clone(),
+            value: without_userinfo(text).into_owned(),
             expected: "a port (1 to 65535)",
         })
     });
@@ -550,7 +550,7 @@ fn tls_mode(
         }),
         (Some(other), _) => Err(ConfigError::Variable {
             variable: "PGSSLMODE",
-            value: other.to_owned(),
+            value: without_userinfo(other).into_owned(),
             expected: "one of disable, allow, prefer, require, verify-ca, verify-full",
         }),
     }
