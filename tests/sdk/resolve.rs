@@ -18,7 +18,8 @@ fn main() {
         Ok(json!({
             "host": summary.host.to_string(),
             "kind": summary.kinds.first().map(|kind| kind.label()),
-            "profile": summary.profile.filter(|_| settings.profile.is_some()),
+            // The SDK names no profile where it falls back on the default one.
+            "profile": summary.profile.filter(|name| settings.profile.is_some() || name != "DEFAULT"),
             "token": exposed(&settings.token),
             "client_id": settings.client_id,
             "client_secret": exposed(&settings.client_secret),
