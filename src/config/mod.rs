@@ -464,10 +464,10 @@ fn endpoint(
     listen: SocketAddr,
     environment: &Environment,
 ) -> Result<EndpointConfig, ConfigError> {
-    // An app's database is what is left when nothing else names one.
-    let app = match (&table.name, &table.host) {
-        (None, None) => environment.app_name.clone(),
-        _ => None,
+    // Databricks Apps tells an app its database's host, but not its name.
+    let app = match &table.name {
+        Some(_) => None,
+        None => environment.app_name.clone(),
     };
     let called = [&table.name, &table.host, &app]
         .into_iter()
