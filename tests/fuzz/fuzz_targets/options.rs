@@ -1,0 +1,67 @@
+//! Start-up parameters folded into `options`: the server reads back every name and value as the client sent it, behind the
+//! client's own options. The input is a list of names and values, each ended by a zero byte.
+#![no_main]
+
+use lakebase_proxy::protocol::{options::SessionSettings, startup::StartupMessage};
+use libfuzzer_sys::fuzz_target;
+
+/// What PostgreSQL makes of an `options` string: it splits at C's `isspace()`, and a backslash keeps what follows it.
+fn split(options: &str) -> Vec<String> {
+    let is_space = |character: char| character.is_ascii_whitespace() || character == '\u{b}';
+    let (mut words, mut word) = (Vec::new(), None::<String>);
+    let mut characters = options.chars();
+    while let Some(character) = characters.next() {
+        if is_space(character) {
+            words.extend(word.take());
+        } else if character == '\\' {
+            word.get_or_insert_default().extend(characters.next());
+        } else {
+            word.get_or_insert_default().push(character);
+        }
+    }
+    words.extend(word);
+    words
+}
+
+/// Whether it is for us to carry.
+fn is_ours(name: &str) -> bool {
+    !matches!(
+        name,
+        "user" | "database" | "options" | "application_name" | "replication"
+    )
+}
+
+fuzz_target!(|data: &str| {
+    let mut strings = data.split('\0');
+    let mut parameters = Vec::new();
+    while let (Some(name), Some(value)) = (strings.next(), strings.next()) {
+        if !name.is_empty() {
+            parameters.push((name.to_owned(), value.to_owned()));
+        }
+    }
+    let message = StartupMessage {
+        minor: 0,
+        parameters,
+        protocol_options: Vec::new(),
+    };
+    let Ok(settings) = SessionSettings::new(&message, "db".to_owned()) else {
+        return;
+    };
+    let own = message.parameter("options").unwrap_or_default();
+    let mut expected = split(own);
+    // A lone backslash is a word, and an error, only where nothing of ours follows.
+    let ours = message.parameters.iter().any(|(name, _)| is_ours(name));
+    if ours && own.ends_with('\\') && expected.last().is_some_and(String::is_empty) {
+        expected.pop();
+    }
+    for (name, value) in &message.parameters {
+        if is_ours(name) {
+            expected.extend(["-c".to_owned(), format!("{name}={value}")]);
+        }
+    }
+    let options = settings
+        .parameters
+        .iter()
+        .find(|(name, _)| name == "options");
+    assert_eq!(split(options.map_or("", |(_, options)| options)), expected);
+});
