@@ -331,7 +331,7 @@ fn needed_secret(
     because: impl Into<String>,
 ) -> Result<SecretString, SettingsError> {
     let secret = needed(settings, attribute, because)?;
-    if secret.chars().any(|c| !c.is_ascii_graphic()) {
+    if secret.chars().any(|c| !c.is_ascii_graphic() && c != ' ') {
         return Err(SettingsError::InvalidValue {
             name: settings.named(attribute),
             problem: "holds characters that cannot be sent",
