@@ -208,6 +208,24 @@ async fn without_a_credential_the_child_is_not_started() {
 }
 
 #[tokio::test]
+async fn a_proxy_that_cannot_go_on_tells_the_child_by_its_connections() {
+    let emulator = harness::emulator().await;
+    let script = "echo ready; while read line; do psql -XAtc 'select 1' 2>/dev/null || echo refused; done; exit 6";
+    let flags = ["--connect-timeout", "300ms"];
+    let mut command = exec(&emulator, &flags, script);
+    let mut running = Running::start(command.stdin(Stdio::piped()));
+    let mut input = running.process.stdin.take().unwrap();
+    assert_eq!(running.line().await, "ready");
+    input.write_all(b"\n").await.unwrap();
+    assert_eq!(running.line().await, "1");
+    emulator.stop().await;
+    input.write_all(b"\n").await.unwrap();
+    assert_eq!(running.line().await, "refused");
+    drop(input);
+    assert_eq!(running.end().await.code(), Some(6));
+}
+
+#[tokio::test]
 async fn on_sigterm_the_child_goes_first_and_still_has_its_database() {
     let emulator = harness::emulator().await;
     let script =

@@ -10,6 +10,8 @@ mod admin;
 mod auth;
 mod auth_network;
 mod cancel;
+#[path = "../cli/mod.rs"]
+mod cli;
 mod credential;
 mod demo;
 mod discovery;
