@@ -17,7 +17,7 @@ use tokio_util::task::TaskTracker;
 use tracing::Instrument;
 
 use crate::{
-    session::Sessions,
+    session::{Peer, Sessions},
     telemetry::Metrics,
     upstream::{Keepalive, tune},
 };
@@ -113,17 +113,18 @@ async fn accept(
         // Never closed, so never an error.
         let Ok(permit) = permit else { return };
         match accepted {
-            Ok((client, _peer)) => {
+            Ok((client, address)) => {
                 pause = ACCEPT_PAUSE_MIN;
                 let sessions = Arc::clone(&sessions);
                 let id = sessions.next_id();
-                let span = tracing::debug_span!("session", id);
+                let peer = Peer::Tcp(address);
+                let span = tracing::debug_span!("session", id, %peer);
                 sessions.metrics.clients_opened.inc();
                 let serving = async move {
                     let _watch = PanicWatch(Arc::clone(&sessions.metrics));
                     tune(&client, &keepalive);
                     let client: TcpStream = client;
-                    sessions.serve(id, client, permit).await;
+                    sessions.serve(id, peer, client, permit).await;
                 };
                 clients.spawn(serving.instrument(span));
             }

@@ -13,6 +13,7 @@
 
 mod cancel;
 mod handshake;
+mod peer;
 mod presence;
 mod relay;
 
@@ -34,6 +35,7 @@ use tokio::{
 
 pub use self::{
     cancel::Cancels,
+    peer::Peer,
     presence::{Presence, Present},
 };
 use self::{
@@ -120,10 +122,16 @@ impl Sessions {
     }
 
     /// Serves one client to its end. `handshaking` is held until it has said what it wants.
-    pub async fn serve<S>(&self, id: u64, mut client: S, handshaking: OwnedSemaphorePermit)
-    where
+    pub async fn serve<S>(
+        &self,
+        id: u64,
+        peer: Peer,
+        mut client: S,
+        handshaking: OwnedSemaphorePermit,
+    ) where
         S: AsyncRead + AsyncWrite + Unpin,
     {
+        tracing::trace!(%peer, "client accepted");
         let _active = GaugeGuard::new(&self.metrics.clients_active);
         let mut buffer = BytesMut::with_capacity(1024);
         let opening = timeout(
