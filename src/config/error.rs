@@ -1,0 +1,125 @@
+//! What can be wrong with settings.
+
+use std::{net::IpAddr, path::PathBuf};
+
+/// What is wrong with the settings. Display is one line, [`hint`](Self::hint) says how to mend it.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("cannot read the configuration file `{}`", path.display())]
+    File {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The file is not what it should be.
+    #[error("in the configuration file `{}`", path.display())]
+    Parse {
+        /// Which.
+        path: PathBuf,
+        /// Where and why, with the line drawn.
+        #[source]
+        source: Box<toml::de::Error>,
+    },
+    /// A credential names a variable that is not set.
+    #[error("the endpoint `{endpoint}` takes its password from {variable}, which is not set")]
+    NoPassword {
+        /// Which endpoint.
+        endpoint: String,
+        /// Which variable.
+        variable: String,
+    },
+    /// A credential without an identity.
+    #[error("the endpoint `{endpoint}` has a credential of its own, but no user")]
+    NoUser {
+        /// Which endpoint.
+        endpoint: String,
+    },
+    /// A credential without a host, so that there is nobody to present it to.
+    #[error("the endpoint `{endpoint}` has a credential of its own, but no host")]
+    NoHost {
+        /// Which endpoint.
+        endpoint: String,
+    },
+    /// An empty command.
+    #[error("the endpoint `{endpoint}` takes its credential from a command that is empty")]
+    NoCommand {
+        /// Which endpoint.
+        endpoint: String,
+    },
+    /// No endpoint is named.
+    #[error("no endpoint is named: neither ENDPOINT_NAME nor LAKEBASE_ENDPOINT is set")]
+    NoEndpoint,
+    /// Both variables name one, and not the same.
+    #[error("ENDPOINT_NAME is `{endpoint_name}` but LAKEBASE_ENDPOINT is `{lakebase_endpoint}`")]
+    TwoEndpoints {
+        /// `ENDPOINT_NAME`.
+        endpoint_name: String,
+        /// `LAKEBASE_ENDPOINT`.
+        lakebase_endpoint: String,
+    },
+    /// A variable holds something it cannot.
+    #[error("{variable} is `{value}`, which is not {expected}")]
+    Variable {
+        /// Which.
+        variable: &'static str,
+        /// What it holds.
+        value: String,
+        /// What it should.
+        expected: &'static str,
+    },
+    /// The host is a pooler's, which takes no OAuth.
+    #[error("PGHOST `{host}` is a pooler's, which takes no OAuth credential")]
+    Pooler {
+        /// The host.
+        host: String,
+    },
+    /// TLS off towards another machine.
+    #[error("PGSSLMODE is `disable`, but `{host}` is not this machine")]
+    PlainRemote {
+        /// The host.
+        host: String,
+    },
+    /// Listening where others could connect, without having been told to.
+    #[error("--address {address} can be reached from other machines")]
+    Remote {
+        /// The address.
+        address: IpAddr,
+    },
+    /// Nothing to do.
+    #[error("--port is `none`, and there is no other way in")]
+    NoListener,
+}
+
+impl ConfigError {
+    /// What to do about it.
+    pub fn hint(&self) -> Option<&'static str> {
+        Some(match self {
+            Self::File { .. } => {
+                "check the path, or leave --config-file out: every setting has a flag and a variable"
+            }
+            Self::Parse { .. } => "config/lakebase-proxy.toml shows every setting",
+            Self::NoPassword { .. } => "set it where the proxy is started",
+            Self::NoUser { .. } => "add `user` to its table: the role that the password belongs to",
+            Self::NoHost { .. } => "add `host` to its table",
+            Self::NoCommand { .. } => {
+                "write it as `credential = { command = [\"program\", \"argument\"] }`"
+            }
+            Self::NoEndpoint => {
+                "set ENDPOINT_NAME=projects/<project>/branches/<branch>/endpoints/<endpoint>; `databricks postgres list-endpoints projects/<project>/branches/<branch>` shows it. To try without an account: lakebase-proxy demo"
+            }
+            Self::TwoEndpoints { .. } => "unset one of them",
+            Self::Variable { .. } => return None,
+            Self::Pooler { .. } => "use the endpoint's own host: the same name without `-pooler`",
+            Self::PlainRemote { .. } => {
+                "leave PGSSLMODE out, or set it to `require`: certificates are always verified"
+            }
+            Self::Remote { .. } => {
+                "whoever reaches it is the service principal; if that is meant, add --allow-remote"
+            }
+            Self::NoListener => "give it a port",
+        })
+    }
+}

@@ -1,0 +1,175 @@
+//! From the layers of settings to the one [`Config`].
+
+use std::{
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    time::Duration,
+};
+
+use super::{
+    Config, ConfigError, CredentialSetting, DurationSetting, Environment, PortSetting, Settings,
+    tables,
+};
+use crate::{
+    telemetry::{DEFAULT_FILTER, LogOptions, without_userinfo},
+    upstream::{Keepalive, Limits},
+};
+
+pub(super) const POSTGRES_PORT: u16 = 5432;
+pub(crate) const HTTP_PORT: u16 = 9090;
+const NOTES_PORT: u16 = 8000;
+/// Cloud SQL Auth Proxy's.
+pub(crate) const ADMIN_PORT: u16 = 9091;
+/// What Lakebase calls the database of a new project.
+pub const DEFAULT_DATABASE: &str = "databricks_postgres";
+/// Descriptors that are not for sessions: sockets of our own, logs, the workspace, name resolution.
+const RESERVED_DESCRIPTORS: u64 = 100;
+const MAX_SIGTERM_DELAY: Duration = Duration::from_secs(10);
+const CLIENT_LOGIN_TIMEOUT: Duration = Duration::from_secs(15);
+
+impl Config {
+    /// Puts the layers together and checks the result.
+    pub fn resolve(settings: Settings, environment: Environment) -> Result<Self, ConfigError> {
+        let settings = settings.with_file()?;
+        let loopback = IpAddr::V4(Ipv4Addr::LOCALHOST);
+
+        let address = settings.address.unwrap_or(loopback);
+        let http = socket(
+            settings.http_address.unwrap_or(loopback),
+            settings.http_port,
+            HTTP_PORT,
+        );
+
+        let app_port = match &environment.app_port {
+            None => None,
+            Some(text) => Some(text.parse().map_err(|_| ConfigError::Variable {
+                variable: "DATABRICKS_APP_PORT",
+                value: without_userinfo(text).into_owned(),
+                expected: "a port",
+            })?),
+        };
+        let notes_address = settings.notes_address.unwrap_or_else(|| {
+            // Databricks Apps routes to the port on every address.
+            if app_port.is_some() {
+                IpAddr::V4(Ipv4Addr::UNSPECIFIED)
+            } else {
+                loopback
+            }
+        });
+        let notes = settings
+            .notes
+            .unwrap_or(false)
+            .then(|| {
+                socket(
+                    notes_address,
+                    settings.notes_port,
+                    app_port.unwrap_or(NOTES_PORT),
+                )
+            })
+            .flatten();
+
+        let tables = match settings.endpoints {
+            tables if tables.is_empty() => {
+                vec![tables::of_environment(&environment, settings.read_only)?]
+            }
+            tables => tables,
+        };
+        let mut next_port = match settings.port {
+            None => POSTGRES_PORT,
+            Some(PortSetting::Port(port)) => port,
+            Some(PortSetting::None) => return Err(ConfigError::NoListener),
+        };
+        let password_variables = tables
+            .iter()
+            .filter_map(|table| match &table.credential {
+                Some(CredentialSetting::PasswordEnv(variable)) => Some(variable.clone()),
+                _ => None,
+            })
+            .collect();
+        let mut endpoints = Vec::with_capacity(tables.len());
+        for table in tables {
+            let listen = match table.listen {
+                Some(listen) => SocketAddr::new(listen.address.unwrap_or(address), listen.port),
+                None => SocketAddr::new(address, next_port),
+            };
+            if !listen.ip().to_canonical().is_loopback() && !settings.allow_remote.unwrap_or(false)
+            {
+                return Err(ConfigError::Remote {
+                    address: listen.ip(),
+                });
+            }
+            // Any free port for one is any free port for the next.
+            next_port = if listen.port() == 0 {
+                0
+            } else {
+                listen.port().saturating_add(1)
+            };
+            endpoints.push(tables::endpoint(table, listen, &environment)?);
+        }
+
+        let or = |setting: Option<DurationSetting>, default| {
+            setting.map_or(default, |DurationSetting(time)| time)
+        };
+        let (limits, keepalive) = (Limits::default(), Keepalive::default());
+        Ok(Self {
+            endpoints,
+            database_mapping: settings.database_mapping.unwrap_or_default(),
+            workspace: environment.workspace.with_profile(settings.profile),
+            password_variables,
+            limits: Limits {
+                connect_timeout: or(settings.connect_timeout, limits.connect_timeout),
+                server_connect_timeout: or(
+                    settings.server_connect_timeout,
+                    limits.server_connect_timeout,
+                ),
+                capacity_timeout: or(settings.capacity_timeout, limits.capacity_timeout),
+            },
+            client_login_timeout: or(settings.client_login_timeout, CLIENT_LOGIN_TIMEOUT),
+            max_connections: match settings.max_connections {
+                None | Some(0) => max_connections_by_descriptors(),
+                Some(limit) => limit,
+            },
+            keepalive: Keepalive {
+                idle: or(settings.tcp_keepalive_idle, keepalive.idle),
+                interval: or(settings.tcp_keepalive_interval, keepalive.interval),
+                count: settings.tcp_keepalive_count.unwrap_or(keepalive.count),
+                user_timeout: or(settings.tcp_user_timeout, keepalive.user_timeout),
+            },
+            http,
+            notes,
+            admin: settings
+                .quitquitquit
+                .unwrap_or(false)
+                .then(|| socket(loopback, settings.admin_port, ADMIN_PORT))
+                .flatten(),
+            run_connection_test: settings.run_connection_test.unwrap_or(false),
+            min_sigterm_delay: or(settings.min_sigterm_delay, Duration::ZERO),
+            grace: or(settings.max_sigterm_delay, MAX_SIGTERM_DELAY),
+            exit_when_idle: settings
+                .exit_when_idle
+                .map(|DurationSetting(time)| time)
+                .filter(|time| !time.is_zero()),
+            exit_zero_on_sigterm: settings.exit_zero_on_sigterm.unwrap_or(false),
+            log: LogOptions {
+                filter: settings
+                    .log_filter
+                    .unwrap_or_else(|| DEFAULT_FILTER.to_owned()),
+                structured: settings.structured_logs.unwrap_or(false),
+            },
+        })
+    }
+}
+
+fn socket(address: IpAddr, port: Option<PortSetting>, default: u16) -> Option<SocketAddr> {
+    match port.unwrap_or(PortSetting::Port(default)) {
+        PortSetting::None => None,
+        PortSetting::Port(port) => Some(SocketAddr::new(address, port)),
+    }
+}
+
+/// Two descriptors a session, after the soft limit has been raised to the hard one.
+fn max_connections_by_descriptors() -> usize {
+    let limit = rlimit::increase_nofile_limit(u64::MAX).unwrap_or(1024);
+    usize::try_from(limit.saturating_sub(RESERVED_DESCRIPTORS) / 2)
+        .unwrap_or(usize::MAX)
+        .clamp(1, 1 << 20)
+}

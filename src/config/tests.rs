@@ -1,0 +1,177 @@
+//! The layers, and what they may not say.
+
+use super::*;
+
+const NAME: &str = "projects/p/branches/b/endpoints/e";
+
+fn environment(variables: &[(&str, &str)]) -> Environment {
+    Environment::from_variables(variables.iter().map(|&(n, v)| (n.to_owned(), v.to_owned())))
+}
+
+fn resolve(variables: &[(&str, &str)], file: &str) -> Result<Config, ConfigError> {
+    let mut all = vec![("ENDPOINT_NAME", NAME)];
+    all.extend(variables);
+    Config::resolve(toml::from_str(file).unwrap(), environment(&all))
+}
+
+#[test]
+fn the_tutorials_variables_are_enough() {
+    let config = resolve(
+        &[
+            ("PGHOST", "ep-x.database.us-east-1.cloud.databricks.com"),
+            ("PGDATABASE", "databricks_postgres"),
+            ("PGUSER", "0f7d6fce-0000-4000-8000-000000000000"),
+            ("PGPORT", "5432"),
+            ("PGSSLMODE", "require"),
+        ],
+        "",
+    )
+    .unwrap();
+    let [endpoint] = &config.endpoints[..] else {
+        panic!("one endpoint")
+    };
+    assert_eq!(endpoint.listen, "127.0.0.1:5432".parse().unwrap());
+    assert_eq!(config.http, Some("127.0.0.1:9090".parse().unwrap()));
+    assert_eq!(config.notes, None);
+    assert_eq!(
+        config.endpoints[0].tls,
+        TlsMode::Verified(Roots::System),
+        "require does not mean: do not verify"
+    );
+    assert!(config.max_connections > 0);
+}
+
+#[test]
+fn settings_of_a_file_hold_where_nothing_goes_before_them() {
+    let file = "port = 6000\nhttp_port = \"none\"\nconnect_timeout = \"1m 30s\"\nnotes = true\nmax_connections = 7";
+    let config = resolve(&[("DATABRICKS_APP_PORT", "8080")], file).unwrap();
+    assert_eq!(config.endpoints[0].listen.port(), 6000);
+    assert_eq!(config.http, None);
+    assert_eq!(config.limits.connect_timeout, Duration::from_secs(90));
+    assert_eq!(config.notes, Some("0.0.0.0:8080".parse().unwrap()));
+    assert_eq!(config.max_connections, 7);
+    let flag = Settings {
+        port: Some(PortSetting::Port(1)),
+        ..Settings::default()
+    };
+    assert_eq!(
+        flag.or(toml::from_str(file).unwrap()).port,
+        Some(PortSetting::Port(1))
+    );
+}
+
+#[test]
+fn blank_variables_count_as_unset() {
+    let config = resolve(
+        &[
+            ("PGHOST", " "),
+            ("PGPORT", ""),
+            ("PGSSLROOTCERT", "system "),
+        ],
+        "",
+    )
+    .unwrap();
+    assert_eq!(config.endpoints[0].host, None);
+    assert_eq!(config.endpoints[0].port, 5432);
+    assert_eq!(config.endpoints[0].tls, TlsMode::Verified(Roots::System));
+}
+
+#[test]
+fn what_cannot_be_meant_is_refused_with_a_hint() {
+    let error = |variables: &[(&str, &str)], file: &str| resolve(variables, file).unwrap_err();
+    assert!(matches!(
+        error(
+            &[("LAKEBASE_ENDPOINT", "projects/p/branches/b/endpoints/other")],
+            ""
+        ),
+        ConfigError::TwoEndpoints { .. }
+    ));
+    assert!(matches!(
+        error(&[], "address = \"0.0.0.0\""),
+        ConfigError::Remote { .. }
+    ));
+    assert!(matches!(
+        error(
+            &[("PGHOST", "db.example.com"), ("PGSSLMODE", "disable")],
+            ""
+        ),
+        ConfigError::PlainRemote { .. }
+    ));
+    assert!(matches!(
+        error(&[("PGSSLMODE", "off")], ""),
+        ConfigError::Variable { .. }
+    ));
+    assert!(matches!(
+        error(&[("PGPORT", "0")], ""),
+        ConfigError::Variable { .. }
+    ));
+    assert!(matches!(
+        error(
+            &[("PGHOST", "ep-x-pooler.database.cloud.databricks.com")],
+            ""
+        ),
+        ConfigError::Pooler { .. }
+    ));
+    assert!(matches!(
+        error(&[], "port = \"none\""),
+        ConfigError::NoListener
+    ));
+    let none = Config::resolve(Settings::default(), environment(&[])).unwrap_err();
+    assert!(
+        none.hint()
+            .is_some_and(|hint| hint.contains("ENDPOINT_NAME="))
+    );
+    assert!(resolve(&[("PGHOST", "localhost"), ("PGSSLMODE", "disable")], "").is_ok());
+    assert!(resolve(&[], "address = \"0.0.0.0\"\nallow_remote = true").is_ok());
+}
+
+#[test]
+fn several_endpoints_listen_one_beside_the_other() {
+    let config = resolve(
+        &[("PGHOST", "not.for.tables"), ("SECRET", "s")],
+        "[[endpoint]]\nname = \"projects/p/branches/b/endpoints/e\"\n\
+         [[endpoint]]\nname = \"projects/p/branches/b/endpoints/e\"\nread_only = true\ndatabase = \"d\"\n\
+         [[endpoint]]\nhost = \"pg\"\nuser = \"u\"\nlisten = 7000\ncredential = { password_env = \"SECRET\" }",
+    )
+    .unwrap();
+    let ports: Vec<_> = config
+        .endpoints
+        .iter()
+        .map(|endpoint| endpoint.listen.port())
+        .collect();
+    assert_eq!(ports, [5432, 5433, 7000]);
+    assert_eq!(
+        config.endpoints[0].host, None,
+        "PGHOST defines the one endpoint where there is no table"
+    );
+    assert!(config.endpoints[1].read_only);
+    assert!(matches!(
+        config.endpoints[2].credential,
+        CredentialSource::Password(_)
+    ));
+}
+
+#[test]
+fn a_credential_of_its_own_needs_all_that_the_workspace_would_tell() {
+    let error =
+        |rest: &str| resolve(&[("SECRET", "s")], &format!("[[endpoint]]\n{rest}")).unwrap_err();
+    let password = "credential = { password_env = \"SECRET\" }";
+    assert!(matches!(
+        error(&format!("name = \"x\"\n{password}")),
+        ConfigError::NoHost { .. }
+    ));
+    assert!(matches!(
+        error(&format!("host = \"h\"\n{password}")),
+        ConfigError::NoUser { .. }
+    ));
+    let unset = "host = \"h\"\nuser = \"u\"\ncredential = { password_env = \"UNSET\" }";
+    assert!(matches!(error(unset), ConfigError::NoPassword { .. }));
+    let empty = "host = \"h\"\nuser = \"u\"\ncredential = { command = [] }";
+    assert!(matches!(error(empty), ConfigError::NoCommand { .. }));
+    assert!(matches!(error("user = \"u\""), ConfigError::NoEndpoint));
+}
+
+#[test]
+fn an_unknown_key_is_refused() {
+    assert!(toml::from_str::<Settings>("prot = 1").is_err());
+}
