@@ -32,7 +32,7 @@ use crate::{
     config::Config,
     credential::{CredentialCell, Mint, MintError, Minted},
     listener::Listener,
-    session::{Presence, Sessions},
+    session::{Presence, Roster, Sessions},
     shutdown::Shutdown,
     telemetry::{Metrics, chain},
     tls::{self, Roots},
@@ -132,6 +132,7 @@ impl App {
         ));
         let ids = Arc::new(AtomicU64::new(0));
         let presence = Presence::default();
+        let roster = Arc::new(Roster::default());
         let surroundings = Surroundings {
             limits: config.limits,
             keepalive: config.keepalive,
@@ -170,6 +171,7 @@ impl App {
                 shutdown: shutdown.clone(),
                 metrics,
                 presence: presence.clone(),
+                roster: Arc::clone(&roster),
                 ids: Arc::clone(&ids),
             });
             gates.push(Gate {

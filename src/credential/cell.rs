@@ -20,8 +20,8 @@ use tokio::{
 };
 
 use super::{
-    Credential, CredentialError, CredentialState, MintError, Minted, forced::Forced,
-    schedule::Lifetime,
+    Credential, CredentialError, CredentialState, MintAttempt, MintError, Minted, forced::Forced,
+    history::History, schedule::Lifetime,
 };
 use crate::clock::Clock;
 
@@ -38,6 +38,7 @@ struct Inner {
     current: ArcSwapOption<Credential>,
     status: watch::Sender<CredentialStatus>,
     forced: Mutex<Forced>,
+    history: Mutex<History>,
     /// Whether `forced` remembers a rejection; spares [`CredentialCell::accepted`] the lock.
     strained: AtomicBool,
     waiting: AtomicUsize,
@@ -89,6 +90,7 @@ impl CredentialCell {
             current: ArcSwapOption::empty(),
             status,
             forced: Mutex::default(),
+            history: Mutex::default(),
             strained: AtomicBool::new(false),
             waiting: AtomicUsize::new(0),
             demand: Notify::new(),
@@ -218,6 +220,23 @@ impl CredentialCell {
         credential
     }
 
+    /// The last attempts to mint, the latest first.
+    pub fn attempts(&self) -> Vec<MintAttempt> {
+        self.history().latest()
+    }
+
+    /// Remembers an attempt for [`attempts`](Self::attempts).
+    pub(super) fn remember(&self, attempt: MintAttempt) {
+        self.history().push(attempt);
+    }
+
+    fn history(&self) -> MutexGuard<'_, History> {
+        self.0
+            .history
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
     pub(super) fn clock(&self) -> &Clock {
         &self.0.clock
     }
@@ -338,6 +357,16 @@ impl fmt::Debug for CredentialCell {
 }
 
 impl CredentialStatus {
+    /// When the current credential is to be replaced without haste; `None` for one that never expires.
+    pub fn due_at(&self) -> Option<Timestamp> {
+        self.lifetime.map(|lifetime| lifetime.due)
+    }
+
+    /// From when on it is to be replaced with haste.
+    pub fn urgent_at(&self) -> Option<Timestamp> {
+        self.lifetime.map(|lifetime| lifetime.urgent)
+    }
+
     fn state_at(&self, now: Timestamp) -> CredentialState {
         match (&self.lifetime, self.generation) {
             (_, 0) => CredentialState::None,

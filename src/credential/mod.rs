@@ -2,6 +2,7 @@
 
 mod cell;
 mod forced;
+mod history;
 mod refresher;
 mod schedule;
 mod sources;
@@ -12,6 +13,7 @@ use jiff::Timestamp;
 use secrecy::SecretString;
 
 pub use cell::{CredentialCell, CredentialStatus};
+pub use history::MintAttempt;
 pub use refresher::Refresher;
 pub use sources::{CredentialCommand, Password, PasswordFile};
 

@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
 
 use super::{
-    CredentialCell, CredentialState, Mint, MintError, MintErrorKind, Minted,
+    CredentialCell, CredentialState, Mint, MintAttempt, MintError, MintErrorKind, Minted,
     schedule::{Need, Pace},
 };
 use crate::telemetry::{Metrics, names};
@@ -89,7 +89,8 @@ impl<M: Mint> Refresher<M> {
     }
 
     async fn attempt(&mut self) {
-        self.cell.attempt_begins(Instant::now());
+        let began = Instant::now();
+        self.cell.attempt_begins(began);
         let outcome = match timeout(MINT_TIMEOUT, self.mint.mint()).await {
             Ok(outcome) => outcome.and_then(|minted| self.checked(minted)),
             Err(_) => Err(MintError {
@@ -111,17 +112,24 @@ impl<M: Mint> Refresher<M> {
             .with_label_values(&[label])
             .inc();
         let now = Instant::now();
-        let failure = match outcome {
+        let (outcome, failure) = match outcome {
             Ok(minted) => {
+                let expires_at = minted.expires_at;
                 self.take(minted, now);
-                None
+                (Ok(expires_at), None)
             }
             Err(error) => {
                 self.pace.failed(now, error.kind, error.retry_after, jitter);
                 self.report(&error);
-                Some(Arc::new(error))
+                let error = Arc::new(error);
+                (Err(Arc::clone(&error)), Some(error))
             }
         };
+        self.cell.remember(MintAttempt {
+            at: self.cell.clock().now(),
+            took: now - began,
+            outcome,
+        });
         self.cell.attempt_ended(self.pace.awaited(), failure);
     }
 

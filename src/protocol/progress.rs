@@ -51,7 +51,12 @@ impl Progress {
 
     /// Whether the server waits for a request, outside any transaction.
     pub fn is_idle(&self) -> bool {
-        self.outstanding == 0 && !self.unsynced && self.status == TransactionStatus::Idle
+        !self.is_owed() && self.status == TransactionStatus::Idle
+    }
+
+    /// Whether the server owes an answer, or will once the client has said all.
+    pub fn is_owed(&self) -> bool {
+        self.outstanding > 0 || self.unsynced
     }
 
     /// Whether the client has said goodbye.

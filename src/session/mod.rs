@@ -15,7 +15,9 @@ mod cancel;
 mod handshake;
 mod peer;
 mod presence;
+mod recent;
 mod relay;
+mod roster;
 
 use std::{
     io,
@@ -27,6 +29,7 @@ use std::{
 };
 
 use bytes::BytesMut;
+use jiff::Timestamp;
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
     sync::{OwnedSemaphorePermit, Semaphore},
@@ -37,6 +40,8 @@ pub use self::{
     cancel::Cancels,
     peer::Peer,
     presence::{Presence, Present},
+    recent::{Recent, RecentFailure, RecentWake},
+    roster::{Activity, Listed, Roster, Seen, Server},
 };
 use self::{
     cancel::Target,
@@ -111,6 +116,8 @@ pub struct Sessions {
     pub metrics: Arc<Metrics>,
     /// Whether any session runs.
     pub presence: Presence,
+    /// Who is here, for those who look.
+    pub roster: Arc<Roster>,
     /// Numbers the sessions of this process.
     pub ids: Arc<AtomicU64>,
 }
@@ -156,7 +163,7 @@ impl Sessions {
             }
             Ok(Ok(Opening::Session(startup))) => {
                 drop(handshaking);
-                if let Err(refusal) = self.run(id, &mut client, buffer, &startup).await {
+                if let Err(refusal) = self.run(id, peer, &mut client, buffer, &startup).await {
                     self.refuse(id, &mut client, refusal).await;
                 }
             }
@@ -183,6 +190,7 @@ impl Sessions {
     async fn run<S>(
         &self,
         id: u64,
+        peer: Peer,
         client: &mut S,
         mut buffer: BytesMut,
         startup: &StartupMessage,
@@ -193,6 +201,7 @@ impl Sessions {
         let began = Instant::now();
         let _permit = self.admit()?;
         let _present = self.presence.enter();
+        let listed = self.roster.enter(id, peer, self.route.label(), startup);
         let draining = self.shutdown.draining().clone();
         let connect = async {
             let upstream = self.route.upstream().await?;
@@ -203,7 +212,8 @@ impl Sessions {
                 report: Report::new(sqlstate::UNDEFINED_OBJECT, error.to_string()),
                 reason: reason::BAD_STARTUP,
             })?;
-            upstream.connect(&settings).await
+            let connected = upstream.connect(&settings).await?;
+            Ok((connected, settings.database))
         };
         let connected = tokio::select! {
             connected = connect => connected,
@@ -216,7 +226,7 @@ impl Sessions {
         self.metrics
             .hold_seconds
             .observe(began.elapsed().as_secs_f64());
-        let (connection, woke_after) = connected?;
+        let ((connection, woke_after), database) = connected?;
         tracing::debug!(session = id, after = ?began.elapsed(), "session begins");
         let Connection {
             mut stream,
@@ -225,6 +235,16 @@ impl Sessions {
             address,
             gauge: _gauge,
         } = connection;
+        listed.connected(Server {
+            address,
+            process_id: greeting.key.map(|key| key.process_id),
+            database: database.into(),
+            waited: began.elapsed(),
+        });
+        if let Some(held) = woke_after {
+            let recent = self.roster.recent();
+            recent.woke(self.route.label(), held, Timestamp::now());
+        }
         let registration = greeting
             .key
             .map(|key| self.cancels.register(Target { address, key }));
@@ -253,7 +273,8 @@ impl Sessions {
             (client, &buffer, counter(direction::FROM_CLIENT)),
             (&mut stream, &leftover, counter(direction::FROM_SERVER)),
             &self.shutdown,
-        );
+        )
+        .watched(listed.watch());
         drop((hello, buffer, leftover));
         let end = relay.run().await;
         tracing::debug!(session = id, ?end, "session ends");
@@ -348,6 +369,8 @@ impl Sessions {
     where
         S: AsyncRead + AsyncWrite + Unpin,
     {
+        let recent = self.roster.recent();
+        recent.refused(id, self.route.label(), &refusal, Timestamp::now());
         let Refusal { mut report, reason } = refusal;
         self.metrics
             .clients_refused

@@ -33,6 +33,7 @@ use tokio::{
     time::{Instant, Sleep, sleep},
 };
 
+use super::roster::Watch;
 use crate::{
     protocol::{
         error::{Report, sqlstate},
@@ -79,6 +80,8 @@ pub(super) struct Relay<'a, C, U> {
     to_client: Pipe,
     progress: Progress,
     unasked: UnaskedPasswords,
+    /// Who looks on.
+    watch: Option<&'a Watch>,
     /// Set once no more is read from the server.
     end: Option<End>,
 }
@@ -102,6 +105,7 @@ where
             to_client: Pipe::new(server_bytes),
             progress: Progress::new(),
             unasked: UnaskedPasswords::default(),
+            watch: None,
             end: None,
         };
         let mut from_client = from_client;
@@ -115,6 +119,12 @@ where
             .take_in(from_server, |seen| relay.progress.from_server(seen));
         relay.to_client.kept.extend_from_slice(from_server);
         relay
+    }
+
+    /// Lets `watch` know where the session stands.
+    pub(super) fn watched(mut self, watch: &'a Watch) -> Self {
+        self.watch = Some(watch);
+        self
     }
 
     /// Runs until the session is over; what the server said last has then been handed to the client.
@@ -148,6 +158,10 @@ where
         let before = (self.to_client.total, self.to_client.kept.len());
         if self.poll_from_client(cx).is_err() || self.poll_from_server(cx).is_err() {
             return Poll::Ready(End::Client);
+        }
+        if let Some(watch) = self.watch {
+            let activity = (&self.progress).into();
+            watch.see(activity, self.to_server.total, self.to_client.total);
         }
         self.heed(phase);
         loop {

@@ -61,6 +61,7 @@ fn sessions(upstream: SocketAddr, client_login_timeout: Duration) -> Arc<Session
         cancels: Arc::default(),
         shutdown: Shutdown::new(),
         metrics,
+        roster: Arc::default(),
         ids: Arc::default(),
         presence: Presence::default(),
     })
