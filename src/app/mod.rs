@@ -125,6 +125,9 @@ impl App {
             .first()
             .map_or("", |endpoint| endpoint.called());
         let metrics = Metrics::of_endpoint(first)?;
+        metrics
+            .clients_limit
+            .set(i64::try_from(config.max_connections).unwrap_or(i64::MAX));
         let clock = Clock::system();
         let shutdown = Shutdown::new();
         let permits = Arc::new(Semaphore::new(

@@ -64,7 +64,11 @@ impl<M: Mint> Refresher<M> {
                 }
                 continue;
             }
-            self.cell.plan(attempt_at.map(|at| self.wall(at - now)));
+            let planned = attempt_at.map(|at| self.wall(at - now));
+            self.cell.plan(planned);
+            self.metrics
+                .credential_next_refresh
+                .set(planned.map_or(0.0, unix_seconds));
             let look_at = now + LOOK_AT_LEAST_EVERY;
             tokio::select! {
                 () = stop.cancelled() => return,

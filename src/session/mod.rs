@@ -57,7 +57,7 @@ use crate::{
     },
     shutdown::{Phase, Shutdown},
     telemetry::{
-        GaugeGuard, Metrics,
+        CountOnDrop, GaugeGuard, Metrics,
         names::{cancel as cancel_outcome, direction, reason},
     },
     upstream::{Connection, Refusal, Route},
@@ -140,6 +140,7 @@ impl Sessions {
     {
         tracing::trace!(%peer, "client accepted");
         let _active = GaugeGuard::new(&self.metrics.clients_active);
+        let _closed = CountOnDrop::new(&self.metrics.clients_closed);
         let mut buffer = BytesMut::with_capacity(1024);
         let opening = timeout(
             self.client_login_timeout,
@@ -202,6 +203,7 @@ impl Sessions {
         let _permit = self.admit()?;
         let _present = self.presence.enter();
         let listed = self.roster.enter(id, peer, self.route.label(), startup);
+        let waiting = GaugeGuard::new(&self.metrics.clients_waiting);
         let draining = self.shutdown.draining().clone();
         let connect = async {
             let upstream = self.route.upstream().await?;
@@ -223,11 +225,12 @@ impl Sessions {
             }
             () = draining.cancelled() => Err(shutting_down()),
         };
-        self.metrics
-            .hold_seconds
-            .observe(began.elapsed().as_secs_f64());
+        let held = began.elapsed();
+        self.metrics.hold_seconds.observe(held.as_secs_f64());
+        drop(waiting);
         let ((connection, woke_after), database) = connected?;
-        tracing::debug!(session = id, after = ?began.elapsed(), "session begins");
+        let began = Instant::now();
+        tracing::debug!(session = id, after = ?held, "session begins");
         let Connection {
             mut stream,
             leftover,
@@ -277,7 +280,12 @@ impl Sessions {
         .watched(listed.watch());
         drop((hello, buffer, leftover));
         let end = relay.run().await;
-        tracing::debug!(session = id, ?end, "session ends");
+        let duration = began.elapsed();
+        self.metrics
+            .session_seconds
+            .with_label_values(&[end.label()])
+            .observe(duration.as_secs_f64());
+        tracing::debug!(session = id, ?end, ?duration, "session ends");
         match end {
             // Gone or broken: the server's side ends as that of a direct client would, by the socket being closed.
             End::Client => {}

@@ -41,6 +41,7 @@ use crate::{
         progress::Progress,
     },
     shutdown::{Phase, Shutdown},
+    telemetry::names::end,
 };
 
 /// How long replies may pause after a client has closed its half.
@@ -69,6 +70,17 @@ pub(super) enum End {
         /// Whether the server waits for a message, so that a Terminate is understood as one.
         orderly: bool,
     },
+}
+
+impl End {
+    /// The metric label.
+    pub(super) const fn label(self) -> &'static str {
+        match self {
+            Self::Client => end::CLIENT,
+            Self::Server => end::SERVER,
+            Self::Shutdown { .. } => end::SHUTDOWN,
+        }
+    }
 }
 
 /// Both directions of one session.
@@ -249,7 +261,12 @@ where
 
     /// No more comes from the server. Says why the session ends when the server has not.
     fn server_is_lost(&mut self) {
-        self.end = Some(End::Server);
+        // A server that closes after a Terminate does what the client has asked for.
+        self.end = Some(if self.progress.is_terminated() {
+            End::Client
+        } else {
+            End::Server
+        });
         // A client that has closed its half has asked for this.
         if matches!(self.to_server.state, PipeState::Open | PipeState::Refused) {
             self.say(

@@ -8,5 +8,5 @@ pub mod names;
 mod redact;
 
 pub use logging::{DEFAULT_FILTER, LogError, LogHandle, LogOptions, chain};
-pub use metrics::{GaugeGuard, Metrics};
+pub use metrics::{CountOnDrop, GaugeGuard, Metrics};
 pub use redact::{redact, without_userinfo};

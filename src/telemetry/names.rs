@@ -9,8 +9,14 @@ pub const PREFIX: &str = "lakebase_proxy";
 
 /// Clients whose connection was accepted.
 pub const CLIENTS_OPENED: &str = "client_connections_opened_total";
+/// Clients whose connection has ended, however it did.
+pub const CLIENTS_CLOSED: &str = "client_connections_closed_total";
 /// Clients connected now.
 pub const CLIENTS_ACTIVE: &str = "client_connections_active";
+/// Clients that wait for their login now.
+pub const CLIENTS_WAITING: &str = "client_connections_waiting";
+/// How many sessions there may be at a time, over all endpoints.
+pub const CLIENTS_LIMIT: &str = "client_connections_limit";
 /// Clients sent away, by [`reason`].
 pub const CLIENTS_REFUSED: &str = "client_connections_refused_total";
 /// Logins at the endpoint, by [`outcome`] and [`class`].
@@ -19,6 +25,14 @@ pub const UPSTREAM_CONNECTS: &str = "upstream_connects_total";
 pub const UPSTREAM_ACTIVE: &str = "upstream_connections_active";
 /// Time that a login took, by [`phase`].
 pub const UPSTREAM_CONNECT_SECONDS: &str = "upstream_connect_duration_seconds";
+/// Logins tried again for the same client, by the [`retry`] class of the failure before.
+pub const UPSTREAM_RETRIES: &str = "upstream_retries_total";
+/// TLS handshakes with the endpoint, by [`handshake`].
+pub const TLS_HANDSHAKES: &str = "upstream_tls_handshakes_total";
+/// How long the endpoint took to answer once it had been found asleep.
+pub const WAKE_SECONDS: &str = "endpoint_wake_duration_seconds";
+/// How long sessions lasted, by who ended them, [`end`].
+pub const SESSION_SECONDS: &str = "session_duration_seconds";
 /// Time that clients waited for a server.
 pub const HOLD_SECONDS: &str = "client_hold_duration_seconds";
 /// Bytes passed on, by [`direction`].
@@ -35,6 +49,8 @@ pub const MINT_SECONDS: &str = "credential_mint_duration_seconds";
 pub const CREDENTIAL_EXPIRY: &str = "credential_expiry_timestamp_seconds";
 /// When the current credential was minted.
 pub const CREDENTIAL_MINTED: &str = "credential_minted_timestamp_seconds";
+/// When the next one will be asked for.
+pub const CREDENTIAL_NEXT_REFRESH: &str = "credential_next_refresh_timestamp_seconds";
 /// How old the current credential is.
 pub const CREDENTIAL_AGE: &str = "credential_age_seconds";
 /// Which build this is.
@@ -119,6 +135,10 @@ label! {
 label! {
     /// Parts of a login at the endpoint.
     phase {
+        /// Waiting for one's turn: behind the client that wakes the endpoint, or behind too many others.
+        QUEUE = "queue",
+        /// Waiting for a valid credential.
+        CREDENTIAL = "credential",
         /// Host name to addresses.
         RESOLVE = "resolve",
         /// TCP connect.
@@ -127,8 +147,42 @@ label! {
         TLS = "tls",
         /// Startup message up to `ReadyForQuery`.
         LOGIN = "login",
-        /// All of it.
+        /// All of one attempt: resolve, dial, TLS and login.
         TOTAL = "total",
+    }
+}
+
+label! {
+    /// Failure classes after which a login is tried again.
+    retry {
+        /// Asleep, starting or not reachable.
+        WAKING = "waking",
+        /// Login refused: once more, with a fresh credential.
+        IDENTITY = "identity",
+        /// The server is full.
+        CAPACITY = "capacity",
+    }
+}
+
+label! {
+    /// How a TLS session came about.
+    handshake {
+        /// With certificates.
+        FULL = "full",
+        /// From a ticket of an earlier one.
+        RESUMED = "resumed",
+    }
+}
+
+label! {
+    /// Who ended a session.
+    end {
+        /// The client, or its connection broke.
+        CLIENT = "client",
+        /// The endpoint, or its connection broke.
+        SERVER = "server",
+        /// We, because we are shutting down.
+        SHUTDOWN = "shutdown",
     }
 }
 

@@ -9,6 +9,7 @@ use std::{
     time::Duration,
 };
 
+use rustls::HandshakeKind;
 use socket2::{SockRef, TcpKeepalive};
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf},
@@ -28,7 +29,10 @@ use crate::{
         frame::{SMALL_MESSAGE_LIMIT, take_message},
         startup::ssl_request,
     },
-    telemetry::{Metrics, names::phase},
+    telemetry::{
+        Metrics,
+        names::{handshake, phase},
+    },
 };
 
 /// How long one address gets before the next is tried beside it (RFC 8305's connection attempt delay).
@@ -207,6 +211,11 @@ pub(super) async fn secure(
         .await
         .map_err(|error| Failure::tls(&error))?;
     observe(metrics, phase::TLS, started);
+    let kind = match stream.get_ref().1.handshake_kind() {
+        Some(HandshakeKind::Resumed) => handshake::RESUMED,
+        _ => handshake::FULL,
+    };
+    metrics.tls_handshakes.with_label_values(&[kind]).inc();
     Ok(Stream::Tls(Box::new(stream)))
 }
 

@@ -36,7 +36,7 @@ use crate::{
     },
     telemetry::{
         Metrics,
-        names::{class, outcome, reason},
+        names::{class, outcome, phase, reason},
     },
 };
 
@@ -108,6 +108,8 @@ pub struct Upstream {
     /// Held by the client that leads while the endpoint wakes.
     lead: Mutex<Backoff>,
     waking: AtomicBool,
+    /// When it was found asleep, while it is.
+    asleep_since: std::sync::Mutex<Option<Instant>>,
     /// Told when `waking` ends.
     woken: Notify,
     failing: AtomicBool,
@@ -134,6 +136,7 @@ impl Upstream {
             cancels: Semaphore::new(CONCURRENT_CANCELS),
             lead: Mutex::default(),
             waking: AtomicBool::new(false),
+            asleep_since: std::sync::Mutex::default(),
             woken: Notify::new(),
             failing: AtomicBool::new(false),
             last_failure: ArcSwapOption::empty(),
@@ -164,19 +167,33 @@ impl Upstream {
         let (mut held, mut renewed, mut crowded) = (false, false, false);
         let mut previous: Option<Failure> = None;
         loop {
+            let began = Instant::now();
             if lead.is_none() && self.waking.load(Ordering::Acquire) {
                 held = true;
                 lead = self.wait_for_lead(deadline.at).await?;
             }
+            let asked = Instant::now();
             let credential = self
                 .credentials
                 .get(deadline.at)
                 .await
                 .map_err(|error| self.no_credential(&error))?;
+            dial::observe(&self.metrics, phase::CREDENTIAL, asked);
+            let credited = Instant::now();
             let turn = self.wait_for_turn(deadline.at).await?;
+            self.metrics
+                .upstream_connect_seconds
+                .with_label_values(&[phase::QUEUE])
+                .observe((asked - began + credited.elapsed()).as_secs_f64());
             // Those ahead may have found the endpoint asleep.
             if lead.is_none() && self.waking.load(Ordering::Acquire) {
                 continue;
+            }
+            if let Some(previous) = &previous {
+                self.metrics
+                    .upstream_retries
+                    .with_label_values(&[previous.class.label()])
+                    .inc();
             }
             // There may have been a new one meanwhile.
             let credential = self.credentials.current().unwrap_or(credential);
@@ -193,7 +210,7 @@ impl Upstream {
             match failure.class {
                 Class::Waking => {
                     held = true;
-                    self.waking.store(true, Ordering::Release);
+                    self.fell_asleep();
                     self.last_failure.store(Some(Arc::new(failure.clone())));
                     if failure.is_dns {
                         deadline.shorten(self.budgets.dns);
@@ -303,10 +320,28 @@ impl Upstream {
         }
     }
 
+    /// The endpoint does not answer: everybody waits for one client's attempts.
+    fn fell_asleep(&self) {
+        if !self.waking.swap(true, Ordering::AcqRel) {
+            *self.asleep_since() = Some(Instant::now());
+        }
+    }
+
+    fn asleep_since(&self) -> std::sync::MutexGuard<'_, Option<Instant>> {
+        self.asleep_since
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
     /// The endpoint has answered: nobody need wait for a leader.
     fn wake(&self, lead: Option<&mut Backoff>) {
         if self.waking.swap(false, Ordering::AcqRel) {
             self.woken.notify_waiters();
+            if let Some(since) = self.asleep_since().take() {
+                self.metrics
+                    .wake_seconds
+                    .observe(since.elapsed().as_secs_f64());
+            }
         }
         if let Some(backoff) = lead {
             *backoff = Backoff::default();

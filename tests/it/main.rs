@@ -24,6 +24,7 @@ mod harness;
 mod lifecycle;
 mod limits;
 mod login;
+mod metrics;
 mod notes;
 mod origins;
 mod postgres;

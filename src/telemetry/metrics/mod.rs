@@ -3,18 +3,23 @@
 //! Names and label values are in [`names`]. Resolve a label child once (`with_label_values` hashes and
 //! locks) and keep it where it is used often.
 
+mod make;
+mod process;
+
 use std::{
-    collections::{BTreeMap, HashMap, btree_map::Entry},
-    sync::{Arc, Mutex, PoisonError},
-    time::{SystemTime, UNIX_EPOCH},
+    collections::HashMap,
+    sync::{Arc, PoisonError},
 };
 
 use prometheus::{
-    Encoder, Gauge, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec,
-    IntGauge, Opts, Registry, TextEncoder, core::Collector, exponential_buckets,
-    proto::MetricFamily,
+    Gauge, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, Opts,
+    Registry, exponential_buckets,
 };
 
+use self::{
+    make::{add, counters, histograms},
+    process::{EndpointRegistry, ProcessMetrics},
+};
 use super::names;
 
 /// Content type of what [`Metrics::render`] returns.
@@ -24,8 +29,14 @@ pub const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
 pub struct Metrics {
     /// Clients whose connection was accepted.
     pub clients_opened: IntCounter,
+    /// Clients whose connection has ended.
+    pub clients_closed: IntCounter,
     /// Clients connected now; see [`GaugeGuard`].
     pub clients_active: IntGauge,
+    /// Clients that wait for their login now.
+    pub clients_waiting: IntGauge,
+    /// How many sessions there may be at a time, over all endpoints.
+    pub clients_limit: IntGauge,
     /// Clients sent away, by [`names::reason`].
     pub clients_refused: IntCounterVec,
     /// Login attempts at the endpoint, by [`names::outcome`] and [`names::class`].
@@ -34,6 +45,14 @@ pub struct Metrics {
     pub upstream_active: IntGauge,
     /// Time that login attempts took, by [`names::phase`].
     pub upstream_connect_seconds: HistogramVec,
+    /// Logins tried again for the same client, by [`names::retry`].
+    pub upstream_retries: IntCounterVec,
+    /// TLS handshakes with the endpoint, by [`names::handshake`].
+    pub tls_handshakes: IntCounterVec,
+    /// How long the endpoint took to answer once it had been found asleep.
+    pub wake_seconds: Histogram,
+    /// How long sessions lasted, by [`names::end`].
+    pub session_seconds: HistogramVec,
     /// Time that clients waited in login, from their startup message to our answer.
     pub hold_seconds: Histogram,
     /// Bytes passed on, by [`names::direction`].
@@ -50,21 +69,9 @@ pub struct Metrics {
     pub credential_expiry: Gauge,
     /// Unix time at which the current credential was minted; 0 while there is none.
     pub credential_minted: Gauge,
+    /// Unix time at which the next credential will be asked for; 0 where none will.
+    pub credential_next_refresh: Gauge,
     process: Arc<ProcessMetrics>,
-}
-
-/// What is counted once for the whole process, and where each endpoint's own metrics are found at a scrape.
-struct ProcessMetrics {
-    registries: [Registry; 2],
-    mint_seconds: HistogramVec,
-    session_panics: IntCounter,
-    endpoints: Mutex<Vec<EndpointRegistry>>,
-}
-
-struct EndpointRegistry {
-    registry: Registry,
-    credential_minted: Gauge,
-    credential_age: Gauge,
 }
 
 impl Metrics {
@@ -101,6 +108,15 @@ impl Metrics {
         )?;
         let metrics = Self {
             clients_opened: add(&ours, IntCounter::new(names::CLIENTS_OPENED, "Client connections accepted."))?,
+            clients_closed: add(
+                &ours,
+                IntCounter::new(names::CLIENTS_CLOSED, "Client connections that have ended."),
+            )?,
+            clients_waiting: add(
+                &ours,
+                IntGauge::new(names::CLIENTS_WAITING, "Clients that wait for their login at the endpoint now."),
+            )?,
+            clients_limit: process.clients_limit.clone(),
             clients_active: add(&ours, IntGauge::new(names::CLIENTS_ACTIVE, "Client connections open now."))?,
             clients_refused: counters(
                 &ours,
@@ -132,6 +148,41 @@ impl Metrics {
                 .buckets(login_buckets.clone()),
                 "phase",
                 names::phase::ALL,
+            )?,
+            upstream_retries: counters(
+                &ours,
+                names::UPSTREAM_RETRIES,
+                "Logins at the endpoint tried again for the same client, by the class of the failure before.",
+                "class",
+                names::retry::ALL,
+            )?,
+            tls_handshakes: counters(
+                &ours,
+                names::TLS_HANDSHAKES,
+                "TLS handshakes completed with the endpoint, by kind.",
+                "kind",
+                names::handshake::ALL,
+            )?,
+            wake_seconds: add(
+                &ours,
+                Histogram::with_opts(
+                    HistogramOpts::new(
+                        names::WAKE_SECONDS,
+                        "Time from the first failed attempt at a sleeping endpoint until it answered.",
+                    )
+                    .buckets(login_buckets.clone()),
+                ),
+            )?,
+            session_seconds: histograms(
+                &ours,
+                // 10 ms to 46 h: Lakebase ends connections after three days.
+                HistogramOpts::new(
+                    names::SESSION_SECONDS,
+                    "Time that sessions lasted after their login, by who ended them.",
+                )
+                .buckets(exponential_buckets(0.01, 4.0, 13)?),
+                "end",
+                names::end::ALL,
             )?,
             hold_seconds: add(
                 &ours,
@@ -174,6 +225,13 @@ impl Metrics {
                 ),
             )?,
             credential_minted: credential_minted.clone(),
+            credential_next_refresh: add(
+                &ours,
+                Gauge::new(
+                    names::CREDENTIAL_NEXT_REFRESH,
+                    "Unix time at which the next database credential will be asked for; 0 where none will.",
+                ),
+            )?,
             process: Arc::clone(process),
         };
         let credential_age = add(
@@ -209,84 +267,7 @@ impl Metrics {
 
     /// Everything of the process, all endpoints included, in the Prometheus text format.
     pub fn render(&self) -> String {
-        let mut families = BTreeMap::new();
-        let mut gather = |registry: &Registry| {
-            for mut family in registry.gather() {
-                match families.entry(family.name().to_owned()) {
-                    Entry::Vacant(place) => drop(place.insert(family)),
-                    Entry::Occupied(mut same) => {
-                        let same: &mut MetricFamily = same.get_mut();
-                        same.mut_metric().append(&mut family.take_metric());
-                    }
-                }
-            }
-        };
-        for registry in &self.process.registries {
-            gather(registry);
-        }
-        for endpoint in &*self
-            .process
-            .endpoints
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-        {
-            endpoint
-                .credential_age
-                .set(age(endpoint.credential_minted.get(), SystemTime::now()));
-            gather(&endpoint.registry);
-        }
-        let mut text = Vec::with_capacity(16 * 1024);
-        let families: Vec<_> = families.into_values().collect();
-        // Only a family without children is an error, and gather() leaves those out.
-        if let Err(error) = TextEncoder::new().encode(&families, &mut text) {
-            tracing::error!(%error, "metrics could not be written");
-        }
-        String::from_utf8(text).unwrap_or_default()
-    }
-}
-
-impl ProcessMetrics {
-    fn new() -> Result<Arc<Self>, prometheus::Error> {
-        let ours = Registry::new_custom(Some(names::PREFIX.to_owned()), None)?;
-        // Stock dashboards look for `process_*` without a prefix.
-        let system = Registry::new();
-        #[cfg(target_os = "linux")]
-        system.register(Box::new(
-            prometheus::process_collector::ProcessCollector::for_self(),
-        ))?;
-        let build = add(
-            &ours,
-            GaugeVec::new(
-                Opts::new(names::BUILD_INFO, "Always 1; the version is a label."),
-                &["version"],
-            ),
-        )?;
-        build
-            .with_label_values(&[env!("CARGO_PKG_VERSION")])
-            .set(1.0);
-        // 10 ms to 41 s: calls over the internet.
-        let mint_buckets = exponential_buckets(0.01, 2.0, 13)?;
-        Ok(Arc::new(Self {
-            mint_seconds: histograms(
-                &ours,
-                HistogramOpts::new(
-                    names::MINT_SECONDS,
-                    "Time that getting a database credential took, by step.",
-                )
-                .buckets(mint_buckets),
-                "step",
-                names::step::ALL,
-            )?,
-            session_panics: add(
-                &ours,
-                IntCounter::new(
-                    names::SESSION_PANICS,
-                    "Sessions ended by a panic; each one is a defect of the proxy.",
-                ),
-            )?,
-            registries: [ours, system],
-            endpoints: Mutex::default(),
-        }))
+        self.process.render()
     }
 }
 
@@ -308,60 +289,25 @@ impl Drop for GaugeGuard {
     }
 }
 
-fn age(minted: f64, now: SystemTime) -> f64 {
-    if minted <= 0.0 {
-        return f64::NAN;
+/// Counts when it is dropped, also by a panic.
+#[derive(Debug)]
+pub struct CountOnDrop(IntCounter);
+
+impl CountOnDrop {
+    /// Adds one to `counter` in the end.
+    pub fn new(counter: &IntCounter) -> Self {
+        Self(counter.clone())
     }
-    let now = now
-        .duration_since(UNIX_EPOCH)
-        .unwrap_or_default()
-        .as_secs_f64();
-    (now - minted).max(0.0)
 }
 
-fn add<C: Collector + Clone + 'static>(
-    registry: &Registry,
-    made: Result<C, prometheus::Error>,
-) -> Result<C, prometheus::Error> {
-    let collector = made?;
-    registry.register(Box::new(collector.clone()))?;
-    Ok(collector)
-}
-
-fn counters(
-    registry: &Registry,
-    name: &str,
-    help: &str,
-    label: &str,
-    values: &[&str],
-) -> Result<IntCounterVec, prometheus::Error> {
-    let vec = add(
-        registry,
-        IntCounterVec::new(Opts::new(name, help), &[label]),
-    )?;
-    for value in values {
-        vec.with_label_values(&[value]);
+impl Drop for CountOnDrop {
+    fn drop(&mut self) {
+        self.0.inc();
     }
-    Ok(vec)
-}
-
-fn histograms(
-    registry: &Registry,
-    opts: HistogramOpts,
-    label: &str,
-    values: &[&str],
-) -> Result<HistogramVec, prometheus::Error> {
-    let vec = add(registry, HistogramVec::new(opts, &[label]))?;
-    for value in values {
-        vec.with_label_values(&[value]);
-    }
-    Ok(vec)
 }
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
 
     #[test]
@@ -381,6 +327,10 @@ mod tests {
             "lakebase_proxy_credential_refreshes_total{outcome=\"success\"} 0\n",
             "lakebase_proxy_credential_mint_duration_seconds_count{step=\"workspace_token\"} 0\n",
             "lakebase_proxy_upstream_connect_duration_seconds_count{phase=\"tls\"} 0\n",
+            "lakebase_proxy_session_duration_seconds_count{end=\"server\"} 0\n",
+            "lakebase_proxy_upstream_retries_total{class=\"capacity\"} 0\n",
+            "lakebase_proxy_upstream_tls_handshakes_total{kind=\"resumed\"} 0\n",
+            "lakebase_proxy_endpoint_wake_duration_seconds_count 0\n",
             "lakebase_proxy_session_panics_total 0\n",
             "lakebase_proxy_credential_age_seconds NaN\n",
         ] {
@@ -434,14 +384,6 @@ mod tests {
         let (one, other) = (Metrics::new().unwrap(), Metrics::new().unwrap());
         one.clients_opened.inc();
         assert_eq!(other.clients_opened.get(), 0);
-    }
-
-    #[test]
-    fn age_counts_from_the_mint_and_is_never_negative() {
-        let now = UNIX_EPOCH + Duration::from_secs(1_000);
-        assert!((age(900.0, now) - 100.0).abs() < 1e-9);
-        assert!(age(1_001.0, now).abs() < f64::EPSILON);
-        assert!(age(0.0, now).is_nan());
     }
 
     #[test]
