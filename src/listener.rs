@@ -19,7 +19,7 @@ use tracing::Instrument;
 use crate::{
     session::{Peer, Sessions},
     telemetry::Metrics,
-    upstream::{Keepalive, tune},
+    upstream::tune,
 };
 
 /// Clients that have not yet said what they want.
@@ -54,21 +54,14 @@ impl Listener {
         self.address
     }
 
-    /// Accepts until the grace time is over; sessions run on `clients`, the loops that accept them on `helpers`.
-    pub fn spawn(
-        self,
-        sessions: &Arc<Sessions>,
-        keepalive: Keepalive,
-        clients: &TaskTracker,
-        helpers: &TaskTracker,
-    ) {
+    /// Accepts until the door is shut; sessions run on `clients`, the loops that accept them on `helpers`.
+    pub fn spawn(self, sessions: &Arc<Sessions>, clients: &TaskTracker, helpers: &TaskTracker) {
         let handshakes = Arc::new(Semaphore::new(UNFINISHED_HANDSHAKES));
         for socket in self.sockets {
             let accepting = accept(
                 socket,
                 Arc::clone(sessions),
                 Arc::clone(&handshakes),
-                keepalive,
                 clients.clone(),
             );
             helpers.spawn(accepting);
@@ -96,11 +89,10 @@ async fn accept(
     socket: TcpListener,
     sessions: Arc<Sessions>,
     handshakes: Arc<Semaphore>,
-    keepalive: Keepalive,
     clients: TaskTracker,
 ) {
     let mut pause = ACCEPT_PAUSE_MIN;
-    let cutting = sessions.shutdown.cutting().clone();
+    let shut = sessions.door.is_shut().clone();
     loop {
         let next = async {
             let permit = Arc::clone(&handshakes).acquire_owned().await;
@@ -108,7 +100,7 @@ async fn accept(
         };
         let (permit, accepted) = tokio::select! {
             next = next => next,
-            () = cutting.cancelled() => return,
+            () = shut.cancelled() => return,
         };
         // Never closed, so never an error.
         let Ok(permit) = permit else { return };
@@ -122,7 +114,7 @@ async fn accept(
                 sessions.metrics.clients_opened.inc();
                 let serving = async move {
                     let _watch = PanicWatch(Arc::clone(&sessions.metrics));
-                    tune(&client, &keepalive);
+                    tune(&client, &sessions.policies.now().terms.keepalive);
                     let client: TcpStream = client;
                     sessions.serve(id, peer, client, permit).await;
                 };

@@ -17,7 +17,7 @@ use crate::{
     protocol::error::{Report, sqlstate},
     session::Sessions,
     telemetry::{chain, names::reason},
-    upstream::{Keepalive, Limits, Refusal, RouteFinder, Upstream, is_loopback},
+    upstream::{Refusal, RouteFinder, Upstream, is_loopback},
 };
 
 /// Pauses between look-ups of an endpoint that could not be found while others serve.
@@ -38,8 +38,6 @@ pub(super) struct Gate {
 /// What a gate needs of the rest of the program.
 #[derive(Clone)]
 pub(super) struct Surroundings {
-    pub(super) limits: Limits,
-    pub(super) keepalive: Keepalive,
     /// Every address this process listens on.
     pub(super) ours: Arc<[SocketAddr]>,
 }
@@ -76,7 +74,7 @@ impl Gate {
             located,
             surroundings,
         } = self;
-        listener.spawn(&sessions, surroundings.keepalive, clients, helpers);
+        listener.spawn(&sessions, clients, helpers);
         let (stop, tracker, metrics) =
             (stop.clone(), helpers.clone(), Arc::clone(&sessions.metrics));
         let serving = async move {
@@ -90,13 +88,7 @@ impl Gate {
                     located
                 }
             };
-            let route = Upstream::new(
-                located.endpoint,
-                credentials.clone(),
-                surroundings.limits,
-                surroundings.keepalive,
-                Arc::clone(&metrics),
-            );
+            let route = Upstream::new(located.endpoint, credentials.clone(), Arc::clone(&metrics));
             let endpoint = route.endpoint();
             tracing::info!(
                 endpoint = %endpoint.label,

@@ -14,7 +14,7 @@ use std::{
     time::Duration,
 };
 
-use tokio::{net::TcpListener, sync::Semaphore, task::JoinSet};
+use tokio::{net::TcpListener, task::JoinSet};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 pub use self::{
@@ -32,11 +32,11 @@ use crate::{
     config::Config,
     credential::{CredentialCell, Mint, MintError, Minted},
     listener::Listener,
-    session::{Presence, Roster, Sessions},
+    session::{Door, Policies, Policy, Presence, Roster, Seats, Sessions},
     shutdown::Shutdown,
     telemetry::{Metrics, chain},
     tls::{self, Roots},
-    upstream::{Endpoint, Label, Route},
+    upstream::{Endpoint, Label, Route, Terms},
     workspace::Workspace,
 };
 
@@ -65,6 +65,7 @@ pub struct App {
     metrics: Arc<Metrics>,
     shutdown: Shutdown,
     presence: Presence,
+    policies: Policies,
     ending: Ending,
     run_connection_test: bool,
 }
@@ -130,15 +131,20 @@ impl App {
             .set(i64::try_from(config.max_connections).unwrap_or(i64::MAX));
         let clock = Clock::system();
         let shutdown = Shutdown::new();
-        let permits = Arc::new(Semaphore::new(
-            config.max_connections.min(Semaphore::MAX_PERMITS),
-        ));
+        let policies = Policies::new(Policy {
+            database_mapping: config.database_mapping,
+            client_login_timeout: config.client_login_timeout,
+            max_connections: config.max_connections,
+            terms: Terms {
+                limits: config.limits,
+                keepalive: config.keepalive,
+            },
+        });
+        let seats = Seats::default();
         let ids = Arc::new(AtomicU64::new(0));
         let presence = Presence::default();
         let roster = Arc::new(Roster::default());
         let surroundings = Surroundings {
-            limits: config.limits,
-            keepalive: config.keepalive,
             ours: addresses.endpoints.clone().into(),
         };
         let shared_workspace = OnceLock::new();
@@ -162,14 +168,12 @@ impl App {
             } else {
                 metrics.of_another(endpoint.called())?
             };
-            let (finder, route) =
-                Route::to(Label::new(endpoint.called()), config.limits.connect_timeout);
+            let (finder, route) = Route::to(Label::new(endpoint.called()));
             let sessions = Arc::new(Sessions {
                 route,
-                database_mapping: config.database_mapping,
-                client_login_timeout: config.client_login_timeout,
-                permits: Arc::clone(&permits),
-                max_connections: config.max_connections,
+                policies: policies.clone(),
+                seats: seats.clone(),
+                door: Door::new(shutdown.cutting().child_token()),
                 cancels: Arc::default(),
                 shutdown: shutdown.clone(),
                 metrics,
@@ -198,6 +202,7 @@ impl App {
             metrics,
             shutdown,
             presence,
+            policies,
             ending: Ending {
                 delay: config.min_sigterm_delay,
                 grace: config.grace,
@@ -223,6 +228,7 @@ impl App {
             metrics,
             shutdown,
             presence,
+            policies,
             ending,
             run_connection_test,
         } = self;
@@ -256,7 +262,7 @@ impl App {
             tracing::info!(
                 %address,
                 endpoint = gate.config.called(),
-                max_connections = gate.sessions.max_connections,
+                max_connections = policies.now().max_connections,
                 "listening for Postgres clients"
             );
             if !address.ip().to_canonical().is_loopback() {
@@ -314,6 +320,7 @@ impl App {
             shutdown,
             credentials: first,
             routes,
+            policies,
             health,
             clients,
             helpers,

@@ -14,10 +14,10 @@ use crate::{
     admin::{Admin, Health},
     credential::CredentialCell,
     protocol::options::SessionSettings,
-    session::TERMINATE,
+    session::{Policies, TERMINATE},
     shutdown::Shutdown,
     telemetry::Metrics,
-    upstream::{Refusal, Route},
+    upstream::{Refusal, Route, Terms},
 };
 
 /// How long helpers (the health port, the notes page) may take to end once no client is left.
@@ -30,6 +30,7 @@ pub struct Running {
     pub(super) shutdown: Shutdown,
     pub(super) credentials: CredentialCell,
     pub(super) routes: Vec<Route>,
+    pub(super) policies: Policies,
     pub(super) health: Arc<Health>,
     pub(super) clients: TaskTracker,
     pub(super) helpers: TaskTracker,
@@ -85,7 +86,8 @@ impl Running {
         let Some(route) = self.routes.first() else {
             return Err(no_endpoint());
         };
-        let upstream = route.upstream().await?;
+        let patience = self.policies.now().terms.limits.connect_timeout;
+        let upstream = route.upstream(patience).await?;
         let endpoint = upstream.endpoint();
         Ok(Target {
             address: super::reachable(self.addresses.postgres),
@@ -100,7 +102,11 @@ impl Running {
         if !self.run_connection_test {
             return Ok(());
         }
-        let mut logins: JoinSet<_> = self.routes.iter().cloned().map(log_in).collect();
+        let terms = self.policies.now().terms;
+        let mut logins = JoinSet::new();
+        for route in self.routes.iter().cloned() {
+            logins.spawn(log_in(route, terms));
+        }
         while let Some(login) = logins.join_next().await {
             // A panic is counted and logged where it happens.
             if let Ok(Err(refusal)) = login {
@@ -165,15 +171,15 @@ impl Running {
 }
 
 /// One login as a client would make it, and an orderly goodbye.
-async fn log_in(route: Route) -> Result<(), Refusal> {
-    let upstream = route.upstream().await?;
+async fn log_in(route: Route, terms: Terms) -> Result<(), Refusal> {
+    let upstream = route.upstream(terms.limits.connect_timeout).await?;
     let settings = SessionSettings {
         database: upstream.endpoint().database.clone(),
         parameters: vec![("application_name".to_owned(), "lakebase-proxy".to_owned())],
         client_encoding: None,
         replication: false,
     };
-    let (mut connection, _woke_after) = upstream.connect(&settings).await?;
+    let (mut connection, _woke_after) = upstream.connect(&settings, &terms).await?;
     let goodbye = async {
         connection.stream.write_all(&TERMINATE).await?;
         connection.stream.shutdown().await

@@ -12,8 +12,10 @@
 //! notice before AuthenticationOk for an error.
 
 mod cancel;
+mod door;
 mod handshake;
 mod peer;
+mod policy;
 mod presence;
 mod recent;
 mod relay;
@@ -32,13 +34,15 @@ use bytes::BytesMut;
 use jiff::Timestamp;
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
-    sync::{OwnedSemaphorePermit, Semaphore},
+    sync::OwnedSemaphorePermit,
     time::{Instant, sleep, timeout},
 };
 
 pub use self::{
     cancel::Cancels,
+    door::Door,
     peer::Peer,
+    policy::{Policies, Policy, Seat, Seats},
     presence::{Presence, Present},
     recent::{Recent, RecentFailure, RecentWake},
     roster::{Activity, Listed, Roster, Seen, Server},
@@ -60,7 +64,7 @@ use crate::{
         CountOnDrop, GaugeGuard, Metrics,
         names::{cancel as cancel_outcome, direction, reason},
     },
-    upstream::{Connection, Refusal, Route},
+    upstream::{Connection, Refusal, Route, Terms},
 };
 
 /// A wait worth telling the client about.
@@ -100,14 +104,12 @@ impl DatabaseMapping {
 pub struct Sessions {
     /// Where they lead.
     pub route: Route,
-    /// What the database names that clients send mean.
-    pub database_mapping: DatabaseMapping,
-    /// How long a client may take to say what it wants.
-    pub client_login_timeout: Duration,
-    /// One permit a session.
-    pub permits: Arc<Semaphore>,
-    /// The number of permits there are, for the message.
-    pub max_connections: usize,
+    /// What they go by.
+    pub policies: Policies,
+    /// The place that each takes.
+    pub seats: Seats,
+    /// Whether there may be more of them.
+    pub door: Door,
     /// Keys given out.
     pub cancels: Arc<Cancels>,
     /// When to end.
@@ -141,9 +143,10 @@ impl Sessions {
         tracing::trace!(%peer, "client accepted");
         let _active = GaugeGuard::new(&self.metrics.clients_active);
         let _closed = CountOnDrop::new(&self.metrics.clients_closed);
+        let policy = self.policies.now();
         let mut buffer = BytesMut::with_capacity(1024);
         let opening = timeout(
-            self.client_login_timeout,
+            policy.client_login_timeout,
             handshake::receive(&mut client, &mut buffer),
         );
         // A client that says nothing must not hold up the end.
@@ -160,11 +163,14 @@ impl Sessions {
             Ok(Ok(Opening::Gone)) => {}
             Ok(Ok(Opening::Cancel(key))) => {
                 drop(handshaking);
-                self.cancel(key).await;
+                self.cancel(key, &policy.terms).await;
             }
             Ok(Ok(Opening::Session(startup))) => {
                 drop(handshaking);
-                if let Err(refusal) = self.run(id, peer, &mut client, buffer, &startup).await {
+                if let Err(refusal) = self
+                    .run((id, peer), &policy, &mut client, buffer, &startup)
+                    .await
+                {
                     self.refuse(id, &mut client, refusal).await;
                 }
             }
@@ -190,8 +196,8 @@ impl Sessions {
     /// A session proper; an error is a refusal that the client is still to be told.
     async fn run<S>(
         &self,
-        id: u64,
-        peer: Peer,
+        (id, peer): (u64, Peer),
+        policy: &Policy,
         client: &mut S,
         mut buffer: BytesMut,
         startup: &StartupMessage,
@@ -200,21 +206,24 @@ impl Sessions {
         S: AsyncRead + AsyncWrite + Unpin,
     {
         let began = Instant::now();
-        let _permit = self.admit()?;
-        let _present = self.presence.enter();
+        let _seat = self.admit(policy)?;
+        let _present = (self.presence.enter(), self.door.enter());
         let listed = self.roster.enter(id, peer, self.route.label(), startup);
         let waiting = GaugeGuard::new(&self.metrics.clients_waiting);
         let draining = self.shutdown.draining().clone();
         let connect = async {
-            let upstream = self.route.upstream().await?;
-            let database = self
+            let upstream = self
+                .route
+                .upstream(policy.terms.limits.connect_timeout)
+                .await?;
+            let database = policy
                 .database_mapping
                 .choose(startup, &upstream.endpoint().database);
             let settings = SessionSettings::new(startup, database).map_err(|error| Refusal {
                 report: Report::new(sqlstate::UNDEFINED_OBJECT, error.to_string()),
                 reason: reason::BAD_STARTUP,
             })?;
-            let connected = upstream.connect(&settings).await?;
+            let connected = upstream.connect(&settings, &policy.terms).await?;
             Ok((connected, settings.database))
         };
         let connected = tokio::select! {
@@ -266,7 +275,7 @@ impl Sessions {
         }
         let hello = welcome(startup, &greeting.parameter_status, key, &greeting.notices);
         drop(greeting);
-        let said = timeout(self.client_login_timeout, write_all(client, &hello)).await;
+        let said = timeout(policy.client_login_timeout, write_all(client, &hello)).await;
         if !matches!(said, Ok(Ok(()))) {
             tracing::debug!(session = id, "client did not take its welcome");
             return Ok(());
@@ -303,30 +312,39 @@ impl Sessions {
         Ok(())
     }
 
-    fn admit(&self) -> Result<OwnedSemaphorePermit, Refusal> {
+    fn admit(&self, policy: &Policy) -> Result<Seat, Refusal> {
         if self.shutdown.phase() != Phase::Serving {
             return Err(shutting_down());
         }
-        Arc::clone(&self.permits)
-            .try_acquire_owned()
-            .map_err(|_| Refusal {
+        if self.door.is_leaving() {
+            return Err(Refusal {
                 report: Report::new(
-                    sqlstate::TOO_MANY_CONNECTIONS,
+                    sqlstate::CANNOT_CONNECT_NOW,
                     format!(
-                        "sorry, too many clients already: lakebase-proxy takes {}",
-                        self.max_connections
+                        "Lakebase endpoint {} is no longer among the settings of lakebase-proxy",
+                        self.route.label()
                     ),
                 )
-                .with_hint("Close connections that are not used, or raise --max-connections."),
-                reason: reason::MAX_CONNECTIONS,
-            })
+                .with_hint("Connect to another endpoint, or put it back and reload."),
+                reason: reason::SHUTTING_DOWN,
+            });
+        }
+        let limit = policy.max_connections;
+        self.seats.take(limit).ok_or_else(|| Refusal {
+            report: Report::new(
+                sqlstate::TOO_MANY_CONNECTIONS,
+                format!("sorry, too many clients already: lakebase-proxy takes {limit}"),
+            )
+            .with_hint("Close connections that are not used, or raise --max-connections."),
+            reason: reason::MAX_CONNECTIONS,
+        })
     }
 
-    async fn cancel(&self, key: crate::protocol::startup::CancelKey) {
+    async fn cancel(&self, key: crate::protocol::startup::CancelKey, terms: &Terms) {
         let target = self.cancels.find(key).zip(self.route.found());
         let outcome = match target {
             Some((Target { address, key }, upstream)) => {
-                match upstream.cancel(address, key).await {
+                match upstream.cancel(address, key, &terms.keepalive).await {
                     Ok(()) => cancel_outcome::FORWARDED,
                     Err(error) => {
                         tracing::warn!(error = %error, "cancel request could not be passed on");

@@ -6,8 +6,10 @@ use secrecy::SecretString;
 use tokio::{
     io::{DuplexStream, duplex},
     net::TcpListener,
+    sync::Semaphore,
     task::JoinSet,
 };
+use tokio_util::sync::CancellationToken;
 
 use super::*;
 use crate::{
@@ -18,7 +20,7 @@ use crate::{
         frame::{Message, take_message},
         startup::{CancelKey, encode_startup},
     },
-    upstream::{Endpoint, Keepalive, Label, Limits, Security, Upstream},
+    upstream::{Endpoint, Label, Security, Upstream},
 };
 
 /// More than any of these tests takes when all is well.
@@ -43,21 +45,19 @@ fn sessions(upstream: SocketAddr, client_login_timeout: Duration) -> Arc<Session
         database: "db".to_owned(),
         security: Security::Plain,
     };
-    let upstream = Upstream::new(
-        endpoint,
-        credentials,
-        Limits::default(),
-        Keepalive::default(),
-        Arc::clone(&metrics),
-    );
-    let (finder, route) = Route::to(Label::new("e"), LONG);
+    let upstream = Upstream::new(endpoint, credentials, Arc::clone(&metrics));
+    let (finder, route) = Route::to(Label::new("e"));
     finder.found(Arc::new(upstream));
     Arc::new(Sessions {
         route,
-        database_mapping: DatabaseMapping::Default,
-        client_login_timeout,
-        permits: Arc::new(Semaphore::new(1)),
-        max_connections: 1,
+        policies: Policies::new(Policy {
+            database_mapping: DatabaseMapping::Default,
+            client_login_timeout,
+            max_connections: 1,
+            terms: Terms::default(),
+        }),
+        seats: Seats::default(),
+        door: Door::new(CancellationToken::new()),
         cancels: Arc::default(),
         shutdown: Shutdown::new(),
         metrics,
@@ -159,7 +159,7 @@ async fn a_session_is_welcomed_relayed_and_ended_with_its_client() {
     assert_eq!(sessions.cancels.find(key), None);
     assert_eq!(sessions.metrics.clients_active.get(), 0);
     assert_eq!(sessions.metrics.upstream_active.get(), 0);
-    assert_eq!(sessions.permits.available_permits(), 1);
+    assert_eq!(sessions.seats.taken(), 0);
 }
 
 #[tokio::test]
@@ -172,7 +172,7 @@ async fn a_client_that_does_not_take_its_welcome_holds_its_session_no_longer_tha
     let mut server = welcome_one(&listener).await;
     timeout(LONG, tasks.join_all()).await.unwrap();
     assert_eq!(server.read(&mut [0; 1]).await.unwrap_or(0), 0);
-    assert_eq!(sessions.permits.available_permits(), 1);
+    assert_eq!(sessions.seats.taken(), 0);
 }
 
 #[tokio::test]
@@ -187,7 +187,7 @@ async fn a_client_that_hangs_up_ends_its_own_wait() {
     timeout(LONG, tasks.join_all()).await.unwrap();
     let mut heard = Vec::new();
     server.read_to_end(&mut heard).await.unwrap_or_default();
-    assert_eq!(sessions.permits.available_permits(), 1);
+    assert_eq!(sessions.seats.taken(), 0);
 }
 
 #[tokio::test(start_paused = true)]

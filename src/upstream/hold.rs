@@ -14,7 +14,7 @@ use std::{
     time::Duration,
 };
 
-use arc_swap::ArcSwapOption;
+use arc_swap::{ArcSwap, ArcSwapOption};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     sync::{Mutex, MutexGuard, Notify, Semaphore, SemaphorePermit},
@@ -23,7 +23,7 @@ use tokio::{
 
 use super::{
     dial,
-    endpoint::{Endpoint, Keepalive},
+    endpoint::{Endpoint, Keepalive, Label},
     failure::{Class, Failure},
     login::{Connection, log_in},
 };
@@ -48,7 +48,7 @@ const CONCURRENT_CANCELS: usize = 32;
 const CANCEL_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How long things may take; each a setting.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
     /// From the client's request to its session or refusal.
     pub connect_timeout: Duration,
@@ -66,6 +66,15 @@ impl Default for Limits {
             capacity_timeout: Duration::from_secs(10),
         }
     }
+}
+
+/// What the settings say about dealing with an endpoint.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Terms {
+    /// How long things may take.
+    pub limits: Limits,
+    /// How dead peers are noticed.
+    pub keepalive: Keepalive,
 }
 
 /// Budgets that are no settings.
@@ -97,10 +106,9 @@ pub struct Refusal {
 
 /// The way to one endpoint, shared by all of its clients.
 pub struct Upstream {
-    endpoint: Endpoint,
+    label: Label,
+    endpoint: ArcSwap<Endpoint>,
     credentials: CredentialCell,
-    limits: Limits,
-    keepalive: Keepalive,
     metrics: Arc<Metrics>,
     budgets: Budgets,
     logins: Semaphore,
@@ -118,18 +126,11 @@ pub struct Upstream {
 
 impl Upstream {
     /// The way to `endpoint` with the credentials of `credentials`.
-    pub fn new(
-        endpoint: Endpoint,
-        credentials: CredentialCell,
-        limits: Limits,
-        keepalive: Keepalive,
-        metrics: Arc<Metrics>,
-    ) -> Self {
+    pub fn new(endpoint: Endpoint, credentials: CredentialCell, metrics: Arc<Metrics>) -> Self {
         Self {
-            endpoint,
+            label: endpoint.label.clone(),
+            endpoint: ArcSwap::from_pointee(endpoint),
             credentials,
-            limits,
-            keepalive,
             metrics,
             budgets: Budgets::default(),
             logins: Semaphore::new(CONCURRENT_LOGINS),
@@ -144,8 +145,13 @@ impl Upstream {
     }
 
     /// What is connected to.
-    pub fn endpoint(&self) -> &Endpoint {
-        &self.endpoint
+    pub fn endpoint(&self) -> Arc<Endpoint> {
+        self.endpoint.load_full()
+    }
+
+    /// Dials this from now on, which is the same endpoint, maybe by other roots.
+    pub fn redirect(&self, endpoint: Endpoint) {
+        self.endpoint.store(Arc::new(endpoint));
     }
 
     /// A logged-in connection, or the reason why there is none, after one budget at most; with it how long the client
@@ -155,11 +161,13 @@ impl Upstream {
     pub async fn connect(
         &self,
         settings: &SessionSettings,
+        terms: &Terms,
     ) -> Result<(Connection, Option<Duration>), Refusal> {
+        let limits = &terms.limits;
         let budget = if self.failing.load(Ordering::Relaxed) {
-            self.limits.connect_timeout.min(self.budgets.while_failing)
+            limits.connect_timeout.min(self.budgets.while_failing)
         } else {
-            self.limits.connect_timeout
+            limits.connect_timeout
         };
         let mut deadline = Deadline::new(budget);
         let mut backoff = Backoff::default();
@@ -197,7 +205,13 @@ impl Upstream {
             }
             // There may have been a new one meanwhile.
             let credential = self.credentials.current().unwrap_or(credential);
-            let attempt = self.attempt(turn, &credential, settings, deadline.at, previous.as_ref());
+            let attempt = self.attempt(
+                turn,
+                &credential,
+                (settings, terms),
+                deadline.at,
+                previous.as_ref(),
+            );
             let failure = match attempt.await {
                 Ok(connection) => {
                     self.credentials.accepted(credential.generation);
@@ -249,7 +263,7 @@ impl Upstream {
                     if !crowded {
                         crowded = true;
                         let waited = deadline.began.elapsed();
-                        deadline.shorten(waited + self.limits.capacity_timeout);
+                        deadline.shorten(waited + limits.capacity_timeout);
                     }
                     let retry_at = backoff.next();
                     if retry_at >= deadline.at {
@@ -269,12 +283,17 @@ impl Upstream {
     /// Sends the server's own cancel key to the address that gave it, over a fresh connection.
     ///
     /// Returns when the server has closed that connection, which is when the signal has been sent.
-    pub async fn cancel(&self, address: SocketAddr, key: CancelKey) -> Result<(), Failure> {
+    pub async fn cancel(
+        &self,
+        address: SocketAddr,
+        key: CancelKey,
+        keepalive: &Keepalive,
+    ) -> Result<(), Failure> {
+        let endpoint = self.endpoint();
         let exchange = async {
             // Never closed, so never an error.
             let _turn = self.cancels.acquire().await;
-            let mut stream =
-                dial::redial(address, &self.endpoint, &self.keepalive, &self.metrics).await?;
+            let mut stream = dial::redial(address, &endpoint, keepalive, &self.metrics).await?;
             let sent = async {
                 stream.write_all(&key.request()).await?;
                 stream.flush().await
@@ -353,18 +372,19 @@ impl Upstream {
         &self,
         _turn: SemaphorePermit<'_>,
         credential: &Credential,
-        settings: &SessionSettings,
+        (settings, terms): (&SessionSettings, &Terms),
         deadline: Instant,
         previous: Option<&Failure>,
     ) -> Result<Connection, Failure> {
+        let endpoint = self.endpoint();
         let login = log_in(
-            &self.endpoint,
+            &endpoint,
             credential,
             settings,
-            &self.keepalive,
+            &terms.keepalive,
             &self.metrics,
         );
-        let limit = deadline.min(Instant::now() + self.limits.server_connect_timeout);
+        let limit = deadline.min(Instant::now() + terms.limits.server_connect_timeout);
         let result = timeout_at(limit, login).await.unwrap_or_else(|_| {
             let cut_short = previous.filter(|_| limit == deadline);
             Err(cut_short
@@ -380,14 +400,14 @@ impl Upstream {
             .with_label_values(&labels)
             .inc();
         if let Err(failure) = &result {
-            tracing::debug!(endpoint = %self.endpoint.label, class = failure.class.label(), error = %failure, "upstream login failed");
+            tracing::debug!(endpoint = %self.label, class = failure.class.label(), error = %failure, "upstream login failed");
         }
         result
     }
 
     fn refusal(&self, failure: &Failure) -> Refusal {
         Refusal {
-            report: failure.report(&self.endpoint.label),
+            report: failure.report(&self.label),
             reason: failure.class.label(),
         }
     }
@@ -407,7 +427,7 @@ impl Upstream {
             sqlstate::INVALID_AUTHORIZATION,
             format!(
                 "no credential for Lakebase endpoint {}: {}",
-                self.endpoint.label,
+                self.label,
                 error.message()
             ),
         );

@@ -15,6 +15,6 @@ mod route;
 pub use dial::{Stream, tune};
 pub use endpoint::{Endpoint, Keepalive, Label, Security, is_loopback};
 pub use failure::{Class, Failure};
-pub use hold::{Limits, Refusal, Upstream};
+pub use hold::{Limits, Refusal, Terms, Upstream};
 pub use login::{Connection, Greeting};
 pub use route::{Route, RouteFinder};

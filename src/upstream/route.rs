@@ -22,7 +22,6 @@ enum State {
 #[derive(Clone)]
 pub struct Route {
     label: Label,
-    patience: Duration,
     state: watch::Receiver<State>,
 }
 
@@ -30,17 +29,10 @@ pub struct Route {
 pub struct RouteFinder(watch::Sender<State>);
 
 impl Route {
-    /// A route that is still to be found; sessions wait for it as long as `patience`.
-    pub fn to(label: Label, patience: Duration) -> (RouteFinder, Self) {
+    /// A route that is still to be found.
+    pub fn to(label: Label) -> (RouteFinder, Self) {
         let (sender, state) = watch::channel(State::Looking);
-        (
-            RouteFinder(sender),
-            Self {
-                label,
-                patience,
-                state,
-            },
-        )
+        (RouteFinder(sender), Self { label, state })
     }
 
     /// For messages: what the endpoint was called by whoever configured it.
@@ -56,11 +48,11 @@ impl Route {
         }
     }
 
-    /// The way; waits while it is being looked up. Cancel safe.
-    pub async fn upstream(&self) -> Result<Arc<Upstream>, Refusal> {
+    /// The way; waits as long as `patience` while it is being looked up. Cancel safe.
+    pub async fn upstream(&self, patience: Duration) -> Result<Arc<Upstream>, Refusal> {
         let mut state = self.state.clone();
         let known = timeout(
-            self.patience,
+            patience,
             state.wait_for(|state| !matches!(state, State::Looking)),
         )
         .await;

@@ -7,7 +7,9 @@ use lakebase_proxy::{
     credential::{CredentialCell, Minted},
     protocol::options::SessionSettings,
     telemetry::Metrics,
-    upstream::{Connection, Endpoint, Keepalive, Label, Limits, Refusal, Security, Upstream},
+    upstream::{
+        Connection, Endpoint, Keepalive, Label, Limits, Refusal, Security, Terms, Upstream,
+    },
 };
 use secrecy::SecretString;
 use tokio::time::timeout;
@@ -31,19 +33,22 @@ async fn log_in(front: SocketAddr, user: &str, password: &str) -> Result<Connect
         database: "postgres".to_owned(),
         security: Security::Plain,
     };
-    let limits = Limits {
-        connect_timeout: Duration::from_secs(10),
-        ..Limits::default()
+    let terms = Terms {
+        limits: Limits {
+            connect_timeout: Duration::from_secs(10),
+            ..Limits::default()
+        },
+        keepalive: Keepalive::default(),
     };
     let metrics: Arc<Metrics> = Metrics::new().unwrap();
-    let upstream = Upstream::new(endpoint, credentials, limits, Keepalive::default(), metrics);
+    let upstream = Upstream::new(endpoint, credentials, metrics);
     let settings = SessionSettings {
         database: "postgres".to_owned(),
         parameters: vec![("options".to_owned(), "-c extra_float_digits=0".to_owned())],
         client_encoding: Some("LATIN1".to_owned()),
         replication: false,
     };
-    let (connection, held) = upstream.connect(&settings).await?;
+    let (connection, held) = upstream.connect(&settings, &terms).await?;
     assert!(held.is_none());
     Ok(connection)
 }

@@ -172,6 +172,7 @@ fn minted(number: usize) -> Minted {
 
 struct House {
     upstream: Upstream,
+    terms: Terms,
     mints: Arc<AtomicUsize>,
     _stop: DropGuard,
     _refresher: JoinSet<()>,
@@ -206,10 +207,14 @@ fn house(server: &Server, limits: Limits) -> Arc<House> {
         database: "db".to_owned(),
         security: Security::Plain,
     };
-    let mut upstream = Upstream::new(endpoint, cell, limits, Keepalive::default(), metrics);
+    let mut upstream = Upstream::new(endpoint, cell, metrics);
     upstream.budgets.while_failing = Duration::from_millis(150);
     Arc::new(House {
         upstream,
+        terms: Terms {
+            limits,
+            keepalive: Keepalive::default(),
+        },
         mints,
         _stop: stop.drop_guard(),
         _refresher: refresher,
@@ -224,7 +229,7 @@ impl House {
             client_encoding: None,
             replication: false,
         };
-        timeout(LONG * 2, self.upstream.connect(&settings))
+        timeout(LONG * 2, self.upstream.connect(&settings, &self.terms))
             .await
             .expect("neither session nor refusal")
     }
@@ -537,7 +542,12 @@ async fn a_cancel_reaches_the_address_that_gave_the_key() {
         secret: 9,
     };
     let address = SocketAddr::from(([127, 0, 0, 1], server.port));
-    house.upstream.cancel(address, key).await.unwrap();
+    let keepalive = &house.terms.keepalive;
+    house
+        .upstream
+        .cancel(address, key, keepalive)
+        .await
+        .unwrap();
     assert_eq!(*server.seen.cancels.lock().unwrap(), [key.request()]);
     assert_eq!(elsewhere.seen.dials(), 0);
 }
