@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""promtool accepts the metrics, and a real Prometheus scrapes them.
+"""promtool accepts the metrics and the alerts, a real Prometheus scrapes them, and the dashboard's queries have answers.
 
     tests/stage.py tests/prometheus.py
 
@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
 import urllib.parse
 import urllib.request
 
@@ -21,6 +22,9 @@ from stage import ROOT, free_port
 
 LIMIT = 60  # seconds for Prometheus to start and to scrape twice
 CONFIG = ROOT / "config/prometheus.yml"
+RULES = ROOT / "deploy/prometheus/lakebase-proxy.rules.yml"
+RULES_TEST = ROOT / "deploy/prometheus/lakebase-proxy.rules.test.yml"
+DASHBOARD = ROOT / "deploy/grafana/lakebase-proxy.json"
 
 
 def main():
@@ -29,13 +33,18 @@ def main():
     subprocess.run(["psql", "-U", "anyone", "-c", "select 1"], check=True, stdout=subprocess.DEVNULL)
     subprocess.run(["psql", "-d", "no_such_database", "-c", "select 1"], check=False, stderr=subprocess.DEVNULL)
 
-    subprocess.run(["promtool", "check", "config", CONFIG], check=True)
+    for arguments in (["check", "config", CONFIG], ["check", "rules", RULES], ["test", "rules", RULES_TEST]):
+        subprocess.run(["promtool", *arguments], check=True)
     text = get(f"{metrics}/metrics")
     checked = subprocess.run(["promtool", "check", "metrics"], input=text, text=True, capture_output=True)
     if checked.returncode != 0 or checked.stdout.strip() or checked.stderr.strip():
         raise SystemExit(f"promtool complains: {checked.stdout}{checked.stderr}")
     names = sorted(set(re.findall(r"(?m)^# TYPE (\S+)", text)))
     print(f"promtool accepts {len(names)} metrics")
+    for path in (RULES, RULES_TEST, DASHBOARD, ROOT / "tests/prometheus.py"):
+        used = {re.sub("_(bucket|count|sum)$", "", name) for name in re.findall(r"lakebase_proxy_\w+", path.read_text())}
+        if missing := {name for name in used if name not in names}:
+            raise SystemExit(f"{path} asks for metrics that there are not: {', '.join(sorted(missing))}")
 
     with tempfile.TemporaryDirectory() as directory:
         # The shipped configuration, but for the port and the patience.
@@ -44,6 +53,7 @@ def main():
             if config.count(found) != 1:
                 raise SystemExit(f"{CONFIG} no longer has `{found}`")
             config = config.replace(found, wanted)
+        config += f"rule_files: [{json.dumps(str(RULES))}]\n"
         path = pathlib.Path(directory) / "prometheus.yml"
         path.write_text(config)
         address = f"127.0.0.1:{free_port()}"
@@ -52,6 +62,8 @@ def main():
                                       stdout=log, stderr=log)
             try:
                 scraped(f"http://{address}", server, log)
+                evaluated(f"http://{address}")
+                drawn(f"http://{address}")
             finally:
                 server.terminate()
                 server.wait(LIMIT)
@@ -79,6 +91,45 @@ def scraped(prometheus, server, log):
     if missing:
         raise SystemExit("Prometheus has not:\n" + "\n".join(f"  {query}: {answer(prometheus, query)}, not {value}" for query, value in missing.items()))
     print(f"Prometheus scrapes them: {len(wanted)} queries answered as they should be")
+
+
+def evaluated(prometheus):
+    """Waits until each alert's expression has been evaluated without an error."""
+    deadline = time.monotonic() + LIMIT
+    while time.monotonic() < deadline:
+        groups = json.loads(get(f"{prometheus}/api/v1/rules"))["data"]["groups"]
+        rules = [rule for group in groups for rule in group["rules"]]
+        if wrong := [rule["name"] for rule in rules if rule["health"] == "err"]:
+            raise SystemExit(f"alerts that cannot be evaluated: {', '.join(wrong)}")
+        if rules and all(rule["health"] == "ok" for rule in rules):
+            print(f"{len(rules)} alerts evaluated")
+            return
+        time.sleep(0.2)
+    raise SystemExit("the alerts were not evaluated in time")
+
+
+def drawn(prometheus):
+    """Every panel of the dashboard has something to draw."""
+    dashboard = json.loads(DASHBOARD.read_text())
+    queries = [(panel["title"], target["expr"]) for panel in dashboard["panels"] for target in panel.get("targets", [])]
+    for title, query in queries:
+        # A panel that leaves zeros out may be empty; its numbers may not.
+        shown = re.sub(r"\$(job|instance|endpoint)\b", ".*", query).replace("$__rate_interval", "1m").removesuffix(" > 0")
+        if not vector(prometheus, shown):
+            raise SystemExit(f"panel `{title}` is empty: {shown}")
+    for variable in dashboard["templating"]["list"]:
+        if asked := re.fullmatch(r"label_values\((.+), (\w+)\)", variable["query"]):
+            series = re.sub(r"\$(job|instance)\b", ".*", asked[1])
+            if not all(asked[2] in found["metric"] for found in vector(prometheus, series) or [{"metric": {}}]):
+                raise SystemExit(f"variable `{variable['name']}` has no value")
+    print(f"{len(queries)} queries of the dashboard have answers")
+
+
+def vector(prometheus, query):
+    try:
+        return json.loads(get(f"{prometheus}/api/v1/query?{urllib.parse.urlencode({'query': query})}"))["data"]["result"]
+    except urllib.error.HTTPError as error:
+        raise SystemExit(f"Prometheus does not take `{query}`: {error.read().decode()}") from None
 
 
 def answer(prometheus, query):
