@@ -1,6 +1,10 @@
 //! Subcommands and flags, and what becomes of them.
 
-use std::{ffi::OsString, process::ExitCode, time::Duration};
+use std::{
+    ffi::{OsStr, OsString},
+    process::ExitCode,
+    time::Duration,
+};
 
 use clap::{Args, Command, CommandFactory, FromArgMatches, Parser, Subcommand};
 
@@ -8,6 +12,7 @@ use crate::{
     app::App,
     config::{Config, ConfigError, Environment, Settings},
     exec::{self, ExecArgs, Secrets},
+    listener::{Inherited, InheritedError},
     remote::{self, ShutdownArgs, WaitArgs},
     shutdown::{Cause, Signals},
     telemetry,
@@ -167,6 +172,15 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     if matches!(cli.verb, Some(Verb::Exec(_))) && std::process::id() == 1 {
         return exec::init::run(&arguments).unwrap_or_else(|error| fail(&error, None, FAILURE));
     }
+    // Before there are threads, as it changes the environment.
+    let inherited = match &cli.verb {
+        None | Some(Verb::Serve(_) | Verb::Exec(_)) => inherited(),
+        Some(_) => Ok(Inherited::default()),
+    };
+    let inherited = match inherited {
+        Ok(inherited) => inherited,
+        Err(error) => return fail(&error, Some(error.hint().to_owned()), FAILURE),
+    };
     let runtime = match tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()
@@ -174,7 +188,7 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         Ok(runtime) => runtime,
         Err(error) => return fail(&error, None, FAILURE),
     };
-    let result = runtime.block_on(dispatch(cli));
+    let result = runtime.block_on(dispatch(cli, inherited));
     // What is left are name look-ups on the blocking pool, which nobody waits for.
     runtime.shutdown_background();
     match result {
@@ -183,16 +197,16 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     }
 }
 
-async fn dispatch(cli: Cli) -> Result<ExitCode, CommandError> {
+async fn dispatch(cli: Cli, inherited: Inherited) -> Result<ExitCode, CommandError> {
     match cli.verb {
-        None => serve(cli.settings).await,
+        None => serve(cli.settings, inherited).await,
         Some(Verb::Doctor(arguments)) => Ok(crate::doctor::command(arguments).await),
         #[cfg(feature = "demo")]
         Some(Verb::Demo(arguments)) => demonstrate(arguments).await,
         #[cfg(feature = "demo")]
         Some(Verb::Emulator(arguments)) => emulate(arguments).await,
-        Some(Verb::Exec(arguments)) => execute(arguments).await,
-        Some(Verb::Serve(Serve { settings })) => serve(settings).await,
+        Some(Verb::Exec(arguments)) => execute(arguments, inherited).await,
+        Some(Verb::Serve(Serve { settings })) => serve(settings, inherited).await,
         Some(Verb::Shutdown(arguments)) => {
             remote::shutdown(arguments).await?;
             Ok(ExitCode::SUCCESS)
@@ -205,14 +219,20 @@ async fn dispatch(cli: Cli) -> Result<ExitCode, CommandError> {
     }
 }
 
-async fn serve(settings: Settings) -> Result<ExitCode, CommandError> {
+/// The sockets that a service manager has passed.
+fn inherited() -> Result<Inherited, InheritedError> {
+    let names = std::env::var_os("LISTEN_FDNAMES");
+    Inherited::take(names.as_deref().and_then(OsStr::to_str))
+}
+
+async fn serve(settings: Settings, inherited: Inherited) -> Result<ExitCode, CommandError> {
     let config = Config::resolve(settings, Environment::of_process())?;
     let _log = telemetry::logging::init(&config.log)?;
     let zero_on_sigterm = config.exit_zero_on_sigterm;
     // Caught before anything is begun, so that a signal during the start is not lost.
     let mut signals = Signals::catch().map_err(CommandError::Signals)?;
     let running = tokio::select! {
-        app = App::build(config) => app?.start()?,
+        app = App::build_with(config, inherited) => app?.start()?,
         cause = signals.next() => return Ok(cause.exit_code(zero_on_sigterm)),
     };
     let serving = async {
@@ -237,7 +257,7 @@ async fn serve(settings: Settings) -> Result<ExitCode, CommandError> {
         .map_err(CommandError::Start)
 }
 
-async fn execute(arguments: ExecArgs) -> Result<ExitCode, CommandError> {
+async fn execute(arguments: ExecArgs, inherited: Inherited) -> Result<ExitCode, CommandError> {
     // Resolving the settings raises it.
     let descriptors = exec::DescriptorLimit::now();
     let ExecArgs {
@@ -261,7 +281,7 @@ async fn execute(arguments: ExecArgs) -> Result<ExitCode, CommandError> {
     let patience = config.limits.connect_timeout;
     let mut signals = exec::Signals::catch().map_err(CommandError::Signals)?;
     let running = tokio::select! {
-        app = App::build(config) => app?.start()?,
+        app = App::build_with(config, inherited) => app?.start()?,
         signal = signals.ending() => return Ok(exec::interrupted(signal, zero_on_sigterm)),
     };
     let code = exec::run(running, &program, signals, patience, zero_on_sigterm).await?;

@@ -248,7 +248,9 @@ fn refresh(
 /// What is where, and what to type.
 fn panel(addresses: &Addresses, emulator: &Emulator, arguments: &DemoArgs) -> String {
     let bold = Style::new().bold();
-    let port = addresses.postgres.port();
+    let port = addresses
+        .postgres
+        .map_or(PORTS.postgres, |address| address.port());
     let mut lines = vec![
         String::new(),
         format!("  {bold}Lakebase on this machine{bold:#}"),

@@ -4,6 +4,7 @@ use std::{io, net::SocketAddr};
 
 use crate::{
     admin::AdminError,
+    listener::{InheritedError, ListenError, UnixError},
     protocol::error::Report,
     tls::TlsError,
     workspace::{LocateError, WorkspaceError},
@@ -32,6 +33,12 @@ pub enum StartError {
         /// What was given.
         host: String,
     },
+    /// What the service manager passed cannot be listened on.
+    #[error("cannot listen on the sockets that the service manager passed")]
+    Inherit(#[source] io::Error),
+    /// What the service manager passed cannot be used.
+    #[error(transparent)]
+    Inherited(#[from] InheritedError),
     /// The endpoint could not be found.
     #[error(transparent)]
     Locate(#[from] Box<LocateError>),
@@ -52,12 +59,28 @@ pub enum StartError {
     /// The login of `--run-connection-test` was refused.
     #[error("connection test failed: {}", .0.line())]
     Test(Box<Report>),
+    /// A Unix socket cannot be made.
+    #[error(transparent)]
+    Socket(UnixError),
     /// TLS cannot be set up.
     #[error("cannot set up TLS")]
     Tls(#[from] TlsError),
     /// The workspace's settings do not do.
     #[error(transparent)]
     Workspace(#[from] WorkspaceError),
+}
+
+impl From<ListenError> for StartError {
+    fn from(error: ListenError) -> Self {
+        match error {
+            ListenError::Tcp { address, source } => Self::Bind {
+                address,
+                flag: "port",
+                source,
+            },
+            ListenError::Unix(error) => Self::Socket(error),
+        }
+    }
 }
 
 impl StartError {
@@ -69,11 +92,20 @@ impl StartError {
                     "something listens there already: stop it, or choose another port with --{flag} (0 = any free one)"
                 ));
             }
+            Self::Bind {
+                flag: "port",
+                source,
+                ..
+            } if source.kind() == io::ErrorKind::AddrNotAvailable => {
+                "set --address to an address of this machine"
+            }
             Self::HostName { .. } => "set PGHOST to the endpoint's host name (ep-...database...)",
             Self::Loop { .. } => {
                 "PGHOST and PGPORT name the Lakebase endpoint, --address and --port where this proxy listens"
             }
+            Self::Inherited(error) => error.hint(),
             Self::Locate(error) => return error.hint(),
+            Self::Socket(error) => return error.hint().map(str::to_owned),
             Self::Tls(TlsError::Roots { .. } | TlsError::NoRoots { .. }) => {
                 "PGSSLROOTCERT is a PEM file of trusted roots, or `system`"
             }
@@ -82,7 +114,11 @@ impl StartError {
             }
             Self::Test(report) => return report.hint.clone(),
             Self::Workspace(error) => return error.hint(),
-            Self::Admin(_) | Self::Bind { .. } | Self::Metrics(_) | Self::NoEndpoint => {
+            Self::Admin(_)
+            | Self::Bind { .. }
+            | Self::Inherit(_)
+            | Self::Metrics(_)
+            | Self::NoEndpoint => {
                 return None;
             }
         };

@@ -29,10 +29,10 @@ use self::{
 use crate::{
     admin::{self, Admin, Health},
     clock::Clock,
-    config::Config,
+    config::{Config, EndpointConfig},
     credential::{CredentialCell, Mint, MintError, Minted},
-    listener::Listener,
-    session::{Door, Policies, Policy, Presence, Roster, Seats, Sessions},
+    listener::{Bound, Inherited, Listener},
+    session::{Door, Entrance, Policies, Policy, Presence, Roster, Seats, Sessions},
     shutdown::Shutdown,
     telemetry::{Metrics, chain},
     tls::{self, Roots},
@@ -43,10 +43,10 @@ use crate::{
 /// Where a started program can be reached.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Addresses {
-    /// Postgres: the first endpoint.
-    pub postgres: SocketAddr,
+    /// Postgres: the first endpoint, where it listens by TCP.
+    pub postgres: Option<SocketAddr>,
     /// Postgres: every endpoint, in the order of the settings.
-    pub endpoints: Vec<SocketAddr>,
+    pub endpoints: Vec<Bound>,
     /// Health and metrics.
     pub http: Option<SocketAddr>,
     /// The notes page.
@@ -93,28 +93,39 @@ impl App {
     /// Binds every port, and asks the workspace for what the settings leave open. One endpoint that cannot be found
     /// does not stop the others; if none can, the first one's failure is returned.
     pub async fn build(config: Config) -> Result<Self, StartError> {
+        Self::build_with(config, Inherited::default()).await
+    }
+
+    /// As [`build`](Self::build), with sockets that a service manager has passed in the place of those in the settings.
+    pub async fn build_with(config: Config, inherited: Inherited) -> Result<Self, StartError> {
         let http = bind(config.http, "http-port").await?;
         let notes = bind(config.notes, "notes-port").await?;
         let admin = bind(config.admin, "admin-port").await?;
         let mut listeners = Vec::with_capacity(config.endpoints.len());
-        for endpoint in &config.endpoints {
-            let address = endpoint.listen;
-            let bound = Listener::bind(address);
-            listeners.push(bound.map_err(|source| StartError::Bind {
-                address,
-                flag: "port",
-                source,
-            })?);
+        let names: Vec<&str> = config
+            .endpoints
+            .iter()
+            .map(EndpointConfig::called)
+            .collect();
+        let inherited = inherited.claim(&names, config.allow_remote)?;
+        for (endpoint, sockets) in config.endpoints.iter().zip(inherited) {
+            listeners.push(if sockets.is_empty() {
+                Listener::bind(&endpoint.listen)?
+            } else {
+                Listener::inherit(sockets).map_err(StartError::Inherit)?
+            });
         }
-        let endpoints: Vec<SocketAddr> = listeners.iter().map(Listener::address).collect();
+        let endpoints: Vec<Bound> = listeners
+            .iter()
+            .map(|listener| listener.bound().clone())
+            .collect();
         let local = |listener: &Option<TcpListener>| {
             listener.as_ref().and_then(|bound| bound.local_addr().ok())
         };
         let addresses = Addresses {
             postgres: endpoints
                 .first()
-                .copied()
-                .unwrap_or_else(|| SocketAddr::from(([127, 0, 0, 1], 0))),
+                .and_then(|first| first.tcp.first().copied()),
             http: local(&http),
             notes: local(&notes),
             admin: local(&admin),
@@ -142,10 +153,17 @@ impl App {
         });
         let seats = Seats::default();
         let ids = Arc::new(AtomicU64::new(0));
+        let entrance = Arc::new(Entrance {
+            allowed_uids: config.allowed_uids.clone(),
+        });
         let presence = Presence::default();
         let roster = Arc::new(Roster::default());
         let surroundings = Surroundings {
-            ours: addresses.endpoints.clone().into(),
+            ours: addresses
+                .endpoints
+                .iter()
+                .flat_map(|bound| bound.tcp.iter().copied())
+                .collect(),
         };
         let shared_workspace = OnceLock::new();
         let workspace = || -> Result<Workspace, StartError> {
@@ -172,6 +190,7 @@ impl App {
             let sessions = Arc::new(Sessions {
                 route,
                 policies: policies.clone(),
+                entrance: Arc::clone(&entrance),
                 seats: seats.clone(),
                 door: Door::new(shutdown.cutting().child_token()),
                 cancels: Arc::default(),
@@ -258,30 +277,26 @@ impl App {
                 )
             })
             .transpose()?;
-        for (gate, address) in gates.into_iter().zip(&addresses.endpoints) {
-            tracing::info!(
-                %address,
-                endpoint = gate.config.called(),
-                max_connections = policies.now().max_connections,
-                "listening for Postgres clients"
-            );
-            if !address.ip().to_canonical().is_loopback() {
-                tracing::warn!(
-                    %address,
-                    "anyone who reaches this address is the Lakebase identity; hint: bind loopback unless that is meant"
-                );
-            }
+        for (gate, bound) in gates.into_iter().zip(&addresses.endpoints) {
+            announce(&gate, bound, policies.now().max_connections);
             gate.start(&clients, &helpers, &stop);
         }
         #[cfg(feature = "notes")]
         if let Some(listener) = notes {
-            let options = crate::notes::NotesOptions::new(reachable(addresses.postgres));
+            let way = addresses.endpoints.first().and_then(Bound::way);
             let stop = stop.clone();
-            helpers.spawn(async move {
-                if let Err(error) = crate::notes::serve(listener, options, stop).await {
-                    tracing::error!(%error, "the notes page has ended");
+            match way.map(crate::notes::NotesOptions::new) {
+                Some(options) => {
+                    helpers.spawn(async move {
+                        if let Err(error) = crate::notes::serve(listener, options, stop).await {
+                            tracing::error!(%error, "the notes page has ended");
+                        }
+                    });
                 }
-            });
+                None => tracing::error!(
+                    "the notes page has no way in; hint: name the inherited Unix socket .s.PGSQL.<port>"
+                ),
+            }
         }
         #[cfg(not(feature = "notes"))]
         drop(notes);
@@ -354,6 +369,24 @@ pub async fn mint_once(
     Ok((located.endpoint, minted))
 }
 
+/// Says where an endpoint listens, and what that means.
+fn announce(gate: &Gate, bound: &Bound, max_connections: usize) {
+    let endpoint = gate.config.called();
+    for address in &bound.tcp {
+        tracing::info!(%address, endpoint, max_connections, "listening for Postgres clients");
+        if !address.ip().to_canonical().is_loopback() {
+            tracing::warn!(
+                %address,
+                "anyone who reaches this address is the Lakebase identity; hint: bind loopback unless that is meant"
+            );
+        }
+    }
+    for socket in &bound.unix {
+        let socket = socket.display();
+        tracing::info!(%socket, endpoint, max_connections, "listening for Postgres clients");
+    }
+}
+
 async fn bind(
     address: Option<SocketAddr>,
     flag: &'static str,
@@ -414,15 +447,4 @@ fn any_valid(credentials: &[CredentialCell]) -> Result<(), String> {
         }
     }
     Err(format!("no valid database credential{why}"))
-}
-
-/// Where a client on this machine reaches a listener, also one on every address.
-fn reachable(listener: SocketAddr) -> SocketAddr {
-    use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
-    let ip = match listener.ip() {
-        IpAddr::V4(ip) if ip.is_unspecified() => IpAddr::V4(Ipv4Addr::LOCALHOST),
-        IpAddr::V6(ip) if ip.is_unspecified() => IpAddr::V6(Ipv6Addr::LOCALHOST),
-        ip => ip,
-    };
-    SocketAddr::new(ip, listener.port())
 }

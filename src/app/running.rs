@@ -1,6 +1,6 @@
 //! A program that serves, up to its end.
 
-use std::{fmt, future::pending, net::SocketAddr, pin::pin, sync::Arc, time::Duration};
+use std::{fmt, future::pending, pin::pin, sync::Arc, time::Duration};
 
 use tokio::{
     io::AsyncWriteExt,
@@ -13,10 +13,14 @@ use super::{Addresses, Ending, StartError};
 use crate::{
     admin::{Admin, Health},
     credential::CredentialCell,
-    protocol::options::SessionSettings,
+    listener::{Bound, Way},
+    protocol::{
+        error::{Report, sqlstate},
+        options::SessionSettings,
+    },
     session::{Policies, TERMINATE},
     shutdown::Shutdown,
-    telemetry::Metrics,
+    telemetry::{Metrics, names::reason},
     upstream::{Refusal, Route, Terms},
 };
 
@@ -52,8 +56,8 @@ impl fmt::Debug for Running {
 /// Where clients find the first endpoint here, and who and what they meet there.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Target {
-    /// An address of ours that a client on this machine reaches.
-    pub address: SocketAddr,
+    /// How a client on this machine gets in.
+    pub way: Way,
     /// The role that they are upstream.
     pub user: String,
     /// The database that they get unless they name another.
@@ -86,11 +90,13 @@ impl Running {
         let Some(route) = self.routes.first() else {
             return Err(no_endpoint());
         };
+        let way = self.addresses.endpoints.first().and_then(Bound::way);
+        let way = way.ok_or_else(no_way)?;
         let patience = self.policies.now().terms.limits.connect_timeout;
         let upstream = route.upstream(patience).await?;
         let endpoint = upstream.endpoint();
         Ok(Target {
-            address: super::reachable(self.addresses.postgres),
+            way,
             user: endpoint.user.clone(),
             database: endpoint.database.clone(),
         })
@@ -190,10 +196,18 @@ async fn log_in(route: Route, terms: Terms) -> Result<(), Refusal> {
 
 fn no_endpoint() -> Refusal {
     Refusal {
-        report: crate::protocol::error::Report::new(
-            crate::protocol::error::sqlstate::CANNOT_CONNECT,
-            "no endpoint is configured",
-        ),
-        reason: crate::telemetry::names::reason::OTHER,
+        report: Report::new(sqlstate::CANNOT_CONNECT, "no endpoint is configured"),
+        reason: reason::OTHER,
+    }
+}
+
+fn no_way() -> Refusal {
+    Refusal {
+        report: Report::new(
+            sqlstate::CANNOT_CONNECT,
+            "the proxy listens on no socket that a client of this machine would find",
+        )
+        .with_hint("Name the inherited Unix socket .s.PGSQL.<port>."),
+        reason: reason::OTHER,
     }
 }

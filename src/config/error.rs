@@ -119,7 +119,9 @@ impl ConfigError {
             Self::Remote { .. } => {
                 "whoever reaches it is the service principal; if that is meant, add --allow-remote"
             }
-            Self::NoListener => "give it a port",
+            Self::NoListener => {
+                "give it a port, or a directory for a Unix socket with --unix-socket"
+            }
         })
     }
 }

@@ -5,6 +5,7 @@ mod endpoint;
 mod environment;
 mod error;
 mod file;
+mod listen;
 mod resolve;
 mod settings;
 mod tables;
@@ -24,9 +25,10 @@ pub use self::{
     file::read,
     resolve::DEFAULT_DATABASE,
     settings::Settings,
-    values::{DurationSetting, PortSetting},
+    values::{AddressSetting, DurationSetting, ModeSetting, PortSetting},
 };
 use crate::{
+    listener::Places,
     session::DatabaseMapping,
     telemetry::LogOptions,
     tls::Roots,
@@ -41,6 +43,10 @@ pub struct Config {
     pub endpoints: Vec<EndpointConfig>,
     /// What the database names that clients send mean.
     pub database_mapping: DatabaseMapping,
+    /// Whether addresses that other machines reach are meant.
+    pub allow_remote: bool,
+    /// The users who may use Unix sockets, beside our own and root; whomever their permissions let in when absent.
+    pub allowed_uids: Option<Vec<u32>>,
     /// Where credentials come from.
     pub workspace: workspace::Settings,
     /// The variables that hold passwords of endpoints.
@@ -77,7 +83,7 @@ pub struct Config {
 #[derive(Clone, Debug)]
 pub struct EndpointConfig {
     /// Where its clients connect.
-    pub listen: SocketAddr,
+    pub listen: Places,
     /// Its resource name; looked up when absent.
     pub name: Option<String>,
     /// Its host; looked up when absent.

@@ -7,7 +7,7 @@ use std::{
 
 use super::{
     Config, ConfigError, CredentialSetting, DurationSetting, Environment, PortSetting, Settings,
-    tables,
+    listen::PlaceMaker, tables,
 };
 use crate::{
     telemetry::{DEFAULT_FILTER, LogOptions, without_userinfo},
@@ -32,7 +32,6 @@ impl Config {
         let settings = settings.with_file()?;
         let loopback = IpAddr::V4(Ipv4Addr::LOCALHOST);
 
-        let address = settings.address.unwrap_or(loopback);
         let http = socket(
             settings.http_address.unwrap_or(loopback),
             settings.http_port,
@@ -67,16 +66,12 @@ impl Config {
             })
             .flatten();
 
+        let mut places = PlaceMaker::new(&settings);
         let tables = match settings.endpoints {
             tables if tables.is_empty() => {
                 vec![tables::of_environment(&environment, settings.read_only)?]
             }
             tables => tables,
-        };
-        let mut next_port = match settings.port {
-            None => POSTGRES_PORT,
-            Some(PortSetting::Port(port)) => port,
-            Some(PortSetting::None) => return Err(ConfigError::NoListener),
         };
         let password_variables = tables
             .iter()
@@ -87,22 +82,7 @@ impl Config {
             .collect();
         let mut endpoints = Vec::with_capacity(tables.len());
         for table in tables {
-            let listen = match table.listen {
-                Some(listen) => SocketAddr::new(listen.address.unwrap_or(address), listen.port),
-                None => SocketAddr::new(address, next_port),
-            };
-            if !listen.ip().to_canonical().is_loopback() && !settings.allow_remote.unwrap_or(false)
-            {
-                return Err(ConfigError::Remote {
-                    address: listen.ip(),
-                });
-            }
-            // Any free port for one is any free port for the next.
-            next_port = if listen.port() == 0 {
-                0
-            } else {
-                listen.port().saturating_add(1)
-            };
+            let listen = places.next(table.listen)?;
             endpoints.push(tables::endpoint(table, listen, &environment)?);
         }
 
@@ -113,6 +93,8 @@ impl Config {
         Ok(Self {
             endpoints,
             database_mapping: settings.database_mapping.unwrap_or_default(),
+            allow_remote: settings.allow_remote.unwrap_or(false),
+            allowed_uids: settings.unix_socket_allowed_uids,
             workspace: environment.workspace.with_profile(settings.profile),
             password_variables,
             limits: Limits {

@@ -7,7 +7,7 @@ use serde::Deserialize;
 
 use super::{
     endpoint::EndpointSettings,
-    values::{DurationSetting, PortSetting},
+    values::{AddressSetting, DurationSetting, ModeSetting, PortSetting, one_or_many},
 };
 use crate::session::DatabaseMapping;
 
@@ -15,9 +15,15 @@ use crate::session::DatabaseMapping;
 #[derive(Args, Clone, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Settings {
-    /// Address to listen on for Postgres clients [default: 127.0.0.1, and ::1 with it]
-    #[arg(long, value_name = "IP", help_heading = "Listening")]
-    pub address: Option<IpAddr>,
+    /// Address to listen on for Postgres clients (repeatable) [default: 127.0.0.1, and ::1 with it]
+    #[arg(
+        long,
+        value_name = "IP",
+        value_delimiter = ',',
+        help_heading = "Listening"
+    )]
+    #[serde(deserialize_with = "one_or_many")]
+    pub address: Option<Vec<AddressSetting>>,
 
     /// Port to listen on for Postgres clients; 0 = any free one, `none` = do not [default: 5432]
     #[arg(short, long, value_name = "PORT", help_heading = "Listening")]
@@ -26,6 +32,24 @@ pub struct Settings {
     /// Allow an address that other machines reach: whoever reaches it is the service principal
     #[arg(long, num_args = 0..=1, default_missing_value = "true", require_equals = true, value_name = "BOOL", help_heading = "Listening")]
     pub allow_remote: Option<bool>,
+
+    /// Directory for a Unix socket named .s.PGSQL.<port>, where libpq looks for it
+    #[arg(long, value_name = "DIR", help_heading = "Listening")]
+    pub unix_socket: Option<PathBuf>,
+
+    /// Permissions of the Unix socket [default: 0600; 0666 with --unix-socket-allowed-uids]
+    #[arg(long, value_name = "MODE", help_heading = "Listening")]
+    pub unix_socket_mode: Option<ModeSetting>,
+
+    /// Users who may use the Unix socket, by number, beside the proxy's own and root [default: whom its permissions let
+    /// in]
+    #[arg(
+        long,
+        value_name = "UID",
+        value_delimiter = ',',
+        help_heading = "Listening"
+    )]
+    pub unix_socket_allowed_uids: Option<Vec<u32>>,
 
     /// Sessions at a time; 0 = (descriptor limit - 100) / 2 [default: 0]
     #[arg(long, value_name = "N", help_heading = "Limits")]
@@ -163,7 +187,7 @@ impl Settings {
         };
         layer! {
             endpoints;
-            address, port, allow_remote, max_connections, client_login_timeout, connect_timeout,
+            address, port, allow_remote, unix_socket, unix_socket_mode, unix_socket_allowed_uids, max_connections, client_login_timeout, connect_timeout,
             server_connect_timeout, capacity_timeout, tcp_keepalive_idle, tcp_keepalive_interval,
             tcp_keepalive_count, tcp_user_timeout, read_only, database_mapping, http_address,
             http_port, notes, notes_address, notes_port, min_sigterm_delay, max_sigterm_delay,

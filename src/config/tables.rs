@@ -1,15 +1,12 @@
 //! From the tables of endpoints, or the tutorial's variables, to [`EndpointConfig`]s.
 
-use std::{
-    net::{IpAddr, SocketAddr},
-    num::NonZeroU16,
-};
+use std::{net::IpAddr, num::NonZeroU16};
 
 use super::{
     ConfigError, CredentialSetting, CredentialSource, EndpointConfig, EndpointSettings,
     Environment, TlsMode, resolve::POSTGRES_PORT, values,
 };
-use crate::{telemetry::without_userinfo, tls::Roots};
+use crate::{listener::Places, telemetry::without_userinfo, tls::Roots};
 
 /// The one endpoint that the tutorial's variables define.
 pub(super) fn of_environment(
@@ -47,7 +44,7 @@ pub(super) fn of_environment(
 /// Checks one table and fills in what it leaves to the environment.
 pub(super) fn endpoint(
     table: EndpointSettings,
-    listen: SocketAddr,
+    listen: Places,
     environment: &Environment,
 ) -> Result<EndpointConfig, ConfigError> {
     // Databricks Apps tells an app its database's host, but not its name.

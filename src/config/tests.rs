@@ -30,7 +30,7 @@ fn the_tutorials_variables_are_enough() {
     let [endpoint] = &config.endpoints[..] else {
         panic!("one endpoint")
     };
-    assert_eq!(endpoint.listen, "127.0.0.1:5432".parse().unwrap());
+    assert_eq!(endpoint.listen.to_string(), "127.0.0.1:5432");
     assert_eq!(config.http, Some("127.0.0.1:9090".parse().unwrap()));
     assert_eq!(config.notes, None);
     assert_eq!(
@@ -45,7 +45,7 @@ fn the_tutorials_variables_are_enough() {
 fn settings_of_a_file_hold_where_nothing_goes_before_them() {
     let file = "port = 6000\nhttp_port = \"none\"\nconnect_timeout = \"1m 30s\"\nnotes = true\nmax_connections = 7";
     let config = resolve(&[("DATABRICKS_APP_PORT", "8080")], file).unwrap();
-    assert_eq!(config.endpoints[0].listen.port(), 6000);
+    assert_eq!(config.endpoints[0].listen.port, 6000);
     assert_eq!(config.http, None);
     assert_eq!(config.limits.connect_timeout, Duration::from_secs(90));
     assert_eq!(config.notes, Some("0.0.0.0:8080".parse().unwrap()));
@@ -137,7 +137,7 @@ fn several_endpoints_listen_one_beside_the_other() {
     let ports: Vec<_> = config
         .endpoints
         .iter()
-        .map(|endpoint| endpoint.listen.port())
+        .map(|endpoint| endpoint.listen.port)
         .collect();
     assert_eq!(ports, [5432, 5433, 7000]);
     assert_eq!(

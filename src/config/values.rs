@@ -1,6 +1,6 @@
 //! The kinds of values that settings have, each readable from a flag, the environment and the file alike.
 
-use std::{fmt, num::NonZeroU16, str::FromStr, time::Duration};
+use std::{fmt, net::IpAddr, num::NonZeroU16, str::FromStr, time::Duration};
 
 use jiff::SignedDuration;
 use serde::{Deserialize, Deserializer, de};
@@ -63,6 +63,77 @@ impl<'de> Deserialize<'de> for DurationSetting {
     }
 }
 
+/// An address to listen on; an IPv6 address may be in brackets, as it is before a port.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct AddressSetting(pub IpAddr);
+
+impl FromStr for AddressSetting {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let text = text.trim();
+        let bare = text
+            .strip_prefix('[')
+            .and_then(|rest| rest.strip_suffix(']'));
+        let address = match bare {
+            Some(bare) => bare.parse().map(IpAddr::V6),
+            None => text.parse(),
+        };
+        address.map(Self).map_err(|_| {
+            format!("`{text}` is not an IP address such as `127.0.0.1`, `::1` or `[::1]`; the port is another setting")
+        })
+    }
+}
+
+impl<'de> Deserialize<'de> for AddressSetting {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        scalar(deserializer)
+    }
+}
+
+/// Permissions of a file, in octal as `chmod` takes them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ModeSetting(pub u32);
+
+impl FromStr for ModeSetting {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let text = text.trim();
+        u32::from_str_radix(text.trim_start_matches("0o"), 8)
+            .ok()
+            .filter(|mode| *mode <= 0o777 && !text.starts_with('+'))
+            .map(Self)
+            .ok_or_else(|| format!("`{text}` is not a file's permissions in octal, such as `0660`"))
+    }
+}
+
+impl<'de> Deserialize<'de> for ModeSetting {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        // A bare 660 would be decimal in TOML, and is no permission that anybody means.
+        let text = String::deserialize(deserializer)?;
+        text.parse().map_err(de::Error::custom)
+    }
+}
+
+/// Reads one value or a list of them.
+pub(super) fn one_or_many<'de, D, T>(deserializer: D) -> Result<Option<Vec<T>>, D::Error>
+where
+    D: Deserializer<'de>,
+    T: Deserialize<'de>,
+{
+    #[derive(Deserialize)]
+    #[serde(untagged, expecting = "a value, or a list of values")]
+    enum OneOrMany<T> {
+        One(T),
+        Many(Vec<T>),
+    }
+    Ok(Some(match OneOrMany::deserialize(deserializer)? {
+        OneOrMany::One(value) => vec![value],
+        OneOrMany::Many(values) => values,
+    }))
+}
+
 /// The upstream's port: never 0.
 pub(super) fn upstream_port(text: &str) -> Result<NonZeroU16, String> {
     text.trim()
@@ -122,6 +193,26 @@ mod tests {
         }
         for text in ["", "soon", "-1", "-5s", "NaN", "1e400"] {
             assert!(text.parse::<DurationSetting>().is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn addresses_may_be_in_brackets() {
+        for (text, address) in [("127.0.0.1", "127.0.0.1"), ("[::1]", "::1"), ("::", "::")] {
+            assert_eq!(text.parse(), Ok(AddressSetting(address.parse().unwrap())));
+        }
+        for text in ["", "localhost", "[127.0.0.1]", "[::1", "127.0.0.1:5432"] {
+            assert!(text.parse::<AddressSetting>().is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn modes_are_octal() {
+        for (text, mode) in [("0600", 0o600), ("660", 0o660), ("0o666", 0o666)] {
+            assert_eq!(text.parse(), Ok(ModeSetting(mode)));
+        }
+        for text in ["", "0800", "1777", "rw", "+600", "-1"] {
+            assert!(text.parse::<ModeSetting>().is_err(), "{text}");
         }
     }
 

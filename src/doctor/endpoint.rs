@@ -364,7 +364,7 @@ async fn resolve(
     let (host, port) = (found.host.as_str(), examined.config.port);
     let resolved = timeout(STEP_TIMEOUT, probe::resolve(host, port)).await;
     let (finding, addresses) = match resolved {
-        Ok(Ok(addresses)) if is_ourselves(&addresses, examined.config.listen) => {
+        Ok(Ok(addresses)) if is_ourselves(&addresses, &examined.config.listen.tcp) => {
             let finding = Finding::failed(format!("`{host}` with port {port} is this proxy itself"))
                 .mend("set PGHOST and PGPORT to the endpoint; --address and --port are where the proxy listens".to_owned());
             (finding, None)
@@ -390,14 +390,16 @@ async fn resolve(
     addresses
 }
 
-fn is_ourselves(addresses: &[SocketAddr], listen: SocketAddr) -> bool {
-    let is_ours = |address: &SocketAddr| {
+fn is_ourselves(addresses: &[SocketAddr], listen: &[SocketAddr]) -> bool {
+    let is_ours = |address: &SocketAddr, listen: &SocketAddr| {
         address.port() == listen.port()
-            && (*address == listen
+            && (address == listen
                 || (is_loopback(address.ip())
                     && (is_loopback(listen.ip()) || listen.ip().is_unspecified())))
     };
-    addresses.iter().any(is_ours)
+    addresses
+        .iter()
+        .any(|address| listen.iter().any(|listen| is_ours(address, listen)))
 }
 
 /// One way in, as far as it went.

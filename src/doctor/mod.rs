@@ -187,7 +187,7 @@ pub async fn run(
                 };
                 endpoint::check(&mut chart, &examined).await;
                 let started = Instant::now();
-                let finding = port::check(endpoint.listen).await;
+                let finding = port::check(&endpoint.listen).await;
                 chart.note(step::PORT, started, finding);
             }
             chart.endpoint = None;

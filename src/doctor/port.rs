@@ -1,22 +1,49 @@
-//! Whether our own port is free, and if not, who has it.
+//! Whether our own port and Unix socket are free, and if not, who has them.
 
 use std::{fs, io, net::SocketAddr, path::Path};
 
 use super::report::Finding;
-use crate::listener::Listener;
+use crate::{
+    listener::{ListenError, Listener, Places, UnixError},
+    telemetry::chain,
+};
 
 /// State of a listening socket in `/proc/net/tcp` (`TCP_LISTEN`).
 const LISTEN: &str = "0A";
 /// The name of our own process, as the kernel cuts it off.
 const OURSELVES: &str = "lakebase-proxy";
 
-/// Binds the port for a moment. Must run on a runtime.
-pub(super) async fn check(listen: SocketAddr) -> Finding {
-    let error = match Listener::bind(listen) {
-        Ok(_bound) if listen.port() == 0 => return Finding::ok("any free port will do"),
-        Ok(_bound) => return Finding::ok(format!("{listen} is free")),
-        Err(error) => error,
+/// Binds the places for a moment. Must run on a runtime.
+pub(super) async fn check(places: &Places) -> Finding {
+    match Listener::bind(places) {
+        Ok(_bound) if places.port == 0 => Finding::ok("any free port will do"),
+        Ok(_bound) => Finding::ok(format!("{places} is free")),
+        Err(ListenError::Tcp { address, source }) => check_tcp(address, &source).await,
+        Err(ListenError::Unix(error)) => check_unix(error).await,
+    }
+}
+
+async fn check_unix(error: UnixError) -> Finding {
+    let failed = Finding::failed(chain(&error).to_string()).mend(error.hint().map(str::to_owned));
+    let UnixError::Taken { path } = error else {
+        return failed;
     };
+    let name = path.display().to_string();
+    let owner = tokio::task::spawn_blocking(move || {
+        let proc = Path::new("/proc");
+        let table = fs::read_to_string(proc.join("net/unix")).ok()?;
+        holder(proc, &listening_unix(&table, path.to_str()?))
+    });
+    match owner.await.ok().flatten() {
+        Some(owner) if owner.name == OURSELVES => Finding::ok(format!(
+            "{name} is served by a lakebase-proxy already (pid {})",
+            owner.pid
+        )),
+        _ => failed,
+    }
+}
+
+async fn check_tcp(listen: SocketAddr, error: &io::Error) -> Finding {
     let flag = "choose another port with --port (0 = any free one)";
     match error.kind() {
         io::ErrorKind::AddrInUse => {
@@ -63,6 +90,11 @@ fn owner(proc: &Path, port: u16) -> Option<Owner> {
         .filter_map(|table| fs::read_to_string(proc.join(table)).ok())
         .flat_map(|table| listening(&table, port))
         .collect();
+    holder(proc, &inodes)
+}
+
+/// Who holds one of these sockets, as far as we may see. Blocks.
+fn holder(proc: &Path, inodes: &[String]) -> Option<Owner> {
     if inodes.is_empty() {
         return None;
     }
@@ -73,7 +105,7 @@ fn owner(proc: &Path, port: u16) -> Option<Owner> {
             let pid = entry.file_name().to_str()?.parse().ok()?;
             Some((pid, entry.path()))
         })
-        .find(|(_, process)| holds(process, &inodes))
+        .find(|(_, process)| holds(process, inodes))
         .map(|(pid, process)| {
             let name = fs::read_to_string(process.join("comm")).unwrap_or_default();
             Owner {
@@ -93,6 +125,19 @@ fn listening(table: &str, port: u16) -> Vec<String> {
             let columns: Vec<&str> = line.split_ascii_whitespace().collect();
             let (local, state, inode) = (columns.get(1)?, columns.get(3)?, columns.get(9)?);
             (local.ends_with(&suffix) && *state == LISTEN).then(|| (*inode).to_owned())
+        })
+        .collect()
+}
+
+/// The inodes of the Unix sockets with this path.
+fn listening_unix(table: &str, path: &str) -> Vec<String> {
+    table
+        .lines()
+        .skip(1)
+        .filter_map(|line| {
+            let columns: Vec<&str> = line.split_ascii_whitespace().collect();
+            let (inode, found) = (columns.get(6)?, columns.get(7)?);
+            (*found == path).then(|| (*inode).to_owned())
         })
         .collect()
 }
@@ -118,6 +163,8 @@ mod tests {
 
     use tempfile::TempDir;
 
+    use crate::listener::UnixPlace;
+
     use super::*;
     use crate::doctor::report::Outcome;
 
@@ -126,6 +173,15 @@ mod tests {
    1: 0100007F:1538 0100007F:D431 01 00000000:00000000 00:00000000 00000000   104        0 4712 1 0000000000000000 20 4 30 10 -1
    2: 0100007F:0050 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 4713 1 0000000000000000 100 0 0 10 0
 ";
+
+    #[test]
+    fn a_unix_socket_is_found_by_its_path() {
+        let table = "Num       RefCount Protocol Flags    Type St Inode Path\n\
+            0000000000000000: 00000002 00000000 00010000 0001 01 4711 /run/x/.s.PGSQL.5432\n\
+            0000000000000000: 00000003 00000000 00000000 0001 03 4712\n";
+        assert_eq!(listening_unix(table, "/run/x/.s.PGSQL.5432"), ["4711"]);
+        assert!(listening_unix(table, "/run/x").is_empty());
+    }
 
     #[test]
     fn a_listener_is_found_among_processes() {
@@ -153,19 +209,48 @@ mod tests {
         assert_eq!(owner(proc.path(), 80), None);
     }
 
+    fn places(address: SocketAddr) -> Places {
+        Places {
+            port: address.port(),
+            tcp: vec![address],
+            unix: None,
+        }
+    }
+
+    #[tokio::test]
+    async fn a_taken_unix_socket_is_told_and_left_alone() {
+        let directory = TempDir::new().unwrap();
+        let places = Places {
+            port: 7,
+            tcp: Vec::new(),
+            unix: Some(UnixPlace {
+                directory: directory.path().to_owned(),
+                mode: 0o600,
+            }),
+        };
+        assert_eq!(check(&places).await.outcome, Outcome::Ok);
+        let path = directory.path().join(".s.PGSQL.7");
+        assert!(!path.exists(), "it was bound for a moment only");
+        let _taken = std::os::unix::net::UnixListener::bind(&path).unwrap();
+        let finding = check(&places).await;
+        assert_eq!(finding.outcome, Outcome::Failed);
+        assert!(finding.message.contains("--unix-socket"));
+        assert!(path.exists());
+    }
+
     #[tokio::test]
     async fn a_taken_port_names_its_owner_and_a_free_one_is_free() {
         let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let address = taken.local_addr().unwrap();
-        let finding = check(address).await;
+        let finding = check(&places(address)).await;
         assert_eq!(finding.outcome, Outcome::Failed);
         let pid = format!("pid {}", std::process::id());
         assert!(finding.message.contains(&pid), "{}", finding.message);
         assert!(finding.mend.unwrap().contains("--port"));
 
-        let free = check("127.0.0.1:0".parse().unwrap()).await;
+        let free = check(&places("127.0.0.1:0".parse().unwrap())).await;
         assert_eq!(free.outcome, Outcome::Ok);
-        let elsewhere = check("192.0.2.1:0".parse().unwrap()).await;
+        let elsewhere = check(&places("192.0.2.1:0".parse().unwrap())).await;
         assert!(elsewhere.mend.unwrap().contains("--address"));
     }
 }

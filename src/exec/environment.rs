@@ -1,11 +1,8 @@
 //! The environment of the program we run: ours, but with a database that needs no password.
 
-use std::{
-    ffi::{OsStr, OsString},
-    net::SocketAddr,
-};
+use std::ffi::{OsStr, OsString};
 
-use crate::app::Target;
+use crate::{app::Target, listener::Way};
 
 /// What would lead a client elsewhere, or make it ask for what a local connection has not.
 const REMOVED: [&str; 16] = [
@@ -62,8 +59,8 @@ pub(super) fn variables(
     secrets: &Secrets,
 ) -> Vec<(OsString, OsString)> {
     let ours = [
-        ("PGHOST", target.address.ip().to_string()),
-        ("PGPORT", target.address.port().to_string()),
+        ("PGHOST", target.way.host()),
+        ("PGPORT", target.way.port().to_string()),
         ("PGSSLMODE", "disable".to_owned()),
         ("PGUSER", target.user.clone()),
         ("PGDATABASE", target.database.clone()),
@@ -106,13 +103,16 @@ fn is_secret(name: &OsStr, secrets: &Secrets) -> bool {
 }
 
 fn url(target: &Target) -> String {
-    // SocketAddr writes an IPv6 address in brackets, as a URL wants it.
-    let address: SocketAddr = target.address;
-    format!(
-        "postgresql://{}@{address}/{}?sslmode=disable",
-        percent_encoded(&target.user),
-        percent_encoded(&target.database)
-    )
+    let user = percent_encoded(&target.user);
+    let database = percent_encoded(&target.database);
+    match &target.way {
+        // SocketAddr writes an IPv6 address in brackets, as a URL wants it.
+        Way::Tcp(address) => format!("postgresql://{user}@{address}/{database}?sslmode=disable"),
+        Way::Unix { port, .. } => {
+            let host = percent_encoded(&target.way.host());
+            format!("postgresql://{user}@/{database}?host={host}&port={port}&sslmode=disable")
+        }
+    }
 }
 
 /// Everything but RFC 3986's unreserved characters is encoded, which is right in every part of a URL.
@@ -135,7 +135,7 @@ mod tests {
 
     fn child(inherited: &[(&str, &str)], secrets: &Secrets) -> BTreeMap<String, String> {
         let target = Target {
-            address: "127.0.0.1:6000".parse().unwrap(),
+            way: Way::Tcp("127.0.0.1:6000".parse().unwrap()),
             user: "me@example.com".to_owned(),
             database: "a/b ü".to_owned(),
         };
@@ -177,6 +177,25 @@ mod tests {
             child.into_iter().collect::<Vec<_>>(),
             expected.map(|(n, v)| (n.to_owned(), v.to_owned()))
         );
+    }
+
+    #[test]
+    fn a_unix_socket_is_named_by_its_directory() {
+        let target = Target {
+            way: Way::Unix {
+                directory: "/run/my app".into(),
+                port: 5432,
+            },
+            user: "me".to_owned(),
+            database: "d".to_owned(),
+        };
+        let variables = variables([], &target, &Secrets::Kept);
+        let has = |name: &str, value: &str| variables.contains(&(name.into(), value.into()));
+        assert!(has("PGHOST", "/run/my app") && has("PGPORT", "5432"));
+        assert!(has(
+            "DATABASE_URL",
+            "postgresql://me@/d?host=%2Frun%2Fmy%20app&port=5432&sslmode=disable"
+        ));
     }
 
     #[test]

@@ -65,14 +65,9 @@ impl Database {
         let whole = options.request_timeout;
         let (wait, create, statement) = (whole / 4, whole * 6 / 10, whole * 9 / 10);
         let mut config = Config::new();
-        // 0.0.0.0 and :: are addresses to listen on, not to connect to.
-        let host = match options.upstream {
-            to if !to.ip().is_unspecified() => to.ip().to_string(),
-            to if to.is_ipv4() => "127.0.0.1".to_owned(),
-            _ => "::1".to_owned(),
-        };
+        // An absolute path is taken for the directory of a Unix socket.
         config
-            .host(host)
+            .host(options.upstream.host())
             .port(options.upstream.port())
             .user(options.user.as_deref().unwrap_or("notes"))
             .application_name("lakebase-proxy notes")

@@ -10,7 +10,6 @@ mod trouble;
 
 use std::{
     io,
-    net::SocketAddr,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
@@ -34,6 +33,7 @@ use tracing::{info, warn};
 
 use crate::{
     http::{self, Limits},
+    listener::Way,
     telemetry::chain,
 };
 
@@ -46,7 +46,7 @@ use self::{
 #[derive(Clone, Debug)]
 pub struct NotesOptions {
     /// Our own Postgres listener.
-    pub upstream: SocketAddr,
+    pub upstream: Way,
     /// Database to ask for; without one the proxy decides.
     pub database: Option<String>,
     /// User to give; the proxy replaces it.
@@ -60,10 +60,10 @@ pub struct NotesOptions {
 }
 
 impl NotesOptions {
-    /// The defaults, reading through the listener at `upstream`.
-    pub fn new(upstream: SocketAddr) -> Self {
+    /// The defaults, reading through the listener that `upstream` leads to.
+    pub fn new(upstream: impl Into<Way>) -> Self {
         Self {
-            upstream,
+            upstream: upstream.into(),
             database: None,
             user: None,
             pool_size: 4,

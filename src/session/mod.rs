@@ -13,6 +13,7 @@
 
 mod cancel;
 mod door;
+mod entrance;
 mod handshake;
 mod peer;
 mod policy;
@@ -41,6 +42,7 @@ use tokio::{
 pub use self::{
     cancel::Cancels,
     door::Door,
+    entrance::Entrance,
     peer::Peer,
     policy::{Policies, Policy, Seat, Seats},
     presence::{Presence, Present},
@@ -106,6 +108,8 @@ pub struct Sessions {
     pub route: Route,
     /// What they go by.
     pub policies: Policies,
+    /// Who is let in.
+    pub entrance: Arc<Entrance>,
     /// The place that each takes.
     pub seats: Seats,
     /// Whether there may be more of them.
@@ -163,14 +167,20 @@ impl Sessions {
             Ok(Ok(Opening::Gone)) => {}
             Ok(Ok(Opening::Cancel(key))) => {
                 drop(handshaking);
-                self.cancel(key, &policy.terms).await;
+                if self.entrance.admit(peer).is_ok() {
+                    self.cancel(key, &policy.terms).await;
+                }
             }
             Ok(Ok(Opening::Session(startup))) => {
                 drop(handshaking);
-                if let Err(refusal) = self
-                    .run((id, peer), &policy, &mut client, buffer, &startup)
-                    .await
-                {
+                let served = match self.entrance.admit(peer) {
+                    Ok(()) => {
+                        self.run((id, peer), &policy, &mut client, buffer, &startup)
+                            .await
+                    }
+                    Err(refusal) => Err(refusal),
+                };
+                if let Err(refusal) = served {
                     self.refuse(id, &mut client, refusal).await;
                 }
             }

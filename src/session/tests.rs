@@ -56,6 +56,7 @@ fn sessions(upstream: SocketAddr, client_login_timeout: Duration) -> Arc<Session
             max_connections: 1,
             terms: Terms::default(),
         }),
+        entrance: Arc::default(),
         seats: Seats::default(),
         door: Door::new(CancellationToken::new()),
         cancels: Arc::default(),

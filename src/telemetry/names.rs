@@ -91,6 +91,8 @@ label! {
         SHUTTING_DOWN = "shutting_down",
         /// The client's first message could not be used.
         BAD_STARTUP = "bad_startup",
+        /// A password that is wrong, or a user who may not use the Unix socket.
+        LOCAL_AUTH = "local_auth",
         /// TLS between the client and us.
         CLIENT_TLS = "client_tls",
         /// The client did not say what it wants in time.

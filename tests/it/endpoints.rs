@@ -58,9 +58,10 @@ async fn one_endpoint_that_cannot_be_found_does_not_stop_the_other() {
     let mut variables = emulator.environment();
     variables.push(("PGHOST", "nowhere.invalid".to_owned()));
     let running = proxy(&tables, &variables).await;
-    let [lost, found] = running.addresses().endpoints[..] else {
+    let [lost, found] = &running.addresses().endpoints[..] else {
         panic!("two endpoints")
     };
+    let (lost, found) = (lost.tcp[0], found.tcp[0]);
 
     let client = connect(found.port()).await.unwrap();
     assert_eq!(user(&client).await, emulator.identities().app.name);
@@ -120,7 +121,7 @@ async fn a_plain_postgres_is_reached_with_a_password_of_its_own() {
         ("PGSSLROOTCERT", trust),
     ];
     let running = proxy(&tables, &variables).await;
-    for (address, expected) in running
+    for (bound, expected) in running
         .addresses()
         .endpoints
         .iter()
@@ -128,7 +129,7 @@ async fn a_plain_postgres_is_reached_with_a_password_of_its_own() {
     {
         // The server takes its new rules up in its own time.
         let client = eventually("the server asks for passwords", async || {
-            connect(address.port()).await.ok()
+            connect(bound.tcp[0].port()).await.ok()
         })
         .await;
         assert_eq!(user(&client).await, expected);
@@ -143,7 +144,7 @@ async fn a_plain_postgres_is_reached_with_a_password_of_its_own() {
         .await
         .unwrap();
     std::fs::write(&file, "another\n").unwrap();
-    let changed = running.addresses().endpoints[1].port();
+    let changed = running.addresses().endpoints[1].tcp[0].port();
     let renewed = eventually("the new password is used", async || {
         connect(changed).await.ok()
     });

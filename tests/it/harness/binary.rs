@@ -45,7 +45,10 @@ pub(crate) fn command(arguments: &[&str]) -> Command {
 impl Binary {
     /// `serve` in front of `emulator` on any free ports; it holds a credential when this returns.
     pub(crate) async fn serve(emulator: &Emulator, flags: &[&str]) -> Self {
-        let mut base = vec!["serve", "--port", "0", "--structured-logs"];
+        let mut base = vec!["serve", "--structured-logs"];
+        if !flags.contains(&"--port") {
+            base.extend(["--port", "0"]);
+        }
         if !flags.contains(&"--http-port") {
             base.extend(["--http-port", "0"]);
         }
@@ -75,7 +78,9 @@ impl Binary {
             let message = line["message"].as_str().unwrap_or_default();
             wanted.retain(|wanted| *wanted != message);
             match message {
-                "listening for Postgres clients" => binary.postgres = address(&line),
+                "listening for Postgres clients" if line["socket"].is_null() => {
+                    binary.postgres = address(&line);
+                }
                 "serving health and metrics" => binary.http = address(&line),
                 _ => {}
             }

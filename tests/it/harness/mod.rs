@@ -170,7 +170,10 @@ impl Proxy {
     }
 
     pub(crate) fn address(&self) -> SocketAddr {
-        self.running.addresses().postgres
+        self.running
+            .addresses()
+            .postgres
+            .expect("it listens by TCP")
     }
 
     pub(crate) fn credentials(&self) -> &CredentialCell {

@@ -171,6 +171,14 @@ impl Wire {
 }
 
 impl<S: AsyncRead + AsyncWrite + Unpin> Wire<S> {
+    /// Over a connection made elsewhere.
+    pub(crate) fn of(stream: S) -> Self {
+        Self {
+            stream,
+            buffer: BytesMut::new(),
+        }
+    }
+
     pub(crate) async fn send(&mut self, bytes: &[u8]) {
         let sent = async {
             self.stream.write_all(bytes).await?;

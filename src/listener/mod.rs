@@ -1,0 +1,314 @@
+//! The sockets clients connect to: bound together, accepted from for ever.
+
+mod inherited;
+mod tcp;
+mod unix;
+
+use std::{fmt, io, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
+
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    net::{TcpListener, UnixListener},
+    sync::Semaphore,
+    time::sleep,
+};
+use tokio_util::task::TaskTracker;
+use tracing::Instrument;
+
+use self::unix::UnixDoor;
+pub use self::{
+    inherited::{Inherited, InheritedError, InheritedSocket},
+    unix::{UnixError, UnixPlace},
+};
+use crate::{
+    session::{Peer, Sessions},
+    telemetry::Metrics,
+    upstream::Keepalive,
+};
+
+/// Clients that have not yet said what they want.
+const UNFINISHED_HANDSHAKES: usize = 256;
+/// As many as the kernel allows; a burst must not meet a full queue.
+const BACKLOG: i32 = 4096;
+const ACCEPT_PAUSE_MIN: Duration = Duration::from_millis(5);
+const ACCEPT_PAUSE_MAX: Duration = Duration::from_secs(1);
+
+/// Where one endpoint's clients are to connect.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Places {
+    /// The port, of TCP sockets and in the names of Unix sockets; 0 is any that is free.
+    pub port: u16,
+    /// Addresses to listen on, each with that port; none is no TCP.
+    pub tcp: Vec<SocketAddr>,
+    /// A Unix socket.
+    pub unix: Option<UnixPlace>,
+}
+
+impl fmt::Display for Places {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut comma = "";
+        for address in &self.tcp {
+            write!(f, "{comma}{address}")?;
+            comma = ", ";
+        }
+        if let Some(unix) = &self.unix {
+            let path = unix::path(&unix.directory, self.port);
+            write!(f, "{comma}{}", path.display())?;
+        }
+        Ok(())
+    }
+}
+
+/// Where one endpoint's clients can connect.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Bound {
+    /// By TCP, in the order of the settings. ::1 is not mentioned where it came with 127.0.0.1.
+    pub tcp: Vec<SocketAddr>,
+    /// By Unix sockets with these paths.
+    pub unix: Vec<PathBuf>,
+}
+
+/// What a Postgres client on this machine is given as host and port.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Way {
+    /// TCP.
+    Tcp(SocketAddr),
+    /// A Unix socket.
+    Unix {
+        /// Its directory.
+        directory: PathBuf,
+        /// The port in its name.
+        port: u16,
+    },
+}
+
+impl From<SocketAddr> for Way {
+    fn from(listener: SocketAddr) -> Self {
+        Self::Tcp(reachable(listener))
+    }
+}
+
+impl Way {
+    /// What `PGHOST` would be.
+    pub fn host(&self) -> String {
+        match self {
+            Self::Tcp(address) => address.ip().to_string(),
+            Self::Unix { directory, .. } => directory.display().to_string(),
+        }
+    }
+
+    /// What `PGPORT` would be.
+    pub fn port(&self) -> u16 {
+        match self {
+            Self::Tcp(address) => address.port(),
+            Self::Unix { port, .. } => *port,
+        }
+    }
+}
+
+impl Bound {
+    /// How a client on this machine gets in: by TCP where it can. A Unix socket that libpq would not find is no way.
+    pub fn way(&self) -> Option<Way> {
+        let tcp = self.tcp.first().copied().map(Way::from);
+        tcp.or_else(|| {
+            let (directory, port) = self.unix.iter().find_map(|path| unix::parse(path))?;
+            Some(Way::Unix { directory, port })
+        })
+    }
+}
+
+/// Where a client on this machine reaches a listener, also one on every address.
+fn reachable(listener: SocketAddr) -> SocketAddr {
+    use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+    let ip = match listener.ip() {
+        IpAddr::V4(ip) if ip.is_unspecified() => IpAddr::V4(Ipv4Addr::LOCALHOST),
+        IpAddr::V6(ip) if ip.is_unspecified() => IpAddr::V6(Ipv6Addr::LOCALHOST),
+        ip => ip,
+    };
+    SocketAddr::new(ip, listener.port())
+}
+
+/// Why an endpoint has no sockets.
+#[derive(Debug, thiserror::Error)]
+pub enum ListenError {
+    /// An address cannot be bound.
+    #[error("cannot listen on {address}")]
+    Tcp {
+        /// The address.
+        address: SocketAddr,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// A Unix socket cannot be made.
+    #[error(transparent)]
+    Unix(#[from] UnixError),
+}
+
+/// Bound sockets that have not been accepted from yet.
+#[derive(Debug)]
+pub struct Listener {
+    tcp: Vec<TcpListener>,
+    unix: Vec<UnixDoor>,
+    bound: Bound,
+}
+
+impl Listener {
+    /// Binds every one of `places`.
+    pub fn bind(places: &Places) -> Result<Self, ListenError> {
+        let (tcp, addresses) = tcp::bind_all(&places.tcp)?;
+        let mut bound = Bound {
+            tcp: addresses,
+            unix: Vec::new(),
+        };
+        let mut doors = Vec::new();
+        if let Some(place) = &places.unix {
+            let port = bound.tcp.first().map_or(places.port, SocketAddr::port);
+            let door = unix::bind(place, port)?;
+            bound.unix = vec![unix::path(&place.directory, port)];
+            doors.push(door);
+        }
+        Ok(Self {
+            tcp,
+            unix: doors,
+            bound,
+        })
+    }
+
+    /// Takes over sockets that somebody else has bound.
+    pub fn inherit(sockets: Vec<InheritedSocket>) -> io::Result<Self> {
+        let mut listener = Self {
+            tcp: Vec::new(),
+            unix: Vec::new(),
+            bound: Bound::default(),
+        };
+        for socket in sockets {
+            match socket {
+                InheritedSocket::Tcp(socket) => {
+                    listener.bound.tcp.push(socket.local_addr()?);
+                    listener.tcp.push(TcpListener::from_std(socket)?);
+                }
+                InheritedSocket::Unix(socket) => {
+                    let address = socket.local_addr()?;
+                    let path = address.as_pathname().map(PathBuf::from);
+                    listener.bound.unix.extend(path);
+                    let socket = UnixListener::from_std(socket)?;
+                    listener.unix.push(UnixDoor {
+                        socket,
+                        _file: None,
+                    });
+                }
+            }
+        }
+        Ok(listener)
+    }
+
+    /// Where it can be reached.
+    pub fn bound(&self) -> &Bound {
+        &self.bound
+    }
+
+    /// Accepts until the door is shut; sessions run on `clients`, the loops that accept them on `helpers`.
+    pub fn spawn(self, sessions: &Arc<Sessions>, clients: &TaskTracker, helpers: &TaskTracker) {
+        let handshakes = Arc::new(Semaphore::new(UNFINISHED_HANDSHAKES));
+        for acceptor in self.tcp {
+            let (sessions, handshakes) = (Arc::clone(sessions), Arc::clone(&handshakes));
+            helpers.spawn(accept(acceptor, sessions, handshakes, clients.clone()));
+        }
+        for acceptor in self.unix {
+            let (sessions, handshakes) = (Arc::clone(sessions), Arc::clone(&handshakes));
+            helpers.spawn(accept(acceptor, sessions, handshakes, clients.clone()));
+        }
+    }
+}
+
+/// One listening socket.
+trait Acceptor: Send + Sync + 'static {
+    /// A connection to it.
+    type Client: AsyncRead + AsyncWrite + Unpin + Send + 'static;
+
+    /// The next client. Cancel safe.
+    fn accept(&self) -> impl Future<Output = io::Result<(Self::Client, Peer)>> + Send;
+
+    /// Sets the options of a connection.
+    fn tune(client: &Self::Client, keepalive: &Keepalive);
+}
+
+async fn accept<A: Acceptor>(
+    acceptor: A,
+    sessions: Arc<Sessions>,
+    handshakes: Arc<Semaphore>,
+    clients: TaskTracker,
+) {
+    let mut pause = ACCEPT_PAUSE_MIN;
+    let shut = sessions.door.is_shut().clone();
+    loop {
+        let next = async {
+            let permit = Arc::clone(&handshakes).acquire_owned().await;
+            (permit, acceptor.accept().await)
+        };
+        let (permit, accepted) = tokio::select! {
+            next = next => next,
+            () = shut.cancelled() => return,
+        };
+        // Never closed, so never an error.
+        let Ok(permit) = permit else { return };
+        match accepted {
+            Ok((client, peer)) => {
+                pause = ACCEPT_PAUSE_MIN;
+                let sessions = Arc::clone(&sessions);
+                let id = sessions.next_id();
+                let span = tracing::debug_span!("session", id, %peer);
+                sessions.metrics.clients_opened.inc();
+                let serving = async move {
+                    let _watch = PanicWatch(Arc::clone(&sessions.metrics));
+                    A::tune(&client, &sessions.policies.now().terms.keepalive);
+                    sessions.serve(id, peer, client, permit).await;
+                };
+                clients.spawn(serving.instrument(span));
+            }
+            Err(error) => {
+                // Mostly a lack of descriptors, which passes when sessions end. Said once per spell.
+                if pause == ACCEPT_PAUSE_MIN {
+                    tracing::warn!(%error, "cannot accept a connection; hint: raise the limit of open files (ulimit -n)");
+                }
+                sleep(pause).await;
+                pause = (pause * 2).min(ACCEPT_PAUSE_MAX);
+            }
+        }
+    }
+}
+
+/// Counts a session that ends by a panic.
+struct PanicWatch(Arc<Metrics>);
+
+impl Drop for PanicWatch {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.session_panics.inc();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn local_clients_come_by_tcp_where_they_can() {
+        let tcp = |address: &str| Bound {
+            tcp: vec![address.parse().unwrap()],
+            unix: vec!["/run/.s.PGSQL.7".into()],
+        };
+        let way = tcp("0.0.0.0:7").way().unwrap();
+        assert_eq!((way.host(), way.port()), ("127.0.0.1".to_owned(), 7));
+        assert_eq!(tcp("[::]:7").way().unwrap().host(), "::1");
+        let unix = |path: &str| Bound {
+            tcp: Vec::new(),
+            unix: vec![path.into()],
+        };
+        let way = unix("/run/x/.s.PGSQL.6000").way().unwrap();
+        assert_eq!((way.host(), way.port()), ("/run/x".to_owned(), 6000));
+        assert_eq!(unix("/run/x/socket").way(), None);
+    }
+}

@@ -1,0 +1,146 @@
+//! TCP: the sockets of one endpoint, all with one port.
+
+use std::{
+    io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+};
+
+use socket2::{Domain, Protocol, Socket, Type};
+use tokio::net::{TcpListener, TcpStream};
+
+use super::{Acceptor, BACKLOG, ListenError};
+use crate::{
+    session::Peer,
+    upstream::{Keepalive, tune},
+};
+
+/// Ports that are tried where any will do, but must be free on several addresses.
+const FREE_PORT_ATTEMPTS: usize = 16;
+
+impl Acceptor for TcpListener {
+    type Client = TcpStream;
+
+    async fn accept(&self) -> io::Result<(TcpStream, Peer)> {
+        let (client, address) = TcpListener::accept(self).await?;
+        Ok((client, Peer::Tcp(address)))
+    }
+
+    fn tune(client: &TcpStream, keepalive: &Keepalive) {
+        tune(client, keepalive);
+    }
+}
+
+/// Binds all of `addresses`; returns the sockets and the addresses they have, in that order. 127.0.0.1 brings ::1 with
+/// it where that exists, behind the others and unmentioned, since `localhost` may mean either.
+pub(super) fn bind_all(
+    addresses: &[SocketAddr],
+) -> Result<(Vec<TcpListener>, Vec<SocketAddr>), ListenError> {
+    let any_port = addresses.iter().all(|address| address.port() == 0);
+    let mut attempts = if any_port && addresses.len() > 1 {
+        FREE_PORT_ATTEMPTS
+    } else {
+        1
+    };
+    loop {
+        attempts -= 1;
+        match bind_each(addresses, any_port) {
+            Err(ListenError::Tcp { source, .. })
+                if attempts > 0 && source.kind() == io::ErrorKind::AddrInUse => {}
+            outcome => return outcome,
+        }
+    }
+}
+
+fn bind_each(
+    addresses: &[SocketAddr],
+    any_port: bool,
+) -> Result<(Vec<TcpListener>, Vec<SocketAddr>), ListenError> {
+    let mut sockets = Vec::with_capacity(addresses.len() + 1);
+    let mut bound: Vec<SocketAddr> = Vec::with_capacity(addresses.len());
+    for &(mut address) in addresses {
+        if let (true, Some(first)) = (any_port, bound.first()) {
+            address.set_port(first.port());
+        }
+        let failed = |source| ListenError::Tcp { address, source };
+        let socket = bind(address).map_err(failed)?;
+        bound.push(socket.local_addr().map_err(failed)?);
+        sockets.push(socket);
+    }
+    let mut companions: Vec<SocketAddr> = bound
+        .iter()
+        .filter(|address| address.ip() == IpAddr::V4(Ipv4Addr::LOCALHOST))
+        .map(|address| SocketAddr::from((Ipv6Addr::LOCALHOST, address.port())))
+        .filter(|companion| !bound.contains(companion))
+        .collect();
+    companions.dedup();
+    // A machine without IPv6, or a port that somebody else has there: then `localhost` falls back to IPv4.
+    sockets.extend(companions.into_iter().filter_map(|it| bind(it).ok()));
+    Ok((sockets, bound))
+}
+
+fn bind(address: SocketAddr) -> io::Result<TcpListener> {
+    let socket = Socket::new(
+        Domain::for_address(address),
+        Type::STREAM,
+        Some(Protocol::TCP),
+    )?;
+    socket.set_reuse_address(true)?;
+    if address.is_ipv6() {
+        socket.set_only_v6(true)?;
+    }
+    socket.set_nonblocking(true)?;
+    socket.bind(&address.into())?;
+    socket.listen(BACKLOG)?;
+    TcpListener::from_std(socket.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn loopback(port: u16) -> SocketAddr {
+        SocketAddr::from((Ipv4Addr::LOCALHOST, port))
+    }
+
+    fn has_ipv6() -> bool {
+        std::net::UdpSocket::bind("[::1]:0").is_ok()
+    }
+
+    #[tokio::test]
+    async fn localhost_means_both_families() {
+        let (_sockets, bound) = bind_all(&[loopback(0)]).unwrap();
+        let port = bound[0].port();
+        assert!(TcpStream::connect(("127.0.0.1", port)).await.is_ok());
+        if has_ipv6() {
+            assert!(TcpStream::connect(("::1", port)).await.is_ok());
+        }
+    }
+
+    #[tokio::test]
+    async fn a_taken_port_is_an_error() {
+        let (_sockets, bound) = bind_all(&[loopback(0)]).unwrap();
+        let ListenError::Tcp { address, source } = bind_all(&bound).unwrap_err() else {
+            panic!("a TCP error");
+        };
+        assert_eq!(address, bound[0]);
+        assert_eq!(source.kind(), io::ErrorKind::AddrInUse);
+    }
+
+    #[tokio::test]
+    async fn several_addresses_share_one_port() {
+        let second = SocketAddr::from(([127, 0, 0, 2], 0));
+        let mut wanted = vec![loopback(0), second];
+        if has_ipv6() {
+            wanted.push(SocketAddr::from((Ipv6Addr::LOCALHOST, 0)));
+        }
+        let (sockets, bound) = bind_all(&wanted).unwrap();
+        assert_eq!(sockets.len(), wanted.len(), "::1 once");
+        for (wanted, bound) in wanted.iter().zip(&bound) {
+            assert_eq!(
+                (wanted.ip(), bound.port()),
+                (bound.ip(), sockets[0].local_addr().unwrap().port())
+            );
+            assert!(TcpStream::connect(bound).await.is_ok());
+        }
+    }
+}

@@ -1,0 +1,268 @@
+//! Clients that come by a Unix socket.
+
+use std::{
+    fs,
+    num::NonZeroU16,
+    os::unix::{
+        fs::{FileTypeExt, PermissionsExt, chown},
+        net::UnixListener,
+    },
+    path::{Path, PathBuf},
+};
+
+use lakebase_proxy::config::{EndpointSettings, ModeSetting, PortSetting};
+use tempfile::TempDir;
+use tokio::net::UnixStream;
+
+use crate::{
+    harness::{
+        self, Proxy,
+        binary::{self, Binary},
+        eventually,
+        wire::{SSL_REQUEST, Wire, cancel_request, text},
+        within,
+    },
+    web,
+};
+
+/// A user that owns nothing here.
+const NOBODY: u32 = 65_534;
+
+fn socket(directory: &TempDir, port: u16) -> PathBuf {
+    directory.path().join(format!(".s.PGSQL.{port}"))
+}
+
+async fn dial(path: &Path) -> Wire<UnixStream> {
+    Wire::of(UnixStream::connect(path).await.unwrap())
+}
+
+fn mode(path: &Path) -> u32 {
+    fs::metadata(path).unwrap().permissions().mode() & 0o777
+}
+
+#[tokio::test]
+async fn libpq_finds_it_beside_tcp_and_it_goes_with_the_proxy() {
+    let emulator = harness::emulator().await;
+    let directory = TempDir::new().unwrap();
+    let proxy = Proxy::with(&emulator, |settings| {
+        settings.unix_socket = Some(directory.path().to_owned());
+    })
+    .await;
+    let port = proxy.address().port();
+    let path = socket(&directory, port);
+    assert_eq!(mode(&path), 0o600);
+
+    let mut config = tokio_postgres::Config::new();
+    config.host_path(directory.path()).port(port).user("anyone");
+    let client = proxy.try_client(&config).await.unwrap();
+    let row = client.query_one("select current_user::text", &[]).await;
+    assert_eq!(
+        row.unwrap().get::<_, String>(0),
+        emulator.identities().app.name
+    );
+    drop(client);
+    // The same sessions, whichever way a client comes: a key works from either.
+    let mut wire = dial(&path).await;
+    wire.send(&SSL_REQUEST).await;
+    assert_eq!(wire.byte().await, 'N', "no TLS on a Unix socket");
+    wire.startup(&[("user", "anyone")]).await;
+    let key = wire.welcome().await.key;
+    wire.send(&text('Q', "select pg_sleep(60)")).await;
+    harness::until_running(&emulator.identities().app.name, 1).await;
+    let mut cancel = dial(&path).await;
+    cancel.send(&cancel_request(key)).await;
+    cancel.closed().await;
+    let said = wire.until('Z').await;
+    assert!(
+        said.iter()
+            .any(|said| said.tag == 'E' && said.error().code == "57014")
+    );
+    drop(wire);
+
+    proxy.end(std::future::pending()).await;
+    eventually("the socket is removed", async || {
+        (!path.exists()).then_some(())
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn it_may_be_the_only_way_in_for_a_child_and_for_the_notes_page_too() {
+    let emulator = harness::emulator().await;
+    let directory = TempDir::new().unwrap();
+    let place = directory.path().to_str().unwrap();
+    let flags = [
+        "--port",
+        "none",
+        "--unix-socket",
+        place,
+        "--notes",
+        "--notes-port",
+        "0",
+    ];
+    let mut binary = Binary::serve(&emulator, &flags).await;
+    let path = socket(&directory, 5432);
+    let line = binary.logged("listening for Postgres clients").await;
+    assert_eq!(line["socket"], path.to_str().unwrap());
+    let mut wire = dial(&path).await;
+    wire.startup(&[("user", "anyone")]).await;
+    wire.welcome().await;
+    assert_eq!(wire.value("select 1").await, "1");
+    let notes = binary.logged("serving the notes page").await;
+    let page = web::get(notes["address"].as_str().unwrap().parse().unwrap(), "/").await;
+    assert!(page.body.contains("Recent Notes"), "{}", page.body);
+    binary.signal("TERM");
+    assert_eq!(binary.exit_code().await, Some(143));
+    assert!(!path.exists());
+
+    let script = "echo \"$PGHOST $PGPORT $DATABASE_URL\"; psql -XAtc 'select 6 * 7' \"$DATABASE_URL\"; psql -XAtc 'select 7 * 7'";
+    let mut exec = binary::command(&["exec", "--port", "none", "--unix-socket", place]);
+    exec.args(["--", "sh", "-c", script])
+        .stdout(std::process::Stdio::piped())
+        .envs(emulator.environment());
+    let output = within("exec ends", exec.output()).await.unwrap();
+    let said = String::from_utf8(output.stdout).unwrap();
+    let log = String::from_utf8_lossy(&output.stderr);
+    assert!(
+        said.starts_with(&format!("{place} 5432 postgresql://")),
+        "{said}{log}"
+    );
+    assert!(said.ends_with("\n42\n49\n"), "{said}{log}");
+}
+
+#[tokio::test]
+async fn what_was_left_behind_is_replaced_and_what_lives_is_not() {
+    let emulator = harness::emulator().await;
+    let directory = TempDir::new().unwrap();
+    let place = directory.path().to_str().unwrap();
+    let path = socket(&directory, 5432);
+    drop(UnixListener::bind(&path).unwrap());
+    let flags = ["--port", "none", "--unix-socket", place];
+    let binary = Binary::serve(&emulator, &flags).await;
+    drop(UnixStream::connect(&path).await.unwrap());
+
+    let refused = async |place: &str| {
+        let mut second = binary::command(&["serve", "--port", "none", "--http-port", "none"]);
+        second
+            .args(["--unix-socket", place])
+            .envs(emulator.environment());
+        let output = within("it ends", second.output()).await.unwrap();
+        assert_eq!(output.status.code(), Some(1));
+        String::from_utf8(output.stderr).unwrap()
+    };
+    let said = refused(place).await;
+    assert!(
+        said.contains("--unix-socket") && said.contains("\nhint: "),
+        "{said}"
+    );
+    assert!(
+        UnixStream::connect(&path).await.is_ok(),
+        "the first still serves"
+    );
+    assert!(refused(&"x".repeat(120)).await.contains("bytes long"));
+    assert!(
+        refused("/no/such/place")
+            .await
+            .contains("make the directory")
+    );
+
+    // One that another has put there is not ours to remove.
+    fs::remove_file(&path).unwrap();
+    let _successor = UnixListener::bind(&path).unwrap();
+    binary.signal("TERM");
+    assert_eq!(binary.exit_code().await, Some(143));
+    assert!(fs::symlink_metadata(&path).unwrap().file_type().is_socket());
+}
+
+#[tokio::test]
+async fn every_endpoint_has_a_socket_of_its_own_number() {
+    let emulator = harness::emulator().await;
+    let directory = TempDir::new().unwrap();
+    let name = emulator
+        .environment()
+        .into_iter()
+        .find_map(|(name, value)| (name == "ENDPOINT_NAME").then_some(value))
+        .unwrap();
+    let proxy = Proxy::with(&emulator, |settings| {
+        settings.port = Some(PortSetting::None);
+        settings.unix_socket = Some(directory.path().to_owned());
+        settings.unix_socket_mode = Some(ModeSetting(0o660));
+        let endpoints = [name.clone(), format!("{name}?port=7000")];
+        settings.endpoints = endpoints
+            .map(|text| EndpointSettings {
+                port: NonZeroU16::new(emulator.pg_port()),
+                ..text.parse().unwrap()
+            })
+            .into();
+    })
+    .await;
+    for port in [5432, 7000] {
+        let path = socket(&directory, port);
+        assert_eq!(mode(&path), 0o660);
+        let mut wire = dial(&path).await;
+        wire.startup(&[("user", "anyone")]).await;
+        wire.welcome().await;
+    }
+    proxy.until_quiet().await;
+}
+
+#[tokio::test]
+async fn the_kernel_says_which_user_connects() {
+    if !is_root() {
+        // Only root can connect as somebody else.
+        return;
+    }
+    let emulator = harness::emulator().await;
+    let as_nobody = async |directory: &TempDir| {
+        fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o755)).unwrap();
+        let mut psql = tokio::process::Command::new("psql");
+        psql.args(["-XAtc", "select 42", "-p", "5432", "-h"])
+            .arg(directory.path())
+            .env("PGUSER", "anyone")
+            .env("PGCONNECT_TIMEOUT", "30")
+            .current_dir("/")
+            .uid(NOBODY)
+            .gid(NOBODY);
+        let output = within("psql ends", psql.output()).await.unwrap();
+        String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned()
+    };
+    let with = async |directory: &TempDir, uids: Option<Vec<u32>>| {
+        Proxy::with(&emulator, |settings| {
+            settings.port = Some(PortSetting::None);
+            settings.unix_socket = Some(directory.path().to_owned());
+            settings.unix_socket_allowed_uids = uids;
+        })
+        .await
+    };
+
+    let directory = TempDir::new().unwrap();
+    let proxy = with(&directory, Some(vec![NOBODY - 1])).await;
+    let said = as_nobody(&directory).await;
+    assert!(said.contains("the user with uid 65534 may not"), "{said}");
+    assert!(said.contains("--unix-socket-allowed-uids"), "{said}");
+    let refused = proxy
+        .metrics()
+        .clients_refused
+        .with_label_values(&["local_auth"]);
+    assert_eq!(refused.get(), 1);
+    assert_eq!(emulator.counts().dials, 0);
+    // Our own user is not on the list either.
+    let mut wire = dial(&socket(&directory, 5432)).await;
+    wire.startup(&[("user", "anyone")]).await;
+    wire.welcome().await;
+
+    let directory = TempDir::new().unwrap();
+    let _proxy = with(&directory, Some(vec![NOBODY])).await;
+    assert_eq!(as_nobody(&directory).await, "42\n");
+
+    let directory = TempDir::new().unwrap();
+    let _proxy = with(&directory, None).await;
+    let said = as_nobody(&directory).await;
+    assert!(said.contains("Permission denied"), "0600: {said}");
+}
+
+fn is_root() -> bool {
+    // Only root may give a file away.
+    let file = tempfile::NamedTempFile::new().unwrap();
+    chown(file.path(), Some(NOBODY), None).is_ok()
+}
