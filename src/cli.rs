@@ -227,12 +227,12 @@ fn inherited() -> Result<Inherited, InheritedError> {
 
 async fn serve(settings: Settings, inherited: Inherited) -> Result<ExitCode, CommandError> {
     let config = Config::resolve(settings, Environment::of_process())?;
-    let _log = telemetry::logging::init(&config.log)?;
+    let log = telemetry::logging::init(&config.log)?;
     let zero_on_sigterm = config.exit_zero_on_sigterm;
     // Caught before anything is begun, so that a signal during the start is not lost.
     let mut signals = Signals::catch().map_err(CommandError::Signals)?;
     let running = tokio::select! {
-        app = App::build_with(config, inherited) => app?.start()?,
+        app = App::build_with(config, inherited) => app?.with_log(log).start()?,
         cause = signals.next() => return Ok(cause.exit_code(zero_on_sigterm)),
     };
     let serving = async {
@@ -266,7 +266,7 @@ async fn execute(arguments: ExecArgs, inherited: Inherited) -> Result<ExitCode, 
         command,
     } = arguments;
     let config = Config::resolve(exec::settings(settings)?, Environment::of_process())?;
-    let _log = telemetry::logging::init(&config.log)?;
+    let log = telemetry::logging::init(&config.log)?;
     let program = exec::Program {
         command,
         inherited: std::env::vars_os().collect(),
@@ -281,7 +281,7 @@ async fn execute(arguments: ExecArgs, inherited: Inherited) -> Result<ExitCode, 
     let patience = config.limits.connect_timeout;
     let mut signals = exec::Signals::catch().map_err(CommandError::Signals)?;
     let running = tokio::select! {
-        app = App::build_with(config, inherited) => app?.start()?,
+        app = App::build_with(config, inherited) => app?.with_log(log).start()?,
         signal = signals.ending() => return Ok(exec::interrupted(signal, zero_on_sigterm)),
     };
     let code = exec::run(running, &program, signals, patience, zero_on_sigterm).await?;

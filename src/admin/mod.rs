@@ -5,6 +5,7 @@
 
 pub mod client;
 pub mod health;
+mod log_filter;
 pub mod quit;
 
 use std::{io, sync::Arc, thread};
@@ -25,7 +26,7 @@ use tracing::error;
 
 use crate::{
     http::{self, Limits},
-    telemetry::{Metrics, metrics},
+    telemetry::{LogHandle, Metrics, metrics},
 };
 
 pub use health::{Health, Verdict};
@@ -37,6 +38,7 @@ lakebase-proxy
 /liveness   200 while the process works         also /livez /healthz
 /readiness  200 while clients can be served     also /readyz
 /metrics    counters, in Prometheus text format
+/log-filter what is logged; PUT another one to change it, from this machine
 
 The first three answer in JSON, with reasons, to Accept: application/json.
 ";
@@ -53,6 +55,7 @@ impl Admin {
         listener: TcpListener,
         metrics: Arc<Metrics>,
         health: Arc<Health>,
+        log: Option<LogHandle>,
         stop: CancellationToken,
     ) -> Result<Self, AdminError> {
         // A socket belongs to the runtime that it was registered with.
@@ -64,7 +67,7 @@ impl Admin {
             .build()
             .map_err(|source| AdminError::Runtime { source })?;
         let (done, ended) = oneshot::channel();
-        let app = router(metrics, health);
+        let app = router(metrics, health, log);
         thread::Builder::new()
             .name("admin".to_owned())
             .spawn(move || {
@@ -107,7 +110,7 @@ pub enum AdminError {
 }
 
 /// The admin server's routes, without the guard that [`http::serve`] puts before them.
-fn router(metrics: Arc<Metrics>, health: Arc<Health>) -> Router {
+fn router(metrics: Arc<Metrics>, health: Arc<Health>, log: Option<LogHandle>) -> Router {
     let startup = get(
         |State(health): State<Arc<Health>>, headers: HeaderMap| async move {
             answer(&headers, &health.startup())
@@ -134,6 +137,7 @@ fn router(metrics: Arc<Metrics>, health: Arc<Health>) -> Router {
         .route("/readiness", readiness.clone())
         .route("/readyz", readiness)
         .route("/metrics", metrics)
+        .merge(log.map(log_filter::routes).unwrap_or_default())
         .fallback(async || (StatusCode::NOT_FOUND, "not found\n"))
         .method_not_allowed_fallback(async || {
             (StatusCode::METHOD_NOT_ALLOWED, "method not allowed\n")

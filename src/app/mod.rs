@@ -34,7 +34,7 @@ use crate::{
     listener::{Bound, Inherited, Listener},
     session::{Door, Entrance, Policies, Policy, Presence, Roster, Seats, Sessions},
     shutdown::Shutdown,
-    telemetry::{Metrics, chain},
+    telemetry::{LogHandle, Metrics, chain},
     tls::{self, Roots},
     upstream::{Endpoint, Label, Route, Terms},
     workspace::Workspace,
@@ -68,6 +68,7 @@ pub struct App {
     policies: Policies,
     ending: Ending,
     run_connection_test: bool,
+    log: Option<LogHandle>,
 }
 
 /// How the program ends.
@@ -228,7 +229,15 @@ impl App {
                 when_idle: config.exit_when_idle,
             },
             run_connection_test: config.run_connection_test,
+            log: None,
         })
+    }
+
+    /// Lets the program change what is logged.
+    #[must_use]
+    pub fn with_log(mut self, log: LogHandle) -> Self {
+        self.log = Some(log);
+        self
     }
 
     /// Where it will be reached.
@@ -250,6 +259,7 @@ impl App {
             policies,
             ending,
             run_connection_test,
+            log,
         } = self;
         let clients = TaskTracker::new();
         let helpers = TaskTracker::new();
@@ -273,10 +283,17 @@ impl App {
                     listener,
                     Arc::clone(&metrics),
                     Arc::clone(&health),
+                    log.clone(),
                     stop.clone(),
                 )
             })
             .transpose()?;
+        if let Some(log) = log {
+            let stop = stop.clone();
+            helpers.spawn(async move {
+                stop.run_until_cancelled(log.summarize()).await;
+            });
+        }
         for (gate, bound) in gates.into_iter().zip(&addresses.endpoints) {
             announce(&gate, bound, policies.now().max_connections);
             gate.start(&clients, &helpers, &stop);

@@ -5,4 +5,4 @@
 mod guard;
 mod server;
 
-pub use server::{Limits, serve};
+pub use server::{Limits, Visitor, serve};

@@ -2,9 +2,9 @@
 //!
 //! `axum::serve` has no limit on connections and none on the time a head may take; this loop has both.
 
-use std::{io, pin::pin, sync::Arc, time::Duration};
+use std::{io, net::SocketAddr, pin::pin, sync::Arc, time::Duration};
 
-use axum::{Router, middleware};
+use axum::{Extension, Router, middleware};
 use hyper::server::conn::http1;
 use hyper_util::{
     rt::{TokioIo, TokioTimer},
@@ -50,6 +50,17 @@ impl Default for Limits {
     }
 }
 
+/// Who is asking; an extension of each request.
+#[derive(Clone, Copy, Debug)]
+pub struct Visitor(SocketAddr);
+
+impl Visitor {
+    /// Whether the request comes from this machine.
+    pub fn is_local(self) -> bool {
+        self.0.ip().to_canonical().is_loopback()
+    }
+}
+
 /// Serves `app` behind the guard until `stop`, then lets answers under way finish within `limits.drain`.
 pub async fn serve(
     listener: TcpListener,
@@ -73,9 +84,10 @@ pub async fn serve(
             // The semaphore is never closed.
             while let Ok(permit) = Arc::clone(&permits).acquire_owned().await {
                 match listener.accept().await {
-                    Ok((stream, _)) => {
+                    Ok((stream, visitor)) => {
                         backoff = Backoff::default();
-                        let (app, stop) = (app.clone(), stop.clone());
+                        let app = app.clone().layer(Extension(Visitor(visitor)));
+                        let stop = stop.clone();
                         connections.spawn(async move {
                             connection(stream, app, limits, stop).await;
                             drop(permit);

@@ -6,7 +6,7 @@ use tracing_subscriber::{
     EnvFilter, Layer, Registry, fmt as lines, layer::SubscriberExt, reload, util::SubscriberInitExt,
 };
 
-use super::redact::redact;
+use super::{redact::redact, repeats::Repeats};
 
 /// Quiet on success: our own life-cycle events, other crates' warnings.
 pub const DEFAULT_FILTER: &str = "warn,lakebase_proxy=info";
@@ -33,6 +33,7 @@ impl Default for LogOptions {
 #[derive(Clone, Debug)]
 pub struct LogHandle {
     filter: reload::Handle<EnvFilter, Registry>,
+    repeats: Repeats,
 }
 
 impl LogHandle {
@@ -41,6 +42,11 @@ impl LogHandle {
         self.filter
             .reload(parse(filter)?)
             .map_err(|source| LogError::Reload { source })
+    }
+
+    /// Logs how often lines of a flood were not logged; for ever.
+    pub async fn summarize(&self) {
+        self.repeats.summarize().await;
     }
 
     /// The filter in force.
@@ -82,6 +88,7 @@ pub enum LogError {
 /// Sets up the process's log, once.
 pub fn init(options: &LogOptions) -> Result<LogHandle, LogError> {
     let (filter, handle) = reload::Layer::new(parse(&options.filter)?);
+    let repeats = Repeats::default();
     // A closed standard error must not become a panic: by default the layer reports its own failures with eprintln!.
     let layer = if options.structured {
         lines::layer()
@@ -90,12 +97,14 @@ pub fn init(options: &LogOptions) -> Result<LogHandle, LogError> {
             .with_span_list(false)
             .with_writer(io::stderr)
             .log_internal_errors(false)
+            .with_filter(repeats.clone())
             .boxed()
     } else {
         lines::layer()
             .with_ansi(is_coloured())
             .with_writer(io::stderr)
             .log_internal_errors(false)
+            .with_filter(repeats.clone())
             .boxed()
     };
     tracing_subscriber::registry()
@@ -103,7 +112,10 @@ pub fn init(options: &LogOptions) -> Result<LogHandle, LogError> {
         .with(layer)
         .try_init()
         .map_err(|source| LogError::AlreadySet { source })?;
-    Ok(LogHandle { filter: handle })
+    Ok(LogHandle {
+        filter: handle,
+        repeats,
+    })
 }
 
 /// An error with all of its causes on one line: `cannot connect: connection refused`.

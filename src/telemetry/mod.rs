@@ -6,6 +6,7 @@ pub mod logging;
 pub mod metrics;
 pub mod names;
 mod redact;
+mod repeats;
 
 pub use logging::{DEFAULT_FILTER, LogError, LogHandle, LogOptions, chain};
 pub use metrics::{CountOnDrop, GaugeGuard, Metrics};

@@ -54,6 +54,7 @@ async fn start() -> Running {
         listener,
         Arc::clone(&metrics),
         Arc::clone(&health),
+        None,
         stop.clone(),
     )
     .unwrap();

@@ -25,6 +25,7 @@ mod lifecycle;
 mod limits;
 mod listeners;
 mod login;
+mod logs;
 mod metrics;
 mod notes;
 mod origins;

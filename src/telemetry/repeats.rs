@@ -1,0 +1,283 @@
+//! A flood of one warning is a few lines and a count, so that the log shows what else is going on.
+//!
+//! Of lines at WARN and ERROR that say the same, but for the session they are about, a few pass in a while; the others
+//! are counted, and the count is logged when the while is over.
+
+use std::{
+    collections::HashMap,
+    hash::{DefaultHasher, Hash, Hasher},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use tokio::{
+    sync::Notify,
+    time::{Instant, sleep_until},
+};
+use tracing::{
+    Event, Level, Metadata, Subscriber,
+    field::{Field, Visit},
+};
+use tracing_subscriber::layer::{Context, Filter};
+
+/// Lines of one kind that pass in a [`WHILE`].
+const PASS: u32 = 10;
+/// How long a kind is counted.
+const WHILE: Duration = Duration::from_secs(30);
+/// Kinds told apart; further ones are told apart by their place in the code alone.
+const KINDS: usize = 256;
+/// Fields that differ where the line is the same.
+const PARTICULARS: [&str; 4] = ["session", "after", "peer", "duration"];
+
+/// Counts kinds of lines; cheap to clone.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Repeats(Arc<Inner>);
+
+#[derive(Debug, Default)]
+struct Inner {
+    kinds: Mutex<HashMap<u64, Kind>>,
+    held_back: Notify,
+}
+
+#[derive(Debug)]
+struct Kind {
+    since: Instant,
+    passed: u32,
+    held_back: u64,
+    level: Level,
+    message: String,
+}
+
+/// Lines that were held back.
+#[derive(Debug, PartialEq, Eq)]
+struct Summary {
+    times: u64,
+    level: Level,
+    message: String,
+}
+
+impl Repeats {
+    /// Logs what has been held back, a [`WHILE`] after it began; for ever.
+    pub(super) async fn summarize(&self) {
+        loop {
+            let Some(due) = self.due() else {
+                self.0.held_back.notified().await;
+                continue;
+            };
+            sleep_until(due).await;
+            for Summary {
+                times,
+                level,
+                message,
+            } in self.take(Instant::now())
+            {
+                if level == Level::ERROR {
+                    tracing::error!(times, "said again: {message}");
+                } else {
+                    tracing::warn!(times, "said again: {message}");
+                }
+            }
+        }
+    }
+
+    fn passes(&self, key: u64, place: u64, level: Level, message: String, now: Instant) -> bool {
+        let mut kinds = self.kinds();
+        let mut key = key;
+        if kinds.len() >= KINDS && !kinds.contains_key(&key) {
+            kinds.retain(|_, kind| kind.held_back > 0 || now - kind.since < WHILE);
+            if kinds.len() >= KINDS {
+                key = place;
+            }
+        }
+        let kind = kinds.entry(key).or_insert_with(|| Kind {
+            since: now,
+            passed: 0,
+            held_back: 0,
+            level,
+            message,
+        });
+        if now - kind.since >= WHILE && kind.held_back == 0 {
+            (kind.since, kind.passed) = (now, 0);
+        }
+        if kind.passed < PASS {
+            kind.passed += 1;
+            return true;
+        }
+        kind.held_back += 1;
+        if kind.held_back == 1 {
+            self.0.held_back.notify_one();
+        }
+        false
+    }
+
+    /// When the first count is due.
+    fn due(&self) -> Option<Instant> {
+        let kinds = self.kinds();
+        let counted = kinds.values().filter(|kind| kind.held_back > 0);
+        counted.map(|kind| kind.since + WHILE).min()
+    }
+
+    /// The counts that are due; their kinds begin anew.
+    fn take(&self, now: Instant) -> Vec<Summary> {
+        let mut due = Vec::new();
+        self.kinds().retain(|_, kind| {
+            let over = now - kind.since >= WHILE;
+            if over && kind.held_back > 0 {
+                due.push(Summary {
+                    times: kind.held_back,
+                    level: kind.level,
+                    message: std::mem::take(&mut kind.message),
+                });
+            }
+            !over
+        });
+        due
+    }
+
+    fn kinds(&self) -> MutexGuard<'_, HashMap<u64, Kind>> {
+        self.0.kinds.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl<S: Subscriber> Filter<S> for Repeats {
+    fn enabled(&self, _metadata: &Metadata<'_>, _context: &Context<'_, S>) -> bool {
+        true
+    }
+
+    fn event_enabled(&self, event: &Event<'_>, _context: &Context<'_, S>) -> bool {
+        let metadata = event.metadata();
+        let level = *metadata.level();
+        if level > Level::WARN || metadata.target() == module_path!() {
+            return true;
+        }
+        let mut place = DefaultHasher::new();
+        metadata.callsite().hash(&mut place);
+        let mut said = Said {
+            hasher: place.clone(),
+            message: String::new(),
+        };
+        event.record(&mut said);
+        self.passes(
+            said.hasher.finish(),
+            place.finish(),
+            level,
+            said.message,
+            Instant::now(),
+        )
+    }
+}
+
+/// What a line says.
+struct Said {
+    hasher: DefaultHasher,
+    message: String,
+}
+
+impl Visit for Said {
+    fn record_debug(&mut self, field: &Field, value: &dyn std::fmt::Debug) {
+        if PARTICULARS.contains(&field.name()) {
+            return;
+        }
+        let text = format!("{value:?}");
+        field.name().hash(&mut self.hasher);
+        text.hash(&mut self.hasher);
+        if field.name() == "message" {
+            self.message = text;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn say(repeats: &Repeats, key: u64, now: Instant) -> bool {
+        repeats.passes(key, 0, Level::WARN, format!("line {key}"), now)
+    }
+
+    #[test]
+    fn a_few_pass_and_the_rest_are_counted() {
+        let repeats = Repeats::default();
+        let now = Instant::now();
+        let passed = (0..100).filter(|_| say(&repeats, 1, now)).count();
+        assert_eq!(passed, PASS as usize);
+        assert!(say(&repeats, 2, now), "another kind is not held back");
+        assert_eq!(repeats.due(), Some(now + WHILE));
+        assert_eq!(repeats.take(now + WHILE / 2), []);
+        let counted = Summary {
+            times: 100 - u64::from(PASS),
+            level: Level::WARN,
+            message: "line 1".to_owned(),
+        };
+        assert_eq!(repeats.take(now + WHILE), [counted]);
+        assert!(say(&repeats, 1, now + WHILE), "it begins anew");
+        assert_eq!(repeats.due(), None);
+    }
+
+    #[test]
+    fn a_line_now_and_then_always_passes() {
+        let repeats = Repeats::default();
+        let now = Instant::now();
+        assert!((0..1000).all(|turn| say(&repeats, 1, now + WHILE / 5 * turn)));
+    }
+
+    #[test]
+    fn what_is_remembered_is_bounded() {
+        let repeats = Repeats::default();
+        let now = Instant::now();
+        for key in 1..10_000 {
+            say(&repeats, key, now);
+        }
+        assert!(repeats.kinds().len() <= KINDS + 1);
+        assert!(!say(&repeats, 77_777, now), "held back with its place");
+        assert!(say(&repeats, 88_888, now + WHILE), "room again");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_flood_in_the_log_is_a_few_lines_and_a_count() {
+        use tracing_subscriber::{Layer as _, fmt::MakeWriter, layer::SubscriberExt as _};
+
+        #[derive(Clone, Default)]
+        struct Lines(Arc<Mutex<Vec<u8>>>);
+        impl std::io::Write for Lines {
+            fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+                self.0.lock().unwrap().extend_from_slice(bytes);
+                Ok(bytes.len())
+            }
+            fn flush(&mut self) -> std::io::Result<()> {
+                Ok(())
+            }
+        }
+        impl MakeWriter<'_> for Lines {
+            type Writer = Self;
+            fn make_writer(&self) -> Self {
+                self.clone()
+            }
+        }
+
+        let (repeats, lines) = (Repeats::default(), Lines::default());
+        let layer = tracing_subscriber::fmt::layer()
+            .with_ansi(false)
+            .with_writer(lines.clone())
+            .with_filter(repeats.clone());
+        let _log = tracing::subscriber::set_default(tracing_subscriber::registry().with(layer));
+        for session in 0..1000 {
+            tracing::warn!(session, "client refused");
+            tracing::info!(session, "something else");
+        }
+        tracing::warn!(session = 1, reason = "other", "client refused");
+        let logged = |text: &str| {
+            String::from_utf8(lines.0.lock().unwrap().clone())
+                .unwrap()
+                .matches(text)
+                .count()
+        };
+        assert_eq!(logged("client refused"), PASS as usize + 1);
+        assert_eq!(logged("something else"), 1000, "only warnings are counted");
+        tokio::select! {
+            () = repeats.summarize() => {}
+            () = tokio::time::sleep(WHILE * 2) => {}
+        }
+        assert_eq!(logged("said again: client refused times=990"), 1);
+    }
+}
