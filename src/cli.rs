@@ -320,7 +320,7 @@ async fn emulate(arguments: crate::emulator::EmulatorArgs) -> Result<ExitCode, C
 }
 
 /// The command line, each flag with its variable. An empty variable counts as unset.
-fn command() -> Command {
+pub fn command() -> Command {
     with_variables(Cli::command())
 }
 

@@ -145,12 +145,12 @@ def tail(process):
     return process.log.read_text(errors="replace")[-4000:]
 
 
-def start(stack, name, command, environment):
+def start(stack, name, command, environment, **more):
     """A program for as long as the stack lives; it must end by itself when asked to."""
     LOGS.mkdir(parents=True, exist_ok=True)
     log = LOGS / f"{name}.log"
     with log.open("w") as out:
-        process = subprocess.Popen([str(part) for part in command], env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=out)
+        process = subprocess.Popen([str(part) for part in command], env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=out, **more)
     process.log = log
 
     def stop():
