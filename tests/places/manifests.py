@@ -1,0 +1,402 @@
+#!/usr/bin/env python3
+"""Every file in deploy/ that another program will read, checked by that program or its schema.
+
+    tests/places/manifests.py            all of them
+    tests/places/manifests.py --bite     breaks each of them in one place, and demands that it is noticed
+
+Kubernetes objects against the API's schemas, Compose and Dockerfile by their own checkers, the bundle and app.yaml by
+Databricks' models; the Kustomize component is rendered onto several Deployments where `kubectl` is at hand.
+"""
+
+import argparse
+import contextlib
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+
+import yaml
+
+HERE = pathlib.Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+from stage import ROOT
+
+BINARIES = pathlib.Path(sys.executable).parent
+# From the first Kubernetes with preStop.sleep to the newest whose schemas are at hand.
+KUBERNETES = ("1.30", "1.37")
+OPTIONAL = {"skipped": 0}
+
+
+class Wrong(Exception):
+    """What a checker says."""
+
+
+# A file may be so wrong that it is no YAML, or lacks what a check looks into.
+NOTICED = (Wrong, yaml.YAMLError, KeyError, ValueError, TypeError)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bite", action="store_true")
+    arguments = parser.parse_args()
+    passed = 0
+    failed = []
+    for what, check in checks(ROOT / "deploy"):
+        try:
+            check()
+        except NOTICED as wrong:
+            failed.append(f"{what}: {wrong}")
+        else:
+            passed += 1
+    for line in failed:
+        print(line, file=sys.stderr)
+    if arguments.bite and not failed:
+        passed += bite()
+    print(f"\nmanifests: {passed} passed, {len(failed)} failed" + (f", {OPTIONAL['skipped']} skipped" if OPTIONAL["skipped"] else ""))
+    return 1 if failed else 0
+
+
+def checks(deploy):
+    """Name and check of each file."""
+    kubernetes = deploy / "kubernetes"
+    for file in sorted(kubernetes.rglob("*.yaml")):
+        if file.name != "kustomization.yaml":
+            yield file.relative_to(deploy), lambda file=file: kubernetes_objects(file)
+    yield "kubernetes/component, rendered", lambda: rendered(kubernetes / "component")
+    yield "kubernetes: one sidecar in three files", lambda: same_sidecar(kubernetes)
+    yield "docker/Dockerfile", lambda: dockerfile(deploy / "docker/Dockerfile")
+    yield "docker/compose.yaml", lambda: compose(deploy / "docker/compose.yaml")
+    apps = deploy / "databricks-app"
+    for file in sorted(apps.glob("*/app.yaml")):
+        for variant in ("value", "valueFrom"):
+            yield f"{file.relative_to(deploy)} ({variant})", lambda file=file, variant=variant: app_yaml(file, variant)
+    yield "databricks-app/databricks.yml", lambda: bundle(apps / "databricks.yml", apps)
+    for file in sorted((deploy / "systemd").glob("*.*")):
+        if file.suffix in (".service", ".socket"):
+            yield file.relative_to(deploy), lambda file=file: unit(file)
+
+
+# Kubernetes
+
+
+def kubernetes_objects(file):
+    for thing in documents(file):
+        if file.parent.name == "component" and thing["kind"] == "Deployment":
+            # A patch: it becomes whole by the Deployment it is laid onto.
+            thing["spec"]["selector"] = {"matchLabels": {"lakebase-proxy": "sidecar"}}
+            thing["spec"]["template"]["spec"]["containers"] = [{"name": "app", "image": "app:1"}]
+        validate(thing)
+
+
+def validate(thing):
+    if thing["apiVersion"].startswith("monitoring.coreos.com/"):
+        pod_monitor(thing)
+        return
+    import kubernetes_validate
+
+    for version in KUBERNETES:
+        try:
+            kubernetes_validate.validate(thing, version, strict=True)
+        except (kubernetes_validate.ValidationError, kubernetes_validate.utils.SchemaNotFoundError) as error:
+            raise Wrong(f"Kubernetes {version}: {getattr(error, 'message', error)}") from None
+    for spec in pod_specs(thing):
+        sidecar(spec)
+
+
+def pod_monitor(thing):
+    """By the operator's own model, which knows every field and nothing else."""
+    from cloudcoil.models.prometheus_operator import v1
+    from pydantic import ValidationError
+
+    try:
+        model = v1.PodMonitor.model_validate(thing)
+    except ValidationError as error:
+        raise Wrong(str(error)) from None
+    lost = differences(thing, model.model_dump(by_alias=True, exclude_none=True, mode="json"))
+    if lost:
+        raise Wrong(f"unknown: {lost}")
+
+
+def pod_specs(thing):
+    spec = thing.get("spec", {})
+    if "template" in spec:
+        yield spec["template"]["spec"]
+
+
+def sidecar(spec):
+    """What no schema says: that names fit together, and that the program takes these flags."""
+    (proxy,) = [container for container in spec["initContainers"] if container["name"] == "lakebase-proxy"]
+    volumes = {volume["name"] for volume in spec.get("volumes", ())}
+    for mount in proxy["volumeMounts"]:
+        if mount["name"] not in volumes:
+            raise Wrong(f"no volume {mount['name']}")
+    ports = {port["name"] for port in proxy["ports"]}
+    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+        if probe in proxy and proxy[probe]["httpGet"]["port"] not in ports:
+            raise Wrong(f"{probe}: no port {proxy[probe]['httpGet']['port']}")
+        if probe in proxy and proxy[probe]["httpGet"]["path"] not in ("/startup", "/readiness", "/liveness"):
+            raise Wrong(f"{probe}: no path {proxy[probe]['httpGet']['path']}")
+    if proxy["restartPolicy"] != "Always":
+        raise Wrong("not a native sidecar")
+    flags(proxy["args"])
+
+
+def flags(args):
+    known = set(re.findall(r"^# ?([a-z_]+) = |^([a-z_]+) = ", (ROOT / "config/lakebase-proxy.toml").read_text(), re.MULTILINE))
+    known = {name for pair in known for name in pair if name}
+    for flag in args:
+        if flag.startswith("--") and flag.lstrip("-").split("=")[0].replace("-", "_") not in known:
+            raise Wrong(f"no such flag: {flag}")
+
+
+def same_sidecar(kubernetes):
+    """The Deployment, the Job and the component must not drift apart in what keeps the container in bounds."""
+    found = []
+    for file in ("app.yaml", "job.yaml", "component/sidecar.yaml"):
+        for thing in documents(kubernetes / file):
+            for spec in pod_specs(thing):
+                (proxy,) = [container for container in spec["initContainers"] if container["name"] == "lakebase-proxy"]
+                security = {key: value for key, value in proxy["securityContext"].items() if key != "runAsNonRoot"}
+                found.append((proxy["image"], proxy["resources"], security, proxy["volumeMounts"]))
+    if any(other != found[0] for other in found):
+        raise Wrong("they differ in image, resources, securityContext or volumeMounts")
+
+
+DEPLOYMENTS = {
+    # Bare; one with init containers and volumes of its own; one that says nothing of labels and has two containers.
+    "bare": {"containers": [{"name": "web", "image": "web:1"}]},
+    "full": {
+        "initContainers": [{"name": "migrate", "image": "web:1", "command": ["migrate"]}],
+        "containers": [{"name": "web", "image": "web:1", "env": [{"name": "PGHOST", "value": "localhost"}], "volumeMounts": [{"name": "data", "mountPath": "/data"}]}],
+        "volumes": [{"name": "data", "emptyDir": {}}],
+    },
+    "pair": {"securityContext": {"runAsNonRoot": True}, "containers": [{"name": "web", "image": "web:1"}, {"name": "queue", "image": "queue:1"}]},
+}
+
+
+def rendered(component):
+    if not shutil.which("kubectl"):
+        print("kubectl is not at hand: the component is not rendered", file=sys.stderr)
+        OPTIONAL["skipped"] += 1
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        scratch = pathlib.Path(scratch)
+        shutil.copytree(component, scratch / "component")
+        base = scratch / "base"
+        base.mkdir()
+        for name, spec in DEPLOYMENTS.items():
+            labels = {"app": name}
+            (base / f"{name}.yaml").write_text(yaml.safe_dump({
+                "apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": name},
+                "spec": {"selector": {"matchLabels": labels}, "template": {"metadata": {"labels": labels}, "spec": spec}},
+            }))
+        (base / "service.yaml").write_text(yaml.safe_dump({"apiVersion": "v1", "kind": "Service", "metadata": {"name": "web"}, "spec": {"selector": {"app": "bare"}, "ports": [{"port": 80}]}}))
+        (base / "kustomization.yaml").write_text(yaml.safe_dump({"resources": [f"{name}.yaml" for name in (*DEPLOYMENTS, "service")], "components": ["../component"]}))
+        text = run("kubectl", "kustomize", base)
+    things = {thing["metadata"]["name"]: thing for thing in yaml.safe_load_all(text)}
+    if things.pop("web").get("spec", {}).get("template"):
+        raise Wrong("the Service was changed")
+    for name, thing in things.items():
+        validate(thing)
+        spec, before = thing["spec"]["template"]["spec"], DEPLOYMENTS[name]
+        if thing["spec"]["template"]["metadata"]["labels"] != {"app": name, "lakebase-proxy": "sidecar"}:
+            raise Wrong(f"{name}: labels")
+        if spec["containers"] != before["containers"]:
+            raise Wrong(f"{name}: its containers were changed")
+        others = [container for container in spec["initContainers"] if container["name"] != "lakebase-proxy"]
+        if others != before.get("initContainers", []) or spec["initContainers"][0]["name"] != "lakebase-proxy":
+            raise Wrong(f"{name}: init containers, of which the sidecar must be the first")
+        if not all(volume in spec["volumes"] for volume in before.get("volumes", ())):
+            raise Wrong(f"{name}: volumes")
+    if set(things) != set(DEPLOYMENTS):
+        raise Wrong(f"rendered {set(things)}")
+
+
+# Containers
+
+
+def dockerfile(file):
+    said = run(BINARIES / "hadolint", "--strict-labels", "--require-label", "org.opencontainers.image.title:text", "--require-label", "org.opencontainers.image.description:text", "--require-label", "org.opencontainers.image.licenses:text", file)
+    if said.strip():
+        raise Wrong(said)
+    text = file.read_text()
+    last = text[text.rindex("\nFROM ") :]
+    if "FROM scratch" not in last or not re.search(r"^USER \d+:\d+$", last, re.MULTILINE) or "RUN " in last:
+        raise Wrong("the image is not from scratch, with a numeric user")
+    for source in re.findall(r"^COPY (?!--from)(.+) \S+$", text, re.MULTILINE):
+        for name in source.split():
+            if not (ROOT / name).exists():
+                raise Wrong(f"COPY {name}: there is no such file")
+            if name not in (file.parent / "Dockerfile.dockerignore").read_text():
+                raise Wrong(f"COPY {name}: .dockerignore keeps it away")
+
+
+def compose(file):
+    said = run(BINARIES / "check-jsonschema", "--builtin-schema", "vendor.compose-spec", file)
+    if "ok" not in said:
+        raise Wrong(said)
+    services = yaml.safe_load(file.read_text())["services"]
+    for name, service in services.items():
+        for volume in service.get("volumes", ()):
+            source = volume.split(":")[0]
+            if source.startswith(".") and not (file.parent / source).exists():
+                raise Wrong(f"{name}: there is no {source}")
+        if "build" in service and not (file.parent / service["build"]["context"] / service["build"]["dockerfile"]).exists():
+            raise Wrong(f"{name}: nothing to build")
+        if service.get("network_mode", "service:app") != "service:app":
+            raise Wrong(f"{name}: not in the app's network")
+
+
+# Databricks
+
+
+def app_yaml(file, variant):
+    from databricks.bundles.apps import AppConfig
+
+    text = file.read_text()
+    if variant == "valueFrom":
+        text = text[: text.index("\nenv:")] + re.sub("^# ", "", text[text.index("\n# env:") :], flags=re.MULTILINE)
+    config = yaml.safe_load(text)
+    # The file's name for it is camel case, the bundle's is not.
+    config["env"] = [{"value_from" if key == "valueFrom" else key: value for key, value in entry.items()} for entry in config["env"]]
+    model(AppConfig, config)
+    for entry in config["env"]:
+        if not all(isinstance(value, str) for value in entry.values()):
+            raise Wrong(f"{entry['name']}: every value is a string")
+    # Nothing expands a variable in a command but this one.
+    if any("$" in part.replace("$DATABRICKS_APP_PORT", "") for part in config["command"]):
+        raise Wrong("a variable in the command")
+
+
+def bundle(file, apps):
+    from databricks.bundles.apps import App
+
+    whole = yaml.safe_load(file.read_text())
+    known = {"bundle", "variables", "resources", "targets", "include", "workspace", "permissions", "sync", "artifacts"}
+    if set(whole) - known or set(whole["bundle"]) - {"name", "databricks_cli_version", "uuid"}:
+        raise Wrong(f"unknown: {set(whole) - known}")
+    for target in whole["targets"].values():
+        if target["mode"] not in ("development", "production"):
+            raise Wrong(f"mode {target['mode']}")
+    for app in whole["resources"]["apps"].values():
+        model(App, app)
+        for resource in app["resources"]:
+            branch, database = resource["postgres"]["branch"], resource["postgres"]["database"]
+            if not re.fullmatch(r"projects/[^/]+/branches/[^/]+", branch) or not re.fullmatch(r"projects/[^/]+/branches/[^/]+/databases/[a-z0-9-]+", database):
+                raise Wrong("branch and database are full resource names")
+        for each in ("flask", "node", "notes"):
+            if not (apps / app["source_code_path"].replace("${var.app}", each) / "app.yaml").exists():
+                raise Wrong(f"no app in {app['source_code_path']}")
+            wanted = yaml.safe_load(re.sub("^# ", "", (apps / each / "app.yaml").read_text().split("\n# env:")[1], flags=re.MULTILINE))
+            if {entry["valueFrom"] for entry in wanted} - {resource["name"] for resource in app["resources"]}:
+                raise Wrong(f"{each}: valueFrom names no resource of the bundle")
+
+
+def model(kind, value):
+    """Databricks' own model of it: unknown fields, types and words are refused."""
+    try:
+        made = kind.from_dict(value)
+    except (TypeError, ValueError, KeyError) as error:
+        raise Wrong(str(error)) from None
+    lost = differences(value, made.as_dict())
+    if lost:
+        raise Wrong(f"unknown or of another type: {lost}")
+
+
+def differences(given, kept, at=""):
+    """What of `given` is not in `kept`."""
+    if isinstance(given, dict):
+        if not isinstance(kept, dict):
+            return at
+        return next((found for key in given if (found := f"{at}/{key}" if key not in kept else differences(given[key], kept[key], f"{at}/{key}"))), None)
+    if isinstance(given, list):
+        if not isinstance(kept, list) or len(given) != len(kept):
+            return at
+        return next((found for i, (a, b) in enumerate(zip(given, kept)) if (found := differences(a, b, f"{at}/{i}"))), None)
+    return None if str(given) == str(kept) else at
+
+
+# Machines
+
+
+def unit(file):
+    if not shutil.which("systemd-analyze"):
+        OPTIONAL["skipped"] += 1
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        scratch = pathlib.Path(scratch)
+        # The program need not be installed for its unit to be right.
+        for other in file.parent.glob("*.*"):
+            (scratch / other.name).write_text(re.sub(r"^(Exec\w+=[-+!@:]*)/\S+", r"\1/bin/true", other.read_text(), flags=re.MULTILINE))
+        said = run("systemd-analyze", "verify", "--man=no", scratch / file.name)
+    if ours := [line for line in said.splitlines() if file.stem.split("@")[0] in line]:
+        raise Wrong("\n".join(ours))
+
+
+# Whether the checks can fail at all
+
+BITES = (
+    ("kubernetes/app.yaml", "periodSeconds: 1\n", "periodSecond: 1\n"),
+    ("kubernetes/app.yaml", "replicas: 2", 'replicas: "2"'),
+    ("kubernetes/app.yaml", "runAsNonRoot: true", "runAsNonRoot: True!"),
+    ("kubernetes/app.yaml", "--exit-zero-on-sigterm", "--exit-zero-on-sigtermx"),
+    ("kubernetes/job.yaml", "backoffLimit: 2", "backofflimit: 2"),
+    ("kubernetes/job.yaml", "memory: 48Mi", "memory: 49Mi"),
+    ("kubernetes/network-policy.yaml", "policyTypes", "policytypes"),
+    ("kubernetes/pod-monitor.yaml", "interval", "intervall"),
+    ("kubernetes/component/sidecar.yaml", "containerPort", "containersPort"),
+    ("kubernetes/component/sidecar.yaml", "- name: databricks-token\n              mountPath", "- name: databricks-tokem\n              mountPath"),
+    ("kubernetes/component/kustomization.yaml", "kind: Deployment", "kind: Deploymemt"),
+    ("docker/Dockerfile", "USER 65532:65532\nEXPOSE", "USER lakebase\nEXPOSE"),
+    ("docker/Dockerfile", "HEALTHCHECK --interval", "HEALTHCHEK --interval"),
+    ("docker/compose.yaml", "read_only: true", "readonly: true"),
+    ("databricks-app/flask/app.yaml", "    value: require", "    valeu: require"),
+    ("databricks-app/node/app.yaml", 'value: "5432"', "value: 5432"),
+    ("databricks-app/databricks.yml", "CAN_CONNECT_AND_CREATE", "CAN_CONNECT_AND_CREATF"),
+    ("databricks-app/databricks.yml", "source_code_path", "source_code_pat"),
+    ("databricks-app/databricks.yml", "- name: postgres", "- name: postgre"),
+)
+
+
+def bite():
+    """One byte or so wrong, in a copy, must be told."""
+    for path, right, wrong in BITES:
+        with tempfile.TemporaryDirectory() as scratch:
+            deploy = pathlib.Path(scratch) / "a/deploy"
+            shutil.copytree(ROOT / "deploy", deploy)
+            shutil.copytree(ROOT / "config", deploy.parent / "config")
+            text = (deploy / path).read_text()
+            if right not in text:
+                raise SystemExit(f"{path} has no {right!r}")
+            (deploy / path).write_text(text.replace(right, wrong, 1))
+            folder = path.split("/")[0]
+            told = None
+            for what, check in checks(deploy):
+                if not str(what).startswith(folder):
+                    continue
+                try:
+                    check()
+                except NOTICED as error:
+                    told = told or f"{what}: {(str(error).splitlines() or [''])[0][:110]}"
+            if told is None:
+                raise SystemExit(f"{path}: {right!r} as {wrong!r} is not noticed")
+            print(f"noticed: {right.strip()!r} as {wrong.strip()!r}\n         {told}")
+    return len(BITES)
+
+
+def documents(file):
+    return [thing for thing in yaml.safe_load_all(file.read_text()) if thing]
+
+
+def run(*command):
+    done = subprocess.run([str(part) for part in command], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode != 0:
+        raise Wrong(done.stdout.strip())
+    return done.stdout
+
+
+if __name__ == "__main__":
+    sys.exit(main())
