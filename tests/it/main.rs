@@ -20,6 +20,7 @@ mod emulator;
 mod endpoints;
 mod exec;
 mod failures;
+mod guides;
 mod harness;
 mod lifecycle;
 mod limits;
