@@ -532,7 +532,7 @@ async fn attempt(
     };
     let version = match &stream {
         probe::Stream::Plain(_) => "none, as PGSSLMODE=disable asks".to_owned(),
-        probe::Stream::Tls(tls) => match tls.get_ref().1.protocol_version() {
+        probe::Stream::Tls(tls) => match tls.protocol_version() {
             Some(rustls::ProtocolVersion::TLSv1_2) => "TLS 1.2".to_owned(),
             _ => "TLS 1.3".to_owned(),
         },

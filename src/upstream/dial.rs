@@ -9,7 +9,6 @@ use std::{
     time::Duration,
 };
 
-use rustls::HandshakeKind;
 use socket2::{SockRef, TcpKeepalive};
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf},
@@ -17,11 +16,11 @@ use tokio::{
     task::JoinSet,
     time::{Instant, timeout},
 };
-use tokio_rustls::{TlsConnector, client::TlsStream};
 
 use super::{
     endpoint::{Endpoint, Keepalive, Security},
     failure::{Class, Failure},
+    tls_stream::TlsStream,
 };
 use crate::{
     protocol::{
@@ -44,7 +43,7 @@ pub enum Stream {
     /// Bare TCP, to a server on this machine.
     Plain(TcpStream),
     /// TLS, verified.
-    Tls(Box<TlsStream<TcpStream>>),
+    Tls(TlsStream<TcpStream>),
 }
 
 /// Resolves, connects and negotiates TLS; says which address answered.
@@ -206,17 +205,17 @@ pub(super) async fn secure(
             )));
         }
     }
-    let stream = TlsConnector::from(Arc::clone(config))
-        .connect(name.clone(), tcp)
+    let stream = TlsStream::connect(Arc::clone(config), name.clone(), tcp)
         .await
         .map_err(|error| Failure::tls(&error))?;
     observe(metrics, phase::TLS, started);
-    let kind = match stream.get_ref().1.handshake_kind() {
-        Some(HandshakeKind::Resumed) => handshake::RESUMED,
-        _ => handshake::FULL,
+    let kind = if stream.is_resumed() {
+        handshake::RESUMED
+    } else {
+        handshake::FULL
     };
     metrics.tls_handshakes.with_label_values(&[kind]).inc();
-    Ok(Stream::Tls(Box::new(stream)))
+    Ok(Stream::Tls(stream))
 }
 
 /// An error sent instead of an answer to SSLRequest. It is not authenticated, so it may make us wait, and no more.

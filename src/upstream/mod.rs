@@ -11,6 +11,7 @@ mod hold;
 mod login;
 pub mod probe;
 mod route;
+mod tls_stream;
 
 pub use dial::{Stream, tune};
 pub use endpoint::{Endpoint, Keepalive, Label, Security, is_loopback};

@@ -1,0 +1,104 @@
+//! What one round trip and one idle session cost, counted exactly: the machine's load does not change these figures.
+//!
+//! ```text
+//! cargo bench --bench exact                    compare with exact/record.toml; fails when a figure has grown by over 3 %
+//! cargo bench --bench exact -- --renew         put what was counted into the record
+//! cargo bench --bench exact -- --program PATH  count another build of the proxy
+//! ```
+//!
+//! Instructions are those of user space and of one worker, as callgrind counts them; they depend on the CPU model a
+//! little (which variant of a function is taken), so each model has its own. A machine whose model has no record is held
+//! to the limits alone, and to what does not depend on the CPU. What a tool is missing for is left out, with a line.
+#![allow(
+    clippy::expect_used,
+    clippy::panic,
+    clippy::print_stdout,
+    clippy::disallowed_methods,
+    clippy::cast_precision_loss,
+    reason = "it is no part of the program: it fails by panicking, reports on standard output and waits by sleeping"
+)]
+
+#[path = "../support/mod.rs"]
+mod support;
+
+mod count;
+mod record;
+
+use std::{
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
+
+use record::{Figure, Record};
+use support::{process::cpu_model, upstream};
+
+/// The share by which a figure may exceed its record: what repeated counts differ by, and a little.
+const TOLERANCE: f64 = 0.03;
+
+/// What is counted: its name in the record, its unit, and what it must not exceed anywhere.
+const FIGURES: [(Figure, &str, f64); 4] = [
+    (Figure::Instructions, "instructions per SELECT 1", 9_500.0),
+    (Figure::Allocations, "allocations per SELECT 1", 8.0),
+    (Figure::SystemCalls, "system calls per SELECT 1", 6.1),
+    (Figure::Memory, "kB per idle session", 12.0),
+];
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    if let [word, directory] = &arguments[..]
+        && word == upstream::WORD
+    {
+        return upstream::serve(Path::new(directory));
+    }
+    let renew = arguments.iter().any(|argument| argument == "--renew");
+    let program = arguments
+        .iter()
+        .skip_while(|argument| *argument != "--program")
+        .nth(1)
+        .map_or_else(
+            || PathBuf::from(env!("CARGO_BIN_EXE_lakebase-proxy")),
+            PathBuf::from,
+        );
+
+    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("benches/exact/record.toml");
+    let model = cpu_model();
+    let mut record = Record::read(&file);
+    if !record.knows(&model) {
+        println!(
+            "no record for {model}: instructions are held to the limit alone (--renew makes one)"
+        );
+    }
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    let counted = count::all(&program, directory.path());
+
+    println!(
+        "{:<28} {:>10} {:>10} {:>10}",
+        "", "counted", "recorded", "limit"
+    );
+    let mut failed = false;
+    for (figure, name, limit) in FIGURES {
+        let Some(&value) = counted.get(&figure) else {
+            continue;
+        };
+        let recorded = record.get(figure, &model);
+        let most = recorded.map_or(limit, |recorded| limit.min(recorded * (1.0 + TOLERANCE)));
+        let verdict = if value > limit || (!renew && value > most) {
+            "TOO MUCH"
+        } else {
+            ""
+        };
+        failed |= !verdict.is_empty();
+        let recorded = recorded.map_or_else(|| "-".to_owned(), |recorded| format!("{recorded:.2}"));
+        println!("{name:<28} {value:>10.2} {recorded:>10} {limit:>10.2} {verdict}");
+        record.set(figure, &model, value);
+    }
+    if renew {
+        record.write(&file);
+        println!("recorded in {}", file.display());
+    }
+    if failed {
+        println!("if that is meant: cargo bench --bench exact -- --renew");
+        return ExitCode::FAILURE;
+    }
+    ExitCode::SUCCESS
+}

@@ -1,0 +1,7 @@
+//! What measuring needs besides the proxy: a scripted server in a process of its own, a client that costs next to
+//! nothing, and what the kernel says about a process.
+
+pub(crate) mod client;
+pub(crate) mod process;
+pub(crate) mod proxy;
+pub(crate) mod upstream;
