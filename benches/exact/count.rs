@@ -144,11 +144,11 @@ fn allocations(counts: &str) -> f64 {
     let mut names: HashMap<&str, &str> = HashMap::new();
     let (mut counted, mut callee) = (0.0, "");
     for line in counts.lines() {
-        let named = ["fn=", "cfn="]
+        let symbol = ["fn=", "cfn="]
             .iter()
             .find_map(|key| line.strip_prefix(key));
-        if let Some(named) = named {
-            let (id, name) = named.split_once(' ').unwrap_or((named, ""));
+        if let Some(symbol) = symbol {
+            let (id, name) = symbol.split_once(' ').unwrap_or((symbol, ""));
             if !name.is_empty() {
                 names.insert(id, name);
             }

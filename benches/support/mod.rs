@@ -1,5 +1,9 @@
 //! What measuring needs besides the proxy: a scripted server in a process of its own, a client that costs next to
 //! nothing, and what the kernel says about a process.
+#![allow(
+    dead_code,
+    reason = "each program that includes this uses a part of it"
+)]
 
 pub(crate) mod client;
 pub(crate) mod process;

@@ -149,9 +149,8 @@ async fn session(mut stream: TcpStream, acceptor: &TlsAcceptor) -> std::io::Resu
     stream.write_all(&greeting()).await?;
     let answer = answer();
     loop {
-        let tag = match stream.read_u8().await {
-            Ok(tag) => tag,
-            Err(_) => return Ok(()),
+        let Ok(tag) = stream.read_u8().await else {
+            return Ok(());
         };
         let length = stream.read_u32().await?;
         read_body(&mut stream, length).await?;
