@@ -1,9 +1,9 @@
 //! What one round trip and one idle session cost, counted exactly: the machine's load does not change these figures.
 //!
 //! ```text
-//! cargo bench --bench exact                    compare with exact/record.toml; fails when a figure has grown by over 3 %
-//! cargo bench --bench exact -- --renew         put what was counted into the record
-//! cargo bench --bench exact -- --program PATH  count another build of the proxy
+//! cargo build --release && cargo test --test exact   compare with record.toml; fails when a figure has grown by over 3 %
+//! cargo test --test exact -- --renew                 put what was counted into the record
+//! cargo test --test exact -- --program PATH          count another build of the proxy
 //! ```
 //!
 //! Instructions are those of user space and of one worker, as callgrind counts them; they depend on the CPU model a
@@ -55,10 +55,12 @@ fn main() -> ExitCode {
         .iter()
         .skip_while(|argument| *argument != "--program")
         .nth(1)
-        .map_or_else(
-            || PathBuf::from(env!("CARGO_BIN_EXE_lakebase-proxy")),
-            PathBuf::from,
-        );
+        .map_or_else(release_build, PathBuf::from);
+    assert!(
+        program.is_file(),
+        "{} is missing: cargo build --release",
+        program.display()
+    );
 
     let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("benches/exact/record.toml");
     let model = cpu_model();
@@ -97,8 +99,15 @@ fn main() -> ExitCode {
         println!("recorded in {}", file.display());
     }
     if failed {
-        println!("if that is meant: cargo bench --bench exact -- --renew");
+        println!("if that is meant: cargo test --test exact -- --renew");
         return ExitCode::FAILURE;
     }
     ExitCode::SUCCESS
+}
+
+/// The build that is shipped, beside the one that this was built with.
+fn release_build() -> PathBuf {
+    let built = Path::new(env!("CARGO_BIN_EXE_lakebase-proxy"));
+    let target = built.ancestors().nth(2).unwrap_or(built);
+    target.join("release/lakebase-proxy")
 }

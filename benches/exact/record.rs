@@ -40,7 +40,7 @@ impl Record {
 
     pub(crate) fn write(&self, file: &Path) {
         let text = toml::to_string(self).expect("numbers and names");
-        let head = "# What `cargo bench --bench exact` holds the proxy to; renewed by `cargo bench --bench exact -- --renew`.\n";
+        let head = "# What `cargo test --test exact` holds the proxy to; renewed by `cargo test --test exact -- --renew`.\n";
         std::fs::write(file, format!("{head}{text}")).expect("the record can be written");
     }
 
