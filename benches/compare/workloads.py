@@ -1,0 +1,224 @@
+"""What is done along each way, and what is written down of it."""
+
+import os
+import re
+import resource
+import selectors
+import signal
+import socket
+import struct
+import subprocess
+import time
+
+import machine
+from libpq import Session
+from stage import DATABASE, ROLE, TOKEN, run, tool
+
+MB = 1_000_000
+
+
+def percentile(values, share):
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(len(ordered) * share))]
+
+
+class Cost:
+    """Processor time of a way's process while it is open."""
+
+    def __init__(self, way):
+        self._pid = way.process.pid if way.process else None
+
+    def __enter__(self):
+        self._before = machine.cpu_seconds(self._pid) if self._pid else 0
+        return self
+
+    def __exit__(self, *_):
+        self.seconds = machine.cpu_seconds(self._pid) - self._before if self._pid else None
+
+    def per(self, count):
+        return None if self.seconds is None else self.seconds * 1e6 / count
+
+
+def connect(way, count):
+    """Connect, SELECT 1, close."""
+    taken = []
+    with Cost(way) as cost:
+        for _ in range(count):
+            began = time.perf_counter()
+            with Session(way.conninfo()) as session:
+                session.execute(b"SELECT 1")
+            taken.append(time.perf_counter() - began)
+    return {"p50_ms": percentile(taken, 0.5) * 1e3, "p99_ms": percentile(taken, 0.99) * 1e3, "cpu_us": cost.per(count)}
+
+
+def round_trips(way, count):
+    with Session(way.conninfo()) as session:
+        session.time_round_trips(count // 10)
+        with Cost(way) as cost:
+            taken = session.time_round_trips(count)
+    return {"p50_us": percentile(taken, 0.5) * 1e6, "p99_us": percentile(taken, 0.99) * 1e6, "cpu_us": cost.per(count)}
+
+
+def pgbench(way, mode, clients, seconds):
+    with Cost(way) as cost:
+        said = run(tool("pgbench"), "-n", "-S", "-M", mode, "-c", clients, "-j", min(clients, 2), "-T", seconds, way.conninfo())
+    count = int(re.search(r"transactions actually processed: (\d+)", said)[1])
+    tps = float(re.search(r"tps = ([\d.]+)", said)[1])
+    return {"tps": tps, "cpu_us": cost.per(count)}
+
+
+def many_connects(way, count):
+    """Eight clients that connect for every transaction."""
+    with Cost(way) as cost:
+        said = run(tool("pgbench"), "-n", "-S", "-C", "-c", 8, "-j", 2, "-t", count // 8, way.conninfo())
+    return {"per_second": float(re.search(r"tps = ([\d.]+)", said)[1]), "cpu_us": cost.per(count)}
+
+
+def copy_out(way, megabytes, row):
+    rows = megabytes * MB // row
+    query = f"COPY (SELECT repeat('x', {row - 1}) FROM generate_series(1, {rows})) TO STDOUT"
+    return _copy(way, megabytes, ["-c", query], subprocess.DEVNULL)
+
+
+def copy_in(way, megabytes, row, file):
+    # The rows go nowhere: it is the way that is measured, not the table.
+    with open(file) as rows:
+        return _copy(way, megabytes, ["-c", "COPY sink FROM STDIN WHERE false"], rows)
+
+
+def _copy(way, megabytes, arguments, stdin):
+    command = [tool("psql"), "-Xq", "-d", way.conninfo(), *arguments]
+    with Cost(way) as cost:
+        began = time.perf_counter()
+        subprocess.run(command, stdin=stdin, stdout=subprocess.DEVNULL, check=True)
+        elapsed = time.perf_counter() - began
+    return {"mb_s": megabytes / elapsed, "cpu_us_mb": cost.per(megabytes)}
+
+
+def rows_file(directory, megabytes, row):
+    file = os.path.join(directory, f"rows-{row}")
+    if not os.path.exists(file):
+        line = b"x" * (row - 1) + b"\n"
+        with open(file, "wb") as out:
+            for _ in range(megabytes * MB // row):
+                out.write(line)
+    return file
+
+
+def idle_sessions(way, count, watch_seconds):
+    """Opens sessions that have asked once, and looks at the process while they do nothing."""
+    pid = way.process.pid
+    few = max(count // 10, 1)
+    crowd = Crowd(way)
+    try:
+        crowd.grow(few)
+        time.sleep(0.5)
+        first = machine.private_kb(pid)
+        crowd.grow(count)
+        time.sleep(1)
+        last = machine.private_kb(pid)
+        before = machine.cpu_seconds(pid)
+        time.sleep(watch_seconds)
+        used = machine.cpu_seconds(pid) - before
+    finally:
+        crowd.leave()
+    return {"kb": (last - first) / (count - few), "cpu_ms_minute": used * 1e3 * 60 / watch_seconds}
+
+
+class Crowd:
+    """Many sessions in one thread, without a library: startup, password where asked, one query."""
+
+    def __init__(self, way):
+        self._port = way.process.port
+        self._sessions = []
+
+    def grow(self, to, at_once=50):
+        selector = selectors.DefaultSelector()
+        opening, deadline = 0, time.monotonic() + 300
+        while len(self._sessions) < to or opening:
+            while opening < at_once and len(self._sessions) < to:
+                session = socket.create_connection(("127.0.0.1", self._port), timeout=60)
+                body = struct.pack("!I", 196608) + f"user\0{ROLE}\0database\0{DATABASE}\0\0".encode()
+                session.sendall(struct.pack("!I", len(body) + 4) + body)
+                session.setblocking(False)
+                selector.register(session, selectors.EVENT_READ, {"heard": b"", "asked": False})
+                self._sessions.append(session)
+                opening += 1
+            for key, _ in selector.select(5):
+                opening -= self._hear(selector, key)
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{to} sessions were not open within five minutes")
+        selector.close()
+
+    def _hear(self, selector, key):
+        heard = key.fileobj.recv(16384)
+        if not heard:
+            raise ConnectionError("a session was closed")
+        key.data["heard"] += heard
+        while len(said := key.data["heard"]) >= 5:
+            tag, length = said[:1], struct.unpack("!I", said[1:5])[0]
+            if len(said) < length + 1:
+                break
+            body, key.data["heard"] = said[5 : length + 1], said[length + 1 :]
+            if tag == b"E":
+                raise ConnectionError(body.replace(b"\0", b" ").decode(errors="replace"))
+            if tag == b"R" and body[:4] == b"\0\0\0\3":
+                key.fileobj.sendall(b"p" + struct.pack("!I", len(TOKEN) + 5) + TOKEN.encode() + b"\0")
+            if tag == b"Z" and key.data["asked"]:
+                selector.unregister(key.fileobj)
+                return 1
+            if tag == b"Z":
+                key.data["asked"] = True
+                key.fileobj.sendall(b"Q\0\0\0\x0dSELECT 1\0")
+        return 0
+
+    def leave(self):
+        for session in self._sessions:
+            session.close()
+        self._sessions.clear()
+
+
+def room_for(sessions):
+    """Whether one process may have so many descriptors, after asking for them."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return hard == resource.RLIM_INFINITY or hard > 2 * sessions + 200
+
+
+def system_calls(way, count):
+    """Of one round trip; all threads of the process."""
+    out = os.path.join(way.directory, "strace.out")
+    with Session(way.conninfo()) as session:
+        session.time_round_trips(200)
+        tracer = subprocess.Popen(["strace", "-f", "-c", "-o", out, "-p", str(way.process.pid)], stderr=subprocess.PIPE, text=True)
+        if "attached" not in tracer.stderr.readline():
+            raise RuntimeError("strace may not attach")
+        session.time_round_trips(count)
+        tracer.send_signal(signal.SIGINT)
+        tracer.wait()
+    with open(out) as table:
+        total = next(line for line in table if line.rstrip().endswith(" total"))
+    return {"calls": int(total.split()[3]) / count}
+
+
+def instructions(kind, directory, server, count):
+    """Of user space, of one round trip: a process of its own under callgrind."""
+    out = os.path.join(directory, f"callgrind-{kind.__name__}")
+    os.makedirs(out, exist_ok=True)
+    os.chmod(out, 0o777)
+    prefix = ["valgrind", "--tool=callgrind", "-q", f"--callgrind-out-file={out}/counts"]
+    way = kind(directory, server.port, server.authority, prefix)
+    try:
+        with Session(way.conninfo()) as session:
+            session.time_round_trips(200)
+            run("callgrind_control", "--zero", way.process.pid)
+            session.time_round_trips(count)
+            run("callgrind_control", "--dump", way.process.pid)
+    finally:
+        way.stop()
+    total = 0
+    for name in os.listdir(out):
+        if name.startswith("counts.1"):
+            with open(os.path.join(out, name)) as counts:
+                total += next(int(line.split()[1]) for line in counts if line.startswith(("totals:", "summary:")))
+    return {"instructions": total / count}
