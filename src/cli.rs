@@ -2,6 +2,7 @@
 
 use std::{
     ffi::{OsStr, OsString},
+    io::Write as _,
     process::ExitCode,
     time::Duration,
 };
@@ -19,6 +20,8 @@ use crate::{
     token::{self, TokenArgs},
 };
 
+/// What it is called.
+const PROGRAM: &str = "lakebase-proxy";
 /// A bad command line or configuration, or a start that failed.
 const FAILURE: u8 = 1;
 
@@ -63,7 +66,7 @@ Exit codes:
 
 /// Any Postgres client reaches Databricks Lakebase on localhost, with no password and no token code.
 #[derive(Debug, Parser)]
-#[command(name = "lakebase-proxy", version, after_help = AFTER_HELP, args_conflicts_with_subcommands = true)]
+#[command(name = PROGRAM, version, after_help = AFTER_HELP, args_conflicts_with_subcommands = true)]
 struct Cli {
     #[command(flatten)]
     settings: Settings,
@@ -73,6 +76,8 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Verb {
+    /// Print a shell's completions: `source <(lakebase-proxy completions bash)`
+    Completions(Completions),
     /// Everything on this machine, no account needed: the emulator, the proxy, a web page
     #[cfg(feature = "demo")]
     Demo(crate::demo::DemoArgs),
@@ -94,6 +99,12 @@ enum Verb {
     Token(TokenArgs),
     /// Wait until a proxy has started
     Wait(WaitArgs),
+}
+
+#[derive(Args, Debug)]
+struct Completions {
+    /// The shell
+    shell: clap_complete::Shell,
 }
 
 #[derive(Args, Debug)]
@@ -169,6 +180,13 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
             };
         }
     };
+    if let Some(Verb::Completions(Completions { shell })) = cli.verb {
+        // A reader that has seen enough, as `head` has, is no failure.
+        let mut text = Vec::new();
+        clap_complete::generate(shell, &mut command(), PROGRAM, &mut text);
+        let _ = std::io::stdout().write_all(&text);
+        return ExitCode::SUCCESS;
+    }
     if matches!(cli.verb, Some(Verb::Exec(_))) && std::process::id() == 1 {
         return exec::init::run(&arguments).unwrap_or_else(|error| fail(&error, None, FAILURE));
     }
@@ -200,6 +218,8 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
 async fn dispatch(cli: Cli, inherited: Inherited) -> Result<ExitCode, CommandError> {
     match cli.verb {
         None => serve(cli.settings, inherited).await,
+        // Needs no runtime, and has been done.
+        Some(Verb::Completions(_)) => Ok(ExitCode::SUCCESS),
         Some(Verb::Doctor(arguments)) => Ok(crate::doctor::command(arguments).await),
         #[cfg(feature = "demo")]
         Some(Verb::Demo(arguments)) => demonstrate(arguments).await,

@@ -15,18 +15,21 @@ use super::{Emulator, EmulatorError, EmulatorOptions, PostgresSource, Settings};
 const AFTER_HELP: &str = "\
 While it runs, under the workspace's address (DATABRICKS_HOST):
   GET    /emulator            state, settings, faults to come
-  PUT    /emulator/faults     {\"faults\":[{\"at\":\"mint\",\"do\":{\"respond\":{\"status\":429,\"retry_after\":\"2\"}},\"times\":3}]}
-  POST   /emulator/faults     the same, added to those that are there; DELETE forgets them all
-  PATCH  /emulator/settings   {\"token_ttl\":90,\"wake_delay\":5,\"while_asleep\":\"starting_up\"}
+  PUT    /emulator/faults     replaces them; POST adds, DELETE forgets them all
+    {\"faults\":[{\"at\":\"mint\",\"do\":{\"respond\":{\"status\":429,\"retry_after\":\"2\"}},
+                \"times\":3}]}
+  PATCH  /emulator/settings
+    {\"token_ttl\":90,\"wake_delay\":5,\"while_asleep\":\"starting_up\"}
   POST   /emulator/events     {\"event\":\"suspend\"}
 
 Places of faults: discovery token mint lookup whoami (the workspace's API),
   accept ssl_request tls startup password session (the endpoint).
-Faults: {\"respond\":{...}} {\"delay\":MILLISECONDS} \"stall\" \"close\" \"reset\" \"no_tls\" {\"answer\":TEXT}
-  {\"error\":{\"severity\":\"FATAL\",\"code\":\"53300\",\"message\":\"sorry, too many clients already\"}}
+Faults: {\"respond\":{...}} {\"delay\":MILLISECONDS} {\"answer\":TEXT}
+  \"stall\" \"close\" \"reset\" \"no_tls\"
+  {\"error\":{\"severity\":\"FATAL\",\"code\":\"53300\",\"message\":\"sorry, too many\"}}
   {\"certificate\":\"expired\"|\"other_authority\"|\"wrong_name\"}
-Events: suspend revoke_credentials revoke_tokens terminate_sessions close_sessions
-  reset_sessions stall_sessions resume_sessions";
+Events: suspend revoke_credentials revoke_tokens terminate_sessions
+  close_sessions reset_sessions stall_sessions resume_sessions";
 
 /// Flags of `lakebase-proxy emulator`.
 #[derive(Clone, Debug, clap::Args)]

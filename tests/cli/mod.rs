@@ -1,9 +1,25 @@
 //! The command line as people type it: help, mistakes, exit codes.
 
-use std::process::{Command, Output};
+use std::{
+    io::Write as _,
+    net::TcpListener,
+    process::{Command, Output},
+};
 
-const COMMANDS: [&str; 9] = [
-    "", "demo", "doctor", "emulator", "exec", "serve", "shutdown", "token", "wait",
+use clap::ArgAction;
+use lakebase_proxy::cli;
+
+const COMMANDS: [&str; 10] = [
+    "",
+    "completions",
+    "demo",
+    "doctor",
+    "emulator",
+    "exec",
+    "serve",
+    "shutdown",
+    "token",
+    "wait",
 ];
 
 fn run(arguments: &[&str]) -> Output {
@@ -87,4 +103,153 @@ fn the_version_is_the_packages() {
     assert_eq!(output.status.code(), Some(0));
     let version = concat!("lakebase-proxy ", env!("CARGO_PKG_VERSION"), "\n");
     assert_eq!(text(&output.stdout), version);
+}
+
+#[test]
+fn every_flag_has_a_help_text_and_a_variable() {
+    for command in COMMANDS {
+        let description = cli::command();
+        let described = match command {
+            "" => &description,
+            name => description.find_subcommand(name).unwrap(),
+        };
+        let flags = described.get_arguments().filter(|flag| {
+            flag.get_long().is_some()
+                && !matches!(flag.get_action(), ArgAction::Help | ArgAction::Version)
+        });
+        for flag in flags {
+            let long = flag.get_long().unwrap();
+            let help = flag.get_help().map(ToString::to_string).unwrap_or_default();
+            assert!(help.len() > 8, "{command} --{long}: {help:?}");
+            assert!(!help.ends_with('.'), "{command} --{long}: {help:?}");
+            // A value that no flag takes is refused, and the message names the flag: so the variable is read.
+            let takes_any = flag.get_value_parser().type_id() == std::any::TypeId::of::<String>()
+                || flag.get_value_parser().type_id()
+                    == std::any::TypeId::of::<std::path::PathBuf>();
+            if takes_any || long == "endpoint" {
+                continue;
+            }
+            let variable = format!("LAKEBASE_PROXY_{}", long.to_uppercase().replace('-', "_"));
+            let mut program = Command::new(env!("CARGO_BIN_EXE_lakebase-proxy"));
+            program.args(command.split_terminator(' ')).env_clear();
+            if command == "exec" {
+                program.args(["--", "true"]);
+            }
+            if command == "completions" {
+                program.arg("bash");
+            }
+            let output = program.env(&variable, "\u{1f418}").output().unwrap();
+            let said = text(&output.stderr);
+            assert_eq!(output.status.code(), Some(1), "{variable}: {said}");
+            assert!(said.contains(&format!("--{long}")), "{variable}: {said}");
+        }
+    }
+}
+
+#[test]
+fn an_empty_variable_counts_as_unset() {
+    let output = Command::new(env!("CARGO_BIN_EXE_lakebase-proxy"))
+        .args(["wait", "--max", "10ms"])
+        .env_clear()
+        .env("LAKEBASE_PROXY_HTTP_PORT", "")
+        .output()
+        .unwrap();
+    assert!(
+        !text(&output.stderr).contains("HTTP_PORT"),
+        "{}",
+        text(&output.stderr)
+    );
+}
+
+#[test]
+fn a_taken_port_names_the_flag_to_change() {
+    let holder = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = holder.local_addr().unwrap().port().to_string();
+    for taken in ["--port", "--http-port", "--notes-port"] {
+        let mut program = Command::new(env!("CARGO_BIN_EXE_lakebase-proxy"));
+        program.arg("--notes");
+        for flag in ["--port", "--http-port", "--notes-port"] {
+            program.args([flag, if flag == taken { &port } else { "0" }]);
+        }
+        let output = program
+            .env_clear()
+            .envs([
+                ("PGHOST", "db.example.invalid"),
+                ("PGUSER", "me"),
+                ("DATABRICKS_HOST", "https://127.0.0.1:1"),
+                ("DATABRICKS_TOKEN", "dapi0"),
+            ])
+            .output()
+            .unwrap();
+        let said = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{taken}: {said}");
+        assert!(
+            said.contains(taken) && said.contains(&port),
+            "{taken}: {said}"
+        );
+    }
+}
+
+#[test]
+fn a_mistake_in_the_file_is_shown_where_it_is() {
+    for (file, words) in [
+        (
+            "max_connections = \"many\"",
+            &["line 1", "max_connections"][..],
+        ),
+        ("port = 5432\nprot = 5433", &["line 2", "prot"]),
+        ("[[endpoint]]\nlisten = \"nowhere\"", &["line 2", "nowhere"]),
+        ("port = ", &["line 1"]),
+    ] {
+        let mut path = tempfile::NamedTempFile::new().unwrap();
+        path.write_all(file.as_bytes()).unwrap();
+        let output = run(&["serve", "--config-file", path.path().to_str().unwrap()]);
+        let said = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{file}");
+        assert!(said.contains(path.path().to_str().unwrap()), "{said}");
+        for word in words {
+            assert!(said.contains(word), "{file}: {word} is not in {said}");
+        }
+    }
+}
+
+#[test]
+fn completions_are_what_the_shells_take() {
+    for shell in ["bash", "elvish", "fish", "powershell", "zsh"] {
+        let output = run(&["completions", shell]);
+        assert_eq!(output.status.code(), Some(0), "{shell}");
+        let script = text(&output.stdout);
+        assert!(script.contains("max-connections"), "{shell}");
+        assert!(script.contains("doctor"), "{shell}");
+    }
+    let script = run(&["completions", "bash"]).stdout;
+    let mut bash = Command::new("bash")
+        .args([
+            "--norc",
+            "-c",
+            "source /dev/stdin && complete -p lakebase-proxy",
+        ])
+        .stdin(std::process::Stdio::piped())
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    bash.stdin.take().unwrap().write_all(&script).unwrap();
+    let output = bash.wait_with_output().unwrap();
+    assert!(output.status.success());
+    assert!(text(&output.stdout).contains("lakebase-proxy"));
+}
+
+#[test]
+fn every_command_has_a_manual_page() {
+    let directory = tempfile::tempdir().unwrap();
+    clap_mangen::generate_to(cli::command(), directory.path()).unwrap();
+    for command in COMMANDS {
+        let name = ["lakebase-proxy", command].join("-");
+        let page = directory
+            .path()
+            .join(format!("{}.1", name.trim_end_matches('-')));
+        let page = std::fs::read_to_string(&page).unwrap_or_else(|_| panic!("{}", page.display()));
+        assert!(page.contains(".SH SYNOPSIS"), "{command}");
+        assert!(page.contains(".SH OPTIONS"), "{command}");
+    }
 }
