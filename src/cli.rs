@@ -11,11 +11,11 @@ use clap::{Args, Command, CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use crate::{
     app::App,
-    config::{Config, ConfigError, Environment, Settings},
+    config::{Config, ConfigError, Environment, Settings, Source},
     exec::{self, ExecArgs, Secrets},
     listener::{Inherited, InheritedError},
     remote::{self, ShutdownArgs, WaitArgs},
-    shutdown::{Cause, Signals},
+    shutdown::{Cause, Hangup, Signals},
     telemetry,
     token::{self, TokenArgs},
 };
@@ -246,15 +246,18 @@ fn inherited() -> Result<Inherited, InheritedError> {
 }
 
 async fn serve(settings: Settings, inherited: Inherited) -> Result<ExitCode, CommandError> {
-    let config = Config::resolve(settings, Environment::of_process())?;
+    let source = Source::new(settings, Environment::of_process());
+    let config = source.load()?;
     let log = telemetry::logging::init(&config.log)?;
-    let zero_on_sigterm = config.exit_zero_on_sigterm;
     // Caught before anything is begun, so that a signal during the start is not lost.
     let mut signals = Signals::catch().map_err(CommandError::Signals)?;
+    let hangup = Hangup::catch().map_err(CommandError::Signals)?;
     let running = tokio::select! {
-        app = App::build_with(config, inherited) => app?.with_log(log).start()?,
-        cause = signals.next() => return Ok(cause.exit_code(zero_on_sigterm)),
+        app = App::build_with(config.clone(), inherited) => app?.with_log(log).start()?,
+        cause = signals.next() => return Ok(cause.exit_code(config.exit_zero_on_sigterm)),
     };
+    let reloader = running.reloader(source, config);
+    running.reload_on(reloader, Some(hangup));
     let serving = async {
         running.ready().await?;
         running.asked_to_end().await;
@@ -267,9 +270,10 @@ async fn serve(settings: Settings, inherited: Inherited) -> Result<ExitCode, Com
     let hurry = async {
         signals.next().await;
     };
+    let zero_on_sigterm = running.is_zero_on_sigterm();
     match cause {
         Ok(Cause::Terminate) => running.end_after_delay(hurry).await,
-        Ok(Cause::Interrupt | Cause::Request) => running.end(hurry).await,
+        Ok(Cause::Hangup | Cause::Interrupt | Cause::Request) => running.end(hurry).await,
         Err(_) => running.end_within(Duration::ZERO, hurry).await,
     }
     cause
@@ -285,7 +289,8 @@ async fn execute(arguments: ExecArgs, inherited: Inherited) -> Result<ExitCode, 
         settings,
         command,
     } = arguments;
-    let config = Config::resolve(exec::settings(settings)?, Environment::of_process())?;
+    let source = exec::source(settings, Environment::of_process());
+    let config = source.load()?;
     let log = telemetry::logging::init(&config.log)?;
     let program = exec::Program {
         command,
@@ -301,9 +306,11 @@ async fn execute(arguments: ExecArgs, inherited: Inherited) -> Result<ExitCode, 
     let patience = config.limits.connect_timeout;
     let mut signals = exec::Signals::catch().map_err(CommandError::Signals)?;
     let running = tokio::select! {
-        app = App::build_with(config, inherited) => app?.with_log(log).start()?,
+        app = App::build_with(config.clone(), inherited) => app?.with_log(log).start()?,
         signal = signals.ending() => return Ok(exec::interrupted(signal, zero_on_sigterm)),
     };
+    // A hangup is the program's business.
+    running.reload_on(running.reloader(source, config), None);
     let code = exec::run(running, &program, signals, patience, zero_on_sigterm).await?;
     Ok(code)
 }

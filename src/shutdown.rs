@@ -1,6 +1,9 @@
 //! The end: what sets it off, and the phases every session goes by.
 
 use std::{
+    fs::File,
+    future::pending,
+    io,
     process::ExitCode,
     sync::{
         Arc,
@@ -77,6 +80,8 @@ impl Shutdown {
 /// Why the program ends, which decides its exit code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Cause {
+    /// The terminal that it was started from has gone.
+    Hangup,
     /// SIGINT.
     Interrupt,
     /// It was asked to over its own interface.
@@ -86,9 +91,10 @@ pub enum Cause {
 }
 
 impl Cause {
-    /// 0 after a request, 130 after SIGINT, 143 after SIGTERM unless zero was asked for.
+    /// 0 after a request, 129 after the terminal's end, 130 after SIGINT, 143 after SIGTERM unless zero was asked for.
     pub fn exit_code(self, zero_on_sigterm: bool) -> ExitCode {
         ExitCode::from(match self {
+            Self::Hangup => 129,
             Self::Interrupt => 130,
             Self::Request => 0,
             Self::Terminate if zero_on_sigterm => 0,
@@ -97,17 +103,23 @@ impl Cause {
     }
 }
 
-/// SIGTERM and SIGINT, caught from the moment this is made.
+/// What tells the program to end: SIGTERM, SIGINT, and SIGHUP where it says that the terminal has gone. Caught from the
+/// moment this is made.
 #[derive(Debug)]
 pub struct Signals {
+    /// Where there is a terminal that can go.
+    hangup: Option<Signal>,
     interrupt: Signal,
     terminate: Signal,
 }
 
 impl Signals {
-    /// Catches both.
-    pub fn catch() -> std::io::Result<Self> {
+    /// Catches them.
+    pub fn catch() -> io::Result<Self> {
         Ok(Self {
+            hangup: has_terminal()
+                .then(|| signal(SignalKind::hangup()))
+                .transpose()?,
             interrupt: signal(SignalKind::interrupt())?,
             terminate: signal(SignalKind::terminate())?,
         })
@@ -115,11 +127,44 @@ impl Signals {
 
     /// The next one. Cancel safe.
     pub async fn next(&mut self) -> Cause {
+        let hangup = async {
+            match &mut self.hangup {
+                Some(hangup) => {
+                    hangup.recv().await;
+                    while has_terminal() {
+                        hangup.recv().await;
+                    }
+                }
+                None => pending().await,
+            }
+        };
         tokio::select! {
+            () = hangup => Cause::Hangup,
             _ = self.interrupt.recv() => Cause::Interrupt,
             _ = self.terminate.recv() => Cause::Terminate,
         }
     }
+}
+
+/// SIGHUP as servers take it: the settings are to be read again. Caught from the moment this is made.
+#[derive(Debug)]
+pub struct Hangup(Signal);
+
+impl Hangup {
+    /// Catches it.
+    pub fn catch() -> io::Result<Self> {
+        Ok(Self(signal(SignalKind::hangup())?))
+    }
+
+    /// The next one. Cancel safe.
+    pub async fn next(&mut self) {
+        self.0.recv().await;
+    }
+}
+
+/// Whether we have a terminal, be it in the background.
+pub(crate) fn has_terminal() -> bool {
+    File::open("/dev/tty").is_ok()
 }
 
 #[cfg(test)]

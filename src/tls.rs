@@ -1,10 +1,12 @@
 //! TLS towards the endpoint and the workspace: always verified, TLS 1.2 or newer, one crypto provider named explicitly.
 
 use std::{
+    fs,
     path::{Path, PathBuf},
     sync::Arc,
 };
 
+use ::aws_lc_rs::digest;
 use rustls::{
     ClientConfig, RootCertStore,
     client::{WebPkiServerVerifier, danger::ServerCertVerifier},
@@ -26,6 +28,20 @@ pub enum Roots {
     /// The system's.
     #[default]
     System,
+}
+
+/// What a file of roots held when it was last looked at.
+pub type Fingerprint = [u8; 32];
+
+impl Roots {
+    /// Tells one state of the file from another; `None` for the system's roots, and for a file that cannot be read.
+    pub fn fingerprint(&self) -> Option<Fingerprint> {
+        let Self::File(path) = self else {
+            return None;
+        };
+        let digest = digest::digest(&digest::SHA256, &fs::read(path).ok()?);
+        digest.as_ref().try_into().ok()
+    }
 }
 
 /// Why no TLS configuration could be made.

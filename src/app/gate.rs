@@ -2,21 +2,22 @@
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
-use tokio::time::sleep;
-use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tokio::{task::JoinSet, time::sleep};
 
 use super::{
     StartError,
+    endpoints::{Endpoints, Served},
     locate::{Located, locate},
+    shared::Shared,
     source::{Access, Own, Source},
 };
 use crate::{
-    config::EndpointConfig,
-    credential::{CredentialCell, Refresher},
+    config::{EndpointConfig, TlsMode},
+    credential::Refresher,
     listener::Listener,
     protocol::error::{Report, sqlstate},
-    session::Sessions,
     telemetry::{chain, names::reason},
+    tls::{Fingerprint, Roots},
     upstream::{Refusal, RouteFinder, Upstream, is_loopback},
 };
 
@@ -25,115 +26,233 @@ const LOOK_UP_AGAIN: (Duration, Duration) = (Duration::from_secs(5), Duration::f
 
 /// An endpoint with its listener bound.
 pub(super) struct Gate {
-    pub(super) config: EndpointConfig,
+    pub(super) served: Arc<Served>,
     pub(super) access: Access,
     pub(super) listener: Listener,
-    pub(super) sessions: Arc<Sessions>,
-    pub(super) credentials: CredentialCell,
     pub(super) finder: RouteFinder,
-    pub(super) located: Option<Located>,
-    pub(super) surroundings: Surroundings,
+    pub(super) look_up: LookUp,
 }
 
-/// What a gate needs of the rest of the program.
-#[derive(Clone)]
-pub(super) struct Surroundings {
-    /// Every address this process listens on.
-    pub(super) ours: Arc<[SocketAddr]>,
+/// Where the look-up of an endpoint stands.
+pub(super) enum LookUp {
+    /// It has not been tried.
+    Open,
+    /// It has failed once.
+    Failed,
+    /// It is done.
+    Done(Located),
 }
 
 impl Gate {
     /// Looks up what is open. A failure is told to the clients of this endpoint until a later look-up succeeds.
-    pub(super) async fn look_up(&mut self) -> Result<(), StartError> {
-        match attempt(&self.config, &self.access, &self.surroundings.ours).await {
+    async fn look_up(&mut self, endpoints: &Endpoints) -> Result<(), StartError> {
+        let config = &self.served.config;
+        match attempt(config, &self.access, endpoints).await {
             Ok(located) => {
-                self.located = Some(located);
+                self.look_up = LookUp::Done(located);
                 Ok(())
             }
             Err(error) => {
-                self.finder.failed(refusal(&self.config, &error));
+                self.finder.failed(refusal(config, &error));
+                self.look_up = LookUp::Failed;
                 Err(error)
             }
         }
     }
 
-    /// Serves clients on `clients`, and everything else on `helpers`.
-    pub(super) fn start(
-        self,
-        clients: &TaskTracker,
-        helpers: &TaskTracker,
-        stop: &CancellationToken,
-    ) {
+    /// Serves clients, until the endpoint is no longer named and the last of them has gone.
+    pub(super) fn start(self, shared: &Arc<Shared>) {
+        let served = Arc::clone(&self.served);
+        let sessions = &served.sessions;
+        announce(&served, shared.policies.now().max_connections);
         let Self {
-            config,
             access,
             listener,
-            sessions,
-            credentials,
             finder,
-            located,
-            surroundings,
+            look_up,
+            ..
         } = self;
-        listener.spawn(&sessions, clients, helpers);
-        let (stop, tracker, metrics) =
-            (stop.clone(), helpers.clone(), Arc::clone(&sessions.metrics));
-        let serving = async move {
-            let located = match located {
-                Some(located) => located,
-                None => {
-                    let found = find(&config, &access, &surroundings.ours, &finder);
-                    let Some(located) = stop.run_until_cancelled(found).await else {
-                        return;
-                    };
-                    located
+        listener.spawn(sessions, &shared.clients, &shared.helpers);
+        let keeping = keep(
+            Arc::clone(&served),
+            access,
+            finder,
+            look_up,
+            Arc::clone(shared),
+        );
+        shared.helpers.spawn(keeping);
+        let leaving = {
+            let shared = Arc::clone(shared);
+            async move {
+                let left = served.sessions.door.until_left();
+                if served.stop.run_until_cancelled(left).await.is_some() {
+                    served.stop.cancel();
+                    shared.endpoints.remove(&served);
+                    served.sessions.metrics.retire();
+                    tracing::info!(
+                        endpoint = served.config.called(),
+                        "endpoint removed, its last session has gone"
+                    );
                 }
-            };
-            let route = Upstream::new(located.endpoint, credentials.clone(), Arc::clone(&metrics));
-            let endpoint = route.endpoint();
-            tracing::info!(
-                endpoint = %endpoint.label,
-                host = endpoint.host,
-                user = endpoint.user,
-                database = endpoint.database,
-                "endpoint found"
-            );
-            finder.found(Arc::new(route));
-            if let Source::Own(Own::PasswordFile(file)) = &located.source {
-                tracker.spawn(file.clone().watch(credentials.clone(), stop.clone()));
             }
-            Refresher::new(located.source, credentials, metrics)
-                .run(stop)
-                .await;
         };
-        helpers.spawn(serving);
+        shared.helpers.spawn(leaving);
     }
+}
+
+/// Says where an endpoint listens, and what that means.
+fn announce(served: &Served, max_connections: usize) {
+    let endpoint = served.config.called();
+    for address in &served.bound.tcp {
+        tracing::info!(%address, endpoint, max_connections, "listening for Postgres clients");
+        if !address.ip().to_canonical().is_loopback() {
+            tracing::warn!(
+                %address,
+                "anyone who reaches this address is the Lakebase identity; hint: bind loopback unless that is meant"
+            );
+        }
+    }
+    for socket in &served.bound.unix {
+        let socket = socket.display();
+        tracing::info!(%socket, endpoint, max_connections, "listening for Postgres clients");
+    }
+}
+
+/// Finds the endpoint where that has not been done, and keeps its credential.
+async fn keep(
+    served: Arc<Served>,
+    access: Access,
+    finder: RouteFinder,
+    look_up: LookUp,
+    shared: Arc<Shared>,
+) {
+    let stop = served.stop.clone();
+    let located = match look_up {
+        LookUp::Done(located) => located,
+        LookUp::Open | LookUp::Failed => {
+            let is_first = matches!(look_up, LookUp::Open);
+            let found = find(
+                &served.config,
+                &access,
+                &shared.endpoints,
+                &finder,
+                is_first,
+            );
+            let Some(located) = stop.run_until_cancelled(found).await else {
+                return;
+            };
+            located
+        }
+    };
+    let metrics = Arc::clone(&served.sessions.metrics);
+    let credentials = served.credentials.clone();
+    let route = Upstream::new(located.endpoint, credentials.clone(), Arc::clone(&metrics));
+    let endpoint = route.endpoint();
+    tracing::info!(
+        endpoint = %endpoint.label,
+        host = endpoint.host,
+        user = endpoint.user,
+        database = endpoint.database,
+        "endpoint found"
+    );
+    finder.found(Arc::new(route));
+    drop((endpoint, served));
+    if let Source::Own(Own::PasswordFile(file)) = &located.source {
+        let watching = file.clone().watch(credentials.clone(), stop.clone());
+        shared.helpers.spawn(watching);
+    }
+    drop(shared);
+    Refresher::new(located.source, credentials, metrics)
+        .run(stop)
+        .await;
+}
+
+/// Looks all endpoints up at a time. One that cannot be found does not stop the others; if none can, the first one's
+/// failure is returned.
+pub(super) async fn look_up(
+    gates: Vec<Gate>,
+    endpoints: &Endpoints,
+) -> Result<Vec<Gate>, StartError> {
+    let total = gates.len();
+    let mut looking = JoinSet::new();
+    for (index, mut gate) in gates.into_iter().enumerate() {
+        let endpoints = endpoints.clone();
+        looking.spawn(async move {
+            let result = gate.look_up(&endpoints).await;
+            (index, gate, result)
+        });
+    }
+    let mut done = looking.join_all().await;
+    done.sort_by_key(|(index, ..)| *index);
+    let failed = done.iter().filter(|(.., result)| result.is_err()).count();
+    let mut gates = Vec::with_capacity(total);
+    for (_, gate, result) in done {
+        match result {
+            Err(error) if failed == total => return Err(error),
+            Err(error) => not_found(&gate.served.config, &error),
+            Ok(()) => {}
+        }
+        gates.push(gate);
+    }
+    Ok(gates)
+}
+
+/// What the roots of an endpoint hold now.
+pub(super) fn roots(config: &EndpointConfig) -> Option<Fingerprint> {
+    match &config.tls {
+        TlsMode::Disabled => None,
+        TlsMode::Verified(roots) => roots.fingerprint(),
+    }
+}
+
+/// Whether its certificate is verified by a file of roots.
+pub(super) fn has_roots_of_its_own(config: &EndpointConfig) -> bool {
+    matches!(&config.tls, TlsMode::Verified(Roots::File(_)))
+}
+
+fn not_found(config: &EndpointConfig, error: &StartError) {
+    tracing::error!(
+        endpoint = config.called(),
+        error = %chain(error),
+        hint = error.hint(),
+        "endpoint cannot be used for now; the others serve"
+    );
 }
 
 async fn attempt(
     config: &EndpointConfig,
     access: &Access,
-    ours: &[SocketAddr],
+    endpoints: &Endpoints,
 ) -> Result<Located, StartError> {
     let located = locate(config, access).await?;
-    refuse_loop(&located, ours).await?;
+    refuse_loop(&located, endpoints).await?;
     Ok(located)
 }
 
-/// Looks up again, ever more slowly, until the endpoint is found.
+/// Looks up, ever more slowly, until the endpoint is found.
 async fn find(
     config: &EndpointConfig,
     access: &Access,
-    ours: &[SocketAddr],
+    endpoints: &Endpoints,
     finder: &RouteFinder,
+    mut is_first: bool,
 ) -> Located {
     let (mut pause, longest) = LOOK_UP_AGAIN;
     loop {
-        sleep(pause.mul_f64(rand::random_range(0.5..1.0))).await;
-        pause = (pause * 2).min(longest);
-        match attempt(config, access, ours).await {
-            Ok(located) => return located,
-            Err(error) => finder.failed(refusal(config, &error)),
+        if !is_first {
+            sleep(pause.mul_f64(rand::random_range(0.5..1.0))).await;
+            pause = (pause * 2).min(longest);
         }
+        match attempt(config, access, endpoints).await {
+            Ok(located) => return located,
+            Err(error) => {
+                if is_first {
+                    not_found(config, &error);
+                }
+                finder.failed(refusal(config, &error));
+            }
+        }
+        is_first = false;
     }
 }
 
@@ -158,8 +277,9 @@ fn refusal(config: &EndpointConfig, error: &StartError) -> Refusal {
 }
 
 /// A proxy that dials itself would take every connection it makes for a client's.
-async fn refuse_loop(located: &Located, ours: &[SocketAddr]) -> Result<(), StartError> {
+async fn refuse_loop(located: &Located, endpoints: &Endpoints) -> Result<(), StartError> {
     let endpoint = &located.endpoint;
+    let ours = endpoints.addresses();
     if !ours.iter().any(|ours| ours.port() == endpoint.port) {
         return Ok(());
     }

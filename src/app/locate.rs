@@ -67,23 +67,27 @@ fn endpoint(
     user: String,
     database: String,
 ) -> Result<Endpoint, StartError> {
-    let security = match &config.tls {
-        TlsMode::Disabled => Security::Plain,
-        TlsMode::Verified(roots) => Security::Tls {
-            config: tls::client_config(roots, tls::ALPN_POSTGRESQL)?,
-            name: ServerName::try_from(host.clone()).map_err(|_| {
-                // A whole URL, perhaps, and then with a password before its host.
-                let host = without_userinfo(&host).into_owned();
-                StartError::HostName { host }
-            })?,
-        },
-    };
     Ok(Endpoint {
+        security: security(&config.tls, &host)?,
         label,
         host,
         port: config.port,
         user,
         database,
-        security,
+    })
+}
+
+/// How the wire to `host` is protected; reads the file of roots.
+pub(super) fn security(tls: &TlsMode, host: &str) -> Result<Security, StartError> {
+    Ok(match tls {
+        TlsMode::Disabled => Security::Plain,
+        TlsMode::Verified(roots) => Security::Tls {
+            config: tls::client_config(roots, tls::ALPN_POSTGRESQL)?,
+            name: ServerName::try_from(host.to_owned()).map_err(|_| {
+                // A whole URL, perhaps, and then with a password before its host.
+                let host = without_userinfo(host).into_owned();
+                StartError::HostName { host }
+            })?,
+        },
     })
 }

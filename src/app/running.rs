@@ -4,12 +4,13 @@ use std::{fmt, future::pending, pin::pin, sync::Arc, time::Duration};
 
 use tokio::{
     io::AsyncWriteExt,
+    sync::watch,
     task::JoinSet,
     time::{sleep, timeout},
 };
-use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tokio_util::sync::CancellationToken;
 
-use super::{Addresses, Ending, StartError};
+use super::{Addresses, Ending, Endpoints, Served, StartError, shared::Shared};
 use crate::{
     admin::{Admin, Health},
     credential::CredentialCell,
@@ -18,9 +19,8 @@ use crate::{
         error::{Report, sqlstate},
         options::SessionSettings,
     },
-    session::{Policies, TERMINATE},
-    shutdown::Shutdown,
-    telemetry::{Metrics, names::reason},
+    session::TERMINATE,
+    telemetry::{LogHandle, Metrics, names::reason},
     upstream::{Refusal, Route, Terms},
 };
 
@@ -30,19 +30,15 @@ const HELPERS_END: Duration = Duration::from_secs(2);
 /// A program that serves.
 pub struct Running {
     pub(super) addresses: Addresses,
-    pub(super) metrics: Arc<Metrics>,
-    pub(super) shutdown: Shutdown,
-    pub(super) credentials: CredentialCell,
-    pub(super) routes: Vec<Route>,
-    pub(super) policies: Policies,
+    pub(super) shared: Arc<Shared>,
+    /// The endpoint that was the first at the start.
+    pub(super) first: Arc<Served>,
     pub(super) health: Arc<Health>,
-    pub(super) clients: TaskTracker,
-    pub(super) helpers: TaskTracker,
     pub(super) http: Option<Admin>,
-    pub(super) stop: CancellationToken,
     pub(super) asked: CancellationToken,
-    pub(super) ending: Ending,
+    pub(super) ending: watch::Sender<Ending>,
     pub(super) run_connection_test: bool,
+    pub(super) log: Option<LogHandle>,
 }
 
 impl fmt::Debug for Running {
@@ -72,28 +68,40 @@ impl Running {
 
     /// The first endpoint's credential.
     pub fn credentials(&self) -> &CredentialCell {
-        &self.credentials
+        &self.first.credentials
     }
 
     /// What is counted for the first endpoint; it renders the others with it.
     pub fn metrics(&self) -> &Arc<Metrics> {
-        &self.metrics
+        &self.shared.metrics
+    }
+
+    /// Every endpoint that is served now.
+    pub fn endpoints(&self) -> &Endpoints {
+        &self.shared.endpoints
+    }
+
+    /// The tasks that run now: sessions, and everything else.
+    pub fn tasks(&self) -> (usize, usize) {
+        (self.shared.clients.len(), self.shared.helpers.len())
     }
 
     /// How long work under way may go on at the end.
     pub fn grace(&self) -> Duration {
-        self.ending.grace
+        self.ending.borrow().grace
+    }
+
+    /// Whether SIGTERM leads to exit code 0.
+    pub fn is_zero_on_sigterm(&self) -> bool {
+        self.ending.borrow().zero_on_sigterm
     }
 
     /// The first endpoint, for clients on this machine; waits for its look-up. Cancel safe.
     pub async fn target(&self) -> Result<Target, Refusal> {
-        let Some(route) = self.routes.first() else {
-            return Err(no_endpoint());
-        };
         let way = self.addresses.endpoints.first().and_then(Bound::way);
         let way = way.ok_or_else(no_way)?;
-        let patience = self.policies.now().terms.limits.connect_timeout;
-        let upstream = route.upstream(patience).await?;
+        let patience = self.shared.policies.now().terms.limits.connect_timeout;
+        let upstream = self.first.sessions.route.upstream(patience).await?;
         let endpoint = upstream.endpoint();
         Ok(Target {
             way,
@@ -108,10 +116,10 @@ impl Running {
         if !self.run_connection_test {
             return Ok(());
         }
-        let terms = self.policies.now().terms;
+        let terms = self.shared.policies.now().terms;
         let mut logins = JoinSet::new();
-        for route in self.routes.iter().cloned() {
-            logins.spawn(log_in(route, terms));
+        for served in &*self.shared.endpoints.now() {
+            logins.spawn(log_in(served.sessions.route.clone(), terms));
         }
         while let Some(login) = logins.join_next().await {
             // A panic is counted and logged where it happens.
@@ -132,7 +140,7 @@ impl Running {
     /// As [`end`](Self::end), but accepts clients for `--min-sigterm-delay` before.
     pub async fn end_after_delay(self, hurry: impl Future<Output = ()>) {
         let mut hurry = pin!(hurry);
-        let delay = self.ending.delay;
+        let delay = self.ending.borrow().delay;
         if !delay.is_zero() {
             tracing::info!(?delay, "told to end; accepting clients a while longer");
             tokio::select! {
@@ -145,32 +153,36 @@ impl Running {
 
     /// Refuses new clients, lets work under way finish within the grace time or until `hurry`, then ends what is left.
     pub async fn end(self, hurry: impl Future<Output = ()>) {
-        let grace = self.ending.grace;
+        let grace = self.grace();
         self.end_within(grace, hurry).await;
     }
 
     /// As [`end`](Self::end), with another grace time.
     pub async fn end_within(self, grace: Duration, hurry: impl Future<Output = ()>) {
-        tracing::info!(sessions = self.clients.len(), ?grace, "shutting down");
+        tracing::info!(
+            sessions = self.shared.clients.len(),
+            ?grace,
+            "shutting down"
+        );
         self.health.set_draining();
-        self.shutdown.drain();
+        self.shared.shutdown.drain();
         // The accept loops run until the cut, so that late clients are told why they are refused.
-        self.clients.close();
+        self.shared.clients.close();
         tokio::select! {
-            () = self.clients.wait() => {}
+            () = self.shared.clients.wait() => {}
             () = sleep(grace) => {}
             () = hurry => {}
         }
-        self.shutdown.cut();
-        let cut = timeout(HELPERS_END, self.clients.wait()).await;
-        self.stop.cancel();
-        self.helpers.close();
+        self.shared.shutdown.cut();
+        let cut = timeout(HELPERS_END, self.shared.clients.wait()).await;
+        self.shared.stop.cancel();
+        self.shared.helpers.close();
         let http = async {
             if let Some(http) = self.http {
                 http.ended().await;
             }
         };
-        let helpers = async { tokio::join!(self.helpers.wait(), http) };
+        let helpers = async { tokio::join!(self.shared.helpers.wait(), http) };
         let _ = timeout(HELPERS_END, helpers).await;
         tracing::info!(complete = cut.is_ok(), "shut down");
     }
@@ -192,13 +204,6 @@ async fn log_in(route: Route, terms: Terms) -> Result<(), Refusal> {
     };
     let _ = timeout(HELPERS_END, goodbye).await;
     Ok(())
-}
-
-fn no_endpoint() -> Refusal {
-    Refusal {
-        report: Report::new(sqlstate::CANNOT_CONNECT, "no endpoint is configured"),
-        reason: reason::OTHER,
-    }
 }
 
 fn no_way() -> Refusal {

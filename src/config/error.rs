@@ -15,13 +15,14 @@ pub enum ConfigError {
         source: std::io::Error,
     },
     /// The file is not what it should be.
-    #[error("in the configuration file `{}`", path.display())]
+    #[error("in the configuration file `{}`, line {line}: {message}", path.display())]
     Parse {
         /// Which.
         path: PathBuf,
-        /// Where and why, with the line drawn.
-        #[source]
-        source: Box<toml::de::Error>,
+        /// Where, counted from 1.
+        line: usize,
+        /// Why.
+        message: String,
     },
     /// A credential names a variable that is not set.
     #[error("the endpoint `{endpoint}` takes its password from {variable}, which is not set")]

@@ -20,8 +20,53 @@ pub fn read(path: &Path) -> Result<Settings, ConfigError> {
         path: path.to_owned(),
         source,
     })?;
-    toml::from_str(&text).map_err(|source| ConfigError::Parse {
+    toml::from_str(&text).map_err(|error| ConfigError::Parse {
         path: path.to_owned(),
-        source: Box::new(source),
+        line: line_of(&text, &error),
+        message: message_of(&error),
     })
+}
+
+fn line_of(text: &str, error: &toml::de::Error) -> usize {
+    let begins = error.span().map_or(0, |span| span.start);
+    let before = text.get(..begins).unwrap_or_default();
+    before.matches('\n').count().saturating_add(1)
+}
+
+/// One line, without the names of all the settings that there are.
+fn message_of(error: &toml::de::Error) -> String {
+    let message = error.message();
+    let said = message.split(", expected one of").next();
+    said.unwrap_or(message).replace('\n', "; ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_mistake_is_said_in_one_line_with_its_place() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("p.toml");
+        for (text, said) in [
+            ("port = 1\n\nprot = 2\n", "line 3: unknown field `prot`"),
+            ("port = \n", "line 1: "),
+            (
+                "\n[[endpoint]]\nname = 3\n",
+                "line 3: invalid type: integer `3`",
+            ),
+            (
+                "port = 1\nconnect_timeout = \"soon\"",
+                "line 2: `soon` is not a length of time",
+            ),
+        ] {
+            fs::write(&path, text).unwrap();
+            let error = read(&path).unwrap_err().to_string();
+            assert!(error.contains(said), "{error}");
+            assert!(
+                error.contains("p.toml`, line ") && error.len() < 300 && !error.contains('\n'),
+                "{error}"
+            );
+        }
+    }
 }

@@ -1,6 +1,7 @@
 //! Settings, resolved once: flag > `LAKEBASE_PROXY_*` > file > the environment's own names and defaults. No other room
 //! reads the environment.
 
+mod change;
 mod endpoint;
 mod environment;
 mod error;
@@ -8,6 +9,7 @@ mod file;
 mod listen;
 mod resolve;
 mod settings;
+mod source;
 mod tables;
 #[cfg(test)]
 mod tests;
@@ -19,12 +21,14 @@ use secrecy::SecretString;
 
 pub(crate) use self::resolve::{ADMIN_PORT, HTTP_PORT};
 pub use self::{
+    change::Change,
     endpoint::{CredentialSetting, EndpointSettings, ListenSetting},
     environment::Environment,
     error::ConfigError,
     file::read,
     resolve::DEFAULT_DATABASE,
     settings::Settings,
+    source::Source,
     values::{AddressSetting, DurationSetting, ModeSetting, PortSetting},
 };
 use crate::{
@@ -38,6 +42,10 @@ use crate::{
 
 /// Everything the program needs to know.
 #[derive(Clone, Debug)]
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "switches that have nothing to do with each other"
+)]
 pub struct Config {
     /// What clients are connected to, and where; at least one.
     pub endpoints: Vec<EndpointConfig>,
@@ -77,6 +85,8 @@ pub struct Config {
     pub exit_zero_on_sigterm: bool,
     /// What is logged, and how.
     pub log: LogOptions,
+    /// Whether the file is read again when it changes.
+    pub watch_config: bool,
 }
 
 /// One endpoint, as far as the settings say.

@@ -131,6 +131,7 @@ impl Config {
                 .map(|DurationSetting(time)| time)
                 .filter(|time| !time.is_zero()),
             exit_zero_on_sigterm: settings.exit_zero_on_sigterm.unwrap_or(false),
+            watch_config: settings.watch_config.unwrap_or(false),
             log: LogOptions {
                 filter: settings
                     .log_filter

@@ -165,10 +165,14 @@ pub struct Settings {
     #[arg(long, value_name = "FILTER", help_heading = "Logs")]
     pub log_filter: Option<String>,
 
-    /// TOML file of settings: the same names with underscores; flags and environment go before it
-    #[arg(long, value_name = "FILE")]
+    /// TOML file of settings: the same names with underscores; flags and environment go before it. SIGHUP reads it again
+    #[arg(long, value_name = "FILE", help_heading = "Settings")]
     #[serde(skip)]
     pub config_file: Option<PathBuf>,
+
+    /// Read the file of settings again when it changes, as at SIGHUP; a mounted ConfigMap included
+    #[arg(long, num_args = 0..=1, default_missing_value = "true", require_equals = true, value_name = "BOOL", help_heading = "Settings")]
+    pub watch_config: Option<bool>,
 }
 
 impl Settings {
@@ -193,6 +197,7 @@ impl Settings {
             http_port, notes, notes_address, notes_port, min_sigterm_delay, max_sigterm_delay,
             exit_zero_on_sigterm, exit_when_idle, quitquitquit, admin_port, run_connection_test,
             structured_logs, log_filter, config_file, profile,
+            watch_config,
         }
     }
 }

@@ -30,7 +30,7 @@ use self::{
 };
 use crate::{
     app::{Running, StartError},
-    config::{ConfigError, PortSetting, Settings},
+    config::{DurationSetting, Environment, PortSetting, Settings, Source},
     credential::CredentialError,
     protocol::error::Report,
     shutdown::Cause,
@@ -114,16 +114,15 @@ impl ExecError {
 
 /// The settings of a proxy that serves its child: any free port and no health port unless asked for, since two must
 /// live side by side; and the child's end is the proxy's, not its being idle.
-pub fn settings(given: Settings) -> Result<Settings, ConfigError> {
+pub fn source(mut given: Settings, environment: Environment) -> Source {
     let quiet = io::stderr().is_terminal().then(|| QUIET_FILTER.to_owned());
-    let mut settings = given.with_file()?.or(Settings {
+    given.exit_when_idle = Some(DurationSetting(Duration::ZERO));
+    Source::new(given, environment).with_defaults(Settings {
         port: Some(PortSetting::Port(0)),
         http_port: Some(PortSetting::None),
         log_filter: quiet,
         ..Settings::default()
-    });
-    settings.exit_when_idle = None;
-    Ok(settings)
+    })
 }
 
 /// A program that is yet to be started.
@@ -231,7 +230,7 @@ pub async fn run(
         && match ending.map(|(cause, _)| cause) {
             Some(Cause::Request) => true,
             Some(Cause::Terminate) => zero_on_sigterm,
-            Some(Cause::Interrupt) | None => false,
+            Some(Cause::Hangup | Cause::Interrupt) | None => false,
         };
     Ok(ExitCode::from(if is_zero { 0 } else { code }))
 }

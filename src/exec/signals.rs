@@ -13,6 +13,8 @@ use rustix::{
 };
 use tokio::signal::unix::{self, SignalKind, signal};
 
+use crate::shutdown::has_terminal;
+
 /// Passed on whoever sends them. USR1, USR2 and WINCH mean something to gunicorn, nginx and others.
 const ALWAYS: [Signal; 7] = [
     Signal::TERM,
@@ -80,10 +82,6 @@ impl Signals {
 pub(super) fn terminal_is_ours() -> bool {
     File::open("/dev/tty")
         .is_ok_and(|terminal| tcgetpgrp(&terminal).is_ok_and(|foreground| foreground == getpgrp()))
-}
-
-fn has_terminal() -> bool {
-    File::open("/dev/tty").is_ok()
 }
 
 /// The signals ignored now, a bit each from 1 on; none where the system does not tell.

@@ -85,6 +85,11 @@ pub enum LogError {
     },
 }
 
+/// Whether a filter could be put in force.
+pub fn check_filter(filter: &str) -> Result<(), LogError> {
+    parse(filter).map(drop)
+}
+
 /// Sets up the process's log, once.
 pub fn init(options: &LogOptions) -> Result<LogHandle, LogError> {
     let (filter, handle) = reload::Layer::new(parse(&options.filter)?);

@@ -53,6 +53,10 @@ pub const CREDENTIAL_MINTED: &str = "credential_minted_timestamp_seconds";
 pub const CREDENTIAL_NEXT_REFRESH: &str = "credential_next_refresh_timestamp_seconds";
 /// How old the current credential is.
 pub const CREDENTIAL_AGE: &str = "credential_age_seconds";
+/// Attempts to reload the settings, by [`reload`].
+pub const CONFIG_RELOADS: &str = "config_reloads_total";
+/// Whether the last of them was taken.
+pub const CONFIG_LAST_RELOAD_SUCCESSFUL: &str = "config_last_reload_successful";
 /// Which build this is.
 pub const BUILD_INFO: &str = "build_info";
 
@@ -223,6 +227,18 @@ label! {
         UNAVAILABLE = "unavailable",
         /// An answer that makes no sense.
         MALFORMED = "malformed",
+    }
+}
+
+label! {
+    /// What became of an attempt to reload the settings.
+    reload {
+        /// They are in force, but for those that need a restart.
+        APPLIED = "applied",
+        /// They are what they were.
+        UNCHANGED = "unchanged",
+        /// They cannot be used; the old ones stay.
+        REFUSED = "refused",
     }
 }
 

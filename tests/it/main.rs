@@ -36,6 +36,7 @@ mod process;
 mod reference;
 mod refresh;
 mod relay;
+mod reload;
 mod replication;
 mod secrecy;
 mod shutdown;

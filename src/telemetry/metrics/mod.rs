@@ -8,7 +8,7 @@ mod process;
 
 use std::{
     collections::HashMap,
-    sync::{Arc, PoisonError},
+    sync::{Arc, PoisonError, atomic::Ordering},
 };
 
 use prometheus::{
@@ -71,6 +71,12 @@ pub struct Metrics {
     pub credential_minted: Gauge,
     /// Unix time at which the next credential will be asked for; 0 where none will.
     pub credential_next_refresh: Gauge,
+    /// Attempts to reload the settings, by [`names::reload`].
+    pub config_reloads: IntCounterVec,
+    /// 1 unless the last of them was refused.
+    pub config_last_reload_successful: IntGauge,
+    /// Tells the endpoint's registry from the others.
+    number: u64,
     process: Arc<ProcessMetrics>,
 }
 
@@ -232,6 +238,9 @@ impl Metrics {
                     "Unix time at which the next database credential will be asked for; 0 where none will.",
                 ),
             )?,
+            config_reloads: process.config_reloads.clone(),
+            config_last_reload_successful: process.config_last_reload_successful.clone(),
+            number: process.endpoints_ever.fetch_add(1, Ordering::Relaxed),
             process: Arc::clone(process),
         };
         let credential_age = add(
@@ -253,6 +262,7 @@ impl Metrics {
                 .with_label_values(&[names::outcome::FAILED, class]);
         }
         let shown = EndpointRegistry {
+            number: metrics.number,
             registry: ours,
             credential_minted,
             credential_age,
@@ -263,6 +273,16 @@ impl Metrics {
             .unwrap_or_else(PoisonError::into_inner)
             .push(shown);
         Ok(Arc::new(metrics))
+    }
+
+    /// The endpoint is no more: [`render`](Self::render) does not show it.
+    pub fn retire(&self) {
+        let mut endpoints = self
+            .process
+            .endpoints
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        endpoints.retain(|shown| shown.number != self.number);
     }
 
     /// Everything of the process, all endpoints included, in the Prometheus text format.
@@ -377,6 +397,9 @@ mod tests {
             other.render().contains("{endpoint=\"a\"}"),
             "each shows all"
         );
+        one.retire();
+        let text = other.render();
+        assert!(!text.contains("endpoint=\"a\"") && text.contains("endpoint=\"b\""));
     }
 
     #[test]

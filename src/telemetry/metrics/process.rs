@@ -2,16 +2,16 @@
 
 use std::{
     collections::{BTreeMap, btree_map::Entry},
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, PoisonError, atomic::AtomicU64},
     time::{SystemTime, UNIX_EPOCH},
 };
 
 use prometheus::{
-    Encoder, Gauge, GaugeVec, HistogramOpts, HistogramVec, IntCounter, IntGauge, Opts, Registry,
-    TextEncoder, exponential_buckets, proto::MetricFamily,
+    Encoder, Gauge, GaugeVec, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge,
+    Opts, Registry, TextEncoder, exponential_buckets, proto::MetricFamily,
 };
 
-use super::make::{add, histograms};
+use super::make::{add, counters, histograms};
 use crate::telemetry::names;
 
 /// What is counted once for the whole process, and where each endpoint's own metrics are found at a scrape.
@@ -20,10 +20,15 @@ pub(super) struct ProcessMetrics {
     pub(super) clients_limit: IntGauge,
     pub(super) mint_seconds: HistogramVec,
     pub(super) session_panics: IntCounter,
+    pub(super) config_reloads: IntCounterVec,
+    pub(super) config_last_reload_successful: IntGauge,
     pub(super) endpoints: Mutex<Vec<EndpointRegistry>>,
+    /// How many endpoints there have been.
+    pub(super) endpoints_ever: AtomicU64,
 }
 
 pub(super) struct EndpointRegistry {
+    pub(super) number: u64,
     pub(super) registry: Registry,
     pub(super) credential_minted: Gauge,
     pub(super) credential_age: Gauge,
@@ -75,8 +80,27 @@ impl ProcessMetrics {
                     "Sessions ended by a panic; each one is a defect of the proxy.",
                 ),
             )?,
+            config_reloads: counters(
+                &ours,
+                names::CONFIG_RELOADS,
+                "Attempts to reload the settings, by outcome.",
+                "outcome",
+                names::reload::ALL,
+            )?,
+            config_last_reload_successful: {
+                let gauge = add(
+                    &ours,
+                    IntGauge::new(
+                        names::CONFIG_LAST_RELOAD_SUCCESSFUL,
+                        "1 unless the last attempt to reload the settings was refused.",
+                    ),
+                )?;
+                gauge.set(1);
+                gauge
+            },
             registries: [ours, system],
             endpoints: Mutex::default(),
+            endpoints_ever: AtomicU64::new(0),
         }))
     }
 

@@ -1,0 +1,82 @@
+//! The endpoints of this process, as they are now: a reload adds some and takes others away.
+
+use std::{net::SocketAddr, sync::Arc};
+
+use arc_swap::ArcSwap;
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    config::EndpointConfig, credential::CredentialCell, listener::Bound, session::Sessions,
+    tls::Fingerprint,
+};
+
+/// One endpoint that is served.
+pub struct Served {
+    /// What the settings say of it.
+    pub config: EndpointConfig,
+    /// Where its clients connect.
+    pub bound: Bound,
+    /// What its sessions share: the way there, the counts.
+    pub sessions: Arc<Sessions>,
+    /// Its credential.
+    pub credentials: CredentialCell,
+    /// The roots that its certificate was last verified by.
+    pub(super) roots: ArcSwap<Option<Fingerprint>>,
+    /// Ends what is done for it in the background.
+    pub(super) stop: CancellationToken,
+}
+
+/// All that are served, in the order of the settings; cheap to clone. One that the settings no longer name is among them
+/// until its last session has gone.
+#[derive(Clone, Default)]
+pub struct Endpoints(Arc<ArcSwap<Vec<Arc<Served>>>>);
+
+impl Endpoints {
+    /// Those of this moment; takes no lock.
+    pub fn now(&self) -> Arc<Vec<Arc<Served>>> {
+        self.0.load_full()
+    }
+
+    /// The first.
+    pub fn first(&self) -> Option<Arc<Served>> {
+        self.now().first().map(Arc::clone)
+    }
+
+    /// Whether logins can work anywhere, and if not, why.
+    pub fn any_ready(&self) -> Result<(), String> {
+        let mut why = String::new();
+        for served in &*self.now() {
+            let status = served.credentials.status();
+            if status.state.is_valid() {
+                return Ok(());
+            }
+            if let (true, Some(error)) = (why.is_empty(), &status.last_error) {
+                why = format!(": {error}");
+            }
+        }
+        Err(format!("no valid database credential{why}"))
+    }
+
+    /// Every address this process takes Postgres clients at.
+    pub(super) fn addresses(&self) -> Vec<SocketAddr> {
+        let now = self.now();
+        let addresses = now.iter().flat_map(|served| served.bound.tcp.iter());
+        addresses.copied().collect()
+    }
+
+    pub(super) fn add(&self, served: &Arc<Served>) {
+        self.0.rcu(|list| {
+            let mut list = Vec::clone(list);
+            list.push(Arc::clone(served));
+            list
+        });
+    }
+
+    pub(super) fn remove(&self, served: &Arc<Served>) {
+        self.0.rcu(|list| {
+            let mut list = Vec::clone(list);
+            list.retain(|other| !Arc::ptr_eq(other, served));
+            list
+        });
+    }
+}

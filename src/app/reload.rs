@@ -1,0 +1,284 @@
+//! Changing the settings of a program that serves: read and checked first, then put in force, or not at all.
+
+use std::{sync::Arc, time::Duration};
+
+use tokio::{
+    sync::watch,
+    time::{Instant, sleep},
+};
+
+use super::{
+    Ending, Served, StartError,
+    gate::{self, Gate},
+    locate::security,
+    running::Running,
+    shared::Shared,
+    watch::Watch,
+};
+use crate::{
+    config::{Change, Config, ConfigError, EndpointConfig, Source},
+    listener::Listener,
+    shutdown::{Hangup, Phase},
+    telemetry::{
+        LogError, LogHandle, chain,
+        logging::check_filter,
+        names::reload::{APPLIED, REFUSED, UNCHANGED},
+    },
+    tls::Fingerprint,
+    upstream::{Endpoint, Security},
+};
+
+/// How long a listener that was told to close may take.
+const CLOSES_WITHIN: Duration = Duration::from_secs(1);
+
+/// Puts settings in force while the program runs.
+pub struct Reloader {
+    shared: Arc<Shared>,
+    ending: watch::Sender<Ending>,
+    source: Source,
+    config: Config,
+    log: Option<LogHandle>,
+}
+
+/// What a reload has done.
+#[derive(Clone, Debug)]
+pub enum Reloaded {
+    /// What could be put in force is.
+    Applied(Box<Change>),
+    /// Nothing, since nothing is new.
+    Unchanged,
+}
+
+/// Why the settings stay as they are.
+#[derive(Debug, thiserror::Error)]
+pub enum RefusedReload {
+    /// They cannot be meant.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The log filter cannot be meant.
+    #[error(transparent)]
+    Log(#[from] LogError),
+    /// It is too late.
+    #[error("the proxy is shutting down")]
+    ShuttingDown,
+    /// They cannot be carried out.
+    #[error(transparent)]
+    Start(#[from] StartError),
+}
+
+impl RefusedReload {
+    /// What to do about it.
+    pub fn hint(&self) -> Option<String> {
+        match self {
+            Self::Config(error) => error.hint().map(str::to_owned),
+            Self::Start(error) => error.hint(),
+            Self::Log(_) | Self::ShuttingDown => None,
+        }
+    }
+}
+
+/// Everything that could fail has been done.
+struct Prepared {
+    added: Vec<Gate>,
+    back: Vec<Arc<Served>>,
+    roots: Vec<(Arc<Served>, Option<Fingerprint>, Security)>,
+}
+
+impl Running {
+    /// What changes this program's settings, which are `config` now.
+    pub fn reloader(&self, source: Source, config: Config) -> Reloader {
+        Reloader {
+            shared: Arc::clone(&self.shared),
+            ending: self.ending.clone(),
+            source,
+            config,
+            log: self.log.clone(),
+        }
+    }
+
+    /// Reloads at each hangup and, with `--watch-config`, when a file changes, from now to the end.
+    pub fn reload_on(&self, mut reloader: Reloader, mut hangup: Option<Hangup>) {
+        let stop = self.shared.stop.clone();
+        let is_watching = reloader.config.watch_config;
+        let reloading = async move {
+            let files = reloader.source.files(&reloader.config);
+            let mut watch = Watch::new(files.clone()).await;
+            loop {
+                tokio::select! {
+                    () = next(&mut hangup) => {}
+                    () = watch.changed(), if is_watching => {}
+                }
+                // From before it is read, so that no later change is missed.
+                watch = Watch::new(files.clone()).await;
+                // Told to the log and the metrics.
+                let _ = reloader.reload().await;
+            }
+        };
+        self.shared
+            .helpers
+            .spawn(async move { stop.run_until_cancelled(reloading).await });
+    }
+}
+
+impl Reloader {
+    /// Reads the settings again and puts in force what differs. Not cancel safe.
+    pub async fn reload(&mut self) -> Result<Reloaded, RefusedReload> {
+        let outcome = self.attempt().await;
+        let metrics = &self.shared.metrics;
+        let label = match &outcome {
+            Ok(Reloaded::Applied(change)) => {
+                told(change);
+                APPLIED
+            }
+            Ok(Reloaded::Unchanged) => {
+                tracing::info!("settings read again; nothing has changed");
+                UNCHANGED
+            }
+            Err(error) => {
+                tracing::error!(error = %chain(error), hint = error.hint(), "settings not reloaded, the old ones stay in force");
+                REFUSED
+            }
+        };
+        metrics.config_reloads.with_label_values(&[label]).inc();
+        metrics
+            .config_last_reload_successful
+            .set(i64::from(outcome.is_ok()));
+        outcome
+    }
+
+    async fn attempt(&mut self) -> Result<Reloaded, RefusedReload> {
+        if self.shared.shutdown.phase() != Phase::Serving {
+            return Err(RefusedReload::ShuttingDown);
+        }
+        let mut change = self.config.change_to(self.source.load()?);
+        check_filter(&change.config.log.filter)?;
+        let prepared = self.prepare(&change).await?;
+        if !prepared.roots.is_empty() {
+            change.applied.push("PGSSLROOTCERT");
+        }
+        if change.is_empty() {
+            return Ok(Reloaded::Unchanged);
+        }
+        self.commit(&change, prepared);
+        Ok(Reloaded::Applied(Box::new(change)))
+    }
+
+    /// Binds, reads and checks; nothing is in force after a failure.
+    async fn prepare(&self, change: &Change) -> Result<Prepared, StartError> {
+        let mut prepared = Prepared {
+            added: Vec::new(),
+            back: Vec::new(),
+            roots: Vec::new(),
+        };
+        let served = self.shared.endpoints.now();
+        for served in served.iter().filter(|one| !one.sessions.door.is_leaving()) {
+            let roots = gate::roots(&served.config);
+            let is_new =
+                gate::has_roots_of_its_own(&served.config) && roots != **served.roots.load();
+            if is_new && let Some(upstream) = served.sessions.route.found() {
+                let security = security(&served.config.tls, &upstream.endpoint().host)?;
+                prepared.roots.push((Arc::clone(served), roots, security));
+            }
+        }
+        for endpoint in &change.added {
+            let before = served.iter().find(|served| {
+                served.sessions.door.is_leaving() && served.config.is_same(endpoint)
+            });
+            if let Some(before) = before
+                && before.config.is_equal(endpoint)
+                && !before.sessions.door.is_shut().is_cancelled()
+            {
+                prepared.back.push(Arc::clone(before));
+                continue;
+            }
+            let listener = match before {
+                Some(before) => take_over(before, endpoint).await?,
+                None => Listener::bind(&endpoint.listen)?,
+            };
+            let metrics = self.shared.metrics.of_another(endpoint.called())?;
+            let gate = self
+                .shared
+                .gate(endpoint.clone(), listener, Arc::clone(&metrics));
+            prepared.added.push(gate.inspect_err(|_| metrics.retire())?);
+        }
+        Ok(prepared)
+    }
+
+    fn commit(&mut self, change: &Change, prepared: Prepared) {
+        let Prepared { added, back, roots } = prepared;
+        if let Some(log) = &self.log
+            && change.config.log.filter != self.config.log.filter
+            && let Err(error) = log.set_filter(&change.config.log.filter)
+        {
+            tracing::warn!(error = %chain(&error), "the log filter cannot be changed");
+        }
+        self.shared.apply(&change.config);
+        self.ending.send_replace(Ending::new(&change.config));
+        for (served, fingerprint, security) in roots {
+            if let Some(upstream) = served.sessions.route.found() {
+                let endpoint = Endpoint::clone(&upstream.endpoint());
+                upstream.redirect(Endpoint {
+                    security,
+                    ..endpoint
+                });
+                served.roots.store(Arc::new(fingerprint));
+            }
+        }
+        let served = self.shared.endpoints.now();
+        for endpoint in &change.removed {
+            let mut staying = served
+                .iter()
+                .filter(|served| !served.sessions.door.is_leaving());
+            if let Some(served) = staying.find(|served| served.config.is_same(endpoint)) {
+                served.sessions.door.leave();
+            }
+        }
+        for served in back {
+            // Whose last session has gone in this very moment is missed at the next reload, and bound anew.
+            served.sessions.door.stay();
+        }
+        for gate in added {
+            self.shared.endpoints.add(&gate.served);
+            gate.start(&self.shared);
+        }
+        self.config = change.config.clone();
+    }
+}
+
+/// Binds where an endpoint that is no longer named still listens.
+async fn take_over(before: &Served, endpoint: &EndpointConfig) -> Result<Listener, StartError> {
+    before.sessions.door.shut();
+    let deadline = Instant::now() + CLOSES_WITHIN;
+    loop {
+        match Listener::bind(&endpoint.listen) {
+            Err(_) if Instant::now() < deadline => sleep(Duration::from_millis(5)).await,
+            result => return Ok(result?),
+        }
+    }
+}
+
+/// One line about what has changed, and one about what has not.
+fn told(change: &Change) {
+    let names = |endpoints: &[EndpointConfig]| {
+        let names: Vec<&str> = endpoints.iter().map(EndpointConfig::called).collect();
+        (!names.is_empty()).then(|| names.join(", "))
+    };
+    let applied = (!change.applied.is_empty()).then(|| change.applied.join(", "));
+    let (added, removed) = (names(&change.added), names(&change.removed));
+    if applied.is_some() || added.is_some() || removed.is_some() {
+        tracing::info!(applied, added, removed, "settings reloaded");
+    }
+    if !change.restart.is_empty() {
+        tracing::warn!(
+            settings = change.restart.join(", "),
+            "settings have changed that need a restart; they stay as they were"
+        );
+    }
+}
+
+async fn next(hangup: &mut Option<Hangup>) {
+    match hangup {
+        Some(hangup) => hangup.next().await,
+        None => std::future::pending().await,
+    }
+}

@@ -1,0 +1,149 @@
+//! What all endpoints of the process have in common, and the making of one more.
+
+use std::sync::{Arc, OnceLock, atomic::AtomicU64};
+
+use arc_swap::ArcSwap;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+use super::{
+    StartError,
+    endpoints::{Endpoints, Served},
+    gate::{self, Gate, LookUp},
+    source::Access,
+};
+use crate::{
+    clock::Clock,
+    config::{Config, EndpointConfig},
+    credential::CredentialCell,
+    listener::Listener,
+    session::{Door, Entrance, Policies, Policy, Presence, Roster, Seats, Sessions},
+    shutdown::Shutdown,
+    telemetry::Metrics,
+    tls::{self, Roots},
+    upstream::{Label, Route, Terms},
+    workspace::{self, Workspace},
+};
+
+/// Shared by all endpoints.
+pub(super) struct Shared {
+    pub(super) endpoints: Endpoints,
+    pub(super) policies: Policies,
+    pub(super) shutdown: Shutdown,
+    pub(super) presence: Presence,
+    pub(super) roster: Arc<Roster>,
+    /// Of the first endpoint; it renders the others with it.
+    pub(super) metrics: Arc<Metrics>,
+    /// The sessions, and what comes before them.
+    pub(super) clients: TaskTracker,
+    /// Everything else.
+    pub(super) helpers: TaskTracker,
+    /// Ends the helpers.
+    pub(super) stop: CancellationToken,
+    clock: Clock,
+    entrance: Arc<Entrance>,
+    seats: Seats,
+    ids: Arc<AtomicU64>,
+    workspace: OnceLock<Workspace>,
+    workspace_settings: workspace::Settings,
+}
+
+/// What sessions go by, as the settings have it.
+fn policy(config: &Config) -> Policy {
+    Policy {
+        database_mapping: config.database_mapping,
+        client_login_timeout: config.client_login_timeout,
+        max_connections: config.max_connections,
+        terms: Terms {
+            limits: config.limits,
+            keepalive: config.keepalive,
+        },
+    }
+}
+
+impl Shared {
+    pub(super) fn new(config: &Config) -> Result<Self, StartError> {
+        let first = config.endpoints.first();
+        let shared = Self {
+            endpoints: Endpoints::default(),
+            policies: Policies::new(policy(config)),
+            shutdown: Shutdown::new(),
+            presence: Presence::default(),
+            roster: Arc::default(),
+            metrics: Metrics::of_endpoint(first.map_or("", EndpointConfig::called))?,
+            clients: TaskTracker::new(),
+            helpers: TaskTracker::new(),
+            stop: CancellationToken::new(),
+            clock: Clock::system(),
+            entrance: Arc::new(Entrance {
+                allowed_uids: config.allowed_uids.clone(),
+            }),
+            seats: Seats::default(),
+            ids: Arc::default(),
+            workspace: OnceLock::new(),
+            workspace_settings: config.workspace.clone(),
+        };
+        shared.apply(config);
+        Ok(shared)
+    }
+
+    /// Puts the settings in force that sessions go by.
+    pub(super) fn apply(&self, config: &Config) {
+        self.policies.set(policy(config));
+        let limit = i64::try_from(config.max_connections).unwrap_or(i64::MAX);
+        self.metrics.clients_limit.set(limit);
+    }
+
+    /// One more endpoint, with its listener bound.
+    pub(super) fn gate(
+        &self,
+        config: EndpointConfig,
+        listener: Listener,
+        metrics: Arc<Metrics>,
+    ) -> Result<Gate, StartError> {
+        let access = Access::new(&config.credential, || self.workspace())?;
+        let (finder, route) = Route::to(Label::new(config.called()));
+        let sessions = Arc::new(Sessions {
+            route,
+            policies: self.policies.clone(),
+            entrance: Arc::clone(&self.entrance),
+            seats: self.seats.clone(),
+            door: Door::new(self.shutdown.cutting().child_token()),
+            cancels: Arc::default(),
+            shutdown: self.shutdown.clone(),
+            metrics,
+            presence: self.presence.clone(),
+            roster: Arc::clone(&self.roster),
+            ids: Arc::clone(&self.ids),
+        });
+        let served = Served {
+            bound: listener.bound().clone(),
+            roots: ArcSwap::from_pointee(gate::roots(&config)),
+            config,
+            sessions,
+            credentials: CredentialCell::new(self.clock.clone()),
+            stop: self.stop.child_token(),
+        };
+        Ok(Gate {
+            served: Arc::new(served),
+            access,
+            listener,
+            finder,
+            look_up: LookUp::Open,
+        })
+    }
+
+    /// The workspace, which is opened where an endpoint needs one.
+    fn workspace(&self) -> Result<Workspace, StartError> {
+        if let Some(workspace) = self.workspace.get() {
+            return Ok(workspace.clone());
+        }
+        let tls = tls::client_config(&Roots::System, tls::ALPN_HTTP_1_1)?;
+        let workspace = Workspace::new(
+            self.workspace_settings.clone(),
+            &tls,
+            self.clock.clone(),
+            Arc::clone(&self.metrics),
+        )?;
+        Ok(self.workspace.get_or_init(|| workspace).clone())
+    }
+}

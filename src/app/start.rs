@@ -1,0 +1,133 @@
+//! Setting a bound program going.
+
+use std::{future::pending, sync::Arc, time::Duration};
+
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+use super::{App, Ending, Running, StartError};
+use crate::{
+    admin::{self, Admin, Health},
+    listener::Bound,
+    session::Presence,
+};
+
+impl App {
+    /// Starts everything.
+    pub fn start(self) -> Result<Running, StartError> {
+        let Self {
+            gates,
+            http,
+            notes,
+            admin,
+            addresses,
+            shared,
+            ending,
+            run_connection_test,
+            log,
+        } = self;
+        let Some(first) = gates.first().map(|gate| Arc::clone(&gate.served)) else {
+            return Err(StartError::NoEndpoint);
+        };
+        let (helpers, stop) = (&shared.helpers, &shared.stop);
+        let endpoints = shared.endpoints.clone();
+        let health = Arc::new(Health::new(move || endpoints.any_ready()));
+        let heart = (Arc::clone(&health), stop.clone());
+        helpers.spawn(async move { heart.0.beat(&heart.1).await });
+        let http = http
+            .map(|listener| {
+                Admin::spawn(
+                    listener,
+                    Arc::clone(&shared.metrics),
+                    Arc::clone(&health),
+                    log.clone(),
+                    stop.clone(),
+                )
+            })
+            .transpose()?;
+        if let Some(log) = log.clone() {
+            let stop = stop.clone();
+            helpers.spawn(async move {
+                stop.run_until_cancelled(log.summarize()).await;
+            });
+        }
+        for gate in gates {
+            gate.start(&shared);
+        }
+        #[cfg(feature = "notes")]
+        if let Some(listener) = notes {
+            let way = addresses.endpoints.first().and_then(Bound::way);
+            let stop = stop.clone();
+            match way.map(crate::notes::NotesOptions::new) {
+                Some(options) => {
+                    helpers.spawn(async move {
+                        if let Err(error) = crate::notes::serve(listener, options, stop).await {
+                            tracing::error!(%error, "the notes page has ended");
+                        }
+                    });
+                }
+                None => tracing::error!(
+                    "the notes page has no way in; hint: name the inherited Unix socket .s.PGSQL.<port>"
+                ),
+            }
+        }
+        #[cfg(not(feature = "notes"))]
+        drop(notes);
+        let asked = CancellationToken::new();
+        if let Some(listener) = admin {
+            helpers.spawn(admin::quit::serve(listener, asked.clone(), stop.clone()));
+        }
+        let ending = watch::Sender::new(ending);
+        let (idle, over) = (asked.clone(), stop.clone());
+        let until_idle = until_idle(shared.presence.clone(), ending.subscribe());
+        helpers.spawn(async move {
+            if let Some(time) = over.run_until_cancelled(until_idle).await {
+                tracing::info!(?time, "no client for this long; ending (--exit-when-idle)");
+                idle.cancel();
+            }
+        });
+        if let Some(address) = addresses.admin {
+            tracing::info!(%address, "answering /quitquitquit");
+        }
+        if let Some(address) = addresses.http {
+            tracing::info!(%address, "serving health and metrics");
+        }
+        if let Some(address) = addresses.notes {
+            tracing::info!(%address, "serving the notes page");
+        }
+        if !run_connection_test {
+            health.set_started();
+        }
+        Ok(Running {
+            addresses,
+            shared: Arc::clone(&shared),
+            first,
+            health,
+            http,
+            asked,
+            ending,
+            run_connection_test,
+            log,
+        })
+    }
+}
+
+/// Returns when there has been no client for as long as the settings say, if they do. Cancel safe.
+async fn until_idle(presence: Presence, mut ending: watch::Receiver<Ending>) -> Duration {
+    loop {
+        let when_idle = ending.borrow_and_update().when_idle;
+        let idle = async {
+            match when_idle {
+                Some(time) => {
+                    presence.gone_for(time).await;
+                    time
+                }
+                None => pending().await,
+            }
+        };
+        tokio::select! {
+            time = idle => return time,
+            Ok(_) = ending.wait_for(|ending| ending.when_idle != when_idle) => {}
+        }
+    }
+}

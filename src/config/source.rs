@@ -1,0 +1,56 @@
+//! Where the settings come from, so that they can be had again.
+
+use std::path::{Path, PathBuf};
+
+use super::{Config, ConfigError, Environment, Settings, TlsMode};
+use crate::tls::Roots;
+
+/// The layers as they were at the start; only the file may say something else the next time.
+#[derive(Clone, Debug)]
+pub struct Source {
+    flags: Settings,
+    defaults: Settings,
+    environment: Environment,
+}
+
+impl Source {
+    /// Flags (with `LAKEBASE_PROXY_*`) and the environment; the flags may name a file.
+    pub fn new(flags: Settings, environment: Environment) -> Self {
+        Self {
+            flags,
+            defaults: Settings::default(),
+            environment,
+        }
+    }
+
+    /// With other defaults than the program's own, below the file.
+    #[must_use]
+    pub fn with_defaults(mut self, defaults: Settings) -> Self {
+        self.defaults = defaults;
+        self
+    }
+
+    /// Puts the layers together, the file as it is now.
+    pub fn load(&self) -> Result<Config, ConfigError> {
+        let settings = self.flags.clone().with_file()?.or(self.defaults.clone());
+        Config::resolve(settings, self.environment.clone())
+    }
+
+    /// The file, if there is one.
+    pub fn file(&self) -> Option<&Path> {
+        self.flags.config_file.as_deref()
+    }
+
+    /// Every file that a reload reads.
+    pub fn files(&self, config: &Config) -> Vec<PathBuf> {
+        let mut files: Vec<PathBuf> = self.file().map(Path::to_owned).into_iter().collect();
+        for endpoint in &config.endpoints {
+            if let TlsMode::Verified(Roots::File(path)) = &endpoint.tls
+                && !files.contains(path)
+            {
+                files.push(path.clone());
+            }
+        }
+        files
+    }
+}

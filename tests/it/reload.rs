@@ -1,0 +1,527 @@
+//! Settings that change while the proxy serves: who notices, and who must not.
+
+use std::{
+    fs,
+    net::SocketAddr,
+    os::unix::fs::symlink,
+    path::{Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
+};
+
+use lakebase_proxy::{
+    app::{App, RefusedReload, Reloaded, Reloader, Running},
+    config::{Change, Environment, PortSetting, Settings, Source},
+    emulator::Emulator,
+    protocol::error::ErrorFields,
+};
+use tempfile::TempDir;
+use tokio::{task::JoinSet, time::Instant};
+
+use crate::harness::{
+    self, PATIENCE,
+    binary::Binary,
+    eventually, until_running,
+    wire::{Wire, cancel, text},
+    within,
+};
+
+/// A proxy with a file of settings, in this process.
+struct House {
+    running: Running,
+    reloader: Reloader,
+    file: PathBuf,
+    _directory: TempDir,
+}
+
+impl House {
+    async fn start(emulator: &Emulator, file: &str) -> Self {
+        Self::with(emulator, file, &[]).await
+    }
+
+    async fn with(emulator: &Emulator, text: &str, variables: &[(&str, &str)]) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("proxy.toml");
+        fs::write(&file, text).unwrap();
+        let flags = Settings {
+            port: Some(PortSetting::Port(0)),
+            http_port: Some(PortSetting::None),
+            config_file: Some(file.clone()),
+            ..Settings::default()
+        };
+        let theirs = emulator.environment().into_iter();
+        let theirs = theirs.map(|(name, value)| (name.to_owned(), value));
+        let ours = variables.iter();
+        let ours = ours.map(|&(name, value)| (name.to_owned(), value.to_owned()));
+        let environment = Environment::from_variables(theirs.chain(ours));
+        let source = Source::new(flags, environment);
+        let config = source.load().unwrap();
+        let running = App::build(config.clone()).await.unwrap().start().unwrap();
+        let credentials = running.credentials().get(Instant::now() + PATIENCE);
+        credentials.await.unwrap();
+        Self {
+            reloader: running.reloader(source, config),
+            running,
+            file,
+            _directory: directory,
+        }
+    }
+
+    async fn reload(&mut self, text: &str) -> Result<Reloaded, RefusedReload> {
+        fs::write(&self.file, text).unwrap();
+        within("the reload", self.reloader.reload()).await
+    }
+
+    /// Reloads, and something must change.
+    async fn change(&mut self, text: &str) -> Change {
+        match self.reload(text).await.unwrap() {
+            Reloaded::Applied(change) => *change,
+            Reloaded::Unchanged => panic!("nothing has changed"),
+        }
+    }
+
+    fn address(&self) -> SocketAddr {
+        self.running.addresses().postgres.expect("by TCP")
+    }
+
+    fn reloads(&self, outcome: &str) -> u64 {
+        let counter = &self.running.metrics().config_reloads;
+        counter.with_label_values(&[outcome]).get()
+    }
+}
+
+async fn session(address: SocketAddr) -> Wire {
+    let mut wire = Wire::dial(address).await;
+    wire.startup(&[("user", "anyone")]).await;
+    wire.welcome().await;
+    wire
+}
+
+async fn refusal(address: SocketAddr) -> ErrorFields {
+    let mut wire = Wire::dial(address).await;
+    wire.startup(&[("user", "anyone")]).await;
+    wire.refusal().await
+}
+
+fn table(emulator: &Emulator, listen: u16) -> String {
+    let variables = emulator.environment();
+    let of = |wanted: &str| {
+        let found = variables.iter().find(|(name, _)| *name == wanted);
+        found.map(|(_, value)| value.clone()).unwrap()
+    };
+    format!(
+        "[[endpoint]]\nname = \"{}\"\nhost = \"{}\"\nport = {}\nuser = \"{}\"\nlisten = {listen}\n",
+        of("ENDPOINT_NAME"),
+        of("PGHOST"),
+        of("PGPORT"),
+        of("PGUSER"),
+    )
+}
+
+async fn free_port() -> u16 {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    listener.local_addr().unwrap().port()
+}
+
+#[tokio::test]
+async fn a_limit_is_for_those_who_come_after() {
+    let emulator = harness::emulator().await;
+    let mut house = House::start(&emulator, "max_connections = 2").await;
+    let mut held = [
+        session(house.address()).await,
+        session(house.address()).await,
+    ];
+    assert_eq!(refusal(house.address()).await.code, "53300");
+
+    assert_eq!(
+        house.change("max_connections = 1").await.applied,
+        ["max_connections"]
+    );
+    for wire in &mut held {
+        assert_eq!(wire.value("select 1").await, "1");
+    }
+    let refused = refusal(house.address()).await;
+    assert!(refused.message.contains("takes 1"), "{refused:?}");
+
+    house.change("max_connections = 3").await;
+    let mut third = session(house.address()).await;
+    assert_eq!(third.value("select 3").await, "3");
+    assert_eq!(house.reloads("applied"), 2);
+    house.running.end_within(PATIENCE, async {}).await;
+}
+
+#[tokio::test]
+async fn times_change_for_the_next_client() {
+    let emulator = harness::emulator().await;
+    let mut house = House::start(&emulator, "").await;
+    let change = house
+        .change("client_login_timeout = 0.05\nmax_sigterm_delay = 3\nexit_zero_on_sigterm = true")
+        .await;
+    let applied = [
+        "client_login_timeout",
+        "max_sigterm_delay",
+        "exit_zero_on_sigterm",
+    ];
+    assert_eq!(change.applied, applied);
+    let mut silent = Wire::dial(house.address()).await;
+    assert!(
+        silent
+            .refusal()
+            .await
+            .message
+            .contains("startup message in time")
+    );
+    assert_eq!(house.running.grace().as_secs(), 3);
+    assert!(house.running.is_zero_on_sigterm());
+
+    // Nobody is here, and the time begins with the reload.
+    house.change("exit_when_idle = 0.05").await;
+    within("the end", house.running.asked_to_end()).await;
+}
+
+#[tokio::test]
+async fn a_file_that_cannot_be_used_changes_nothing() {
+    let emulator = harness::emulator().await;
+    let mut house = House::start(&emulator, "max_connections = 2").await;
+    let port = house.address().port();
+    let taken = format!("max_connections = 1\n{}", table(&emulator, port).repeat(2));
+    for (file, said) in [
+        (
+            "max_connections = 1\nprot = 7",
+            "line 2: unknown field `prot`",
+        ),
+        ("max_connections = \"many\"", "line 1: "),
+        ("max_connections = 1\nlog_filter = \"x=loud\"", "`x=loud`"),
+        (
+            "max_connections = 1\naddress = \"0.0.0.0\"",
+            "other machines",
+        ),
+        (taken.as_str(), "cannot listen on"),
+    ] {
+        let error = house.reload(file).await.unwrap_err();
+        assert!(error.to_string().contains(said), "{error}");
+        assert_eq!(
+            house.running.metrics().config_last_reload_successful.get(),
+            0
+        );
+    }
+    assert_eq!(house.reloads("refused"), 5);
+    assert_eq!(house.running.endpoints().now().len(), 1);
+    let _held = [
+        session(house.address()).await,
+        session(house.address()).await,
+    ];
+
+    let same = house.reload("max_connections = 2").await.unwrap();
+    assert!(matches!(same, Reloaded::Unchanged));
+    assert_eq!(
+        house.running.metrics().config_last_reload_successful.get(),
+        1
+    );
+    let text = house.running.metrics().render();
+    assert!(
+        text.contains("lakebase_proxy_config_reloads_total{outcome=\"unchanged\"} 1"),
+        "{text}"
+    );
+}
+
+#[tokio::test]
+async fn what_needs_a_restart_is_said_by_name() {
+    let emulator = harness::emulator().await;
+    let mut house = House::start(&emulator, "").await;
+    let file = "structured_logs = true\nnotes = true\nnotes_port = 0\nmax_connections = 9";
+    let change = house.change(file).await;
+    assert_eq!(change.restart, ["notes", "structured_logs"]);
+    assert_eq!(change.applied, ["max_connections"]);
+    // Until it is restarted, each time.
+    assert_eq!(
+        house.change(file).await.restart,
+        ["notes", "structured_logs"]
+    );
+    assert_eq!(house.running.addresses().notes, None);
+}
+
+#[tokio::test]
+async fn endpoints_come_and_go_and_their_sessions_stay() {
+    let emulator = harness::emulator().await;
+    let (first, second) = (free_port().await, free_port().await);
+    let one = table(&emulator, first);
+    let both = format!("{one}{}", table(&emulator, second));
+    let mut house = House::start(&emulator, &one).await;
+    let tasks = house.running.tasks();
+    let at = |port: u16| SocketAddr::from(([127, 0, 0, 1], port));
+
+    let change = house.change(&both).await;
+    assert_eq!((change.added.len(), change.removed.len()), (1, 0));
+    let mut wire = Wire::dial(at(second)).await;
+    wire.startup(&[("user", "anyone")]).await;
+    let key = wire.welcome().await.key;
+    assert_eq!(wire.value("select 1").await, "1");
+
+    // Its session stays, and can be cancelled; others are sent away.
+    house.change(&one).await;
+    let refused = refusal(at(second)).await;
+    assert_eq!(refused.code, "57P03");
+    assert!(
+        refused.message.contains("no longer among the settings"),
+        "{refused:?}"
+    );
+    assert_eq!(wire.value("select 2").await, "2");
+    wire.send(&text('Q', "select pg_sleep(60)")).await;
+    until_running(&emulator.identities().app.name, 1).await;
+    cancel(at(second), key).await;
+    let said = wire.until('Z').await;
+    assert!(
+        said.iter()
+            .any(|said| said.tag == 'E' && said.error().code == "57014")
+    );
+
+    // It may come back while somebody is there.
+    house.change(&both).await;
+    assert_eq!(house.running.endpoints().now().len(), 2);
+    let mut another = session(at(second)).await;
+    assert_eq!(another.value("select 3").await, "3");
+
+    // In another shape it takes the place of the old one, whose sessions stay.
+    house.change(&one).await;
+    let read_only = format!("{both}database = \"postgres\"\n");
+    house.change(&read_only).await;
+    let mut third = session(at(second)).await;
+    assert_eq!(third.value("select current_database()").await, "postgres");
+    assert_eq!(wire.value("select 4").await, "4");
+
+    // With the last session goes the rest of it.
+    house.change(&one).await;
+    drop((wire, another, third));
+    eventually("the endpoints are gone", async || {
+        (house.running.endpoints().now().len() == 1).then_some(())
+    })
+    .await;
+    eventually("nobody listens", async || {
+        tokio::net::TcpStream::connect(at(second))
+            .await
+            .is_err()
+            .then_some(())
+    })
+    .await;
+    eventually("their tasks have ended", async || {
+        (house.running.tasks() == tasks).then_some(())
+    })
+    .await;
+    let mut wire = session(at(first)).await;
+    assert_eq!(wire.value("select 5").await, "5");
+}
+
+#[tokio::test]
+async fn an_endpoint_that_cannot_be_found_is_added_all_the_same() {
+    let emulator = harness::emulator().await;
+    let port = free_port().await;
+    let one = table(&emulator, 0);
+    let mut house = House::start(&emulator, &one).await;
+    let lost = format!(
+        "{one}[[endpoint]]\nname = \"projects/nowhere/branches/b/endpoints/e\"\nlisten = {port}\n"
+    );
+    house.change(&lost).await;
+    let refused = refusal(SocketAddr::from(([127, 0, 0, 1], port))).await;
+    assert!(refused.message.contains("projects/nowhere"), "{refused:?}");
+    assert_eq!(session(house.address()).await.value("select 1").await, "1");
+}
+
+#[tokio::test]
+async fn another_file_of_roots_is_for_the_next_connection() {
+    let emulator = harness::emulator().await;
+    let directory = tempfile::tempdir().unwrap();
+    let roots = directory.path().join("roots.pem");
+    fs::copy(emulator.ca_file(), &roots).unwrap();
+    let variables = [("PGSSLROOTCERT", roots.to_str().unwrap())];
+    let mut house = House::with(&emulator, "", &variables).await;
+    let mut before = session(house.address()).await;
+
+    let stranger = rcgen::generate_simple_self_signed(vec!["stranger".to_owned()]).unwrap();
+    fs::write(&roots, stranger.cert.pem()).unwrap();
+    assert_eq!(house.change("").await.applied, ["PGSSLROOTCERT"]);
+    let refused = refusal(house.address()).await;
+    assert!(refused.message.contains("certificate"), "{refused:?}");
+    assert_eq!(before.value("select 1").await, "1");
+
+    fs::write(&roots, "nothing").unwrap();
+    let error = house.reload("").await.unwrap_err();
+    assert!(matches!(error, RefusedReload::Start(_)), "{error}");
+
+    fs::copy(emulator.ca_file(), &roots).unwrap();
+    house.change("").await;
+    assert_eq!(session(house.address()).await.value("select 2").await, "2");
+    assert!(matches!(house.reload("").await, Ok(Reloaded::Unchanged)));
+}
+
+/// Clients that query without a pause, and what became of them.
+struct Load {
+    stop: Arc<AtomicBool>,
+    queries: Arc<AtomicUsize>,
+    clients: JoinSet<()>,
+}
+
+impl Load {
+    async fn start(address: SocketAddr, clients: usize) -> Self {
+        let (stop, queries) = (Arc::<AtomicBool>::default(), Arc::<AtomicUsize>::default());
+        let mut set = JoinSet::new();
+        for _ in 0..clients {
+            let mut wire = session(address).await;
+            let (stop, queries) = (Arc::clone(&stop), Arc::clone(&queries));
+            set.spawn(async move {
+                while !stop.load(Ordering::Relaxed) {
+                    assert_eq!(wire.value("select 42").await, "42");
+                    queries.fetch_add(1, Ordering::Relaxed);
+                }
+            });
+        }
+        Self {
+            stop,
+            queries,
+            clients: set,
+        }
+    }
+
+    /// Ends it; a client that was dropped on the way fails the test.
+    async fn end(mut self) -> usize {
+        self.stop.store(true, Ordering::Relaxed);
+        while let Some(client) = within("the clients", self.clients.join_next()).await {
+            client.expect("no client is dropped");
+        }
+        self.queries.load(Ordering::Relaxed)
+    }
+}
+
+fn descriptors(process: u32) -> usize {
+    fs::read_dir(format!("/proc/{process}/fd")).unwrap().count()
+}
+
+#[tokio::test]
+async fn a_hundred_reloads_under_load_drop_nobody_and_leave_nothing_behind() {
+    let emulator = harness::emulator().await;
+    let one = table(&emulator, 0);
+    let port = free_port().await;
+    let mut house = House::start(&emulator, &one).await;
+    let tasks = house.running.tasks();
+    let load = Load::start(house.address(), 8).await;
+    let second = SocketAddr::from(([127, 0, 0, 1], port));
+    for round in 0..50 {
+        let both = format!(
+            "max_connections = {}\n{one}{}",
+            100 + round,
+            table(&emulator, port)
+        );
+        assert_eq!(house.change(&both).await.added.len(), 1);
+        if round % 10 == 0 {
+            assert_eq!(session(second).await.value("select 1").await, "1");
+        }
+        assert_eq!(house.change(&one).await.removed.len(), 1);
+    }
+    assert!(load.end().await > 0);
+    assert_eq!(house.reloads("applied"), 100);
+    eventually("tasks and endpoints are what they were", async || {
+        let is_back = house.running.tasks() == tasks && house.running.endpoints().now().len() == 1;
+        is_back.then_some(())
+    })
+    .await;
+    let text = house.running.metrics().render();
+    let shown = text
+        .matches("lakebase_proxy_client_connections_opened_total{")
+        .count();
+    assert_eq!(shown, 1, "endpoints that are gone are not shown");
+}
+
+#[tokio::test]
+async fn a_hundred_hangups_under_load_leave_no_descriptor_behind() {
+    let emulator = harness::emulator().await;
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("proxy.toml");
+    let base = table(&emulator, 0);
+    fs::write(&file, format!("max_connections = 50\n{base}")).unwrap();
+    let flags = ["--config-file", file.to_str().unwrap()];
+    let mut binary = Binary::serve(&emulator, &flags).await;
+    let load = Load::start(binary.postgres, 4).await;
+    let port = free_port().await;
+    let reload = async |binary: &mut Binary, text: &str| {
+        fs::write(&file, text).unwrap();
+        binary.signal("HUP");
+        binary.until("settings reloaded").await
+    };
+    let mut before = 0;
+    for round in 0..50 {
+        let both = format!("{base}{}", table(&emulator, port));
+        let said = reload(
+            &mut binary,
+            &format!("max_connections = {}\n{both}", 60 + round),
+        )
+        .await;
+        assert!(
+            said["applied"]
+                .as_str()
+                .unwrap()
+                .contains("max_connections"),
+            "{said}"
+        );
+        reload(&mut binary, &format!("max_connections = 50\n{base}")).await;
+        if round == 0 {
+            binary.until("its last session has gone").await;
+            before = descriptors(binary.process());
+        }
+    }
+    eventually("no more descriptors than before", async || {
+        (descriptors(binary.process()) <= before).then_some(())
+    })
+    .await;
+    assert!(load.end().await > 0);
+    binary.signal("TERM");
+    assert_eq!(binary.exit_code().await, Some(143));
+}
+
+/// Writes a version of a file as the kubelet does, and turns the links to it.
+fn mount(directory: &Path, version: &str, text: &str) {
+    fs::create_dir(directory.join(version)).unwrap();
+    fs::write(directory.join(version).join("proxy.toml"), text).unwrap();
+    symlink(version, directory.join("..tmp")).unwrap();
+    fs::rename(directory.join("..tmp"), directory.join("..data")).unwrap();
+}
+
+#[tokio::test]
+async fn a_config_map_that_changes_is_read_again() {
+    let emulator = harness::emulator().await;
+    let directory = tempfile::tempdir().unwrap();
+    mount(directory.path(), "1", "max_connections = 50");
+    let file = directory.path().join("proxy.toml");
+    symlink("..data/proxy.toml", &file).unwrap();
+    let flags = ["--watch-config", "--config-file", file.to_str().unwrap()];
+    let mut binary = Binary::serve(&emulator, &flags).await;
+    mount(directory.path(), "2", "max_connections = 0.5");
+    let error = binary.until("settings not reloaded").await;
+    assert!(
+        error["error"].as_str().unwrap().contains("line 1"),
+        "{error}"
+    );
+    mount(
+        directory.path(),
+        "3",
+        "max_connections = 1\nlog_filter = \"warn,lakebase_proxy=debug\"",
+    );
+    let said = binary.until("settings reloaded").await;
+    assert_eq!(said["applied"], "max_connections, log_filter");
+    let _one = session(binary.postgres).await;
+    assert_eq!(refusal(binary.postgres).await.code, "53300");
+    binary.find("session begins").await;
+}
+
+#[tokio::test]
+async fn a_hangup_without_a_change_is_no_event() {
+    let emulator = harness::emulator().await;
+    let mut binary = Binary::serve(&emulator, &[]).await;
+    let mut wire = session(binary.postgres).await;
+    binary.signal("HUP");
+    binary.until("nothing has changed").await;
+    assert_eq!(wire.value("select 1").await, "1");
+    binary.signal("TERM");
+    assert_eq!(binary.exit_code().await, Some(143));
+}
