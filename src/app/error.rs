@@ -110,7 +110,8 @@ impl StartError {
                 "PGSSLROOTCERT is a PEM file of trusted roots, or `system`"
             }
             Self::Tls(TlsError::Unusable(_)) => {
-                "install the system's root certificates (Debian: ca-certificates), or set PGSSLROOTCERT"
+                // The workspace is verified against them, too, whatever PGSSLROOTCERT says of the endpoint.
+                "install the system's root certificates (Debian: ca-certificates), or name a PEM file of them in SSL_CERT_FILE"
             }
             Self::Test(report) => return report.hint.clone(),
             Self::Workspace(error) => return error.hint(),
