@@ -6,6 +6,7 @@ use crate::{
     admin::AdminError,
     listener::{InheritedError, ListenError, UnixError},
     protocol::error::Report,
+    session::ClientTlsError,
     tls::TlsError,
     workspace::{LocateError, WorkspaceError},
 };
@@ -33,6 +34,12 @@ pub enum StartError {
         /// What was given.
         host: String,
     },
+    /// Clients cannot be offered TLS.
+    #[error(transparent)]
+    ClientTls(#[from] ClientTlsError),
+    /// The password cannot be made ready for checking; a defect.
+    #[error("cannot derive a verifier from the password for clients")]
+    LocalPassword,
     /// What the service manager passed cannot be listened on.
     #[error("cannot listen on the sockets that the service manager passed")]
     Inherit(#[source] io::Error),
@@ -103,6 +110,7 @@ impl StartError {
             Self::Loop { .. } => {
                 "PGHOST and PGPORT name the Lakebase endpoint, --address and --port where this proxy listens"
             }
+            Self::ClientTls(error) => return error.hint().map(str::to_owned),
             Self::Inherited(error) => error.hint(),
             Self::Locate(error) => return error.hint(),
             Self::Socket(error) => return error.hint().map(str::to_owned),
@@ -118,6 +126,7 @@ impl StartError {
             Self::Admin(_)
             | Self::Bind { .. }
             | Self::Inherit(_)
+            | Self::LocalPassword
             | Self::Metrics(_)
             | Self::NoEndpoint => {
                 return None;

@@ -1,6 +1,6 @@
 //! One endpoint of the process: its listener, its look-up, its credential, its sessions.
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{net::SocketAddr, os::unix::fs::PermissionsExt, sync::Arc, time::Duration};
 
 use tokio::{task::JoinSet, time::sleep};
 
@@ -103,18 +103,34 @@ impl Gate {
 /// Says where an endpoint listens, and what that means.
 fn announce(served: &Served, max_connections: usize) {
     let endpoint = served.config.called();
+    let entrance = &served.sessions.entrance;
     for address in &served.bound.tcp {
         tracing::info!(%address, endpoint, max_connections, "listening for Postgres clients");
-        if !address.ip().to_canonical().is_loopback() {
+        if address.ip().to_canonical().is_loopback() {
+            continue;
+        }
+        if entrance.password.is_none() {
             tracing::warn!(
                 %address,
-                "anyone who reaches this address is the Lakebase identity; hint: bind loopback unless that is meant"
+                "anyone who reaches this address is the Lakebase identity; hint: bind loopback unless that is meant, or ask for a password with --local-auth"
+            );
+        } else if entrance.encryption.is_none() {
+            tracing::warn!(
+                %address,
+                "what clients of this address say can be read on the way; hint: offer them TLS with --client-tls"
             );
         }
     }
-    for socket in &served.bound.unix {
-        let socket = socket.display();
+    for path in &served.bound.unix {
+        let socket = path.display();
         tracing::info!(%socket, endpoint, max_connections, "listening for Postgres clients");
+        let is_open = std::fs::metadata(path).is_ok_and(|it| it.permissions().mode() & 0o002 != 0);
+        if is_open && entrance.allowed_uids.is_none() {
+            tracing::warn!(
+                %socket,
+                "any user of this machine who reaches this socket is the Lakebase identity; hint: list the users with --unix-socket-allowed-uids"
+            );
+        }
     }
 }
 

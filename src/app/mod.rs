@@ -14,6 +14,7 @@ mod watch;
 
 use std::{fmt, net::SocketAddr, sync::Arc, time::Duration};
 
+use secrecy::SecretString;
 use tokio::net::TcpListener;
 
 pub use self::{
@@ -60,6 +61,7 @@ pub struct App {
     ending: Ending,
     run_connection_test: bool,
     log: Option<LogHandle>,
+    local_password: Option<SecretString>,
 }
 
 /// How the program ends.
@@ -161,6 +163,7 @@ impl App {
             ending,
             run_connection_test: config.run_connection_test,
             log: None,
+            local_password: config.local_password,
         })
     }
 

@@ -2,6 +2,7 @@
 
 use std::{fmt, future::pending, pin::pin, sync::Arc, time::Duration};
 
+use secrecy::SecretString;
 use tokio::{
     io::AsyncWriteExt,
     sync::watch,
@@ -39,6 +40,7 @@ pub struct Running {
     pub(super) ending: watch::Sender<Ending>,
     pub(super) run_connection_test: bool,
     pub(super) log: Option<LogHandle>,
+    pub(super) local_password: Option<SecretString>,
 }
 
 impl fmt::Debug for Running {
@@ -50,10 +52,12 @@ impl fmt::Debug for Running {
 }
 
 /// Where clients find the first endpoint here, and who and what they meet there.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub struct Target {
     /// How a client on this machine gets in.
     pub way: Way,
+    /// The password that they must know here, where there is one.
+    pub password: Option<SecretString>,
     /// The role that they are upstream.
     pub user: String,
     /// The database that they get unless they name another.
@@ -104,6 +108,10 @@ impl Running {
         let upstream = self.first.sessions.route.upstream(patience).await?;
         let endpoint = upstream.endpoint();
         Ok(Target {
+            password: match way {
+                Way::Tcp(_) => self.local_password.clone(),
+                Way::Unix { .. } => None,
+            },
             way,
             user: endpoint.user.clone(),
             database: endpoint.database.clone(),

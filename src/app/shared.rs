@@ -16,7 +16,10 @@ use crate::{
     config::{Config, EndpointConfig},
     credential::CredentialCell,
     listener::Listener,
-    session::{Door, Entrance, Policies, Policy, Presence, Roster, Seats, Sessions},
+    session::{
+        Door, Encryption, Entrance, LocalPassword, Policies, Policy, Presence, Roster, Seats,
+        Sessions, Told,
+    },
     shutdown::Shutdown,
     telemetry::Metrics,
     tls::{self, Roots},
@@ -60,6 +63,20 @@ fn policy(config: &Config) -> Policy {
     }
 }
 
+/// Who is let in, as the settings have it.
+fn entrance(config: &Config) -> Result<Entrance, StartError> {
+    let password = config.local_password.as_ref();
+    let password = password
+        .map(|password| LocalPassword::new(password).ok_or(StartError::LocalPassword))
+        .transpose()?;
+    Ok(Entrance {
+        allowed_uids: config.allowed_uids.clone(),
+        encryption: Encryption::new(&config.client_tls)?.map(Arc::new),
+        password,
+        told: Told::default(),
+    })
+}
+
 impl Shared {
     pub(super) fn new(config: &Config) -> Result<Self, StartError> {
         let first = config.endpoints.first();
@@ -74,9 +91,7 @@ impl Shared {
             helpers: TaskTracker::new(),
             stop: CancellationToken::new(),
             clock: Clock::system(),
-            entrance: Arc::new(Entrance {
-                allowed_uids: config.allowed_uids.clone(),
-            }),
+            entrance: Arc::new(entrance(config)?),
             seats: Seats::default(),
             ids: Arc::default(),
             workspace: OnceLock::new(),

@@ -25,6 +25,7 @@ impl App {
             ending,
             run_connection_test,
             log,
+            local_password,
         } = self;
         let Some(first) = gates.first().map(|gate| Arc::clone(&gate.served)) else {
             return Err(StartError::NoEndpoint);
@@ -59,7 +60,8 @@ impl App {
             let way = addresses.endpoints.first().and_then(Bound::way);
             let stop = stop.clone();
             match way.map(crate::notes::NotesOptions::new) {
-                Some(options) => {
+                Some(mut options) => {
+                    options.password.clone_from(&local_password);
                     helpers.spawn(async move {
                         if let Err(error) = crate::notes::serve(listener, options, stop).await {
                             tracing::error!(%error, "the notes page has ended");
@@ -108,6 +110,7 @@ impl App {
             ending,
             run_connection_test,
             log,
+            local_password,
         })
     }
 }

@@ -3,7 +3,7 @@
 //! Pure: nothing is bound, looked up or told to anybody here. A setting that is new in [`Config`] does not compile until
 //! it has been decided here which it is.
 
-use secrecy::ExposeSecret;
+use secrecy::{ExposeSecret, SecretString};
 
 use super::{Config, CredentialSource, EndpointConfig};
 use crate::{
@@ -44,6 +44,8 @@ impl Config {
             database_mapping,
             allow_remote,
             allowed_uids,
+            client_tls,
+            local_password,
             workspace,
             // Follows from the endpoints.
             password_variables,
@@ -114,6 +116,8 @@ impl Config {
         keep! {
             "profile": self.workspace.profile, workspace.profile;
             "http_address or http_port": self.http, http;
+            "client_tls, client_tls_cert or client_tls_key": self.client_tls, client_tls;
+            "local_auth or its password": exposed(self.local_password.as_ref()), exposed(local_password.as_ref());
             "unix_socket_allowed_uids": self.allowed_uids, allowed_uids;
             "notes": self.notes, notes;
             "quitquitquit or admin_port": self.admin, admin;
@@ -154,6 +158,10 @@ impl Config {
             removed,
         }
     }
+}
+
+fn exposed(password: Option<&SecretString>) -> Option<&str> {
+    password.map(SecretString::expose_secret)
 }
 
 impl EndpointConfig {

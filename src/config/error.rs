@@ -89,6 +89,21 @@ pub enum ConfigError {
         /// The address.
         address: IpAddr,
     },
+    /// TLS for clients that is set only by half, or twice.
+    #[error("{0}")]
+    ClientTls(&'static str),
+    /// No password, where clients must know one.
+    #[error("clients must know a password (--local-auth), but there is none")]
+    NoLocalPassword,
+    /// The password cannot be read.
+    #[error("cannot read the password from `{}` (--local-password-file)", path.display())]
+    LocalPasswordFile {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
     /// Nothing to do.
     #[error("--port is `none`, and there is no other way in")]
     NoListener,
@@ -119,6 +134,15 @@ impl ConfigError {
             }
             Self::Remote { .. } => {
                 "whoever reaches it is the service principal; if that is meant, add --allow-remote"
+            }
+            Self::ClientTls(_) => {
+                "give both --client-tls-cert and --client-tls-key, or --client-tls=self-signed"
+            }
+            Self::NoLocalPassword => {
+                "put it into the file that --local-password-file names, or into LAKEBASE_PROXY_LOCAL_PASSWORD"
+            }
+            Self::LocalPasswordFile { .. } => {
+                "it must be a text file that the proxy's user may read"
             }
             Self::NoListener => {
                 "give it a port, or a directory for a Unix socket with --unix-socket"

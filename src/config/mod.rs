@@ -7,6 +7,7 @@ mod environment;
 mod error;
 mod file;
 mod listen;
+mod local;
 mod resolve;
 mod settings;
 mod source;
@@ -29,11 +30,13 @@ pub use self::{
     resolve::DEFAULT_DATABASE,
     settings::Settings,
     source::Source,
-    values::{AddressSetting, DurationSetting, ModeSetting, PortSetting},
+    values::{
+        AddressSetting, ClientTlsSetting, DurationSetting, LocalAuth, ModeSetting, PortSetting,
+    },
 };
 use crate::{
     listener::Places,
-    session::DatabaseMapping,
+    session::{ClientTls, DatabaseMapping},
     telemetry::LogOptions,
     tls::Roots,
     upstream::{Keepalive, Limits},
@@ -55,6 +58,10 @@ pub struct Config {
     pub allow_remote: bool,
     /// The users who may use Unix sockets, beside our own and root; whomever their permissions let in when absent.
     pub allowed_uids: Option<Vec<u32>>,
+    /// Whether and how clients are offered TLS.
+    pub client_tls: ClientTls,
+    /// What TCP clients must know, if anything.
+    pub local_password: Option<SecretString>,
     /// Where credentials come from.
     pub workspace: workspace::Settings,
     /// The variables that hold passwords of endpoints.

@@ -7,7 +7,7 @@ use std::{
 
 use super::{
     Config, ConfigError, CredentialSetting, DurationSetting, Environment, PortSetting, Settings,
-    listen::PlaceMaker, tables,
+    listen::PlaceMaker, local, tables,
 };
 use crate::{
     telemetry::{DEFAULT_FILTER, LogOptions, without_userinfo},
@@ -67,6 +67,8 @@ impl Config {
             .flatten();
 
         let mut places = PlaceMaker::new(&settings);
+        let client_tls = local::client_tls(&settings)?;
+        let local_password = local::password(&settings, &environment)?;
         let tables = match settings.endpoints {
             tables if tables.is_empty() => {
                 vec![tables::of_environment(&environment, settings.read_only)?]
@@ -94,6 +96,8 @@ impl Config {
             endpoints,
             database_mapping: settings.database_mapping.unwrap_or_default(),
             allow_remote: settings.allow_remote.unwrap_or(false),
+            client_tls,
+            local_password,
             allowed_uids: settings.unix_socket_allowed_uids,
             workspace: environment.workspace.with_profile(settings.profile),
             password_variables,

@@ -7,7 +7,10 @@ use serde::Deserialize;
 
 use super::{
     endpoint::EndpointSettings,
-    values::{AddressSetting, DurationSetting, ModeSetting, PortSetting, one_or_many},
+    values::{
+        AddressSetting, ClientTlsSetting, DurationSetting, LocalAuth, ModeSetting, PortSetting,
+        one_or_many,
+    },
 };
 use crate::session::DatabaseMapping;
 
@@ -50,6 +53,27 @@ pub struct Settings {
         help_heading = "Listening"
     )]
     pub unix_socket_allowed_uids: Option<Vec<u32>>,
+
+    /// Offer TLS to clients, with a certificate made at the start that nobody can verify [default: off, or by
+    /// --client-tls-cert]
+    #[arg(long, value_enum, value_name = "HOW", help_heading = "Listening")]
+    pub client_tls: Option<ClientTlsSetting>,
+
+    /// Offer TLS to clients with the certificate in this PEM file, its issuers' behind it; read again when it changes
+    #[arg(long, value_name = "FILE", help_heading = "Listening")]
+    pub client_tls_cert: Option<PathBuf>,
+
+    /// The private key of --client-tls-cert, a PEM file
+    #[arg(long, value_name = "FILE", help_heading = "Listening")]
+    pub client_tls_key: Option<PathBuf>,
+
+    /// Whether TCP clients must know a password (SCRAM-SHA-256) [default: trust, or password where there is one]
+    #[arg(long, value_enum, value_name = "HOW", help_heading = "Listening")]
+    pub local_auth: Option<LocalAuth>,
+
+    /// File with that password, else it is in LAKEBASE_PROXY_LOCAL_PASSWORD
+    #[arg(long, value_name = "FILE", help_heading = "Listening")]
+    pub local_password_file: Option<PathBuf>,
 
     /// Sessions at a time; 0 = (descriptor limit - 100) / 2 [default: 0]
     #[arg(long, value_name = "N", help_heading = "Limits")]
@@ -191,7 +215,7 @@ impl Settings {
         };
         layer! {
             endpoints;
-            address, port, allow_remote, unix_socket, unix_socket_mode, unix_socket_allowed_uids, max_connections, client_login_timeout, connect_timeout,
+            address, port, allow_remote, unix_socket, unix_socket_mode, unix_socket_allowed_uids, client_tls, client_tls_cert, client_tls_key, local_auth, local_password_file, max_connections, client_login_timeout, connect_timeout,
             server_connect_timeout, capacity_timeout, tcp_keepalive_idle, tcp_keepalive_interval,
             tcp_keepalive_count, tcp_user_timeout, read_only, database_mapping, http_address,
             http_port, notes, notes_address, notes_port, min_sigterm_delay, max_sigterm_delay,

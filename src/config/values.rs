@@ -116,6 +116,26 @@ impl<'de> Deserialize<'de> for ModeSetting {
     }
 }
 
+/// Whether clients are offered TLS, where no certificate is given.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum ClientTlsSetting {
+    /// No.
+    Off,
+    /// With a certificate of our own making.
+    SelfSigned,
+}
+
+/// Whether TCP clients must know a password.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum LocalAuth {
+    /// Whoever reaches us is let in.
+    Trust,
+    /// By SCRAM-SHA-256.
+    Password,
+}
+
 /// Reads one value or a list of them.
 pub(super) fn one_or_many<'de, D, T>(deserializer: D) -> Result<Option<Vec<T>>, D::Error>
 where

@@ -126,9 +126,13 @@ pub(super) fn list(
         .collect();
     own.sort_unstable();
     for (name, value) in own {
+        let kind = match name.as_str() {
+            "LAKEBASE_PROXY_LOCAL_PASSWORD" => Kind::Secret,
+            _ => Kind::Plain,
+        };
         list.push(Setting {
             name: name.clone(),
-            value: shown(Kind::Plain, value),
+            value: shown(kind, value),
             source: "environment, unless its flag is given".to_owned(),
         });
     }

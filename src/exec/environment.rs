@@ -2,6 +2,8 @@
 
 use std::ffi::{OsStr, OsString};
 
+use secrecy::ExposeSecret;
+
 use crate::{app::Target, listener::Way};
 
 /// What would lead a client elsewhere, or make it ask for what a local connection has not.
@@ -79,6 +81,9 @@ pub(super) fn variables(
         ours.into_iter()
             .map(|(name, value)| (name.into(), value.into())),
     );
+    if let Some(password) = &target.password {
+        variables.push(("PGPASSWORD".into(), password.expose_secret().into()));
+    }
     if !has_url {
         variables.push((DATABASE_URL.into(), url(target).into()));
     }
@@ -103,7 +108,11 @@ fn is_secret(name: &OsStr, secrets: &Secrets) -> bool {
 }
 
 fn url(target: &Target) -> String {
-    let user = percent_encoded(&target.user);
+    let mut user = percent_encoded(&target.user);
+    if let Some(password) = &target.password {
+        user.push(':');
+        user.push_str(&percent_encoded(password.expose_secret()));
+    }
     let database = percent_encoded(&target.database);
     match &target.way {
         // SocketAddr writes an IPv6 address in brackets, as a URL wants it.
@@ -136,6 +145,7 @@ mod tests {
     fn child(inherited: &[(&str, &str)], secrets: &Secrets) -> BTreeMap<String, String> {
         let target = Target {
             way: Way::Tcp("127.0.0.1:6000".parse().unwrap()),
+            password: None,
             user: "me@example.com".to_owned(),
             database: "a/b ü".to_owned(),
         };
@@ -180,12 +190,32 @@ mod tests {
     }
 
     #[test]
+    fn the_proxys_own_password_is_handed_down() {
+        let target = Target {
+            way: Way::Tcp("127.0.0.1:6000".parse().unwrap()),
+            password: Some("p@ss".into()),
+            user: "me".to_owned(),
+            database: "d".to_owned(),
+        };
+        let theirs = [("PGPASSWORD".into(), "another".into())];
+        let variables = variables(theirs, &target, &Secrets::Kept);
+        let passwords = variables.iter().filter(|(name, _)| name == "PGPASSWORD");
+        assert_eq!(
+            passwords.map(|(_, value)| value).collect::<Vec<_>>(),
+            ["p@ss"]
+        );
+        let url = "postgresql://me:p%40ss@127.0.0.1:6000/d?sslmode=disable";
+        assert!(variables.contains(&("DATABASE_URL".into(), url.into())));
+    }
+
+    #[test]
     fn a_unix_socket_is_named_by_its_directory() {
         let target = Target {
             way: Way::Unix {
                 directory: "/run/my app".into(),
                 port: 5432,
             },
+            password: None,
             user: "me".to_owned(),
             database: "d".to_owned(),
         };

@@ -12,6 +12,7 @@ use deadpool_postgres::{
     TimeoutType,
 };
 use jiff::{SignedDuration, Timestamp};
+use secrecy::ExposeSecret;
 use tokio::{
     sync::oneshot,
     task::JoinHandle,
@@ -73,6 +74,9 @@ impl Database {
             .application_name("lakebase-proxy notes")
             .options(format!("-c statement_timeout={}", statement.as_millis()))
             .ssl_mode(SslMode::Disable);
+        if let Some(password) = &options.password {
+            config.password(password.expose_secret());
+        }
         if let Some(database) = &options.database {
             config.dbname(database);
         }

@@ -24,6 +24,7 @@ use axum::{
     response::{Html, IntoResponse, Response},
     routing::get,
 };
+use secrecy::SecretString;
 use tokio::{
     net::TcpListener,
     time::{Instant, timeout_at},
@@ -51,6 +52,8 @@ pub struct NotesOptions {
     pub database: Option<String>,
     /// User to give; the proxy replaces it.
     pub user: Option<String>,
+    /// Password to give, where our listener asks for one.
+    pub password: Option<SecretString>,
     /// Connections at a time.
     pub pool_size: usize,
     /// Most that a reader waits for an answer, whatever state the database is in.
@@ -66,6 +69,7 @@ impl NotesOptions {
             upstream: upstream.into(),
             database: None,
             user: None,
+            password: None,
             pool_size: 4,
             request_timeout: Duration::from_secs(14),
             idle_timeout: Duration::from_secs(30),

@@ -18,6 +18,8 @@ pub mod sqlstate {
     pub const FEATURE_NOT_SUPPORTED: &str = "0A000";
     /// Identity refused.
     pub const INVALID_AUTHORIZATION: &str = "28000";
+    /// Wrong password.
+    pub const INVALID_PASSWORD: &str = "28P01";
     /// Bytes that are not in the encoding they should be in.
     pub const INVALID_ENCODING: &str = "22021";
     /// No such setting.

@@ -10,4 +10,5 @@ pub mod error;
 pub mod frame;
 pub mod options;
 pub mod progress;
+pub mod scram;
 pub mod startup;

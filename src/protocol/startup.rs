@@ -13,7 +13,7 @@ const GSSENC_REQUEST: u32 = 80_877_104;
 const CANCEL_REQUEST_LEN: usize = 16;
 const PROTOCOL_3_0: u32 = 196_608;
 /// First byte of a TLS handshake record.
-const TLS_HANDSHAKE: u8 = 0x16;
+pub const TLS_HANDSHAKE: u8 = 0x16;
 
 /// What a client may send first.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -1,8 +1,13 @@
-//! Who is let in at all: what must hold of a client before its session is begun.
+//! Who is let in at all, and what must hold of a client before its session is begun.
+
+use std::sync::{
+    Arc,
+    atomic::{AtomicBool, Ordering},
+};
 
 use rustix::process::geteuid;
 
-use super::Peer;
+use super::{Encryption, LocalPassword, Peer, handshake::Tls};
 use crate::{
     protocol::error::{Report, sqlstate},
     telemetry::names::reason,
@@ -14,6 +19,19 @@ use crate::{
 pub struct Entrance {
     /// The users who may use Unix sockets, beside our own and root; whomever the file's permissions let in when absent.
     pub allowed_uids: Option<Vec<u32>>,
+    /// TLS, where it is offered.
+    pub encryption: Option<Arc<Encryption>>,
+    /// What TCP clients must know, where that is more than nothing.
+    pub password: Option<LocalPassword>,
+    /// What has been said once.
+    pub told: Told,
+}
+
+/// What the log says once in the life of a process.
+#[derive(Debug, Default)]
+pub struct Told {
+    insists: AtomicBool,
+    broken_off: AtomicBool,
 }
 
 impl Entrance {
@@ -34,6 +52,43 @@ impl Entrance {
             reason: reason::LOCAL_AUTH,
         })
     }
+
+    /// What this peer is answered when it wants TLS. Unix sockets have none, as with PostgreSQL.
+    pub(super) fn tls(&self, peer: Peer) -> Tls {
+        match (&self.encryption, peer) {
+            (Some(_), Peer::Tcp(_)) => Tls::Offered,
+            _ => Tls::Refused,
+        }
+    }
+
+    /// The password that this peer must know. A Unix socket's users the kernel vouches for.
+    pub(super) fn password(&self, peer: Peer) -> Option<&LocalPassword> {
+        match peer {
+            Peer::Tcp(_) => self.password.as_ref(),
+            Peer::Unix { .. } => None,
+        }
+    }
+
+    /// A client left because it gets no TLS.
+    pub(super) fn client_insists_on_tls(&self) {
+        if !self.told.insists.swap(true, Ordering::Relaxed) {
+            tracing::warn!(
+                "a client insists on TLS, which is off between clients and the proxy; hint: set --client-tls=self-signed, or --client-tls-cert and --client-tls-key; or let the client use sslmode=prefer or disable"
+            );
+        }
+    }
+
+    /// A client left in the middle of a TLS handshake.
+    pub(super) fn client_broke_off_tls(&self, error: &std::io::Error) {
+        if self.told.broken_off.swap(true, Ordering::Relaxed) {
+            tracing::debug!(%error, "client broke off the TLS handshake");
+        } else {
+            tracing::warn!(
+                %error,
+                "a client broke off the TLS handshake; hint: a client that verifies certificates needs the authority behind --client-tls-cert as its sslrootcert, and nobody can verify a self-signed one"
+            );
+        }
+    }
 }
 
 #[cfg(test)]
@@ -46,6 +101,7 @@ mod tests {
         let ours = geteuid().as_raw();
         let entrance = Entrance {
             allowed_uids: Some(vec![70_001]),
+            ..Entrance::default()
         };
         for uid in [0, ours, 70_001] {
             assert!(entrance.admit(unix(uid)).is_ok(), "{uid}");

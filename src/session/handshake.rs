@@ -7,7 +7,9 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
 use crate::protocol::{
     error::{Report, sqlstate},
-    startup::{CancelKey, InitialPacket, StartupError, StartupMessage, take_initial_packet},
+    startup::{
+        CancelKey, InitialPacket, StartupError, StartupMessage, TLS_HANDSHAKE, take_initial_packet,
+    },
 };
 
 /// What a client turned out to want.
@@ -15,10 +17,29 @@ use crate::protocol::{
 pub(super) enum Opening {
     /// Cancel another session's query.
     Cancel(CancelKey),
+    /// TLS first.
+    Encrypt {
+        /// From its first byte on, which is still in the buffer; else it has been told to go ahead.
+        direct: bool,
+    },
     /// Nothing: it left, as port scanners and TCP health checks do.
-    Gone,
+    Gone {
+        /// Whether that was after it had been refused TLS.
+        insisted: bool,
+    },
     /// A session.
     Session(StartupMessage),
+}
+
+/// What a client is answered that wants TLS.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Tls {
+    /// Yes.
+    Offered,
+    /// It has it.
+    Spoken,
+    /// No.
+    Refused,
 }
 
 /// Why a client could not even begin.
@@ -27,6 +48,15 @@ pub(super) enum HandshakeError {
     /// The connection broke.
     #[error("the client's connection broke")]
     Io(#[from] io::Error),
+    /// TLS came to nothing.
+    #[error("the TLS handshake failed")]
+    Tls(#[source] io::Error),
+    /// It took too long.
+    #[error("no complete startup message in time")]
+    Late,
+    /// TLS from the first byte on, for what may be any protocol.
+    #[error("direct TLS without the application protocol `postgresql`")]
+    NoAlpn,
     /// The first packet makes no sense.
     #[error(transparent)]
     Startup(#[from] StartupError),
@@ -43,7 +73,7 @@ impl HandshakeError {
     pub(super) fn report(&self) -> Option<Report> {
         match self {
             // PostgreSQL closes without a word, too: whoever sends this does not read our protocol.
-            Self::Io(_) | Self::Startup(StartupError::InvalidLength | StartupError::TlsHandshake) => None,
+            Self::Io(_) | Self::Tls(_) | Self::Startup(StartupError::InvalidLength | StartupError::TlsHandshake) => None,
             Self::Startup(StartupError::NotUtf8) => Some(
                 Report::new(sqlstate::INVALID_ENCODING, self.to_string())
                     .with_hint("Send names and values of startup parameters in UTF-8."),
@@ -51,9 +81,15 @@ impl HandshakeError {
             Self::Startup(StartupError::UnsupportedVersion { .. }) => {
                 Some(Report::new(sqlstate::FEATURE_NOT_SUPPORTED, self.to_string()))
             }
-            Self::Startup(StartupError::InvalidLayout | StartupError::InvalidRequest) | Self::Twice(_) => {
+            Self::Late
+            | Self::Startup(StartupError::InvalidLayout | StartupError::InvalidRequest)
+            | Self::Twice(_) => {
                 Some(Report::new(sqlstate::PROTOCOL_VIOLATION, self.to_string()))
             }
+            Self::NoAlpn => Some(
+                Report::new(sqlstate::PROTOCOL_VIOLATION, self.to_string())
+                    .with_hint("Connect with ALPN `postgresql`, as libpq's sslnegotiation=direct does."),
+            ),
             Self::Stuffed(_) => Some(
                 Report::new(sqlstate::PROTOCOL_VIOLATION, self.to_string()).with_detail(
                     "This is a defect of the client, or somebody between it and us who injects data.",
@@ -69,12 +105,17 @@ impl HandshakeError {
 pub(super) async fn receive<S: AsyncRead + AsyncWrite + Unpin>(
     stream: &mut S,
     buffer: &mut BytesMut,
+    tls: Tls,
 ) -> Result<Opening, HandshakeError> {
-    let (mut ssl, mut gss) = (false, false);
+    let (mut ssl, mut gss) = (tls == Tls::Spoken, false);
     loop {
+        if tls == Tls::Offered && buffer.first() == Some(&TLS_HANDSHAKE) {
+            return Ok(Opening::Encrypt { direct: true });
+        }
         let Some(packet) = take_initial_packet(buffer)? else {
             if stream.read_buf(buffer).await? == 0 {
-                return Ok(Opening::Gone);
+                let insisted = ssl && tls == Tls::Refused;
+                return Ok(Opening::Gone { insisted });
             }
             continue;
         };
@@ -90,8 +131,12 @@ pub(super) async fn receive<S: AsyncRead + AsyncWrite + Unpin>(
         if !buffer.is_empty() {
             return Err(HandshakeError::Stuffed(name));
         }
-        stream.write_all(b"N").await?;
+        let encrypt = name == "SSLRequest" && tls == Tls::Offered;
+        stream.write_all(if encrypt { b"S" } else { b"N" }).await?;
         stream.flush().await?;
+        if encrypt {
+            return Ok(Opening::Encrypt { direct: false });
+        }
     }
 }
 
@@ -124,7 +169,10 @@ mod tests {
                 .unwrap();
         };
         let mut buffer = BytesMut::new();
-        let (opening, ()) = tokio::join!(receive(&mut server, &mut buffer), conversation);
+        let (opening, ()) = tokio::join!(
+            receive(&mut server, &mut buffer, Tls::Refused),
+            conversation
+        );
         assert!(
             matches!(opening, Ok(Opening::Session(message)) if message.parameter("user") == Some("me"))
         );
@@ -137,7 +185,7 @@ mod tests {
         let startup = encode_startup(&[("user", "me"), ("database", "d")]).unwrap();
         let mut buffer = BytesMut::new();
         let (opening, written) = tokio::join!(
-            receive(&mut server, &mut buffer),
+            receive(&mut server, &mut buffer, Tls::Refused),
             client.write_all(&startup)
         );
         written.unwrap();
@@ -151,7 +199,7 @@ mod tests {
             .write_all(&[&ssl_request()[..], b"x"].concat())
             .await
             .unwrap();
-        let error = receive(&mut server, &mut BytesMut::new())
+        let error = receive(&mut server, &mut BytesMut::new(), Tls::Refused)
             .await
             .unwrap_err();
         assert!(matches!(error, HandshakeError::Stuffed("SSLRequest")));
@@ -167,7 +215,10 @@ mod tests {
             client.write_all(&ssl_request()).await.unwrap();
         };
         let mut buffer = BytesMut::new();
-        let (error, ()) = tokio::join!(receive(&mut server, &mut buffer), conversation);
+        let (error, ()) = tokio::join!(
+            receive(&mut server, &mut buffer, Tls::Refused),
+            conversation
+        );
         assert!(matches!(error, Err(HandshakeError::Twice("SSLRequest"))));
     }
 
@@ -176,8 +227,50 @@ mod tests {
         let (client, mut server) = duplex(16);
         drop(client);
         assert!(matches!(
-            receive(&mut server, &mut BytesMut::new()).await,
-            Ok(Opening::Gone)
+            receive(&mut server, &mut BytesMut::new(), Tls::Refused).await,
+            Ok(Opening::Gone { insisted: false })
         ));
+    }
+
+    #[tokio::test]
+    async fn a_client_that_leaves_for_want_of_tls_is_noticed() {
+        let (mut client, mut server) = duplex(16);
+        client.write_all(&ssl_request()).await.unwrap();
+        client.shutdown().await.unwrap();
+        let opening = receive(&mut server, &mut BytesMut::new(), Tls::Refused).await;
+        assert!(matches!(opening, Ok(Opening::Gone { insisted: true })));
+    }
+
+    #[tokio::test]
+    async fn tls_is_begun_once_either_way() {
+        let hello = [0x16, 3, 1];
+        let open = async |said: &[u8], tls| {
+            let (mut client, mut server) = duplex(64);
+            client.write_all(said).await.unwrap();
+            let mut buffer = BytesMut::new();
+            let opening = receive(&mut server, &mut buffer, tls).await;
+            drop(server);
+            let mut heard = Vec::new();
+            client.read_to_end(&mut heard).await.unwrap();
+            (opening, buffer, heard)
+        };
+        let (opening, buffer, heard) = open(&hello, Tls::Offered).await;
+        assert!(matches!(opening, Ok(Opening::Encrypt { direct: true })));
+        assert_eq!((&buffer[..], &heard[..]), (&hello[..], &b""[..]));
+        let (opening, _, heard) = open(&ssl_request(), Tls::Offered).await;
+        assert!(matches!(opening, Ok(Opening::Encrypt { direct: false })));
+        assert_eq!(heard, b"S");
+        let stuffed = [&ssl_request()[..], &hello].concat();
+        let (opening, ..) = open(&stuffed, Tls::Offered).await;
+        assert!(matches!(opening, Err(HandshakeError::Stuffed(_))));
+        let (opening, ..) = open(&ssl_request(), Tls::Spoken).await;
+        assert!(matches!(opening, Err(HandshakeError::Twice("SSLRequest"))));
+        for tls in [Tls::Spoken, Tls::Refused] {
+            let (opening, ..) = open(&hello, tls).await;
+            assert!(matches!(
+                opening,
+                Err(HandshakeError::Startup(StartupError::TlsHandshake))
+            ));
+        }
     }
 }

@@ -4,22 +4,26 @@
 //!
 //! ```text
 //! accept ─▶ handshake ─┬─▶ cancel ─▶ close
-//!                      └─▶ permit ─▶ login ─▶ welcome ─▶ relay ─▶ close
-//!                               └────────┴─▶ refuse ─▶ close
+//!   (maybe TLS)        └─▶ password? ─▶ permit ─▶ login ─▶ welcome ─▶ relay ─▶ close
+//!                              └──────────┴────────┴─▶ refuse ─▶ close
 //! ```
 //!
 //! Until the welcome nothing is sent to the client but the answers to its requests for encryption: libpq takes a
 //! notice before AuthenticationOk for an error.
 
+mod arrival;
 mod cancel;
 mod door;
+mod encryption;
 mod entrance;
 mod handshake;
+mod local_auth;
 mod peer;
 mod policy;
 mod presence;
 mod recent;
 mod relay;
+mod rewind;
 mod roster;
 
 use std::{
@@ -35,14 +39,15 @@ use bytes::BytesMut;
 use jiff::Timestamp;
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
-    sync::OwnedSemaphorePermit,
-    time::{Instant, sleep, timeout},
+    time::{Instant, timeout},
 };
 
 pub use self::{
     cancel::Cancels,
     door::Door,
-    entrance::Entrance,
+    encryption::{ClientTls, ClientTlsError, Encryption},
+    entrance::{Entrance, Told},
+    local_auth::LocalPassword,
     peer::Peer,
     policy::{Policies, Policy, Seat, Seats},
     presence::{Presence, Present},
@@ -51,19 +56,18 @@ pub use self::{
 };
 use self::{
     cancel::Target,
-    handshake::{HandshakeError, Opening},
     relay::{End, Relay},
 };
 use crate::{
     protocol::{
-        backend::welcome,
+        backend::{negotiation, welcome},
         error::{Report, sqlstate},
         options::SessionSettings,
-        startup::{StartupError, StartupMessage},
+        startup::StartupMessage,
     },
     shutdown::{Phase, Shutdown},
     telemetry::{
-        CountOnDrop, GaugeGuard, Metrics,
+        GaugeGuard, Metrics,
         names::{cancel as cancel_outcome, direction, reason},
     },
     upstream::{Connection, Refusal, Route, Terms},
@@ -132,75 +136,6 @@ impl Sessions {
     /// A number for the next session, which the client is told in a refusal and the log shows.
     pub fn next_id(&self) -> u64 {
         self.ids.fetch_add(1, Ordering::Relaxed).saturating_add(1)
-    }
-
-    /// Serves one client to its end. `handshaking` is held until it has said what it wants.
-    pub async fn serve<S>(
-        &self,
-        id: u64,
-        peer: Peer,
-        mut client: S,
-        handshaking: OwnedSemaphorePermit,
-    ) where
-        S: AsyncRead + AsyncWrite + Unpin,
-    {
-        tracing::trace!(%peer, "client accepted");
-        let _active = GaugeGuard::new(&self.metrics.clients_active);
-        let _closed = CountOnDrop::new(&self.metrics.clients_closed);
-        let policy = self.policies.now();
-        let mut buffer = BytesMut::with_capacity(1024);
-        let opening = timeout(
-            policy.client_login_timeout,
-            handshake::receive(&mut client, &mut buffer),
-        );
-        // A client that says nothing must not hold up the end.
-        let draining = self.shutdown.draining().clone();
-        let hurried = async {
-            draining.cancelled().await;
-            sleep(FAREWELL).await;
-        };
-        let opening = tokio::select! {
-            opening = opening => opening,
-            () = hurried => Ok(Ok(Opening::Gone)),
-        };
-        match opening {
-            Ok(Ok(Opening::Gone)) => {}
-            Ok(Ok(Opening::Cancel(key))) => {
-                drop(handshaking);
-                if self.entrance.admit(peer).is_ok() {
-                    self.cancel(key, &policy.terms).await;
-                }
-            }
-            Ok(Ok(Opening::Session(startup))) => {
-                drop(handshaking);
-                let served = match self.entrance.admit(peer) {
-                    Ok(()) => {
-                        self.run((id, peer), &policy, &mut client, buffer, &startup)
-                            .await
-                    }
-                    Err(refusal) => Err(refusal),
-                };
-                if let Err(refusal) = served {
-                    self.refuse(id, &mut client, refusal).await;
-                }
-            }
-            Ok(Err(error)) => self.reject_handshake(id, &mut client, &error).await,
-            Err(_elapsed) => {
-                let report = Report::new(
-                    sqlstate::PROTOCOL_VIOLATION,
-                    "no complete startup message in time",
-                );
-                self.refuse(
-                    id,
-                    &mut client,
-                    Refusal {
-                        report,
-                        reason: reason::TIMEOUT,
-                    },
-                )
-                .await;
-            }
-        }
     }
 
     /// A session proper; an error is a refusal that the client is still to be told.
@@ -283,7 +218,12 @@ impl Sessions {
                 .notices
                 .extend_from_slice(&Report::new("00000", notice).encode_notice());
         }
-        let hello = welcome(startup, &greeting.parameter_status, key, &greeting.notices);
+        let mut hello = match self.entrance.password(peer) {
+            Some(_) => BytesMut::new(), // said before the password was asked for
+            None => negotiation(startup),
+        };
+        let status = &greeting.parameter_status;
+        hello.extend_from_slice(&welcome(status, key, &greeting.notices));
         drop(greeting);
         let said = timeout(policy.client_login_timeout, write_all(client, &hello)).await;
         if !matches!(said, Ok(Ok(()))) {
@@ -368,36 +308,6 @@ impl Sessions {
             }
         };
         self.metrics.cancels.with_label_values(&[outcome]).inc();
-    }
-
-    async fn reject_handshake<S>(&self, id: u64, client: &mut S, error: &HandshakeError)
-    where
-        S: AsyncRead + AsyncWrite + Unpin,
-    {
-        let reason = match error {
-            HandshakeError::Startup(StartupError::TlsHandshake) => {
-                tracing::warn!(
-                    session = id,
-                    "a client insists on TLS, which this listener does not speak; hint: set sslmode=prefer or disable at the client"
-                );
-                reason::CLIENT_TLS
-            }
-            HandshakeError::Io(error) => {
-                tracing::debug!(session = id, error = %error, "client broke off in the handshake");
-                return;
-            }
-            _ => reason::BAD_STARTUP,
-        };
-        match error.report() {
-            Some(report) => self.refuse(id, client, Refusal { report, reason }).await,
-            None => {
-                self.metrics
-                    .clients_refused
-                    .with_label_values(&[reason])
-                    .inc();
-                tracing::debug!(session = id, error = %error, "not a Postgres client");
-            }
-        }
     }
 
     /// Tells the client why it gets no session, and whoever reads the log.

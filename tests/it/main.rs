@@ -12,6 +12,7 @@ mod auth_network;
 mod cancel;
 #[path = "../cli/mod.rs"]
 mod cli;
+mod client_tls;
 mod credential;
 mod demo;
 mod discovery;
@@ -25,6 +26,7 @@ mod harness;
 mod lifecycle;
 mod limits;
 mod listeners;
+mod local_auth;
 mod login;
 mod logs;
 mod metrics;

@@ -1,0 +1,122 @@
+//! What clients are offered and asked for on their way in: TLS, and a password.
+
+use std::fs;
+
+use secrecy::SecretString;
+use zeroize::Zeroizing;
+
+use super::{ClientTlsSetting, ConfigError, Environment, LocalAuth, Settings};
+use crate::session::ClientTls;
+
+/// The variable that may hold the password; there is no flag for it, as command lines can be read by anybody.
+pub(super) const PASSWORD_VARIABLE: &str = "LAKEBASE_PROXY_LOCAL_PASSWORD";
+
+/// Whether and how clients are offered TLS. A pair of files is reason enough, unless it is turned off in so many words.
+pub(super) fn client_tls(settings: &Settings) -> Result<ClientTls, ConfigError> {
+    let files = match (&settings.client_tls_cert, &settings.client_tls_key) {
+        (Some(certificate), Some(key)) => Some(ClientTls::Files {
+            certificate: certificate.clone(),
+            key: key.clone(),
+        }),
+        (None, None) => None,
+        (Some(_), None) => {
+            return Err(ConfigError::ClientTls(
+                "--client-tls-cert is set, but not --client-tls-key",
+            ));
+        }
+        (None, Some(_)) => {
+            return Err(ConfigError::ClientTls(
+                "--client-tls-key is set, but not --client-tls-cert",
+            ));
+        }
+    };
+    match (settings.client_tls, files) {
+        (Some(ClientTlsSetting::SelfSigned), None) => Ok(ClientTls::SelfSigned),
+        (Some(ClientTlsSetting::SelfSigned), Some(_)) => Err(ConfigError::ClientTls(
+            "--client-tls is `self-signed`, but there is --client-tls-cert, too",
+        )),
+        (None, Some(files)) => Ok(files),
+        (Some(ClientTlsSetting::Off), _) | (None, None) => Ok(ClientTls::Off),
+    }
+}
+
+/// The password that TCP clients must know. A password is reason enough to ask for it, unless that is turned off in so
+/// many words.
+pub(super) fn password(
+    settings: &Settings,
+    environment: &Environment,
+) -> Result<Option<SecretString>, ConfigError> {
+    if settings.local_auth == Some(LocalAuth::Trust) {
+        return Ok(None);
+    }
+    if let Some(path) = &settings.local_password_file {
+        let text = fs::read_to_string(path).map_err(|source| ConfigError::LocalPasswordFile {
+            path: path.clone(),
+            source,
+        })?;
+        let text = Zeroizing::new(text);
+        // One line, as `echo` and editors write it.
+        let line = text.strip_suffix('\n').unwrap_or(&text);
+        let line = line.strip_suffix('\r').unwrap_or(line);
+        if line.is_empty() {
+            return Err(ConfigError::NoLocalPassword);
+        }
+        return Ok(Some(SecretString::from(line)));
+    }
+    match environment.secret(PASSWORD_VARIABLE) {
+        None if settings.local_auth == Some(LocalAuth::Password) => {
+            Err(ConfigError::NoLocalPassword)
+        }
+        password => Ok(password),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use secrecy::ExposeSecret;
+
+    use super::*;
+
+    fn settings(file: &str) -> Settings {
+        toml::from_str(file).unwrap()
+    }
+
+    #[test]
+    fn a_pair_of_files_turns_tls_on_and_half_a_pair_is_an_error() {
+        let tls = |file: &str| client_tls(&settings(file));
+        assert_eq!(tls("").unwrap(), ClientTls::Off);
+        assert_eq!(
+            tls("client_tls = \"self-signed\"").unwrap(),
+            ClientTls::SelfSigned
+        );
+        let pair = "client_tls_cert = \"c\"\nclient_tls_key = \"k\"";
+        assert!(matches!(tls(pair).unwrap(), ClientTls::Files { .. }));
+        assert_eq!(
+            tls(&format!("{pair}\nclient_tls = \"off\"")).unwrap(),
+            ClientTls::Off
+        );
+        assert!(tls(&format!("{pair}\nclient_tls = \"self-signed\"")).is_err());
+        assert!(tls("client_tls_cert = \"c\"").is_err());
+        assert!(tls("client_tls_key = \"k\"").is_err());
+    }
+
+    #[test]
+    fn a_password_is_asked_for_where_there_is_one_and_missed_where_there_is_none() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let ask = |file: &str, variable: &str| {
+            let variables = [(PASSWORD_VARIABLE.to_owned(), variable.to_owned())];
+            password(&settings(file), &Environment::from_variables(variables))
+                .map(|found| found.map(|found| found.expose_secret().to_owned()))
+        };
+        let named = format!("local_password_file = {:?}", file.path());
+        assert_eq!(ask("", "").unwrap(), None);
+        assert_eq!(ask("", " v ").unwrap().as_deref(), Some(" v "));
+        assert_eq!(ask("local_auth = \"trust\"", "v").unwrap(), None);
+        assert!(ask("local_auth = \"password\"", "").is_err());
+        assert!(ask(&named, "v").is_err(), "an empty file is no password");
+        fs::write(&file, "from the file\r\n").unwrap();
+        assert_eq!(ask(&named, "v").unwrap().as_deref(), Some("from the file"));
+        let error = ask("local_password_file = \"/no/such\"", "v").unwrap_err();
+        assert!(error.hint().is_some());
+    }
+}

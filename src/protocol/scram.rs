@@ -1,0 +1,327 @@
+//! The server's side of SCRAM-SHA-256 (RFC 5802, RFC 7677), as PostgreSQL speaks it: no channel binding, any user name.
+
+use aws_lc_rs::{
+    constant_time::verify_slices_are_equal,
+    digest::{self, SHA256},
+    hmac,
+};
+use base64::{Engine, engine::general_purpose::STANDARD};
+use postgres_protocol::{authentication::sasl::SCRAM_SHA_256, password::scram_sha_256};
+use secrecy::{ExposeSecret, SecretString};
+use zeroize::{Zeroize, Zeroizing};
+
+/// Length of SHA-256.
+const KEY_LEN: usize = 32;
+/// Bytes of randomness in our half of the nonce; PostgreSQL's `SCRAM_RAW_NONCE_LEN`.
+const NONCE_LEN: usize = 18;
+
+/// What is kept of a password: enough to check it, not enough to log in with it elsewhere.
+pub struct Verifier {
+    /// Iterations and salt, as a client is told them: `s=...,i=...`.
+    parameters: String,
+    stored_key: [u8; KEY_LEN],
+    server_key: [u8; KEY_LEN],
+}
+
+impl Drop for Verifier {
+    fn drop(&mut self) {
+        self.stored_key.zeroize();
+        self.server_key.zeroize();
+    }
+}
+
+impl std::fmt::Debug for Verifier {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Verifier").finish_non_exhaustive()
+    }
+}
+
+/// Why a client is not believed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ScramError {
+    /// Not the password.
+    #[error("the proof does not fit the password")]
+    Wrong,
+    /// A message that makes no sense.
+    #[error("malformed SCRAM message")]
+    Malformed,
+    /// Something that is not offered: channel binding, another identity, an extension.
+    #[error("the client asks for what SCRAM-SHA-256 has not got here")]
+    Unsupported,
+}
+
+impl Verifier {
+    /// Derives it; takes some milliseconds, on purpose. `None` only for a defect of the library that does.
+    pub fn new(password: &SecretString) -> Option<Self> {
+        // SCRAM-SHA-256$<iterations>:<salt>$<stored key>:<server key>
+        let text = Zeroizing::new(scram_sha_256(password.expose_secret().as_bytes()));
+        let (costs, keys) = text
+            .strip_prefix(SCRAM_SHA_256)?
+            .strip_prefix('$')?
+            .split_once('$')?;
+        let (iterations, salt) = costs.split_once(':')?;
+        let (stored_key, server_key) = keys.split_once(':')?;
+        let key = |text: &str| STANDARD.decode(text).ok()?.try_into().ok();
+        Some(Self {
+            parameters: format!("s={salt},i={iterations}"),
+            stored_key: key(stored_key)?,
+            server_key: key(server_key)?,
+        })
+    }
+}
+
+/// One exchange, halfway: the client has said its nonce, and we have answered.
+#[derive(Debug)]
+pub struct Exchange<'a> {
+    verifier: &'a Verifier,
+    /// What binds the messages together, up to the client's last.
+    transcript: String,
+    /// The header of the client's first message, to be repeated in its last.
+    header: String,
+    nonce: String,
+}
+
+impl<'a> Exchange<'a> {
+    /// Reads the client's first message; returns the exchange and our answer.
+    pub fn begin(verifier: &'a Verifier, first: &[u8]) -> Result<(Self, String), ScramError> {
+        let random: [u8; NONCE_LEN] = rand::random();
+        Self::begin_with(verifier, first, &STANDARD.encode(random))
+    }
+
+    fn begin_with(
+        verifier: &'a Verifier,
+        first: &[u8],
+        our_nonce: &str,
+    ) -> Result<(Self, String), ScramError> {
+        let first = std::str::from_utf8(first).map_err(|_| ScramError::Malformed)?;
+        let (binding, rest) = first.split_once(',').ok_or(ScramError::Malformed)?;
+        let (identity, bare) = rest.split_once(',').ok_or(ScramError::Malformed)?;
+        match binding {
+            // `y`: the client could bind channels, and believes that we cannot. It is right.
+            "n" | "y" => {}
+            binding if binding.starts_with("p=") => return Err(ScramError::Unsupported),
+            _ => return Err(ScramError::Malformed),
+        }
+        if !identity.is_empty() {
+            return Err(ScramError::Unsupported);
+        }
+        let mut attributes = bare.split(',');
+        let user = attributes.next().unwrap_or_default();
+        if user.starts_with("m=") {
+            return Err(ScramError::Unsupported);
+        }
+        if !user.starts_with("n=") {
+            return Err(ScramError::Malformed);
+        }
+        let client_nonce = attributes
+            .next()
+            .and_then(|attribute| attribute.strip_prefix("r="))
+            .filter(|nonce| !nonce.is_empty() && nonce.bytes().all(|byte| byte.is_ascii_graphic()))
+            .ok_or(ScramError::Malformed)?;
+        let nonce = format!("{client_nonce}{our_nonce}");
+        let answer = format!("r={nonce},{}", verifier.parameters);
+        let exchange = Self {
+            verifier,
+            transcript: format!("{bare},{answer},"),
+            header: format!("{binding},{identity},"),
+            nonce,
+        };
+        Ok((exchange, answer))
+    }
+
+    /// Checks the client's last message; returns our proof that we know the password, too.
+    pub fn finish(mut self, last: &[u8]) -> Result<String, ScramError> {
+        let last = std::str::from_utf8(last).map_err(|_| ScramError::Malformed)?;
+        let (unproved, proof) = last.rsplit_once(",p=").ok_or(ScramError::Malformed)?;
+        let mut attributes = unproved.split(',');
+        let channel = attributes.next().and_then(|it| it.strip_prefix("c="));
+        let nonce = attributes.next().and_then(|it| it.strip_prefix("r="));
+        if channel != Some(STANDARD.encode(&self.header).as_str())
+            || nonce != Some(self.nonce.as_str())
+        {
+            return Err(ScramError::Malformed);
+        }
+        let proof: [u8; KEY_LEN] = STANDARD
+            .decode(proof)
+            .ok()
+            .and_then(|proof| proof.try_into().ok())
+            .ok_or(ScramError::Malformed)?;
+        self.transcript.push_str(unproved);
+
+        let signature = sign(&self.verifier.stored_key, &self.transcript);
+        let mut client_key = proof;
+        for (byte, signed) in client_key.iter_mut().zip(signature.as_ref()) {
+            *byte ^= signed;
+        }
+        let found = digest::digest(&SHA256, &client_key);
+        client_key.zeroize();
+        verify_slices_are_equal(found.as_ref(), &self.verifier.stored_key)
+            .map_err(|_| ScramError::Wrong)?;
+        let ours = sign(&self.verifier.server_key, &self.transcript);
+        Ok(format!("v={}", STANDARD.encode(ours)))
+    }
+}
+
+fn sign(key: &[u8], text: &str) -> hmac::Tag {
+    hmac::sign(&hmac::Key::new(hmac::HMAC_SHA256, key), text.as_bytes())
+}
+
+#[cfg(test)]
+mod tests {
+    use postgres_protocol::authentication::sasl::{ChannelBinding, ScramSha256};
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn verifier(password: &str) -> Verifier {
+        Verifier::new(&SecretString::from(password)).unwrap()
+    }
+
+    /// What libpq's way of doing it makes of our side.
+    fn log_in(
+        verifier: &Verifier,
+        password: &str,
+        binding: ChannelBinding,
+    ) -> Result<(), ScramError> {
+        let mut client = ScramSha256::new(password.as_bytes(), binding);
+        let (exchange, answer) = Exchange::begin(verifier, client.message())?;
+        client.update(answer.as_bytes()).unwrap();
+        let proof = exchange.finish(client.message())?;
+        client.finish(proof.as_bytes()).unwrap();
+        Ok(())
+    }
+
+    #[test]
+    fn whoever_knows_the_password_is_believed_and_believes_us() {
+        for password in [
+            "sesame",
+            "with, comma = and space",
+            "pässwörd",
+            "\u{ff21}\u{2168}",
+            "💧",
+        ] {
+            let verifier = verifier(password);
+            assert_eq!(
+                log_in(&verifier, password, ChannelBinding::unsupported()),
+                Ok(())
+            );
+            assert_eq!(
+                log_in(&verifier, password, ChannelBinding::unrequested()),
+                Ok(())
+            );
+            let wrong = log_in(&verifier, "another", ChannelBinding::unsupported());
+            assert_eq!(wrong, Err(ScramError::Wrong));
+        }
+    }
+
+    #[test]
+    fn channels_are_not_bound() {
+        let bound = ChannelBinding::tls_server_end_point(vec![1; 32]);
+        assert_eq!(
+            log_in(&verifier("x"), "x", bound),
+            Err(ScramError::Unsupported)
+        );
+    }
+
+    /// RFC 7677, section 3.
+    #[test]
+    fn the_standards_own_example_is_understood() {
+        let salt = "W22ZaJ0SNY7soEsUEjb6gQ==";
+        let salted = pbkdf2(b"pencil", &STANDARD.decode(salt).unwrap(), 4096);
+        let key = |name: &[u8]| hmac::sign(&hmac::Key::new(hmac::HMAC_SHA256, &salted), name);
+        let stored_key = digest::digest(&SHA256, key(b"Client Key").as_ref());
+        let verifier = Verifier {
+            parameters: format!("s={salt},i=4096"),
+            stored_key: stored_key.as_ref().try_into().unwrap(),
+            server_key: key(b"Server Key").as_ref().try_into().unwrap(),
+        };
+        let (exchange, answer) = Exchange::begin_with(
+            &verifier,
+            b"n,,n=user,r=rOprNGfwEbeRWgbNEkqO",
+            "%hvYDpWUa2RaTCAfuxFIlj)hNlF$k0",
+        )
+        .unwrap();
+        assert_eq!(
+            answer,
+            "r=rOprNGfwEbeRWgbNEkqO%hvYDpWUa2RaTCAfuxFIlj)hNlF$k0,s=W22ZaJ0SNY7soEsUEjb6gQ==,i=4096"
+        );
+        let proof = exchange.finish(
+            b"c=biws,r=rOprNGfwEbeRWgbNEkqO%hvYDpWUa2RaTCAfuxFIlj)hNlF$k0,p=dHzbZapWIk4jUhN+Ute9ytag9zjfMHgsqmmiz7AndVQ=",
+        );
+        assert_eq!(
+            proof.as_deref(),
+            Ok("v=6rriTRBi23WpRR/wtup+mMhUZUn/dB5nLTJRsjl95G4=")
+        );
+    }
+
+    fn pbkdf2(password: &[u8], salt: &[u8], iterations: u32) -> [u8; KEY_LEN] {
+        let mut out = [0; KEY_LEN];
+        aws_lc_rs::pbkdf2::derive(
+            aws_lc_rs::pbkdf2::PBKDF2_HMAC_SHA256,
+            std::num::NonZeroU32::new(iterations).unwrap(),
+            salt,
+            password,
+            &mut out,
+        );
+        out
+    }
+
+    #[test]
+    fn what_is_out_of_order_is_refused() {
+        let verifier = verifier("x");
+        let begin = |first: &[u8]| Exchange::begin(&verifier, first).unwrap_err();
+        for malformed in [
+            &b""[..],
+            b"n",
+            b"n,",
+            b"n,,",
+            b"n,,r=x",
+            b"n,,n=,r=",
+            b"n,,n=,r=a b",
+            b"z,,n=,r=x",
+            b"\xff,,",
+        ] {
+            assert_eq!(begin(malformed), ScramError::Malformed, "{malformed:?}");
+        }
+        for unsupported in [
+            &b"p=tls-unique,,n=,r=x"[..],
+            b"n,a=me,n=,r=x",
+            b"n,,m=1,n=,r=x",
+        ] {
+            assert_eq!(begin(unsupported), ScramError::Unsupported);
+        }
+        let finish = |last: &str| {
+            let (exchange, _) = Exchange::begin_with(&verifier, b"n,,n=,r=abc", "def").unwrap();
+            exchange.finish(last.as_bytes()).unwrap_err()
+        };
+        let proof = STANDARD.encode([0; KEY_LEN]);
+        assert_eq!(
+            finish(&format!("c=biws,r=abcdef,p={proof}")),
+            ScramError::Wrong
+        );
+        for malformed in [
+            String::new(),
+            "c=biws,r=abcdef".to_owned(),
+            "c=biws,r=abcdef,p=AAAA".to_owned(),
+            format!("c=biws,r=abc,p={proof}"),
+            format!("c=eSws,r=abcdef,p={proof}"),
+        ] {
+            assert_eq!(finish(&malformed), ScramError::Malformed, "{malformed}");
+        }
+    }
+
+    #[test]
+    fn nothing_of_it_is_printed() {
+        assert_eq!(format!("{:?}", verifier("sesame")), "Verifier { .. }");
+    }
+
+    proptest! {
+        #[test]
+        fn no_bytes_make_it_panic(first in prop::collection::vec(any::<u8>(), 0..60), last in ".{0,60}") {
+            let verifier = Verifier { parameters: "s=AAAA,i=1".to_owned(), stored_key: [0; KEY_LEN], server_key: [0; KEY_LEN] };
+            let _ = Exchange::begin(&verifier, &first);
+            let (exchange, _) = Exchange::begin_with(&verifier, b"n,,n=,r=a", "b").unwrap();
+            let _ = exchange.finish(last.as_bytes());
+        }
+    }
+}

@@ -1,0 +1,250 @@
+//! From accept to the session proper: what a client wants, in plain text or by TLS, and whether it may.
+
+use std::{io, time::Duration};
+
+use bytes::BytesMut;
+use tokio::{
+    io::{AsyncRead, AsyncWrite, AsyncWriteExt},
+    sync::OwnedSemaphorePermit,
+    time::{Instant, sleep, timeout},
+};
+use tokio_rustls::TlsAcceptor;
+
+use super::{
+    FAREWELL, Peer, Policy, Sessions,
+    handshake::{self, HandshakeError, Opening, Tls},
+    local_auth::Failure,
+    rewind::Rewind,
+    shutting_down,
+};
+use crate::{
+    protocol::startup::{StartupError, StartupMessage},
+    telemetry::{CountOnDrop, GaugeGuard, names::reason},
+    tls::ALPN_POSTGRESQL,
+    upstream::Refusal,
+};
+
+/// What the first reads are likely to fit into.
+const FIRST_BUFFER: usize = 1024;
+
+/// A client that has not got a session yet.
+struct Arrival<'a> {
+    id: u64,
+    peer: Peer,
+    began: Instant,
+    policy: &'a Policy,
+    /// Held until it is known what the client wants, and that it may.
+    _handshaking: OwnedSemaphorePermit,
+}
+
+impl Sessions {
+    /// Serves one client to its end. `handshaking` is held until it has said what it wants.
+    pub async fn serve<S>(
+        &self,
+        id: u64,
+        peer: Peer,
+        mut client: S,
+        handshaking: OwnedSemaphorePermit,
+    ) where
+        S: AsyncRead + AsyncWrite + Unpin,
+    {
+        tracing::trace!(%peer, "client accepted");
+        let _active = GaugeGuard::new(&self.metrics.clients_active);
+        let _closed = CountOnDrop::new(&self.metrics.clients_closed);
+        let policy = self.policies.now();
+        let arrival = Arrival {
+            id,
+            peer,
+            began: Instant::now(),
+            policy: &policy,
+            _handshaking: handshaking,
+        };
+        let mut buffer = BytesMut::with_capacity(FIRST_BUFFER);
+        let receiving = handshake::receive(&mut client, &mut buffer, self.entrance.tls(peer));
+        match self.in_time(&arrival, receiving).await {
+            Ok(Some(Opening::Encrypt { direct })) => {
+                // Boxed, so that clients without TLS do not carry the room for it about.
+                Box::pin(self.encrypt(arrival, client, buffer, direct)).await;
+            }
+            opening => self.proceed(arrival, client, buffer, opening).await,
+        }
+    }
+
+    /// What `future` comes to within the time that an arrival may take; `None` when we end first: a client that says
+    /// nothing must not hold that up.
+    async fn in_time<T>(
+        &self,
+        arrival: &Arrival<'_>,
+        future: impl Future<Output = Result<T, HandshakeError>>,
+    ) -> Result<Option<T>, HandshakeError> {
+        let patience = arrival.policy.client_login_timeout;
+        let left: Duration = patience.saturating_sub(arrival.began.elapsed());
+        let hurried = async {
+            self.shutdown.draining().cancelled().await;
+            sleep(FAREWELL).await;
+        };
+        tokio::select! {
+            done = timeout(left, future) => match done {
+                Ok(done) => done.map(Some),
+                Err(_elapsed) => Err(HandshakeError::Late),
+            },
+            () = hurried => Ok(None),
+        }
+    }
+
+    /// Begins TLS and asks again what the client wants; `front` is what has been read of it.
+    async fn encrypt<S>(&self, arrival: Arrival<'_>, client: S, front: BytesMut, direct: bool)
+    where
+        S: AsyncRead + AsyncWrite + Unpin,
+    {
+        let Some(encryption) = &self.entrance.encryption else {
+            return;
+        };
+        let accepting = async {
+            let acceptor = TlsAcceptor::from(encryption.config().await);
+            let accepted = acceptor.accept(Rewind::new(front, client)).await;
+            accepted.map_err(HandshakeError::Tls)
+        };
+        let mut client = match self.in_time(&arrival, accepting).await {
+            Ok(Some(client)) => client,
+            Ok(None) => return,
+            Err(error) => return self.no_encryption(arrival.id, &error),
+        };
+        if direct && client.get_ref().1.alpn_protocol() != Some(ALPN_POSTGRESQL) {
+            let error = HandshakeError::NoAlpn;
+            return self.reject(arrival.id, &mut client, &error).await;
+        }
+        let mut buffer = BytesMut::with_capacity(FIRST_BUFFER);
+        let receiving = handshake::receive(&mut client, &mut buffer, Tls::Spoken);
+        let opening = self.in_time(&arrival, receiving).await;
+        self.proceed(arrival, client, buffer, opening).await;
+    }
+
+    fn no_encryption(&self, id: u64, error: &HandshakeError) {
+        self.count_refusal(reason::CLIENT_TLS);
+        match error {
+            // Port scanners, mostly.
+            HandshakeError::Tls(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
+                tracing::debug!(session = id, %error, "client left in the TLS handshake");
+            }
+            HandshakeError::Tls(error) => self.entrance.client_broke_off_tls(error),
+            error => tracing::debug!(session = id, %error, "no TLS handshake"),
+        }
+    }
+
+    /// Does what the client wants.
+    async fn proceed<S>(
+        &self,
+        arrival: Arrival<'_>,
+        mut client: S,
+        mut buffer: BytesMut,
+        opening: Result<Option<Opening>, HandshakeError>,
+    ) where
+        S: AsyncRead + AsyncWrite + Unpin,
+    {
+        let Arrival {
+            id, peer, policy, ..
+        } = arrival;
+        match opening {
+            // The second cannot be: TLS is begun before.
+            Ok(None | Some(Opening::Encrypt { .. } | Opening::Gone { insisted: false })) => {}
+            Ok(Some(Opening::Gone { insisted: true })) => {
+                self.count_refusal(reason::CLIENT_TLS);
+                if matches!(peer, Peer::Tcp(_)) {
+                    self.entrance.client_insists_on_tls();
+                }
+            }
+            Ok(Some(Opening::Cancel(key))) => {
+                drop(arrival);
+                if self.entrance.admit(peer).is_ok() {
+                    self.cancel(key, &policy.terms).await;
+                }
+                // libpq 17 takes an end without TLS's own goodbye for a cancel that failed.
+                let _ = timeout(FAREWELL, client.shutdown()).await;
+            }
+            Ok(Some(Opening::Session(startup))) => {
+                let allowed = self
+                    .check(&arrival, &mut client, &mut buffer, &startup)
+                    .await;
+                drop(arrival);
+                let served = match allowed {
+                    Ok(()) => {
+                        self.run((id, peer), policy, &mut client, buffer, &startup)
+                            .await
+                    }
+                    Err(Failure::Refused(refusal)) => Err(refusal),
+                    Err(Failure::Gone) => {
+                        tracing::debug!(session = id, "client left when asked for the password");
+                        return;
+                    }
+                };
+                if let Err(refusal) = served {
+                    self.refuse(id, &mut client, refusal).await;
+                }
+            }
+            Err(error) => self.reject(id, &mut client, &error).await,
+        }
+    }
+
+    /// Whether a client may have a session: by who it is, and by what it knows.
+    async fn check<S>(
+        &self,
+        arrival: &Arrival<'_>,
+        client: &mut S,
+        buffer: &mut BytesMut,
+        startup: &StartupMessage,
+    ) -> Result<(), Failure>
+    where
+        S: AsyncRead + AsyncWrite + Unpin,
+    {
+        self.entrance.admit(arrival.peer)?;
+        let Some(password) = self.entrance.password(arrival.peer) else {
+            return Ok(());
+        };
+        let asking = async { Ok(password.ask(client, buffer, startup).await) };
+        match self.in_time(arrival, asking).await {
+            Ok(Some(asked)) => asked,
+            Ok(None) => Err(shutting_down().into()),
+            Err(error) => Err(match error.report() {
+                Some(report) => Failure::Refused(Refusal {
+                    report,
+                    reason: reason::TIMEOUT,
+                }),
+                None => Failure::Gone,
+            }),
+        }
+    }
+
+    async fn reject<S>(&self, id: u64, client: &mut S, error: &HandshakeError)
+    where
+        S: AsyncRead + AsyncWrite + Unpin,
+    {
+        let reason = match error {
+            HandshakeError::Startup(StartupError::TlsHandshake) => {
+                self.entrance.client_insists_on_tls();
+                reason::CLIENT_TLS
+            }
+            HandshakeError::NoAlpn => reason::CLIENT_TLS,
+            HandshakeError::Late => reason::TIMEOUT,
+            HandshakeError::Io(error) => {
+                tracing::debug!(session = id, error = %error, "client broke off in the handshake");
+                return;
+            }
+            _ => reason::BAD_STARTUP,
+        };
+        match error.report() {
+            Some(report) => self.refuse(id, client, Refusal { report, reason }).await,
+            None => {
+                self.count_refusal(reason);
+                tracing::debug!(session = id, error = %error, "not a Postgres client");
+            }
+        }
+    }
+
+    fn count_refusal(&self, reason: &str) {
+        self.metrics
+            .clients_refused
+            .with_label_values(&[reason])
+            .inc();
+    }
+}

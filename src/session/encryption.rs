@@ -1,0 +1,393 @@
+//! TLS between clients and us: the certificate that we show, and its renewal.
+//!
+//! Whoever serves a client asks for the configuration at each handshake; nothing watches the files in between.
+
+use std::{
+    fs, io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    os::unix::fs::MetadataExt,
+    path::PathBuf,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use arc_swap::ArcSwap;
+use rcgen::{CertificateParams, DnType, KeyPair, SanType};
+use rustls::{
+    ServerConfig,
+    pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, pem::PemObject},
+};
+use tokio::time::Instant;
+
+use crate::{
+    telemetry::chain,
+    tls::{ALPN_POSTGRESQL, provider},
+};
+
+/// How often the files are looked at, at most.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+
+/// Whether and how TLS is offered to clients.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum ClientTls {
+    /// These PEM files; read again when they change.
+    Files {
+        /// The certificate, and behind it those of its issuers.
+        certificate: PathBuf,
+        /// Its private key.
+        key: PathBuf,
+    },
+    /// Not at all.
+    #[default]
+    Off,
+    /// With a certificate made at the start, which nobody can verify.
+    SelfSigned,
+}
+
+/// Why TLS cannot be offered.
+#[derive(Debug, thiserror::Error)]
+pub enum ClientTlsError {
+    /// A file cannot be read, or holds something else.
+    #[error("cannot read a {what} from `{}` (--client-tls-{flag})", path.display())]
+    File {
+        /// What it should hold.
+        what: &'static str,
+        /// The end of its flag.
+        flag: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: rustls::pki_types::pem::Error,
+    },
+    /// There is a file, but no certificate in it.
+    #[error("`{}` holds no certificate (--client-tls-cert)", path.display())]
+    Empty {
+        /// The file.
+        path: PathBuf,
+    },
+    /// Key and certificate do not belong together, or cannot be used.
+    #[error("certificate and key for clients cannot be used (--client-tls-cert, --client-tls-key)")]
+    Unusable(#[source] rustls::Error),
+    /// No certificate could be made.
+    #[error("cannot make a certificate for clients (--client-tls)")]
+    SelfSigned(#[source] rcgen::Error),
+}
+
+impl ClientTlsError {
+    /// What to do about it.
+    pub fn hint(&self) -> Option<&'static str> {
+        match self {
+            Self::File { .. } | Self::Empty { .. } => {
+                Some("both are PEM files that the proxy's user may read")
+            }
+            Self::Unusable(_) => Some("the key must be the one that the certificate was made for"),
+            Self::SelfSigned(_) => None,
+        }
+    }
+}
+
+/// What is shown to clients now.
+pub struct Encryption {
+    current: ArcSwap<ServerConfig>,
+    files: Option<Files>,
+}
+
+/// The files, and what was known of them when they were last looked at.
+struct Files {
+    certificate: PathBuf,
+    key: PathBuf,
+    looked: Mutex<Looked>,
+    /// Whether what they hold is no good, and that has been said.
+    complained: AtomicBool,
+}
+
+struct Looked {
+    at: Instant,
+    state: State,
+}
+
+/// By what a change is noticed: a ConfigMap's new version is another file, an editor's the same one with another time.
+type State = [Option<(u64, u64, i64, i64, u64)>; 2];
+
+impl std::fmt::Debug for Encryption {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Encryption").finish_non_exhaustive()
+    }
+}
+
+impl Encryption {
+    /// What the settings say, ready to be shown; `None` when TLS is off.
+    pub fn new(settings: &ClientTls) -> Result<Option<Self>, ClientTlsError> {
+        Ok(match settings {
+            ClientTls::Off => None,
+            ClientTls::SelfSigned => Some(Self {
+                current: ArcSwap::new(self_signed()?),
+                files: None,
+            }),
+            ClientTls::Files { certificate, key } => {
+                let files = Files {
+                    certificate: certificate.clone(),
+                    key: key.clone(),
+                    looked: Mutex::new(Looked {
+                        at: Instant::now(),
+                        state: State::default(),
+                    }),
+                    complained: AtomicBool::new(false),
+                };
+                // Before they are read: a change in between is then seen later.
+                let state = files.state();
+                files.looked().state = state;
+                Some(Self {
+                    current: ArcSwap::new(files.read()?),
+                    files: Some(files),
+                })
+            }
+        })
+    }
+
+    /// The configuration for one more handshake. New files are taken up first; bad ones change nothing.
+    pub(super) async fn config(self: &Arc<Self>) -> Arc<ServerConfig> {
+        if self.is_due() {
+            let this = Arc::clone(self);
+            // A disk may take its time. Others meanwhile get what there is.
+            let _ = tokio::task::spawn_blocking(move || this.renew()).await;
+        }
+        self.current.load_full()
+    }
+
+    fn is_due(&self) -> bool {
+        let Some(files) = &self.files else {
+            return false;
+        };
+        let mut looked = files.looked();
+        let due = looked.at.elapsed() >= LOOK_EVERY;
+        if due {
+            looked.at = Instant::now();
+        }
+        due
+    }
+
+    /// Blocks.
+    fn renew(&self) {
+        let Some(files) = &self.files else { return };
+        let state = files.state();
+        if std::mem::replace(&mut files.looked().state, state) == state {
+            return;
+        }
+        match files.read() {
+            Ok(config) => {
+                self.current.store(config);
+                files.complained.store(false, Ordering::Relaxed);
+                tracing::info!(
+                    certificate = %files.certificate.display(),
+                    "new certificate for clients taken up"
+                );
+            }
+            Err(error) => {
+                if !files.complained.swap(true, Ordering::Relaxed) {
+                    tracing::warn!(
+                        error = %chain(&error),
+                        hint = error.hint(),
+                        "new certificate for clients is no good; the old one stays"
+                    );
+                }
+            }
+        }
+    }
+}
+
+impl Files {
+    fn looked(&self) -> std::sync::MutexGuard<'_, Looked> {
+        self.looked.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn state(&self) -> State {
+        let of = |path: &PathBuf| -> io::Result<_> {
+            let found = fs::metadata(path)?;
+            Ok((
+                found.dev(),
+                found.ino(),
+                found.mtime(),
+                found.mtime_nsec(),
+                found.len(),
+            ))
+        };
+        [of(&self.certificate).ok(), of(&self.key).ok()]
+    }
+
+    fn read(&self) -> Result<Arc<ServerConfig>, ClientTlsError> {
+        let bad_certificate = |source| ClientTlsError::File {
+            what: "certificate",
+            flag: "cert",
+            path: self.certificate.clone(),
+            source,
+        };
+        let chain: Vec<_> = CertificateDer::pem_file_iter(&self.certificate)
+            .map_err(bad_certificate)?
+            .collect::<Result<_, _>>()
+            .map_err(bad_certificate)?;
+        if chain.is_empty() {
+            return Err(ClientTlsError::Empty {
+                path: self.certificate.clone(),
+            });
+        }
+        let key =
+            PrivateKeyDer::from_pem_file(&self.key).map_err(|source| ClientTlsError::File {
+                what: "private key",
+                flag: "key",
+                path: self.key.clone(),
+                source,
+            })?;
+        config(chain, key)
+    }
+}
+
+fn config(
+    chain: Vec<CertificateDer<'static>>,
+    key: PrivateKeyDer<'static>,
+) -> Result<Arc<ServerConfig>, ClientTlsError> {
+    let mut config = ServerConfig::builder_with_provider(provider())
+        .with_safe_default_protocol_versions()
+        .map_err(ClientTlsError::Unusable)?
+        .with_no_client_auth()
+        .with_single_cert(chain, key)
+        .map_err(ClientTlsError::Unusable)?;
+    config.alpn_protocols = vec![ALPN_POSTGRESQL.to_vec()];
+    // As PostgreSQL has it: no session is remembered, so none can be stolen; and a ticket is 200 bytes for nothing.
+    config.session_storage = Arc::new(rustls::server::NoServerSessionStorage {});
+    config.send_tls13_tickets = 0;
+    Ok(Arc::new(config))
+}
+
+/// A certificate of this process alone, for the names that a client on this machine uses.
+fn self_signed() -> Result<Arc<ServerConfig>, ClientTlsError> {
+    let mut params =
+        CertificateParams::new(vec!["localhost".to_owned()]).map_err(ClientTlsError::SelfSigned)?;
+    for address in [
+        IpAddr::V4(Ipv4Addr::LOCALHOST),
+        IpAddr::V6(Ipv6Addr::LOCALHOST),
+    ] {
+        params.subject_alt_names.push(SanType::IpAddress(address));
+    }
+    params
+        .distinguished_name
+        .push(DnType::CommonName, "lakebase-proxy (self-signed)");
+    let key = KeyPair::generate().map_err(ClientTlsError::SelfSigned)?;
+    let certificate = params
+        .self_signed(&key)
+        .map_err(ClientTlsError::SelfSigned)?;
+    tracing::info!(
+        sha256 = fingerprint(certificate.der()),
+        "made a certificate for clients"
+    );
+    let key = PrivateKeyDer::from(PrivatePkcs8KeyDer::from(key.serialize_der()));
+    config(vec![certificate.der().clone()], key)
+}
+
+/// As `openssl x509 -fingerprint -sha256` prints it.
+fn fingerprint(certificate: &[u8]) -> String {
+    let digest = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, certificate);
+    let bytes: Vec<String> = digest
+        .as_ref()
+        .iter()
+        .map(|byte| format!("{byte:02X}"))
+        .collect();
+    bytes.join(":")
+}
+
+#[cfg(test)]
+mod tests {
+    use tempfile::TempDir;
+    use tokio::time::advance;
+
+    use super::*;
+
+    /// A pair as files; returns the settings that name them.
+    fn write(directory: &TempDir) -> ClientTls {
+        let made = rcgen::generate_simple_self_signed(vec!["localhost".to_owned()]).unwrap();
+        let (certificate, key) = (directory.path().join("cert"), directory.path().join("key"));
+        fs::write(&certificate, made.cert.pem()).unwrap();
+        fs::write(&key, made.signing_key.serialize_pem()).unwrap();
+        ClientTls::Files { certificate, key }
+    }
+
+    fn is_same(one: &Arc<ServerConfig>, other: &Arc<ServerConfig>) -> bool {
+        Arc::ptr_eq(one, other)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn new_files_are_taken_up_and_bad_ones_are_not() {
+        let directory = TempDir::new().unwrap();
+        let settings = write(&directory);
+        let encryption = Arc::new(Encryption::new(&settings).unwrap().unwrap());
+        let first = encryption.config().await;
+        advance(LOOK_EVERY).await;
+        assert!(
+            is_same(&first, &encryption.config().await),
+            "nothing has changed"
+        );
+
+        write(&directory);
+        assert!(
+            is_same(&first, &encryption.config().await),
+            "not looked at again yet"
+        );
+        advance(LOOK_EVERY).await;
+        let second = encryption.config().await;
+        assert!(!is_same(&first, &second));
+
+        // Another key than the certificate's, then no file at all.
+        let key = directory.path().join("key");
+        fs::write(&key, KeyPair::generate().unwrap().serialize_pem()).unwrap();
+        advance(LOOK_EVERY).await;
+        assert!(is_same(&second, &encryption.config().await));
+        fs::remove_file(&key).unwrap();
+        advance(LOOK_EVERY).await;
+        assert!(is_same(&second, &encryption.config().await));
+
+        write(&directory);
+        advance(LOOK_EVERY).await;
+        assert!(!is_same(&second, &encryption.config().await));
+    }
+
+    #[tokio::test]
+    async fn what_cannot_be_used_at_the_start_is_an_error() {
+        let directory = TempDir::new().unwrap();
+        assert!(Encryption::new(&ClientTls::Off).unwrap().is_none());
+        let ClientTls::Files { certificate, key } = write(&directory) else {
+            panic!("files");
+        };
+        let error = |certificate: &PathBuf, key: &PathBuf| {
+            let settings = ClientTls::Files {
+                certificate: certificate.clone(),
+                key: key.clone(),
+            };
+            Encryption::new(&settings).unwrap_err()
+        };
+        let missing = directory.path().join("missing");
+        assert!(matches!(
+            error(&missing, &key),
+            ClientTlsError::File { flag: "cert", .. }
+        ));
+        assert!(matches!(
+            error(&certificate, &missing),
+            ClientTlsError::File { flag: "key", .. }
+        ));
+        assert!(matches!(error(&key, &key), ClientTlsError::Empty { .. }));
+        fs::write(&key, KeyPair::generate().unwrap().serialize_pem()).unwrap();
+        assert!(matches!(
+            error(&certificate, &key),
+            ClientTlsError::Unusable(_)
+        ));
+    }
+
+    #[test]
+    fn a_fingerprint_reads_as_openssl_prints_it() {
+        assert!(fingerprint(b"").starts_with("E3:B0:C4:42:98:FC:1C:14:"));
+        assert_eq!(fingerprint(b"x").len(), 32 * 3 - 1);
+    }
+}

@@ -1,0 +1,267 @@
+//! TLS between clients and the proxy.
+
+use std::{fs, path::PathBuf, sync::Arc};
+
+use lakebase_proxy::{
+    config::ClientTlsSetting,
+    tls::{self, Roots},
+};
+use rustls::{ClientConfig, pki_types::ServerName};
+use tempfile::TempDir;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+};
+use tokio_rustls::{TlsConnector, client::TlsStream};
+
+use crate::harness::{
+    self, Proxy,
+    binary::Binary,
+    eventually,
+    wire::{PROTOCOL_3_2, SSL_REQUEST, Wire, cancel_request, startup, text},
+    within,
+};
+
+/// A certificate for `localhost` and its key, as files.
+struct Pair {
+    directory: TempDir,
+}
+
+impl Pair {
+    fn new() -> Self {
+        let pair = Self {
+            directory: TempDir::new().unwrap(),
+        };
+        pair.renew();
+        pair
+    }
+
+    fn renew(&self) {
+        let made = rcgen::generate_simple_self_signed(vec!["localhost".to_owned()]).unwrap();
+        fs::write(self.certificate(), made.cert.pem()).unwrap();
+        fs::write(self.key(), made.signing_key.serialize_pem()).unwrap();
+    }
+
+    fn certificate(&self) -> PathBuf {
+        self.directory.path().join("tls.crt")
+    }
+
+    fn key(&self) -> PathBuf {
+        self.directory.path().join("tls.key")
+    }
+
+    /// A client that trusts this certificate alone.
+    fn client(&self, alpn: &[u8]) -> Arc<ClientConfig> {
+        tls::client_config(&Roots::File(self.certificate()), alpn).unwrap()
+    }
+}
+
+async fn proxy(emulator: &lakebase_proxy::emulator::Emulator, pair: &Pair) -> Proxy {
+    Proxy::with(emulator, |settings| {
+        settings.client_tls_cert = Some(pair.certificate());
+        settings.client_tls_key = Some(pair.key());
+    })
+    .await
+}
+
+async fn handshake(
+    proxy: &Proxy,
+    config: Arc<ClientConfig>,
+    direct: bool,
+) -> std::io::Result<Wire<TlsStream<TcpStream>>> {
+    let mut stream = TcpStream::connect(proxy.address()).await.unwrap();
+    if !direct {
+        stream.write_all(&SSL_REQUEST).await.unwrap();
+        assert_eq!(stream.read_u8().await.unwrap(), b'S');
+    }
+    let name = ServerName::try_from("localhost").unwrap();
+    let connecting = TlsConnector::from(config).connect(name, stream);
+    within("a TLS handshake", connecting).await.map(Wire::of)
+}
+
+#[tokio::test]
+async fn a_session_may_be_encrypted_by_request_or_from_the_first_byte_on() {
+    let emulator = harness::emulator().await;
+    let pair = Pair::new();
+    let proxy = proxy(&emulator, &pair).await;
+    for direct in [false, true] {
+        let config = pair.client(tls::ALPN_POSTGRESQL);
+        let mut wire = handshake(&proxy, config, direct).await.unwrap();
+        wire.send(&startup(PROTOCOL_3_2, &[("user", "anyone")]))
+            .await;
+        let welcome = wire.welcome().await;
+        assert!(welcome.negotiation.is_some());
+        assert_eq!(wire.value("select 'encrypted'").await, "encrypted");
+        // More than fits into a TLS record, either way.
+        let long = "x".repeat(100_000);
+        assert_eq!(wire.value(&format!("select '{long}'")).await, long);
+
+        wire.send(&text('Q', "select pg_sleep(60)")).await;
+        harness::until_running(&emulator.identities().app.name, 1).await;
+        let config = pair.client(tls::ALPN_POSTGRESQL);
+        let mut cancel = handshake(&proxy, config, direct).await.unwrap();
+        cancel.send(&cancel_request(welcome.key)).await;
+        let rest = within("the goodbye", cancel.stream.read_to_end(&mut Vec::new())).await;
+        assert!(rest.is_ok(), "with TLS's own goodbye: {rest:?}");
+        let said = wire.until('Z').await;
+        assert!(
+            said.iter()
+                .any(|said| said.tag == 'E' && said.error().code == "57014")
+        );
+    }
+    // And the others go on as they were.
+    let client = proxy.client().await;
+    client.simple_query("select 1").await.unwrap();
+    drop(client);
+    proxy.until_quiet().await;
+}
+
+#[tokio::test]
+async fn a_refusal_reaches_an_encrypted_client_too() {
+    let emulator = harness::emulator().await;
+    let pair = Pair::new();
+    let proxy = proxy(&emulator, &pair).await;
+    let config = || pair.client(tls::ALPN_POSTGRESQL);
+    let mut wire = handshake(&proxy, config(), false).await.unwrap();
+    wire.startup(&[("user", "anyone"), ("database", "nosuch")])
+        .await;
+    assert_eq!(wire.refusal().await.code, "3D000");
+    let mut wire = handshake(&proxy, config(), false).await.unwrap();
+    wire.send(&SSL_REQUEST).await;
+    assert!(wire.refusal().await.message.contains("twice"));
+}
+
+#[tokio::test]
+async fn direct_tls_is_for_postgres_alone() {
+    let emulator = harness::emulator().await;
+    let pair = Pair::new();
+    let proxy = proxy(&emulator, &pair).await;
+    // As a browser, and as something that says nothing of its protocol.
+    let wrong = handshake(&proxy, pair.client(b"http/1.1"), true).await;
+    assert!(wrong.is_err(), "ALPN that is not ours");
+    let mut none = (*pair.client(b"")).clone();
+    none.alpn_protocols.clear();
+    let mut wire = handshake(&proxy, Arc::new(none.clone()), true)
+        .await
+        .unwrap();
+    let refusal = wire.refusal().await;
+    assert_eq!(refusal.code, "08P01");
+    assert!(refusal.hint.unwrap().contains("sslnegotiation=direct"));
+    // Behind an SSLRequest, older clients name no protocol.
+    let mut wire = handshake(&proxy, Arc::new(none), false).await.unwrap();
+    wire.startup(&[("user", "anyone")]).await;
+    wire.welcome().await;
+    // Plain text behind the request is somebody else's.
+    let mut wire = proxy.dial().await;
+    wire.send(&[&SSL_REQUEST[..], &startup(PROTOCOL_3_2, &[])].concat())
+        .await;
+    assert_eq!(wire.refusal().await.code, "08P01");
+    let refused = proxy
+        .metrics()
+        .clients_refused
+        .with_label_values(&["client_tls"]);
+    assert_eq!(refused.get(), 2);
+}
+
+#[tokio::test]
+async fn a_renewed_certificate_is_shown_without_a_restart() {
+    let emulator = harness::emulator().await;
+    let pair = Pair::new();
+    let proxy = proxy(&emulator, &pair).await;
+    let old = pair.client(tls::ALPN_POSTGRESQL);
+    let mut held = handshake(&proxy, Arc::clone(&old), false).await.unwrap();
+    held.startup(&[("user", "anyone")]).await;
+    held.welcome().await;
+
+    pair.renew();
+    let new = pair.client(tls::ALPN_POSTGRESQL);
+    eventually("the new certificate is shown", async || {
+        handshake(&proxy, Arc::clone(&new), false).await.ok()
+    })
+    .await;
+    assert!(handshake(&proxy, old, false).await.is_err());
+    assert_eq!(held.value("select 1").await, "1", "who was there stays");
+}
+
+#[tokio::test]
+async fn a_certificate_of_our_own_needs_no_files() {
+    let emulator = harness::emulator().await;
+    let mut binary = Binary::serve(&emulator, &["--client-tls", "self-signed"]).await;
+    let made = binary.logged("made a certificate for clients").await;
+    assert_eq!(made["sha256"].as_str().unwrap().len(), 95);
+    let psql = async |sslmode: &str| {
+        let mut command = tokio::process::Command::new("psql");
+        let query = "select 6 * 7";
+        command
+            .args(["-XAtc", query, "-h", "localhost", "-U", "anyone"])
+            .args(["-p", &binary.postgres.port().to_string()])
+            .env("PGSSLMODE", sslmode)
+            .env("PGCONNECT_TIMEOUT", "30");
+        let output = within("psql ends", command.output()).await.unwrap();
+        (
+            String::from_utf8_lossy(&output.stdout).into_owned(),
+            String::from_utf8_lossy(&output.stderr).into_owned(),
+        )
+    };
+    assert_eq!(psql("require").await.0, "42\n");
+    let (_, refused) = psql("verify-full").await;
+    assert!(refused.contains("root certificate"), "{refused}");
+}
+
+#[tokio::test]
+async fn what_to_set_is_said_once_where_tls_is_off() {
+    let emulator = harness::emulator().await;
+    let mut binary = Binary::serve(&emulator, &[]).await;
+    for first in [&SSL_REQUEST[..], b"\x16\x03\x01\x02\x00\x01", &SSL_REQUEST] {
+        let mut wire = Wire::dial(binary.postgres).await;
+        wire.send(first).await;
+        if first.len() == 8 {
+            assert_eq!(wire.byte().await, 'N');
+            wire.stream.shutdown().await.unwrap();
+        }
+        wire.closed().await;
+    }
+    binary.signal("TERM");
+    binary.until("shut down").await;
+    let said = binary
+        .lines
+        .iter()
+        .filter(|line| line["message"].as_str().unwrap().contains("insists on TLS"));
+    let said: Vec<_> = said.collect();
+    assert_eq!(said.len(), 1, "{said:?}");
+    assert!(
+        said[0]["message"]
+            .as_str()
+            .unwrap()
+            .contains("--client-tls=self-signed")
+    );
+}
+
+#[tokio::test]
+async fn settings_that_cannot_be_used_stop_the_start() {
+    let emulator = harness::emulator().await;
+    let pair = Pair::new();
+    let error = async |certificate: PathBuf, key: PathBuf| {
+        let started = Proxy::cold(&emulator, &[], |settings| {
+            settings.client_tls_cert = Some(certificate);
+            settings.client_tls_key = Some(key);
+        })
+        .await;
+        let error = started.err().unwrap();
+        assert!(error.hint().is_some());
+        error.to_string()
+    };
+    let said = error(pair.key(), pair.key()).await;
+    assert!(said.contains("--client-tls-cert"), "{said}");
+    let other = Pair::new();
+    let said = error(pair.certificate(), other.key()).await;
+    assert!(said.contains("--client-tls-key"), "{said}");
+    let settings = lakebase_proxy::config::Settings {
+        client_tls: Some(ClientTlsSetting::SelfSigned),
+        client_tls_cert: Some(pair.certificate()),
+        client_tls_key: Some(pair.key()),
+        ..Default::default()
+    };
+    let environment = lakebase_proxy::config::Environment::from_variables([]);
+    assert!(lakebase_proxy::config::Config::resolve(settings, environment).is_err());
+}
