@@ -13,7 +13,7 @@ use tokio::{
     time::sleep,
 };
 use tokio_util::task::TaskTracker;
-use tracing::Instrument;
+use tracing::{Instrument, Span, field::Empty};
 
 use self::unix::UnixDoor;
 pub use self::{
@@ -258,7 +258,7 @@ async fn accept<A: Acceptor>(
                 pause = ACCEPT_PAUSE_MIN;
                 let sessions = Arc::clone(&sessions);
                 let id = sessions.next_id();
-                let span = tracing::debug_span!("session", id, %peer);
+                let span = session_span(id, &peer);
                 sessions.metrics.clients_opened.inc();
                 let serving = async move {
                     let _watch = PanicWatch(Arc::clone(&sessions.metrics));
@@ -277,6 +277,21 @@ async fn accept<A: Acceptor>(
             }
         }
     }
+}
+
+/// What its log lines have in common; the parts of its login are filled in once it is logged in.
+fn session_span(id: u64, peer: &Peer) -> Span {
+    tracing::debug_span!(
+        "session",
+        id,
+        %peer,
+        queue = Empty,
+        credential = Empty,
+        resolve = Empty,
+        dial = Empty,
+        tls = Empty,
+        login = Empty,
+    )
 }
 
 /// Counts a session that ends by a panic.

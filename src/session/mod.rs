@@ -184,19 +184,21 @@ impl Sessions {
         drop(waiting);
         let ((connection, woke_after), database) = connected?;
         let began = Instant::now();
-        tracing::debug!(session = id, after = ?held, "session begins");
         let Connection {
             mut stream,
             leftover,
             mut greeting,
             address,
+            phases,
             gauge: _gauge,
         } = connection;
+        phases.record(&tracing::Span::current());
+        tracing::debug!(session = id, after = ?held, "session begins");
         listed.connected(Server {
             address,
             process_id: greeting.key.map(|key| key.process_id),
             database: database.into(),
-            waited: began.elapsed(),
+            waited: held,
         });
         if let Some(held) = woke_after {
             let recent = self.roster.recent();

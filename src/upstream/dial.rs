@@ -20,6 +20,7 @@ use tokio::{
 use super::{
     endpoint::{Endpoint, Keepalive, Security},
     failure::{Class, Failure},
+    phases::Phases,
     tls_stream::TlsStream,
 };
 use crate::{
@@ -46,22 +47,27 @@ pub enum Stream {
     Tls(TlsStream<TcpStream>),
 }
 
-/// Resolves, connects and negotiates TLS; says which address answered.
+/// Resolves, connects and negotiates TLS; says which address answered, and how long each part took.
 ///
 /// Not cancel safe, and need not be: dropping it drops the connection.
 pub(super) async fn dial(
     endpoint: &Endpoint,
     keepalive: &Keepalive,
     metrics: &Metrics,
-) -> Result<(Stream, SocketAddr), Failure> {
+) -> Result<(Stream, SocketAddr, Phases), Failure> {
+    let mut phases = Phases::default();
     let started = Instant::now();
     let addresses = resolve(&endpoint.host, endpoint.port).await?;
-    observe(metrics, phase::RESOLVE, started);
+    phases.resolve = observe(metrics, phase::RESOLVE, started);
 
     let started = Instant::now();
     let (tcp, address) = connect(addresses).await?;
-    observe(metrics, phase::DIAL, started);
-    Ok((secure(tcp, endpoint, keepalive, metrics).await?, address))
+    phases.dial = observe(metrics, phase::DIAL, started);
+
+    let started = Instant::now();
+    let stream = secure(tcp, endpoint, keepalive, metrics).await?;
+    phases.tls = started.elapsed();
+    Ok((stream, address, phases))
 }
 
 /// The addresses of a host, in the resolver's order.
@@ -242,11 +248,14 @@ async fn read_plain_error(tcp: TcpStream) -> Failure {
     }
 }
 
-pub(super) fn observe(metrics: &Metrics, phase: &str, started: Instant) {
+/// Counts a part of a login that has ended now, and says how long it took.
+pub(super) fn observe(metrics: &Metrics, phase: &str, started: Instant) -> Duration {
+    let took = started.elapsed();
     metrics
         .upstream_connect_seconds
         .with_label_values(&[phase])
-        .observe(started.elapsed().as_secs_f64());
+        .observe(took.as_secs_f64());
+    took
 }
 
 impl AsyncRead for Stream {

@@ -174,6 +174,7 @@ impl Upstream {
         let mut lead: Option<MutexGuard<'_, Backoff>> = None;
         let (mut held, mut renewed, mut crowded) = (false, false, false);
         let mut previous: Option<Failure> = None;
+        let (mut queued, mut credited) = (Duration::ZERO, Duration::ZERO);
         loop {
             let began = Instant::now();
             if lead.is_none() && self.waking.load(Ordering::Acquire) {
@@ -186,13 +187,14 @@ impl Upstream {
                 .get(deadline.at)
                 .await
                 .map_err(|error| self.no_credential(&error))?;
-            dial::observe(&self.metrics, phase::CREDENTIAL, asked);
-            let credited = Instant::now();
+            credited += dial::observe(&self.metrics, phase::CREDENTIAL, asked);
+            let ready = Instant::now();
             let turn = self.wait_for_turn(deadline.at).await?;
             self.metrics
                 .upstream_connect_seconds
                 .with_label_values(&[phase::QUEUE])
-                .observe((asked - began + credited.elapsed()).as_secs_f64());
+                .observe((asked - began + ready.elapsed()).as_secs_f64());
+            queued += asked - began + ready.elapsed();
             // Those ahead may have found the endpoint asleep.
             if lead.is_none() && self.waking.load(Ordering::Acquire) {
                 continue;
@@ -213,7 +215,9 @@ impl Upstream {
                 previous.as_ref(),
             );
             let failure = match attempt.await {
-                Ok(connection) => {
+                Ok(mut connection) => {
+                    connection.phases.queue = queued;
+                    connection.phases.credential = credited;
                     self.credentials.accepted(credential.generation);
                     self.failing.store(false, Ordering::Relaxed);
                     self.wake(lead.as_deref_mut());

@@ -12,6 +12,7 @@ use super::{
     dial::{self, Stream},
     endpoint::{Endpoint, Keepalive, Security},
     failure::Failure,
+    phases::Phases,
 };
 use crate::{
     credential::Credential,
@@ -39,6 +40,8 @@ pub struct Connection<S = Stream> {
     pub greeting: Greeting,
     /// The address that answered, where a CancelRequest must go.
     pub address: SocketAddr,
+    /// Where the time went.
+    pub phases: Phases,
     /// Counts it among the active ones.
     pub gauge: GaugeGuard,
 }
@@ -64,7 +67,7 @@ pub(super) async fn log_in(
     metrics: &Metrics,
 ) -> Result<Connection, Failure> {
     let whole = Instant::now();
-    let (mut stream, address) = dial::dial(endpoint, keepalive, metrics).await?;
+    let (mut stream, address, mut phases) = dial::dial(endpoint, keepalive, metrics).await?;
     let started = Instant::now();
     let encrypted = matches!(endpoint.security, Security::Tls { .. });
     let may_send_cleartext = encrypted || super::endpoint::is_loopback(address.ip());
@@ -76,7 +79,7 @@ pub(super) async fn log_in(
         may_send_cleartext,
     )
     .await?;
-    dial::observe(metrics, phase::LOGIN, started);
+    phases.login = dial::observe(metrics, phase::LOGIN, started);
     dial::observe(metrics, phase::TOTAL, whole);
     let gauge = GaugeGuard::new(&metrics.upstream_active);
     Ok(Connection {
@@ -84,6 +87,7 @@ pub(super) async fn log_in(
         leftover,
         greeting,
         address,
+        phases,
         gauge,
     })
 }

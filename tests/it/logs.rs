@@ -99,6 +99,17 @@ async fn what_is_logged_can_be_changed_while_it_runs() {
             .iter()
             .any(|line| line["message"] == "session begins")
     );
-    proxy.until("session begins").await;
+    let begins = proxy.until("session begins").await;
+    for part in [
+        "peer",
+        "queue",
+        "credential",
+        "resolve",
+        "dial",
+        "tls",
+        "login",
+    ] {
+        assert!(begins["span"][part].is_string(), "{part}: {begins}");
+    }
     proxy.until("session ends").await;
 }
