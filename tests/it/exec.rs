@@ -211,7 +211,8 @@ async fn without_a_credential_the_child_is_not_started() {
 async fn a_proxy_that_cannot_go_on_tells_the_child_by_its_connections() {
     let emulator = harness::emulator().await;
     let script = "echo ready; while read line; do psql -XAtc 'select 1' 2>/dev/null || echo refused; done; exit 6";
-    let flags = ["--connect-timeout", "300ms"];
+    // Enough for a login on a busy machine, and soon over when nobody answers.
+    let flags = ["--connect-timeout", "5s"];
     let mut command = exec(&emulator, &flags, script);
     let mut running = Running::start(command.stdin(Stdio::piped()));
     let mut input = running.process.stdin.take().unwrap();
