@@ -27,7 +27,9 @@
 //! | [`telemetry`] | logs and metrics; a leaf that all may use |
 //! | [`http`] | what our HTTP servers share: bounds, and the guard against other origins' pages |
 //! | [`doctor`] | each step from the settings to `SELECT 1`, checked alone, with its mend |
-//! | [`admin`] | health and metrics over HTTP |
+//! | [`admin`] | health, metrics and the status page over HTTP |
+//! | [`console`] | `SHOW CLIENTS` and its kin, for psql |
+//! | [`overview`] | what can be said of the running program, for those two |
 //! | [`exec`] | the proxy as the parent of one program |
 //! | [`remote`] | `wait` and `shutdown`: errands at a proxy that runs already |
 //! | `notes` | the notes page: a client of our own listener |
@@ -40,6 +42,7 @@ pub mod app;
 pub mod cli;
 pub mod clock;
 pub mod config;
+pub mod console;
 pub mod credential;
 #[cfg(feature = "demo")]
 pub mod demo;
@@ -51,6 +54,7 @@ pub mod http;
 pub mod listener;
 #[cfg(feature = "notes")]
 pub mod notes;
+pub mod overview;
 pub mod protocol;
 pub mod remote;
 pub mod session;

@@ -6,8 +6,8 @@ use arc_swap::ArcSwap;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    config::EndpointConfig, credential::CredentialCell, listener::Bound, session::Sessions,
-    tls::Fingerprint,
+    config::EndpointConfig, credential::CredentialCell, listener::Bound, overview::Place,
+    session::Sessions, tls::Fingerprint,
 };
 
 /// One endpoint that is served.
@@ -24,6 +24,25 @@ pub struct Served {
     pub(super) roots: ArcSwap<Option<Fingerprint>>,
     /// Ends what is done for it in the background.
     pub(super) stop: CancellationToken,
+}
+
+impl Served {
+    /// For those who look.
+    pub(super) fn place(&self) -> Arc<Place> {
+        let read_only = if self.config.read_only {
+            " (read-only)"
+        } else {
+            ""
+        };
+        Arc::new(Place {
+            name: format!("{}{read_only}", self.config.called()),
+            listening: self.bound.words(),
+            route: self.sessions.route.clone(),
+            credentials: self.credentials.clone(),
+            source: self.config.credential.label(),
+            metrics: Arc::clone(&self.sessions.metrics),
+        })
+    }
 }
 
 /// All that are served, in the order of the settings; cheap to clone. One that the settings no longer name is among them

@@ -4,7 +4,6 @@ use std::{fmt, future::pending, pin::pin, sync::Arc, time::Duration};
 
 use secrecy::SecretString;
 use tokio::{
-    io::AsyncWriteExt,
     sync::watch,
     task::JoinSet,
     time::{sleep, timeout},
@@ -16,13 +15,9 @@ use crate::{
     admin::{Admin, Health},
     credential::CredentialCell,
     listener::{Bound, Way},
-    protocol::{
-        error::{Report, sqlstate},
-        options::SessionSettings,
-    },
-    session::TERMINATE,
+    protocol::error::{Report, sqlstate},
     telemetry::{LogHandle, Metrics, names::reason},
-    upstream::{Refusal, Route, Terms},
+    upstream::Refusal,
 };
 
 /// How long helpers (the health port, the notes page) may take to end once no client is left.
@@ -127,7 +122,8 @@ impl Running {
         let terms = self.shared.policies.now().terms;
         let mut logins = JoinSet::new();
         for served in &*self.shared.endpoints.now() {
-            logins.spawn(log_in(served.sessions.route.clone(), terms));
+            let route = served.sessions.route.clone();
+            logins.spawn(async move { route.log_in_once(&terms).await });
         }
         while let Some(login) = logins.join_next().await {
             // A panic is counted and logged where it happens.
@@ -194,24 +190,6 @@ impl Running {
         let _ = timeout(HELPERS_END, helpers).await;
         tracing::info!(complete = cut.is_ok(), "shut down");
     }
-}
-
-/// One login as a client would make it, and an orderly goodbye.
-async fn log_in(route: Route, terms: Terms) -> Result<(), Refusal> {
-    let upstream = route.upstream(terms.limits.connect_timeout).await?;
-    let settings = SessionSettings {
-        database: upstream.endpoint().database.clone(),
-        parameters: vec![("application_name".to_owned(), "lakebase-proxy".to_owned())],
-        client_encoding: None,
-        replication: false,
-    };
-    let (mut connection, _woke_after) = upstream.connect(&settings, &terms).await?;
-    let goodbye = async {
-        connection.stream.write_all(&TERMINATE).await?;
-        connection.stream.shutdown().await
-    };
-    let _ = timeout(HELPERS_END, goodbye).await;
-    Ok(())
 }
 
 fn no_way() -> Refusal {

@@ -12,10 +12,13 @@ use super::{
     source::Access,
 };
 use crate::{
+    admin::Health,
     clock::Clock,
     config::{Config, EndpointConfig},
+    console::Console,
     credential::CredentialCell,
     listener::Listener,
+    overview::Overview,
     session::{
         Door, Encryption, Entrance, LocalPassword, Policies, Policy, Presence, Roster, Seats,
         Sessions, Told,
@@ -34,6 +37,9 @@ pub(super) struct Shared {
     pub(super) shutdown: Shutdown,
     pub(super) presence: Presence,
     pub(super) roster: Arc<Roster>,
+    pub(super) overview: Arc<Overview>,
+    pub(super) health: Arc<Health>,
+    console: Arc<Console>,
     /// Of the first endpoint; it renders the others with it.
     pub(super) metrics: Arc<Metrics>,
     /// The sessions, and what comes before them.
@@ -80,12 +86,28 @@ fn entrance(config: &Config) -> Result<Entrance, StartError> {
 impl Shared {
     pub(super) fn new(config: &Config) -> Result<Self, StartError> {
         let first = config.endpoints.first();
+        let endpoints = Endpoints::default();
+        let (roster, shutdown) = (Arc::<Roster>::default(), Shutdown::new());
+        let policies = Policies::new(policy(config));
+        let served = endpoints.clone();
+        let overview = Arc::new(Overview::new(
+            Arc::clone(&roster),
+            shutdown.clone(),
+            policies.clone(),
+            move || served.now().iter().map(|served| served.place()).collect(),
+        ));
+        let served = endpoints.clone();
+        let health = Arc::new(Health::new(move || served.any_ready()));
+        let console = Arc::new(Console::new(Arc::clone(&overview), Arc::clone(&health)));
         let shared = Self {
-            endpoints: Endpoints::default(),
-            policies: Policies::new(policy(config)),
-            shutdown: Shutdown::new(),
+            endpoints,
+            policies,
+            shutdown,
             presence: Presence::default(),
-            roster: Arc::default(),
+            roster,
+            overview,
+            health,
+            console,
             metrics: Metrics::of_endpoint(first.map_or("", EndpointConfig::called))?,
             clients: TaskTracker::new(),
             helpers: TaskTracker::new(),
@@ -106,6 +128,8 @@ impl Shared {
         self.policies.set(policy(config));
         let limit = i64::try_from(config.max_connections).unwrap_or(i64::MAX);
         self.metrics.clients_limit.set(limit);
+        self.overview.set_settings(config.shown.clone());
+        self.console.set_over_tcp(config.admin_console);
     }
 
     /// One more endpoint, with its listener bound.
@@ -128,6 +152,7 @@ impl Shared {
             metrics,
             presence: self.presence.clone(),
             roster: Arc::clone(&self.roster),
+            console: Some(Arc::clone(&self.console)),
             ids: Arc::clone(&self.ids),
         });
         let served = Served {

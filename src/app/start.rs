@@ -7,7 +7,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{App, Ending, Running, StartError};
 use crate::{
-    admin::{self, Admin, Health},
+    admin::{self, Admin},
     listener::Bound,
     session::Presence,
 };
@@ -31,8 +31,16 @@ impl App {
             return Err(StartError::NoEndpoint);
         };
         let (helpers, stop) = (&shared.helpers, &shared.stop);
-        let endpoints = shared.endpoints.clone();
-        let health = Arc::new(Health::new(move || endpoints.any_ready()));
+        let health = Arc::clone(&shared.health);
+        for (purpose, address) in [
+            ("health and metrics", addresses.http),
+            ("notes page", addresses.notes),
+            ("/quitquitquit", addresses.admin),
+        ] {
+            if let Some(address) = address {
+                shared.overview.listens(purpose, address);
+            }
+        }
         let heart = (Arc::clone(&health), stop.clone());
         helpers.spawn(async move { heart.0.beat(&heart.1).await });
         let http = http
@@ -41,6 +49,7 @@ impl App {
                     listener,
                     Arc::clone(&shared.metrics),
                     Arc::clone(&health),
+                    Arc::clone(&shared.overview),
                     log.clone(),
                     stop.clone(),
                 )

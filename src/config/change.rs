@@ -11,6 +11,27 @@ use crate::{
     upstream::{Keepalive, Limits},
 };
 
+/// What is put in force by a reload; anything else needs a restart.
+pub(super) const CHANGEABLE: &[&str] = &[
+    "admin_console",
+    "allow_remote",
+    "database_mapping",
+    "connect_timeout",
+    "server_connect_timeout",
+    "capacity_timeout",
+    "client_login_timeout",
+    "max_connections",
+    "tcp_keepalive_idle",
+    "tcp_keepalive_interval",
+    "tcp_keepalive_count",
+    "tcp_user_timeout",
+    "min_sigterm_delay",
+    "max_sigterm_delay",
+    "exit_when_idle",
+    "exit_zero_on_sigterm",
+    "log_filter",
+];
+
 /// The way from one [`Config`] to another.
 #[derive(Clone, Debug)]
 pub struct Change {
@@ -63,6 +84,8 @@ impl Config {
             exit_zero_on_sigterm,
             log,
             watch_config,
+            admin_console,
+            shown,
         } = new;
         let Limits {
             connect_timeout,
@@ -96,6 +119,7 @@ impl Config {
             };
         }
         apply! {
+            "admin_console": admin_console = admin_console;
             "allow_remote": allow_remote = allow_remote;
             "database_mapping": database_mapping = database_mapping;
             "connect_timeout": limits.connect_timeout = connect_timeout;
@@ -124,6 +148,13 @@ impl Config {
             "run_connection_test": self.run_connection_test, run_connection_test;
             "structured_logs": self.log.structured, structured;
             "watch_config": self.watch_config, watch_config;
+        }
+
+        for setting in shown.into_iter().filter(|setting| setting.changeable) {
+            let old = config.shown.iter_mut().find(|old| old.key == setting.key);
+            if let Some(old) = old {
+                *old = setting;
+            }
         }
 
         let mut old: Vec<Option<&EndpointConfig>> = self.endpoints.iter().map(Some).collect();
@@ -229,6 +260,35 @@ mod tests {
 
     fn change(old: &str, new: &str) -> Change {
         config(old).change_to(config(new))
+    }
+
+    #[test]
+    fn what_is_said_to_be_changeable_is_changed() {
+        let (_, code) = include_str!("change.rs").split_once("apply! {\n").unwrap();
+        let (code, _) = code.split_once("\n        }").unwrap();
+        let names: Vec<&str> = code
+            .lines()
+            .filter_map(|line| line.split('"').nth(1))
+            .collect();
+        assert_eq!(names, CHANGEABLE);
+    }
+
+    #[test]
+    fn what_is_shown_is_what_is_in_force() {
+        let file = |port| format!("connect_timeout = \"{port}s\"\nhttp_port = {port}");
+        let change = change(&file(40), &file(50));
+        let shown = |key: &str| {
+            let setting = change
+                .config
+                .shown
+                .iter()
+                .find(|setting| setting.key == key);
+            setting.unwrap().value.clone()
+        };
+        assert_eq!(
+            (shown("connect_timeout"), shown("http_port")),
+            ("50s".to_owned(), "40".to_owned())
+        );
     }
 
     #[test]

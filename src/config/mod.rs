@@ -10,6 +10,7 @@ mod listen;
 mod local;
 mod resolve;
 mod settings;
+mod shown;
 mod source;
 mod tables;
 #[cfg(test)]
@@ -29,6 +30,7 @@ pub use self::{
     file::read,
     resolve::DEFAULT_DATABASE,
     settings::Settings,
+    shown::ShownSetting,
     source::Source,
     values::{
         AddressSetting, ClientTlsSetting, DurationSetting, LocalAuth, ModeSetting, PortSetting,
@@ -78,6 +80,10 @@ pub struct Config {
     pub http: Option<SocketAddr>,
     /// Where the notes page is served, if at all.
     pub notes: Option<SocketAddr>,
+    /// Whether TCP clients on this machine may have the console.
+    pub admin_console: bool,
+    /// The settings, for people.
+    pub shown: Vec<ShownSetting>,
     /// Where /quitquitquit is served, if at all.
     pub admin: Option<SocketAddr>,
     /// Whether one login must have worked before the proxy counts as started.
@@ -148,6 +154,18 @@ pub enum CredentialSource {
     PasswordFile(PathBuf),
     /// The workspace mints it.
     Workspace,
+}
+
+impl CredentialSource {
+    /// In words, without a word of what it holds.
+    pub fn label(&self) -> &'static str {
+        match self {
+            Self::Command(_) => "command",
+            Self::Password(_) => "password",
+            Self::PasswordFile(_) => "password file",
+            Self::Workspace => "workspace",
+        }
+    }
 }
 
 /// How the wire to the endpoint is protected.

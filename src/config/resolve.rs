@@ -7,7 +7,7 @@ use std::{
 
 use super::{
     Config, ConfigError, CredentialSetting, DurationSetting, Environment, PortSetting, Settings,
-    listen::PlaceMaker, local, tables,
+    listen::PlaceMaker, local, shown::shown, tables,
 };
 use crate::{
     telemetry::{DEFAULT_FILTER, LogOptions, without_userinfo},
@@ -30,6 +30,7 @@ impl Config {
     /// Puts the layers together and checks the result.
     pub fn resolve(settings: Settings, environment: Environment) -> Result<Self, ConfigError> {
         let settings = settings.with_file()?;
+        let shown = shown(&settings);
         let loopback = IpAddr::V4(Ipv4Addr::LOCALHOST);
 
         let http = socket(
@@ -122,6 +123,8 @@ impl Config {
             },
             http,
             notes,
+            admin_console: settings.admin_console.unwrap_or(false),
+            shown,
             admin: settings
                 .quitquitquit
                 .unwrap_or(false)

@@ -3,7 +3,7 @@
 use std::{net::IpAddr, path::PathBuf};
 
 use clap::Args;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use super::{
     endpoint::EndpointSettings,
@@ -15,7 +15,7 @@ use super::{
 use crate::session::DatabaseMapping;
 
 /// One layer of settings; see `config/lakebase-proxy.toml` for what each means.
-#[derive(Args, Clone, Debug, Default, Deserialize)]
+#[derive(Args, Clone, Debug, Default, Deserialize, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Settings {
     /// Address to listen on for Postgres clients (repeatable) [default: 127.0.0.1, and ::1 with it]
@@ -118,7 +118,7 @@ pub struct Settings {
         value_name = "NAME?KEY=VALUE",
         help_heading = "Upstream"
     )]
-    #[serde(rename = "endpoint")]
+    #[serde(rename = "endpoint", skip_serializing)]
     pub endpoints: Vec<EndpointSettings>,
 
     /// Connect to the endpoint's read-only host
@@ -156,6 +156,10 @@ pub struct Settings {
     /// Port of the notes page [default: DATABRICKS_APP_PORT, else 8000]
     #[arg(long, value_name = "PORT", help_heading = "Notes page")]
     pub notes_port: Option<PortSetting>,
+
+    /// Open the console (`psql lakebase_proxy`) to TCP clients on this machine, not only to Unix-socket peers of our own user
+    #[arg(long, num_args = 0..=1, default_missing_value = "true", require_equals = true, value_name = "BOOL", help_heading = "Seen from outside")]
+    pub admin_console: Option<bool>,
 
     /// How long to go on accepting clients after SIGTERM, before the drain begins [default: 0s]
     #[arg(long, value_name = "TIME", help_heading = "Ending")]
@@ -219,7 +223,7 @@ impl Settings {
             server_connect_timeout, capacity_timeout, tcp_keepalive_idle, tcp_keepalive_interval,
             tcp_keepalive_count, tcp_user_timeout, read_only, database_mapping, http_address,
             http_port, notes, notes_address, notes_port, min_sigterm_delay, max_sigterm_delay,
-            exit_zero_on_sigterm, exit_when_idle, quitquitquit, admin_port, run_connection_test,
+            admin_console, exit_zero_on_sigterm, exit_when_idle, quitquitquit, admin_port, run_connection_test,
             structured_logs, log_filter, config_file, profile,
             watch_config,
         }

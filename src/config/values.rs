@@ -3,7 +3,7 @@
 use std::{fmt, net::IpAddr, num::NonZeroU16, str::FromStr, time::Duration};
 
 use jiff::SignedDuration;
-use serde::{Deserialize, Deserializer, de};
+use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
 /// A port to listen on, or none.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,6 +30,15 @@ impl FromStr for PortSetting {
 impl<'de> Deserialize<'de> for PortSetting {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         scalar(deserializer)
+    }
+}
+
+impl Serialize for PortSetting {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self {
+            Self::None => serializer.serialize_str("none"),
+            Self::Port(port) => serializer.serialize_u16(*port),
+        }
     }
 }
 
@@ -117,7 +126,7 @@ impl<'de> Deserialize<'de> for ModeSetting {
 }
 
 /// Whether clients are offered TLS, where no certificate is given.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, clap::ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, clap::ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum ClientTlsSetting {
     /// No.
@@ -127,13 +136,25 @@ pub enum ClientTlsSetting {
 }
 
 /// Whether TCP clients must know a password.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, clap::ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, clap::ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum LocalAuth {
     /// Whoever reaches us is let in.
     Trust,
     /// By SCRAM-SHA-256.
     Password,
+}
+
+impl Serialize for AddressSetting {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(&self.0)
+    }
+}
+
+impl Serialize for ModeSetting {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(&format_args!("{:04o}", self.0))
+    }
 }
 
 /// Reads one value or a list of them.
@@ -152,6 +173,12 @@ where
         OneOrMany::One(value) => vec![value],
         OneOrMany::Many(values) => values,
     }))
+}
+
+impl Serialize for DurationSetting {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(&format_args!("{}s", self.0.as_secs_f64()))
+    }
 }
 
 /// The upstream's port: never 0.

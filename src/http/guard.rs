@@ -20,7 +20,9 @@ use axum::{
     response::{IntoResponse, Response},
 };
 
-/// No scripts, no frames, no forms; styles and images from us alone.
+use super::server::Visitor;
+
+/// No scripts, no frames, no forms; styles and images from us alone. A page that needs more says so itself.
 const POLICY: &str = "default-src 'none'; style-src 'self'; img-src 'self'; base-uri 'none'; form-action 'none'; \
                       frame-ancestors 'none'";
 
@@ -41,6 +43,16 @@ const HARDENING: [(HeaderName, &str); 7] = [
     ),
 ];
 
+/// Whether a request was made on this machine, and by a name or address of this machine's. On a listener that others
+/// reach, a page that had its name rebound to a loopback address would else be let in by the address it comes from.
+pub fn is_from_this_machine(request: &Request) -> bool {
+    request
+        .extensions()
+        .get()
+        .is_some_and(|visitor: &Visitor| visitor.is_local())
+        && host(request).is_ok_and(|host| host.is_none_or(|host| is_local(&host)))
+}
+
 /// Who may be expected at a listener.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Reach {
@@ -59,7 +71,8 @@ pub(super) async fn guard(State(reach): State<Reach>, request: Request, next: Ne
     for (name, value) in HARDENING {
         response
             .headers_mut()
-            .insert(name, HeaderValue::from_static(value));
+            .entry(name)
+            .or_insert(HeaderValue::from_static(value));
     }
     response
 }

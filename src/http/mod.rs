@@ -5,4 +5,5 @@
 mod guard;
 mod server;
 
+pub use guard::is_from_this_machine;
 pub use server::{Limits, Visitor, serve};

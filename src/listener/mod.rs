@@ -107,6 +107,16 @@ impl Way {
 }
 
 impl Bound {
+    /// Each of them, as people write it.
+    pub fn words(&self) -> Vec<String> {
+        let unix = self.unix.iter().map(|path| path.display().to_string());
+        self.tcp
+            .iter()
+            .map(ToString::to_string)
+            .chain(unix)
+            .collect()
+    }
+
     /// How a client on this machine gets in: by TCP where it can. A Unix socket that libpq would not find is no way.
     pub fn way(&self) -> Option<Way> {
         let tcp = self.tcp.first().copied().map(Way::from);

@@ -22,8 +22,20 @@ pub mod sqlstate {
     pub const INVALID_PASSWORD: &str = "28P01";
     /// Bytes that are not in the encoding they should be in.
     pub const INVALID_ENCODING: &str = "22021";
+    /// A statement that cannot be read.
+    pub const SYNTAX_ERROR: &str = "42601";
+    /// A prepared statement that does not exist.
+    pub const UNDEFINED_STATEMENT: &str = "26000";
+    /// A portal that does not exist.
+    pub const UNDEFINED_CURSOR: &str = "34000";
+    /// Nothing but the end of the transaction is possible.
+    pub const FAILED_TRANSACTION: &str = "25P02";
+    /// More than there is room for.
+    pub const PROGRAM_LIMIT: &str = "54000";
     /// No such setting.
     pub const UNDEFINED_OBJECT: &str = "42704";
+    /// No such database.
+    pub const UNDEFINED_DATABASE: &str = "3D000";
     /// No more connections.
     pub const TOO_MANY_CONNECTIONS: &str = "53300";
     /// Ended by an administrator.
@@ -120,6 +132,13 @@ impl Report {
             Some(detail) => format!("{} ({detail})", self.message),
             None => self.message.clone(),
         }
+    }
+
+    /// As an ErrorResponse that ends a statement.
+    pub fn encode_error(&self) -> BytesMut {
+        let mut out = BytesMut::new();
+        let _ = ErrorResponse::new(self.fields("ERROR")).encode(&mut out);
+        out
     }
 
     /// As an ErrorResponse that ends the connection.

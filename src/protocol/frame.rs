@@ -22,6 +22,8 @@ pub mod tag {
     pub const COPY_FAIL: u8 = b'f';
     /// The server is ready to take COPY data.
     pub const COPY_IN_RESPONSE: u8 = b'G';
+    /// One row.
+    pub const DATA_ROW: u8 = b'D';
     /// Error.
     pub const ERROR_RESPONSE: u8 = b'E';
     /// Execute a portal (the client's `E`).
@@ -40,6 +42,8 @@ pub mod tag {
     pub const QUERY: u8 = b'Q';
     /// The server waits for the next request.
     pub const READY_FOR_QUERY: u8 = b'Z';
+    /// The columns of the rows that follow.
+    pub const ROW_DESCRIPTION: u8 = b'T';
     /// End of a request in the extended protocol (the client's `S`).
     pub const SYNC: u8 = b'S';
     /// Orderly end (the client's).

@@ -10,5 +10,6 @@ pub mod error;
 pub mod frame;
 pub mod options;
 pub mod progress;
+pub mod rows;
 pub mod scram;
 pub mod startup;

@@ -13,12 +13,17 @@ use tokio_rustls::TlsAcceptor;
 use super::{
     FAREWELL, Peer, Policy, Sessions,
     handshake::{self, HandshakeError, Opening, Tls},
+    linger,
     local_auth::Failure,
     rewind::Rewind,
     shutting_down,
 };
 use crate::{
-    protocol::startup::{StartupError, StartupMessage},
+    console::Console,
+    protocol::{
+        backend::negotiation,
+        startup::{StartupError, StartupMessage},
+    },
     telemetry::{CountOnDrop, GaugeGuard, names::reason},
     tls::ALPN_POSTGRESQL,
     upstream::Refusal,
@@ -168,6 +173,10 @@ impl Sessions {
                     .await;
                 drop(arrival);
                 let served = match allowed {
+                    Ok(()) if self.console_for(peer, &startup).is_some() => {
+                        // Boxed: rare, and none of the others should be as large.
+                        return Box::pin(self.answer(id, peer, client, buffer, &startup)).await;
+                    }
                     Ok(()) => {
                         self.run((id, peer), policy, &mut client, buffer, &startup)
                             .await
@@ -184,6 +193,37 @@ impl Sessions {
             }
             Err(error) => self.reject(id, &mut client, &error).await,
         }
+    }
+
+    /// Serves a client of the console.
+    async fn answer<S>(
+        &self,
+        id: u64,
+        peer: Peer,
+        mut client: S,
+        buffer: BytesMut,
+        startup: &StartupMessage,
+    ) where
+        S: AsyncRead + AsyncWrite + Unpin,
+    {
+        let Some(console) = self.console_for(peer, startup) else {
+            return;
+        };
+        let hello = match self.entrance.password(peer) {
+            Some(_) => BytesMut::new(), // said before the password was asked for
+            None => negotiation(startup),
+        };
+        let draining = self.shutdown.draining();
+        let answered = console
+            .serve(&mut client, (buffer, hello), startup, draining)
+            .await;
+        tracing::debug!(session = id, ?answered, "console closed");
+        linger(&mut client).await;
+    }
+
+    fn console_for(&self, peer: Peer, startup: &StartupMessage) -> Option<&Console> {
+        let console = self.console.as_deref()?;
+        console.is_for(peer, startup).then_some(console)
     }
 
     /// Whether a client may have a session: by who it is, and by what it knows.

@@ -59,6 +59,7 @@ use self::{
     relay::{End, Relay},
 };
 use crate::{
+    console::{self, Console},
     protocol::{
         backend::{negotiation, welcome},
         error::{Report, sqlstate},
@@ -83,7 +84,17 @@ const EARLY_LIMIT: usize = 64 * 1024;
 pub(crate) const TERMINATE: [u8; 5] = [b'X', 0, 0, 0, 4];
 
 /// What the database name a client sends means.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Deserialize, clap::ValueEnum)]
+#[derive(
+    Clone,
+    Copy,
+    Debug,
+    Default,
+    PartialEq,
+    Eq,
+    serde::Deserialize,
+    serde::Serialize,
+    clap::ValueEnum,
+)]
 #[serde(rename_all = "kebab-case")]
 pub enum DatabaseMapping {
     /// Itself, but where it is the client's user name, which libpq sends when none is given, the default.
@@ -128,6 +139,8 @@ pub struct Sessions {
     pub presence: Presence,
     /// Who is here, for those who look.
     pub roster: Arc<Roster>,
+    /// What is answered to those who look from psql.
+    pub console: Option<Arc<Console>>,
     /// Numbers the sessions of this process.
     pub ids: Arc<AtomicU64>,
 }
@@ -182,7 +195,8 @@ impl Sessions {
         let held = began.elapsed();
         self.metrics.hold_seconds.observe(held.as_secs_f64());
         drop(waiting);
-        let ((connection, woke_after), database) = connected?;
+        let ((connection, woke_after), database) =
+            connected.map_err(|refusal| about_console(refusal, startup))?;
         let began = Instant::now();
         let Connection {
             mut stream,
@@ -347,6 +361,19 @@ impl Sessions {
             linger(client).await;
         }
     }
+}
+
+/// Somebody may have meant the console, and been taken for a client of the endpoint.
+fn about_console(mut refusal: Refusal, startup: &StartupMessage) -> Refusal {
+    if refusal.report.sqlstate == sqlstate::UNDEFINED_DATABASE
+        && console::is_name(startup.parameter("database"))
+    {
+        refusal.report.hint = Some(
+            "If the proxy's own console is meant: it answers on the Unix socket (--unix-socket), and on TCP with --admin-console."
+                .to_owned(),
+        );
+    }
+    refusal
 }
 
 fn shutting_down() -> Refusal {

@@ -63,6 +63,7 @@ fn sessions(upstream: SocketAddr, client_login_timeout: Duration) -> Arc<Session
         shutdown: Shutdown::new(),
         metrics,
         roster: Arc::default(),
+        console: None,
         ids: Arc::default(),
         presence: Presence::default(),
     })

@@ -14,6 +14,11 @@ impl Label {
         Self(name.into())
     }
 
+    /// Whether this is that very label, or a copy of it: two endpoints may be called the same.
+    pub fn is(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+
     /// As it is, unquoted.
     pub fn name(&self) -> &str {
         &self.0

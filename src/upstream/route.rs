@@ -2,13 +2,20 @@
 
 use std::{sync::Arc, time::Duration};
 
-use tokio::{sync::watch, time::timeout};
+use tokio::{io::AsyncWriteExt, sync::watch, time::timeout};
 
-use super::{Label, Refusal, Upstream};
+use super::{Label, Refusal, Terms, Upstream};
 use crate::{
-    protocol::error::{Report, sqlstate},
+    protocol::{
+        error::{Report, sqlstate},
+        frame::tag,
+        options::SessionSettings,
+    },
     telemetry::names::reason,
 };
+
+/// How long a server may take to hear a goodbye.
+const GOODBYE: Duration = Duration::from_secs(2);
 
 /// Where the look-up of an endpoint stands.
 #[derive(Clone)]
@@ -68,6 +75,30 @@ impl Route {
                 reason: reason::WAKING,
             }),
         }
+    }
+}
+
+impl Route {
+    /// One login as a client would make it, and an orderly goodbye. Cancel safe: dropping it drops the connection.
+    pub async fn log_in_once(&self, terms: &Terms) -> Result<(), Refusal> {
+        let upstream = self.upstream(terms.limits.connect_timeout).await?;
+        let settings = SessionSettings {
+            database: upstream.endpoint().database.clone(),
+            parameters: vec![("application_name".to_owned(), "lakebase-proxy".to_owned())],
+            client_encoding: None,
+            replication: false,
+        };
+        let (mut connection, _woke_after) = upstream.connect(&settings, terms).await?;
+        let goodbye = async {
+            connection
+                .stream
+                .write_all(&[tag::TERMINATE, 0, 0, 0, 4])
+                .await?;
+            connection.stream.shutdown().await
+        };
+        // The login is what counts; whether the server takes the goodbye does not matter.
+        let _ = timeout(GOODBYE, goodbye).await;
+        Ok(())
     }
 }
 

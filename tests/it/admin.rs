@@ -14,7 +14,11 @@ use std::{
 use lakebase_proxy::{
     admin::{Admin, Health},
     http::{self, Limits},
+    overview::Overview,
+    session::{DatabaseMapping, Policies, Policy},
+    shutdown::Shutdown,
     telemetry::Metrics,
+    upstream::Terms,
 };
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -50,10 +54,22 @@ async fn start() -> Running {
     }));
     let metrics = Metrics::new().unwrap();
     let stop = CancellationToken::new();
+    let policies = Policies::new(Policy {
+        database_mapping: DatabaseMapping::Default,
+        client_login_timeout: Duration::from_secs(15),
+        max_connections: 100,
+        terms: Terms::default(),
+    });
     let admin = Admin::spawn(
         listener,
         Arc::clone(&metrics),
         Arc::clone(&health),
+        Arc::new(Overview::new(
+            Arc::default(),
+            Shutdown::new(),
+            policies,
+            Vec::new,
+        )),
         None,
         stop.clone(),
     )

@@ -13,6 +13,7 @@ mod cancel;
 #[path = "../cli/mod.rs"]
 mod cli;
 mod client_tls;
+mod console;
 mod credential;
 mod demo;
 mod discovery;

@@ -1,0 +1,530 @@
+//! The console's side of the protocol, simple and extended, without I/O: a message in, answers out.
+
+use std::collections::HashMap;
+
+use bytes::{Buf, BytesMut};
+
+use super::statement::{self, Show, Statement};
+use crate::protocol::{
+    error::{Report, sqlstate},
+    frame::{Message, tag},
+    rows::{
+        Column, Formats, Value, bare, command_complete, data_row, message, ready_for_query,
+        row_description,
+    },
+};
+
+/// Prepared statements, and portals, that one client may keep.
+const KEPT: usize = 100;
+
+/// The rows of a table.
+pub(super) type Rows = Vec<Vec<Value>>;
+
+/// Where the tables come from.
+pub(super) trait Tables {
+    /// Which columns a table has.
+    fn columns(&self, show: Show) -> &'static [Column];
+    /// Its rows as they are now.
+    fn rows(&self, show: Show) -> Rows;
+}
+
+/// Whether there is more to say.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Next {
+    /// The client has said goodbye.
+    End,
+    /// It may go on.
+    Listen,
+}
+
+/// One client's conversation.
+pub(super) struct Dialogue<T> {
+    tables: T,
+    statements: HashMap<String, Option<Statement>>,
+    portals: HashMap<String, Portal>,
+    /// `I`, `T` or `E`, as ReadyForQuery says it.
+    transaction: u8,
+    /// After an error everything up to the next Sync is passed over.
+    skipping: bool,
+}
+
+struct Portal {
+    statement: Option<Statement>,
+    formats: Formats,
+    /// What is left to send, once it has been executed.
+    left: Option<std::vec::IntoIter<Vec<Value>>>,
+}
+
+impl<T: Tables> Dialogue<T> {
+    pub(super) fn new(tables: T) -> Self {
+        Self {
+            tables,
+            statements: HashMap::new(),
+            portals: HashMap::new(),
+            transaction: b'I',
+            skipping: false,
+        }
+    }
+
+    /// Answers one message.
+    pub(super) fn hear(&mut self, said: &Message, out: &mut BytesMut) -> Next {
+        match said.tag {
+            tag::TERMINATE => return Next::End,
+            tag::SYNC => {
+                self.skipping = false;
+                if self.transaction == b'I' {
+                    self.portals.clear();
+                }
+                ready_for_query(out, self.transaction);
+            }
+            _ if self.skipping => {}
+            tag::QUERY => {
+                if let Err(report) = self.simple(said.body(), out) {
+                    self.fail(&report, out);
+                }
+                self.portals.remove("");
+                ready_for_query(out, self.transaction);
+            }
+            _ => {
+                if let Err(report) = self.extended(said, out) {
+                    self.fail(&report, out);
+                    self.skipping = true;
+                }
+            }
+        }
+        Next::Listen
+    }
+
+    fn fail(&mut self, report: &Report, out: &mut BytesMut) {
+        out.extend_from_slice(&report.encode_error());
+        if self.transaction == b'T' {
+            self.transaction = b'E';
+        }
+    }
+
+    fn simple(&mut self, mut body: &[u8], out: &mut BytesMut) -> Result<(), Report> {
+        let query = string(&mut body)?;
+        let parts = statement::split(query);
+        if parts.is_empty() {
+            bare(out, EMPTY_QUERY_RESPONSE);
+        }
+        for part in parts {
+            let Some(statement) = statement::parse(part)? else {
+                continue;
+            };
+            if let Statement::Show(show) = statement {
+                self.check_transaction(statement)?;
+                let formats = Formats::default();
+                row_description(out, self.tables.columns(show), &formats);
+                for row in self.tables.rows(show) {
+                    data_row(out, &row, &formats);
+                }
+            }
+            let complete = self.complete(statement)?;
+            command_complete(out, complete);
+        }
+        Ok(())
+    }
+
+    fn extended(&mut self, said: &Message, out: &mut BytesMut) -> Result<(), Report> {
+        let mut body = said.body();
+        match said.tag {
+            b'P' => {
+                let name = string(&mut body)?.to_owned();
+                let query = string(&mut body)?;
+                let parts = statement::split(query);
+                let statement = match parts[..] {
+                    [] => None,
+                    [part] => statement::parse(part)?,
+                    _ => {
+                        return Err(Report::new(
+                            sqlstate::SYNTAX_ERROR,
+                            "cannot insert multiple commands into a prepared statement",
+                        ));
+                    }
+                };
+                keep(&mut self.statements, name, statement)?;
+                bare(out, PARSE_COMPLETE);
+            }
+            b'B' => {
+                let (portal, bound) = self.bind(&mut body)?;
+                keep(&mut self.portals, portal, bound)?;
+                bare(out, BIND_COMPLETE);
+            }
+            b'D' => self.describe(&mut body, out)?,
+            tag::EXECUTE => {
+                let name = string(&mut body)?;
+                let most = usize::try_from(body.try_get_i32().unwrap_or_default()).unwrap_or(0);
+                self.execute(name, most, out)?;
+            }
+            b'C' => {
+                let kind = body.try_get_u8().unwrap_or_default();
+                let name = string(&mut body)?;
+                if kind == b'P' {
+                    self.portals.remove(name);
+                } else {
+                    self.statements.remove(name);
+                }
+                bare(out, CLOSE_COMPLETE);
+            }
+            // Flush: everything said is sent at once anyway. And what is left of a COPY, or a password that nobody
+            // asked for: Postgres passes over them, too.
+            b'H' | b'd' | tag::COPY_DONE | tag::COPY_FAIL | tag::PASSWORD => {}
+            tag::FUNCTION_CALL => {
+                return Err(Report::new(
+                    sqlstate::FEATURE_NOT_SUPPORTED,
+                    "the console of lakebase-proxy has no functions",
+                ));
+            }
+            other => {
+                return Err(Report::new(
+                    sqlstate::PROTOCOL_VIOLATION,
+                    format!("unknown message type {other:#04x}"),
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    fn bind(&self, body: &mut &[u8]) -> Result<(String, Portal), Report> {
+        let portal = string(body)?.to_owned();
+        let name = string(body)?;
+        let statement = *self
+            .statements
+            .get(name)
+            .ok_or_else(|| no_statement(name))?;
+        for _ in 0..short(body)? {
+            short(body)?;
+        }
+        if short(body)? != 0 {
+            return Err(Report::new(
+                sqlstate::PROTOCOL_VIOLATION,
+                "bind message supplies parameters, but no statement of the console has any",
+            ));
+        }
+        let formats = (0..short(body)?)
+            .map(|_| short(body).map(u16::cast_signed))
+            .collect::<Result<Vec<_>, _>>()?;
+        let formats = Formats::new(&formats, self.columns(statement).len()).ok_or_else(|| {
+            Report::new(
+                sqlstate::PROTOCOL_VIOLATION,
+                "bind message asks for result formats that the columns do not have",
+            )
+        })?;
+        let bound = Portal {
+            statement,
+            formats,
+            left: None,
+        };
+        Ok((portal, bound))
+    }
+
+    fn describe(&self, body: &mut &[u8], out: &mut BytesMut) -> Result<(), Report> {
+        let kind = body.try_get_u8().unwrap_or_default();
+        let name = string(body)?;
+        let (statement, formats) = if kind == b'P' {
+            let portal = self.portals.get(name).ok_or_else(|| no_portal(name))?;
+            (portal.statement, portal.formats.clone())
+        } else {
+            let statement = self.statements.get(name);
+            let statement = *statement.ok_or_else(|| no_statement(name))?;
+            // No parameters.
+            message(out, PARAMETER_DESCRIPTION, |out| {
+                out.extend_from_slice(&[0, 0]);
+            });
+            (statement, Formats::default())
+        };
+        match self.columns(statement) {
+            [] => bare(out, NO_DATA),
+            columns => row_description(out, columns, &formats),
+        }
+        Ok(())
+    }
+
+    fn execute(&mut self, name: &str, most: usize, out: &mut BytesMut) -> Result<(), Report> {
+        let portal = self.portals.get(name).ok_or_else(|| no_portal(name))?;
+        let Some(statement) = portal.statement else {
+            bare(out, EMPTY_QUERY_RESPONSE);
+            return Ok(());
+        };
+        if let Statement::Show(show) = statement {
+            self.check_transaction(statement)?;
+            let rows = || self.tables.rows(show).into_iter();
+            if let Some(portal) = self.portals.get_mut(name) {
+                let left = portal.left.get_or_insert_with(rows);
+                let most = if most == 0 { usize::MAX } else { most };
+                for row in left.by_ref().take(most) {
+                    data_row(out, &row, &portal.formats);
+                }
+                if !left.as_slice().is_empty() {
+                    bare(out, PORTAL_SUSPENDED);
+                    return Ok(());
+                }
+            }
+        }
+        let complete = self.complete(statement)?;
+        command_complete(out, complete);
+        Ok(())
+    }
+
+    fn columns(&self, statement: Option<Statement>) -> &'static [Column] {
+        match statement {
+            Some(Statement::Show(show)) => self.tables.columns(show),
+            _ => &[],
+        }
+    }
+
+    fn check_transaction(&self, statement: Statement) -> Result<(), Report> {
+        let ends = matches!(statement, Statement::Commit | Statement::Rollback);
+        if self.transaction == b'E' && !ends {
+            return Err(Report::new(
+                sqlstate::FAILED_TRANSACTION,
+                "current transaction is aborted, commands ignored until end of transaction block",
+            ));
+        }
+        Ok(())
+    }
+
+    /// The command tag of a statement that is done, and what becomes of the transaction.
+    fn complete(&mut self, statement: Statement) -> Result<&'static str, Report> {
+        self.check_transaction(statement)?;
+        Ok(match statement {
+            Statement::Show(_) => "SHOW",
+            Statement::Accepted(tag) => tag,
+            Statement::Begin => {
+                self.transaction = b'T';
+                "BEGIN"
+            }
+            Statement::Commit if self.transaction != b'E' => {
+                self.transaction = b'I';
+                "COMMIT"
+            }
+            Statement::Commit | Statement::Rollback => {
+                self.transaction = b'I';
+                "ROLLBACK"
+            }
+        })
+    }
+}
+
+// Message types that nobody but a server sends, named as in the protocol documentation.
+const PARSE_COMPLETE: u8 = b'1';
+const BIND_COMPLETE: u8 = b'2';
+const CLOSE_COMPLETE: u8 = b'3';
+const EMPTY_QUERY_RESPONSE: u8 = b'I';
+const NO_DATA: u8 = b'n';
+const PARAMETER_DESCRIPTION: u8 = b't';
+const PORTAL_SUSPENDED: u8 = b's';
+
+fn keep<V>(kept: &mut HashMap<String, V>, name: String, value: V) -> Result<(), Report> {
+    if kept.len() >= KEPT && !kept.contains_key(&name) {
+        return Err(Report::new(
+            sqlstate::PROGRAM_LIMIT,
+            format!("the console of lakebase-proxy keeps {KEPT} prepared statements or portals of a client"),
+        )
+        .with_hint("Close those that are not used."));
+    }
+    kept.insert(name, value);
+    Ok(())
+}
+
+fn string<'a>(body: &mut &'a [u8]) -> Result<&'a str, Report> {
+    let end = body.iter().position(|byte| *byte == 0);
+    let (text, rest) = end
+        .and_then(|end| body.split_at_checked(end))
+        .ok_or_else(malformed)?;
+    *body = rest.get(1..).unwrap_or_default();
+    str::from_utf8(text).map_err(|_| {
+        Report::new(
+            sqlstate::INVALID_ENCODING,
+            "invalid byte sequence for encoding \"UTF8\"",
+        )
+    })
+}
+
+fn short(body: &mut &[u8]) -> Result<u16, Report> {
+    body.try_get_u16().map_err(|_| malformed())
+}
+
+fn malformed() -> Report {
+    Report::new(sqlstate::PROTOCOL_VIOLATION, "invalid message format")
+}
+
+fn no_statement(name: &str) -> Report {
+    Report::new(
+        sqlstate::UNDEFINED_STATEMENT,
+        format!("prepared statement \"{name}\" does not exist"),
+    )
+}
+
+fn no_portal(name: &str) -> Report {
+    Report::new(
+        sqlstate::UNDEFINED_CURSOR,
+        format!("portal \"{name}\" does not exist"),
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::protocol::{
+        error::ErrorFields,
+        frame::take_message,
+        rows::{Kind, message as frame},
+    };
+
+    struct Fixed;
+
+    impl Tables for Fixed {
+        fn columns(&self, _show: Show) -> &'static [Column] {
+            const {
+                &[Column {
+                    name: "n",
+                    kind: Kind::Number,
+                }]
+            }
+        }
+
+        fn rows(&self, _show: Show) -> Rows {
+            (1..=3).map(|n| vec![Value::Number(n)]).collect()
+        }
+    }
+
+    fn say(dialogue: &mut Dialogue<Fixed>, said: &[(u8, &[u8])]) -> (String, Vec<ErrorFields>) {
+        let (mut input, mut out) = (BytesMut::new(), BytesMut::new());
+        for (tag, body) in said {
+            frame(&mut input, *tag, |out| out.extend_from_slice(body));
+        }
+        while let Some(message) = take_message(&mut input, 100_000).unwrap() {
+            assert_eq!(dialogue.hear(&message, &mut out), Next::Listen);
+        }
+        let (mut tags, mut errors) = (String::new(), Vec::new());
+        while let Some(message) = take_message(&mut out, 100_000).unwrap() {
+            tags.push(message.tag.into());
+            if message.tag == b'E' {
+                errors.push(ErrorFields::parse(message.body()));
+            }
+        }
+        (tags, errors)
+    }
+
+    const PARSE: (u8, &[u8]) = (b'P', b"s\0SHOW STATS\0\0\0");
+    const BIND: (u8, &[u8]) = (b'B', b"\0s\0\0\0\0\0\0\0");
+    const SYNC: (u8, &[u8]) = (b'S', b"");
+
+    #[test]
+    fn a_simple_query_may_hold_several_statements_and_stops_at_the_first_error() {
+        let mut dialogue = Dialogue::new(Fixed);
+        let (tags, _) = say(&mut dialogue, &[(b'Q', b"SHOW STATS; show version;\0")]);
+        assert_eq!(tags, "TDDDCTDDDCZ");
+        let (tags, errors) = say(&mut dialogue, &[(b'Q', b"SHOW STATS; no; SHOW STATS\0")]);
+        assert_eq!(tags, "TDDDCEZ");
+        assert_eq!(errors[0].severity, "ERROR");
+        assert_eq!(say(&mut dialogue, &[(b'Q', b" ; \0")]).0, "IZ");
+    }
+
+    #[test]
+    fn a_statement_can_be_prepared_described_and_run_in_pieces() {
+        let mut dialogue = Dialogue::new(Fixed);
+        let (tags, errors) = say(
+            &mut dialogue,
+            &[
+                PARSE,
+                (b'D', b"Ss\0"),
+                BIND,
+                (b'D', b"P\0"),
+                (b'E', b"\0\0\0\0\x02"),
+                (b'E', b"\0\0\0\0\x02"),
+                (b'C', b"P\0"),
+                SYNC,
+            ],
+        );
+        assert_eq!(tags, "1tT2TDDsDC3Z", "{errors:?}");
+    }
+
+    #[test]
+    fn after_an_error_everything_is_passed_over_up_to_the_sync() {
+        let mut dialogue = Dialogue::new(Fixed);
+        let (tags, errors) = say(
+            &mut dialogue,
+            &[
+                (b'P', b"\0SELECT 1\0\0\0"),
+                BIND,
+                (b'E', b"\0\0\0\0\0"),
+                SYNC,
+                PARSE,
+                SYNC,
+            ],
+        );
+        assert_eq!(tags, "EZ1Z");
+        assert_eq!(errors[0].code, "0A000");
+    }
+
+    #[test]
+    fn transactions_are_followed_as_drivers_expect() {
+        let mut dialogue = Dialogue::new(Fixed);
+        let mut status = |query: &[u8]| {
+            let mut input = BytesMut::new();
+            frame(&mut input, b'Q', |out| out.extend_from_slice(query));
+            let message = take_message(&mut input, 1000).unwrap().unwrap();
+            let mut out = BytesMut::new();
+            dialogue.hear(&message, &mut out);
+            char::from(*out.last().unwrap())
+        };
+        assert_eq!(status(b"BEGIN\0"), 'T');
+        assert_eq!(status(b"SHOW STATS\0"), 'T');
+        assert_eq!(status(b"PAUSE\0"), 'E');
+        assert_eq!(status(b"SHOW STATS\0"), 'E');
+        assert_eq!(status(b"COMMIT\0"), 'I');
+        assert_eq!(status(b"SHOW STATS\0"), 'I');
+    }
+
+    #[test]
+    fn what_does_not_exist_or_makes_no_sense_is_said() {
+        for (said, code) in [
+            ((b'B', &b"\0t\0\0\0\0\0\0\0"[..]), "26000"),
+            ((b'E', b"p\0\0\0\0\0"), "34000"),
+            ((b'D', b"Pp\0"), "34000"),
+            ((b'P', b"no end"), "08P01"),
+            ((b'B', b"\0s\0\0\0\0\x01\0\0"), "08P01"),
+            ((b'B', b"\0s\0\0\0\0\0\0\x01\0\x05"), "08P01"),
+            ((b'P', b"\0\xff\0\0\0"), "22021"),
+            ((b'P', b"\0SHOW STATS; SHOW STATS\0\0\0"), "42601"),
+            ((b'?', b""), "08P01"),
+            ((b'F', b""), "0A000"),
+        ] {
+            let mut dialogue = Dialogue::new(Fixed);
+            let (tags, errors) = say(&mut dialogue, &[PARSE, said, SYNC]);
+            assert_eq!(tags, "1EZ", "{said:?}");
+            assert_eq!(errors[0].code, code, "{said:?}");
+        }
+    }
+
+    #[test]
+    fn a_client_cannot_fill_the_memory_with_statements() {
+        let mut dialogue = Dialogue::new(Fixed);
+        let mut last = Vec::new();
+        for number in 0..=KEPT {
+            let body = format!("s{number}\0SHOW STATS\0\0\0");
+            last = say(&mut dialogue, &[(b'P', body.as_bytes()), SYNC]).1;
+        }
+        assert_eq!(last[0].code, "54000");
+    }
+
+    proptest! {
+        #[test]
+        fn no_bytes_make_it_panic(messages in prop::collection::vec((any::<u8>(), prop::collection::vec(any::<u8>(), 0..40)), 0..20)) {
+            let mut dialogue = Dialogue::new(Fixed);
+            let mut out = BytesMut::new();
+            for (tag, body) in messages {
+                let mut input = BytesMut::new();
+                frame(&mut input, tag, |out| out.extend_from_slice(&body));
+                if let Ok(Some(message)) = take_message(&mut input, 10_000) {
+                    dialogue.hear(&message, &mut out);
+                }
+            }
+        }
+    }
+}

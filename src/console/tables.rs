@@ -1,0 +1,427 @@
+//! The tables of the console. Columns are called as in PgBouncer where they mean the same.
+
+use std::{net::IpAddr, sync::Arc, time::Duration};
+
+use jiff::Timestamp;
+
+use super::{
+    dialogue::{Rows, Tables},
+    statement::Show,
+};
+use crate::{
+    admin::Health,
+    credential::MintAttempt,
+    overview::{Crowd, Overview, Place, VERSION},
+    protocol::rows::{Column, Kind, Value},
+    session::{Peer, RecentFailure, Seen},
+    shutdown::Phase,
+    telemetry::names::{cancel, class, direction, outcome, reason},
+    upstream::{Endpoint, Security},
+};
+
+/// Text unless marked.
+macro_rules! columns {
+    ($($name:literal $($kind:ident)?),+ $(,)?) => {
+        &[$(Column { name: $name, kind: columns!(@ $($kind)?) }),+]
+    };
+    (@) => { Kind::Text };
+    (@ number) => { Kind::Number };
+}
+
+const CLIENTS: &[Column] = columns![
+    "type", "user", "database", "state", "addr", "port" number, "connect_time", "request_time", "wait" number,
+    "wait_us" number, "link" number, "remote_pid" number, "tls", "application_name", "id" number, "endpoint",
+    "state_seconds" number, "bytes_received" number, "bytes_sent" number,
+];
+const CONFIG: &[Column] = columns!["key", "value", "default", "changeable"];
+const ENDPOINTS: &[Column] = columns![
+    "name", "listen", "host", "port" number, "user", "database", "tls", "credential", "cl_active" number,
+    "cl_waiting" number, "cl_idle" number, "cl_in_transaction" number, "sv_active" number,
+];
+const FAILURES: &[Column] = columns![
+    "last_time", "first_time", "count" number, "endpoint", "reason", "sqlstate", "message", "detail", "hint",
+    "id" number,
+];
+const HELP: &[Column] = columns!["command", "shows"];
+const REFRESHES: &[Column] =
+    columns!["time", "endpoint", "outcome", "ms" number, "expires", "error", "hint"];
+const SERVERS: &[Column] = columns![
+    "type", "user", "database", "state", "addr", "port" number, "connect_time", "request_time", "link" number,
+    "remote_pid" number, "tls", "application_name", "id" number, "endpoint",
+];
+const STATE: &[Column] = columns!["key", "value"];
+const STATS: &[Column] = columns![
+    "database", "total_server_assignment_count" number, "total_received" number, "total_sent" number,
+    "total_wait_time" number, "total_client_login_count" number, "total_refused_count" number,
+    "total_login_failure_count" number, "total_cancel_count" number,
+];
+const TOKENS: &[Column] = columns![
+    "endpoint", "state", "source", "generation" number, "minted", "expires", "seconds_left" number, "refresh_due",
+    "next_attempt", "last_error", "hint",
+];
+const VERSIONS: &[Column] = columns!["version"];
+const WAKES: &[Column] = columns!["time", "endpoint", "seconds", "clients" number];
+
+/// What the console reads from.
+pub(super) struct Sources {
+    pub(super) overview: Arc<Overview>,
+    pub(super) health: Arc<Health>,
+}
+
+impl Tables for &Sources {
+    fn columns(&self, show: Show) -> &'static [Column] {
+        match show {
+            Show::Clients => CLIENTS,
+            Show::Config => CONFIG,
+            Show::Endpoints => ENDPOINTS,
+            Show::Failures => FAILURES,
+            Show::Help => HELP,
+            Show::Refreshes => REFRESHES,
+            Show::Servers => SERVERS,
+            Show::State => STATE,
+            Show::Stats => STATS,
+            Show::Tokens => TOKENS,
+            Show::Version => VERSIONS,
+            Show::Wakes => WAKES,
+        }
+    }
+
+    fn rows(&self, show: Show) -> Rows {
+        let overview = &self.overview;
+        match show {
+            Show::Clients => overview
+                .roster()
+                .look(usize::MAX)
+                .iter()
+                .map(client)
+                .collect(),
+            Show::Config => overview
+                .settings()
+                .into_iter()
+                .map(|setting| {
+                    let changeable = if setting.changeable { "yes" } else { "no" };
+                    vec![
+                        text(setting.key),
+                        text(setting.value),
+                        text(setting.default),
+                        text(changeable),
+                    ]
+                })
+                .collect(),
+            Show::Endpoints => endpoints(overview),
+            Show::Failures => failures(overview),
+            Show::Help => Show::ALL
+                .iter()
+                .map(|show| {
+                    vec![
+                        text(format!("SHOW {}", show.word().to_uppercase())),
+                        text(show.help()),
+                    ]
+                })
+                .collect(),
+            Show::Refreshes => refreshes(overview),
+            Show::Servers => servers(overview),
+            Show::State => self.state(),
+            Show::Stats => overview.places().iter().map(|place| stats(place)).collect(),
+            Show::Tokens => overview.places().iter().map(|place| token(place)).collect(),
+            Show::Version => vec![vec![text(format!("lakebase-proxy {VERSION}"))]],
+            Show::Wakes => overview
+                .roster()
+                .recent()
+                .wakes()
+                .into_iter()
+                .map(|wake| {
+                    vec![
+                        time(wake.at),
+                        text(wake.endpoint.name()),
+                        text(format!("{:.3}", wake.longest.as_secs_f64())),
+                        number(wake.clients),
+                    ]
+                })
+                .collect(),
+        }
+    }
+}
+
+impl Sources {
+    fn state(&self) -> Rows {
+        let (overview, health) = (&self.overview, &self.health);
+        let phase = match overview.phase() {
+            Phase::Serving => "serving",
+            Phase::Draining => "draining",
+            Phase::Cutting => "ending",
+        };
+        let is = |fact: bool| if fact { "yes" } else { "no" };
+        let readiness = health.readiness();
+        let crowd = overview.crowd(&[]).0;
+        let mut rows = vec![
+            ("active", is(overview.phase() == Phase::Serving).to_owned()),
+            // Always, and here for those whose scripts ask.
+            ("paused", "no".to_owned()),
+            ("suspended", "no".to_owned()),
+            ("phase", phase.to_owned()),
+            ("started", is(health.startup().is_ok()).to_owned()),
+            ("ready", is(readiness.is_ok()).to_owned()),
+            ("reasons", readiness.reasons.join("; ")),
+            ("start_time", stamp(overview.started())),
+            ("uptime_seconds", overview.uptime().as_secs().to_string()),
+            ("sessions", crowd.all.to_string()),
+        ];
+        let most = overview.policy().max_connections;
+        rows.push(("max_connections", most.to_string()));
+        rows.into_iter()
+            .map(|(key, value)| vec![text(key), text(value)])
+            .collect()
+    }
+}
+
+fn client(seen: &Seen) -> Vec<Value> {
+    let (address, port, process) = match seen.peer {
+        Peer::Tcp(address) => (address.ip().to_string(), address.port(), None),
+        Peer::Unix { pid, .. } => ("unix".to_owned(), 0, pid),
+    };
+    let waited = match (&seen.server, seen.activity) {
+        (Some(_), _) => Duration::ZERO,
+        (None, _) => seen.age,
+    };
+    vec![
+        text("C"),
+        text(&*seen.user),
+        text(&*seen.database),
+        text(seen.activity.label()),
+        text(address),
+        number(port),
+        time(seen.began),
+        time(seen.since),
+        number(waited.as_secs()),
+        number(waited.subsec_micros()),
+        seen.server
+            .as_ref()
+            .map_or(Value::Null, |_| number(seen.id)),
+        process.map_or(Value::Null, number),
+        text(""),
+        text(&*seen.application),
+        number(seen.id),
+        text(seen.endpoint.name()),
+        number(seen.lasting.as_secs()),
+        number(seen.from_client),
+        number(seen.from_server),
+    ]
+}
+
+fn servers(overview: &Overview) -> Rows {
+    let places = overview.places();
+    let mut rows = Vec::new();
+    for seen in overview.roster().look(usize::MAX) {
+        let Some(server) = &seen.server else { continue };
+        let place = places
+            .iter()
+            .find(|place| place.route.label().is(&seen.endpoint));
+        let upstream = place.and_then(|place| place.route.found());
+        let endpoint = upstream.map(|upstream| upstream.endpoint());
+        let endpoint = endpoint.as_deref();
+        let ip: IpAddr = server.address.ip().to_canonical();
+        rows.push(vec![
+            text("S"),
+            text(endpoint.map_or("", |endpoint| endpoint.user.as_str())),
+            text(&*server.database),
+            text(seen.activity.label()),
+            text(ip.to_string()),
+            number(server.address.port()),
+            time(seen.began),
+            time(seen.since),
+            number(seen.id),
+            server.process_id.map_or(Value::Null, number),
+            text(endpoint.map_or("", |endpoint| tls(&endpoint.security))),
+            text(&*seen.application),
+            number(seen.id),
+            text(seen.endpoint.name()),
+        ]);
+    }
+    rows
+}
+
+fn tls(security: &Security) -> &'static str {
+    match security {
+        Security::Plain => "",
+        Security::Tls { .. } => "verify-full",
+    }
+}
+
+fn endpoints(overview: &Overview) -> Rows {
+    let places = overview.places();
+    let (_, crowds) = overview.crowd(&places);
+    let row = |(place, crowd): (&Arc<Place>, Crowd)| {
+        let upstream = place.route.found();
+        let endpoint = upstream.map(|upstream| upstream.endpoint());
+        let endpoint = endpoint.as_deref();
+        let of = |read: fn(&Endpoint) -> &str| {
+            endpoint.map_or(Value::Null, |endpoint| text(read(endpoint)))
+        };
+        vec![
+            text(&*place.name),
+            text(place.listening.join(", ")),
+            of(|endpoint| &endpoint.host),
+            endpoint.map_or(Value::Null, |endpoint| number(endpoint.port)),
+            of(|endpoint| &endpoint.user),
+            of(|endpoint| &endpoint.database),
+            of(|endpoint| tls(&endpoint.security)),
+            text(place.credentials.status().state.label()),
+            number(crowd.active),
+            number(crowd.waiting),
+            number(crowd.idle),
+            number(crowd.in_transaction),
+            number(place.metrics.upstream_active.get()),
+        ]
+    };
+    places.iter().zip(crowds).map(row).collect()
+}
+
+fn failures(overview: &Overview) -> Rows {
+    let row = |failure: RecentFailure| {
+        let or_null = |text: Option<String>| text.map_or(Value::Null, Value::Text);
+        vec![
+            time(failure.at),
+            time(failure.first),
+            number(failure.count),
+            text(failure.endpoint.name()),
+            text(failure.reason),
+            text(failure.report.sqlstate),
+            text(failure.report.message),
+            or_null(failure.report.detail),
+            or_null(failure.report.hint),
+            number(failure.session),
+        ]
+    };
+    overview
+        .roster()
+        .recent()
+        .failures()
+        .into_iter()
+        .map(row)
+        .collect()
+}
+
+fn refreshes(overview: &Overview) -> Rows {
+    let mut attempts: Vec<_> = overview
+        .places()
+        .iter()
+        .flat_map(|place| {
+            let attempts = place.credentials.attempts();
+            attempts
+                .into_iter()
+                .map(|attempt| (place.name.clone(), attempt))
+        })
+        .collect();
+    attempts.sort_by_key(|(_, attempt)| std::cmp::Reverse(attempt.at));
+    let row = |(name, attempt): (String, MintAttempt)| {
+        let took = number(u64::try_from(attempt.took.as_millis()).unwrap_or(u64::MAX));
+        let (outcome, expires, error, hint) = match attempt.outcome {
+            Ok(expires) => ("success", or_never(expires), Value::Null, Value::Null),
+            Err(error) => (
+                error.kind.label(),
+                Value::Null,
+                text(&*error.message),
+                error.hint.clone().map_or(Value::Null, Value::Text),
+            ),
+        };
+        vec![
+            time(attempt.at),
+            text(name),
+            text(outcome),
+            took,
+            expires,
+            error,
+            hint,
+        ]
+    };
+    attempts.into_iter().map(row).collect()
+}
+
+fn stats(place: &Place) -> Vec<Value> {
+    let metrics = &place.metrics;
+    let failed = class::ALL
+        .iter()
+        .filter(|class| **class != class::NONE)
+        .map(|class| {
+            metrics
+                .upstream_connects
+                .with_label_values(&[outcome::FAILED, class])
+                .get()
+        })
+        .sum::<u64>();
+    let logins = metrics
+        .upstream_connects
+        .with_label_values(&[outcome::OK, class::NONE])
+        .get();
+    let waited =
+        Duration::try_from_secs_f64(metrics.hold_seconds.get_sample_sum()).unwrap_or_default();
+    let relayed = |direction| metrics.relay_bytes.with_label_values(&[direction]).get();
+    let sum = |counters: &prometheus::IntCounterVec, values: &[&str]| -> u64 {
+        values
+            .iter()
+            .map(|value| counters.with_label_values(&[value]).get())
+            .sum()
+    };
+    vec![
+        text(&*place.name),
+        number(logins),
+        number(relayed(direction::FROM_CLIENT)),
+        number(relayed(direction::FROM_SERVER)),
+        number(u64::try_from(waited.as_micros()).unwrap_or(u64::MAX)),
+        number(metrics.clients_opened.get()),
+        number(sum(&metrics.clients_refused, reason::ALL)),
+        number(failed),
+        number(sum(&metrics.cancels, cancel::ALL)),
+    ]
+}
+
+fn token(place: &Place) -> Vec<Value> {
+    let status = place.credentials.status();
+    let or_null = |at: Option<Timestamp>| at.map_or(Value::Null, time);
+    let left = status.expires_at.map_or(Value::Null, |at| {
+        number(at.duration_since(Timestamp::now()).as_secs().max(0))
+    });
+    let error = status.last_error.as_deref();
+    vec![
+        text(&*place.name),
+        text(status.state.label()),
+        text(place.source),
+        number(status.generation),
+        or_null(status.minted_at),
+        if status.generation == 0 {
+            Value::Null
+        } else {
+            or_never(status.expires_at)
+        },
+        left,
+        or_null(status.due_at()),
+        or_null(status.next_attempt),
+        error.map_or(Value::Null, |error| text(&*error.message)),
+        error
+            .and_then(|error| error.hint.as_deref())
+            .map_or(Value::Null, text),
+    ]
+}
+
+fn text(text: impl Into<String>) -> Value {
+    Value::Text(text.into())
+}
+
+/// More than fits is as much as fits.
+fn number(number: impl TryInto<i64>) -> Value {
+    Value::Number(number.try_into().unwrap_or(i64::MAX))
+}
+
+fn time(at: Timestamp) -> Value {
+    Value::Text(stamp(at))
+}
+
+fn or_never(at: Option<Timestamp>) -> Value {
+    at.map_or_else(|| text("never"), time)
+}
+
+/// As PgBouncer writes times.
+fn stamp(at: Timestamp) -> String {
+    at.strftime("%Y-%m-%d %H:%M:%S UTC").to_string()
+}

@@ -1,0 +1,191 @@
+//! What can be said of the running program, gathered for those who look: probes, the status page, the console.
+//!
+//! Holds handles, no copies: whatever is asked is answered as it is now. It asks nobody outside the process, so that a
+//! look never wakes an endpoint.
+
+use std::{
+    fmt,
+    net::SocketAddr,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use jiff::Timestamp;
+use tokio::time::Instant;
+
+use crate::{
+    config::ShownSetting,
+    credential::CredentialCell,
+    session::{Activity, Policies, Policy, Roster},
+    shutdown::{Phase, Shutdown},
+    telemetry::Metrics,
+    upstream::Route,
+};
+
+/// The version of this program.
+pub const VERSION: &str = env!("CARGO_PKG_VERSION");
+
+/// One endpoint as the program serves it.
+pub struct Place {
+    /// What it is called in the settings.
+    pub name: String,
+    /// Where its clients connect.
+    pub listening: Vec<String>,
+    /// The way to it, once it is found.
+    pub route: Route,
+    /// Its credential.
+    pub credentials: CredentialCell,
+    /// Where its credential comes from.
+    pub source: &'static str,
+    /// What is counted for it.
+    pub metrics: Arc<Metrics>,
+}
+
+impl fmt::Debug for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Place")
+            .field("name", &self.name)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Sessions by what they do.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Crowd {
+    /// All of them.
+    pub all: usize,
+    /// Not logged in yet.
+    pub waiting: usize,
+    /// The server owes an answer.
+    pub active: usize,
+    /// In a transaction, and the client owes the next word.
+    pub in_transaction: usize,
+    /// Nobody owes anything.
+    pub idle: usize,
+}
+
+impl Crowd {
+    fn count(&mut self, activity: Activity) {
+        let number = match activity {
+            Activity::Waiting => &mut self.waiting,
+            Activity::Active => &mut self.active,
+            Activity::Idle => &mut self.idle,
+            Activity::IdleInTransaction | Activity::IdleInFailedTransaction => {
+                &mut self.in_transaction
+            }
+        };
+        *number = number.saturating_add(1);
+        self.all = self.all.saturating_add(1);
+    }
+}
+
+/// The whole program.
+pub struct Overview {
+    started: Timestamp,
+    origin: Instant,
+    roster: Arc<Roster>,
+    shutdown: Shutdown,
+    policies: Policies,
+    places: Box<dyn Fn() -> Vec<Arc<Place>> + Send + Sync>,
+    settings: Mutex<Vec<ShownSetting>>,
+    also: Mutex<Vec<(&'static str, SocketAddr)>>,
+}
+
+impl Overview {
+    /// A program that begins now; `places` are its endpoints at any time, and cost no more than a look.
+    pub fn new(
+        roster: Arc<Roster>,
+        shutdown: Shutdown,
+        policies: Policies,
+        places: impl Fn() -> Vec<Arc<Place>> + Send + Sync + 'static,
+    ) -> Self {
+        Self {
+            started: Timestamp::now(),
+            origin: Instant::now(),
+            roster,
+            shutdown,
+            policies,
+            places: Box::new(places),
+            settings: Mutex::default(),
+            also: Mutex::default(),
+        }
+    }
+
+    /// The endpoints, in the order of the settings.
+    pub fn places(&self) -> Vec<Arc<Place>> {
+        (self.places)()
+    }
+
+    /// Shows these settings from now on.
+    pub fn set_settings(&self, settings: Vec<ShownSetting>) {
+        *lock(&self.settings) = settings;
+    }
+
+    /// The settings in force.
+    pub fn settings(&self) -> Vec<ShownSetting> {
+        lock(&self.settings).clone()
+    }
+
+    /// Shows another address that is listened on, for what `purpose` says.
+    pub fn listens(&self, purpose: &'static str, address: SocketAddr) {
+        lock(&self.also).push((purpose, address));
+    }
+
+    /// What is listened on beside the endpoints' own addresses.
+    pub fn also_listening(&self) -> Vec<(&'static str, SocketAddr)> {
+        lock(&self.also).clone()
+    }
+
+    /// What sessions that begin now go by.
+    pub fn policy(&self) -> Arc<Policy> {
+        self.policies.now()
+    }
+
+    /// Who is here.
+    pub fn roster(&self) -> &Arc<Roster> {
+        &self.roster
+    }
+
+    /// How far the end has come.
+    pub fn phase(&self) -> Phase {
+        self.shutdown.phase()
+    }
+
+    /// When the program began.
+    pub fn started(&self) -> Timestamp {
+        self.started
+    }
+
+    /// How long ago.
+    pub fn uptime(&self) -> Duration {
+        self.origin.elapsed()
+    }
+
+    /// Everybody, by what they do: all of them, and those of each endpoint named, in that order.
+    pub fn crowd(&self, places: &[Arc<Place>]) -> (Crowd, Vec<Crowd>) {
+        let mut all = Crowd::default();
+        let mut each = vec![Crowd::default(); places.len()];
+        for (label, activity) in self.roster.activities() {
+            all.count(activity);
+            let place = places
+                .iter()
+                .position(|place| place.route.label().is(&label));
+            if let Some(crowd) = place.and_then(|place| each.get_mut(place)) {
+                crowd.count(activity);
+            }
+        }
+        (all, each)
+    }
+}
+
+impl fmt::Debug for Overview {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Overview")
+            .field("started", &self.started)
+            .finish_non_exhaustive()
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

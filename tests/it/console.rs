@@ -1,0 +1,382 @@
+//! `psql lakebase_proxy`: what the console shows, to whom, by which drivers, and when nothing else works.
+
+use std::{process::Stdio, time::Duration};
+
+use lakebase_proxy::{
+    config::Settings,
+    emulator::{Action, Emulator, Response, Site},
+};
+use tokio::process::Command;
+use tokio_postgres::{Client, SimpleQueryMessage, SimpleQueryRow};
+
+use crate::harness::{
+    Proxy, emulator, eventually, millis,
+    wire::{self, Wire},
+    within,
+};
+
+fn open(settings: &mut Settings) {
+    settings.admin_console = Some(true);
+}
+
+async fn proxy(emulator: &Emulator) -> Proxy {
+    Proxy::with(emulator, open).await
+}
+
+async fn console(proxy: &Proxy) -> Client {
+    let mut config = proxy.client_config();
+    config.dbname("lakebase_proxy");
+    within("the console", proxy.try_client(&config))
+        .await
+        .unwrap()
+}
+
+/// The rows of a simple query.
+async fn rows(console: &Client, query: &str) -> Vec<SimpleQueryRow> {
+    let said = within(query, console.simple_query(query)).await.unwrap();
+    said.into_iter()
+        .filter_map(|message| match message {
+            SimpleQueryMessage::Row(row) => Some(row),
+            _ => None,
+        })
+        .collect()
+}
+
+async fn error(console: &Client, query: &str) -> tokio_postgres::error::DbError {
+    let error = within(query, console.simple_query(query))
+        .await
+        .unwrap_err();
+    error.as_db_error().unwrap().clone()
+}
+
+#[tokio::test]
+async fn it_shows_who_is_here_what_they_do_and_where() {
+    let emulator = emulator().await;
+    let proxy = proxy(&emulator).await;
+    let mut config = proxy.client_config();
+    config.application_name("the app");
+    let client = proxy.try_client(&config).await.unwrap();
+    client.batch_execute("BEGIN").await.unwrap();
+    let console = console(&proxy).await;
+    let clients = eventually("the session is seen in its transaction", async || {
+        let clients = rows(&console, "SHOW CLIENTS").await;
+        let state = clients[0].get("state")?.to_owned();
+        (state != "active").then_some(clients)
+    })
+    .await;
+    let seen = &clients[0];
+    assert_eq!(clients.len(), 1, "the console is not in its own list");
+    let get = |name| seen.get(name).unwrap();
+    assert_eq!(get("state"), "idle in transaction");
+    assert_eq!(
+        (get("type"), get("user"), get("application_name")),
+        ("C", "anyone", "the app")
+    );
+    assert_eq!(get("addr"), "127.0.0.1");
+    assert!(get("bytes_received").parse::<u64>().unwrap() > 0);
+
+    let servers = rows(&console, "show servers;").await;
+    assert_eq!(servers.len(), 1);
+    let get = |name| servers[0].get(name).unwrap();
+    assert!(
+        get("remote_pid").parse::<u32>().is_ok(),
+        "what the endpoint calls its process"
+    );
+    assert_eq!(get("database"), "databricks_postgres");
+    assert_eq!(get("user"), emulator.identities().app.name);
+    assert_eq!(get("tls"), "verify-full");
+    assert_eq!(get("link"), seen.get("id").unwrap());
+
+    drop(client);
+    eventually("the session is gone", async || {
+        rows(&console, "SHOW CLIENTS")
+            .await
+            .is_empty()
+            .then_some(())
+    })
+    .await;
+    let stats = rows(&console, "SHOW STATS").await;
+    assert_eq!(stats[0].get("total_server_assignment_count"), Some("1"));
+}
+
+#[tokio::test]
+async fn drivers_may_ask_by_the_extended_protocol_and_in_transactions() {
+    let emulator = emulator().await;
+    let proxy = proxy(&emulator).await;
+    let _client = proxy.client().await;
+    let mut console = console(&proxy).await;
+    let row = within("a query", console.query_one("SHOW CLIENTS", &[]))
+        .await
+        .unwrap();
+    assert_eq!(row.get::<_, &str>("type"), "C");
+    assert!(row.get::<_, i64>("id") >= 1, "numbers are numbers");
+    assert_eq!(row.get::<_, Option<i64>>("remote_pid"), None);
+    let transaction = console.transaction().await.unwrap();
+    let statement = transaction.prepare("SHOW VERSION").await.unwrap();
+    let version: String = transaction.query_one(&statement, &[]).await.unwrap().get(0);
+    assert_eq!(
+        version,
+        concat!("lakebase-proxy ", env!("CARGO_PKG_VERSION"))
+    );
+    transaction.commit().await.unwrap();
+    let error = console.query("SELECT 1", &[]).await.unwrap_err();
+    assert_eq!(error.code().unwrap().code(), "0A000");
+    // And on it goes.
+    assert_eq!(console.query("SHOW HELP", &[]).await.unwrap().len(), 12);
+}
+
+#[tokio::test]
+async fn it_only_shows() {
+    let emulator = emulator().await;
+    let proxy = proxy(&emulator).await;
+    let console = console(&proxy).await;
+    for query in [
+        "PAUSE",
+        "SHUTDOWN",
+        "KILL databricks_postgres",
+        "RELOAD",
+        "SET max_connections = 1",
+    ] {
+        let error = error(&console, query).await;
+        assert_eq!(error.code().code(), "0A000", "{query}");
+        assert!(
+            error.message().contains("read-only"),
+            "{query}: {}",
+            error.message()
+        );
+        assert!(error.hint().is_some(), "{query}");
+    }
+    // What psql sends for \d.
+    let error = error(&console, "SELECT n.nspname FROM pg_catalog.pg_class c").await;
+    assert!(error.hint().unwrap().contains("SHOW HELP"));
+    let _still = proxy.client().await;
+}
+
+#[tokio::test]
+async fn it_works_while_the_credential_fails_and_says_why_and_what_to_do() {
+    let emulator = emulator().await;
+    emulator
+        .faults()
+        .always(Site::Mint, Action::Respond(Response::status(403)));
+    let proxy = Proxy::cold(&emulator, &[], |settings| {
+        open(settings);
+        settings.connect_timeout = Some(millis(500));
+    })
+    .await
+    .unwrap();
+    let told = proxy.refusal().await;
+    assert_eq!(told.code, "28000");
+
+    let console = console(&proxy).await;
+    let failures = rows(&console, "SHOW FAILURES").await;
+    assert_eq!(failures[0].get("sqlstate"), Some("28000"));
+    assert_eq!(failures[0].get("message"), Some(told.message.as_str()));
+    assert_eq!(failures[0].get("hint"), told.hint.as_deref());
+    let tokens = rows(&console, "SHOW TOKENS").await;
+    assert_eq!(tokens[0].get("state"), Some("none"));
+    assert!(tokens[0].get("last_error").is_some());
+    let refreshes = rows(&console, "SHOW REFRESHES").await;
+    assert_eq!(refreshes[0].get("outcome"), Some("refused"));
+    let state = rows(&console, "SHOW STATE").await;
+    let ready = state
+        .iter()
+        .find(|row| row.get("key") == Some("ready"))
+        .unwrap();
+    assert_eq!(ready.get("value"), Some("no"));
+}
+
+#[tokio::test]
+async fn it_tells_how_long_a_credential_lives_and_never_what_it_is() {
+    let emulator = emulator().await;
+    let proxy = proxy(&emulator).await;
+    let console = console(&proxy).await;
+    let token = &rows(&console, "SHOW TOKENS").await[0];
+    assert_eq!(
+        (token.get("state"), token.get("source")),
+        (Some("fresh"), Some("workspace"))
+    );
+    assert!(token.get("seconds_left").unwrap().parse::<u64>().unwrap() > 0);
+    let secret =
+        secrecy::ExposeSecret::expose_secret(&proxy.credentials().current().unwrap().secret)
+            .to_owned();
+    for show in [
+        "HELP",
+        "CLIENTS",
+        "CONFIG",
+        "ENDPOINTS",
+        "FAILURES",
+        "REFRESHES",
+        "SERVERS",
+        "STATE",
+        "STATS",
+        "TOKENS",
+        "VERSION",
+        "WAKES",
+    ] {
+        for row in rows(&console, &format!("SHOW {show}")).await {
+            for column in 0..row.len() {
+                let value = row.get(column).unwrap_or_default();
+                assert!(
+                    !value.contains(&secret) && !value.contains("eyJ"),
+                    "{show}: {value}"
+                );
+            }
+        }
+    }
+    let settings = rows(&console, "SHOW CONFIG").await;
+    let setting = settings
+        .iter()
+        .find(|row| row.get("key") == Some("admin_console"))
+        .unwrap();
+    assert_eq!(
+        (setting.get("value"), setting.get("default")),
+        (Some("true"), Some("false"))
+    );
+}
+
+#[tokio::test]
+async fn over_tcp_it_must_be_asked_for() {
+    let emulator = emulator().await;
+    let proxy = Proxy::start(&emulator).await;
+    let mut wire = proxy.dial().await;
+    wire.startup(&[("user", "anyone"), ("database", "lakebase_proxy")])
+        .await;
+    let told = wire.refusal().await;
+    assert_eq!(
+        told.code, "3D000",
+        "a database of the endpoint, and there is none: {told:?}"
+    );
+    assert!(told.hint.unwrap().contains("--admin-console"));
+}
+
+#[tokio::test]
+async fn the_name_of_the_user_is_no_console() {
+    let emulator = emulator().await;
+    let proxy = proxy(&emulator).await;
+    // What libpq makes of `psql -U pgbouncer` without a database.
+    let mut wire = proxy.dial().await;
+    wire.startup(&[("user", "pgbouncer"), ("database", "pgbouncer")])
+        .await;
+    wire.welcome().await;
+    assert_eq!(
+        wire.value("select current_database()").await,
+        "databricks_postgres"
+    );
+}
+
+#[tokio::test]
+async fn it_needs_no_room_and_takes_none() {
+    let emulator = emulator().await;
+    let proxy = Proxy::with(&emulator, |settings| {
+        open(settings);
+        settings.max_connections = Some(1);
+    })
+    .await;
+    let first = console(&proxy).await;
+    let _only = proxy.client().await;
+    assert_eq!(proxy.refusal().await.code, "53300");
+    let second = console(&proxy).await;
+    for console in [&first, &second] {
+        assert_eq!(rows(console, "SHOW CLIENTS").await.len(), 1);
+    }
+    assert_eq!(
+        rows(&first, "SHOW FAILURES").await[0].get("reason"),
+        Some("max_connections")
+    );
+}
+
+async fn raw_console(proxy: &Proxy) -> (Wire, wire::Welcome) {
+    let mut wire = proxy.dial().await;
+    wire.startup(&[("user", "anyone"), ("database", "pgbouncer")])
+        .await;
+    let welcome = wire.welcome().await;
+    (wire, welcome)
+}
+
+#[tokio::test]
+async fn a_statement_too_long_ends_it_and_a_cancel_does_nothing() {
+    let emulator = emulator().await;
+    let proxy = proxy(&emulator).await;
+    let (mut patient, welcome) = raw_console(&proxy).await;
+    wire::cancel(proxy.address(), welcome.key).await;
+    assert_eq!(
+        patient.value("SHOW VERSION").await,
+        concat!("lakebase-proxy ", env!("CARGO_PKG_VERSION"))
+    );
+
+    let (mut wire, _) = raw_console(&proxy).await;
+    wire.send(&wire::message('Q', &vec![b' '; 100_000])[..70_000])
+        .await;
+    assert_eq!(wire.refusal().await.code, "54000");
+}
+
+#[tokio::test]
+async fn the_end_of_the_program_ends_it_at_once() {
+    let emulator = emulator().await;
+    let proxy = proxy(&emulator).await;
+    let (mut wire, _) = raw_console(&proxy).await;
+    within("the end", proxy.end(std::future::pending())).await;
+    assert_eq!(wire.refusal().await.code, "57P01");
+}
+
+#[tokio::test]
+async fn psql_shows_its_tables_without_a_warning() {
+    let emulator = emulator().await;
+    let proxy = proxy(&emulator).await;
+    let psql = |arguments: &[&str]| {
+        let mut psql = Command::new("psql");
+        psql.args([
+            "-X",
+            "-h",
+            "127.0.0.1",
+            "-p",
+            &proxy.address().port().to_string(),
+            "-U",
+            "me",
+            "-d",
+            "lakebase_proxy",
+        ])
+        .args(arguments)
+        .env_clear()
+        .env("PATH", std::env::var_os("PATH").unwrap_or_default())
+        .stdin(Stdio::null())
+        .kill_on_drop(true);
+        async move { within("psql", psql.output()).await }
+    };
+    let Ok(output) = psql(&["-c", "SHOW VERSION", "-c", "show endpoints"]).await else {
+        return; // Debian's postgresql-client is not installed here.
+    };
+    let (said, complaints) = (
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr),
+    );
+    assert!(
+        output.status.success() && complaints.is_empty(),
+        "{said}{complaints}"
+    );
+    assert!(
+        said.contains("lakebase-proxy") && said.contains("cl_waiting"),
+        "{said}"
+    );
+
+    let output = psql(&["-c", "\\d"]).await.unwrap();
+    let complaints = String::from_utf8_lossy(&output.stderr);
+    assert!(
+        complaints.contains("runs no SQL") && complaints.contains("HINT:"),
+        "{complaints}"
+    );
+}
+
+#[tokio::test]
+async fn a_wake_is_remembered() {
+    let emulator = emulator().await;
+    let proxy = proxy(&emulator).await;
+    emulator.suspend().await;
+    let _client = proxy.client().await;
+    let console = console(&proxy).await;
+    let wakes = rows(&console, "SHOW WAKES").await;
+    assert_eq!(wakes.len(), 1);
+    assert_eq!(wakes[0].get("clients"), Some("1"));
+    let seconds: f64 = wakes[0].get("seconds").unwrap().parse().unwrap();
+    assert!(Duration::from_secs_f64(seconds) > Duration::ZERO);
+}
