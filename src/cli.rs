@@ -46,6 +46,7 @@ CMD starts once the proxy holds a credential, and is given
   PGHOST PGPORT PGUSER PGDATABASE  this proxy, on any free port without --port
   PGSSLMODE=disable                (the way to the endpoint is encrypted)
   DATABASE_URL                     postgresql://...?sslmode=disable, where unset
+  PGPASSWORD                       this proxy's own, where it asks for one
 Variables that would lead a client elsewhere (PGPASSWORD, PGSERVICE,
 PGSSLROOTCERT and such) are taken away, and LAKEBASE_PROXY_* with them. The
 health port is off unless --http-port is given. In a terminal only warnings are

@@ -4,7 +4,7 @@
 //!
 //! ```text
 //!  app ──plain Postgres──▶ listener ─▶ session ────────────────────────────▶ endpoint
-//!                                       handshake   who is asking, for what      ▲
+//!                  (TCP, Unix, TLS)     handshake   who is asking, for what      ▲
 //!                                       login ──▶ upstream  dial, TLS, log in ───┤
 //!                                       relay       bytes both ways ─────────────┘
 //!                                       cancel      key of ours ▶ key of theirs
@@ -18,7 +18,7 @@
 //! |---|---|
 //! | [`app`] | the composition root: `build` binds everything, `run` drives it |
 //! | [`cli`], [`config`] | flag > environment > file > default, resolved once |
-//! | [`listener`] | sockets, bounded handshakes, accept errors that back off |
+//! | [`listener`] | TCP, Unix and inherited sockets, bounded handshakes, accept errors that back off |
 //! | [`session`] | one client from accept to close |
 //! | [`upstream`] | reaching the endpoint: dial, TLS, login, failure classes, holding while it wakes |
 //! | [`credential`] | the life of the database credential |
