@@ -91,8 +91,15 @@ def npm(place, dist):
     expect(version == ["lakebase-proxy", project_version()], f"the package's program is {version}")
     told = place.run("node_modules/.bin/lakebase-proxy", "--no-such-flag", cwd=project, code=1)
     expect("--no-such-flag" in told, told)
+    with contextlib.ExitStack() as stack:
+        # A flag that node would take for its own, and a process that node is not part of.
+        env_file = project / "emulator.env"
+        emulator = place.start(stack, "places-npm-emulator", ["node_modules/.bin/lakebase-proxy", "emulator", "--env-file", env_file], place.environment(), project)
+        until("the emulator to be ready", lambda: env_file.exists() or None, emulator)
+        program = pathlib.Path(f"/proc/{emulator.pid}/exe").resolve()
+        expect(program.name == "lakebase-proxy", f"the process is {program}")
     print(f"npm: {', '.join(f'{file.name} {file.stat().st_size:,} bytes' for file in files)}")
-    return 2
+    return 3
 
 
 def notices_a_missing_platform(place):
