@@ -67,6 +67,7 @@ def checks(deploy):
             yield file.relative_to(deploy), lambda file=file: kubernetes_objects(file)
     yield "kubernetes/component, rendered", lambda: rendered(kubernetes / "component")
     yield "kubernetes: one sidecar in three files", lambda: same_sidecar(kubernetes)
+    yield "kubernetes and the rest: one version", lambda: one_version(deploy)
     yield "docker/Dockerfile", lambda: dockerfile(deploy / "docker/Dockerfile")
     yield "docker/compose.yaml", lambda: compose(deploy / "docker/compose.yaml")
     apps = deploy / "databricks-app"
@@ -163,6 +164,16 @@ def same_sidecar(kubernetes):
                 found.append((proxy["image"], proxy["resources"], security, proxy["volumeMounts"]))
     if any(other != found[0] for other in found):
         raise Wrong("they differ in image, resources, securityContext or volumeMounts")
+
+
+def one_version(deploy):
+    """Cargo.toml's, wherever an example names one."""
+    version = re.search(r'^version = "(.+)"', (ROOT / "Cargo.toml").read_text(), re.MULTILINE).group(1)
+    for file in deploy.rglob("*"):
+        if file.suffix in (".yaml", ".md", ".json", ".txt") and "node_modules" not in file.parts:
+            for named in re.findall(r"lakebase[-_]proxy(?:-linux-x64)?[-:](?:\": \")?(\d+\.\d+\.\d+)", file.read_text()):
+                if named not in (version, "0.0.0"):
+                    raise Wrong(f"{file.name} names version {named}, Cargo.toml {version}")
 
 
 DEPLOYMENTS = {
@@ -345,6 +356,9 @@ BITES = (
     ("kubernetes/app.yaml", "--exit-zero-on-sigterm", "--exit-zero-on-sigtermx"),
     ("kubernetes/job.yaml", "backoffLimit: 2", "backofflimit: 2"),
     ("kubernetes/job.yaml", "memory: 48Mi", "memory: 49Mi"),
+    ("kubernetes/job.yaml", "lakebase-proxy:0.1.0", "lakebase-proxy:0.1.1"),
+    ("systemd/lakebase-proxy.service", "Type=notify", "Typ=notify"),
+    ("systemd/lakebase-proxy.socket", "ListenStream=127", "ListenStreem=127"),
     ("kubernetes/network-policy.yaml", "policyTypes", "policytypes"),
     ("kubernetes/pod-monitor.yaml", "interval", "intervall"),
     ("kubernetes/component/sidecar.yaml", "containerPort", "containersPort"),
