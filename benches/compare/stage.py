@@ -36,6 +36,7 @@ def _unprivileged():
 
 
 def run(*command, **more):
+    more.setdefault("timeout", 300)
     done = subprocess.run([str(word) for word in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **more)
     if done.returncode:
         raise RuntimeError(f"{command[0]}: exit {done.returncode}\n{done.stdout}")
@@ -138,7 +139,7 @@ class Way:
     """One way to the server. `process` is what it costs; None for the direct one."""
 
     name = None
-    asks_password = False
+    user = {}
 
     def __init__(self, directory, server_port, authority, prefix=()):
         self.directory, self.server_port, self.authority, self.prefix = directory, server_port, authority, prefix
@@ -196,14 +197,12 @@ class PgBouncer(Way):
                 "max_client_conn = 9000\ndefault_pool_size = 9000\nserver_round_robin = 0\nlog_connections = 0\nlog_disconnections = 0\n"
                 f"server_tls_sslmode = verify-full\nserver_tls_ca_file = {self.authority}\nignore_startup_parameters = extra_float_digits\n")
         os.chmod(file, 0o644)
-        user = _unprivileged()
-        prefix = self.prefix
-        self.process = Process(self.directory, f"pgbouncer-{port}", [tool("pgbouncer"), file], port, prefix, **user)
+        self.user = _unprivileged()
+        self.process = Process(self.directory, f"pgbouncer-{port}", [tool("pgbouncer"), file], port, self.prefix, **self.user)
 
 
 class Stunnel(Way):
     name = "stunnel"
-    asks_password = True
 
     def start(self):
         port = free_port()

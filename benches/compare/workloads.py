@@ -62,16 +62,24 @@ def round_trips(way, count):
 def pgbench(way, mode, clients, seconds):
     with Cost(way) as cost:
         said = run(tool("pgbench"), "-n", "-S", "-M", mode, "-c", clients, "-j", min(clients, 2), "-T", seconds, way.conninfo())
-    count = int(re.search(r"transactions actually processed: (\d+)", said)[1])
-    tps = float(re.search(r"tps = ([\d.]+)", said)[1])
+    count, tps = _pgbench_said(said)
     return {"tps": tps, "cpu_us": cost.per(count)}
+
+
+def _pgbench_said(said):
+    count = re.search(r"transactions actually processed: (\d+)", said)
+    tps = re.search(r"tps = ([\d.]+)", said)
+    # Its time begins before its clients have connected.
+    if not count or not tps:
+        raise RuntimeError("pgbench came to no transaction in its time")
+    return int(count[1]), float(tps[1])
 
 
 def many_connects(way, count):
     """Eight clients that connect for every transaction."""
     with Cost(way) as cost:
         said = run(tool("pgbench"), "-n", "-S", "-C", "-c", 8, "-j", 2, "-t", count // 8, way.conninfo())
-    return {"per_second": float(re.search(r"tps = ([\d.]+)", said)[1]), "cpu_us": cost.per(count)}
+    return {"per_second": _pgbench_said(said)[1], "cpu_us": cost.per(count)}
 
 
 def copy_out(way, megabytes, row):
@@ -211,9 +219,11 @@ def instructions(kind, directory, server, count):
     try:
         with Session(way.conninfo()) as session:
             session.time_round_trips(200)
-            run("callgrind_control", "--zero", way.process.pid)
+            # As the process's own user, or it waits for ever; while a session is busy, or it may wait long.
+            control = {"timeout": 60, **way.user}
+            run("callgrind_control", "--zero", way.process.pid, **control)
             session.time_round_trips(count)
-            run("callgrind_control", "--dump", way.process.pid)
+            run("callgrind_control", "--dump", way.process.pid, **control)
     finally:
         way.stop()
     total = 0

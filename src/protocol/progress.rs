@@ -41,6 +41,16 @@ pub struct Progress {
     /// The server's last message was an error: if nothing follows, it explains why the server left.
     explained: bool,
     status: TransactionStatus,
+    answered: Answered,
+}
+
+/// How much the server has answered since this was last asked for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Answered {
+    /// `ReadyForQuery`s: a simple query each, or all up to a Sync.
+    pub queries: u32,
+    /// Those after which no transaction was open.
+    pub transactions: u32,
 }
 
 impl Progress {
@@ -72,6 +82,12 @@ impl Progress {
     /// The last known transaction state.
     pub fn status(&self) -> TransactionStatus {
         self.status
+    }
+
+    /// What has been answered since the last call.
+    #[inline]
+    pub fn take_answered(&mut self) -> Answered {
+        std::mem::take(&mut self.answered)
     }
 
     /// Takes note of what the client sent.
@@ -113,6 +129,9 @@ impl Progress {
                 self.outstanding = self.outstanding.saturating_sub(1);
                 self.copy_in = false;
                 self.status = TransactionStatus::from_byte(byte);
+                let closed = u32::from(self.status == TransactionStatus::Idle);
+                self.answered.queries = self.answered.queries.saturating_add(1);
+                self.answered.transactions = self.answered.transactions.saturating_add(closed);
             }
             Seen::Message { tag } => {
                 self.explained = tag == tag::ERROR_RESPONSE;
@@ -147,6 +166,21 @@ mod tests {
         assert!(!progress.is_idle());
         ready(&mut progress, b'I');
         assert!(progress.is_idle());
+    }
+
+    #[test]
+    fn what_was_answered_is_counted_once() {
+        let mut progress = Progress::new();
+        client(&mut progress, b"QQQ");
+        ready(&mut progress, b'T');
+        ready(&mut progress, b'E');
+        ready(&mut progress, b'I');
+        let all = Answered {
+            queries: 3,
+            transactions: 1,
+        };
+        assert_eq!(progress.take_answered(), all);
+        assert_eq!(progress.take_answered(), Answered::default());
     }
 
     #[test]

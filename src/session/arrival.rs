@@ -178,7 +178,7 @@ impl Sessions {
                         return Box::pin(self.answer(id, peer, client, buffer, &startup)).await;
                     }
                     Ok(()) => {
-                        self.run((id, peer), policy, &mut client, buffer, &startup)
+                        self.run((id, peer), policy, &mut client, buffer, startup)
                             .await
                     }
                     Err(Failure::Refused(refusal)) => Err(refusal),

@@ -56,7 +56,7 @@ pub use self::{
 };
 use self::{
     cancel::Target,
-    relay::{End, Relay},
+    relay::{Answers, End, Relay},
 };
 use crate::{
     console::{self, Console},
@@ -158,7 +158,7 @@ impl Sessions {
         policy: &Policy,
         client: &mut S,
         mut buffer: BytesMut,
-        startup: &StartupMessage,
+        startup: StartupMessage,
     ) -> Result<(), Refusal>
     where
         S: AsyncRead + AsyncWrite + Unpin,
@@ -166,24 +166,25 @@ impl Sessions {
         let began = Instant::now();
         let _seat = self.admit(policy)?;
         let _present = (self.presence.enter(), self.door.enter());
-        let listed = self.roster.enter(id, peer, self.route.label(), startup);
+        let listed = self.roster.enter(id, peer, self.route.label(), &startup);
         let waiting = GaugeGuard::new(&self.metrics.clients_waiting);
         let draining = self.shutdown.draining().clone();
-        let connect = async {
+        // A box, so that a session's task is not the size of a login for ever.
+        let connect = Box::pin(async {
             let upstream = self
                 .route
                 .upstream(policy.terms.limits.connect_timeout)
                 .await?;
             let database = policy
                 .database_mapping
-                .choose(startup, &upstream.endpoint().database);
-            let settings = SessionSettings::new(startup, database).map_err(|error| Refusal {
+                .choose(&startup, &upstream.endpoint().database);
+            let settings = SessionSettings::new(&startup, database).map_err(|error| Refusal {
                 report: Report::new(sqlstate::UNDEFINED_OBJECT, error.to_string()),
                 reason: reason::BAD_STARTUP,
             })?;
             let connected = upstream.connect(&settings, &policy.terms).await?;
             Ok((connected, settings.database))
-        };
+        });
         let connected = tokio::select! {
             connected = connect => connected,
             () = hang_up(client, &mut buffer) => {
@@ -236,7 +237,7 @@ impl Sessions {
         }
         let mut hello = match self.entrance.password(peer) {
             Some(_) => BytesMut::new(), // said before the password was asked for
-            None => negotiation(startup),
+            None => negotiation(&startup),
         };
         let status = &greeting.parameter_status;
         hello.extend_from_slice(&welcome(status, key, &greeting.notices));
@@ -247,13 +248,17 @@ impl Sessions {
             return Ok(());
         }
         let counter = |direction| self.metrics.relay_bytes.with_label_values(&[direction]);
-        let relay = Relay::new(
+        let mut relay = Relay::new(
             (client, &buffer, counter(direction::FROM_CLIENT)),
             (&mut stream, &leftover, counter(direction::FROM_SERVER)),
             &self.shutdown,
         )
-        .watched(listed.watch());
-        drop((hello, buffer, leftover));
+        .watched(listed.watch())
+        .counting(Answers {
+            queries: self.metrics.queries.clone(),
+            transactions: self.metrics.transactions.clone(),
+        });
+        drop((hello, buffer, leftover, startup));
         let end = relay.run().await;
         let duration = began.elapsed();
         self.metrics
@@ -400,7 +405,8 @@ async fn hang_up<S: AsyncRead + Unpin>(client: &mut S, buffer: &mut BytesMut) {
 /// Reads on until the client closes too: closing with bytes unread resets the connection, and the reset may overtake
 /// the last words.
 async fn linger<S: AsyncRead + Unpin>(client: &mut S) {
-    let mut ignored = [0; 512];
+    // On the heap, as every session's task has room for all that it may come to.
+    let mut ignored = vec![0; 512];
     let closed = async { while let Ok(1..) = client.read(&mut ignored).await {} };
     let _ = timeout(FAREWELL, closed).await;
 }

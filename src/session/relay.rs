@@ -38,7 +38,7 @@ use crate::{
     protocol::{
         error::{Report, sqlstate},
         frame::{HEADER_LEN, Scanner, Seen, tag},
-        progress::Progress,
+        progress::{Answered, Progress},
     },
     shutdown::{Phase, Shutdown},
     telemetry::names::end,
@@ -50,8 +50,8 @@ const REPLY_PAUSE: Duration = Duration::from_secs(5);
 const DELIVERY_PAUSE: Duration = Duration::from_mins(1);
 /// The same, once the grace time of a shutdown is over.
 const CUT_PAUSE: Duration = Duration::from_secs(1);
-/// What is read at a time; a TLS record holds 16 KiB at most.
-const BUFFER_LEN: usize = 32 * 1024;
+/// What is read at a time: four TLS records of the longest.
+const BUFFER_LEN: usize = 64 * 1024;
 
 thread_local! {
     /// Borrowed for the length of a poll, never across one.
@@ -94,6 +94,7 @@ pub(super) struct Relay<'a, C, U> {
     unasked: UnaskedPasswords,
     /// Who looks on.
     watch: Option<&'a Watch>,
+    answers: Option<Answers>,
     /// Set once no more is read from the server.
     end: Option<End>,
 }
@@ -118,6 +119,7 @@ where
             progress: Progress::new(),
             unasked: UnaskedPasswords::default(),
             watch: None,
+            answers: None,
             end: None,
         };
         let mut from_client = from_client;
@@ -139,10 +141,16 @@ where
         self
     }
 
+    /// Lets `answers` count what the server has answered.
+    pub(super) fn counting(mut self, answers: Answers) -> Self {
+        self.answers = Some(answers);
+        self
+    }
+
     /// Runs until the session is over; what the server said last has then been handed to the client.
     ///
     /// Not cancel safe.
-    pub(super) async fn run(mut self) -> End {
+    pub(super) async fn run(&mut self) -> End {
         let shutdown = self.shutdown;
         let mut draining = pin!(shutdown.draining().cancelled());
         let mut cutting = pin!(shutdown.cutting().cancelled());
@@ -168,7 +176,9 @@ where
         patience: &mut Option<Patience>,
     ) -> Poll<End> {
         let before = (self.to_client.total, self.to_client.kept.len());
-        if self.poll_from_client(cx).is_err() || self.poll_from_server(cx).is_err() {
+        let broken = self.poll_from_client(cx).is_err() || self.poll_from_server(cx).is_err();
+        self.count();
+        if broken {
             return Poll::Ready(End::Client);
         }
         if let Some(watch) = self.watch {
@@ -207,6 +217,14 @@ where
                 // A server that neither takes nor says anything.
                 None => self.server_is_lost(),
             }
+        }
+    }
+
+    fn count(&mut self) {
+        self.to_server.count();
+        self.to_client.count();
+        if let Some(answers) = &self.answers {
+            answers.count(self.progress.take_answered());
         }
     }
 
@@ -312,6 +330,25 @@ where
     }
 }
 
+/// Counts what the server has answered.
+pub(super) struct Answers {
+    /// Answers up to a ReadyForQuery.
+    pub(super) queries: IntCounter,
+    /// Those after which no transaction was open.
+    pub(super) transactions: IntCounter,
+}
+
+impl Answers {
+    fn count(&self, answered: Answered) {
+        if answered.queries > 0 {
+            self.queries.inc_by(answered.queries.into());
+        }
+        if answered.transactions > 0 {
+            self.transactions.inc_by(answered.transactions.into());
+        }
+    }
+}
+
 /// The phase, of which `now` is the latest that could be had without a lock; the task is woken by the next.
 ///
 /// The tokens lock, so they are asked only when the phase is not the one they have `reached` with us. It changes before
@@ -390,6 +427,8 @@ struct Pipe {
     state: PipeState,
     unflushed: bool,
     total: u64,
+    /// As much of it as the counter knows.
+    counted: u64,
     counter: IntCounter,
 }
 
@@ -401,6 +440,7 @@ impl Pipe {
             state: PipeState::Open,
             unflushed: false,
             total: 0,
+            counted: 0,
             counter,
         }
     }
@@ -416,10 +456,17 @@ impl Pipe {
         }
     }
 
+    /// Tells the counter; done once a poll, since it is shared by all sessions.
+    fn count(&mut self) {
+        if self.counted != self.total {
+            self.counter.inc_by(self.total.wrapping_sub(self.counted));
+            self.counted = self.total;
+        }
+    }
+
     fn take_in(&mut self, chunk: &[u8], seen: impl FnMut(Seen)) {
         let length = u64::try_from(chunk.len()).unwrap_or_default();
         self.total = self.total.wrapping_add(length);
-        self.counter.inc_by(length);
         self.scanner.scan(chunk, seen);
     }
 

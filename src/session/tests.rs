@@ -244,3 +244,16 @@ fn a_client_that_names_no_database_gets_the_default() {
     assert_eq!(chosen(Exact, &[("user", "app")]), "app");
     assert_eq!(chosen(Default, &[]), "databricks_postgres");
 }
+
+/// What a session's task takes for as long as it lives, whatever it came by: logging in has a box of its own.
+#[tokio::test]
+async fn the_task_of_a_session_is_small() {
+    let (_listener, address) = listen().await;
+    let sessions = sessions(address, LONG);
+    let (_client, ours) = duplex(16);
+    let handshaking = Arc::new(Semaphore::new(1)).acquire_owned().await.unwrap();
+    let peer = Peer::Tcp(address);
+    let session = sessions.serve(1, peer, ours, handshaking);
+    let size = size_of_val(&session);
+    assert!(size <= 3072, "{size} bytes");
+}

@@ -37,6 +37,10 @@ pub const SESSION_SECONDS: &str = "session_duration_seconds";
 pub const HOLD_SECONDS: &str = "client_hold_duration_seconds";
 /// Bytes passed on, by [`direction`].
 pub const RELAY_BYTES: &str = "relay_bytes_total";
+/// Answers of the endpoint up to a ReadyForQuery.
+pub const QUERIES: &str = "queries_total";
+/// Transactions that have ended.
+pub const TRANSACTIONS: &str = "transactions_total";
 /// Cancel requests, by [`cancel`].
 pub const CANCELS: &str = "cancel_requests_total";
 /// Sessions ended by a panic.

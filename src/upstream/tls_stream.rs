@@ -203,6 +203,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin> TlsStream<S> {
                 }
             }
             done += discard;
+            // Nothing is left that could say more; what the connection has to say goes with the next write.
+            if self.state == State::Open && done == records.len() && self.sealed.is_empty() {
+                return Ok(done);
+            }
         }
     }
 

@@ -75,7 +75,7 @@ impl Session {
         let watched = shutdown.clone();
         let mut relay = JoinSet::new();
         relay.spawn(async move {
-            let relay = Relay::new(
+            let mut relay = Relay::new(
                 (&mut client_end, &early, counter()),
                 (&mut server_end, &leftover, counter()),
                 &watched,

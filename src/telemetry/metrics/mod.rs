@@ -57,6 +57,10 @@ pub struct Metrics {
     pub hold_seconds: Histogram,
     /// Bytes passed on, by [`names::direction`].
     pub relay_bytes: IntCounterVec,
+    /// Answers of the endpoint up to a ReadyForQuery: a simple query each, or all up to a Sync.
+    pub queries: IntCounter,
+    /// Those after which no transaction was open.
+    pub transactions: IntCounter,
     /// Cancel requests, by [`names::cancel`].
     pub cancels: IntCounterVec,
     /// Sessions ended by a panic; anything but zero is a defect of ours.
@@ -206,6 +210,20 @@ impl Metrics {
                 "Bytes passed between clients and the endpoint after login, by direction.",
                 "direction",
                 names::direction::ALL,
+            )?,
+            queries: add(
+                &ours,
+                IntCounter::new(
+                    names::QUERIES,
+                    "Queries that the endpoint has answered: simple ones, and groups of extended ones that end with a Sync.",
+                ),
+            )?,
+            transactions: add(
+                &ours,
+                IntCounter::new(
+                    names::TRANSACTIONS,
+                    "Transactions that have ended, committed or not; a query outside a transaction is one.",
+                ),
             )?,
             cancels: counters(
                 &ours,

@@ -1,0 +1,152 @@
+"""A table, a picture and JSON of what was measured."""
+
+import json
+import statistics
+
+# What a line of the table is: workload, field, title, unit, digits, and whether less is better.
+LINES = [
+    ("connect", "p50_ms", "connect + SELECT 1 + close, p50", "ms", 2, True),
+    ("connect", "p99_ms", "connect + SELECT 1 + close, p99", "ms", 2, True),
+    ("connect", "cpu_us", "  the hop's processor time", "µs", 0, True),
+    ("many connects", "per_second", "1,000 connects by 8 clients", "/s", 0, False),
+    ("SELECT 1", "p50_us", "SELECT 1, p50", "µs", 1, True),
+    ("SELECT 1", "p99_us", "SELECT 1, p99", "µs", 1, True),
+    ("SELECT 1", "cpu_us", "  the hop's processor time", "µs", 1, True),
+    ("exact", "calls", "  system calls", "", 2, True),
+    ("exact", "instructions", "  instructions in user space", "", 0, True),
+    *[
+        line
+        for mode in ("simple", "extended", "prepared")
+        for clients in (1, 8, 32, 64)
+        for line in (
+            (f"-S {mode} {clients}", "tps", f"pgbench -S {mode}, {clients} clients", "tps", 0, False),
+            (f"-S {mode} {clients}", "cpu_us", "  the hop's processor time", "µs", 1, True),
+        )
+    ],
+    *[
+        line
+        for way in ("out", "in")
+        for row in (65536, 1024)
+        for line in (
+            (f"COPY {way} {row}", "mb_s", f"COPY {way}, rows of {row // 1024} KB", "MB/s", 0, False),
+            (f"COPY {way} {row}", "cpu_us_mb", "  the hop's processor time", "µs/MB", 0, True),
+        )
+    ],
+    ("idle", "kb", "memory per idle session", "KB", 2, True),
+    ("idle", "cpu_ms_minute", "  processor time of them all in a minute", "ms", 1, True),
+    ("idle 8000", "kb", "memory per idle session, of 8,000", "KB", 2, True),
+    ("start", "ms", "start to listening", "ms", 1, True),
+    ("start", "resident_mb", "resident memory, nobody connected", "MB", 1, True),
+]
+
+# The lines that are promised: the figure, of whom the reference is, and at most (or, for rates, at least) how much of it.
+PROMISES = [
+    ("exact", "instructions", None, 9_500, 6_000),
+    ("exact", "calls", None, 6.1, 6.1),
+    ("idle", "kb", None, 12, 6),
+    ("idle 8000", "kb", None, 12, 6),
+    ("SELECT 1", "cpu_us", "PgBouncer", 0.75, 0.5),
+    ("SELECT 1", "p50_us", "PgBouncer", 1.0, 0.85),
+    ("COPY out 65536", "cpu_us_mb", "PgBouncer", 0.45, 0.28),
+    ("COPY in 65536", "cpu_us_mb", "PgBouncer", 0.3, 0.2),
+    ("connect", "p50_ms", "direct TLS", 0.95, 0.8),
+    ("-S simple 64", "tps", "PgBouncer", 0.95, 1.1),
+    ("idle", "cpu_ms_minute", None, 10, 10),
+    ("start", "resident_mb", None, 10, 6),
+    ("start", "ms", None, 50, 10),
+]
+RATES = {"tps", "mb_s", "per_second"}
+
+
+def median(samples, field):
+    """Of the undisturbed rounds where there are any: median, least and most."""
+    clean = [sample for sample in samples if not sample["disturbed"]] or samples
+    values = [sample[field] for sample in clean if sample.get(field) is not None]
+    return (statistics.median(values), min(values), max(values)) if values else None
+
+
+def table(results, ways):
+    width = 25
+    lines = ["".join([f"{'':<42}", *[f"{way:>{width}}" for way in ways]])]
+    for workload, field, title, unit, digits, _ in LINES:
+        cells = []
+        for way in ways:
+            samples = results.get(workload, {}).get(way)
+            found = median(samples, field) if samples else None
+            if not found:
+                cells.append(f"{'-':>{width}}")
+                continue
+            value, least, most = found
+            spread = f" [{least:.{digits}f}..{most:.{digits}f}]" if len(samples) > 1 else ""
+            mark = "*" if all(sample["disturbed"] for sample in samples) else ""
+            cells.append(f"{value:.{digits}f}{mark}{spread}".rjust(width))
+        if any(cell.strip() != "-" for cell in cells):
+            lines.append(f"{title + (', ' + unit if unit else ''):<42}" + "".join(cells))
+    return "\n".join(lines)
+
+
+def promises(results, ours):
+    """Each promise with its figure; the last word is whether it is kept."""
+    lines = []
+    for workload, field, reference, must, aim in PROMISES:
+        samples = results.get(workload, {}).get(ours)
+        found = median(samples, field) if samples else None
+        title = next(title.strip() for w, f, title, *_ in LINES if (w, f) == (workload, field))
+        name = f"{workload}: {title}" + (f" / {reference}" if reference else "")
+        if not found:
+            lines.append(f"{name:<66} {'not measured':>12}")
+            continue
+        value = found[0]
+        if reference:
+            theirs = results[workload].get(reference)
+            theirs = median(theirs, field) if theirs else None
+            if not theirs or not theirs[0]:
+                lines.append(f"{name:<66} {'no ' + reference:>12}")
+                continue
+            value /= theirs[0]
+        better = (lambda limit: value >= limit) if field in RATES else (lambda limit: value <= limit)
+        verdict = "aim met" if better(aim) else "met" if better(must) else "MISSED"
+        lines.append(f"{name:<66} {value:>12.2f}   must {must:g}, aim {aim:g}: {verdict}")
+    return "\n".join(lines)
+
+
+PICTURE = [
+    ("SELECT 1", "p50_us"), ("SELECT 1", "cpu_us"), ("connect", "p50_ms"), ("-S simple 64", "tps"),
+    ("COPY out 65536", "cpu_us_mb"), ("COPY in 65536", "cpu_us_mb"), ("idle", "kb"), ("exact", "instructions"),
+]
+COLOURS = {"lakebase-proxy": "#1f6f6b", "PgBouncer": "#b3561f", "stunnel": "#8a6fae", "direct TLS": "#7d8590"}
+
+
+def picture(results, ways):
+    """Bars, one group a figure; within a group the longest fills the width."""
+    bar, gap, left, width = 18, 26, 130, 420
+    parts, y = [], 20
+    for workload, field in PICTURE:
+        title, unit, digits = next((t, u, d) for w, f, t, u, d, _ in LINES if (w, f) == (workload, field))
+        if field == "cpu_us_mb" or (workload, field) == ("SELECT 1", "cpu_us"):
+            title = f"{workload.replace(' 65536', '')}, processor time of the hop"
+        bars = []
+        for way in ways:
+            samples = results.get(workload, {}).get(way)
+            found = median(samples, field) if samples else None
+            if found:
+                bars.append((way, found[0]))
+        if not bars:
+            continue
+        better = "more is better" if field in RATES else "less is better"
+        parts.append(f'<text x="10" y="{y}" font-weight="600">{title.strip()}, {unit or "count"} <tspan fill="#7d8590" font-weight="400">({better})</tspan></text>')
+        y += 10
+        longest = max(value for _, value in bars) or 1
+        for way, value in bars:
+            length = max(1, value / longest * width)
+            parts.append(f'<text x="{left - 8}" y="{y + 13}" text-anchor="end">{way}</text>'
+                         f'<rect x="{left}" y="{y}" width="{length:.1f}" height="{bar - 4}" rx="2" fill="{COLOURS.get(way, "#444")}"/>'
+                         f'<text x="{left + length + 6:.1f}" y="{y + 12}">{value:,.{digits}f}</text>')
+            y += bar
+        y += gap
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" width="640" height="{y}" viewBox="0 0 640 {y}" font-family="system-ui, sans-serif" '
+            f'font-size="12" fill="#24292f"><rect width="640" height="{y}" fill="#ffffff"/>{"".join(parts)}</svg>\n')
+
+
+def as_json(machine, results):
+    return json.dumps({"machine": machine, "results": results}, indent=1) + "\n"
