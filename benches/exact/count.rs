@@ -13,6 +13,8 @@ use super::{
     support::{client::Client, process::private_memory, proxy::Proxy, upstream::Upstream},
 };
 
+/// How work is shared out between workers depends on the moment.
+const ONE_WORKER: [&str; 2] = ["env", "TOKIO_WORKER_THREADS=1"];
 /// Round trips before anything is counted: the first ones find caches cold and lists empty.
 const WARM_UP: u32 = 200;
 const ROUND_TRIPS: u32 = 2000;
@@ -54,7 +56,7 @@ fn round_trips(client: &mut Client, count: u32) {
 
 /// kB that one more idle session takes.
 fn memory(program: &Path, upstream: &Upstream) -> f64 {
-    let proxy = Proxy::start(program, &[], upstream);
+    let proxy = Proxy::start(program, &ONE_WORKER.map(str::to_owned), upstream);
     let mut clients = Vec::new();
     let mut grown_to = |count: usize| {
         while clients.len() < count {
@@ -71,7 +73,7 @@ fn memory(program: &Path, upstream: &Upstream) -> f64 {
 }
 
 fn system_calls(program: &Path, upstream: &Upstream, directory: &Path) -> f64 {
-    let proxy = Proxy::start(program, &[], upstream);
+    let proxy = Proxy::start(program, &ONE_WORKER.map(str::to_owned), upstream);
     let mut client = Client::connect(proxy.address).expect("a session");
     round_trips(&mut client, WARM_UP);
     let file = directory.join("strace");
@@ -101,12 +103,9 @@ fn system_calls(program: &Path, upstream: &Upstream, directory: &Path) -> f64 {
 
 fn instructions(program: &Path, upstream: &Upstream, directory: &Path) -> (f64, f64) {
     let out = directory.join("callgrind.out");
-    let prefix = [
-        "valgrind".to_owned(),
-        "--tool=callgrind".to_owned(),
-        "-q".to_owned(),
-        format!("--callgrind-out-file={}", out.display()),
-    ];
+    let mut prefix = ONE_WORKER.map(str::to_owned).to_vec();
+    prefix.extend(["valgrind", "--tool=callgrind", "-q"].map(str::to_owned));
+    prefix.push(format!("--callgrind-out-file={}", out.display()));
     let proxy = Proxy::start(program, &prefix, upstream);
     let mut client = Client::connect(proxy.address).expect("a session");
     round_trips(&mut client, WARM_UP);

@@ -17,7 +17,7 @@ pub(crate) struct Proxy {
 }
 
 impl Proxy {
-    /// Starts `program` with one worker behind `prefix` (as valgrind is), leading to `upstream`.
+    /// Starts `program` behind `prefix` (as valgrind is), leading to `upstream`.
     pub(crate) fn start(program: &Path, prefix: &[String], upstream: &Upstream) -> Self {
         let configuration = upstream.authority.with_file_name("proxy.toml");
         let endpoint = format!(
@@ -30,11 +30,16 @@ impl Proxy {
         words.push(program.display().to_string());
         let mut child = Command::new(&words[0])
             .args(&words[1..])
-            .args(["--http-port", "none", "--config-file"])
+            .args([
+                "--http-port",
+                "none",
+                "--max-connections",
+                "9000",
+                "--config-file",
+            ])
             .arg(&configuration)
             .env_clear()
             .env("PATH", std::env::var_os("PATH").unwrap_or_default())
-            .env("TOKIO_WORKER_THREADS", "1")
             .env("MEASURE_PASSWORD", "x".repeat(1100))
             .env("PGSSLROOTCERT", &upstream.authority)
             .stdin(Stdio::null())

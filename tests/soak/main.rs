@@ -5,14 +5,16 @@
 //! cargo test --test soak -- churn idle       only these
 //! ```
 //!
-//! The proxy runs as a process of its own, since it is the process that is measured; the emulator runs in this one. Each
-//! scenario asserts its bound and prints what it measured. What is only reported (`idle`, `calls`) depends on the
-//! machine, and its bounds are wide.
+//! The proxy runs as a process of its own, since it is the process that is measured; the emulator runs in this one.
+//! (`thousands` and `visits` have a scripted server instead, whose sessions cost next to nothing.) Each scenario asserts
+//! its bound and prints what it measured. What is only reported (`idle`, `calls`) depends on the machine, and its bounds
+//! are wide.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
     clippy::panic,
     clippy::print_stdout,
+    clippy::cast_precision_loss,
     reason = "a scenario fails by panicking and reports on standard output; it is no part of the program"
 )]
 
@@ -20,10 +22,13 @@ mod churn;
 mod idle;
 mod measure;
 mod process;
+mod scripted;
+#[path = "../../benches/support/mod.rs"]
+mod support;
 mod volume;
 mod wire;
 
-use std::{net::SocketAddr, process::ExitCode};
+use std::{net::SocketAddr, path::Path, process::ExitCode};
 
 use lakebase_proxy::emulator::{Emulator, EmulatorOptions};
 use tokio::time::Instant;
@@ -85,7 +90,7 @@ impl Stage {
     }
 }
 
-const SCENARIOS: [&str; 7] = [
+const SCENARIOS: [&str; 9] = [
     "copy-out",
     "copy-in",
     "value",
@@ -93,11 +98,19 @@ const SCENARIOS: [&str; 7] = [
     "churn",
     "idle",
     "calls",
+    "thousands",
+    "visits",
 ];
 
 fn main() -> ExitCode {
-    let asked: Vec<String> = std::env::args()
-        .skip(1)
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    if let [word, directory] = &arguments[..]
+        && word == support::upstream::WORD
+    {
+        return support::upstream::serve(Path::new(directory));
+    }
+    let asked: Vec<String> = arguments
+        .into_iter()
         .filter(|name| !name.starts_with('-'))
         .collect();
     if let Some(unknown) = asked
@@ -121,6 +134,11 @@ fn main() -> ExitCode {
         let began = Instant::now();
         println!("== {name} ({})", measure::load());
         runtime.block_on(async {
+            match name {
+                "thousands" => return scripted::thousands().await,
+                "visits" => return scripted::visits().await,
+                _ => {}
+            }
             let stage = Stage::set().await;
             match name {
                 "copy-out" => volume::copy_out(&stage).await,
