@@ -197,7 +197,7 @@ impl Sessions {
         self.metrics.hold_seconds.observe(held.as_secs_f64());
         drop(waiting);
         let ((connection, woke_after), database) =
-            connected.map_err(|refusal| about_console(refusal, startup))?;
+            connected.map_err(|refusal| about_console(refusal, &startup))?;
         let began = Instant::now();
         let Connection {
             mut stream,
