@@ -14,10 +14,12 @@ use tokio::runtime::{Builder, Runtime};
 use crate::{
     app::App,
     config::{Config, ConfigError, Environment, Settings, Source},
+    descriptors::{self, DescriptorLimit},
     exec::{self, ExecArgs, Secrets},
     listener::{Inherited, InheritedError},
     remote::{self, ShutdownArgs, WaitArgs},
     shutdown::{Cause, Hangup, Signals},
+    systemd::Notifier,
     telemetry,
     token::{self, TokenArgs},
 };
@@ -262,15 +264,45 @@ fn inherited() -> Result<Inherited, InheritedError> {
     Inherited::take(names.as_deref().and_then(OsStr::to_str))
 }
 
+/// Says what the limit of open files is, which resolving the settings has raised, and what follows from it.
+fn tell_limits(before: &DescriptorLimit, config: &Config) {
+    let (limit, max_connections) = (DescriptorLimit::now().soft(), config.max_connections);
+    tracing::info!(
+        limit,
+        before = before.soft(),
+        max_connections,
+        "limit of open files"
+    );
+    let room = descriptors::sessions(limit);
+    if max_connections > room {
+        tracing::warn!(
+            max_connections,
+            room,
+            "the limit of open files has no room for so many sessions; hint: raise it (ulimit -n, LimitNOFILE=) or lower --max-connections"
+        );
+    }
+}
+
+/// Who is to be told how things stand.
+fn notifier(source: &Source) -> Notifier {
+    Notifier::connect(&source.environment().service_manager).unwrap_or_else(|error| {
+        tracing::warn!(%error, "the socket in NOTIFY_SOCKET cannot be used; the service manager is told nothing");
+        Notifier::default()
+    })
+}
+
 async fn serve(settings: Settings, inherited: Inherited) -> Result<ExitCode, CommandError> {
+    let before = DescriptorLimit::now();
     let source = Source::new(settings, Environment::of_process());
     let config = source.load()?;
     let log = telemetry::logging::init(&config.log)?;
+    tell_limits(&before, &config);
+    let notifier = notifier(&source);
     // Caught before anything is begun, so that a signal during the start is not lost.
     let mut signals = Signals::catch().map_err(CommandError::Signals)?;
     let hangup = Hangup::catch().map_err(CommandError::Signals)?;
     let running = tokio::select! {
-        app = App::build_with(config.clone(), inherited) => app?.with_log(log).start()?,
+        app = App::build_with(config.clone(), inherited) => app?.with_log(log).with_notifier(notifier).start()?,
         cause = signals.next() => return Ok(cause.exit_code(config.exit_zero_on_sigterm)),
     };
     let reloader = running.reloader(source, config);
@@ -300,7 +332,7 @@ async fn serve(settings: Settings, inherited: Inherited) -> Result<ExitCode, Com
 
 async fn execute(arguments: ExecArgs, inherited: Inherited) -> Result<ExitCode, CommandError> {
     // Resolving the settings raises it.
-    let descriptors = exec::DescriptorLimit::now();
+    let descriptors = DescriptorLimit::now();
     let ExecArgs {
         strip_secrets,
         settings,
@@ -309,9 +341,11 @@ async fn execute(arguments: ExecArgs, inherited: Inherited) -> Result<ExitCode, 
     let source = exec::source(settings, Environment::of_process());
     let config = source.load()?;
     let log = telemetry::logging::init(&config.log)?;
+    tell_limits(&descriptors, &config);
+    let notifier = notifier(&source);
     let program = exec::Program {
         command,
-        inherited: std::env::vars_os().collect(),
+        inherited: Environment::inherited(),
         secrets: if strip_secrets.unwrap_or(false) {
             Secrets::Stripped(config.password_variables.clone())
         } else {
@@ -323,7 +357,7 @@ async fn execute(arguments: ExecArgs, inherited: Inherited) -> Result<ExitCode, 
     let patience = config.limits.connect_timeout;
     let mut signals = exec::Signals::catch().map_err(CommandError::Signals)?;
     let running = tokio::select! {
-        app = App::build_with(config.clone(), inherited) => app?.with_log(log).start()?,
+        app = App::build_with(config.clone(), inherited) => app?.with_log(log).with_notifier(notifier).start()?,
         signal = signals.ending() => return Ok(exec::interrupted(signal, zero_on_sigterm)),
     };
     // A hangup is the program's business.

@@ -21,6 +21,7 @@
 //! | [`listener`] | TCP, Unix and inherited sockets, bounded handshakes, accept errors that back off |
 //! | [`session`] | one client from accept to close |
 //! | [`upstream`] | reaching the endpoint: dial, TLS, login, failure classes, holding while it wakes |
+//! | [`descriptors`] | the limit of open files |
 //! | [`credential`] | the life of the database credential |
 //! | [`workspace`] | everything said to the Databricks workspace over HTTPS |
 //! | [`protocol`] | the Postgres wire protocol without I/O; the only room that knows `pgwire` |
@@ -31,6 +32,7 @@
 //! | [`console`] | `SHOW CLIENTS` and its kin, for psql |
 //! | [`overview`] | what can be said of the running program, for those two |
 //! | [`exec`] | the proxy as the parent of one program |
+//! | [`systemd`] | what a service manager is told |
 //! | [`remote`] | `wait` and `shutdown`: errands at a proxy that runs already |
 //! | `notes` | the notes page: a client of our own listener |
 //! | `emulator`, `demo` | a Lakebase for one machine; the proxy never imports them |
@@ -46,6 +48,7 @@ pub mod console;
 pub mod credential;
 #[cfg(feature = "demo")]
 pub mod demo;
+pub mod descriptors;
 pub mod doctor;
 #[cfg(feature = "demo")]
 pub mod emulator;
@@ -59,6 +62,7 @@ pub mod protocol;
 pub mod remote;
 pub mod session;
 pub mod shutdown;
+pub mod systemd;
 pub mod telemetry;
 pub mod tls;
 pub mod token;

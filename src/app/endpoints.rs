@@ -66,7 +66,7 @@ impl Endpoints {
         let mut why = String::new();
         for served in &*self.now() {
             let status = served.credentials.status();
-            if status.state.is_valid() {
+            if status.is_ready() {
                 return Ok(());
             }
             if let (true, Some(error)) = (why.is_empty(), &status.last_error) {
@@ -81,6 +81,27 @@ impl Endpoints {
         let now = self.now();
         let addresses = now.iter().flat_map(|served| served.bound.tcp.iter());
         addresses.copied().collect()
+    }
+
+    /// How the credentials stand, in one line.
+    pub(super) fn summary(&self) -> String {
+        let now = self.now();
+        let states = now.iter().map(|served| served.credentials.status());
+        let states: Vec<_> = states.collect();
+        let count = match states.len() {
+            1 => String::new(),
+            count => format!("{count} endpoints, "),
+        };
+        let missing = states.iter().find(|status| !status.is_ready());
+        if let Some(status) = missing {
+            let error = status.last_error.as_ref();
+            let why = error.map_or_else(String::new, |error| format!(": {error}"));
+            return format!("serving; {count}no valid database credential{why}");
+        }
+        match states.iter().filter_map(|status| status.expires_at).min() {
+            Some(at) => format!("serving; {count}database credential valid until {at:.0}"),
+            None => format!("serving; {count}database credential without an end"),
+        }
     }
 
     pub(super) fn add(&self, served: &Arc<Served>) {

@@ -13,9 +13,10 @@ use super::{
 };
 use crate::{
     config::{EndpointConfig, TlsMode},
-    credential::Refresher,
+    credential::{CredentialCell, Refresher},
     listener::Listener,
     protocol::error::{Report, sqlstate},
+    systemd::Notifier,
     telemetry::{chain, names::reason},
     tls::{Fingerprint, Roots},
     upstream::{Refusal, RouteFinder, Upstream, is_loopback},
@@ -61,7 +62,7 @@ impl Gate {
     }
 
     /// Serves clients, until the endpoint is no longer named and the last of them has gone.
-    pub(super) fn start(self, shared: &Arc<Shared>) {
+    pub(super) fn start(self, shared: &Arc<Shared>, notifier: &Notifier) {
         let served = Arc::clone(&self.served);
         let sessions = &served.sessions;
         announce(&served, shared.policies.now().max_connections);
@@ -81,6 +82,16 @@ impl Gate {
             Arc::clone(shared),
         );
         shared.helpers.spawn(keeping);
+        if notifier.is_connected() {
+            let telling = tell(
+                served.credentials.clone(),
+                shared.endpoints.clone(),
+                notifier.clone(),
+            );
+            shared
+                .helpers
+                .spawn(served.stop.clone().run_until_cancelled_owned(telling));
+        }
         let leaving = {
             let shared = Arc::clone(shared);
             async move {
@@ -97,6 +108,18 @@ impl Gate {
             }
         };
         shared.helpers.spawn(leaving);
+    }
+}
+
+/// Tells the service manager of each new credential.
+async fn tell(credentials: CredentialCell, endpoints: Endpoints, notifier: Notifier) {
+    let mut status = credentials.subscribe();
+    loop {
+        notifier.status(&endpoints.summary());
+        // The sender lives as long as `credentials`.
+        if status.changed().await.is_err() {
+            return;
+        }
     }
 }
 

@@ -29,6 +29,7 @@ use crate::{
     config::{Config, EndpointConfig},
     credential::{Mint, MintError, Minted},
     listener::{Bound, Inherited, Listener},
+    systemd::Notifier,
     telemetry::{LogHandle, Metrics},
     tls::{self, Roots},
     upstream::Endpoint,
@@ -62,6 +63,7 @@ pub struct App {
     run_connection_test: bool,
     log: Option<LogHandle>,
     local_password: Option<SecretString>,
+    notifier: Notifier,
 }
 
 /// How the program ends.
@@ -164,6 +166,7 @@ impl App {
             run_connection_test: config.run_connection_test,
             log: None,
             local_password: config.local_password,
+            notifier: Notifier::default(),
         })
     }
 
@@ -171,6 +174,13 @@ impl App {
     #[must_use]
     pub fn with_log(mut self, log: LogHandle) -> Self {
         self.log = Some(log);
+        self
+    }
+
+    /// Tells a service manager how things stand.
+    #[must_use]
+    pub fn with_notifier(mut self, notifier: Notifier) -> Self {
+        self.notifier = notifier;
         self
     }
 

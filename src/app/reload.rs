@@ -19,6 +19,7 @@ use crate::{
     config::{Change, Config, ConfigError, EndpointConfig, Source},
     listener::Listener,
     shutdown::{Hangup, Phase},
+    systemd::Notifier,
     telemetry::{
         LogError, LogHandle, chain,
         logging::check_filter,
@@ -38,6 +39,7 @@ pub struct Reloader {
     source: Source,
     config: Config,
     log: Option<LogHandle>,
+    notifier: Notifier,
 }
 
 /// What a reload has done.
@@ -93,6 +95,7 @@ impl Running {
             source,
             config,
             log: self.log.clone(),
+            notifier: self.notifier.clone(),
         }
     }
 
@@ -123,6 +126,8 @@ impl Running {
 impl Reloader {
     /// Reads the settings again and puts in force what differs. Not cancel safe.
     pub async fn reload(&mut self) -> Result<Reloaded, RefusedReload> {
+        let notifier = self.notifier.clone();
+        let _reloading = notifier.reloading();
         let outcome = self.attempt().await;
         let metrics = &self.shared.metrics;
         let label = match &outcome {
@@ -239,7 +244,7 @@ impl Reloader {
         }
         for gate in added {
             self.shared.endpoints.add(&gate.served);
-            gate.start(&self.shared);
+            gate.start(&self.shared, &self.notifier);
         }
         self.config = change.config.clone();
     }

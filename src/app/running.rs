@@ -16,6 +16,7 @@ use crate::{
     credential::CredentialCell,
     listener::{Bound, Way},
     protocol::error::{Report, sqlstate},
+    systemd::Notifier,
     telemetry::{LogHandle, Metrics, names::reason},
     upstream::Refusal,
 };
@@ -36,6 +37,7 @@ pub struct Running {
     pub(super) run_connection_test: bool,
     pub(super) log: Option<LogHandle>,
     pub(super) local_password: Option<SecretString>,
+    pub(super) notifier: Notifier,
 }
 
 impl fmt::Debug for Running {
@@ -117,6 +119,7 @@ impl Running {
     /// An endpoint that wakes is waited for, as long as a client waits.
     pub async fn ready(&self) -> Result<(), StartError> {
         if !self.run_connection_test {
+            self.notifier.ready();
             return Ok(());
         }
         let terms = self.shared.policies.now().terms;
@@ -133,6 +136,7 @@ impl Running {
         }
         tracing::info!("connection test passed");
         self.health.set_started();
+        self.notifier.ready();
         Ok(())
     }
 
@@ -144,6 +148,7 @@ impl Running {
     /// As [`end`](Self::end), but accepts clients for `--min-sigterm-delay` before.
     pub async fn end_after_delay(self, hurry: impl Future<Output = ()>) {
         let mut hurry = pin!(hurry);
+        self.notifier.stopping();
         let delay = self.ending.borrow().delay;
         if !delay.is_zero() {
             tracing::info!(?delay, "told to end; accepting clients a while longer");
@@ -168,6 +173,7 @@ impl Running {
             ?grace,
             "shutting down"
         );
+        self.notifier.stopping();
         self.health.set_draining();
         self.shared.shutdown.drain();
         // The accept loops run until the cut, so that late clients are told why they are refused.

@@ -49,6 +49,8 @@ pub(super) struct Shared {
     /// Ends the helpers.
     pub(super) stop: CancellationToken,
     clock: Clock,
+    /// Whether credentials are refreshed only for a client that needs one.
+    is_lazy: bool,
     entrance: Arc<Entrance>,
     seats: Seats,
     ids: Arc<AtomicU64>,
@@ -113,6 +115,7 @@ impl Shared {
             helpers: TaskTracker::new(),
             stop: CancellationToken::new(),
             clock: Clock::system(),
+            is_lazy: config.lazy_refresh,
             entrance: Arc::new(entrance(config)?),
             seats: Seats::default(),
             ids: Arc::default(),
@@ -160,7 +163,11 @@ impl Shared {
             roots: ArcSwap::from_pointee(gate::roots(&config)),
             config,
             sessions,
-            credentials: CredentialCell::new(self.clock.clone()),
+            credentials: if self.is_lazy {
+                CredentialCell::lazy(self.clock.clone())
+            } else {
+                CredentialCell::new(self.clock.clone())
+            },
             stop: self.stop.child_token(),
         };
         Ok(Gate {

@@ -2,7 +2,7 @@
 
 use std::{future::pending, sync::Arc, time::Duration};
 
-use tokio::sync::watch;
+use tokio::{sync::watch, time::sleep};
 use tokio_util::sync::CancellationToken;
 
 use super::{App, Ending, Running, StartError};
@@ -26,6 +26,7 @@ impl App {
             run_connection_test,
             log,
             local_password,
+            notifier,
         } = self;
         let Some(first) = gates.first().map(|gate| Arc::clone(&gate.served)) else {
             return Err(StartError::NoEndpoint);
@@ -55,6 +56,18 @@ impl App {
                 )
             })
             .transpose()?;
+        if let Some(interval) = notifier.watchdog_interval() {
+            let (health, notifier) = (Arc::clone(&health), notifier.clone());
+            helpers.spawn(stop.clone().run_until_cancelled_owned(async move {
+                // On the runtime that serves the clients: where that stands still, this does, too.
+                loop {
+                    if health.liveness().is_ok() {
+                        notifier.alive();
+                    }
+                    sleep(interval).await;
+                }
+            }));
+        }
         if let Some(log) = log.clone() {
             let stop = stop.clone();
             helpers.spawn(async move {
@@ -62,7 +75,7 @@ impl App {
             });
         }
         for gate in gates {
-            gate.start(&shared);
+            gate.start(&shared, &notifier);
         }
         #[cfg(feature = "notes")]
         if let Some(listener) = notes {
@@ -120,6 +133,7 @@ impl App {
             run_connection_test,
             log,
             local_password,
+            notifier,
         })
     }
 }

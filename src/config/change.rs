@@ -77,6 +77,7 @@ impl Config {
             http,
             notes,
             admin,
+            lazy_refresh,
             run_connection_test,
             min_sigterm_delay,
             grace,
@@ -145,6 +146,7 @@ impl Config {
             "unix_socket_allowed_uids": self.allowed_uids, allowed_uids;
             "notes": self.notes, notes;
             "quitquitquit or admin_port": self.admin, admin;
+            "lazy_refresh": self.lazy_refresh, lazy_refresh;
             "run_connection_test": self.run_connection_test, run_connection_test;
             "structured_logs": self.log.structured, structured;
             "watch_config": self.watch_config, watch_config;

@@ -1,10 +1,10 @@
 //! The variables that the tutorial, libpq, the Databricks SDKs and Databricks Apps have already given names to.
 
-use std::{collections::HashMap, fmt};
+use std::{collections::HashMap, ffi::OsString, fmt, time::Duration};
 
 use secrecy::SecretString;
 
-use crate::workspace;
+use crate::{systemd::ServiceManager, workspace};
 
 /// What the environment says, read once. An empty or blank variable counts as unset.
 #[derive(Clone, Debug, Default)]
@@ -31,6 +31,8 @@ pub struct Environment {
     pub app_port: Option<String>,
     /// `DATABRICKS_HOST` and what authenticates us there.
     pub workspace: workspace::Settings,
+    /// `NOTIFY_SOCKET` and its kin, as systemd sets them.
+    pub service_manager: ServiceManager,
     /// All of it, for settings that name a variable.
     variables: Variables,
 }
@@ -48,9 +50,20 @@ impl fmt::Debug for Variables {
 impl Environment {
     /// Of this process.
     pub fn of_process() -> Self {
-        Self::from_variables(std::env::vars_os().filter_map(|(name, value)| {
+        Self::from_variables(Self::variables_of_process())
+    }
+
+    /// The variables of this process that are text.
+    pub fn variables_of_process() -> Vec<(String, String)> {
+        let text = |(name, value): (OsString, OsString)| {
             Some((name.into_string().ok()?, value.into_string().ok()?))
-        }))
+        };
+        Self::inherited().into_iter().filter_map(text).collect()
+    }
+
+    /// All variables of this process, as a child would have them.
+    pub fn inherited() -> Vec<(OsString, OsString)> {
+        std::env::vars_os().collect()
     }
 
     /// Of these variables.
@@ -74,6 +87,10 @@ impl Environment {
             sslrootcert: get("PGSSLROOTCERT"),
             app_name: get("DATABRICKS_APP_NAME").or_else(|| get("PGAPPNAME")),
             app_port: get("DATABRICKS_APP_PORT"),
+            service_manager: ServiceManager {
+                socket: get("NOTIFY_SOCKET").map(OsString::from),
+                watchdog: watchdog(get("WATCHDOG_USEC"), get("WATCHDOG_PID")),
+            },
             workspace: workspace::Settings::from_variables(
                 variables
                     .iter()
@@ -88,5 +105,32 @@ impl Environment {
     pub fn secret(&self, name: &str) -> Option<SecretString> {
         let value = self.variables.0.get(name)?;
         (!value.is_empty()).then(|| SecretString::from(value.as_str()))
+    }
+}
+
+/// Meant for us only where it is for nobody else.
+fn watchdog(microseconds: Option<String>, process: Option<String>) -> Option<Duration> {
+    if process.is_some_and(|id| id.parse() != Ok(std::process::id())) {
+        return None;
+    }
+    let time = Duration::from_micros(microseconds?.parse().ok()?);
+    (!time.is_zero()).then_some(time)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_watchdog_is_ours_unless_it_is_said_to_be_anothers() {
+        let of = |id: &str| watchdog(Some("3000000".to_owned()), Some(id.to_owned()));
+        let ours = std::process::id();
+        assert_eq!(of(&ours.to_string()), Some(Duration::from_secs(3)));
+        assert_eq!(of(&(ours + 1).to_string()), None);
+        assert_eq!(watchdog(Some("0".to_owned()), None), None);
+        assert_eq!(
+            watchdog(Some("1".to_owned()), None),
+            Some(Duration::from_micros(1))
+        );
     }
 }

@@ -86,6 +86,8 @@ pub struct Config {
     pub shown: Vec<ShownSetting>,
     /// Where /quitquitquit is served, if at all.
     pub admin: Option<SocketAddr>,
+    /// Whether credentials are refreshed only for a client that needs one.
+    pub lazy_refresh: bool,
     /// Whether one login must have worked before the proxy counts as started.
     pub run_connection_test: bool,
     /// How long clients are still accepted after SIGTERM.

@@ -10,6 +10,7 @@ use super::{
     listen::PlaceMaker, local, shown::shown, tables,
 };
 use crate::{
+    descriptors,
     telemetry::{DEFAULT_FILTER, LogOptions, without_userinfo},
     upstream::{Keepalive, Limits},
 };
@@ -21,8 +22,6 @@ const NOTES_PORT: u16 = 8000;
 pub(crate) const ADMIN_PORT: u16 = 9091;
 /// What Lakebase calls the database of a new project.
 pub const DEFAULT_DATABASE: &str = "databricks_postgres";
-/// Descriptors that are not for sessions: sockets of our own, logs, the workspace, name resolution.
-const RESERVED_DESCRIPTORS: u64 = 100;
 const MAX_SIGTERM_DELAY: Duration = Duration::from_secs(10);
 const CLIENT_LOGIN_TIMEOUT: Duration = Duration::from_secs(15);
 
@@ -92,6 +91,7 @@ impl Config {
         let or = |setting: Option<DurationSetting>, default| {
             setting.map_or(default, |DurationSetting(time)| time)
         };
+        let descriptors = descriptors::raise();
         let (limits, keepalive) = (Limits::default(), Keepalive::default());
         Ok(Self {
             endpoints,
@@ -112,7 +112,7 @@ impl Config {
             },
             client_login_timeout: or(settings.client_login_timeout, CLIENT_LOGIN_TIMEOUT),
             max_connections: match settings.max_connections {
-                None | Some(0) => max_connections_by_descriptors(),
+                None | Some(0) => descriptors::sessions(descriptors),
                 Some(limit) => limit,
             },
             keepalive: Keepalive {
@@ -130,6 +130,7 @@ impl Config {
                 .unwrap_or(false)
                 .then(|| socket(loopback, settings.admin_port, ADMIN_PORT))
                 .flatten(),
+            lazy_refresh: settings.lazy_refresh.unwrap_or(false),
             run_connection_test: settings.run_connection_test.unwrap_or(false),
             min_sigterm_delay: or(settings.min_sigterm_delay, Duration::ZERO),
             grace: or(settings.max_sigterm_delay, MAX_SIGTERM_DELAY),
@@ -154,12 +155,4 @@ fn socket(address: IpAddr, port: Option<PortSetting>, default: u16) -> Option<So
         PortSetting::None => None,
         PortSetting::Port(port) => Some(SocketAddr::new(address, port)),
     }
-}
-
-/// Two descriptors a session, after the soft limit has been raised to the hard one.
-fn max_connections_by_descriptors() -> usize {
-    let limit = rlimit::increase_nofile_limit(u64::MAX).unwrap_or(1024);
-    usize::try_from(limit.saturating_sub(RESERVED_DESCRIPTORS) / 2)
-        .unwrap_or(usize::MAX)
-        .clamp(1, 1 << 20)
 }

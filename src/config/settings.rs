@@ -133,6 +133,11 @@ pub struct Settings {
     #[arg(long, value_enum, value_name = "HOW", help_heading = "Upstream")]
     pub database_mapping: Option<DatabaseMapping>,
 
+    /// Refresh the credential only when a client needs one that is about to run out: for processors that stand still
+    /// between requests
+    #[arg(long, num_args = 0..=1, default_missing_value = "true", require_equals = true, value_name = "BOOL", help_heading = "Upstream")]
+    pub lazy_refresh: Option<bool>,
+
     /// Log in once before being ready, and exit with 1 if that fails; retried while the endpoint wakes
     #[arg(long, num_args = 0..=1, default_missing_value = "true", require_equals = true, value_name = "BOOL", help_heading = "Upstream")]
     pub run_connection_test: Option<bool>,
@@ -225,7 +230,7 @@ impl Settings {
             http_port, notes, notes_address, notes_port, min_sigterm_delay, max_sigterm_delay,
             admin_console, exit_zero_on_sigterm, exit_when_idle, quitquitquit, admin_port, run_connection_test,
             structured_logs, log_filter, config_file, profile,
-            watch_config,
+            watch_config, lazy_refresh,
         }
     }
 }

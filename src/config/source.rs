@@ -30,6 +30,11 @@ impl Source {
         self
     }
 
+    /// The environment.
+    pub fn environment(&self) -> &Environment {
+        &self.environment
+    }
+
     /// Puts the layers together, the file as it is now.
     pub fn load(&self) -> Result<Config, ConfigError> {
         let settings = self.flags.clone().with_file()?.or(self.defaults.clone());

@@ -35,6 +35,7 @@ pub struct CredentialCell(Arc<Inner>);
 
 struct Inner {
     clock: Clock,
+    is_lazy: bool,
     current: ArcSwapOption<Credential>,
     status: watch::Sender<CredentialStatus>,
     forced: Mutex<Forced>,
@@ -56,6 +57,8 @@ pub struct CredentialStatus {
     pub expires_at: Option<Timestamp>,
     /// Where it stands in its life.
     pub state: CredentialState,
+    /// Whether a new one is minted only for a client that needs it.
+    pub is_lazy: bool,
     /// Why the last attempt failed; `None` after a success.
     pub last_error: Option<Arc<MintError>>,
     /// When the next attempt is planned.
@@ -71,13 +74,24 @@ pub struct CredentialStatus {
 }
 
 impl CredentialCell {
-    /// An empty cell; a refresher fills it.
+    /// An empty cell; a refresher fills it, and keeps it filled.
     pub fn new(clock: Clock) -> Self {
+        Self::with(clock, false)
+    }
+
+    /// The same, but a refresher fills it again only for a client that needs a credential: for processors that stand
+    /// still between requests.
+    pub fn lazy(clock: Clock) -> Self {
+        Self::with(clock, true)
+    }
+
+    fn with(clock: Clock, is_lazy: bool) -> Self {
         let (status, _) = watch::channel(CredentialStatus {
             generation: 0,
             minted_at: None,
             expires_at: None,
             state: CredentialState::None,
+            is_lazy,
             last_error: None,
             next_attempt: None,
             lifetime: None,
@@ -87,6 +101,7 @@ impl CredentialCell {
         });
         Self(Arc::new(Inner {
             clock,
+            is_lazy,
             current: ArcSwapOption::empty(),
             status,
             forced: Mutex::default(),
@@ -111,7 +126,12 @@ impl CredentialCell {
     /// made during the wait has met it, or at once when the next attempt is further off than a few seconds.
     pub async fn get(&self, deadline: Instant) -> Result<Arc<Credential>, CredentialError> {
         if let Some(credential) = self.current() {
-            return Ok(credential);
+            if !self.is_stale() {
+                return Ok(credential);
+            }
+            if let Some(credential) = self.renewed(credential, deadline).await {
+                return Ok(credential);
+            }
         }
         let status = self.0.status.subscribe();
         {
@@ -123,6 +143,28 @@ impl CredentialCell {
             }
         }
         self.wait(status, 0, deadline).await
+    }
+
+    /// Whether the current credential is to be replaced before a client logs in with it.
+    fn is_stale(&self) -> bool {
+        self.0.is_lazy && self.0.status.borrow().is_stale_at(self.0.clock.now())
+    }
+
+    /// One attempt to replace a credential that is about to run out; without success it has to do as long as it is valid.
+    async fn renewed(&self, stale: Arc<Credential>, deadline: Instant) -> Option<Arc<Credential>> {
+        let mut status = self.0.status.subscribe();
+        let deadline = deadline.min(Instant::now() + HOLD);
+        let settled = {
+            let status = status.borrow_and_update();
+            if !status.is_open_by(deadline) {
+                return self.current();
+            }
+            status.settled
+        };
+        let _waiting = Waiting::new(&self.0);
+        let attempted = status.wait_for(|status| status.settled > settled);
+        let _ = timeout_at(deadline, attempted).await;
+        self.newer(stale.generation).or_else(|| self.current())
     }
 
     /// A credential newer than the one that the endpoint has just rejected; waits for it until the deadline. Cancel safe.
@@ -290,6 +332,10 @@ impl CredentialCell {
         });
     }
 
+    pub(super) fn is_lazy(&self) -> bool {
+        self.0.is_lazy
+    }
+
     pub(super) fn is_awaited(&self) -> bool {
         self.0.waiting.load(Ordering::SeqCst) > 0
     }
@@ -357,6 +403,17 @@ impl fmt::Debug for CredentialCell {
 }
 
 impl CredentialStatus {
+    /// Whether logins can work: now, or for whoever asks for a credential that is minted then.
+    pub fn is_ready(&self) -> bool {
+        let is_mintable = self.is_lazy && self.generation > 0 && self.last_error.is_none();
+        self.state.is_valid() || is_mintable
+    }
+
+    /// Whether a client that logs in now is to have a new one, where nobody else sees to that.
+    pub(super) fn is_stale_at(&self, now: Timestamp) -> bool {
+        self.lifetime.is_some_and(|lifetime| now >= lifetime.stale)
+    }
+
     /// When the current credential is to be replaced without haste; `None` for one that never expires.
     pub fn due_at(&self) -> Option<Timestamp> {
         self.lifetime.map(|lifetime| lifetime.due)

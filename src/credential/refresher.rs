@@ -14,7 +14,8 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
 
 use super::{
-    CredentialCell, CredentialState, Mint, MintAttempt, MintError, MintErrorKind, Minted,
+    CredentialCell, CredentialState, CredentialStatus, Mint, MintAttempt, MintError, MintErrorKind,
+    Minted,
     schedule::{Need, Pace},
 };
 use crate::telemetry::{Metrics, names};
@@ -80,6 +81,9 @@ impl<M: Mint> Refresher<M> {
 
     fn need(&self, now: Instant) -> Need {
         let status = self.cell.status();
+        if self.cell.is_lazy() {
+            return self.lazy_need(&status, now);
+        }
         let due_in = status.lifetime.map(|lifetime| {
             Duration::try_from(lifetime.due.duration_since(self.cell.clock().now()))
                 .unwrap_or_default()
@@ -89,6 +93,29 @@ impl<M: Mint> Refresher<M> {
             due_in,
             forced_at: self.cell.forced_at(now),
             awaited: self.cell.is_awaited(),
+        }
+    }
+
+    /// A first credential, one for a client whose is about to run out, and another try after a failure, lest everybody
+    /// stay away from a proxy that is not ready; nothing else.
+    fn lazy_need(&self, status: &CredentialStatus, now: Instant) -> Need {
+        let awaited = self.cell.is_awaited();
+        let is_wanted = match status.state {
+            CredentialState::None => true,
+            CredentialState::Expired => awaited || status.last_error.is_some(),
+            CredentialState::Fresh | CredentialState::Due | CredentialState::Urgent => {
+                awaited && status.is_stale_at(self.cell.clock().now())
+            }
+        };
+        Need {
+            state: if is_wanted {
+                CredentialState::Expired
+            } else {
+                CredentialState::Fresh
+            },
+            due_in: None,
+            forced_at: self.cell.forced_at(now),
+            awaited,
         }
     }
 

@@ -17,6 +17,11 @@ const DUE_JITTER_PER_MILLE: i64 = 100;
 const URGENT_WINDOW_MS: i64 = 5 * 60 * 1000;
 /// ... nor longer than this share of the lifetime.
 const URGENT_SHARE: i64 = 6;
+/// Where credentials are only refreshed for a client that needs one: with less left than this, as Cloud SQL Auth Proxy's
+/// `--lazy-refresh` ...
+const LAZY_WINDOW_MS: i64 = 4 * 60 * 1000;
+/// ... but not before this share of the lifetime has passed.
+const LAZY_SHARE: i64 = 2;
 /// Pace of retries while a credential is about to run out.
 const URGENT_RETRY: Duration = Duration::from_secs(1);
 /// Back-off of failures that time heals, with nobody waiting.
@@ -52,6 +57,8 @@ const RETRY_AFTER_MOST: Duration = Duration::from_mins(10);
 pub(super) struct Lifetime {
     pub(super) due: Timestamp,
     pub(super) urgent: Timestamp,
+    /// From when on a client has a new one minted, where nobody else does.
+    pub(super) stale: Timestamp,
     pub(super) expires: Timestamp,
 }
 
@@ -64,9 +71,11 @@ impl Lifetime {
         let urgent = before(expires, (whole / URGENT_SHARE).min(URGENT_WINDOW_MS));
         // The two cannot cross for any lifetime (0.55 < 5/6); `min` says so rather than trusting it.
         let due = before(expires, whole - (half.saturating_add(shift))).min(urgent);
+        let stale = before(expires, (whole / LAZY_SHARE).min(LAZY_WINDOW_MS));
         Self {
             due,
             urgent,
+            stale,
             expires,
         }
     }
@@ -246,6 +255,7 @@ mod tests {
         assert_eq!((hour.due, hour.urgent), (at(1800), at(3300)));
         let minute = Lifetime::new(at(0), at(60), 0.0);
         assert_eq!((minute.due, minute.urgent), (at(30), at(50)));
+        assert_eq!((hour.stale, minute.stale), (at(3360), at(30)));
         assert_eq!(minute.state(at(29)), CredentialState::Fresh);
         assert_eq!(minute.state(at(30)), CredentialState::Due);
         assert_eq!(minute.state(at(50)), CredentialState::Urgent);

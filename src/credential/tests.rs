@@ -94,6 +94,17 @@ struct Rig {
 
 impl Rig {
     fn start(script: impl Fn(usize, Duration) -> Step + Send + Sync + 'static) -> Self {
+        Self::with(CredentialCell::new, script)
+    }
+
+    fn lazy(script: impl Fn(usize, Duration) -> Step + Send + Sync + 'static) -> Self {
+        Self::with(CredentialCell::lazy, script)
+    }
+
+    fn with(
+        cell: impl Fn(Clock) -> CredentialCell,
+        script: impl Fn(usize, Duration) -> Step + Send + Sync + 'static,
+    ) -> Self {
         let origin = Timestamp::from_second(1_700_000_000).unwrap();
         let clock = Clock::simulated(origin);
         let mint = Scripted {
@@ -103,7 +114,7 @@ impl Rig {
             calls: Arc::default(),
             script: Arc::new(script),
         };
-        let cell = CredentialCell::new(clock.clone());
+        let cell = cell(clock.clone());
         let metrics = Metrics::new().unwrap();
         let mut tasks = JoinSet::new();
         let refresher = Refresher::new(mint.clone(), cell.clone(), Arc::clone(&metrics));
@@ -699,4 +710,98 @@ proptest! {
             assert!(gaps(&calls).iter().all(|gap| *gap >= Duration::from_millis(500)));
         });
     }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_lazy_credential_is_refreshed_for_a_client_and_for_nothing_else() {
+    let rig = Rig::lazy(|_, _| Step::GivesAfter(Duration::from_secs(1), HOUR));
+    assert_eq!(rig.first().await.generation, 1);
+    // Long after it has run out nobody has minted another, and it is ready all the same.
+    sleep(5 * HOUR).await;
+    assert_eq!(rig.calls().len(), 1);
+    let status = rig.cell.status();
+    assert_eq!(status.state, CredentialState::Expired);
+    assert!(status.is_ready() && status.next_attempt.is_none());
+    // Clients that come together share one mint.
+    let (one, other) = tokio::join!(rig.first(), rig.first());
+    assert_eq!((one.generation, other.generation), (2, 2));
+    assert_eq!(rig.calls().len(), 2);
+
+    sleep(55 * MINUTE).await;
+    assert_eq!(rig.first().await.generation, 2, "5 minutes are enough");
+    sleep(2 * MINUTE).await;
+    assert_eq!(rig.first().await.generation, 3, "3 are not");
+    assert_eq!(rig.calls().len(), 3);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_lazy_credential_that_cannot_be_replaced_is_used_as_long_as_it_is_valid() {
+    let rig = Rig::lazy(|n, _| match n {
+        0 | 3.. => Step::Gives(HOUR),
+        1 => Step::Hangs,
+        _ => Step::Fails(MintErrorKind::Refused),
+    });
+    rig.first().await;
+    sleep(57 * MINUTE).await;
+    let asked = Instant::now();
+    assert_eq!(rig.first().await.generation, 1);
+    assert!(asked.elapsed() <= Duration::from_secs(5), "a short wait");
+    sleep(MINUTE + Duration::from_secs(30)).await;
+    assert_eq!(rig.first().await.generation, 1);
+    assert!(rig.cell.status().is_ready());
+    sleep(2 * MINUTE).await;
+    // It has run out, and the trouble with it: nobody would come to a proxy that is not ready.
+    let healed = rig
+        .cell
+        .subscribe()
+        .wait_for(|status| status.generation == 2)
+        .await
+        .map(|_| ());
+    healed.unwrap();
+    assert!(rig.cell.status().is_ready());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_lazy_credential_that_never_came_is_asked_for_until_it_does() {
+    let rig = Rig::lazy(|_, elapsed| {
+        if elapsed < MINUTE {
+            Step::Fails(MintErrorKind::Unavailable)
+        } else {
+            Step::Gives(HOUR)
+        }
+    });
+    sleep(Duration::from_secs(10)).await;
+    assert!(!rig.cell.status().is_ready());
+    let mut status = rig.cell.subscribe();
+    status
+        .wait_for(|status| status.generation == 1)
+        .await
+        .unwrap();
+    assert!(rig.cell.status().is_ready());
+    let calls = rig.calls().len();
+    sleep(10 * HOUR).await;
+    assert_eq!(rig.calls().len(), calls);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_lazy_credential_of_a_minute_does_not_make_it_spin() {
+    let rig = Rig::lazy(|_, _| Step::Gives(MINUTE));
+    while rig.mint.started.elapsed() < HOUR {
+        rig.first().await;
+        sleep(Duration::from_millis(100)).await;
+    }
+    let calls = rig.calls();
+    assert!((100..=130).contains(&calls.len()), "{} calls", calls.len());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_lazy_credential_that_is_rejected_is_replaced_at_once() {
+    let rig = Rig::lazy(|_, _| Step::Gives(HOUR));
+    let first = rig.first().await;
+    let second = rig
+        .cell
+        .replace(first.generation, within(MINUTE))
+        .await
+        .unwrap();
+    assert_eq!(second.generation, 2);
 }

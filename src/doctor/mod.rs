@@ -91,9 +91,7 @@ pub struct Inputs {
 pub async fn command(arguments: DoctorArgs) -> ExitCode {
     let inputs = Inputs {
         settings: arguments.settings,
-        variables: std::env::vars_os()
-            .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
-            .collect(),
+        variables: Environment::variables_of_process(),
         connect: arguments.connect,
     };
     // Strips colours unless a terminal reads along; a closed pipe is the reader's decision, not a finding.

@@ -6,10 +6,7 @@ use std::{io, os::unix::process::CommandExt, process::Command};
 
 use rustix::{
     io::Errno,
-    process::{
-        Pid, Resource, Rlimit, Signal, WaitOptions, WaitStatus, getrlimit, kill_process, setrlimit,
-        wait, waitpid,
-    },
+    process::{Pid, Signal, WaitOptions, WaitStatus, kill_process, wait, waitpid},
 };
 use tokio::signal::unix::{self, SignalKind, signal};
 
@@ -114,34 +111,6 @@ fn event(status: WaitStatus) -> Event {
 /// The exit code of a program that a signal has ended.
 pub(super) fn killed_by(signal: Signal) -> u8 {
     KILLED_BY.saturating_add(u8::try_from(signal.as_raw()).unwrap_or(0))
-}
-
-/// The limit of open files as it was before we raised our own.
-#[derive(Clone, Debug)]
-pub struct DescriptorLimit(Rlimit);
-
-impl DescriptorLimit {
-    /// The one in force.
-    pub fn now() -> Self {
-        Self(getrlimit(Resource::Nofile))
-    }
-
-    /// Runs `start` under this limit, so that a child started by it has it from its first instruction.
-    ///
-    /// Ours is low meanwhile, which only keeps others from opening descriptors, and they try again.
-    pub(super) fn during<T>(&self, start: impl FnOnce() -> T) -> T {
-        let raised = getrlimit(Resource::Nofile);
-        let lowered = Rlimit {
-            current: self.0.current,
-            maximum: raised.maximum,
-        };
-        let is_lowered = setrlimit(Resource::Nofile, lowered).is_ok();
-        let result = start();
-        if is_lowered && let Err(error) = setrlimit(Resource::Nofile, raised) {
-            tracing::warn!(%error, "cannot raise the limit of open files again");
-        }
-        result
-    }
 }
 
 /// A command that is this very program with other arguments.

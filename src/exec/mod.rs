@@ -23,15 +23,16 @@ use clap::Args;
 use rustix::process::{Signal, getpid, kill_process};
 use tokio::time::{Instant, sleep_until};
 
-pub use self::{child::DescriptorLimit, environment::Secrets, signals::Signals};
 use self::{
     child::{Child, Event, Reap, killed_by},
     signals::terminal_is_ours,
 };
+pub use self::{environment::Secrets, signals::Signals};
 use crate::{
     app::{Running, StartError},
     config::{DurationSetting, Environment, PortSetting, Settings, Source},
     credential::CredentialError,
+    descriptors::DescriptorLimit,
     protocol::error::Report,
     shutdown::Cause,
 };

@@ -45,6 +45,15 @@ pub(crate) fn command(arguments: &[&str]) -> Command {
 impl Binary {
     /// `serve` in front of `emulator` on any free ports; it holds a credential when this returns.
     pub(crate) async fn serve(emulator: &Emulator, flags: &[&str]) -> Self {
+        Self::serve_with(emulator, flags, &[]).await
+    }
+
+    /// The same with variables.
+    pub(crate) async fn serve_with(
+        emulator: &Emulator,
+        flags: &[&str],
+        variables: &[(&str, &str)],
+    ) -> Self {
         let mut base = vec!["serve", "--structured-logs"];
         if !flags.contains(&"--port") {
             base.extend(["--port", "0"]);
@@ -55,6 +64,7 @@ impl Binary {
         let mut child = command(&base)
             .args(flags)
             .envs(emulator.environment())
+            .envs(variables.iter().copied())
             .spawn()
             .unwrap();
         let log = BufReader::new(child.stderr.take().unwrap()).lines();

@@ -1,0 +1,68 @@
+//! The limit of open files: raised for us, since a session takes two, and not for a child of ours.
+
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+
+/// Descriptors that are not for sessions: sockets of our own, logs, the workspace, name resolution.
+const RESERVED: u64 = 100;
+/// Where nothing tells the limit.
+const USUAL: u64 = 1024;
+
+/// Raises the soft limit to the hard one; returns what is in force then.
+pub fn raise() -> u64 {
+    rlimit::increase_nofile_limit(u64::MAX).unwrap_or(USUAL)
+}
+
+/// How many sessions this limit has room for.
+pub fn sessions(limit: u64) -> usize {
+    usize::try_from(limit.saturating_sub(RESERVED) / 2)
+        .unwrap_or(usize::MAX)
+        .clamp(1, 1 << 20)
+}
+
+/// The limit of open files as it was before we raised our own.
+#[derive(Clone, Debug)]
+pub struct DescriptorLimit(Rlimit);
+
+impl DescriptorLimit {
+    /// The one in force.
+    pub fn now() -> Self {
+        Self(getrlimit(Resource::Nofile))
+    }
+
+    /// Runs `start` under this limit, so that a child started by it has it from its first instruction.
+    ///
+    /// Ours is low meanwhile, which only keeps others from opening descriptors, and they try again.
+    pub(crate) fn during<T>(&self, start: impl FnOnce() -> T) -> T {
+        let raised = getrlimit(Resource::Nofile);
+        let lowered = Rlimit {
+            current: self.0.current,
+            maximum: raised.maximum,
+        };
+        let is_lowered = setrlimit(Resource::Nofile, lowered).is_ok();
+        let result = start();
+        if is_lowered && let Err(error) = setrlimit(Resource::Nofile, raised) {
+            tracing::warn!(%error, "cannot raise the limit of open files again");
+        }
+        result
+    }
+}
+
+impl DescriptorLimit {
+    /// The soft limit.
+    pub fn soft(&self) -> u64 {
+        self.0.current.unwrap_or(u64::MAX)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_session_takes_two_and_some_are_kept() {
+        assert_eq!(sessions(1024), 462);
+        assert_eq!(sessions(10), 1);
+        assert_eq!(sessions(u64::MAX), 1 << 20);
+        assert!(raise() >= DescriptorLimit::now().soft().min(USUAL));
+    }
+}

@@ -1,0 +1,193 @@
+//! What the service manager hears, at a real socket, and the units that make it listen.
+
+use std::{path::Path, time::Duration};
+
+use lakebase_proxy::emulator::Emulator;
+use tempfile::TempDir;
+use tokio::net::UnixDatagram;
+
+use crate::harness::{
+    self,
+    binary::{Binary, command},
+    within,
+};
+
+const UNITS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/deploy/systemd");
+
+/// The service manager's end.
+struct Manager {
+    socket: UnixDatagram,
+    path: String,
+    _directory: TempDir,
+}
+
+impl Manager {
+    fn new() -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("notify");
+        Self {
+            socket: UnixDatagram::bind(&path).unwrap(),
+            path: path.to_str().unwrap().to_owned(),
+            _directory: directory,
+        }
+    }
+
+    /// The next datagram that is of interest, signs of life left out.
+    async fn next(&self) -> String {
+        loop {
+            let said = self.anything().await;
+            if said != "WATCHDOG=1" {
+                return said;
+            }
+        }
+    }
+
+    async fn anything(&self) -> String {
+        let mut buffer = [0; 4096];
+        let length = within("a datagram", self.socket.recv(&mut buffer)).await;
+        String::from_utf8(buffer[..length.unwrap()].to_vec()).unwrap()
+    }
+
+    /// Waits for this one; what comes before is returned.
+    async fn until(&self, wanted: &str) -> Vec<String> {
+        let mut before = Vec::new();
+        loop {
+            let said = self.next().await;
+            if said.starts_with(wanted) {
+                return before;
+            }
+            before.push(said);
+        }
+    }
+
+    async fn serve(&self, emulator: &Emulator, flags: &[&str]) -> Binary {
+        let variables = [
+            ("NOTIFY_SOCKET", self.path.as_str()),
+            ("WATCHDOG_USEC", "300000"),
+        ];
+        Binary::serve_with(emulator, flags, &variables).await
+    }
+}
+
+#[tokio::test]
+async fn it_is_told_of_the_start_each_reload_each_credential_and_the_end() {
+    let emulator = harness::emulator().await;
+    let manager = Manager::new();
+    let mut binary = manager.serve(&emulator, &[]).await;
+    // The status may come before the start is over, or after.
+    let mut before = manager.until("READY=1").await;
+    while !before.iter().any(|said| said.contains("valid until")) {
+        before.push(manager.next().await);
+    }
+    let last = before.last().unwrap();
+    assert!(
+        last.starts_with("STATUS=serving; database credential valid until 20"),
+        "{before:?}"
+    );
+
+    for message in ["nothing has changed", "nothing has changed"] {
+        binary.signal("HUP");
+        binary.until(message).await;
+        manager.until("RELOADING=1\nMONOTONIC_USEC=").await;
+        assert_eq!(manager.next().await, "READY=1");
+    }
+    binary.signal("TERM");
+    manager.until("STOPPING=1").await;
+    assert_eq!(binary.exit_code().await, Some(143));
+}
+
+#[tokio::test]
+async fn signs_of_life_come_thrice_in_the_time_given() {
+    let emulator = harness::emulator().await;
+    let manager = Manager::new();
+    let binary = manager.serve(&emulator, &[]).await;
+    let mut signs = 0;
+    while signs < 5 {
+        if manager.anything().await == "WATCHDOG=1" {
+            signs += 1;
+        }
+    }
+    // A program that stands still gives none.
+    binary.signal("STOP");
+    let silence = async {
+        loop {
+            let next = tokio::time::timeout(Duration::from_millis(600), manager.anything()).await;
+            if next.is_err() {
+                return;
+            }
+        }
+    };
+    within("silence", silence).await;
+    binary.signal("CONT");
+    while manager.anything().await != "WATCHDOG=1" {}
+}
+
+#[tokio::test]
+async fn with_a_connection_test_it_is_ready_only_after_it() {
+    let emulator = harness::emulator().await;
+    let manager = Manager::new();
+    let mut child = command(&[
+        "--port",
+        "0",
+        "--http-port",
+        "none",
+        "--run-connection-test",
+    ])
+    .envs(emulator.environment())
+    .env("PGDATABASE", "nowhere")
+    .env("NOTIFY_SOCKET", &manager.path)
+    .spawn()
+    .unwrap();
+    let said = manager.until("STOPPING=1").await;
+    assert!(!said.iter().any(|said| said.contains("READY")), "{said:?}");
+    let status = within("the end", child.wait()).await.unwrap();
+    assert_eq!(status.code(), Some(1));
+}
+
+#[tokio::test]
+async fn a_socket_that_is_not_there_is_no_reason_not_to_serve() {
+    let emulator = harness::emulator().await;
+    let variables = [("NOTIFY_SOCKET", "/nowhere/at/all")];
+    let mut binary = Binary::serve_with(&emulator, &[], &variables).await;
+    binary
+        .find("the socket in NOTIFY_SOCKET cannot be used")
+        .await;
+}
+
+/// Runs `systemd-analyze`, where there is one.
+async fn analyze(arguments: &[&str]) -> Option<String> {
+    let mut command = tokio::process::Command::new("systemd-analyze");
+    let run = within("systemd-analyze", command.args(arguments).output()).await;
+    let output = match run {
+        Ok(output) => output,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return None,
+        Err(error) => panic!("{error}"),
+    };
+    let said = [&output.stdout[..], &output.stderr[..]].concat();
+    let said = String::from_utf8_lossy(&said).into_owned();
+    assert!(output.status.success(), "{arguments:?}: {said}");
+    Some(said)
+}
+
+#[tokio::test]
+async fn the_units_are_valid_and_give_little_away() {
+    // The program need not be installed to look at the unit.
+    let directory = tempfile::tempdir().unwrap();
+    let copy = |name: &str| {
+        let text = std::fs::read_to_string(Path::new(UNITS).join(name)).unwrap();
+        let text = text.replace("/usr/local/bin/lakebase-proxy", "/bin/true");
+        let path = directory.path().join(name);
+        std::fs::write(&path, text).unwrap();
+        path.to_str().unwrap().to_owned()
+    };
+    let (service, socket) = (
+        copy("lakebase-proxy.service"),
+        copy("lakebase-proxy.socket"),
+    );
+    let Some(said) = analyze(&["verify", "--man=no", &service, &socket]).await else {
+        return;
+    };
+    // It says nothing when all is well, and some systems' own units are not.
+    assert!(!said.contains("lakebase-proxy"), "{said}");
+    analyze(&["security", "--offline=true", "--threshold=20", &service]).await;
+}
