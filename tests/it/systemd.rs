@@ -9,6 +9,8 @@ use tokio::net::UnixDatagram;
 use crate::harness::{
     self,
     binary::{Binary, command},
+    eventually,
+    wire::Wire,
     within,
 };
 
@@ -152,6 +154,47 @@ async fn a_socket_that_is_not_there_is_no_reason_not_to_serve() {
     binary
         .find("the socket in NOTIFY_SOCKET cannot be used")
         .await;
+}
+
+#[tokio::test]
+async fn systemd_opens_the_socket_and_the_first_client_starts_it() {
+    const ACTIVATE: &str = "/usr/bin/systemd-socket-activate";
+    if !Path::new(ACTIVATE).exists() {
+        return;
+    }
+    let emulator = harness::emulator().await;
+    let free = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = free.local_addr().unwrap();
+    drop(free);
+    let program = command(&["--http-port", "none"]);
+    let mut activate = tokio::process::Command::new(ACTIVATE);
+    activate.arg(format!("--listen={address}"));
+    for (name, value) in emulator.environment() {
+        activate.arg(format!("--setenv={name}={value}"));
+    }
+    activate
+        .arg(program.as_std().get_program())
+        .args(program.as_std().get_args())
+        .stdin(std::process::Stdio::null())
+        .stderr(std::process::Stdio::null())
+        .kill_on_drop(true);
+    let mut activated = activate.spawn().unwrap();
+    let client = eventually("somebody listens", async || {
+        tokio::net::TcpStream::connect(address).await.ok()
+    })
+    .await;
+    // Its place in the queue is what starts the proxy.
+    let mut wire = Wire::of(client);
+    wire.startup(&[("user", "anyone")]).await;
+    wire.welcome().await;
+    assert_eq!(wire.value("select 42").await, "42");
+    let id = activated.id().expect("it runs").to_string();
+    let kill = std::process::Command::new("kill")
+        .args(["-s", "TERM", &id])
+        .status();
+    assert!(kill.unwrap().success());
+    let status = within("the end", activated.wait()).await.unwrap();
+    assert_eq!(status.code(), Some(143));
 }
 
 /// Runs `systemd-analyze`, where there is one.
