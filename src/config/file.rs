@@ -23,7 +23,7 @@ pub fn read(path: &Path) -> Result<Settings, ConfigError> {
     toml::from_str(&text).map_err(|error| ConfigError::Parse {
         path: path.to_owned(),
         line: line_of(&text, &error),
-        message: message_of(&error),
+        message: message_of(&text, &error),
     })
 }
 
@@ -33,11 +33,17 @@ fn line_of(text: &str, error: &toml::de::Error) -> usize {
     before.matches('\n').count().saturating_add(1)
 }
 
-/// One line, without the names of all the settings that there are.
-fn message_of(error: &toml::de::Error) -> String {
+/// One line: the setting, where the message does not name it, and no list of all the settings that there are.
+fn message_of(text: &str, error: &toml::de::Error) -> String {
     let message = error.message();
-    let said = message.split(", expected one of").next();
-    said.unwrap_or(message).replace('\n', "; ")
+    let said = message.split(", expected one of").next().unwrap_or(message);
+    let said = said.replace('\n', "; ");
+    let line = text.lines().nth(line_of(text, error).saturating_sub(1));
+    let key = line.and_then(|line| line.split_once('='));
+    match key.map(|(key, _)| key.trim()) {
+        Some(key) if !key.is_empty() && !said.contains(key) => format!("{key}: {said}"),
+        _ => said,
+    }
 }
 
 #[cfg(test)]
@@ -50,14 +56,14 @@ mod tests {
         let path = directory.path().join("p.toml");
         for (text, said) in [
             ("port = 1\n\nprot = 2\n", "line 3: unknown field `prot`"),
-            ("port = \n", "line 1: "),
+            ("port = \n", "line 1: port: "),
             (
                 "\n[[endpoint]]\nname = 3\n",
-                "line 3: invalid type: integer `3`",
+                "line 3: name: invalid type: integer `3`",
             ),
             (
                 "port = 1\nconnect_timeout = \"soon\"",
-                "line 2: `soon` is not a length of time",
+                "line 2: connect_timeout: `soon` is not a length of time",
             ),
         ] {
             fs::write(&path, text).unwrap();
