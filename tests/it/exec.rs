@@ -143,7 +143,9 @@ async fn the_child_has_the_limit_of_open_files_that_it_would_have_had() {
     let emulator = harness::emulator().await;
     let exec = env!("CARGO_BIN_EXE_lakebase-proxy");
     // No --max-connections, so that the proxy raises its own.
-    let script = "ulimit -Sn; ulimit -Hn; grep 'open files' /proc/$PPID/limits | tr -s ' '";
+    // The proxy has its own back once the child is there, so the child may be the first to look.
+    let script = "ulimit -Sn; ulimit -Hn; limit() { grep 'open files' /proc/$PPID/limits | tr -s ' '; }; \
+                  for _ in $(seq 500); do limit | grep -q '4000 4000' && break; sleep 0.01; done; limit";
     let mut command = Command::new("sh");
     command
         .args(["-c", "ulimit -Sn 345; ulimit -Hn 4000; exec \"$@\"", "sh"])
