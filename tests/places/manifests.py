@@ -357,7 +357,7 @@ BITES = (
     ("kubernetes/job.yaml", "backoffLimit: 2", "backofflimit: 2"),
     ("kubernetes/job.yaml", "memory: 48Mi", "memory: 49Mi"),
     ("kubernetes/job.yaml", "lakebase-proxy:0.1.0", "lakebase-proxy:0.1.1"),
-    ("systemd/lakebase-proxy.service", "Type=notify", "Typ=notify"),
+    ("systemd/lakebase-proxy.service", "\nType=notify\n", "\nTyp=notify\n"),
     ("systemd/lakebase-proxy.socket", "ListenStream=127", "ListenStreem=127"),
     ("kubernetes/network-policy.yaml", "policyTypes", "policytypes"),
     ("kubernetes/pod-monitor.yaml", "interval", "intervall"),
