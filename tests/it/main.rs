@@ -25,6 +25,7 @@ mod exec;
 mod failures;
 mod guides;
 mod harness;
+mod health;
 mod lifecycle;
 mod limits;
 mod listeners;

@@ -6,7 +6,7 @@
 //! ```
 //!
 //! The proxy runs as a process of its own, since it is the process that is measured; the emulator runs in this one.
-//! (`thousands` and `visits` have a scripted server instead, whose sessions cost next to nothing.) Each scenario asserts
+//! (`thousands`, `visits` and `probes` have a scripted server instead, whose sessions cost next to nothing.) Each scenario asserts
 //! its bound and prints what it measured. What is only reported (`idle`, `calls`) depends on the machine, and its bounds
 //! are wide.
 #![allow(
@@ -21,6 +21,7 @@
 mod churn;
 mod idle;
 mod measure;
+mod probes;
 mod process;
 mod scripted;
 #[path = "../../benches/support/mod.rs"]
@@ -90,7 +91,7 @@ impl Stage {
     }
 }
 
-const SCENARIOS: [&str; 9] = [
+const SCENARIOS: [&str; 10] = [
     "copy-out",
     "copy-in",
     "value",
@@ -100,6 +101,7 @@ const SCENARIOS: [&str; 9] = [
     "calls",
     "thousands",
     "visits",
+    "probes",
 ];
 
 fn main() -> ExitCode {
@@ -137,6 +139,7 @@ fn main() -> ExitCode {
             match name {
                 "thousands" => return scripted::thousands().await,
                 "visits" => return scripted::visits().await,
+                "probes" => return probes::beside_thousands().await,
                 _ => {}
             }
             let stage = Stage::set().await;

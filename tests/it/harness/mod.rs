@@ -176,6 +176,11 @@ impl Proxy {
             .expect("it listens by TCP")
     }
 
+    /// Where health, metrics and the status page are, which must be switched on.
+    pub(crate) fn http(&self) -> SocketAddr {
+        self.running.addresses().http.expect("an http port")
+    }
+
     pub(crate) fn credentials(&self) -> &CredentialCell {
         self.running.credentials()
     }
