@@ -204,10 +204,8 @@ impl Sessions {
             leftover,
             mut greeting,
             address,
-            phases,
             gauge: _gauge,
         } = connection;
-        phases.record(&tracing::Span::current());
         tracing::debug!(session = id, after = ?held, "session begins");
         listed.connected(Server {
             address,

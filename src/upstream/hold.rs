@@ -26,6 +26,7 @@ use super::{
     endpoint::{Endpoint, Keepalive, Label},
     failure::{Class, Failure},
     login::{Connection, log_in},
+    phases::record_waits,
 };
 use crate::{
     credential::{Credential, CredentialCell, CredentialError},
@@ -215,9 +216,8 @@ impl Upstream {
                 previous.as_ref(),
             );
             let failure = match attempt.await {
-                Ok(mut connection) => {
-                    connection.phases.queue = queued;
-                    connection.phases.credential = credited;
+                Ok(connection) => {
+                    record_waits(queued, credited);
                     self.credentials.accepted(credential.generation);
                     self.failing.store(false, Ordering::Relaxed);
                     self.wake(lead.as_deref_mut());

@@ -12,7 +12,6 @@ use super::{
     dial::{self, Stream},
     endpoint::{Endpoint, Keepalive, Security},
     failure::Failure,
-    phases::Phases,
 };
 use crate::{
     credential::Credential,
@@ -40,8 +39,6 @@ pub struct Connection<S = Stream> {
     pub greeting: Greeting,
     /// The address that answered, where a CancelRequest must go.
     pub address: SocketAddr,
-    /// Where the time went.
-    pub phases: Phases,
     /// Counts it among the active ones.
     pub gauge: GaugeGuard,
 }
@@ -81,13 +78,13 @@ pub(super) async fn log_in(
     .await?;
     phases.login = dial::observe(metrics, phase::LOGIN, started);
     dial::observe(metrics, phase::TOTAL, whole);
+    phases.record();
     let gauge = GaugeGuard::new(&metrics.upstream_active);
     Ok(Connection {
         stream,
         leftover,
         greeting,
         address,
-        phases,
         gauge,
     })
 }

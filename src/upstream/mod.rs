@@ -19,5 +19,4 @@ pub use endpoint::{Endpoint, Keepalive, Label, Security, is_loopback};
 pub use failure::{Class, Failure};
 pub use hold::{Limits, Refusal, Terms, Upstream};
 pub use login::{Connection, Greeting};
-pub use phases::Phases;
 pub use route::{Route, RouteFinder};
