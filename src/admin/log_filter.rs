@@ -3,16 +3,15 @@
 //! Only for visitors from this machine: a log at `trace` costs time and shows more than a stranger should switch on.
 
 use axum::{
-    Extension, Router,
+    Router,
     extract::{DefaultBodyLimit, State},
     http::StatusCode,
+    middleware,
     routing::get,
 };
 
-use crate::{
-    http::Visitor,
-    telemetry::{LogHandle, chain},
-};
+use super::status::only_here;
+use crate::telemetry::{LogHandle, chain};
 
 /// Longest filter taken, in bytes.
 const LONGEST: usize = 4096;
@@ -23,24 +22,15 @@ pub(super) fn routes<S: Clone + Send + Sync + 'static>(log: LogHandle) -> Router
     Router::new()
         .route("/log-filter", get(show).put(change))
         .layer(DefaultBodyLimit::max(LONGEST))
+        .layer(middleware::from_fn(only_here))
         .with_state(log)
 }
 
-async fn show(State(log): State<LogHandle>, Extension(visitor): Extension<Visitor>) -> Answer {
-    if !visitor.is_local() {
-        return stranger();
-    }
+async fn show(State(log): State<LogHandle>) -> Answer {
     (StatusCode::OK, format!("{}\n", log.filter()))
 }
 
-async fn change(
-    State(log): State<LogHandle>,
-    Extension(visitor): Extension<Visitor>,
-    filter: String,
-) -> Answer {
-    if !visitor.is_local() {
-        return stranger();
-    }
+async fn change(State(log): State<LogHandle>, filter: String) -> Answer {
     let filter = filter.trim();
     if filter.is_empty() {
         return bad("the body is to be a filter, such as `debug` or `warn,lakebase_proxy=debug`");
@@ -52,13 +42,6 @@ async fn change(
         }
         Err(error) => bad(&chain(&error).to_string()),
     }
-}
-
-fn stranger() -> Answer {
-    (
-        StatusCode::FORBIDDEN,
-        "only visitors from this machine may see or change this\n".to_owned(),
-    )
 }
 
 fn bad(why: &str) -> Answer {

@@ -51,7 +51,7 @@ const SERVERS: &[Column] = columns![
 ];
 const STATE: &[Column] = columns!["key", "value"];
 const STATS: &[Column] = columns![
-    "database", "total_server_assignment_count" number, "total_received" number, "total_sent" number,
+    "database", "total_xact_count" number, "total_query_count" number, "total_server_assignment_count" number, "total_received" number, "total_sent" number,
     "total_wait_time" number, "total_client_login_count" number, "total_refused_count" number,
     "total_login_failure_count" number, "total_cancel_count" number,
 ];
@@ -365,6 +365,8 @@ fn stats(place: &Place) -> Vec<Value> {
     };
     vec![
         text(&*place.name),
+        number(metrics.transactions.get()),
+        number(metrics.queries.get()),
         number(logins),
         number(relayed(direction::FROM_CLIENT)),
         number(relayed(direction::FROM_SERVER)),

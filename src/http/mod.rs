@@ -6,4 +6,4 @@ mod guard;
 mod server;
 
 pub use guard::is_from_this_machine;
-pub use server::{Limits, Visitor, serve};
+pub use server::{Limits, serve};

@@ -52,11 +52,11 @@ impl Default for Limits {
 
 /// Who is asking; an extension of each request.
 #[derive(Clone, Copy, Debug)]
-pub struct Visitor(SocketAddr);
+pub(super) struct Visitor(SocketAddr);
 
 impl Visitor {
     /// Whether the request comes from this machine.
-    pub fn is_local(self) -> bool {
+    pub(super) fn is_local(self) -> bool {
         self.0.ip().to_canonical().is_loopback()
     }
 }

@@ -97,6 +97,7 @@ async fn it_shows_who_is_here_what_they_do_and_where() {
     .await;
     let stats = rows(&console, "SHOW STATS").await;
     assert_eq!(stats[0].get("total_server_assignment_count"), Some("1"));
+    assert_eq!(stats[0].get("total_query_count"), Some("1"));
 }
 
 #[tokio::test]

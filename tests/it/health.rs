@@ -214,7 +214,7 @@ async fn on_an_address_that_others_reach_the_page_is_not_for_them() {
     let page = request(here, "GET", "/", &rebound).await;
     assert_eq!(
         (page.status, page.body.as_str()),
-        (403, "the status page answers this machine only\n")
+        (403, "this is for visitors of this machine only\n")
     );
     assert_eq!(
         request(here, "GET", "/liveness", &[("Host", "rebound.example")])

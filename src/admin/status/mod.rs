@@ -67,11 +67,12 @@ pub(super) fn router(status: Status) -> Router {
         .with_state(status)
 }
 
-async fn only_here(request: Request, next: Next) -> Response {
+/// Lets nobody through but visitors of this machine.
+pub(super) async fn only_here(request: Request, next: Next) -> Response {
     if is_from_this_machine(&request) {
         return next.run(request).await;
     }
-    let refused = "the status page answers this machine only\n";
+    let refused = "this is for visitors of this machine only\n";
     (StatusCode::FORBIDDEN, refused).into_response()
 }
 
