@@ -35,12 +35,17 @@ use support::{process::cpu_model, upstream};
 /// The share by which a figure may exceed its record: what repeated counts differ by, and a little.
 const TOLERANCE: f64 = 0.03;
 
-/// What is counted: its name in the record, its unit, and what it must not exceed anywhere.
-const FIGURES: [(Figure, &str, f64); 4] = [
-    (Figure::Instructions, "instructions per SELECT 1", 9_500.0),
-    (Figure::Allocations, "allocations per SELECT 1", 8.0),
-    (Figure::SystemCalls, "system calls per SELECT 1", 6.1),
-    (Figure::Memory, "kB per idle session", 12.0),
+/// What is counted: its name in the record, its unit, what it must not exceed anywhere, and what it is meant to be.
+const FIGURES: [(Figure, &str, f64, f64); 4] = [
+    (
+        Figure::Instructions,
+        "instructions per SELECT 1",
+        14_000.0,
+        9_500.0,
+    ),
+    (Figure::Allocations, "allocations per SELECT 1", 3.0, 0.0),
+    (Figure::SystemCalls, "system calls per SELECT 1", 6.1, 6.1),
+    (Figure::Memory, "kB per idle session", 12.0, 6.0),
 ];
 
 fn main() -> ExitCode {
@@ -74,24 +79,26 @@ fn main() -> ExitCode {
     let counted = count::all(&program, directory.path());
 
     println!(
-        "{:<28} {:>10} {:>10} {:>10}",
-        "", "counted", "recorded", "limit"
+        "{:<28} {:>10} {:>10} {:>10} {:>10}",
+        "", "counted", "recorded", "limit", "goal"
     );
     let mut failed = false;
-    for (figure, name, limit) in FIGURES {
+    for (figure, name, limit, goal) in FIGURES {
         let Some(&value) = counted.get(&figure) else {
             continue;
         };
         let recorded = record.get(figure, &model);
         let most = recorded.map_or(limit, |recorded| limit.min(recorded * (1.0 + TOLERANCE)));
         let verdict = if value > limit || (!renew && value > most) {
+            failed = true;
             "TOO MUCH"
+        } else if value > goal {
+            "over the goal"
         } else {
             ""
         };
-        failed |= !verdict.is_empty();
         let recorded = recorded.map_or_else(|| "-".to_owned(), |recorded| format!("{recorded:.2}"));
-        println!("{name:<28} {value:>10.2} {recorded:>10} {limit:>10.2} {verdict}");
+        println!("{name:<28} {value:>10.2} {recorded:>10} {limit:>10.2} {goal:>10.2} {verdict}");
         record.set(figure, &model, value);
     }
     if renew {

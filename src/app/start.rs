@@ -8,7 +8,6 @@ use tokio_util::sync::CancellationToken;
 use super::{App, Ending, Running, StartError};
 use crate::{
     admin::{self, Admin},
-    listener::Bound,
     session::Presence,
 };
 
@@ -79,7 +78,10 @@ impl App {
         }
         #[cfg(feature = "notes")]
         if let Some(listener) = notes {
-            let way = addresses.endpoints.first().and_then(Bound::way);
+            let way = addresses
+                .endpoints
+                .first()
+                .and_then(crate::listener::Bound::way);
             let stop = stop.clone();
             match way.map(crate::notes::NotesOptions::new) {
                 Some(mut options) => {
