@@ -1,7 +1,7 @@
 //! `/readiness?deep=1`: one real login at the endpoint, because somebody asked.
 //!
 //! It wakes an endpoint that sleeps, so that no probe that comes by itself should ask for it. Each endpoint is logged in
-//! at once in [`EVERY`] at most, whoever asks and how often; all who ask meanwhile share the answer.
+//! at once in `EVERY` at most, whoever asks and how often; all who ask meanwhile share the answer.
 
 use std::{
     collections::HashMap,

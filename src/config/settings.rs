@@ -36,7 +36,7 @@ pub struct Settings {
     #[arg(long, num_args = 0..=1, default_missing_value = "true", require_equals = true, value_name = "BOOL", help_heading = "Listening")]
     pub allow_remote: Option<bool>,
 
-    /// Directory for a Unix socket named .s.PGSQL.<port>, where libpq looks for it
+    /// Directory for a Unix socket named .s.PGSQL.PORT, where libpq looks for it
     #[arg(long, value_name = "DIR", help_heading = "Listening")]
     pub unix_socket: Option<PathBuf>,
 
