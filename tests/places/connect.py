@@ -45,12 +45,14 @@ RUN = {
 }
 # Compiled by cargo: tests/it/guides.rs.
 ELSEWHERE = {"rust"}
+# Goes with the program after it, which imports what is made of it.
+SCHEMA = "prisma"
 
 
 def main():
     words = sys.argv[1:]
     programs = [(heading, language, text) for heading, language, text in blocks() if language not in ELSEWHERE]
-    if len(programs) < FEWEST:
+    if sum(language != SCHEMA for _, language, _ in programs) < FEWEST:
         raise SystemExit(f"only {len(programs)} programs in {GUIDE}")
     install()
     own_network()
@@ -63,6 +65,9 @@ def main():
             expect(variables["PGDATABASE"] == "databricks_postgres", "the emulator's database")
         for number, (heading, language, text) in enumerate(programs):
             if words and not any(word.lower() in heading.lower() for word in words):
+                continue
+            if language == SCHEMA:
+                generate(text)
                 continue
             began = time.monotonic()
             said = run(number, language, text)
@@ -87,7 +92,7 @@ def blocks():
             if language is None:
                 language, lines = line.removeprefix("```"), []
             else:
-                if language not in RUN and language not in ELSEWHERE:
+                if language not in {*RUN, *ELSEWHERE, SCHEMA}:
                     raise SystemExit(f"{' / '.join(heading)}: nothing here runs {language!r}")
                 yield " / ".join(heading), language, "\n".join(lines) + "\n"
                 language = None
@@ -110,6 +115,15 @@ def run(number, language, text):
     if done.returncode != 0:
         return f"exit code {done.returncode}: {done.stderr or done.stdout}"
     return done.stdout.strip()
+
+
+def generate(schema):
+    """The client that Prisma makes of a schema."""
+    node = WORK / "node"
+    (node / "schema.prisma").write_text(schema)
+    # It will not start without the engine of its migrations, which is no part of any package, and never calls it.
+    environment = clean_environment() | {"HOME": str(WORK), "PRISMA_SCHEMA_ENGINE_BINARY": shutil.which("true"), "CHECKPOINT_DISABLE": "1", "NO_UPDATE_NOTIFIER": "1"}
+    call("npx", "--no-install", "prisma", "generate", "--no-hints", cwd=node, env=environment)
 
 
 def serve(stack):
