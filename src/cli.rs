@@ -8,7 +8,9 @@ use std::{
     time::Duration,
 };
 
-use clap::{Args, Command, CommandFactory, FromArgMatches, Parser, Subcommand};
+use clap::{
+    Args, Command, CommandFactory, FromArgMatches, Parser, Subcommand, error::ErrorKind,
+};
 use tokio::runtime::{Builder, Runtime};
 
 use crate::{
@@ -28,6 +30,12 @@ use crate::{
 const PROGRAM: &str = "lakebase-proxy";
 /// A bad command line or configuration, or a start that failed.
 const FAILURE: u8 = 1;
+/// How many threads serve clients, by the name that Tokio gave it.
+const WORKERS_VARIABLE: &str = "TOKIO_WORKER_THREADS";
+/// More processors than machines have; a slip of the hand above.
+const WORKERS_MAX: usize = 1024;
+/// How the variables of all flags begin.
+const VARIABLES: &str = "LAKEBASE_PROXY_";
 
 const AFTER_HELP: &str = "\
 Every flag may also be set as LAKEBASE_PROXY_<FLAG>, or in the file named by --config-file.
@@ -143,6 +151,15 @@ enum CommandError {
     Token(#[from] token::TokenError),
 }
 
+/// Why there is nothing to run on.
+#[derive(Debug, thiserror::Error)]
+enum RuntimeError {
+    #[error("cannot start the threads that serve clients")]
+    Start(#[source] std::io::Error),
+    #[error("{WORKERS_VARIABLE} is `{asked}`, which is not a number of threads (1 to {WORKERS_MAX})")]
+    Workers { asked: String },
+}
+
 impl CommandError {
     fn hint(&self) -> Option<String> {
         match self {
@@ -176,6 +193,13 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     let cli = match parsed {
         Ok(cli) => cli,
         Err(message) => {
+            // It does not say which argument, or whether it was one.
+            if message.kind() == ErrorKind::InvalidUtf8
+                && let Some(variable) = unreadable_variable()
+            {
+                let error = ConfigError::NotText { variable };
+                return fail(&error, error.hint().map(str::to_owned), FAILURE);
+            }
             // Help and version go to standard output and are no failure.
             let _ = message.print();
             return if message.use_stderr() {
@@ -219,22 +243,37 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
 
 /// As many workers as there are processors for us (in a container, as its limit allows), or `TOKIO_WORKER_THREADS`. A
 /// single one needs no scheduler that shares tasks out: without it a round trip takes a sixth fewer instructions.
-fn runtime() -> std::io::Result<Runtime> {
-    let asked = std::env::var("TOKIO_WORKER_THREADS").ok();
-    let workers = asked.and_then(|asked| asked.parse().ok()).or_else(|| {
-        std::thread::available_parallelism()
-            .ok()
-            .map(NonZeroUsize::get)
-    });
-    let mut builder = if workers == Some(1) {
+fn runtime() -> Result<Runtime, RuntimeError> {
+    let workers = match std::env::var_os(WORKERS_VARIABLE) {
+        Some(asked) if !asked.is_empty() => workers(&asked)?,
+        _ => std::thread::available_parallelism().map_or(1, NonZeroUsize::get),
+    };
+    // Tokio reads the variable, too, where it is not told, and panics at what is no number.
+    let mut builder = if workers == 1 {
         Builder::new_current_thread()
     } else {
         Builder::new_multi_thread()
     };
-    builder.enable_all().build()
+    let runtime = builder.worker_threads(workers).enable_all().build();
+    runtime.map_err(RuntimeError::Start)
+}
+
+/// How many workers somebody asks for.
+fn workers(asked: &OsStr) -> Result<usize, RuntimeError> {
+    let number = asked.to_str().and_then(|asked| asked.trim().parse().ok());
+    number
+        .filter(|number| (1..=WORKERS_MAX).contains(number))
+        .ok_or_else(|| RuntimeError::Workers {
+            asked: asked.to_string_lossy().into_owned(),
+        })
 }
 
 async fn dispatch(cli: Cli, inherited: Inherited) -> Result<ExitCode, CommandError> {
+    if let None | Some(Verb::Doctor(_) | Verb::Exec(_) | Verb::Serve(_) | Verb::Token(_)) =
+        &cli.verb
+    {
+        Environment::check_process()?;
+    }
     match cli.verb {
         None => serve(cli.settings, inherited).await,
         // Needs no runtime, and has been done.
@@ -410,13 +449,32 @@ fn with_variables(command: Command) -> Command {
         if matches!(long, "help" | "version") {
             return argument;
         }
-        let variable = format!("LAKEBASE_PROXY_{}", long.to_uppercase().replace('-', "_"));
-        if std::env::var_os(&variable).is_none_or(|value| value.is_empty()) {
+        let variable = format!("{VARIABLES}{}", long.to_uppercase().replace('-', "_"));
+        let value = std::env::var_os(&variable);
+        if value.is_none_or(|value| value.is_empty() || is_service_link(&variable, &value)) {
             return argument;
         }
         argument.env(variable).hide_env(true)
     });
     command.mut_subcommands(with_variables)
+}
+
+/// A variable of a flag that is no text.
+fn unreadable_variable() -> Option<String> {
+    Environment::inherited().into_iter().find_map(|(name, value)| {
+        let name = name.into_string().ok()?;
+        (name.starts_with(VARIABLES) && value.to_str().is_none()).then_some(name)
+    })
+}
+
+/// Kubernetes tells every container of a Service called `lakebase-proxy` by `LAKEBASE_PROXY_PORT=tcp://10.0.0.1:5432`
+/// (`lakebase-proxy-http` by `LAKEBASE_PROXY_HTTP_PORT`), which is none of our settings.
+fn is_service_link(variable: &str, value: &OsStr) -> bool {
+    let value = value.to_str().unwrap_or_default();
+    variable.ends_with("_PORT")
+        && ["tcp://", "udp://", "sctp://"]
+            .iter()
+            .any(|scheme| value.starts_with(scheme))
 }
 
 #[expect(
@@ -438,5 +496,26 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         command().debug_assert();
+    }
+
+    #[test]
+    fn a_number_of_workers_is_one_or_more_and_within_reason() {
+        assert_eq!(workers(OsStr::new(" 3 ")).unwrap(), 3);
+        for nonsense in ["0", "-1", "many", "99999999", "99999999999999999999"] {
+            let said = workers(OsStr::new(nonsense)).unwrap_err().to_string();
+            assert!(
+                said.contains(WORKERS_VARIABLE) && said.contains(nonsense),
+                "{said}"
+            );
+        }
+    }
+
+    #[test]
+    fn what_kubernetes_says_of_a_service_of_our_name_is_no_setting() {
+        let is = |variable, value| is_service_link(variable, OsStr::new(value));
+        assert!(is("LAKEBASE_PROXY_PORT", "tcp://10.96.0.7:5432"));
+        assert!(is("LAKEBASE_PROXY_HTTP_PORT", "tcp://[fd00::7]:9090"));
+        assert!(!is("LAKEBASE_PROXY_PORT", "5433"));
+        assert!(!is("LAKEBASE_PROXY_ADDRESS", "tcp://10.96.0.7:5432"));
     }
 }

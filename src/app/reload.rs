@@ -155,7 +155,7 @@ impl Reloader {
         if self.shared.shutdown.phase() != Phase::Serving {
             return Err(RefusedReload::ShuttingDown);
         }
-        let mut change = self.config.change_to(self.source.load()?);
+        let mut change = self.config.change_to(self.source.load_again().await?);
         check_filter(&change.config.log.filter)?;
         let prepared = self.prepare(&change).await?;
         if !prepared.roots.is_empty() {

@@ -4,7 +4,22 @@ use std::{collections::HashMap, ffi::OsString, fmt, time::Duration};
 
 use secrecy::SecretString;
 
+use super::{ConfigError, local::PASSWORD_VARIABLE};
 use crate::{systemd::ServiceManager, workspace};
+
+/// Variables that are read here, whole names and beginnings of names. (Those of flags are the command line's business.)
+const READ: [&str; 9] = [
+    "ENDPOINT_NAME",
+    "LAKEBASE_ENDPOINT",
+    "PGHOST",
+    "PGPORT",
+    "PGDATABASE",
+    "PGUSER",
+    "PGSSLMODE",
+    "PGSSLROOTCERT",
+    PASSWORD_VARIABLE,
+];
+const READ_FAMILIES: [&str; 3] = ["DATABRICKS_", "ARM_", "ACTIONS_ID_TOKEN_"];
 
 /// What the environment says, read once. An empty or blank variable counts as unset.
 #[derive(Clone, Debug, Default)]
@@ -61,6 +76,15 @@ impl Environment {
         Self::inherited().into_iter().filter_map(text).collect()
     }
 
+    /// Refuses variables of this process that are read here and are no text: they must not count as unset. A password
+    /// for clients would not be asked for.
+    pub fn check_process() -> Result<(), ConfigError> {
+        match unreadable(Self::inherited()) {
+            Some(variable) => Err(ConfigError::NotText { variable }),
+            None => Ok(()),
+        }
+    }
+
     /// All variables of this process, as a child would have them.
     pub fn inherited() -> Vec<(OsString, OsString)> {
         std::env::vars_os().collect()
@@ -108,6 +132,17 @@ impl Environment {
     }
 }
 
+/// The first of these variables that is read here and is no text.
+fn unreadable(variables: Vec<(OsString, OsString)>) -> Option<String> {
+    let is_read = |name: &str| {
+        READ.contains(&name) || READ_FAMILIES.iter().any(|family| name.starts_with(family))
+    };
+    variables.into_iter().find_map(|(name, value)| {
+        let name = name.into_string().ok()?;
+        (is_read(&name) && value.to_str().is_none()).then_some(name)
+    })
+}
+
 /// Meant for us only where it is for nobody else.
 fn watchdog(microseconds: Option<String>, process: Option<String>) -> Option<Duration> {
     if process.is_some_and(|id| id.parse() != Ok(std::process::id())) {
@@ -119,7 +154,22 @@ fn watchdog(microseconds: Option<String>, process: Option<String>) -> Option<Dur
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::ffi::OsStringExt;
+
     use super::*;
+
+    #[test]
+    fn a_variable_that_is_no_text_is_found_where_it_is_read() {
+        let found = |name: &str, value: &[u8]| {
+            let value = OsString::from_vec(value.to_vec());
+            unreadable(vec![(OsString::from(name), value)])
+        };
+        for name in ["PGHOST", "DATABRICKS_CLIENT_SECRET", PASSWORD_VARIABLE] {
+            assert_eq!(found(name, b"p\xe4ss").as_deref(), Some(name));
+            assert_eq!(found(name, "päss".as_bytes()), None);
+        }
+        assert_eq!(found("LS_COLORS", b"\xff"), None);
+    }
 
     #[test]
     fn a_watchdog_is_ours_unless_it_is_said_to_be_anothers() {

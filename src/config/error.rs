@@ -61,6 +61,12 @@ pub enum ConfigError {
         /// `LAKEBASE_ENDPOINT`.
         lakebase_endpoint: String,
     },
+    /// A variable holds bytes that are no text.
+    #[error("{variable} is not valid UTF-8")]
+    NotText {
+        /// Which.
+        variable: String,
+    },
     /// A variable holds something it cannot.
     #[error("{variable} is `{value}`, which is not {expected}")]
     Variable {
@@ -113,6 +119,12 @@ impl ConfigError {
     /// What to do about it.
     pub fn hint(&self) -> Option<&'static str> {
         Some(match self {
+            Self::File { source, .. } if source.kind() == std::io::ErrorKind::InvalidData => {
+                "it must be a text file in UTF-8, of 1 MiB at most; config/lakebase-proxy.toml shows every setting"
+            }
+            Self::File { source, .. } if source.kind() == std::io::ErrorKind::Unsupported => {
+                "name a file, not a pipe or a device, where the settings are to be reloaded"
+            }
             Self::File { .. } => {
                 "check the path, or leave --config-file out: every setting has a flag and a variable"
             }
@@ -127,6 +139,7 @@ impl ConfigError {
                 "set ENDPOINT_NAME=projects/<project>/branches/<branch>/endpoints/<endpoint>; `databricks postgres list-endpoints projects/<project>/branches/<branch>` shows it. To try without an account: lakebase-proxy demo"
             }
             Self::TwoEndpoints { .. } => "unset one of them",
+            Self::NotText { .. } => "set it in UTF-8, or unset it",
             Self::Variable { .. } => return None,
             Self::Pooler { .. } => "use the endpoint's own host: the same name without `-pooler`",
             Self::PlainRemote { .. } => {

@@ -1,8 +1,15 @@
 //! The file of settings.
 
-use std::{fs, path::Path};
+use std::{
+    fs::File,
+    io::{self, Read},
+    path::Path,
+};
 
 use super::{ConfigError, Settings};
+
+/// Longest file that is read, in bytes: a device, or the wrong file, must not fill the memory.
+const LONGEST: u64 = 1024 * 1024;
 
 impl Settings {
     /// These settings, and the file's where they say nothing.
@@ -16,7 +23,7 @@ impl Settings {
 
 /// Reads a file of settings.
 pub fn read(path: &Path) -> Result<Settings, ConfigError> {
-    let text = fs::read_to_string(path).map_err(|source| ConfigError::File {
+    let text = text(path).map_err(|source| ConfigError::File {
         path: path.to_owned(),
         source,
     })?;
@@ -25,6 +32,36 @@ pub fn read(path: &Path) -> Result<Settings, ConfigError> {
         line: line_of(&text, &error),
         message: message_of(&text, &error),
     })
+}
+
+/// What a file holds, if that is text and not too much of it.
+pub(super) fn text(path: &Path) -> io::Result<String> {
+    let mut text = String::new();
+    let read = File::open(path)?
+        .take(LONGEST.saturating_add(1))
+        .read_to_string(&mut text)?;
+    if u64::try_from(read).is_ok_and(|read| read > LONGEST) {
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidData,
+            "longer than a file of settings is",
+        ));
+    }
+    Ok(text)
+}
+
+/// Whether a file can be read again and again: a pipe would be waited for, or be empty the second time.
+pub(super) fn check_lasting(path: &Path) -> Result<(), ConfigError> {
+    let failed = |source| ConfigError::File {
+        path: path.to_owned(),
+        source,
+    };
+    if std::fs::metadata(path).map_err(failed)?.is_file() {
+        return Ok(());
+    }
+    Err(failed(io::Error::new(
+        io::ErrorKind::Unsupported,
+        "not a regular file",
+    )))
 }
 
 fn line_of(text: &str, error: &toml::de::Error) -> usize {
@@ -38,6 +75,10 @@ fn message_of(text: &str, error: &toml::de::Error) -> String {
     let message = error.message();
     let said = message.split(", expected one of").next().unwrap_or(message);
     let said = said.replace('\n', "; ");
+    let said = match said.rsplit_once(", expected ") {
+        Some((said, "usize" | "u16" | "u32" | "u64")) => format!("{said}, expected a whole number"),
+        _ => said,
+    };
     let line = text.lines().nth(line_of(text, error).saturating_sub(1));
     let key = line.and_then(|line| line.split_once('='));
     match key.map(|(key, _)| key.trim()) {
@@ -48,7 +89,22 @@ fn message_of(text: &str, error: &toml::de::Error) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
+
+    #[test]
+    fn a_file_is_text_and_not_endless() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("p.toml");
+        fs::write(&path, b"# \xff\n").unwrap();
+        let hint = |path: &Path| read(path).unwrap_err().hint().unwrap_or_default();
+        assert!(hint(&path).contains("UTF-8"));
+        assert!(hint(Path::new("/dev/zero")).contains("1 MiB"));
+        assert!(check_lasting(&path).is_ok());
+        assert!(check_lasting(Path::new("/dev/null")).is_err());
+        assert!(check_lasting(&directory.path().join("none")).is_err());
+    }
 
     #[test]
     fn a_mistake_is_said_in_one_line_with_its_place() {
@@ -56,6 +112,10 @@ mod tests {
         let path = directory.path().join("p.toml");
         for (text, said) in [
             ("port = 1\n\nprot = 2\n", "line 3: unknown field `prot`"),
+            (
+                "max_connections = -1",
+                "line 1: max_connections: invalid value: integer `-1`, expected a whole number",
+            ),
             ("port = \n", "line 1: port: "),
             (
                 "\n[[endpoint]]\nname = 3\n",

@@ -1,11 +1,9 @@
 //! What clients are offered and asked for on their way in: TLS, and a password.
 
-use std::fs;
-
 use secrecy::SecretString;
 use zeroize::Zeroizing;
 
-use super::{ClientTlsSetting, ConfigError, Environment, LocalAuth, Settings};
+use super::{ClientTlsSetting, ConfigError, Environment, LocalAuth, Settings, file};
 use crate::session::ClientTls;
 
 /// The variable that may hold the password; there is no flag for it, as command lines can be read by anybody.
@@ -50,7 +48,7 @@ pub(super) fn password(
         return Ok(None);
     }
     if let Some(path) = &settings.local_password_file {
-        let text = fs::read_to_string(path).map_err(|source| ConfigError::LocalPasswordFile {
+        let text = file::text(path).map_err(|source| ConfigError::LocalPasswordFile {
             path: path.clone(),
             source,
         })?;
@@ -73,6 +71,8 @@ pub(super) fn password(
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use secrecy::ExposeSecret;
 
     use super::*;

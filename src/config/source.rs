@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use super::{Config, ConfigError, Environment, Settings, TlsMode};
+use super::{Config, ConfigError, Environment, Settings, TlsMode, file};
 use crate::tls::Roots;
 
 /// The layers as they were at the start; only the file may say something else the next time.
@@ -39,6 +39,20 @@ impl Source {
     pub fn load(&self) -> Result<Config, ConfigError> {
         let settings = self.flags.clone().with_file()?.or(self.defaults.clone());
         Config::resolve(settings, self.environment.clone())
+    }
+
+    /// The same once more, away from the threads that serve clients: a disk may take its time.
+    pub async fn load_again(&self) -> Result<Config, ConfigError> {
+        let source = self.clone();
+        let loading = tokio::task::spawn_blocking(move || {
+            source.file().map_or(Ok(()), file::check_lasting)?;
+            source.load()
+        });
+        match loading.await {
+            Ok(loaded) => loaded,
+            // Only a runtime that ends gives up on it.
+            Err(_) => std::future::pending().await,
+        }
     }
 
     /// The file, if there is one.

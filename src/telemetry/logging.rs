@@ -60,6 +60,9 @@ impl LogHandle {
 /// Why logging could not be set up or changed.
 #[derive(Debug, thiserror::Error)]
 pub enum LogError {
+    /// Nothing at all, which would be read as errors only.
+    #[error("the log filter is empty; to log nothing, say `off`")]
+    Empty,
     /// A directive of the filter makes no sense.
     #[error("invalid log filter directive `{directive}`")]
     Filter {
@@ -169,6 +172,9 @@ fn is_coloured() -> bool {
 }
 
 fn parse(filter: &str) -> Result<EnvFilter, LogError> {
+    if filter.trim().is_empty() {
+        return Err(LogError::Empty);
+    }
     EnvFilter::builder().parse(filter).map_err(|source| {
         // The parser does not say which directive it means.
         let directive = filter
@@ -228,6 +234,11 @@ mod tests {
             error.to_string(),
             "invalid log filter directive `lakebase_proxy=loud`"
         );
+    }
+
+    #[test]
+    fn an_empty_filter_silences_nothing() {
+        assert!(matches!(parse(" "), Err(LogError::Empty)));
     }
 
     #[test]

@@ -1,8 +1,10 @@
 //! The command line as people type it: help, mistakes, exit codes.
 
 use std::{
+    ffi::OsStr,
     io::Write as _,
     net::TcpListener,
+    os::unix::ffi::OsStrExt as _,
     process::{Command, Output},
 };
 
@@ -85,6 +87,7 @@ fn a_command_line_that_makes_no_sense_is_exit_code_1_and_says_why() {
         (&["serve"], "hint: set ENDPOINT_NAME="),
         (&["exec", "--", "true"], "hint: set ENDPOINT_NAME="),
         (&["serve", "--config-file", "/nowhere"], "`/nowhere`"),
+        (&["serve", "--config-file", "/dev/zero"], "1 MiB"),
     ] {
         let output = run(arguments);
         assert_eq!(output.status.code(), Some(1), "{arguments:?}");
@@ -159,6 +162,57 @@ fn an_empty_variable_counts_as_unset() {
         "{}",
         text(&output.stderr)
     );
+}
+
+#[test]
+fn a_variable_that_is_no_text_is_named_and_never_taken_for_unset() {
+    for variable in [
+        "LAKEBASE_PROXY_PORT",
+        "LAKEBASE_PROXY_LOCAL_PASSWORD",
+        "PGHOST",
+        "DATABRICKS_CLIENT_SECRET",
+    ] {
+        let output = Command::new(env!("CARGO_BIN_EXE_lakebase-proxy"))
+            .arg("serve")
+            .env_clear()
+            .env("ENDPOINT_NAME", "projects/p/branches/b/endpoints/e")
+            .env(variable, OsStr::from_bytes(b"p\xe4ss"))
+            .output()
+            .unwrap();
+        let said = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{variable}: {said}");
+        let expected = format!("lakebase-proxy: {variable} is not valid UTF-8\nhint: ");
+        assert!(said.starts_with(&expected), "{said}");
+    }
+}
+
+#[test]
+fn a_number_of_workers_that_is_none_is_said_and_no_panic() {
+    for nonsense in ["0", "many"] {
+        let output = Command::new(env!("CARGO_BIN_EXE_lakebase-proxy"))
+            .arg("serve")
+            .env_clear()
+            .env("TOKIO_WORKER_THREADS", nonsense)
+            .output()
+            .unwrap();
+        let said = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{said}");
+        let expected = format!("lakebase-proxy: TOKIO_WORKER_THREADS is `{nonsense}`");
+        assert!(said.starts_with(&expected), "{said}");
+    }
+}
+
+#[test]
+fn what_kubernetes_says_of_a_service_called_like_us_is_no_setting() {
+    let output = Command::new(env!("CARGO_BIN_EXE_lakebase-proxy"))
+        .args(["wait", "--max", "10ms"])
+        .env_clear()
+        .env("LAKEBASE_PROXY_PORT", "tcp://10.96.0.7:5432")
+        .env("LAKEBASE_PROXY_HTTP_PORT", "tcp://10.96.0.7:9090")
+        .output()
+        .unwrap();
+    let said = text(&output.stderr);
+    assert!(said.contains("127.0.0.1:9090 has not started"), "{said}");
 }
 
 #[test]
