@@ -8,9 +8,7 @@ use std::{
     time::Duration,
 };
 
-use clap::{
-    Args, Command, CommandFactory, FromArgMatches, Parser, Subcommand, error::ErrorKind,
-};
+use clap::{Args, Command, CommandFactory, FromArgMatches, Parser, Subcommand, error::ErrorKind};
 use tokio::runtime::{Builder, Runtime};
 
 use crate::{
@@ -156,7 +154,9 @@ enum CommandError {
 enum RuntimeError {
     #[error("cannot start the threads that serve clients")]
     Start(#[source] std::io::Error),
-    #[error("{WORKERS_VARIABLE} is `{asked}`, which is not a number of threads (1 to {WORKERS_MAX})")]
+    #[error(
+        "{WORKERS_VARIABLE} is `{asked}`, which is not a number of threads (1 to {WORKERS_MAX})"
+    )]
     Workers { asked: String },
 }
 
@@ -461,10 +461,12 @@ fn with_variables(command: Command) -> Command {
 
 /// A variable of a flag that is no text.
 fn unreadable_variable() -> Option<String> {
-    Environment::inherited().into_iter().find_map(|(name, value)| {
-        let name = name.into_string().ok()?;
-        (name.starts_with(VARIABLES) && value.to_str().is_none()).then_some(name)
-    })
+    Environment::inherited()
+        .into_iter()
+        .find_map(|(name, value)| {
+            let name = name.into_string().ok()?;
+            (name.starts_with(VARIABLES) && value.to_str().is_none()).then_some(name)
+        })
 }
 
 /// Kubernetes tells every container of a Service called `lakebase-proxy` by `LAKEBASE_PROXY_PORT=tcp://10.0.0.1:5432`

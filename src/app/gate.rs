@@ -16,6 +16,7 @@ use crate::{
     credential::{CredentialCell, Refresher},
     listener::Listener,
     protocol::error::{Report, sqlstate},
+    session::{Entrance, Policy},
     systemd::Notifier,
     telemetry::{chain, names::reason},
     tls::{Fingerprint, Roots},
@@ -65,7 +66,7 @@ impl Gate {
     pub(super) fn start(self, shared: &Arc<Shared>, notifier: &Notifier) {
         let served = Arc::clone(&self.served);
         let sessions = &served.sessions;
-        announce(&served, shared.policies.now().max_connections);
+        announce(&served, &shared.policies.now());
         let Self {
             access,
             listener,
@@ -124,11 +125,22 @@ async fn tell(credentials: CredentialCell, endpoints: Endpoints, notifier: Notif
 }
 
 /// Says where an endpoint listens, and what that means.
-fn announce(served: &Served, max_connections: usize) {
+fn announce(served: &Served, policy: &Policy) {
     let endpoint = served.config.called();
-    let entrance = &served.sessions.entrance;
+    let max_connections = policy.max_connections;
     for address in &served.bound.tcp {
         tracing::info!(%address, endpoint, max_connections, "listening for Postgres clients");
+    }
+    for path in &served.bound.unix {
+        let socket = path.display();
+        tracing::info!(%socket, endpoint, max_connections, "listening for Postgres clients");
+    }
+    warn_of_exposure(served, &policy.entrance);
+}
+
+/// Says who else gets in where an endpoint listens.
+pub(super) fn warn_of_exposure(served: &Served, entrance: &Entrance) {
+    for address in &served.bound.tcp {
         if address.ip().to_canonical().is_loopback() {
             continue;
         }
@@ -146,7 +158,6 @@ fn announce(served: &Served, max_connections: usize) {
     }
     for path in &served.bound.unix {
         let socket = path.display();
-        tracing::info!(%socket, endpoint, max_connections, "listening for Postgres clients");
         let is_open = std::fs::metadata(path).is_ok_and(|it| it.permissions().mode() & 0o002 != 0);
         if is_open && entrance.allowed_uids.is_none() {
             tracing::warn!(

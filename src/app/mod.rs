@@ -14,7 +14,6 @@ mod watch;
 
 use std::{fmt, net::SocketAddr, sync::Arc, time::Duration};
 
-use secrecy::SecretString;
 use tokio::net::TcpListener;
 
 pub use self::{
@@ -62,7 +61,6 @@ pub struct App {
     ending: Ending,
     run_connection_test: bool,
     log: Option<LogHandle>,
-    local_password: Option<SecretString>,
     notifier: Notifier,
 }
 
@@ -165,7 +163,6 @@ impl App {
             ending,
             run_connection_test: config.run_connection_test,
             log: None,
-            local_password: config.local_password,
             notifier: Notifier::default(),
         })
     }

@@ -12,12 +12,13 @@ use super::{
     gate::{self, Gate},
     locate::security,
     running::Running,
-    shared::Shared,
+    shared::{self, Shared},
     watch::Watch,
 };
 use crate::{
     config::{Change, Config, ConfigError, EndpointConfig, Source},
     listener::Listener,
+    session::Entrance,
     shutdown::{Hangup, Phase},
     systemd::Notifier,
     telemetry::{
@@ -84,6 +85,7 @@ struct Prepared {
     added: Vec<Gate>,
     back: Vec<Arc<Served>>,
     roots: Vec<(Arc<Served>, Option<Fingerprint>, Security)>,
+    entrance: Arc<Entrance>,
 }
 
 impl Running {
@@ -104,15 +106,19 @@ impl Running {
         let stop = self.shared.stop.clone();
         let is_watching = reloader.config.watch_config;
         let reloading = async move {
-            let files = reloader.source.files(&reloader.config);
-            let mut watch = Watch::new(files.clone()).await;
+            let files = |reloader: &Reloader| reloader.source.files(&reloader.config);
+            let mut watch = Watch::new(files(&reloader)).await;
+            // Between their first reading and this a start may have taken long.
+            if is_watching && reloader.is_out_of_date().await {
+                let _ = reloader.reload().await;
+            }
             loop {
                 tokio::select! {
                     () = next(&mut hangup) => {}
                     () = watch.changed(), if is_watching => {}
                 }
                 // From before it is read, so that no later change is missed.
-                watch = Watch::new(files.clone()).await;
+                watch = Watch::new(files(&reloader)).await;
                 // Told to the log and the metrics.
                 let _ = reloader.reload().await;
             }
@@ -151,6 +157,19 @@ impl Reloader {
         outcome
     }
 
+    /// Whether a reload would find something to do, or to complain of.
+    async fn is_out_of_date(&self) -> bool {
+        let Ok(new) = self.source.load_again().await else {
+            return true;
+        };
+        let change = self.config.change_to(new);
+        if !change.is_empty() {
+            return true;
+        }
+        let prepared = self.prepare(&change).await;
+        prepared.map_or(true, |prepared| !prepared.roots.is_empty())
+    }
+
     async fn attempt(&mut self) -> Result<Reloaded, RefusedReload> {
         if self.shared.shutdown.phase() != Phase::Serving {
             return Err(RefusedReload::ShuttingDown);
@@ -170,11 +189,24 @@ impl Reloader {
 
     /// Binds, reads and checks; nothing is in force after a failure.
     async fn prepare(&self, change: &Change) -> Result<Prepared, StartError> {
+        let entrance = &self.shared.policies.now().entrance;
+        let before = Some((&self.config, entrance.as_ref()));
         let mut prepared = Prepared {
             added: Vec::new(),
             back: Vec::new(),
             roots: Vec::new(),
+            entrance: Arc::new(shared::entrance(&change.config, before)?),
         };
+        if let Err(error) = self.fill(change, &mut prepared).await {
+            for gate in &prepared.added {
+                gate.served.sessions.metrics.retire();
+            }
+            return Err(error);
+        }
+        Ok(prepared)
+    }
+
+    async fn fill(&self, change: &Change, prepared: &mut Prepared) -> Result<(), StartError> {
         let served = self.shared.endpoints.now();
         for served in served.iter().filter(|one| !one.sessions.door.is_leaving()) {
             let roots = gate::roots(&served.config);
@@ -186,38 +218,71 @@ impl Reloader {
             }
         }
         for endpoint in &change.added {
-            let before = served.iter().find(|served| {
-                served.sessions.door.is_leaving() && served.config.is_same(endpoint)
-            });
-            if let Some(before) = before
+            let leaving = || {
+                let served = served.iter();
+                served.filter(|served| served.sessions.door.is_leaving())
+            };
+            if let Some(before) = leaving().find(|served| served.config.is_same(endpoint))
                 && before.config.is_equal(endpoint)
                 && !before.sessions.door.is_shut().is_cancelled()
             {
                 prepared.back.push(Arc::clone(before));
                 continue;
             }
-            let listener = match before {
-                Some(before) => take_over(before, endpoint).await?,
-                None => Listener::bind(&endpoint.listen)?,
-            };
+            let in_the_way =
+                leaving().filter(|served| served.config.listen.clash(&endpoint.listen).is_some());
+            let listener = bind(in_the_way, endpoint).await?;
             let metrics = self.shared.metrics.of_another(endpoint.called())?;
             let gate = self
                 .shared
                 .gate(endpoint.clone(), listener, Arc::clone(&metrics));
             prepared.added.push(gate.inspect_err(|_| metrics.retire())?);
         }
-        Ok(prepared)
+        Ok(())
+    }
+
+    /// Gives the sockets of endpoints that stay the permissions of `new`.
+    fn set_modes(&self, new: &Config, narrower: Narrower) {
+        let unix = |endpoint: &EndpointConfig| endpoint.listen.unix.clone();
+        for served in self.shared.endpoints.now().iter() {
+            let is_it = |endpoint: &&EndpointConfig| endpoint.is_same(&served.config);
+            let old = self.config.endpoints.iter().find(is_it).and_then(unix);
+            let new = new.endpoints.iter().find(is_it).and_then(unix);
+            let Some((old, new)) = old.zip(new) else {
+                continue;
+            };
+            let narrows = new.mode & !old.mode == 0;
+            if old.mode == new.mode || narrows != (narrower == Narrower::Only) {
+                continue;
+            }
+            for path in &served.bound.unix {
+                if let Err(error) = served.config.listen.set_mode(path, new.mode) {
+                    tracing::warn!(socket = %path.display(), %error, "the permissions of a socket cannot be changed");
+                }
+            }
+        }
     }
 
     fn commit(&mut self, change: &Change, prepared: Prepared) {
-        let Prepared { added, back, roots } = prepared;
+        let Prepared {
+            added,
+            back,
+            roots,
+            entrance,
+        } = prepared;
         if let Some(log) = &self.log
             && change.config.log.filter != self.config.log.filter
             && let Err(error) = log.set_filter(&change.config.log.filter)
         {
             tracing::warn!(error = %chain(&error), "the log filter cannot be changed");
         }
-        self.shared.apply(&change.config);
+        let is_exposed_otherwise = ["client_tls", "local_auth", "unix_socket_allowed_uids"]
+            .iter()
+            .any(|setting| change.applied.contains(setting));
+        // Never is a socket open to somebody whom neither the old nor the new settings let in.
+        self.set_modes(&change.config, Narrower::Only);
+        self.shared.apply(&change.config, entrance);
+        self.set_modes(&change.config, Narrower::Not);
         self.ending.send_replace(Ending::new(&change.config));
         for (served, fingerprint, security) in roots {
             if let Some(upstream) = served.sessions.route.found() {
@@ -242,6 +307,11 @@ impl Reloader {
             // Whose last session has gone in this very moment is missed at the next reload, and bound anew.
             served.sessions.door.stay();
         }
+        if is_exposed_otherwise {
+            for served in self.shared.endpoints.now().iter() {
+                gate::warn_of_exposure(served, &self.shared.policies.now().entrance);
+            }
+        }
         for gate in added {
             self.shared.endpoints.add(&gate.served);
             gate.start(&self.shared, &self.notifier);
@@ -250,9 +320,26 @@ impl Reloader {
     }
 }
 
-/// Binds where an endpoint that is no longer named still listens.
-async fn take_over(before: &Served, endpoint: &EndpointConfig) -> Result<Listener, StartError> {
-    before.sessions.door.shut();
+/// Which permissions of sockets are changed.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Narrower {
+    Only,
+    Not,
+}
+
+/// Binds an endpoint's listener, where need be after endpoints that are no longer named but still listen there.
+async fn bind(
+    in_the_way: impl Iterator<Item = &Arc<Served>>,
+    endpoint: &EndpointConfig,
+) -> Result<Listener, StartError> {
+    let mut shut = false;
+    for before in in_the_way {
+        before.sessions.door.shut();
+        shut = true;
+    }
+    if !shut {
+        return Ok(Listener::bind(&endpoint.listen)?);
+    }
     let deadline = Instant::now() + CLOSES_WITHIN;
     loop {
         match Listener::bind(&endpoint.listen) {

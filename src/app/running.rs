@@ -36,7 +36,6 @@ pub struct Running {
     pub(super) ending: watch::Sender<Ending>,
     pub(super) run_connection_test: bool,
     pub(super) log: Option<LogHandle>,
-    pub(super) local_password: Option<SecretString>,
     pub(super) notifier: Notifier,
 }
 
@@ -106,7 +105,7 @@ impl Running {
         let endpoint = upstream.endpoint();
         Ok(Target {
             password: match way {
-                Way::Tcp(_) => self.local_password.clone(),
+                Way::Tcp(_) => self.shared.known_password.now(),
                 Way::Unix { .. } => None,
             },
             way,

@@ -20,8 +20,8 @@ use crate::{
     listener::Listener,
     overview::Overview,
     session::{
-        Door, Encryption, Entrance, LocalPassword, Policies, Policy, Presence, Roster, Seats,
-        Sessions, Told,
+        Door, Encryption, Entrance, KnownPassword, LocalPassword, Policies, Policy, Presence,
+        Roster, Seats, Sessions,
     },
     shutdown::Shutdown,
     telemetry::Metrics,
@@ -51,7 +51,8 @@ pub(super) struct Shared {
     clock: Clock,
     /// Whether credentials are refreshed only for a client that needs one.
     is_lazy: bool,
-    entrance: Arc<Entrance>,
+    /// The password that clients must know, for those of our own.
+    pub(super) known_password: KnownPassword,
     seats: Seats,
     ids: Arc<AtomicU64>,
     workspace: OnceLock<Workspace>,
@@ -59,8 +60,9 @@ pub(super) struct Shared {
 }
 
 /// What sessions go by, as the settings have it.
-fn policy(config: &Config) -> Policy {
+fn policy(config: &Config, entrance: Arc<Entrance>) -> Policy {
     Policy {
+        entrance,
         database_mapping: config.database_mapping,
         client_login_timeout: config.client_login_timeout,
         max_connections: config.max_connections,
@@ -71,17 +73,36 @@ fn policy(config: &Config) -> Policy {
     }
 }
 
-/// Who is let in, as the settings have it.
-fn entrance(config: &Config) -> Result<Entrance, StartError> {
-    let password = config.local_password.as_ref();
-    let password = password
-        .map(|password| LocalPassword::new(password).ok_or(StartError::LocalPassword))
-        .transpose()?;
+/// Who is let in, as the settings have it. What has not changed since `before` is kept: a certificate of our own making,
+/// the count of attempts at the password, what has been said.
+pub(super) fn entrance(
+    config: &Config,
+    before: Option<(&Config, &Entrance)>,
+) -> Result<Entrance, StartError> {
+    let encryption = match before {
+        Some((old, entrance)) if old.client_tls == config.client_tls => entrance.encryption.clone(),
+        _ => Encryption::new(&config.client_tls)?.map(Arc::new),
+    };
+    let password = match (before, &config.local_password) {
+        (_, None) => None,
+        (Some((old, entrance)), Some(_)) if old.has_same_password(config) => {
+            entrance.password.clone()
+        }
+        (_, Some(password)) => {
+            let checked = LocalPassword::new(password).ok_or(StartError::LocalPassword)?;
+            Some(Arc::new(checked))
+        }
+    };
     Ok(Entrance {
         allowed_uids: config.allowed_uids.clone(),
-        encryption: Encryption::new(&config.client_tls)?.map(Arc::new),
+        told: match before {
+            Some((old, entrance)) if old.client_tls == config.client_tls => {
+                Arc::clone(&entrance.told)
+            }
+            _ => Arc::default(),
+        },
+        encryption,
         password,
-        told: Told::default(),
     })
 }
 
@@ -90,7 +111,8 @@ impl Shared {
         let first = config.endpoints.first();
         let endpoints = Endpoints::default();
         let (roster, shutdown) = (Arc::<Roster>::default(), Shutdown::new());
-        let policies = Policies::new(policy(config));
+        let entrance = Arc::new(entrance(config, None)?);
+        let policies = Policies::new(policy(config, Arc::clone(&entrance)));
         let served = endpoints.clone();
         let overview = Arc::new(Overview::new(
             Arc::clone(&roster),
@@ -116,19 +138,20 @@ impl Shared {
             stop: CancellationToken::new(),
             clock: Clock::system(),
             is_lazy: config.lazy_refresh,
-            entrance: Arc::new(entrance(config)?),
+            known_password: KnownPassword::default(),
             seats: Seats::default(),
             ids: Arc::default(),
             workspace: OnceLock::new(),
             workspace_settings: config.workspace.clone(),
         };
-        shared.apply(config);
+        shared.apply(config, entrance);
         Ok(shared)
     }
 
     /// Puts the settings in force that sessions go by.
-    pub(super) fn apply(&self, config: &Config) {
-        self.policies.set(policy(config));
+    pub(super) fn apply(&self, config: &Config, entrance: Arc<Entrance>) {
+        self.policies.set(policy(config, entrance));
+        self.known_password.set(config.local_password.clone());
         let limit = i64::try_from(config.max_connections).unwrap_or(i64::MAX);
         self.metrics.clients_limit.set(limit);
         self.overview.set_settings(config.shown.clone());
@@ -147,7 +170,6 @@ impl Shared {
         let sessions = Arc::new(Sessions {
             route,
             policies: self.policies.clone(),
-            entrance: Arc::clone(&self.entrance),
             seats: self.seats.clone(),
             door: Door::new(self.shutdown.cutting().child_token()),
             cancels: Arc::default(),

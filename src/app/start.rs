@@ -24,7 +24,6 @@ impl App {
             ending,
             run_connection_test,
             log,
-            local_password,
             notifier,
         } = self;
         let Some(first) = gates.first().map(|gate| Arc::clone(&gate.served)) else {
@@ -85,7 +84,7 @@ impl App {
             let stop = stop.clone();
             match way.map(crate::notes::NotesOptions::new) {
                 Some(mut options) => {
-                    options.password.clone_from(&local_password);
+                    options.password = shared.known_password.clone();
                     helpers.spawn(async move {
                         if let Err(error) = crate::notes::serve(listener, options, stop).await {
                             tracing::error!(%error, "the notes page has ended");
@@ -134,7 +133,6 @@ impl App {
             ending,
             run_connection_test,
             log,
-            local_password,
             notifier,
         })
     }

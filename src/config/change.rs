@@ -15,6 +15,8 @@ use crate::{
 pub(super) const CHANGEABLE: &[&str] = &[
     "admin_console",
     "allow_remote",
+    "client_tls",
+    "unix_socket_allowed_uids",
     "database_mapping",
     "connect_timeout",
     "server_connect_timeout",
@@ -30,7 +32,15 @@ pub(super) const CHANGEABLE: &[&str] = &[
     "exit_when_idle",
     "exit_zero_on_sigterm",
     "log_filter",
+    "client_tls_cert",
+    "client_tls_key",
+    "local_auth",
+    "local_password_file",
+    "unix_socket_mode",
 ];
+
+/// The one setting of endpoints that is put in force for those that stay.
+const SOCKET_MODE: &str = "unix_socket_mode";
 
 /// The way from one [`Config`] to another.
 #[derive(Clone, Debug)]
@@ -58,6 +68,11 @@ impl Change {
 }
 
 impl Config {
+    /// Whether clients must know the same.
+    pub fn has_same_password(&self, other: &Self) -> bool {
+        exposed(self.local_password.as_ref()) == exposed(other.local_password.as_ref())
+    }
+
     /// What has to happen for `new` to be in force.
     pub fn change_to(&self, new: Self) -> Change {
         let Self {
@@ -67,6 +82,8 @@ impl Config {
             allowed_uids,
             client_tls,
             local_password,
+            // Counts by what is in it.
+            local_password_file,
             workspace,
             // Follows from the endpoints.
             password_variables,
@@ -122,6 +139,8 @@ impl Config {
         apply! {
             "admin_console": admin_console = admin_console;
             "allow_remote": allow_remote = allow_remote;
+            "client_tls": client_tls = client_tls;
+            "unix_socket_allowed_uids": allowed_uids = allowed_uids;
             "database_mapping": database_mapping = database_mapping;
             "connect_timeout": limits.connect_timeout = connect_timeout;
             "server_connect_timeout": limits.server_connect_timeout = server_connect_timeout;
@@ -141,15 +160,18 @@ impl Config {
         keep! {
             "profile": self.workspace.profile, workspace.profile;
             "http_address or http_port": self.http, http;
-            "client_tls, client_tls_cert or client_tls_key": self.client_tls, client_tls;
-            "local_auth or its password": exposed(self.local_password.as_ref()), exposed(local_password.as_ref());
-            "unix_socket_allowed_uids": self.allowed_uids, allowed_uids;
             "notes": self.notes, notes;
             "quitquitquit or admin_port": self.admin, admin;
             "lazy_refresh": self.lazy_refresh, lazy_refresh;
             "run_connection_test": self.run_connection_test, run_connection_test;
             "structured_logs": self.log.structured, structured;
             "watch_config": self.watch_config, watch_config;
+        }
+
+        config.local_password_file = local_password_file;
+        if exposed(self.local_password.as_ref()) != exposed(local_password.as_ref()) {
+            config.local_password = local_password;
+            applied.push("local_auth");
         }
 
         for setting in shown.into_iter().filter(|setting| setting.changeable) {
@@ -160,24 +182,45 @@ impl Config {
         }
 
         let mut old: Vec<Option<&EndpointConfig>> = self.endpoints.iter().map(Some).collect();
+        let mut take = |is_it: &dyn Fn(&EndpointConfig) -> bool| {
+            old.iter_mut()
+                .find(|old| old.is_some_and(is_it))
+                .and_then(Option::take)
+        };
+        let same: Vec<Option<&EndpointConfig>> = endpoints
+            .iter()
+            .map(|endpoint| take(&|old| old.is_same(endpoint)))
+            .collect();
         let mut added = Vec::new();
         config.endpoints.clear();
-        for endpoint in endpoints {
-            let same = old
-                .iter_mut()
-                .find(|old| old.is_some_and(|old| old.is_same(&endpoint)))
-                .and_then(Option::take);
-            let Some(same) = same else {
-                config.endpoints.push(endpoint.clone());
-                added.push(endpoint);
-                continue;
-            };
-            let differs = same.differs(&endpoint);
+        for (endpoint, same) in endpoints.into_iter().zip(same) {
+            // One that has moved to where it cannot be bound while the old one is there, which stays.
+            let moved = same.is_none() && self.endpoints.iter().any(|old| old.clashes(&endpoint));
+            let kept = same.or_else(|| take(&|old| old.clashes(&endpoint)));
+            let mut differs = kept.map_or_else(Vec::new, |kept| kept.differs(&endpoint));
+            if moved {
+                differs.insert(0, "address, port or unix_socket");
+            }
+            let called = kept.unwrap_or(&endpoint).called();
             if !differs.is_empty() {
-                let called = same.called();
                 restart.push(format!("{} of endpoint `{called}`", differs.join(", ")));
             }
-            config.endpoints.push(same.clone());
+            if let Some(kept) = kept {
+                let mut kept = kept.clone();
+                if let (false, Some(ours), Some(theirs)) =
+                    (moved, &mut kept.listen.unix, &endpoint.listen.unix)
+                    && ours.mode != theirs.mode
+                {
+                    ours.mode = theirs.mode;
+                    if !applied.contains(&SOCKET_MODE) {
+                        applied.push(SOCKET_MODE);
+                    }
+                }
+                config.endpoints.push(kept);
+            } else if !moved {
+                config.endpoints.push(endpoint.clone());
+                added.push(endpoint);
+            }
         }
         let removed = old.into_iter().flatten().cloned().collect();
         if !added.is_empty() || config.endpoints.len() != self.endpoints.len() {
@@ -202,7 +245,7 @@ impl EndpointConfig {
     pub fn is_same(&self, other: &Self) -> bool {
         // Any free port is as good as any other, so that only the name tells.
         let is_told_by_name = self.listen.port == 0;
-        self.listen == other.listen
+        self.listen.is_same_place(&other.listen)
             && (!is_told_by_name
                 || (self.called() == other.called() && self.read_only == other.read_only))
     }
@@ -210,6 +253,11 @@ impl EndpointConfig {
     /// Whether they are the same in all they say.
     pub fn is_equal(&self, other: &Self) -> bool {
         self.is_same(other) && self.differs(other).is_empty()
+    }
+
+    /// Whether they cannot listen side by side.
+    fn clashes(&self, other: &Self) -> bool {
+        self.listen.clash(&other.listen).is_some()
     }
 
     /// The settings that are not the same.
@@ -272,7 +320,9 @@ mod tests {
             .lines()
             .filter_map(|line| line.split('"').nth(1))
             .collect();
-        assert_eq!(names, CHANGEABLE);
+        // Those behind them are of several fields, or are told by another's name.
+        assert_eq!(names, CHANGEABLE[..names.len()]);
+        assert_eq!(CHANGEABLE.len(), names.len() + 5);
     }
 
     #[test]
@@ -375,6 +425,61 @@ mod tests {
         );
         assert_eq!(names(&free.added), ["b"]);
         assert!(free.removed.is_empty());
+    }
+
+    #[test]
+    fn an_endpoint_that_would_be_in_its_own_way_stays_where_it_is() {
+        let listen = |listen: &str| {
+            format!("allow_remote = true\n[[endpoint]]\nname = \"a\"\nlisten = \"{listen}\"\n")
+        };
+        for (old, new) in [
+            ("127.0.0.1:7", "0.0.0.0:7"),
+            ("0.0.0.0:7", "127.0.0.1:7"),
+            ("127.0.0.1:7", "[::1]:7"),
+        ] {
+            let change = change(&listen(old), &listen(new));
+            assert_eq!(
+                change.restart,
+                ["address, port or unix_socket of endpoint `a`"]
+            );
+            assert!(change.added.is_empty() && change.removed.is_empty());
+            assert_eq!(change.config.endpoints[0].listen.to_string(), old);
+        }
+        // One becomes two: the old one goes on alone.
+        let both = listen("127.0.0.1:7") + "[[endpoint]]\nname = \"b\"\nlisten = \"127.0.0.2:7\"\n";
+        let split = change(&listen("0.0.0.0:7"), &both);
+        assert_eq!(split.restart.len(), 2);
+        assert_eq!(split.config.endpoints.len(), 1);
+        assert!(split.added.is_empty() && split.removed.is_empty());
+
+        let socket = change("", "unix_socket = \"/s\"");
+        assert_eq!(
+            socket.restart,
+            [format!("address, port or unix_socket of endpoint `{NAME}`")]
+        );
+        let free = change(&listen("127.0.0.1:7"), &listen("127.0.0.1:8"));
+        assert_eq!((free.added.len(), free.removed.len()), (1, 1));
+    }
+
+    #[test]
+    fn who_may_come_in_and_how_is_put_in_force() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(&file, "sesame").unwrap();
+        let password = format!("local_password_file = {:?}", file.path());
+        for (new, applied) in [
+            ("client_tls = \"self-signed\"", &["client_tls"][..]),
+            (&password, &["local_auth"]),
+            (
+                "unix_socket_allowed_uids = [7]",
+                &["unix_socket_allowed_uids", "unix_socket_mode"],
+            ),
+            ("unix_socket_mode = \"0660\"", &["unix_socket_mode"]),
+        ] {
+            let socket = "unix_socket = \"/s\"\n";
+            let change = change(socket, &format!("{socket}{new}"));
+            assert_eq!(change.applied, applied, "{new}");
+            assert!(change.restart.is_empty() && change.added.is_empty());
+        }
     }
 
     #[test]

@@ -110,6 +110,16 @@ pub enum ConfigError {
         #[source]
         source: std::io::Error,
     },
+    /// Two sockets for one place.
+    #[error("{one} and {other} would both listen on {place}")]
+    Clash {
+        /// Whose the one is.
+        one: String,
+        /// Whose the other is.
+        other: String,
+        /// Where.
+        place: String,
+    },
     /// Nothing to do.
     #[error("--port is `none`, and there is no other way in")]
     NoListener,
@@ -157,6 +167,7 @@ impl ConfigError {
             Self::LocalPasswordFile { .. } => {
                 "it must be a text file that the proxy's user may read"
             }
+            Self::Clash { .. } => "give each a port of its own (0 = any free one)",
             Self::NoListener => {
                 "give it a port, or a directory for a Unix socket with --unix-socket"
             }

@@ -31,6 +31,14 @@ impl PlaceMaker {
                 unique.push(*address);
             }
         }
+        // Every address takes in each of its family, which could not be bound beside it.
+        let every = |address: &IpAddr| {
+            unique
+                .iter()
+                .any(|it| it.is_unspecified() && it != address && it.is_ipv4() == address.is_ipv4())
+        };
+        let covered: Vec<IpAddr> = unique.iter().copied().filter(every).collect();
+        unique.retain(|address| !covered.contains(address));
         if unique.is_empty() {
             unique.push(IpAddr::V4(Ipv4Addr::LOCALHOST));
         }
@@ -117,6 +125,14 @@ mod tests {
             next(None),
             "127.0.0.1:8001, [::1]:8001, /run/x/.s.PGSQL.8001"
         );
+    }
+
+    #[test]
+    fn every_address_takes_in_the_others_of_its_family() {
+        let mut maker = maker(
+            "address = [\"127.0.0.1\", \"0.0.0.0\", \"::1\", \"10.0.0.7\"]\nport = 7\nallow_remote = true",
+        );
+        assert_eq!(maker.next(None).unwrap().to_string(), "0.0.0.0:7, [::1]:7");
     }
 
     #[test]

@@ -2,6 +2,7 @@
 //! reads the environment.
 
 mod change;
+mod clash;
 mod endpoint;
 mod environment;
 mod error;
@@ -64,6 +65,8 @@ pub struct Config {
     pub client_tls: ClientTls,
     /// What TCP clients must know, if anything.
     pub local_password: Option<SecretString>,
+    /// The file that holds it, if it is in one.
+    pub local_password_file: Option<PathBuf>,
     /// Where credentials come from.
     pub workspace: workspace::Settings,
     /// The variables that hold passwords of endpoints.

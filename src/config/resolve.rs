@@ -7,7 +7,7 @@ use std::{
 
 use super::{
     Config, ConfigError, CredentialSetting, DurationSetting, Environment, PortSetting, Settings,
-    listen::PlaceMaker, local, shown::shown, tables,
+    clash, listen::PlaceMaker, local, shown::shown, tables,
 };
 use crate::{
     descriptors,
@@ -88,6 +88,18 @@ impl Config {
             endpoints.push(tables::endpoint(table, listen, &environment)?);
         }
 
+        let admin = settings
+            .quitquitquit
+            .unwrap_or(false)
+            .then(|| socket(loopback, settings.admin_port, ADMIN_PORT))
+            .flatten();
+        let others = [
+            ("--http-port", http),
+            ("--notes-port", notes),
+            ("--admin-port", admin),
+        ];
+        clash::check(&endpoints, &others)?;
+
         let or = |setting: Option<DurationSetting>, default| {
             setting.map_or(default, |DurationSetting(time)| time)
         };
@@ -98,6 +110,10 @@ impl Config {
             database_mapping: settings.database_mapping.unwrap_or_default(),
             allow_remote: settings.allow_remote.unwrap_or(false),
             client_tls,
+            local_password_file: local_password
+                .is_some()
+                .then(|| settings.local_password_file.clone())
+                .flatten(),
             local_password,
             allowed_uids: settings.unix_socket_allowed_uids,
             workspace: environment.workspace.with_profile(settings.profile),
@@ -125,11 +141,7 @@ impl Config {
             notes,
             admin_console: settings.admin_console.unwrap_or(false),
             shown,
-            admin: settings
-                .quitquitquit
-                .unwrap_or(false)
-                .then(|| socket(loopback, settings.admin_port, ADMIN_PORT))
-                .flatten(),
+            admin,
             lazy_refresh: settings.lazy_refresh.unwrap_or(false),
             run_connection_test: settings.run_connection_test.unwrap_or(false),
             min_sigterm_delay: or(settings.min_sigterm_delay, Duration::ZERO),

@@ -63,6 +63,7 @@ impl Source {
     /// Every file that a reload reads.
     pub fn files(&self, config: &Config) -> Vec<PathBuf> {
         let mut files: Vec<PathBuf> = self.file().map(Path::to_owned).into_iter().collect();
+        files.extend(config.local_password_file.clone());
         for endpoint in &config.endpoints {
             if let TlsMode::Verified(Roots::File(path)) = &endpoint.tls
                 && !files.contains(path)

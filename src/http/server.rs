@@ -2,7 +2,7 @@
 //!
 //! `axum::serve` has no limit on connections and none on the time a head may take; this loop has both.
 
-use std::{io, net::SocketAddr, pin::pin, sync::Arc, time::Duration};
+use std::{collections::VecDeque, io, net::SocketAddr, pin::pin, sync::Arc, time::Duration};
 
 use axum::{Extension, Router, middleware};
 use hyper::server::conn::http1;
@@ -26,7 +26,7 @@ const ACCEPT_BACKOFF_MAX: Duration = Duration::from_secs(1);
 /// Bounds of one server.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
-    /// Connections at a time; more wait in the listener's backlog.
+    /// Connections at a time; for one more the oldest is closed, so that connections that say nothing keep no probe out.
     pub max_connections: usize,
     /// A request's head must be complete within this time, counted from the connection or the answer before.
     pub header_read_timeout: Duration,
@@ -77,19 +77,29 @@ pub async fn serve(
     let app = app.layer(middleware::from_fn_with_state(reach, guard));
     let connections = TaskTracker::new();
     let permits = Arc::new(Semaphore::new(limits.max_connections));
+    let mut open = Open::default();
     let mut backoff = Backoff::default();
 
     let _stopped = stop
         .run_until_cancelled(async {
-            // The semaphore is never closed.
-            while let Ok(permit) = Arc::clone(&permits).acquire_owned().await {
+            loop {
                 match listener.accept().await {
                     Ok((stream, visitor)) => {
                         backoff = Backoff::default();
+                        if permits.available_permits() == 0 {
+                            open.close_oldest();
+                        }
+                        // The semaphore is never closed.
+                        let Ok(permit) = Arc::clone(&permits).acquire_owned().await else {
+                            return;
+                        };
+                        let closed = open.add();
                         let app = app.clone().layer(Extension(Visitor(visitor)));
                         let stop = stop.clone();
                         connections.spawn(async move {
-                            connection(stream, app, limits, stop).await;
+                            let served = connection(stream, app, limits, stop);
+                            closed.run_until_cancelled(served).await;
+                            closed.cancel();
                             drop(permit);
                         });
                     }
@@ -130,6 +140,31 @@ async fn connection(stream: TcpStream, app: Router, limits: Limits, stop: Cancel
     };
     if let Err(error) = ended {
         debug!(%error, "http connection ended early");
+    }
+}
+
+/// The connections that are open, the oldest first, each by what closes it; some have closed by themselves.
+#[derive(Default)]
+struct Open(VecDeque<CancellationToken>);
+
+impl Open {
+    fn add(&mut self) -> CancellationToken {
+        let token = CancellationToken::new();
+        // Now and then, so that each costs little.
+        if self.0.len() == self.0.capacity() {
+            self.0.retain(|open| !open.is_cancelled());
+        }
+        self.0.push_back(token.clone());
+        token
+    }
+
+    fn close_oldest(&mut self) {
+        while let Some(oldest) = self.0.pop_front() {
+            if !oldest.is_cancelled() {
+                debug!("too many http connections; the oldest is closed");
+                return oldest.cancel();
+            }
+        }
     }
 }
 

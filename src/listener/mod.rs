@@ -4,7 +4,13 @@ mod inherited;
 mod tcp;
 mod unix;
 
-use std::{fmt, io, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    fmt, io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 
 use tokio::{
     io::{AsyncRead, AsyncWrite},
@@ -42,6 +48,55 @@ pub struct Places {
     pub tcp: Vec<SocketAddr>,
     /// A Unix socket.
     pub unix: Option<UnixPlace>,
+}
+
+impl Places {
+    /// Where both would listen, if they would; any free port is in nobody's way.
+    pub fn clash(&self, other: &Self) -> Option<String> {
+        let pairs = self
+            .tcp
+            .iter()
+            .flat_map(|ours| other.tcp.iter().map(move |theirs| (*ours, *theirs)));
+        // 127.0.0.1 brings ::1 with it.
+        let localhost = |address: SocketAddr| match address.ip() {
+            IpAddr::V4(Ipv4Addr::LOCALHOST) => IpAddr::V6(Ipv6Addr::LOCALHOST),
+            ip => ip,
+        };
+        let meet = |(ours, theirs): &(SocketAddr, SocketAddr)| {
+            addresses_clash(*ours, *theirs)
+                || (ours.port() == theirs.port()
+                    && ours.port() != 0
+                    && localhost(*ours) == localhost(*theirs))
+        };
+        if let Some((ours, _)) = pairs.into_iter().find(meet) {
+            return Some(ours.to_string());
+        }
+        let (ours, theirs) = self.unix.as_ref().zip(other.unix.as_ref())?;
+        let meet = ours.directory == theirs.directory && self.port == other.port && self.port != 0;
+        meet.then(|| unix::path(&ours.directory, self.port).display().to_string())
+    }
+
+    /// Whether they are the same but for the permissions of the socket, which can be changed.
+    pub fn is_same_place(&self, other: &Self) -> bool {
+        let directory = |places: &Self| places.unix.as_ref().map(|unix| unix.directory.clone());
+        self.port == other.port && self.tcp == other.tcp && directory(self) == directory(other)
+    }
+
+    /// Changes the permissions of its socket, where that is the one at this path.
+    pub fn set_mode(&self, path: &Path, mode: u32) -> io::Result<()> {
+        match &self.unix {
+            Some(place) if path.parent() == Some(&place.directory) => unix::set_mode(path, mode),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Whether two sockets cannot both have these addresses.
+pub fn addresses_clash(one: SocketAddr, other: SocketAddr) -> bool {
+    one.port() == other.port()
+        && one.port() != 0
+        && one.is_ipv4() == other.is_ipv4()
+        && (one.ip() == other.ip() || one.ip().is_unspecified() || other.ip().is_unspecified())
 }
 
 impl fmt::Display for Places {
@@ -129,7 +184,6 @@ impl Bound {
 
 /// Where a client on this machine reaches a listener, also one on every address.
 fn reachable(listener: SocketAddr) -> SocketAddr {
-    use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
     let ip = match listener.ip() {
         IpAddr::V4(ip) if ip.is_unspecified() => IpAddr::V4(Ipv4Addr::LOCALHOST),
         IpAddr::V6(ip) if ip.is_unspecified() => IpAddr::V6(Ipv6Addr::LOCALHOST),
@@ -318,6 +372,49 @@ impl Drop for PanicWatch {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn places(port: u16, addresses: &[&str], directory: Option<&str>) -> Places {
+        let address = |ip: &&str| SocketAddr::new(ip.parse().unwrap(), port);
+        Places {
+            port,
+            tcp: addresses.iter().map(address).collect(),
+            unix: directory.map(|directory| UnixPlace {
+                directory: directory.into(),
+                mode: 0o600,
+            }),
+        }
+    }
+
+    #[test]
+    fn places_clash_where_one_socket_is_in_the_others_way() {
+        let clash = |one: &[&str], other: &[&str]| {
+            places(7, one, None)
+                .clash(&places(7, other, None))
+                .is_some()
+        };
+        for (one, other, expected) in [
+            ("127.0.0.1", "127.0.0.1", true),
+            ("127.0.0.1", "0.0.0.0", true),
+            ("0.0.0.0", "10.0.0.1", true),
+            ("127.0.0.1", "::1", true),
+            ("::", "::1", true),
+            ("::", "0.0.0.0", false),
+            ("127.0.0.1", "127.0.0.2", false),
+            ("10.0.0.1", "::1", false),
+        ] {
+            assert_eq!(clash(&[one], &[other]), expected, "{one} {other}");
+            assert_eq!(clash(&[other], &[one]), expected, "{other} {one}");
+        }
+        assert!(clash(&["127.0.0.1"], &["192.0.2.1", "127.0.0.1"]));
+        let local = places(7, &["127.0.0.1"], None);
+        assert_eq!(local.clash(&places(8, &["127.0.0.1"], None)), None);
+        let any = places(0, &["127.0.0.1"], Some("/s"));
+        assert_eq!(any.clash(&any), None, "any free port");
+        let unix = places(7, &[], Some("/s"));
+        let said = unix.clash(&places(7, &["127.0.0.2"], Some("/s")));
+        assert_eq!(said.as_deref(), Some("/s/.s.PGSQL.7"));
+        assert_eq!(unix.clash(&places(7, &[], Some("/t"))), None);
+    }
 
     #[test]
     fn local_clients_come_by_tcp_where_they_can() {

@@ -68,6 +68,9 @@ impl UnixError {
             Self::NotASocket { .. } => Some("remove it, or choose another directory"),
             Self::Bind { source, .. } => match source.kind() {
                 io::ErrorKind::NotFound => Some("make the directory first"),
+                io::ErrorKind::NotADirectory => {
+                    Some("--unix-socket names the directory that the socket is made in")
+                }
                 io::ErrorKind::PermissionDenied => {
                     Some("the directory must be writable for the user that the proxy runs as")
                 }
@@ -122,6 +125,11 @@ impl Drop for SocketFile {
 /// The path that libpq looks for.
 pub(super) fn path(directory: &Path, port: u16) -> PathBuf {
     directory.join(format!("{NAME}{port}"))
+}
+
+/// Changes the permissions of a socket.
+pub(super) fn set_mode(path: &Path, mode: u32) -> io::Result<()> {
+    fs::set_permissions(path, fs::Permissions::from_mode(mode))
 }
 
 /// Directory and port of a path that libpq finds.

@@ -23,6 +23,7 @@ use tokio_util::task::TaskTracker;
 use tracing::debug;
 
 use super::{NotesOptions, page::Note};
+use crate::session::KnownPassword;
 
 /// Longest note that is shown whole; a longer one is cut by the server, so that a page stays a page.
 const NOTE_CHARS: usize = 2_000;
@@ -74,9 +75,6 @@ impl Database {
             .application_name("lakebase-proxy notes")
             .options(format!("-c statement_timeout={}", statement.as_millis()))
             .ssl_mode(SslMode::Disable);
-        if let Some(password) = &options.password {
-            config.password(password.expose_secret());
-        }
         if let Some(database) = &options.database {
             config.dbname(database);
         }
@@ -85,6 +83,7 @@ impl Database {
             config,
             Connector {
                 connections: connections.clone(),
+                password: options.password.clone(),
             },
             ManagerConfig {
                 recycling_method: RecyclingMethod::Fast,
@@ -190,6 +189,8 @@ impl Drop for Lease {
 /// Opens connections whose tasks are ours to wait for, and which take their leave from the server.
 struct Connector {
     connections: TaskTracker,
+    /// Asked for each, as a reload may change it.
+    password: KnownPassword,
 }
 
 type Connecting<'a> = Pin<
@@ -198,7 +199,10 @@ type Connecting<'a> = Pin<
 
 impl Connect for Connector {
     fn connect(&self, config: &Config) -> Connecting<'_> {
-        let config = config.clone();
+        let mut config = config.clone();
+        if let Some(password) = self.password.now() {
+            config.password(password.expose_secret());
+        }
         Box::pin(async move {
             let (client, connection) = config.connect(NoTls).await?;
             // The pool aborts the task it is given when it drops a client. Given the connection itself, that would cut

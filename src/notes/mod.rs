@@ -24,7 +24,6 @@ use axum::{
     response::{Html, IntoResponse, Response},
     routing::get,
 };
-use secrecy::SecretString;
 use tokio::{
     net::TcpListener,
     time::{Instant, timeout_at},
@@ -35,6 +34,7 @@ use tracing::{info, warn};
 use crate::{
     http::{self, Limits},
     listener::Way,
+    session::KnownPassword,
     telemetry::chain,
 };
 
@@ -53,7 +53,7 @@ pub struct NotesOptions {
     /// User to give; the proxy replaces it.
     pub user: Option<String>,
     /// Password to give, where our listener asks for one.
-    pub password: Option<SecretString>,
+    pub password: KnownPassword,
     /// Connections at a time.
     pub pool_size: usize,
     /// Most that a reader waits for an answer, whatever state the database is in.
@@ -69,7 +69,7 @@ impl NotesOptions {
             upstream: upstream.into(),
             database: None,
             user: None,
-            password: None,
+            password: KnownPassword::default(),
             pool_size: 4,
             request_timeout: Duration::from_secs(14),
             idle_timeout: Duration::from_secs(30),

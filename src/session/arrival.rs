@@ -11,7 +11,7 @@ use tokio::{
 use tokio_rustls::TlsAcceptor;
 
 use super::{
-    FAREWELL, Peer, Policy, Sessions,
+    Encrypted, FAREWELL, Peer, Policy, Sessions,
     handshake::{self, HandshakeError, Opening, Tls},
     linger,
     local_auth::Failure,
@@ -36,6 +36,7 @@ const FIRST_BUFFER: usize = 1024;
 struct Arrival<'a> {
     id: u64,
     peer: Peer,
+    encryption: Encrypted,
     began: Instant,
     policy: &'a Policy,
     /// Held until it is known what the client wants, and that it may.
@@ -60,12 +61,13 @@ impl Sessions {
         let arrival = Arrival {
             id,
             peer,
+            encryption: Encrypted::No,
             began: Instant::now(),
             policy: &policy,
             _handshaking: handshaking,
         };
         let mut buffer = BytesMut::with_capacity(FIRST_BUFFER);
-        let receiving = handshake::receive(&mut client, &mut buffer, self.entrance.tls(peer));
+        let receiving = handshake::receive(&mut client, &mut buffer, policy.entrance.tls(peer));
         match self.in_time(&arrival, receiving).await {
             Ok(Some(Opening::Encrypt { direct })) => {
                 // Boxed, so that clients without TLS do not carry the room for it about.
@@ -98,11 +100,11 @@ impl Sessions {
     }
 
     /// Begins TLS and asks again what the client wants; `front` is what has been read of it.
-    async fn encrypt<S>(&self, arrival: Arrival<'_>, client: S, front: BytesMut, direct: bool)
+    async fn encrypt<S>(&self, mut arrival: Arrival<'_>, client: S, front: BytesMut, direct: bool)
     where
         S: AsyncRead + AsyncWrite + Unpin,
     {
-        let Some(encryption) = &self.entrance.encryption else {
+        let Some(encryption) = &arrival.policy.entrance.encryption else {
             return;
         };
         let accepting = async {
@@ -113,26 +115,28 @@ impl Sessions {
         let mut client = match self.in_time(&arrival, accepting).await {
             Ok(Some(client)) => client,
             Ok(None) => return,
-            Err(error) => return self.no_encryption(arrival.id, &error),
+            Err(error) => return self.no_encryption(&arrival, &error),
         };
         if direct && client.get_ref().1.alpn_protocol() != Some(ALPN_POSTGRESQL) {
             let error = HandshakeError::NoAlpn;
-            return self.reject(arrival.id, &mut client, &error).await;
+            return self.reject(&arrival, &mut client, &error).await;
         }
+        arrival.encryption = Encrypted::by(client.get_ref().1);
         let mut buffer = BytesMut::with_capacity(FIRST_BUFFER);
         let receiving = handshake::receive(&mut client, &mut buffer, Tls::Spoken);
         let opening = self.in_time(&arrival, receiving).await;
         self.proceed(arrival, client, buffer, opening).await;
     }
 
-    fn no_encryption(&self, id: u64, error: &HandshakeError) {
+    fn no_encryption(&self, arrival: &Arrival<'_>, error: &HandshakeError) {
+        let (id, entrance) = (arrival.id, &arrival.policy.entrance);
         self.count_refusal(reason::CLIENT_TLS);
         match error {
             // Port scanners, mostly.
             HandshakeError::Tls(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
                 tracing::debug!(session = id, %error, "client left in the TLS handshake");
             }
-            HandshakeError::Tls(error) => self.entrance.client_broke_off_tls(error),
+            HandshakeError::Tls(error) => entrance.client_broke_off_tls(error),
             error => tracing::debug!(session = id, %error, "no TLS handshake"),
         }
     }
@@ -148,7 +152,11 @@ impl Sessions {
         S: AsyncRead + AsyncWrite + Unpin,
     {
         let Arrival {
-            id, peer, policy, ..
+            id,
+            peer,
+            encryption,
+            policy,
+            ..
         } = arrival;
         match opening {
             // The second cannot be: TLS is begun before.
@@ -156,12 +164,12 @@ impl Sessions {
             Ok(Some(Opening::Gone { insisted: true })) => {
                 self.count_refusal(reason::CLIENT_TLS);
                 if matches!(peer, Peer::Tcp(_)) {
-                    self.entrance.client_insists_on_tls();
+                    policy.entrance.client_insists_on_tls();
                 }
             }
             Ok(Some(Opening::Cancel(key))) => {
                 drop(arrival);
-                if self.entrance.admit(peer).is_ok() {
+                if policy.entrance.admit(peer).is_ok() {
                     self.cancel(key, &policy.terms).await;
                 }
                 // libpq 17 takes an end without TLS's own goodbye for a cancel that failed.
@@ -175,10 +183,11 @@ impl Sessions {
                 let served = match allowed {
                     Ok(()) if self.console_for(peer, &startup).is_some() => {
                         // Boxed: rare, and none of the others should be as large.
-                        return Box::pin(self.answer(id, peer, client, buffer, &startup)).await;
+                        return Box::pin(self.answer((id, peer), policy, client, buffer, &startup))
+                            .await;
                     }
                     Ok(()) => {
-                        self.run((id, peer), policy, &mut client, buffer, startup)
+                        self.run((id, peer, encryption), policy, &mut client, buffer, startup)
                             .await
                     }
                     Err(Failure::Refused(refusal)) => Err(refusal),
@@ -191,15 +200,15 @@ impl Sessions {
                     self.refuse(id, &mut client, refusal).await;
                 }
             }
-            Err(error) => self.reject(id, &mut client, &error).await,
+            Err(error) => self.reject(&arrival, &mut client, &error).await,
         }
     }
 
     /// Serves a client of the console.
     async fn answer<S>(
         &self,
-        id: u64,
-        peer: Peer,
+        (id, peer): (u64, Peer),
+        policy: &Policy,
         mut client: S,
         buffer: BytesMut,
         startup: &StartupMessage,
@@ -209,7 +218,7 @@ impl Sessions {
         let Some(console) = self.console_for(peer, startup) else {
             return;
         };
-        let hello = match self.entrance.password(peer) {
+        let hello = match policy.entrance.password(peer) {
             Some(_) => BytesMut::new(), // said before the password was asked for
             None => negotiation(startup),
         };
@@ -237,8 +246,9 @@ impl Sessions {
     where
         S: AsyncRead + AsyncWrite + Unpin,
     {
-        self.entrance.admit(arrival.peer)?;
-        let Some(password) = self.entrance.password(arrival.peer) else {
+        let entrance = &arrival.policy.entrance;
+        entrance.admit(arrival.peer)?;
+        let Some(password) = entrance.password(arrival.peer) else {
             return Ok(());
         };
         let asking = async { Ok(password.ask(client, buffer, startup).await) };
@@ -255,13 +265,14 @@ impl Sessions {
         }
     }
 
-    async fn reject<S>(&self, id: u64, client: &mut S, error: &HandshakeError)
+    async fn reject<S>(&self, arrival: &Arrival<'_>, client: &mut S, error: &HandshakeError)
     where
         S: AsyncRead + AsyncWrite + Unpin,
     {
+        let id = arrival.id;
         let reason = match error {
             HandshakeError::Startup(StartupError::TlsHandshake) => {
-                self.entrance.client_insists_on_tls();
+                arrival.policy.entrance.client_insists_on_tls();
                 reason::CLIENT_TLS
             }
             HandshakeError::NoAlpn => reason::CLIENT_TLS,

@@ -22,9 +22,9 @@ pub struct Entrance {
     /// TLS, where it is offered.
     pub encryption: Option<Arc<Encryption>>,
     /// What TCP clients must know, where that is more than nothing.
-    pub password: Option<LocalPassword>,
+    pub password: Option<Arc<LocalPassword>>,
     /// What has been said once.
-    pub told: Told,
+    pub told: Arc<Told>,
 }
 
 /// What the log says once in the life of a process.
@@ -64,7 +64,7 @@ impl Entrance {
     /// The password that this peer must know. A Unix socket's users the kernel vouches for.
     pub(super) fn password(&self, peer: Peer) -> Option<&LocalPassword> {
         match peer {
-            Peer::Tcp(_) => self.password.as_ref(),
+            Peer::Tcp(_) => self.password.as_deref(),
             Peer::Unix { .. } => None,
         }
     }

@@ -1,7 +1,8 @@
 //! The password between clients and us: SCRAM-SHA-256, any user name.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
+use arc_swap::ArcSwapOption;
 use bytes::BytesMut;
 use secrecy::SecretString;
 use tokio::{
@@ -35,6 +36,24 @@ const FAILURE_DELAY: std::ops::Range<f64> = 0.75..1.25;
 pub struct LocalPassword {
     verifier: Verifier,
     attempts: Semaphore,
+}
+
+/// The password in force, for clients of our own (the notes page) and for the program that `exec` runs; cheap to clone.
+#[derive(Clone, Debug, Default)]
+pub struct KnownPassword(Arc<ArcSwapOption<SecretString>>);
+
+impl KnownPassword {
+    /// The one in force, if there is one.
+    pub fn now(&self) -> Option<SecretString> {
+        self.0
+            .load_full()
+            .map(|password| SecretString::clone(&password))
+    }
+
+    /// Puts another in force.
+    pub fn set(&self, password: Option<SecretString>) {
+        self.0.store(password.map(Arc::new));
+    }
 }
 
 /// How an attempt came to nothing.

@@ -45,9 +45,9 @@ use tokio::{
 pub use self::{
     cancel::Cancels,
     door::Door,
-    encryption::{ClientTls, ClientTlsError, Encryption},
+    encryption::{ClientTls, ClientTlsError, Encrypted, Encryption},
     entrance::{Entrance, Told},
-    local_auth::LocalPassword,
+    local_auth::{KnownPassword, LocalPassword},
     peer::Peer,
     policy::{Policies, Policy, Seat, Seats},
     presence::{Presence, Present},
@@ -123,8 +123,6 @@ pub struct Sessions {
     pub route: Route,
     /// What they go by.
     pub policies: Policies,
-    /// Who is let in.
-    pub entrance: Arc<Entrance>,
     /// The place that each takes.
     pub seats: Seats,
     /// Whether there may be more of them.
@@ -154,7 +152,7 @@ impl Sessions {
     /// A session proper; an error is a refusal that the client is still to be told.
     async fn run<S>(
         &self,
-        (id, peer): (u64, Peer),
+        (id, peer, encryption): (u64, Peer, Encrypted),
         policy: &Policy,
         client: &mut S,
         mut buffer: BytesMut,
@@ -166,7 +164,9 @@ impl Sessions {
         let began = Instant::now();
         let _seat = self.admit(policy)?;
         let _present = (self.presence.enter(), self.door.enter());
-        let listed = self.roster.enter(id, peer, self.route.label(), &startup);
+        let listed = self
+            .roster
+            .enter(id, (peer, encryption), self.route.label(), &startup);
         let waiting = GaugeGuard::new(&self.metrics.clients_waiting);
         let draining = self.shutdown.draining().clone();
         // A box, so that a session's task is not the size of a login for ever.
@@ -233,7 +233,7 @@ impl Sessions {
                 .notices
                 .extend_from_slice(&Report::new("00000", notice).encode_notice());
         }
-        let mut hello = match self.entrance.password(peer) {
+        let mut hello = match policy.entrance.password(peer) {
             Some(_) => BytesMut::new(), // said before the password was asked for
             None => negotiation(&startup),
         };

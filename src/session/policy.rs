@@ -10,12 +10,14 @@ use std::{
 
 use arc_swap::ArcSwap;
 
-use super::DatabaseMapping;
+use super::{DatabaseMapping, Entrance};
 use crate::upstream::Terms;
 
 /// The settings that sessions know.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub struct Policy {
+    /// Who is let in, and how.
+    pub entrance: Arc<Entrance>,
     /// What the database names that clients send mean.
     pub database_mapping: DatabaseMapping,
     /// How long a client may take to say what it wants.

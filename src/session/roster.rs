@@ -17,7 +17,7 @@ use std::{
 use jiff::{SignedDuration, Timestamp};
 use tokio::time::Instant;
 
-use super::{peer::Peer, recent::Recent};
+use super::{Encrypted, peer::Peer, recent::Recent};
 use crate::{
     protocol::{progress::Progress, startup::StartupMessage},
     upstream::Label,
@@ -140,6 +140,7 @@ impl Watch {
 #[derive(Debug)]
 struct Entry {
     peer: Peer,
+    encryption: Encrypted,
     endpoint: Label,
     /// User, database and application name as the client gave them, a zero byte between them.
     names: Box<str>,
@@ -168,6 +169,8 @@ pub struct Seen {
     pub id: u64,
     /// Who it is.
     pub peer: Peer,
+    /// Whether others could listen in between it and us.
+    pub encryption: Encrypted,
     /// Where it leads.
     pub endpoint: Label,
     /// The user that the client named, which counts for nothing.
@@ -224,7 +227,7 @@ impl Roster {
     pub fn enter(
         self: &Arc<Self>,
         id: u64,
-        peer: Peer,
+        (peer, encryption): (Peer, Encrypted),
         endpoint: &Label,
         startup: &StartupMessage,
     ) -> Listed {
@@ -234,6 +237,7 @@ impl Roster {
         });
         let entry = Arc::new(Entry {
             peer,
+            encryption,
             endpoint: endpoint.clone(),
             names: names.join("\0").into(),
             began: self.origin.elapsed(),
@@ -290,6 +294,7 @@ impl Roster {
         Seen {
             id,
             peer: entry.peer,
+            encryption: entry.encryption,
             endpoint: entry.endpoint.clone(),
             user: name(),
             database: name(),
@@ -372,7 +377,7 @@ mod tests {
     async fn a_session_is_listed_with_what_it_does_and_since_when_until_it_ends() {
         let roster = Arc::new(Roster::default());
         let message = startup(&[("user", "me"), ("application_name", "app")]);
-        let listed = roster.enter(7, peer(), &Label::new("e"), &message);
+        let listed = roster.enter(7, (peer(), Encrypted::No), &Label::new("e"), &message);
         advance(Duration::from_secs(3)).await;
         let seen = &roster.look(10)[0];
         assert_eq!(
@@ -423,7 +428,7 @@ mod tests {
     async fn the_oldest_come_first_and_no_more_than_asked_for() {
         let roster = Arc::new(Roster::default());
         let listed: Vec<Listed> = (0..5)
-            .map(|id| roster.enter(id, peer(), &Label::new("e"), &startup(&[])))
+            .map(|id| roster.enter(id, (peer(), Encrypted::No), &Label::new("e"), &startup(&[])))
             .collect();
         let ids: Vec<u64> = roster.look(3).iter().map(|seen| seen.id).collect();
         assert_eq!(ids, [0, 1, 2]);
@@ -436,7 +441,7 @@ mod tests {
         let roster = Arc::new(Roster::default());
         let long = "ä".repeat(NAME_LIMIT);
         let message = startup(&[("user", &long), ("database", "d")]);
-        let _listed = roster.enter(1, peer(), &Label::new("e"), &message);
+        let _listed = roster.enter(1, (peer(), Encrypted::No), &Label::new("e"), &message);
         let seen = &roster.look(1)[0];
         assert_eq!(seen.user, "ä".repeat(NAME_LIMIT / 2));
         assert_eq!(seen.database, "d");

@@ -51,12 +51,12 @@ fn sessions(upstream: SocketAddr, client_login_timeout: Duration) -> Arc<Session
     Arc::new(Sessions {
         route,
         policies: Policies::new(Policy {
+            entrance: Arc::default(),
             database_mapping: DatabaseMapping::Default,
             client_login_timeout,
             max_connections: 1,
             terms: Terms::default(),
         }),
-        entrance: Arc::default(),
         seats: Seats::default(),
         door: Door::new(CancellationToken::new()),
         cancels: Arc::default(),

@@ -55,6 +55,7 @@ async fn start() -> Running {
     let metrics = Metrics::new().unwrap();
     let stop = CancellationToken::new();
     let policies = Policies::new(Policy {
+        entrance: Arc::default(),
         database_mapping: DatabaseMapping::Default,
         client_login_timeout: Duration::from_secs(15),
         max_connections: 100,
@@ -339,10 +340,10 @@ async fn a_head_too_large_is_refused() {
 }
 
 #[tokio::test]
-async fn clients_beyond_the_limit_wait_for_their_turn() {
+async fn connections_that_say_nothing_keep_nobody_out() {
     let limits = Limits {
-        max_connections: 1,
-        header_read_timeout: Duration::from_millis(300),
+        max_connections: 2,
+        header_read_timeout: Duration::from_mins(5),
         ..Limits::default()
     };
     let (address, _tracker, _stop) = bounded(limits).await;
@@ -352,7 +353,13 @@ async fn clients_beyond_the_limit_wait_for_their_turn() {
         .await
         .unwrap();
     first.read_u8().await.unwrap();
-    // The first is kept open and silent; the second is served once the first has had its time.
+    let mut others = Vec::new();
+    for _ in 0..5 {
+        let mut silent = TcpStream::connect(address).await.unwrap();
+        silent.write_all(b"GET / HT").await.unwrap();
+        others.push(silent);
+    }
+    // The oldest give way.
     let second = timeout(Duration::from_secs(5), get(address, "/"))
         .await
         .expect("served in turn");

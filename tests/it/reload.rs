@@ -3,7 +3,7 @@
 use std::{
     fs,
     net::SocketAddr,
-    os::unix::fs::symlink,
+    os::unix::fs::{PermissionsExt, symlink},
     path::{Path, PathBuf},
     sync::{
         Arc,
@@ -24,7 +24,7 @@ use crate::harness::{
     self, PATIENCE,
     binary::Binary,
     eventually, until_running,
-    wire::{Wire, cancel, text},
+    wire::{SSL_REQUEST, Wire, cancel, text},
     within,
 };
 
@@ -198,7 +198,12 @@ async fn a_file_that_cannot_be_used_changes_nothing() {
             "max_connections = 1\naddress = \"0.0.0.0\"",
             "other machines",
         ),
-        (taken.as_str(), "cannot listen on"),
+        (taken.as_str(), "would both listen on"),
+        ("max_connections = 1\nlog_filter = \"\"", "filter is empty"),
+        (
+            "max_connections = 1\nclient_tls_cert = \"/c\"\nclient_tls_key = \"/k\"",
+            "`/c`",
+        ),
     ] {
         let error = house.reload(file).await.unwrap_err();
         assert!(error.to_string().contains(said), "{error}");
@@ -207,7 +212,7 @@ async fn a_file_that_cannot_be_used_changes_nothing() {
             0
         );
     }
-    assert_eq!(house.reloads("refused"), 5);
+    assert_eq!(house.reloads("refused"), 7);
     assert_eq!(house.running.endpoints().now().len(), 1);
     let _held = [
         session(house.address()).await,
@@ -312,6 +317,135 @@ async fn endpoints_come_and_go_and_their_sessions_stay() {
     .await;
     let mut wire = session(at(first)).await;
     assert_eq!(wire.value("select 5").await, "5");
+}
+
+#[tokio::test]
+async fn an_endpoint_gives_way_once_it_is_leaving_and_else_stays_where_it_is() {
+    let emulator = harness::emulator().await;
+    let (first, second) = (free_port().await, free_port().await);
+    let one = format!("allow_remote = true\n{}", table(&emulator, first));
+    let wide = |port: u16| {
+        let table = table(&emulator, port);
+        table.replace(
+            &format!("listen = {port}"),
+            &format!("listen = \"0.0.0.0:{port}\""),
+        )
+    };
+    let both = format!("{one}{}", table(&emulator, second));
+    let mut house = House::start(&emulator, &both).await;
+    let at = |port: u16| SocketAddr::from(([127, 0, 0, 1], port));
+    let mut held = session(at(second)).await;
+
+    let moved = house.change(&format!("{one}{}", wide(second))).await;
+    assert!(
+        moved.restart[0].starts_with("address, port or unix_socket of endpoint"),
+        "{moved:?}"
+    );
+    assert!(moved.added.is_empty() && moved.removed.is_empty());
+    assert_eq!(session(at(second)).await.value("select 1").await, "1");
+
+    house.change(&one).await;
+    let again = house.change(&format!("{one}{}", wide(second))).await;
+    assert_eq!(again.added.len(), 1);
+    assert_eq!(session(at(second)).await.value("select 2").await, "2");
+    assert_eq!(held.value("select 3").await, "3");
+}
+
+#[tokio::test]
+async fn what_was_made_for_a_reload_that_is_refused_goes_again() {
+    let emulator = harness::emulator().await;
+    let holder = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let taken = holder.local_addr().unwrap().port();
+    let free = free_port().await;
+    let one = table(&emulator, 0);
+    let mut house = House::start(&emulator, &one).await;
+    let file = format!(
+        "{one}[[endpoint]]\nname = \"projects/nowhere/branches/b/endpoints/e\"\nlisten = {free}\n\
+         [[endpoint]]\nname = \"projects/else/branches/b/endpoints/e\"\nlisten = {taken}\n"
+    );
+    let error = house.reload(&file).await.unwrap_err();
+    assert!(error.to_string().contains(&taken.to_string()), "{error}");
+    assert!(!house.running.metrics().render().contains("nowhere"));
+    assert!(
+        tokio::net::TcpListener::bind(("127.0.0.1", free))
+            .await
+            .is_ok()
+    );
+}
+
+#[tokio::test]
+async fn who_may_come_in_and_how_changes_for_the_next_client() {
+    let emulator = harness::emulator().await;
+    let directory = tempfile::tempdir().unwrap();
+    let password = directory.path().join("password");
+    let mut house = House::start(&emulator, "").await;
+    let mut before = session(house.address()).await;
+    let port = house.address().port();
+    let connect = async |password: Option<&str>| {
+        let mut config = tokio_postgres::Config::new();
+        config.host("127.0.0.1").port(port).user("anyone");
+        if let Some(password) = password {
+            config.password(password);
+        }
+        let connected = within("a login", config.connect(tokio_postgres::NoTls)).await;
+        connected.is_ok()
+    };
+    let file = format!("local_password_file = {password:?}");
+    for word in ["sesame", "open"] {
+        fs::write(&password, word).unwrap();
+        assert_eq!(house.change(&file).await.applied, ["local_auth"]);
+        assert!(connect(Some(word)).await);
+        assert!(!connect(None).await && !connect(Some("wrong")).await);
+        let known = house.running.target().await.unwrap().password.unwrap();
+        assert_eq!(secrecy::ExposeSecret::expose_secret(&known), word);
+    }
+    assert_eq!(before.value("select 1").await, "1");
+    house.change("").await;
+    assert!(connect(None).await);
+
+    for (file, answer) in [("client_tls = \"self-signed\"", 'S'), ("", 'N')] {
+        assert_eq!(house.change(file).await.applied, ["client_tls"]);
+        let mut wire = Wire::dial(house.address()).await;
+        wire.send(&SSL_REQUEST).await;
+        assert_eq!(wire.byte().await, answer, "{file}");
+    }
+    assert_eq!(before.value("select 2").await, "2");
+}
+
+#[tokio::test]
+async fn the_permissions_of_a_unix_socket_follow_the_settings() {
+    let emulator = harness::emulator().await;
+    let directory = tempfile::tempdir().unwrap();
+    let socket = format!("unix_socket = {:?}\n", directory.path());
+    let mut house = House::start(&emulator, &socket).await;
+    let path = house.running.addresses().endpoints[0].unix[0].clone();
+    let mode = || fs::metadata(&path).unwrap().permissions().mode() & 0o777;
+    assert_eq!(mode(), 0o600);
+    for (more, expected) in [
+        ("unix_socket_allowed_uids = [7]", 0o666),
+        ("unix_socket_mode = \"0660\"", 0o660),
+        ("", 0o600),
+    ] {
+        let change = house.change(&format!("{socket}{more}")).await;
+        assert!(change.applied.contains(&"unix_socket_mode"), "{change:?}");
+        assert_eq!(mode(), expected, "{more}");
+    }
+}
+
+#[tokio::test]
+async fn a_pipe_in_the_place_of_the_file_is_refused_and_not_waited_for() {
+    let emulator = harness::emulator().await;
+    let mut house = House::start(&emulator, "max_connections = 2").await;
+    fs::remove_file(&house.file).unwrap();
+    let made = std::process::Command::new("mkfifo")
+        .arg(&house.file)
+        .status();
+    assert!(made.unwrap().success());
+    let error = within("the reload", house.reloader.reload())
+        .await
+        .unwrap_err();
+    assert!(error.hint().unwrap().contains("not a pipe"), "{error}");
+    assert_eq!(session(house.address()).await.value("select 1").await, "1");
 }
 
 #[tokio::test]
@@ -512,6 +646,37 @@ async fn a_config_map_that_changes_is_read_again() {
     let _one = session(binary.postgres).await;
     assert_eq!(refusal(binary.postgres).await.code, "53300");
     binary.find("session begins").await;
+}
+
+#[tokio::test]
+async fn a_change_during_the_start_is_not_missed() {
+    let emulator = harness::emulator().await;
+    let file = |limit: u32| format!("watch_config = true\nmax_connections = {limit}");
+    let house = House::start(&emulator, &file(50)).await;
+    fs::write(&house.file, file(1)).unwrap();
+    house.running.reload_on(house.reloader, None);
+    let reloads = &house.running.metrics().config_reloads;
+    eventually("the change is in force", async || {
+        (reloads.with_label_values(&["applied"]).get() == 1).then_some(())
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_password_file_that_changes_is_read_again() {
+    let emulator = harness::emulator().await;
+    let directory = tempfile::tempdir().unwrap();
+    let password = directory.path().join("password");
+    fs::write(&password, "sesame").unwrap();
+    let file = format!("watch_config = true\nlocal_password_file = {password:?}");
+    let house = House::start(&emulator, &file).await;
+    house.running.reload_on(house.reloader, None);
+    fs::write(&password, "open").unwrap();
+    eventually("the new one is known", async || {
+        let known = house.running.target().await.unwrap().password.unwrap();
+        (secrecy::ExposeSecret::expose_secret(&known) == "open").then_some(())
+    })
+    .await;
 }
 
 #[tokio::test]

@@ -1,0 +1,103 @@
+//! Sockets of one process that would be in each other's way: the system only says that an address is taken, and not
+//! that it is by ourselves.
+
+use std::net::SocketAddr;
+
+use super::{ConfigError, EndpointConfig};
+use crate::listener::addresses_clash;
+
+/// Refuses sockets that cannot all be bound. `others` are those beside the endpoints', each with the flag of its port.
+pub(super) fn check(
+    endpoints: &[EndpointConfig],
+    others: &[(&str, Option<SocketAddr>)],
+) -> Result<(), ConfigError> {
+    let clash = |one: String, other: &str, place: String| ConfigError::Clash {
+        one,
+        other: other.to_owned(),
+        place,
+    };
+    for (index, endpoint) in endpoints.iter().enumerate() {
+        let called = format!("the endpoint `{}`", endpoint.called());
+        for other in endpoints.iter().skip(index.saturating_add(1)) {
+            if let Some(place) = endpoint.listen.clash(&other.listen) {
+                let other = format!("the endpoint `{}`", other.called());
+                return Err(clash(called, &other, place));
+            }
+        }
+        for (flag, address) in others {
+            let taken = |address: &SocketAddr| {
+                let mut tcp = endpoint.listen.tcp.iter();
+                tcp.any(|ours| addresses_clash(*ours, *address))
+            };
+            if let Some(address) = address.filter(taken) {
+                return Err(clash(called, flag, address.to_string()));
+            }
+        }
+    }
+    for (index, (flag, address)) in others.iter().enumerate() {
+        for (other, theirs) in others.iter().skip(index.saturating_add(1)) {
+            if let Some((ours, theirs)) = address.zip(*theirs)
+                && addresses_clash(ours, theirs)
+            {
+                return Err(clash((*flag).to_owned(), other, ours.to_string()));
+            }
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::config::{Config, ConfigError, Environment};
+
+    fn resolve(file: &str) -> Result<Config, ConfigError> {
+        let name = ("ENDPOINT_NAME", "projects/p/branches/b/endpoints/e");
+        let variables = [(name.0.to_owned(), name.1.to_owned())];
+        let environment = Environment::from_variables(variables);
+        Config::resolve(toml::from_str(file).unwrap(), environment)
+    }
+
+    #[test]
+    fn sockets_of_ours_that_are_in_each_others_way_are_named() {
+        let endpoint =
+            |listen: &str| format!("[[endpoint]]\nname = \"{listen}\"\nlisten = \"{listen}\"\n");
+        let both = |one, other| endpoint(one) + &endpoint(other);
+        for (file, words) in [
+            (
+                both("127.0.0.1:7", "[::1]:7"),
+                ["endpoint `127.0.0.1:7`", "endpoint `[::1]:7`"],
+            ),
+            (
+                format!("allow_remote = true\n{}", both("7", "0.0.0.0:7")),
+                ["endpoint `7`", "endpoint `0.0.0.0:7`"],
+            ),
+            (
+                "http_port = 5432".to_owned(),
+                ["the endpoint `projects/", "--http-port"],
+            ),
+            (
+                "http_port = 8000\nnotes = true".to_owned(),
+                ["--http-port", "--notes-port"],
+            ),
+            (
+                "http_address = \"0.0.0.0\"\nhttp_port = 9091\nquitquitquit = true".to_owned(),
+                ["--http-port", "--admin-port"],
+            ),
+        ] {
+            let error = resolve(&file).unwrap_err();
+            let said = error.to_string();
+            for word in words {
+                assert!(said.contains(word), "{word}: {said}");
+            }
+            assert!(error.hint().is_some());
+        }
+        for file in [
+            both("7", "8"),
+            both("127.0.0.1:7", "127.0.0.2:7"),
+            "port = 0\nhttp_port = 0\nnotes = true\nnotes_port = 0".to_owned(),
+            "http_port = 8000\nnotes_port = 8000".to_owned(),
+        ] {
+            assert!(resolve(&file).is_ok(), "{file}");
+        }
+    }
+}
