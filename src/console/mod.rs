@@ -14,6 +14,7 @@
 //! keep the program from ending when idle.
 
 mod dialogue;
+mod pgbouncer;
 mod statement;
 mod tables;
 
@@ -236,5 +237,52 @@ impl std::fmt::Debug for Console {
         f.debug_struct("Console")
             .field("over_tcp", &self.over_tcp)
             .finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::SocketAddr;
+
+    use super::*;
+    use crate::{
+        session::{Policies, Policy},
+        shutdown::Shutdown,
+        upstream::Terms,
+    };
+
+    #[test]
+    fn it_is_for_our_own_user_and_root_and_by_tcp_for_this_machine_where_that_is_asked_for() {
+        let policies = Policies::new(Policy {
+            entrance: Arc::default(),
+            database_mapping: crate::session::DatabaseMapping::Default,
+            client_login_timeout: Duration::from_secs(1),
+            max_connections: 1,
+            terms: Terms::default(),
+        });
+        let overview = Overview::new(Arc::default(), Shutdown::new(), policies, Vec::new);
+        let console = Console::new(Arc::new(overview), Arc::new(Health::new(|| Ok(()))));
+        let unix = |uid| Peer::Unix { uid, pid: None };
+        let ours = rustix::process::geteuid().as_raw();
+        assert!(console.is_open_to(unix(0)) && console.is_open_to(unix(ours)));
+        for stranger in [70_001, 65_534, u32::MAX]
+            .into_iter()
+            .filter(|uid| *uid != ours)
+        {
+            assert!(!console.is_open_to(unix(stranger)), "{stranger}");
+        }
+        let tcp = |ip: &str| Peer::Tcp(SocketAddr::new(ip.parse().unwrap(), 4711));
+        assert!(!console.is_open_to(tcp("127.0.0.1")));
+        console.set_over_tcp(true);
+        for (ip, may) in [
+            ("127.0.0.1", true),
+            ("::1", true),
+            ("::ffff:127.0.0.1", true),
+            ("10.0.0.1", false),
+            ("::ffff:10.0.0.1", false),
+        ] {
+            assert_eq!(console.is_open_to(tcp(ip)), may, "{ip}");
+        }
+        assert!(!console.is_open_to(unix(70_001)), "whatever TCP may");
     }
 }

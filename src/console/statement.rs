@@ -32,12 +32,16 @@ shows! {
     Help = "help", "this list";
     Clients = "clients", "connections from clients: who, what they do and since when";
     Config = "config", "settings in force, and their defaults";
+    Databases = "databases", "endpoints, as PgBouncer's monitoring asks";
     Endpoints = "endpoints", "what clients are connected to, and where they connect";
     Failures = "failures", "why clients were refused lately, with the mend";
+    Lists = "lists", "how many there are of what, as PgBouncer's monitoring asks";
+    Pools = "pools", "who waits for endpoints, and for how long, as PgBouncer's monitoring asks";
     Refreshes = "refreshes", "the last attempts to get a credential";
     Servers = "servers", "connections to the endpoints";
     State = "state", "whether the proxy serves, and if not, why";
     Stats = "stats", "totals of each endpoint since the start";
+    StatsTotals = "stats_totals", "totals, as PgBouncer's monitoring asks";
     Tokens = "tokens", "credentials: how long they live, never what they are";
     Version = "version", "the version of this program";
     Wakes = "wakes", "how long endpoints took to wake";

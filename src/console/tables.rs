@@ -6,6 +6,7 @@ use jiff::Timestamp;
 
 use super::{
     dialogue::{Rows, Tables},
+    pgbouncer,
     statement::Show,
 };
 use crate::{
@@ -73,13 +74,17 @@ impl Tables for &Sources {
         match show {
             Show::Clients => CLIENTS,
             Show::Config => CONFIG,
+            Show::Databases => pgbouncer::DATABASES,
             Show::Endpoints => ENDPOINTS,
             Show::Failures => FAILURES,
             Show::Help => HELP,
+            Show::Lists => pgbouncer::LISTS,
+            Show::Pools => pgbouncer::POOLS,
             Show::Refreshes => REFRESHES,
             Show::Servers => SERVERS,
             Show::State => STATE,
             Show::Stats => STATS,
+            Show::StatsTotals => pgbouncer::STATS_TOTALS,
             Show::Tokens => TOKENS,
             Show::Version => VERSIONS,
             Show::Wakes => WAKES,
@@ -108,6 +113,7 @@ impl Tables for &Sources {
                     ]
                 })
                 .collect(),
+            Show::Databases => pgbouncer::databases(overview),
             Show::Endpoints => endpoints(overview),
             Show::Failures => failures(overview),
             Show::Help => Show::ALL
@@ -119,10 +125,13 @@ impl Tables for &Sources {
                     ]
                 })
                 .collect(),
+            Show::Lists => pgbouncer::lists(overview),
+            Show::Pools => pgbouncer::pools(overview),
             Show::Refreshes => refreshes(overview),
             Show::Servers => servers(overview),
             Show::State => self.state(),
             Show::Stats => overview.places().iter().map(|place| stats(place)).collect(),
+            Show::StatsTotals => pgbouncer::stats_totals(overview),
             Show::Tokens => overview.places().iter().map(|place| token(place)).collect(),
             Show::Version => vec![vec![text(format!("lakebase-proxy {VERSION}"))]],
             Show::Wakes => overview
@@ -199,7 +208,7 @@ fn client(seen: &Seen) -> Vec<Value> {
             .as_ref()
             .map_or(Value::Null, |_| number(seen.id)),
         process.map_or(Value::Null, number),
-        text(""),
+        text(seen.encryption.label()),
         text(&*seen.application),
         number(seen.id),
         text(seen.endpoint.name()),
@@ -338,7 +347,7 @@ fn refreshes(overview: &Overview) -> Rows {
     attempts.into_iter().map(row).collect()
 }
 
-fn stats(place: &Place) -> Vec<Value> {
+pub(super) fn stats(place: &Place) -> Vec<Value> {
     let metrics = &place.metrics;
     let failed = class::ALL
         .iter()
@@ -406,12 +415,12 @@ fn token(place: &Place) -> Vec<Value> {
     ]
 }
 
-fn text(text: impl Into<String>) -> Value {
+pub(super) fn text(text: impl Into<String>) -> Value {
     Value::Text(text.into())
 }
 
 /// More than fits is as much as fits.
-fn number(number: impl TryInto<i64>) -> Value {
+pub(super) fn number(number: impl TryInto<i64>) -> Value {
     Value::Number(number.try_into().unwrap_or(i64::MAX))
 }
 

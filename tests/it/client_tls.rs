@@ -117,6 +117,44 @@ async fn a_session_may_be_encrypted_by_request_or_from_the_first_byte_on() {
 }
 
 #[tokio::test]
+async fn the_console_shows_who_is_encrypted() {
+    let emulator = harness::emulator().await;
+    let pair = Pair::new();
+    let proxy = Proxy::with(&emulator, |settings| {
+        settings.client_tls_cert = Some(pair.certificate());
+        settings.client_tls_key = Some(pair.key());
+        settings.admin_console = Some(true);
+    })
+    .await;
+    let config = pair.client(tls::ALPN_POSTGRESQL);
+    let mut wire = handshake(&proxy, config, false).await.unwrap();
+    wire.send(&startup(PROTOCOL_3_2, &[("user", "encrypted")]))
+        .await;
+    wire.welcome().await;
+    let _plain = proxy.client().await;
+    let mut console = proxy.client_config();
+    console.dbname("lakebase_proxy");
+    let console = proxy.try_client(&console).await.unwrap();
+    let said = console.simple_query("SHOW CLIENTS").await.unwrap();
+    let mut shown: Vec<(String, String)> = said
+        .into_iter()
+        .filter_map(|message| match message {
+            tokio_postgres::SimpleQueryMessage::Row(row) => {
+                let get = |name| row.get(name).unwrap().to_owned();
+                Some((get("user"), get("tls")))
+            }
+            _ => None,
+        })
+        .collect();
+    shown.sort();
+    let expected = [("anyone", ""), ("encrypted", "TLSv1.3")];
+    assert_eq!(
+        shown,
+        expected.map(|(user, tls)| (user.to_owned(), tls.to_owned()))
+    );
+}
+
+#[tokio::test]
 async fn a_refusal_reaches_an_encrypted_client_too() {
     let emulator = harness::emulator().await;
     let pair = Pair::new();

@@ -101,6 +101,88 @@ async fn it_shows_who_is_here_what_they_do_and_where() {
 }
 
 #[tokio::test]
+async fn what_pgbouncers_monitoring_asks_is_answered_in_its_words() {
+    let emulator = emulator().await;
+    let proxy = proxy(&emulator).await;
+    let client = proxy.client().await;
+    client.simple_query("select 1").await.unwrap();
+    let console = console(&proxy).await;
+    // As its exporter for Prometheus writes them.
+    let pool = &rows(&console, "SHOW pools;").await[0];
+    let user = &emulator.identities().app.name;
+    assert_eq!(pool.get("user"), Some(user.as_str()));
+    for (column, value) in [
+        ("cl_active", "1"),
+        ("cl_waiting", "0"),
+        ("sv_active", "1"),
+        ("sv_idle", "0"),
+        ("maxwait", "0"),
+        ("pool_mode", "session"),
+    ] {
+        assert_eq!(pool.get(column), Some(value), "{column}");
+    }
+    let lists = rows(&console, "SHOW LISTS;").await;
+    let items = |list: &str| {
+        let row = lists.iter().find(|row| row.get("list") == Some(list));
+        row.unwrap().get("items").unwrap().parse::<u64>().unwrap()
+    };
+    assert_eq!(
+        (items("databases"), items("pools"), items("users")),
+        (1, 1, 1)
+    );
+    assert_eq!((items("used_clients"), items("used_servers")), (1, 1));
+    assert!(items("free_clients") > 1);
+    let database = &rows(&console, "SHOW databases;").await[0];
+    assert_eq!(database.get("name"), pool.get("database"));
+    assert_eq!(database.get("force_user"), Some(user.as_str()));
+    assert_eq!(database.get("current_connections"), Some("1"));
+    let totals = &rows(&console, "SHOW stats_totals;").await[0];
+    let stats = &rows(&console, "SHOW STATS").await[0];
+    for column in ["xact_count", "query_count", "server_assignment_count"] {
+        assert_eq!(totals.get(column), stats.get(&*format!("total_{column}")));
+    }
+    assert_eq!(totals.get("query_count"), Some("1"));
+    assert_eq!(totals.get("bytes_received"), stats.get("total_received"));
+}
+
+#[tokio::test]
+async fn a_client_that_waits_is_seen_to_wait() {
+    let emulator = emulator().await;
+    let proxy = proxy(&emulator).await;
+    emulator.faults().always(Site::Accept, Action::Stall);
+    let mut wire = proxy.dial().await;
+    wire.startup(&[("user", "anyone")]).await;
+    let console = console(&proxy).await;
+    eventually("it waits", async || {
+        let pool = &rows(&console, "SHOW POOLS").await[0];
+        let waited = pool.get("maxwait_us") != Some("0") || pool.get("maxwait") != Some("0");
+        (pool.get("cl_waiting") == Some("1") && waited).then_some(())
+    })
+    .await;
+}
+
+/// Who comes by the Unix socket is known, and our own user may always look.
+#[tokio::test]
+async fn by_the_unix_socket_it_is_open_to_our_own_user() {
+    let emulator = emulator().await;
+    let directory = tempfile::TempDir::new().unwrap();
+    let proxy = Proxy::with(&emulator, |settings| {
+        settings.unix_socket = Some(directory.path().to_owned());
+    })
+    .await;
+    let mut config = tokio_postgres::Config::new();
+    config
+        .host_path(directory.path())
+        .port(proxy.address().port())
+        .user("me")
+        .dbname("lakebase_proxy");
+    let console = within("the console", proxy.try_client(&config))
+        .await
+        .unwrap();
+    assert!(rows(&console, "SHOW CLIENTS").await.is_empty());
+}
+
+#[tokio::test]
 async fn drivers_may_ask_by_the_extended_protocol_and_in_transactions() {
     let emulator = emulator().await;
     let proxy = proxy(&emulator).await;
@@ -123,7 +205,7 @@ async fn drivers_may_ask_by_the_extended_protocol_and_in_transactions() {
     let error = console.query("SELECT 1", &[]).await.unwrap_err();
     assert_eq!(error.code().unwrap().code(), "0A000");
     // And on it goes.
-    assert_eq!(console.query("SHOW HELP", &[]).await.unwrap().len(), 12);
+    assert_eq!(console.query("SHOW HELP", &[]).await.unwrap().len(), 16);
 }
 
 #[tokio::test]
@@ -204,12 +286,16 @@ async fn it_tells_how_long_a_credential_lives_and_never_what_it_is() {
         "HELP",
         "CLIENTS",
         "CONFIG",
+        "DATABASES",
         "ENDPOINTS",
         "FAILURES",
+        "LISTS",
+        "POOLS",
         "REFRESHES",
         "SERVERS",
         "STATE",
         "STATS",
+        "STATS_TOTALS",
         "TOKENS",
         "VERSION",
         "WAKES",

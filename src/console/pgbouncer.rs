@@ -1,0 +1,173 @@
+//! The tables that PgBouncer's monitoring asks for (its exporter for Prometheus: `POOLS`, `LISTS`, `DATABASES`,
+//! `STATS_TOTALS`), in PgBouncer's words.
+//!
+//! There is no pool: a "pool" is an endpoint, each of whose clients has a connection of its own. Columns that could only
+//! ever say nothing are left out, but for those that dashboards add up.
+
+use std::{sync::Arc, time::Duration};
+
+use super::{
+    dialogue::Rows,
+    tables::{number, stats, text},
+};
+use crate::{
+    overview::{Crowd, Overview, Place},
+    protocol::rows::{Column, Kind, Value},
+    session::Activity,
+};
+
+const fn name(name: &'static str) -> Column {
+    Column {
+        name,
+        kind: Kind::Text,
+    }
+}
+
+const fn count(name: &'static str) -> Column {
+    Column {
+        name,
+        kind: Kind::Number,
+    }
+}
+
+pub(super) const DATABASES: &[Column] = &[
+    name("name"),
+    name("host"),
+    count("port"),
+    name("database"),
+    name("force_user"),
+    name("pool_mode"),
+    count("max_connections"),
+    count("current_connections"),
+    count("paused"),
+    count("disabled"),
+];
+pub(super) const LISTS: &[Column] = &[name("list"), count("items")];
+pub(super) const POOLS: &[Column] = &[
+    name("database"),
+    name("user"),
+    count("cl_active"),
+    count("cl_waiting"),
+    count("sv_active"),
+    count("sv_idle"),
+    count("sv_used"),
+    count("sv_tested"),
+    count("sv_login"),
+    count("maxwait"),
+    count("maxwait_us"),
+    name("pool_mode"),
+];
+pub(super) const STATS_TOTALS: &[Column] = &[
+    name("database"),
+    count("xact_count"),
+    count("query_count"),
+    count("server_assignment_count"),
+    count("bytes_received"),
+    count("bytes_sent"),
+    count("wait_time"),
+];
+
+/// What PgBouncer calls it where a client keeps its connection.
+const POOL_MODE: &str = "session";
+
+pub(super) fn databases(overview: &Overview) -> Rows {
+    let most = overview.policy().max_connections;
+    let row = |place: &Arc<Place>| {
+        let upstream = place.route.found();
+        let endpoint = upstream.map(|upstream| upstream.endpoint());
+        let endpoint = endpoint.as_deref();
+        vec![
+            text(&*place.name),
+            endpoint.map_or(Value::Null, |endpoint| text(&*endpoint.host)),
+            endpoint.map_or(Value::Null, |endpoint| number(endpoint.port)),
+            endpoint.map_or(Value::Null, |endpoint| text(&*endpoint.database)),
+            endpoint.map_or(Value::Null, |endpoint| text(&*endpoint.user)),
+            text(POOL_MODE),
+            number(most),
+            number(place.metrics.upstream_active.get()),
+            number(0),
+            number(0),
+        ]
+    };
+    overview.places().iter().map(row).collect()
+}
+
+pub(super) fn lists(overview: &Overview) -> Rows {
+    let places = overview.places();
+    let used = overview.crowd(&[]).0.all;
+    let users: std::collections::BTreeSet<String> = places
+        .iter()
+        .filter_map(|place| place.route.found())
+        .map(|upstream| upstream.endpoint().user.clone())
+        .collect();
+    let sum = |of: fn(&Place) -> i64| -> i64 { places.iter().map(|place| of(place)).sum() };
+    let connected = sum(|place| place.metrics.clients_active.get());
+    let begun = i64::try_from(used).unwrap_or(i64::MAX);
+    let free = overview.policy().max_connections.saturating_sub(used);
+    [
+        ("databases", number(places.len())),
+        ("users", number(users.len())),
+        ("pools", number(places.len())),
+        ("free_clients", number(free)),
+        ("used_clients", number(used)),
+        // Connected, and no session yet (or the console's).
+        (
+            "login_clients",
+            number(connected.saturating_sub(begun).max(0)),
+        ),
+        ("free_servers", number(0)),
+        (
+            "used_servers",
+            number(sum(|place| place.metrics.upstream_active.get())),
+        ),
+    ]
+    .into_iter()
+    .map(|(list, items)| vec![text(list), items])
+    .collect()
+}
+
+pub(super) fn pools(overview: &Overview) -> Rows {
+    let places = overview.places();
+    let (_, crowds) = overview.crowd(&places);
+    let waiting: Vec<_> = overview
+        .roster()
+        .look(usize::MAX)
+        .into_iter()
+        .filter(|seen| seen.activity == Activity::Waiting)
+        .collect();
+    let row = |(place, crowd): (&Arc<Place>, Crowd)| {
+        let upstream = place.route.found();
+        let user = upstream.map(|upstream| upstream.endpoint().user.clone());
+        let longest = waiting
+            .iter()
+            .filter(|seen| place.route.label().is(&seen.endpoint))
+            .map(|seen| seen.age)
+            .max()
+            .unwrap_or(Duration::ZERO);
+        vec![
+            text(&*place.name),
+            user.map_or(Value::Null, text),
+            number(crowd.all.saturating_sub(crowd.waiting)),
+            number(crowd.waiting),
+            number(place.metrics.upstream_active.get()),
+            number(0),
+            number(0),
+            number(0),
+            // Each that waits is being logged in, or waits for that.
+            number(crowd.waiting),
+            number(longest.as_secs()),
+            number(longest.subsec_micros()),
+            text(POOL_MODE),
+        ]
+    };
+    places.iter().zip(crowds).map(row).collect()
+}
+
+pub(super) fn stats_totals(overview: &Overview) -> Rows {
+    let row = |place: &Arc<Place>| {
+        let mut row = stats(place);
+        row.truncate(STATS_TOTALS.len());
+        row
+    };
+    overview.places().iter().map(row).collect()
+}
