@@ -14,8 +14,12 @@ use crate::protocol::{
     },
 };
 
-/// Prepared statements, and portals, that one client may keep.
-const KEPT: usize = 100;
+/// Prepared statements that one client may keep.
+const STATEMENTS: usize = 100;
+/// Portals, each of which may hold a row for every session.
+const PORTALS: usize = 10;
+/// Statements in one query, whose answers are made at once.
+const AT_ONCE: usize = 16;
 
 /// The rows of a table.
 pub(super) type Rows = Vec<Vec<Value>>;
@@ -108,6 +112,12 @@ impl<T: Tables> Dialogue<T> {
         if parts.is_empty() {
             bare(out, EMPTY_QUERY_RESPONSE);
         }
+        if parts.len() > AT_ONCE {
+            return Err(Report::new(
+                sqlstate::PROGRAM_LIMIT,
+                format!("the console of lakebase-proxy takes {AT_ONCE} statements at a time"),
+            ));
+        }
         for part in parts {
             let Some(statement) = statement::parse(part)? else {
                 continue;
@@ -143,12 +153,12 @@ impl<T: Tables> Dialogue<T> {
                         ));
                     }
                 };
-                keep(&mut self.statements, name, statement)?;
+                keep(&mut self.statements, STATEMENTS, name, statement)?;
                 bare(out, PARSE_COMPLETE);
             }
             b'B' => {
                 let (portal, bound) = self.bind(&mut body)?;
-                keep(&mut self.portals, portal, bound)?;
+                keep(&mut self.portals, PORTALS, portal, bound)?;
                 bare(out, BIND_COMPLETE);
             }
             b'D' => self.describe(&mut body, out)?,
@@ -316,11 +326,16 @@ const NO_DATA: u8 = b'n';
 const PARAMETER_DESCRIPTION: u8 = b't';
 const PORTAL_SUSPENDED: u8 = b's';
 
-fn keep<V>(kept: &mut HashMap<String, V>, name: String, value: V) -> Result<(), Report> {
-    if kept.len() >= KEPT && !kept.contains_key(&name) {
+fn keep<V>(
+    kept: &mut HashMap<String, V>,
+    most: usize,
+    name: String,
+    value: V,
+) -> Result<(), Report> {
+    if kept.len() >= most && !kept.contains_key(&name) {
         return Err(Report::new(
             sqlstate::PROGRAM_LIMIT,
-            format!("the console of lakebase-proxy keeps {KEPT} prepared statements or portals of a client"),
+            format!("the console of lakebase-proxy keeps {most} prepared statements or portals of a client"),
         )
         .with_hint("Close those that are not used."));
     }
@@ -426,6 +441,23 @@ mod tests {
     }
 
     #[test]
+    fn one_query_and_one_client_can_only_ask_for_so_much() {
+        let mut dialogue = Dialogue::new(Fixed);
+        let query = |count: usize| format!("{}\0", "SHOW STATS;".repeat(count)).into_bytes();
+        let (tags, _) = say(&mut dialogue, &[(b'Q', &query(AT_ONCE))]);
+        assert_eq!(tags.matches('C').count(), AT_ONCE);
+        let (tags, errors) = say(&mut dialogue, &[(b'Q', &query(AT_ONCE + 1))]);
+        assert_eq!((tags.as_str(), errors[0].code.as_str()), ("EZ", "54000"));
+
+        say(&mut dialogue, &[(b'Q', b"BEGIN\0"), PARSE]);
+        for portal in 0..=PORTALS {
+            let bind = format!("p{portal}\0s\0\0\0\0\0\0\0").into_bytes();
+            let (tags, _) = say(&mut dialogue, &[(b'B', &bind), SYNC]);
+            assert_eq!(tags, if portal < PORTALS { "2Z" } else { "EZ" });
+        }
+    }
+
+    #[test]
     fn a_statement_can_be_prepared_described_and_run_in_pieces() {
         let mut dialogue = Dialogue::new(Fixed);
         let (tags, errors) = say(
@@ -506,7 +538,7 @@ mod tests {
     fn a_client_cannot_fill_the_memory_with_statements() {
         let mut dialogue = Dialogue::new(Fixed);
         let mut last = Vec::new();
-        for number in 0..=KEPT {
+        for number in 0..=STATEMENTS {
             let body = format!("s{number}\0SHOW STATS\0\0\0");
             last = say(&mut dialogue, &[(b'P', body.as_bytes()), SYNC]).1;
         }
