@@ -5,6 +5,8 @@
 
 mod certificates;
 mod endpoint;
+mod entry;
+mod grants;
 mod port;
 mod report;
 mod settings;

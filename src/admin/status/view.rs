@@ -5,7 +5,10 @@ use std::{cmp::Reverse, sync::Arc, time::Duration};
 use askama::Template;
 use jiff::Timestamp;
 
-use super::words::{ago, between, bytes, clock, datetime, grouped, short_span, span};
+use super::{
+    life::CredentialView,
+    words::{ago, between, bytes, clock, datetime, grouped, short_span, span},
+};
 use crate::{
     admin::health::Health,
     credential::{CredentialState, CredentialStatus, MintAttempt},
@@ -31,7 +34,7 @@ pub(super) fn render(overview: &Overview, health: &Health) -> Result<String, ask
 
 /// How well something is, told by a sign and by a word, the colour being a third.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Mood {
+pub(super) enum Mood {
     Good,
     Warn,
     Bad,
@@ -79,13 +82,13 @@ struct State {
 }
 
 /// A name and what it amounts to.
-struct Figure {
+pub(super) struct Figure {
     name: String,
     value: String,
 }
 
 impl Figure {
-    fn new(name: impl Into<String>, value: impl Into<String>) -> Self {
+    pub(super) fn new(name: impl Into<String>, value: impl Into<String>) -> Self {
         Self {
             name: name.into(),
             value: value.into(),
@@ -98,32 +101,6 @@ struct EndpointView {
     path: String,
     credential: CredentialView,
     totals: Vec<Figure>,
-}
-
-struct CredentialView {
-    mood: Mood,
-    state: &'static str,
-    source: String,
-    left: String,
-    bar: Option<Bar>,
-    moments: Vec<Figure>,
-    trouble: Option<Trouble>,
-}
-
-struct Trouble {
-    message: String,
-    hint: Option<String>,
-}
-
-/// The life of a credential from left to right, in per cent of its length.
-#[derive(Debug, PartialEq)]
-struct Bar {
-    due: f64,
-    due_width: f64,
-    urgent: f64,
-    urgent_width: f64,
-    now: f64,
-    words: String,
 }
 
 struct FailureView {
@@ -337,88 +314,6 @@ impl EndpointView {
                 Figure::new("Login attempts that failed", grouped(failed)),
             ],
         }
-    }
-}
-
-impl CredentialView {
-    fn new(place: &Place, now: Timestamp) -> Self {
-        let status = place.credentials.status();
-        let (mood, state) = match status.state {
-            CredentialState::None => (Mood::Bad, "missing"),
-            CredentialState::Fresh => (Mood::Good, "fresh"),
-            CredentialState::Due => (Mood::Good, "due for a refresh"),
-            CredentialState::Urgent => (Mood::Warn, "about to expire"),
-            CredentialState::Expired => (Mood::Bad, "expired"),
-        };
-        let mood = if status.last_error.is_some() && mood == Mood::Good {
-            Mood::Warn
-        } else {
-            mood
-        };
-        let left = match (status.state, status.expires_at) {
-            (CredentialState::None, _) => String::new(),
-            (CredentialState::Expired, Some(at)) => format!("expired {}", ago(at, now)),
-            (_, Some(at)) => format!("{} left", span(between(now, at))),
-            (_, None) => "never expires".to_owned(),
-        };
-        let moments = [
-            ("Minted", status.minted_at),
-            ("Refresh due", status.due_at()),
-            ("Urgent from", status.urgent_at()),
-            ("Expires", status.expires_at),
-            (
-                "Next attempt",
-                status.next_attempt.filter(|_| status.last_error.is_some()),
-            ),
-        ];
-        Self {
-            mood,
-            state,
-            source: format!("from the {}", place.source),
-            left,
-            bar: Bar::new(&status, now),
-            moments: moments
-                .into_iter()
-                .filter_map(|(name, at)| Some(Figure::new(name, clock(at?, now))))
-                .collect(),
-            trouble: status.last_error.map(|error| Trouble {
-                message: match &error.detail {
-                    Some(detail) => format!("{} ({detail})", error.message),
-                    None => error.message.clone(),
-                },
-                hint: error.hint.clone(),
-            }),
-        }
-    }
-}
-
-impl Bar {
-    fn new(status: &CredentialStatus, now: Timestamp) -> Option<Self> {
-        let (minted, expires) = (status.minted_at?, status.expires_at?);
-        let (due, urgent) = (status.due_at()?, status.urgent_at()?);
-        let whole = between(minted, expires).as_secs_f64();
-        if whole <= 0.0 {
-            return None;
-        }
-        // A tenth of a per cent is less than a pixel of most screens.
-        let share = |at| {
-            (between(minted, at).as_secs_f64() / whole * 1000.0)
-                .round()
-                .clamp(0.0, 1000.0)
-                / 10.0
-        };
-        let (due, urgent, now_at) = (share(due), share(urgent), share(now));
-        let round = |value: f64| (value * 10.0).round() / 10.0;
-        Some(Self {
-            due,
-            due_width: round((urgent - due).max(0.0)),
-            urgent,
-            urgent_width: round(100.0 - urgent),
-            now: now_at,
-            words: format!(
-                "{now_at:.0} % of the credential's life is over; it is due for a refresh at {due:.0} %, urgent at {urgent:.0} %"
-            ),
-        })
     }
 }
 

@@ -1,0 +1,222 @@
+//! What each answer of the workspace is taken for, and what its reader is told.
+
+use super::*;
+
+const NAME: &str = "projects/p/branches/production/endpoints/primary";
+
+fn signed_in(kind: AuthKind) -> SignedIn {
+    SignedIn {
+        kind,
+        mend: "the service principal is assigned to this workspace".to_owned(),
+    }
+}
+
+/// Without a purpose: by the token endpoint.
+fn diagnosed(purpose: Option<Purpose<'_>>, status: u16, code: &str, message: &str) -> CallError {
+    let host = Host::parse("dbc-1.cloud.databricks.com").unwrap().0;
+    let body = ErrorBody {
+        code: (!code.is_empty()).then(|| code.to_owned()),
+        message: message.to_owned(),
+        request_id: Some("r-7".to_owned()),
+        retry_delay: None,
+    };
+    let error = ApiError::Status {
+        status: StatusCode::from_u16(status).unwrap(),
+        body,
+        retry_after: None,
+    };
+    match purpose {
+        Some(purpose) => diagnose(purpose, &signed_in(AuthKind::OAuthM2m), &host, error),
+        None => token_endpoint(
+            &host,
+            "refused the client id or its secret",
+            "check `DATABRICKS_CLIENT_SECRET`",
+            error,
+        ),
+    }
+}
+
+#[test]
+fn each_known_refusal_has_its_own_mend() {
+    use MintErrorKind::{RateLimited, Refused, Unavailable};
+    let credential = Some(Purpose::Credential(NAME));
+    let token = None;
+    for (purpose, status, code, text, kind, hint) in [
+        (
+            token,
+            401,
+            "invalid_client",
+            "Client authentication failed",
+            Refused,
+            "DATABRICKS_CLIENT_SECRET",
+        ),
+        (
+            token,
+            400,
+            "invalid_request",
+            "Missing client authentication",
+            Refused,
+            "DATABRICKS_CLIENT_SECRET",
+        ),
+        (
+            token,
+            404,
+            "",
+            "Not Found",
+            Refused,
+            "address of a workspace",
+        ),
+        (
+            token,
+            403,
+            "",
+            "Source IP address: 1.2.3.4 is blocked by Databricks IP ACL for workspace: 1",
+            Refused,
+            "access list",
+        ),
+        (
+            credential,
+            403,
+            "PERMISSION_DENIED",
+            "Source IP address: 1.2.3.4 is blocked by Databricks IP ACL for workspace: 1",
+            Refused,
+            "access list",
+        ),
+        (
+            credential,
+            403,
+            "",
+            "Unauthorized network access to workspace 1",
+            Refused,
+            "network policy",
+        ),
+        (
+            credential,
+            403,
+            "PERMISSION_DENIED",
+            "API is disabled for users without workspace-access entitlement",
+            Refused,
+            "Workspace access",
+        ),
+        (
+            credential,
+            403,
+            "PERMISSION_DENIED",
+            "Provided PAT token does not have required scopes: postgres",
+            Refused,
+            "scopes",
+        ),
+        (
+            credential,
+            403,
+            "PERMISSION_DENIED",
+            "no",
+            Refused,
+            "project",
+        ),
+        (
+            credential,
+            404,
+            "NOT_FOUND",
+            "endpoint id not found [TraceId: 1]",
+            Refused,
+            "ENDPOINT_NAME",
+        ),
+        (
+            credential,
+            404,
+            "ENDPOINT_NOT_FOUND",
+            "No API found for 'POST /postgres/credentials'",
+            Refused,
+            "region",
+        ),
+        (
+            credential,
+            400,
+            "INVALID_PARAMETER_VALUE",
+            "Field 'endpoint' is required",
+            Refused,
+            "ENDPOINT_NAME",
+        ),
+        (
+            credential,
+            401,
+            "UNAUTHENTICATED",
+            "no",
+            Refused,
+            "assigned to this workspace",
+        ),
+        (
+            credential,
+            403,
+            "FEATURE_DISABLED",
+            "no",
+            Refused,
+            "enable Lakebase",
+        ),
+        (
+            credential,
+            429,
+            "REQUEST_LIMIT_EXCEEDED",
+            "slow",
+            RateLimited,
+            "by itself",
+        ),
+        (
+            credential,
+            400,
+            "RESOURCE_EXHAUSTED",
+            "slow",
+            RateLimited,
+            "",
+        ),
+        (token, 400, "invalid_scope", "no", Refused, "all-apis"),
+        (token, 429, "", "slow", RateLimited, "by itself"),
+        (token, 502, "", "oops", Unavailable, ""),
+        (token, 503, "", "oops", Unavailable, ""),
+        (token, 504, "", "oops", Unavailable, ""),
+        (credential, 501, "", "never", Refused, ""),
+        (credential, 409, "", "busy", Unavailable, ""),
+        (credential, 500, "", "oops", Unavailable, ""),
+        (
+            credential,
+            503,
+            "TEMPORARILY_UNAVAILABLE",
+            "soon",
+            Unavailable,
+            "",
+        ),
+    ] {
+        let error = diagnosed(purpose, status, code, text);
+        assert_eq!(error.kind, kind, "{status} {code} {text}");
+        assert!(
+            error.hint.unwrap_or_default().contains(hint),
+            "{status} {code} {text}: no `{hint}`"
+        );
+        let detail = error.detail.unwrap();
+        assert!(detail.contains(text) && detail.contains("r-7"), "{detail}");
+        assert!(
+            !error.message.ends_with('.') && error.message.starts_with(char::is_lowercase)
+                || code == "FEATURE_DISABLED"
+        );
+    }
+}
+
+#[test]
+fn a_private_workspace_is_told_from_a_wrong_address() {
+    let host = Host::parse("dbc-1.cloud.databricks.com").unwrap().0;
+    let redirected = |location: &str| {
+        let error = ApiError::Redirect {
+            location: location.to_owned(),
+            target: None,
+        };
+        diagnose(Purpose::Identity, &signed_in(AuthKind::Pat), &host, error)
+    };
+    let private = redirected(
+        "https://dbc-1.cloud.databricks.com/login.html?error=private-link-validation-error",
+    );
+    assert!(private.hint.unwrap().contains("PrivateLink"));
+    let other = redirected("https://www.databricks.com/");
+    assert!(other.hint.unwrap().contains("DATABRICKS_HOST"));
+    assert_eq!(other.kind, MintErrorKind::Refused);
+}
