@@ -20,6 +20,7 @@
 //! | [`cli`], [`config`] | flag > environment > file > default, resolved once |
 //! | [`listener`] | TCP, Unix and inherited sockets, bounded handshakes, accept errors that back off |
 //! | [`session`] | one client from accept to close |
+//! | [`workers`] | the threads that relay: an executor around an epoll set, and sockets that can move there |
 //! | [`upstream`] | reaching the endpoint: dial, TLS, login, failure classes, holding while it wakes |
 //! | [`descriptors`] | the limit of open files |
 //! | [`credential`] | the life of the database credential |
@@ -67,4 +68,5 @@ pub mod telemetry;
 pub mod tls;
 pub mod token;
 pub mod upstream;
+pub mod workers;
 pub mod workspace;

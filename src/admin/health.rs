@@ -3,7 +3,7 @@
 //! | question | yes when |
 //! |---|---|
 //! | started | the listeners are up |
-//! | alive | the runtime's heartbeat came within [`HEARTBEAT_LIMIT`] |
+//! | alive | the heartbeat came within [`HEARTBEAT_LIMIT`]: of the runtime, and of every relay thread |
 //! | ready | started, not draining, and at least one endpoint has a valid credential |
 //!
 //! Readiness stays "yes" at the limit of connections (the clients being served would suffer from the traffic's
@@ -75,14 +75,19 @@ impl Health {
         self.is_draining.store(true, Ordering::Release);
     }
 
-    /// Beats until `stop`; run it on the runtime that serves the clients. Cancel safe.
-    pub async fn beat(&self, stop: &CancellationToken) {
+    /// Beats until `stop`, as long as `all_respond` returns; run it on the runtime that logs clients in. Cancel safe.
+    pub async fn beat<R: Future<Output = ()>>(
+        &self,
+        stop: &CancellationToken,
+        all_respond: impl Fn() -> R,
+    ) {
         let mut ticks = interval(HEARTBEAT_INTERVAL);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let _stopped = stop
             .run_until_cancelled(async {
                 loop {
                     ticks.tick().await;
+                    all_respond().await;
                     self.last_beat.store(self.millis(), Ordering::Relaxed);
                 }
             })
@@ -132,7 +137,10 @@ impl Health {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::{Arc, Mutex};
+    use std::{
+        future::{pending, ready},
+        sync::{Arc, Mutex},
+    };
 
     use tokio::time::{advance, timeout};
 
@@ -166,7 +174,7 @@ mod tests {
         let health = Health::new(|| Ok(()));
         assert!(health.liveness().is_ok(), "nothing to judge by yet");
         let stop = CancellationToken::new();
-        timeout(Duration::from_secs(200), health.beat(&stop))
+        timeout(Duration::from_secs(200), health.beat(&stop, || ready(())))
             .await
             .unwrap_err();
         assert!(health.liveness().is_ok());
@@ -175,8 +183,14 @@ mod tests {
         advance(HEARTBEAT_LIMIT + Duration::from_millis(1)).await;
         assert_eq!(health.liveness().reasons, ["no heartbeat for 60 s"]);
 
+        // It runs, but somebody does not respond.
+        timeout(Duration::from_secs(1), health.beat(&stop, pending::<()>))
+            .await
+            .unwrap_err();
+        assert!(!health.liveness().is_ok());
+
         stop.cancel();
-        health.beat(&stop).await;
+        health.beat(&stop, || ready(())).await;
         assert!(health.liveness().is_ok(), "an orderly end is not a death");
     }
 }

@@ -72,6 +72,9 @@ pub enum StartError {
     /// TLS cannot be set up.
     #[error("cannot set up TLS")]
     Tls(#[from] TlsError),
+    /// There are no threads to relay by.
+    #[error("cannot start the relay threads")]
+    Workers(#[source] io::Error),
     /// The workspace's settings do not do.
     #[error(transparent)]
     Workspace(#[from] WorkspaceError),
@@ -122,6 +125,9 @@ impl StartError {
                 "install the system's root certificates (Debian: ca-certificates), or name a PEM file of them in SSL_CERT_FILE"
             }
             Self::Test(report) => return report.hint.clone(),
+            Self::Workers(_) => {
+                "raise the limits of threads and of open files (ulimit -u, ulimit -n)"
+            }
             Self::Workspace(error) => return error.hint(),
             Self::Admin(_)
             | Self::Bind { .. }

@@ -74,7 +74,7 @@ impl Gate {
             look_up,
             ..
         } = self;
-        listener.spawn(sessions, &shared.clients, &shared.helpers);
+        listener.spawn(sessions, &shared.workers, &shared.clients, &shared.helpers);
         let keeping = keep(
             Arc::clone(&served),
             access,

@@ -27,6 +27,7 @@ use crate::{
     telemetry::Metrics,
     tls::{self, Roots},
     upstream::{Label, Route, Terms},
+    workers::Workers,
     workspace::{self, Workspace},
 };
 
@@ -42,6 +43,8 @@ pub(super) struct Shared {
     console: Arc<Console>,
     /// Of the first endpoint; it renders the others with it.
     pub(super) metrics: Arc<Metrics>,
+    /// Run the sessions once they are logged in.
+    pub(super) workers: Arc<Workers>,
     /// The sessions, and what comes before them.
     pub(super) clients: TaskTracker,
     /// Everything else.
@@ -133,6 +136,7 @@ impl Shared {
             health,
             console,
             metrics: Metrics::of_endpoint(first.map_or("", EndpointConfig::called))?,
+            workers: Arc::new(Workers::start().map_err(StartError::Workers)?),
             clients: TaskTracker::new(),
             helpers: TaskTracker::new(),
             stop: CancellationToken::new(),

@@ -40,8 +40,19 @@ impl App {
                 shared.overview.listens(purpose, address);
             }
         }
-        let heart = (Arc::clone(&health), stop.clone());
-        helpers.spawn(async move { heart.0.beat(&heart.1).await });
+        let heart = (
+            Arc::clone(&health),
+            stop.clone(),
+            Arc::clone(&shared.workers),
+        );
+        helpers.spawn(async move {
+            let (health, stop, workers) = heart;
+            let all_respond = || {
+                let workers = Arc::clone(&workers);
+                async move { workers.all_respond().await }
+            };
+            health.beat(&stop, all_respond).await;
+        });
         let http = http
             .map(|listener| {
                 Admin::spawn(

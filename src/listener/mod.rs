@@ -13,9 +13,8 @@ use std::{
 };
 
 use tokio::{
-    io::{AsyncRead, AsyncWrite},
     net::{TcpListener, UnixListener},
-    sync::Semaphore,
+    sync::{OwnedSemaphorePermit, Semaphore},
     time::sleep,
 };
 use tokio_util::task::TaskTracker;
@@ -30,6 +29,7 @@ use crate::{
     session::{Peer, Sessions},
     telemetry::Metrics,
     upstream::Keepalive,
+    workers::{Socket, Workers},
 };
 
 /// Clients that have not yet said what they want.
@@ -272,24 +272,67 @@ impl Listener {
         &self.bound
     }
 
-    /// Accepts until the door is shut; sessions run on `clients`, the loops that accept them on `helpers`.
-    pub fn spawn(self, sessions: &Arc<Sessions>, clients: &TaskTracker, helpers: &TaskTracker) {
+    /// Accepts until the door is shut. Sessions are among `clients` to their end, and relayed by `workers`; the loops
+    /// that accept them are among `helpers`.
+    pub fn spawn(
+        self,
+        sessions: &Arc<Sessions>,
+        workers: &Arc<Workers>,
+        clients: &TaskTracker,
+        helpers: &TaskTracker,
+    ) {
+        let floor = Floor {
+            sessions: Arc::clone(sessions),
+            workers: Arc::clone(workers),
+            clients: clients.clone(),
+        };
         let handshakes = Arc::new(Semaphore::new(UNFINISHED_HANDSHAKES));
         for acceptor in self.tcp {
-            let (sessions, handshakes) = (Arc::clone(sessions), Arc::clone(&handshakes));
-            helpers.spawn(accept(acceptor, sessions, handshakes, clients.clone()));
+            helpers.spawn(accept(acceptor, floor.clone(), Arc::clone(&handshakes)));
         }
         for acceptor in self.unix {
-            let (sessions, handshakes) = (Arc::clone(sessions), Arc::clone(&handshakes));
-            helpers.spawn(accept(acceptor, sessions, handshakes, clients.clone()));
+            helpers.spawn(accept(acceptor, floor.clone(), Arc::clone(&handshakes)));
         }
+    }
+}
+
+/// Where those go that are accepted.
+#[derive(Clone)]
+struct Floor {
+    sessions: Arc<Sessions>,
+    workers: Arc<Workers>,
+    clients: TaskTracker,
+}
+
+impl Floor {
+    fn enter(&self, id: u64, peer: Peer, client: Socket, handshaking: OwnedSemaphorePermit) {
+        let span = session_span(id, &peer);
+        let Self {
+            sessions,
+            workers,
+            clients,
+        } = self.clone();
+        let serving = async move {
+            let watch = PanicWatch(Arc::clone(&sessions.metrics));
+            let relay = sessions.serve(id, peer, client, handshaking).await;
+            if let Some(relay) = relay {
+                let relay = async move {
+                    let _watch = watch;
+                    relay.await;
+                };
+                workers.spawn(Box::pin(
+                    clients.track_future(relay.instrument(Span::current())),
+                ));
+            }
+        };
+        self.clients.spawn(serving.instrument(span));
     }
 }
 
 /// One listening socket.
 trait Acceptor: Send + Sync + 'static {
     /// A connection to it.
-    type Client: AsyncRead + AsyncWrite + Unpin + Send + 'static;
+    type Client: Into<Socket> + Send;
 
     /// The next client. Cancel safe.
     fn accept(&self) -> impl Future<Output = io::Result<(Self::Client, Peer)>> + Send;
@@ -298,12 +341,8 @@ trait Acceptor: Send + Sync + 'static {
     fn tune(client: &Self::Client, keepalive: &Keepalive);
 }
 
-async fn accept<A: Acceptor>(
-    acceptor: A,
-    sessions: Arc<Sessions>,
-    handshakes: Arc<Semaphore>,
-    clients: TaskTracker,
-) {
+async fn accept<A: Acceptor>(acceptor: A, floor: Floor, handshakes: Arc<Semaphore>) {
+    let sessions = &floor.sessions;
     let mut pause = ACCEPT_PAUSE_MIN;
     let shut = sessions.door.is_shut().clone();
     loop {
@@ -320,16 +359,9 @@ async fn accept<A: Acceptor>(
         match accepted {
             Ok((client, peer)) => {
                 pause = ACCEPT_PAUSE_MIN;
-                let sessions = Arc::clone(&sessions);
-                let id = sessions.next_id();
-                let span = session_span(id, &peer);
                 sessions.metrics.clients_opened.inc();
-                let serving = async move {
-                    let _watch = PanicWatch(Arc::clone(&sessions.metrics));
-                    A::tune(&client, &sessions.policies.now().terms.keepalive);
-                    sessions.serve(id, peer, client, permit).await;
-                };
-                clients.spawn(serving.instrument(span));
+                A::tune(&client, &sessions.policies.now().terms.keepalive);
+                floor.enter(sessions.next_id(), peer, client.into(), permit);
             }
             Err(error) => {
                 // Mostly a lack of descriptors, which passes when sessions end. Said once per spell.

@@ -17,6 +17,7 @@ use super::{
     local_auth::Failure,
     rewind::Rewind,
     shutting_down,
+    welcomed::Counted,
 };
 use crate::{
     console::Console,
@@ -24,9 +25,10 @@ use crate::{
         backend::negotiation,
         startup::{StartupError, StartupMessage},
     },
-    telemetry::{CountOnDrop, GaugeGuard, names::reason},
+    telemetry::names::reason,
     tls::ALPN_POSTGRESQL,
     upstream::Refusal,
+    workers::{Job, Settle},
 };
 
 /// What the first reads are likely to fit into.
@@ -44,19 +46,20 @@ struct Arrival<'a> {
 }
 
 impl Sessions {
-    /// Serves one client to its end. `handshaking` is held until it has said what it wants.
+    /// Serves one client up to its welcome, or to its end where it comes to none; what is left then is the relay, to be
+    /// run by a relay thread. `handshaking` is held until the client has said what it wants.
     pub async fn serve<S>(
         &self,
         id: u64,
         peer: Peer,
         mut client: S,
         handshaking: OwnedSemaphorePermit,
-    ) where
-        S: AsyncRead + AsyncWrite + Unpin,
+    ) -> Option<Job>
+    where
+        S: AsyncRead + AsyncWrite + Settle + Unpin + Send + 'static,
     {
         tracing::trace!(%peer, "client accepted");
-        let _active = GaugeGuard::new(&self.metrics.clients_active);
-        let _closed = CountOnDrop::new(&self.metrics.clients_closed);
+        let counted = Counted::new(&self.metrics);
         let policy = self.policies.now();
         let arrival = Arrival {
             id,
@@ -71,9 +74,12 @@ impl Sessions {
         match self.in_time(&arrival, receiving).await {
             Ok(Some(Opening::Encrypt { direct })) => {
                 // Boxed, so that clients without TLS do not carry the room for it about.
-                Box::pin(self.encrypt(arrival, client, buffer, direct)).await;
+                Box::pin(self.encrypt(arrival, client, buffer, (direct, counted))).await
             }
-            opening => self.proceed(arrival, client, buffer, opening).await,
+            opening => {
+                self.proceed(arrival, client, buffer, (opening, counted))
+                    .await
+            }
         }
     }
 
@@ -100,13 +106,17 @@ impl Sessions {
     }
 
     /// Begins TLS and asks again what the client wants; `front` is what has been read of it.
-    async fn encrypt<S>(&self, mut arrival: Arrival<'_>, client: S, front: BytesMut, direct: bool)
+    async fn encrypt<S>(
+        &self,
+        mut arrival: Arrival<'_>,
+        client: S,
+        front: BytesMut,
+        (direct, counted): (bool, Counted),
+    ) -> Option<Job>
     where
-        S: AsyncRead + AsyncWrite + Unpin,
+        S: AsyncRead + AsyncWrite + Settle + Unpin + Send + 'static,
     {
-        let Some(encryption) = &arrival.policy.entrance.encryption else {
-            return;
-        };
+        let encryption = arrival.policy.entrance.encryption.as_ref()?;
         let accepting = async {
             let acceptor = TlsAcceptor::from(encryption.config().await);
             let accepted = acceptor.accept(Rewind::new(front, client)).await;
@@ -114,18 +124,23 @@ impl Sessions {
         };
         let mut client = match self.in_time(&arrival, accepting).await {
             Ok(Some(client)) => client,
-            Ok(None) => return,
-            Err(error) => return self.no_encryption(&arrival, &error),
+            Ok(None) => return None,
+            Err(error) => {
+                self.no_encryption(&arrival, &error);
+                return None;
+            }
         };
         if direct && client.get_ref().1.alpn_protocol() != Some(ALPN_POSTGRESQL) {
             let error = HandshakeError::NoAlpn;
-            return self.reject(&arrival, &mut client, &error).await;
+            self.reject(&arrival, &mut client, &error).await;
+            return None;
         }
         arrival.encryption = Encrypted::by(client.get_ref().1);
         let mut buffer = BytesMut::with_capacity(FIRST_BUFFER);
         let receiving = handshake::receive(&mut client, &mut buffer, Tls::Spoken);
         let opening = self.in_time(&arrival, receiving).await;
-        self.proceed(arrival, client, buffer, opening).await;
+        self.proceed(arrival, client, buffer, (opening, counted))
+            .await
     }
 
     fn no_encryption(&self, arrival: &Arrival<'_>, error: &HandshakeError) {
@@ -147,9 +162,10 @@ impl Sessions {
         arrival: Arrival<'_>,
         mut client: S,
         mut buffer: BytesMut,
-        opening: Result<Option<Opening>, HandshakeError>,
-    ) where
-        S: AsyncRead + AsyncWrite + Unpin,
+        (opening, counted): (Result<Option<Opening>, HandshakeError>, Counted),
+    ) -> Option<Job>
+    where
+        S: AsyncRead + AsyncWrite + Settle + Unpin + Send + 'static,
     {
         let Arrival {
             id,
@@ -183,8 +199,8 @@ impl Sessions {
                 let served = match allowed {
                     Ok(()) if self.console_for(peer, &startup).is_some() => {
                         // Boxed: rare, and none of the others should be as large.
-                        return Box::pin(self.answer((id, peer), policy, client, buffer, &startup))
-                            .await;
+                        Box::pin(self.answer((id, peer), policy, client, buffer, &startup)).await;
+                        return None;
                     }
                     Ok(()) => {
                         self.run((id, peer, encryption), policy, &mut client, buffer, startup)
@@ -193,15 +209,17 @@ impl Sessions {
                     Err(Failure::Refused(refusal)) => Err(refusal),
                     Err(Failure::Gone) => {
                         tracing::debug!(session = id, "client left when asked for the password");
-                        return;
+                        return None;
                     }
                 };
-                if let Err(refusal) = served {
-                    self.refuse(id, &mut client, refusal).await;
+                match served {
+                    Ok(welcomed) => return Some(Box::pin(welcomed?.relay(client, counted))),
+                    Err(refusal) => self.refuse(id, &mut client, refusal).await,
                 }
             }
             Err(error) => self.reject(&arrival, &mut client, &error).await,
         }
+        None
     }
 
     /// Serves a client of the console.

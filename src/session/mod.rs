@@ -8,6 +8,8 @@
 //!                              └──────────┴────────┴─▶ refuse ─▶ close
 //! ```
 //!
+//! Up to the welcome that is a task of the runtime's; the rest is run by one of the [relay threads](crate::workers).
+//!
 //! Until the welcome nothing is sent to the client but the answers to its requests for encryption: libpq takes a
 //! notice before AuthenticationOk for an error.
 
@@ -25,6 +27,7 @@ mod recent;
 mod relay;
 mod rewind;
 mod roster;
+mod welcomed;
 
 use std::{
     io,
@@ -56,7 +59,7 @@ pub use self::{
 };
 use self::{
     cancel::Target,
-    relay::{Answers, End, Relay},
+    welcomed::{Held, Welcomed},
 };
 use crate::{
     console::{self, Console},
@@ -69,7 +72,7 @@ use crate::{
     shutdown::{Phase, Shutdown},
     telemetry::{
         GaugeGuard, Metrics,
-        names::{cancel as cancel_outcome, direction, reason},
+        names::{cancel as cancel_outcome, reason},
     },
     upstream::{Connection, Refusal, Route, Terms},
 };
@@ -149,7 +152,7 @@ impl Sessions {
         self.ids.fetch_add(1, Ordering::Relaxed).saturating_add(1)
     }
 
-    /// A session proper; an error is a refusal that the client is still to be told.
+    /// A session up to its welcome, if it comes to that; an error is a refusal that the client is still to be told.
     async fn run<S>(
         &self,
         (id, peer, encryption): (u64, Peer, Encrypted),
@@ -157,13 +160,13 @@ impl Sessions {
         client: &mut S,
         mut buffer: BytesMut,
         startup: StartupMessage,
-    ) -> Result<(), Refusal>
+    ) -> Result<Option<Welcomed>, Refusal>
     where
         S: AsyncRead + AsyncWrite + Unpin,
     {
         let began = Instant::now();
-        let _seat = self.admit(policy)?;
-        let _present = (self.presence.enter(), self.door.enter());
+        let seat = self.admit(policy)?;
+        let present = (self.presence.enter(), self.door.enter());
         let listed = self
             .roster
             .enter(id, (peer, encryption), self.route.label(), &startup);
@@ -189,7 +192,7 @@ impl Sessions {
             connected = connect => connected,
             () = hang_up(client, &mut buffer) => {
                 tracing::debug!(session = id, "client left while it was being logged in");
-                return Ok(());
+                return Ok(None);
             }
             () = draining.cancelled() => Err(shutting_down()),
         };
@@ -200,11 +203,11 @@ impl Sessions {
             connected.map_err(|refusal| about_console(refusal, &startup))?;
         let began = Instant::now();
         let Connection {
-            mut stream,
+            stream,
             leftover,
             mut greeting,
             address,
-            gauge: _gauge,
+            gauge,
         } = connection;
         tracing::debug!(session = id, after = ?held, "session begins");
         listed.connected(Server {
@@ -243,42 +246,24 @@ impl Sessions {
         let said = timeout(policy.client_login_timeout, write_all(client, &hello)).await;
         if !matches!(said, Ok(Ok(()))) {
             tracing::debug!(session = id, "client did not take its welcome");
-            return Ok(());
+            return Ok(None);
         }
-        let counter = |direction| self.metrics.relay_bytes.with_label_values(&[direction]);
-        let mut relay = Relay::new(
-            (client, &buffer, counter(direction::FROM_CLIENT)),
-            (&mut stream, &leftover, counter(direction::FROM_SERVER)),
-            &self.shutdown,
-        )
-        .watched(listed.watch())
-        .counting(Answers {
-            queries: self.metrics.queries.clone(),
-            transactions: self.metrics.transactions.clone(),
-        });
-        drop((hello, buffer, leftover, startup));
-        let end = relay.run().await;
-        let duration = began.elapsed();
-        self.metrics
-            .session_seconds
-            .with_label_values(&[end.label()])
-            .observe(duration.as_secs_f64());
-        tracing::debug!(session = id, ?end, ?duration, "session ends");
-        match end {
-            // Gone or broken: the server's side ends as that of a direct client would, by the socket being closed.
-            End::Client => {}
-            End::Server => linger(client).await,
-            End::Shutdown { orderly } => {
-                let goodbye = async {
-                    if orderly {
-                        write_all(&mut stream, &TERMINATE).await?;
-                    }
-                    stream.shutdown().await
-                };
-                let _ = tokio::join!(timeout(FAREWELL, goodbye), linger(client));
-            }
-        }
-        Ok(())
+        Ok(Some(Welcomed {
+            id,
+            began,
+            from_client: buffer,
+            server: stream,
+            from_server: leftover,
+            listed,
+            metrics: Arc::clone(&self.metrics),
+            shutdown: self.shutdown.clone(),
+            held: Held {
+                _seat: seat,
+                _present: present,
+                _connected: gauge,
+                _registration: registration,
+            },
+        }))
     }
 
     fn admit(&self, policy: &Policy) -> Result<Seat, Refusal> {

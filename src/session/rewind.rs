@@ -9,6 +9,8 @@ use std::{
 use bytes::{Buf, BytesMut};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
+use crate::workers::Settle;
+
 /// Reads `front` first, then the stream; writes go straight through.
 #[derive(Debug)]
 pub(super) struct Rewind<S> {
@@ -19,6 +21,12 @@ pub(super) struct Rewind<S> {
 impl<S> Rewind<S> {
     pub(super) fn new(front: BytesMut, stream: S) -> Self {
         Self { front, stream }
+    }
+}
+
+impl<S: Settle> Settle for Rewind<S> {
+    fn settle(&mut self) -> io::Result<()> {
+        self.stream.settle()
     }
 }
 

@@ -6,7 +6,7 @@ use secrecy::SecretString;
 use tokio::{
     io::{DuplexStream, duplex},
     net::TcpListener,
-    sync::Semaphore,
+    sync::{Semaphore, oneshot},
     task::JoinSet,
 };
 use tokio_util::sync::CancellationToken;
@@ -21,6 +21,7 @@ use crate::{
         startup::{CancelKey, encode_startup},
     },
     upstream::{Endpoint, Label, Security, Upstream},
+    workers::Workers,
 };
 
 /// More than any of these tests takes when all is well.
@@ -77,7 +78,16 @@ async fn client(sessions: &Arc<Sessions>, room: usize, tasks: &mut JoinSet<()>) 
     let peer = Peer::Tcp(SocketAddr::from(([127, 0, 0, 1], 4711)));
     tasks.spawn(async move {
         let id = sessions.next_id();
-        sessions.serve(id, peer, ours, handshaking).await;
+        let Some(relay) = sessions.serve(id, peer, ours, handshaking).await else {
+            return;
+        };
+        let workers = Workers::start().unwrap();
+        let (over, is_over) = oneshot::channel::<()>();
+        workers.spawn(Box::pin(async move {
+            relay.await;
+            drop(over);
+        }));
+        let _ = is_over.await;
     });
     client
 }

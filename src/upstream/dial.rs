@@ -33,6 +33,7 @@ use crate::{
         Metrics,
         names::{handshake, phase},
     },
+    workers::{Settle, Socket},
 };
 
 /// How long one address gets before the next is tried beside it (RFC 8305's connection attempt delay).
@@ -42,9 +43,18 @@ const HAPPY_EYEBALLS_DELAY: Duration = Duration::from_millis(250);
 #[derive(Debug)]
 pub enum Stream {
     /// Bare TCP, to a server on this machine.
-    Plain(TcpStream),
+    Plain(Socket),
     /// TLS, verified.
-    Tls(TlsStream<TcpStream>),
+    Tls(TlsStream<Socket>),
+}
+
+impl Settle for Stream {
+    fn settle(&mut self) -> io::Result<()> {
+        match self {
+            Self::Plain(socket) => socket.settle(),
+            Self::Tls(stream) => stream.settle(),
+        }
+    }
 }
 
 /// Resolves, connects and negotiates TLS; says which address answered, and how long each part took.
@@ -190,7 +200,7 @@ pub(super) async fn secure(
 ) -> Result<Stream, Failure> {
     tune(&tcp, keepalive);
     let Security::Tls { config, name } = &endpoint.security else {
-        return Ok(Stream::Plain(tcp));
+        return Ok(Stream::Plain(tcp.into()));
     };
     let started = Instant::now();
     tcp.write_all(&ssl_request())
@@ -211,7 +221,7 @@ pub(super) async fn secure(
             )));
         }
     }
-    let stream = TlsStream::connect(Arc::clone(config), name.clone(), tcp)
+    let stream = TlsStream::connect(Arc::clone(config), name.clone(), tcp.into())
         .await
         .map_err(|error| Failure::tls(&error))?;
     observe(metrics, phase::TLS, started);

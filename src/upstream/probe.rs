@@ -70,9 +70,9 @@ impl Session {
     ) -> Result<Self, Failure> {
         let may_send_cleartext = match (&endpoint.security, &stream) {
             (Security::Tls { .. }, _) => true,
-            (Security::Plain, Stream::Plain(tcp)) => tcp
+            (Security::Plain, Stream::Plain(socket)) => socket
                 .peer_addr()
-                .is_ok_and(|address| is_loopback(address.ip())),
+                .is_some_and(|address| is_loopback(address.ip())),
             (Security::Plain, Stream::Tls(_)) => false,
         };
         let (_, buffer) = login::exchange(

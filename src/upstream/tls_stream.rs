@@ -29,6 +29,8 @@ use rustls::{
 };
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
+use crate::workers::Settle;
+
 /// What is read at a time, with what is left from before: several records, so that one system call brings them all.
 const READ_LEN: usize = 64 * 1024;
 /// Room for the longest handshake message with its records around it, beyond which rustls gives up by itself, and more.
@@ -255,6 +257,12 @@ impl<S: AsyncRead + AsyncWrite + Unpin> TlsStream<S> {
             }
         }
         Poll::Ready(Ok(()))
+    }
+}
+
+impl<S: Settle> Settle for TlsStream<S> {
+    fn settle(&mut self) -> io::Result<()> {
+        self.socket.settle()
     }
 }
 

@@ -1,0 +1,132 @@
+//! A session that has been logged in: it is relayed to its end.
+
+use std::{mem, sync::Arc};
+
+use bytes::BytesMut;
+use tokio::{
+    io::{AsyncRead, AsyncWrite, AsyncWriteExt},
+    time::{Instant, timeout},
+};
+
+use super::{
+    FAREWELL, TERMINATE,
+    cancel::Registration,
+    linger,
+    policy::Seat,
+    presence::Present,
+    relay::{Answers, End, Relay},
+    roster::Listed,
+    write_all,
+};
+use crate::{
+    shutdown::Shutdown,
+    telemetry::{CountOnDrop, GaugeGuard, Metrics, names::direction},
+    upstream::Stream,
+    workers::Settle,
+};
+
+/// All that is left of a session once its client has been welcomed, but for the client.
+pub(super) struct Welcomed {
+    pub(super) id: u64,
+    pub(super) began: Instant,
+    /// What the client has said already.
+    pub(super) from_client: BytesMut,
+    pub(super) server: Stream,
+    /// What the server has said behind its greeting.
+    pub(super) from_server: BytesMut,
+    pub(super) listed: Listed,
+    pub(super) metrics: Arc<Metrics>,
+    pub(super) shutdown: Shutdown,
+    pub(super) held: Held,
+}
+
+/// What a session takes up, given back when this is dropped.
+pub(super) struct Held {
+    pub(super) _seat: Seat,
+    pub(super) _present: (Present, Present),
+    pub(super) _connected: GaugeGuard,
+    pub(super) _registration: Option<Registration>,
+}
+
+/// A client that is counted as here until this is dropped.
+pub(super) struct Counted {
+    _active: GaugeGuard,
+    _closed: CountOnDrop,
+}
+
+impl Counted {
+    pub(super) fn new(metrics: &Metrics) -> Self {
+        Self {
+            _active: GaugeGuard::new(&metrics.clients_active),
+            _closed: CountOnDrop::new(&metrics.clients_closed),
+        }
+    }
+}
+
+impl Welcomed {
+    /// Relays until either side is done. To be run by a relay thread, where that is what the streams settle on.
+    #[expect(
+        clippy::manual_async_fn,
+        reason = "an `async fn` has room for its arguments twice, a block uses what it captures where it is"
+    )]
+    pub(super) fn relay<S>(mut self, mut client: S, counted: Counted) -> impl Future<Output = ()>
+    where
+        S: AsyncRead + AsyncWrite + Settle + Unpin,
+    {
+        async move {
+            // A block captures what it mentions; these are for its end.
+            let _until_the_end = (&counted, &self.held);
+            if let Err(error) = client.settle().and_then(|()| self.server.settle()) {
+                tracing::error!(session = self.id, %error, "session lost its sockets");
+                return;
+            }
+            let bytes = |direction| self.metrics.relay_bytes.with_label_values(&[direction]);
+            let mut relay = Relay::new(
+                (
+                    &mut client,
+                    &self.from_client,
+                    bytes(direction::FROM_CLIENT),
+                ),
+                (
+                    &mut self.server,
+                    &self.from_server,
+                    bytes(direction::FROM_SERVER),
+                ),
+                &self.shutdown,
+            )
+            .watched(self.listed.watch())
+            .counting(Answers {
+                queries: self.metrics.queries.clone(),
+                transactions: self.metrics.transactions.clone(),
+            });
+            // The relay has its own copies of them.
+            drop((
+                mem::take(&mut self.from_client),
+                mem::take(&mut self.from_server),
+            ));
+            let end = relay.run().await;
+            drop(relay);
+            let duration = self.began.elapsed();
+            self.metrics
+                .session_seconds
+                .with_label_values(&[end.label()])
+                .observe(duration.as_secs_f64());
+            tracing::debug!(session = self.id, ?end, ?duration, "session ends");
+            match end {
+                // Gone or broken: the server's side ends as that of a direct client would, by the socket being closed.
+                End::Client => {}
+                End::Server => linger(&mut client).await,
+                End::Shutdown { orderly } => {
+                    let server = &mut self.server;
+                    let goodbye = async {
+                        if orderly {
+                            write_all(server, &TERMINATE).await?;
+                        }
+                        server.shutdown().await
+                    };
+                    let _ = tokio::join!(timeout(FAREWELL, goodbye), linger(&mut client));
+                }
+            }
+        }
+    }
+}

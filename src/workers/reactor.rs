@@ -1,0 +1,256 @@
+//! One thread's sockets: which of them may be read from and written to.
+//!
+//! Events are edge-triggered: a socket is taken to be ready until it says otherwise, and is then not asked again before
+//! the next event. They wake the job that the socket belongs to, whoever asked.
+
+use std::{
+    cell::{Cell, RefCell},
+    io,
+    sync::{
+        Arc,
+        atomic::{AtomicU8, Ordering},
+    },
+};
+
+use mio::{Interest, Registry, Token, event::Event};
+use slab::Slab;
+
+/// How often a socket may be read from, and how often written to, in one turn of its job: a bulk transfer lets others in
+/// after this much, and hears what the other direction has to say.
+const TURN: u8 = 32;
+
+thread_local! {
+    static REACTOR: RefCell<Option<Reactor>> = const { RefCell::new(None) };
+    static NOW: Cell<Now> = const { Cell::new(Now { job: 0, turn: 0, is_cut_short: false }) };
+}
+
+/// Whose turn it is.
+#[derive(Clone, Copy)]
+struct Now {
+    job: usize,
+    turn: u32,
+    /// Whether a socket has had its share while it could have gone on.
+    is_cut_short: bool,
+}
+
+struct Reactor {
+    registry: Registry,
+    sources: Slab<(Arc<Readiness>, usize)>,
+}
+
+const READABLE: u8 = 1;
+const WRITABLE: u8 = 2;
+/// No more comes: then a read that brings little need not have brought all there is.
+const READ_CLOSED: u8 = 4;
+
+/// What is known of one socket; of one thread alone, so nothing is ordered by it.
+#[derive(Debug, Default)]
+struct Readiness(AtomicU8);
+
+impl Readiness {
+    #[inline]
+    fn has(&self, what: u8) -> bool {
+        self.0.load(Ordering::Relaxed) & what != 0
+    }
+
+    #[inline]
+    fn add(&self, what: u8) {
+        self.0
+            .store(self.0.load(Ordering::Relaxed) | what, Ordering::Relaxed);
+    }
+
+    #[inline]
+    fn remove(&self, what: u8) {
+        self.0
+            .store(self.0.load(Ordering::Relaxed) & !what, Ordering::Relaxed);
+    }
+}
+
+/// From now on this thread has sockets.
+pub(super) fn begin(registry: Registry) {
+    let sources = Slab::new();
+    REACTOR.set(Some(Reactor { registry, sources }));
+}
+
+/// Takes note of an event, and says which job it is for.
+pub(super) fn note(event: &Event) -> Option<usize> {
+    REACTOR.with_borrow(|reactor| {
+        let (readiness, job) = reactor.as_ref()?.sources.get(event.token().0)?;
+        let mut what = 0;
+        if event.is_readable() || event.is_read_closed() || event.is_error() {
+            what |= READABLE;
+        }
+        if event.is_read_closed() || event.is_error() {
+            what |= READ_CLOSED;
+        }
+        if event.is_writable() || event.is_write_closed() || event.is_error() {
+            what |= WRITABLE;
+        }
+        readiness.add(what);
+        Some(*job)
+    })
+}
+
+/// It is this job's turn.
+#[inline]
+pub(super) fn turn_of(job: usize) {
+    NOW.set(Now {
+        job,
+        turn: NOW.get().turn.wrapping_add(1),
+        is_cut_short: false,
+    });
+}
+
+/// Whether the job whose turn it was has more to do already.
+#[inline]
+pub(super) fn is_cut_short() -> bool {
+    NOW.get().is_cut_short
+}
+
+/// A socket of this thread.
+#[derive(Debug)]
+pub(super) struct Source {
+    readiness: Arc<Readiness>,
+    token: usize,
+    turn: u32,
+    reads_left: u8,
+    writes_left: u8,
+}
+
+impl Source {
+    /// Watches `socket` for the job whose turn it is.
+    pub(super) fn new(socket: &mut impl mio::event::Source) -> io::Result<Self> {
+        REACTOR.with_borrow_mut(|reactor| {
+            let Some(Reactor { registry, sources }) = reactor else {
+                return Err(io::Error::other("this thread has no sockets"));
+            };
+            let readiness = Arc::new(Readiness(AtomicU8::new(WRITABLE)));
+            let entry = sources.vacant_entry();
+            let token = entry.key();
+            registry.register(
+                socket,
+                Token(token),
+                Interest::READABLE | Interest::WRITABLE,
+            )?;
+            entry.insert((Arc::clone(&readiness), NOW.get().job));
+            Ok(Self {
+                readiness,
+                token,
+                turn: 0,
+                reads_left: 0,
+                writes_left: 0,
+            })
+        })
+    }
+
+    /// Reads by `read` as far as the socket can be read from now: `None` is for later. `room` is how much would be read.
+    #[inline]
+    pub(super) fn read(
+        &mut self,
+        room: usize,
+        read: impl FnOnce() -> io::Result<usize>,
+    ) -> Option<io::Result<usize>> {
+        if !self.readiness.has(READABLE) {
+            return None;
+        }
+        self.take_turn();
+        if !spend(&mut self.reads_left) {
+            return None;
+        }
+        match read() {
+            Ok(read) => {
+                // As epoll(7) has it, what brings less than there was room for has brought all.
+                if read < room && !self.readiness.has(READ_CLOSED) {
+                    self.readiness.remove(READABLE);
+                }
+                Some(Ok(read))
+            }
+            Err(error) => self.failed(READABLE, error),
+        }
+    }
+
+    /// Writes by `write` as far as the socket can be written to now: `None` is for later. `length` is how much would be
+    /// written.
+    #[inline]
+    pub(super) fn write(
+        &mut self,
+        length: usize,
+        write: impl FnOnce() -> io::Result<usize>,
+    ) -> Option<io::Result<usize>> {
+        if !self.readiness.has(WRITABLE) {
+            return None;
+        }
+        self.take_turn();
+        if !spend(&mut self.writes_left) {
+            return None;
+        }
+        match write() {
+            Ok(written) => {
+                if written < length {
+                    self.readiness.remove(WRITABLE);
+                }
+                Some(Ok(written))
+            }
+            Err(error) => self.failed(WRITABLE, error),
+        }
+    }
+
+    fn failed(&mut self, what: u8, error: io::Error) -> Option<io::Result<usize>> {
+        match error.kind() {
+            io::ErrorKind::WouldBlock => {
+                self.readiness.remove(what);
+                None
+            }
+            // Tried again in the next turn.
+            io::ErrorKind::Interrupted => {
+                cut_short();
+                None
+            }
+            _ => Some(Err(error)),
+        }
+    }
+
+    #[inline]
+    fn take_turn(&mut self) {
+        let turn = NOW.get().turn;
+        if self.turn != turn {
+            self.turn = turn;
+            self.reads_left = TURN;
+            self.writes_left = TURN;
+        }
+    }
+}
+
+impl Drop for Source {
+    fn drop(&mut self) {
+        // The socket is closed with it, and so no longer watched. At the end of the thread there is nothing to tidy up.
+        let _ = REACTOR.try_with(|reactor| {
+            if let Ok(mut reactor) = reactor.try_borrow_mut()
+                && let Some(Reactor { sources, .. }) = reactor.as_mut()
+            {
+                sources.try_remove(self.token);
+            }
+        });
+    }
+}
+
+#[inline]
+fn spend(left: &mut u8) -> bool {
+    match left.checked_sub(1) {
+        Some(less) => {
+            *left = less;
+            true
+        }
+        None => {
+            cut_short();
+            false
+        }
+    }
+}
+
+fn cut_short() {
+    NOW.set(Now {
+        is_cut_short: true,
+        ..NOW.get()
+    });
+}
