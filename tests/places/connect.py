@@ -8,15 +8,11 @@ installed below target/places/connect, at locked versions; languages are the mac
 """
 
 import contextlib
-import ctypes
-import fcntl
 import hashlib
 import os
 import pathlib
 import re
 import shutil
-import socket
-import struct
 import subprocess
 import sys
 import time
@@ -24,6 +20,7 @@ import time
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
+from place import own_network
 from stage import ROOT, TARGET, call, clean_environment, listening, scratch_directory, start, until
 
 GUIDE = ROOT / "deploy/guides/connect.md"
@@ -136,17 +133,6 @@ def serve(stack):
     proxy = start(stack, "connect-proxy", [program, "serve"], clean_environment() | variables)
     until("the proxy to be ready", lambda: listening(5432), proxy)
     return variables, proxy
-
-
-def own_network():
-    """Leaves the machine's network for one that has nothing but a loopback device."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    new_network, new_user = 0x40000000, 0x10000000
-    if libc.unshare(new_network if os.geteuid() == 0 else new_network | new_user) != 0:
-        raise SystemExit(f"no network namespace of our own: {os.strerror(ctypes.get_errno())}")
-    up = 0x1  # IFF_UP
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as device:
-        fcntl.ioctl(device, 0x8914, struct.pack("16sh14x", b"lo", up))  # SIOCSIFFLAGS
 
 
 def install():
