@@ -4,7 +4,8 @@
     tests/places/tarball.py --dist DIR
 
 DIR is what `deploy/build` made. Needs root for the chroot; says so and passes over it otherwise. In each the program must
-serve clients over verified TLS, refuse a certificate it cannot trust, and say what to do where no roots are installed.
+serve clients over verified TLS, refuse a certificate it cannot trust, say what to do where no roots are installed, and
+resolve names as the machine would. A release's tarball gets a root with not even a C library in it.
 """
 
 import argparse
@@ -19,9 +20,14 @@ import tarfile
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
+import names
+from place import own_network
 from stage import ROOT, call, clean_environment, free_port, listening, scratch_directory, start, until
 
 USER = 65532
+# The addresses of each, and how it comes by them: the search list, IPv6 alone, an answer too long for UDP, /etc/hosts.
+NAMES = {"db.lakebase.test": ["127.0.0.1", "::1"], "six.lakebase.test": ["::1"], "long.lakebase.test": ["127.0.0.1"]}
+RESOLVED = {"db": ("127.0.0.1", "::1"), "six": ("::1",), "long": ("127.0.0.1",), "listed": ("127.0.0.1",)}
 EXPECTED = (
     "bin/lakebase-proxy",
     "share/bash-completion/completions/lakebase-proxy",
@@ -49,7 +55,9 @@ def main():
         print("only root may chroot: the two roots are not tried")
         print(f"\ntarball: {passed} passed, 0 failed, 2 skipped")
         return
+    own_network()
     with contextlib.ExitStack() as stack:
+        stack.enter_context(names.serving(NAMES, only_tcp={"long.lakebase.test"}))
         scratch = scratch_directory(stack)
         os.chmod(scratch, 0o755)
         unpacked = scratch / "unpacked"
@@ -57,6 +65,9 @@ def main():
             tar.extractall(unpacked, filter="data")
         (top,) = unpacked.iterdir()
         program = top / "bin/lakebase-proxy"
+        # What is named for no C library needs none.
+        static = archive.name.endswith("-linux.tar.gz")
+        passed += linked(program, static)
         env_file = scratch / "emulator.env"
         emulator = start(stack, "tarball-emulator", [program, "emulator", "--env-file", env_file], clean_environment())
         until("the emulator to be ready", lambda: env_file.exists() or None, emulator)
@@ -66,11 +77,14 @@ def main():
         call(ROOT / "deploy/docker/rootfs", program, image)
         passed += tried("image", image, "/usr/bin/lakebase-proxy", variables)
 
-        # Less than any distribution: what the tarball holds, and the C library.
+        # Less than any distribution: what the tarball holds, and the C library if the program names one.
         bare = scratch / "bare"
-        call(ROOT / "deploy/docker/rootfs", program, bare)
-        for name in ("usr/bin/lakebase-proxy", "etc/ssl/certs/ca-certificates.crt"):
-            (bare / name).unlink()
+        if static:
+            (bare / "etc").mkdir(parents=True)
+        else:
+            call(ROOT / "deploy/docker/rootfs", program, bare)
+            for name in ("usr/bin/lakebase-proxy", "etc/ssl/certs/ca-certificates.crt"):
+                (bare / name).unlink()
         (bare / "usr/local").mkdir(parents=True)
         call("cp", "-a", f"{top}/.", bare / "usr/local")
         passed += tried("tarball", bare, "/usr/local/bin/lakebase-proxy", variables)
@@ -97,9 +111,19 @@ def contents(archive):
     return 1
 
 
+def linked(program, static):
+    """Whether the kernel alone can start it."""
+    headers, needed = (output("readelf", "--wide", option, program) for option in ("--program-headers", "--dynamic"))
+    needs = [line for line in (*headers.splitlines(), *needed.splitlines()) if "INTERP" in line or "(NEEDED)" in line]
+    expect(bool(needs) != static, f"{program.name} {'needs' if needs else 'needs nothing'} at start: {needs}")
+    print("statically linked" if static else "linked to this machine's C library")
+    return 1
+
+
 def tried(what, root, program, variables):
     # What a container's runtime puts there.
-    (root / "etc/hosts").write_text("127.0.0.1 localhost\n::1 localhost\n")
+    (root / "etc/hosts").write_text("127.0.0.1 localhost\n::1 localhost\n127.0.0.1 listed\n")
+    (root / "etc/resolv.conf").write_text("nameserver 127.0.0.1\nsearch elsewhere.test lakebase.test\n")
     authority = root / "authority.pem"
     authority.write_bytes(pathlib.Path(variables["PGSSLROOTCERT"]).read_bytes())
     authority.chmod(0o644)
@@ -131,6 +155,12 @@ def tried(what, root, program, variables):
         passed += 2
     expect(run("wait", "--max", "1s", "--http-port", free_port()).returncode == 1, f"{what}: the health check of nothing")
     passed += 1
+
+    for host, addresses in RESOLVED.items():
+        told = run("doctor", environment=base | named | {"PGSSLROOTCERT": "/authority.pem", "PGHOST": host}).stdout
+        line = next((line for line in told.splitlines() if "endpoint DNS" in line), told)
+        expect(" ok " in line and set(line.partition(f"{host} is ")[2].replace(",", " ").split()) == set(addresses), f"{what}: {host}: {line}")
+        passed += 1
 
     if not roots.exists():
         roots.parent.mkdir(parents=True, exist_ok=True)
@@ -164,6 +194,10 @@ def serving(what, program, environment, jail):
 def psql(port):
     done = subprocess.run(["psql", f"host=localhost port={port} user=app", "-Atc", "select count(*) from notes"], env=clean_environment(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120)
     return done.returncode, done.stdout.strip()
+
+
+def output(*command):
+    return subprocess.run([str(part) for part in command], check=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True).stdout
 
 
 def files(root):
