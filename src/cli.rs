@@ -13,7 +13,7 @@ use tokio::runtime::{Builder, Runtime};
 
 use crate::{
     app::App,
-    config::{Config, ConfigError, Environment, Settings, Source},
+    config::{Config, ConfigError, Environment, PASSWORD_VARIABLE, Settings, Source},
     descriptors::{self, DescriptorLimit},
     exec::{self, ExecArgs, Secrets},
     listener::{Inherited, InheritedError},
@@ -303,6 +303,41 @@ fn inherited() -> Result<Inherited, InheritedError> {
     Inherited::take(names.as_deref().and_then(OsStr::to_str))
 }
 
+/// A variable that is called like a setting and is none is most likely a slip of the pen, which nobody else would notice.
+fn warn_of_unknown_variables() {
+    let command = Cli::command();
+    for variable in unknown_variables(&command, Environment::inherited()) {
+        tracing::warn!(
+            variable,
+            "no setting is called like this variable; hint: `lakebase-proxy serve --help` lists the settings"
+        );
+    }
+}
+
+fn unknown_variables(command: &Command, all: Vec<(OsString, OsString)>) -> Vec<String> {
+    let is_setting = |name: &str| {
+        let flag = name.to_lowercase().replace('_', "-");
+        let commands = std::iter::once(command).chain(command.get_subcommands());
+        commands
+            .flat_map(Command::get_arguments)
+            .any(|argument| argument.get_long() == Some(flag.as_str()))
+    };
+    // What Kubernetes tells of a Service of our name.
+    let is_of_service = |name: &str, value: &OsStr| {
+        let tells = |part: &str| name.split('_').any(|word| word == part);
+        ["SERVICE", "TCP", "UDP", "SCTP"].into_iter().any(tells) || is_service_link(name, value)
+    };
+    all.into_iter()
+        .filter_map(|(name, value)| Some((name.into_string().ok()?, value)))
+        .filter(|(name, value)| {
+            name.strip_prefix(VARIABLES).is_some_and(|setting| {
+                name != PASSWORD_VARIABLE && !is_setting(setting) && !is_of_service(name, value)
+            })
+        })
+        .map(|(name, _)| name)
+        .collect()
+}
+
 /// Says what the limit of open files is, which resolving the settings has raised, and what follows from it.
 fn tell_limits(before: &DescriptorLimit, config: &Config) {
     let (limit, max_connections) = (DescriptorLimit::now().soft(), config.max_connections);
@@ -335,6 +370,7 @@ async fn serve(settings: Settings, inherited: Inherited) -> Result<ExitCode, Com
     let source = Source::new(settings, Environment::of_process());
     let config = source.load()?;
     let log = telemetry::logging::init(&config.log)?;
+    warn_of_unknown_variables();
     tell_limits(&before, &config);
     let notifier = notifier(&source);
     // Caught before anything is begun, so that a signal during the start is not lost.
@@ -380,6 +416,7 @@ async fn execute(arguments: ExecArgs, inherited: Inherited) -> Result<ExitCode, 
     let source = exec::source(settings, Environment::of_process());
     let config = source.load()?;
     let log = telemetry::logging::init(&config.log)?;
+    warn_of_unknown_variables();
     tell_limits(&descriptors, &config);
     let notifier = notifier(&source);
     let program = exec::Program {
@@ -510,6 +547,26 @@ mod tests {
                 "{said}"
             );
         }
+    }
+
+    #[test]
+    fn a_variable_that_is_called_like_a_setting_and_is_none_is_noticed() {
+        let variables = [
+            ("LAKEBASE_PROXY_PROT", "5433"),
+            ("LAKEBASE_PROXY_PORT", "5433"),
+            ("LAKEBASE_PROXY_LOCAL_PASSWORD", "p"),
+            ("LAKEBASE_PROXY_STRIP_SECRETS", "true"),
+            ("LAKEBASE_PROXY_SERVICE_HOST", "10.96.0.7"),
+            ("LAKEBASE_PROXY_SERVICE_PORT_HTTP", "9090"),
+            ("LAKEBASE_PROXY_PORT_5432_TCP_ADDR", "10.96.0.7"),
+            ("LAKEBASE_PROXY_METRICS_PORT", "tcp://10.96.0.7:9090"),
+            ("LAKEBASE_ENDPOINT", "e"),
+        ];
+        let variables = variables.map(|(name, value)| (name.into(), value.into()));
+        assert_eq!(
+            unknown_variables(&Cli::command(), variables.to_vec()),
+            ["LAKEBASE_PROXY_PROT"]
+        );
     }
 
     #[test]

@@ -7,7 +7,7 @@ use super::{ClientTlsSetting, ConfigError, Environment, LocalAuth, Settings, fil
 use crate::session::ClientTls;
 
 /// The variable that may hold the password; there is no flag for it, as command lines can be read by anybody.
-pub(super) const PASSWORD_VARIABLE: &str = "LAKEBASE_PROXY_LOCAL_PASSWORD";
+pub(crate) const PASSWORD_VARIABLE: &str = "LAKEBASE_PROXY_LOCAL_PASSWORD";
 
 /// Whether and how clients are offered TLS. A pair of files is reason enough, unless it is turned off in so many words.
 pub(super) fn client_tls(settings: &Settings) -> Result<ClientTls, ConfigError> {

@@ -22,7 +22,6 @@ use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use secrecy::SecretString;
 
-pub(crate) use self::resolve::{ADMIN_PORT, HTTP_PORT};
 pub use self::{
     change::Change,
     endpoint::{CredentialSetting, EndpointSettings, ListenSetting},
@@ -36,6 +35,10 @@ pub use self::{
     values::{
         AddressSetting, ClientTlsSetting, DurationSetting, LocalAuth, ModeSetting, PortSetting,
     },
+};
+pub(crate) use self::{
+    local::PASSWORD_VARIABLE,
+    resolve::{ADMIN_PORT, HTTP_PORT},
 };
 use crate::{
     listener::Places,
