@@ -3,6 +3,7 @@
 //! ```text
 //! cargo test --test soak                     all of it, one after another
 //! cargo test --test soak -- churn idle       only these
+//! cargo test --test soak -- visits --program PATH     `thousands` and `visits`: another build of the proxy
 //! ```
 //!
 //! The proxy runs as a process of its own, since it is the process that is measured; the emulator runs in this one.
@@ -29,7 +30,11 @@ mod support;
 mod volume;
 mod wire;
 
-use std::{net::SocketAddr, path::Path, process::ExitCode};
+use std::{
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
 
 use lakebase_proxy::emulator::{Emulator, EmulatorOptions};
 use tokio::time::Instant;
@@ -105,11 +110,18 @@ const SCENARIOS: [&str; 10] = [
 ];
 
 fn main() -> ExitCode {
-    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let mut arguments: Vec<String> = std::env::args().skip(1).collect();
     if let [word, directory] = &arguments[..]
         && word == support::upstream::WORD
     {
         return support::upstream::serve(Path::new(directory));
+    }
+    let mut program = PathBuf::from(env!("CARGO_BIN_EXE_lakebase-proxy"));
+    if let Some(at) = arguments.iter().position(|word| word == "--program") {
+        program = arguments
+            .drain(at..arguments.len().min(at + 2))
+            .nth(1)
+            .map_or(program, PathBuf::from);
     }
     let asked: Vec<String> = arguments
         .into_iter()
@@ -137,8 +149,8 @@ fn main() -> ExitCode {
         println!("== {name} ({})", measure::load());
         runtime.block_on(async {
             match name {
-                "thousands" => return scripted::thousands().await,
-                "visits" => return scripted::visits().await,
+                "thousands" => return scripted::thousands(&program).await,
+                "visits" => return scripted::visits(&program).await,
                 "probes" => return probes::beside_thousands().await,
                 _ => {}
             }

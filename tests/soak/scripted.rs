@@ -23,13 +23,9 @@ const DRIFT_KB: u64 = 2 * 1024;
 /// Sockets close in their own time, and allocators give back with a delay.
 const SETTLE: Duration = Duration::from_mins(1);
 
-fn start(directory: &Path) -> (Upstream, Proxy) {
+fn start(program: &Path, directory: &Path) -> (Upstream, Proxy) {
     let upstream = Upstream::start(directory);
-    let proxy = Proxy::start(
-        Path::new(env!("CARGO_BIN_EXE_lakebase-proxy")),
-        &[],
-        &upstream,
-    );
+    let proxy = Proxy::start(program, &[], &upstream);
     (upstream, proxy)
 }
 
@@ -43,10 +39,10 @@ fn sessions(address: SocketAddr, count: usize) -> Vec<Client> {
 }
 
 /// 8,000 sessions that wait.
-pub(crate) async fn thousands() {
+pub(crate) async fn thousands(program: &Path) {
     let _ = rlimit::increase_nofile_limit(u64::MAX);
     let directory = tempfile::tempdir().unwrap();
-    let (_upstream, proxy) = start(directory.path());
+    let (_upstream, proxy) = start(program, directory.path());
     let process = proxy.id();
     drop(sessions(proxy.address, 400));
     let idle = descriptors_settled(process).await;
@@ -86,9 +82,9 @@ pub(crate) async fn thousands() {
 }
 
 /// 50,000 that come, ask and go.
-pub(crate) async fn visits() {
+pub(crate) async fn visits(program: &Path) {
     let directory = tempfile::tempdir().unwrap();
-    let (_upstream, proxy) = start(directory.path());
+    let (_upstream, proxy) = start(program, directory.path());
     let process = proxy.id();
     let idle = descriptors_settled(process).await;
     let mut resident = Vec::new();
