@@ -16,8 +16,8 @@ use mio::{Interest, Registry, Token, event::Event};
 use slab::Slab;
 
 /// How often a socket may be read from, and how often written to, in one turn of its job: a bulk transfer lets others in
-/// after this much, and hears what the other direction has to say.
-const TURN: u8 = 32;
+/// after half a megabyte, a fraction of a millisecond, and hears what the other direction has to say.
+const TURN: u8 = 8;
 
 thread_local! {
     static REACTOR: RefCell<Option<Reactor>> = const { RefCell::new(None) };
