@@ -133,12 +133,16 @@ fn instructions(program: &Path, upstream: &Upstream, directory: &Path) -> (f64, 
 /// How often the allocator was called, in a file of callgrind's: `cfn=(id) name` names the callee, where it is named for
 /// the first time, and the next line says how many calls there were.
 fn allocations(counts: &str) -> f64 {
-    const ENTRIES: [&str; 5] = [
+    // Those of C, which jemalloc answers to as well, and those of its own that Rust's allocations of some alignment and
+    // reallocations go by.
+    const ENTRIES: [&str; 7] = [
         "malloc",
         "calloc",
         "realloc",
         "posix_memalign",
         "aligned_alloc",
+        "mallocx",
+        "rallocx",
     ];
     let mut names: HashMap<&str, &str> = HashMap::new();
     let (mut counted, mut callee) = (0.0, "");
