@@ -3,7 +3,7 @@
 //! | question | yes when |
 //! |---|---|
 //! | started | the listeners are up |
-//! | alive | the heartbeat came within [`HEARTBEAT_LIMIT`]: of the runtime, and of every relay thread |
+//! | alive | the runtime and every relay thread have answered, or it is not [`HEARTBEAT_LIMIT`] yet since they were asked |
 //! | ready | started, not draining, and at least one endpoint has a valid credential |
 //!
 //! Readiness stays "yes" at the limit of connections (the clients being served would suffer from the traffic's
@@ -15,15 +15,13 @@ use std::{
     time::Duration,
 };
 
-use tokio::time::{Instant, MissedTickBehavior, interval};
+use tokio::{sync::Notify, time::Instant};
 use tokio_util::sync::CancellationToken;
 
-/// Without a heartbeat for this long the process is not alive.
+/// A heartbeat that was asked for and does not come within this: the process is not alive.
 pub const HEARTBEAT_LIMIT: Duration = Duration::from_mins(1);
-/// How often the heart beats.
-const HEARTBEAT_INTERVAL: Duration = Duration::from_secs(5);
-/// Stands for "no heartbeat yet".
-const NEVER: u64 = u64::MAX;
+/// Stands for "no heartbeat is awaited".
+const NONE: u64 = u64::MAX;
 
 /// Says whether any endpoint has a valid credential, and if not, why. Called at each probe: it must neither block nor
 /// ask anybody.
@@ -49,19 +47,23 @@ pub struct Health {
     is_draining: AtomicBool,
     credential: Box<CredentialCheck>,
     origin: Instant,
-    /// Milliseconds from `origin` to the last heartbeat.
-    last_beat: AtomicU64,
+    /// Milliseconds from `origin` to when the heartbeat was asked for that has not come yet.
+    asked: AtomicU64,
+    ask: Notify,
+    has_heart: AtomicBool,
 }
 
 impl Health {
-    /// Not started, not draining, and with no heartbeat to judge by until [`beat`](Self::beat) runs.
+    /// Not started, not draining, and with no heart to judge by until [`beat`](Self::beat) runs.
     pub fn new(credential: impl Fn() -> Result<(), String> + Send + Sync + 'static) -> Self {
         Self {
             is_started: AtomicBool::new(false),
             is_draining: AtomicBool::new(false),
             credential: Box::new(credential),
             origin: Instant::now(),
-            last_beat: AtomicU64::new(NEVER),
+            asked: AtomicU64::new(NONE),
+            ask: Notify::new(),
+            has_heart: AtomicBool::new(false),
         }
     }
 
@@ -75,25 +77,25 @@ impl Health {
         self.is_draining.store(true, Ordering::Release);
     }
 
-    /// Beats until `stop`, as long as `all_respond` returns; run it on the runtime that logs clients in. Cancel safe.
+    /// Beats until `stop` whenever it is asked to, as long as `all_respond` returns; run it on the runtime that logs clients
+    /// in. A process that nobody looks at is not woken for it. Cancel safe.
     pub async fn beat<R: Future<Output = ()>>(
         &self,
         stop: &CancellationToken,
         all_respond: impl Fn() -> R,
     ) {
-        let mut ticks = interval(HEARTBEAT_INTERVAL);
-        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        self.has_heart.store(true, Ordering::Release);
         let _stopped = stop
             .run_until_cancelled(async {
                 loop {
-                    ticks.tick().await;
+                    self.ask.notified().await;
                     all_respond().await;
-                    self.last_beat.store(self.millis(), Ordering::Relaxed);
+                    self.asked.store(NONE, Ordering::Release);
                 }
             })
             .await;
         // A runtime on its way out is not a dead one.
-        self.last_beat.store(NEVER, Ordering::Relaxed);
+        self.has_heart.store(false, Ordering::Release);
     }
 
     /// For `/startup`.
@@ -105,12 +107,25 @@ impl Health {
         verdict
     }
 
-    /// For `/liveness`.
+    /// For `/liveness`: what has come of the heartbeat that was asked for before, and asks for another.
     pub fn liveness(&self) -> Verdict {
-        let last = self.last_beat.load(Ordering::Relaxed);
-        let silence = Duration::from_millis(self.millis().saturating_sub(last));
         let mut verdict = Verdict::default();
-        if last != NEVER && silence > HEARTBEAT_LIMIT {
+        if !self.has_heart.load(Ordering::Acquire) {
+            return verdict;
+        }
+        let now = self.millis();
+        // The one that is awaited already counts from when it was first asked for.
+        let since =
+            match self
+                .asked
+                .compare_exchange(NONE, now, Ordering::AcqRel, Ordering::Acquire)
+            {
+                Ok(_) => now,
+                Err(since) => since,
+            };
+        self.ask.notify_one();
+        let silence = Duration::from_millis(now.saturating_sub(since));
+        if silence > HEARTBEAT_LIMIT {
             verdict
                 .reasons
                 .push(format!("no heartbeat for {} s", silence.as_secs()).into());
@@ -131,7 +146,7 @@ impl Health {
     }
 
     fn millis(&self) -> u64 {
-        u64::try_from(self.origin.elapsed().as_millis()).unwrap_or(NEVER - 1)
+        u64::try_from(self.origin.elapsed().as_millis()).unwrap_or(NONE - 1)
     }
 }
 
@@ -174,20 +189,32 @@ mod tests {
         let health = Health::new(|| Ok(()));
         assert!(health.liveness().is_ok(), "nothing to judge by yet");
         let stop = CancellationToken::new();
-        timeout(Duration::from_secs(200), health.beat(&stop, || ready(())))
-            .await
-            .unwrap_err();
+        let a_second = Duration::from_secs(1);
+        let beats = async || {
+            timeout(a_second, health.beat(&stop, || ready(())))
+                .await
+                .unwrap_err();
+        };
+        beats().await;
+        assert!(health.liveness().is_ok());
+        beats().await;
+        // Nobody has asked for long, and there is nothing wrong with that.
+        advance(2 * HEARTBEAT_LIMIT).await;
         assert!(health.liveness().is_ok());
 
         // The clock moves on, and nobody runs the heart.
-        advance(HEARTBEAT_LIMIT + Duration::from_millis(1)).await;
-        assert_eq!(health.liveness().reasons, ["no heartbeat for 60 s"]);
+        advance(HEARTBEAT_LIMIT).await;
+        assert!(health.liveness().is_ok());
+        advance(a_second).await;
+        assert_eq!(health.liveness().reasons, ["no heartbeat for 61 s"]);
 
         // It runs, but somebody does not respond.
-        timeout(Duration::from_secs(1), health.beat(&stop, pending::<()>))
+        timeout(a_second, health.beat(&stop, pending::<()>))
             .await
             .unwrap_err();
         assert!(!health.liveness().is_ok());
+        beats().await;
+        assert!(health.liveness().is_ok(), "it has found its way back");
 
         stop.cancel();
         health.beat(&stop, || ready(())).await;
