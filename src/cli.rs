@@ -241,8 +241,8 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     }
 }
 
-/// As many workers as there are processors for us (in a container, as its limit allows), or `TOKIO_WORKER_THREADS`. A
-/// single one needs no scheduler that shares tasks out: without it a round trip takes a sixth fewer instructions.
+/// As many workers as there are processors for us (in a container, as its limit allows), or `TOKIO_WORKER_THREADS`; there
+/// are as many [relay threads](crate::workers). A single one needs no scheduler that shares tasks out.
 fn runtime() -> Result<Runtime, RuntimeError> {
     let workers = match std::env::var_os(WORKERS_VARIABLE) {
         Some(asked) if !asked.is_empty() => workers(&asked)?,
