@@ -140,7 +140,7 @@ impl Executor {
                 if event.token() == INBOX {
                     has_post = true;
                 } else if let Some(key) = reactor::note(event) {
-                    self.is_due(key);
+                    self.make_due(key);
                 }
             }
             if has_post && !self.open_post() {
@@ -153,7 +153,7 @@ impl Executor {
         }
     }
 
-    fn is_due(&mut self, key: usize) {
+    fn make_due(&mut self, key: usize) {
         if let Some(running) = self.running.get_mut(key)
             && !mem::replace(&mut running.is_due, true)
         {
@@ -176,7 +176,7 @@ impl Executor {
             self.due.push(key);
         }
         for key in woken {
-            self.is_due(key);
+            self.make_due(key);
         }
         !stop
     }
@@ -193,7 +193,7 @@ impl Executor {
         match polled {
             Ok(Poll::Pending) => {
                 if reactor::is_cut_short() {
-                    self.is_due(key);
+                    self.make_due(key);
                 }
             }
             Ok(Poll::Ready(())) | Err(_) => {
