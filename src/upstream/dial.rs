@@ -52,7 +52,7 @@ impl Settle for Stream {
     fn settle(&mut self) -> io::Result<()> {
         match self {
             Self::Plain(socket) => socket.settle(),
-            Self::Tls(stream) => stream.settle(),
+            Self::Tls(stream) => stream.get_mut().settle(),
         }
     }
 }

@@ -29,8 +29,6 @@ use rustls::{
 };
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-use crate::workers::Settle;
-
 /// What is read at a time, with what is left from before: several records, so that one system call brings them all.
 const READ_LEN: usize = 64 * 1024;
 /// Room for the longest handshake message with its records around it, beyond which rustls gives up by itself, and more.
@@ -99,6 +97,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin> TlsStream<S> {
     /// Whether a ticket of an earlier connection spared the peer its certificate.
     pub fn is_resumed(&self) -> bool {
         self.tls.handshake_kind() == Some(HandshakeKind::Resumed)
+    }
+
+    /// What is under it.
+    pub fn get_mut(&mut self) -> &mut S {
+        &mut self.socket
     }
 
     /// What the two agreed on.
@@ -257,12 +260,6 @@ impl<S: AsyncRead + AsyncWrite + Unpin> TlsStream<S> {
             }
         }
         Poll::Ready(Ok(()))
-    }
-}
-
-impl<S: Settle> Settle for TlsStream<S> {
-    fn settle(&mut self) -> io::Result<()> {
-        self.socket.settle()
     }
 }
 
