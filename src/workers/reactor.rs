@@ -150,23 +150,8 @@ impl Source {
         room: usize,
         read: impl FnOnce() -> io::Result<usize>,
     ) -> Option<io::Result<usize>> {
-        if !self.readiness.has(READABLE) {
-            return None;
-        }
-        self.take_turn();
-        if !spend(&mut self.reads_left) {
-            return None;
-        }
-        match read() {
-            Ok(read) => {
-                // As epoll(7) has it, what brings less than there was room for has brought all.
-                if read < room && !self.readiness.has(READ_CLOSED) {
-                    self.readiness.remove(READABLE);
-                }
-                Some(Ok(read))
-            }
-            Err(error) => self.failed(READABLE, error),
-        }
+        // As epoll(7) has it, what brings less than there was room for has brought all, but for the end.
+        self.attempt(READABLE, READ_CLOSED, room, read)
     }
 
     /// Writes by `write` as far as the socket can be written to now: `None` is for later. `length` is how much would be
@@ -177,21 +162,39 @@ impl Source {
         length: usize,
         write: impl FnOnce() -> io::Result<usize>,
     ) -> Option<io::Result<usize>> {
-        if !self.readiness.has(WRITABLE) {
+        self.attempt(WRITABLE, 0, length, write)
+    }
+
+    /// Does what the socket is ready for, within its share; less than `most` is the end of being ready, unless it is known
+    /// to be `closed`.
+    #[inline]
+    fn attempt(
+        &mut self,
+        what: u8,
+        closed: u8,
+        most: usize,
+        attempt: impl FnOnce() -> io::Result<usize>,
+    ) -> Option<io::Result<usize>> {
+        if !self.readiness.has(what) {
             return None;
         }
         self.take_turn();
-        if !spend(&mut self.writes_left) {
+        let left = if what == READABLE {
+            &mut self.reads_left
+        } else {
+            &mut self.writes_left
+        };
+        if !spend(left) {
             return None;
         }
-        match write() {
-            Ok(written) => {
-                if written < length {
-                    self.readiness.remove(WRITABLE);
+        match attempt() {
+            Ok(done) => {
+                if done < most && !self.readiness.has(closed) {
+                    self.readiness.remove(what);
                 }
-                Some(Ok(written))
+                Some(Ok(done))
             }
-            Err(error) => self.failed(WRITABLE, error),
+            Err(error) => self.failed(what, error),
         }
     }
 
