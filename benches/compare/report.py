@@ -65,6 +65,15 @@ def median(samples, field):
     return (statistics.median(values), min(values), max(values)) if values else None
 
 
+def ratio(ours, theirs, field):
+    """Of what was measured one right after the other, so that a busy minute is in both; undisturbed where there is such."""
+    theirs = {sample["lap"]: sample for sample in theirs if sample.get(field)}
+    pairs = [(sample, theirs[sample["lap"]]) for sample in ours if sample.get(field) is not None and sample["lap"] in theirs]
+    clean = [pair for pair in pairs if not any(sample["disturbed"] for sample in pair)] or pairs
+    values = [our[field] / their[field] for our, their in clean]
+    return (statistics.median(values), min(values), max(values)) if values else None
+
+
 def table(results, ways):
     width = 25
     lines = ["".join([f"{'':<42}", *[f"{way:>{width}}" for way in ways]])]
@@ -89,24 +98,19 @@ def promises(results, ours):
     """Each promise with its figure; the last word is whether it is kept."""
     lines = []
     for workload, field, reference, must, aim in PROMISES:
-        samples = results.get(workload, {}).get(ours)
-        found = median(samples, field) if samples else None
+        ways = results.get(workload, {})
+        samples = ways.get(ours, [])
+        found = ratio(samples, ways.get(reference, []), field) if reference else median(samples, field)
         title = next(title.strip() for w, f, title, *_ in LINES if (w, f) == (workload, field))
         name = f"{workload}: {title}" + (f" / {reference}" if reference else "")
         if not found:
             lines.append(f"{name:<66} {'not measured':>12}")
             continue
-        value = found[0]
-        if reference:
-            theirs = results[workload].get(reference)
-            theirs = median(theirs, field) if theirs else None
-            if not theirs or not theirs[0]:
-                lines.append(f"{name:<66} {'no ' + reference:>12}")
-                continue
-            value /= theirs[0]
+        value, least, most = found
+        spread = f"[{least:.2f}..{most:.2f}]" if len(samples) > 1 else ""
         better = (lambda limit: value >= limit) if field in RATES else (lambda limit: value <= limit)
         verdict = "aim met" if better(aim) else "met" if better(must) else "MISSED"
-        lines.append(f"{name:<66} {value:>12.2f}   must {must:g}, aim {aim:g}: {verdict}")
+        lines.append(f"{name:<66} {value:>12.2f} {spread:<16} must {must:g}, aim {aim:g}: {verdict}")
     return "\n".join(lines)
 
 

@@ -123,7 +123,8 @@ def idle_sessions(way, count, watch_seconds):
         time.sleep(0.5)
         first = machine.private_kb(pid)
         crowd.grow(count)
-        time.sleep(1)
+        # What opening them left to do, such as giving memory back, is over by then.
+        time.sleep(4)
         last = machine.private_kb(pid)
         before = machine.cpu_seconds(pid)
         time.sleep(watch_seconds)
