@@ -1,9 +1,5 @@
 //! Bytes between a client and its server, aware of message boundaries, never holding a message.
 //!
-//! A session that waits holds no buffer: both directions read into one buffer of the worker's, and only what the other
-//! side does not take at once is kept, at most one bufferful a direction. While something is kept nothing more is read,
-//! so a slow reader slows its sender down.
-//!
 //! The end of each side:
 //!
 //! | what happens | what follows |
@@ -18,26 +14,30 @@
 //!
 //! No word of ours lands inside a message, follows an error of the server's, or is said to a client that has said goodbye.
 
+mod pipe;
+mod unasked;
+
 use std::{
-    cell::RefCell,
     future::{Future, poll_fn},
     pin::{Pin, pin},
     task::{Context, Poll, ready},
     time::Duration,
 };
 
-use bytes::{Buf, BytesMut};
 use prometheus::IntCounter;
 use tokio::{
-    io::{AsyncRead, AsyncWrite, ReadBuf},
+    io::{AsyncRead, AsyncWrite},
     time::{Instant, Sleep, sleep},
 };
 
+use self::{
+    pipe::{Broken, Pipe, PipeState},
+    unasked::UnaskedPasswords,
+};
 use super::roster::Watch;
 use crate::{
     protocol::{
         error::{Report, sqlstate},
-        frame::{HEADER_LEN, Scanner, Seen, tag},
         progress::{Answered, Progress},
     },
     shutdown::{Phase, Shutdown},
@@ -50,14 +50,6 @@ const REPLY_PAUSE: Duration = Duration::from_secs(5);
 const DELIVERY_PAUSE: Duration = Duration::from_mins(1);
 /// The same, once the grace time of a shutdown is over.
 const CUT_PAUSE: Duration = Duration::from_secs(1);
-/// What is read at a time: four TLS records of the longest.
-const BUFFER_LEN: usize = 64 * 1024;
-
-thread_local! {
-    /// Borrowed for the length of a poll, never across one.
-    static BUFFER: RefCell<Box<[u8]>> = RefCell::new(vec![0; BUFFER_LEN].into_boxed_slice());
-}
-
 /// How a relay came to its end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum End {
@@ -395,221 +387,6 @@ impl Patience {
             self.sleep.as_mut().reset(Instant::now() + allowed);
         }
         self.sleep.as_mut().poll(cx)
-    }
-}
-
-/// Which side of a direction failed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Broken {
-    /// No more can be read.
-    Source,
-    /// No more can be written.
-    Sink,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum PipeState {
-    /// Bytes may come.
-    Open,
-    /// The source has ended; what was kept is still to be written.
-    Ending,
-    /// The source has ended and the sink was told.
-    Closed,
-    /// The sink takes no more.
-    Refused,
-}
-
-/// One direction.
-struct Pipe {
-    /// Read, but not yet taken by the other side.
-    kept: BytesMut,
-    scanner: Scanner,
-    state: PipeState,
-    unflushed: bool,
-    total: u64,
-    /// As much of it as the counter knows.
-    counted: u64,
-    counter: IntCounter,
-}
-
-impl Pipe {
-    fn new(counter: IntCounter) -> Self {
-        Self {
-            kept: BytesMut::new(),
-            scanner: Scanner::new(),
-            state: PipeState::Open,
-            unflushed: false,
-            total: 0,
-            counted: 0,
-            counter,
-        }
-    }
-
-    fn is_between_messages(&self) -> bool {
-        self.kept.is_empty() && self.scanner.is_at_boundary()
-    }
-
-    /// Appends a message of ours, unless it would land inside another.
-    fn append(&mut self, frame: &[u8]) {
-        if self.scanner.is_at_boundary() {
-            self.kept.extend_from_slice(frame);
-        }
-    }
-
-    /// Tells the counter; done once a poll, since it is shared by all sessions.
-    fn count(&mut self) {
-        if self.counted != self.total {
-            self.counter.inc_by(self.total.wrapping_sub(self.counted));
-            self.counted = self.total;
-        }
-    }
-
-    fn take_in(&mut self, chunk: &[u8], seen: impl FnMut(Seen)) {
-        let length = u64::try_from(chunk.len()).unwrap_or_default();
-        self.total = self.total.wrapping_add(length);
-        self.scanner.scan(chunk, seen);
-    }
-
-    /// Passes bytes from `source` to `sink` until either must be waited for; ready once the source has ended and all
-    /// of it has been written.
-    fn poll_pump<R: AsyncRead + Unpin, W: AsyncWrite + Unpin>(
-        &mut self,
-        cx: &mut Context<'_>,
-        source: &mut R,
-        sink: &mut W,
-        mut strip: impl FnMut(&mut &[u8]),
-        mut seen: impl FnMut(Seen),
-    ) -> Poll<Result<(), Broken>> {
-        loop {
-            ready!(self.poll_write_kept(cx, sink))?;
-            if self.state == PipeState::Ending {
-                return Poll::Ready(Ok(()));
-            }
-            let read = BUFFER.with_borrow_mut(|buffer| {
-                let mut space = ReadBuf::new(buffer);
-                ready!(Pin::new(&mut *source).poll_read(cx, &mut space))
-                    .map_err(|_| Broken::Source)?;
-                let mut chunk = space.filled();
-                if chunk.is_empty() {
-                    self.state = PipeState::Ending;
-                    return Poll::Ready(Ok(()));
-                }
-                strip(&mut chunk);
-                self.take_in(chunk, &mut seen);
-                self.poll_write(cx, sink, chunk)
-            });
-            match read {
-                Poll::Ready(Ok(())) => {}
-                Poll::Ready(Err(broken)) => return Poll::Ready(Err(broken)),
-                Poll::Pending => {
-                    // Nothing to read for now: let what was written go out.
-                    ready!(self.poll_flush(cx, sink))?;
-                    return Poll::Pending;
-                }
-            }
-        }
-    }
-
-    /// Writes straight from the worker's buffer and keeps what the sink does not take.
-    fn poll_write<W: AsyncWrite + Unpin>(
-        &mut self,
-        cx: &mut Context<'_>,
-        sink: &mut W,
-        mut chunk: &[u8],
-    ) -> Poll<Result<(), Broken>> {
-        while !chunk.is_empty() {
-            self.unflushed = true;
-            match Pin::new(&mut *sink).poll_write(cx, chunk) {
-                Poll::Ready(Ok(written @ 1..)) => chunk.advance(written),
-                Poll::Ready(Ok(0) | Err(_)) => return Poll::Ready(Err(Broken::Sink)),
-                Poll::Pending => {
-                    self.kept.extend_from_slice(chunk);
-                    break;
-                }
-            }
-        }
-        Poll::Ready(Ok(()))
-    }
-
-    fn poll_write_kept<W: AsyncWrite + Unpin>(
-        &mut self,
-        cx: &mut Context<'_>,
-        sink: &mut W,
-    ) -> Poll<Result<(), Broken>> {
-        while !self.kept.is_empty() {
-            self.unflushed = true;
-            match ready!(Pin::new(&mut *sink).poll_write(cx, &self.kept)) {
-                Ok(written @ 1..) => self.kept.advance(written),
-                Ok(0) | Err(_) => return Poll::Ready(Err(Broken::Sink)),
-            }
-            if self.kept.is_empty() {
-                // A session that waits holds no buffer.
-                self.kept = BytesMut::new();
-            }
-        }
-        Poll::Ready(Ok(()))
-    }
-
-    fn poll_flush<W: AsyncWrite + Unpin>(
-        &mut self,
-        cx: &mut Context<'_>,
-        sink: &mut W,
-    ) -> Poll<Result<(), Broken>> {
-        if self.unflushed {
-            ready!(Pin::new(sink).poll_flush(cx)).map_err(|_| Broken::Sink)?;
-            self.unflushed = false;
-        }
-        Poll::Ready(Ok(()))
-    }
-
-    /// Writes the rest and closes the sink's half.
-    fn poll_finish<W: AsyncWrite + Unpin>(
-        &mut self,
-        cx: &mut Context<'_>,
-        sink: &mut W,
-    ) -> Poll<Result<(), Broken>> {
-        ready!(self.poll_write_kept(cx, sink))?;
-        ready!(self.poll_flush(cx, sink))?;
-        Pin::new(sink).poll_shutdown(cx).map_err(|_| Broken::Sink)
-    }
-}
-
-/// Drops password messages that a client sends without having been asked, which it can only do first of all. They are
-/// not stored.
-#[derive(Debug, Default)]
-struct UnaskedPasswords {
-    header: [u8; HEADER_LEN],
-    have: usize,
-    left: usize,
-    over: bool,
-}
-
-impl UnaskedPasswords {
-    fn strip(&mut self, chunk: &mut &[u8]) {
-        while !self.over && !chunk.is_empty() {
-            if self.left > 0 {
-                let skip = self.left.min(chunk.len());
-                self.left -= skip;
-                chunk.advance(skip);
-                continue;
-            }
-            if self.have == 0 && chunk.first() != Some(&tag::PASSWORD) {
-                self.over = true;
-                return;
-            }
-            let take = (HEADER_LEN - self.have).min(chunk.len());
-            self.header[self.have..self.have + take].copy_from_slice(&chunk[..take]);
-            self.have += take;
-            chunk.advance(take);
-            if let [_, a, b, c, d] = self.header
-                && self.have == HEADER_LEN
-            {
-                self.have = 0;
-                let length =
-                    usize::try_from(u32::from_be_bytes([a, b, c, d])).unwrap_or(usize::MAX);
-                self.left = length.saturating_sub(4);
-            }
-        }
     }
 }
 

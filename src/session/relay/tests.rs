@@ -9,16 +9,20 @@ use std::{
     task::{Wake, Waker},
 };
 
+use bytes::BytesMut;
 use proptest::prelude::*;
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex},
+    io::{AsyncReadExt, AsyncWriteExt, DuplexStream, ReadBuf, duplex},
     task::JoinSet,
     time::timeout,
 };
 use tokio_util::sync::CancellationToken;
 
-use super::*;
-use crate::protocol::{error::ErrorFields, frame::take_message};
+use super::{pipe::BUFFER_LEN, *};
+use crate::protocol::{
+    error::ErrorFields,
+    frame::{HEADER_LEN, tag, take_message},
+};
 
 const ROOM: usize = 64 * 1024;
 

@@ -1,0 +1,202 @@
+//! One direction of a session.
+//!
+//! A session that waits holds no buffer: both directions read into one buffer of the worker's, and only what the other
+//! side does not take at once is kept, at most one bufferful a direction. While something is kept nothing more is read,
+//! so a slow reader slows its sender down.
+
+use std::{
+    cell::RefCell,
+    pin::Pin,
+    task::{Context, Poll, ready},
+};
+
+use bytes::{Buf, BytesMut};
+use prometheus::IntCounter;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+
+use crate::protocol::frame::{Scanner, Seen};
+
+/// What is read at a time: four TLS records of the longest. From 16 KiB to 1 MiB a bulk transfer takes as much processor
+/// time for a byte.
+pub(super) const BUFFER_LEN: usize = 64 * 1024;
+
+thread_local! {
+    /// Borrowed for the length of a poll, never across one.
+    static BUFFER: RefCell<Box<[u8]>> = RefCell::new(vec![0; BUFFER_LEN].into_boxed_slice());
+}
+
+/// Which side of a direction failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Broken {
+    /// No more can be read.
+    Source,
+    /// No more can be written.
+    Sink,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum PipeState {
+    /// Bytes may come.
+    Open,
+    /// The source has ended; what was kept is still to be written.
+    Ending,
+    /// The source has ended and the sink was told.
+    Closed,
+    /// The sink takes no more.
+    Refused,
+}
+
+/// One direction.
+pub(super) struct Pipe {
+    /// Read, but not yet taken by the other side.
+    pub(super) kept: BytesMut,
+    scanner: Scanner,
+    pub(super) state: PipeState,
+    unflushed: bool,
+    pub(super) total: u64,
+    /// As much of it as the counter knows.
+    counted: u64,
+    pub(super) counter: IntCounter,
+}
+
+impl Pipe {
+    pub(super) fn new(counter: IntCounter) -> Self {
+        Self {
+            kept: BytesMut::new(),
+            scanner: Scanner::new(),
+            state: PipeState::Open,
+            unflushed: false,
+            total: 0,
+            counted: 0,
+            counter,
+        }
+    }
+
+    pub(super) fn is_between_messages(&self) -> bool {
+        self.kept.is_empty() && self.scanner.is_at_boundary()
+    }
+
+    /// Appends a message of ours, unless it would land inside another.
+    pub(super) fn append(&mut self, frame: &[u8]) {
+        if self.scanner.is_at_boundary() {
+            self.kept.extend_from_slice(frame);
+        }
+    }
+
+    /// Tells the counter; done once a poll, since it is shared by all sessions.
+    pub(super) fn count(&mut self) {
+        if self.counted != self.total {
+            self.counter.inc_by(self.total.wrapping_sub(self.counted));
+            self.counted = self.total;
+        }
+    }
+
+    pub(super) fn take_in(&mut self, chunk: &[u8], seen: impl FnMut(Seen)) {
+        let length = u64::try_from(chunk.len()).unwrap_or_default();
+        self.total = self.total.wrapping_add(length);
+        self.scanner.scan(chunk, seen);
+    }
+
+    /// Passes bytes from `source` to `sink` until either must be waited for; ready once the source has ended and all
+    /// of it has been written.
+    pub(super) fn poll_pump<R: AsyncRead + Unpin, W: AsyncWrite + Unpin>(
+        &mut self,
+        cx: &mut Context<'_>,
+        source: &mut R,
+        sink: &mut W,
+        mut strip: impl FnMut(&mut &[u8]),
+        mut seen: impl FnMut(Seen),
+    ) -> Poll<Result<(), Broken>> {
+        loop {
+            ready!(self.poll_write_kept(cx, sink))?;
+            if self.state == PipeState::Ending {
+                return Poll::Ready(Ok(()));
+            }
+            let read = BUFFER.with_borrow_mut(|buffer| {
+                let mut space = ReadBuf::new(buffer);
+                ready!(Pin::new(&mut *source).poll_read(cx, &mut space))
+                    .map_err(|_| Broken::Source)?;
+                let mut chunk = space.filled();
+                if chunk.is_empty() {
+                    self.state = PipeState::Ending;
+                    return Poll::Ready(Ok(()));
+                }
+                strip(&mut chunk);
+                self.take_in(chunk, &mut seen);
+                self.poll_write(cx, sink, chunk)
+            });
+            match read {
+                Poll::Ready(Ok(())) => {}
+                Poll::Ready(Err(broken)) => return Poll::Ready(Err(broken)),
+                Poll::Pending => {
+                    // Nothing to read for now: let what was written go out.
+                    ready!(self.poll_flush(cx, sink))?;
+                    return Poll::Pending;
+                }
+            }
+        }
+    }
+
+    /// Writes straight from the worker's buffer and keeps what the sink does not take.
+    fn poll_write<W: AsyncWrite + Unpin>(
+        &mut self,
+        cx: &mut Context<'_>,
+        sink: &mut W,
+        mut chunk: &[u8],
+    ) -> Poll<Result<(), Broken>> {
+        while !chunk.is_empty() {
+            self.unflushed = true;
+            match Pin::new(&mut *sink).poll_write(cx, chunk) {
+                Poll::Ready(Ok(written @ 1..)) => chunk.advance(written),
+                Poll::Ready(Ok(0) | Err(_)) => return Poll::Ready(Err(Broken::Sink)),
+                Poll::Pending => {
+                    self.kept.extend_from_slice(chunk);
+                    break;
+                }
+            }
+        }
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_write_kept<W: AsyncWrite + Unpin>(
+        &mut self,
+        cx: &mut Context<'_>,
+        sink: &mut W,
+    ) -> Poll<Result<(), Broken>> {
+        while !self.kept.is_empty() {
+            self.unflushed = true;
+            match ready!(Pin::new(&mut *sink).poll_write(cx, &self.kept)) {
+                Ok(written @ 1..) => self.kept.advance(written),
+                Ok(0) | Err(_) => return Poll::Ready(Err(Broken::Sink)),
+            }
+            if self.kept.is_empty() {
+                // A session that waits holds no buffer.
+                self.kept = BytesMut::new();
+            }
+        }
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_flush<W: AsyncWrite + Unpin>(
+        &mut self,
+        cx: &mut Context<'_>,
+        sink: &mut W,
+    ) -> Poll<Result<(), Broken>> {
+        if self.unflushed {
+            ready!(Pin::new(sink).poll_flush(cx)).map_err(|_| Broken::Sink)?;
+            self.unflushed = false;
+        }
+        Poll::Ready(Ok(()))
+    }
+
+    /// Writes the rest and closes the sink's half.
+    pub(super) fn poll_finish<W: AsyncWrite + Unpin>(
+        &mut self,
+        cx: &mut Context<'_>,
+        sink: &mut W,
+    ) -> Poll<Result<(), Broken>> {
+        ready!(self.poll_write_kept(cx, sink))?;
+        ready!(self.poll_flush(cx, sink))?;
+        Pin::new(sink).poll_shutdown(cx).map_err(|_| Broken::Sink)
+    }
+}

@@ -1,0 +1,44 @@
+//! Passwords that nobody has asked for.
+
+use bytes::Buf;
+
+use crate::protocol::frame::{HEADER_LEN, tag};
+
+/// Drops password messages that a client sends without having been asked, which it can only do first of all. They are
+/// not stored.
+#[derive(Debug, Default)]
+pub(super) struct UnaskedPasswords {
+    header: [u8; HEADER_LEN],
+    have: usize,
+    left: usize,
+    over: bool,
+}
+
+impl UnaskedPasswords {
+    pub(super) fn strip(&mut self, chunk: &mut &[u8]) {
+        while !self.over && !chunk.is_empty() {
+            if self.left > 0 {
+                let skip = self.left.min(chunk.len());
+                self.left -= skip;
+                chunk.advance(skip);
+                continue;
+            }
+            if self.have == 0 && chunk.first() != Some(&tag::PASSWORD) {
+                self.over = true;
+                return;
+            }
+            let take = (HEADER_LEN - self.have).min(chunk.len());
+            self.header[self.have..self.have + take].copy_from_slice(&chunk[..take]);
+            self.have += take;
+            chunk.advance(take);
+            if let [_, a, b, c, d] = self.header
+                && self.have == HEADER_LEN
+            {
+                self.have = 0;
+                let length =
+                    usize::try_from(u32::from_be_bytes([a, b, c, d])).unwrap_or(usize::MAX);
+                self.left = length.saturating_sub(4);
+            }
+        }
+    }
+}
