@@ -24,13 +24,15 @@ const COMMANDS: [&str; 10] = [
     "wait",
 ];
 
+/// With no variable of whoever runs this.
+fn program(arguments: &[&str]) -> Command {
+    let mut program = Command::new(env!("CARGO_BIN_EXE_lakebase-proxy"));
+    program.args(arguments).env_clear().env("COLUMNS", "80");
+    program
+}
+
 fn run(arguments: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_lakebase-proxy"))
-        .args(arguments)
-        .env_clear()
-        .env("COLUMNS", "80")
-        .output()
-        .unwrap()
+    program(arguments).output().unwrap()
 }
 
 fn text(bytes: &[u8]) -> &str {
@@ -133,8 +135,8 @@ fn every_flag_has_a_help_text_and_a_variable() {
                 continue;
             }
             let variable = format!("LAKEBASE_PROXY_{}", long.to_uppercase().replace('-', "_"));
-            let mut program = Command::new(env!("CARGO_BIN_EXE_lakebase-proxy"));
-            program.args(command.split_terminator(' ')).env_clear();
+            let mut program = program(&[]);
+            program.args(command.split_terminator(' '));
             if command == "exec" {
                 program.args(["--", "true"]);
             }
@@ -151,9 +153,7 @@ fn every_flag_has_a_help_text_and_a_variable() {
 
 #[test]
 fn an_empty_variable_counts_as_unset() {
-    let output = Command::new(env!("CARGO_BIN_EXE_lakebase-proxy"))
-        .args(["wait", "--max", "10ms"])
-        .env_clear()
+    let output = program(&["wait", "--max", "10ms"])
         .env("LAKEBASE_PROXY_HTTP_PORT", "")
         .output()
         .unwrap();
@@ -172,9 +172,7 @@ fn a_variable_that_is_no_text_is_named_and_never_taken_for_unset() {
         "PGHOST",
         "DATABRICKS_CLIENT_SECRET",
     ] {
-        let output = Command::new(env!("CARGO_BIN_EXE_lakebase-proxy"))
-            .arg("serve")
-            .env_clear()
+        let output = program(&["serve"])
             .env("ENDPOINT_NAME", "projects/p/branches/b/endpoints/e")
             .env(variable, OsStr::from_bytes(b"p\xe4ss"))
             .output()
@@ -189,9 +187,7 @@ fn a_variable_that_is_no_text_is_named_and_never_taken_for_unset() {
 #[test]
 fn a_number_of_workers_that_is_none_is_said_and_no_panic() {
     for nonsense in ["0", "many"] {
-        let output = Command::new(env!("CARGO_BIN_EXE_lakebase-proxy"))
-            .arg("serve")
-            .env_clear()
+        let output = program(&["serve"])
             .env("TOKIO_WORKER_THREADS", nonsense)
             .output()
             .unwrap();
@@ -204,9 +200,7 @@ fn a_number_of_workers_that_is_none_is_said_and_no_panic() {
 
 #[test]
 fn what_kubernetes_says_of_a_service_called_like_us_is_no_setting() {
-    let output = Command::new(env!("CARGO_BIN_EXE_lakebase-proxy"))
-        .args(["wait", "--max", "10ms"])
-        .env_clear()
+    let output = program(&["wait", "--max", "10ms"])
         .env("LAKEBASE_PROXY_PORT", "tcp://10.96.0.7:5432")
         .env("LAKEBASE_PROXY_HTTP_PORT", "tcp://10.96.0.7:9090")
         .output()
@@ -220,13 +214,11 @@ fn a_taken_port_names_the_flag_to_change() {
     let holder = TcpListener::bind("127.0.0.1:0").unwrap();
     let port = holder.local_addr().unwrap().port().to_string();
     for taken in ["--port", "--http-port", "--notes-port"] {
-        let mut program = Command::new(env!("CARGO_BIN_EXE_lakebase-proxy"));
-        program.arg("--notes");
+        let mut program = program(&["--notes"]);
         for flag in ["--port", "--http-port", "--notes-port"] {
             program.args([flag, if flag == taken { &port } else { "0" }]);
         }
         let output = program
-            .env_clear()
             .envs([
                 ("PGHOST", "db.example.invalid"),
                 ("PGUSER", "me"),

@@ -7,7 +7,7 @@ use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
     sync::mpsc,
-    time::{Instant, sleep, timeout},
+    time::{Instant, timeout},
 };
 use tokio_util::{
     sync::{CancellationToken, DropGuard},
@@ -15,6 +15,7 @@ use tokio_util::{
 };
 
 use crate::{
+    harness::eventually,
     postgres::Cluster,
     web::{get, request},
 };
@@ -195,12 +196,10 @@ async fn an_idle_connection_is_let_go_so_that_the_database_may_sleep() {
     get(site.address, "/").await;
     let since = Instant::now();
     assert_eq!(front.open(), 1, "kept for the next reader");
-    let gone = timeout(Duration::from_secs(20), async {
-        while front.open() > 0 {
-            sleep(Duration::from_millis(5)).await;
-        }
-    });
-    gone.await.expect("the idle connection is closed");
+    eventually("the idle connection is closed", async || {
+        (front.open() == 0).then_some(())
+    })
+    .await;
     assert!(
         since.elapsed() < idle_timeout * 4,
         "closed after {:?}",
@@ -269,12 +268,10 @@ async fn stopping_says_goodbye_to_the_database() {
     timeout(Duration::from_secs(10), site.tasks.wait())
         .await
         .expect("it ends");
-    let gone = timeout(Duration::from_secs(5), async {
-        while front.open() > 0 {
-            sleep(Duration::from_millis(5)).await;
-        }
-    });
-    gone.await.expect("its connection is closed");
+    eventually("its connection is closed", async || {
+        (front.open() == 0).then_some(())
+    })
+    .await;
 }
 
 /// A server that answers each startup message with this message, or with nothing.

@@ -12,16 +12,14 @@ use std::{
         Arc,
         atomic::{AtomicUsize, Ordering},
     },
-    time::Duration,
 };
 
 use tempfile::TempDir;
-use tokio::{
-    net::{TcpListener, UnixStream},
-    time::{sleep, timeout},
-};
+use tokio::net::{TcpListener, UnixStream};
 use tokio_postgres::{Client, Config, NoTls};
 use tokio_util::task::TaskTracker;
+
+use crate::harness::eventually;
 
 /// A server without passwords on a Unix socket in a private directory, gone with the value.
 pub(crate) struct Cluster {
@@ -125,12 +123,11 @@ impl Cluster {
             port,
             tasks: TaskTracker::new(),
         };
-        let ready = timeout(Duration::from_secs(30), async {
-            while cluster.config("postgres").connect(NoTls).await.is_err() {
-                sleep(Duration::from_millis(20)).await;
-            }
-        });
-        ready.await.expect("the server starts");
+        eventually("the server starts", async || {
+            let connected = cluster.config("postgres").connect(NoTls).await;
+            connected.is_ok().then_some(())
+        })
+        .await;
         cluster
     }
 

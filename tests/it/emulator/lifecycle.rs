@@ -6,14 +6,16 @@ use std::{
     path::{Path, PathBuf},
     process::Command,
     sync::Arc,
-    time::Duration,
 };
 
 use lakebase_proxy::emulator::{
     Emulator, EmulatorError, EmulatorOptions, LocalPostgres, LocalPostgresOptions, PostgresSource,
 };
 
-use crate::harness::emulator::{PATIENCE, connect, start};
+use crate::harness::{
+    emulator::{PATIENCE, connect, start},
+    eventually,
+};
 
 fn processes_in(directory: &Path) -> Vec<PathBuf> {
     let directory = directory.to_str().unwrap();
@@ -83,14 +85,7 @@ async fn postgres_outlives_no_parent_not_even_a_killed_one() {
         .arg(&file)
         .spawn()
         .unwrap();
-    let written = async {
-        while !file.exists() {
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
-    };
-    tokio::time::timeout(PATIENCE, written)
-        .await
-        .expect("the file to appear");
+    eventually("the file appears", async || file.exists().then_some(())).await;
     assert_eq!(
         fs::metadata(&file).unwrap().permissions().mode() & 0o777,
         0o600
@@ -122,14 +117,10 @@ async fn postgres_outlives_no_parent_not_even_a_killed_one() {
     let directory = Path::new(authority).parent().unwrap().to_owned();
     program.kill().unwrap();
     program.wait().unwrap();
-    let gone = async {
-        while directory.exists() || !processes_in(&directory).is_empty() {
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
-    };
-    tokio::time::timeout(PATIENCE, gone)
-        .await
-        .expect("everything to go");
+    eventually("everything goes", async || {
+        (!directory.exists() && processes_in(&directory).is_empty()).then_some(())
+    })
+    .await;
 }
 
 #[tokio::test]
