@@ -14,7 +14,6 @@ use std::{
 
 use tokio::{
     net::{TcpListener, UnixListener},
-    sync::{OwnedSemaphorePermit, Semaphore},
     time::sleep,
 };
 use tokio_util::task::TaskTracker;
@@ -26,14 +25,12 @@ pub use self::{
     unix::{UnixError, UnixPlace},
 };
 use crate::{
-    session::{Peer, Sessions},
+    session::{Guest, Lobby, Peer, Sessions},
     telemetry::Metrics,
     upstream::Keepalive,
     workers::{Socket, Workers},
 };
 
-/// Clients that have not yet said what they want.
-const UNFINISHED_HANDSHAKES: usize = 256;
 /// As many as the kernel allows; a burst must not meet a full queue.
 const BACKLOG: i32 = 4096;
 const ACCEPT_PAUSE_MIN: Duration = Duration::from_millis(5);
@@ -286,12 +283,12 @@ impl Listener {
             workers: Arc::clone(workers),
             clients: clients.clone(),
         };
-        let handshakes = Arc::new(Semaphore::new(UNFINISHED_HANDSHAKES));
+        let lobby = Lobby::default();
         for acceptor in self.tcp {
-            helpers.spawn(accept(acceptor, floor.clone(), Arc::clone(&handshakes)));
+            helpers.spawn(accept(acceptor, floor.clone(), lobby.clone()));
         }
         for acceptor in self.unix {
-            helpers.spawn(accept(acceptor, floor.clone(), Arc::clone(&handshakes)));
+            helpers.spawn(accept(acceptor, floor.clone(), lobby.clone()));
         }
     }
 }
@@ -305,7 +302,7 @@ struct Floor {
 }
 
 impl Floor {
-    fn enter(&self, id: u64, peer: Peer, client: Socket, handshaking: OwnedSemaphorePermit) {
+    fn enter(&self, id: u64, peer: Peer, client: Socket, guest: Guest) {
         let span = session_span(id, &peer);
         let Self {
             sessions,
@@ -314,7 +311,7 @@ impl Floor {
         } = self.clone();
         let serving = async move {
             let watch = PanicWatch(Arc::clone(&sessions.metrics));
-            let relay = sessions.serve(id, peer, client, handshaking).await;
+            let relay = sessions.serve(id, peer, client, guest).await;
             if let Some(relay) = relay {
                 let relay = async move {
                     let _watch = watch;
@@ -341,27 +338,26 @@ trait Acceptor: Send + Sync + 'static {
     fn tune(client: &Self::Client, keepalive: &Keepalive);
 }
 
-async fn accept<A: Acceptor>(acceptor: A, floor: Floor, handshakes: Arc<Semaphore>) {
+async fn accept<A: Acceptor>(acceptor: A, floor: Floor, lobby: Lobby) {
     let sessions = &floor.sessions;
     let mut pause = ACCEPT_PAUSE_MIN;
     let shut = sessions.door.is_shut().clone();
     loop {
+        // Whoever finds no place waits as the accepted one, so that nobody is asked to leave for nobody.
         let next = async {
-            let permit = Arc::clone(&handshakes).acquire_owned().await;
-            (permit, acceptor.accept().await)
+            let accepted = acceptor.accept().await?;
+            Ok::<_, io::Error>((accepted, lobby.enter().await))
         };
-        let (permit, accepted) = tokio::select! {
-            next = next => next,
+        let accepted = tokio::select! {
+            accepted = next => accepted,
             () = shut.cancelled() => return,
         };
-        // Never closed, so never an error.
-        let Ok(permit) = permit else { return };
         match accepted {
-            Ok((client, peer)) => {
+            Ok(((client, peer), guest)) => {
                 pause = ACCEPT_PAUSE_MIN;
                 sessions.metrics.clients_opened.inc();
                 A::tune(&client, &sessions.policies.now().terms.keepalive);
-                floor.enter(sessions.next_id(), peer, client.into(), permit);
+                floor.enter(sessions.next_id(), peer, client.into(), guest);
             }
             Err(error) => {
                 // Mostly a lack of descriptors, which passes when sessions end. Said once per spell.

@@ -5,13 +5,12 @@ use std::{io, time::Duration};
 use bytes::BytesMut;
 use tokio::{
     io::{AsyncRead, AsyncWrite, AsyncWriteExt},
-    sync::OwnedSemaphorePermit,
     time::{Instant, sleep, timeout},
 };
 use tokio_rustls::TlsAcceptor;
 
 use super::{
-    Encrypted, FAREWELL, Peer, Policy, Sessions,
+    Encrypted, FAREWELL, Guest, Peer, Policy, Sessions,
     handshake::{self, HandshakeError, Opening, Tls},
     linger,
     local_auth::Failure,
@@ -42,19 +41,13 @@ struct Arrival<'a> {
     began: Instant,
     policy: &'a Policy,
     /// Held until it is known what the client wants, and that it may.
-    _handshaking: OwnedSemaphorePermit,
+    guest: Guest,
 }
 
 impl Sessions {
     /// Serves one client up to its welcome, or to its end where it comes to none; what is left then is the relay, to be
-    /// run by a relay thread. `handshaking` is held until the client has said what it wants.
-    pub async fn serve<S>(
-        &self,
-        id: u64,
-        peer: Peer,
-        mut client: S,
-        handshaking: OwnedSemaphorePermit,
-    ) -> Option<Job>
+    /// run by a relay thread. It is a `guest` until it has said what it wants.
+    pub async fn serve<S>(&self, id: u64, peer: Peer, mut client: S, guest: Guest) -> Option<Job>
     where
         S: AsyncRead + AsyncWrite + Settle + Unpin + Send + 'static,
     {
@@ -67,7 +60,7 @@ impl Sessions {
             encryption: Encrypted::No,
             began: Instant::now(),
             policy: &policy,
-            _handshaking: handshaking,
+            guest,
         };
         let mut buffer = BytesMut::with_capacity(FIRST_BUFFER);
         let receiving = handshake::receive(&mut client, &mut buffer, policy.entrance.tls(peer));
@@ -101,6 +94,7 @@ impl Sessions {
                 Ok(done) => done.map(Some),
                 Err(_elapsed) => Err(HandshakeError::Late),
             },
+            () = arrival.guest.asked_to_leave() => Err(HandshakeError::Crowded),
             () = hurried => Ok(None),
         }
     }
@@ -132,7 +126,7 @@ impl Sessions {
         };
         if direct && client.get_ref().1.alpn_protocol() != Some(ALPN_POSTGRESQL) {
             let error = HandshakeError::NoAlpn;
-            self.reject(&arrival, &mut client, &error).await;
+            self.reject(arrival, &mut client, &error).await;
             return None;
         }
         arrival.encryption = Encrypted::by(client.get_ref().1);
@@ -217,7 +211,7 @@ impl Sessions {
                     Err(refusal) => self.refuse(id, &mut client, refusal).await,
                 }
             }
-            Err(error) => self.reject(&arrival, &mut client, &error).await,
+            Err(error) => self.reject(arrival, &mut client, &error).await,
         }
         None
     }
@@ -283,18 +277,22 @@ impl Sessions {
         }
     }
 
-    async fn reject<S>(&self, arrival: &Arrival<'_>, client: &mut S, error: &HandshakeError)
+    async fn reject<S>(&self, arrival: Arrival<'_>, client: &mut S, error: &HandshakeError)
     where
         S: AsyncRead + AsyncWrite + Unpin,
     {
-        let id = arrival.id;
+        let Arrival {
+            id, policy, guest, ..
+        } = arrival;
+        // Its place is free while it takes its leave.
+        drop(guest);
         let reason = match error {
             HandshakeError::Startup(StartupError::TlsHandshake) => {
-                arrival.policy.entrance.client_insists_on_tls();
+                policy.entrance.client_insists_on_tls();
                 reason::CLIENT_TLS
             }
             HandshakeError::NoAlpn => reason::CLIENT_TLS,
-            HandshakeError::Late => reason::TIMEOUT,
+            HandshakeError::Late | HandshakeError::Crowded => reason::TIMEOUT,
             HandshakeError::Io(error) => {
                 tracing::debug!(session = id, error = %error, "client broke off in the handshake");
                 return;

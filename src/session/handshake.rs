@@ -54,6 +54,9 @@ pub(super) enum HandshakeError {
     /// It took too long.
     #[error("no complete startup message in time")]
     Late,
+    /// It took long while others waited for its place.
+    #[error("no complete startup message while other clients waited")]
+    Crowded,
     /// TLS from the first byte on, for what may be any protocol.
     #[error("direct TLS without the application protocol `postgresql`")]
     NoAlpn,
@@ -82,6 +85,7 @@ impl HandshakeError {
                 Some(Report::new(sqlstate::FEATURE_NOT_SUPPORTED, self.to_string()))
             }
             Self::Late
+            | Self::Crowded
             | Self::Startup(StartupError::InvalidLayout | StartupError::InvalidRequest)
             | Self::Twice(_) => {
                 Some(Report::new(sqlstate::PROTOCOL_VIOLATION, self.to_string()))

@@ -19,6 +19,7 @@ mod door;
 mod encryption;
 mod entrance;
 mod handshake;
+mod lobby;
 mod local_auth;
 mod peer;
 mod policy;
@@ -50,6 +51,7 @@ pub use self::{
     door::Door,
     encryption::{ClientTls, ClientTlsError, Encrypted, Encryption},
     entrance::{Entrance, Told},
+    lobby::{Guest, Lobby},
     local_auth::{KnownPassword, LocalPassword},
     peer::Peer,
     policy::{Policies, Policy, Seat, Seats},

@@ -6,7 +6,7 @@ use secrecy::SecretString;
 use tokio::{
     io::{DuplexStream, duplex},
     net::TcpListener,
-    sync::{Semaphore, oneshot},
+    sync::oneshot,
     task::JoinSet,
 };
 use tokio_util::sync::CancellationToken;
@@ -74,11 +74,11 @@ fn sessions(upstream: SocketAddr, client_login_timeout: Duration) -> Arc<Session
 async fn client(sessions: &Arc<Sessions>, room: usize, tasks: &mut JoinSet<()>) -> DuplexStream {
     let (client, ours) = duplex(room);
     let sessions = Arc::clone(sessions);
-    let handshaking = Arc::new(Semaphore::new(1)).acquire_owned().await.unwrap();
+    let guest = Lobby::default().enter().await;
     let peer = Peer::Tcp(SocketAddr::from(([127, 0, 0, 1], 4711)));
     tasks.spawn(async move {
         let id = sessions.next_id();
-        let Some(relay) = sessions.serve(id, peer, ours, handshaking).await else {
+        let Some(relay) = sessions.serve(id, peer, ours, guest).await else {
             return;
         };
         let workers = Workers::start().unwrap();
@@ -261,9 +261,9 @@ async fn the_task_of_a_session_is_small() {
     let (_listener, address) = listen().await;
     let sessions = sessions(address, LONG);
     let (_client, ours) = duplex(16);
-    let handshaking = Arc::new(Semaphore::new(1)).acquire_owned().await.unwrap();
+    let guest = Lobby::default().enter().await;
     let peer = Peer::Tcp(address);
-    let session = sessions.serve(1, peer, ours, handshaking);
+    let session = sessions.serve(1, peer, ours, guest);
     let size = size_of_val(&session);
     assert!(size <= 3072, "{size} bytes");
 }
