@@ -10,7 +10,7 @@ use crate::{
     config::{DEFAULT_DATABASE, EndpointConfig, TlsMode},
     telemetry::without_userinfo,
     tls,
-    upstream::{Endpoint, Label, Security},
+    upstream::{Addresses, Endpoint, Label, Security},
     workspace::{CredentialMinter, Wanted},
 };
 
@@ -72,6 +72,7 @@ fn endpoint(
         label,
         host,
         port: config.port,
+        addresses: Addresses::default(),
         user,
         database,
     })

@@ -18,7 +18,7 @@ use crate::{
     credential::Credential,
     protocol::options::SessionSettings,
     tls,
-    upstream::{Class, Endpoint, Failure, Label, Security, probe},
+    upstream::{Addresses, Class, Endpoint, Failure, Label, Security, probe},
     workspace::Target,
 };
 
@@ -119,6 +119,7 @@ fn prepare(
         label: Label::new(examined.config.called()),
         host: found.host.clone(),
         port: examined.config.port,
+        addresses: Addresses::default(),
         user: found.user.clone(),
         database: found.database.clone(),
         security,

@@ -20,7 +20,7 @@ use crate::{
         frame::{Message, take_message},
         startup::{CancelKey, encode_startup},
     },
-    upstream::{Endpoint, Label, Security, Upstream},
+    upstream::{Addresses, Endpoint, Label, Security, Upstream},
     workers::Workers,
 };
 
@@ -42,6 +42,7 @@ fn sessions(upstream: SocketAddr, client_login_timeout: Duration) -> Arc<Session
         label: Label::new("e"),
         host: upstream.ip().to_string(),
         port: upstream.port(),
+        addresses: Addresses::default(),
         user: "me".to_owned(),
         database: "db".to_owned(),
         security: Security::Plain,

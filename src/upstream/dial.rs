@@ -67,11 +67,13 @@ pub(super) async fn dial(
 ) -> Result<(Stream, SocketAddr, Phases), Failure> {
     let mut phases = Phases::default();
     let started = Instant::now();
-    let addresses = resolve(&endpoint.host, endpoint.port).await?;
+    let looking_up = resolve(&endpoint.host, endpoint.port);
+    let addresses = endpoint.addresses.get(looking_up).await?;
     phases.resolve = observe(metrics, phase::RESOLVE, started);
 
     let started = Instant::now();
-    let (tcp, address) = connect(addresses).await?;
+    let connected = connect(addresses).await;
+    let (tcp, address) = connected.inspect_err(|_| endpoint.addresses.forget())?;
     phases.dial = observe(metrics, phase::DIAL, started);
 
     let started = Instant::now();
@@ -351,6 +353,7 @@ mod tests {
             label: crate::upstream::Label::new("e"),
             host: "localhost".to_owned(),
             port: address.port(),
+            addresses: crate::upstream::Addresses::default(),
             user: "me".to_owned(),
             database: "db".to_owned(),
             security: Security::Tls {

@@ -4,6 +4,8 @@ use std::{fmt, net::IpAddr, sync::Arc, time::Duration};
 
 use rustls::{ClientConfig, pki_types::ServerName};
 
+use super::Addresses;
+
 /// The endpoint's name as people know it, for messages: its resource name, or else its host.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Label(Arc<str>);
@@ -54,6 +56,8 @@ pub struct Endpoint {
     pub host: String,
     /// Port.
     pub port: u16,
+    /// The host's addresses, as far as they are known.
+    pub addresses: Addresses,
     /// The role to log in as.
     pub user: String,
     /// The database for clients that name none.

@@ -4,6 +4,7 @@
 //!
 //! [`SessionSettings`]: crate::protocol::options::SessionSettings
 
+mod addresses;
 mod dial;
 pub mod endpoint;
 mod failure;
@@ -14,6 +15,7 @@ pub mod probe;
 mod route;
 mod tls_stream;
 
+pub use addresses::Addresses;
 pub use dial::{Stream, tune};
 pub use endpoint::{Endpoint, Keepalive, Label, Security, is_loopback};
 pub use failure::{Class, Failure};

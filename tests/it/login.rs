@@ -8,7 +8,8 @@ use lakebase_proxy::{
     protocol::options::SessionSettings,
     telemetry::Metrics,
     upstream::{
-        Connection, Endpoint, Keepalive, Label, Limits, Refusal, Security, Terms, Upstream,
+        Addresses, Connection, Endpoint, Keepalive, Label, Limits, Refusal, Security, Terms,
+        Upstream,
     },
 };
 use secrecy::SecretString;
@@ -29,6 +30,7 @@ async fn log_in(front: SocketAddr, user: &str, password: &str) -> Result<Connect
         label: Label::new("local"),
         host: front.ip().to_string(),
         port: front.port(),
+        addresses: Addresses::default(),
         user: user.to_owned(),
         database: "postgres".to_owned(),
         security: Security::Plain,

@@ -15,7 +15,7 @@ use super::*;
 use crate::{
     clock::Clock,
     credential::{Mint, MintError, Minted, Refresher},
-    upstream::{Label, Security},
+    upstream::{Addresses, Label, Security},
 };
 
 /// More than any of these tests takes when all is well.
@@ -203,6 +203,7 @@ fn house(server: &Server, limits: Limits) -> Arc<House> {
         label: Label::new("e"),
         host: "127.0.0.1".to_owned(),
         port: server.port,
+        addresses: Addresses::default(),
         user: "me".to_owned(),
         database: "db".to_owned(),
         security: Security::Plain,
