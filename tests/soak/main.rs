@@ -3,7 +3,7 @@
 //! ```text
 //! cargo test --test soak                     all of it, one after another
 //! cargo test --test soak -- churn idle       only these
-//! cargo test --test soak -- visits --program PATH     `thousands` and `visits`: another build of the proxy
+//! cargo test --test soak -- visits --program PATH     of another build of the proxy
 //! ```
 //!
 //! The proxy runs as a process of its own, since it is the process that is measured; the emulator runs in this one.
@@ -50,7 +50,7 @@ struct Stage {
 }
 
 impl Stage {
-    async fn set() -> Self {
+    async fn set(program: &Path) -> Self {
         let emulator = Emulator::start(EmulatorOptions::default()).await.unwrap();
         let arguments = [
             "--port",
@@ -60,7 +60,7 @@ impl Stage {
             "--max-connections",
             "2000",
         ];
-        let proxy = Process::spawn(emulator.environment(), &arguments);
+        let proxy = Process::spawn(program, emulator.environment(), &arguments);
         let postgres = proxy.address("listening for Postgres clients").await;
         let http = proxy.address("serving health and metrics").await;
         // One client first: what is allocated once is there before anything is measured.
@@ -151,10 +151,10 @@ fn main() -> ExitCode {
             match name {
                 "thousands" => return scripted::thousands(&program).await,
                 "visits" => return scripted::visits(&program).await,
-                "probes" => return probes::beside_thousands().await,
+                "probes" => return probes::beside_thousands(&program).await,
                 _ => {}
             }
-            let stage = Stage::set().await;
+            let stage = Stage::set(&program).await;
             match name {
                 "copy-out" => volume::copy_out(&stage).await,
                 "copy-in" => volume::copy_in(&stage).await,

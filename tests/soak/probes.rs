@@ -1,6 +1,6 @@
 //! Probes beside thousands of clients, in front of a server that only says its lines.
 
-use std::{io::Write as _, net::SocketAddr, time::Duration};
+use std::{io::Write as _, net::SocketAddr, path::Path, time::Duration};
 
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -72,7 +72,7 @@ async fn probe(http: SocketAddr, path: &str) -> Duration {
     began.elapsed()
 }
 
-pub(crate) async fn beside_thousands() {
+pub(crate) async fn beside_thousands(program: &Path) {
     rlimit::increase_nofile_limit(u64::MAX).unwrap();
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let port = listener.local_addr().unwrap().port();
@@ -97,7 +97,7 @@ pub(crate) async fn beside_thousands() {
         "--config-file",
         &file,
     ];
-    let proxy = Process::spawn(variables, &arguments);
+    let proxy = Process::spawn(program, variables, &arguments);
     let postgres = proxy.address("listening for Postgres clients").await;
     let http = proxy.address("serving health and metrics").await;
 

@@ -2,6 +2,7 @@
 
 use std::{
     net::SocketAddr,
+    path::Path,
     process::{ExitStatus, Stdio},
     time::Duration,
 };
@@ -26,15 +27,16 @@ pub(crate) struct Process {
 }
 
 impl Process {
-    /// Starts it with these variables and no others.
+    /// Starts `program` with these variables and no others.
     pub(crate) fn spawn(
+        program: &Path,
         variables: impl IntoIterator<Item = (impl Into<String>, impl Into<String>)>,
         arguments: &[&str],
     ) -> Self {
         let variables = variables
             .into_iter()
             .map(|(name, value)| (name.into(), value.into()));
-        let mut child = Command::new(env!("CARGO_BIN_EXE_lakebase-proxy"))
+        let mut child = Command::new(program)
             .args(arguments)
             .env_clear()
             .envs(variables)
