@@ -39,6 +39,12 @@ class Cost:
         return None if self.seconds is None else self.seconds * 1e6 / count
 
 
+def started(way):
+    """How long it took to listen, and what it has when the start is over and nobody has come."""
+    time.sleep(1)
+    return {"ms": way.process.start_seconds * 1e3, "resident_mb": machine.status_kb(way.process.pid, "VmRSS") / 1024}
+
+
 def connect(way, count):
     """Connect, SELECT 1, close."""
     taken = []
