@@ -12,7 +12,10 @@ use tokio::{
 };
 use tokio_postgres::NoTls;
 
-use crate::harness::emulator::{PATIENCE, http};
+use crate::harness::{
+    binary::PROGRAM,
+    emulator::{PATIENCE, http},
+};
 
 struct Demo {
     program: Child,
@@ -21,7 +24,7 @@ struct Demo {
 
 impl Demo {
     fn start(arguments: &[&str]) -> Self {
-        let mut program = Command::new(env!("CARGO_BIN_EXE_lakebase-proxy"))
+        let mut program = Command::new(PROGRAM)
             .arg("demo")
             .args(arguments)
             // A real workspace must not be met by accident.
@@ -137,7 +140,7 @@ async fn the_demo_does_what_its_panel_says() {
 async fn a_port_that_was_asked_for_and_is_taken_ends_the_demo() {
     let taken = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
     let port = taken.local_addr().unwrap().port().to_string();
-    let mut program = Command::new(env!("CARGO_BIN_EXE_lakebase-proxy"))
+    let mut program = Command::new(PROGRAM)
         .args([
             "demo",
             "--notes-port",

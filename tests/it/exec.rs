@@ -13,7 +13,11 @@ use tokio::{
     time::Instant,
 };
 
-use crate::harness::{self, binary, within};
+use crate::harness::{
+    self,
+    binary::{self, PROGRAM},
+    within,
+};
 
 /// `exec` in front of `emulator` with these flags, of this shell script.
 fn exec(emulator: &Emulator, flags: &[&str], script: &str) -> Command {
@@ -141,7 +145,7 @@ async fn its_variables_are_the_proxys_and_ours_are_gone() {
 #[tokio::test]
 async fn the_child_has_the_limit_of_open_files_that_it_would_have_had() {
     let emulator = harness::emulator().await;
-    let exec = env!("CARGO_BIN_EXE_lakebase-proxy");
+    let exec = PROGRAM;
     // No --max-connections, so that the proxy raises its own.
     // The proxy has its own back once the child is there, so the child may be the first to look.
     let script = "ulimit -Sn; ulimit -Hn; limit() { grep 'open files' /proc/$PPID/limits | tr -s ' '; }; \
@@ -297,7 +301,7 @@ async fn signals_are_passed_on() {
     let script = format!("{traps} echo ready; while :; do sleep 0.05; done");
     let mut command = Command::new("setsid");
     command
-        .arg(env!("CARGO_BIN_EXE_lakebase-proxy"))
+        .arg(PROGRAM)
         .args(["exec", "--", "sh", "-c", &script])
         .envs(emulator.environment())
         .stdin(Stdio::null())
@@ -320,7 +324,7 @@ async fn what_was_ignored_stays_ignored() {
     let mut command = Command::new("sh");
     command
         .args(["-c", "trap '' HUP; exec \"$@\"", "sh"])
-        .arg(env!("CARGO_BIN_EXE_lakebase-proxy"))
+        .arg(PROGRAM)
         .args(["exec", "--", "sh", "-c", script])
         .envs(emulator.environment())
         .stdin(Stdio::piped())
@@ -390,7 +394,7 @@ async fn as_pid_1_orphans_are_reaped_and_the_status_is_the_childs() {
     let mut command = Command::new("unshare");
     command
         .args(["--pid", "--fork", "--mount-proc", "--kill-child"])
-        .arg(env!("CARGO_BIN_EXE_lakebase-proxy"))
+        .arg(PROGRAM)
         .args(["exec", "--", "sh", "-c", script])
         .envs(emulator.environment())
         .stdin(Stdio::null());
@@ -417,10 +421,7 @@ async fn pid_1_passes_sigterm_on() {
             "-c",
         ])
         // The shell is replaced by the program, which then is PID 1.
-        .arg(format!(
-            "exec {} exec -- sh -c \"$0\"",
-            env!("CARGO_BIN_EXE_lakebase-proxy")
-        ))
+        .arg(format!("exec {PROGRAM} exec -- sh -c \"$0\""))
         .arg(script)
         .envs(emulator.environment())
         .stdin(Stdio::null())
@@ -451,7 +452,7 @@ impl Terminal {
         let mut process = Command::new("script")
             .args(["-qefc", line, "/dev/null"])
             .envs(emulator.environment())
-            .env("PROXY", env!("CARGO_BIN_EXE_lakebase-proxy"))
+            .env("PROXY", PROGRAM)
             .env("TERM", "dumb")
             .env("PAGER", "cat")
             .stdin(Stdio::piped())

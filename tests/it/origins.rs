@@ -12,6 +12,7 @@ use tokio::{
 };
 
 use crate::{
+    harness::binary::PROGRAM,
     process::Process,
     web::{Answer, get, request},
 };
@@ -108,7 +109,7 @@ async fn a_foreign_page_gets_nothing_from_any_port() {
         "--notes=true",
         "--notes-port=0",
     ];
-    let proxy = Process::spawn(emulator.environment(), &flags);
+    let proxy = Process::spawn(PROGRAM, emulator.environment(), &flags);
     let workspace = emulator.workspace_url().strip_prefix("http://").unwrap();
     let ports = [
         Port {

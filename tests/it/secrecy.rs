@@ -22,7 +22,7 @@ use self::{
     search::Secrets,
     tap::{Call, Tap, Twist, Untruth},
 };
-use crate::{process::Process, web};
+use crate::{harness::binary::PROGRAM, process::Process, web};
 
 const FLAGS: [&str; 4] = [
     "--port=0",
@@ -151,7 +151,7 @@ async fn a_session_s_whole_life_at_trace_shows_no_secret() {
         let tap = Tap::open(emulator.workspace_url(), truth).await;
         // A credential that was just minted is replaced after 5 s at the earliest.
         let flags = flags(&[format, "--connect-timeout=30s", NOTES[0], NOTES[1]]);
-        let proxy = Process::spawn(variables(&emulator, &tap, &[]), &flags);
+        let proxy = Process::spawn(PROGRAM, variables(&emulator, &tap, &[]), &flags);
         let postgres = proxy.address("listening for Postgres clients").await;
 
         let mut seen = raw(postgres, &whole_visit()).await;
@@ -407,7 +407,11 @@ async fn repeats(
     changes: &[(&str, &str)],
 ) -> String {
     let tap = Tap::open(emulator.workspace_url(), twist).await;
-    let proxy = Process::spawn(variables(emulator, &tap, changes), &flags(&[HURRY]));
+    let proxy = Process::spawn(
+        PROGRAM,
+        variables(emulator, &tap, changes),
+        &flags(&[HURRY]),
+    );
     let (seen, log) = if name.contains("look-up") && !changes.is_empty() {
         // Who we are must be known before anything can be served.
         let (status, log) = proxy.ended().await;
@@ -444,6 +448,7 @@ async fn an_endpoint_that_repeats_the_credential_is_not_repeated() {
     let emulator = Emulator::start(EmulatorOptions::default()).await.unwrap();
     let tap = Tap::open(emulator.workspace_url(), truth).await;
     let proxy = Process::spawn(
+        PROGRAM,
         variables(&emulator, &tap, &[]),
         &flags(&[HURRY, NOTES[0], NOTES[1]]),
     );
@@ -529,7 +534,7 @@ async fn a_configuration_that_cannot_work_is_refused_without_its_secrets() {
         if name != "DATABRICKS_TOKEN" {
             variables.push(("DATABRICKS_TOKEN", SECRET));
         }
-        let proxy = Process::spawn(variables, &flags(&[HURRY]));
+        let proxy = Process::spawn(PROGRAM, variables, &flags(&[HURRY]));
         let (status, said) = proxy.ended().await;
         assert_eq!(status.code(), Some(1), "{name}: {said}");
         let mut secrets = Secrets::default();

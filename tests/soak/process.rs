@@ -1,8 +1,8 @@
 //! The program as a process of its own: what it says, where it listens, and how it ends.
 
 use std::{
+    ffi::OsStr,
     net::SocketAddr,
-    path::Path,
     process::{ExitStatus, Stdio},
     time::Duration,
 };
@@ -29,7 +29,7 @@ pub(crate) struct Process {
 impl Process {
     /// Starts `program` with these variables and no others.
     pub(crate) fn spawn(
-        program: &Path,
+        program: impl AsRef<OsStr>,
         variables: impl IntoIterator<Item = (impl Into<String>, impl Into<String>)>,
         arguments: &[&str],
     ) -> Self {

@@ -13,6 +13,7 @@ use lakebase_proxy::emulator::{
 };
 
 use crate::harness::{
+    binary::PROGRAM,
     emulator::{PATIENCE, connect, start},
     eventually,
 };
@@ -80,7 +81,7 @@ fn nothing_is_left_after_a_panic() {
 async fn postgres_outlives_no_parent_not_even_a_killed_one() {
     let scratch = tempfile::tempdir().unwrap();
     let file = scratch.path().join("env");
-    let mut program = Command::new(env!("CARGO_BIN_EXE_lakebase-proxy"))
+    let mut program = Command::new(PROGRAM)
         .args(["emulator", "--env-file"])
         .arg(&file)
         .spawn()

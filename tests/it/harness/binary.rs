@@ -21,9 +21,12 @@ pub(crate) struct Binary {
     pub(crate) http: SocketAddr,
 }
 
+/// The program under test.
+pub(crate) const PROGRAM: &str = env!("CARGO_BIN_EXE_lakebase-proxy");
+
 /// The program with nothing of this process's environment that it would read.
 pub(crate) fn command(arguments: &[&str]) -> Command {
-    let mut command = Command::new(assert_cmd::cargo::cargo_bin!("lakebase-proxy"));
+    let mut command = Command::new(PROGRAM);
     for (name, _) in std::env::vars_os() {
         let name = name.to_string_lossy().into_owned();
         if ["PG", "DATABRICKS_", "LAKEBASE_", "ENDPOINT_NAME"]
