@@ -99,7 +99,7 @@ impl Answer {
         tracing::warn!(
             error = why,
             age = ?self.since.elapsed(),
-            "the endpoint's name cannot be resolved; its last known addresses are used"
+            "the endpoint's name cannot be resolved; its last known addresses are used; hint: check the machine's name resolution"
         );
     }
 }
