@@ -1,12 +1,13 @@
 //! Limits, and starts that must not succeed.
 
-use std::net::TcpListener;
+use std::{net::TcpListener, time::Duration};
 
 use futures_util::future::join_all;
 use lakebase_proxy::{
     app::{App, StartError},
     config::PortSetting,
 };
+use tokio::time::Instant;
 
 use crate::harness::{
     self, Proxy,
@@ -78,6 +79,7 @@ async fn clients_that_say_nothing_hold_others_up_for_a_moment_only() {
     until_running(&emulator.identities().app.name, 1).await;
 
     let mut silent = join_all((0..300).map(|_| Wire::dial(proxy.address()))).await;
+    let began = Instant::now();
     let cancelled = async {
         cancel(proxy.address(), key).await;
         busy.until('Z').await
@@ -89,6 +91,11 @@ async fn clients_that_say_nothing_hold_others_up_for_a_moment_only() {
     assert!(
         said.iter()
             .any(|said| said.tag == 'E' && said.error().code == "57014")
+    );
+    assert!(
+        began.elapsed() < Duration::from_secs(10),
+        "{:?}",
+        began.elapsed()
     );
     let refusal = silent[0].refusal().await;
     assert_eq!(refusal.code, "08P01");

@@ -196,10 +196,12 @@ async fn an_idle_connection_is_let_go_so_that_the_database_may_sleep() {
     get(site.address, "/").await;
     let since = Instant::now();
     assert_eq!(front.open(), 1, "kept for the next reader");
-    eventually("the idle connection is closed", async || {
+    let closed = eventually("the idle connection is closed", async || {
         (front.open() == 0).then_some(())
-    })
-    .await;
+    });
+    timeout(Duration::from_secs(20), closed)
+        .await
+        .expect("the idle connection is closed");
     assert!(
         since.elapsed() < idle_timeout * 4,
         "closed after {:?}",
@@ -268,10 +270,12 @@ async fn stopping_says_goodbye_to_the_database() {
     timeout(Duration::from_secs(10), site.tasks.wait())
         .await
         .expect("it ends");
-    eventually("its connection is closed", async || {
+    let closed = eventually("its connection is closed", async || {
         (front.open() == 0).then_some(())
-    })
-    .await;
+    });
+    timeout(Duration::from_secs(5), closed)
+        .await
+        .expect("its connection is closed");
 }
 
 /// A server that answers each startup message with this message, or with nothing.
