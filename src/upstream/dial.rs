@@ -1,4 +1,4 @@
-//! Getting a byte stream to the endpoint: resolve, connect to whichever address answers, TLS.
+//! Getting a byte stream to the endpoint: resolve, connect, TLS.
 
 use std::{
     io,
@@ -9,18 +9,17 @@ use std::{
     time::Duration,
 };
 
-use socket2::{SockRef, TcpKeepalive};
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf},
     net::{TcpStream, lookup_host},
-    task::JoinSet,
-    time::{Instant, timeout},
+    time::Instant,
 };
 
 use super::{
     endpoint::{Endpoint, Keepalive, Security},
     failure::{Class, Failure},
     phases::Phases,
+    tcp,
     tls_stream::TlsStream,
 };
 use crate::{
@@ -35,9 +34,6 @@ use crate::{
     },
     workers::{Settle, Socket},
 };
-
-/// How long one address gets before the next is tried beside it (RFC 8305's connection attempt delay).
-const HAPPY_EYEBALLS_DELAY: Duration = Duration::from_millis(250);
 
 /// A byte stream to the endpoint.
 #[derive(Debug)]
@@ -72,8 +68,11 @@ pub(super) async fn dial(
     phases.resolve = observe(metrics, phase::RESOLVE, started);
 
     let started = Instant::now();
-    let connected = connect(addresses).await;
-    let (tcp, address) = connected.inspect_err(|_| endpoint.addresses.forget())?;
+    let connected = tcp::connect_any(addresses).await;
+    let (tcp, address) = connected.map_err(|error| {
+        endpoint.addresses.forget();
+        Failure::dial(&error)
+    })?;
     phases.dial = observe(metrics, phase::DIAL, started);
 
     let started = Instant::now();
@@ -95,15 +94,6 @@ pub(super) async fn resolve(host: &str, port: u16) -> Result<Vec<SocketAddr>, Fa
     }
 }
 
-/// Connects to whichever address answers, and says which.
-pub(super) async fn connect(
-    addresses: Vec<SocketAddr>,
-) -> Result<(TcpStream, SocketAddr), Failure> {
-    connect_any(interleave(addresses))
-        .await
-        .map_err(|error| Failure::dial(&error))
-}
-
 /// Connects to an address that answered before, as a CancelRequest must.
 pub(super) async fn redial(
     address: SocketAddr,
@@ -111,86 +101,10 @@ pub(super) async fn redial(
     keepalive: &Keepalive,
     metrics: &Metrics,
 ) -> Result<Stream, Failure> {
-    let tcp = TcpStream::connect(address)
+    let tcp = tcp::connect(address)
         .await
         .map_err(|error| Failure::dial(&error))?;
     secure(tcp, endpoint, keepalive, metrics).await
-}
-
-/// Switches a socket to low latency and makes a dead peer noticed. Failures are not worth losing a connection for.
-pub fn tune(socket: &TcpStream, keepalive: &Keepalive) {
-    let _ = socket.set_nodelay(true);
-    let socket = SockRef::from(socket);
-    if !keepalive.idle.is_zero() {
-        let probes = TcpKeepalive::new()
-            .with_time(keepalive.idle)
-            .with_interval(keepalive.interval)
-            .with_retries(keepalive.count);
-        let _ = socket.set_tcp_keepalive(&probes);
-    }
-    #[cfg(target_os = "linux")]
-    if !keepalive.user_timeout.is_zero() {
-        let _ = socket.set_tcp_user_timeout(Some(keepalive.user_timeout));
-    }
-}
-
-/// Families alternate, beginning with the one the resolver prefers (RFC 8305).
-fn interleave(addresses: Vec<SocketAddr>) -> Vec<SocketAddr> {
-    let Some(first) = addresses.first().copied() else {
-        return addresses;
-    };
-    let (mut preferred, mut other): (Vec<_>, Vec<_>) = addresses
-        .into_iter()
-        .partition(|address| address.is_ipv4() == first.is_ipv4());
-    let mut ordered = Vec::with_capacity(preferred.len() + other.len());
-    preferred.reverse();
-    other.reverse();
-    loop {
-        let before = ordered.len();
-        ordered.extend(preferred.pop());
-        ordered.extend(other.pop());
-        if ordered.len() == before {
-            return ordered;
-        }
-    }
-}
-
-/// The first connection to succeed, and its address; each address gets a head start over the next.
-async fn connect_any(addresses: Vec<SocketAddr>) -> io::Result<(TcpStream, SocketAddr)> {
-    let mut attempts = JoinSet::new();
-    let mut last_error = io::Error::new(
-        io::ErrorKind::AddrNotAvailable,
-        "the host name has no address",
-    );
-    let mut addresses = addresses.into_iter();
-    let mut more = true;
-    loop {
-        if more {
-            match addresses.next() {
-                Some(address) => {
-                    // The socket could not say its peer's address any more once it has been reset.
-                    attempts
-                        .spawn(async move { Ok((TcpStream::connect(address).await?, address)) });
-                }
-                None => more = false,
-            }
-        }
-        let finished = if more {
-            match timeout(HAPPY_EYEBALLS_DELAY, attempts.join_next()).await {
-                Ok(finished) => finished,
-                Err(_head_start_over) => continue,
-            }
-        } else {
-            attempts.join_next().await
-        };
-        match finished {
-            Some(Ok(Ok(connected))) => return Ok(connected),
-            Some(Ok(Err(error))) => last_error = error,
-            Some(Err(lost)) => last_error = io::Error::other(lost),
-            None if more => {}
-            None => return Err(last_error),
-        }
-    }
 }
 
 /// Negotiates TLS, where the endpoint wants it.
@@ -200,7 +114,7 @@ pub(super) async fn secure(
     keepalive: &Keepalive,
     metrics: &Metrics,
 ) -> Result<Stream, Failure> {
-    tune(&tcp, keepalive);
+    tcp::tune(&tcp, keepalive);
     let Security::Tls { config, name } = &endpoint.security else {
         return Ok(Stream::Plain(tcp.into()));
     };
@@ -316,20 +230,6 @@ mod tests {
 
     use super::*;
 
-    #[test]
-    fn families_alternate() {
-        let parse = |list: &[&str]| {
-            list.iter()
-                .map(|a| a.parse().unwrap())
-                .collect::<Vec<SocketAddr>>()
-        };
-        let given = parse(&["[::1]:1", "[::2]:1", "[::3]:1", "1.1.1.1:1"]);
-        assert_eq!(
-            interleave(given),
-            parse(&["[::1]:1", "1.1.1.1:1", "[::2]:1", "[::3]:1"])
-        );
-    }
-
     /// What becomes of an answer to SSLRequest that comes in the clear.
     async fn refused_with(answer: &[u8]) -> Failure {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -386,40 +286,5 @@ mod tests {
         assert_eq!(refused_with(b"N").await.class, Class::Protocol);
         assert_eq!(refused_with(b"HTTP/1.1 400").await.class, Class::Protocol);
         assert_eq!(refused_with(b"").await.class, Class::Waking);
-    }
-
-    /// A server that waits for a lock in the middle of a COPY reads nothing, and is alive: Linux would end such a
-    /// connection when the user timeout is over.
-    #[tokio::test]
-    async fn a_peer_is_given_up_when_it_is_dead_and_not_when_it_does_not_read() {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let socket = TcpStream::connect(listener.local_addr().unwrap())
-            .await
-            .unwrap();
-        tune(&socket, &Keepalive::default());
-        assert!(socket.nodelay().unwrap());
-        assert!(SockRef::from(&socket).keepalive().unwrap());
-        #[cfg(target_os = "linux")]
-        assert_eq!(SockRef::from(&socket).tcp_user_timeout().unwrap(), None);
-    }
-
-    #[tokio::test]
-    async fn every_address_is_tried() {
-        let dead = TcpListener::bind("127.0.0.1:0")
-            .await
-            .unwrap()
-            .local_addr()
-            .unwrap();
-        let alive = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let (stream, address) = connect_any(vec![dead, alive.local_addr().unwrap()])
-            .await
-            .unwrap();
-        assert_eq!(address, alive.local_addr().unwrap());
-        assert_eq!(stream.peer_addr().unwrap(), address);
-        assert_eq!(
-            connect_any(vec![dead, dead]).await.unwrap_err().kind(),
-            io::ErrorKind::ConnectionRefused
-        );
-        assert!(connect_any(Vec::new()).await.is_err());
     }
 }

@@ -13,12 +13,14 @@ mod login;
 mod phases;
 pub mod probe;
 mod route;
+mod tcp;
 mod tls_stream;
 
 pub use addresses::Addresses;
-pub use dial::{Stream, tune};
+pub use dial::Stream;
 pub use endpoint::{Endpoint, Keepalive, Label, Security, is_loopback};
 pub use failure::{Class, Failure};
 pub use hold::{Limits, Refusal, Terms, Upstream};
 pub use login::{Connection, Greeting};
 pub use route::{Route, RouteFinder};
+pub use tcp::tune;

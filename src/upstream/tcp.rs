@@ -1,0 +1,147 @@
+//! Connections: to whichever of several addresses answers, at low latency, and with dead peers noticed.
+
+use std::{io, net::SocketAddr, time::Duration};
+
+use socket2::{SockRef, TcpKeepalive};
+use tokio::{net::TcpStream, task::JoinSet, time::timeout};
+
+use super::endpoint::Keepalive;
+
+/// How long one address gets before the next is tried beside it (RFC 8305's connection attempt delay).
+const HAPPY_EYEBALLS_DELAY: Duration = Duration::from_millis(250);
+
+/// Connects to one address.
+pub(super) async fn connect(address: SocketAddr) -> io::Result<TcpStream> {
+    TcpStream::connect(address).await
+}
+
+/// The first connection to succeed, and its address; each address gets a head start over the next.
+pub(super) async fn connect_any(addresses: Vec<SocketAddr>) -> io::Result<(TcpStream, SocketAddr)> {
+    let mut attempts = JoinSet::new();
+    let mut last_error = io::Error::new(
+        io::ErrorKind::AddrNotAvailable,
+        "the host name has no address",
+    );
+    let mut addresses = interleave(addresses).into_iter();
+    let mut more = true;
+    loop {
+        if more {
+            match addresses.next() {
+                Some(address) => {
+                    // The socket could not say its peer's address any more once it has been reset.
+                    attempts.spawn(async move { Ok((connect(address).await?, address)) });
+                }
+                None => more = false,
+            }
+        }
+        let finished = if more {
+            match timeout(HAPPY_EYEBALLS_DELAY, attempts.join_next()).await {
+                Ok(finished) => finished,
+                Err(_head_start_over) => continue,
+            }
+        } else {
+            attempts.join_next().await
+        };
+        match finished {
+            Some(Ok(Ok(connected))) => return Ok(connected),
+            Some(Ok(Err(error))) => last_error = error,
+            Some(Err(lost)) => last_error = io::Error::other(lost),
+            None if more => {}
+            None => return Err(last_error),
+        }
+    }
+}
+
+/// Families alternate, beginning with the one the resolver prefers (RFC 8305).
+fn interleave(addresses: Vec<SocketAddr>) -> Vec<SocketAddr> {
+    let Some(first) = addresses.first().copied() else {
+        return addresses;
+    };
+    let (mut preferred, mut other): (Vec<_>, Vec<_>) = addresses
+        .into_iter()
+        .partition(|address| address.is_ipv4() == first.is_ipv4());
+    let mut ordered = Vec::with_capacity(preferred.len() + other.len());
+    preferred.reverse();
+    other.reverse();
+    loop {
+        let before = ordered.len();
+        ordered.extend(preferred.pop());
+        ordered.extend(other.pop());
+        if ordered.len() == before {
+            return ordered;
+        }
+    }
+}
+
+/// Switches a socket to low latency and makes a dead peer noticed. Failures are not worth losing a connection for.
+pub fn tune(socket: &TcpStream, keepalive: &Keepalive) {
+    let _ = socket.set_nodelay(true);
+    let socket = SockRef::from(socket);
+    if !keepalive.idle.is_zero() {
+        let probes = TcpKeepalive::new()
+            .with_time(keepalive.idle)
+            .with_interval(keepalive.interval)
+            .with_retries(keepalive.count);
+        let _ = socket.set_tcp_keepalive(&probes);
+    }
+    #[cfg(target_os = "linux")]
+    if !keepalive.user_timeout.is_zero() {
+        let _ = socket.set_tcp_user_timeout(Some(keepalive.user_timeout));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::net::TcpListener;
+
+    use super::*;
+
+    #[test]
+    fn families_alternate() {
+        let parse = |list: &[&str]| {
+            list.iter()
+                .map(|a| a.parse().unwrap())
+                .collect::<Vec<SocketAddr>>()
+        };
+        let given = parse(&["[::1]:1", "[::2]:1", "[::3]:1", "1.1.1.1:1"]);
+        assert_eq!(
+            interleave(given),
+            parse(&["[::1]:1", "1.1.1.1:1", "[::2]:1", "[::3]:1"])
+        );
+    }
+
+    /// A server that waits for a lock in the middle of a COPY reads nothing, and is alive: Linux would end such a
+    /// connection when the user timeout is over.
+    #[tokio::test]
+    async fn a_peer_is_given_up_when_it_is_dead_and_not_when_it_does_not_read() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let socket = TcpStream::connect(listener.local_addr().unwrap())
+            .await
+            .unwrap();
+        tune(&socket, &Keepalive::default());
+        assert!(socket.nodelay().unwrap());
+        assert!(SockRef::from(&socket).keepalive().unwrap());
+        #[cfg(target_os = "linux")]
+        assert_eq!(SockRef::from(&socket).tcp_user_timeout().unwrap(), None);
+    }
+
+    #[tokio::test]
+    async fn every_address_is_tried() {
+        let dead = TcpListener::bind("127.0.0.1:0")
+            .await
+            .unwrap()
+            .local_addr()
+            .unwrap();
+        let alive = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let (stream, address) = connect_any(vec![dead, alive.local_addr().unwrap()])
+            .await
+            .unwrap();
+        assert_eq!(address, alive.local_addr().unwrap());
+        assert_eq!(stream.peer_addr().unwrap(), address);
+        assert_eq!(
+            connect_any(vec![dead, dead]).await.unwrap_err().kind(),
+            io::ErrorKind::ConnectionRefused
+        );
+        assert!(connect_any(Vec::new()).await.is_err());
+    }
+}
