@@ -5,13 +5,13 @@ use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
 };
 
-use socket2::{Domain, Protocol, Socket, Type};
+use socket2::{Domain, Protocol, SockRef, Socket, Type};
 use tokio::net::{TcpListener, TcpStream};
 
 use super::{Acceptor, BACKLOG, ListenError};
 use crate::{
     session::Peer,
-    upstream::{Keepalive, tune},
+    upstream::{Keepalive, tune, unpace},
 };
 
 /// Ports that are tried where any will do, but must be free on several addresses.
@@ -89,6 +89,8 @@ fn bind(address: SocketAddr) -> io::Result<TcpListener> {
         socket.set_only_v6(true)?;
     }
     socket.set_nonblocking(true)?;
+    // Clients' sockets have it from this one.
+    unpace(SockRef::from(&socket), address);
     socket.bind(&address.into())?;
     socket.listen(BACKLOG)?;
     TcpListener::from_std(socket.into())
@@ -114,6 +116,16 @@ mod tests {
         if has_ipv6() {
             assert!(TcpStream::connect(("::1", port)).await.is_ok());
         }
+    }
+
+    #[cfg(target_os = "linux")]
+    #[tokio::test]
+    async fn clients_on_this_machine_are_not_paced() {
+        let (sockets, bound) = bind_all(&[loopback(0)]).unwrap();
+        let _client = TcpStream::connect(bound[0]).await.unwrap();
+        let (accepted, _) = sockets[0].accept().await.unwrap();
+        let name = SockRef::from(&accepted).tcp_congestion().unwrap();
+        assert!(name.starts_with(b"reno"));
     }
 
     #[tokio::test]

@@ -23,4 +23,4 @@ pub use failure::{Class, Failure};
 pub use hold::{Limits, Refusal, Terms, Upstream};
 pub use login::{Connection, Greeting};
 pub use route::{Route, RouteFinder};
-pub use tcp::tune;
+pub use tcp::{tune, unpace};

@@ -3,16 +3,26 @@
 use std::{io, net::SocketAddr, time::Duration};
 
 use socket2::{SockRef, TcpKeepalive};
-use tokio::{net::TcpStream, task::JoinSet, time::timeout};
+use tokio::{
+    net::{TcpSocket, TcpStream},
+    task::JoinSet,
+    time::timeout,
+};
 
-use super::endpoint::Keepalive;
+use super::endpoint::{Keepalive, is_loopback};
 
 /// How long one address gets before the next is tried beside it (RFC 8305's connection attempt delay).
 const HAPPY_EYEBALLS_DELAY: Duration = Duration::from_millis(250);
 
 /// Connects to one address.
 pub(super) async fn connect(address: SocketAddr) -> io::Result<TcpStream> {
-    TcpStream::connect(address).await
+    let socket = if address.is_ipv4() {
+        TcpSocket::new_v4()?
+    } else {
+        TcpSocket::new_v6()?
+    };
+    unpace(SockRef::from(&socket), address);
+    socket.connect(address).await
 }
 
 /// The first connection to succeed, and its address; each address gets a head start over the next.
@@ -50,6 +60,21 @@ pub(super) async fn connect_any(addresses: Vec<SocketAddr>) -> io::Result<(TcpSt
             None => return Err(last_error),
         }
     }
+}
+
+/// Takes a socket that is to be bound or connected to this machine out of the hands of a congestion control that spreads
+/// what is sent over time: nothing is lost or queued on the way to another process here, and a timer for every burst
+/// makes a bulk transfer take 40 % more of the system's time (BBR, 480 and 800 µs/MB on Linux 6.18).
+///
+/// Reno is in every kernel and needs no privilege. It must be chosen before the socket is connected or listens: one that
+/// has been paced remains so. A failure costs nothing but that time.
+pub fn unpace(socket: SockRef<'_>, address: SocketAddr) {
+    #[cfg(target_os = "linux")]
+    if is_loopback(address.ip()) {
+        let _ = socket.set_tcp_congestion(b"reno");
+    }
+    #[cfg(not(target_os = "linux"))]
+    let _ = (socket, address);
 }
 
 /// Families alternate, beginning with the one the resolver prefers (RFC 8305).
@@ -123,6 +148,23 @@ mod tests {
         assert!(SockRef::from(&socket).keepalive().unwrap());
         #[cfg(target_os = "linux")]
         assert_eq!(SockRef::from(&socket).tcp_user_timeout().unwrap(), None);
+    }
+
+    #[cfg(target_os = "linux")]
+    #[tokio::test]
+    async fn only_what_stays_on_this_machine_is_not_paced() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let local = connect(listener.local_addr().unwrap()).await.unwrap();
+        let congestion_control = |socket: SockRef<'_>| socket.tcp_congestion().unwrap();
+        assert!(congestion_control(SockRef::from(&local)).starts_with(b"reno"));
+
+        let (socket, other) = (TcpSocket::new_v4().unwrap(), TcpSocket::new_v4().unwrap());
+        unpace(SockRef::from(&socket), "192.0.2.1:5432".parse().unwrap());
+        assert_eq!(
+            congestion_control(SockRef::from(&socket)),
+            congestion_control(SockRef::from(&other)),
+            "left to the system"
+        );
     }
 
     #[tokio::test]
