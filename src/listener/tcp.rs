@@ -90,7 +90,7 @@ fn bind(address: SocketAddr) -> io::Result<TcpListener> {
     }
     socket.set_nonblocking(true)?;
     // Clients' sockets have it from this one.
-    unpace(SockRef::from(&socket), address);
+    unpace(&SockRef::from(&socket), address);
     socket.bind(&address.into())?;
     socket.listen(BACKLOG)?;
     TcpListener::from_std(socket.into())

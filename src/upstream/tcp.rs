@@ -21,7 +21,7 @@ pub(super) async fn connect(address: SocketAddr) -> io::Result<TcpStream> {
     } else {
         TcpSocket::new_v6()?
     };
-    unpace(SockRef::from(&socket), address);
+    unpace(&SockRef::from(&socket), address);
     socket.connect(address).await
 }
 
@@ -68,7 +68,7 @@ pub(super) async fn connect_any(addresses: Vec<SocketAddr>) -> io::Result<(TcpSt
 ///
 /// Reno is in every kernel and needs no privilege. It must be chosen before the socket is connected or listens: one that
 /// has been paced remains so. A failure costs nothing but that time.
-pub fn unpace(socket: SockRef<'_>, address: SocketAddr) {
+pub fn unpace(socket: &SockRef<'_>, address: SocketAddr) {
     #[cfg(target_os = "linux")]
     if is_loopback(address.ip()) {
         let _ = socket.set_tcp_congestion(b"reno");
@@ -159,7 +159,7 @@ mod tests {
         assert!(congestion_control(SockRef::from(&local)).starts_with(b"reno"));
 
         let (socket, other) = (TcpSocket::new_v4().unwrap(), TcpSocket::new_v4().unwrap());
-        unpace(SockRef::from(&socket), "192.0.2.1:5432".parse().unwrap());
+        unpace(&SockRef::from(&socket), "192.0.2.1:5432".parse().unwrap());
         assert_eq!(
             congestion_control(SockRef::from(&socket)),
             congestion_control(SockRef::from(&other)),

@@ -129,7 +129,11 @@ impl Executor {
         let mut turn = Vec::new();
         loop {
             // Those that have not finished take turns with whoever has got something to do meanwhile.
-            let patience = (!self.due.is_empty()).then_some(Duration::ZERO);
+            let patience = if self.due.is_empty() {
+                reactor::patience()
+            } else {
+                Some(Duration::ZERO)
+            };
             match self.poll.poll(&mut events, patience) {
                 Ok(()) => {}
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
@@ -143,6 +147,9 @@ impl Executor {
                     self.make_due(key);
                 }
             }
+            if patience.is_some() {
+                reactor::note_silence(|key| make_due(&mut self.running, &mut self.due, key));
+            }
             if has_post && !self.open_post() {
                 return;
             }
@@ -154,11 +161,7 @@ impl Executor {
     }
 
     fn make_due(&mut self, key: usize) {
-        if let Some(running) = self.running.get_mut(key)
-            && !mem::replace(&mut running.is_due, true)
-        {
-            self.due.push(key);
-        }
+        make_due(&mut self.running, &mut self.due, key);
     }
 
     /// Takes in what others have said; false when that is to stop.
@@ -202,5 +205,13 @@ impl Executor {
                 let _ = catch_unwind(AssertUnwindSafe(|| drop(ended)));
             }
         }
+    }
+}
+
+fn make_due(running: &mut Slab<Running>, due: &mut Vec<usize>, key: usize) {
+    if let Some(running) = running.get_mut(key)
+        && !mem::replace(&mut running.is_due, true)
+    {
+        due.push(key);
     }
 }

@@ -13,9 +13,11 @@
 //!
 //! Knows nothing of Postgres.
 
+mod bulk;
 mod executor;
 mod reactor;
 mod socket;
+mod watermark;
 
 use std::{io, pin::Pin, sync::Arc, thread};
 

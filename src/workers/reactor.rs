@@ -10,10 +10,14 @@ use std::{
         Arc,
         atomic::{AtomicU8, Ordering},
     },
+    time::Duration,
 };
 
 use mio::{Interest, Registry, Token, event::Event};
 use slab::Slab;
+use tokio::time::Instant;
+
+use super::bulk::{Flow, Silences};
 
 /// How often a socket may be read from, and how often written to, in one turn of its job: a bulk transfer lets others in
 /// after half a megabyte, a fraction of a millisecond, and hears what the other direction has to say.
@@ -35,13 +39,23 @@ struct Now {
 
 struct Reactor {
     registry: Registry,
-    sources: Slab<(Arc<Readiness>, usize)>,
+    sources: Slab<Watched>,
+    silences: Silences,
+}
+
+struct Watched {
+    readiness: Arc<Readiness>,
+    job: usize,
+    /// Until when a batch is waited for.
+    batch_until: Option<Instant>,
 }
 
 const READABLE: u8 = 1;
 const WRITABLE: u8 = 2;
 /// No more comes: then a read that brings little need not have brought all there is.
 const READ_CLOSED: u8 = 4;
+/// The batch that is waited for has not come.
+const SILENT: u8 = 8;
 
 /// What is known of one socket; of one thread alone, so nothing is ordered by it.
 #[derive(Debug, Default)]
@@ -68,17 +82,21 @@ impl Readiness {
 
 /// From now on this thread has sockets.
 pub(super) fn begin(registry: Registry) {
-    let sources = Slab::new();
-    REACTOR.set(Some(Reactor { registry, sources }));
+    REACTOR.set(Some(Reactor {
+        registry,
+        sources: Slab::new(),
+        silences: Silences::default(),
+    }));
 }
 
 /// Takes note of an event, and says which job it is for.
 pub(super) fn note(event: &Event) -> Option<usize> {
-    REACTOR.with_borrow(|reactor| {
-        let (readiness, job) = reactor.as_ref()?.sources.get(event.token().0)?;
+    REACTOR.with_borrow_mut(|reactor| {
+        let watched = reactor.as_mut()?.sources.get_mut(event.token().0)?;
         let mut what = 0;
         if event.is_readable() || event.is_read_closed() || event.is_error() {
             what |= READABLE;
+            watched.batch_until = None;
         }
         if event.is_read_closed() || event.is_error() {
             what |= READ_CLOSED;
@@ -86,9 +104,57 @@ pub(super) fn note(event: &Event) -> Option<usize> {
         if event.is_writable() || event.is_write_closed() || event.is_error() {
             what |= WRITABLE;
         }
-        readiness.add(what);
-        Some(*job)
+        watched.readiness.add(what);
+        Some(watched.job)
     })
+}
+
+/// How long the thread may sleep; none is for as long as nothing happens.
+pub(super) fn patience() -> Option<Duration> {
+    REACTOR.with_borrow_mut(|reactor| {
+        let Reactor {
+            sources, silences, ..
+        } = reactor.as_mut()?;
+        silences.patience(|end, token| is_awaited(sources, end, token))
+    })
+}
+
+/// Takes note of sockets that have been silent for too long, and says which jobs they are for.
+pub(super) fn note_silence(mut job: impl FnMut(usize)) {
+    REACTOR.with_borrow_mut(|reactor| {
+        let Some(Reactor {
+            sources, silences, ..
+        }) = reactor
+        else {
+            return;
+        };
+        while let Some((end, token)) = silences.next_over() {
+            if is_awaited(sources, end, token)
+                && let Some(watched) = sources.get_mut(token)
+            {
+                watched.batch_until = None;
+                watched.readiness.add(SILENT);
+                job(watched.job);
+            }
+        }
+    });
+}
+
+fn is_awaited(sources: &Slab<Watched>, end: Instant, token: usize) -> bool {
+    let watched = sources.get(token);
+    watched.is_some_and(|watched| watched.batch_until == Some(end))
+}
+
+fn await_batch(token: usize) {
+    REACTOR.with_borrow_mut(|reactor| {
+        if let Some(Reactor {
+            sources, silences, ..
+        }) = reactor
+            && let Some(watched) = sources.get_mut(token)
+        {
+            watched.batch_until = Some(silences.await_batch(token));
+        }
+    });
 }
 
 /// It is this job's turn.
@@ -115,13 +181,19 @@ pub(super) struct Source {
     turn: u32,
     reads_left: u8,
     writes_left: u8,
+    flow: Flow,
+    /// Whether the last read has left nothing to read.
+    is_drained: bool,
 }
 
 impl Source {
     /// Watches `socket` for the job whose turn it is.
     pub(super) fn new(socket: &mut impl mio::event::Source) -> io::Result<Self> {
         REACTOR.with_borrow_mut(|reactor| {
-            let Some(Reactor { registry, sources }) = reactor else {
+            let Some(Reactor {
+                registry, sources, ..
+            }) = reactor
+            else {
                 return Err(io::Error::other("this thread has no sockets"));
             };
             let readiness = Arc::new(Readiness(AtomicU8::new(WRITABLE)));
@@ -132,13 +204,19 @@ impl Source {
                 Token(token),
                 Interest::READABLE | Interest::WRITABLE,
             )?;
-            entry.insert((Arc::clone(&readiness), NOW.get().job));
+            entry.insert(Watched {
+                readiness: Arc::clone(&readiness),
+                job: NOW.get().job,
+                batch_until: None,
+            });
             Ok(Self {
                 readiness,
                 token,
                 turn: 0,
                 reads_left: 0,
                 writes_left: 0,
+                flow: Flow::default(),
+                is_drained: false,
             })
         })
     }
@@ -151,7 +229,36 @@ impl Source {
         read: impl FnOnce() -> io::Result<usize>,
     ) -> Option<io::Result<usize>> {
         // As epoll(7) has it, what brings less than there was room for has brought all, but for the end.
-        self.attempt(READABLE, READ_CLOSED, room, read)
+        let was_readable = self.readiness.has(READABLE);
+        let done = self.attempt(READABLE, READ_CLOSED, room, read);
+        if let Some(Ok(length)) = done {
+            self.flow.brought(length);
+        }
+        // Also where an event has told of what had been read before.
+        self.is_drained = was_readable && !self.readiness.has(READABLE);
+        done
+    }
+
+    /// To be asked before a read: bytes that the thread is to be woken for from now on, where that changes.
+    #[inline]
+    pub(super) fn end_of_batches(&mut self) -> Option<usize> {
+        if !self.readiness.has(SILENT) {
+            return None;
+        }
+        self.readiness.remove(SILENT);
+        // Not every kernel tells of what has lain there already.
+        self.readiness.add(READABLE);
+        self.flow.silent()
+    }
+
+    /// To be asked after a read: as above.
+    #[inline]
+    pub(super) fn beginning_of_batches(&mut self) -> Option<usize> {
+        if !self.is_drained || !self.flow.is_bulk() {
+            return None;
+        }
+        await_batch(self.token);
+        self.flow.begin_batches()
     }
 
     /// Writes by `write` as far as the socket can be written to now: `None` is for later. `length` is how much would be
@@ -163,6 +270,12 @@ impl Source {
         write: impl FnOnce() -> io::Result<usize>,
     ) -> Option<io::Result<usize>> {
         self.attempt(WRITABLE, 0, length, write)
+    }
+
+    /// To be asked after a write: as above.
+    #[inline]
+    pub(super) fn end_of_flow(&mut self) -> Option<usize> {
+        self.flow.written_to()
     }
 
     /// Does what the socket is ready for, within its share; less than `most` is the end of being ready, unless it is known

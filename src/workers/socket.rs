@@ -12,7 +12,7 @@ use tokio::{
     net::{TcpStream, UnixStream},
 };
 
-use super::reactor::Source;
+use super::{reactor::Source, watermark::wake_for};
 
 /// What can go from the runtime to a relay thread, with the socket under it.
 pub trait Settle {
@@ -118,6 +118,19 @@ fn read(
     poll(done.map(|done| done.map(drop)))
 }
 
+/// The same, and bulk is read in batches.
+#[inline]
+fn read_tcp(
+    socket: &mut mio::net::TcpStream,
+    source: &mut Source,
+    buffer: &mut ReadBuf<'_>,
+) -> Poll<io::Result<()>> {
+    wake_for(socket, source.end_of_batches());
+    let done = read(socket, source, buffer);
+    wake_for(socket, source.beginning_of_batches());
+    done
+}
+
 #[inline]
 fn write(socket: &mut impl Write, source: &mut Source, bytes: &[u8]) -> Poll<io::Result<usize>> {
     poll(source.write(bytes.len(), || socket.write(bytes)))
@@ -140,7 +153,7 @@ impl AsyncRead for Socket {
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         match &mut self.get_mut().0 {
-            Kind::SettledTcp(socket, source) => read(socket, source, buffer),
+            Kind::SettledTcp(socket, source) => read_tcp(socket, source, buffer),
             Kind::SettledUnix(socket, source) => read(socket, source, buffer),
             Kind::Tcp(socket) => Pin::new(socket).poll_read(cx, buffer),
             Kind::Unix(socket) => Pin::new(socket).poll_read(cx, buffer),
@@ -157,7 +170,11 @@ impl AsyncWrite for Socket {
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
         match &mut self.get_mut().0 {
-            Kind::SettledTcp(socket, source) => write(socket, source, bytes),
+            Kind::SettledTcp(socket, source) => {
+                let done = write(socket, source, bytes);
+                wake_for(socket, source.end_of_flow());
+                done
+            }
             Kind::SettledUnix(socket, source) => write(socket, source, bytes),
             Kind::Tcp(socket) => Pin::new(socket).poll_write(cx, bytes),
             Kind::Unix(socket) => Pin::new(socket).poll_write(cx, bytes),
@@ -171,7 +188,11 @@ impl AsyncWrite for Socket {
         slices: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         match &mut self.get_mut().0 {
-            Kind::SettledTcp(socket, source) => write_vectored(socket, source, slices),
+            Kind::SettledTcp(socket, source) => {
+                let done = write_vectored(socket, source, slices);
+                wake_for(socket, source.end_of_flow());
+                done
+            }
             Kind::SettledUnix(socket, source) => write_vectored(socket, source, slices),
             Kind::Tcp(socket) => Pin::new(socket).poll_write_vectored(cx, slices),
             Kind::Unix(socket) => Pin::new(socket).poll_write_vectored(cx, slices),

@@ -123,6 +123,40 @@ async fn timers_and_channels_work_there() {
     assert_eq!(heard.unwrap(), Some(7));
 }
 
+/// The last of it is no batch, and neither is what is said afterwards.
+#[tokio::test]
+async fn nothing_of_a_bulk_transfer_is_kept_back() {
+    let workers = Workers::start().unwrap();
+    let (mut theirs, mut ours) = pair().await;
+    let (told, mut tell) = mpsc::channel(1);
+    let reading = run(&workers, async move {
+        ours.settle().unwrap();
+        let mut buffer = vec![0; 64 * 1024];
+        for _ in 0..3 {
+            let mut total = 0;
+            while total < 10 * MEGABYTE + 1 {
+                total += ours.read(&mut buffer).await.unwrap();
+            }
+            told.send(total).await.unwrap();
+        }
+        ours.read_u8().await.unwrap()
+    });
+    let sending = async {
+        for _ in 0..3 {
+            for _ in 0..10 {
+                theirs.write_all(&vec![7; MEGABYTE]).await.unwrap();
+            }
+            theirs.write_all(&[7]).await.unwrap();
+            assert_eq!(tell.recv().await, Some(10 * MEGABYTE + 1));
+        }
+        theirs.write_all(&[8]).await.unwrap();
+    };
+    let (last, ()) = timeout(LONG, async { tokio::join!(reading, sending) })
+        .await
+        .unwrap();
+    assert_eq!(last, Some(8));
+}
+
 /// One that never has to wait for its peer gives way to the others all the same.
 #[tokio::test]
 async fn a_bulk_transfer_lets_others_in() {
