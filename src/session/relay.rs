@@ -42,6 +42,7 @@ use crate::{
     },
     shutdown::{Phase, Shutdown},
     telemetry::names::end,
+    workers::Settle,
 };
 
 /// How long replies may pause after a client has closed its half.
@@ -93,8 +94,8 @@ pub(super) struct Relay<'a, C, U> {
 
 impl<'a, C, U> Relay<'a, C, U>
 where
-    C: AsyncRead + AsyncWrite + Unpin,
-    U: AsyncRead + AsyncWrite + Unpin,
+    C: AsyncRead + AsyncWrite + Settle + Unpin,
+    U: AsyncRead + AsyncWrite + Settle + Unpin,
 {
     /// A relay that begins with what client and server have sent already; the counters count the bytes of each.
     pub(super) fn new(

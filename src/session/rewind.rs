@@ -28,6 +28,11 @@ impl<S: Settle> Settle for Rewind<S> {
     fn settle(&mut self) -> io::Result<()> {
         self.stream.settle()
     }
+
+    #[inline]
+    fn is_quiet(&self) -> bool {
+        self.front.is_empty() && self.stream.is_quiet()
+    }
 }
 
 impl<S: AsyncRead + Unpin> AsyncRead for Rewind<S> {

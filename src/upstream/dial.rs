@@ -51,6 +51,14 @@ impl Settle for Stream {
             Self::Tls(stream) => stream.get_mut().settle(),
         }
     }
+
+    #[inline]
+    fn is_quiet(&self) -> bool {
+        match self {
+            Self::Plain(socket) => socket.is_quiet(),
+            Self::Tls(stream) => stream.has_taken_in_all() && stream.get_ref().is_quiet(),
+        }
+    }
 }
 
 /// Resolves, connects and negotiates TLS; says which address answered, and how long each part took.

@@ -62,6 +62,7 @@ const SILENT: u8 = 8;
 struct Readiness(AtomicU8);
 
 impl Readiness {
+    /// Whether any of it holds.
     #[inline]
     fn has(&self, what: u8) -> bool {
         self.0.load(Ordering::Relaxed) & what != 0
@@ -219,6 +220,12 @@ impl Source {
                 is_drained: false,
             })
         })
+    }
+
+    /// Whether there is nothing to read for now.
+    #[inline]
+    pub(super) fn is_quiet(&self) -> bool {
+        !self.readiness.has(READABLE | SILENT)
     }
 
     /// Reads by `read` as far as the socket can be read from now: `None` is for later. `room` is how much would be read.

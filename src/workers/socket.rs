@@ -21,6 +21,11 @@ pub trait Settle {
     /// # Errors
     /// When the thread has no room, or is no relay thread; it cannot be used any more then.
     fn settle(&mut self) -> io::Result<()>;
+
+    /// Whether there is nothing to read for certain, until the job is woken again.
+    fn is_quiet(&self) -> bool {
+        false
+    }
 }
 
 /// Of a client's, which we are the server of.
@@ -90,6 +95,14 @@ impl Settle for Socket {
             settled => settled,
         };
         Ok(())
+    }
+
+    #[inline]
+    fn is_quiet(&self) -> bool {
+        match &self.0 {
+            Kind::SettledTcp(_, source) | Kind::SettledUnix(_, source) => source.is_quiet(),
+            _ => false,
+        }
     }
 }
 

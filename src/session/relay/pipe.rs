@@ -14,7 +14,10 @@ use bytes::{Buf, BytesMut};
 use prometheus::IntCounter;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-use crate::protocol::frame::{Scanner, Seen};
+use crate::{
+    protocol::frame::{Scanner, Seen},
+    workers::Settle,
+};
 
 /// What is read at a time: four TLS records of the longest. From 16 KiB to 1 MiB a bulk transfer takes as much processor
 /// time for a byte.
@@ -99,7 +102,7 @@ impl Pipe {
 
     /// Passes bytes from `source` to `sink` until either must be waited for; ready once the source has ended and all
     /// of it has been written.
-    pub(super) fn poll_pump<R: AsyncRead + Unpin, W: AsyncWrite + Unpin>(
+    pub(super) fn poll_pump<R: AsyncRead + Settle + Unpin, W: AsyncWrite + Unpin>(
         &mut self,
         cx: &mut Context<'_>,
         source: &mut R,
@@ -111,6 +114,9 @@ impl Pipe {
             ready!(self.poll_write_kept(cx, sink))?;
             if self.state == PipeState::Ending {
                 return Poll::Ready(Ok(()));
+            }
+            if source.is_quiet() {
+                return self.poll_rest(cx, sink);
             }
             let read = BUFFER.with_borrow_mut(|buffer| {
                 let mut space = ReadBuf::new(buffer);
@@ -128,13 +134,19 @@ impl Pipe {
             match read {
                 Poll::Ready(Ok(())) => {}
                 Poll::Ready(Err(broken)) => return Poll::Ready(Err(broken)),
-                Poll::Pending => {
-                    // Nothing to read for now: let what was written go out.
-                    ready!(self.poll_flush(cx, sink))?;
-                    return Poll::Pending;
-                }
+                Poll::Pending => return self.poll_rest(cx, sink),
             }
         }
+    }
+
+    /// Nothing to read for now: lets what was written go out.
+    fn poll_rest<W: AsyncWrite + Unpin>(
+        &mut self,
+        cx: &mut Context<'_>,
+        sink: &mut W,
+    ) -> Poll<Result<(), Broken>> {
+        ready!(self.poll_flush(cx, sink))?;
+        Poll::Pending
     }
 
     /// Writes straight from the worker's buffer and keeps what the sink does not take.

@@ -183,6 +183,12 @@ struct Breakable {
     switch: Arc<Switch>,
 }
 
+impl Settle for Breakable {
+    fn settle(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
 impl Breakable {
     fn new(stream: DuplexStream, switch: &Arc<Switch>) -> Self {
         Self {
