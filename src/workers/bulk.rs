@@ -71,30 +71,27 @@ impl Flow {
 pub(super) struct Silences(VecDeque<(Instant, usize)>);
 
 impl Silences {
-    /// Waits for `token`; returns until when.
-    pub(super) fn await_batch(&mut self, token: usize) -> Instant {
-        let end = Instant::now() + SILENCE;
-        self.0.push_back((end, token));
-        end
+    /// Waits for `token` from now on.
+    pub(super) fn await_batch(&mut self, token: usize) {
+        self.forget(token);
+        self.0.push_back((Instant::now() + SILENCE, token));
     }
 
-    /// How long the thread may sleep. `is_awaited` says whether a socket is still waited for until then.
-    pub(super) fn patience(
-        &mut self,
-        is_awaited: impl Fn(Instant, usize) -> bool,
-    ) -> Option<Duration> {
-        while let Some(&(end, token)) = self.0.front() {
-            if is_awaited(end, token) {
-                return Some(end.saturating_duration_since(Instant::now()));
-            }
-            self.0.pop_front();
-        }
-        None
+    /// Waits for `token` no longer.
+    pub(super) fn forget(&mut self, token: usize) {
+        self.0.retain(|(_, waiting)| *waiting != token);
     }
 
-    /// The next socket that has been silent for too long, whether it is still waited for or not.
-    pub(super) fn next_over(&mut self) -> Option<(Instant, usize)> {
-        self.0.pop_front_if(|(end, _)| *end <= Instant::now())
+    /// How long the thread may sleep.
+    pub(super) fn patience(&self) -> Option<Duration> {
+        let (end, _) = self.0.front()?;
+        Some(end.saturating_duration_since(Instant::now()))
+    }
+
+    /// The next socket that has been silent for too long; it is waited for no longer.
+    pub(super) fn next_over(&mut self) -> Option<usize> {
+        let over = self.0.pop_front_if(|(end, _)| *end <= Instant::now());
+        over.map(|(_, token)| token)
     }
 }
 
@@ -136,18 +133,19 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn patience_is_with_those_who_are_waited_for() {
         let mut silences = Silences::default();
-        assert_eq!(silences.patience(|_, _| true), None);
-        let first = silences.await_batch(1);
+        assert_eq!(silences.patience(), None);
+        silences.await_batch(1);
+        silences.await_batch(2);
+        silences.forget(2);
         advance(SILENCE / 2).await;
-        let second = silences.await_batch(2);
-        assert_eq!(silences.patience(|_, _| true), Some(SILENCE / 2));
+        silences.await_batch(3);
+        assert_eq!(silences.patience(), Some(SILENCE / 2));
         assert_eq!(silences.next_over(), None);
         advance(SILENCE / 2).await;
-        assert_eq!(silences.next_over(), Some((first, 1)));
+        assert_eq!(silences.next_over(), Some(1));
         assert_eq!(silences.next_over(), None);
-        let is_second = |end, token| (end, token) == (second, 2);
-        assert_eq!(silences.patience(is_second), Some(SILENCE / 2));
-        let has_come = |_, _| false;
-        assert_eq!(silences.patience(has_come), None);
+        assert_eq!(silences.patience(), Some(SILENCE / 2));
+        silences.await_batch(3);
+        assert_eq!(silences.patience(), Some(SILENCE), "waited for anew");
     }
 }

@@ -201,6 +201,9 @@ impl Executor {
             }
             Ok(Poll::Ready(())) | Err(_) => {
                 let ended = self.running.remove(key);
+                if self.running.is_empty() {
+                    self.running.shrink_to_fit();
+                }
                 self.inbox.jobs.fetch_sub(1, Ordering::Relaxed);
                 let _ = catch_unwind(AssertUnwindSafe(|| drop(ended)));
             }

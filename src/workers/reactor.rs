@@ -15,7 +15,6 @@ use std::{
 
 use mio::{Interest, Registry, Token, event::Event};
 use slab::Slab;
-use tokio::time::Instant;
 
 use super::bulk::{Flow, Silences};
 
@@ -39,15 +38,8 @@ struct Now {
 
 struct Reactor {
     registry: Registry,
-    sources: Slab<Watched>,
+    sources: Slab<(Arc<Readiness>, usize)>,
     silences: Silences,
-}
-
-struct Watched {
-    readiness: Arc<Readiness>,
-    job: usize,
-    /// Until when a batch is waited for.
-    batch_until: Option<Instant>,
 }
 
 const READABLE: u8 = 1;
@@ -56,6 +48,8 @@ const WRITABLE: u8 = 2;
 const READ_CLOSED: u8 = 4;
 /// The batch that is waited for has not come.
 const SILENT: u8 = 8;
+/// A batch is waited for.
+const AWAITED: u8 = 16;
 
 /// What is known of one socket; of one thread alone, so nothing is ordered by it.
 #[derive(Debug, Default)]
@@ -93,11 +87,17 @@ pub(super) fn begin(registry: Registry) {
 /// Takes note of an event, and says which job it is for.
 pub(super) fn note(event: &Event) -> Option<usize> {
     REACTOR.with_borrow_mut(|reactor| {
-        let watched = reactor.as_mut()?.sources.get_mut(event.token().0)?;
+        let Reactor {
+            sources, silences, ..
+        } = reactor.as_mut()?;
+        let (readiness, job) = sources.get(event.token().0)?;
         let mut what = 0;
         if event.is_readable() || event.is_read_closed() || event.is_error() {
             what |= READABLE;
-            watched.batch_until = None;
+            if readiness.has(AWAITED) {
+                readiness.remove(AWAITED);
+                silences.forget(event.token().0);
+            }
         }
         if event.is_read_closed() || event.is_error() {
             what |= READ_CLOSED;
@@ -105,23 +105,18 @@ pub(super) fn note(event: &Event) -> Option<usize> {
         if event.is_writable() || event.is_write_closed() || event.is_error() {
             what |= WRITABLE;
         }
-        watched.readiness.add(what);
-        Some(watched.job)
+        readiness.add(what);
+        Some(*job)
     })
 }
 
 /// How long the thread may sleep; none is for as long as nothing happens.
 pub(super) fn patience() -> Option<Duration> {
-    REACTOR.with_borrow_mut(|reactor| {
-        let Reactor {
-            sources, silences, ..
-        } = reactor.as_mut()?;
-        silences.patience(|end, token| is_awaited(sources, end, token))
-    })
+    REACTOR.with_borrow(|reactor| reactor.as_ref()?.silences.patience())
 }
 
 /// Takes note of sockets that have been silent for too long, and says which jobs they are for.
-pub(super) fn note_silence(mut job: impl FnMut(usize)) {
+pub(super) fn note_silence(mut job_is_due: impl FnMut(usize)) {
     REACTOR.with_borrow_mut(|reactor| {
         let Some(Reactor {
             sources, silences, ..
@@ -129,31 +124,12 @@ pub(super) fn note_silence(mut job: impl FnMut(usize)) {
         else {
             return;
         };
-        while let Some((end, token)) = silences.next_over() {
-            if is_awaited(sources, end, token)
-                && let Some(watched) = sources.get_mut(token)
-            {
-                watched.batch_until = None;
-                watched.readiness.add(SILENT);
-                job(watched.job);
+        while let Some(token) = silences.next_over() {
+            if let Some((readiness, job)) = sources.get(token) {
+                readiness.remove(AWAITED);
+                readiness.add(SILENT);
+                job_is_due(*job);
             }
-        }
-    });
-}
-
-fn is_awaited(sources: &Slab<Watched>, end: Instant, token: usize) -> bool {
-    let watched = sources.get(token);
-    watched.is_some_and(|watched| watched.batch_until == Some(end))
-}
-
-fn await_batch(token: usize) {
-    REACTOR.with_borrow_mut(|reactor| {
-        if let Some(Reactor {
-            sources, silences, ..
-        }) = reactor
-            && let Some(watched) = sources.get_mut(token)
-        {
-            watched.batch_until = Some(silences.await_batch(token));
         }
     });
 }
@@ -205,11 +181,7 @@ impl Source {
                 Token(token),
                 Interest::READABLE | Interest::WRITABLE,
             )?;
-            entry.insert(Watched {
-                readiness: Arc::clone(&readiness),
-                job: NOW.get().job,
-                batch_until: None,
-            });
+            entry.insert((Arc::clone(&readiness), NOW.get().job));
             Ok(Self {
                 readiness,
                 token,
@@ -264,7 +236,12 @@ impl Source {
         if !self.is_drained || !self.flow.is_bulk() {
             return None;
         }
-        await_batch(self.token);
+        self.readiness.add(AWAITED);
+        REACTOR.with_borrow_mut(|reactor| {
+            if let Some(reactor) = reactor {
+                reactor.silences.await_batch(self.token);
+            }
+        });
         self.flow.begin_batches()
     }
 
@@ -349,9 +326,15 @@ impl Drop for Source {
         // The socket is closed with it, and so no longer watched. At the end of the thread there is nothing to tidy up.
         let _ = REACTOR.try_with(|reactor| {
             if let Ok(mut reactor) = reactor.try_borrow_mut()
-                && let Some(Reactor { sources, .. }) = reactor.as_mut()
+                && let Some(Reactor {
+                    sources, silences, ..
+                }) = reactor.as_mut()
             {
+                silences.forget(self.token);
                 sources.try_remove(self.token);
+                if sources.is_empty() {
+                    sources.shrink_to_fit();
+                }
             }
         });
     }
