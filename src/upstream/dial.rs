@@ -76,11 +76,8 @@ pub(super) async fn dial(
     phases.resolve = observe(metrics, phase::RESOLVE, started);
 
     let started = Instant::now();
-    let connected = tcp::connect_any(addresses).await;
-    let (tcp, address) = connected.map_err(|error| {
-        endpoint.addresses.forget();
-        Failure::dial(&error)
-    })?;
+    let connected = connect(addresses).await;
+    let (tcp, address) = connected.inspect_err(|_| endpoint.addresses.forget())?;
     phases.dial = observe(metrics, phase::DIAL, started);
 
     let started = Instant::now();
@@ -100,6 +97,14 @@ pub(super) async fn resolve(host: &str, port: u16) -> Result<Vec<SocketAddr>, Fa
         ]),
         Err(error) => Err(Failure::resolve(host, &error)),
     }
+}
+
+/// Connects to whichever address answers, and says which.
+pub(super) async fn connect(
+    addresses: Vec<SocketAddr>,
+) -> Result<(TcpStream, SocketAddr), Failure> {
+    let connected = tcp::connect_any(addresses).await;
+    connected.map_err(|error| Failure::dial(&error))
 }
 
 /// Connects to an address that answered before, as a CancelRequest must.

@@ -14,7 +14,7 @@ use super::{
     dial,
     endpoint::{Endpoint, Keepalive, Security, is_loopback},
     failure::Failure,
-    login, tcp,
+    login,
 };
 use crate::{
     credential::Credential,
@@ -38,10 +38,7 @@ pub async fn resolve(host: &str, port: u16) -> Result<Vec<SocketAddr>, Failure> 
 
 /// A connection to whichever address answers first.
 pub async fn connect(addresses: Vec<SocketAddr>) -> Result<TcpStream, Failure> {
-    let connected = tcp::connect_any(addresses).await;
-    connected
-        .map(|(tcp, _)| tcp)
-        .map_err(|error| Failure::dial(&error))
+    dial::connect(addresses).await.map(|(tcp, _)| tcp)
 }
 
 /// TLS on it, verified.
