@@ -29,7 +29,7 @@ pub(super) struct Flow {
 }
 
 impl Flow {
-    /// So many bytes were read, and no more are there.
+    /// So many bytes were read.
     #[inline]
     pub(super) fn brought(&mut self, length: usize) {
         self.brought = self.brought.saturating_add(length);

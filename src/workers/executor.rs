@@ -148,7 +148,7 @@ impl Executor {
                 }
             }
             if patience.is_some() {
-                reactor::note_silence(|key| make_due(&mut self.running, &mut self.due, key));
+                reactor::note_silence(|key| self.make_due(key));
             }
             if has_post && !self.open_post() {
                 return;
@@ -161,7 +161,11 @@ impl Executor {
     }
 
     fn make_due(&mut self, key: usize) {
-        make_due(&mut self.running, &mut self.due, key);
+        if let Some(running) = self.running.get_mut(key)
+            && !mem::replace(&mut running.is_due, true)
+        {
+            self.due.push(key);
+        }
     }
 
     /// Takes in what others have said; false when that is to stop.
@@ -208,13 +212,5 @@ impl Executor {
                 let _ = catch_unwind(AssertUnwindSafe(|| drop(ended)));
             }
         }
-    }
-}
-
-fn make_due(running: &mut Slab<Running>, due: &mut Vec<usize>, key: usize) {
-    if let Some(running) = running.get_mut(key)
-        && !mem::replace(&mut running.is_due, true)
-    {
-        due.push(key);
     }
 }
