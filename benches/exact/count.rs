@@ -10,7 +10,12 @@ use std::{
 
 use super::{
     record::Figure,
-    support::{client::Client, process::private_memory, proxy::Proxy, upstream::Upstream},
+    support::{
+        client::Client,
+        process::{private_memory, status},
+        proxy::Proxy,
+        upstream::Upstream,
+    },
 };
 
 /// How work is shared out between workers depends on the moment.
@@ -24,6 +29,7 @@ const SESSIONS: (usize, usize) = (400, 2000);
 pub(crate) fn all(program: &Path, directory: &Path) -> BTreeMap<Figure, f64> {
     let upstream = Upstream::start(directory);
     let mut counted = BTreeMap::new();
+    counted.insert(Figure::Resident, resident(program, &upstream));
     counted.insert(Figure::Memory, memory(program, &upstream));
     if there_is("strace") {
         counted.insert(
@@ -52,6 +58,13 @@ fn round_trips(client: &mut Client, count: u32) {
     for _ in 0..count {
         client.select_1().expect("an answer");
     }
+}
+
+/// MB of a process that nobody has come to, as it is started by everybody: with a worker for each core.
+fn resident(program: &Path, upstream: &Upstream) -> f64 {
+    let proxy = Proxy::start(program, &[], upstream);
+    std::thread::sleep(Duration::from_secs(1));
+    status(proxy.id(), "VmRSS:") as f64 / 1024.0
 }
 
 /// kB that one more idle session takes.

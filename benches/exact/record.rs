@@ -13,6 +13,8 @@ pub(crate) enum Figure {
     Instructions,
     /// Of one session that does nothing.
     Memory,
+    /// All of the process's, while it has no session.
+    Resident,
     /// By one round trip.
     SystemCalls,
 }
@@ -53,6 +55,7 @@ impl Record {
             Figure::Allocations => self.allocations,
             Figure::Instructions => self.instructions.get(model).copied(),
             Figure::Memory => self.memory_kb,
+            Figure::Resident => None,
             Figure::SystemCalls => self.system_calls,
         }
     }
@@ -63,6 +66,7 @@ impl Record {
             Figure::Allocations => self.allocations = Some(value),
             Figure::Instructions => drop(self.instructions.insert(model.to_owned(), value)),
             Figure::Memory => self.memory_kb = Some(value),
+            Figure::Resident => {}
             Figure::SystemCalls => self.system_calls = Some(value),
         }
     }
