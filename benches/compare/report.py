@@ -56,6 +56,8 @@ PROMISES = [
     ("start", "ms", None, 50, 10),
 ]
 RATES = {"tps", "mb_s", "per_second"}
+# Where a hop is no peer: PgBouncer connects by keeping connections.
+NO_PEERS = {("connect", "PgBouncer")}
 
 
 def median(samples, field):
@@ -95,7 +97,7 @@ def table(results, ways):
 
 
 def promises(results, ours):
-    """Each promise with its figure; the last word is whether it is kept."""
+    """Each promise with its figure, whether it is kept, and which hops are better at it."""
     lines = []
     for workload, field, reference, must, aim in PROMISES:
         ways = results.get(workload, {})
@@ -110,15 +112,25 @@ def promises(results, ours):
         spread = f"[{least:.2f}..{most:.2f}]" if len(samples) > 1 else ""
         better = (lambda limit: value >= limit) if field in RATES else (lambda limit: value <= limit)
         verdict = "aim met" if better(aim) else "met" if better(must) else "MISSED"
-        lines.append(f"{name:<66} {value:>12.2f} {spread:<16} must {must:g}, aim {aim:g}: {verdict}")
+        ahead = _ahead(workload, field, ways, ours)
+        behind = f"; behind {', '.join(ahead)}" if ahead else ""
+        lines.append(f"{name:<66} {value:>12.2f} {spread:<16} must {must:g}, aim {aim:g}: {verdict}{behind}")
     return "\n".join(lines)
+
+
+def _ahead(workload, field, ways, ours):
+    """The hops that did better than ours."""
+    found = {way: ratio(ways[ours], samples, field) for way, samples in ways.items()
+             if way not in (ours, "direct TLS") and (workload, way) not in NO_PEERS}
+    better = (lambda share: share < 1) if field in RATES else (lambda share: share > 1)
+    return [f"{way} ({share[0]:.2f} of it)" for way, share in found.items() if share and better(share[0])]
 
 
 PICTURE = [
     ("SELECT 1", "p50_us"), ("SELECT 1", "cpu_us"), ("connect", "p50_ms"), ("-S simple 64", "tps"),
     ("COPY out 65536", "cpu_us_mb"), ("COPY in 65536", "cpu_us_mb"), ("idle", "kb"), ("exact", "instructions"),
 ]
-COLOURS = {"lakebase-proxy": "#1f6f6b", "PgBouncer": "#b3561f", "stunnel": "#8a6fae", "direct TLS": "#7d8590"}
+COLOURS = {"lakebase-proxy": "#1f6f6b", "PgBouncer": "#b3561f", "stunnel": "#8a6fae", "Go relay": "#4f83b8", "direct TLS": "#7d8590"}
 
 
 def picture(results, ways):

@@ -214,6 +214,20 @@ class Stunnel(Way):
         self.process = Process(self.directory, f"stunnel-{port}", [tool("stunnel4", "stunnel"), file], port, self.prefix)
 
 
+class Go(Way):
+    """What Cloud SQL Auth Proxy's relay is made of; that proxy itself only goes to Google's servers."""
+
+    name = "Go relay"
+
+    def start(self):
+        port = free_port()
+        program = os.path.join(self.directory, "relay")
+        if not os.path.exists(program):
+            run(tool("go"), "build", "-o", program, os.path.join(os.path.dirname(os.path.abspath(__file__)), "relay.go"))
+        command = [program, f"127.0.0.1:{port}", f"127.0.0.1:{self.server_port}", "localhost", self.authority]
+        self.process = Process(self.directory, f"relay-{port}", command, port, self.prefix)
+
+
 class ScriptedServer:
     """Thousands of sessions of a server that only says its lines, in a process of its own."""
 
