@@ -61,7 +61,7 @@ pub use self::{
 };
 use self::{
     cancel::Target,
-    welcomed::{Held, Welcomed},
+    welcomed::{Held, Said, Welcomed},
 };
 use crate::{
     console::{self, Console},
@@ -253,9 +253,11 @@ impl Sessions {
         Ok(Some(Welcomed {
             id,
             began,
-            from_client: buffer,
             server: stream,
-            from_server: leftover,
+            said: Box::new(Said {
+                by_client: buffer,
+                by_server: leftover,
+            }),
             listed,
             metrics: Arc::clone(&self.metrics),
             shutdown: self.shutdown.clone(),

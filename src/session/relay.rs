@@ -29,6 +29,7 @@ use tokio::{
     io::{AsyncRead, AsyncWrite},
     time::{Instant, Sleep, sleep},
 };
+use tokio_util::sync::{CancellationToken, WaitForCancellationFuture};
 
 use self::{
     pipe::{Broken, Pipe, PipeState},
@@ -145,8 +146,7 @@ where
     /// Not cancel safe.
     pub(super) async fn run(&mut self) -> End {
         let shutdown = self.shutdown;
-        let mut draining = pin!(shutdown.draining().cancelled());
-        let mut cutting = pin!(shutdown.cutting().cancelled());
+        let mut next = pin!(shutdown.draining().cancelled());
         let mut reached = None;
         let mut patience = None;
         poll_fn(|cx| {
@@ -154,8 +154,8 @@ where
                 cx,
                 shutdown.phase(),
                 &mut reached,
-                draining.as_mut(),
-                cutting.as_mut(),
+                next.as_mut(),
+                shutdown.cutting(),
             );
             self.poll(cx, phase, &mut patience)
         })
@@ -342,25 +342,27 @@ impl Answers {
     }
 }
 
-/// The phase, of which `now` is the latest that could be had without a lock; the task is woken by the next.
+/// The phase, of which `now` is the latest that could be had without a lock; the task is woken by the next. `next` waits
+/// for the token of draining, and then for that of `cutting`.
 ///
 /// The tokens lock, so they are asked only when the phase is not the one they have `reached` with us. It changes before
 /// its token does: then the token is asked again, and will wake us meanwhile.
-fn poll_phase(
+fn poll_phase<'a>(
     cx: &mut Context<'_>,
     now: Phase,
     reached: &mut Option<Phase>,
-    draining: Pin<&mut impl Future<Output = ()>>,
-    cutting: Pin<&mut impl Future<Output = ()>>,
+    mut next: Pin<&mut WaitForCancellationFuture<'a>>,
+    cutting: &'a CancellationToken,
 ) -> Phase {
     if *reached == Some(now) {
         return now;
     }
     let mut phase = reached.unwrap_or(Phase::Serving);
-    if phase == Phase::Serving && draining.poll(cx).is_ready() {
+    if phase == Phase::Serving && next.as_mut().poll(cx).is_ready() {
         phase = Phase::Draining;
+        next.set(cutting.cancelled());
     }
-    if phase == Phase::Draining && cutting.poll(cx).is_ready() {
+    if phase == Phase::Draining && next.poll(cx).is_ready() {
         phase = Phase::Cutting;
     }
     *reached = Some(phase);

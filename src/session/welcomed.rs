@@ -1,6 +1,6 @@
 //! A session that has been logged in: it is relayed to its end.
 
-use std::{mem, sync::Arc};
+use std::sync::Arc;
 
 use bytes::BytesMut;
 use tokio::{
@@ -29,15 +29,20 @@ use crate::{
 pub(super) struct Welcomed {
     pub(super) id: u64,
     pub(super) began: Instant,
-    /// What the client has said already.
-    pub(super) from_client: BytesMut,
     pub(super) server: Stream,
-    /// What the server has said behind its greeting.
-    pub(super) from_server: BytesMut,
+    /// In a box, as it is gone before the session waits for anything.
+    pub(super) said: Box<Said>,
     pub(super) listed: Listed,
     pub(super) metrics: Arc<Metrics>,
     pub(super) shutdown: Shutdown,
     pub(super) held: Held,
+}
+
+/// What there is to be relayed already.
+pub(super) struct Said {
+    pub(super) by_client: BytesMut,
+    /// Behind its greeting.
+    pub(super) by_server: BytesMut,
 }
 
 /// What a session takes up, given back when this is dropped.
@@ -84,12 +89,12 @@ impl Welcomed {
             let mut relay = Relay::new(
                 (
                     &mut client,
-                    &self.from_client,
+                    &self.said.by_client,
                     bytes(direction::FROM_CLIENT),
                 ),
                 (
                     &mut self.server,
-                    &self.from_server,
+                    &self.said.by_server,
                     bytes(direction::FROM_SERVER),
                 ),
                 &self.shutdown,
@@ -100,10 +105,7 @@ impl Welcomed {
                 transactions: self.metrics.transactions.clone(),
             });
             // The relay has its own copies of them.
-            drop((
-                mem::take(&mut self.from_client),
-                mem::take(&mut self.from_server),
-            ));
+            drop(self.said);
             let end = relay.run().await;
             drop(relay);
             let duration = self.began.elapsed();

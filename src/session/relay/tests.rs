@@ -803,7 +803,7 @@ async fn no_change_of_phase_is_missed() {
     ];
     for (number, story) in stories.into_iter().enumerate() {
         let (drain, cut) = (CancellationToken::new(), CancellationToken::new());
-        let (mut draining, mut cutting) = (pin!(drain.cancelled()), pin!(cut.cancelled()));
+        let mut next = pin!(drain.cancelled());
         let mut reached = None;
         let woken = Arc::new(Count::default());
         let waker = Waker::from(Arc::clone(&woken));
@@ -813,13 +813,7 @@ async fn no_change_of_phase_is_missed() {
                 Drain => drain.cancel(),
                 Cut => cut.cancel(),
                 Look(now, expected) => {
-                    let phase = poll_phase(
-                        &mut cx,
-                        now,
-                        &mut reached,
-                        draining.as_mut(),
-                        cutting.as_mut(),
-                    );
+                    let phase = poll_phase(&mut cx, now, &mut reached, next.as_mut(), &cut);
                     assert_eq!(phase, expected, "story {number}");
                 }
                 Woken => assert!(woken.0.swap(0, Ordering::SeqCst) > 0, "story {number}"),
