@@ -114,10 +114,11 @@ impl Welcomed {
                 .with_label_values(&[end.label()])
                 .observe(duration.as_secs_f64());
             tracing::debug!(session = self.id, ?end, ?duration, "session ends");
+            // The ends are boxed: their timers are more than the relay has of its own, and would be in each session's task.
             match end {
                 // Gone or broken: the server's side ends as that of a direct client would, by the socket being closed.
                 End::Client => {}
-                End::Server => linger(&mut client).await,
+                End::Server => Box::pin(linger(&mut client)).await,
                 End::Shutdown { orderly } => {
                     let server = &mut self.server;
                     let goodbye = async {
@@ -126,7 +127,9 @@ impl Welcomed {
                         }
                         server.shutdown().await
                     };
-                    let _ = tokio::join!(timeout(FAREWELL, goodbye), linger(&mut client));
+                    let both =
+                        async { tokio::join!(timeout(FAREWELL, goodbye), linger(&mut client)) };
+                    let _ = Box::pin(both).await;
                 }
             }
         }
