@@ -35,16 +35,10 @@ impl Emulator {
 
     /// [`Emulator::environment`] as `NAME=value` lines, which a shell and an env-file reader both understand.
     pub(super) fn environment_text(&self) -> String {
-        let lines: Vec<String> = self
-            .environment()
+        self.environment()
             .iter()
-            .map(|(name, value)| format!("{name}={}", quoted(value)))
-            .collect();
-        lines.join(
-            "
-",
-        ) + "
-"
+            .map(|(name, value)| format!("{name}={}\n", quoted(value)))
+            .collect()
     }
 
     /// Writes [`Emulator::environment`] as `NAME=value` lines. The file is 0600 and appears whole.
