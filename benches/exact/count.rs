@@ -12,7 +12,7 @@ use super::{
     record::Figure,
     support::{
         client::Client,
-        process::{private_memory, status},
+        process::{status, written_memory},
         proxy::Proxy,
         upstream::Upstream,
     },
@@ -79,7 +79,7 @@ fn memory(program: &Path, upstream: &Upstream) -> f64 {
         }
         // Whatever a session gives back after its last answer.
         std::thread::sleep(Duration::from_millis(200));
-        private_memory(proxy.id())
+        written_memory(proxy.id())
     };
     let (few, many) = (grown_to(SESSIONS.0), grown_to(SESSIONS.1));
     many.saturating_sub(few) as f64 / (SESSIONS.1 - SESSIONS.0) as f64

@@ -7,10 +7,9 @@ pub(crate) fn status(process: u32, name: &str) -> u64 {
     number(&format!("/proc/{process}/status"), name)
 }
 
-/// Memory that only this process has, in kB.
-pub(crate) fn private_memory(process: u32) -> u64 {
-    let file = format!("/proc/{process}/smaps_rollup");
-    number(&file, "Private_Dirty:") + number(&file, "Private_Clean:")
+/// Memory that this process has written to, in kB: how much of the program's file is mapped is not counted.
+pub(crate) fn written_memory(process: u32) -> u64 {
+    number(&format!("/proc/{process}/smaps_rollup"), "Private_Dirty:")
 }
 
 /// Open descriptors.

@@ -35,10 +35,11 @@ impl Emulator {
 
     /// [`Emulator::environment`] as `NAME=value` lines, which a shell and an env-file reader both understand.
     pub(super) fn environment_text(&self) -> String {
-        self.environment()
-            .iter()
-            .map(|(name, value)| format!("{name}={}\n", quoted(value)))
-            .collect()
+        let lines = self.environment().into_iter();
+        let lines: Vec<String> = lines
+            .map(|(name, value)| format!("{name}={}\n", quoted(&value)))
+            .collect();
+        lines.concat()
     }
 
     /// Writes [`Emulator::environment`] as `NAME=value` lines. The file is 0600 and appears whole.

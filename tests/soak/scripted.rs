@@ -6,7 +6,7 @@ use tokio::time::{Instant, sleep};
 
 use crate::{
     measure::{descriptors, eventually, processor_time, status},
-    support::{client::Client, process::private_memory, proxy::Proxy, upstream::Upstream},
+    support::{client::Client, process::written_memory, proxy::Proxy, upstream::Upstream},
 };
 
 const SESSIONS: usize = 8000;
@@ -47,11 +47,11 @@ pub(crate) async fn thousands(program: &Path) {
     drop(sessions(proxy.address, 400));
     let idle = descriptors_settled(process).await;
     sleep(Duration::from_secs(2)).await;
-    let before = private_memory(process);
+    let before = written_memory(process);
 
     let all = sessions(proxy.address, SESSIONS);
     sleep(Duration::from_secs(2)).await;
-    let full = private_memory(process);
+    let full = written_memory(process);
     let used = processor_time(process);
     sleep(WATCH).await;
     let used = processor_time(process).saturating_sub(used);
@@ -65,11 +65,11 @@ pub(crate) async fn thousands(program: &Path) {
         (open > idle).then(|| format!("{open} descriptors, {idle} before"))
     })
     .await;
-    let mut after = private_memory(process);
+    let mut after = written_memory(process);
     let deadline = Instant::now() + SETTLE;
     while after > before + LEFT_OVER_KB && Instant::now() < deadline {
         sleep(Duration::from_secs(1)).await;
-        after = private_memory(process);
+        after = written_memory(process);
     }
     println!("   once they have left: {idle} descriptors as before, {after} kB");
     assert!(each <= MOST_EACH_KB, "{each:.2} kB for a session");
