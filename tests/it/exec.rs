@@ -299,9 +299,10 @@ async fn signals_are_passed_on() {
     let trap = |name: &&str| format!("trap 'echo got {name}' {name}; ");
     let traps = names.iter().map(trap).collect::<Vec<_>>().concat();
     let script = format!("{traps} echo ready; while :; do sleep 0.05; done");
-    let mut command = Command::new("setsid");
+    // Whoever runs the tests under nohup has it ignore SIGHUP.
+    let mut command = Command::new("env");
     command
-        .arg(PROGRAM)
+        .args(["--default-signal", "setsid", PROGRAM])
         .args(["exec", "--", "sh", "-c", &script])
         .envs(emulator.environment())
         .stdin(Stdio::null())
