@@ -98,7 +98,7 @@ async fn crowd(stage: &Stage, clients: std::ops::Range<u32>) {
             let visit = timeout(Duration::from_mins(1), visit(address, client));
             visit
                 .await
-                .expect("a visit ends")
+                .unwrap_or_else(|_| panic!("client {client} is still there"))
                 .unwrap_or_else(|error| panic!("client {client}: {error}"));
             drop(permit);
         });
@@ -132,8 +132,14 @@ async fn visit(address: std::net::SocketAddr, client: u32) -> std::io::Result<()
             wire.reset();
         }
         Manner::Cancelling => {
-            wire.send(&query("SELECT pg_sleep(30)")).await?;
-            sleep(Duration::from_millis(50)).await;
+            // A request that overtakes the query would cancel nothing.
+            wire.send(&query(
+                "DO $$ BEGIN RAISE NOTICE 'begun'; PERFORM pg_sleep(30); END $$",
+            ))
+            .await?;
+            let (begun, length) = wire.header().await?;
+            assert_eq!(begun, b'N');
+            wire.body(length).await?;
             let mut requester = Wire::open(address).await?;
             requester.send(&cancel_request(&wire.key)).await?;
             // Closed once the server has been told.
