@@ -5,10 +5,10 @@
 //! [`SessionSettings`]: crate::protocol::options::SessionSettings
 
 mod addresses;
+mod connect;
 mod dial;
 pub mod endpoint;
 mod failure;
-mod hold;
 mod login;
 mod phases;
 pub mod probe;
@@ -17,10 +17,10 @@ mod tcp;
 mod tls_stream;
 
 pub use addresses::Addresses;
+pub use connect::{Limits, Refusal, Terms, Upstream};
 pub use dial::Stream;
 pub use endpoint::{Endpoint, Keepalive, Label, Security, is_loopback};
 pub use failure::{Class, Failure};
-pub use hold::{Limits, Refusal, Terms, Upstream};
 pub use login::{Connection, Greeting};
 pub use route::{Route, RouteFinder};
 pub use tcp::{tune, unpace};

@@ -1,8 +1,8 @@
-//! Holding a client until it can be logged in, and no longer.
+//! Connects to the upstream, retrying until `connect_timeout` while the endpoint wakes.
 //!
-//! While the endpoint wakes one client's attempt leads: it dials, backs off and dials again, and the others wait for
-//! its result. Once a login has worked (or failed for a reason of its own) everybody goes ahead, a bounded number at a
-//! time. So a thousand clients at a sleeping endpoint make one client's dials, and those that were under way already.
+//! While the endpoint wakes one client's attempt leads, and the others wait for its result. Once a login has worked (or
+//! failed for a reason of its own) all proceed, a bounded number at a time. So a thousand clients at a sleeping endpoint
+//! make one client's dials, and those that were under way already.
 
 use std::{
     net::SocketAddr,
