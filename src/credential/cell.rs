@@ -7,7 +7,7 @@ use std::{
     fmt,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, AtomicUsize, Ordering},
+        atomic::{AtomicUsize, Ordering},
     },
     time::Duration,
 };
@@ -20,8 +20,8 @@ use tokio::{
 };
 
 use super::{
-    Credential, CredentialError, CredentialState, MintAttempt, MintError, Minted, forced::Forced,
-    history::History, schedule::Lifetime,
+    Cause, Credential, CredentialError, CredentialState, MintAttempt, MintError, Minted,
+    forced::Forced, history::History, schedule::Lifetime,
 };
 use crate::clock::Clock;
 
@@ -40,8 +40,6 @@ struct Inner {
     status: watch::Sender<CredentialStatus>,
     forced: Mutex<Forced>,
     history: Mutex<History>,
-    /// Whether `forced` remembers a rejection; spares [`CredentialCell::accepted`] the lock.
-    strained: AtomicBool,
     waiting: AtomicUsize,
     demand: Notify,
 }
@@ -106,7 +104,6 @@ impl CredentialCell {
             status,
             forced: Mutex::default(),
             history: Mutex::default(),
-            strained: AtomicBool::new(false),
             waiting: AtomicUsize::new(0),
             demand: Notify::new(),
         }))
@@ -169,11 +166,12 @@ impl CredentialCell {
 
     /// A credential newer than the one that the endpoint has just rejected; waits for it until the deadline. Cancel safe.
     ///
-    /// All who ask for the same generation share one mint. Asking is rate-limited, and the interval doubles while the
-    /// credentials made on demand are rejected too, until [`accepted`](Self::accepted) is called.
+    /// All who ask for the same generation share one mint. Asking is rate-limited per cause, and the interval doubles
+    /// while the credentials made on demand are rejected too, until [`accepted`](Self::accepted) is called for the cause.
     pub async fn replace(
         &self,
         rejected_generation: u64,
+        cause: Cause,
         deadline: Instant,
     ) -> Result<Arc<Credential>, CredentialError> {
         let status = self.0.status.subscribe();
@@ -192,29 +190,23 @@ impl CredentialCell {
         {
             let now = Instant::now();
             let mut forced = self.forced();
-            forced.reject(rejected_generation);
-            self.0.strained.store(true, Ordering::Relaxed);
-            let allowed_at = forced.allowed_at().map_or(opens_at, |at| at.max(opens_at));
+            forced.reject(rejected_generation, cause);
+            let allowed_at = forced
+                .allowed_at(cause)
+                .map_or(opens_at, |at| at.max(opens_at));
             if !in_flight && allowed_at > deadline.min(now + HOLD) {
                 return Err(CredentialError::RateLimited {
                     retry_in: allowed_at.saturating_duration_since(now),
                 });
             }
-            forced.want(rejected_generation);
+            forced.want(rejected_generation, cause);
         }
         self.wait(status, rejected_generation, deadline).await
     }
 
-    /// A login worked: the identity is in order, so that a later rejection is worth a prompt new mint.
-    pub fn accepted(&self, generation: u64) {
-        // Called at every login: without a rejection behind us it costs one atomic load and takes no lock.
-        if self.0.strained.load(Ordering::Relaxed) {
-            let mut forced = self.forced();
-            forced.accept(generation);
-            self.0
-                .strained
-                .store(forced.is_strained(), Ordering::Relaxed);
-        }
+    /// A login of this cause worked: a later rejection of the same cause is worth a prompt new mint.
+    pub fn accepted(&self, generation: u64, cause: Cause) {
+        self.forced().accept(generation, cause);
     }
 
     /// What is known about the credential, judged by the wall clock now.
@@ -295,10 +287,7 @@ impl CredentialCell {
 
     /// When a forced refresh that is still owed may be made.
     pub(super) fn forced_at(&self, now: Instant) -> Option<Instant> {
-        let forced = self.forced();
-        forced
-            .is_wanted()
-            .then(|| forced.allowed_at().unwrap_or(now))
+        self.forced().owed_at(now)
     }
 
     /// An attempt begins.

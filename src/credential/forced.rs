@@ -1,10 +1,19 @@
 //! The rate limit of refreshes that clients force because a login was rejected.
 //!
 //! A credential that is rejected although it is valid was either revoked (a new one helps) or belongs to an identity that
-//! the endpoint does not know (none ever will). The two look alike, so each new one that is rejected in turn makes the next
-//! come later: a permanent mismatch must not hammer the workspace.
+//! the endpoint, or one of its databases, does not know (none ever will). The two look alike, so each new one that is
+//! rejected in turn makes the next come later: a permanent mismatch must not hammer the workspace.
+//!
+//! The budget counts per cause: a database that refuses every credential uses up its own, and a login that works in
+//! another neither renews that budget nor depends on it. Only causes with an accepted login have a budget of their own;
+//! all others share one, since a client can name any number of databases.
 
-use std::time::Duration;
+use std::{
+    collections::{HashMap, VecDeque},
+    hash::{BuildHasher, RandomState},
+    sync::LazyLock,
+    time::Duration,
+};
 
 use tokio::time::Instant;
 
@@ -12,21 +21,52 @@ use tokio::time::Instant;
 const FIRST_INTERVAL: Duration = Duration::from_secs(5);
 /// Where the doubling of the interval ends.
 const LAST_INTERVAL: Duration = Duration::from_mins(5);
+/// Causes with a budget of their own; the one that was added first makes room.
+const MAX_CAUSES: usize = 64;
 
-#[derive(Debug)]
+/// What a rejected login has in common with others that the same mismatch would reject: its role, its database, and
+/// whether it is for replication, for which a server has rules of its own.
+///
+/// A hash of the three, so that a client cannot choose how much memory it takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Cause(u64);
+
+impl Cause {
+    /// The cause of what happens to this login.
+    pub fn login(user: &str, database: &str, is_replication: bool) -> Self {
+        static HASHER: LazyLock<RandomState> = LazyLock::new(RandomState::new);
+        Self(HASHER.hash_one((user, database, is_replication)))
+    }
+}
+
+/// What rejections have asked for, and what may be asked for again.
+#[derive(Debug, Default)]
 pub(super) struct Forced {
     /// The latest generation that a login was rejected with; 0: none.
     rejected: u64,
+    /// Causes that have had a login accepted.
+    proven: HashMap<Cause, Budget>,
+    /// The same, in the order in which they were added.
+    order: VecDeque<Cause>,
+    /// All other causes.
+    unproven: Budget,
+}
+
+/// The forced refreshes of one cause.
+#[derive(Debug)]
+struct Budget {
+    /// The latest generation that was rejected for this cause; 0: none.
+    rejected: u64,
     /// The generation that is to be replaced; `None`: nothing is owed.
     wanted: Option<u64>,
-    /// The latest generation that was minted on demand.
+    /// The latest generation that was minted on demand of this cause.
     minted: u64,
-    /// When the latest attempt made on demand began.
+    /// When the latest attempt on demand of this cause began.
     last: Option<Instant>,
     interval: Duration,
 }
 
-impl Default for Forced {
+impl Default for Budget {
     fn default() -> Self {
         Self {
             rejected: 0,
@@ -38,9 +78,8 @@ impl Default for Forced {
     }
 }
 
-impl Forced {
-    /// A login was rejected with this generation. Said once or a hundred times, it counts once.
-    pub(super) fn reject(&mut self, generation: u64) {
+impl Budget {
+    fn reject(&mut self, generation: u64) {
         if generation <= self.rejected {
             return;
         }
@@ -50,47 +89,86 @@ impl Forced {
         }
     }
 
-    pub(super) fn want(&mut self, generation: u64) {
-        self.wanted = self.wanted.max(Some(generation));
+    fn allowed_at(&self) -> Option<Instant> {
+        self.last.map(|last| last + self.interval)
+    }
+}
+
+impl Forced {
+    /// A login of this cause was rejected with this generation. Reported once or a hundred times, it counts once.
+    pub(super) fn reject(&mut self, generation: u64, cause: Cause) {
+        self.rejected = self.rejected.max(generation);
+        self.budget(cause).reject(generation);
     }
 
-    pub(super) fn is_wanted(&self) -> bool {
-        self.wanted.is_some()
+    pub(super) fn want(&mut self, generation: u64, cause: Cause) {
+        let budget = self.budget(cause);
+        budget.wanted = budget.wanted.max(Some(generation));
     }
 
     pub(super) fn rejected(&self) -> u64 {
         self.rejected
     }
 
-    /// When the next forced refresh may begin; `None`: at once.
-    pub(super) fn allowed_at(&self) -> Option<Instant> {
-        self.last.map(|last| last + self.interval)
+    /// When this cause may force the next refresh; `None`: at once.
+    pub(super) fn allowed_at(&mut self, cause: Cause) -> Option<Instant> {
+        self.budget(cause).allowed_at()
     }
 
-    /// An attempt to mint begins, for whatever reason; if a refresh is owed, this is it.
+    /// When the next refresh that is owed may begin; `None`: nothing is owed.
+    pub(super) fn owed_at(&self, now: Instant) -> Option<Instant> {
+        self.budgets()
+            .filter(|budget| budget.wanted.is_some())
+            .map(|budget| budget.allowed_at().unwrap_or(now))
+            .min()
+    }
+
+    /// An attempt to mint begins, for whatever reason; it is the one that is owed, if any is.
     pub(super) fn attempt(&mut self, now: Instant) {
-        if self.is_wanted() {
-            self.last = Some(now);
+        for budget in self.budgets_mut() {
+            if budget.wanted.is_some() {
+                budget.last = Some(now);
+            }
         }
     }
 
     /// A generation was published.
     pub(super) fn minted(&mut self, generation: u64) {
-        if self.wanted.take_if(|wanted| *wanted < generation).is_some() {
-            self.minted = generation;
+        for budget in self.budgets_mut() {
+            let was_wanted = budget.wanted.take_if(|wanted| *wanted < generation);
+            if was_wanted.is_some() {
+                budget.minted = generation;
+            }
         }
     }
 
-    /// A login worked with this generation. One that is older than a later rejection proves nothing.
-    pub(super) fn accept(&mut self, generation: u64) {
-        if generation >= self.rejected {
-            self.interval = FIRST_INTERVAL;
+    /// A login of this cause worked with this generation. One that is older than a later rejection proves nothing.
+    pub(super) fn accept(&mut self, generation: u64, cause: Cause) {
+        if let Some(budget) = self.proven.get_mut(&cause) {
+            if generation >= budget.rejected {
+                budget.interval = FIRST_INTERVAL;
+            }
+            return;
         }
+        if self.order.len() >= MAX_CAUSES
+            && let Some(first) = self.order.pop_front()
+        {
+            self.proven.remove(&first);
+        }
+        self.order.push_back(cause);
+        self.proven.insert(cause, Budget::default());
     }
 
-    /// Whether a success would change anything.
-    pub(super) fn is_strained(&self) -> bool {
-        self.interval > FIRST_INTERVAL
+    fn budget(&mut self, cause: Cause) -> &mut Budget {
+        self.proven.get_mut(&cause).unwrap_or(&mut self.unproven)
+    }
+
+    fn budgets(&self) -> impl Iterator<Item = &Budget> {
+        self.proven.values().chain([&self.unproven])
+    }
+
+    fn budgets_mut(&mut self) -> impl Iterator<Item = &mut Budget> {
+        self.proven.values_mut().chain([&mut self.unproven])
     }
 }
 
@@ -98,49 +176,94 @@ impl Forced {
 mod tests {
     use super::*;
 
-    /// Forces one refresh and says how long after the previous one the next would be allowed.
-    fn force(forced: &mut Forced, generation: u64, now: Instant) -> Duration {
-        forced.reject(generation);
-        forced.want(generation);
+    fn cause(database: &str) -> Cause {
+        Cause::login("user", database, false)
+    }
+
+    /// Forces one refresh and returns how long after it the next would be allowed.
+    fn force(forced: &mut Forced, generation: u64, cause: Cause, now: Instant) -> Duration {
+        forced.reject(generation, cause);
+        forced.want(generation, cause);
         forced.attempt(now);
         forced.minted(generation + 1);
-        forced.reject(generation + 1);
-        forced.allowed_at().unwrap() - now
+        forced.reject(generation + 1, cause);
+        forced.allowed_at(cause).unwrap() - now
     }
 
     #[tokio::test(start_paused = true)]
     async fn the_interval_doubles_while_what_was_minted_on_demand_is_rejected() {
         let now = Instant::now();
-        let mut forced = Forced::default();
-        let intervals: Vec<_> = (1..=8)
-            .map(|generation| force(&mut forced, generation, now).as_secs())
-            .collect();
-        assert_eq!(intervals, [10, 20, 40, 80, 160, 300, 300, 300]);
+        for is_proven in [false, true] {
+            let (mut forced, cause) = (Forced::default(), cause("a"));
+            if is_proven {
+                forced.accept(1, cause);
+            }
+            let intervals: Vec<_> = (1..=8)
+                .map(|generation| force(&mut forced, generation, cause, now).as_secs())
+                .collect();
+            assert_eq!(intervals, [10, 20, 40, 80, 160, 300, 300, 300]);
+        }
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_login_that_works_resets_the_interval() {
+    async fn a_login_that_works_resets_the_interval_of_its_own_cause_only() {
+        let now = Instant::now();
+        let (mut forced, good, bad) = (Forced::default(), cause("good"), cause("bad"));
+        forced.accept(1, good);
+        forced.accept(1, bad);
+        force(&mut forced, 1, bad, now);
+        forced.accept(2, good);
+        assert_eq!(forced.allowed_at(good), None, "it has forced nothing");
+        assert_eq!(forced.allowed_at(bad).unwrap() - now, FIRST_INTERVAL * 2);
+        forced.accept(1, bad);
+        assert_eq!(
+            forced.allowed_at(bad).unwrap() - now,
+            FIRST_INTERVAL * 2,
+            "an older generation proves nothing"
+        );
+        forced.accept(2, bad);
+        assert_eq!(forced.allowed_at(bad).unwrap() - now, FIRST_INTERVAL);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn causes_without_an_accepted_login_share_one_budget() {
         let now = Instant::now();
         let mut forced = Forced::default();
-        force(&mut forced, 1, now);
-        assert!(forced.is_strained());
-        forced.accept(1);
-        assert!(forced.is_strained(), "an older generation proves nothing");
-        forced.accept(2);
-        assert!(!forced.is_strained());
-        assert_eq!(forced.allowed_at().unwrap() - now, FIRST_INTERVAL);
+        for number in 1..=5 {
+            force(&mut forced, number, cause(&number.to_string()), now);
+        }
+        assert_eq!(
+            forced.allowed_at(cause("yet another")).unwrap() - now,
+            FIRST_INTERVAL * 32
+        );
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_causes_remembered_are_bounded() {
+        let mut forced = Forced::default();
+        for number in 0..1000 {
+            forced.accept(1, cause(&number.to_string()));
+        }
+        assert_eq!(forced.proven.len(), MAX_CAUSES);
+        assert_eq!(forced.order.len(), MAX_CAUSES);
+    }
+
+    #[test]
+    fn replication_is_a_cause_of_its_own() {
+        // A server has rules of its own for it, and a client may name it at will.
+        assert_ne!(Cause::login("u", "d", true), Cause::login("u", "d", false));
     }
 
     #[tokio::test(start_paused = true)]
     async fn rejections_of_scheduled_credentials_do_not_lengthen_the_interval() {
         let now = Instant::now();
-        let mut forced = Forced::default();
+        let (mut forced, cause) = (Forced::default(), cause("a"));
         for generation in 1..10 {
             forced.minted(generation);
-            forced.reject(generation);
+            forced.reject(generation, cause);
         }
-        forced.want(9);
+        forced.want(9, cause);
         forced.attempt(now);
-        assert_eq!(forced.allowed_at().unwrap() - now, FIRST_INTERVAL);
+        assert_eq!(forced.allowed_at(cause).unwrap() - now, FIRST_INTERVAL);
     }
 }

@@ -13,6 +13,7 @@ use jiff::Timestamp;
 use secrecy::SecretString;
 
 pub use cell::{CredentialCell, CredentialStatus};
+pub use forced::Cause;
 pub use history::MintAttempt;
 pub use refresher::Refresher;
 pub use sources::{CredentialCommand, Password, PasswordFile};

@@ -146,6 +146,10 @@ fn gaps(calls: &[Duration]) -> Vec<Duration> {
         .collect()
 }
 
+fn cause() -> Cause {
+    Cause::login("me", "db", false)
+}
+
 fn within(wait: Duration) -> Instant {
     Instant::now() + wait
 }
@@ -484,7 +488,12 @@ async fn a_hundred_rejected_clients_share_one_mint() {
     let mut clients = JoinSet::new();
     for _ in 0..100 {
         let cell = rig.cell.clone();
-        clients.spawn(async move { cell.replace(1, within(MINUTE)).await.unwrap().generation });
+        clients.spawn(async move {
+            cell.replace(1, cause(), within(MINUTE))
+                .await
+                .unwrap()
+                .generation
+        });
     }
     while let Some(generation) = clients.join_next().await {
         assert_eq!(generation.unwrap(), 2);
@@ -493,7 +502,7 @@ async fn a_hundred_rejected_clients_share_one_mint() {
     // One that comes late with the old generation is given the new one without a mint.
     assert_eq!(
         rig.cell
-            .replace(1, within(MINUTE))
+            .replace(1, cause(), within(MINUTE))
             .await
             .unwrap()
             .generation,
@@ -509,7 +518,7 @@ async fn a_rejected_credential_is_replaced_even_by_one_that_expires_earlier() {
     sleep(MINUTE).await;
     assert_eq!(
         rig.cell
-            .replace(1, within(MINUTE))
+            .replace(1, cause(), within(MINUTE))
             .await
             .unwrap()
             .generation,
@@ -535,7 +544,7 @@ async fn a_permanent_mismatch_does_not_hammer_the_workspace() {
     let mut refused_at_once = 0;
     while started.elapsed() < 2 * HOUR {
         let asked = Instant::now();
-        match rig.cell.replace(generation, within(MINUTE)).await {
+        match rig.cell.replace(generation, cause(), within(MINUTE)).await {
             Ok(credential) => generation = credential.generation,
             Err(CredentialError::RateLimited { retry_in }) => {
                 assert!(retry_in > Duration::from_secs(5));
@@ -554,15 +563,72 @@ async fn a_permanent_mismatch_does_not_hammer_the_workspace() {
     assert!(refused_at_once > 1000);
 
     // The role is made: logins work, and a later rejection is served promptly again.
-    rig.cell.accepted(generation);
+    rig.cell.accepted(generation, cause());
     let asked = Instant::now();
-    let credential = rig.cell.replace(generation, within(MINUTE)).await.unwrap();
+    let credential = rig
+        .cell
+        .replace(generation, cause(), within(MINUTE))
+        .await
+        .unwrap();
     assert!(credential.generation > generation);
     assert!(
         asked.elapsed() <= Duration::from_secs(10),
         "{:?}",
         asked.elapsed()
     );
+}
+
+/// Each success elsewhere once renewed the budget: 19 mints in 90 s, for ever.
+#[tokio::test(start_paused = true)]
+async fn a_database_that_refuses_beside_one_that_accepts_does_not_hammer_the_workspace() {
+    for was_accepted in [false, true] {
+        let rig = Rig::start(|_, _| Step::Gives(HOUR));
+        let [good, bad] = ["good", "bad"].map(|name| Cause::login("me", name, false));
+        let first = rig.first().await.generation;
+        rig.cell.accepted(first, good);
+        if was_accepted {
+            rig.cell.accepted(first, bad);
+        }
+        let started = Instant::now();
+        while started.elapsed() < Duration::from_secs(90) {
+            let generation = rig.first().await.generation;
+            let _ = rig.cell.replace(generation, bad, within(MINUTE)).await;
+            rig.cell.accepted(rig.first().await.generation, good);
+            sleep(Duration::from_millis(500)).await;
+        }
+        let mints = rig.calls().len();
+        assert!(mints <= 6, "{mints} mints in 90 s");
+
+        // The credential is revoked: the database that accepted it has a budget of its own.
+        let asked = Instant::now();
+        let generation = rig.first().await.generation;
+        let fresh = rig.cell.replace(generation, good, within(MINUTE)).await;
+        assert!(fresh.unwrap().generation > generation);
+        let took = asked.elapsed();
+        assert!(took <= Duration::from_secs(6), "{took:?}");
+    }
+}
+
+/// A client can name any number of databases, and be refused in each.
+#[tokio::test(start_paused = true)]
+async fn a_client_that_is_refused_in_ever_other_databases_does_not_use_up_the_budget_of_others() {
+    let rig = Rig::start(|_, _| Step::Gives(HOUR));
+    let good = Cause::login("me", "good", false);
+    rig.cell.accepted(rig.first().await.generation, good);
+    for attempt in 0..600 {
+        let generation = rig.first().await.generation;
+        let cause = Cause::login("me", &format!("d{attempt}"), false);
+        let _ = rig.cell.replace(generation, cause, within(MINUTE)).await;
+        sleep(Duration::from_millis(500)).await;
+    }
+    let mints = rig.calls().len();
+    assert!(mints <= 10, "{mints} mints in five minutes");
+    let asked = Instant::now();
+    let generation = rig.first().await.generation;
+    let fresh = rig.cell.replace(generation, good, within(MINUTE)).await;
+    assert!(fresh.unwrap().generation > generation);
+    let took = asked.elapsed();
+    assert!(took <= Duration::from_secs(6), "{took:?}");
 }
 
 #[tokio::test(start_paused = true)]
@@ -572,7 +638,7 @@ async fn a_static_credential_is_minted_once_unless_it_is_rejected() {
     sleep(100 * HOUR).await;
     assert_eq!(rig.calls().len(), 1);
     assert_eq!(rig.cell.status().state, CredentialState::Fresh);
-    rig.cell.replace(1, within(MINUTE)).await.unwrap();
+    rig.cell.replace(1, cause(), within(MINUTE)).await.unwrap();
     sleep(100 * HOUR).await;
     assert_eq!(rig.calls().len(), 2);
 }
@@ -800,7 +866,7 @@ async fn a_lazy_credential_that_is_rejected_is_replaced_at_once() {
     let first = rig.first().await;
     let second = rig
         .cell
-        .replace(first.generation, within(MINUTE))
+        .replace(first.generation, cause(), within(MINUTE))
         .await
         .unwrap();
     assert_eq!(second.generation, 2);

@@ -29,7 +29,7 @@ use super::{
     phases::record_waits,
 };
 use crate::{
-    credential::{Credential, CredentialCell, CredentialError},
+    credential::{Cause, Credential, CredentialCell, CredentialError},
     protocol::{
         error::{Report, sqlstate},
         options::SessionSettings,
@@ -171,6 +171,11 @@ impl Upstream {
             limits.connect_timeout
         };
         let mut deadline = Deadline::new(budget);
+        let cause = Cause::login(
+            &self.endpoint().user,
+            &settings.database,
+            settings.replication,
+        );
         let mut backoff = Backoff::default();
         let mut lead: Option<MutexGuard<'_, Backoff>> = None;
         let (mut held, mut renewed, mut crowded) = (false, false, false);
@@ -218,7 +223,7 @@ impl Upstream {
             let failure = match attempt.await {
                 Ok(connection) => {
                     record_waits(queued, credited);
-                    self.credentials.accepted(credential.generation);
+                    self.credentials.accepted(credential.generation, cause);
                     self.failing.store(false, Ordering::Relaxed);
                     self.wake(lead.as_deref_mut());
                     return Ok((connection, held.then(|| deadline.began.elapsed())));
@@ -256,7 +261,7 @@ impl Upstream {
                     renewed = true;
                     let fresh = self
                         .credentials
-                        .replace(credential.generation, deadline.at)
+                        .replace(credential.generation, cause, deadline.at)
                         .await;
                     // The server's own words explain more than why there is no other credential to try.
                     fresh.map_err(|error| self.not_renewed(&failure, &error))?;

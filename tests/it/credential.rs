@@ -5,7 +5,7 @@ use std::time::Duration;
 use jiff::{SignedDuration, Timestamp};
 use lakebase_proxy::{
     clock::Clock,
-    credential::{CredentialCell, Mint, MintErrorKind, Refresher},
+    credential::{Cause, CredentialCell, Mint, MintErrorKind, Refresher},
     emulator::{Action, Emulator, EmulatorOptions, Identity, Response, Site},
     telemetry::Metrics,
     tls::{self, Roots},
@@ -163,10 +163,11 @@ async fn a_refresher_rides_out_an_outage_and_serves_all_who_were_rejected_with_o
     assert_eq!(emulator.counts().mint_requests, 3);
     assert_eq!(emulator.counts().tokens_issued, 1);
 
+    let cause = Cause::login("app", "databricks_postgres", false);
     let mut clients = JoinSet::new();
     for _ in 0..20 {
         let cell = cell.clone();
-        clients.spawn(async move { cell.replace(1, deadline).await.unwrap().generation });
+        clients.spawn(async move { cell.replace(1, cause, deadline).await.unwrap().generation });
     }
     while let Some(generation) = clients.join_next().await {
         assert_eq!(generation.unwrap(), 2);
