@@ -58,6 +58,17 @@ impl SessionSettings {
             replication: message.parameter("replication").is_some_and(is_replication),
         })
     }
+
+    /// Every text in it that the client may have chosen: a server may repeat any of them in an error.
+    pub fn texts(&self) -> impl Iterator<Item = &str> {
+        let parameters = self
+            .parameters
+            .iter()
+            .flat_map(|(name, value)| [name.as_str(), value]);
+        parameters
+            .chain([self.database.as_str()])
+            .chain(self.client_encoding.as_deref())
+    }
 }
 
 /// Whether a `replication` value asks for the replication protocol: anything that is not a Boolean "no" does.

@@ -170,7 +170,7 @@ async fn read_plain_error(tcp: TcpStream) -> Failure {
     loop {
         match take_message(&mut buffer, SMALL_MESSAGE_LIMIT) {
             Ok(Some(message)) => {
-                let failure = Failure::server(ErrorFields::parse(message.body()));
+                let failure = Failure::server(ErrorFields::parse(message.body()), []);
                 return match failure.class {
                     Class::Capacity | Class::Waking => failure,
                     _ => Failure::protocol(format!("the server refused TLS: {failure}")),

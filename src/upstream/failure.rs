@@ -1,8 +1,9 @@
 //! What went wrong at login, what that means, and what the client is told.
 //!
-//! The one table of failure classes. Texts are matched first, because the edge sends most of its errors under a
-//! catch-all SQLSTATE and hides an IP access list behind a transient one; then the SQLSTATE. An error in neither list
-//! is not retried: the server's own words go to the client.
+//! The table of failure classes is in [`rules`]. An error that is not in it is not retried: the server's own words go
+//! to the client.
+
+mod rules;
 
 use std::{borrow::Cow, fmt, io};
 
@@ -86,129 +87,6 @@ impl Class {
 /// The catch-all of the edge.
 const INTERNAL_ERROR: &str = "XX000";
 
-/// Texts that decide, in lower case; every part must occur, the first rule that fits wins.
-const RULES: &[(&[&str], Class, Option<&str>)] = &[
-    (
-        &["blocked by databricks ip acl"],
-        Class::Permission,
-        Some(IP_ACCESS),
-    ),
-    (
-        &["ip address", "not allowed to connect"],
-        Class::Permission,
-        Some(IP_ACCESS),
-    ),
-    (&["not a valid jwt encoding"], Class::WrongKind, None),
-    (&["failed to decode token for role"], Class::WrongKind, None),
-    (&["token", "has expired"], Class::Identity, None),
-    (
-        &["not yet ready to use"],
-        Class::Identity,
-        Some("This machine's clock and the endpoint's differ: check the clock."),
-    ),
-    (&["invalid jwt token audience"], Class::Identity, None),
-    (&["jwk not found"], Class::Identity, None),
-    (&["missing key id"], Class::Identity, None),
-    (&["signature error"], Class::Identity, None),
-    (
-        &["invalid authorization for databricks identity login"],
-        Class::Identity,
-        None,
-    ),
-    (&["password authentication failed"], Class::Identity, None),
-    (
-        &["role \"", "does not exist"],
-        Class::Permission,
-        Some(
-            "Make the role on this branch: CREATE EXTENSION IF NOT EXISTS databricks_auth; SELECT databricks_create_role('<identity>', 'SERVICE_PRINCIPAL');",
-        ),
-    ),
-    (
-        &["database \"", "does not exist"],
-        Class::Permission,
-        Some(
-            "Check PGDATABASE: the Postgres name has underscores (databricks_postgres) where the resource id has hyphens.",
-        ),
-    ),
-    (
-        &["permission denied for database"],
-        Class::Permission,
-        Some("GRANT CONNECT ON DATABASE to the role."),
-    ),
-    (
-        &["is not permitted to log in"],
-        Class::Permission,
-        Some("ALTER ROLE ... LOGIN, or make it with databricks_create_role."),
-    ),
-    (&["no pg_hba.conf entry"], Class::Permission, None),
-    (
-        &["endpoint is disabled"],
-        Class::Permission,
-        Some("Enable the compute: no connection can wake a disabled one."),
-    ),
-    (
-        &["endpoint cannot be found"],
-        Class::Permission,
-        Some("Check ENDPOINT_NAME and PGHOST: there is no such endpoint."),
-    ),
-    (&["too many connections"], Class::Capacity, None),
-    (&["too many clients already"], Class::Capacity, None),
-    (&["connection slots are reserved"], Class::Capacity, None),
-    (&["failed to acquire permit"], Class::Capacity, None),
-    (
-        &["too many database connection attempts"],
-        Class::Capacity,
-        None,
-    ),
-    (&["no more connections allowed"], Class::Capacity, None),
-    (&["invalid protocol version"], Class::Protocol, None),
-    (
-        &["does not have sni"],
-        Class::Protocol,
-        Some("Set PGHOST to the endpoint's host name: an IP address carries no SNI."),
-    ),
-    (&["unsupported frontend protocol"], Class::Protocol, None),
-    (
-        &["unsupported startup parameter"],
-        Class::Protocol,
-        Some("This host is a pooler's; use the endpoint's own host."),
-    ),
-    (&["endpoint id is not specified"], Class::Protocol, None),
-    (&["inconsistent project name"], Class::Protocol, None),
-    (&["connection is insecure"], Class::Protocol, None),
-    (&["received unencrypted data"], Class::Protocol, None),
-    (&["external authorization failed"], Class::Waking, None),
-    (&["endpoint is idle"], Class::Waking, None),
-    (
-        &["waiting for endpoint to become active"],
-        Class::Waking,
-        None,
-    ),
-    (&["couldn't connect to compute node"], Class::Waking, None),
-    (&["control plane request failed"], Class::Waking, None),
-    (&["authentication timed out"], Class::Waking, None),
-    (&["client handshake timeout"], Class::Waking, None),
-    (&["insecure connection"], Class::Waking, None),
-    (&["database system is"], Class::Waking, None),
-    (&["not yet accepting connections"], Class::Waking, None),
-];
-
-const IP_ACCESS: &str =
-    "Add the address this proxy connects from to the workspace's IP access list.";
-
-/// SQLSTATEs that decide where no text did.
-fn class_of_sqlstate(code: &str) -> Class {
-    match code {
-        "57P01" | "57P02" | "57P03" | "57P05" => Class::Waking,
-        "53300" => Class::Capacity,
-        "28P01" | "28000" => Class::Identity,
-        "42501" | "3D000" => Class::Permission,
-        "08P01" | "0A000" => Class::Protocol,
-        code if code.starts_with("08") => Class::Waking,
-        _ => Class::Other,
-    }
-}
-
 /// One attempt to log in that came to nothing.
 #[derive(Clone, Debug)]
 pub struct Failure {
@@ -248,8 +126,12 @@ impl fmt::Display for Failure {
 }
 
 impl Failure {
-    /// A server's ErrorResponse.
-    pub fn server(mut said: ErrorFields) -> Self {
+    /// A server's ErrorResponse. `client_texts` are the texts of the client that the server had received by then, which
+    /// it may repeat.
+    pub fn server<'a>(
+        mut said: ErrorFields,
+        client_texts: impl IntoIterator<Item = &'a str>,
+    ) -> Self {
         // Servers have been known to repeat the password in their refusal.
         let texts = [
             Some(&mut said.severity),
@@ -263,19 +145,7 @@ impl Failure {
                 *text = clean;
             }
         }
-        let text = format!(
-            "{}\n{}",
-            said.message,
-            said.detail.as_deref().unwrap_or_default()
-        )
-        .to_lowercase();
-        let rule = RULES
-            .iter()
-            .find(|(parts, ..)| parts.iter().all(|part| text.contains(part)));
-        let (class, hint) = match rule {
-            Some(&(_, class, hint)) => (class, hint),
-            None => (class_of_sqlstate(&said.code), None),
-        };
+        let (class, hint) = rules::classify(&said, client_texts);
         Self {
             class,
             is_dns: false,
@@ -446,7 +316,7 @@ mod tests {
             detail: detail.map(str::to_owned),
             hint: None,
         };
-        Failure::server(said).class
+        Failure::server(said, []).class
     }
 
     #[test]
@@ -595,7 +465,7 @@ mod tests {
             message: "password authentication failed for user 'x'".to_owned(),
             ..ErrorFields::default()
         };
-        let report = Failure::server(said("XX000")).report(&endpoint);
+        let report = Failure::server(said("XX000"), []).report(&endpoint);
         assert_eq!(report.sqlstate, "28000");
         assert!(report.message.contains("projects/p/branches/b/endpoints/e"));
         assert!(
@@ -605,7 +475,9 @@ mod tests {
         );
         assert!(report.hint.is_some());
         assert_eq!(
-            Failure::server(said("28P01")).report(&endpoint).sqlstate,
+            Failure::server(said("28P01"), [])
+                .report(&endpoint)
+                .sqlstate,
             "28P01"
         );
     }

@@ -111,6 +111,7 @@ pub(super) async fn exchange<S: AsyncRead + AsyncWrite + Unpin>(
     })?;
     let mut wire = Wire {
         stream,
+        settings,
         buffer: BytesMut::with_capacity(2048),
         read: 0,
     };
@@ -136,7 +137,7 @@ pub(super) async fn exchange<S: AsyncRead + AsyncWrite + Unpin>(
                     break;
                 }
             }
-            tag::ERROR_RESPONSE => return Err(Failure::server(ErrorFields::parse(message.body()))),
+            tag::ERROR_RESPONSE => return Err(wire.refused(&message)),
             // Notices before authentication are not authenticated; NegotiateProtocolVersion cannot follow a 3.0 startup.
             tag::NOTICE_RESPONSE => {}
             other => return Err(unexpected(other)),
@@ -185,6 +186,8 @@ fn set_encoding(encoding: &str) -> Vec<u8> {
 
 struct Wire<'a, S> {
     stream: &'a mut S,
+    /// What has been sent in the client's name, and may be repeated to us.
+    settings: &'a SessionSettings,
     buffer: BytesMut,
     read: usize,
 }
@@ -196,6 +199,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Wire<'_, S> {
             self.stream.flush().await
         };
         sent.await.map_err(|error| Failure::broken(&error))
+    }
+
+    fn refused(&self, error: &Message) -> Failure {
+        let error = ErrorFields::parse(error.body());
+        Failure::server(error, self.settings.texts())
     }
 
     async fn message(&mut self) -> Result<Message, Failure> {
@@ -235,7 +243,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Wire<'_, S> {
                 tag::BACKEND_KEY_DATA => greeting.key = cancel_key(message.body()),
                 tag::NOTICE_RESPONSE => greeting.notices.extend_from_slice(&message.frame),
                 tag::ERROR_RESPONSE => {
-                    let failure = Failure::server(ErrorFields::parse(message.body()));
+                    let failure = self.refused(&message);
                     if until == Until::Welcomed {
                         return Err(failure);
                     }

@@ -105,7 +105,7 @@ impl Session {
                 match message.tag {
                     DATA_ROW => rows.extend(row(message.body())),
                     tag::ERROR_RESPONSE => {
-                        error = Some(Failure::server(ErrorFields::parse(message.body())));
+                        error = Some(Failure::server(ErrorFields::parse(message.body()), []));
                     }
                     tag::READY_FOR_QUERY => return error.map_or(Ok(rows), Err),
                     _ => {}

@@ -1011,3 +1011,44 @@ async fn a_refusal_is_found_in_the_log_by_its_id() {
     assert_eq!(line["hint"].as_str(), refusal.hint.as_deref());
     assert_eq!(line["reason"], "permission");
 }
+
+/// A server repeats a bad value. Once that made this client the leader of retries with its own bad value, for which all
+/// others waited, and `token x has expired` used up the forced refreshes of everybody.
+#[tokio::test]
+async fn what_a_client_writes_into_its_settings_is_refused_to_it_alone() {
+    let emulator = harness::emulator().await;
+    let proxy = Proxy::start(&emulator).await;
+    let texts = [
+        "endpoint is idle",
+        "the database system is starting up",
+        "token x has expired",
+        "password authentication failed",
+        "too many connections",
+    ];
+    let mut rows = Vec::new();
+    for text in texts {
+        let escaped = text.replace(' ', "\\ ");
+        let user = ("user", "anyone");
+        rows.push((vec![user, ("work_mem", text)], "22023"));
+        rows.push((vec![user, ("database", text)], "3D000"));
+        let options = format!("-c work_mem={escaped}");
+        let mut wire = proxy.dial().await;
+        wire.startup(&[user, ("options", &options)]).await;
+        let refusal = wire.refusal().await;
+        assert_eq!(refusal.code, "22023", "{refusal:?}");
+        assert!(refusal.message.contains(text), "{refusal:?}");
+    }
+    let before = emulator.counts();
+    let began = Instant::now();
+    for (parameters, code) in &rows {
+        let mut wire = proxy.dial().await;
+        wire.startup(parameters).await;
+        let refusal = wire.refusal().await;
+        assert_eq!(&refusal.code, code, "{parameters:?}: {refusal:?}");
+        drop(proxy.session().await);
+    }
+    let dials = 2 * u64::try_from(rows.len()).unwrap();
+    assert_eq!(since(&before, &emulator), (dials, 0, 0), "one dial each");
+    assert!(began.elapsed() < AT_ONCE * 4, "{:?}", began.elapsed());
+    proxy.until_quiet().await;
+}
