@@ -10,26 +10,39 @@ use std::{
 use jiff::SignedDuration;
 use secrecy::SecretString;
 
-use super::{Emulator, EmulatorError, EmulatorOptions, PostgresSource, Settings};
+use super::{Emulator, EmulatorError, EmulatorOptions, Fault, PostgresSource, Settings};
 
 const AFTER_HELP: &str = "\
 While it runs, under the workspace's address (DATABRICKS_HOST):
   GET    /emulator            state, settings, faults to come
-  PUT    /emulator/faults     replaces them; POST adds, DELETE forgets them all
+  GET    /emulator/counts     requests, logins, credentials; by user, database, endpoint
+  GET    /emulator/faults     those to come and those spent, with how often each struck
+  PUT    /emulator/faults     replaces them; POST adds, DELETE clears them all
     {\"faults\":[{\"at\":\"mint\",\"do\":{\"respond\":{\"status\":429,\"retry_after\":\"2\"}},
                 \"times\":3}]}
   PATCH  /emulator/settings
     {\"token_ttl\":90,\"wake_delay\":5,\"while_asleep\":\"starting_up\"}
   POST   /emulator/events     {\"event\":\"suspend\"}
 
-Places of faults: discovery token mint lookup whoami (the workspace's API),
-  accept ssl_request tls startup password session (the endpoint).
-Faults: {\"respond\":{...}} {\"delay\":MILLISECONDS} {\"answer\":TEXT}
-  \"stall\" \"close\" \"reset\" \"no_tls\"
-  {\"error\":{\"severity\":\"FATAL\",\"code\":\"53300\",\"message\":\"sorry, too many\"}}
-  {\"certificate\":\"expired\"|\"other_authority\"|\"wrong_name\"}
-Events: suspend revoke_credentials revoke_tokens terminate_sessions
-  close_sessions reset_sessions stall_sessions resume_sessions";
+A fault is {\"at\":SITE,\"do\":ACTION}, and \"times\":N unless it strikes until cleared.
+  What cannot happen at a site is refused.
+Sites and their actions:
+  discovery token mint lookup whoami voucher (the workspace's API)
+    {\"respond\":{\"status\":N,\"body\":TEXT,\"content_type\":TEXT,\"retry_after\":TEXT}}
+    {\"merge\":{\"expire_time\":\"9999-12-31T23:59:59Z\"}} \"quote_numbers\" (the real
+    answer, changed), and what is possible everywhere
+  accept ssl_request tls startup password session (the endpoint)
+    {\"error\":{\"severity\":\"FATAL\",\"code\":\"53300\",\"message\":\"sorry, too many\"}}
+    {\"answer\":TEXT}, at ssl_request \"no_tls\" and
+    {\"certificate\":\"expired\"|\"other_authority\"|\"wrong_name\"}, and what is possible
+    everywhere
+  everywhere: {\"delay\":MILLISECONDS} \"stall\" \"close\" \"reset\"
+    \"blackhole\" (no packet arrives or leaves, as when the network path is lost)
+Conditions: at startup, password and session \"user\":NAME \"database\":NAME; at password
+  and session \"credential_younger_than\":SECONDS \"credential_older_than\":SECONDS;
+  at session \"after_bytes\":N sent to the client.
+Events: suspend revoke_credentials revoke_tokens terminate_sessions close_sessions
+  reset_sessions stall_sessions blackhole_sessions resume_sessions";
 
 /// Flags of `lakebase-proxy emulator`.
 #[derive(Clone, Debug, clap::Args)]
@@ -50,6 +63,10 @@ pub struct EmulatorArgs {
     /// How long a suspended endpoint takes to wake, counted from the connection that wakes it
     #[arg(long, value_name = "DURATION", default_value = "2s", value_parser = duration)]
     pub wake_delay: Duration,
+    /// A fault to start with, in JSON as under `/emulator/faults`, e.g. `{"at":"mint","do":"close","times":1}`; may be
+    /// given several times
+    #[arg(long = "fault", value_name = "JSON", value_parser = fault)]
+    pub faults: Vec<Fault>,
     /// Use this Postgres instead of an own one: a superuser's URL, without TLS
     #[arg(long, value_name = "URL", conflicts_with = "postgres_bin_dir")]
     pub postgres_url: Option<SecretString>,
@@ -77,6 +94,7 @@ impl EmulatorArgs {
                 self.postgres_url.as_ref(),
                 self.postgres_bin_dir.as_deref(),
             ),
+            faults: self.faults.clone(),
             ..EmulatorOptions::default()
         }
     }
@@ -142,6 +160,13 @@ pub(crate) fn duration(text: &str) -> Result<Duration, String> {
     Duration::try_from(parsed).map_err(|_| "must not be negative".to_owned())
 }
 
+/// Reads the flag `--fault`.
+fn fault(text: &str) -> Result<Fault, String> {
+    let fault: Fault = serde_json::from_str(text).map_err(|error| error.to_string())?;
+    fault.check().map_err(|error| error.to_string())?;
+    Ok(fault)
+}
+
 #[cfg(test)]
 mod tests {
     use clap::Parser;
@@ -171,5 +196,30 @@ mod tests {
         assert_eq!(options.pg_port, 7);
         assert!(Cli::try_parse_from(["x", "--token-ttl", "-3s"]).is_err());
         assert!(Cli::try_parse_from(["x", "--token-ttl", "soon"]).is_err());
+    }
+
+    #[test]
+    fn faults_are_read_and_what_is_wrong_with_one_is_named() {
+        let fault = |text| Cli::try_parse_from(["x", "--fault", text]);
+        let cli = fault(r#"{"at":"mint","do":"close","times":1}"#).unwrap();
+        assert_eq!(cli.emulator.options().faults.len(), 1);
+        for (text, words) in [
+            (r#"{"at":"mint","do":"close","time":1}"#, "`times`"),
+            (r#"{"at":"mint","do":"no_tls"}"#, "possible there: respond"),
+            ("mint", "expected value"),
+        ] {
+            let error = fault(text).map(|_| ()).unwrap_err().to_string();
+            assert!(error.contains(words), "{error}");
+        }
+    }
+
+    /// The help is the reference of what can be set where.
+    #[test]
+    fn the_help_names_every_site_action_and_event() {
+        for site in crate::emulator::Site::ALL {
+            for name in [&[site.name()], site.actions(), site.conditions()].concat() {
+                assert!(AFTER_HELP.contains(name), "{name}");
+            }
+        }
     }
 }

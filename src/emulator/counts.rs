@@ -2,10 +2,11 @@
 
 use std::{sync::Arc, time::Duration};
 
+use serde::Serialize;
 use tokio::{sync::watch, time::timeout};
 
 /// A snapshot of everything the emulator counts.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 #[non_exhaustive]
 pub struct Counts {
     /// Requests for the OIDC discovery document (either place).

@@ -2,6 +2,8 @@
 
 use std::{io, path::PathBuf};
 
+use super::FaultError;
+
 /// Written for the person at the terminal; holds no secret.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -37,6 +39,13 @@ pub enum EmulatorError {
         /// What the system says.
         #[source]
         source: io::Error,
+    },
+    /// A fault cannot happen where it is set.
+    #[error("cannot set a fault")]
+    Fault {
+        /// Why.
+        #[source]
+        source: FaultError,
     },
     /// `initdb` failed.
     #[error("initdb failed: {output}")]

@@ -21,10 +21,12 @@ mod environment;
 mod error;
 mod faults;
 mod identity;
+mod loss;
 mod postgres;
 mod sessions;
 mod settings;
 mod shared;
+mod tally;
 mod token;
 mod workspace;
 
@@ -49,11 +51,14 @@ pub use args::{EmulatorArgs, run};
 pub use counts::Counts;
 pub use edge::ServerError;
 pub use error::EmulatorError;
-pub use faults::{Action, BadCertificate, Fault, Faults, Response, Site};
+pub use faults::{
+    Action, BadCertificate, Fault, FaultError, FaultStatus, Faults, Response, Site, Strikes,
+};
 pub use identity::{Identities, Identity, IdentityKind};
 pub use postgres::{LocalPostgres, LocalPostgresOptions};
 pub use sessions::Disruption;
 pub use settings::{OnSuspend, Settings, WhileAsleep};
+pub use tally::{CredentialCount, LoginCount, Tally};
 
 use certificates::Certificates;
 use compute::Compute;
@@ -61,6 +66,7 @@ use counts::Counters;
 use postgres::Database;
 use sessions::Sessions;
 use shared::{Names, Shared};
+use tally::Tallies;
 use token::{Audience, Signer};
 
 /// How long connections may take to end when the emulator stops.
@@ -81,6 +87,8 @@ pub struct EmulatorOptions {
     pub database: String,
     /// Whether to make the tutorial's `notes` table and its rows.
     pub sample_notes: bool,
+    /// Faults that are set before anything answers.
+    pub faults: Vec<Fault>,
 }
 
 impl Default for EmulatorOptions {
@@ -92,6 +100,7 @@ impl Default for EmulatorOptions {
             postgres: PostgresSource::default(),
             database: "databricks_postgres".to_owned(),
             sample_notes: true,
+            faults: Vec::new(),
         }
     }
 }
@@ -170,6 +179,12 @@ impl Emulator {
     pub async fn start(options: EmulatorOptions) -> Result<Self, EmulatorError> {
         let stop = CancellationToken::new();
         let stop_on_drop = StopOnDrop(stop.clone());
+        let faults = Faults::default();
+        for fault in &options.faults {
+            faults
+                .add(fault.clone())
+                .map_err(|source| EmulatorError::Fault { source })?;
+        }
         // Ports first: a taken one should be told before a server is started.
         let listeners = edge::Listeners::bind(options.pg_port)?;
         let pg_port = listeners.port;
@@ -224,7 +239,8 @@ impl Emulator {
             identities,
             certificates,
             counters,
-            faults: Faults::default(),
+            tally: Tallies::default(),
+            faults,
             settings,
             sessions,
             compute,
@@ -315,6 +331,11 @@ impl Emulator {
         reached: impl FnMut(&Counts) -> bool,
     ) -> Option<Counts> {
         self.shared.counters.until(within, reached).await
+    }
+
+    /// Who logged in where, and for whom credentials were issued.
+    pub fn tally(&self) -> Tally {
+        self.shared.tally.snapshot()
     }
 
     /// Whether the compute takes connections.

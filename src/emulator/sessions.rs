@@ -21,7 +21,9 @@ pub enum Disruption {
     None,
     /// Bytes stop flowing in both directions, the connection stays.
     Stall,
-    /// Both connections close without a word.
+    /// Packets are lost in both directions; nothing is read, written, acknowledged or closed.
+    Blackhole,
+    /// Both connections close (FIN) without a message.
     Close,
     /// The client's connection is reset.
     Reset,

@@ -16,6 +16,7 @@ use super::{
     postgres::Database,
     sessions::Sessions,
     settings::Settings,
+    tally::Tallies,
     token::{Audience, Claims, Signer},
 };
 
@@ -89,6 +90,7 @@ pub(crate) struct Shared {
     pub(crate) signer: Signer,
     pub(crate) certificates: Certificates,
     pub(crate) counters: Counters,
+    pub(crate) tally: Tallies,
     pub(crate) faults: Faults,
     pub(crate) settings: watch::Sender<Settings>,
     pub(crate) sessions: Sessions,

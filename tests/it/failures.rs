@@ -462,7 +462,7 @@ async fn an_endpoint_that_does_not_wake_is_given_up_after_the_budget() {
         let emulator = harness::emulator().await;
         let proxy = Proxy::with(&emulator, short).await;
         match fault {
-            Some((site, action)) => emulator.faults().always(site, action),
+            Some((site, action)) => drop(emulator.faults().always(site, action)),
             None => emulator.configure(|settings| settings.is_listening = false),
         }
         let before = emulator.counts();

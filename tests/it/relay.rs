@@ -426,12 +426,11 @@ async fn a_server_that_is_lost_without_a_word_is_explained_between_messages_only
     }
     // In the middle of a row a message of ours would be taken for part of it.
     for action in [Action::Close, Action::Reset] {
-        emulator.faults().add(Fault {
-            at: Site::Session,
-            action,
-            times: Some(1),
-            after_bytes: 50_000,
-        });
+        let fault = Fault::new(Site::Session, action);
+        emulator
+            .faults()
+            .add(fault.times(1).after_bytes(50_000))
+            .unwrap();
         let mut wire = proxy.session().await;
         wire.send(&text('Q', "select repeat('x', 1000000)")).await;
         let mut all = Vec::new();

@@ -16,7 +16,8 @@ use super::{
     wire::{self, CANCEL_REQUEST, MAX_STARTUP_LENGTH, PROTOCOL_3_0, Parameters, SSL_REQUEST},
 };
 use crate::emulator::{
-    faults::{Action, BadCertificate, Cleared, Site, Struck},
+    faults::{Action, BadCertificate, Cleared, Login, Site, Struck},
+    loss,
     settings::WhileAsleep,
     shared::Shared,
 };
@@ -24,7 +25,7 @@ use crate::emulator::{
 /// What the inspector keeps of a first message; a longer one is never complete, so it waits for the timer.
 const INSPECTOR_BUFFER: usize = 16 * 1024;
 /// How long we let a client read our last words before the socket goes.
-const LINGER: Duration = Duration::from_secs(2);
+pub(super) const LINGER: Duration = Duration::from_secs(2);
 /// How long Postgres may take over a cancel.
 const CANCEL_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -39,6 +40,8 @@ pub(super) enum Ending {
     Say(Vec<u8>),
     /// Never, until the client leaves or the faults are cleared.
     Stall(Cleared),
+    /// With a reset once the faults are cleared; until then as a lost network path.
+    Blackhole(Cleared),
 }
 
 impl From<ServerError> for Ending {
@@ -169,8 +172,13 @@ async fn converse(
         return Err(ServerError::unsupported_protocol(packet.code).into());
     }
     shared.counters.change(|counts| counts.startups += 1);
-    let logged = log_in(&server_name, &packet.body, tls, shared).await;
+    let parameters = Parameters::parse(&packet.body);
+    let logged = log_in(&server_name, parameters.as_ref(), tls, shared).await;
     if logged.is_err() {
+        let login = parameters.as_ref().map(Parameters::login);
+        shared
+            .tally
+            .refused(&server_name, &login.unwrap_or_default());
         shared.counters.change(|counts| counts.refusals += 1);
     }
     logged.map(Some)
@@ -178,16 +186,17 @@ async fn converse(
 
 async fn log_in(
     server_name: &str,
-    body: &[u8],
+    parameters: Option<&Parameters>,
     tls: &mut TlsStream<TcpStream>,
     shared: &Arc<Shared>,
 ) -> Result<Logged, Ending> {
-    strike(shared, Site::Startup).await?;
+    let login = parameters.map(Parameters::login).unwrap_or_default();
+    strike_login(shared, Site::Startup, &login).await?;
     authorize(server_name, shared).await?;
-    let Some(parameters) = Parameters::parse(body) else {
+    let Some(parameters) = parameters else {
         return Err(ServerError::proxy("malformed startup packet").into());
     };
-    login::run(tls, &parameters, shared).await
+    login::run(tls, server_name, parameters, shared).await
 }
 
 /// The front's question to its control plane: may anybody connect to this host now?
@@ -254,13 +263,19 @@ async fn cancel(key: &[u8], shared: &Shared) {
     let _ = timeout(CANCEL_TIMEOUT, pass_on).await;
 }
 
-/// Applies what was asked for at this place.
-pub(super) async fn strike(shared: &Shared, site: Site) -> Result<(), Ending> {
-    shared
-        .faults
-        .strike(site)
-        .await
-        .map_or(Ok(()), |struck| Err(ending(struck)))
+/// Applies what was asked for at this site.
+async fn strike(shared: &Shared, site: Site) -> Result<(), Ending> {
+    strike_login(shared, site, &Login::default()).await
+}
+
+/// Applies what was asked for at this site and for this login.
+pub(super) async fn strike_login(
+    shared: &Shared,
+    site: Site,
+    login: &Login<'_>,
+) -> Result<(), Ending> {
+    let struck = shared.faults.strike_login(site, login).await;
+    struck.map_or(Ok(()), |struck| Err(ending(struck)))
 }
 
 fn ending(struck: Struck) -> Ending {
@@ -269,7 +284,8 @@ fn ending(struck: Struck) -> Ending {
         Action::Answer(text) => Ending::Say(text.into_bytes()),
         Action::Reset => Ending::Reset,
         Action::Stall => Ending::Stall(struck.cleared),
-        // HTTP's own, and what makes sense before TLS alone: a closed door.
+        Action::Blackhole => Ending::Blackhole(struck.cleared),
+        // The others were refused when they were set.
         _ => Ending::Close,
     }
 }
@@ -277,6 +293,7 @@ fn ending(struck: Struck) -> Ending {
 async fn end_plain(mut tcp: TcpStream, ending: Ending) {
     match ending {
         Ending::Reset => reset(&tcp),
+        Ending::Blackhole(cleared) => blackhole(&tcp, cleared).await,
         ending => finish(&mut tcp, ending).await,
     }
 }
@@ -284,6 +301,7 @@ async fn end_plain(mut tcp: TcpStream, ending: Ending) {
 async fn end_tls(mut tls: TlsStream<TcpStream>, ending: Ending) {
     match ending {
         Ending::Reset => reset(tls.get_ref().0),
+        Ending::Blackhole(cleared) => blackhole(tls.get_ref().0, cleared).await,
         ending => finish(&mut tls, ending).await,
     }
 }
@@ -293,9 +311,15 @@ pub(super) fn reset(tcp: &TcpStream) {
     let _ = SockRef::from(tcp).set_linger(Some(Duration::ZERO));
 }
 
+/// Loses the connection's packets until the faults are cleared; then it is reset.
+async fn blackhole(tcp: &TcpStream, mut cleared: Cleared) {
+    loss::begin(&SockRef::from(tcp));
+    cleared.wait().await;
+}
+
 async fn finish<S: AsyncRead + AsyncWrite + Unpin>(stream: &mut S, ending: Ending) {
     match ending {
-        Ending::Close | Ending::Reset => {}
+        Ending::Close | Ending::Reset | Ending::Blackhole(_) => {}
         Ending::Say(bytes) => {
             let _ = timeout(LINGER, async {
                 stream.write_all(&bytes).await?;

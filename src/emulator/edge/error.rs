@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 /// An `ErrorResponse` to be sent.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
 pub struct ServerError {
     /// `FATAL` or `ERROR`.
     pub severity: String,

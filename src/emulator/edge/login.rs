@@ -13,14 +13,14 @@ use tokio::{io::AsyncWriteExt, net::TcpStream, time::timeout};
 use tokio_rustls::server::TlsStream;
 
 use super::{
-    connection::{Ending, strike},
+    connection::{Ending, strike_login},
     error::ServerError,
     relay::Running,
     wire::{self, MAX_PASSWORD_LENGTH, Message, PROTOCOL_3_0, Parameters},
 };
 use crate::emulator::{
     compute::State,
-    faults::Site,
+    faults::{Login, Site},
     identity::random,
     postgres::{RoleKind, Stream},
     sessions::{BackendKey, Session},
@@ -41,6 +41,7 @@ type Client = TlsStream<TcpStream>;
 /// Authenticates and logs in; the client has its `ReadyForQuery` when this returns. Not cancel safe.
 pub(super) async fn run(
     client: &mut Client,
+    server_name: &str,
     parameters: &Parameters,
     shared: &Arc<Shared>,
 ) -> Result<(Box<dyn Stream>, Running), Ending> {
@@ -53,27 +54,34 @@ pub(super) async fn run(
             .role(user)
             .await
             .is_ok_and(|role| role == RoleKind::Native);
+    let mut login = parameters.login();
     if !is_native {
-        authenticate(client, user, shared).await?;
+        login.credential_age = authenticate(client, user, &login, shared).await?;
     }
     if shared.settings.borrow().while_asleep == WhileAsleep::StartingUp
         && shared.compute.state() != State::Active
     {
         return Err(ServerError::starting_up().into());
     }
-    let login = timeout(
+    let backend = timeout(
         BACKEND_TIMEOUT,
         backend(client, user, parameters, is_native, shared),
     )
     .await;
-    let (server, session) = login.unwrap_or_else(|_| Err(unreachable_compute()))?;
+    let (server, session) = backend.unwrap_or_else(|_| Err(unreachable_compute()))?;
+    shared.tally.accepted(server_name, &login);
     shared.counters.change(|counts| counts.logins += 1);
-    let fault = shared.faults.strike(Site::Session).await;
+    let fault = shared.faults.strike_login(Site::Session, &login).await;
     Ok((server, Running { session, fault }))
 }
 
-/// Asks for the token and judges it.
-async fn authenticate(client: &mut Client, user: &str, shared: &Shared) -> Result<(), Ending> {
+/// Asks for the token and judges it; returns its age in seconds.
+async fn authenticate(
+    client: &mut Client,
+    user: &str,
+    login: &Login<'_>,
+    shared: &Shared,
+) -> Result<Option<i64>, Ending> {
     client
         .write_all(&wire::message(b'R', &3_u32.to_be_bytes()))
         .await?;
@@ -90,16 +98,21 @@ async fn authenticate(client: &mut Client, user: &str, shared: &Shared) -> Resul
         return Err(ServerError::fatal("08P01", "expected a password response").into());
     };
     shared.counters.change(|counts| counts.passwords += 1);
-    strike(shared, Site::Password).await?;
     // Bytes that are no text are no JWT either.
     let password = body
         .strip_suffix(b"\0")
         .and_then(|text| std::str::from_utf8(text).ok())
         .unwrap_or_default();
-    let claims = shared
-        .signer
-        .verify(password, Audience::Database, shared.now())
-        .map_err(|error: TokenError| ServerError::proxy(error.to_string()))?;
+    let now = shared.now();
+    let verified = shared.signer.verify(password, Audience::Database, now);
+    let issued = verified.as_ref().ok().map(|claims| claims.iat);
+    let credential_age = issued.map(|issued| now.as_second().saturating_sub(issued));
+    let login = Login {
+        credential_age,
+        ..*login
+    };
+    strike_login(shared, Site::Password, &login).await?;
+    let claims = verified.map_err(|error: TokenError| ServerError::proxy(error.to_string()))?;
     if shared.is_revoked(&claims, Audience::Database) {
         return Err(ServerError::identity().into());
     }
@@ -113,8 +126,8 @@ async fn authenticate(client: &mut Client, user: &str, shared: &Shared) -> Resul
         .map_err(|_| unreachable_compute())?;
     let is_owner = identity.name == user;
     match role {
-        RoleKind::OAuth | RoleKind::Missing if is_owner => Ok(()),
-        RoleKind::Group if identity.groups.iter().any(|group| group == user) => Ok(()),
+        RoleKind::OAuth | RoleKind::Missing if is_owner => Ok(credential_age),
+        RoleKind::Group if identity.groups.iter().any(|group| group == user) => Ok(credential_age),
         RoleKind::Plain | RoleKind::Native if is_owner => {
             Err(ServerError::password_failed(user).into())
         }

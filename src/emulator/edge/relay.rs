@@ -3,17 +3,20 @@
 //! Either side's end becomes the other's: a client's FIN is passed on and replies still flow, Postgres's end closes the
 //! client's connection after its last words.
 
+use socket2::{SockRef, Socket};
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, split},
     net::TcpStream,
     sync::watch,
+    time::timeout,
 };
 use tokio_rustls::server::TlsStream;
 
-use super::connection::{linger, reset};
+use super::connection::{LINGER, linger, reset};
 use crate::emulator::{
     compute::Compute,
     faults::{Action, Struck},
+    loss,
     postgres::Stream,
     sessions::{Disruption, Session},
     shared::Shared,
@@ -35,6 +38,8 @@ enum End {
     /// One side broke off, or a fault says so.
     Abrupt,
     Reset,
+    /// These bytes are the last.
+    Say(Vec<u8>),
 }
 
 /// Runs until either side ends.
@@ -59,6 +64,14 @@ pub(super) async fn run(
     match end {
         End::Reset => reset(tls.get_ref().0),
         End::Server => linger(&mut tls).await,
+        End::Say(bytes) => {
+            let _ = timeout(LINGER, async {
+                tls.write_all(&bytes).await?;
+                tls.flush().await
+            })
+            .await;
+            linger(&mut tls).await;
+        }
         End::Abrupt => {}
     }
 }
@@ -70,6 +83,8 @@ async fn pass(
     disrupted: &mut watch::Receiver<Disruption>,
     compute: &Compute,
 ) -> End {
+    // For the faults of the network, once more: the stream itself is split.
+    let socket = SockRef::from(tls.get_ref().0).try_clone().ok();
     let (mut client_read, mut client_write) = split(tls);
     let (mut server_read, mut server_write) = split(server);
     let limit = fault.as_ref().map(|fault| fault.after_bytes);
@@ -83,14 +98,20 @@ async fn pass(
                 Ok(Pumped::End) => return End::Server,
                 Ok(Pumped::Limit) => match fault.map(|fault| (fault.action, fault.cleared)) {
                     Some((Action::Reset, _)) => return End::Reset,
-                    Some((Action::Stall, mut cleared)) => {
+                    Some((Action::Error(error), _)) => return End::Say(error.encode()),
+                    Some((Action::Answer(text), _)) => return End::Say(text.into_bytes()),
+                    Some((action @ (Action::Stall | Action::Blackhole), mut cleared)) => {
+                        let is_lost = action == Action::Blackhole;
+                        if let (true, Some(socket)) = (is_lost, &socket) {
+                            loss::begin(socket);
+                        }
                         // Nothing flows any more; the disruption table can still end it.
                         let is_end = |state: &Disruption| matches!(state, Disruption::Close | Disruption::Reset);
                         tokio::select! {
                             _ = disrupted.wait_for(is_end) => {}
                             () = cleared.wait() => {}
                         }
-                        return End::Abrupt;
+                        return if is_lost { End::Reset } else { End::Abrupt };
                     }
                     _ => return End::Abrupt,
                 },
@@ -101,20 +122,34 @@ async fn pass(
                 Ok(_) | Err(Broken::Write) => is_up_open = false,
                 Err(Broken::Read) => return End::Abrupt,
             },
-            changed = disrupted.changed() => {
-                let mut state = *disrupted.borrow_and_update();
-                if changed.is_ok() && state == Disruption::Stall {
-                    match disrupted.wait_for(|state| *state != Disruption::Stall).await {
-                        Ok(next) => state = *next,
-                        Err(_) => return End::Abrupt,
-                    }
-                }
-                match state {
-                    Disruption::Reset => return End::Reset,
-                    Disruption::Close => return End::Abrupt,
-                    Disruption::None | Disruption::Stall => {}
-                }
+            _ = disrupted.changed() => match hold(disrupted, socket.as_ref()).await {
+                Disruption::Reset => return End::Reset,
+                Disruption::Close => return End::Abrupt,
+                Disruption::None | Disruption::Stall | Disruption::Blackhole => {}
+            },
+        }
+    }
+}
+
+/// Waits while nothing is to flow; returns what comes after. Not cancel safe.
+async fn hold(disrupted: &mut watch::Receiver<Disruption>, socket: Option<&Socket>) -> Disruption {
+    let mut is_lost = false;
+    loop {
+        let state = *disrupted.borrow_and_update();
+        let must_be_lost = state == Disruption::Blackhole;
+        if let Some(socket) = socket {
+            match (is_lost, must_be_lost) {
+                (false, true) => loss::begin(socket),
+                (true, false) => loss::end(socket),
+                _ => {}
             }
+        }
+        is_lost = must_be_lost;
+        if !matches!(state, Disruption::Stall | Disruption::Blackhole) {
+            return state;
+        }
+        if disrupted.changed().await.is_err() {
+            return Disruption::Close;
         }
     }
 }

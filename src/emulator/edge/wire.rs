@@ -6,6 +6,8 @@ use std::io;
 
 use tokio::io::{AsyncRead, AsyncReadExt};
 
+use crate::emulator::faults::Login;
+
 pub(super) const SSL_REQUEST: u32 = 80_877_103;
 pub(super) const CANCEL_REQUEST: u32 = 80_877_102;
 pub(super) const PROTOCOL_3_0: u32 = 3 << 16;
@@ -109,6 +111,19 @@ impl Parameters {
             .rev()
             .find(|(key, _)| key == name)
             .map(|(_, value)| value.as_str())
+    }
+
+    /// The login that these ask for, as far as faults can tell; the database is the user's unless named, as in Postgres.
+    pub(super) fn login(&self) -> Login<'_> {
+        let user = self.find("user");
+        Login {
+            user,
+            database: self
+                .find("database")
+                .filter(|database| !database.is_empty())
+                .or(user),
+            credential_age: None,
+        }
     }
 
     /// What the proxy layer passes on: five names, UTF8 forced, its own options taken out.

@@ -8,7 +8,11 @@ use serde_json::{Value, json};
 
 use super::error::ApiError;
 use crate::emulator::{
-    faults::Fault, sessions::Disruption, settings::Settings, shared::Shared, token::Audience,
+    faults::{Fault, FaultError, FaultStatus},
+    sessions::Disruption,
+    settings::Settings,
+    shared::Shared,
+    token::Audience,
 };
 
 /// `GET /emulator`: what there is to see and to change.
@@ -28,9 +32,23 @@ pub(super) struct FaultList {
     faults: Vec<Fault>,
 }
 
-/// `GET /emulator/faults`
+/// `GET /emulator/faults`: those to come, and those that have struck as often as they should.
 pub(super) async fn faults(State(shared): State<Arc<Shared>>) -> Json<Value> {
-    Json(json!({ "faults": shared.faults.pending() }))
+    let all = shared.faults.statuses().into_iter();
+    let (spent, pending): (Vec<FaultStatus>, Vec<FaultStatus>) =
+        all.partition(|status| status.fault.times == Some(0));
+    Json(json!({ "faults": pending, "spent": spent }))
+}
+
+/// `GET /emulator/counts`: what has happened so far.
+pub(super) async fn counts(State(shared): State<Arc<Shared>>) -> Json<Value> {
+    let mut body = json!(shared.counters.snapshot());
+    if let Some(body) = body.as_object_mut() {
+        let tally = shared.tally.snapshot();
+        body.insert("logins_by".to_owned(), json!(tally.logins));
+        body.insert("credentials_by".to_owned(), json!(tally.credentials));
+    }
+    Json(body)
 }
 
 /// `PUT /emulator/faults`: these and no others.
@@ -38,10 +56,10 @@ pub(super) async fn replace_faults(
     State(shared): State<Arc<Shared>>,
     body: String,
 ) -> Result<Json<Value>, ApiError> {
-    let FaultList { faults: list } = parse(&body)?;
+    let list = parse_faults(&body)?;
     shared.faults.clear();
     for fault in list {
-        shared.faults.add(fault);
+        shared.faults.add(fault).map_err(refused)?;
     }
     Ok(faults(State(shared)).await)
 }
@@ -51,11 +69,24 @@ pub(super) async fn add_faults(
     State(shared): State<Arc<Shared>>,
     body: String,
 ) -> Result<Json<Value>, ApiError> {
-    let FaultList { faults: list } = parse(&body)?;
-    for fault in list {
-        shared.faults.add(fault);
+    for fault in parse_faults(&body)? {
+        shared.faults.add(fault).map_err(refused)?;
     }
     Ok(faults(State(shared)).await)
+}
+
+/// All of them or none: a list with one that cannot happen changes nothing.
+fn parse_faults(body: &str) -> Result<Vec<Fault>, ApiError> {
+    let FaultList { faults } = parse(body)?;
+    for fault in &faults {
+        fault.check().map_err(refused)?;
+    }
+    Ok(faults)
+}
+
+#[expect(clippy::needless_pass_by_value, reason = "for `map_err`")]
+fn refused(error: FaultError) -> ApiError {
+    ApiError::invalid(format!("Invalid fault: {error}"))
 }
 
 /// `DELETE /emulator/faults`
@@ -96,8 +127,10 @@ enum Event {
     CloseSessions,
     /// Sessions are reset.
     ResetSessions,
-    /// Sessions stand still.
+    /// Sessions stop moving bytes.
     StallSessions,
+    /// Sessions lose their packets in both directions.
+    BlackholeSessions,
     /// Sessions move again.
     ResumeSessions,
 }
@@ -128,6 +161,7 @@ pub(super) async fn event(
         Event::CloseSessions => shared.sessions.disrupt(Disruption::Close),
         Event::ResetSessions => shared.sessions.disrupt(Disruption::Reset),
         Event::StallSessions => shared.sessions.disrupt(Disruption::Stall),
+        Event::BlackholeSessions => shared.sessions.disrupt(Disruption::Blackhole),
         Event::ResumeSessions => shared.sessions.disrupt(Disruption::None),
     }
     Ok(StatusCode::NO_CONTENT)

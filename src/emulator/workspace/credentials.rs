@@ -68,7 +68,9 @@ pub(super) async fn mint(
         }
         (None, None) => shared.settings.borrow().token_ttl,
     };
-    issue(&shared, &caller.name, lifetime, "expire_time")
+    let issued = issue(&shared, &caller.name, lifetime, "expire_time")?;
+    shared.tally.issued(&request.endpoint, &caller.name);
+    Ok(issued)
 }
 
 /// `POST /api/2.0/database/credentials`
@@ -90,7 +92,11 @@ pub(super) async fn mint_provisioned(
     }
     check_claims(&request.claims)?;
     let lifetime = shared.settings.borrow().token_ttl;
-    issue(&shared, &caller.name, lifetime, "expiration_time")
+    let issued = issue(&shared, &caller.name, lifetime, "expiration_time")?;
+    for instance in &request.instance_names {
+        shared.tally.issued(instance, &caller.name);
+    }
+    Ok(issued)
 }
 
 fn issue(

@@ -10,6 +10,7 @@ mod error;
 mod guard;
 mod instances;
 mod oidc;
+mod rewrite;
 mod socket;
 mod vouchers;
 
@@ -93,6 +94,7 @@ fn router(shared: Arc<Shared>) -> Router {
             get(vouchers::metadata_service),
         )
         .route("/emulator", get(control::overview))
+        .route("/emulator/counts", get(control::counts))
         .route(
             "/emulator/faults",
             get(control::faults)
@@ -140,6 +142,14 @@ async fn strike(
     };
     match struck.action {
         Action::Respond(response) => scripted(response),
+        Action::Merge(changes) => rewrite::merge(next.run(request).await, &changes).await,
+        Action::QuoteNumbers => rewrite::quote_numbers(next.run(request).await).await,
+        Action::Blackhole => {
+            breaker.blackhole();
+            let _ = shared.stop.run_until_cancelled(struck.cleared.wait()).await;
+            breaker.reset();
+            StatusCode::OK.into_response()
+        }
         Action::Stall => {
             let _ = shared.stop.run_until_cancelled(struck.cleared.wait()).await;
             next.run(request).await

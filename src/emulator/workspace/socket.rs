@@ -16,29 +16,46 @@ use axum::{
     extract::connect_info::Connected,
     serve::{IncomingStream, Listener},
 };
-use socket2::SockRef;
+use socket2::{SockRef, Socket};
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::{TcpListener, TcpStream},
 };
 
+use crate::emulator::loss;
+
 const WHOLE: u8 = 0;
 const CLOSE: u8 = 1;
 const RESET: u8 = 2;
 
+/// What a connection and its requests share.
+#[derive(Debug)]
+struct Line {
+    state: AtomicU8,
+    /// The same socket once more; `None` without a descriptor for it.
+    socket: Option<Socket>,
+}
+
 /// A request's handle on its connection.
 #[derive(Clone, Debug)]
-pub(super) struct Breaker(Arc<AtomicU8>);
+pub(super) struct Breaker(Arc<Line>);
 
 impl Breaker {
     /// The answer that follows is not sent; the connection closes.
     pub(super) fn close(&self) {
-        self.0.store(CLOSE, Ordering::Relaxed);
+        self.0.state.store(CLOSE, Ordering::Relaxed);
     }
 
     /// The answer that follows is not sent; the connection is reset.
     pub(super) fn reset(&self) {
-        self.0.store(RESET, Ordering::Relaxed);
+        self.0.state.store(RESET, Ordering::Relaxed);
+    }
+
+    /// From now on no packet of the client's arrives.
+    pub(super) fn blackhole(&self) {
+        if let Some(socket) = &self.0.socket {
+            loss::begin(socket);
+        }
     }
 }
 
@@ -51,13 +68,12 @@ impl Listener for BreakableListener {
 
     async fn accept(&mut self) -> (BreakableStream, SocketAddr) {
         let (stream, address) = Listener::accept(&mut self.0).await;
-        (
-            BreakableStream {
-                stream,
-                state: Arc::new(AtomicU8::new(WHOLE)),
-            },
-            address,
-        )
+        let line = Line {
+            state: AtomicU8::new(WHOLE),
+            socket: SockRef::from(&stream).try_clone().ok(),
+        };
+        let line = Arc::new(line);
+        (BreakableStream { stream, line }, address)
     }
 
     fn local_addr(&self) -> io::Result<SocketAddr> {
@@ -67,19 +83,19 @@ impl Listener for BreakableListener {
 
 impl Connected<IncomingStream<'_, BreakableListener>> for Breaker {
     fn connect_info(incoming: IncomingStream<'_, BreakableListener>) -> Self {
-        Self(Arc::clone(&incoming.io().state))
+        Self(Arc::clone(&incoming.io().line))
     }
 }
 
 /// A connection whose writes fail once its breaker was used.
 pub(super) struct BreakableStream {
     stream: TcpStream,
-    state: Arc<AtomicU8>,
+    line: Arc<Line>,
 }
 
 impl BreakableStream {
     fn check(&self) -> io::Result<()> {
-        match self.state.load(Ordering::Relaxed) {
+        match self.line.state.load(Ordering::Relaxed) {
             WHOLE => Ok(()),
             state => {
                 if state == RESET {

@@ -15,7 +15,7 @@ use super::{
     edge::dial,
     workspace::{basic_token, mint, port, token},
 };
-use crate::harness::emulator::{PATIENCE, connect, http, start};
+use crate::harness::emulator::{PATIENCE, config, connect, connect_as, http, start};
 
 /// What a driver's failure comes down to.
 async fn failure(emulator: &Emulator) -> Error {
@@ -181,12 +181,11 @@ async fn delays_come_before_what_follows_them() {
 #[tokio::test]
 async fn a_session_breaks_after_as_many_bytes_as_asked() {
     let emulator = start().await;
-    emulator.faults().add(Fault {
-        at: Site::Session,
-        action: Action::Reset,
-        times: Some(1),
-        after_bytes: 100_000,
-    });
+    let fault = Fault::new(Site::Session, Action::Reset);
+    emulator
+        .faults()
+        .add(fault.times(1).after_bytes(100_000))
+        .unwrap();
     let client = connect(&emulator).await.unwrap();
     client
         .simple_query("select 1")
@@ -203,6 +202,260 @@ async fn a_session_breaks_after_as_many_bytes_as_asked() {
         .simple_query("select repeat('x', 1000000)")
         .await
         .unwrap();
+}
+
+/// A client behind a firewall that drops packets sees neither an answer nor an end, wherever it has got to.
+#[tokio::test]
+async fn a_lost_network_path_shows_neither_an_answer_nor_an_end() {
+    let emulator = start().await;
+    for site in [
+        Site::Accept,
+        Site::SslRequest,
+        Site::Tls,
+        Site::Startup,
+        Site::Password,
+    ] {
+        let struck = emulator.faults().once(site, Action::Blackhole);
+        let login = connect(&emulator);
+        tokio::pin!(login);
+        tokio::select! {
+            _ = &mut login => panic!("{site:?}: it ended"),
+            () = struck.reach(1) => {}
+        }
+        let waited = timeout(Duration::from_millis(200), &mut login).await;
+        assert!(waited.is_err(), "{site:?}: it ended");
+        assert_eq!(emulator.counts().connections, 1, "{site:?}");
+        emulator.faults().clear();
+        let error = timeout(PATIENCE, login).await.unwrap().unwrap_err();
+        assert_eq!(
+            io_kind(&error),
+            Some(ErrorKind::ConnectionReset),
+            "{site:?}"
+        );
+        emulator
+            .wait_for(PATIENCE, |counts| counts.connections == 0)
+            .await
+            .unwrap();
+    }
+    connect(&emulator).await.unwrap();
+}
+
+/// What a peer's kernel acknowledges, keepalive and TCP_USER_TIMEOUT take for alive; a lost packet is not acknowledged.
+#[cfg(target_os = "linux")]
+#[tokio::test]
+async fn lost_packets_are_not_acknowledged() {
+    let emulator = start().await;
+    let struck = emulator.faults().once(Site::Accept, Action::Blackhole);
+    let mut tcp = dial(&emulator).await;
+    struck.reach(1).await;
+    // The site is reached a moment before the packets are dropped.
+    let unacknowledged = async {
+        loop {
+            tcp.write_all(&[0]).await.unwrap();
+            let socket = socket2::SockRef::from(&tcp);
+            socket
+                .set_tcp_user_timeout(Some(Duration::from_millis(300)))
+                .unwrap();
+            let mut byte = [0];
+            if let Ok(ended) = timeout(Duration::from_secs(2), tcp.read(&mut byte)).await {
+                return ended;
+            }
+        }
+    };
+    let ended = timeout(PATIENCE, unacknowledged).await.unwrap();
+    assert_eq!(ended.unwrap_err().kind(), ErrorKind::TimedOut);
+}
+
+#[tokio::test]
+async fn a_session_loses_its_path_in_the_middle_of_a_query_and_gets_it_back() {
+    let emulator = start().await;
+    let client = connect(&emulator).await.unwrap();
+    let query = client.simple_query("select pg_sleep(0.2)");
+    tokio::pin!(query);
+    // Polled once, so that the query is on its way.
+    let _ = timeout(Duration::from_millis(20), &mut query).await;
+    emulator.disrupt_sessions(Disruption::Blackhole);
+    let waited = timeout(Duration::from_millis(600), &mut query).await;
+    assert!(waited.is_err(), "an answer came through");
+    assert_eq!(emulator.counts().sessions, 1);
+    emulator.disrupt_sessions(Disruption::None);
+    timeout(PATIENCE, query).await.unwrap().unwrap();
+
+    let fault = Fault::new(Site::Session, Action::Blackhole).after_bytes(1000);
+    let struck = emulator.faults().add(fault).unwrap();
+    let client = connect(&emulator).await.unwrap();
+    client.simple_query("select 1").await.unwrap();
+    let query = client.simple_query("select repeat('x', 2000)");
+    tokio::pin!(query);
+    struck.reach(1).await;
+    let waited = timeout(Duration::from_millis(300), &mut query).await;
+    assert!(waited.is_err(), "an answer came through");
+    emulator.faults().clear();
+    timeout(PATIENCE, query).await.unwrap().unwrap_err();
+}
+
+#[tokio::test]
+async fn the_workspace_can_be_lost_too() {
+    let emulator = start().await;
+    let token = token(&emulator).await;
+    let struck = emulator.faults().always(Site::Mint, Action::Blackhole);
+    let minted = mint(&emulator, &token);
+    tokio::pin!(minted);
+    tokio::select! {
+        _ = &mut minted => panic!("it ended"),
+        () = struck.reach(1) => {}
+    }
+    let waited = timeout(Duration::from_millis(200), &mut minted).await;
+    assert!(waited.is_err(), "it ended");
+    emulator.faults().clear();
+    let error = timeout(PATIENCE, minted).await.unwrap().unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::ConnectionReset);
+}
+
+#[tokio::test]
+async fn a_session_ends_with_the_error_that_was_asked_for() {
+    let emulator = start().await;
+    let said = ServerError::fatal(
+        "57P01",
+        "terminating connection due to administrator command",
+    );
+    emulator.faults().once(Site::Session, Action::Error(said));
+    let client = connect(&emulator).await.unwrap();
+    let error = timeout(PATIENCE, client.simple_query("select 1")).await;
+    let error = error.unwrap().unwrap_err();
+    assert!(
+        error.is_closed() || error.code().is_some_and(|code| code.code() == "57P01"),
+        "{error:?}"
+    );
+}
+
+#[tokio::test]
+async fn faults_choose_user_database_and_age_of_the_credential() {
+    let emulator = start().await;
+    let app = emulator.identities().app.name.clone();
+    let refused = |code: &str| Action::Error(ServerError::fatal(code, "as asked"));
+    let faults = emulator.faults();
+    let add = |fault: Fault| faults.add(fault).unwrap();
+    let other_user = add(Fault::new(Site::Startup, refused("28000")).user("ada"));
+    let other_database = add(Fault::new(Site::Startup, refused("3D000")).database("elsewhere"));
+    let old = add(Fault::new(Site::Password, refused("28P01")).credential_older_than(3000));
+    connect(&emulator)
+        .await
+        .expect("none of them is for this login");
+
+    let mut elsewhere = config(&emulator);
+    elsewhere.dbname("elsewhere");
+    let error = connect_as(&emulator, &elsewhere).await.unwrap_err();
+    assert_eq!(error.code().unwrap().code(), "3D000");
+    let mut ada = config(&emulator);
+    ada.user("ada");
+    let error = connect_as(&emulator, &ada).await.unwrap_err();
+    assert_eq!(error.code().unwrap().code(), "28000");
+    assert_eq!(
+        (other_user.count(), other_database.count(), old.count()),
+        (1, 1, 0)
+    );
+
+    // Newly minted, and not known everywhere yet.
+    let young = add(Fault::new(Site::Password, refused("28P01")).credential_younger_than(60));
+    assert_eq!(failure(&emulator).await.code().unwrap().code(), "28P01");
+    assert_eq!(young.count(), 1);
+
+    let tally = emulator.tally();
+    assert_eq!(tally.accepted(&app, "databricks_postgres"), 1);
+    assert_eq!(tally.refused(&app, "databricks_postgres"), 1);
+    assert_eq!(tally.refused(&app, "elsewhere"), 1);
+    assert_eq!(tally.refused("ada", "databricks_postgres"), 1);
+}
+
+#[tokio::test]
+async fn real_answers_can_be_bent() {
+    let emulator = start().await;
+    let far = serde_json::json!({"expire_time": "9999-12-31T23:59:59Z"});
+    emulator.faults().once(Site::Mint, Action::Merge(far));
+    emulator.faults().once(Site::Token, Action::QuoteNumbers);
+    let bearer = basic_token(&emulator).await.json();
+    assert_eq!(bearer["expires_in"], "3600");
+    let minted = mint(&emulator, bearer["access_token"].as_str().unwrap()).await;
+    let minted = minted.unwrap().json();
+    assert_eq!(minted["expire_time"], "9999-12-31T23:59:59Z");
+    let mut config = config(&emulator);
+    config.password(minted["token"].as_str().unwrap());
+    connect_as(&emulator, &config)
+        .await
+        .expect("the token is real");
+    let tally = emulator.tally();
+    assert_eq!(tally.credentials_for(emulator.endpoint_name()), 1);
+}
+
+/// `"time": 1` was taken for a fault that strikes for ever, and `no_tls` at the mint for a closed connection.
+#[tokio::test]
+async fn scripts_that_cannot_happen_are_refused_and_change_nothing() {
+    let emulator = start().await;
+    let port = port(&emulator);
+    let before = emulator.faults().once(Site::Lookup, Action::Close);
+    for (fault, words) in [
+        (r#"{"at":"mint","do":"close","time":1}"#, "`times`"),
+        (r#"{"at":"mint","do":"no_tls"}"#, "possible there: respond,"),
+        (
+            r#"{"at":"accept","do":{"respond":{"status":500}}}"#,
+            "possible there: error,",
+        ),
+        (
+            r#"{"at":"mint","do":{"respond":{"status":500,"retryafter":"1"}}}"#,
+            "`retry_after`",
+        ),
+        (
+            r#"{"at":"mint","do":"close","user":"ada"}"#,
+            "no conditions",
+        ),
+        (r#"{"at":"mint","do":"close","times":0}"#, "at least 1"),
+        (r#"{"at":"sleep","do":"close"}"#, "`startup`"),
+    ] {
+        let script = format!(r#"{{"faults":[{{"at":"token","do":"close"}},{fault}]}}"#);
+        for request in ["PUT /emulator/faults", "POST /emulator/faults"] {
+            let answer = http(port, request, &script).await.unwrap();
+            assert_eq!(answer.status, 400, "{fault}");
+            let json = answer.json();
+            assert!(json["message"].as_str().unwrap().contains(words), "{json}");
+        }
+    }
+    assert_eq!((emulator.faults().pending().len(), before.count()), (1, 0));
+}
+
+#[tokio::test]
+async fn people_see_what_struck_and_who_logged_in() {
+    let emulator = start().await;
+    let port = port(&emulator);
+    let app = emulator.identities().app.name.clone();
+    emulator.faults().once(Site::Startup, Action::Close);
+    emulator.faults().always(Site::Mint, Action::Close);
+    failure(&emulator).await;
+    connect(&emulator).await.unwrap();
+    let faults = http(port, "GET /emulator/faults", "").await.unwrap().json();
+    assert_eq!(faults["faults"][0]["struck"], 0, "{faults}");
+    assert_eq!(faults["spent"][0]["struck"], 1, "{faults}");
+    let counts = http(port, "GET /emulator/counts", "").await.unwrap().json();
+    assert_eq!(
+        (&counts["logins"], &counts["refusals"]),
+        (&1.into(), &1.into())
+    );
+    assert_eq!(
+        counts["logins_by"],
+        serde_json::json!([{
+            "host": "localhost",
+            "user": app,
+            "database": "databricks_postgres",
+            "accepted": 1,
+            "refused": 1,
+        }])
+    );
+    let answer = http(
+        port,
+        "POST /emulator/events",
+        r#"{"event":"blackhole_sessions"}"#,
+    );
+    assert_eq!(answer.await.unwrap().status, 204);
 }
 
 #[tokio::test]
@@ -377,5 +630,29 @@ async fn web_pages_of_other_sites_get_nothing() {
             .await
             .unwrap();
         assert_eq!(answer.status, 403, "{header}");
+    }
+}
+
+/// Every fault of the guide can be set, and every site and action is in it.
+#[tokio::test]
+async fn the_guide_shows_what_can_be_set() {
+    let guide = include_str!("../../../deploy/guides/emulator.md");
+    for site in Site::ALL {
+        for name in [&[site.name()], site.actions(), site.conditions()].concat() {
+            let quoted = [
+                format!("`{name}`"),
+                format!("\"{name}\""),
+                format!("`{{\"{name}\""),
+            ];
+            assert!(quoted.iter().any(|name| guide.contains(name)), "{name}");
+        }
+    }
+    let (_, examples) = guide.split_once("Examples:").unwrap();
+    let examples = examples.lines().filter_map(|line| line.split('`').nth(1));
+    let examples: Vec<&str> = examples.filter(|text| text.starts_with('{')).collect();
+    assert!(examples.len() >= 4, "{examples:?}");
+    for text in examples {
+        let fault: Fault = serde_json::from_str(text).unwrap();
+        fault.check().unwrap();
     }
 }
