@@ -57,7 +57,7 @@ pub struct EmulatorArgs {
     /// Lifetime of a database credential, e.g. `60s` or `15m`
     #[arg(long, value_name = "DURATION", default_value = "1h", value_parser = duration)]
     pub token_ttl: Duration,
-    /// Suspend the endpoint after this long without queries and new connections; never if not given
+    /// Suspend the endpoint after this long without logins, queries and open transactions; never if not given
     #[arg(long, value_name = "DURATION", value_parser = duration)]
     pub suspend_after: Option<Duration>,
     /// How long a suspended endpoint takes to wake, counted from the connection that wakes it

@@ -1,6 +1,7 @@
 //! Scale-to-zero: when the compute sleeps, what wakes it, and what it means for sessions.
 //!
-//! Idle means no query running, no byte relayed and no new connection; a silent open session does not keep it awake.
+//! Activity is what the compute's monitor sees of a backend: a login, a query until it has finished, and a transaction
+//! until it has ended, idle or not. A silent session, a refused login and a disconnect are none.
 
 use std::{
     sync::{
@@ -87,7 +88,7 @@ impl Compute {
         *self.0.state.borrow()
     }
 
-    /// Notes that something was said or asked.
+    /// Notes activity.
     pub(crate) fn touch(&self) {
         let now = u64::try_from(self.0.started.elapsed().as_millis()).unwrap_or(u64::MAX);
         self.0.last_activity.store(now, Ordering::Relaxed);
@@ -130,9 +131,6 @@ impl Compute {
                         compute.0.counters.change(|counts| counts.wakes += 1);
                     }
                 }));
-        }
-        if is_active {
-            self.touch();
         }
         is_active
     }

@@ -15,7 +15,7 @@ pub struct Settings {
     /// How long a workspace token lives.
     #[serde(with = "seconds")]
     pub workspace_token_ttl: Duration,
-    /// Go to sleep after this long without queries and new connections; zero: never.
+    /// Suspend after this long without logins, queries and open transactions; zero: never.
     #[serde(with = "seconds")]
     pub suspend_after: Duration,
     /// How long waking takes, counted from the connection that causes it.

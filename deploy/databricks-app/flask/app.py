@@ -4,7 +4,7 @@ import flask
 from psycopg_pool import ConnectionPool
 
 app = flask.Flask(__name__)
-# min_size=0 and max_idle let the connections go while nobody looks, so that the compute can sleep.
+# With min_size=0 the pool renews no idle connection: each login would keep the compute awake.
 pool = ConnectionPool(min_size=0, max_size=10, max_idle=60, open=True)
 
 PAGE = """<!doctype html>

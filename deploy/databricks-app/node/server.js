@@ -2,7 +2,7 @@
 import { createServer } from "node:http";
 import pg from "pg";
 
-// Connections that nobody uses are closed after 60 s, so that the compute can sleep.
+// Idle connections are closed after 60 s: a compute that is suspended meanwhile would end them.
 const pool = new pg.Pool({ max: 10, idleTimeoutMillis: 60_000 });
 // An idle connection that the server ends is replaced at the next query; without this line Node would end, too.
 pool.on("error", (error) => console.error(`idle connection: ${error.message}`));

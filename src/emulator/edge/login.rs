@@ -69,6 +69,7 @@ pub(super) async fn run(
     )
     .await;
     let (server, session) = backend.unwrap_or_else(|_| Err(unreachable_compute()))?;
+    shared.compute.touch();
     shared.tally.accepted(server_name, &login);
     shared.counters.change(|counts| counts.logins += 1);
     let fault = shared.faults.strike_login(Site::Session, &login).await;

@@ -25,6 +25,9 @@ use crate::emulator::{
 /// Bytes moved at a time.
 const BUFFER: usize = 64 * 1024;
 
+/// The message with which a client leaves.
+const TERMINATE: &[u8] = b"X\0\0\0\x04";
+
 /// A session that is logged in, and the fault in store for it.
 pub(super) struct Running {
     pub(super) session: Session,
@@ -189,8 +192,11 @@ where
             writer.shutdown().await.map_err(|_| Broken::Write)?;
             return Ok(Pumped::End);
         }
-        compute.touch();
         let bytes = buffer.get(..read).unwrap_or_default();
+        // To the compute's monitor a backend that leaves is only gone.
+        if bytes != TERMINATE {
+            compute.touch();
+        }
         writer.write_all(bytes).await.map_err(|_| Broken::Write)?;
         writer.flush().await.map_err(|_| Broken::Write)?;
         left = left.saturating_sub(u64::try_from(read).unwrap_or(u64::MAX));

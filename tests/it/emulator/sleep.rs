@@ -6,7 +6,7 @@ use lakebase_proxy::emulator::{Emulator, OnSuspend, WhileAsleep};
 use tokio_postgres::{Client, Error, SimpleQueryMessage};
 
 use super::workspace::{get, token};
-use crate::harness::emulator::{PATIENCE, connect, start_with};
+use crate::harness::emulator::{PATIENCE, config, connect, connect_as, start_with};
 
 /// A suspend time short enough for a test and long enough for a login on a busy machine.
 const SOON: Duration = Duration::from_millis(1500);
@@ -77,6 +77,39 @@ async fn a_running_query_keeps_it_awake() {
         .await
         .expect("the query to finish");
     assert_eq!(emulator.counts().suspensions, 0);
+}
+
+#[tokio::test]
+async fn an_open_transaction_keeps_it_awake_also_while_it_is_idle() {
+    let emulator = start_with(|settings| settings.suspend_after = SOON).await;
+    let client = connect(&emulator).await.unwrap();
+    client.simple_query("begin").await.unwrap();
+    tokio::time::sleep(SOON * 2).await;
+    client.simple_query("commit").await.expect("the session");
+    assert_eq!(emulator.counts().suspensions, 0);
+    emulator
+        .wait_for(PATIENCE, |counts| counts.suspensions == 1)
+        .await
+        .expect("nothing keeps it awake any more");
+}
+
+/// Its monitor looks at backends, and a refused login has none.
+#[tokio::test]
+async fn refused_logins_do_not_keep_it_awake() {
+    let emulator = start_with(|settings| settings.suspend_after = SOON).await;
+    let mut wrong = config(&emulator);
+    wrong.password("no token");
+    let refused = async {
+        loop {
+            connect_as(&emulator, &wrong).await.unwrap_err();
+        }
+    };
+    tokio::select! {
+        () = refused => {}
+        suspended = emulator.wait_for(PATIENCE, |counts| counts.suspensions == 1) => {
+            suspended.expect("it to be suspended");
+        }
+    }
 }
 
 #[tokio::test]
