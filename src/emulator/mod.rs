@@ -279,6 +279,11 @@ impl Emulator {
         &self.shared.workspace_url
     }
 
+    /// The workspace's address without a scheme.
+    pub fn workspace_address(&self) -> SocketAddr {
+        SocketAddr::from((Ipv4Addr::LOCALHOST, self.workspace_port))
+    }
+
     /// The edge's port on `localhost`.
     pub fn pg_port(&self) -> u16 {
         self.pg_port

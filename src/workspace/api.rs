@@ -10,7 +10,9 @@ use reqwest::{
     header::{ACCEPT, DATE, HeaderMap, HeaderName, HeaderValue, LOCATION, RETRY_AFTER, USER_AGENT},
     redirect::Policy,
 };
+use secrecy::{ExposeSecret, SecretString};
 use serde::de::DeserializeOwned;
+use serde_json::Value;
 use tokio::time::Instant;
 use tracing::debug;
 use url::Url;
@@ -90,6 +92,55 @@ impl ProxySetting {
         Ok(Self {
             proxy: Some(proxy.no_proxy(except)),
         })
+    }
+}
+
+/// A request together with the client that sends it: what is meant for this machine must never meet the https-only
+/// client, nor its HTTP proxy.
+pub(super) struct Call {
+    request: RequestBuilder,
+    is_path_secret: bool,
+}
+
+impl Call {
+    fn new(client: &Client, kind: AuthKind, method: Method, url: Url) -> Self {
+        let agent = user_agent(kind.label());
+        Self {
+            request: client.request(method, url).header(USER_AGENT, agent),
+            is_path_secret: false,
+        }
+    }
+
+    /// Keeps the path out of the log.
+    pub(super) fn with_secret_path(mut self) -> Self {
+        self.is_path_secret = true;
+        self
+    }
+
+    pub(super) fn header(mut self, name: HeaderName, value: HeaderValue) -> Self {
+        self.request = self.request.header(name, value);
+        self
+    }
+
+    pub(super) fn bearer(mut self, token: &SecretString) -> Self {
+        self.request = self.request.bearer_auth(token.expose_secret());
+        self
+    }
+
+    pub(super) fn basic(mut self, user: &str, password: &SecretString) -> Self {
+        let password = password.expose_secret();
+        self.request = self.request.basic_auth(user, Some(password));
+        self
+    }
+
+    pub(super) fn form(mut self, fields: &[(&str, &str)]) -> Self {
+        self.request = self.request.form(fields);
+        self
+    }
+
+    pub(super) fn json(mut self, body: &Value) -> Self {
+        self.request = self.request.json(body);
+        self
     }
 }
 
@@ -174,40 +225,43 @@ impl Api {
     }
 
     /// A call to the workspace itself.
-    pub(super) fn request(&self, kind: AuthKind, method: Method, path: &str) -> RequestBuilder {
-        let request = self.elsewhere(kind, method, self.host.join(path));
+    pub(super) fn request(&self, kind: AuthKind, method: Method, path: &str) -> Call {
+        let call = self.elsewhere(kind, method, self.host.join(path));
         match self.workspace_id.get() {
-            Some(id) => request.header(WORKSPACE_ID, id.clone()),
-            None => request,
+            Some(id) => call.header(WORKSPACE_ID, id.clone()),
+            None => call,
         }
     }
 
-    /// A call to somebody who vouches for us: https, or http if this and the workspace are on this machine.
-    pub(super) fn elsewhere(&self, kind: AuthKind, method: Method, url: Url) -> RequestBuilder {
-        self.http
-            .request(method, url)
-            .header(USER_AGENT, user_agent(kind.label()))
+    /// A call to an identity provider: https, or http if it and the workspace are on this machine.
+    pub(super) fn elsewhere(&self, kind: AuthKind, method: Method, url: Url) -> Call {
+        Call::new(&self.http, kind, method, url)
     }
 
-    /// A look for a document that there need not be.
-    pub(super) fn probe(&self, kind: AuthKind, url: Url) -> RequestBuilder {
-        self.elsewhere(kind, Method::GET, url)
-            .timeout(PROBE_TIMEOUT)
+    /// A request for an optional document.
+    pub(super) fn probe(&self, kind: AuthKind, url: Url) -> Call {
+        let mut call = self.elsewhere(kind, Method::GET, url);
+        call.request = call.request.timeout(PROBE_TIMEOUT);
+        call
     }
 
     /// A call to a service of this machine.
-    pub(super) fn local(&self, kind: AuthKind, url: Url) -> RequestBuilder {
-        self.local
-            .get(url)
-            .header(USER_AGENT, user_agent(kind.label()))
+    pub(super) fn local(&self, kind: AuthKind, url: Url) -> Call {
+        Call::new(&self.local, kind, Method::GET, url)
     }
 
     /// Sends and reads the whole answer. Bounded in time and size. Cancel safe: the connection is given up.
-    pub(super) async fn send(&self, request: RequestBuilder) -> Result<Reply, ApiError> {
-        let request = request.build().map_err(network)?;
-        let (method, path) = (request.method().clone(), request.url().path().to_owned());
+    pub(super) async fn send(&self, call: Call) -> Result<Reply, ApiError> {
+        let (client, request) = call.request.build_split();
+        let request = request.map_err(network)?;
+        let (method, url) = (request.method().clone(), request.url().clone());
+        let path = if call.is_path_secret {
+            "..."
+        } else {
+            url.path()
+        };
         let started = Instant::now();
-        let mut response = self.http.execute(request).await.map_err(network)?;
+        let mut response = client.execute(request).await.map_err(network)?;
         let (status, received_at) = (response.status(), self.clock.now());
         debug!(%method, path, status = status.as_u16(), elapsed = ?started.elapsed(), "workspace answered");
 
@@ -230,9 +284,9 @@ impl Api {
         if status.is_redirection() {
             let location = text(&headers, &LOCATION);
             return Err(ApiError::Redirect {
-                target: location.and_then(|location| self.host.join("/").join(location).ok()),
+                target: location.and_then(|location| url.join(location).ok()),
                 location: location
-                    .map(|location| self.redacted(location))
+                    .map(|location| redacted(&url, location))
                     .unwrap_or_default(),
             });
         }
@@ -259,20 +313,20 @@ impl Api {
                 .filter(|id| !id.is_empty()),
         })
     }
+}
 
-    /// An address without what may be a secret in its query: only the error that it names.
-    fn redacted(&self, location: &str) -> String {
-        let Ok(url) = self.host.join("/").join(location) else {
-            return "an invalid address".to_owned();
-        };
-        let error = url
-            .query_pairs()
-            .find(|(key, _)| key == "error")
-            .map(|(_, value)| error_body::clean(&value));
-        let address = format!("{}{}", url.origin().ascii_serialization(), url.path());
-        let address = error_body::clean(&address);
-        error.map_or(address.clone(), |error| format!("{address}?error={error}"))
-    }
+/// An address without what may be a secret in its query: only the error that it names.
+fn redacted(base: &Url, location: &str) -> String {
+    let Ok(url) = base.join(location) else {
+        return "an invalid address".to_owned();
+    };
+    let error = url
+        .query_pairs()
+        .find(|(key, _)| key == "error")
+        .map(|(_, value)| error_body::clean(&value));
+    let address = format!("{}{}", url.origin().ascii_serialization(), url.path());
+    let address = error_body::clean(&address);
+    error.map_or(address.clone(), |error| format!("{address}?error={error}"))
 }
 
 /// Why the client could not be made.

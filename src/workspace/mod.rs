@@ -27,7 +27,6 @@ use std::{
 
 use jiff::SignedDuration;
 use reqwest::Method;
-use secrecy::ExposeSecret;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 use tokio::time::Instant;
@@ -214,9 +213,9 @@ impl Workspace {
         body: Option<&Value>,
     ) -> Result<Reply, ApiError> {
         let mut request = self.0.api.request(self.auth_kind(), method, path);
-        request = request.bearer_auth(token.token.secret.expose_secret());
+        request = request.bearer(&token.token.secret);
         for (name, value) in &token.token.headers {
-            request = request.header(name, value);
+            request = request.header(name.clone(), value.clone());
         }
         if let Some(body) = body {
             request = request.json(body);

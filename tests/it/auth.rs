@@ -167,7 +167,7 @@ fn workspace(settings: Settings) -> Workspace {
 }
 
 /// Written by another process: were it open here while a third one is forked, it could not be run.
-fn program(path: &Path, text: &str) {
+pub(crate) fn program(path: &Path, text: &str) {
     let mut install = Command::new("install")
         .args(["-m", "755", "/dev/stdin"])
         .arg(path)

@@ -1,10 +1,8 @@
 //! The way to the workspace: through an HTTP proxy or not, and whose certificates are trusted.
 
-use std::{
-    path::{Path, PathBuf},
-    sync::{Arc, Mutex},
-};
+use std::{net::SocketAddr, path::Path, sync::Arc};
 
+use axum::Router;
 use lakebase_proxy::{
     clock::Clock,
     credential::{Mint, MintError, MintErrorKind},
@@ -12,132 +10,48 @@ use lakebase_proxy::{
     tls::{self, Roots},
     workspace::{CredentialMinter, Settings, Target, Workspace},
 };
-use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
-use rustls::pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
-use tempfile::TempDir;
-use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
-    net::{TcpListener, TcpStream},
-    task::JoinSet,
-};
-use tokio_rustls::TlsAcceptor;
+use tokio::{net::TcpListener, task::JoinSet};
 
-use crate::harness::{binary, within};
+use crate::harness::{
+    self, binary,
+    https::{Authority, Front, HttpProxy},
+    within,
+};
 
 const ENDPOINT: &str = "projects/p/branches/production/endpoints/primary";
 const NAME: &str = "workspace.example.invalid";
 const CREDENTIAL: &str = r#"{"token":"eyJhbGciOiJub25lIn0.eyJzdWIiOiJ0ZXN0In0.c2ln","expire_time":"2099-01-01T00:00:00Z"}"#;
 
-/// A workspace that mints a credential for whoever asks, by TLS with a certificate of an authority of its own.
+/// A workspace that mints a credential for every caller, with a certificate of an authority of its own.
 struct TlsWorkspace {
-    port: u16,
-    authority: PathBuf,
-    _scratch: TempDir,
+    address: SocketAddr,
+    authority: Authority,
     _tasks: JoinSet<()>,
 }
 
 impl TlsWorkspace {
     async fn start() -> Self {
-        let scratch = tempfile::tempdir().unwrap();
-        let mut params = CertificateParams::new(Vec::<String>::new()).unwrap();
-        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        let issuer = CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap();
-        let key = KeyPair::generate().unwrap();
-        let names = [NAME.to_owned(), "localhost".to_owned()];
-        let certificate = CertificateParams::new(names)
-            .unwrap()
-            .signed_by(&key, &issuer)
-            .unwrap();
-        let authority = scratch.path().join("ca.pem");
-        std::fs::write(&authority, issuer.pem()).unwrap();
-        let config = rustls::ServerConfig::builder_with_provider(tls::provider())
-            .with_safe_default_protocol_versions()
-            .unwrap()
-            .with_no_client_auth()
-            .with_single_cert(
-                vec![certificate.der().clone()],
-                PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(key.serialize_der())),
-            )
-            .unwrap();
-        let acceptor = TlsAcceptor::from(Arc::new(config));
+        let authority = Authority::new();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let port = listener.local_addr().unwrap().port();
+        let address = listener.local_addr().unwrap();
+        let listener = authority.certify(listener, &[NAME, "localhost", "0.0.0.0"]);
+        let answer = || async { ([("content-type", "application/json")], CREDENTIAL) };
         let mut tasks = JoinSet::new();
         tasks.spawn(async move {
-            let mut clients = JoinSet::new();
-            loop {
-                let (stream, _) = listener.accept().await.unwrap();
-                let acceptor = acceptor.clone();
-                clients.spawn(async move {
-                    // A client that does not trust us ends here.
-                    let Ok(mut stream) = acceptor.accept(stream).await else {
-                        return;
-                    };
-                    head(&mut stream).await;
-                    let answer = format!(
-                        "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\nconnection: close\r\ncontent-length: {}\r\n\r\n{CREDENTIAL}",
-                        CREDENTIAL.len()
-                    );
-                    stream.write_all(answer.as_bytes()).await.unwrap();
-                    let _ = stream.shutdown().await;
-                });
-            }
-        });
-        Self {
-            port,
-            authority,
-            _scratch: scratch,
-            _tasks: tasks,
-        }
-    }
-}
-
-/// An HTTP proxy that takes every tunnel to one port of this machine.
-struct HttpProxy {
-    address: String,
-    heads: Arc<Mutex<Vec<String>>>,
-    _tasks: JoinSet<()>,
-}
-
-impl HttpProxy {
-    async fn start(to: u16) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let address = listener.local_addr().unwrap().to_string();
-        let heads = Arc::<Mutex<Vec<String>>>::default();
-        let seen = Arc::clone(&heads);
-        let mut tasks = JoinSet::new();
-        tasks.spawn(async move {
-            let mut tunnels = JoinSet::new();
-            loop {
-                let (mut client, _) = listener.accept().await.unwrap();
-                let seen = Arc::clone(&seen);
-                tunnels.spawn(async move {
-                    let head = head(&mut client).await;
-                    seen.lock().unwrap().push(head);
-                    client.write_all(b"HTTP/1.1 200 OK\r\n\r\n").await.unwrap();
-                    let mut server = TcpStream::connect(("127.0.0.1", to)).await.unwrap();
-                    let _ = tokio::io::copy_bidirectional(&mut client, &mut server).await;
-                });
-            }
+            let app = Router::new().fallback(answer);
+            axum::serve(listener, app).await.unwrap();
         });
         Self {
             address,
-            heads,
+            authority,
             _tasks: tasks,
         }
     }
 
-    fn heads(&self) -> Vec<String> {
-        self.heads.lock().unwrap().clone()
+    async fn proxy(&self) -> HttpProxy {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        HttpProxy::start(listener, self.address)
     }
-}
-
-async fn head(stream: &mut (impl AsyncReadExt + Unpin)) -> String {
-    let mut head = Vec::new();
-    while !head.ends_with(b"\r\n\r\n") {
-        head.push(stream.read_u8().await.unwrap());
-    }
-    String::from_utf8(head).unwrap()
 }
 
 async fn mint(
@@ -157,9 +71,17 @@ async fn mint(
     let roots = authority.map_or(Roots::System, |path| Roots::File(path.to_owned()));
     let tls = tls::client_config(&roots, tls::ALPN_HTTP_1_1).unwrap();
     let settings = Settings::from_variables(variables);
+    mint_with(settings, &tls, ENDPOINT).await
+}
+
+async fn mint_with(
+    settings: Settings,
+    tls: &rustls::ClientConfig,
+    endpoint: &str,
+) -> Result<(), MintError> {
     let metrics = Metrics::new().unwrap();
-    let workspace = Workspace::new(settings, &tls, Clock::system(), metrics).unwrap();
-    let target = Target::Endpoint(ENDPOINT.parse().unwrap());
+    let workspace = Workspace::new(settings, tls, Clock::system(), metrics).unwrap();
+    let target = Target::Endpoint(endpoint.parse().unwrap());
     let minter = CredentialMinter::new(workspace, target);
     within("a mint", minter.mint()).await.map(drop)
 }
@@ -167,12 +89,13 @@ async fn mint(
 #[tokio::test(flavor = "multi_thread")]
 async fn the_workspace_is_reached_through_the_proxy_that_the_environment_names() {
     let workspace = TlsWorkspace::start().await;
-    let proxy = HttpProxy::start(workspace.port).await;
-    let authority = Some(workspace.authority.as_path());
-    let url = format!("http://me:pass@{}", proxy.address);
+    let proxy = workspace.proxy().await;
+    let authority = Some(workspace.authority.file());
+    let address = proxy.address.to_string();
+    let url = format!("http://me:pass@{address}");
     for (variable, value) in [
         ("HTTPS_PROXY", url.as_str()),
-        ("https_proxy", &proxy.address),
+        ("https_proxy", &address),
         ("ALL_PROXY", &url),
     ] {
         let before = proxy.heads().len();
@@ -208,7 +131,7 @@ async fn the_workspace_is_reached_through_the_proxy_that_the_environment_names()
         );
     }
     // Nor for this machine.
-    let local = format!("https://localhost:{}", workspace.port);
+    let local = format!("https://localhost:{}", workspace.address.port());
     mint(&local, &[("HTTPS_PROXY", &url)], authority)
         .await
         .unwrap();
@@ -242,7 +165,7 @@ async fn a_proxy_that_cannot_be_one_is_refused_by_the_name_of_its_variable() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_certificate_of_an_unknown_authority_is_refused_and_one_of_ssl_cert_file_is_taken() {
     let workspace = TlsWorkspace::start().await;
-    let host = format!("https://localhost:{}", workspace.port);
+    let host = format!("https://localhost:{}", workspace.address.port());
     let error = mint(&host, &[], None).await.unwrap_err();
     let told = format!("{error} {:?}", error.hint);
     assert!(
@@ -258,7 +181,7 @@ async fn a_certificate_of_an_unknown_authority_is_refused_and_one_of_ssl_cert_fi
         .env("ENDPOINT_NAME", ENDPOINT)
         .env("PGHOST", "ep-1.database.example.com")
         .env("PGUSER", "me")
-        .env("SSL_CERT_FILE", &workspace.authority)
+        .env("SSL_CERT_FILE", workspace.authority.file())
         .stdout(std::process::Stdio::piped());
     let output = within("a token", command.output()).await.unwrap();
     let text = String::from_utf8_lossy(&output.stdout);
@@ -267,4 +190,71 @@ async fn a_certificate_of_an_unknown_authority_is_refused_and_one_of_ssl_cert_fi
         output.status.success() && text.starts_with("eyJ"),
         "{text} {log}"
     );
+}
+
+/// Once these calls went out on the https-only client with the HTTP proxy, and failed wherever the workspace is not on
+/// this machine. Runs without namespaces: the HTTP proxy resolves one name, and 0.0.0.0 looks like no loopback address.
+#[tokio::test(flavor = "multi_thread")]
+async fn metadata_services_are_called_directly_beside_a_remote_workspace() {
+    let emulator = harness::emulator().await;
+    let authority = Authority::new();
+    let tls = Roots::File(authority.file().to_owned());
+    let tls = tls::client_config(&tls, tls::ALPN_HTTP_1_1).unwrap();
+    for (host, is_behind_proxy) in [(NAME, true), ("0.0.0.0", false)] {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let listener = authority.certify(listener, &[host]);
+        let host = if is_behind_proxy {
+            host.to_owned()
+        } else {
+            format!("{host}:{}", address.port())
+        };
+        let front = Front {
+            emulator: emulator.workspace_address(),
+            origin: format!("https://{host}"),
+            roots: &[],
+            calls: Arc::default(),
+        };
+        let plain = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let local = format!("http://{}", plain.local_addr().unwrap());
+        let mut servers = JoinSet::new();
+        servers.spawn(front.clone().serve(listener));
+        servers.spawn(front.clone().serve(plain));
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let proxy = HttpProxy::start(listener, address);
+        let proxy_url = format!("http://{}", proxy.address);
+        let no_proxy = if is_behind_proxy { "" } else { "0.0.0.0" };
+        let metadata_url = emulator
+            .metadata_service_url()
+            .replace(emulator.workspace_url(), &local);
+        for way in [
+            ("ARM_USE_MSI", "true"),
+            ("DATABRICKS_METADATA_SERVICE_URL", metadata_url.as_str()),
+        ] {
+            let variables = [
+                ("DATABRICKS_HOST", front.origin.as_str()),
+                ("HTTPS_PROXY", &proxy_url),
+                ("HTTP_PROXY", &proxy_url),
+                ("ALL_PROXY", &proxy_url),
+                ("NO_PROXY", no_proxy),
+                way,
+            ];
+            let variables = variables.map(|(name, value)| (name.to_owned(), value.to_owned()));
+            let mut settings = Settings::from_variables(variables.into_iter().collect());
+            settings.services.instance_metadata = Some(local.clone());
+            let minted = mint_with(settings, &tls, emulator.endpoint_name()).await;
+            minted.unwrap_or_else(|error| panic!("{host}, {way:?}: {error:?}"));
+        }
+        let heads = proxy.heads();
+        assert_eq!(heads.is_empty(), !is_behind_proxy, "{heads:?}");
+        let tunnel = format!("CONNECT {NAME}:443 ");
+        assert!(
+            heads.iter().all(|head| head.starts_with(&tunnel)),
+            "{heads:?}"
+        );
+        let calls = front.calls.lock().unwrap().join("\n");
+        assert!(calls.contains("/metadata/identity/oauth2/token"), "{calls}");
+        assert!(calls.contains("/metadata-service/"), "{calls}");
+    }
+    emulator.stop().await;
 }

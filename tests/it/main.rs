@@ -9,6 +9,8 @@
 mod admin;
 mod auth;
 mod auth_network;
+#[cfg(target_os = "linux")]
+mod auth_production;
 mod cancel;
 #[path = "../cli/mod.rs"]
 mod cli;

@@ -1,6 +1,6 @@
 //! The managed identity of an Azure machine, from its instance metadata service.
 
-use reqwest::header::HeaderValue;
+use reqwest::header::{HeaderName, HeaderValue};
 use url::Url;
 
 use super::{
@@ -17,6 +17,8 @@ use crate::workspace::{
 const KIND: AuthKind = AuthKind::AzureMsi;
 /// Link-local: the machine's own host answers, so plain http is all there is.
 const INSTANCE_METADATA: &str = "http://169.254.169.254";
+/// Keeps out requests that a web page or a redirect makes.
+const METADATA: HeaderName = HeaderName::from_static("metadata");
 const VERSION: &str = "2018-02-01";
 
 pub(in crate::workspace) struct AzureMsi {
@@ -69,7 +71,9 @@ impl AzureMsi {
         if let Some(id) = &self.client_id {
             url.query_pairs_mut().append_pair("client_id", id);
         }
-        let request = api.local(KIND, url).header("Metadata", "true");
+        let request = api
+            .local(KIND, url)
+            .header(METADATA, HeaderValue::from_static("true"));
         let told = |error: ApiError| {
             let hint = match (&error, &self.client_id) {
                 (ApiError::Network { .. }, _) => "azure-msi works on machines in Azure alone: is this one?".to_owned(),

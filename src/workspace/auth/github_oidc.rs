@@ -1,7 +1,7 @@
 //! The identity token of a GitHub Actions job, asked for with the audience that the workspace expects.
 
 use reqwest::Method;
-use secrecy::{ExposeSecret, SecretString};
+use secrecy::SecretString;
 use serde::Deserialize;
 use url::Url;
 
@@ -51,9 +51,7 @@ impl GithubToken {
     pub(super) async fn ask(&self, api: &Api, audience: &str) -> Result<SecretString, CallError> {
         let mut url = self.url.clone();
         url.query_pairs_mut().append_pair("audience", audience);
-        let request = api
-            .elsewhere(KIND, Method::GET, url)
-            .bearer_auth(self.token.expose_secret());
+        let request = api.elsewhere(KIND, Method::GET, url).bearer(&self.token);
         let told = |error| {
             let hint = format!("{PERMISSION}; its request token lives only as long as the job");
             diagnosis::service("GitHub's identity service", |_| Some(hint), error)

@@ -2,6 +2,7 @@
 //!
 //! Loopback only: its address is a secret, and whoever sends it elsewhere gives it away.
 
+use reqwest::header::{HeaderName, HeaderValue};
 use url::Url;
 
 use super::{AuthKind, TokenResponse, WorkspaceToken, needed};
@@ -13,11 +14,14 @@ use crate::workspace::{
 };
 
 const KIND: AuthKind = AuthKind::MetadataService;
+const VERSION: HeaderName = HeaderName::from_static("x-databricks-metadata-version");
+const HOST: HeaderName = HeaderName::from_static("x-databricks-host");
 const WHO: &str = "the local metadata service";
 
 pub(in crate::workspace) struct MetadataService {
     url: Url,
     host: String,
+    host_header: HeaderValue,
 }
 
 impl MetadataService {
@@ -32,17 +36,25 @@ impl MetadataService {
         if !url.host_str().is_some_and(is_loopback) || !matches!(url.scheme(), "http" | "https") {
             return Err(wrong("must be an address of this machine (localhost)"));
         }
+        let host = host.to_string();
+        let host_header =
+            HeaderValue::from_str(&host).map_err(|_| SettingsError::InvalidValue {
+                name: settings.named(Attribute::Host),
+                problem: "holds characters that cannot be sent",
+            })?;
         Ok(Self {
             url,
-            host: host.to_string(),
+            host,
+            host_header,
         })
     }
 
     pub(super) async fn token(&self, api: &Api) -> Result<WorkspaceToken, CallError> {
         let request = api
             .local(KIND, self.url.clone())
-            .header("X-Databricks-Metadata-Version", "1")
-            .header("X-Databricks-Host", &self.host);
+            .with_secret_path()
+            .header(VERSION, HeaderValue::from_static("1"))
+            .header(HOST, self.host_header.clone());
         let told = |error: ApiError| {
             let hint = match &error {
                 ApiError::Status { status, .. } if status.as_u16() == 404 => {

@@ -61,6 +61,9 @@ macro_rules! kinds {
                 match self { $(Self::$kind => $label,)+ }
             }
 
+            /// Every kind.
+            pub const ALL: &[Self] = &[$(Self::$kind),+];
+
             /// Every name.
             pub(super) fn labels() -> Vec<&'static str> {
                 vec![$($label),+]

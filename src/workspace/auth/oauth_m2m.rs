@@ -1,6 +1,6 @@
 //! OAuth machine-to-machine (RFC 6749 section 4.4): a service principal's id and secret for a token of about an hour.
 
-use secrecy::{ExposeSecret, SecretString};
+use secrecy::SecretString;
 
 use super::{
     AuthKind, Oidc, TokenResponse, WorkspaceToken, needed, needed_secret,
@@ -54,7 +54,7 @@ impl OAuthM2m {
         let endpoint = oidc.endpoint(api, KIND).await;
         let request = api
             .elsewhere(KIND, POST, endpoint.url)
-            .basic_auth(&self.client_id, Some(self.client_secret.expose_secret()))
+            .basic(&self.client_id, &self.client_secret)
             .form(&self.grant.form("client_credentials", []));
         let told = |error| {
             let refused = "refused the client id or its secret";
