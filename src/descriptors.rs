@@ -19,6 +19,13 @@ pub fn sessions(limit: u64) -> usize {
         .clamp(1, 1 << 20)
 }
 
+/// How many unfinished handshakes an endpoint may hold under this limit: an eighth, between 256 and 2,048.
+pub fn handshakes(limit: u64) -> usize {
+    usize::try_from(limit / 8)
+        .unwrap_or(usize::MAX)
+        .clamp(256, 2048)
+}
+
 /// The limit of open files as it was before we raised our own.
 #[derive(Clone, Debug)]
 pub struct DescriptorLimit(Rlimit);
@@ -63,6 +70,7 @@ mod tests {
         assert_eq!(sessions(1024), 462);
         assert_eq!(sessions(10), 1);
         assert_eq!(sessions(u64::MAX), 1 << 20);
+        assert_eq!([1024, 8192, u64::MAX].map(handshakes), [256, 1024, 2048]);
         assert!(raise() >= DescriptorLimit::now().soft().min(USUAL));
     }
 }

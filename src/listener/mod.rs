@@ -25,7 +25,7 @@ pub use self::{
     unix::{UnixError, UnixPlace},
 };
 use crate::{
-    session::{Guest, Lobby, Peer, Sessions},
+    session::{HandshakePermit, Peer, Sessions, Unfinished},
     telemetry::Metrics,
     upstream::Keepalive,
     workers::{Socket, Workers},
@@ -283,12 +283,12 @@ impl Listener {
             workers: Arc::clone(workers),
             clients: clients.clone(),
         };
-        let lobby = Lobby::default();
+        let unfinished = Unfinished::default();
         for acceptor in self.tcp {
-            helpers.spawn(accept(acceptor, floor.clone(), lobby.clone()));
+            helpers.spawn(accept(acceptor, floor.clone(), unfinished.clone()));
         }
         for acceptor in self.unix {
-            helpers.spawn(accept(acceptor, floor.clone(), lobby.clone()));
+            helpers.spawn(accept(acceptor, floor.clone(), unfinished.clone()));
         }
     }
 }
@@ -302,7 +302,7 @@ struct Floor {
 }
 
 impl Floor {
-    fn enter(&self, id: u64, peer: Peer, client: Socket, guest: Guest) {
+    fn enter(&self, id: u64, peer: Peer, client: Socket, permit: HandshakePermit) {
         let span = session_span(id, &peer);
         let Self {
             sessions,
@@ -311,7 +311,7 @@ impl Floor {
         } = self.clone();
         let serving = async move {
             let watch = PanicWatch(Arc::clone(&sessions.metrics));
-            let relay = sessions.serve(id, peer, client, guest).await;
+            let relay = sessions.serve(id, peer, client, permit).await;
             if let Some(relay) = relay {
                 let relay = async move {
                     let _watch = watch;
@@ -338,26 +338,26 @@ trait Acceptor: Send + Sync + 'static {
     fn tune(client: &Self::Client, keepalive: &Keepalive);
 }
 
-async fn accept<A: Acceptor>(acceptor: A, floor: Floor, lobby: Lobby) {
+async fn accept<A: Acceptor>(acceptor: A, floor: Floor, unfinished: Unfinished) {
     let sessions = &floor.sessions;
     let mut pause = ACCEPT_PAUSE_MIN;
     let shut = sessions.door.is_shut().clone();
     loop {
-        // Whoever finds no place waits as the accepted one, so that nobody is asked to leave for nobody.
         let next = async {
-            let accepted = acceptor.accept().await?;
-            Ok::<_, io::Error>((accepted, lobby.enter().await))
+            let (client, peer) = acceptor.accept().await?;
+            let permit = unfinished.enter(peer).await;
+            Ok::<_, io::Error>((client, peer, permit))
         };
         let accepted = tokio::select! {
             accepted = next => accepted,
             () = shut.cancelled() => return,
         };
         match accepted {
-            Ok(((client, peer), guest)) => {
+            Ok((client, peer, permit)) => {
                 pause = ACCEPT_PAUSE_MIN;
                 sessions.metrics.clients_opened.inc();
                 A::tune(&client, &sessions.policies.now().terms.keepalive);
-                floor.enter(sessions.next_id(), peer, client.into(), guest);
+                floor.enter(sessions.next_id(), peer, client.into(), permit);
             }
             Err(error) => {
                 // Mostly a lack of descriptors, which passes when sessions end. Said once per spell.

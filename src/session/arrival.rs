@@ -10,13 +10,14 @@ use tokio::{
 use tokio_rustls::TlsAcceptor;
 
 use super::{
-    Encrypted, FAREWELL, Guest, Peer, Policy, Sessions,
+    Encrypted, FAREWELL, HandshakePermit, Peer, Policy, Sessions,
     handshake::{self, HandshakeError, Opening, Tls},
     linger,
     local_auth::Failure,
     rewind::Rewind,
     shutting_down,
     welcomed::Counted,
+    write_all,
 };
 use crate::{
     console::Console,
@@ -41,13 +42,19 @@ struct Arrival<'a> {
     began: Instant,
     policy: &'a Policy,
     /// Held until it is known what the client wants, and that it may.
-    guest: Guest,
+    permit: HandshakePermit,
 }
 
 impl Sessions {
     /// Serves one client up to its welcome, or to its end where it comes to none; what is left then is the relay, to be
-    /// run by a relay thread. It is a `guest` until it has said what it wants.
-    pub async fn serve<S>(&self, id: u64, peer: Peer, mut client: S, guest: Guest) -> Option<Job>
+    /// run by a relay thread. It holds the `permit` until it has said what it wants.
+    pub async fn serve<S>(
+        &self,
+        id: u64,
+        peer: Peer,
+        mut client: S,
+        permit: HandshakePermit,
+    ) -> Option<Job>
     where
         S: AsyncRead + AsyncWrite + Settle + Unpin + Send + 'static,
     {
@@ -60,7 +67,7 @@ impl Sessions {
             encryption: Encrypted::No,
             began: Instant::now(),
             policy: &policy,
-            guest,
+            permit,
         };
         let mut buffer = BytesMut::with_capacity(FIRST_BUFFER);
         let receiving = handshake::receive(&mut client, &mut buffer, policy.entrance.tls(peer));
@@ -90,11 +97,13 @@ impl Sessions {
             sleep(FAREWELL).await;
         };
         tokio::select! {
+            // First of all: a client that has sent what it should is served.
+            biased;
             done = timeout(left, future) => match done {
                 Ok(done) => done.map(Some),
                 Err(_elapsed) => Err(HandshakeError::Late),
             },
-            () = arrival.guest.asked_to_leave() => Err(HandshakeError::Crowded),
+            () = arrival.permit.evicted() => Err(HandshakeError::Evicted),
             () = hurried => Ok(None),
         }
     }
@@ -201,6 +210,8 @@ impl Sessions {
                             .await
                     }
                     Err(Failure::Refused(refusal)) => Err(refusal),
+                    // Without a handshake permit: the delay is no reason to hold up others.
+                    Err(Failure::Wrong(wrong)) => Err(wrong.delayed().await),
                     Err(Failure::Gone) => {
                         tracing::debug!(session = id, "client left when asked for the password");
                         return None;
@@ -282,17 +293,23 @@ impl Sessions {
         S: AsyncRead + AsyncWrite + Unpin,
     {
         let Arrival {
-            id, policy, guest, ..
+            id,
+            peer,
+            policy,
+            permit,
+            ..
         } = arrival;
-        // Its place is free while it takes its leave.
-        drop(guest);
+        if let HandshakeError::Evicted = error {
+            return self.evict(id, peer, client, error).await;
+        }
+        drop(permit);
         let reason = match error {
             HandshakeError::Startup(StartupError::TlsHandshake) => {
                 policy.entrance.client_insists_on_tls();
                 reason::CLIENT_TLS
             }
             HandshakeError::NoAlpn => reason::CLIENT_TLS,
-            HandshakeError::Late | HandshakeError::Crowded => reason::TIMEOUT,
+            HandshakeError::Late => reason::TIMEOUT,
             HandshakeError::Io(error) => {
                 tracing::debug!(session = id, error = %error, "client broke off in the handshake");
                 return;
@@ -305,6 +322,23 @@ impl Sessions {
                 self.count_refusal(reason);
                 tracing::debug!(session = id, error = %error, "not a Postgres client");
             }
+        }
+    }
+
+    /// Ends a handshake in favor of newer ones. No waiting for the client: the descriptor is what is short, and a flood must not
+    /// fill the log either, which [`Unfinished`](super::Unfinished) sees to.
+    async fn evict<S>(&self, id: u64, peer: Peer, client: &mut S, error: &HandshakeError)
+    where
+        S: AsyncWrite + Unpin,
+    {
+        self.count_refusal(reason::TIMEOUT);
+        tracing::debug!(session = id, %peer, %error, "client refused");
+        if let Some(report) = error.report() {
+            let farewell = async {
+                write_all(client, &report.encode_fatal()).await?;
+                client.shutdown().await
+            };
+            let _ = timeout(FAREWELL, farewell).await;
         }
     }
 

@@ -54,9 +54,9 @@ pub(super) enum HandshakeError {
     /// It took too long.
     #[error("no complete startup message in time")]
     Late,
-    /// It took long while others waited for its place.
+    /// It took long while many others connected.
     #[error("no complete startup message while other clients waited")]
-    Crowded,
+    Evicted,
     /// TLS from the first byte on, for what may be any protocol.
     #[error("direct TLS without the application protocol `postgresql`")]
     NoAlpn,
@@ -85,7 +85,7 @@ impl HandshakeError {
                 Some(Report::new(sqlstate::FEATURE_NOT_SUPPORTED, self.to_string()))
             }
             Self::Late
-            | Self::Crowded
+            | Self::Evicted
             | Self::Startup(StartupError::InvalidLayout | StartupError::InvalidRequest)
             | Self::Twice(_) => {
                 Some(Report::new(sqlstate::PROTOCOL_VIOLATION, self.to_string()))

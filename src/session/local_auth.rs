@@ -7,7 +7,7 @@ use bytes::BytesMut;
 use secrecy::SecretString;
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite},
-    sync::Semaphore,
+    sync::{OwnedSemaphorePermit, Semaphore},
     time::sleep,
 };
 
@@ -26,8 +26,9 @@ use crate::{
 
 /// PostgreSQL's `PG_MAX_SASL_MESSAGE_LENGTH`, in bytes, and a frame around it.
 const MESSAGE_LIMIT: usize = 1024 + 5;
-/// Attempts that may be checked, or wait after having failed, at a time: no more guesses a second than this.
-const ATTEMPTS: usize = 64;
+/// Attempts that may be checked, or are being answered after they failed, at a time: the most guesses a second. A login
+/// beside a flood of wrong passwords waits for its turn, so a lower limit would be the flood's best help.
+const ATTEMPTS: usize = 1024;
 /// What a wrong password costs, in seconds; not the same each time, so that it tells nothing.
 const FAILURE_DELAY: std::ops::Range<f64> = 0.75..1.25;
 
@@ -35,7 +36,7 @@ const FAILURE_DELAY: std::ops::Range<f64> = 0.75..1.25;
 #[derive(Debug)]
 pub struct LocalPassword {
     verifier: Verifier,
-    attempts: Semaphore,
+    attempts: Arc<Semaphore>,
 }
 
 /// The password in force, for clients of our own (the notes page) and for the program that `exec` runs; cheap to clone.
@@ -63,6 +64,25 @@ pub(super) enum Failure {
     Gone,
     /// It is told why.
     Refused(Refusal),
+    /// It is told so after a delay.
+    Wrong(WrongPassword),
+}
+
+/// A failed attempt that is still to be answered.
+#[derive(Debug)]
+pub(super) struct WrongPassword {
+    refusal: Refusal,
+    /// Held during the delay, whether the client waits for it or not.
+    _attempt: Option<OwnedSemaphorePermit>,
+}
+
+impl WrongPassword {
+    /// What the client is told, after the delay that limits the rate of guesses.
+    pub(super) async fn delayed(self) -> Refusal {
+        let delay = rand::random_range(FAILURE_DELAY);
+        sleep(Duration::from_secs_f64(delay)).await;
+        self.refusal
+    }
 }
 
 impl From<Refusal> for Failure {
@@ -76,7 +96,7 @@ impl LocalPassword {
     pub fn new(password: &SecretString) -> Option<Self> {
         Some(Self {
             verifier: Verifier::new(password)?,
-            attempts: Semaphore::new(ATTEMPTS),
+            attempts: Arc::new(Semaphore::new(ATTEMPTS)),
         })
     }
 
@@ -104,14 +124,13 @@ impl LocalPassword {
         let last = hear(client, buffer).await?;
 
         // Never closed, so never an error.
-        let _attempt = self.attempts.acquire().await;
+        let attempt = Arc::clone(&self.attempts).acquire_owned().await.ok();
         match exchange.finish(&last) {
             Ok(proof) => say(client, &backend::sasl_final(proof.as_bytes())).await,
-            Err(error) => {
-                let delay = rand::random_range(FAILURE_DELAY);
-                sleep(Duration::from_secs_f64(delay)).await;
-                Err(refusal(error, startup).into())
-            }
+            Err(error) => Err(Failure::Wrong(WrongPassword {
+                refusal: refusal(error, startup),
+                _attempt: attempt,
+            })),
         }
     }
 }
@@ -267,9 +286,10 @@ mod tests {
                 asked
             };
             let (asked, _) = tokio::join!(asked, log_in(&mut client, "open"));
-            let Err(Failure::Refused(refusal)) = asked else {
+            let Err(Failure::Wrong(wrong)) = asked else {
                 panic!("let in");
             };
+            let refusal = wrong.delayed().await;
             assert_eq!(refusal.report.sqlstate, "28P01");
             assert!(refusal.report.message.contains("\"me\""));
             assert!(refusal.report.hint.is_some());
@@ -278,6 +298,28 @@ mod tests {
         futures_util::future::join_all(attempts).await;
         let took = began.elapsed().as_secs_f64();
         assert!(took >= 2.0 * FAILURE_DELAY.start, "{took}");
+    }
+
+    /// 1,500 guessers at a time once delayed a login by 18 s: it waited for their delays, 64 at a time.
+    #[tokio::test(start_paused = true)]
+    async fn the_delays_of_wrong_passwords_delay_no_right_one() {
+        let (password, startup) = (password(), startup());
+        let mut delayed = Vec::new();
+        for known in std::iter::repeat_n("open", 100).chain(["sesame"]) {
+            let (mut client, mut server) = duplex(1024);
+            let mut buffer = BytesMut::new();
+            let asked = async {
+                let asked = password.ask(&mut server, &mut buffer, &startup).await;
+                drop(server);
+                asked
+            };
+            let began = Instant::now();
+            let (asked, believed) = tokio::join!(asked, log_in(&mut client, known));
+            assert_eq!(began.elapsed(), Duration::ZERO);
+            assert_eq!(believed, known == "sesame");
+            delayed.extend(asked.err());
+        }
+        assert_eq!(delayed.len(), 100);
     }
 
     #[tokio::test]

@@ -19,7 +19,6 @@ mod door;
 mod encryption;
 mod entrance;
 mod handshake;
-mod lobby;
 mod local_auth;
 mod peer;
 mod policy;
@@ -28,6 +27,7 @@ mod recent;
 mod relay;
 mod rewind;
 mod roster;
+mod unfinished;
 mod welcomed;
 
 use std::{
@@ -51,13 +51,13 @@ pub use self::{
     door::Door,
     encryption::{ClientTls, ClientTlsError, Encrypted, Encryption},
     entrance::{Entrance, Told},
-    lobby::{Guest, Lobby},
     local_auth::{KnownPassword, LocalPassword},
     peer::Peer,
     policy::{Policies, Policy, Seat, Seats},
     presence::{Presence, Present},
     recent::{Recent, RecentFailure, RecentWake},
     roster::{Activity, Listed, Roster, Seen, Server},
+    unfinished::{HandshakePermit, Unfinished},
 };
 use self::{
     cancel::Target,

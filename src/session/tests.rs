@@ -75,11 +75,11 @@ fn sessions(upstream: SocketAddr, client_login_timeout: Duration) -> Arc<Session
 async fn client(sessions: &Arc<Sessions>, room: usize, tasks: &mut JoinSet<()>) -> DuplexStream {
     let (client, ours) = duplex(room);
     let sessions = Arc::clone(sessions);
-    let guest = Lobby::default().enter().await;
     let peer = Peer::Tcp(SocketAddr::from(([127, 0, 0, 1], 4711)));
+    let permit = Unfinished::default().enter(peer).await;
     tasks.spawn(async move {
         let id = sessions.next_id();
-        let Some(relay) = sessions.serve(id, peer, ours, guest).await else {
+        let Some(relay) = sessions.serve(id, peer, ours, permit).await else {
             return;
         };
         let workers = Workers::start().unwrap();
@@ -262,9 +262,9 @@ async fn the_task_of_a_session_is_small() {
     let (_listener, address) = listen().await;
     let sessions = sessions(address, LONG);
     let (_client, ours) = duplex(16);
-    let guest = Lobby::default().enter().await;
     let peer = Peer::Tcp(address);
-    let session = sessions.serve(1, peer, ours, guest);
+    let permit = Unfinished::default().enter(peer).await;
+    let session = sessions.serve(1, peer, ours, permit);
     let size = size_of_val(&session);
     assert!(size <= 3072, "{size} bytes");
 }

@@ -20,6 +20,7 @@
 )]
 
 mod churn;
+mod flood;
 mod idle;
 mod measure;
 mod probes;
@@ -96,7 +97,7 @@ impl Stage {
     }
 }
 
-const SCENARIOS: [&str; 10] = [
+const SCENARIOS: [&str; 11] = [
     "copy-out",
     "copy-in",
     "value",
@@ -107,6 +108,7 @@ const SCENARIOS: [&str; 10] = [
     "thousands",
     "visits",
     "probes",
+    "flood",
 ];
 
 fn main() -> ExitCode {
@@ -152,6 +154,7 @@ fn main() -> ExitCode {
                 "thousands" => return scripted::thousands(&program).await,
                 "visits" => return scripted::visits(&program).await,
                 "probes" => return probes::beside_thousands(&program).await,
+                "flood" => return flood::beside_logins(&program).await,
                 _ => {}
             }
             let stage = Stage::set(&program).await;

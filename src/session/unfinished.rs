@@ -1,0 +1,358 @@
+//! Limits the unfinished handshakes of one endpoint, without letting a flood of them delay a client that finishes its own.
+//!
+//! A connection is always accepted and given its chance at once; what gives way is the oldest unfinished handshake of the
+//! source (address or uid) that has the most. A client that sends its startup message right after it has connected, as all
+//! drivers do, is therefore served whatever number of others send nothing.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    net::{IpAddr, Ipv6Addr},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use tokio::{
+    sync::Notify,
+    time::{Instant, sleep, sleep_until},
+};
+use tokio_util::sync::CancellationToken;
+
+use super::Peer;
+use crate::descriptors::{self, DescriptorLimit};
+
+/// Unfinished handshakes that only the login timeout ends.
+const UNDISTURBED: usize = 256;
+/// Beyond [`UNDISTURBED`] a handshake is never evicted before this.
+const MIN_TIME: Duration = Duration::from_secs(2);
+/// The same when three quarters of the capacity are used: at least 1,000 handshakes a second are begun then.
+const MIN_TIME_UNDER_PRESSURE: Duration = Duration::from_millis(250);
+/// What an evicted client may still send: after a standstill of the machine all handshakes are old, and their startup
+/// messages wait to be read.
+const LAST_CHANCE: Duration = Duration::from_millis(10);
+/// Between two log lines about evictions.
+const LOG_EVERY: Duration = Duration::from_secs(10);
+
+/// The unfinished handshakes of one endpoint; cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Unfinished(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    capacity: usize,
+    state: Mutex<State>,
+    freed: Notify,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    next: u64,
+    /// Handshakes that hold a permit, evicted ones included.
+    held: usize,
+    /// Handshakes that have not been evicted.
+    remaining: usize,
+    /// Those by source, the oldest first.
+    sources: HashMap<Source, BTreeMap<u64, Handshake>>,
+    evicted: Evicted,
+}
+
+#[derive(Debug)]
+struct Handshake {
+    since: Instant,
+    evicted: CancellationToken,
+}
+
+/// What the log has not been told of evictions yet.
+#[derive(Debug, Default)]
+struct Evicted {
+    count: u64,
+    logged: Option<Instant>,
+}
+
+/// What shares a fate when handshakes are evicted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum Source {
+    /// An IPv4 address, or the network of an IPv6 address that one host may choose from.
+    Address(IpAddr),
+    /// A user of this machine.
+    Uid(u32),
+}
+
+impl From<Peer> for Source {
+    fn from(peer: Peer) -> Self {
+        match peer {
+            Peer::Unix { uid, .. } => Self::Uid(uid),
+            Peer::Tcp(address) => Self::Address(match address.ip().to_canonical() {
+                IpAddr::V6(ip) => Ipv6Addr::from_bits(ip.to_bits() & !u128::from(u64::MAX)).into(),
+                ip @ IpAddr::V4(_) => ip,
+            }),
+        }
+    }
+}
+
+impl Default for Unfinished {
+    /// As many as the limit of open files has room for.
+    fn default() -> Self {
+        Self::with_capacity(descriptors::handshakes(DescriptorLimit::now().soft()))
+    }
+}
+
+impl Unfinished {
+    fn with_capacity(capacity: usize) -> Self {
+        Self(Arc::new(Inner {
+            capacity,
+            state: Mutex::default(),
+            freed: Notify::new(),
+        }))
+    }
+
+    /// A permit for one more handshake. Waits only while the capacity is used up by handshakes too young to be evicted.
+    /// Cancel safe.
+    pub async fn enter(&self, peer: Peer) -> HandshakePermit {
+        loop {
+            let freed = self.0.freed.notified();
+            let (permit, next_eviction) = self.try_enter(peer.into());
+            if let Some(permit) = permit {
+                return permit;
+            }
+            tokio::select! {
+                () = freed => {}
+                () = sleep_until(next_eviction) => {}
+            }
+        }
+    }
+
+    /// A permit, or when to look again at the latest.
+    fn try_enter(&self, source: Source) -> (Option<HandshakePermit>, Instant) {
+        let now = Instant::now();
+        let mut state = self.state();
+        let next_eviction = state.evict(now, self.0.capacity);
+        if state.held >= self.0.capacity {
+            return (None, next_eviction);
+        }
+        let number = state.next;
+        state.next = number.wrapping_add(1);
+        state.held += 1;
+        state.remaining += 1;
+        let evicted = CancellationToken::new();
+        let handshake = Handshake {
+            since: now,
+            evicted: evicted.clone(),
+        };
+        state
+            .sources
+            .entry(source)
+            .or_default()
+            .insert(number, handshake);
+        let permit = HandshakePermit {
+            unfinished: self.clone(),
+            source,
+            number,
+            evicted,
+        };
+        (Some(permit), next_eviction)
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    /// Evicts as many as are too many and old enough; returns when the next will be old enough.
+    fn evict(&mut self, now: Instant, capacity: usize) -> Instant {
+        loop {
+            let min_time = if self.remaining > capacity / 4 * 3 {
+                MIN_TIME_UNDER_PRESSURE
+            } else if self.remaining > UNDISTURBED {
+                MIN_TIME
+            } else {
+                // Those evicted already are about to end.
+                return now + MIN_TIME;
+            };
+            let Some(source) = self.largest_source() else {
+                return now + MIN_TIME;
+            };
+            let Some(oldest) = self
+                .sources
+                .get(&source)
+                .and_then(|those| those.first_key_value())
+            else {
+                return now + MIN_TIME;
+            };
+            let (number, due) = (*oldest.0, oldest.1.since + min_time);
+            if due > now {
+                return due;
+            }
+            if let Some(handshake) = self.remove(source, number) {
+                handshake.evicted.cancel();
+                self.evicted.one_more(now);
+            }
+        }
+    }
+
+    /// The source with the most handshakes.
+    fn largest_source(&self) -> Option<Source> {
+        let (source, _) = self.sources.iter().max_by_key(|(_, those)| those.len())?;
+        Some(*source)
+    }
+
+    /// Takes a handshake out of those that may be evicted, if it is among them.
+    fn remove(&mut self, source: Source, number: u64) -> Option<Handshake> {
+        let those = self.sources.get_mut(&source)?;
+        let handshake = those.remove(&number)?;
+        if those.is_empty() {
+            self.sources.remove(&source);
+        }
+        self.remaining -= 1;
+        Some(handshake)
+    }
+}
+
+impl Evicted {
+    /// Counts it; says so now and then.
+    fn one_more(&mut self, now: Instant) {
+        self.count += 1;
+        if self
+            .logged
+            .is_none_or(|logged| now.duration_since(logged) >= LOG_EVERY)
+        {
+            tracing::warn!(
+                evicted = self.count,
+                "many clients connect and send no startup message; the oldest are refused; hint: at debug level the log has their addresses"
+            );
+            *self = Self {
+                count: 0,
+                logged: Some(now),
+            };
+        }
+    }
+}
+
+/// A handshake's place among the unfinished ones, given back when dropped.
+#[derive(Debug)]
+pub struct HandshakePermit {
+    unfinished: Unfinished,
+    source: Source,
+    number: u64,
+    evicted: CancellationToken,
+}
+
+impl HandshakePermit {
+    /// Returns once the handshake is to end in favor of newer ones. Cancel safe.
+    pub(super) async fn evicted(&self) {
+        self.evicted.cancelled().await;
+        sleep(LAST_CHANCE).await;
+    }
+}
+
+impl Drop for HandshakePermit {
+    fn drop(&mut self) {
+        let mut state = self.unfinished.state();
+        state.remove(self.source, self.number);
+        state.held -= 1;
+        drop(state);
+        self.unfinished.0.freed.notify_waiters();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::SocketAddr;
+
+    use tokio::time::{advance, timeout};
+
+    use super::*;
+
+    const CAPACITY: usize = 1024;
+
+    fn peer(last: u8) -> Peer {
+        Peer::Tcp(SocketAddr::from(([192, 0, 2, last], 1)))
+    }
+
+    async fn enter(unfinished: &Unfinished, last: u8, count: usize) -> Vec<HandshakePermit> {
+        let mut permits = Vec::new();
+        for _ in 0..count {
+            permits.push(unfinished.enter(peer(last)).await);
+        }
+        permits
+    }
+
+    fn evicted(permits: &[HandshakePermit]) -> usize {
+        let evicted = permits.iter().filter(|it| it.evicted.is_cancelled());
+        evicted.count()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_newer_handshake_evicts_the_oldest_and_not_before_its_time() {
+        let unfinished = Unfinished::with_capacity(CAPACITY);
+        let first = enter(&unfinished, 1, UNDISTURBED).await;
+        advance(MIN_TIME * 10).await;
+        let _second = enter(&unfinished, 1, 1).await;
+        assert_eq!(evicted(&first), 0, "not one too many");
+        let _third = enter(&unfinished, 1, 1).await;
+        assert!(first[0].evicted.is_cancelled() && evicted(&first) == 1);
+
+        let unfinished = Unfinished::with_capacity(CAPACITY);
+        let began = Instant::now();
+        let permits = enter(&unfinished, 1, UNDISTURBED * 2).await;
+        assert_eq!((evicted(&permits), began.elapsed()), (0, Duration::ZERO));
+        advance(MIN_TIME / 2).await;
+        let late = enter(&unfinished, 1, 1).await;
+        assert_eq!(evicted(&permits), 0, "too young");
+        advance(MIN_TIME / 2).await;
+        let _later = enter(&unfinished, 1, 1).await;
+        // Down to the number that is left alone, the newest of all not among them yet.
+        assert_eq!((evicted(&permits), evicted(&late)), (UNDISTURBED + 1, 0));
+        drop((permits, late));
+    }
+
+    /// A flood that fills the capacity over and over holds the next one up for a moment only.
+    #[tokio::test(start_paused = true)]
+    async fn under_pressure_handshakes_end_sooner() {
+        let unfinished = Unfinished::with_capacity(CAPACITY);
+        let flood = enter(&unfinished, 1, CAPACITY).await;
+        let began = Instant::now();
+        let leaving = async {
+            flood[0].evicted().await;
+            drop(flood);
+        };
+        let (_permit, ()) = tokio::join!(unfinished.enter(peer(1)), leaving);
+        let took = began.elapsed();
+        assert!(took >= MIN_TIME_UNDER_PRESSURE, "{took:?}");
+        assert!(took < MIN_TIME_UNDER_PRESSURE * 2, "{took:?}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_source_with_the_most_gives_way() {
+        let unfinished = Unfinished::with_capacity(CAPACITY);
+        let honest = enter(&unfinished, 1, 10).await;
+        advance(Duration::from_millis(1)).await;
+        let flood = enter(&unfinished, 2, UNDISTURBED * 2).await;
+        advance(MIN_TIME).await;
+        let _newer = enter(&unfinished, 3, 1).await;
+        assert_eq!(evicted(&honest), 0);
+        assert_eq!(evicted(&flood), UNDISTURBED + 10);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn every_permit_is_given_back() {
+        let unfinished = Unfinished::with_capacity(2);
+        let permits = enter(&unfinished, 1, 2).await;
+        let entering = unfinished.enter(peer(1));
+        assert!(timeout(MIN_TIME / 100, entering).await.is_err());
+        drop(permits);
+        drop(enter(&unfinished, 1, 2).await);
+        let state = unfinished.state();
+        assert_eq!((state.held, state.remaining), (0, 0));
+        assert!(state.sources.is_empty());
+    }
+
+    #[test]
+    fn one_host_is_one_source() {
+        let source = |ip: &str| Source::from(Peer::Tcp(SocketAddr::new(ip.parse().unwrap(), 7)));
+        assert_eq!(source("2001:db8::1"), source("2001:db8::ffff:2"));
+        assert_ne!(source("2001:db8::1"), source("2001:db8:0:1::1"));
+        assert_eq!(source("::ffff:192.0.2.1"), source("192.0.2.1"));
+        assert_ne!(source("192.0.2.1"), source("192.0.2.2"));
+    }
+}
