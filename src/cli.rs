@@ -20,7 +20,7 @@ use crate::{
     remote::{self, ShutdownArgs, WaitArgs},
     shutdown::{Cause, Hangup, Signals},
     systemd::Notifier,
-    telemetry,
+    telemetry::{self, LogGuard, LogHandle, LogOptions},
     token::{self, TokenArgs},
 };
 
@@ -232,9 +232,11 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         Ok(runtime) => runtime,
         Err(error) => return fail(&error, None, FAILURE),
     };
-    let result = runtime.block_on(dispatch(cli, inherited));
+    let mut log = None;
+    let result = runtime.block_on(dispatch(cli, inherited, &mut log));
     // What is left are name look-ups on the blocking pool, which nobody waits for.
     runtime.shutdown_background();
+    drop(log);
     match result {
         Ok(code) => code,
         Err(error) => fail(&error, error.hint(), error.exit_code()),
@@ -268,33 +270,47 @@ fn workers(asked: &OsStr) -> Result<usize, RuntimeError> {
         })
 }
 
-async fn dispatch(cli: Cli, inherited: Inherited) -> Result<ExitCode, CommandError> {
+async fn dispatch(
+    cli: Cli,
+    inherited: Inherited,
+    log: &mut Option<LogGuard>,
+) -> Result<ExitCode, CommandError> {
     if let None | Some(Verb::Doctor(_) | Verb::Exec(_) | Verb::Serve(_) | Verb::Token(_)) =
         &cli.verb
     {
         Environment::check_process()?;
     }
     match cli.verb {
-        None => serve(cli.settings, inherited).await,
+        None => serve(cli.settings, inherited, log).await,
         // Needs no runtime, and has been done.
         Some(Verb::Completions(_)) => Ok(ExitCode::SUCCESS),
         Some(Verb::Doctor(arguments)) => Ok(crate::doctor::command(arguments).await),
         #[cfg(feature = "demo")]
-        Some(Verb::Demo(arguments)) => demonstrate(arguments).await,
+        Some(Verb::Demo(arguments)) => demonstrate(arguments, log).await,
         #[cfg(feature = "demo")]
-        Some(Verb::Emulator(arguments)) => emulate(arguments).await,
-        Some(Verb::Exec(arguments)) => execute(arguments, inherited).await,
-        Some(Verb::Serve(Serve { settings })) => serve(settings, inherited).await,
+        Some(Verb::Emulator(arguments)) => emulate(arguments, log).await,
+        Some(Verb::Exec(arguments)) => execute(arguments, inherited, log).await,
+        Some(Verb::Serve(Serve { settings })) => serve(settings, inherited, log).await,
         Some(Verb::Shutdown(arguments)) => {
             remote::shutdown(arguments).await?;
             Ok(ExitCode::SUCCESS)
         }
-        Some(Verb::Token(arguments)) => print_token(arguments).await,
+        Some(Verb::Token(arguments)) => print_token(arguments, log).await,
         Some(Verb::Wait(arguments)) => {
             remote::wait(arguments).await?;
             Ok(ExitCode::SUCCESS)
         }
     }
+}
+
+/// Begins to log; `guard` sees to the last lines.
+fn start_log(
+    options: &LogOptions,
+    guard: &mut Option<LogGuard>,
+) -> Result<LogHandle, telemetry::LogError> {
+    let (handle, new) = telemetry::logging::init(options)?;
+    *guard = Some(new);
+    Ok(handle)
 }
 
 /// The sockets that a service manager has passed.
@@ -365,11 +381,15 @@ fn notifier(source: &Source) -> Notifier {
     })
 }
 
-async fn serve(settings: Settings, inherited: Inherited) -> Result<ExitCode, CommandError> {
+async fn serve(
+    settings: Settings,
+    inherited: Inherited,
+    log: &mut Option<LogGuard>,
+) -> Result<ExitCode, CommandError> {
     let before = DescriptorLimit::now();
     let source = Source::new(settings, Environment::of_process());
     let config = source.load()?;
-    let log = telemetry::logging::init(&config.log)?;
+    let log = start_log(&config.log, log)?;
     warn_of_unknown_variables();
     tell_limits(&before, &config);
     let notifier = notifier(&source);
@@ -405,7 +425,11 @@ async fn serve(settings: Settings, inherited: Inherited) -> Result<ExitCode, Com
         .map_err(CommandError::Start)
 }
 
-async fn execute(arguments: ExecArgs, inherited: Inherited) -> Result<ExitCode, CommandError> {
+async fn execute(
+    arguments: ExecArgs,
+    inherited: Inherited,
+    log: &mut Option<LogGuard>,
+) -> Result<ExitCode, CommandError> {
     // Resolving the settings raises it.
     let descriptors = DescriptorLimit::now();
     let ExecArgs {
@@ -415,7 +439,7 @@ async fn execute(arguments: ExecArgs, inherited: Inherited) -> Result<ExitCode, 
     } = arguments;
     let source = exec::source(settings, Environment::of_process());
     let config = source.load()?;
-    let log = telemetry::logging::init(&config.log)?;
+    let log = start_log(&config.log, log)?;
     warn_of_unknown_variables();
     tell_limits(&descriptors, &config);
     let notifier = notifier(&source);
@@ -443,29 +467,38 @@ async fn execute(arguments: ExecArgs, inherited: Inherited) -> Result<ExitCode, 
 }
 
 #[expect(clippy::print_stdout, reason = "printing is what it is for")]
-async fn print_token(arguments: TokenArgs) -> Result<ExitCode, CommandError> {
+async fn print_token(
+    arguments: TokenArgs,
+    log: &mut Option<LogGuard>,
+) -> Result<ExitCode, CommandError> {
     let TokenArgs {
         json,
         format,
         settings,
     } = arguments;
     let config = Config::resolve(settings, Environment::of_process())?;
-    let _log = telemetry::logging::init(&config.log)?;
+    start_log(&config.log, log)?;
     print!("{}", token::text(config, json, format).await?);
     Ok(ExitCode::SUCCESS)
 }
 
 #[cfg(feature = "demo")]
-async fn demonstrate(arguments: crate::demo::DemoArgs) -> Result<ExitCode, CommandError> {
-    let _log = telemetry::logging::init(&crate::demo::log_options())?;
+async fn demonstrate(
+    arguments: crate::demo::DemoArgs,
+    log: &mut Option<LogGuard>,
+) -> Result<ExitCode, CommandError> {
+    start_log(&crate::demo::log_options(), log)?;
     let mut signals = Signals::catch().map_err(CommandError::Signals)?;
     let cause = crate::demo::run(arguments, &mut signals).await?;
     Ok(cause.exit_code(false))
 }
 
 #[cfg(feature = "demo")]
-async fn emulate(arguments: crate::emulator::EmulatorArgs) -> Result<ExitCode, CommandError> {
-    let _log = telemetry::logging::init(&telemetry::LogOptions::default())?;
+async fn emulate(
+    arguments: crate::emulator::EmulatorArgs,
+    log: &mut Option<LogGuard>,
+) -> Result<ExitCode, CommandError> {
+    start_log(&LogOptions::default(), log)?;
     let mut signals = Signals::catch().map_err(CommandError::Signals)?;
     let mut cause = None;
     let stop = async { cause = Some(signals.next().await) };
@@ -516,15 +549,13 @@ fn is_service_link(variable: &str, value: &OsStr) -> bool {
             .any(|scheme| value.starts_with(scheme))
 }
 
-#[expect(
-    clippy::print_stderr,
-    reason = "the last word of a command that failed, maybe before there is a log"
-)]
+/// The last words of a command that failed, maybe before there is a log.
 fn fail(error: &(dyn std::error::Error + 'static), hint: Option<String>, code: u8) -> ExitCode {
-    eprintln!("lakebase-proxy: {}", telemetry::chain(error));
+    let mut words = format!("{PROGRAM}: {}\n", telemetry::chain(error));
     if let Some(hint) = hint {
-        eprintln!("hint: {hint}");
+        words.extend(["hint: ", &telemetry::escape(&hint), "\n"]);
     }
+    telemetry::last_words(&words);
     ExitCode::from(code)
 }
 

@@ -1,12 +1,19 @@
 //! Logs to standard error: text for people, JSON for collectors, and a level that can be changed while running.
 
-use std::{error::Error, fmt, io};
+use std::{backtrace::Backtrace, error::Error, fmt, io, panic};
 
+use prometheus::IntCounter;
 use tracing_subscriber::{
     EnvFilter, Layer, Registry, fmt as lines, layer::SubscriberExt, reload, util::SubscriberInitExt,
 };
 
-use super::{redact::redact, repeats::Repeats};
+use super::{
+    escape::Escaped,
+    line::{EscapedFields, JsonLines},
+    redact::redact,
+    repeats::Repeats,
+    sink::{LogGuard, Sink},
+};
 
 /// Quiet on success: our own life-cycle events, other crates' warnings.
 pub const DEFAULT_FILTER: &str = "warn,lakebase_proxy=info";
@@ -34,9 +41,15 @@ impl Default for LogOptions {
 pub struct LogHandle {
     filter: reload::Handle<EnvFilter, Registry>,
     repeats: Repeats,
+    sink: Sink,
 }
 
 impl LogHandle {
+    /// Counts the lines that standard error does not take, those of before included.
+    pub fn count_dropped(&self, counter: &IntCounter) {
+        self.sink.count_dropped(counter);
+    }
+
     /// Replaces the filter; the one in force stays if `filter` is not valid.
     pub fn set_filter(&self, filter: &str) -> Result<(), LogError> {
         self.filter
@@ -79,6 +92,13 @@ pub enum LogError {
         #[source]
         source: tracing_subscriber::util::TryInitError,
     },
+    /// Standard error cannot be used, or there is no thread to write to it.
+    #[error("cannot start to log")]
+    Output {
+        /// What the system says.
+        #[source]
+        source: io::Error,
+    },
     /// The log is gone.
     #[error("the log filter can no longer be changed")]
     Reload {
@@ -93,24 +113,28 @@ pub fn check_filter(filter: &str) -> Result<(), LogError> {
     parse(filter).map(drop)
 }
 
-/// Sets up the process's log, once.
-pub fn init(options: &LogOptions) -> Result<LogHandle, LogError> {
+/// Sets up the process's log, once. What is logged is written by the time that the guard is dropped, within a bound.
+pub fn init(options: &LogOptions) -> Result<(LogHandle, LogGuard), LogError> {
     let (filter, handle) = reload::Layer::new(parse(&options.filter)?);
     let repeats = Repeats::default();
-    // A closed standard error must not become a panic: by default the layer reports its own failures with eprintln!.
+    let (sink, guard) = Sink::stderr().map_err(|source| LogError::Output { source })?;
+    // By default the layer reports its own failures with eprintln!, which would wait for the reader of standard error.
     let layer = if options.structured {
+        let sink = sink.clone();
         lines::layer()
             .json()
             .flatten_event(true)
             .with_span_list(false)
-            .with_writer(io::stderr)
+            .with_writer(move || JsonLines(sink.clone()))
             .log_internal_errors(false)
             .with_filter(repeats.clone())
             .boxed()
     } else {
+        let sink = sink.clone();
         lines::layer()
             .with_ansi(is_coloured())
-            .with_writer(io::stderr)
+            .fmt_fields(EscapedFields)
+            .with_writer(move || sink.clone())
             .log_internal_errors(false)
             .with_filter(repeats.clone())
             .boxed()
@@ -120,10 +144,36 @@ pub fn init(options: &LogOptions) -> Result<LogHandle, LogError> {
         .with(layer)
         .try_init()
         .map_err(|source| LogError::AlreadySet { source })?;
-    Ok(LogHandle {
+    panic::set_hook(Box::new(log_panic));
+    let handle = LogHandle {
         filter: handle,
         repeats,
-    })
+        sink,
+    };
+    Ok((handle, guard))
+}
+
+/// A panic as one line of the log: the default hook writes several to standard error, and waits for its reader.
+fn log_panic(panic: &panic::PanicHookInfo<'_>) {
+    let message = panic.payload_as_str().unwrap_or("a value that is no text");
+    let place = panic.location().map(ToString::to_string);
+    let backtrace = Backtrace::capture();
+    let has_backtrace = backtrace.status() == std::backtrace::BacktraceStatus::Captured;
+    tracing::error!(
+        place,
+        thread = std::thread::current().name(),
+        backtrace = has_backtrace.then(|| backtrace.to_string()),
+        "panicked: {}; hint: this is a defect of lakebase-proxy, please report it",
+        redact(message)
+    );
+}
+
+/// Writes a program's last words to standard error, maybe before or after there is a log, and waits a bounded time for its
+/// reader.
+pub fn last_words(text: &str) {
+    if let Ok((sink, _guard)) = Sink::stderr() {
+        sink.push(text.as_bytes());
+    }
 }
 
 /// An error with all of its causes on one line: `cannot connect: connection refused`.
@@ -140,8 +190,6 @@ pub struct Chain<'a>(&'a (dyn Error + 'static));
 
 impl fmt::Display for Chain<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        use fmt::Write as _;
-
         let mut next = Some(self.0);
         let mut said = String::new();
         while let Some(error) = next {
@@ -155,14 +203,7 @@ impl fmt::Display for Chain<'_> {
             }
             next = error.source();
         }
-        for character in redact(&said).chars() {
-            if character.is_control() {
-                write!(f, "{}", character.escape_default())?;
-            } else {
-                f.write_char(character)?;
-            }
-        }
-        Ok(())
+        Escaped(redact(&said)).fmt(f)
     }
 }
 

@@ -2,12 +2,17 @@
 //!
 //! A leaf: every room may use it, and it imports none of them. It knows how things are written down, not what they mean.
 
+mod escape;
+mod line;
 pub mod logging;
 pub mod metrics;
 pub mod names;
 mod redact;
 mod repeats;
+mod sink;
 
-pub use logging::{DEFAULT_FILTER, LogError, LogHandle, LogOptions, chain};
+pub use escape::{Escaped, escape, escape_json};
+pub use logging::{DEFAULT_FILTER, LogError, LogHandle, LogOptions, chain, last_words};
 pub use metrics::{CountOnDrop, GaugeGuard, Metrics};
 pub use redact::{redact, without_userinfo};
+pub use sink::LogGuard;

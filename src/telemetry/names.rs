@@ -61,6 +61,8 @@ pub const CREDENTIAL_AGE: &str = "credential_age_seconds";
 pub const CONFIG_RELOADS: &str = "config_reloads_total";
 /// Whether the last of them was taken.
 pub const CONFIG_LAST_RELOAD_SUCCESSFUL: &str = "config_last_reload_successful";
+/// Log lines that standard error did not take.
+pub const LOG_LINES_DROPPED: &str = "log_lines_dropped_total";
 /// Which build this is.
 pub const BUILD_INFO: &str = "build_info";
 

@@ -20,6 +20,8 @@ use tracing::{
 };
 use tracing_subscriber::layer::{Context, Filter};
 
+use super::sink::Sink;
+
 /// Lines of one kind that pass in a [`WHILE`].
 const PASS: u32 = 10;
 /// How long a kind is counted.
@@ -147,7 +149,8 @@ impl<S: Subscriber> Filter<S> for Repeats {
     fn event_enabled(&self, event: &Event<'_>, _context: &Context<'_, S>) -> bool {
         let metadata = event.metadata();
         let level = *metadata.level();
-        if level > Level::WARN || metadata.target() == module_path!() {
+        let is_a_count = metadata.target() == module_path!() || metadata.target() == Sink::TARGET;
+        if level > Level::WARN || is_a_count {
             return true;
         }
         let mut place = DefaultHasher::new();

@@ -1,8 +1,21 @@
-//! The log of a running program: what it leaves out, and how to see more.
+//! The log of a running program: what it leaves out, how to see more, and what becomes of it when nothing reads it.
 
-use lakebase_proxy::emulator::Emulator;
+use std::{
+    io::{ErrorKind, Write, pipe},
+    net::SocketAddr,
+};
 
-use crate::harness::{self, binary::Binary, emulator::http, within};
+use lakebase_proxy::emulator::{Action, Emulator, Response, ServerError, Site};
+use rustix::io::ioctl_fionbio;
+use tokio::io::AsyncReadExt;
+
+use crate::harness::{
+    self,
+    binary::{self, Binary},
+    emulator::http,
+    wire::{self, Wire},
+    within,
+};
 
 async fn connect(proxy: &Binary, database: &str) -> Result<(), tokio_postgres::Error> {
     let mut config = tokio_postgres::Config::new();
@@ -112,4 +125,200 @@ async fn what_is_logged_can_be_changed_while_it_runs() {
         assert!(begins["span"][part].is_string(), "{part}: {begins}");
     }
     proxy.until("session ends").await;
+}
+
+async fn dropped(proxy: &Binary) -> u64 {
+    let metrics = http(proxy.http.port(), "GET /metrics", "").await.unwrap();
+    let count = metrics
+        .body
+        .lines()
+        .find_map(|line| line.strip_prefix("lakebase_proxy_log_lines_dropped_total "));
+    count.expect("the metric").parse().unwrap()
+}
+
+/// Makes it log more than the pipe and its buffer hold, and returns how many lines it has dropped.
+async fn clog(proxy: &Binary) -> u64 {
+    let set_filter = async |filter| {
+        let set = http(proxy.http.port(), "PUT /log-filter", filter).await;
+        assert_eq!(set.unwrap().status, 200);
+    };
+    set_filter("trace").await;
+    within("lines are dropped", async {
+        while dropped(proxy).await == 0 {}
+    })
+    .await;
+    set_filter("warn,lakebase_proxy=info").await;
+    dropped(proxy).await
+}
+
+/// Line ends that forge lines in either format, what a terminal obeys, and what reorders text.
+const WORDS: &str = concat!(
+    "x\n2026-01-01T00:00:00.000000Z ERROR lakebase_proxy: FORGED\r\n",
+    r#"{"level":"ERROR","message":"FORGED"}"#,
+    "\t\u{8}\u{1b}[31m\u{7f}\u{85}\u{9b}2K\u{61c}\u{200e}\u{2028}\u{2029}\u{202e}\u{2066}",
+);
+
+fn is_hidden(character: char) -> bool {
+    character.is_control() || "\u{61c}\u{200e}\u{2028}\u{2029}\u{202e}\u{2066}".contains(character)
+}
+
+/// The whole log of a proxy whose clients, workspace and server send [`WORDS`] wherever they can.
+async fn log_of_an_injection(flags: &[&str]) -> String {
+    let emulator = harness::emulator().await;
+    let unavailable = serde_json::json!({ "error_code": WORDS, "message": WORDS }).to_string();
+    let faults = emulator.faults();
+    faults.times(
+        1,
+        Site::Mint,
+        Action::Respond(Response::body(503, unavailable)),
+    );
+    let base = ["serve", "--port", "0", "--http-port", "0"];
+    let mut child = binary::command(&[&base[..], flags].concat())
+        .envs(emulator.environment())
+        .spawn()
+        .unwrap();
+    let mut stderr = child.stderr.take().unwrap();
+    let mut log = String::new();
+    let listens = async {
+        loop {
+            let mut some = [0; 4096];
+            let read = stderr.read(&mut some).await.unwrap();
+            assert!(read > 0, "it ended: {log}");
+            log.push_str(str::from_utf8(&some[..read]).unwrap());
+            let has = |message| log.contains(message);
+            if has("database credential obtained") && has("listening for Postgres clients") {
+                let (_, address) = log
+                    .lines()
+                    .find(|line| line.contains("listening for Postgres clients"))
+                    .and_then(|line| line.split_once("127.0.0.1:"))
+                    .unwrap();
+                let port: String = address.chars().take_while(char::is_ascii_digit).collect();
+                break SocketAddr::from(([127, 0, 0, 1], port.parse().unwrap()));
+            }
+        }
+    };
+    let address = within("it listens", listens).await;
+
+    let try_login = async |parameters: &[(&str, &str)]| {
+        let mut wire = Wire::dial(address).await;
+        wire.startup(parameters).await;
+        while let Ok(Some(said)) = wire.try_next().await {
+            if said.tag == 'Z' {
+                wire.send(&wire::terminate()).await;
+            }
+        }
+    };
+    let options = format!("-c work_mem={}", WORDS.replace(' ', "\\ "));
+    for parameters in [
+        &[("user", WORDS)][..],
+        &[("user", "a"), ("database", WORDS)],
+        &[("user", "a"), ("application_name", WORDS)],
+        &[("user", "a"), (WORDS, "on")],
+        &[("user", "a"), ("work_mem", WORDS)],
+        &[("user", "a"), ("replication", WORDS)],
+        &[("user", "a"), ("options", &options)],
+    ] {
+        within("a login", try_login(parameters)).await;
+    }
+    let mut words = ServerError::fatal("42501", WORDS).detail(WORDS);
+    words.hint = Some(WORDS.to_owned());
+    for (site, action) in [
+        (Site::Startup, Action::Error(words.clone())),
+        (Site::Password, Action::Error(words)),
+        (Site::SslRequest, Action::Answer(WORDS.to_owned())),
+    ] {
+        faults.times(1, site, action);
+        within("a login", try_login(&[("user", "a")])).await;
+    }
+    let id = child.id().unwrap().to_string();
+    let sent = std::process::Command::new("kill").arg(&id).status();
+    assert!(sent.unwrap().success());
+    let mut rest = String::new();
+    within("the end", stderr.read_to_string(&mut rest))
+        .await
+        .unwrap();
+    log + &rest
+}
+
+/// A client can put a line end into any of its names, and a server into any of its words: each made lines of its own.
+#[tokio::test]
+async fn each_line_of_text_is_one_event_whatever_others_send() {
+    let log = log_of_an_injection(&["--log-filter", "debug"]).await;
+    let mut injected = 0;
+    for line in log.strip_suffix('\n').unwrap().split('\n') {
+        let (time, rest) = line.split_once(' ').unwrap();
+        let (level, rest) = rest.trim_start().split_once(' ').unwrap();
+        assert!(time.parse::<jiff::Timestamp>().is_ok(), "{line:?}");
+        assert!(
+            ["ERROR", "WARN", "INFO", "DEBUG"].contains(&level),
+            "{line:?}"
+        );
+        assert!(!line.contains(is_hidden), "{line:?}");
+        assert!(!time.starts_with("2026-01-01"), "forged: {line:?}");
+        injected += usize::from(rest.contains("x\\n2026-01-01T00:00:00.000000Z ERROR"));
+    }
+    assert!(injected >= 6, "of {injected} lines: {log}");
+}
+
+#[tokio::test]
+async fn each_line_of_json_is_one_event_whatever_others_send() {
+    let flags = ["--structured-logs", "--log-filter", "debug"];
+    let log = log_of_an_injection(&flags).await;
+    let mut injected = 0;
+    for line in log.strip_suffix('\n').unwrap().split('\n') {
+        let event: serde_json::Value = serde_json::from_str(line).unwrap();
+        assert!(event["timestamp"].is_string(), "{line:?}");
+        assert!(!line.contains(is_hidden), "{line:?}");
+        // The values are what was sent, for programs.
+        injected += usize::from(event["message"].as_str().unwrap().contains(WORDS));
+    }
+    assert!(injected >= 3, "of {injected} lines: {log}");
+}
+
+/// A container runtime, or a supervisor, whose pipe is full: every write to standard error waited for it, in the end the
+/// task that handles signals too.
+#[tokio::test]
+async fn a_log_that_nothing_reads_stops_neither_sessions_nor_the_end() {
+    let (_emulator, proxy) = proxy().await;
+    clog(&proxy).await;
+    for _ in 0..3 {
+        within("a query", connect(&proxy, "databricks_postgres"))
+            .await
+            .unwrap();
+        let refused = within("a refusal", connect(&proxy, "no_such_database")).await;
+        assert!(refused.is_err());
+    }
+    proxy.signal("TERM");
+    assert_eq!(proxy.unread_exit_code().await, Some(143));
+}
+
+#[tokio::test]
+async fn lines_that_were_dropped_are_counted_in_the_log_once_it_is_read_again() {
+    let (_emulator, mut proxy) = proxy().await;
+    let dropped = clog(&proxy).await;
+    let said = proxy.until("log lines were dropped").await;
+    assert_eq!(
+        (said["level"].as_str(), said["lines"].as_u64()),
+        (Some("WARN"), Some(dropped))
+    );
+    proxy.signal("TERM");
+    // The last lines are there.
+    proxy.until("shut down").await;
+}
+
+#[tokio::test]
+async fn a_command_that_fails_ends_whether_its_words_are_read_or_not() {
+    let (_reader, mut writer) = pipe().unwrap();
+    ioctl_fionbio(&writer, true).unwrap();
+    let full = loop {
+        if let Err(error) = writer.write(&[b'x'; 4096]) {
+            break error;
+        }
+    };
+    assert_eq!(full.kind(), ErrorKind::WouldBlock);
+    ioctl_fionbio(&writer, false).unwrap();
+    let mut command = binary::command(&["serve", "--config-file", "/nowhere"]);
+    let mut child = command.stderr(writer).spawn().unwrap();
+    let ended = within("the command ends", child.wait()).await.unwrap();
+    assert_eq!(ended.code(), Some(1));
 }

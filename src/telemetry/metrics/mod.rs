@@ -79,6 +79,8 @@ pub struct Metrics {
     pub config_reloads: IntCounterVec,
     /// 1 unless the last of them was refused.
     pub config_last_reload_successful: IntGauge,
+    /// Log lines that standard error did not take.
+    pub log_lines_dropped: IntCounter,
     /// Tells the endpoint's registry from the others.
     number: u64,
     process: Arc<ProcessMetrics>,
@@ -258,6 +260,7 @@ impl Metrics {
             )?,
             config_reloads: process.config_reloads.clone(),
             config_last_reload_successful: process.config_last_reload_successful.clone(),
+            log_lines_dropped: process.log_lines_dropped.clone(),
             number: process.endpoints_ever.fetch_add(1, Ordering::Relaxed),
             process: Arc::clone(process),
         };
@@ -370,6 +373,7 @@ mod tests {
             "lakebase_proxy_upstream_tls_handshakes_total{kind=\"resumed\"} 0\n",
             "lakebase_proxy_endpoint_wake_duration_seconds_count 0\n",
             "lakebase_proxy_session_panics_total 0\n",
+            "lakebase_proxy_log_lines_dropped_total 0\n",
             "lakebase_proxy_credential_age_seconds NaN\n",
         ] {
             assert!(text.contains(line), "{line} is missing in\n{text}");

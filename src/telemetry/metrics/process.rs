@@ -22,6 +22,7 @@ pub(super) struct ProcessMetrics {
     pub(super) session_panics: IntCounter,
     pub(super) config_reloads: IntCounterVec,
     pub(super) config_last_reload_successful: IntGauge,
+    pub(super) log_lines_dropped: IntCounter,
     pub(super) endpoints: Mutex<Vec<EndpointRegistry>>,
     /// How many endpoints there have been.
     pub(super) endpoints_ever: AtomicU64,
@@ -98,6 +99,13 @@ impl ProcessMetrics {
                 gauge.set(1);
                 gauge
             },
+            log_lines_dropped: add(
+                &ours,
+                IntCounter::new(
+                    names::LOG_LINES_DROPPED,
+                    "Log lines dropped because what reads standard error does not keep up.",
+                ),
+            )?,
             registries: [ours, system],
             endpoints: Mutex::default(),
             endpoints_ever: AtomicU64::new(0),

@@ -163,6 +163,14 @@ impl Binary {
         assert!(sent.unwrap().success());
     }
 
+    /// Waits for the end without reading the log, and returns the exit code.
+    pub(crate) async fn unread_exit_code(mut self) -> Option<i32> {
+        within("the program ends", self.child.wait())
+            .await
+            .unwrap()
+            .code()
+    }
+
     /// Waits for the end and returns the exit code.
     pub(crate) async fn exit_code(mut self) -> Option<i32> {
         while self.line().await.is_some() {}
