@@ -1,6 +1,6 @@
 //! The tables of the console. Columns are called as in PgBouncer where they mean the same.
 
-use std::{net::IpAddr, sync::Arc, time::Duration};
+use std::{borrow::Cow, net::IpAddr, sync::Arc, time::Duration};
 
 use jiff::Timestamp;
 
@@ -16,7 +16,10 @@ use crate::{
     protocol::rows::{Column, Kind, Value},
     session::{Peer, RecentFailure, Seen},
     shutdown::Phase,
-    telemetry::names::{cancel, class, direction, outcome, reason},
+    telemetry::{
+        escape,
+        names::{cancel, class, direction, outcome, reason},
+    },
     upstream::{Endpoint, Security},
 };
 
@@ -92,6 +95,21 @@ impl Tables for &Sources {
     }
 
     fn rows(&self, show: Show) -> Rows {
+        let mut rows = self.table(show);
+        // Names that clients gave themselves, and servers' words: they must not draw on a terminal.
+        for value in rows.iter_mut().flatten() {
+            if let Value::Text(text) = value
+                && let Cow::Owned(escaped) = escape(text)
+            {
+                *text = escaped;
+            }
+        }
+        rows
+    }
+}
+
+impl Sources {
+    fn table(&self, show: Show) -> Rows {
         let overview = &self.overview;
         match show {
             Show::Clients => overview
@@ -150,9 +168,7 @@ impl Tables for &Sources {
                 .collect(),
         }
     }
-}
 
-impl Sources {
     fn state(&self) -> Rows {
         let (overview, health) = (&self.overview, &self.health);
         let phase = match overview.phase() {

@@ -6,6 +6,8 @@ use anstyle::{AnsiColor, Style};
 use serde::Serialize;
 use tokio::time::Instant;
 
+use crate::telemetry::{escape, escape_json};
+
 /// Width of the steps' names.
 const NAME_WIDTH: usize = 20;
 /// Width of the settings' names.
@@ -163,7 +165,8 @@ impl Report {
             report: self,
         };
         // Strings and numbers only, which always serialise.
-        serde_json::to_string_pretty(&verdict).unwrap_or_default()
+        let json = serde_json::to_string_pretty(&verdict).unwrap_or_default();
+        escape_json(&json).into_owned()
     }
 
     /// As text with ANSI colours, which the writer strips where they do not belong.
@@ -211,21 +214,21 @@ impl Step {
         let of = self
             .endpoint
             .as_ref()
-            .map(|endpoint| format!(" [{endpoint}]"))
+            .map(|endpoint| format!(" [{}]", escape(endpoint)))
             .unwrap_or_default();
         let mut text = format!(
             "  {style}{:<7}{style:#}  {time:>7}  {:<NAME_WIDTH$} {}{of}\n",
             self.outcome.label(),
             self.name,
-            self.message,
+            escape(&self.message),
         );
         if let Some(detail) = &self.detail {
             let dim = Style::new().dimmed();
-            let _ = writeln!(text, "{:INDENT$}{dim}{detail}{dim:#}", "");
+            let _ = writeln!(text, "{:INDENT$}{dim}{}{dim:#}", "", escape(detail));
         }
         if let Some(mend) = &self.mend {
             let cyan = AnsiColor::Cyan.on_default();
-            let _ = writeln!(text, "{:INDENT$}{cyan}mend:{cyan:#} {mend}", "");
+            let _ = writeln!(text, "{:INDENT$}{cyan}mend:{cyan:#} {}", "", escape(mend));
         }
         text
     }
@@ -247,6 +250,7 @@ pub(super) fn settings_text(settings: &[Setting]) -> String {
         source,
     } in settings
     {
+        let (value, source) = (escape(value), escape(source));
         let _ = writeln!(
             text,
             "  {name:<SETTING_WIDTH$} {value:<width$}  {dim}{source}{dim:#}"
@@ -350,6 +354,21 @@ mod tests {
         assert!(plain.contains("1.23 s"), "{plain}");
         assert!(plain.lines().any(|line| line.trim() == "mend: do this"));
         assert!(plain.ends_with("1 failed, 0 warnings; begin with: login\n"));
+    }
+
+    #[test]
+    fn each_finding_is_its_own_line_whatever_others_have_sent() {
+        let mut ignored = |_: &Step| {};
+        let mut chart = Chart::new(Vec::new(), &mut ignored);
+        let words = "no\n  ok       0.00 s  login\u{1b}[2K\u{202e}";
+        let finding = Finding::failed(words).detail(words.to_owned());
+        chart.note_timed("login", Duration::ZERO, finding.mend(words.to_owned()));
+        let text = chart.report.text();
+        let plain = anstream::adapter::strip_str(&text).to_string();
+        let escaped = plain.matches("no\\n  ok       0.00 s  login\\u{1b}[2K\\u{202e}");
+        assert_eq!(escaped.count(), 3, "{plain}");
+        let json = chart.report.json();
+        assert!(!json.contains('\u{202e}') && json.contains("\\u202e"));
     }
 
     #[test]

@@ -3,14 +3,16 @@
 use std::{process::Stdio, time::Duration};
 
 use lakebase_proxy::{
-    config::Settings,
+    config::{PortSetting, Settings},
     emulator::{Action, Emulator, Response, Site},
 };
 use tokio::process::Command;
 use tokio_postgres::{Client, SimpleQueryMessage, SimpleQueryRow};
 
 use crate::harness::{
-    Proxy, emulator, eventually, millis,
+    Proxy, emulator,
+    emulator::http,
+    eventually, millis,
     wire::{self, Wire},
     within,
 };
@@ -47,6 +49,34 @@ async fn error(console: &Client, query: &str) -> tokio_postgres::error::DbError 
         .await
         .unwrap_err();
     error.as_db_error().unwrap().clone()
+}
+
+/// Names that clients give themselves, on a terminal and on the status page: control characters and those that reorder
+/// text made rows that were none.
+#[tokio::test]
+async fn names_are_shown_on_one_line_whatever_they_hold() {
+    let emulator = emulator().await;
+    let proxy = Proxy::with(&emulator, |settings| {
+        open(settings);
+        settings.http_port = Some(PortSetting::Port(0));
+    })
+    .await;
+    let words = "x\n\u{1b}[2K\u{9b}\u{2028}\u{202e}y";
+    let escaped = "x\\n\\u{1b}[2K\\u{9b}\\u{2028}\\u{202e}y";
+    let mut config = proxy.client_config();
+    config.user(words).application_name(words);
+    let _client = proxy.try_client(&config).await.unwrap();
+    config.dbname(format!("{words}z"));
+    assert!(proxy.try_client(&config).await.is_err());
+    let console = console(&proxy).await;
+    let clients = rows(&console, "SHOW CLIENTS").await;
+    assert_eq!(clients[0].get("user"), Some(escaped));
+    let failures = rows(&console, "SHOW FAILURES").await;
+    assert!(failures[0].get("message").unwrap().contains(escaped));
+    let page = http(proxy.http().port(), "GET /\naccept: text/html", "").await;
+    let page = page.unwrap().body;
+    assert!(page.matches(escaped).count() >= 2, "{page}");
+    assert!(!page.contains(['\u{1b}', '\u{9b}', '\u{2028}', '\u{202e}']));
 }
 
 #[tokio::test]

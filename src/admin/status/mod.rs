@@ -3,6 +3,7 @@
 //! Written by the server, brought up to date by a small script of our own while somebody looks, and every ten seconds
 //! where scripts are off. It shows who is connected and what went wrong, so that it answers this machine alone.
 
+mod escape;
 mod life;
 mod view;
 mod words;
