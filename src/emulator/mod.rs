@@ -12,6 +12,7 @@
 //!
 //! The proxy never imports this room, and this room imports none of the proxy's.
 
+mod app;
 mod args;
 mod certificates;
 mod compute;
@@ -46,6 +47,7 @@ use tempfile::TempPath;
 use tokio::{net::TcpListener, sync::watch, time::timeout};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
+pub use app::AppResource;
 pub(crate) use args::duration;
 pub use args::{EmulatorArgs, run};
 pub use counts::Counts;

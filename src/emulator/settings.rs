@@ -4,6 +4,8 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use super::AppResource;
+
 /// The emulated workspace's and endpoint's settings.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
@@ -36,6 +38,8 @@ pub struct Settings {
     /// How long a client may take from accept to its `StartupMessage`.
     #[serde(with = "seconds")]
     pub handshake_timeout: Duration,
+    /// The resources of the workspace's app, in their order; none: one for the emulated endpoint's database.
+    pub app_resources: Vec<AppResource>,
 }
 
 impl Default for Settings {
@@ -53,6 +57,7 @@ impl Default for Settings {
             clock_skew_seconds: 0,
             // The edge's `handshake_timeout` default.
             handshake_timeout: Duration::from_secs(15),
+            app_resources: Vec::new(),
         }
     }
 }

@@ -104,6 +104,27 @@ pub(crate) struct Shared {
 }
 
 impl Shared {
+    /// The uid of any endpoint, by its resource name.
+    pub(crate) fn uid_of(&self, endpoint: &str) -> String {
+        if endpoint == Names::ENDPOINT {
+            return self.names.endpoint_uid();
+        }
+        let words: Vec<&str> = endpoint
+            .split('/')
+            .filter(|word| !word.ends_with('s'))
+            .collect();
+        format!("ep-{}-{}", words.join("-"), self.names.suffix)
+    }
+
+    /// The host of any endpoint, by its resource name; that of the emulated one alone answers.
+    pub(crate) fn host_of(&self, endpoint: &str) -> String {
+        if endpoint == Names::ENDPOINT {
+            self.names.host.clone()
+        } else {
+            format!("{}.localhost", self.uid_of(endpoint))
+        }
+    }
+
     /// The workspace's wall clock.
     pub(crate) fn now(&self) -> Timestamp {
         let skew = SignedDuration::from_secs(self.settings.borrow().clock_skew_seconds);

@@ -222,6 +222,12 @@ impl Response {
         }
     }
 
+    /// The API's error shape with this status, code and message.
+    pub fn error(status: u16, code: &str, message: &str) -> Self {
+        let body = serde_json::json!({ "error_code": code, "message": message });
+        Self::body(status, body.to_string())
+    }
+
     /// With a `Retry-After` header.
     #[must_use]
     pub fn retry_after(self, value: impl Into<String>) -> Self {

@@ -233,20 +233,8 @@ fn endpoint(shared: &Shared, parent: &str, id: &str) -> Value {
     } else {
         compute::State::Idle
     };
-    let uid = if is_real {
-        shared.names.endpoint_uid()
-    } else {
-        let words: Vec<&str> = name
-            .split('/')
-            .filter(|word| !word.ends_with('s'))
-            .collect();
-        format!("ep-{}-{}", words.join("-"), shared.names.suffix)
-    };
-    let host = if is_real {
-        shared.names.host.clone()
-    } else {
-        format!("{uid}.localhost")
-    };
+    let uid = shared.uid_of(&name);
+    let host = shared.host_of(&name);
     let hosts = if is_replica {
         json!({ "read_only_host": host })
     } else {

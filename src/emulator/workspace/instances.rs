@@ -16,7 +16,7 @@ use super::{
     oidc::Caller,
 };
 use crate::emulator::{
-    compute, identity,
+    AppResource, compute, identity,
     shared::{Names, Shared},
 };
 
@@ -80,35 +80,22 @@ pub(super) async fn roles(
     page.of("database_instance_roles", roles.to_vec())
 }
 
-/// `GET /api/2.0/apps/{name}`: one app for each kind of resource, and one without a database.
+/// `GET /api/2.0/apps/{name}`: the app with the resources of the settings, one with a Provisioned database, and one without any.
 pub(super) async fn app(
     State(shared): State<Arc<Shared>>,
     _: Caller,
     Path(name): Path<String>,
 ) -> Result<Json<Value>, ApiError> {
-    let branch = Names::ENDPOINT.rsplitn(3, '/').last().unwrap_or_default();
-    let database = &shared.names.database;
-    let resource = match name.strip_prefix(Names::APP) {
-        Some("") => json!({
-            "name": "postgres",
-            "postgres": {
-                "branch": branch,
-                "database": format!("{branch}/databases/{}", database.replace('_', "-")),
-                "permission": "CAN_CONNECT_AND_CREATE",
-            },
-        }),
-        Some("-provisioned") => json!({
-            "name": "database",
-            "database": {
-                "instance_name": Names::INSTANCE,
-                "database_name": database,
-                "permission": "CAN_CONNECT_AND_CREATE",
-            },
-        }),
-        Some("-without-database") => json!({
-            "name": "api-key",
-            "secret": { "scope": "apps", "key": "api-key", "permission": "READ" },
-        }),
+    let resources = match name.strip_prefix(Names::APP) {
+        Some("") => shared.app_resources(),
+        Some("-provisioned") => vec![AppResource::Database {
+            key: "database".to_owned(),
+            instance_name: Names::INSTANCE.to_owned(),
+            database_name: shared.names.database.clone(),
+        }],
+        Some("-without-database") => vec![AppResource::Secret {
+            key: "api-key".to_owned(),
+        }],
         _ => {
             return Err(ApiError::new(
                 StatusCode::NOT_FOUND,
@@ -121,7 +108,7 @@ pub(super) async fn app(
         "name": name,
         "service_principal_client_id": shared.identities.app.name,
         "service_principal_name": shared.identities.app.display_name,
-        "resources": [resource],
+        "resources": resources.iter().map(AppResource::to_json).collect::<Vec<_>>(),
     })))
 }
 

@@ -2,7 +2,7 @@
 
 use base64::{Engine, engine::general_purpose::STANDARD};
 use jiff::Timestamp;
-use lakebase_proxy::emulator::{Emulator, Identity};
+use lakebase_proxy::emulator::{AppResource, Emulator, Identity};
 use secrecy::ExposeSecret;
 use serde_json::{Value, json};
 
@@ -100,6 +100,66 @@ async fn the_two_step_recipe_yields_a_credential_that_opens_the_database() {
     connect_as(&emulator, config(&emulator).password(password))
         .await
         .unwrap();
+}
+
+/// As Databricks Apps does it: the first database resource fills `PG*`, the others come by `valueFrom`.
+#[tokio::test]
+async fn an_app_with_several_databases_finds_the_first_in_its_environment() {
+    let emulator = start_with(|settings| {
+        settings.app_resources = vec![
+            AppResource::Secret {
+                key: "api-key".to_owned(),
+            },
+            AppResource::postgres("orders", "databricks_postgres"),
+            AppResource::Postgres {
+                key: "archive".to_owned(),
+                branch: "projects/another-project/branches/production".to_owned(),
+                database: "history".to_owned(),
+            },
+        ];
+    })
+    .await;
+    let variables = emulator.app_environment(&[
+        ("ARCHIVE_ENDPOINT", "archive"),
+        ("LAKEBASE_ENDPOINT", "orders"),
+    ]);
+    let of = |wanted: &str| {
+        let found = variables.iter().find(|(name, _)| name == wanted);
+        found.map(|(_, value)| value.as_str())
+    };
+    assert_eq!(
+        (of("PGHOST"), of("PGDATABASE")),
+        (Some("localhost"), Some("databricks_postgres"))
+    );
+    assert_eq!(of("LAKEBASE_ENDPOINT"), Some(emulator.endpoint_name()));
+    assert_eq!(
+        of("ARCHIVE_ENDPOINT"),
+        Some("projects/another-project/branches/production/endpoints/primary")
+    );
+    assert_eq!((of("PGPASSWORD"), of("ENDPOINT_NAME")), (None, None));
+
+    let path = format!("/api/2.0/apps/{}", emulator.app_name());
+    let app = get(&emulator, &path, &token(&emulator).await).await.json();
+    let resources = app["resources"].as_array().unwrap();
+    let names: Vec<&str> = resources
+        .iter()
+        .map(|resource| resource["name"].as_str().unwrap())
+        .collect();
+    assert_eq!(names, ["api-key", "orders", "archive"]);
+    assert_eq!(
+        resources[2]["postgres"]["database"],
+        "projects/another-project/branches/production/databases/history"
+    );
+
+    // People set them as the API's settings.
+    let body =
+        r#"{"app_resources":[{"database":{"key":"db","instance_name":"i","database_name":"d"}}]}"#;
+    let answer = http(port(&emulator), "PATCH /emulator/settings", body).await;
+    assert_eq!(answer.unwrap().status, 200);
+    assert_eq!(emulator.settings().app_resources.len(), 1);
+    let body = r#"{"app_resources":[{"postgres":{"key":"k","branch":"b","databse":"d"}}]}"#;
+    let answer = http(port(&emulator), "PATCH /emulator/settings", body).await;
+    assert_eq!(answer.unwrap().status, 400);
 }
 
 #[tokio::test]
