@@ -129,7 +129,7 @@ pub struct Settings {
     #[arg(long, value_name = "NAME", help_heading = "Upstream")]
     pub profile: Option<String>,
 
-    /// Which database a client gets that names none, or its own user name [default: default]
+    /// Whether a client whose database is named like its user gets PGDATABASE if there is no such database [default: default]
     #[arg(long, value_enum, value_name = "HOW", help_heading = "Upstream")]
     pub database_mapping: Option<DatabaseMapping>,
 

@@ -72,24 +72,33 @@ const POOL_MODE: &str = "session";
 
 pub(super) fn databases(overview: &Overview) -> Rows {
     let most = overview.policy().max_connections;
-    let row = |place: &Arc<Place>| {
+    // Besides the endpoint itself, the names that its clients send by default and that it does not have.
+    let rows = |place: &Arc<Place>| {
         let upstream = place.route.found();
+        let names = upstream
+            .as_ref()
+            .map(|upstream| upstream.missing_databases())
+            .unwrap_or_default();
         let endpoint = upstream.map(|upstream| upstream.endpoint());
         let endpoint = endpoint.as_deref();
-        vec![
-            text(&*place.name),
-            endpoint.map_or(Value::Null, |endpoint| text(&*endpoint.host)),
-            endpoint.map_or(Value::Null, |endpoint| number(endpoint.port)),
-            endpoint.map_or(Value::Null, |endpoint| text(&*endpoint.database)),
-            endpoint.map_or(Value::Null, |endpoint| text(&*endpoint.user)),
-            text(POOL_MODE),
-            number(most),
-            number(place.metrics.upstream_active.get()),
-            number(0),
-            number(0),
-        ]
+        let row = |name: &str| {
+            vec![
+                text(name),
+                endpoint.map_or(Value::Null, |endpoint| text(&*endpoint.host)),
+                endpoint.map_or(Value::Null, |endpoint| number(endpoint.port)),
+                endpoint.map_or(Value::Null, |endpoint| text(&*endpoint.database)),
+                endpoint.map_or(Value::Null, |endpoint| text(&*endpoint.user)),
+                text(POOL_MODE),
+                number(most),
+                number(place.metrics.upstream_active.get()),
+                number(0),
+                number(0),
+            ]
+        };
+        let names = std::iter::once(place.name.as_str()).chain(names.iter().map(String::as_str));
+        names.map(row).collect::<Rows>()
     };
-    overview.places().iter().map(row).collect()
+    overview.places().iter().flat_map(rows).collect()
 }
 
 pub(super) fn lists(overview: &Overview) -> Rows {

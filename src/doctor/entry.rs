@@ -171,6 +171,7 @@ async fn attempt(
     };
     let settings = SessionSettings {
         database: found.database.clone(),
+        fallback_database: None,
         parameters: vec![(
             "application_name".to_owned(),
             "lakebase-proxy doctor".to_owned(),

@@ -15,6 +15,8 @@ const CLIENT_ENCODING: &str = "client_encoding";
 pub struct SessionSettings {
     /// The database to open.
     pub database: String,
+    /// The database to open if that one does not exist.
+    pub fallback_database: Option<String>,
     /// The parameters to send besides `user` and `database`.
     pub parameters: Vec<(String, String)>,
     /// The encoding the client asked for: the edge may force another, which is then mended by a `SET`.
@@ -53,6 +55,7 @@ impl SessionSettings {
         }
         Ok(Self {
             database,
+            fallback_database: None,
             parameters,
             client_encoding: message.parameter(CLIENT_ENCODING).map(str::to_owned),
             replication: message.parameter("replication").is_some_and(is_replication),

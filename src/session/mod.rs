@@ -76,7 +76,7 @@ use crate::{
         GaugeGuard, Metrics,
         names::{cancel as cancel_outcome, reason},
     },
-    upstream::{Connection, Refusal, Route, Terms},
+    upstream::{Connected, Connection, Refusal, Route, Terms},
 };
 
 /// A wait worth telling the client about.
@@ -102,7 +102,8 @@ pub(crate) const TERMINATE: [u8; 5] = [b'X', 0, 0, 0, 4];
 )]
 #[serde(rename_all = "kebab-case")]
 pub enum DatabaseMapping {
-    /// Itself, but where it is the client's user name, which libpq sends when none is given, the default.
+    /// Itself; if it is the client's user name, which libpq sends when none is given, and does not exist, the configured
+    /// one.
     #[default]
     Default,
     /// Always itself.
@@ -110,15 +111,18 @@ pub enum DatabaseMapping {
 }
 
 impl DatabaseMapping {
-    /// The database to open for a client, where `default` is the endpoint's.
-    fn choose(self, startup: &StartupMessage, default: &str) -> String {
+    /// The database to open for a client, and the one to open if that does not exist; `default` is the endpoint's.
+    fn choose(self, startup: &StartupMessage, default: &str) -> (String, Option<String>) {
         let user = startup.parameter("user");
-        let asked = startup.parameter("database").or(user);
-        match (self, asked) {
-            (_, None) => default.to_owned(),
-            (Self::Default, asked) if asked == user => default.to_owned(),
-            (_, Some(asked)) => asked.to_owned(),
-        }
+        let Some(database) = startup.parameter("database").or(user) else {
+            return (default.to_owned(), None);
+        };
+        // Many applications name user and database alike, so such a database may be meant.
+        let may_be_default = self == Self::Default && Some(database) == user && database != default;
+        (
+            database.to_owned(),
+            may_be_default.then(|| default.to_owned()),
+        )
     }
 }
 
@@ -180,15 +184,16 @@ impl Sessions {
                 .route
                 .upstream(policy.terms.limits.connect_timeout)
                 .await?;
-            let database = policy
+            let (database, fallback) = policy
                 .database_mapping
                 .choose(&startup, &upstream.endpoint().database);
-            let settings = SessionSettings::new(&startup, database).map_err(|error| Refusal {
-                report: Report::new(sqlstate::UNDEFINED_OBJECT, error.to_string()),
-                reason: reason::BAD_STARTUP,
-            })?;
-            let connected = upstream.connect(&settings, &policy.terms).await?;
-            Ok((connected, settings.database))
+            let mut settings =
+                SessionSettings::new(&startup, database).map_err(|error| Refusal {
+                    report: Report::new(sqlstate::UNDEFINED_OBJECT, error.to_string()),
+                    reason: reason::BAD_STARTUP,
+                })?;
+            settings.fallback_database = fallback;
+            upstream.connect(&settings, &policy.terms).await
         });
         let connected = tokio::select! {
             connected = connect => connected,
@@ -201,8 +206,11 @@ impl Sessions {
         let held = began.elapsed();
         self.metrics.hold_seconds.observe(held.as_secs_f64());
         drop(waiting);
-        let ((connection, woke_after), database) =
-            connected.map_err(|refusal| about_console(refusal, &startup))?;
+        let Connected {
+            connection,
+            database,
+            woke_after,
+        } = connected.map_err(|refusal| about_console(refusal, &startup))?;
         let began = Instant::now();
         let Connection {
             stream,

@@ -1,32 +1,26 @@
 //! Connects to the upstream, retrying until `connect_timeout` while the endpoint wakes.
 //!
-//! While the endpoint wakes one client's attempt leads, and the others wait for its result. Once a login has worked (or
-//! failed for a reason of its own) all proceed, a bounded number at a time. So a thousand clients at a sleeping endpoint
-//! make one client's dials, and those that were under way already.
+//! While the endpoint wakes clients make one attempt at a time ([`Wake`]). Once it answers all proceed, a bounded number
+//! at a time. So a thousand clients at a sleeping endpoint cause the dials of one, and those that were under way already.
 
-use std::{
-    net::SocketAddr,
-    pin::pin,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
-    time::Duration,
-};
+use std::{borrow::Cow, net::SocketAddr, pin::pin, sync::Arc, time::Duration};
 
-use arc_swap::{ArcSwap, ArcSwapOption};
+use arc_swap::ArcSwap;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
-    sync::{Mutex, MutexGuard, Notify, Semaphore, SemaphorePermit},
-    time::{Instant, sleep_until, timeout, timeout_at},
+    sync::{Semaphore, SemaphorePermit, SetOnce},
+    time::{Instant, sleep, sleep_until, timeout, timeout_at},
 };
 
 use super::{
+    budget::Budget,
+    databases::MissingDatabases,
     dial,
     endpoint::{Endpoint, Keepalive, Label},
     failure::{Class, Failure},
     login::{Connection, log_in},
     phases::record_waits,
+    wake::{Backoff, Lead, Wake},
 };
 use crate::{
     credential::{Cause, Credential, CredentialCell, CredentialError},
@@ -43,6 +37,11 @@ use crate::{
 
 /// Logins under way at a time.
 const CONCURRENT_LOGINS: usize = 32;
+/// A login that takes longer than this after the server asked for the password gives its place to the next: settings of
+/// the client, such as `post_auth_delay`, can make it arbitrarily slow.
+const SLOW_LOGIN: Duration = Duration::from_secs(1);
+/// The budget of a client while an earlier one has spent its whole budget in vain.
+const FAILING_BUDGET: Duration = Duration::from_secs(10);
 /// Cancels under way at a time.
 const CONCURRENT_CANCELS: usize = 32;
 /// How long a cancel may take, as PgBouncer's `cancel_wait_timeout`.
@@ -78,24 +77,6 @@ pub struct Terms {
     pub keepalive: Keepalive,
 }
 
-/// Budgets that are no settings.
-#[derive(Clone, Copy, Debug)]
-struct Budgets {
-    /// How long a name that does not resolve is tried: a typing error should not cost a minute.
-    dns: Duration,
-    /// What a client gets after a whole budget has failed, until a login works again.
-    while_failing: Duration,
-}
-
-impl Default for Budgets {
-    fn default() -> Self {
-        Self {
-            dns: Duration::from_secs(10),
-            while_failing: Duration::from_secs(10),
-        }
-    }
-}
-
 /// Why a client gets no session.
 #[derive(Clone, Debug)]
 pub struct Refusal {
@@ -105,24 +86,28 @@ pub struct Refusal {
     pub reason: &'static str,
 }
 
+/// A logged-in connection for one client.
+#[derive(Debug)]
+pub struct Connected {
+    /// The connection.
+    pub connection: Connection,
+    /// The database that it has open.
+    pub database: String,
+    /// How long the client was held because the endpoint was waking.
+    pub woke_after: Option<Duration>,
+}
+
 /// The way to one endpoint, shared by all of its clients.
 pub struct Upstream {
     label: Label,
     endpoint: ArcSwap<Endpoint>,
     credentials: CredentialCell,
     metrics: Arc<Metrics>,
-    budgets: Budgets,
+    missing_databases: MissingDatabases,
+    failing_budget: Duration,
     logins: Semaphore,
     cancels: Semaphore,
-    /// Held by the client that leads while the endpoint wakes.
-    lead: Mutex<Backoff>,
-    waking: AtomicBool,
-    /// When it was found asleep, while it is.
-    asleep_since: std::sync::Mutex<Option<Instant>>,
-    /// Told when `waking` ends.
-    woken: Notify,
-    failing: AtomicBool,
-    last_failure: ArcSwapOption<Failure>,
+    wake: Wake,
 }
 
 impl Upstream {
@@ -133,15 +118,11 @@ impl Upstream {
             endpoint: ArcSwap::from_pointee(endpoint),
             credentials,
             metrics,
-            budgets: Budgets::default(),
+            missing_databases: MissingDatabases::default(),
+            failing_budget: FAILING_BUDGET,
             logins: Semaphore::new(CONCURRENT_LOGINS),
             cancels: Semaphore::new(CONCURRENT_CANCELS),
-            lead: Mutex::default(),
-            waking: AtomicBool::new(false),
-            asleep_since: std::sync::Mutex::default(),
-            woken: Notify::new(),
-            failing: AtomicBool::new(false),
-            last_failure: ArcSwapOption::empty(),
+            wake: Wake::new(),
         }
     }
 
@@ -155,138 +136,39 @@ impl Upstream {
         self.endpoint.store(Arc::new(endpoint));
     }
 
-    /// A logged-in connection, or the reason why there is none, after one budget at most; with it how long the client
-    /// was held because the endpoint was waking.
+    /// Database names that clients sent by default and that do not exist: these clients get the configured database.
+    pub fn missing_databases(&self) -> Vec<String> {
+        self.missing_databases.names()
+    }
+
+    /// A logged-in connection, or the reason why there is none, after one budget at most.
     ///
     /// Cancel safe: dropping it gives up the lead, the attempt and the wait.
     pub async fn connect(
         &self,
         settings: &SessionSettings,
         terms: &Terms,
-    ) -> Result<(Connection, Option<Duration>), Refusal> {
+    ) -> Result<Connected, Refusal> {
         let limits = &terms.limits;
-        let budget = if self.failing.load(Ordering::Relaxed) {
-            limits.connect_timeout.min(self.budgets.while_failing)
+        let budget = if self.wake.has_spent_budget() {
+            limits.connect_timeout.min(self.failing_budget)
         } else {
             limits.connect_timeout
         };
-        let mut deadline = Deadline::new(budget);
-        let cause = Cause::login(
-            &self.endpoint().user,
-            &settings.database,
-            settings.replication,
-        );
-        let mut backoff = Backoff::default();
-        let mut lead: Option<MutexGuard<'_, Backoff>> = None;
-        let (mut held, mut renewed, mut crowded) = (false, false, false);
-        let mut previous: Option<Failure> = None;
-        let (mut queued, mut credited) = (Duration::ZERO, Duration::ZERO);
-        loop {
-            let began = Instant::now();
-            if lead.is_none() && self.waking.load(Ordering::Acquire) {
-                held = true;
-                lead = self.wait_for_lead(deadline.at).await?;
-            }
-            let asked = Instant::now();
-            let credential = self
-                .credentials
-                .get(deadline.at)
-                .await
-                .map_err(|error| self.no_credential(&error))?;
-            credited += dial::observe(&self.metrics, phase::CREDENTIAL, asked);
-            let ready = Instant::now();
-            let turn = self.wait_for_turn(deadline.at).await?;
-            self.metrics
-                .upstream_connect_seconds
-                .with_label_values(&[phase::QUEUE])
-                .observe((asked - began + ready.elapsed()).as_secs_f64());
-            queued += asked - began + ready.elapsed();
-            // Those ahead may have found the endpoint asleep.
-            if lead.is_none() && self.waking.load(Ordering::Acquire) {
-                continue;
-            }
-            if let Some(previous) = &previous {
-                self.metrics
-                    .upstream_retries
-                    .with_label_values(&[previous.class.label()])
-                    .inc();
-            }
-            // There may have been a new one meanwhile.
-            let credential = self.credentials.current().unwrap_or(credential);
-            let attempt = self.attempt(
-                turn,
-                &credential,
-                (settings, terms),
-                deadline.at,
-                previous.as_ref(),
-            );
-            let failure = match attempt.await {
-                Ok(connection) => {
-                    record_waits(queued, credited);
-                    self.credentials.accepted(credential.generation, cause);
-                    self.failing.store(false, Ordering::Relaxed);
-                    self.wake(lead.as_deref_mut());
-                    return Ok((connection, held.then(|| deadline.began.elapsed())));
-                }
-                Err(failure) => failure,
-            };
-            match failure.class {
-                Class::Waking => {
-                    held = true;
-                    self.fell_asleep();
-                    self.last_failure.store(Some(Arc::new(failure.clone())));
-                    if failure.is_dns {
-                        deadline.shorten(self.budgets.dns);
-                    }
-                    if lead.is_none() && !deadline.is_over() {
-                        lead = self.wait_for_lead(deadline.at).await?;
-                        // Somebody else got through meanwhile: no reason to wait.
-                        if lead.is_none() {
-                            previous = Some(failure);
-                            continue;
-                        }
-                    }
-                    let retry_at = lead.as_deref_mut().unwrap_or(&mut backoff).next();
-                    if retry_at >= deadline.at {
-                        if deadline.is_whole {
-                            self.failing.store(true, Ordering::Relaxed);
-                        }
-                        return Err(self.refusal(&failure));
-                    }
-                    let _ = timeout_at(retry_at, self.woken.notified()).await;
-                }
-                Class::Identity if !renewed => {
-                    self.wake(lead.as_deref_mut());
-                    lead = None;
-                    renewed = true;
-                    let fresh = self
-                        .credentials
-                        .replace(credential.generation, cause, deadline.at)
-                        .await;
-                    // The server's own words explain more than why there is no other credential to try.
-                    fresh.map_err(|error| self.not_renewed(&failure, &error))?;
-                }
-                Class::Capacity => {
-                    self.wake(lead.as_deref_mut());
-                    lead = None;
-                    if !crowded {
-                        crowded = true;
-                        let waited = deadline.began.elapsed();
-                        deadline.shorten(waited + limits.capacity_timeout);
-                    }
-                    let retry_at = backoff.next();
-                    if retry_at >= deadline.at {
-                        return Err(self.refusal(&failure));
-                    }
-                    sleep_until(retry_at).await;
-                }
-                _ => {
-                    self.wake(lead.as_deref_mut());
-                    return Err(self.refusal(&failure));
-                }
-            }
-            previous = Some(failure);
-        }
+        let connect = Connect {
+            upstream: self,
+            terms,
+            settings: Cow::Borrowed(settings),
+            budget: Budget::new(budget),
+            backoff: Backoff::default(),
+            previous: None,
+            was_held: false,
+            was_full: false,
+            was_renewed: false,
+            queued: Duration::ZERO,
+            credited: Duration::ZERO,
+        };
+        connect.run().await
     }
 
     /// Sends the server's own cancel key to the address that gave it, over a fresh connection.
@@ -318,100 +200,11 @@ impl Upstream {
             .unwrap_or_else(|_| Err(Failure::timed_out("cancel")))
     }
 
-    /// Waits until this client leads, or until somebody has got through (then `None`). Cancel safe.
-    async fn wait_for_lead(
-        &self,
-        deadline: Instant,
-    ) -> Result<Option<MutexGuard<'_, Backoff>>, Refusal> {
-        let mut woken = pin!(self.woken.notified());
-        woken.as_mut().enable();
-        if !self.waking.load(Ordering::Acquire) {
-            return Ok(None);
+    /// Records that the endpoint answers.
+    fn answered(&self, woke_after: Option<Duration>) {
+        if let Some(waking) = woke_after {
+            self.metrics.wake_seconds.observe(waking.as_secs_f64());
         }
-        tokio::select! {
-            () = woken => Ok(None),
-            lead = self.lead.lock() => Ok(self.waking.load(Ordering::Acquire).then_some(lead)),
-            () = sleep_until(deadline) => {
-                let failure = self.last_failure.load_full();
-                Err(self.refusal(
-                    &failure.map_or_else(|| Failure::timed_out("waking"), Arc::unwrap_or_clone),
-                ))
-            }
-        }
-    }
-
-    /// Waits until few enough others are being logged in. Cancel safe.
-    async fn wait_for_turn(&self, deadline: Instant) -> Result<SemaphorePermit<'_>, Refusal> {
-        match timeout_at(deadline, self.logins.acquire()).await {
-            Ok(Ok(turn)) => Ok(turn),
-            Ok(Err(_)) | Err(_) => Err(self.refusal(&Failure::crowded())),
-        }
-    }
-
-    /// The endpoint does not answer: everybody waits for one client's attempts.
-    fn fell_asleep(&self) {
-        if !self.waking.swap(true, Ordering::AcqRel) {
-            *self.asleep_since() = Some(Instant::now());
-        }
-    }
-
-    fn asleep_since(&self) -> std::sync::MutexGuard<'_, Option<Instant>> {
-        self.asleep_since
-            .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner)
-    }
-
-    /// The endpoint has answered: nobody need wait for a leader.
-    fn wake(&self, lead: Option<&mut Backoff>) {
-        if self.waking.swap(false, Ordering::AcqRel) {
-            self.woken.notify_waiters();
-            if let Some(since) = self.asleep_since().take() {
-                self.metrics
-                    .wake_seconds
-                    .observe(since.elapsed().as_secs_f64());
-            }
-        }
-        if let Some(backoff) = lead {
-            *backoff = Backoff::default();
-        }
-    }
-
-    /// One login. One that the deadline cuts short says nothing new: then it is what was wrong with the one before.
-    async fn attempt(
-        &self,
-        _turn: SemaphorePermit<'_>,
-        credential: &Credential,
-        (settings, terms): (&SessionSettings, &Terms),
-        deadline: Instant,
-        previous: Option<&Failure>,
-    ) -> Result<Connection, Failure> {
-        let endpoint = self.endpoint();
-        let login = log_in(
-            &endpoint,
-            credential,
-            settings,
-            &terms.keepalive,
-            &self.metrics,
-        );
-        let limit = deadline.min(Instant::now() + terms.limits.server_connect_timeout);
-        let result = timeout_at(limit, login).await.unwrap_or_else(|_| {
-            let cut_short = previous.filter(|_| limit == deadline);
-            Err(cut_short
-                .cloned()
-                .unwrap_or_else(|| Failure::timed_out("login")))
-        });
-        let labels = match &result {
-            Ok(_) => [outcome::OK, class::NONE],
-            Err(failure) => [outcome::FAILED, failure.class.label()],
-        };
-        self.metrics
-            .upstream_connects
-            .with_label_values(&labels)
-            .inc();
-        if let Err(failure) = &result {
-            tracing::debug!(endpoint = %self.label, class = failure.class.label(), error = %failure, "upstream login failed");
-        }
-        result
     }
 
     fn refusal(&self, failure: &Failure) -> Refusal {
@@ -449,70 +242,257 @@ impl Upstream {
     }
 }
 
-/// When a client's patience ends.
-#[derive(Clone, Copy, Debug)]
-struct Deadline {
-    at: Instant,
-    began: Instant,
-    /// It has not been shortened.
-    is_whole: bool,
+/// One client's way to a connection: its budget, and what its attempts have met so far.
+struct Connect<'a> {
+    upstream: &'a Upstream,
+    terms: &'a Terms,
+    settings: Cow<'a, SessionSettings>,
+    budget: Budget,
+    /// Pauses between attempts of this client alone.
+    backoff: Backoff,
+    /// Why the last attempt failed.
+    previous: Option<Failure>,
+    was_held: bool,
+    was_full: bool,
+    was_renewed: bool,
+    queued: Duration,
+    credited: Duration,
 }
 
-impl Deadline {
-    fn new(budget: Duration) -> Self {
-        let began = Instant::now();
-        Self {
-            at: began + budget,
-            began,
-            is_whole: true,
+/// What an attempt needs.
+struct Admission<'a> {
+    /// Present while the endpoint wakes.
+    lead: Option<Lead<'a>>,
+    credential: Arc<Credential>,
+    slot: SemaphorePermit<'a>,
+}
+
+impl<'a> Connect<'a> {
+    async fn run(mut self) -> Result<Connected, Refusal> {
+        loop {
+            let admission = self.admission().await?;
+            let generation = admission.credential.generation;
+            match self.attempt(admission).await {
+                Ok(connection) => {
+                    record_waits(self.queued, self.credited);
+                    self.upstream.credentials.accepted(generation, self.cause());
+                    return Ok(Connected {
+                        connection,
+                        woke_after: self.was_held.then(|| self.budget.spent()),
+                        database: self.settings.into_owned().database,
+                    });
+                }
+                Err(failure) => self.recover(failure, generation).await?,
+            }
         }
     }
 
-    /// Allows `budget` from the beginning, where that is less.
-    fn shorten(&mut self, budget: Duration) {
-        let at = self.began + budget;
-        if at < self.at {
-            self.at = at;
-            self.is_whole = false;
+    /// Waits for the right to make an attempt, and for a credential to make it with.
+    async fn admission(&mut self) -> Result<Admission<'a>, Refusal> {
+        let upstream = self.upstream;
+        loop {
+            let began = Instant::now();
+            self.was_held |= upstream.wake.is_waking();
+            let lead = match upstream.wake.turn(&mut self.budget).await {
+                Ok(lead) => lead,
+                Err(failure) => {
+                    if self.budget.is_whole() {
+                        upstream.wake.spend_budget();
+                    }
+                    return Err(upstream.refusal(&failure));
+                }
+            };
+            // Another client got through since this one's attempt failed: without a pause, a client whose logins alone
+            // look like those of a waking endpoint would retry without end.
+            if lead.is_none() && self.has_met_waking() {
+                self.pause().await?;
+            }
+            let asked = Instant::now();
+            let credential = upstream
+                .credentials
+                .get(self.budget.ends_at())
+                .await
+                .map_err(|error| upstream.no_credential(&error))?;
+            self.credited += dial::observe(&upstream.metrics, phase::CREDENTIAL, asked);
+            let ready = Instant::now();
+            let slot = self.login_slot().await?;
+            let queued = (asked - began) + ready.elapsed();
+            upstream
+                .metrics
+                .upstream_connect_seconds
+                .with_label_values(&[phase::QUEUE])
+                .observe(queued.as_secs_f64());
+            self.queued += queued;
+            // Those ahead may have found the endpoint waking.
+            if lead.is_none() && upstream.wake.is_waking() {
+                continue;
+            }
+            return Ok(Admission {
+                lead,
+                // There may be a newer one by now.
+                credential: upstream.credentials.current().unwrap_or(credential),
+                slot,
+            });
         }
     }
 
-    fn is_over(&self) -> bool {
-        Instant::now() >= self.at
+    /// What a refusal of the credential is counted under.
+    fn cause(&self) -> Cause {
+        let user = &self.upstream.endpoint().user;
+        Cause::login(user, &self.settings.database, self.settings.replication)
     }
-}
 
-/// Growing pauses, a random half of each: 50..100 ms at first, 1..2 s at last.
-#[derive(Clone, Copy, Debug)]
-struct Backoff {
-    pause: Duration,
-    used: Option<Instant>,
-}
+    fn has_met_waking(&self) -> bool {
+        self.previous
+            .as_ref()
+            .is_some_and(|failure| failure.class == Class::Waking)
+    }
 
-impl Default for Backoff {
-    fn default() -> Self {
-        Self {
-            pause: Self::FIRST,
-            used: None,
+    async fn login_slot(&self) -> Result<SemaphorePermit<'a>, Refusal> {
+        match timeout_at(self.budget.ends_at(), self.upstream.logins.acquire()).await {
+            Ok(Ok(slot)) => Ok(slot),
+            Ok(Err(_)) | Err(_) => Err(self.upstream.refusal(&Failure::crowded())),
         }
     }
-}
 
-impl Backoff {
-    const FIRST: Duration = Duration::from_millis(100);
-    const LAST: Duration = Duration::from_secs(2);
-    /// When nobody has tried for this long, a new client begins anew.
-    const STALE: Duration = Duration::from_secs(30);
-
-    fn next(&mut self) -> Instant {
-        let now = Instant::now();
-        if self.used.is_some_and(|used| now - used > Self::STALE) {
-            self.pause = Self::FIRST;
+    /// One login, and what its result says about the endpoint.
+    async fn attempt(&mut self, admission: Admission<'a>) -> Result<Connection, Failure> {
+        let upstream = self.upstream;
+        self.budget.attempt();
+        if self.settings.fallback_database.is_some()
+            && upstream.missing_databases.contains(&self.settings.database)
+        {
+            self.open_fallback_database();
         }
-        self.used = Some(now);
-        let pause = self.pause.mul_f64(rand::random_range(0.5..1.0));
-        self.pause = self.pause.mul_f64(1.5).min(Self::LAST);
-        now + pause
+        if let Some(previous) = &self.previous {
+            upstream
+                .metrics
+                .upstream_retries
+                .with_label_values(&[previous.class.label()])
+                .inc();
+        }
+        let Admission {
+            lead,
+            credential,
+            slot,
+        } = admission;
+        let mut held = Some((lead, slot));
+        let endpoint = upstream.endpoint();
+        let asked_for_password = SetOnce::new();
+        let login = log_in(
+            &endpoint,
+            &credential,
+            &self.settings,
+            &self.terms.keepalive,
+            &upstream.metrics,
+            &asked_for_password,
+        );
+        let whole = Instant::now() + self.terms.limits.server_connect_timeout;
+        let ends_at = self.budget.ends_at().min(whole);
+        let mut login = pin!(timeout_at(ends_at, login));
+        let slow = async {
+            asked_for_password.wait().await;
+            sleep(SLOW_LOGIN).await;
+        };
+        let result = tokio::select! {
+            result = &mut login => result,
+            () = slow => {
+                held = None;
+                login.await
+            }
+        };
+        // An attempt that the budget cuts short says nothing new.
+        let cut_short = self.previous.as_ref().filter(|_| ends_at < whole);
+        let result = result.unwrap_or_else(|_| {
+            Err(match cut_short {
+                Some(previous) => previous.clone(),
+                None if asked_for_password.initialized() => Failure::slow_login(),
+                None => Failure::timed_out("login"),
+            })
+        });
+        match &result {
+            Ok(_) => upstream.answered(upstream.wake.logged_in()),
+            Err(failure) if failure.is_inconclusive => {}
+            Err(failure) if failure.class == Class::Waking => {
+                let is_leading = held.as_ref().is_some_and(|(lead, _)| lead.is_some());
+                upstream.wake.failed(failure, is_leading);
+            }
+            Err(_) => upstream.answered(upstream.wake.answered()),
+        }
+        let labels = match &result {
+            Ok(_) => [outcome::OK, class::NONE],
+            Err(failure) => [outcome::FAILED, failure.class.label()],
+        };
+        upstream
+            .metrics
+            .upstream_connects
+            .with_label_values(&labels)
+            .inc();
+        if let Err(failure) = &result {
+            tracing::debug!(endpoint = %upstream.label, class = failure.class.label(), error = %failure, "upstream login failed");
+        }
+        result
+    }
+
+    /// Does what may make the next attempt succeed, or refuses the client.
+    async fn recover(&mut self, failure: Failure, generation: u64) -> Result<(), Refusal> {
+        let upstream = self.upstream;
+        match failure.class {
+            Class::Waking => self.was_held = true,
+            Class::Identity if !self.was_renewed => {
+                self.was_renewed = true;
+                let fresh = upstream
+                    .credentials
+                    .replace(generation, self.cause(), self.budget.ends_at())
+                    .await;
+                // The server's own words explain more than why there is no other credential to try.
+                fresh.map_err(|error| upstream.not_renewed(&failure, &error))?;
+            }
+            Class::Capacity => {
+                if !self.was_full {
+                    self.was_full = true;
+                    let capacity_timeout = self.terms.limits.capacity_timeout;
+                    self.budget.shorten(self.budget.spent() + capacity_timeout);
+                }
+                self.previous = Some(failure);
+                return self.pause().await;
+            }
+            _ if failure.is_missing_database() && self.settings.fallback_database.is_some() => {
+                let name = &self.settings.database;
+                if upstream.missing_databases.insert(name) {
+                    tracing::info!(
+                        endpoint = %upstream.label,
+                        database = %name,
+                        fallback = self.settings.fallback_database,
+                        "clients that name a database like their user get the configured one, since theirs does not exist; hint: name the database in the connection string, or set database_mapping to exact"
+                    );
+                }
+                self.open_fallback_database();
+            }
+            _ => return Err(upstream.refusal(&failure)),
+        }
+        self.previous = Some(failure);
+        Ok(())
+    }
+
+    /// Waits before the next attempt of this client alone; refuses it if none fits into the budget.
+    async fn pause(&mut self) -> Result<(), Refusal> {
+        let retry_at = self.backoff.next();
+        if retry_at < self.budget.ends_at() {
+            sleep_until(retry_at).await;
+            return Ok(());
+        }
+        let failure = self.previous.clone();
+        let failure = failure.unwrap_or_else(|| Failure::timed_out("waking"));
+        Err(self.upstream.refusal(&failure))
+    }
+
+    fn open_fallback_database(&mut self) {
+        if let Some(fallback) = self.settings.fallback_database.clone() {
+            let settings = self.settings.to_mut();
+            settings.database = fallback;
+            settings.fallback_database = None;
+        }
     }
 }
 

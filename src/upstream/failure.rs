@@ -94,6 +94,8 @@ pub struct Failure {
     pub class: Class,
     /// Whether the endpoint's name could not be resolved: waited for less long than a sleeping endpoint.
     pub is_dns: bool,
+    /// Whether the client's own settings may have caused it: then it says nothing about the endpoint.
+    pub is_inconclusive: bool,
     cause: Cause,
     hint: Option<&'static str>,
 }
@@ -149,6 +151,7 @@ impl Failure {
         Self {
             class,
             is_dns: false,
+            is_inconclusive: false,
             cause: Cause::Server(Box::new(said)),
             hint,
         }
@@ -193,6 +196,14 @@ impl Failure {
             sqlstate::CONNECTION_FAILURE,
             format!("the server did not answer in time ({phase})"),
         )
+    }
+
+    /// The server asked for the password, and did not finish the login in time. The endpoint may be waking behind its
+    /// edge, but a client's own settings (`post_auth_delay`) can have the same effect.
+    pub fn slow_login() -> Self {
+        let mut failure = Self::timed_out("login, after the password was sent");
+        failure.is_inconclusive = true;
+        failure
     }
 
     /// Too many clients are being logged in for this one to have had its turn.
@@ -240,9 +251,15 @@ impl Failure {
         Self {
             class,
             is_dns: false,
+            is_inconclusive: false,
             cause: Cause::Ours { sqlstate, message },
             hint: None,
         }
+    }
+
+    /// Whether the server found that the database does not exist.
+    pub fn is_missing_database(&self) -> bool {
+        matches!(&self.cause, Cause::Server(said) if said.code == sqlstate::UNDEFINED_DATABASE)
     }
 
     /// What a person can do about it.

@@ -5,6 +5,7 @@ use std::{io, net::SocketAddr};
 use bytes::BytesMut;
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
+    sync::SetOnce,
     time::Instant,
 };
 
@@ -55,13 +56,14 @@ pub struct Greeting {
     client_encoding: Option<String>,
 }
 
-/// Dials and logs in once. Not cancel safe, and need not be: dropping it drops the connection.
+/// Dials and logs in once; sets `asked_for_password` when the server has asked for it. Not cancel safe, and need not be: dropping it drops the connection.
 pub(super) async fn log_in(
     endpoint: &Endpoint,
     credential: &Credential,
     settings: &SessionSettings,
     keepalive: &Keepalive,
     metrics: &Metrics,
+    asked_for_password: &SetOnce<()>,
 ) -> Result<Connection, Failure> {
     let whole = Instant::now();
     let (mut stream, address, mut phases) = dial::dial(endpoint, keepalive, metrics).await?;
@@ -74,6 +76,7 @@ pub(super) async fn log_in(
         credential,
         settings,
         may_send_cleartext,
+        asked_for_password,
     )
     .await?;
     phases.login = dial::observe(metrics, phase::LOGIN, started);
@@ -89,13 +92,14 @@ pub(super) async fn log_in(
     })
 }
 
-/// Everything said between TLS and ReadyForQuery.
+/// Everything said between TLS and ReadyForQuery; sets `asked_for_password` when the server has asked for it.
 pub(super) async fn exchange<S: AsyncRead + AsyncWrite + Unpin>(
     stream: &mut S,
     user: &str,
     credential: &Credential,
     settings: &SessionSettings,
     may_send_cleartext: bool,
+    asked_for_password: &SetOnce<()>,
 ) -> Result<(Greeting, BytesMut), Failure> {
     let mut parameters = vec![("user", user), ("database", settings.database.as_str())];
     parameters.extend(
@@ -131,6 +135,8 @@ pub(super) async fn exchange<S: AsyncRead + AsyncWrite + Unpin>(
                 }
                 let done = request == AuthenticationRequest::Ok;
                 if let Some(answer) = authenticator.answer(request)? {
+                    // Already set when the exchange takes more than one message.
+                    let _ = asked_for_password.set(());
                     wire.send(&answer).await?;
                 }
                 if done {
@@ -294,6 +300,7 @@ mod tests {
     fn settings(client_encoding: Option<&str>, replication: bool) -> SessionSettings {
         SessionSettings {
             database: "db".to_owned(),
+            fallback_database: None,
             parameters: Vec::new(),
             client_encoding: client_encoding.map(str::to_owned),
             replication,
@@ -322,10 +329,16 @@ mod tests {
             minted_at: Timestamp::UNIX_EPOCH,
             generation: 1,
         };
-        let (result, heard) = tokio::join!(
-            exchange(&mut ours, "me", &credential, &settings, true),
-            server
+        let asked_for_password = SetOnce::new();
+        let login = exchange(
+            &mut ours,
+            "me",
+            &credential,
+            &settings,
+            true,
+            &asked_for_password,
         );
+        let (result, heard) = tokio::join!(login, server);
         (result.map(|(greeting, _)| greeting), heard)
     }
 

@@ -5,7 +5,9 @@
 //! [`SessionSettings`]: crate::protocol::options::SessionSettings
 
 mod addresses;
+mod budget;
 mod connect;
+mod databases;
 mod dial;
 pub mod endpoint;
 mod failure;
@@ -15,9 +17,10 @@ pub mod probe;
 mod route;
 mod tcp;
 mod tls_stream;
+mod wake;
 
 pub use addresses::Addresses;
-pub use connect::{Limits, Refusal, Terms, Upstream};
+pub use connect::{Connected, Limits, Refusal, Terms, Upstream};
 pub use dial::Stream;
 pub use endpoint::{Endpoint, Keepalive, Label, Security, is_loopback};
 pub use failure::{Class, Failure};

@@ -8,6 +8,7 @@ use bytes::{Buf, BytesMut};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
+    sync::SetOnce,
 };
 
 use super::{
@@ -81,6 +82,7 @@ impl Session {
             credential,
             settings,
             may_send_cleartext,
+            &SetOnce::new(),
         )
         .await?;
         Ok(Self { stream, buffer })

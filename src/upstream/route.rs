@@ -84,11 +84,12 @@ impl Route {
         let upstream = self.upstream(terms.limits.connect_timeout).await?;
         let settings = SessionSettings {
             database: upstream.endpoint().database.clone(),
+            fallback_database: None,
             parameters: vec![("application_name".to_owned(), "lakebase-proxy".to_owned())],
             client_encoding: None,
             replication: false,
         };
-        let (mut connection, _woke_after) = upstream.connect(&settings, terms).await?;
+        let mut connection = upstream.connect(&settings, terms).await?.connection;
         let goodbye = async {
             connection
                 .stream

@@ -539,7 +539,8 @@ async fn clients_of_a_sleeping_endpoint_are_held_and_told() {
     emulator.suspend().await;
     let leader = async {
         let mut wire = proxy.dial().await;
-        wire.startup(&[("user", "leader")]).await;
+        wire.startup(&[("user", "leader"), ("database", harness::DATABASE)])
+            .await;
         wire.welcome().await
     };
     let followers = async {
@@ -549,7 +550,8 @@ async fn clients_of_a_sleeping_endpoint_are_held_and_told() {
             .unwrap();
         join_all((0..40).map(async |_| {
             let mut wire = proxy.dial().await;
-            wire.startup(&[("user", "follower")]).await;
+            wire.startup(&[("user", "follower"), ("database", harness::DATABASE)])
+                .await;
             wire.welcome().await
         }))
         .await
@@ -577,7 +579,8 @@ async fn clients_of_a_sleeping_endpoint_are_held_and_told() {
     );
     // A prompt login is not spoken of.
     let mut wire = proxy.dial().await;
-    wire.startup(&[("user", "anyone")]).await;
+    wire.startup(&[("user", "anyone"), ("database", harness::DATABASE)])
+        .await;
     assert_eq!(wire.welcome().await.notices, []);
 }
 
@@ -618,13 +621,17 @@ async fn a_client_that_hangs_up_ends_its_wait() {
         Action::Error(ServerError::external_authorization()),
     );
     let mut leader = proxy.dial().await;
-    leader.startup(&[("user", "leader")]).await;
+    leader
+        .startup(&[("user", "leader"), ("database", harness::DATABASE)])
+        .await;
     emulator
         .wait_for(harness::PATIENCE, |counts| counts.dials >= 2)
         .await
         .unwrap();
     let mut follower = proxy.dial().await;
-    follower.startup(&[("user", "follower")]).await;
+    follower
+        .startup(&[("user", "follower"), ("database", harness::DATABASE)])
+        .await;
     let active = &proxy.metrics().clients_active;
     eventually("both are in", async || (active.get() == 2).then_some(())).await;
 
@@ -658,7 +665,9 @@ async fn a_client_that_hangs_up_ends_its_wait() {
     emulator.faults().clear();
     emulator.faults().always(Site::Startup, Action::Stall);
     let mut stalled = proxy.dial().await;
-    stalled.startup(&[("user", "anyone")]).await;
+    stalled
+        .startup(&[("user", "anyone"), ("database", harness::DATABASE)])
+        .await;
     emulator
         .wait_for(harness::PATIENCE, |counts| counts.connections == 1)
         .await
@@ -757,7 +766,8 @@ async fn a_rejected_credential_is_replaced_once_behind_the_clients_back() {
             .faults()
             .once(Site::Password, Action::Error(said.clone()));
         let mut wire = proxy.dial().await;
-        wire.startup(&[("user", "anyone")]).await;
+        wire.startup(&[("user", "anyone"), ("database", harness::DATABASE)])
+            .await;
         assert_eq!(wire.welcome().await.notices, [], "{said:?}");
         assert_eq!(since(&before, &emulator), (2, 1, 1), "{said:?}");
     }))
@@ -998,7 +1008,8 @@ async fn a_refusal_is_found_in_the_log_by_its_id() {
     let said = fatal("3D000", "database \"x\" does not exist");
     emulator.faults().once(Site::Startup, Action::Error(said));
     let mut wire = Wire::dial(binary.postgres).await;
-    wire.startup(&[("user", "anyone")]).await;
+    wire.startup(&[("user", "anyone"), ("database", harness::DATABASE)])
+        .await;
     let refusal = within("a refusal", wire.refusal()).await;
     let line = binary.until("client refused").await;
     let id = format!("(lakebase-proxy session {})", line["session"]);

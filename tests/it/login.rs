@@ -46,13 +46,14 @@ async fn log_in(front: SocketAddr, user: &str, password: &str) -> Result<Connect
     let upstream = Upstream::new(endpoint, credentials, metrics);
     let settings = SessionSettings {
         database: "postgres".to_owned(),
+        fallback_database: None,
         parameters: vec![("options".to_owned(), "-c extra_float_digits=0".to_owned())],
         client_encoding: Some("LATIN1".to_owned()),
         replication: false,
     };
-    let (connection, held) = upstream.connect(&settings, &terms).await?;
-    assert!(held.is_none());
-    Ok(connection)
+    let connected = upstream.connect(&settings, &terms).await?;
+    assert!(connected.woke_after.is_none());
+    Ok(connected.connection)
 }
 
 #[tokio::test]

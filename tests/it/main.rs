@@ -28,6 +28,7 @@ mod failures;
 mod guides;
 mod harness;
 mod health;
+mod isolation;
 mod lifecycle;
 mod limits;
 mod listeners;

@@ -129,7 +129,8 @@ async fn an_outage_is_noticed_only_once_the_credential_has_expired_and_heals_by_
     let healed = async {
         loop {
             let mut wire = proxy.dial().await;
-            wire.startup(&[("user", "anyone")]).await;
+            wire.startup(&[("user", "anyone"), ("database", harness::DATABASE)])
+                .await;
             if wire.next().await.tag == 'R' {
                 break;
             }

@@ -211,6 +211,48 @@ async fn any_user_and_any_password_will_do() {
     assert_eq!(emulator.counts().logins, 6);
 }
 
+/// `postgres://temporal@localhost/temporal`, and Keycloak, Airflow and n8n alike: user and database have one name. Such
+/// clients were all sent to the default database, even where their own existed.
+#[tokio::test]
+async fn a_database_that_exists_wins_over_the_default() {
+    let emulator = harness::emulator().await;
+    let proxy = Proxy::with(&emulator, |settings| settings.admin_console = Some(true)).await;
+    let database = async |name: &str| {
+        let mut config = proxy.client_config();
+        config.user(name).dbname(name);
+        let client = proxy.try_client(&config).await.unwrap();
+        let row = client.query_one("select current_database()", &[]).await;
+        row.unwrap().get::<_, String>(0)
+    };
+    let default = "databricks_postgres";
+    let attempts = emulator.counts().dials;
+    assert_eq!(database("temporal").await, default);
+    assert_eq!(emulator.counts().dials, attempts + 2);
+    // It is known by now not to exist.
+    assert_eq!(database("temporal").await, default);
+    assert_eq!(emulator.counts().dials, attempts + 3);
+
+    let mut config = proxy.client_config();
+    config.dbname("lakebase_proxy");
+    let console = proxy.try_client(&config).await.unwrap();
+    let shown = console.query("SHOW DATABASES", &[]).await.unwrap();
+    let shown: Vec<(String, String)> = shown
+        .iter()
+        .map(|row| (row.get("name"), row.get("database")))
+        .collect();
+    assert!(
+        shown.contains(&("temporal".to_owned(), default.to_owned())),
+        "{shown:?}"
+    );
+
+    for statement in ["drop database if exists n8n", "create database n8n"] {
+        emulator.execute(statement).await.unwrap();
+    }
+    assert_eq!(database("n8n").await, "n8n");
+    let shown = console.query("SHOW DATABASES", &[]).await.unwrap();
+    assert!(shown.iter().all(|row| row.get::<_, &str>("name") != "n8n"));
+}
+
 #[tokio::test]
 async fn the_database_is_the_clients_or_else_the_configured_one() {
     let emulator = harness::emulator().await;

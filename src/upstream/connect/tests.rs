@@ -1,6 +1,9 @@
 //! Clients at a scripted server on loopback: who dials, how often, for how long, and what each is told.
 
-use std::{future::Future, sync::atomic::AtomicUsize};
+use std::{
+    future::Future,
+    sync::atomic::{AtomicUsize, Ordering},
+};
 
 use jiff::Timestamp;
 use secrecy::SecretString;
@@ -209,7 +212,7 @@ fn house(server: &Server, limits: Limits) -> Arc<House> {
         security: Security::Plain,
     };
     let mut upstream = Upstream::new(endpoint, cell, metrics);
-    upstream.budgets.while_failing = Duration::from_millis(150);
+    upstream.failing_budget = Duration::from_millis(150);
     Arc::new(House {
         upstream,
         terms: Terms {
@@ -223,9 +226,10 @@ fn house(server: &Server, limits: Limits) -> Arc<House> {
 }
 
 impl House {
-    async fn connect(&self) -> Result<(Connection, Option<Duration>), Refusal> {
+    async fn connect(&self) -> Result<Connected, Refusal> {
         let settings = SessionSettings {
             database: "db".to_owned(),
+            fallback_database: None,
             parameters: Vec::new(),
             client_encoding: None,
             replication: false,
@@ -244,7 +248,7 @@ impl House {
     }
 }
 
-type Clients = JoinSet<Result<(Connection, Option<Duration>), Refusal>>;
+type Clients = JoinSet<Result<Connected, Refusal>>;
 
 fn clients(house: &Arc<House>, count: usize) -> Clients {
     let mut clients = JoinSet::new();
@@ -272,7 +276,7 @@ async fn while_the_endpoint_wakes_one_client_dials_for_all() {
     let results = timeout(LONG, clients.join_all()).await.unwrap();
     let held = results
         .iter()
-        .filter(|result| result.as_ref().unwrap().1.is_some())
+        .filter(|result| result.as_ref().unwrap().woke_after.is_some())
         .count();
     assert!(held >= CLIENTS - 1, "only {held} know that they were held");
     let dials = server.seen.dials();
@@ -293,28 +297,9 @@ async fn a_leader_that_hangs_up_hands_the_lead_over() {
     server.dialled(dials + 2).await;
     server.now(Act::Welcome);
     for result in timeout(LONG, others.join_all()).await.unwrap() {
-        assert!(result.unwrap().1.is_some());
+        assert!(result.unwrap().woke_after.is_some());
     }
     assert_eq!(house.upstream.logins.available_permits(), CONCURRENT_LOGINS);
-}
-
-#[tokio::test]
-async fn once_somebody_got_through_nobody_waits_for_the_leader() {
-    let server = Server::start(Act::Asleep).await;
-    let house = house(&server, limits());
-    let _leader = house.upstream.lead.lock().await;
-    house.upstream.waking.store(true, Ordering::Release);
-    let waiting = clients(&house, 20);
-    // One runtime thread: all of them have run until they wait.
-    for _ in 0..20 {
-        tokio::task::yield_now().await;
-    }
-    assert_eq!(server.seen.dials(), 0);
-    server.now(Act::Welcome);
-    house.upstream.wake(None);
-    for result in timeout(LONG, waiting.join_all()).await.unwrap() {
-        assert!(result.is_ok());
-    }
 }
 
 #[tokio::test]
@@ -334,7 +319,7 @@ async fn after_a_whole_budget_has_failed_later_clients_wait_less_until_a_login_w
         (refusal.reason, refusal.report.sqlstate.as_str()),
         (class::WAKING, "08006")
     );
-    assert!(house.upstream.failing.load(Ordering::Relaxed));
+    assert!(house.upstream.wake.has_spent_budget());
     assert!(server.seen.dials() >= 3, "{} dials", server.seen.dials());
 
     let began = Instant::now();
@@ -343,7 +328,7 @@ async fn after_a_whole_budget_has_failed_later_clients_wait_less_until_a_login_w
 
     server.now(Act::Welcome);
     drop(house.connect().await.unwrap());
-    assert!(!house.upstream.failing.load(Ordering::Relaxed));
+    assert!(!house.upstream.wake.has_spent_budget());
 }
 
 #[tokio::test]
@@ -367,7 +352,7 @@ async fn a_rejected_identity_mints_once_for_everybody_and_is_tried_once_more() {
     let server = Server::start(Act::RefuseFirst).await;
     let house = house(&server, limits());
     for result in clients(&house, 20).join_all().await {
-        assert!(result.unwrap().1.is_none(), "nothing was asleep");
+        assert!(result.unwrap().woke_after.is_none(), "nothing was asleep");
     }
     assert_eq!(house.mints(), 1);
     assert!(server.seen.dials() <= 40);
@@ -523,10 +508,7 @@ async fn a_client_that_never_had_its_turn_says_nothing_about_the_endpoint() {
         (class::CAPACITY, "53300")
     );
     assert_eq!(server.seen.dials(), 0);
-    assert!(
-        !house.upstream.waking.load(Ordering::Relaxed)
-            && !house.upstream.failing.load(Ordering::Relaxed)
-    );
+    assert!(!house.upstream.wake.is_waking() && !house.upstream.wake.has_spent_budget());
     drop(turns);
     assert!(house.connect().await.is_ok());
 }
@@ -553,14 +535,54 @@ async fn a_cancel_reaches_the_address_that_gave_the_key() {
     assert_eq!(elsewhere.seen.dials(), 0);
 }
 
-#[tokio::test(start_paused = true)]
-async fn a_backoff_grows_and_begins_anew_after_a_long_silence() {
-    let mut backoff = Backoff::default();
-    let mut pause = || backoff.next() - Instant::now();
-    let first = pause();
-    assert!((50..=100).contains(&first.as_millis()), "{first:?}");
-    let last = (0..20).map(|_| pause()).last().unwrap();
-    assert!((1000..=2000).contains(&last.as_millis()), "{last:?}");
-    tokio::time::advance(Backoff::STALE + Duration::from_secs(1)).await;
-    assert!(pause() <= Duration::from_millis(100));
+#[tokio::test]
+async fn a_login_that_its_own_settings_make_slow_delays_no_other_client() {
+    let server = Server::start(Act::Stall).await;
+    let house = house(
+        &server,
+        Limits {
+            server_connect_timeout: SLOW_LOGIN * 2,
+            ..limits()
+        },
+    );
+    // Every place, and every one of them slow after the password.
+    let slow = clients(&house, CONCURRENT_LOGINS);
+    server.dialled(CONCURRENT_LOGINS).await;
+    let other = clients(&house, 1);
+    server.dialled(CONCURRENT_LOGINS + 1).await;
+    // The slow ones have run into their time limit and are tried again.
+    server.dialled(CONCURRENT_LOGINS + 2).await;
+    assert!(!house.upstream.wake.is_waking());
+    server.now(Act::Welcome);
+    for result in slow
+        .join_all()
+        .await
+        .into_iter()
+        .chain(other.join_all().await)
+    {
+        result.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn a_leader_whose_own_login_is_slow_hands_the_lead_on() {
+    let server = Server::start(Act::Asleep).await;
+    let house = house(&server, limits());
+    let leader = clients(&house, 1);
+    server.dialled(2).await;
+    server.now(Act::Stall);
+    let dials = server.seen.dials();
+    server.dialled(dials + 1).await;
+    // Leads while the first one's login is under way.
+    let other = clients(&house, 1);
+    server.dialled(dials + 2).await;
+    server.now(Act::Welcome);
+    for result in leader
+        .join_all()
+        .await
+        .into_iter()
+        .chain(other.join_all().await)
+    {
+        assert!(result.unwrap().woke_after.is_some());
+    }
 }

@@ -31,6 +31,9 @@ use self::wire::Wire;
 /// What nothing here takes unless it hangs, on a busy machine too.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 
+/// The emulator's default database.
+pub(crate) const DATABASE: &str = "databricks_postgres";
+
 static SERVER: OnceCell<Arc<LocalPostgres>> = OnceCell::const_new();
 
 /// The Postgres that all emulators of this process share.
@@ -191,13 +194,14 @@ impl Proxy {
         self.running.metrics()
     }
 
-    /// How an application would be configured: no password, any user, no database.
+    /// How an application would be configured: no password, any user.
     pub(crate) fn client_config(&self) -> tokio_postgres::Config {
         let mut config = tokio_postgres::Config::new();
         config
             .host("127.0.0.1")
             .port(self.address().port())
-            .user("anyone");
+            .user("anyone")
+            .dbname(DATABASE);
         config
     }
 
@@ -244,7 +248,8 @@ impl Proxy {
     /// A bare connection with a session on it.
     pub(crate) async fn session(&self) -> Wire {
         let mut wire = self.dial().await;
-        wire.startup(&[("user", "anyone")]).await;
+        wire.startup(&[("user", "anyone"), ("database", DATABASE)])
+            .await;
         wire.welcome().await;
         wire
     }
@@ -252,7 +257,8 @@ impl Proxy {
     /// What a client is told that gets no session.
     pub(crate) async fn refusal(&self) -> ErrorFields {
         let mut wire = self.dial().await;
-        wire.startup(&[("user", "anyone")]).await;
+        wire.startup(&[("user", "anyone"), ("database", DATABASE)])
+            .await;
         wire.refusal().await
     }
 

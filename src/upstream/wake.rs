@@ -1,0 +1,258 @@
+//! Whether the endpoint is waking, and whose attempt is next while it is.
+//!
+//! While the endpoint wakes, clients attempt a login one at a time, in order of arrival, and each failure reaches all
+//! that wait. A client that has failed goes to the end of the queue: if its own settings make its logins fail, the
+//! others lose one attempt, not the whole wait.
+
+use std::{pin::pin, time::Duration};
+
+use tokio::{
+    sync::{Mutex, MutexGuard, watch},
+    time::{Instant, sleep_until},
+};
+
+use super::{budget::Budget, failure::Failure};
+
+/// The wake state of one endpoint.
+pub(super) struct Wake {
+    state: watch::Sender<State>,
+    /// Held by the client whose attempt is next. tokio's mutex is fair: first come, first served.
+    lead: Mutex<()>,
+}
+
+#[derive(Default)]
+struct State {
+    /// Present while the endpoint does not answer.
+    waking: Option<Waking>,
+    /// A client spent its whole budget in vain, and no login has succeeded since.
+    has_spent_budget: bool,
+}
+
+struct Waking {
+    since: Instant,
+    last_failure: Failure,
+    backoff: Backoff,
+    next_attempt: Instant,
+}
+
+/// The right to make the next attempt; given up when dropped.
+pub(super) struct Lead<'a>(#[expect(dead_code, reason = "held, not read")] MutexGuard<'a, ()>);
+
+impl Wake {
+    pub(super) fn new() -> Self {
+        Self {
+            state: watch::Sender::default(),
+            lead: Mutex::default(),
+        }
+    }
+
+    pub(super) fn is_waking(&self) -> bool {
+        self.state.borrow().waking.is_some()
+    }
+
+    /// Whether the last client to run out of time had its whole budget, and no login has succeeded since.
+    pub(super) fn has_spent_budget(&self) -> bool {
+        self.state.borrow().has_spent_budget
+    }
+
+    /// A client spent its whole budget in vain.
+    pub(super) fn spend_budget(&self) {
+        self.state
+            .send_modify(|state| state.has_spent_budget = true);
+    }
+
+    /// Waits until the endpoint answers (then `None`) or until the next attempt is this client's.
+    ///
+    /// Cancel safe: dropping it leaves the queue.
+    ///
+    /// # Errors
+    /// The last failure of any client's attempt, as soon as no further attempt fits into the budget.
+    pub(super) async fn turn(&self, budget: &mut Budget) -> Result<Option<Lead<'_>>, Failure> {
+        let mut state = self.state.subscribe();
+        let mut queue = pin!(self.lead.lock());
+        let mut lead = None;
+        loop {
+            let next_attempt = {
+                let state = state.borrow_and_update();
+                let Some(waking) = &state.waking else {
+                    return Ok(None);
+                };
+                budget.observe(&waking.last_failure);
+                let (now, is_in_time) = (Instant::now(), waking.next_attempt < budget.ends_at());
+                if now >= budget.ends_at() || (budget.has_attempted() && !is_in_time) {
+                    return Err(waking.last_failure.clone());
+                }
+                // A budget that is shorter than the pause is good for one attempt, too.
+                if is_in_time { waking.next_attempt } else { now }
+            };
+            tokio::select! {
+                // The sender lives as long as `self`, so that this cannot fail.
+                _ = state.changed() => {}
+                guard = &mut queue, if lead.is_none() => lead = Some(Lead(guard)),
+                () = sleep_until(next_attempt), if lead.is_some() => return Ok(lead),
+                () = sleep_until(budget.ends_at()) => {}
+            }
+        }
+    }
+
+    /// Records that an attempt found the endpoint waking. Attempts that were under way when the first one failed do not
+    /// lead, and do not lengthen the pause.
+    pub(super) fn failed(&self, failure: &Failure, is_leading: bool) {
+        self.state.send_modify(|state| match &mut state.waking {
+            Some(waking) => {
+                waking.last_failure = failure.clone();
+                if is_leading {
+                    waking.next_attempt = waking.backoff.next();
+                }
+            }
+            None => {
+                let mut backoff = Backoff::default();
+                state.waking = Some(Waking {
+                    since: Instant::now(),
+                    last_failure: failure.clone(),
+                    next_attempt: backoff.next(),
+                    backoff,
+                });
+            }
+        });
+    }
+
+    /// Records that the endpoint answers; returns how long it was waking, if it was.
+    pub(super) fn answered(&self) -> Option<Duration> {
+        let mut since = None;
+        self.state.send_if_modified(|state| {
+            since = state.waking.take().map(|waking| waking.since);
+            since.is_some()
+        });
+        since.map(|since| since.elapsed())
+    }
+
+    /// Records that a login succeeded; returns how long the endpoint was waking, if it was.
+    pub(super) fn logged_in(&self) -> Option<Duration> {
+        if self.has_spent_budget() {
+            self.state
+                .send_modify(|state| state.has_spent_budget = false);
+        }
+        self.answered()
+    }
+}
+
+/// Growing pauses, a random half of each: 50..100 ms at first, 1..2 s at last.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Backoff {
+    pause: Duration,
+    used: Option<Instant>,
+}
+
+impl Default for Backoff {
+    fn default() -> Self {
+        Self {
+            pause: Self::FIRST,
+            used: None,
+        }
+    }
+}
+
+impl Backoff {
+    const FIRST: Duration = Duration::from_millis(100);
+    const LAST: Duration = Duration::from_secs(2);
+    /// After this long without an attempt the pauses start anew.
+    const STALE: Duration = Duration::from_secs(30);
+
+    pub(super) fn next(&mut self) -> Instant {
+        let now = Instant::now();
+        if self.used.is_some_and(|used| now - used > Self::STALE) {
+            self.pause = Self::FIRST;
+        }
+        self.used = Some(now);
+        let pause = self.pause.mul_f64(rand::random_range(0.5..1.0));
+        self.pause = self.pause.mul_f64(1.5).min(Self::LAST);
+        now + pause
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+
+    use tokio::{task::yield_now, time::timeout};
+
+    use super::*;
+
+    const LONG: Duration = Duration::from_mins(1);
+
+    fn refused() -> Failure {
+        Failure::dial(&io::ErrorKind::ConnectionRefused.into())
+    }
+
+    fn unresolved() -> Failure {
+        Failure::resolve("db.example", &io::Error::other("no such name"))
+    }
+
+    fn budget() -> Budget {
+        Budget::new(LONG)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_client_that_fails_once_hands_the_lead_to_the_next() {
+        let wake = Wake::new();
+        wake.failed(&refused(), false);
+        let (mut first, mut second) = (budget(), budget());
+        let lead = wake.turn(&mut first).await.unwrap().expect("leads");
+        let mut waiting = pin!(wake.turn(&mut second));
+        assert!(timeout(Duration::from_secs(1), &mut waiting).await.is_err());
+        wake.failed(&refused(), true);
+        drop(lead);
+        assert!(waiting.await.unwrap().is_some());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_answer_releases_all_that_wait() {
+        let wake = Wake::new();
+        wake.failed(&refused(), false);
+        let (mut first, mut second) = (budget(), budget());
+        let release = async {
+            yield_now().await;
+            assert!(wake.answered().is_some());
+        };
+        let (first, second, ()) =
+            tokio::join!(wake.turn(&mut first), wake.turn(&mut second), release);
+        assert!(first.unwrap().is_none() && second.unwrap().is_none());
+        assert!(wake.answered().is_none(), "it was not waking any more");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn all_that_wait_learn_within_its_own_budget_that_a_name_does_not_resolve() {
+        let wake = Wake::new();
+        wake.failed(&unresolved(), false);
+        let began = Instant::now();
+        let (mut first, mut second) = (budget(), budget());
+        let _lead = wake.turn(&mut first).await.unwrap();
+        // The leader's lookup takes for ever; the others do not wait for it.
+        let failure = wake.turn(&mut second).await.err().expect("out of time");
+        assert!(failure.is_dns && began.elapsed() <= Duration::from_secs(10));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_budget_spent_in_vain_is_remembered_until_a_login_succeeds() {
+        let wake = Wake::new();
+        wake.failed(&refused(), false);
+        wake.spend_budget();
+        wake.answered();
+        assert!(wake.has_spent_budget());
+        wake.logged_in();
+        assert!(!wake.has_spent_budget());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_backoff_grows_and_starts_anew_after_a_long_silence() {
+        let mut backoff = Backoff::default();
+        let mut pause = || backoff.next() - Instant::now();
+        let first = pause();
+        assert!((50..=100).contains(&first.as_millis()), "{first:?}");
+        let last = (0..20).map(|_| pause()).last().unwrap();
+        assert!((1000..=2000).contains(&last.as_millis()), "{last:?}");
+        tokio::time::advance(Backoff::STALE + Duration::from_secs(1)).await;
+        assert!(pause() <= Duration::from_millis(100));
+    }
+}
