@@ -429,6 +429,22 @@ impl Emulator {
         ]
     }
 
+    /// The variables of a job in Azure Pipelines whose step may ask for its identity token; it is the app's.
+    pub fn azure_devops_variables(&self) -> [(&'static str, String); 6] {
+        let collection = format!("{}/azure-devops/organization/", self.workspace_url());
+        [
+            ("SYSTEM_TEAMFOUNDATIONCOLLECTIONURI", collection),
+            (
+                "SYSTEM_ACCESSTOKEN",
+                Names::AZURE_DEVOPS_ACCESS_TOKEN.to_owned(),
+            ),
+            ("SYSTEM_TEAMPROJECTID", "a-project".to_owned()),
+            ("SYSTEM_HOSTTYPE", "build".to_owned()),
+            ("SYSTEM_PLANID", "plan-1".to_owned()),
+            ("SYSTEM_JOBID", "job-1".to_owned()),
+        ]
+    }
+
     /// The address of a local metadata service, which hands out the user's tokens.
     pub fn metadata_service_url(&self) -> String {
         format!(

@@ -44,6 +44,7 @@ impl Names {
     /// The tenant in Microsoft Entra ID.
     pub(crate) const TENANT: &str = "5e1f7a3c-0000-4000-8000-00000000a2d1";
     /// What a GitHub Actions job shows to get its identity token.
+    pub(crate) const AZURE_DEVOPS_ACCESS_TOKEN: &str = "azure-devops-access-token";
     pub(crate) const GITHUB_REQUEST_TOKEN: &str = "github-request-token";
     /// The one session of the local metadata service.
     pub(crate) const METADATA_SESSION: &str = "session-1";

@@ -336,9 +336,12 @@ pub enum SettingsError {
         source: SyntaxError,
     },
     /// A group is to be assumed in a way that cannot.
-    #[error("{kind} cannot act as a group, which {setting} asks for")]
+    /// The words are those of the Databricks SDKs.
+    #[error(
+        "auth type \"{kind}\" does not support group role assumption. Use Databricks OAuth authentication"
+    )]
     Group {
-        /// The way.
+        /// The kind.
         kind: &'static str,
         /// The setting that asks for it.
         setting: String,
@@ -410,6 +413,12 @@ pub enum SettingsError {
         /// Those that it has.
         known: Vec<String>,
     },
+    /// Model Serving has put no token beside the model.
+    #[error("model-serving needs the token in `{}`, which does not exist", path.display())]
+    NoServingToken {
+        /// Where it should be.
+        path: PathBuf,
+    },
     /// Secrets would travel in the clear.
     #[error("`DATABRICKS_HOST` must be https: `{host}`")]
     NotHttps {
@@ -458,8 +467,10 @@ impl SettingsError {
             Self::FileSyntax { .. } => {
                 "a profile is a line `[name]` and lines `key = value` below it"
             }
-            Self::Group { .. } => {
-                "unset `DATABRICKS_GROUP_ID`, or sign in as a service principal (oauth-m2m, or one of the oidc kinds)"
+            Self::Group { setting, .. } => {
+                return Some(format!(
+                    "unset {setting}, or sign in as a service principal (oauth-m2m, or one of the oidc kinds)"
+                ));
             }
             Self::Incomplete {
                 missing: "DATABRICKS_CLIENT_ID" | "DATABRICKS_CLIENT_SECRET",
@@ -498,6 +509,9 @@ impl SettingsError {
                 } else {
                     format!("it has {}", listed(known))
                 });
+            }
+            Self::NoServingToken { .. } => {
+                "log the model with the resources that it uses, so that Model Serving gives it a token, or set `DATABRICKS_CLIENT_ID` and `DATABRICKS_CLIENT_SECRET`"
             }
             Self::NotHttps { .. } => "only an address on this machine's loopback may be http",
             Self::Refused { instead, .. } => instead,
@@ -566,6 +580,16 @@ impl Settings {
             self.set(attribute, value);
         }
         profile::read(&mut self)?;
+        if self.host.is_none() && auth::is_serving(&self.variables) {
+            let found = auth::SERVING_HOSTS.iter();
+            let mut found = found.filter_map(|name| Some((*name, self.variables.get(name)?)));
+            if let Some((name, host)) = found.next() {
+                let host = host.to_owned();
+                self.set(Attribute::Host, Some(host));
+                let source = Source::Variable(name);
+                self.origin.sources.insert(Attribute::Host, source);
+            }
+        }
         self.origin.is_resolved = true;
         Ok(self)
     }

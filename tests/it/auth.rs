@@ -129,12 +129,7 @@ impl Stage {
              echo \"$@\" >> '{}'\n{script}\nexit\n",
             log.display()
         );
-        // The real one is a binary of many megabytes, and is told from its predecessor by that.
-        let padding = "#\n".repeat(1 << 19);
-        program(
-            &self.scratch.path().join("databricks"),
-            &(script + &padding),
-        );
+        program(&self.scratch.path().join("databricks"), &script);
     }
 
     /// An Azure CLI that is logged in as this, whose `get-access-token` runs `script` with the resource in `$4`.
@@ -390,7 +385,7 @@ async fn a_login_of_the_databricks_cli_signs_in_or_is_explained() {
     .unwrap();
     program(
         &stage.scratch.path().join("mine"),
-        &(format!("#!/bin/sh\n{printed}\nexit\n") + &"#\n".repeat(1 << 19)),
+        &format!("#!/bin/sh\n{printed}\n"),
     );
     let path = stage.scratch.path().join("mine").display().to_string();
     // That token was revoked, and there is no other.
@@ -458,6 +453,21 @@ async fn an_identity_token_is_exchanged_or_the_refusal_is_explained() {
     stage
         .succeeds(&[id, url, request_token], AuthKind::GithubOidc, app)
         .await;
+
+    // From Azure DevOps.
+    let pipeline = stage.emulator.azure_devops_variables();
+    let pipeline = pipeline
+        .each_ref()
+        .map(|(name, value)| (*name, value.as_str()));
+    let job: Vec<(&str, &str)> = pipeline.into_iter().chain([id]).collect();
+    stage.succeeds(&job, AuthKind::AzureDevOpsOidc, app).await;
+    let stranger: Vec<(&str, &str)> = job
+        .iter()
+        .copied()
+        .chain([("SYSTEM_ACCESSTOKEN", "hunter2")])
+        .collect();
+    let words = ["Azure DevOps gave no token", "$(System.AccessToken)"];
+    stage.fails(&stranger, Refused, &words).await;
 
     // Failures.
     stage.file("empty", " \n");
@@ -767,6 +777,46 @@ async fn a_local_metadata_service_signs_in_or_is_explained() {
     stage
         .fails(&[(name, "http://localhost:1/hunter2")], Unavailable, &words)
         .await;
+    stage.emulator.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn model_serving_signs_in_by_its_file_or_is_explained() {
+    let stage = Stage::new().await;
+    let app = stage.emulator.identities().app.clone();
+    let directory = stage.scratch.path().display().to_string();
+    let serving = [
+        ("IS_IN_DATABRICKS_MODEL_SERVING_ENV", "true"),
+        ("SERVING_CREDENTIALS_DIR", directory.as_str()),
+        ("DATABRICKS_HOST", ""),
+        (
+            "DATABRICKS_MODEL_SERVING_HOST_URL",
+            stage.emulator.workspace_url(),
+        ),
+    ];
+    let file = "model-dependencies-oauth-token";
+    let content = |token: &str| format!(r#"{{"OAUTH_TOKEN":[{{"oauthTokenValue":"{token}"}}]}}"#);
+    stage.file(file, &content(&stage.token(&app)));
+    stage.succeeds(&serving, AuthKind::ModelServing, &app).await;
+
+    // A token that the workspace does not take any more is read again.
+    let signed_in = stage.workspace(&serving);
+    stage.mint(&signed_in).await.unwrap();
+    stage.emulator.revoke_workspace_tokens();
+    stage.file(file, &content(&stage.token(&app)));
+    stage.mint(&signed_in).await.unwrap();
+
+    let words = [
+        "refused the token that model-serving gave",
+        "resources that it uses",
+    ];
+    stage.emulator.revoke_workspace_tokens();
+    stage.fails(&serving, Refused, &words).await;
+    for broken in ["", r#"{"OAUTH_TOKEN":[]}"#, r#"{"OAUTH_TOKEN":"hunter2"}"#] {
+        stage.file(file, broken);
+        let words = ["cannot read the token of model-serving in `", file];
+        stage.fails(&serving, Unavailable, &words).await;
+    }
     stage.emulator.stop().await;
 }
 

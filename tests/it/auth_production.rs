@@ -37,6 +37,7 @@ const DIRECT: &str = "adb-1.2.azuredatabricks.net";
 const PROXIED: &str = "adb-3.4.azuredatabricks.net";
 const ENTRA_ID: &str = "login.microsoftonline.com";
 const GITHUB: &str = "pipelines.actions.githubusercontent.com";
+const AZURE_DEVOPS: &str = "dev.azure.com";
 /// Of the range for documentation (RFC 5737).
 const PUBLIC: &str = "203.0.113.1";
 const INSTANCE_METADATA: &str = "169.254.169.254";
@@ -57,7 +58,7 @@ exec "$2" --exact auth_production::inside --ignored --nocapture
 async fn every_way_signs_in_to_a_remote_workspace() {
     let scratch = tempfile::tempdir().unwrap();
     let hosts = scratch.path().join("hosts");
-    let public = [DIRECT, ENTRA_ID, GITHUB].join(" ");
+    let public = [DIRECT, ENTRA_ID, GITHUB, AZURE_DEVOPS].join(" ");
     std::fs::write(&hosts, format!("127.0.0.1 localhost\n{PUBLIC} {public}\n")).unwrap();
     let socket = harness::server().await.directory().join("s");
     // A user namespace gives those rights to other users.
@@ -131,6 +132,7 @@ async fn inside() {
             Route::Direct | Route::Excepted => &[],
             Route::Proxied => &[
                 "CONNECT adb-3.4.azuredatabricks.net:443 HTTP/1.1",
+                "CONNECT dev.azure.com:443 HTTP/1.1",
                 "CONNECT login.microsoftonline.com:443 HTTP/1.1",
                 "CONNECT pipelines.actions.githubusercontent.com:443 HTTP/1.1",
             ],
@@ -175,13 +177,17 @@ impl<'a> World<'a> {
         let front = Front {
             emulator: emulator.workspace_address(),
             origin: format!("https://{name}"),
-            roots: &[(ENTRA_ID, "/entra"), (GITHUB, "/github")],
+            roots: &[
+                (ENTRA_ID, "/entra"),
+                (GITHUB, "/github"),
+                (AZURE_DEVOPS, "/azure-devops"),
+            ],
             calls: Arc::default(),
         };
         let mut servers = JoinSet::new();
         let listener = TcpListener::bind((PUBLIC, 443)).await.unwrap();
         let public = listener.local_addr().unwrap();
-        let listener = authority.certify(listener, &[name, ENTRA_ID, GITHUB]);
+        let listener = authority.certify(listener, &[name, ENTRA_ID, GITHUB, AZURE_DEVOPS]);
         servers.spawn(front.clone().serve(listener));
         let listener = TcpListener::bind((INSTANCE_METADATA, 80)).await.unwrap();
         servers.spawn(front.clone().serve(listener));
@@ -213,8 +219,7 @@ impl<'a> World<'a> {
             &directory.join("databricks"),
             &format!(
                 "#!/bin/sh\n[ \"$1\" = version ] && echo '{{\"Major\":0,\"Minor\":296,\"Patch\":0}}' && exit\n\
-                 echo '{{\"access_token\":\"{token}\",\"expiry\":\"{end}\"}}'\nexit\n{}",
-                "#\n".repeat(1 << 19)
+                 echo '{{\"access_token\":\"{token}\",\"expiry\":\"{end}\"}}'\n"
             ),
         );
         program(
@@ -275,6 +280,25 @@ impl<'a> World<'a> {
                 ]
             }
             AuthKind::AzureMsi => vec![("ARM_USE_MSI", "true".to_owned())],
+            AuthKind::AzureDevOpsOidc => {
+                let here = format!("{}/azure-devops", self.emulator.workspace_url());
+                let variables = self.emulator.azure_devops_variables();
+                let there = format!("https://{AZURE_DEVOPS}");
+                let variables = variables.map(|(name, value)| (name, value.replace(&here, &there)));
+                variables.into_iter().chain([id]).collect()
+            }
+            AuthKind::ModelServing => {
+                let token = self
+                    .emulator
+                    .workspace_token_for(app, Duration::from_hours(1))
+                    .unwrap();
+                let content = format!(r#"{{"OAUTH_TOKEN":[{{"oauthTokenValue":"{token}"}}]}}"#);
+                std::fs::write(tools.join("model-dependencies-oauth-token"), content).unwrap();
+                vec![
+                    ("IS_IN_DATABRICKS_MODEL_SERVING_ENV", "true".to_owned()),
+                    ("SERVING_CREDENTIALS_DIR", tools.display().to_string()),
+                ]
+            }
             // The tenant is found out at the workspace.
             AuthKind::AzureClientSecret => vec![
                 ("ARM_CLIENT_ID", app.name.clone()),
@@ -312,7 +336,7 @@ impl<'a> World<'a> {
         if self.route == Route::Excepted {
             command.env(
                 "NO_PROXY",
-                format!("{DIRECT},.microsoftonline.com,.githubusercontent.com"),
+                format!("{DIRECT},.microsoftonline.com,.githubusercontent.com,{AZURE_DEVOPS}"),
             );
         }
         let output = within("a token", command.output()).await.unwrap();
@@ -320,7 +344,10 @@ impl<'a> World<'a> {
         let log = String::from_utf8_lossy(&output.stderr);
         assert!(!log.contains(METADATA_PATH), "a secret path: {log}");
         assert!(log.contains("workspace answered"), "no log: {log}");
-        (!output.status.success() || !text.starts_with("eyJ"))
-            .then(|| format!("{} {:?}: {text} {log}", kind.label(), self.route))
+        (!output.status.success() || !text.starts_with("eyJ")).then(|| {
+            let lines: Vec<&str> = log.lines().collect();
+            let last = lines[lines.len().saturating_sub(3)..].join("\n");
+            format!("{} {:?}: {text} {last}", kind.label(), self.route)
+        })
     }
 }

@@ -260,8 +260,8 @@ async fn two_ways_to_authenticate_are_named_both() {
     emulator.stop().await;
 }
 
-/// A program that stands in for the Databricks CLI, big enough not to be taken for its predecessor. Written by another
-/// process, since a file that is open for writing while somebody forks cannot be run.
+/// A program that stands in for the Databricks CLI. Written by another process, since a file that is open for writing
+/// during a fork cannot be run.
 fn databricks_cli(path: &Path, script: &str) {
     let mut install = Command::new("install")
         .args(["-m", "755", "/dev/stdin"])
@@ -270,8 +270,7 @@ fn databricks_cli(path: &Path, script: &str) {
         .spawn()
         .unwrap();
     let text = format!(
-        "#!/bin/sh\nif [ \"$1\" = version ]; then echo '{{\"Major\":0,\"Minor\":296,\"Patch\":0}}'; exit; fi\n{script}\nexit\n{}",
-        "#\n".repeat(1 << 19)
+        "#!/bin/sh\nif [ \"$1\" = version ]; then echo '{{\"Major\":0,\"Minor\":296,\"Patch\":0}}'; exit; fi\n{script}\n"
     );
     let mut stdin = install.stdin.take().unwrap();
     stdin.write_all(text.as_bytes()).unwrap();

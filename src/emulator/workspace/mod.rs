@@ -86,6 +86,10 @@ fn router(shared: Arc<Shared>) -> Router {
         .route("/entra/{tenant}/oauth2/token", post(vouchers::entra_id))
         .route("/github/token", get(vouchers::github))
         .route(
+            "/azure-devops/{organization}/{project}/_apis/distributedtask/hubs/{hub}/plans/{plan}/jobs/{job}/oidctoken",
+            post(vouchers::azure_devops),
+        )
+        .route(
             "/metadata/identity/oauth2/token",
             get(vouchers::instance_metadata),
         )
@@ -184,6 +188,7 @@ fn place(path: &str) -> (Option<Site>, fn(&mut Counts) -> &mut u64) {
         "/aad/",
         "/entra/",
         "/github/",
+        "/azure-devops/",
         "/metadata/",
         "/metadata-service/",
     ]

@@ -1,4 +1,4 @@
-//! Those who vouch for an identity before the workspace issues a token of its own: GitHub, Microsoft Entra ID, Azure's
+//! Those who vouch for an identity before the workspace issues a token of its own: GitHub, Azure DevOps, Microsoft Entra ID, Azure's
 //! instance metadata service, and a local metadata service. All on the workspace's port, each below a path of its own.
 
 use std::sync::Arc;
@@ -7,8 +7,8 @@ use axum::{
     Form, Json,
     extract::{Path, Query, State},
     http::{
-        HeaderMap, StatusCode,
-        header::{AUTHORIZATION, LOCATION},
+        HeaderMap, HeaderName, StatusCode,
+        header::{AUTHORIZATION, CONTENT_LENGTH, LOCATION},
     },
     response::{IntoResponse, Response},
 };
@@ -77,6 +77,39 @@ pub(super) async fn github(
     };
     let (token, _) = issue(&shared, &shared.identities.app, audience)?;
     Ok(Json(json!({ "value": token })))
+}
+
+/// Query of [`azure_devops`].
+#[derive(Deserialize)]
+pub(super) struct AzureDevOpsQuery {
+    #[serde(rename = "api-version", default)]
+    version: String,
+}
+
+/// `POST /azure-devops/{organization}/{project}/_apis/...`: a job's identity token, for the app's service principal. Its
+/// audience is fixed.
+pub(super) async fn azure_devops(
+    State(shared): State<Arc<Shared>>,
+    headers: HeaderMap,
+    Query(query): Query<AzureDevOpsQuery>,
+) -> Result<Json<Value>, Response> {
+    let has = |name: HeaderName, expected: &str| {
+        headers
+            .get(name)
+            .is_some_and(|value| value.as_bytes() == expected.as_bytes())
+    };
+    let expected = format!("Bearer {}", Names::AZURE_DEVOPS_ACCESS_TOKEN);
+    if !has(AUTHORIZATION, &expected) {
+        let body =
+            json!({"message": "TF400813: The user is not authorized to access this resource."});
+        return Err((StatusCode::UNAUTHORIZED, Json(body)).into_response());
+    }
+    if !query.version.ends_with("-preview.1") || !has(CONTENT_LENGTH, "0") {
+        let body = json!({"message": "The requested version is not supported, or the request has no length."});
+        return Err((StatusCode::BAD_REQUEST, Json(body)).into_response());
+    }
+    let (token, _) = issue(&shared, &shared.identities.app, Audience::Identity)?;
+    Ok(Json(json!({ "oidcToken": token })))
 }
 
 /// `GET /aad/auth`: the login page of the workspace's tenant.

@@ -5,7 +5,7 @@
 
 use super::{
     AuthKind, AzureCli, AzureClientSecret, AzureMsi, DatabricksCli, Exchange, MetadataService,
-    OAuthM2m, Pat, TokenSource, azure, refused,
+    ModelServing, OAuthM2m, Pat, TokenSource, azure, azure_devops_oidc, model_serving, refused,
 };
 use crate::workspace::{
     host::Host,
@@ -17,18 +17,21 @@ pub(in crate::workspace) fn choose(
     settings: &Settings,
     host: &Host,
 ) -> Result<Vec<TokenSource>, SettingsError> {
-    let sources = match &settings.auth_type {
-        Some(auth_type) => vec![forced(settings, host, auth_type)?],
-        None => configured(settings, host)?,
+    let Some(auth_type) = &settings.auth_type else {
+        return configured(settings, host);
     };
-    let cannot = sources.iter().find(|source| !takes_group(source.kind()));
-    if let (Some(source), true) = (cannot, settings.group_id.is_some()) {
-        return Err(SettingsError::Group {
-            kind: source.kind().label(),
-            setting: settings.named(Attribute::GroupId),
-        });
+    let source = forced(settings, host, auth_type)?;
+    if settings.group_id.is_some() && !takes_group(source.kind()) {
+        return Err(no_group(settings, source.kind()));
     }
-    Ok(sources)
+    Ok(vec![source])
+}
+
+fn no_group(settings: &Settings, kind: AuthKind) -> SettingsError {
+    SettingsError::Group {
+        kind: kind.label(),
+        setting: settings.named(Attribute::GroupId),
+    }
 }
 
 fn forced(settings: &Settings, host: &Host, auth_type: &str) -> Result<TokenSource, SettingsError> {
@@ -48,6 +51,7 @@ fn forced(settings: &Settings, host: &Host, auth_type: &str) -> Result<TokenSour
             TokenSource::MetadataService(MetadataService::new(settings, host)?)
         }
         AuthKind::GithubOidc => TokenSource::Exchange(Exchange::github(settings)?),
+        AuthKind::AzureDevOpsOidc => TokenSource::Exchange(Exchange::azure_devops(settings)?),
         AuthKind::EnvOidc => TokenSource::Exchange(Exchange::env(settings)?),
         AuthKind::FileOidc => TokenSource::Exchange(Exchange::file(settings)?),
         AuthKind::AzureMsi => TokenSource::AzureMsi(AzureMsi::new(settings, host)?),
@@ -55,12 +59,21 @@ fn forced(settings: &Settings, host: &Host, auth_type: &str) -> Result<TokenSour
             TokenSource::AzureClientSecret(AzureClientSecret::new(settings, host)?)
         }
         AuthKind::AzureCli => TokenSource::AzureCli(AzureCli::new(settings, host)?),
+        AuthKind::ModelServing => {
+            TokenSource::ModelServing(ModelServing::new(&settings.variables)?)
+        }
     })
 }
 
 fn configured(settings: &Settings, host: &Host) -> Result<Vec<TokenSource>, SettingsError> {
     let refuse = |kind| refused::refusal(kind).map_or(Ok(Vec::new()), Err);
-    let only = |kind: AuthKind| Ok(vec![forced(settings, host, kind.label())?]);
+    let only = |kind: AuthKind| {
+        // As in the SDKs, what cannot assume the group is passed over where no kind is named.
+        if settings.group_id.is_some() && !takes_group(kind) {
+            return found(settings, host).map_err(|_| no_group(settings, kind));
+        }
+        Ok(vec![forced(settings, host, kind.label())?])
+    };
     match settings.one_way()? {
         Some(Way::Pat) => only(AuthKind::Pat),
         Some(Way::Basic) => refuse("basic"),
@@ -91,6 +104,10 @@ fn found(settings: &Settings, host: &Host) -> Result<Vec<TokenSource>, SettingsE
     if is_github_job && settings.client_id.is_some() {
         sources.push(TokenSource::Exchange(Exchange::github(settings)?));
     }
+    let is_pipeline = azure_devops_oidc::is_pipeline(settings) && settings.client_id.is_some();
+    if is_pipeline && let Ok(source) = Exchange::azure_devops(settings) {
+        sources.push(TokenSource::Exchange(source));
+    }
     if let Ok(source) = Exchange::env(settings) {
         sources.push(TokenSource::Exchange(source));
     }
@@ -101,23 +118,31 @@ fn found(settings: &Settings, host: &Host) -> Result<Vec<TokenSource>, SettingsE
             Err(error) => return Err(error),
         }
     }
-    // A group can be assumed by an exchange alone: the logins of people are not meant then.
-    if settings.group_id.is_some() && sources.iter().any(|source| takes_group(source.kind())) {
+    if model_serving::is_serving(&settings.variables) {
+        match ModelServing::new(&settings.variables) {
+            Ok(source) => sources.push(TokenSource::ModelServing(source)),
+            Err(error) => notes.push(error.to_string()),
+        }
+    }
+    let first = sources.first().map(TokenSource::kind);
+    if settings.group_id.is_some() {
         sources.retain(|source| takes_group(source.kind()));
     }
     if !sources.is_empty() {
         return Ok(sources);
     }
-    let in_pipeline = settings.variables.get("SYSTEM_ACCESSTOKEN").is_some();
-    let refusal = if is_github_job && settings.azure_client_id.is_some() {
-        refused::refusal("github-oidc-azure")
-    } else if in_pipeline && settings.client_id.is_some() {
-        refused::refusal("azure-devops-oidc")
-    } else {
-        None
-    };
-    if let Some(refusal) = refusal {
+    if let Some(kind) = first {
+        return Err(no_group(settings, kind));
+    }
+    if is_github_job
+        && settings.azure_client_id.is_some()
+        && let Some(refusal) = refused::refusal("github-oidc-azure")
+    {
         return Err(refusal);
+    }
+    if is_pipeline {
+        // The reason why that was passed over above.
+        Exchange::azure_devops(settings)?;
     }
     if settings.client_id.is_some() {
         return Err(SettingsError::Incomplete {
@@ -140,7 +165,11 @@ fn found(settings: &Settings, host: &Host) -> Result<Vec<TokenSource>, SettingsE
 fn takes_group(kind: AuthKind) -> bool {
     matches!(
         kind,
-        AuthKind::OAuthM2m | AuthKind::GithubOidc | AuthKind::EnvOidc | AuthKind::FileOidc
+        AuthKind::OAuthM2m
+            | AuthKind::GithubOidc
+            | AuthKind::AzureDevOpsOidc
+            | AuthKind::EnvOidc
+            | AuthKind::FileOidc
     )
 }
 
@@ -161,6 +190,18 @@ mod tests {
             "https://github.example/token?x=1",
         ),
         ("ACTIONS_ID_TOKEN_REQUEST_TOKEN", "hunter2"),
+    ];
+
+    const COLLECTION: (&str, &str) = (
+        "SYSTEM_TEAMFOUNDATIONCOLLECTIONURI",
+        "https://dev.azure.com/org/",
+    );
+    const PIPELINE: [(&str, &str); 5] = [
+        ("SYSTEM_ACCESSTOKEN", "hunter2"),
+        ("SYSTEM_TEAMPROJECTID", "p"),
+        ("SYSTEM_PLANID", "plan"),
+        ("SYSTEM_JOBID", "job"),
+        ("SYSTEM_HOSTTYPE", "build"),
     ];
 
     fn chosen(variables: &[(&str, &str)]) -> Result<String, String> {
@@ -241,6 +282,19 @@ mod tests {
                 "azure-client-secret",
             ),
             (&[HOST, ("DATABRICKS_TOKEN", " "), ID, SECRET], "oauth-m2m"),
+            (
+                &[
+                    HOST,
+                    ID,
+                    COLLECTION,
+                    PIPELINE[0],
+                    PIPELINE[1],
+                    PIPELINE[2],
+                    PIPELINE[3],
+                    PIPELINE[4],
+                ],
+                "azure-devops-oidc",
+            ),
         ] {
             assert_eq!(chosen(variables).as_deref(), Ok(kind), "{variables:?}");
         }
@@ -393,7 +447,34 @@ mod tests {
             ),
             (
                 &[HOST, TOKEN, ("DATABRICKS_GROUP_ID", "7")],
-                &["pat cannot act as a group", "DATABRICKS_GROUP_ID"],
+                &[
+                    "auth type \"pat\" does not support group role assumption. Use Databricks OAuth authentication",
+                    "unset `DATABRICKS_GROUP_ID`",
+                ],
+            ),
+            (
+                &[
+                    AZURE,
+                    ("ARM_USE_MSI", "true"),
+                    forced("azure-msi"),
+                    ("DATABRICKS_GROUP_ID", "7"),
+                ],
+                &["auth type \"azure-msi\" does not support group role assumption"],
+            ),
+            (
+                &[HOST, forced("model-serving")],
+                &["IS_IN_DATABRICKS_MODEL_SERVING_ENV"],
+            ),
+            (
+                &[
+                    HOST,
+                    ("IS_IN_DB_MODEL_SERVING_ENV", "true"),
+                    ("SERVING_CREDENTIALS_DIR", "/nowhere"),
+                ],
+                &[
+                    "no way to authenticate",
+                    "`/nowhere/model-dependencies-oauth-token`, which does not exist",
+                ],
             ),
             (&[TOKEN], &["`DATABRICKS_HOST` is not set"]),
             (
@@ -425,12 +506,17 @@ mod tests {
                 &["external-browser", "databricks auth login"],
             ),
             (
-                &[HOST, forced("azure-devops-oidc")],
-                &["azure-devops-oidc", "file-oidc"],
+                &[HOST, forced("azure-devops-oidc"), ID],
+                &["SYSTEM_ACCESSTOKEN", "$(System.AccessToken)"],
             ),
             (
-                &[HOST, ID, ("SYSTEM_ACCESSTOKEN", "hunter2")],
-                &["azure-devops-oidc"],
+                &[HOST, forced("azure-devops-oidc"), ID, PIPELINE[0]],
+                &["SYSTEM_TEAMFOUNDATIONCOLLECTIONURI", "Azure Pipelines"],
+            ),
+            // A job whose step does not map the token.
+            (
+                &[HOST, ID, COLLECTION],
+                &["SYSTEM_ACCESSTOKEN", "$(System.AccessToken)"],
             ),
             (
                 &[AZURE, ("ARM_CLIENT_ID", "i"), GITHUB[0], GITHUB[1]],
@@ -446,18 +532,90 @@ mod tests {
     }
 
     #[test]
-    fn the_old_cli_is_told_from_the_new_by_its_size() {
+    fn a_group_passes_over_what_cannot_assume_it_unless_it_is_named() {
+        let group = ("DATABRICKS_GROUP_ID", "7");
+        let identity = ("DATABRICKS_OIDC_TOKEN", "jwt");
+        for variables in [
+            &[HOST, TOKEN, identity, group][..],
+            &[AZURE, ("ARM_USE_MSI", "true"), identity, group],
+        ] {
+            assert_eq!(
+                chosen(variables).as_deref(),
+                Ok("env-oidc"),
+                "{variables:?}"
+            );
+        }
         let bin = tempfile::tempdir().unwrap();
-        program(bin.path(), "databricks", 4000);
+        program(bin.path(), "databricks", 2 << 20);
         let path = ("PATH", bin.path().to_str().unwrap());
-        let message =
-            chosen(&[HOST, path, ("DATABRICKS_AUTH_TYPE", "databricks-cli")]).unwrap_err();
-        assert!(
-            message.contains("is the old one") && message.contains("from pip"),
-            "{message}"
+        let message = chosen(&[HOST, path, group]).unwrap_err();
+        let words = "auth type \"databricks-cli\" does not support group role assumption";
+        assert!(message.starts_with(words), "{message}");
+    }
+
+    #[test]
+    fn the_token_of_model_serving_comes_last_and_brings_its_host() {
+        let scratch = tempfile::tempdir().unwrap();
+        fs::write(scratch.path().join("model-dependencies-oauth-token"), "").unwrap();
+        program(scratch.path(), "databricks", 2 << 20);
+        let path = scratch.path().to_str().unwrap();
+        let serving = [
+            ("IS_IN_DATABRICKS_MODEL_SERVING_ENV", "true"),
+            ("SERVING_CREDENTIALS_DIR", path),
+            (
+                "DATABRICKS_MODEL_SERVING_HOST_URL",
+                "https://dbc-1.cloud.databricks.com",
+            ),
+        ];
+        assert_eq!(chosen(&serving).unwrap(), "model-serving");
+        let [is_serving, directory, host] = serving;
+        let found = chosen(&[is_serving, directory, host, ("PATH", path)]);
+        assert_eq!(found.unwrap(), "databricks-cli model-serving");
+        assert_eq!(
+            chosen(&[is_serving, directory, host, TOKEN]).unwrap(),
+            "pat"
         );
-        let message = chosen(&[HOST, path]).unwrap_err();
-        assert!(message.contains("is the old one"), "{message}");
+        // Elsewhere neither counts.
+        assert!(
+            chosen(&[directory, host])
+                .unwrap_err()
+                .contains("`DATABRICKS_HOST` is not set")
+        );
+    }
+
+    /// Version managers and packagers put a small script in place of the program.
+    #[test]
+    fn the_old_cli_is_told_from_a_wrapper_by_its_entry_point() {
+        let bin = tempfile::tempdir().unwrap();
+        let path = ("PATH", bin.path().to_str().unwrap());
+        let databricks = bin.path().join("databricks");
+        for imported in ["cli", "main"] {
+            program(bin.path(), "databricks", 0);
+            let script = format!(
+                "#!/usr/bin/python3\nimport re\nimport sys\nfrom databricks_cli.cli import {imported}\n\
+                 if __name__ == '__main__':\n    sys.exit({imported}())\n"
+            );
+            fs::write(&databricks, script).unwrap();
+            let forced = ("DATABRICKS_AUTH_TYPE", "databricks-cli");
+            let message = chosen(&[HOST, path, forced]).unwrap_err();
+            assert!(message.contains("is the old one"), "{message}");
+            assert!(message.contains("from pip"), "{message}");
+            let message = chosen(&[HOST, path]).unwrap_err();
+            assert!(message.contains("is the old one"), "{message}");
+        }
+        for script in [
+            "#!/usr/bin/env bash\nexec mise exec -- databricks \"$@\"\n",
+            "#!/bin/sh\nexec /nix/store/x-databricks-cli/bin/databricks \"$@\"\n",
+        ] {
+            fs::write(&databricks, script).unwrap();
+            assert_eq!(chosen(&[HOST, path]).unwrap(), "databricks-cli");
+        }
+        // The next one on the path counts.
+        let other = tempfile::tempdir().unwrap();
+        program(other.path(), "databricks", 10);
+        fs::write(&databricks, "from databricks_cli.cli import main").unwrap();
+        let both = format!("{}:{}", bin.path().display(), other.path().display());
+        assert_eq!(chosen(&[HOST, ("PATH", &both)]).unwrap(), "databricks-cli");
     }
 
     #[test]

@@ -1,6 +1,11 @@
 //! Whoever is logged in to the Databricks CLI, through `databricks auth token`; its own store of tokens is never read.
 
-use std::{path::PathBuf, time::Duration};
+use std::{
+    fs::File,
+    io::{self, Read},
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use jiff::{Timestamp, civil::DateTime, tz::TimeZone};
 use secrecy::SecretString;
@@ -20,8 +25,11 @@ use crate::workspace::{
 };
 
 const COMMAND: &str = "databricks";
-/// The Go CLI (0.100 and later) is one large binary, the old Python one a small script (as the Databricks SDKs tell them apart).
+/// A file at least this large is the current CLI without a look inside (as in the Databricks SDKs); a smaller one may be the
+/// shim of a version manager, a wrapper, or the old CLI.
 const MIN_SIZE: u64 = 1024 * 1024;
+/// Stands in the entry point that pip wrote for the old CLI (below 0.100); the name that is imported changed between versions.
+const OLD_CLI: &[u8] = b"from databricks_cli.cli import ";
 /// As the Databricks SDKs.
 const VERSION_LIMIT: Duration = Duration::from_secs(5);
 /// It may have to renew its own token over the network.
@@ -59,16 +67,23 @@ impl DatabricksCli {
     pub(super) fn new(settings: &Settings, host: &Host) -> Result<Self, SettingsError> {
         let command = settings.databricks_cli_path.as_deref().unwrap_or(COMMAND);
         let all = command::find(command, &settings.variables);
-        let is_new = |path: &&PathBuf| path.metadata().is_ok_and(|file| file.len() >= MIN_SIZE);
-        let Some(program) = all.iter().find(is_new) else {
+        let mut problem = "is not installed";
+        let program = all.iter().find(|path| match is_old(path) {
+            Ok(false) => true,
+            Ok(true) => {
+                problem = "is the old one";
+                false
+            }
+            Err(_) => {
+                problem = "cannot be read";
+                false
+            }
+        });
+        let Some(program) = program else {
             return Err(SettingsError::NoCommand {
                 kind: AuthKind::DatabricksCli.label(),
                 command: command.to_owned(),
-                problem: if all.is_empty() {
-                    "is not installed"
-                } else {
-                    "is the old one"
-                },
+                problem,
             });
         };
         Ok(Self {
@@ -241,6 +256,17 @@ impl DatabricksCli {
             format!("run `{}`", self.login()),
         )
     }
+}
+
+/// Whether this is the CLI that pip installed, which knows no `auth token`.
+fn is_old(path: &Path) -> io::Result<bool> {
+    let file = File::open(path)?;
+    if file.metadata()?.len() >= MIN_SIZE {
+        return Ok(false);
+    }
+    let mut content = Vec::new();
+    file.take(MIN_SIZE).read_to_end(&mut content)?;
+    Ok(content.windows(OLD_CLI.len()).any(|part| part == OLD_CLI))
 }
 
 /// RFC 3339 with any offset, or without one and with a blank (then in UTC, as the Go SDK takes it).

@@ -5,7 +5,9 @@
 use secrecy::{ExposeSecret, SecretString};
 
 use super::{
-    AuthKind, Oidc, TokenResponse, WorkspaceToken, claim,
+    AuthKind, Oidc, TokenResponse, WorkspaceToken,
+    azure_devops_oidc::AzureDevOpsToken,
+    claim,
     env_oidc::EnvToken,
     file_oidc::FileToken,
     github_oidc::GithubToken,
@@ -29,12 +31,20 @@ pub(in crate::workspace) struct Exchange {
 }
 
 enum IdentityToken {
+    AzureDevOps(AzureDevOpsToken),
     Env(EnvToken),
     File(FileToken),
     Github(GithubToken),
 }
 
 impl Exchange {
+    pub(super) fn azure_devops(settings: &Settings) -> Result<Self, SettingsError> {
+        Ok(Self::new(
+            settings,
+            IdentityToken::AzureDevOps(AzureDevOpsToken::new(settings)?),
+        ))
+    }
+
     pub(super) fn env(settings: &Settings) -> Result<Self, SettingsError> {
         Ok(Self::new(
             settings,
@@ -67,6 +77,7 @@ impl Exchange {
 
     pub(super) fn kind(&self) -> AuthKind {
         match self.identity {
+            IdentityToken::AzureDevOps(_) => AuthKind::AzureDevOpsOidc,
             IdentityToken::Env(_) => AuthKind::EnvOidc,
             IdentityToken::File(_) => AuthKind::FileOidc,
             IdentityToken::Github(_) => AuthKind::GithubOidc,
@@ -82,6 +93,7 @@ impl Exchange {
         let endpoint = oidc.endpoint(api, kind).await;
         let audience = self.audience.clone().or(endpoint.audience);
         let identity: SecretString = match &self.identity {
+            IdentityToken::AzureDevOps(source) => source.ask(api).await?,
             IdentityToken::Env(source) => source.get(),
             IdentityToken::File(source) => source.read().await?,
             IdentityToken::Github(source) => {

@@ -6,6 +6,7 @@
 mod azure;
 mod azure_cli;
 mod azure_client_secret;
+mod azure_devops_oidc;
 mod azure_msi;
 mod cache;
 mod chain;
@@ -16,6 +17,7 @@ mod exchange;
 mod file_oidc;
 mod github_oidc;
 mod metadata_service;
+mod model_serving;
 mod oauth_m2m;
 mod oidc;
 mod pat;
@@ -38,6 +40,7 @@ use super::{
 
 pub(super) use cache::{CachedToken, TokenCache};
 pub(super) use chain::choose;
+pub(super) use model_serving::{HOSTS as SERVING_HOSTS, is_serving};
 pub(super) use oidc::Oidc;
 
 use azure_cli::AzureCli;
@@ -46,6 +49,7 @@ use azure_msi::AzureMsi;
 use databricks_cli::DatabricksCli;
 use exchange::Exchange;
 use metadata_service::MetadataService;
+use model_serving::ModelServing;
 use oauth_m2m::OAuthM2m;
 use pat::Pat;
 
@@ -87,6 +91,8 @@ kinds! {
     MetadataService = "metadata-service",
     /// The identity token of a GitHub Actions job, exchanged.
     GithubOidc = "github-oidc",
+    /// The identity token of an Azure DevOps pipeline, exchanged.
+    AzureDevOpsOidc = "azure-devops-oidc",
     /// An identity token in a variable, exchanged.
     EnvOidc = "env-oidc",
     /// An identity token in a file, exchanged.
@@ -95,8 +101,10 @@ kinds! {
     AzureMsi = "azure-msi",
     /// An application of Entra ID, by its secret.
     AzureClientSecret = "azure-client-secret",
-    /// Whoever is logged in to the Azure CLI.
+    /// The account that is logged in to the Azure CLI.
     AzureCli = "azure-cli",
+    /// The identity that Databricks Model Serving gives to a model.
+    ModelServing = "model-serving",
 }
 
 /// A token that the workspace's API accepts.
@@ -161,6 +169,7 @@ pub(super) enum TokenSource {
     /// Of an identity token from somewhere else.
     Exchange(Exchange),
     MetadataService(MetadataService),
+    ModelServing(ModelServing),
     OAuthM2m(OAuthM2m),
     Pat(Pat),
 }
@@ -174,6 +183,7 @@ impl TokenSource {
             Self::DatabricksCli(_) => AuthKind::DatabricksCli,
             Self::Exchange(exchange) => exchange.kind(),
             Self::MetadataService(_) => AuthKind::MetadataService,
+            Self::ModelServing(_) => AuthKind::ModelServing,
             Self::OAuthM2m(_) => AuthKind::OAuthM2m,
             Self::Pat(_) => AuthKind::Pat,
         }
@@ -190,6 +200,7 @@ impl TokenSource {
             Self::AzureCli(_)
             | Self::DatabricksCli(_)
             | Self::MetadataService(_)
+            | Self::ModelServing(_)
             | Self::Pat(_) => None,
         }
     }
@@ -206,6 +217,9 @@ impl TokenSource {
                 "check that the service principal is assigned to this workspace and that `DATABRICKS_HOST` names it".to_owned()
             }
             Self::MetadataService(_) => "restart the tool that set `DATABRICKS_METADATA_SERVICE_URL`".to_owned(),
+            Self::ModelServing(_) => {
+                "check that the model was logged with the resources that it uses, and that `DATABRICKS_HOST`, if set, is their workspace".to_owned()
+            }
             Self::Pat(source) => format!(
                 "check {}: it may have expired, been revoked, or belong to another workspace",
                 source.setting()
@@ -221,6 +235,7 @@ impl TokenSource {
                 | Self::AzureMsi(_)
                 | Self::DatabricksCli(_)
                 | Self::MetadataService(_)
+                | Self::ModelServing(_)
         )
     }
 
@@ -242,6 +257,7 @@ impl TokenSource {
             Self::DatabricksCli(source) => source.token(api, freshness).await,
             Self::Exchange(source) => source.token(api, oidc).await,
             Self::MetadataService(source) => source.token(api).await,
+            Self::ModelServing(source) => source.token().await,
             Self::OAuthM2m(source) => source.token(api, oidc).await,
             Self::Pat(source) => Ok(source.token()),
         }

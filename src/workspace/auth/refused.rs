@@ -12,10 +12,6 @@ const KINDS: &[(&str, &str)] = &[
         "Databricks has ended passwords: use `databricks auth login`, or a service principal (oauth-m2m)",
     ),
     (
-        "azure-devops-oidc",
-        "put the pipeline's identity token into a variable or a file and use env-oidc or file-oidc",
-    ),
-    (
         "github-oidc-azure",
         "federate with Databricks directly (github-oidc: set `DATABRICKS_CLIENT_ID` to the service principal), or log in with azure/login and use azure-cli",
     ),
@@ -25,7 +21,6 @@ const KINDS: &[(&str, &str)] = &[
     ("oauth-u2m", CLI),
     ("runtime", SERVICE_PRINCIPAL),
     ("runtime-oauth", SERVICE_PRINCIPAL),
-    ("model-serving", SERVICE_PRINCIPAL),
 ];
 
 /// The refusal of a way of this name, if it is one of those.

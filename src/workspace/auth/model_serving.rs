@@ -1,0 +1,141 @@
+//! The token that Databricks Model Serving puts into a file beside a model, and replaces there.
+
+use std::{io, path::PathBuf, time::Duration};
+
+use secrecy::SecretString;
+use serde::Deserialize;
+use tokio::{fs::File, io::AsyncReadExt, time::sleep};
+use zeroize::Zeroizing;
+
+use super::{AuthKind, Expiry, WorkspaceToken};
+use crate::workspace::{
+    diagnosis::CallError,
+    settings::{SettingsError, Variables},
+};
+
+/// The first that is set decides (as in the Databricks SDK for Python).
+const IS_SERVING: [&str; 2] = [
+    "IS_IN_DB_MODEL_SERVING_ENV",
+    "IS_IN_DATABRICKS_MODEL_SERVING_ENV",
+];
+/// Where the workspace is, if nothing else names it.
+pub(in crate::workspace) const HOSTS: [&str; 2] = [
+    "DATABRICKS_MODEL_SERVING_HOST_URL",
+    "DB_MODEL_SERVING_HOST_URL",
+];
+/// Set on serverless compute.
+const DIRECTORY: &str = "SERVING_CREDENTIALS_DIR";
+const CLASSIC_DIRECTORY: &str = "/var/credentials-secret";
+const FILE: &str = "model-dependencies-oauth-token";
+/// The file is read again after this (as the SDK does): it names no expiry.
+const LIFETIME: Duration = Duration::from_mins(5);
+/// Pause before the second attempt, for a file that is being replaced.
+const RETRY: Duration = Duration::from_millis(500);
+/// Far above any real token.
+const MAX_FILE: u64 = 64 * 1024;
+
+pub(in crate::workspace) struct ModelServing {
+    path: PathBuf,
+}
+
+#[derive(Deserialize)]
+struct Content {
+    #[serde(rename = "OAUTH_TOKEN")]
+    tokens: Vec<Entry>,
+}
+
+#[derive(Deserialize)]
+struct Entry {
+    #[serde(rename = "oauthTokenValue")]
+    value: SecretString,
+}
+
+/// Whether this process runs beside a model in Databricks Model Serving.
+pub(in crate::workspace) fn is_serving(variables: &Variables) -> bool {
+    let first = IS_SERVING.iter().find_map(|name| variables.get(name));
+    first == Some("true")
+}
+
+impl ModelServing {
+    pub(super) fn new(variables: &Variables) -> Result<Self, SettingsError> {
+        if !is_serving(variables) {
+            return Err(SettingsError::Incomplete {
+                missing: "IS_IN_DATABRICKS_MODEL_SERVING_ENV",
+                because: "model-serving works in Databricks Model Serving alone, which sets it"
+                    .to_owned(),
+            });
+        }
+        let directory = variables.get(DIRECTORY).unwrap_or(CLASSIC_DIRECTORY);
+        let path = PathBuf::from(directory).join(FILE);
+        if !path.is_file() {
+            return Err(SettingsError::NoServingToken { path });
+        }
+        Ok(Self { path })
+    }
+
+    pub(super) async fn token(&self) -> Result<WorkspaceToken, CallError> {
+        let content = match self.read().await {
+            Ok(content) => content,
+            Err(_) => {
+                sleep(RETRY).await;
+                self.read().await.map_err(|error| self.unreadable(&error))?
+            }
+        };
+        let token = content.tokens.into_iter().next();
+        let token = token.ok_or_else(|| self.unreadable(&io::ErrorKind::InvalidData.into()))?;
+        WorkspaceToken::new(token.value, Expiry::In(LIFETIME))
+    }
+
+    async fn read(&self) -> io::Result<Content> {
+        let mut text = Zeroizing::new(Vec::new());
+        let file = File::open(&self.path).await?;
+        file.take(MAX_FILE).read_to_end(&mut text).await?;
+        // The parser's words could quote the token.
+        serde_json::from_slice(&text).map_err(|_| io::ErrorKind::InvalidData.into())
+    }
+
+    fn unreadable(&self, error: &io::Error) -> CallError {
+        CallError::unavailable(
+            format!(
+                "cannot read the token of {} in `{}`",
+                AuthKind::ModelServing.label(),
+                self.path.display()
+            ),
+            Some(error.to_string()),
+            "check that Model Serving still keeps the file; it is read again by itself".to_owned(),
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn path(variables: &[(&str, &str)]) -> Result<PathBuf, String> {
+        let variables = variables.iter();
+        let variables = variables.map(|&(name, value)| (name.to_owned(), value.to_owned()));
+        match ModelServing::new(&variables.collect()) {
+            Ok(source) => Ok(source.path),
+            Err(error) => Err(error.to_string()),
+        }
+    }
+
+    #[test]
+    fn the_directory_is_the_one_that_is_named_or_the_classic_one() {
+        let scratch = tempfile::tempdir().unwrap();
+        let directory = scratch.path().to_str().unwrap();
+        let missing = path(&[(IS_SERVING[0], "true")]).unwrap_err();
+        assert!(
+            missing.contains("/var/credentials-secret/model-dependencies-oauth-token"),
+            "{missing}"
+        );
+        let named = [(IS_SERVING[1], "true"), (DIRECTORY, directory)];
+        assert!(path(&named).unwrap_err().contains(directory));
+        std::fs::write(scratch.path().join(FILE), "").unwrap();
+        assert_eq!(path(&named).unwrap(), scratch.path().join(FILE));
+        // The first variable decides, and anything but `true` is no.
+        let both = [(IS_SERVING[0], "false"), named[0], named[1]];
+        assert!(path(&both).unwrap_err().contains("is not set"));
+        assert!(path(&[(IS_SERVING[1], "1"), named[1]]).is_err());
+    }
+}
