@@ -8,6 +8,7 @@ use axum::{
     http::{
         HeaderMap, StatusCode,
         header::{ACCEPT, VARY},
+        request::Parts,
     },
     response::{IntoResponse, Response},
     routing::get,
@@ -18,7 +19,7 @@ use super::{
     deep::{Checked, DeepCheck},
     health::{Health, Verdict},
 };
-use crate::overview::Overview;
+use crate::{http::check_intent, overview::Overview};
 
 /// What the probes are answered from.
 #[derive(Clone)]
@@ -47,7 +48,8 @@ pub(super) fn router(probes: Probes) -> Router {
             answer(&asked, &headers, &probes.health.liveness(), None)
         },
     );
-    let readiness = get(readiness);
+    // POST is for what has an effect, a login.
+    let readiness = get(readiness).post(readiness);
     Router::new()
         .route("/startup", startup.clone())
         .route("/startupz", startup)
@@ -62,13 +64,17 @@ pub(super) fn router(probes: Probes) -> Router {
 async fn readiness(
     State(probes): State<Probes>,
     Query(asked): Query<Asked>,
-    headers: HeaderMap,
+    request: Parts,
 ) -> Response {
-    let mut verdict = probes.health.readiness();
+    let headers = &request.headers;
     let is_deep = matches!(asked.deep.as_deref(), Some("1" | "true"));
+    if is_deep && let Err(refused) = check_intent(&request) {
+        return refused;
+    }
+    let mut verdict = probes.health.readiness();
     // What is not ready anyway is not worth a login.
     if !is_deep || !verdict.is_ok() {
-        return answer(&asked, &headers, &verdict, None);
+        return answer(&asked, headers, &verdict, None);
     }
     let endpoint = asked.endpoint.as_deref();
     let Some(checked) = probes.deep.check(&probes.overview, endpoint).await else {
@@ -79,7 +85,7 @@ async fn readiness(
         let reason = format!("{}: {why}", failed.endpoint);
         verdict.reasons.push(reason.into());
     }
-    answer(&asked, &headers, &verdict, Some(&checked))
+    answer(&asked, headers, &verdict, Some(&checked))
 }
 
 fn answer(

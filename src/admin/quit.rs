@@ -5,7 +5,7 @@
 use axum::{
     Router,
     extract::State,
-    http::{HeaderMap, HeaderValue, Method, StatusCode, header::ALLOW},
+    http::{StatusCode, request::Parts},
     response::{IntoResponse, Response},
     routing::any,
 };
@@ -25,21 +25,9 @@ pub async fn serve(listener: TcpListener, asked: CancellationToken, stop: Cancel
     }
 }
 
-async fn quit(
-    State(asked): State<CancellationToken>,
-    method: Method,
-    headers: HeaderMap,
-) -> Response {
-    // GET as well as POST, as Cloud SQL Auth Proxy's users have it in their scripts; HEAD only looks.
-    if method != Method::GET && method != Method::POST {
-        let only = (StatusCode::METHOD_NOT_ALLOWED, "method not allowed\n");
-        return ([(ALLOW, "GET, POST")], only).into_response();
-    }
-    // The common guard lets links be followed; none may lead here.
-    let site = headers.get("sec-fetch-site").map(HeaderValue::as_bytes);
-    if !matches!(site, None | Some(b"none" | b"same-origin")) {
-        let foreign = "requests from other origins are refused\n";
-        return (StatusCode::FORBIDDEN, foreign).into_response();
+async fn quit(State(asked): State<CancellationToken>, request: Parts) -> Response {
+    if let Err(refused) = http::check_intent(&request) {
+        return refused;
     }
     tracing::info!("asked to end by /quitquitquit");
     asked.cancel();

@@ -1,8 +1,11 @@
 //! Keeps other people's web pages away from our ports.
 //!
 //! A browser on this machine can reach loopback, and any page that it shows may try. Three things tell such a request
-//! apart, none of which a page can forge: a `Host` that is a name (DNS rebinding needs one), an `Origin` that is not
-//! ours, and the fetch metadata that browsers add.
+//! apart, none of which a page can forge: a `Host` that is not this machine's (DNS rebinding needs a name), an `Origin`
+//! that is not ours, and the fetch metadata that browsers add, but not to requests for an address such as 0.0.0.0, which
+//! leads to loopback as well.
+//!
+//! That protects what is read. A request with an effect must show its intent as well, see [`check_intent`].
 
 use std::net::IpAddr;
 
@@ -11,9 +14,10 @@ use axum::{
     http::{
         HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Version,
         header::{
-            CACHE_CONTROL, CONTENT_SECURITY_POLICY, HOST, ORIGIN, REFERRER_POLICY,
+            ALLOW, CACHE_CONTROL, CONTENT_SECURITY_POLICY, HOST, ORIGIN, REFERRER_POLICY,
             X_CONTENT_TYPE_OPTIONS, X_FRAME_OPTIONS,
         },
+        request::Parts,
         uri::Authority,
     },
     middleware::Next,
@@ -43,11 +47,53 @@ const HARDENING: [(HeaderName, &str); 7] = [
     ),
 ];
 
+/// The header by which a GET shows that no page sent it: pages of other origins cannot add it without being allowed to.
+const INTENT: &str = "x-requested-with";
+
+/// Refuses a request with an effect that a page of another origin may have caused: a navigation, whatever it is embedded
+/// in, and every GET or HEAD without the header [`INTENT`].
+///
+/// POST needs no header, as browsers name their page's origin with it. A page that had its name rebound is of our own
+/// origin to its browser: from a browser, and by GET, only addresses and `localhost` are right.
+pub fn check_intent(request: &Parts) -> Result<(), Response> {
+    let headers = &request.headers;
+    let site = headers.get("sec-fetch-site").map(HeaderValue::as_bytes);
+    let has_origin = headers.contains_key(ORIGIN);
+    let is_rebound = || host(request).is_ok_and(|host| host.is_some_and(|host| is_name(&host)));
+    let foreign = (
+        StatusCode::FORBIDDEN,
+        "requests from other origins are refused\n",
+    );
+    if !matches!(site, None | Some(b"none" | b"same-origin")) {
+        return Err(foreign.into_response());
+    }
+    match request.method {
+        Method::POST if has_origin && is_rebound() => Err(foreign.into_response()),
+        Method::POST => Ok(()),
+        Method::GET if headers.contains_key(INTENT) && is_rebound() => Err(foreign.into_response()),
+        Method::GET if headers.contains_key(INTENT) => Ok(()),
+        _ => {
+            let words =
+                "this has an effect: send a POST, or a GET with the header X-Requested-With\n";
+            let refused = (StatusCode::METHOD_NOT_ALLOWED, words);
+            Err(([(ALLOW, "POST")], refused).into_response())
+        }
+    }
+}
+
+/// Whether a link or a script of another site leads a browser here, on a listener that only this machine reaches. Elsewhere
+/// a link is how people come, through a reverse proxy that knows them.
+pub fn is_led_from_another_site(request: &Parts) -> bool {
+    let is_local = request.extensions.get() == Some(&Reach::Loopback);
+    let site = request.headers.get("sec-fetch-site");
+    is_local && site.is_some_and(|site| site != "none" && site != "same-origin")
+}
+
 /// Whether a request was made on this machine, and by a name or address of this machine's. On a listener that others
 /// reach, a page that had its name rebound to a loopback address would else be let in by the address it comes from.
-pub fn is_from_this_machine(request: &Request) -> bool {
+pub fn is_from_this_machine(request: &Parts) -> bool {
     request
-        .extensions()
+        .extensions
         .get()
         .is_some_and(|visitor: &Visitor| visitor.is_local())
         && host(request).is_ok_and(|host| host.is_none_or(|host| is_local(&host)))
@@ -64,8 +110,10 @@ pub(super) enum Reach {
 
 /// The middleware: refuses what is foreign, hardens every answer.
 pub(super) async fn guard(State(reach): State<Reach>, request: Request, next: Next) -> Response {
-    let mut response = match judge(reach, &request) {
-        Ok(()) => next.run(request).await,
+    let (mut parts, body) = request.into_parts();
+    parts.extensions.insert(reach);
+    let mut response = match judge(reach, &parts) {
+        Ok(()) => next.run(Request::from_parts(parts, body)).await,
         Err(refusal) => refusal.into_response(),
     };
     for (name, value) in HARDENING {
@@ -79,7 +127,7 @@ pub(super) async fn guard(State(reach): State<Reach>, request: Request, next: Ne
 
 type Refusal = (StatusCode, &'static str);
 
-fn judge(reach: Reach, request: &Request) -> Result<(), Refusal> {
+fn judge(reach: Reach, request: &Parts) -> Result<(), Refusal> {
     let host = host(request)?;
     if reach == Reach::Loopback
         && let Some(host) = &host
@@ -94,8 +142,8 @@ fn judge(reach: Reach, request: &Request) -> Result<(), Refusal> {
         StatusCode::FORBIDDEN,
         "requests from other origins are refused\n",
     );
-    if !origin_is_ours(request.headers(), host.as_ref())
-        || embeds_us(request.method(), request.headers())
+    if !origin_is_ours(&request.headers, host.as_ref())
+        || embeds_us(&request.method, &request.headers)
     {
         return Err(foreign);
     }
@@ -103,18 +151,18 @@ fn judge(reach: Reach, request: &Request) -> Result<(), Refusal> {
 }
 
 /// The host that the request is for: the target's own when it has one (RFC 9112, 3.2.2), else the `Host` field.
-fn host(request: &Request) -> Result<Option<Authority>, Refusal> {
+fn host(request: &Parts) -> Result<Option<Authority>, Refusal> {
     let bad = (StatusCode::BAD_REQUEST, "one valid Host header is needed\n");
-    let mut fields = request.headers().get_all(HOST).iter();
+    let mut fields = request.headers.get_all(HOST).iter();
     let field = fields.next();
-    if fields.next().is_some() || (field.is_none() && request.version() == Version::HTTP_11) {
+    if fields.next().is_some() || (field.is_none() && request.version == Version::HTTP_11) {
         return Err(bad);
     }
     let field = field
         .map(|value| Authority::try_from(value.as_bytes()))
         .transpose()
         .map_err(|_| bad)?;
-    let host = request.uri().authority().cloned().or(field);
+    let host = request.uri.authority().cloned().or(field);
     if host
         .as_ref()
         .is_some_and(|host| host.as_str().contains('@'))
@@ -124,13 +172,26 @@ fn host(request: &Request) -> Result<Option<Authority>, Refusal> {
     Ok(host)
 }
 
+/// `localhost` or a loopback address. Other addresses may lead here too, 0.0.0.0 does, but nothing of ours names them, and
+/// browsers do not say whose page asks.
 fn is_local(host: &Authority) -> bool {
+    match literal(host) {
+        Some(ip) => ip.to_canonical().is_loopback(),
+        None => !is_name(host),
+    }
+}
+
+/// A name that whoever owns it may lead here.
+fn is_name(host: &Authority) -> bool {
+    literal(host).is_none() && !host.host().eq_ignore_ascii_case("localhost")
+}
+
+fn literal(host: &Authority) -> Option<IpAddr> {
     let name = host.host();
-    let literal = name
+    let inner = name
         .strip_prefix('[')
-        .and_then(|name| name.strip_suffix(']'))
-        .unwrap_or(name);
-    name.eq_ignore_ascii_case("localhost") || literal.parse::<IpAddr>().is_ok()
+        .and_then(|name| name.strip_suffix(']'));
+    inner.unwrap_or(name).parse().ok()
 }
 
 /// True without an `Origin`, and for one that names the host asked. `null` (sandboxed frames, files) is foreign.
@@ -161,8 +222,6 @@ fn embeds_us(method: &Method, headers: &HeaderMap) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use axum::body::Body;
-
     use super::*;
 
     fn verdict(reach: Reach, method: &str, headers: &[(&str, &str)]) -> u16 {
@@ -170,7 +229,7 @@ mod tests {
         for (name, value) in headers {
             request = request.header(*name, *value);
         }
-        let request = request.body(Body::empty()).unwrap();
+        let (request, ()) = request.body(()).unwrap().into_parts();
         judge(reach, &request).map_or_else(|(status, _)| status.as_u16(), |()| 200)
     }
 
@@ -183,7 +242,8 @@ mod tests {
             "127.0.0.1:80",
             "[::1]:9090",
             "[::1]",
-            "192.0.2.7:1",
+            "127.8.8.8",
+            "[::ffff:127.0.0.1]:80",
         ] {
             assert_eq!(
                 verdict(Reach::Loopback, "GET", &[("host", host)]),
@@ -197,6 +257,11 @@ mod tests {
             "127.0.0.1.nip.io",
             "localhost.",
             "127.1",
+            "0.0.0.0:9090",
+            "[::]:9090",
+            "8.8.8.8",
+            "192.0.2.7:1",
+            "[::ffff:0.0.0.0]",
         ] {
             assert_eq!(
                 verdict(Reach::Loopback, "GET", &[("host", host)]),
@@ -235,7 +300,8 @@ mod tests {
         let request = Request::builder()
             .uri("http://rebound.example/")
             .header("host", "localhost");
-        let refusal = judge(Reach::Loopback, &request.body(Body::empty()).unwrap()).unwrap_err();
+        let (request, ()) = request.body(()).unwrap().into_parts();
+        let refusal = judge(Reach::Loopback, &request).unwrap_err();
         assert_eq!(refusal.0, StatusCode::MISDIRECTED_REQUEST);
     }
 
@@ -266,6 +332,51 @@ mod tests {
             ];
             assert_eq!(verdict(Reach::Loopback, method, &ours), 200, "{method}");
         }
+    }
+
+    fn intent(method: &str, headers: &[(&str, &str)]) -> u16 {
+        let mut request = Request::builder().method(method).uri("/");
+        for (name, value) in headers {
+            request = request.header(*name, *value);
+        }
+        let (request, ()) = request.body(()).unwrap().into_parts();
+        check_intent(&request).map_or_else(|refused| refused.status().as_u16(), |()| 200)
+    }
+
+    #[test]
+    fn an_effect_needs_a_post_or_a_header_that_no_foreign_page_can_send() {
+        let header = ("x-requested-with", "curl");
+        for host in ["localhost:9090", "10.0.0.7:9090"] {
+            let host = ("host", host);
+            assert_eq!(intent("POST", &[host]), 200);
+            assert_eq!(intent("GET", &[host, header]), 200);
+            for method in ["GET", "HEAD", "DELETE"] {
+                assert_eq!(intent(method, &[host]), 405, "{method}");
+            }
+            for site in ["cross-site", "same-site", "nonsense"] {
+                let site = ("sec-fetch-site", site);
+                assert_eq!(intent("POST", &[host, site]), 403);
+                assert_eq!(intent("GET", &[host, header, site]), 403);
+            }
+            for site in ["none", "same-origin"] {
+                assert_eq!(intent("POST", &[host, ("sec-fetch-site", site)]), 200);
+            }
+        }
+    }
+
+    #[test]
+    fn a_page_whose_name_leads_here_has_no_effect_either() {
+        let host = ("host", "rebound.example:9090");
+        let origin = ("origin", "http://rebound.example:9090");
+        assert_eq!(intent("POST", &[host, origin]), 403);
+        assert_eq!(intent("GET", &[host, ("x-requested-with", "x")]), 403);
+        // A tool, by the name of a service.
+        assert_eq!(
+            intent("POST", &[("host", "lakebase-proxy.team.svc:9090")]),
+            200
+        );
+        let ours = ("origin", "http://10.0.0.7:9090");
+        assert_eq!(intent("POST", &[("host", "10.0.0.7:9090"), ours]), 200);
     }
 
     #[test]

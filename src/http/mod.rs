@@ -5,5 +5,5 @@
 mod guard;
 mod server;
 
-pub use guard::is_from_this_machine;
+pub use guard::{check_intent, is_from_this_machine, is_led_from_another_site};
 pub use server::{Limits, serve};

@@ -20,6 +20,7 @@ use axum::{
     http::{
         StatusCode,
         header::{CONTENT_TYPE, RETRY_AFTER},
+        request::Parts,
     },
     response::{Html, IntoResponse, Response},
     routing::get,
@@ -161,7 +162,17 @@ fn router(site: Arc<Site>) -> Router {
         .with_state(site)
 }
 
-async fn index(State(site): State<Arc<Site>>) -> Response {
+async fn index(State(site): State<Arc<Site>>, request: Parts) -> Response {
+    // Reading the notes wakes an endpoint that sleeps, which is not for other sites' pages to cause.
+    if http::is_led_from_another_site(&request) {
+        return html(
+            StatusCode::FORBIDDEN,
+            page::message(
+                "Not by a link",
+                "Another site led here. Open the address of this page yourself.",
+            ),
+        );
+    }
     match site.notes().await {
         Ok(notes) => html(StatusCode::OK, page::notes(&notes)),
         Err(trouble) => (

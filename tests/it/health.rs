@@ -13,7 +13,7 @@ use tokio::time::Instant;
 
 use crate::{
     harness::{Proxy, emulator, within},
-    web::{get, request},
+    web::{Answer, get, request},
 };
 
 const WORKERS: usize = 2;
@@ -102,8 +102,14 @@ fn probes_are_answered_while_every_worker_is_blocked() {
     assert_eq!(client.read(&mut [0]).unwrap(), 1, "and then it is served");
 }
 
+async fn post(address: SocketAddr, path: &str) -> Answer {
+    let host = address.to_string();
+    let headers = [("Host", host.as_str()), ("Content-Length", "0")];
+    within("an answer", request(address, "POST", path, &headers)).await
+}
+
 async fn json(address: SocketAddr, path: &str) -> (u16, Value) {
-    let answer = within("an answer", get(address, path)).await;
+    let answer = post(address, path).await;
     let body = serde_json::from_str(&answer.body).unwrap_or_else(|_| panic!("{}", answer.body));
     (answer.status, body)
 }
@@ -133,12 +139,12 @@ async fn a_deep_probe_logs_in_once_in_a_while_and_a_plain_one_never() {
     );
     assert_eq!(emulator.counts().logins, 1);
 
-    let unknown = get(http, "/readiness?deep=1&endpoint=nowhere").await;
+    let unknown = post(http, "/readiness?deep=1&endpoint=nowhere").await;
     assert_eq!(
         (unknown.status, unknown.body.as_str()),
         (404, "no endpoint of that name\n")
     );
-    let text = get(
+    let text = post(
         http,
         &format!("/readiness?deep=1&endpoint={}", emulator.endpoint_name()),
     )
@@ -148,6 +154,71 @@ async fn a_deep_probe_logs_in_once_in_a_while_and_a_plain_one_never() {
         "{}",
         text.body
     );
+}
+
+/// A page can make a browser of this machine ask for any address, and so wake an endpoint again and again.
+#[tokio::test]
+async fn no_page_of_another_site_wakes_an_endpoint() {
+    let emulator = emulator().await;
+    let proxy = Proxy::with(&emulator, |settings| {
+        with_http(settings);
+        settings.notes = Some(true);
+        settings.notes_port = Some(PortSetting::Port(0));
+    })
+    .await;
+    let (http, notes) = (proxy.http(), proxy.notes());
+    let deep = "/readiness?deep=1";
+    let own = http.to_string();
+    let host = ("Host", own.as_str());
+    let origin = format!("http://{own}");
+    let link = [
+        ("Sec-Fetch-Site", "cross-site"),
+        ("Sec-Fetch-Mode", "navigate"),
+        ("Sec-Fetch-Dest", "document"),
+    ];
+    let any = format!("0.0.0.0:{}", http.port());
+    for (what, method, headers, status) in [
+        ("an image", "GET", vec![host], 405),
+        ("a look", "HEAD", vec![host], 405),
+        ("a link", "GET", [&[host][..], &link].concat(), 403),
+        (
+            "a form",
+            "POST",
+            vec![host, ("Origin", "http://evil.example")],
+            403,
+        ),
+        (
+            "a form of a sandbox",
+            "POST",
+            vec![host, ("Origin", "null")],
+            403,
+        ),
+        (
+            "an image by another address",
+            "GET",
+            vec![("Host", any.as_str())],
+            421,
+        ),
+        (
+            "a form by another address",
+            "POST",
+            vec![("Host", any.as_str()), ("Origin", &origin)],
+            421,
+        ),
+    ] {
+        let answer = within(what, request(http, method, deep, &headers)).await;
+        assert_eq!(answer.status, status, "{what}: {}", answer.body);
+    }
+    let notes_host = notes.to_string();
+    let led = [&[("Host", notes_host.as_str())][..], &link].concat();
+    let answer = within("a link to the notes", request(notes, "GET", "/", &led)).await;
+    assert_eq!(answer.status, 403);
+    assert_eq!(emulator.counts().logins, 0, "none of them reached it");
+
+    let meant = [host, ("X-Requested-With", "curl")];
+    let answer = within("a check", request(http, "GET", deep, &meant)).await;
+    assert_eq!(answer.status, 200);
+    assert_eq!(emulator.counts().logins, 1);
 }
 
 #[tokio::test]

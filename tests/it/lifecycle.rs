@@ -81,6 +81,16 @@ async fn quitquitquit_drains_and_ends_with_zero() {
             .status,
         405
     );
+    // An image in any page; the browser does not say whose page asks 0.0.0.0, which leads here as well.
+    assert_eq!(get(admin, "/quitquitquit").await.status, 405);
+    for address in ["0.0.0.0", "[::]", "8.8.8.8"] {
+        let host = format!("{address}:{}", admin.port());
+        for method in ["GET", "POST"] {
+            let headers = [("Host", host.as_str()), ("X-Requested-With", "x")];
+            let refused = request(admin, method, "/quitquitquit", &headers).await;
+            assert_eq!(refused.status, 421, "{method} {host}");
+        }
+    }
     assert_eq!(get(admin, "/").await.status, 404);
 
     // A transaction that has begun may finish.
@@ -92,7 +102,9 @@ async fn quitquitquit_drains_and_ends_with_zero() {
     let (client, connection) = config.connect(tokio_postgres::NoTls).await.unwrap();
     tokio_util::task::TaskTracker::new().spawn(connection);
     client.batch_execute("begin; select 1").await.unwrap();
-    assert_eq!(get(admin, "/quitquitquit").await.status, 200);
+    let meant = [host, ("X-Requested-With", "preStop")];
+    let answer = request(admin, "GET", "/quitquitquit", &meant).await;
+    assert_eq!(answer.status, 200);
     binary.until("shutting down").await;
     let row = client.query_one("select 6 * 7", &[]).await.unwrap();
     assert_eq!(row.get::<_, i32>(0), 42);

@@ -61,6 +61,11 @@ const FOREIGN: &[(&str, &[(&str, &str)])] = &[
         &[("Host", "{host}"), ("Origin", "http://{host}.evil.example")],
     ),
     (
+        "an address that leads to any interface",
+        &[("Host", "0.0.0.0:{port}")],
+    ),
+    ("another address", &[("Host", "8.8.8.8:{port}")]),
+    (
         "an image or a script of another site",
         &[
             ("Host", "{host}"),

@@ -37,7 +37,7 @@ lakebase-proxy
 /startup    200 once the listeners are up       also /startupz
 /liveness   200 while the process works         also /livez /healthz
 /readiness  200 while clients can be served     also /readyz
-            ?deep=1 logs in once at the endpoint, and wakes it if it sleeps
+            POST ?deep=1 logs in once at the endpoint, and wakes it if it sleeps
 /metrics    counters, in Prometheus text format
 /log-filter what is logged; PUT another one to change it, from this machine
 
@@ -71,8 +71,9 @@ pub(super) fn router(status: Status) -> Router {
 
 /// Lets nobody through but visitors of this machine.
 pub(super) async fn only_here(request: Request, next: Next) -> Response {
-    if is_from_this_machine(&request) {
-        return next.run(request).await;
+    let (parts, body) = request.into_parts();
+    if is_from_this_machine(&parts) {
+        return next.run(Request::from_parts(parts, body)).await;
     }
     let refused = "this is for visitors of this machine only\n";
     (StatusCode::FORBIDDEN, refused).into_response()

@@ -10,7 +10,7 @@ use axum::{
     response::{IntoResponse, Response},
 };
 
-/// Refuses a `Host` that is neither `localhost` nor an address (421), and any request of a foreign page (403).
+/// Refuses a `Host` that is neither `localhost` nor a loopback address (421), and any request of a foreign page (403).
 pub(super) async fn guard(request: Request, next: Next) -> Response {
     match refusal(request.headers()) {
         None => next.run(request).await,
@@ -41,7 +41,8 @@ fn refusal(headers: &HeaderMap) -> Option<(StatusCode, &'static str)> {
     ))
 }
 
-/// `localhost` or an IP literal, with or without a port.
+/// `localhost` or a loopback address, with or without a port: the emulator listens nowhere else, and browsers do not say
+/// whose page it is that asks 0.0.0.0, which leads to loopback too.
 fn is_local_name(host: &str) -> bool {
     let (name, rest) = match host.strip_prefix('[') {
         Some(literal) => literal.split_once(']').unwrap_or_default(),
@@ -52,7 +53,10 @@ fn is_local_name(host: &str) -> bool {
             .is_some_and(|port| port.bytes().all(|byte| byte.is_ascii_digit()))
     };
     (rest.is_empty() || is_port(rest))
-        && (name.eq_ignore_ascii_case("localhost") || name.parse::<std::net::IpAddr>().is_ok())
+        && (name.eq_ignore_ascii_case("localhost")
+            || name
+                .parse::<std::net::IpAddr>()
+                .is_ok_and(|ip| ip.to_canonical().is_loopback()))
 }
 
 #[cfg(test)]
@@ -77,7 +81,6 @@ mod tests {
             "127.0.0.1:1",
             "[::1]:1",
             "[::1]",
-            "10.0.0.7:80",
         ] {
             assert_eq!(verdict(&[("host", host)]), None, "{host}");
         }
@@ -93,6 +96,8 @@ mod tests {
             "127.0.0.1:80@evil.example",
             "[::1",
             "[::1].evil.example",
+            "0.0.0.0:80",
+            "8.8.8.8",
         ] {
             assert_eq!(
                 verdict(&[("host", host)]),

@@ -186,6 +186,11 @@ impl Proxy {
         self.running.addresses().http.expect("an http port")
     }
 
+    /// Where the notes page is, which must be switched on.
+    pub(crate) fn notes(&self) -> SocketAddr {
+        self.running.addresses().notes.expect("a notes port")
+    }
+
     pub(crate) fn credentials(&self) -> &CredentialCell {
         self.running.credentials()
     }
