@@ -35,6 +35,9 @@ pub struct Progress {
     outstanding: u32,
     /// Extended-protocol messages sent since the last `Sync`.
     unsynced: bool,
+    /// Simple queries among the outstanding that were sent behind extended messages without a `Sync` between: if one of
+    /// those fails, the server skips them.
+    unsynced_simple: u32,
     last_request_simple: bool,
     copy_in: bool,
     terminated: bool,
@@ -61,7 +64,17 @@ impl Progress {
 
     /// Whether the server waits for a request, outside any transaction.
     pub fn is_idle(&self) -> bool {
-        !self.is_owed() && self.status == TransactionStatus::Idle
+        (!self.is_owed() || self.is_skipping()) && self.status == TransactionStatus::Idle
+    }
+
+    /// Whether the server has failed an extended request and ignores everything up to a `Sync` that has not been sent.
+    ///
+    /// Also, for the moment between its error and its `ReadyForQuery`, when a simple query behind an extended one without
+    /// a `Sync` fails.
+    fn is_skipping(&self) -> bool {
+        self.explained
+            && (self.unsynced || self.unsynced_simple > 0)
+            && self.outstanding <= self.unsynced_simple
     }
 
     /// Whether the server owes an answer, or will once the client has said all.
@@ -97,11 +110,18 @@ impl Progress {
         match tag {
             tag::QUERY | tag::FUNCTION_CALL => {
                 self.last_request_simple = true;
+                if self.unsynced || self.unsynced_simple > 0 {
+                    self.unsynced_simple = self.unsynced_simple.saturating_add(1);
+                }
                 // A simple request ends an extended one that lacks its Sync.
                 self.unsynced = false;
                 self.outstanding = self.outstanding.saturating_add(1);
             }
             tag::SYNC => {
+                if self.is_skipping() {
+                    self.outstanding = self.outstanding.saturating_sub(self.unsynced_simple);
+                }
+                self.unsynced_simple = 0;
                 self.unsynced = false;
                 self.outstanding = self.outstanding.saturating_add(1);
             }
@@ -127,6 +147,7 @@ impl Progress {
         match seen {
             Seen::Status(byte) => {
                 self.outstanding = self.outstanding.saturating_sub(1);
+                self.unsynced_simple = self.unsynced_simple.min(self.outstanding);
                 self.copy_in = false;
                 self.status = TransactionStatus::from_byte(byte);
                 let closed = u32::from(self.status == TransactionStatus::Idle);
@@ -210,6 +231,34 @@ mod tests {
             progress.is_idle(),
             "the query has ended what came before it"
         );
+    }
+
+    /// A drain waited for its whole grace time: the query behind a failed Parse is never answered.
+    #[test]
+    fn what_the_server_skips_up_to_a_sync_is_not_awaited() {
+        let error = Seen::Message {
+            tag: tag::ERROR_RESPONSE,
+        };
+        for request in [&b"PBEQ"[..], b"PBEQQ", b"PBE"] {
+            let mut progress = Progress::new();
+            client(&mut progress, request);
+            assert!(!progress.is_idle(), "not failed yet");
+            progress.from_server(error);
+            assert!(progress.is_idle());
+            client(&mut progress, b"PQ");
+            assert!(progress.is_idle(), "skipped as well");
+            client(&mut progress, b"S");
+            assert!(!progress.is_idle());
+            ready(&mut progress, b'I');
+            assert!(progress.is_idle());
+        }
+        // An earlier request is under way, or has failed and its ReadyForQuery is about to come.
+        for request in [&b"PBESPBE"[..], b"QPBE", b"Q"] {
+            let mut progress = Progress::new();
+            client(&mut progress, request);
+            progress.from_server(error);
+            assert!(!progress.is_idle());
+        }
     }
 
     #[test]
