@@ -13,6 +13,7 @@
 //! Its clients need no permit (it must answer when all are taken, and is bounded by itself), are in no list, and do not
 //! keep the program from ending when idle.
 
+mod clients;
 mod dialogue;
 mod pgbouncer;
 mod statement;
@@ -30,12 +31,12 @@ use std::{
 use bytes::BytesMut;
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
-    sync::Semaphore,
     time::timeout,
 };
 use tokio_util::sync::CancellationToken;
 
 use self::{
+    clients::{CLIENTS, Clients},
     dialogue::{Dialogue, Next},
     tables::Sources,
 };
@@ -54,8 +55,6 @@ use crate::{
 
 /// The databases that mean the console.
 const NAMES: [&str; 2] = ["lakebase_proxy", "pgbouncer"];
-/// Its clients at a time: people and scrapers, of whom none should be sent away.
-const CLIENTS: usize = 32;
 /// Longest message, header included; more is nothing that is typed here.
 const MESSAGE_LIMIT: usize = 64 * 1024;
 /// Answers are written out beyond this, also if more has been asked.
@@ -66,7 +65,7 @@ const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
 /// The console of one process.
 pub struct Console {
     sources: Sources,
-    clients: Semaphore,
+    clients: Clients,
     over_tcp: AtomicBool,
 }
 
@@ -75,9 +74,18 @@ impl Console {
     pub fn new(overview: Arc<Overview>, health: Arc<Health>) -> Self {
         Self {
             sources: Sources { overview, health },
-            clients: Semaphore::new(CLIENTS),
+            clients: Clients::default(),
             over_tcp: AtomicBool::new(false),
         }
+    }
+
+    /// What keeps the proxy from being ready, if anything does.
+    pub fn readiness(&self) -> Result<(), String> {
+        let verdict = self.sources.health.readiness();
+        if verdict.is_ok() {
+            return Ok(());
+        }
+        Err(verdict.reasons.join("; "))
     }
 
     /// Opens it to TCP clients on this machine, or closes it to those that come from now on.
@@ -115,14 +123,7 @@ impl Console {
     where
         S: AsyncRead + AsyncWrite + Unpin,
     {
-        let Ok(_place) = self.clients.try_acquire() else {
-            let report = Report::new(
-                sqlstate::TOO_MANY_CONNECTIONS,
-                format!("the console of lakebase-proxy takes {CLIENTS} clients"),
-            )
-            .with_hint("Close consoles that are not used.");
-            return write(client, &report.encode_fatal()).await;
-        };
+        let place = self.clients.enter();
         hello.extend_from_slice(&greeting(startup));
         write(client, &hello).await?;
         drop(hello);
@@ -137,6 +138,7 @@ impl Console {
                 }
             };
             if let Some(message) = message {
+                place.touch();
                 if dialogue.hear(&message, &mut out) == Next::End {
                     return Ok(());
                 }
@@ -151,6 +153,13 @@ impl Console {
             }
             let read = tokio::select! {
                 read = client.read_buf(&mut received) => read?,
+                () = place.evicted.cancelled() => {
+                    let report = Report::new(
+                        sqlstate::IDLE_SESSION_TIMEOUT,
+                        format!("terminating the console connection that has been idle longest of {CLIENTS}"),
+                    );
+                    return write(client, &report.encode_fatal()).await;
+                }
                 () = ending.cancelled() => {
                     let report = Report::new(
                         sqlstate::ADMIN_SHUTDOWN,
@@ -172,7 +181,7 @@ pub fn is_name(database: Option<&str>) -> bool {
 }
 
 /// Everything up to the first question.
-fn greeting(startup: &StartupMessage) -> BytesMut {
+pub(crate) fn greeting(startup: &StartupMessage) -> BytesMut {
     let mut status = BytesMut::new();
     for (name, value) in [
         // As old a server as every psql speaks to without a warning about it.

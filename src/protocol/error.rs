@@ -42,6 +42,8 @@ pub mod sqlstate {
     pub const ADMIN_SHUTDOWN: &str = "57P01";
     /// Not accepting connections now.
     pub const CANNOT_CONNECT_NOW: &str = "57P03";
+    /// `idle_session_timeout`
+    pub const IDLE_SESSION_TIMEOUT: &str = "57P05";
 }
 
 /// What an ErrorResponse or NoticeResponse said.

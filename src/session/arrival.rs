@@ -4,7 +4,7 @@ use std::{io, time::Duration};
 
 use bytes::BytesMut;
 use tokio::{
-    io::{AsyncRead, AsyncWrite, AsyncWriteExt},
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
     time::{Instant, sleep, timeout},
 };
 use tokio_rustls::TlsAcceptor;
@@ -20,12 +20,15 @@ use super::{
     write_all,
 };
 use crate::{
-    console::Console,
+    console::{self, Console},
     protocol::{
         backend::negotiation,
+        error::{Report, sqlstate},
+        frame::{tag, take_message},
         startup::{StartupError, StartupMessage},
     },
-    telemetry::names::reason,
+    shutdown::Phase,
+    telemetry::names::{cancel as cancel_outcome, reason},
     tls::ALPN_POSTGRESQL,
     upstream::Refusal,
     workers::{Job, Settle},
@@ -187,12 +190,26 @@ impl Sessions {
                 }
             }
             Ok(Some(Opening::Cancel(key))) => {
-                drop(arrival);
-                if policy.entrance.admit(peer).is_ok() {
-                    self.cancel(key, &policy.terms).await;
+                match self.cancels.find(key) {
+                    _ if policy.entrance.admit(peer).is_err() => {}
+                    Some(target) => {
+                        drop(arrival);
+                        self.cancel(target, &policy.terms).await;
+                    }
+                    None => {
+                        let delayed = async {
+                            self.cancels.delay_guess().await;
+                            Ok(())
+                        };
+                        let _ = self.in_time(&arrival, delayed).await;
+                        self.count_cancel(cancel_outcome::UNKNOWN);
+                    }
                 }
                 // libpq 17 takes an end without TLS's own goodbye for a cancel that failed.
                 let _ = timeout(FAREWELL, client.shutdown()).await;
+            }
+            Ok(Some(Opening::Session(startup))) if is_readiness_probe(&startup) => {
+                Box::pin(self.answer_probe(id, &arrival, &mut client, buffer, &startup)).await;
             }
             Ok(Some(Opening::Session(startup))) => {
                 let allowed = self
@@ -251,6 +268,61 @@ impl Sessions {
             .await;
         tracing::debug!(session = id, ?answered, "console closed");
         linger(&mut client).await;
+    }
+
+    /// Answers `pg_isready` by the proxy's readiness, before any password: its exit code tells acceptance from 57P03, and takes every
+    /// other error for acceptance. Nothing is sent upstream, so that a health check wakes no endpoint.
+    async fn answer_probe<S>(
+        &self,
+        id: u64,
+        arrival: &Arrival<'_>,
+        client: &mut S,
+        mut buffer: BytesMut,
+        startup: &StartupMessage,
+    ) where
+        S: AsyncRead + AsyncWrite + Unpin,
+    {
+        let readiness = match &self.console {
+            _ if self.shutdown.phase() != Phase::Serving => {
+                Err("proxy is shutting down".to_owned())
+            }
+            Some(console) => console.readiness(),
+            None => Ok(()),
+        };
+        tracing::debug!(session = id, ?readiness, "answers pg_isready");
+        let answering = async {
+            if let Err(reasons) = readiness {
+                let report =
+                    Report::new(sqlstate::CANNOT_CONNECT_NOW, "lakebase-proxy is not ready")
+                        .with_detail(reasons);
+                write_all(client, &report.encode_fatal()).await?;
+                return Ok(client.shutdown().await?);
+            }
+            let mut greeting = negotiation(startup);
+            greeting.extend_from_slice(&console::greeting(startup));
+            write_all(client, &greeting).await?;
+            let (message, end) = loop {
+                match take_message(&mut buffer, FIRST_BUFFER) {
+                    Ok(Some(message)) => break (message.tag, false),
+                    Err(_) => break (0, false),
+                    Ok(None) => {}
+                }
+                if client.read_buf(&mut buffer).await? == 0 {
+                    break (0, true);
+                }
+            };
+            if message != tag::TERMINATE && !end {
+                let report = Report::new(
+                    sqlstate::FEATURE_NOT_SUPPORTED,
+                    "lakebase-proxy answers a client with the application name `pg_isready` itself",
+                )
+                .with_hint("Connect with another application_name to send queries.");
+                write_all(client, &report.encode_fatal()).await?;
+            }
+            Ok(client.shutdown().await?)
+        };
+        let _ = self.in_time(arrival, answering).await;
+        linger(client).await;
     }
 
     fn console_for(&self, peer: Peer, startup: &StartupMessage) -> Option<&Console> {
@@ -348,4 +420,10 @@ impl Sessions {
             .with_label_values(&[reason])
             .inc();
     }
+}
+
+/// Whether this is libpq's `pg_isready`, which sends no query.
+fn is_readiness_probe(startup: &StartupMessage) -> bool {
+    startup.parameter("application_name") == Some("pg_isready")
+        && startup.parameter("replication").is_none()
 }

@@ -10,10 +10,7 @@ use std::{
     time::Duration,
 };
 
-use tokio::{
-    sync::Semaphore,
-    time::{Instant, sleep},
-};
+use tokio::time::{Instant, sleep};
 
 use crate::protocol::startup::CancelKey;
 
@@ -21,8 +18,6 @@ use crate::protocol::startup::CancelKey;
 const UNKNOWN_PER_SECOND: u32 = 10;
 /// What a guess costs beyond that.
 const UNKNOWN_DELAY: Duration = Duration::from_secs(1);
-/// Guesses that may wait at a time; more are closed at once, so that guessing fills no memory.
-const UNKNOWN_WAITING: usize = 64;
 
 /// Where a cancel request goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,7 +33,6 @@ pub(super) struct Target {
 pub struct Cancels {
     by_process_id: Mutex<HashMap<u32, Vec<(u32, Target)>>>,
     guesses: Mutex<(Instant, u32)>,
-    delayed: Semaphore,
 }
 
 impl Default for Cancels {
@@ -46,7 +40,6 @@ impl Default for Cancels {
         Self {
             by_process_id: Mutex::default(),
             guesses: Mutex::new((Instant::now(), 0)),
-            delayed: Semaphore::new(UNKNOWN_WAITING),
         }
     }
 }
@@ -87,7 +80,8 @@ impl Cancels {
         Some(*target)
     }
 
-    /// Takes its time over a key that is not known, once there have been too many.
+    /// Takes its time over a key that is not known, once there have been too many. The caller holds its handshake permit
+    /// meanwhile, which bounds how many wait.
     pub(super) async fn delay_guess(&self) {
         let over = {
             let mut guesses = self.guesses.lock().unwrap_or_else(PoisonError::into_inner);
@@ -97,7 +91,7 @@ impl Cancels {
             guesses.1 = guesses.1.saturating_add(1);
             guesses.1 > UNKNOWN_PER_SECOND
         };
-        if over && let Ok(_permit) = self.delayed.try_acquire() {
+        if over {
             sleep(UNKNOWN_DELAY).await;
         }
     }
@@ -195,5 +189,26 @@ mod tests {
         assert_eq!(began.elapsed(), Duration::ZERO);
         cancels.delay_guess().await;
         assert_eq!(began.elapsed(), UNKNOWN_DELAY);
+    }
+
+    /// Guesses beyond the 64th were answered at once, so that a flood was faster than a trickle.
+    #[tokio::test(start_paused = true)]
+    async fn a_flood_of_guesses_is_slowed_down_whatever_its_size() {
+        let cancels = Arc::new(Cancels::default());
+        let known = cancels.register(target(7, 1));
+        let began = Instant::now();
+        let mut guesses = tokio::task::JoinSet::new();
+        for _ in 0..1000 {
+            let cancels = Arc::clone(&cancels);
+            guesses.spawn(async move {
+                cancels.delay_guess().await;
+                began.elapsed()
+            });
+        }
+        tokio::task::yield_now().await;
+        assert!(cancels.find(known.key()).is_some(), "at once");
+        let took = guesses.join_all().await;
+        let prompt = took.iter().filter(|took| **took < UNKNOWN_DELAY).count();
+        assert_eq!(prompt, usize::try_from(UNKNOWN_PER_SECOND).unwrap());
     }
 }

@@ -39,11 +39,11 @@ use std::{
     time::Duration,
 };
 
-use bytes::BytesMut;
+use bytes::{BufMut, BytesMut};
 use jiff::Timestamp;
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
-    time::{Instant, timeout},
+    time::{Instant, sleep, timeout},
 };
 
 pub use self::{
@@ -77,14 +77,17 @@ use crate::{
         names::{cancel as cancel_outcome, reason},
     },
     upstream::{Connected, Connection, Refusal, Route, Terms},
+    workers::{HangUp, Settle},
 };
 
 /// A wait worth telling the client about.
 const LONG_WAIT: Duration = Duration::from_secs(1);
 /// How long a client may take to read its refusal, and to close after we have.
 const FAREWELL: Duration = Duration::from_secs(1);
-/// What a client may send before it is welcomed, in bytes; beyond it, it is simply not read from.
-const EARLY_LIMIT: usize = 64 * 1024;
+/// Bytes that are read of a client before it is welcomed.
+const EARLY_LIMIT: usize = 16 * 1024;
+/// How often a client that has sent more is looked at: its end is behind bytes that are not read.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
 /// Terminate: the orderly end of a session towards the server.
 pub(crate) const TERMINATE: [u8; 5] = [b'X', 0, 0, 0, 4];
 
@@ -168,7 +171,7 @@ impl Sessions {
         startup: StartupMessage,
     ) -> Result<Option<Welcomed>, Refusal>
     where
-        S: AsyncRead + AsyncWrite + Unpin,
+        S: AsyncRead + AsyncWrite + Settle + Unpin,
     {
         let began = Instant::now();
         let seat = self.admit(policy)?;
@@ -306,23 +309,23 @@ impl Sessions {
         })
     }
 
-    async fn cancel(&self, key: crate::protocol::startup::CancelKey, terms: &Terms) {
-        let target = self.cancels.find(key).zip(self.route.found());
-        let outcome = match target {
-            Some((Target { address, key }, upstream)) => {
-                match upstream.cancel(address, key, &terms.keepalive).await {
-                    Ok(()) => cancel_outcome::FORWARDED,
-                    Err(error) => {
-                        tracing::warn!(error = %error, "cancel request could not be passed on");
-                        cancel_outcome::FAILED
-                    }
-                }
-            }
-            None => {
-                self.cancels.delay_guess().await;
-                cancel_outcome::UNKNOWN
-            }
+    /// Passes a cancel request on.
+    async fn cancel(&self, Target { address, key }: Target, terms: &Terms) {
+        let Some(upstream) = self.route.found() else {
+            return self.count_cancel(cancel_outcome::UNKNOWN);
         };
+        self.count_cancel(
+            match upstream.cancel(address, key, &terms.keepalive).await {
+                Ok(()) => cancel_outcome::FORWARDED,
+                Err(error) => {
+                    tracing::warn!(error = %error, "cancel request could not be passed on");
+                    cancel_outcome::FAILED
+                }
+            },
+        );
+    }
+
+    fn count_cancel(&self, outcome: &str) {
         self.metrics.cancels.with_label_values(&[outcome]).inc();
     }
 
@@ -388,13 +391,16 @@ fn shutting_down() -> Refusal {
 }
 
 /// Returns when the client hangs up; keeps what it sends meanwhile. Cancel safe.
-async fn hang_up<S: AsyncRead + Unpin>(client: &mut S, buffer: &mut BytesMut) {
+async fn hang_up<S: AsyncRead + Settle + Unpin>(client: &mut S, buffer: &mut BytesMut) {
     while buffer.len() < EARLY_LIMIT {
-        if let Ok(0) | Err(_) = client.read_buf(buffer).await {
+        let room = EARLY_LIMIT - buffer.len();
+        if let Ok(0) | Err(_) = client.read_buf(&mut (&mut *buffer).limit(room)).await {
             return;
         }
     }
-    std::future::pending::<()>().await;
+    while client.hang_up() == HangUp::None {
+        sleep(LOOK_EVERY).await;
+    }
 }
 
 /// Reads on until the client closes too: closing with bytes unread resets the connection, and the reset may overtake

@@ -4,7 +4,8 @@
 //!
 //! | what happens | what follows |
 //! |---|---|
-//! | the client closes its half | the server's half is closed; replies drain while they keep coming |
+//! | the client closes its half | the server's half is closed; replies drain however long the server takes |
+//! | the same, and no reply is owed | the server may take 5 s to close |
 //! | the client resets, or takes no more | both are closed at once |
 //! | the server closes | what it said goes to the client, then the client is closed |
 //! | the server breaks between two messages, having said nothing | the client is told so, then closed |
@@ -43,10 +44,10 @@ use crate::{
     },
     shutdown::{Phase, Shutdown},
     telemetry::names::end,
-    workers::Settle,
+    workers::{HangUp, Settle},
 };
 
-/// How long replies may pause after a client has closed its half.
+/// How long the server may stay after a client has closed its half and no reply is owed.
 const REPLY_PAUSE: Duration = Duration::from_secs(5);
 /// How long a client may leave the last words of its server untouched.
 const DELIVERY_PAUSE: Duration = Duration::from_mins(1);
@@ -195,6 +196,13 @@ where
                 None if self.to_server.state == PipeState::Open
                     || self.to_server.state == PipeState::Ending =>
                 {
+                    return Poll::Pending;
+                }
+                // As on a direct connection: a query ends with its answer, or with its client.
+                None if self.to_server.state == PipeState::Closed && self.progress.is_owed() => {
+                    if self.client.hang_up() == HangUp::Full {
+                        return Poll::Ready(End::Client);
+                    }
                     return Poll::Pending;
                 }
                 None => REPLY_PAUSE,

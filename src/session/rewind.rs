@@ -9,7 +9,7 @@ use std::{
 use bytes::{Buf, BytesMut};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-use crate::workers::Settle;
+use crate::workers::{HangUp, Settle};
 
 /// Reads `front` first, then the stream; writes go straight through.
 #[derive(Debug)]
@@ -32,6 +32,10 @@ impl<S: Settle> Settle for Rewind<S> {
     #[inline]
     fn is_quiet(&self) -> bool {
         self.front.is_empty() && self.stream.is_quiet()
+    }
+
+    fn hang_up(&self) -> HangUp {
+        self.stream.hang_up()
     }
 }
 

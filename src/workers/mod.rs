@@ -24,7 +24,7 @@ use std::{io, pin::Pin, sync::Arc, thread};
 use tokio::runtime::Handle;
 
 use self::executor::{Executor, Inbox};
-pub use self::socket::{Settle, Socket};
+pub use self::socket::{HangUp, Settle, Socket};
 
 /// What is run: to its end, on one thread.
 pub type Job = Pin<Box<dyn Future<Output = ()> + Send>>;

@@ -3,10 +3,12 @@
 use std::{
     io::{self, IoSlice, Read, Write},
     net::{Shutdown, SocketAddr},
+    os::fd::{AsFd, BorrowedFd},
     pin::Pin,
     task::{Context, Poll},
 };
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll as poll_now};
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::{TcpStream, UnixStream},
@@ -26,12 +28,32 @@ pub trait Settle {
     fn is_quiet(&self) -> bool {
         false
     }
+
+    /// How far the other end has hung up, also behind bytes that have not been read. Takes a system call.
+    fn hang_up(&self) -> HangUp {
+        HangUp::None
+    }
+}
+
+/// How far a peer has hung up, as far as the kernel knows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum HangUp {
+    /// It may go on sending.
+    None,
+    /// It sends no more, but may read.
+    Half,
+    /// The connection is broken.
+    Full,
 }
 
 /// Of a client's, which we are the server of.
 impl<S: Settle> Settle for tokio_rustls::server::TlsStream<S> {
     fn settle(&mut self) -> io::Result<()> {
         self.get_mut().0.settle()
+    }
+
+    fn hang_up(&self) -> HangUp {
+        self.get_ref().0.hang_up()
     }
 }
 
@@ -103,6 +125,37 @@ impl Settle for Socket {
             Kind::SettledTcp(_, source) | Kind::SettledUnix(_, source) => source.is_quiet(),
             _ => false,
         }
+    }
+
+    fn hang_up(&self) -> HangUp {
+        match &self.0 {
+            Kind::Tcp(socket) => hang_up(socket.as_fd()),
+            Kind::Unix(socket) => hang_up(socket.as_fd()),
+            Kind::SettledTcp(socket, _) => hang_up(socket.as_fd()),
+            Kind::SettledUnix(socket, _) => hang_up(socket.as_fd()),
+            Kind::Lost => HangUp::Full,
+        }
+    }
+}
+
+fn hang_up(socket: BorrowedFd<'_>) -> HangUp {
+    // Linux alone reports the end of the peer's half; the others report that both are closed.
+    #[cfg(target_os = "linux")]
+    let half = PollFlags::RDHUP;
+    #[cfg(not(target_os = "linux"))]
+    let half = PollFlags::empty();
+    let mut looked = [PollFd::from_borrowed_fd(socket, half)];
+    // A failure says nothing about the peer; the next read or write will.
+    if poll_now(&mut looked, Some(&Timespec::default())).is_err() {
+        return HangUp::None;
+    }
+    let found = looked[0].revents();
+    if found.intersects(PollFlags::ERR | PollFlags::HUP) {
+        HangUp::Full
+    } else if found.intersects(half) {
+        HangUp::Half
+    } else {
+        HangUp::None
     }
 }
 

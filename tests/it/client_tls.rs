@@ -4,6 +4,7 @@ use std::{fs, path::PathBuf, sync::Arc};
 
 use lakebase_proxy::{
     config::ClientTlsSetting,
+    emulator::{Action, ServerError, Site},
     tls::{self, Roots},
 };
 use rustls::{ClientConfig, pki_types::ServerName};
@@ -113,6 +114,38 @@ async fn a_session_may_be_encrypted_by_request_or_from_the_first_byte_on() {
     let client = proxy.client().await;
     client.simple_query("select 1").await.unwrap();
     drop(client);
+    proxy.until_quiet().await;
+}
+
+/// Beyond 64 kB a held client was not watched, and its end went unnoticed until `connect_timeout`.
+#[tokio::test]
+async fn a_held_client_that_has_sent_much_and_hangs_up_ends_its_wait() {
+    let emulator = harness::emulator().await;
+    let pair = Pair::new();
+    let proxy = Proxy::with(&emulator, |settings| {
+        settings.client_tls_cert = Some(pair.certificate());
+        settings.client_tls_key = Some(pair.key());
+        settings.connect_timeout = Some(harness::millis(600_000));
+    })
+    .await;
+    emulator.faults().always(
+        Site::Startup,
+        Action::Error(ServerError::external_authorization()),
+    );
+    let early = vec![b'x'; 70_000];
+    let active = &proxy.metrics().clients_active;
+
+    let mut plain = proxy.dial().await;
+    plain.startup(&[("user", "anyone")]).await;
+    plain.send(&early).await;
+    let config = pair.client(tls::ALPN_POSTGRESQL);
+    let mut encrypted = handshake(&proxy, config, false).await.unwrap();
+    encrypted.startup(&[("user", "anyone")]).await;
+    encrypted.send(&early).await;
+    eventually("both are held", async || (active.get() == 2).then_some(())).await;
+    drop(plain);
+    eventually("one is gone", async || (active.get() == 1).then_some(())).await;
+    drop(encrypted);
     proxy.until_quiet().await;
 }
 

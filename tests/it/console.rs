@@ -501,3 +501,23 @@ async fn a_wake_is_remembered() {
     let seconds: f64 = wakes[0].get("seconds").unwrap().parse().unwrap();
     assert!(Duration::from_secs_f64(seconds) > Duration::ZERO);
 }
+
+/// 32 forgotten psql sessions locked out everyone, the exporter included.
+#[tokio::test]
+async fn idle_consoles_lock_nobody_out() {
+    let emulator = emulator().await;
+    let proxy = Proxy::with(&emulator, |settings| settings.admin_console = Some(true)).await;
+    let mut consoles = Vec::new();
+    for _ in 0..33 {
+        consoles.push(console(&proxy).await);
+    }
+    for console in &consoles[1..] {
+        rows(console, "SHOW VERSION").await;
+    }
+    within("the oldest is closed", async {
+        while !consoles[0].is_closed() {
+            tokio::task::yield_now().await;
+        }
+    })
+    .await;
+}

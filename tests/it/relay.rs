@@ -254,6 +254,19 @@ async fn a_client_that_closes_its_half_still_gets_its_replies() {
     assert_eq!(emulator.counts().sessions, 0);
 }
 
+/// A client that has closed its half waits for its answer; one that is gone does not, nor does its query.
+#[tokio::test]
+async fn a_client_that_breaks_after_it_has_closed_its_half_ends_its_session() {
+    let emulator = harness::emulator().await;
+    let proxy = Proxy::start(&emulator).await;
+    let mut wire = proxy.session().await;
+    wire.send(&text('Q', "select pg_sleep(600)")).await;
+    wire.stream.shutdown().await.unwrap();
+    harness::until_running(&emulator.identities().app.name, 1).await;
+    wire.reset();
+    proxy.until_quiet().await;
+}
+
 /// How a client leaves in the middle of something.
 #[derive(Clone, Copy, Debug)]
 enum Leave {

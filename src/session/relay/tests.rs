@@ -448,9 +448,18 @@ async fn replies_drain_after_a_client_has_closed_its_half() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_server_that_says_nothing_more_is_not_waited_for_long() {
+async fn an_answer_is_waited_for_after_the_client_has_closed_its_half() {
     let mut session = Session::begin();
     session.ask().await;
+    session.client.shutdown().await.unwrap();
+    sleep(Duration::from_hours(1)).await;
+    session.answer(&frame(b'D', b"row")).await;
+    session.answer(&ready(b'I')).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_server_that_owes_nothing_and_stays_is_not_waited_for_long() {
+    let mut session = Session::begin();
     let began = Instant::now();
     drop(session.client);
     assert_eq!(
