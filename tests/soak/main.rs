@@ -19,6 +19,7 @@
     reason = "a scenario fails by panicking and reports on standard output; it is no part of the program"
 )]
 
+mod attack;
 mod churn;
 mod flood;
 mod idle;
@@ -97,7 +98,7 @@ impl Stage {
     }
 }
 
-const SCENARIOS: [&str; 11] = [
+const SCENARIOS: [&str; 12] = [
     "copy-out",
     "copy-in",
     "value",
@@ -109,6 +110,7 @@ const SCENARIOS: [&str; 11] = [
     "visits",
     "probes",
     "flood",
+    "attack",
 ];
 
 fn main() -> ExitCode {
@@ -166,6 +168,7 @@ fn main() -> ExitCode {
                 "churn" => churn::churn(&stage).await,
                 "idle" => idle::sessions(&stage).await,
                 "calls" => idle::calls(&stage).await,
+                "attack" => attack::beside_logins(&stage).await,
                 _ => unreachable!("listed above"),
             }
             stage.strike().await;
