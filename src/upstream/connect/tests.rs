@@ -586,3 +586,30 @@ async fn a_leader_whose_own_login_is_slow_hands_the_lead_on() {
         assert!(result.unwrap().woke_after.is_some());
     }
 }
+
+/// They made their attempts one after another, each a lookup of its own, and the last was refused after 45 s.
+#[tokio::test(start_paused = true)]
+async fn two_hundred_clients_learn_as_fast_as_one_that_a_name_does_not_resolve() {
+    let server = Server::start(Act::Welcome).await;
+    let house = house(
+        &server,
+        Limits {
+            connect_timeout: LONG * 2,
+            ..limits()
+        },
+    );
+    let endpoint = Endpoint {
+        host: "db.nowhere.invalid".to_owned(),
+        ..(*house.upstream.endpoint()).clone()
+    };
+    house.upstream.redirect(endpoint);
+    for count in [1, 200] {
+        let began = Instant::now();
+        for result in clients(&house, count).join_all().await {
+            let refusal = result.map(|_| ()).unwrap_err();
+            assert!(refusal.report.message.contains("cannot resolve host name"));
+        }
+        let waited = began.elapsed();
+        assert!(waited <= Duration::from_secs(11), "{count}: {waited:?}");
+    }
+}
