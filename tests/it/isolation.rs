@@ -108,3 +108,26 @@ async fn a_login_slow_by_its_own_settings_delays_no_other() {
     ];
     log_in_beside(&emulator, &[slow; 8]).await;
 }
+
+/// While the endpoint wakes all wait; that it was disabled meanwhile is an answer for each of them.
+#[tokio::test]
+async fn two_hundred_clients_learn_at_once_that_the_endpoint_is_disabled_and_later_ones_are_served()
+{
+    let emulator = harness::emulator().await;
+    let proxy = Proxy::start(&emulator).await;
+    emulator.configure(|settings| settings.is_disabled = true);
+    let refusals = within(
+        "all refusals",
+        futures_util::future::join_all((0..200).map(|_| proxy.refusal())),
+    );
+    for refusal in refusals.await {
+        assert!(
+            refusal.message.contains("endpoint is disabled"),
+            "{refusal:?}"
+        );
+    }
+    emulator.configure(|settings| settings.is_disabled = false);
+    let began = Instant::now();
+    drop(proxy.client().await);
+    assert!(began.elapsed() < PROMPT, "{:?}", began.elapsed());
+}
