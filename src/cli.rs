@@ -64,9 +64,9 @@ logged, unless --log-filter is given.
 
 Signals are passed on. On SIGTERM CMD goes first, then its sessions, all within
 --max-sigterm-delay; a CMD that stays is killed, and so it is by a second
-SIGTERM. Keys such as Ctrl-C are the terminal's business with CMD. As PID 1 of a
-container orphans are reaped. --exit-when-idle and --min-sigterm-delay mean
-nothing here.
+SIGTERM. If the proxy itself is killed, CMD is sent SIGTERM. Keys such as Ctrl-C
+are the terminal's business with CMD. As PID 1 of a container orphans are
+reaped. --exit-when-idle and --min-sigterm-delay mean nothing here.
 
 Exit codes:
   CMD's own, or 128 + n when signal n killed it; with --exit-zero-on-sigterm 0
@@ -187,6 +187,9 @@ impl CommandError {
 /// Runs the program with these arguments, the first of which is its name.
 pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     let arguments: Vec<OsString> = arguments.into_iter().collect();
+    if let Some(launched) = exec::launch::run(&arguments) {
+        return launched.unwrap_or_else(|error| fail(&error, error.hint(), error.exit_code()));
+    }
     let parsed = command()
         .try_get_matches_from(&arguments)
         .and_then(|matches| Cli::from_arg_matches(&matches));

@@ -36,21 +36,19 @@ impl DescriptorLimit {
         Self(getrlimit(Resource::Nofile))
     }
 
-    /// Runs `start` under this limit, so that a child started by it has it from its first instruction.
-    ///
-    /// Ours is low meanwhile, which only keeps others from opening descriptors, and they try again.
-    pub(crate) fn during<T>(&self, start: impl FnOnce() -> T) -> T {
-        let raised = getrlimit(Resource::Nofile);
+    /// Lowers that of this process, as one that is about to become another program's.
+    pub(crate) fn lower_to(soft: u64) -> rustix::io::Result<()> {
+        let limit = getrlimit(Resource::Nofile);
+        let is_unlimited = soft == u64::MAX;
         let lowered = Rlimit {
-            current: self.0.current,
-            maximum: raised.maximum,
+            current: if is_unlimited {
+                limit.current
+            } else {
+                Some(soft)
+            },
+            maximum: limit.maximum,
         };
-        let is_lowered = setrlimit(Resource::Nofile, lowered).is_ok();
-        let result = start();
-        if is_lowered && let Err(error) = setrlimit(Resource::Nofile, raised) {
-            tracing::warn!(%error, "cannot raise the limit of open files again");
-        }
-        result
+        setrlimit(Resource::Nofile, lowered)
     }
 }
 

@@ -2,13 +2,14 @@
 
 use std::{
     fs::File,
-    future::pending,
+    future::{pending, poll_fn},
     io,
     process::ExitCode,
     sync::{
         Arc,
         atomic::{AtomicU8, Ordering},
     },
+    task::Poll,
 };
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -103,6 +104,22 @@ impl Cause {
     }
 }
 
+/// Signals that mean nothing to us and would end the process: those that others take to reopen logs or to turn up debugging,
+/// timers', and that of a file that has reached its size limit, which is an error of the write.
+pub(crate) const MEANINGLESS: [rustix::process::Signal; 8] = {
+    use rustix::process::Signal;
+    [
+        Signal::USR1,
+        Signal::USR2,
+        Signal::ALARM,
+        Signal::VTALARM,
+        Signal::PROF,
+        Signal::IO,
+        Signal::POWER,
+        Signal::XFSZ,
+    ]
+};
+
 /// What tells the program to end: SIGTERM, SIGINT, and SIGHUP where it says that the terminal has gone. Caught from the
 /// moment this is made.
 #[derive(Debug)]
@@ -111,6 +128,7 @@ pub struct Signals {
     hangup: Option<Signal>,
     interrupt: Signal,
     terminate: Signal,
+    meaningless: Vec<(i32, Signal)>,
 }
 
 impl Signals {
@@ -122,6 +140,13 @@ impl Signals {
                 .transpose()?,
             interrupt: signal(SignalKind::interrupt())?,
             terminate: signal(SignalKind::terminate())?,
+            meaningless: MEANINGLESS
+                .iter()
+                .map(|which| {
+                    let number = which.as_raw();
+                    Ok((number, signal(SignalKind::from_raw(number))?))
+                })
+                .collect::<io::Result<_>>()?,
         })
     }
 
@@ -138,7 +163,20 @@ impl Signals {
                 None => pending().await,
             }
         };
+        let meaningless = &mut self.meaningless;
+        let ignored = poll_fn(|cx| {
+            for (number, stream) in &mut *meaningless {
+                while let Poll::Ready(Some(())) = stream.poll_recv(cx) {
+                    tracing::info!(
+                        signal = number,
+                        "signal ignored; hint: SIGHUP reads the settings again, SIGTERM ends the proxy"
+                    );
+                }
+            }
+            Poll::<std::convert::Infallible>::Pending
+        });
         tokio::select! {
+            never = ignored => match never {},
             () = hangup => Cause::Hangup,
             _ = self.interrupt.recv() => Cause::Interrupt,
             _ = self.terminate.recv() => Cause::Terminate,

@@ -9,13 +9,14 @@
 mod child;
 mod environment;
 pub mod init;
+pub mod launch;
 mod signals;
 
 use std::{
     ffi::OsString,
     future::pending,
     io::{self, IsTerminal},
-    process::{Command, ExitCode},
+    process::ExitCode,
     time::Duration,
 };
 
@@ -163,25 +164,17 @@ impl Program {
             command: self.name(),
             source,
         })?;
-        let mut command = Command::new(
-            self.command
-                .first()
-                .map_or("".as_ref(), OsString::as_os_str),
-        );
-        command
-            .args(self.command.iter().skip(1))
-            .env_clear()
-            .envs(environment::variables(
-                self.inherited.iter().cloned(),
-                &target,
-                &self.secrets,
-            ));
-        self.descriptors
-            .during(|| Child::spawn(&mut command, Reap::Own))
-            .map_err(|source| ExecError::Spawn {
-                command: self.name(),
-                source,
-            })
+        let mut command = launch::command(&self.command, &self.descriptors);
+        command.env_clear().envs(environment::variables(
+            self.inherited.iter().cloned(),
+            &target,
+            &self.secrets,
+        ));
+        // By the main thread, which drives the command to its end.
+        Child::spawn(&mut command, Reap::Own).map_err(|source| ExecError::Spawn {
+            command: self.name(),
+            source,
+        })
     }
 }
 

@@ -13,7 +13,7 @@ use rustix::{
 };
 use tokio::signal::unix::{self, SignalKind, signal};
 
-use crate::shutdown::has_terminal;
+use crate::shutdown::{MEANINGLESS, has_terminal};
 
 /// Passed on whoever sends them. USR1, USR2 and WINCH mean something to gunicorn, nginx and others.
 const ALWAYS: [Signal; 7] = [
@@ -31,7 +31,11 @@ const WITHOUT_TERMINAL: [Signal; 3] = [Signal::TSTP, Signal::TTIN, Signal::TTOU]
 
 /// Signals to pass on, caught from the moment this is made.
 #[derive(Debug)]
-pub struct Signals(Vec<(Signal, unix::Signal)>);
+pub struct Signals {
+    passed_on: Vec<(Signal, unix::Signal)>,
+    /// Caught, so that they do not end us.
+    _meaningless: Vec<unix::Signal>,
+}
 
 impl Signals {
     /// Catches them. What was ignored when we began stays ignored, in our child too: `nohup` and a shell's `&` rely on
@@ -43,21 +47,27 @@ impl Signals {
         } else {
             &WITHOUT_TERMINAL
         };
-        let mut caught = Vec::new();
+        let is_ignored = |which: Signal| ignored >> which.as_raw().saturating_sub(1) & 1 == 1;
+        let catch = |which: Signal| signal(SignalKind::from_raw(which.as_raw()));
+        let mut passed_on = Vec::new();
         for &which in ALWAYS.iter().chain(job_control) {
-            let number = which.as_raw();
-            let is_ignored = ignored >> (number.saturating_sub(1)) & 1 == 1;
-            if which == Signal::TERM || !is_ignored {
-                caught.push((which, signal(SignalKind::from_raw(number))?));
+            if which == Signal::TERM || !is_ignored(which) {
+                passed_on.push((which, catch(which)?));
             }
         }
-        Ok(Self(caught))
+        let meaningless = MEANINGLESS
+            .into_iter()
+            .filter(|which| !ALWAYS.contains(which) && !is_ignored(*which));
+        Ok(Self {
+            passed_on,
+            _meaningless: meaningless.map(catch).collect::<io::Result<_>>()?,
+        })
     }
 
     /// The next one. Cancel safe.
     pub async fn next(&mut self) -> Signal {
         poll_fn(|cx| {
-            for (which, stream) in &mut self.0 {
+            for (which, stream) in &mut self.passed_on {
                 if let Poll::Ready(Some(())) = stream.poll_recv(cx) {
                     return Poll::Ready(*which);
                 }

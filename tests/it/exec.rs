@@ -147,9 +147,7 @@ async fn the_child_has_the_limit_of_open_files_that_it_would_have_had() {
     let emulator = harness::emulator().await;
     let exec = PROGRAM;
     // No --max-connections, so that the proxy raises its own.
-    // The proxy has its own back once the child is there, so the child may be the first to look.
-    let script = "ulimit -Sn; ulimit -Hn; limit() { grep 'open files' /proc/$PPID/limits | tr -s ' '; }; \
-                  for _ in $(seq 500); do limit | grep -q '4000 4000' && break; sleep 0.01; done; limit";
+    let script = "ulimit -Sn; ulimit -Hn; grep 'open files' /proc/$PPID/limits | tr -s ' '";
     let mut command = Command::new("sh");
     command
         .args(["-c", "ulimit -Sn 345; ulimit -Hn 4000; exec \"$@\"", "sh"])
@@ -188,6 +186,27 @@ async fn the_exit_code_is_the_childs() {
         "{}",
         outcome.log
     );
+}
+
+/// By the kernel's OOM killer, or by an impatient supervisor: the program lived on, with a database that was gone.
+#[tokio::test]
+async fn the_child_ends_with_an_exec_that_is_killed() {
+    let emulator = harness::emulator().await;
+    let script = "echo started; exec sleep 1000";
+    let mut running = Running::start(&mut exec(&emulator, &[], script));
+    assert_eq!(running.line().await, "started");
+    running.signal("KILL");
+    assert_eq!(running.end().await.signal(), Some(9));
+    let more = within("the child ends", running.out.next_line()).await;
+    assert_eq!(more.unwrap(), None);
+}
+
+/// The parent may die before the child has told the kernel which signal it wants then.
+#[tokio::test]
+async fn a_child_whose_exec_has_gone_already_does_not_become_the_program() {
+    let mut command = binary::command(&["__launch", "1", "1024", "echo", "started"]);
+    let outcome = outcome(command.stdout(Stdio::piped())).await;
+    assert_eq!((outcome.code, outcome.out.as_str()), (Some(143), ""));
 }
 
 #[tokio::test]

@@ -112,6 +112,24 @@ async fn quitquitquit_drains_and_ends_with_zero() {
     assert_eq!(binary.exit_code().await, Some(0));
 }
 
+/// Tools that rotate logs send SIGUSR1 to whatever they know by its process id; by default it ends a process.
+#[tokio::test]
+async fn signals_without_a_meaning_do_not_end_it() {
+    let emulator = harness::emulator().await;
+    let mut binary = Binary::serve(&emulator, &[]).await;
+    for signal in [
+        "USR1", "USR2", "ALRM", "VTALRM", "PROF", "IO", "PWR", "XFSZ", "PIPE",
+    ] {
+        binary.signal(signal);
+    }
+    let said = binary.until("signal ignored").await;
+    assert!(said["signal"].is_number(), "{said}");
+    let health = get(binary.http, "/readiness").await;
+    assert_eq!(health.status, 200);
+    binary.signal("TERM");
+    assert_eq!(binary.exit_code().await, Some(143));
+}
+
 #[tokio::test]
 async fn the_shutdown_command_ends_a_proxy_that_allows_it() {
     let emulator = harness::emulator().await;
