@@ -42,7 +42,7 @@ pub(super) enum LookUp {
     /// It has failed once.
     Failed,
     /// It is done.
-    Done(Located),
+    Done(Box<Located>),
 }
 
 impl Gate {
@@ -51,7 +51,7 @@ impl Gate {
         let config = &self.served.config;
         match attempt(config, &self.access, endpoints).await {
             Ok(located) => {
-                self.look_up = LookUp::Done(located);
+                self.look_up = LookUp::Done(Box::new(located));
                 Ok(())
             }
             Err(error) => {
@@ -178,7 +178,7 @@ async fn keep(
 ) {
     let stop = served.stop.clone();
     let located = match look_up {
-        LookUp::Done(located) => located,
+        LookUp::Done(located) => *located,
         LookUp::Open | LookUp::Failed => {
             let is_first = matches!(look_up, LookUp::Open);
             let found = find(
@@ -334,7 +334,13 @@ async fn refuse_loop(located: &Located, endpoints: &Endpoints) -> Result<(), Sta
         return Ok(());
     }
     // A name that does not resolve now may later, and then not to us: that is for the login to find out.
-    let resolved = tokio::net::lookup_host((endpoint.host.as_str(), endpoint.port)).await;
+    let resolved = match endpoint.addresses.as_fixed() {
+        Some(fixed) => fixed.to_vec(),
+        None => tokio::net::lookup_host((endpoint.host.as_str(), endpoint.port))
+            .await
+            .map(Iterator::collect)
+            .unwrap_or_default(),
+    };
     let is_ours = |address: SocketAddr| {
         ours.iter().any(|ours| {
             let same_machine =
@@ -342,7 +348,7 @@ async fn refuse_loop(located: &Located, endpoints: &Endpoints) -> Result<(), Sta
             address.port() == ours.port() && (address.ip() == ours.ip() || same_machine)
         })
     };
-    if resolved.is_ok_and(|mut addresses| addresses.any(is_ours)) {
+    if resolved.into_iter().any(is_ours) {
         return Err(StartError::Loop {
             host: endpoint.host.clone(),
             port: endpoint.port,

@@ -1,5 +1,7 @@
 //! Filling in what the settings of an endpoint leave open, by asking the workspace.
 
+use std::net::SocketAddr;
+
 use rustls::pki_types::ServerName;
 
 use super::{
@@ -10,8 +12,8 @@ use crate::{
     config::{DEFAULT_DATABASE, EndpointConfig, TlsMode},
     telemetry::without_userinfo,
     tls,
-    upstream::{Addresses, Endpoint, Label, Security},
-    workspace::{CredentialMinter, Wanted},
+    upstream::{Addresses, DroppedParameters, Endpoint, Label, Security},
+    workspace::{CredentialMinter, HostName, Wanted},
 };
 
 /// An endpoint that can be dialled, and who makes its credentials.
@@ -50,6 +52,14 @@ pub(super) async fn locate(
         })
         .await
         .map_err(Box::new)?;
+    let direct = located.host.parse::<HostName>().ok();
+    if let Some(direct) = direct.and_then(|host| host.direct()) {
+        tracing::warn!(
+            endpoint = located.label,
+            host = located.host,
+            "the host is that of Lakebase's pooler, which may refuse OAuth credentials; hint: set PGHOST to the direct host {direct} if logins are refused"
+        );
+    }
     let label = Label::new(&located.label);
     let database = located
         .database
@@ -67,14 +77,18 @@ fn endpoint(
     user: String,
     database: String,
 ) -> Result<Endpoint, StartError> {
+    let addresses = config.host_addresses.iter();
     Ok(Endpoint {
         security: security(&config.tls, &host)?,
         label,
         host,
         port: config.port,
-        addresses: Addresses::default(),
+        addresses: Addresses::fixed(
+            addresses.map(|address| SocketAddr::new(*address, config.port)),
+        ),
         user,
         database,
+        dropped: DroppedParameters::default(),
     })
 }
 

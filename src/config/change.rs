@@ -265,6 +265,7 @@ impl EndpointConfig {
         let pairs = [
             ("name", self.name == other.name),
             ("host", self.host == other.host),
+            ("host_address", self.host_addresses == other.host_addresses),
             ("port", self.port == other.port),
             ("user", self.user == other.user),
             ("database", self.database == other.database),

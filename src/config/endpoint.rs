@@ -19,6 +19,8 @@ pub struct EndpointSettings {
     pub name: Option<String>,
     /// Its host, where it need not be looked up.
     pub host: Option<String>,
+    /// The addresses to dial, where the host's name should not be resolved.
+    pub host_address: Option<HostAddressSetting>,
     /// Its port.
     pub port: Option<NonZeroU16>,
     /// The role to log in as.
@@ -43,6 +45,30 @@ pub enum CredentialSetting {
     PasswordEnv(String),
     /// A file that holds a password; read again when it changes.
     PasswordFile(PathBuf),
+}
+
+/// IP addresses with commas between them, as libpq's `hostaddr`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HostAddressSetting(pub Vec<IpAddr>);
+
+impl FromStr for HostAddressSetting {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let addresses = text.split(',').map(|address| {
+            address
+                .trim()
+                .parse()
+                .map_err(|_| format!("`{}` is not an IP address", address.trim()))
+        });
+        addresses.collect::<Result<_, _>>().map(Self)
+    }
+}
+
+impl<'de> Deserialize<'de> for HostAddressSetting {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        scalar(deserializer)
+    }
 }
 
 /// `127.0.0.1:5433`, or a port alone.
@@ -106,6 +132,9 @@ impl FromStr for EndpointSettings {
                 "port" => port = Some(value.parse().map_err(|_| wrong())?),
                 "database" => settings.database = Some(value.into_owned()),
                 "host" => settings.host = Some(value.into_owned()),
+                "host_address" | "host-address" => {
+                    settings.host_address = Some(value.parse().map_err(|_| wrong())?);
+                }
                 "read_only" | "read-only" => {
                     settings.read_only = match &*value {
                         "" | "true" | "1" => true,
@@ -116,7 +145,7 @@ impl FromStr for EndpointSettings {
                 "user" => settings.user = Some(value.into_owned()),
                 _ => {
                     return Err(format!(
-                        "`{key}` is no key of --endpoint; there are port, address, database, user, host, read_only"
+                        "`{key}` is no key of --endpoint; there are port, address, database, user, host, host_address, read_only"
                     ));
                 }
             }
@@ -163,6 +192,19 @@ mod tests {
             host.host.as_deref(),
             Some("ep-x.database.cloud.databricks.com")
         );
+        let through: EndpointSettings = "ep-x.database.x?host_address=10.0.0.7,%3A%3A1"
+            .parse()
+            .unwrap();
+        assert_eq!(
+            through.host_address,
+            Some(HostAddressSetting(vec![
+                "10.0.0.7".parse().unwrap(),
+                "::1".parse().unwrap()
+            ]))
+        );
+        let table: EndpointSettings =
+            toml::from_str("host = \"h\"\nhost_address = \"10.0.0.7\"").unwrap();
+        assert!(table.host_address.is_some());
         for wrong in [
             "",
             "?port=1",
@@ -170,6 +212,7 @@ mod tests {
             "x?port=70000",
             "x?read_only=maybe",
             "x?address=127.0.0.1",
+            "x?host_address=db.example.com",
         ] {
             assert!(wrong.parse::<EndpointSettings>().is_err(), "{wrong}");
         }

@@ -8,10 +8,11 @@ use super::{ConfigError, local::PASSWORD_VARIABLE};
 use crate::{systemd::ServiceManager, workspace};
 
 /// Variables that are read here, whole names and beginnings of names. (Those of flags are the command line's business.)
-const READ: [&str; 9] = [
+const READ: [&str; 10] = [
     "ENDPOINT_NAME",
     "LAKEBASE_ENDPOINT",
     "PGHOST",
+    "PGHOSTADDR",
     "PGPORT",
     "PGDATABASE",
     "PGUSER",
@@ -30,6 +31,8 @@ pub struct Environment {
     pub lakebase_endpoint: Option<String>,
     /// `PGHOST`.
     pub host: Option<String>,
+    /// `PGHOSTADDR`.
+    pub host_address: Option<String>,
     /// `PGPORT`.
     pub port: Option<String>,
     /// `PGDATABASE`.
@@ -104,6 +107,7 @@ impl Environment {
             endpoint_name: get("ENDPOINT_NAME"),
             lakebase_endpoint: get("LAKEBASE_ENDPOINT"),
             host: get("PGHOST"),
+            host_address: get("PGHOSTADDR"),
             port: get("PGPORT"),
             database: get("PGDATABASE"),
             user: get("PGUSER"),

@@ -77,9 +77,9 @@ pub enum ConfigError {
         /// What it should.
         expected: &'static str,
     },
-    /// The host is a pooler's, which takes no OAuth.
-    #[error("PGHOST `{host}` is a pooler's, which takes no OAuth credential")]
-    Pooler {
+    /// The host is one of Neon's own service.
+    #[error("PGHOST `{host}` is a host of Neon, not of Databricks Lakebase")]
+    Neon {
         /// The host.
         host: String,
     },
@@ -151,7 +151,9 @@ impl ConfigError {
             Self::TwoEndpoints { .. } => "unset one of them",
             Self::NotText { .. } => "set it in UTF-8, or unset it",
             Self::Variable { .. } => return None,
-            Self::Pooler { .. } => "use the endpoint's own host: the same name without `-pooler`",
+            Self::Neon { .. } => {
+                "a Databricks workspace mints no credential for it: set PGHOST to the Lakebase endpoint's host, or give the endpoint a password of its own (`credential`)"
+            }
             Self::PlainRemote { .. } => {
                 "leave PGSSLMODE out, or set it to `require`: certificates are always verified"
             }

@@ -18,13 +18,17 @@ mod tables;
 mod tests;
 mod values;
 
-use std::{net::SocketAddr, path::PathBuf, time::Duration};
+use std::{
+    net::{IpAddr, SocketAddr},
+    path::PathBuf,
+    time::Duration,
+};
 
 use secrecy::SecretString;
 
 pub use self::{
     change::Change,
-    endpoint::{CredentialSetting, EndpointSettings, ListenSetting},
+    endpoint::{CredentialSetting, EndpointSettings, HostAddressSetting, ListenSetting},
     environment::Environment,
     error::ConfigError,
     file::read,
@@ -119,6 +123,8 @@ pub struct EndpointConfig {
     pub name: Option<String>,
     /// Its host; looked up when absent.
     pub host: Option<String>,
+    /// The addresses to dial in place of what the host's name resolves to; none: it is resolved.
+    pub host_addresses: Vec<IpAddr>,
     /// Its port.
     pub port: u16,
     /// The role to log in as; the workspace identity when absent.

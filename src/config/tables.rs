@@ -4,7 +4,7 @@ use std::{net::IpAddr, num::NonZeroU16};
 
 use super::{
     ConfigError, CredentialSetting, CredentialSource, EndpointConfig, EndpointSettings,
-    Environment, TlsMode, resolve::POSTGRES_PORT, values,
+    Environment, TlsMode, endpoint::HostAddressSetting, resolve::POSTGRES_PORT, values,
 };
 use crate::{listener::Places, telemetry::without_userinfo, tls::Roots};
 
@@ -30,9 +30,17 @@ pub(super) fn of_environment(
             expected: "a port (1 to 65535)",
         })
     });
+    let host_address = environment.host_address.as_ref().map(|text| {
+        text.parse().map_err(|_| ConfigError::Variable {
+            variable: "PGHOSTADDR",
+            value: without_userinfo(text).into_owned(),
+            expected: "an IP address, or several with commas between them",
+        })
+    });
     Ok(EndpointSettings {
         name,
         host: environment.host.clone(),
+        host_address: host_address.transpose()?,
         port: port.transpose()?,
         user: environment.user.clone(),
         database: environment.database.clone(),
@@ -80,13 +88,9 @@ pub(super) fn endpoint(
         },
     };
     if let CredentialSource::Workspace = credential {
-        if let Some(host) = &table.host
-            && host
-                .split('.')
-                .next()
-                .is_some_and(|label| label.ends_with("-pooler"))
-        {
-            return Err(ConfigError::Pooler {
+        let is_neon = |host: &&String| host.to_ascii_lowercase().ends_with(".neon.tech");
+        if let Some(host) = table.host.as_ref().filter(is_neon) {
+            return Err(ConfigError::Neon {
                 host: without_userinfo(host).into_owned(),
             });
         }
@@ -99,11 +103,16 @@ pub(super) fn endpoint(
         environment.sslmode.as_deref(),
         environment.sslrootcert.as_deref(),
         table.host.as_deref(),
+        table.host_address.as_ref(),
     )?;
     Ok(EndpointConfig {
         listen,
         name: table.name,
         host: table.host,
+        host_addresses: table
+            .host_address
+            .map(|HostAddressSetting(addresses)| addresses)
+            .unwrap_or_default(),
         port: table.port.map_or(POSTGRES_PORT, NonZeroU16::get),
         user: table.user,
         database: table.database,
@@ -118,11 +127,22 @@ fn tls_mode(
     sslmode: Option<&str>,
     sslrootcert: Option<&str>,
     host: Option<&str>,
+    host_address: Option<&HostAddressSetting>,
 ) -> Result<TlsMode, ConfigError> {
     let roots = match sslrootcert {
         None | Some("system") => Roots::System,
         Some(path) => Roots::File(path.into()),
     };
+    if sslmode == Some("disable")
+        && let Some(HostAddressSetting(addresses)) = host_address
+        && let Some(remote) = addresses
+            .iter()
+            .find(|address| !address.to_canonical().is_loopback())
+    {
+        return Err(ConfigError::PlainRemote {
+            host: remote.to_string(),
+        });
+    }
     match (sslmode, host) {
         (None | Some("allow" | "prefer" | "require" | "verify-ca" | "verify-full"), _) => {
             Ok(TlsMode::Verified(roots))

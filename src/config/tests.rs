@@ -106,12 +106,30 @@ fn what_cannot_be_meant_is_refused_with_a_hint() {
         ConfigError::Variable { .. }
     ));
     assert!(matches!(
+        error(&[("PGHOST", "ep-x.us-east-2.aws.Neon.tech")], ""),
+        ConfigError::Neon { .. }
+    ));
+    assert!(matches!(
+        error(&[("PGHOSTADDR", "db.example.com")], ""),
+        ConfigError::Variable {
+            variable: "PGHOSTADDR",
+            ..
+        }
+    ));
+    assert!(matches!(
         error(
-            &[("PGHOST", "ep-x-pooler.database.cloud.databricks.com")],
+            &[
+                ("PGHOST", "localhost"),
+                ("PGHOSTADDR", "127.0.0.1,192.0.2.1"),
+                ("PGSSLMODE", "disable")
+            ],
             ""
         ),
-        ConfigError::Pooler { .. }
+        ConfigError::PlainRemote { .. }
     ));
+    // Databricks may open it to OAuth roles: warned of, and tried.
+    let pooler = "ep-x-pooler.database.cloud.databricks.com";
+    assert!(resolve(&[("PGHOST", pooler)], "").is_ok());
     assert!(matches!(
         error(&[], "port = \"none\""),
         ConfigError::NoListener

@@ -9,8 +9,10 @@ mod sources;
 
 use std::{fmt, future::Future, sync::Arc, time::Duration};
 
+use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use jiff::Timestamp;
-use secrecy::SecretString;
+use secrecy::{ExposeSecret as _, SecretString};
+use zeroize::Zeroizing;
 
 pub use cell::{CredentialCell, CredentialStatus};
 pub use forced::Cause;
@@ -38,6 +40,26 @@ impl Credential {
     pub fn is_valid_at(&self, now: Timestamp) -> bool {
         self.expires_at.is_none_or(|expires_at| now < expires_at)
     }
+
+    /// Whose it is, where it is a token that says so; unverified, for messages only.
+    pub fn identity(&self) -> Option<String> {
+        let payload = self.secret.expose_secret().split('.').nth(1)?;
+        let payload = Zeroizing::new(URL_SAFE_NO_PAD.decode(payload).ok()?);
+        let claims: Claims = serde_json::from_slice(&payload).ok()?;
+        let identity = claims.sub.or(claims.client_id)?;
+        let is_a_name = (1..=256).contains(&identity.len())
+            && !identity
+                .chars()
+                .any(|character| character.is_control() || character == '`');
+        is_a_name.then_some(identity)
+    }
+}
+
+/// The claims that name the identity: users and service principals alike by `sub`, else by `client_id`.
+#[derive(serde::Deserialize)]
+struct Claims {
+    sub: Option<String>,
+    client_id: Option<String>,
 }
 
 impl fmt::Debug for Credential {

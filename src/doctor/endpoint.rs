@@ -108,13 +108,7 @@ impl Examined<'_> {
         };
         let roles = workspace.roles(endpoint).await.ok()?;
         let Some(role) = roles.iter().find(|role| role.name == found.user) else {
-            return Some(
-                Finding::failed(format!(
-                    "there is no Postgres role `{}` on this branch",
-                    found.user
-                ))
-                .mend(create_role(&found.user)),
-            );
+            return Some(self.missing_role(found));
         };
         if !role.is_oauth {
             return Some(
@@ -144,8 +138,20 @@ impl Examined<'_> {
         }))
     }
 
+    /// There is no such role. One for somebody else's name would refuse our credential as well.
+    pub(super) fn missing_role(&self, found: &Found) -> Finding {
+        let user = &found.user;
+        let missing = format!("there is no Postgres role `{user}` on this branch");
+        match self.mismatch(found) {
+            Some(mend) => {
+                Finding::failed(format!("{missing}, and `{user}` is not who we are")).mend(mend)
+            }
+            None => Finding::failed(missing).mend(create_role(user)),
+        }
+    }
+
     /// What to do when the login's user is neither us nor a group of ours.
-    fn mismatch(&self, found: &Found) -> Option<String> {
+    pub(super) fn mismatch(&self, found: &Found) -> Option<String> {
         let profile = self.access.profile.as_ref()?;
         let is_ours = profile.user_name == found.user || profile.groups.contains(&found.user);
         (!is_ours).then(|| {
@@ -347,13 +353,30 @@ async fn resolve(
 ) -> Option<Vec<SocketAddr>> {
     let started = Instant::now();
     let (host, port) = (found.host.as_str(), examined.config.port);
-    let resolved = timeout(STEP_TIMEOUT, probe::resolve(host, port)).await;
+    let fixed: Vec<SocketAddr> = examined
+        .config
+        .host_addresses
+        .iter()
+        .map(|address| SocketAddr::new(*address, port))
+        .collect();
+    let resolved = if fixed.is_empty() {
+        timeout(STEP_TIMEOUT, probe::resolve(host, port)).await
+    } else {
+        Ok(Ok(fixed.clone()))
+    };
     let (finding, addresses) = match resolved {
         Ok(Ok(addresses)) if is_ourselves(&addresses, &examined.config.listen.tcp) => {
             let finding = Finding::failed(format!("`{host}` with port {port} is this proxy itself"))
                 .mend("set PGHOST and PGPORT to the endpoint; --address and --port are where the proxy listens".to_owned());
             (finding, None)
         }
+        Ok(Ok(addresses)) if !fixed.is_empty() => (
+            Finding::ok(format!(
+                "{host} is dialed at {}, as PGHOSTADDR or `host_address` asks",
+                listed(&addresses)
+            )),
+            Some(addresses),
+        ),
         Ok(Ok(addresses)) => (
             Finding::ok(format!("{host} is {}", listed(&addresses))),
             Some(addresses),

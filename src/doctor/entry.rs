@@ -9,7 +9,7 @@ use tokio::time::{Instant, sleep, timeout};
 use super::{
     certificates::{Certificate, Recorder},
     endpoint::{Examined, Found, STEP_TIMEOUT},
-    grants::{self, create_role, identifier},
+    grants::{self, identifier},
     report::{Chart, Finding, spoken},
     step,
 };
@@ -18,7 +18,9 @@ use crate::{
     credential::Credential,
     protocol::options::SessionSettings,
     tls,
-    upstream::{Addresses, Class, Endpoint, Failure, Label, Security, probe},
+    upstream::{
+        Addresses, Class, DroppedParameters, Endpoint, Failure, Label, Phase, Security, probe,
+    },
     workspace::Target,
 };
 
@@ -123,6 +125,7 @@ fn prepare(
         user: found.user.clone(),
         database: found.database.clone(),
         security,
+        dropped: DroppedParameters::default(),
     };
     Ok((endpoint, recorder))
 }
@@ -138,7 +141,9 @@ async fn attempt(
     let limit = examined.limits.server_connect_timeout;
     let mut attempt = Attempt::default();
     let started = Instant::now();
-    let tcp = match bounded(limit, "dial", probe::connect(addresses)).await {
+    let dialed = timeout(limit, probe::connect(addresses)).await;
+    let dialed = dialed.unwrap_or_else(|_| Err(Failure::timed_out_in(Phase::Dial, endpoint)));
+    let tcp = match dialed {
         Ok(tcp) => tcp,
         Err(failure) => {
             attempt.tcp = Some((started.elapsed(), Err(failure)));
@@ -148,7 +153,8 @@ async fn attempt(
     attempt.tcp = Some((started.elapsed(), Ok(())));
 
     let started = Instant::now();
-    let secured = bounded(limit, "TLS", probe::secure(tcp, endpoint, examined.metrics)).await;
+    let secured = timeout(limit, probe::secure(tcp, endpoint, examined.metrics)).await;
+    let secured = secured.unwrap_or_else(|_| Err(Failure::timed_out_in(Phase::Tls, endpoint)));
     attempt.certificate = recorder.and_then(Recorder::certificate);
     let stream = match secured {
         Ok(stream) => stream,
@@ -178,6 +184,7 @@ async fn attempt(
         )],
         client_encoding: None,
         replication: false,
+        ..SessionSettings::default()
     };
     let started = Instant::now();
     let login = probe::Session::log_in(stream, endpoint, credential, &settings);
@@ -209,9 +216,9 @@ async fn tell(
     if let Some((took, tcp)) = attempt.tcp {
         let finding = match &tcp {
             Ok(()) => Finding::ok(format!("{host}:{port} takes connections")),
-            Err(failure) => Finding::failed(failure.to_string()).mend(format!(
-                "check PGHOST and PGPORT, and that a firewall lets this machine reach {host}:{port}"
-            )),
+            Err(failure) => {
+                Finding::failed(failure.to_string()).mend(failure.hint().map(str::to_owned))
+            }
         };
         chart.note_timed(step::ENDPOINT_TCP, took, finding);
     }
@@ -326,8 +333,7 @@ async fn refused(
     }
     let is_role_missing = lower.contains("role \"") && lower.contains("does not exist");
     let finding = if is_role_missing {
-        Finding::failed(format!("there is no Postgres role `{user}` on this branch"))
-            .mend(create_role(user))
+        examined.missing_role(found)
     } else {
         let known = match failure.class {
             Class::Identity => examined

@@ -29,6 +29,7 @@ const VARIABLES: &[(&str, Kind, &str)] = &[
     ("ENDPOINT_NAME", Kind::Plain, ""),
     ("LAKEBASE_ENDPOINT", Kind::Plain, ""),
     ("PGHOST", Kind::Plain, "looked up"),
+    ("PGHOSTADDR", Kind::Plain, ""),
     ("PGPORT", Kind::Plain, "5432"),
     ("PGDATABASE", Kind::Plain, "databricks_postgres"),
     ("PGUSER", Kind::Plain, "the workspace identity"),

@@ -291,6 +291,11 @@ impl Emulator {
         self.pg_port
     }
 
+    /// The host name of the built-in pooler, which resolves to this machine.
+    pub fn pooler_host(&self) -> String {
+        format!("{}-pooler.localhost", self.shared.names.endpoint_uid())
+    }
+
     /// The file with the certificate authority to trust.
     pub fn ca_file(&self) -> &Path {
         &self.authority

@@ -10,6 +10,10 @@ use super::AppResource;
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
 #[non_exhaustive]
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "switches that have nothing to do with each other"
+)]
 pub struct Settings {
     /// How long a database credential lives when the request names no lifetime.
     #[serde(with = "seconds")]
@@ -31,6 +35,8 @@ pub struct Settings {
     pub is_disabled: bool,
     /// Whether roles with a Postgres password may log in with it (`enable_pg_native_login`, off on new projects).
     pub native_login: bool,
+    /// Whether the built-in pooler (`-pooler` hosts) accepts OAuth credentials.
+    pub pooler_oauth: bool,
     /// Whether the edge listens; `false` makes dials fail with "connection refused".
     pub is_listening: bool,
     /// How far the workspace's clock is ahead of ours (or behind, if negative), in seconds.
@@ -53,6 +59,7 @@ impl Default for Settings {
             on_suspend: OnSuspend::default(),
             is_disabled: false,
             native_login: false,
+            pooler_oauth: false,
             is_listening: true,
             clock_skew_seconds: 0,
             // The edge's `handshake_timeout` default.

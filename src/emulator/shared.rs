@@ -73,7 +73,15 @@ impl Names {
             self.host.clone(),
             format!("{}.localhost", self.endpoint_uid()),
             format!("{}-ro.localhost", self.endpoint_uid()),
+            format!("{}-pooler.localhost", self.endpoint_uid()),
+            format!("{}-ro-pooler.localhost", self.endpoint_uid()),
         ]
+    }
+
+    /// Whether a TLS server name is one of the built-in pooler's.
+    pub(crate) fn is_pooler(server_name: &str) -> bool {
+        let label = server_name.split('.').next().unwrap_or_default();
+        label.to_ascii_lowercase().ends_with("-pooler")
     }
 
     /// Whether a TLS server name means this endpoint.

@@ -190,11 +190,7 @@ impl Sessions {
             let (database, fallback) = policy
                 .database_mapping
                 .choose(&startup, &upstream.endpoint().database);
-            let mut settings =
-                SessionSettings::new(&startup, database).map_err(|error| Refusal {
-                    report: Report::new(sqlstate::UNDEFINED_OBJECT, error.to_string()),
-                    reason: reason::BAD_STARTUP,
-                })?;
+            let mut settings = SessionSettings::new(&startup, database);
             settings.fallback_database = fallback;
             upstream.connect(&settings, &policy.terms).await
         });

@@ -20,7 +20,7 @@ use crate::{
         frame::{Message, take_message},
         startup::{CancelKey, encode_startup},
     },
-    upstream::{Addresses, Endpoint, Label, Security, Upstream},
+    upstream::{Addresses, DroppedParameters, Endpoint, Label, Security, Upstream},
     workers::Workers,
 };
 
@@ -46,6 +46,7 @@ fn sessions(upstream: SocketAddr, client_login_timeout: Duration) -> Arc<Session
         user: "me".to_owned(),
         database: "db".to_owned(),
         security: Security::Plain,
+        dropped: DroppedParameters::default(),
     };
     let upstream = Upstream::new(endpoint, credentials, Arc::clone(&metrics));
     let (finder, route) = Route::to(Label::new("e"));

@@ -85,6 +85,8 @@ label! {
         WAKING = "waking",
         /// The server did not accept who we are.
         IDENTITY = "identity",
+        /// The credential belongs to another identity than the role.
+        WRONG_IDENTITY = "wrong_identity",
         /// The credential is of a kind that the server does not take.
         WRONG_KIND = "wrong_kind",
         /// Role, database, grant or address list.
@@ -131,6 +133,8 @@ label! {
         WAKING = "waking",
         /// Login refused.
         IDENTITY = "identity",
+        /// The credential belongs to another identity than the role.
+        WRONG_IDENTITY = "wrong_identity",
         /// Not an OAuth token.
         WRONG_KIND = "wrong_kind",
         /// Role, database, grant or address list.

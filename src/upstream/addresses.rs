@@ -21,7 +21,11 @@ const PATIENCE: Duration = Duration::from_millis(1800);
 
 /// What is known; shared by all copies.
 #[derive(Clone, Debug, Default)]
-pub struct Addresses(Arc<Mutex<Known>>);
+pub struct Addresses {
+    known: Arc<Mutex<Known>>,
+    /// Set by hand, where the name does not resolve to what should be dialed; empty: the resolver's.
+    fixed: Arc<[SocketAddr]>,
+}
 
 #[derive(Debug, Default)]
 struct Known {
@@ -38,13 +42,29 @@ struct Answer {
 }
 
 impl Addresses {
+    /// Always these, whatever the name resolves to; the resolver's when there are none.
+    pub fn fixed(addresses: impl IntoIterator<Item = SocketAddr>) -> Self {
+        Self {
+            fixed: addresses.into_iter().collect(),
+            ..Self::default()
+        }
+    }
+
+    /// Those that were set by hand.
+    pub fn as_fixed(&self) -> Option<&[SocketAddr]> {
+        (!self.fixed.is_empty()).then_some(&*self.fixed)
+    }
+
     /// The addresses, by `look_up` where they are not known; one at a time asks. Cancel safe.
     pub(super) async fn get(
         &self,
         look_up: impl Future<Output = Result<Vec<SocketAddr>, Failure>>,
     ) -> Result<Vec<SocketAddr>, Failure> {
+        if let Some(fixed) = self.as_fixed() {
+            return Ok(fixed.to_vec());
+        }
         let asked = Instant::now();
-        let mut known = self.0.lock().await;
+        let mut known = self.known.lock().await;
         let Known { answer, failure } = &mut *known;
         if let Some((at, failure)) = failure
             && *at >= asked
@@ -77,7 +97,7 @@ impl Addresses {
     /// They took no connection.
     pub(super) fn forget(&self) {
         // Whoever holds the lock is asking anew.
-        if let Ok(mut known) = self.0.try_lock() {
+        if let Ok(mut known) = self.known.try_lock() {
             known.answer = None;
         }
     }
@@ -118,6 +138,14 @@ mod tests {
 
     fn failure() -> Failure {
         Failure::resolve("db.example", &io::Error::other("the resolver is down"))
+    }
+
+    #[tokio::test]
+    async fn an_address_set_by_hand_is_dialed_and_the_name_is_not_resolved() {
+        let known = Addresses::fixed(answer(7));
+        known.forget();
+        assert_eq!(known.get(pending()).await.unwrap(), answer(7));
+        assert!(Addresses::fixed([]).as_fixed().is_none());
     }
 
     #[tokio::test(start_paused = true)]

@@ -3,12 +3,21 @@
 //! While the endpoint wakes clients make one attempt at a time ([`Wake`]). Once it answers all proceed, a bounded number
 //! at a time. So a thousand clients at a sleeping endpoint cause the dials of one, and those that were under way already.
 
-use std::{borrow::Cow, net::SocketAddr, pin::pin, sync::Arc, time::Duration};
+use std::{
+    borrow::Cow,
+    net::SocketAddr,
+    pin::pin,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
 use arc_swap::ArcSwap;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
-    sync::{Semaphore, SemaphorePermit, SetOnce},
+    sync::{Semaphore, SemaphorePermit},
     time::{Instant, sleep, sleep_until, timeout, timeout_at},
 };
 
@@ -19,7 +28,7 @@ use super::{
     endpoint::{Endpoint, Keepalive, Label},
     failure::{Class, Failure},
     login::{Connection, log_in},
-    phases::record_waits,
+    phases::{Progress, record_waits},
     wake::{Backoff, Lead, Wake},
 };
 use crate::{
@@ -108,6 +117,8 @@ pub struct Upstream {
     logins: Semaphore,
     cancels: Semaphore,
     wake: Wake,
+    /// A credential has been replaced because the role belongs to another identity, and no login accepted since.
+    mismatched: AtomicBool,
 }
 
 impl Upstream {
@@ -123,6 +134,7 @@ impl Upstream {
             logins: Semaphore::new(CONCURRENT_LOGINS),
             cancels: Semaphore::new(CONCURRENT_CANCELS),
             wake: Wake::new(),
+            mismatched: AtomicBool::new(false),
         }
     }
 
@@ -150,6 +162,10 @@ impl Upstream {
         terms: &Terms,
     ) -> Result<Connected, Refusal> {
         let limits = &terms.limits;
+        // Nothing is dialed for it, so that it says nothing of the endpoint either.
+        let endpoint = self.endpoint();
+        let startup = settings.startup(&endpoint.user, |name| endpoint.dropped.contains(name));
+        startup.map_err(|too_long| self.refusal(&too_long.into()))?;
         let budget = if self.wake.has_spent_budget() {
             limits.connect_timeout.min(self.failing_budget)
         } else {
@@ -205,6 +221,12 @@ impl Upstream {
         if let Some(waking) = woke_after {
             self.metrics.wake_seconds.observe(waking.as_secs_f64());
         }
+    }
+
+    /// Whether another credential may help. A new one belongs to the same identity as the one before, so that for the
+    /// wrong identity one is tried until a login is accepted.
+    fn may_renew(&self, class: Class) -> bool {
+        class != Class::WrongIdentity || !self.mismatched.swap(true, Ordering::Relaxed)
     }
 
     fn refusal(&self, failure: &Failure) -> Refusal {
@@ -276,6 +298,7 @@ impl<'a> Connect<'a> {
                 Ok(connection) => {
                     record_waits(self.queued, self.credited);
                     self.upstream.credentials.accepted(generation, self.cause());
+                    self.upstream.mismatched.store(false, Ordering::Relaxed);
                     return Ok(Connected {
                         connection,
                         woke_after: self.was_held.then(|| self.budget.spent()),
@@ -378,20 +401,20 @@ impl<'a> Connect<'a> {
         } = admission;
         let mut held = Some((lead, slot));
         let endpoint = upstream.endpoint();
-        let asked_for_password = SetOnce::new();
+        let progress = Progress::default();
         let login = log_in(
             &endpoint,
             &credential,
             &self.settings,
             &self.terms.keepalive,
             &upstream.metrics,
-            &asked_for_password,
+            &progress,
         );
         let whole = Instant::now() + self.terms.limits.server_connect_timeout;
         let ends_at = self.budget.ends_at().min(whole);
         let mut login = pin!(timeout_at(ends_at, login));
         let slow = async {
-            asked_for_password.wait().await;
+            progress.asked_for_password.wait().await;
             sleep(SLOW_LOGIN).await;
         };
         let result = tokio::select! {
@@ -406,8 +429,8 @@ impl<'a> Connect<'a> {
         let result = result.unwrap_or_else(|_| {
             Err(match cut_short {
                 Some(previous) => previous.clone(),
-                None if asked_for_password.initialized() => Failure::slow_login(),
-                None => Failure::timed_out("login"),
+                None if progress.asked_for_password.initialized() => Failure::slow_login(),
+                None => Failure::timed_out_in(progress.phase(), &endpoint),
             })
         });
         match &result {
@@ -439,7 +462,9 @@ impl<'a> Connect<'a> {
         let upstream = self.upstream;
         match failure.class {
             Class::Waking => self.was_held = true,
-            Class::Identity if !self.was_renewed => {
+            Class::Identity | Class::WrongIdentity
+                if !self.was_renewed && upstream.may_renew(failure.class) =>
+            {
                 self.was_renewed = true;
                 let fresh = upstream
                     .credentials

@@ -18,7 +18,7 @@ use tokio::{
 use super::{
     endpoint::{Endpoint, Keepalive, Security},
     failure::{Class, Failure},
-    phases::Phases,
+    phases::{Phase, Phases, Progress},
     tcp,
     tls_stream::TlsStream,
 };
@@ -68,18 +68,22 @@ pub(super) async fn dial(
     endpoint: &Endpoint,
     keepalive: &Keepalive,
     metrics: &Metrics,
+    progress: &Progress,
 ) -> Result<(Stream, SocketAddr, Phases), Failure> {
     let mut phases = Phases::default();
+    progress.enter(Phase::Resolve);
     let started = Instant::now();
     let looking_up = resolve(&endpoint.host, endpoint.port);
     let addresses = endpoint.addresses.get(looking_up).await?;
     phases.resolve = observe(metrics, phase::RESOLVE, started);
 
+    progress.enter(Phase::Dial);
     let started = Instant::now();
     let connected = connect(addresses).await;
     let (tcp, address) = connected.inspect_err(|_| endpoint.addresses.forget())?;
     phases.dial = observe(metrics, phase::DIAL, started);
 
+    progress.enter(Phase::Tls);
     let started = Instant::now();
     let stream = secure(tcp, endpoint, keepalive, metrics).await?;
     phases.tls = started.elapsed();
@@ -273,6 +277,7 @@ mod tests {
                 config: Arc::new(config),
                 name: "localhost".try_into().unwrap(),
             },
+            dropped: crate::upstream::DroppedParameters::default(),
         };
         let metrics = Metrics::new().unwrap();
         let keepalive = Keepalive::default();

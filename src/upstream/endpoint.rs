@@ -4,7 +4,8 @@ use std::{fmt, net::IpAddr, sync::Arc, time::Duration};
 
 use rustls::{ClientConfig, pki_types::ServerName};
 
-use super::Addresses;
+use super::{Addresses, DroppedParameters};
+use crate::workspace::HostName;
 
 /// The endpoint's name as people know it, for messages: its resource name, or else its host.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -64,6 +65,15 @@ pub struct Endpoint {
     pub database: String,
     /// Whether and how TLS is spoken.
     pub security: Security,
+    /// Startup parameters of clients that its server does not take.
+    pub dropped: DroppedParameters,
+}
+
+impl Endpoint {
+    /// The host beside a pooler's, where this is one.
+    pub(super) fn direct_host(&self) -> Option<String> {
+        self.host.parse::<HostName>().ok()?.direct()
+    }
 }
 
 /// TCP keepalive and its kin, for both sides of a session.

@@ -7,12 +7,19 @@ mod rules;
 
 use std::{borrow::Cow, fmt, io};
 
-use super::endpoint::Label;
+use super::{
+    dropped,
+    endpoint::{Endpoint, Label},
+    phases::Phase,
+};
 use crate::{
+    config::DEFAULT_DATABASE,
+    credential::Credential,
     protocol::{
         auth::AuthError,
         error::{ErrorFields, Report, sqlstate},
         frame::FrameError,
+        options::{SessionSettings, TooLong},
     },
     telemetry::{chain, redact},
 };
@@ -32,6 +39,8 @@ pub enum Class {
     Protocol,
     /// Asleep, starting or unreachable: hold and retry.
     Waking,
+    /// The credential belongs to another identity than the role: one forced refresh at most.
+    WrongIdentity,
     /// What we sent as a password is no OAuth token.
     WrongKind,
 }
@@ -46,6 +55,7 @@ impl Class {
             Self::Permission => "permission",
             Self::Protocol => "protocol",
             Self::Waking => "waking",
+            Self::WrongIdentity => "wrong_identity",
             Self::WrongKind => "wrong_kind",
         }
     }
@@ -54,7 +64,9 @@ impl Class {
     fn sqlstate(self) -> &'static str {
         match self {
             Self::Capacity => sqlstate::TOO_MANY_CONNECTIONS,
-            Self::Identity | Self::Permission | Self::WrongKind => sqlstate::INVALID_AUTHORIZATION,
+            Self::Identity | Self::Permission | Self::WrongIdentity | Self::WrongKind => {
+                sqlstate::INVALID_AUTHORIZATION
+            }
             Self::Other => INTERNAL_ERROR,
             Self::Protocol => sqlstate::PROTOCOL_VIOLATION,
             Self::Waking => sqlstate::CANNOT_CONNECT_NOW,
@@ -77,12 +89,22 @@ impl Class {
             Self::Waking => Some(
                 "The endpoint did not answer in time. Retry; if it lasts, check that the compute is not disabled and that the network reaches it.",
             ),
+            Self::WrongIdentity => Some(
+                "The login is as `{user}` (PGUSER), and the credential belongs to `{identity}`. If these are two, unset PGUSER; if they are one, bind the role to it, as its owner: SECURITY LABEL FOR databricks_auth ON ROLE {role} IS 'id=<numeric id of the identity in the workspace>,type={kind}';",
+            ),
             Self::WrongKind => Some(
                 "The endpoint takes OAuth credentials only. A personal access token or a native password cannot log in here.",
             ),
         }
     }
 }
+
+const REFUSED: &str = "Nothing listens on the port there, or a firewall rejects the connection: check PGHOST, PGPORT and the firewall. An endpoint that wakes may refuse for a few seconds.";
+const NO_ANSWER: &str = "Check PGHOST and PGPORT, and what stands between this machine and the port: a firewall that drops packets, a shared cluster below DBR 18, a private link that is not set up, or a name that leads elsewhere (PGHOSTADDR).";
+/// Hints about a login, with names in place of what differs.
+const ANOTHER_IDENTITY: &str = "The login is as `{user}` (PGUSER), but the credential belongs to `{identity}`: unset PGUSER or set it to `{identity}`, unless `{user}` is a group that it belongs to.";
+const NO_EXTENSION: &str = "If logins work in other databases, run in `{database}`: CREATE EXTENSION IF NOT EXISTS databricks_auth; (a plain CREATE DATABASE leaves it out).";
+const OTHER_DATABASE: &str = "The client asked for the database `{database}`: check the name in its connection string (in Postgres it has underscores where the resource id has hyphens), or create the database. The endpoint's default is `{default}`.";
 
 /// The catch-all of the edge.
 const INTERNAL_ERROR: &str = "XX000";
@@ -97,7 +119,9 @@ pub struct Failure {
     /// Whether the client's own settings may have caused it: then it says nothing about the endpoint.
     pub is_inconclusive: bool,
     cause: Cause,
-    hint: Option<&'static str>,
+    hint: Option<Cow<'static, str>>,
+    /// What the message says besides the cause.
+    note: Option<String>,
 }
 
 #[derive(Clone, Debug)]
@@ -153,7 +177,8 @@ impl Failure {
             is_dns: false,
             is_inconclusive: false,
             cause: Cause::Server(Box::new(said)),
-            hint,
+            hint: hint.map(Cow::Borrowed),
+            note: None,
         }
     }
 
@@ -165,17 +190,28 @@ impl Failure {
             format!("cannot resolve host name `{host}`: {}", chain(error)),
         );
         failure.is_dns = true;
-        failure.hint = Some("Check PGHOST and the machine's name resolution.");
+        failure.hint = Some("Check PGHOST and the machine's name resolution.".into());
         failure
     }
 
     /// No address took the connection.
     pub fn dial(error: &io::Error) -> Self {
-        Self::ours(
+        if error.kind() == io::ErrorKind::ConnectionRefused {
+            let mut failure = Self::ours(
+                Class::Waking,
+                sqlstate::CANNOT_CONNECT,
+                "cannot connect: connection refused".to_owned(),
+            );
+            failure.hint = Some(REFUSED.into());
+            return failure;
+        }
+        let mut failure = Self::ours(
             Class::Waking,
             sqlstate::CANNOT_CONNECT,
             format!("cannot connect: {}", chain(error)),
-        )
+        );
+        failure.hint = Some(NO_ANSWER.into());
+        failure
     }
 
     /// An established connection broke before login was complete.
@@ -206,6 +242,46 @@ impl Failure {
         failure
     }
 
+    /// An attempt took longer than it may, in this phase.
+    pub fn timed_out_in(phase: Phase, endpoint: &Endpoint) -> Self {
+        match phase {
+            Phase::Resolve => Self::slow_resolver(&endpoint.host),
+            Phase::Dial => Self::no_answer(&endpoint.host, endpoint.port),
+            Phase::Tls => Self::no_tls_answer(&endpoint.host, endpoint.port),
+            Phase::Login => Self::timed_out("login"),
+        }
+    }
+
+    fn slow_resolver(host: &str) -> Self {
+        let mut failure = Self::ours(
+            Class::Waking,
+            sqlstate::CANNOT_CONNECT,
+            format!("the name server did not answer in time for `{host}`"),
+        );
+        failure.hint = Some("Check PGHOST and the machine's name resolution.".into());
+        failure
+    }
+
+    fn no_answer(host: &str, port: u16) -> Self {
+        let mut failure = Self::ours(
+            Class::Waking,
+            sqlstate::CANNOT_CONNECT,
+            format!("no answer from `{host}` on port {port} (TCP connect)"),
+        );
+        failure.hint = Some(NO_ANSWER.into());
+        failure
+    }
+
+    fn no_tls_answer(host: &str, port: u16) -> Self {
+        let mut failure = Self::ours(
+            Class::Waking,
+            sqlstate::CONNECTION_FAILURE,
+            format!("`{host}` takes connections on port {port}, but did not answer in time (TLS)"),
+        );
+        failure.hint = Some("Something takes connections and does not pass them on: check a private link, load balancer or firewall between this machine and the endpoint.".into());
+        failure
+    }
+
     /// Too many clients are being logged in for this one to have had its turn.
     pub fn crowded() -> Self {
         let mut failure = Self::ours(
@@ -213,7 +289,7 @@ impl Failure {
             sqlstate::TOO_MANY_CONNECTIONS,
             "too many clients log in at the same time".to_owned(),
         );
-        failure.hint = Some("Open fewer connections at a time, or keep them in a pool.");
+        failure.hint = Some("Open fewer connections at a time, or keep them in a pool.".into());
         failure
     }
 
@@ -232,7 +308,8 @@ impl Failure {
         );
         if let rustls::Error::InvalidCertificate(_) = tls {
             failure.hint = Some(
-                "The server's certificate is not trusted for this name. Behind a private CA set PGSSLROOTCERT; otherwise something between here and Lakebase intercepts TLS.",
+                "The server's certificate is not trusted for this name. Behind a private CA set PGSSLROOTCERT; otherwise something between here and Lakebase intercepts TLS."
+                    .into(),
             );
         }
         failure
@@ -254,7 +331,93 @@ impl Failure {
             is_inconclusive: false,
             cause: Cause::Ours { sqlstate, message },
             hint: None,
+            note: None,
         }
+    }
+
+    /// Which of a client's parameters the server refuses by name.
+    pub(super) fn refused_parameter<'a>(
+        &self,
+        parameters: &'a [(String, String)],
+    ) -> Option<&'a str> {
+        match &self.cause {
+            Cause::Server(error) => dropped::refused(error, parameters),
+            Cause::Ours { .. } => None,
+        }
+    }
+
+    /// Adds to a refusal by the server what is known of the login: who it was as, where, and for which database.
+    pub(super) fn explain(
+        mut self,
+        endpoint: &Endpoint,
+        credential: &Credential,
+        settings: &SessionSettings,
+    ) -> Self {
+        let Cause::Server(_) = &self.cause else {
+            return self;
+        };
+        let user = &endpoint.user;
+        let identity = credential.identity();
+        let is_another = identity
+            .as_ref()
+            .is_some_and(|identity| !identity.eq_ignore_ascii_case(user));
+        let is_role_missing = self.hint.as_deref() == Some(rules::MISSING_ROLE);
+        let mut hint = self.hint().unwrap_or_default().to_owned();
+        if is_another && (self.class == Class::Identity || is_role_missing) {
+            ANOTHER_IDENTITY.clone_into(&mut hint);
+        }
+        if self.class == Class::Identity
+            && identity.is_some()
+            && settings.database != DEFAULT_DATABASE
+        {
+            hint.push(' ');
+            hint.push_str(NO_EXTENSION);
+        }
+        if self.is_missing_database() && settings.database != endpoint.database {
+            OTHER_DATABASE.clone_into(&mut hint);
+        }
+        let is_refused = matches!(
+            self.class,
+            Class::Identity | Class::WrongIdentity | Class::WrongKind
+        );
+        let is_token = identity.is_some() || credential.expires_at.is_some();
+        if let Some(direct) = endpoint.direct_host().filter(|_| is_token)
+            && (is_refused || self.hint.as_deref() == Some(rules::POOLER))
+        {
+            rules::POOLER.clone_into(&mut hint);
+            self.note = Some(format!(
+                "the pooler `{}` refused it, the direct host is `{direct}`",
+                endpoint.host
+            ));
+        }
+        if !hint.is_empty() {
+            let direct = endpoint.direct_host().map_or_else(
+                || "the same name without `-pooler`".to_owned(),
+                |host| format!("`{host}`"),
+            );
+            let role = format!("\"{}\"", user.replace('"', "\"\""));
+            let kind = if user.contains('@') {
+                "USER"
+            } else {
+                "SERVICE_PRINCIPAL"
+            };
+            let known = [
+                (
+                    "{identity}",
+                    identity
+                        .as_deref()
+                        .unwrap_or("an identity that it does not name"),
+                ),
+                ("{user}", user),
+                ("{role}", &role),
+                ("{kind}", kind),
+                ("{database}", &settings.database),
+                ("{default}", &endpoint.database),
+                ("{direct}", &direct),
+            ];
+            self.hint = Some(fill(&hint, &known).into());
+        }
+        self
     }
 
     /// Whether the server found that the database does not exist.
@@ -263,8 +426,8 @@ impl Failure {
     }
 
     /// What a person can do about it.
-    pub fn hint(&self) -> Option<&'static str> {
-        self.hint.or_else(|| self.class.hint())
+    pub fn hint(&self) -> Option<&str> {
+        self.hint.as_deref().or_else(|| self.class.hint())
     }
 
     /// What the client is told.
@@ -276,10 +439,14 @@ impl Failure {
                     code => code,
                 };
                 let detail = format!("The server said: {self}");
+                let note = match &self.note {
+                    Some(note) => format!(" ({note})"),
+                    None => String::new(),
+                };
                 Report::new(
                     sqlstate,
                     format!(
-                        "cannot log in to Lakebase endpoint {endpoint}: {}",
+                        "cannot log in to Lakebase endpoint {endpoint}: {}{note}",
                         said.message
                     ),
                 )
@@ -296,6 +463,42 @@ impl Failure {
         };
         report.hint = self.hint().map(str::to_owned).or(said_hint);
         report
+    }
+}
+
+/// Puts what is known in place of its names, in one pass: a value may look like the name of another.
+fn fill(template: &str, known: &[(&str, &str)]) -> String {
+    let mut filled = String::with_capacity(template.len());
+    let mut rest = template;
+    while let Some(at) = rest.find('{') {
+        let (before, from) = rest.split_at(at);
+        filled.push_str(before);
+        match known.iter().find(|(name, _)| from.starts_with(name)) {
+            Some((name, value)) => {
+                filled.push_str(value);
+                rest = &from[name.len()..];
+            }
+            None => {
+                filled.push('{');
+                rest = &from[1..];
+            }
+        }
+    }
+    filled + rest
+}
+
+impl From<TooLong> for Failure {
+    fn from(error: TooLong) -> Self {
+        let mut failure = Self::ours(
+            Class::Protocol,
+            sqlstate::PROTOCOL_VIOLATION,
+            error.to_string(),
+        );
+        failure.hint = Some(
+            "Send fewer or shorter startup parameters, or set them once for the role: ALTER ROLE ... SET."
+                .into(),
+        );
+        failure
     }
 }
 

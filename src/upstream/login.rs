@@ -5,7 +5,6 @@ use std::{io, net::SocketAddr};
 use bytes::BytesMut;
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
-    sync::SetOnce,
     time::Instant,
 };
 
@@ -13,6 +12,7 @@ use super::{
     dial::{self, Stream},
     endpoint::{Endpoint, Keepalive, Security},
     failure::Failure,
+    phases::{Phase, Progress},
 };
 use crate::{
     credential::Credential,
@@ -21,7 +21,7 @@ use crate::{
         error::ErrorFields,
         frame::{Message, SMALL_MESSAGE_LIMIT, tag, take_message},
         options::SessionSettings,
-        startup::{CancelKey, encode_startup},
+        startup::CancelKey,
     },
     telemetry::{GaugeGuard, Metrics, names::phase},
 };
@@ -56,17 +56,56 @@ pub struct Greeting {
     client_encoding: Option<String>,
 }
 
-/// Dials and logs in once; sets `asked_for_password` when the server has asked for it. Not cancel safe, and need not be: dropping it drops the connection.
+/// How often a login is repeated because the server refuses a parameter that is no setting of its.
+const MAX_DROPS: usize = 8;
+
+/// Dials and logs in, without the parameters that the server refuses by name. Not cancel safe, and need not be: dropping
+/// it drops the connection.
 pub(super) async fn log_in(
     endpoint: &Endpoint,
     credential: &Credential,
     settings: &SessionSettings,
     keepalive: &Keepalive,
     metrics: &Metrics,
-    asked_for_password: &SetOnce<()>,
+    progress: &Progress,
+) -> Result<Connection, Failure> {
+    for name in &settings.unusable {
+        endpoint.dropped.insert(name, "it cannot be a setting");
+    }
+    let mut dropped: Vec<&str> = Vec::new();
+    loop {
+        let is_dropped = |name: &str| dropped.contains(&name) || endpoint.dropped.contains(name);
+        let startup = settings.startup(&endpoint.user, is_dropped)?;
+        let attempt = log_in_once(
+            endpoint, credential, settings, &startup, keepalive, metrics, progress,
+        );
+        let failure = match attempt.await {
+            Ok(connection) => return Ok(connection),
+            Err(failure) => failure,
+        };
+        match failure.refused_parameter(&settings.folded) {
+            Some(name) if dropped.len() < MAX_DROPS && !dropped.contains(&name) => {
+                endpoint.dropped.insert(name, &failure.to_string());
+                dropped.push(name);
+            }
+            _ => return Err(failure.explain(endpoint, credential, settings)),
+        }
+    }
+}
+
+async fn log_in_once(
+    endpoint: &Endpoint,
+    credential: &Credential,
+    settings: &SessionSettings,
+    startup: &[u8],
+    keepalive: &Keepalive,
+    metrics: &Metrics,
+    progress: &Progress,
 ) -> Result<Connection, Failure> {
     let whole = Instant::now();
-    let (mut stream, address, mut phases) = dial::dial(endpoint, keepalive, metrics).await?;
+    let (mut stream, address, mut phases) =
+        dial::dial(endpoint, keepalive, metrics, progress).await?;
+    progress.enter(Phase::Login);
     let started = Instant::now();
     let encrypted = matches!(endpoint.security, Security::Tls { .. });
     let may_send_cleartext = encrypted || super::endpoint::is_loopback(address.ip());
@@ -75,8 +114,9 @@ pub(super) async fn log_in(
         &endpoint.user,
         credential,
         settings,
+        startup,
         may_send_cleartext,
-        asked_for_password,
+        progress,
     )
     .await?;
     phases.login = dial::observe(metrics, phase::LOGIN, started);
@@ -92,34 +132,23 @@ pub(super) async fn log_in(
     })
 }
 
-/// Everything said between TLS and ReadyForQuery; sets `asked_for_password` when the server has asked for it.
+/// Everything said between TLS and ReadyForQuery; `progress` learns when the server has asked for it.
 pub(super) async fn exchange<S: AsyncRead + AsyncWrite + Unpin>(
     stream: &mut S,
     user: &str,
     credential: &Credential,
     settings: &SessionSettings,
+    startup: &[u8],
     may_send_cleartext: bool,
-    asked_for_password: &SetOnce<()>,
+    progress: &Progress,
 ) -> Result<(Greeting, BytesMut), Failure> {
-    let mut parameters = vec![("user", user), ("database", settings.database.as_str())];
-    parameters.extend(
-        settings
-            .parameters
-            .iter()
-            .map(|(name, value)| (name.as_str(), value.as_str())),
-    );
-    let startup = encode_startup(&parameters).ok_or_else(|| {
-        Failure::protocol(
-            "the startup parameters are longer than the 9,999 bytes the endpoint takes",
-        )
-    })?;
     let mut wire = Wire {
         stream,
         settings,
         buffer: BytesMut::with_capacity(2048),
         read: 0,
     };
-    wire.send(&startup).await?;
+    wire.send(startup).await?;
 
     let mut authenticator = Authenticator::new(user, &credential.secret);
     loop {
@@ -136,7 +165,7 @@ pub(super) async fn exchange<S: AsyncRead + AsyncWrite + Unpin>(
                 let done = request == AuthenticationRequest::Ok;
                 if let Some(answer) = authenticator.answer(request)? {
                     // Already set when the exchange takes more than one message.
-                    let _ = asked_for_password.set(());
+                    let _ = progress.asked_for_password.set(());
                     wire.send(&answer).await?;
                 }
                 if done {
@@ -304,6 +333,7 @@ mod tests {
             parameters: Vec::new(),
             client_encoding: client_encoding.map(str::to_owned),
             replication,
+            ..SessionSettings::default()
         }
     }
 
@@ -329,14 +359,16 @@ mod tests {
             minted_at: Timestamp::UNIX_EPOCH,
             generation: 1,
         };
-        let asked_for_password = SetOnce::new();
+        let progress = Progress::default();
+        let startup = settings.startup("me", |_| false).unwrap();
         let login = exchange(
             &mut ours,
             "me",
             &credential,
             &settings,
+            &startup,
             true,
-            &asked_for_password,
+            &progress,
         );
         let (result, heard) = tokio::join!(login, server);
         (result.map(|(greeting, _)| greeting), heard)

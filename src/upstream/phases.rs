@@ -2,9 +2,56 @@
 //!
 //! The span's fields are declared where it is opened, by the listener.
 
-use std::time::Duration;
+use std::{
+    sync::atomic::{AtomicU8, Ordering},
+    time::Duration,
+};
+
+use tokio::sync::SetOnce;
 
 use tracing::{Span, field::debug};
+
+/// A part of a login.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Phase {
+    /// Host name to addresses.
+    Resolve,
+    /// TCP connect.
+    Dial,
+    /// `SSLRequest` and TLS handshake.
+    Tls,
+    /// Startup message up to `ReadyForQuery`.
+    Login,
+}
+
+/// Where an attempt is, for the error when it takes too long.
+#[derive(Debug, Default)]
+pub(super) struct Progress {
+    phase: AtomicU8,
+    /// Set when the server has asked for the password.
+    pub(super) asked_for_password: SetOnce<()>,
+}
+
+impl Progress {
+    pub(super) fn enter(&self, phase: Phase) {
+        let number = match phase {
+            Phase::Resolve => 0,
+            Phase::Dial => 1,
+            Phase::Tls => 2,
+            Phase::Login => 3,
+        };
+        self.phase.store(number, Ordering::Relaxed);
+    }
+
+    pub(super) fn phase(&self) -> Phase {
+        match self.phase.load(Ordering::Relaxed) {
+            0 => Phase::Resolve,
+            1 => Phase::Dial,
+            2 => Phase::Tls,
+            _ => Phase::Login,
+        }
+    }
+}
 
 /// How long each part of one attempt took.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -8,7 +8,6 @@ use bytes::{Buf, BytesMut};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
-    sync::SetOnce,
 };
 
 use super::{
@@ -16,6 +15,7 @@ use super::{
     endpoint::{Endpoint, Keepalive, Security, is_loopback},
     failure::Failure,
     login,
+    phases::Progress,
 };
 use crate::{
     credential::Credential,
@@ -76,15 +76,20 @@ impl Session {
                 .is_some_and(|address| is_loopback(address.ip())),
             (Security::Plain, Stream::Tls(_)) => false,
         };
-        let (_, buffer) = login::exchange(
+        let startup = settings.startup(&endpoint.user, |_| false)?;
+        let progress = Progress::default();
+        let exchange = login::exchange(
             &mut stream,
             &endpoint.user,
             credential,
             settings,
+            &startup,
             may_send_cleartext,
-            &SetOnce::new(),
-        )
-        .await?;
+            &progress,
+        );
+        let (_, buffer) = exchange
+            .await
+            .map_err(|failure| failure.explain(endpoint, credential, settings))?;
         Ok(Self { stream, buffer })
     }
 

@@ -88,6 +88,7 @@ impl Route {
             parameters: vec![("application_name".to_owned(), "lakebase-proxy".to_owned())],
             client_encoding: None,
             replication: false,
+            ..SessionSettings::default()
         };
         let mut connection = upstream.connect(&settings, terms).await?.connection;
         let goodbye = async {

@@ -10,6 +10,8 @@ const MAX_ID: usize = 63;
 const MAX_HOST: usize = 253;
 /// Ends the first label of a pooler's host, of either kind.
 const POOLER: &str = "-pooler";
+/// Ends the hosts of Neon's own service.
+const NEON: &str = ".neon.tech";
 /// Ends the first label of the readable replicas' host.
 const READ_ONLY: &str = "-ro";
 
@@ -34,13 +36,11 @@ pub enum NameError {
         /// What was given.
         name: String,
     },
-    /// A host of the built-in pooler.
-    #[error("`{name}` is a pooler's host, which takes no OAuth credential")]
-    Pooler {
+    /// A host of Neon's own service.
+    #[error("`{name}` is a host of Neon, not of Databricks Lakebase")]
+    Neon {
         /// What was given.
         name: String,
-        /// The endpoint's own host.
-        instead: String,
     },
     /// Nothing that leads to an endpoint.
     #[error("`{name}` names no endpoint, branch, project, instance or host")]
@@ -61,7 +61,7 @@ impl NameError {
             Self::Instance { .. } => {
                 "an instance is named by letters, digits and hyphens".to_owned()
             }
-            Self::Pooler { instead, .. } => format!("use the endpoint's own host: `{instead}`"),
+            Self::Neon { .. } => "a Databricks workspace mints no credential for it: name a Lakebase endpoint (`ep-...database...databricks.com`), or give the endpoint a password of its own (`credential`)".to_owned(),
             Self::Reference { .. } => {
                 "write `projects/PROJECT/branches/BRANCH/endpoints/ENDPOINT`, `projects/PROJECT/branches/BRANCH`, \
                  `projects/PROJECT`, the endpoint's host, or the name of a database instance"
@@ -197,7 +197,7 @@ pub(super) enum HostKind {
     Other,
 }
 
-/// The name of a host that an endpoint may answer on, lower-case, and never a pooler's.
+/// The name of a host that an endpoint may answer on, lower-case.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HostName {
     text: String,
@@ -214,6 +214,21 @@ impl HostName {
     /// Whether its shape is that of a Lakebase endpoint's host.
     pub fn is_lakebase(&self) -> bool {
         self.kind != HostKind::Other
+    }
+
+    /// The host beside it that leads past the built-in pooler, where this is the pooler's.
+    pub fn direct(&self) -> Option<String> {
+        let (label, zone) = match self.text.split_once('.') {
+            Some((label, zone)) => (label, Some(zone)),
+            None => (&*self.text, None),
+        };
+        let label = label.strip_suffix(POOLER)?;
+        Some(zone.map_or_else(|| label.to_owned(), |zone| format!("{label}.{zone}")))
+    }
+
+    /// Whether it is one of Neon's own service, which shares its shape with Lakebase's.
+    pub fn is_neon(&self) -> bool {
+        self.text.ends_with(NEON)
     }
 
     /// Whether it is an address or a whole name, not the first label alone.
@@ -252,13 +267,8 @@ impl FromStr for HostName {
                 name: without_userinfo(text.trim()).into_owned(),
             });
         }
-        let (label, rest) = name
-            .find('.')
-            .map_or((&*name, ""), |dot| name.split_at(dot));
-        if let Some(own) = label.strip_suffix(POOLER) {
-            let instead = format!("{own}{rest}");
-            return Err(NameError::Pooler { name, instead });
-        }
+        let label = name.split('.').next().unwrap_or_default();
+        let label = label.strip_suffix(POOLER).unwrap_or(label);
         let (kind, is_read_only) = if label.starts_with("ep-") {
             let uid = label.strip_suffix(READ_ONLY);
             let kind = HostKind::Endpoint(uid.unwrap_or(label).to_owned());
@@ -271,8 +281,8 @@ impl FromStr for HostName {
             (HostKind::Other, false)
         };
         Ok(Self {
-            text: name,
             kind,
+            text: name,
             is_read_only,
         })
     }
@@ -473,18 +483,34 @@ mod tests {
     }
 
     #[test]
-    fn a_poolers_host_is_refused_with_the_one_to_use() {
-        for (given, expected) in [
-            ("ep-a-1-pooler.database.x", "ep-a-1.database.x"),
-            ("ep-a-1-ro-pooler.database.x", "ep-a-1-ro.database.x"),
+    fn a_poolers_host_is_its_endpoints_and_knows_the_direct_one() {
+        for (given, direct, read_only) in [
+            (
+                "ep-a-1-pooler.database.x",
+                "ep-a-1.database.x",
+                "ep-a-1-ro-pooler.database.x",
+            ),
+            (
+                "EP-A-1-ro-pooler.database.x",
+                "ep-a-1-ro.database.x",
+                "ep-a-1-ro-pooler.database.x",
+            ),
         ] {
-            let error = given.parse::<Reference>().unwrap_err();
-            assert!(
-                matches!(&error, NameError::Pooler { instead, .. } if instead == expected),
-                "{error:?}"
-            );
-            assert!(error.hint().contains(expected));
+            let host: HostName = given.parse().unwrap();
+            assert_eq!(host.direct().as_deref(), Some(direct));
+            assert_eq!(host.kind, HostKind::Endpoint("ep-a-1".to_owned()));
+            assert_eq!(host.read_only().as_str(), read_only);
         }
+        let direct: HostName = "ep-a-1.database.x".parse().unwrap();
+        assert_eq!(direct.direct(), None);
+    }
+
+    #[test]
+    fn neons_hosts_are_told_apart() {
+        let is_neon = |name: &str| name.parse::<HostName>().unwrap().is_neon();
+        assert!(is_neon("ep-cool-breeze-1.us-east-2.aws.neon.tech"));
+        assert!(is_neon("EP-cool-1-pooler.eu-central-1.aws.NEON.tech."));
+        assert!(!is_neon("ep-a-1.database.cloud.databricks.com"));
     }
 
     #[test]

@@ -437,24 +437,49 @@ async fn replicas_are_reached_when_asked_for() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_poolers_host_is_refused_before_anything_is_asked() {
+async fn a_poolers_host_leads_to_its_endpoint_and_stays_what_is_connected_to() {
     let emulator = emulator().await;
-    let error = refused(
-        &app(&emulator),
-        on_host("ep-a-1-pooler.database.cloud.databricks.com"),
-    )
-    .await;
-    assert!(
-        matches!(error, LocateError::Name(NameError::Pooler { .. })),
-        "{error}"
-    );
+    let pooler = emulator.pooler_host();
+    let found = located(&app(&emulator), on_host(&pooler)).await;
+    assert_eq!(endpoint(&found), ENDPOINT);
+    assert_eq!(found.host, pooler);
+    emulator.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_host_of_neon_is_told_apart_before_anything_is_asked() {
+    let emulator = emulator().await;
+    let host = "ep-cool-breeze-1.us-east-2.aws.neon.tech";
+    for wanted in [on_host(host), named(host)] {
+        let error = refused(&app(&emulator), wanted).await;
+        assert!(
+            matches!(error, LocateError::Name(NameError::Neon { .. })),
+            "{error}"
+        );
+        assert!(error.hint().unwrap().contains("Lakebase"));
+    }
+    assert_eq!(emulator.counts().api_requests(), 0);
+    emulator.stop().await;
+}
+
+/// The uid is what people see: it is the first part of the host.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_endpoint_named_by_its_uid_is_told_its_name() {
+    let emulator = emulator().await;
+    let host = emulator.pooler_host();
+    let (uid, _) = host.split_once("-pooler").unwrap();
+    let wrong = ENDPOINT.replace("primary", uid);
+    let error = refused(&app(&emulator), named(&wrong)).await;
+    assert!(matches!(error, LocateError::Uid { .. }), "{error}");
     assert!(
         error
             .hint()
             .unwrap()
-            .contains("ep-a-1.database.cloud.databricks.com")
+            .contains(&format!("ENDPOINT_NAME={ENDPOINT}"))
     );
-    assert_eq!(emulator.counts().api_requests(), 0);
+    let other = ENDPOINT.replace("primary", "ep-other-1");
+    let error = refused(&app(&emulator), named(&other)).await;
+    assert!(matches!(error, LocateError::NotFound { .. }), "{error}");
     emulator.stop().await;
 }
 

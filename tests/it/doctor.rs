@@ -226,8 +226,8 @@ async fn settings_that_cannot_work_are_the_first_cause() {
         .ails("settings", "host name")
         .await;
     setup()
-        .with("PGHOST", "ep-a-1-pooler.database.cloud.databricks.com")
-        .ails("settings", "-pooler")
+        .with("PGHOST", "ep-a-1.us-east-2.aws.neon.tech")
+        .ails("settings", "Lakebase")
         .await;
     setup()
         .with("DATABRICKS_HOST", "")

@@ -92,7 +92,8 @@ async fn the_child_finds_its_database_without_a_password() {
     // What would lead it elsewhere.
     let elsewhere = [
         ("PGPASSWORD", "wrong"),
-        ("PGHOSTADDR", "192.0.2.1"),
+        // The proxy's own setting: where the emulator is.
+        ("PGHOSTADDR", "127.0.0.1"),
         ("PGSSLROOTCERT", "/nowhere"),
         ("PGSERVICE", "nowhere"),
         ("PGREQUIREAUTH", "scram-sha-256"),

@@ -89,6 +89,21 @@ async fn what_no_wait_can_heal_is_refused_at_once_after_one_dial() {
             "28000",
             "OAuth",
         ),
+        (
+            fatal(
+                "28P01",
+                "Failed to decode token for role \"x\" and native postgres login was either not attempted due to configuration or failed.",
+            ),
+            "wrong_kind",
+            "28P01",
+            "personal access token",
+        ),
+        (
+            fatal("08P01", "SASL authentication failed"),
+            "wrong_kind",
+            "08P01",
+            "OAuth",
+        ),
         // A grant or a setting is missing.
         (
             fatal("28000", "role \"x\" does not exist"),
@@ -126,6 +141,20 @@ async fn what_no_wait_can_heal_is_refused_at_once_after_one_dial() {
             "permission",
             "28000",
             "IP access list",
+        ),
+        (
+            fatal("28000", "External authorization failed.")
+                .detail("Unauthorized network access to workspace 1234567890"),
+            "permission",
+            "28000",
+            "lakebase_runtime",
+        ),
+        (
+            fatal("28000", "External authorization failed.")
+                .detail("The address is not in the network policy"),
+            "permission",
+            "28000",
+            "lakebase_runtime",
         ),
         (
             inner("This IP address 203.0.113.7 is not allowed to connect to this endpoint"),
@@ -1062,4 +1091,147 @@ async fn what_a_client_writes_into_its_settings_is_refused_to_it_alone() {
     assert_eq!(since(&before, &emulator), (dials, 0, 0), "one dial each");
     assert!(began.elapsed() < AT_ONCE * 4, "{:?}", began.elapsed());
     proxy.until_quiet().await;
+}
+
+/// PGUSER set by hand to somebody else: the hint named neither identity, and each client had a new credential minted.
+#[tokio::test]
+async fn a_credential_of_another_identity_is_renewed_once_and_both_are_named() {
+    let emulator = harness::emulator().await;
+    let app = emulator.identities().app.name.clone();
+    let other = [("PGUSER", "somebody@example.com")];
+    let proxy = Proxy::cold(&emulator, &other, |_| {}).await.unwrap();
+    proxy.warm().await;
+    let said = fatal(
+        "28P01",
+        "token's identity \"x\" did not match the security label configured for role \"somebody@example.com\"",
+    );
+    for said in [said, fatal("28000", "role \"y\" has no security label")] {
+        emulator.faults().clear();
+        emulator
+            .faults()
+            .always(Site::Password, Action::Error(said.clone()));
+        let before = emulator.counts();
+        for _ in 0..3 {
+            let refusal = proxy.refusal().await;
+            assert_eq!(refusal.code, said.code, "{refusal:?}");
+            check_words(&refusal, &said, &emulator);
+            let hint = refusal.hint.unwrap();
+            assert!(hint.contains(&app), "{hint}");
+            assert!(
+                hint.contains("ON ROLE \"somebody@example.com\" IS 'id="),
+                "{hint}"
+            );
+            assert!(hint.contains("type=USER"), "{hint}");
+        }
+        let (dials, mints, _) = since(&before, &emulator);
+        assert!(mints <= 1 && dials <= 4, "{mints} mints, {dials} dials");
+    }
+    let refused = proxy
+        .metrics()
+        .clients_refused
+        .with_label_values(&["wrong_identity"]);
+    assert_eq!(refused.get(), 6);
+
+    // The same where the edge does not say so.
+    emulator.faults().clear();
+    let refusal = proxy.refusal().await;
+    assert_eq!(refusal.code, "28000");
+    let hint = refusal.hint.unwrap();
+    assert!(
+        hint.contains("`somebody@example.com` (PGUSER)") && hint.contains(&format!("`{app}`")),
+        "{hint}"
+    );
+    assert!(!hint.contains("create_role"), "it would not help: {hint}");
+}
+
+#[tokio::test]
+async fn a_hint_is_about_the_database_that_the_client_named() {
+    let emulator = harness::emulator().await;
+    let proxy = Proxy::start(&emulator).await;
+    let refusal = async |database: &str| {
+        let mut wire = proxy.dial().await;
+        wire.startup(&[("user", "anyone"), ("database", database)])
+            .await;
+        wire.refusal().await
+    };
+    let missing = refusal("nosuch").await;
+    assert_eq!(missing.code, "3D000");
+    let hint = missing.hint.unwrap();
+    assert!(
+        hint.contains("`nosuch`") && !hint.contains("PGDATABASE"),
+        "{hint}"
+    );
+
+    // A plain CREATE DATABASE leaves the extension out, and logins fail there.
+    let failed = fatal("28P01", "password authentication failed for user \"x\"");
+    emulator
+        .faults()
+        .always(Site::Password, Action::Error(failed));
+    let hint = refusal("raw").await.hint.unwrap();
+    assert!(
+        hint.contains("run in `raw`: CREATE EXTENSION IF NOT EXISTS databricks_auth"),
+        "{hint}"
+    );
+    let hint = refusal("databricks_postgres").await.hint.unwrap();
+    assert!(!hint.contains("CREATE EXTENSION"), "{hint}");
+}
+
+/// The pooler may be opened to OAuth credentials one day, so that its host is tried, and the direct one named.
+#[tokio::test]
+async fn a_pooler_that_refuses_the_credential_leads_to_the_direct_host() {
+    let emulator = harness::emulator().await;
+    let pooler = emulator.pooler_host();
+    let proxy = Proxy::cold(&emulator, &[("PGHOST", &pooler)], |_| {})
+        .await
+        .unwrap();
+    proxy.warm().await;
+    let before = emulator.counts();
+    let refusal = proxy.refusal().await;
+    assert_eq!(since(&before, &emulator), (1, 0, 0));
+    assert_eq!(refusal.code, "08P01");
+    let direct = pooler.replace("-pooler", "");
+    assert!(
+        refusal.message.contains("SASL authentication failed")
+            && refusal.message.contains(&format!("`{direct}`")),
+        "{refusal:?}"
+    );
+    assert!(refusal.hint.unwrap().contains(&direct));
+    check_counted(&proxy, "wrong_kind", 1);
+
+    emulator.configure(|settings| settings.pooler_oauth = true);
+    assert_eq!(proxy.session().await.value("select 1").await, "1");
+}
+
+fn check_counted(proxy: &Proxy, class: &str, count: u64) {
+    let refused = &proxy.metrics().clients_refused;
+    assert_eq!(refused.with_label_values(&[class]).get(), count, "{class}");
+}
+
+/// What resolves to an address that does not let us in (serverless compute, a private link) is dialed elsewhere, and the
+/// certificate must still be for the name.
+#[tokio::test]
+async fn the_address_of_pghostaddr_is_dialed_and_the_name_verified() {
+    let emulator = harness::emulator().await;
+    let with = async |host: &str, address: &str| {
+        let variables = [("PGHOST", host), ("PGHOSTADDR", address)];
+        let proxy = Proxy::cold(&emulator, &variables, short).await.unwrap();
+        proxy.warm().await;
+        proxy
+    };
+    let proxy = with("localhost", "127.0.0.1").await;
+    assert_eq!(proxy.session().await.value("select 1").await, "1");
+
+    let before = emulator.counts();
+    let refusal = with("localhost", "127.0.0.2").await.refusal().await;
+    assert_eq!(refusal.code, "08001");
+    assert!(refusal.message.contains("refused"), "{refusal:?}");
+    assert!(
+        refusal.hint.unwrap().contains("firewall"),
+        "not that it sleeps"
+    );
+    assert_eq!(since(&before, &emulator).0, 0);
+
+    let refusal = with("elsewhere.example.com", "127.0.0.1").await;
+    let refusal = refusal.refusal().await;
+    assert!(refusal.message.contains("certificate"), "{refusal:?}");
 }

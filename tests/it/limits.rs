@@ -168,7 +168,7 @@ async fn a_start_that_cannot_be_meant_ends_with_1_and_says_how_to_mend_it() {
     let port = taken.local_addr().unwrap().port().to_string();
     let free = ["--port", "0", "--http-port", "none"];
 
-    let rows: [(&[&str], _, &[&str]); 9] = [
+    let rows: [(&[&str], _, &[&str]); 10] = [
         (
             &["--port", &port, "--http-port", "none"],
             good.clone(),
@@ -205,8 +205,13 @@ async fn a_start_that_cannot_be_meant_ends_with_1_and_says_how_to_mend_it() {
         (&free, Vec::new(), &["ENDPOINT_NAME", "hint: "]),
         (
             &free,
-            with("PGHOST", "ep-x-pooler.database.cloud.databricks.com"),
-            &["-pooler", "hint: "],
+            with("PGHOST", "ep-x.us-east-2.aws.neon.tech"),
+            &["Neon", "hint: "],
+        ),
+        (
+            &free,
+            with("PGHOSTADDR", "db.example.com"),
+            &["PGHOSTADDR", "IP address"],
         ),
         (
             &free,

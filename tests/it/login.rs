@@ -8,8 +8,8 @@ use lakebase_proxy::{
     protocol::options::SessionSettings,
     telemetry::Metrics,
     upstream::{
-        Addresses, Connection, Endpoint, Keepalive, Label, Limits, Refusal, Security, Terms,
-        Upstream,
+        Addresses, Connection, DroppedParameters, Endpoint, Keepalive, Label, Limits, Refusal,
+        Security, Terms, Upstream,
     },
 };
 use secrecy::SecretString;
@@ -34,6 +34,7 @@ async fn log_in(front: SocketAddr, user: &str, password: &str) -> Result<Connect
         user: user.to_owned(),
         database: "postgres".to_owned(),
         security: Security::Plain,
+        dropped: DroppedParameters::default(),
     };
     let terms = Terms {
         limits: Limits {
@@ -50,6 +51,7 @@ async fn log_in(front: SocketAddr, user: &str, password: &str) -> Result<Connect
         parameters: vec![("options".to_owned(), "-c extra_float_digits=0".to_owned())],
         client_encoding: Some("LATIN1".to_owned()),
         replication: false,
+        ..SessionSettings::default()
     };
     let connected = upstream.connect(&settings, &terms).await?;
     assert!(connected.woke_after.is_none());

@@ -19,7 +19,7 @@ use crate::emulator::{
     faults::{Action, BadCertificate, Cleared, Login, Site, Struck},
     loss,
     settings::WhileAsleep,
-    shared::Shared,
+    shared::{Names, Shared},
 };
 
 /// What the inspector keeps of a first message; a longer one is never complete, so it waits for the timer.
@@ -196,6 +196,9 @@ async fn log_in(
     let Some(parameters) = parameters else {
         return Err(ServerError::proxy("malformed startup packet").into());
     };
+    if Names::is_pooler(server_name) && !shared.settings.borrow().pooler_oauth {
+        return Err(login::refuse_at_pooler(tls).await);
+    }
     login::run(tls, server_name, parameters, shared).await
 }
 

@@ -76,6 +76,29 @@ pub(super) async fn run(
     Ok((server, Running { session, fault }))
 }
 
+/// The built-in pooler knows native passwords only: it asks for one by SCRAM, as PgBouncer does for roles it does not
+/// know, and refuses whatever comes. Not cancel safe.
+pub(super) async fn refuse_at_pooler(client: &mut Client) -> Ending {
+    let exchange = async {
+        let mechanisms = [&10_u32.to_be_bytes()[..], SCRAM_SHA_256.as_bytes(), b"\0\0"].concat();
+        client.write_all(&wire::message(b'R', &mechanisms)).await?;
+        client.flush().await?;
+        let first = wire::read_message(client, MAX_PASSWORD_LENGTH).await?;
+        let first = String::from_utf8_lossy(&first.body).into_owned();
+        let nonce = first.rsplit_once("r=").map_or("", |(_, nonce)| nonce);
+        let challenge = format!("r={nonce}pooler,s=cG9vbGVyLXNhbHQ=,i=4096");
+        let challenge = [&11_u32.to_be_bytes()[..], challenge.as_bytes()].concat();
+        client.write_all(&wire::message(b'R', &challenge)).await?;
+        client.flush().await?;
+        wire::read_message(client, MAX_PASSWORD_LENGTH).await
+    };
+    match timeout(PASSWORD_TIMEOUT, exchange).await {
+        Ok(Ok(_)) => ServerError::fatal("08P01", "SASL authentication failed").into(),
+        Ok(Err(error)) => Ending::from(error),
+        Err(_) => ServerError::fatal("08P01", "client_login_timeout (server down)").into(),
+    }
+}
+
 /// Asks for the token and judges it; returns its age in seconds.
 async fn authenticate(
     client: &mut Client,

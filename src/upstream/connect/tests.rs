@@ -18,7 +18,7 @@ use super::*;
 use crate::{
     clock::Clock,
     credential::{Mint, MintError, Minted, Refresher},
-    upstream::{Addresses, Label, Security},
+    upstream::{Addresses, DroppedParameters, Label, Security},
 };
 
 /// More than any of these tests takes when all is well.
@@ -210,6 +210,7 @@ fn house(server: &Server, limits: Limits) -> Arc<House> {
         user: "me".to_owned(),
         database: "db".to_owned(),
         security: Security::Plain,
+        dropped: DroppedParameters::default(),
     };
     let mut upstream = Upstream::new(endpoint, cell, metrics);
     upstream.failing_budget = Duration::from_millis(150);
@@ -233,6 +234,7 @@ impl House {
             parameters: Vec::new(),
             client_encoding: None,
             replication: false,
+            ..SessionSettings::default()
         };
         timeout(LONG * 2, self.upstream.connect(&settings, &self.terms))
             .await

@@ -26,8 +26,26 @@ const RULES: &[Rule] = &[
         Class::Permission,
         Some(IP_ACCESS),
     ),
+    (
+        &["unauthorized network access"],
+        Class::Permission,
+        Some(NETWORK_POLICY),
+    ),
+    (&["network policy"], Class::Permission, Some(NETWORK_POLICY)),
+    (
+        &["lakebase_runtime"],
+        Class::Permission,
+        Some(NETWORK_POLICY),
+    ),
+    (
+        &["did not match the security label"],
+        Class::WrongIdentity,
+        None,
+    ),
+    (&["no security label"], Class::WrongIdentity, None),
     (&["not a valid jwt encoding"], Class::WrongKind, None),
     (&["failed to decode token for role"], Class::WrongKind, None),
+    (&["sasl authentication failed"], Class::WrongKind, None),
     (&["token", "has expired"], Class::Identity, None),
     (
         &["not yet ready to use"],
@@ -47,9 +65,7 @@ const RULES: &[Rule] = &[
     (
         &["role \"", "does not exist"],
         Class::Permission,
-        Some(
-            "Make the role on this branch: CREATE EXTENSION IF NOT EXISTS databricks_auth; SELECT databricks_create_role('<identity>', 'SERVICE_PRINCIPAL');",
-        ),
+        Some(MISSING_ROLE),
     ),
     (
         &["is not permitted to log in"],
@@ -87,13 +103,19 @@ const RULES: &[Rule] = &[
     (
         &["unsupported startup parameter"],
         Class::Protocol,
-        Some("This host is a pooler's; use the endpoint's own host."),
+        Some(POOLER),
     ),
     (&["endpoint id is not specified"], Class::Protocol, None),
     (&["inconsistent project name"], Class::Protocol, None),
     (&["connection is insecure"], Class::Protocol, None),
     (&["received unencrypted data"], Class::Protocol, None),
-    (&["external authorization failed"], Class::Waking, None),
+    (
+        &["external authorization failed"],
+        Class::Waking,
+        Some(
+            "The endpoint is asleep, paused or refuses this address. Retry; if it lasts, check the compute, the workspace's IP access list, the network policy (`lakebase_runtime`) and the private link.",
+        ),
+    ),
     (&["endpoint is idle"], Class::Waking, None),
     (
         &["waiting for endpoint to become active"],
@@ -109,6 +131,9 @@ const RULES: &[Rule] = &[
     (&["not yet accepting connections"], Class::Waking, None),
 ];
 
+pub(super) const MISSING_ROLE: &str = "Make the role on this branch: CREATE EXTENSION IF NOT EXISTS databricks_auth; SELECT databricks_create_role('{user}', '{kind}');";
+pub(super) const POOLER: &str = "Set PGHOST to the direct host ({direct}): poolers accept OAuth credentials, and startup parameters, only where Databricks has enabled that.";
+const NETWORK_POLICY: &str = "A network policy refuses the address that this proxy connects from: allow it for the destination `lakebase_runtime`, which is apart from the workspace's API.";
 const IP_ACCESS: &str =
     "Add the address this proxy connects from to the workspace's IP access list.";
 
@@ -163,7 +188,10 @@ fn texts_decide_under(code: &str) -> bool {
 
 /// Whether other clients wait, or get another credential, because of it.
 fn concerns_others(class: Class) -> bool {
-    matches!(class, Class::Identity | Class::Waking)
+    matches!(
+        class,
+        Class::Identity | Class::Waking | Class::WrongIdentity
+    )
 }
 
 /// Whether these words may come from one of the client's texts. A single word does not count: half of the table would
@@ -171,7 +199,7 @@ fn concerns_others(class: Class) -> bool {
 fn may_be_of_a_client(parts: &[&str], client_texts: &[String]) -> bool {
     parts
         .iter()
-        .filter(|part| part.trim().contains(' '))
+        .filter(|part| part.trim().contains([' ', '_']))
         .map(|part| letters(part))
         .any(|part| client_texts.iter().any(|text| text.contains(&part)))
 }
@@ -184,45 +212,53 @@ fn letters(text: &str) -> String {
         .collect()
 }
 
-/// In lower case, with `""` for whatever stands in quotation marks of any language: names and values.
+/// In lower case, with `""` for whatever stands between quotation marks of any language: names and values. A mark
+/// without its counterpart is text.
 fn without_quotations(text: &str) -> String {
     let mut plain = String::with_capacity(text.len());
-    let mut rest = text.chars().peekable();
+    let mut rest = text;
     let mut before = ' ';
-    while let Some(character) = rest.next() {
-        let opens = match character {
-            // Not the apostrophe of "couldn't".
-            '\'' | '\u{2019}' => !before.is_alphanumeric(),
-            '"' | '`' | '\u{ab}' | '\u{bb}' | '\u{201c}' | '\u{201d}' | '\u{201e}' | '\u{2018}' => {
-                true
+    while let Some(character) = rest.chars().next() {
+        let behind = &rest[character.len_utf8()..];
+        match end_of_quotation(before, character, behind) {
+            Some(end) => {
+                plain.push_str("\"\"");
+                rest = &behind[end..];
+                before = '"';
             }
-            _ => false,
-        };
-        if opens {
-            plain.push_str("\"\"");
-            while let Some(quoted) = rest.next() {
-                let closes = match character {
-                    '\'' | '`' | '\u{2018}' | '\u{2019}' => {
-                        matches!(quoted, '\'' | '\u{2019}')
-                            && rest.peek().is_none_or(|next| !next.is_alphanumeric())
-                            || quoted == '`' && character == '`'
-                    }
-                    '"' => quoted == '"',
-                    '\u{ab}' => quoted == '\u{bb}',
-                    '\u{bb}' => matches!(quoted, '\u{ab}' | '\u{bb}'),
-                    _ => matches!(quoted, '\u{201c}' | '\u{201d}'),
-                };
-                if closes {
-                    break;
-                }
+            None => {
+                plain.extend(character.to_lowercase());
+                rest = behind;
+                before = character;
             }
-            before = '"';
-        } else {
-            plain.extend(character.to_lowercase());
-            before = character;
         }
     }
     plain
+}
+
+/// Where the quotation ends that this mark opens, closing mark included.
+fn end_of_quotation(before: char, mark: char, behind: &str) -> Option<usize> {
+    let closing: &[char] = match mark {
+        '"' => &['"'],
+        '`' => &['`', '\''],
+        // Not the apostrophe of "couldn't".
+        '\'' if !before.is_alphanumeric() => &['\''],
+        '\u{ab}' => &['\u{bb}'],
+        '\u{bb}' => &['\u{ab}', '\u{bb}'],
+        '\u{2018}' => &['\u{2019}'],
+        '\u{201c}' | '\u{201d}' | '\u{201e}' => &['\u{201c}', '\u{201d}'],
+        _ => return None,
+    };
+    behind
+        .char_indices()
+        .filter(|(_, character)| closing.contains(character))
+        .map(|(at, character)| (character, at + character.len_utf8()))
+        .find(|(character, end)| {
+            let next = behind[*end..].chars().next();
+            !matches!(character, '\'' | '\u{2019}')
+                || next.is_none_or(|next| !next.is_alphanumeric())
+        })
+        .map(|(_, end)| end)
 }
 
 /// SQLSTATEs that decide where no text did.

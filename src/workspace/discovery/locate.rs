@@ -78,6 +78,14 @@ pub enum LocateError {
         /// Why it could not be.
         source: CallError,
     },
+    /// The last part of the name is the endpoint's uid, and not its id.
+    #[error("there is no endpoint `{given}`: the last part is the uid of `{name}`")]
+    Uid {
+        /// What was given.
+        given: EndpointName,
+        /// The endpoint's name.
+        name: EndpointName,
+    },
     /// The endpoint is switched off.
     #[error("the endpoint `{name}` is disabled")]
     Disabled {
@@ -166,6 +174,7 @@ impl LocateError {
                 Some(with_known(&mend, known))
             }
             Self::Name(error) => Some(error.hint()),
+            Self::Uid { name, .. } => Some(format!("set ENDPOINT_NAME={name}")),
             Self::NoEndpoint { branch, known, .. } => Some(with_known(
                 &format!(
                     "make one, or name another; `databricks postgres list-endpoints {branch}` shows them"
@@ -262,6 +271,10 @@ impl Explorer<'_> {
         {
             host = Some(named.clone());
         }
+        if let Some(host) = host.as_ref().filter(|host| host.is_neon()) {
+            let name = host.to_string();
+            return Err(NameError::Neon { name }.into());
+        }
         let app = wanted.app.as_deref();
         let found = match (named, &host) {
             (Some(reference), _) => self.find(reference, wanted, host.is_some()).await?,
@@ -350,6 +363,12 @@ impl Explorer<'_> {
             match self.endpoint(&name).await {
                 Ok(info) => Some(info),
                 Err(error) if error.status == Some(404) => {
+                    if let Some(right) = self.by_uid(&name).await {
+                        return Err(LocateError::Uid {
+                            given: name,
+                            name: right,
+                        });
+                    }
                     return Err(LocateError::NotFound {
                         what: format!("endpoint `{name}`"),
                         known: self.near(name.branch()).await,
@@ -369,6 +388,20 @@ impl Explorer<'_> {
             info,
             database: None,
         })
+    }
+
+    /// The name of the endpoint whose uid, the first label of its host, stands where its id should.
+    async fn by_uid(&self, given: &EndpointName) -> Option<EndpointName> {
+        let (_, id) = given.as_str().rsplit_once('/')?;
+        let host: HostName = id.parse().ok()?;
+        let HostKind::Endpoint(_) = &host.kind else {
+            return None;
+        };
+        let endpoints = self.endpoints(given.branch()).await.ok()?;
+        match matching(endpoints, &host)?.target {
+            Target::Endpoint(name) => Some(name),
+            Target::Instance(_) => None,
+        }
     }
 
     async fn find_branch(

@@ -2,7 +2,11 @@
 //! client's own options. The input is a list of names and values, each ended by a zero byte.
 #![no_main]
 
-use lakebase_proxy::protocol::{options::SessionSettings, startup::StartupMessage};
+use bytes::BytesMut;
+use lakebase_proxy::protocol::{
+    options::SessionSettings,
+    startup::{InitialPacket, StartupMessage, take_initial_packet},
+};
 use libfuzzer_sys::fuzz_target;
 
 /// What PostgreSQL makes of an `options` string: it splits at C's `isspace()`, and a backslash keeps what follows it.
@@ -44,24 +48,26 @@ fuzz_target!(|data: &str| {
         parameters,
         protocol_options: Vec::new(),
     };
-    let Ok(settings) = SessionSettings::new(&message, "db".to_owned()) else {
+    let settings = SessionSettings::new(&message, "db".to_owned());
+    let Ok(packet) = settings.startup("me", |_| false) else {
         return;
     };
     let own = message.parameter("options").unwrap_or_default();
     let mut expected = split(own);
     // A lone backslash is a word, and an error, only where nothing of ours follows.
-    let ours = message.parameters.iter().any(|(name, _)| is_ours(name));
+    let ours = !settings.folded.is_empty();
     if ours && own.ends_with('\\') && expected.last().is_some_and(String::is_empty) {
         expected.pop();
     }
     for (name, value) in &message.parameters {
-        if is_ours(name) {
+        if is_ours(name) && !settings.unusable.contains(name) {
             expected.extend(["-c".to_owned(), format!("{name}={value}")]);
         }
     }
-    let options = settings
-        .parameters
-        .iter()
-        .find(|(name, _)| name == "options");
-    assert_eq!(split(options.map_or("", |(_, options)| options)), expected);
+    let Ok(Some(InitialPacket::Startup(sent))) =
+        take_initial_packet(&mut BytesMut::from(&packet[..]))
+    else {
+        panic!("not a startup message")
+    };
+    assert_eq!(split(sent.parameter("options").unwrap_or_default()), expected);
 });

