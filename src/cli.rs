@@ -2,6 +2,7 @@
 
 use std::{
     ffi::{OsStr, OsString},
+    future::pending,
     io::Write as _,
     num::NonZeroUsize,
     process::ExitCode,
@@ -407,8 +408,16 @@ async fn serve(
     running.reload_on(reloader, Some(hangup));
     let serving = async {
         running.ready().await?;
-        running.asked_to_end().await;
-        Ok(Cause::Request)
+        let hopeless = async {
+            match running.found().await {
+                Ok(()) => pending().await,
+                Err(error) => error,
+            }
+        };
+        tokio::select! {
+            () = running.asked_to_end() => Ok(Cause::Request),
+            error = hopeless => Err(error),
+        }
     };
     let cause = tokio::select! {
         cause = serving => cause,

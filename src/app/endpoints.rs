@@ -27,6 +27,14 @@ pub struct Served {
 }
 
 impl Served {
+    /// Why there is no credential, where that is known: `: reason`.
+    fn why_not_ready(&self) -> String {
+        let error = self.credentials.status().last_error;
+        let why = error.map(|error| error.to_string());
+        why.or_else(|| self.sessions.route.problem())
+            .map_or_else(String::new, |why| format!(": {why}"))
+    }
+
     /// For those who look.
     pub(super) fn place(&self) -> Arc<Place> {
         let read_only = if self.config.read_only {
@@ -65,12 +73,11 @@ impl Endpoints {
     pub fn any_ready(&self) -> Result<(), String> {
         let mut why = String::new();
         for served in &*self.now() {
-            let status = served.credentials.status();
-            if status.is_ready() {
+            if served.credentials.status().is_ready() {
                 return Ok(());
             }
-            if let (true, Some(error)) = (why.is_empty(), &status.last_error) {
-                why = format!(": {error}");
+            if why.is_empty() {
+                why = served.why_not_ready();
             }
         }
         Err(format!("no valid database credential{why}"))
@@ -86,19 +93,19 @@ impl Endpoints {
     /// How the credentials stand, in one line.
     pub(super) fn summary(&self) -> String {
         let now = self.now();
-        let states = now.iter().map(|served| served.credentials.status());
-        let states: Vec<_> = states.collect();
-        let count = match states.len() {
+        let count = match now.len() {
             1 => String::new(),
             count => format!("{count} endpoints, "),
         };
-        let missing = states.iter().find(|status| !status.is_ready());
-        if let Some(status) = missing {
-            let error = status.last_error.as_ref();
-            let why = error.map_or_else(String::new, |error| format!(": {error}"));
+        let mut states = now
+            .iter()
+            .map(|served| (served, served.credentials.status()));
+        if let Some((served, _)) = states.find(|(_, status)| !status.is_ready()) {
+            let why = served.why_not_ready();
             return format!("serving; {count}no valid database credential{why}");
         }
-        match states.iter().filter_map(|status| status.expires_at).min() {
+        let states = now.iter().map(|served| served.credentials.status());
+        match states.filter_map(|status| status.expires_at).min() {
             Some(at) => format!("serving; {count}database credential valid until {at:.0}"),
             None => format!("serving; {count}database credential without an end"),
         }

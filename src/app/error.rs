@@ -1,9 +1,10 @@
 //! Why the program cannot start.
 
-use std::{io, net::SocketAddr};
+use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
 use crate::{
     admin::AdminError,
+    credential::MintErrorKind,
     listener::{InheritedError, ListenError, UnixError},
     protocol::error::Report,
     session::ClientTlsError,
@@ -46,6 +47,9 @@ pub enum StartError {
     /// What the service manager passed cannot be used.
     #[error(transparent)]
     Inherited(#[from] InheritedError),
+    /// No endpoint can be used, and waiting does not cure it; the first one's reason.
+    #[error(transparent)]
+    Endpoint(Arc<StartError>),
     /// The endpoint could not be found.
     #[error(transparent)]
     Locate(#[from] Box<LocateError>),
@@ -115,6 +119,7 @@ impl StartError {
             }
             Self::ClientTls(error) => return error.hint().map(str::to_owned),
             Self::Inherited(error) => error.hint(),
+            Self::Endpoint(error) => return error.hint(),
             Self::Locate(error) => return error.hint(),
             Self::Socket(error) => return error.hint().map(str::to_owned),
             Self::Tls(TlsError::Roots { .. } | TlsError::NoRoots { .. }) => {
@@ -141,8 +146,19 @@ impl StartError {
         Some(hint.to_owned())
     }
 
-    /// Whether trying again may help without anybody doing anything.
-    pub(super) fn may_heal(&self) -> bool {
-        matches!(self, Self::Locate(error) if matches!(**error, LocateError::Call { .. } | LocateError::TooLong { .. }))
+    /// What kind of failure a look-up met, which decides the pace of retries, and how long the workspace asked to wait.
+    pub(super) fn kind(&self) -> (MintErrorKind, Option<Duration>) {
+        match self {
+            Self::Endpoint(error) => error.kind(),
+            Self::Locate(error) => match &**error {
+                LocateError::Call { source, .. } => (source.kind, source.retry_after),
+                // It has no host while it is being created.
+                LocateError::NoHost { kind: "", .. } | LocateError::TooLong { .. } => {
+                    (MintErrorKind::Unavailable, None)
+                }
+                _ => (MintErrorKind::Refused, None),
+            },
+            _ => (MintErrorKind::Refused, None),
+        }
     }
 }

@@ -2,29 +2,31 @@
 
 use std::{net::SocketAddr, os::unix::fs::PermissionsExt, sync::Arc, time::Duration};
 
-use tokio::{task::JoinSet, time::sleep};
+use tokio::time::{Instant, sleep_until};
 
 use super::{
     StartError,
     endpoints::{Endpoints, Served},
     locate::{Located, locate},
+    outlook::Reporter,
     shared::Shared,
     source::{Access, Own, Source},
 };
 use crate::{
     config::{EndpointConfig, TlsMode},
-    credential::{CredentialCell, Refresher},
+    credential::{Pace, Refresher, is_held_for},
     listener::Listener,
     protocol::error::{Report, sqlstate},
     session::{Entrance, Policy},
     systemd::Notifier,
     telemetry::{chain, names::reason},
     tls::{Fingerprint, Roots},
-    upstream::{Refusal, RouteFinder, Upstream, is_loopback},
+    upstream::{Problem, Refusal, RouteFinder, Upstream, is_loopback},
 };
 
-/// Pauses between look-ups of an endpoint that could not be found while others serve.
-const LOOK_UP_AGAIN: (Duration, Duration) = (Duration::from_secs(5), Duration::from_mins(5));
+/// What one question of a look-up may cost, retries included: those within an attempt spare a long search its beginning,
+/// all others belong to the pace of attempts.
+const QUESTION_PATIENCE: Duration = Duration::from_secs(2);
 
 /// An endpoint with its listener bound.
 pub(super) struct Gate {
@@ -32,38 +34,17 @@ pub(super) struct Gate {
     pub(super) access: Access,
     pub(super) listener: Listener,
     pub(super) finder: RouteFinder,
-    pub(super) look_up: LookUp,
-}
-
-/// Where the look-up of an endpoint stands.
-pub(super) enum LookUp {
-    /// It has not been tried.
-    Open,
-    /// It has failed once.
-    Failed,
-    /// It is done.
-    Done(Box<Located>),
 }
 
 impl Gate {
-    /// Looks up what is open. A failure is told to the clients of this endpoint until a later look-up succeeds.
-    async fn look_up(&mut self, endpoints: &Endpoints) -> Result<(), StartError> {
-        let config = &self.served.config;
-        match attempt(config, &self.access, endpoints).await {
-            Ok(located) => {
-                self.look_up = LookUp::Done(Box::new(located));
-                Ok(())
-            }
-            Err(error) => {
-                self.finder.failed(refusal(config, &error));
-                self.look_up = LookUp::Failed;
-                Err(error)
-            }
-        }
-    }
-
-    /// Serves clients, until the endpoint is no longer named and the last of them has gone.
-    pub(super) fn start(self, shared: &Arc<Shared>, notifier: &Notifier) {
+    /// Serves clients, until the endpoint is no longer named and the last of them has gone. What comes of its look-up is
+    /// reported where the program's start depends on it.
+    pub(super) fn start(
+        self,
+        shared: &Arc<Shared>,
+        notifier: &Notifier,
+        reporter: Option<Reporter>,
+    ) {
         let served = Arc::clone(&self.served);
         let sessions = &served.sessions;
         announce(&served, &shared.policies.now());
@@ -71,21 +52,19 @@ impl Gate {
             access,
             listener,
             finder,
-            look_up,
             ..
         } = self;
         listener.spawn(sessions, &shared.workers, &shared.clients, &shared.helpers);
         let keeping = keep(
             Arc::clone(&served),
             access,
-            finder,
-            look_up,
+            (finder, reporter),
             Arc::clone(shared),
         );
         shared.helpers.spawn(keeping);
         if notifier.is_connected() {
             let telling = tell(
-                served.credentials.clone(),
+                Arc::clone(&served),
                 shared.endpoints.clone(),
                 notifier.clone(),
             );
@@ -112,14 +91,18 @@ impl Gate {
     }
 }
 
-/// Tells the service manager of each new credential.
-async fn tell(credentials: CredentialCell, endpoints: Endpoints, notifier: Notifier) {
-    let mut status = credentials.subscribe();
+/// Reports the look-up and each new credential to the service manager.
+async fn tell(served: Arc<Served>, endpoints: Endpoints, notifier: Notifier) {
+    let mut status = served.credentials.subscribe();
+    let mut route = served.sessions.route.clone();
+    drop(served);
     loop {
         notifier.status(&endpoints.summary());
-        // The sender lives as long as `credentials`.
-        if status.changed().await.is_err() {
-            return;
+        tokio::select! {
+            () = route.changed() => {}
+            changed = status.changed() => if changed.is_err() {
+                return;
+            }
         }
     }
 }
@@ -172,27 +155,19 @@ pub(super) fn warn_of_exposure(served: &Served, entrance: &Entrance) {
 async fn keep(
     served: Arc<Served>,
     access: Access,
-    finder: RouteFinder,
-    look_up: LookUp,
+    (finder, reporter): (RouteFinder, Option<Reporter>),
     shared: Arc<Shared>,
 ) {
     let stop = served.stop.clone();
-    let located = match look_up {
-        LookUp::Done(located) => *located,
-        LookUp::Open | LookUp::Failed => {
-            let is_first = matches!(look_up, LookUp::Open);
-            let found = find(
-                &served.config,
-                &access,
-                &shared.endpoints,
-                &finder,
-                is_first,
-            );
-            let Some(located) = stop.run_until_cancelled(found).await else {
-                return;
-            };
-            located
-        }
+    let search = Search {
+        config: &served.config,
+        access: &access,
+        endpoints: &shared.endpoints,
+        finder: &finder,
+        reporter: reporter.as_ref(),
+    };
+    let Some(located) = stop.run_until_cancelled(search.run()).await else {
+        return;
     };
     let metrics = Arc::clone(&served.sessions.metrics);
     let credentials = served.credentials.clone();
@@ -206,6 +181,9 @@ async fn keep(
         "endpoint found"
     );
     finder.found(Arc::new(route));
+    if let Some(reporter) = reporter {
+        reporter.found();
+    }
     drop((endpoint, served));
     if let Source::Own(Own::PasswordFile(file)) = &located.source {
         let watching = file.clone().watch(credentials.clone(), stop.clone());
@@ -215,36 +193,6 @@ async fn keep(
     Refresher::new(located.source, credentials, metrics)
         .run(stop)
         .await;
-}
-
-/// Looks all endpoints up at a time. One that cannot be found does not stop the others; if none can, the first one's
-/// failure is returned.
-pub(super) async fn look_up(
-    gates: Vec<Gate>,
-    endpoints: &Endpoints,
-) -> Result<Vec<Gate>, StartError> {
-    let total = gates.len();
-    let mut looking = JoinSet::new();
-    for (index, mut gate) in gates.into_iter().enumerate() {
-        let endpoints = endpoints.clone();
-        looking.spawn(async move {
-            let result = gate.look_up(&endpoints).await;
-            (index, gate, result)
-        });
-    }
-    let mut done = looking.join_all().await;
-    done.sort_by_key(|(index, ..)| *index);
-    let failed = done.iter().filter(|(.., result)| result.is_err()).count();
-    let mut gates = Vec::with_capacity(total);
-    for (_, gate, result) in done {
-        match result {
-            Err(error) if failed == total => return Err(error),
-            Err(error) => not_found(&gate.served.config, &error),
-            Ok(()) => {}
-        }
-        gates.push(gate);
-    }
-    Ok(gates)
 }
 
 /// What the roots of an endpoint hold now.
@@ -260,49 +208,78 @@ pub(super) fn has_roots_of_its_own(config: &EndpointConfig) -> bool {
     matches!(&config.tls, TlsMode::Verified(Roots::File(_)))
 }
 
-fn not_found(config: &EndpointConfig, error: &StartError) {
-    tracing::error!(
-        endpoint = config.called(),
-        error = %chain(error),
-        hint = error.hint(),
-        "endpoint cannot be used for now; the others serve"
-    );
+/// The look-up of one endpoint.
+struct Search<'a> {
+    config: &'a EndpointConfig,
+    access: &'a Access,
+    endpoints: &'a Endpoints,
+    finder: &'a RouteFinder,
+    reporter: Option<&'a Reporter>,
 }
 
-async fn attempt(
-    config: &EndpointConfig,
-    access: &Access,
-    endpoints: &Endpoints,
-) -> Result<Located, StartError> {
-    let located = locate(config, access).await?;
-    refuse_loop(&located, endpoints).await?;
-    Ok(located)
-}
-
-/// Looks up, ever more slowly, until the endpoint is found.
-async fn find(
-    config: &EndpointConfig,
-    access: &Access,
-    endpoints: &Endpoints,
-    finder: &RouteFinder,
-    mut is_first: bool,
-) -> Located {
-    let (mut pause, longest) = LOOK_UP_AGAIN;
-    loop {
-        if !is_first {
-            sleep(pause.mul_f64(rand::random_range(0.5..1.0))).await;
-            pause = (pause * 2).min(longest);
-        }
-        match attempt(config, access, endpoints).await {
-            Ok(located) => return located,
-            Err(error) => {
-                if is_first {
-                    not_found(config, &error);
+impl Search<'_> {
+    /// Looks the endpoint up until it is found, at the pace at which credentials are requested: what stands in the way is
+    /// mostly the same.
+    async fn run(&self) -> Located {
+        let mut pace = Pace::new(Instant::now());
+        let mut logged = None;
+        loop {
+            let error = match self.attempt().await {
+                Ok(located) => return located,
+                Err(error) => error,
+            };
+            let (kind, retry_after) = error.kind();
+            pace.failed(Instant::now(), kind, retry_after, || {
+                rand::random_range(-1.0..=1.0)
+            });
+            self.finder.failed(Problem {
+                refusal: refusal(self.config, &error),
+                is_held_for: is_held_for(kind, retry_after),
+                opens_at: pace.awaited(),
+            });
+            self.log(&error, &mut logged);
+            if let Some(reporter) = self.reporter {
+                reporter.failed(error);
+            }
+            loop {
+                let next = pace.next_without(self.finder.is_awaited());
+                tokio::select! {
+                    () = sleep_until(next) => break,
+                    () = self.finder.demand() => {}
                 }
-                finder.failed(refusal(config, &error));
             }
         }
-        is_first = false;
+    }
+
+    async fn attempt(&self) -> Result<Located, StartError> {
+        let located = locate(self.config, self.access, QUESTION_PATIENCE).await?;
+        refuse_loop(&located, self.endpoints).await?;
+        Ok(located)
+    }
+
+    /// Logs each error once, and not the one that ends the program.
+    fn log(&self, error: &StartError, logged: &mut Option<String>) {
+        let text = chain(error).to_string();
+        if logged.as_ref() == Some(&text) {
+            return;
+        }
+        let endpoint = self.config.called();
+        if error.kind().0.is_transient() {
+            tracing::warn!(
+                endpoint,
+                error = text,
+                hint = error.hint(),
+                "cannot look up the endpoint, retrying"
+            );
+        } else if self.reporter.is_none_or(Reporter::has_others) {
+            tracing::error!(
+                endpoint,
+                error = text,
+                hint = error.hint(),
+                "endpoint cannot be used for now; others are served"
+            );
+        }
+        *logged = Some(text);
     }
 }
 
@@ -318,7 +295,7 @@ fn refusal(config: &EndpointConfig, error: &StartError) -> Refusal {
     report.hint = error.hint();
     Refusal {
         report,
-        reason: if error.may_heal() {
+        reason: if error.kind().0.is_transient() {
             reason::WAKING
         } else {
             reason::OTHER

@@ -1,6 +1,6 @@
 //! Filling in what the settings of an endpoint leave open, by asking the workspace.
 
-use std::net::SocketAddr;
+use std::{net::SocketAddr, time::Duration};
 
 use rustls::pki_types::ServerName;
 
@@ -22,10 +22,35 @@ pub(super) struct Located {
     pub(super) source: Source,
 }
 
-/// Looks up host and user where they are not set.
+/// What can be known of an endpoint's settings without the network: names, and the trust in its certificate.
+pub(super) fn check(config: &EndpointConfig, access: &Access) -> Result<(), StartError> {
+    if let Access::Workspace(_) = access {
+        wanted(config)
+            .check()
+            .map_err(|error| StartError::Locate(Box::new(error.into())))?;
+    }
+    match &config.host {
+        Some(host) => security(&config.tls, host).map(drop),
+        None => Ok(()),
+    }
+}
+
+fn wanted(config: &EndpointConfig) -> Wanted {
+    Wanted {
+        name: config.name.clone(),
+        host: config.host.clone(),
+        app: config.app.clone(),
+        read_only: config.read_only,
+        user: config.user.clone(),
+        database: config.database.clone(),
+    }
+}
+
+/// Looks up host and user where they are not set. `patience` is what one question may cost, retries included.
 pub(super) async fn locate(
     config: &EndpointConfig,
     access: &Access,
+    patience: Duration,
 ) -> Result<Located, StartError> {
     let workspace = match access {
         Access::Workspace(workspace) => workspace,
@@ -42,14 +67,7 @@ pub(super) async fn locate(
         }
     };
     let located = workspace
-        .locate(&Wanted {
-            name: config.name.clone(),
-            host: config.host.clone(),
-            app: config.app.clone(),
-            read_only: config.read_only,
-            user: config.user.clone(),
-            database: config.database.clone(),
-        })
+        .locate_within(&wanted(config), patience)
         .await
         .map_err(Box::new)?;
     let direct = located.host.parse::<HostName>().ok();

@@ -1,10 +1,11 @@
-//! The composition root: [`build`](App::build) binds everything and looks up what the settings leave open,
-//! [`start`](App::start) sets it going, a [`Reloader`] changes it while it runs.
+//! The composition root: [`build`](App::build) binds everything, [`start`](App::start) serves and looks up what the
+//! settings leave open, a [`Reloader`] changes it while it runs.
 
 mod endpoints;
 mod error;
 mod gate;
 mod locate;
+mod outlook;
 mod reload;
 mod running;
 mod shared;
@@ -97,8 +98,7 @@ impl fmt::Debug for App {
 }
 
 impl App {
-    /// Binds every port, and asks the workspace for what the settings leave open. One endpoint that cannot be found
-    /// does not stop the others; if none can, the first one's failure is returned.
+    /// Binds every port; sends nothing to the workspace yet. Fails if no endpoint's settings can be meant.
     pub async fn build(config: Config) -> Result<Self, StartError> {
         Self::build_with(config, Inherited::default()).await
     }
@@ -152,7 +152,14 @@ impl App {
             shared.endpoints.add(&gate.served);
             gates.push(gate);
         }
-        let gates = gate::look_up(gates, &shared.endpoints).await?;
+        let mut checks = gates
+            .iter()
+            .map(|gate| locate::check(&gate.served.config, &gate.access));
+        if let Some(Err(error)) = checks.next()
+            && checks.all(|check| check.is_err())
+        {
+            return Err(error);
+        }
         Ok(Self {
             gates,
             http,
@@ -188,6 +195,9 @@ impl App {
     }
 }
 
+/// What one question of [`mint_once`] to the workspace may cost.
+const LOOK_UP_PATIENCE: Duration = Duration::from_mins(1);
+
 /// Looks the first endpoint up and mints one credential for it, without listening anywhere.
 pub async fn mint_once(
     config: Config,
@@ -204,7 +214,8 @@ pub async fn mint_once(
             Metrics::new()?,
         )?)
     };
-    let located = locate(endpoint, &Access::new(&endpoint.credential, workspace)?).await?;
+    let access = Access::new(&endpoint.credential, workspace)?;
+    let located = locate(endpoint, &access, LOOK_UP_PATIENCE).await?;
     let minted = located.source.mint().await;
     Ok((located.endpoint, minted))
 }

@@ -314,7 +314,7 @@ impl Reloader {
         }
         for gate in added {
             self.shared.endpoints.add(&gate.served);
-            gate.start(&self.shared, &self.notifier);
+            gate.start(&self.shared, &self.notifier, None);
         }
         self.config = change.config.clone();
     }

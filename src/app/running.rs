@@ -6,11 +6,11 @@ use secrecy::SecretString;
 use tokio::{
     sync::watch,
     task::JoinSet,
-    time::{sleep, timeout},
+    time::{Instant, sleep, timeout},
 };
 use tokio_util::sync::CancellationToken;
 
-use super::{Addresses, Ending, Endpoints, Served, StartError, shared::Shared};
+use super::{Addresses, Ending, Endpoints, Served, StartError, outlook::Outlook, shared::Shared};
 use crate::{
     admin::{Admin, Health},
     credential::CredentialCell,
@@ -24,6 +24,11 @@ use crate::{
 /// How long helpers (the health port, the notes page) may take to end once no client is left.
 const HELPERS_END: Duration = Duration::from_secs(2);
 
+/// How often an endpoint is asked for by what waits longer than a client.
+const ASK_EVERY: Duration = Duration::from_secs(1);
+/// How long a service manager waits for the first result of the look-ups.
+const KNOWN_WITHIN: Duration = Duration::from_secs(5);
+
 /// A program that serves.
 pub struct Running {
     pub(super) addresses: Addresses,
@@ -34,6 +39,7 @@ pub struct Running {
     pub(super) http: Option<Admin>,
     pub(super) asked: CancellationToken,
     pub(super) ending: watch::Sender<Ending>,
+    pub(super) outlook: Outlook,
     pub(super) run_connection_test: bool,
     pub(super) log: Option<LogHandle>,
     pub(super) notifier: Notifier,
@@ -96,12 +102,23 @@ impl Running {
         self.ending.borrow().zero_on_sigterm
     }
 
-    /// The first endpoint, for clients on this machine; waits for its look-up. Cancel safe.
+    /// The first endpoint, for clients on this machine; waits for its look-up as long as `connect_timeout`, also where a
+    /// client would be refused earlier. Cancel safe.
     pub async fn target(&self) -> Result<Target, Refusal> {
         let way = self.addresses.endpoints.first().and_then(Bound::way);
         let way = way.ok_or_else(no_way)?;
         let patience = self.shared.policies.now().terms.limits.connect_timeout;
-        let upstream = self.first.sessions.route.upstream(patience).await?;
+        let deadline = Instant::now() + patience;
+        let upstream = loop {
+            let rest = deadline.saturating_duration_since(Instant::now());
+            match self.first.sessions.route.upstream(rest).await {
+                Ok(upstream) => break upstream,
+                Err(refusal) if refusal.reason == reason::WAKING && rest > ASK_EVERY => {
+                    sleep(ASK_EVERY).await;
+                }
+                Err(refusal) => return Err(refusal),
+            }
+        };
         let endpoint = upstream.endpoint();
         Ok(Target {
             password: match way {
@@ -114,14 +131,22 @@ impl Running {
         })
     }
 
+    /// Waits until it is known whether waiting for the endpoints makes sense; fails if none of them can be used.
+    ///
     /// With `--run-connection-test`: logs in once at every endpoint, as a client would, and counts as started only then.
     /// An endpoint that wakes is waited for, as long as a client waits.
     pub async fn ready(&self) -> Result<(), StartError> {
         if !self.run_connection_test {
+            // A workspace that does not answer must not make the service manager wait: clients are served.
+            if let Ok(known) = timeout(KNOWN_WITHIN, self.outlook.known()).await {
+                known?;
+            }
             self.notifier.ready();
             return Ok(());
         }
-        let terms = self.shared.policies.now().terms;
+        let mut terms = self.shared.policies.now().terms;
+        // The reason is not needed early, as a client needs it.
+        terms.limits.credential_timeout = terms.limits.connect_timeout;
         let mut logins = JoinSet::new();
         for served in &*self.shared.endpoints.now() {
             let route = served.sessions.route.clone();
@@ -137,6 +162,11 @@ impl Running {
         self.health.set_started();
         self.notifier.ready();
         Ok(())
+    }
+
+    /// Waits until an endpoint is found; fails if none can be used, which is then why the program ends. Cancel safe.
+    pub async fn found(&self) -> Result<(), StartError> {
+        self.outlook.found().await
     }
 
     /// Returns when the program was asked to end otherwise than by a signal. Cancel safe.

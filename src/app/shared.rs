@@ -8,7 +8,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use super::{
     StartError,
     endpoints::{Endpoints, Served},
-    gate::{self, Gate, LookUp},
+    gate::{self, Gate},
     source::Access,
 };
 use crate::{
@@ -201,7 +201,6 @@ impl Shared {
             access,
             listener,
             finder,
-            look_up: LookUp::Open,
         })
     }
 

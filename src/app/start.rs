@@ -5,7 +5,7 @@ use std::{future::pending, sync::Arc, time::Duration};
 use tokio::{sync::watch, time::sleep};
 use tokio_util::sync::CancellationToken;
 
-use super::{App, Ending, Running, StartError};
+use super::{App, Ending, Running, StartError, outlook::Outlook};
 use crate::{
     admin::{self, Admin},
     session::Presence,
@@ -83,8 +83,9 @@ impl App {
                 stop.run_until_cancelled(log.summarize()).await;
             });
         }
-        for gate in gates {
-            gate.start(&shared, &notifier);
+        let (reporters, outlook) = Outlook::of(gates.len());
+        for (gate, reporter) in gates.into_iter().zip(reporters) {
+            gate.start(&shared, &notifier, Some(reporter));
         }
         #[cfg(feature = "notes")]
         if let Some(listener) = notes {
@@ -142,6 +143,7 @@ impl App {
             http,
             asked,
             ending,
+            outlook,
             run_connection_test,
             log,
             notifier,

@@ -20,6 +20,7 @@ pub(super) const CHANGEABLE: &[&str] = &[
     "database_mapping",
     "connect_timeout",
     "server_connect_timeout",
+    "credential_timeout",
     "capacity_timeout",
     "client_login_timeout",
     "max_connections",
@@ -108,6 +109,7 @@ impl Config {
         let Limits {
             connect_timeout,
             server_connect_timeout,
+            credential_timeout,
             capacity_timeout,
         } = limits;
         let Keepalive {
@@ -144,6 +146,7 @@ impl Config {
             "database_mapping": database_mapping = database_mapping;
             "connect_timeout": limits.connect_timeout = connect_timeout;
             "server_connect_timeout": limits.server_connect_timeout = server_connect_timeout;
+            "credential_timeout": limits.credential_timeout = credential_timeout;
             "capacity_timeout": limits.capacity_timeout = capacity_timeout;
             "client_login_timeout": client_login_timeout = client_login_timeout;
             "max_connections": max_connections = max_connections;

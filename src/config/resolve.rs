@@ -124,6 +124,7 @@ impl Config {
                     settings.server_connect_timeout,
                     limits.server_connect_timeout,
                 ),
+                credential_timeout: or(settings.credential_timeout, limits.credential_timeout),
                 capacity_timeout: or(settings.capacity_timeout, limits.capacity_timeout),
             },
             client_login_timeout: or(settings.client_login_timeout, CLIENT_LOGIN_TIMEOUT),

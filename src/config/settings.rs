@@ -91,6 +91,10 @@ pub struct Settings {
     #[arg(long, value_name = "TIME", help_heading = "Limits")]
     pub server_connect_timeout: Option<DurationSetting>,
 
+    /// How long a client is held while there is no database credential, before it is refused with the reason [default: 8s]
+    #[arg(long, value_name = "TIME", help_heading = "Limits")]
+    pub credential_timeout: Option<DurationSetting>,
+
     /// How long a client is held while the endpoint has no connection left [default: 10s]
     #[arg(long, value_name = "TIME", help_heading = "Limits")]
     pub capacity_timeout: Option<DurationSetting>,
@@ -225,7 +229,7 @@ impl Settings {
         layer! {
             endpoints;
             address, port, allow_remote, unix_socket, unix_socket_mode, unix_socket_allowed_uids, client_tls, client_tls_cert, client_tls_key, local_auth, local_password_file, max_connections, client_login_timeout, connect_timeout,
-            server_connect_timeout, capacity_timeout, tcp_keepalive_idle, tcp_keepalive_interval,
+            server_connect_timeout, credential_timeout, capacity_timeout, tcp_keepalive_idle, tcp_keepalive_interval,
             tcp_keepalive_count, tcp_user_timeout, read_only, database_mapping, http_address,
             http_port, notes, notes_address, notes_port, min_sigterm_delay, max_sigterm_delay,
             admin_console, exit_zero_on_sigterm, exit_when_idle, quitquitquit, admin_port, run_connection_test,

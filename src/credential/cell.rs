@@ -9,7 +9,6 @@ use std::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicUsize, Ordering},
     },
-    time::Duration,
 };
 
 use arc_swap::ArcSwapOption;
@@ -20,14 +19,10 @@ use tokio::{
 };
 
 use super::{
-    Cause, Credential, CredentialError, CredentialState, MintAttempt, MintError, Minted,
-    forced::Forced, history::History, schedule::Lifetime,
+    Cause, Credential, CredentialError, CredentialState, HOLD, MintAttempt, MintError, Minted,
+    forced::Forced, history::History, is_held_for, schedule::Lifetime,
 };
 use crate::clock::Clock;
-
-/// How long a client is held for an attempt that the pace does not allow yet; if it is further off, the client is
-/// refused at once. Equal to the shortest interval between two mints.
-const HOLD: Duration = Duration::from_secs(5);
 
 /// The current database credential of one endpoint and identity; cheap to clone.
 #[derive(Clone)]
@@ -119,8 +114,9 @@ impl CredentialCell {
 
     /// A valid credential; waits for one until the deadline. Cancel safe.
     ///
-    /// Failures that time heals are waited out. A refusal that only a person can mend is returned as soon as an attempt
-    /// made during the wait has met it, or at once when the next attempt is further off than a few seconds.
+    /// Failures that time heals are waited out. A refusal that only a person can mend, and a request to wait for longer
+    /// than clients are held, is returned as soon as an attempt made during the wait has met it, or at once when the next
+    /// attempt is further off than a few seconds.
     pub async fn get(&self, deadline: Instant) -> Result<Arc<Credential>, CredentialError> {
         if let Some(credential) = self.current() {
             if !self.is_stale() {
@@ -421,11 +417,11 @@ impl CredentialStatus {
         }
     }
 
-    /// The last error, if waiting will not mend it.
+    /// The last error, if no client is held for what comes after it.
     fn refusal(&self) -> Option<&Arc<MintError>> {
         self.last_error
             .as_ref()
-            .filter(|error| !error.kind.is_transient())
+            .filter(|error| !is_held_for(error.kind, error.retry_after))
     }
 
     /// Whether an attempt is under way, or can be soon enough to hold a client for it.

@@ -18,7 +18,12 @@ pub use cell::{CredentialCell, CredentialStatus};
 pub use forced::Cause;
 pub use history::MintAttempt;
 pub use refresher::Refresher;
+pub(crate) use schedule::Pace;
 pub use sources::{CredentialCommand, Password, PasswordFile};
+
+/// How long a client is held for an attempt that the pace does not allow yet; if it is further off, the client is
+/// refused at once. Equal to the shortest interval between two mints.
+pub(crate) const HOLD: Duration = Duration::from_secs(5);
 
 /// A database credential: what the endpoint takes as a password.
 ///
@@ -107,6 +112,12 @@ pub struct MintError {
     pub kind: MintErrorKind,
     /// How long the other side asked us to wait (`Retry-After`).
     pub retry_after: Option<Duration>,
+}
+
+/// Whether a client is held for the next attempt after such a failure. It is not for what waiting does not cure, nor where
+/// the other side asks to wait for longer than a client is held.
+pub(crate) fn is_held_for(kind: MintErrorKind, retry_after: Option<Duration>) -> bool {
+    kind.is_transient() && retry_after.is_none_or(|wait| wait <= HOLD)
 }
 
 /// What sort of failure a mint met; decides the pace of retries.

@@ -29,15 +29,23 @@ const TRANSIENT: Backoff = Backoff {
     first: Duration::from_secs(1),
     most: Duration::from_secs(30),
 };
-/// The same with a client waiting.
+/// The same with a client waiting, or without a valid credential during the first [`EAGER_FAILURES`]: a proxy that was
+/// started before its network serves within seconds of the network's coming.
 const TRANSIENT_AWAITED: Backoff = Backoff {
     first: Duration::from_secs(1),
-    most: Duration::from_secs(5),
+    most: Duration::from_secs(3),
 };
+/// Failures in a row after which attempts that no client waits for become rare; about six minutes.
+const EAGER_FAILURES: u32 = 120;
 /// Back-off of failures that only a person can mend.
 const REFUSED: Backoff = Backoff {
     first: Duration::from_secs(30),
     most: Duration::from_mins(5),
+};
+/// The same without a valid credential: readiness recovers by itself, also where no client is sent until it does.
+const REFUSED_MISSING: Backoff = Backoff {
+    first: Duration::from_secs(30),
+    most: Duration::from_mins(1),
 };
 /// The same with a client waiting: a mended setting should be noticed soon.
 const REFUSED_AWAITED: Backoff = Backoff {
@@ -51,6 +59,9 @@ const UNCHANGED: Backoff = Backoff {
 };
 /// A `Retry-After` beyond this is cut: nothing that the other side says may stop us for good.
 const RETRY_AFTER_MOST: Duration = Duration::from_mins(10);
+/// Without a valid credential a client that comes brings about one attempt this long after the last one, whatever
+/// `Retry-After` says: a limit that has been lifted costs clients seconds, not minutes.
+const RETRY_AFTER_AWAITED_MOST: Duration = Duration::from_secs(15);
 
 /// The wall-clock milestones of one credential.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -107,18 +118,24 @@ pub(super) struct Need {
 
 /// The gates that past attempts have set; no attempt begins before its gate.
 #[derive(Debug)]
-pub(super) struct Pace {
+pub(crate) struct Pace {
     failures: u32,
+    /// With a valid credential.
     relaxed: Instant,
+    /// Without a valid credential.
+    missing: Instant,
+    /// With one that is about to run out.
     urgent: Instant,
+    /// For a client that waits.
     awaited: Instant,
 }
 
 impl Pace {
-    pub(super) fn new(now: Instant) -> Self {
+    pub(crate) fn new(now: Instant) -> Self {
         Self {
             failures: 0,
             relaxed: now,
+            missing: now,
             urgent: now,
             awaited: now,
         }
@@ -130,6 +147,7 @@ impl Pace {
         *self = Self {
             failures: 0,
             relaxed: gate,
+            missing: gate,
             urgent: gate,
             awaited: gate,
         };
@@ -140,12 +158,13 @@ impl Pace {
         self.failures = self.failures.saturating_add(1);
         let wait = UNCHANGED.nth(self.failures, jitter).max(MIN_BETWEEN_MINTS);
         self.relaxed = now + wait;
+        self.missing = now + wait;
         self.urgent = now + wait;
         self.awaited = now + MIN_BETWEEN_MINTS;
     }
 
     /// The mint failed. `jitter` yields values in -1..=1.
-    pub(super) fn failed(
+    pub(crate) fn failed(
         &mut self,
         now: Instant,
         kind: MintErrorKind,
@@ -154,12 +173,15 @@ impl Pace {
     ) {
         self.failures = self.failures.saturating_add(1);
         let least = retry_after.unwrap_or_default().min(RETRY_AFTER_MOST);
-        let (relaxed, awaited) = if kind.is_transient() {
-            (TRANSIENT, TRANSIENT_AWAITED)
+        let (relaxed, missing, awaited) = if !kind.is_transient() {
+            (REFUSED, REFUSED_MISSING, REFUSED_AWAITED)
+        } else if self.failures <= EAGER_FAILURES {
+            (TRANSIENT, TRANSIENT_AWAITED, TRANSIENT_AWAITED)
         } else {
-            (REFUSED, REFUSED_AWAITED)
+            (TRANSIENT, TRANSIENT, TRANSIENT_AWAITED)
         };
         let relaxed = relaxed.nth(self.failures, &mut jitter);
+        let missing = missing.nth(self.failures, &mut jitter);
         let awaited = awaited.nth(self.failures, &mut jitter);
         let urgent = if kind.is_transient() {
             spread(URGENT_RETRY, jitter())
@@ -167,13 +189,23 @@ impl Pace {
             relaxed
         };
         self.relaxed = now + relaxed.max(least);
+        self.missing = now + missing.max(least);
         self.urgent = now + urgent.max(least);
-        self.awaited = now + awaited.max(least);
+        self.awaited = now + awaited.max(least.min(RETRY_AFTER_AWAITED_MOST));
     }
 
     /// The earliest attempt when a client waits.
-    pub(super) fn awaited(&self) -> Instant {
+    pub(crate) fn awaited(&self) -> Instant {
         self.awaited
+    }
+
+    /// When to try next without a valid credential.
+    pub(crate) fn next_without(&self, is_awaited: bool) -> Instant {
+        if is_awaited {
+            self.awaited.min(self.missing)
+        } else {
+            self.missing
+        }
     }
 
     /// When to mint next; `None`: only when something changes.
@@ -184,7 +216,9 @@ impl Pace {
             self.relaxed
         };
         let scheduled = match need.state {
-            CredentialState::None | CredentialState::Expired => Some(by_demand.max(now)),
+            CredentialState::None | CredentialState::Expired => {
+                Some(self.next_without(need.awaited).max(now))
+            }
             CredentialState::Urgent => Some(self.urgent.min(by_demand).max(now)),
             CredentialState::Due => Some(self.relaxed.max(now)),
             CredentialState::Fresh => need.due_in.map(|due_in| self.relaxed.max(now + due_in)),
@@ -296,12 +330,40 @@ mod tests {
         }
         assert_eq!(
             pace.next_attempt(now, &idle),
-            Some(now + Duration::from_mins(5))
+            Some(now + Duration::from_mins(1))
         );
         assert_eq!(
             pace.next_attempt(now, &awaited),
             Some(now + Duration::from_secs(30))
         );
+        let valid = Need {
+            state: CredentialState::Due,
+            ..idle
+        };
+        assert_eq!(
+            pace.next_attempt(now, &valid),
+            Some(now + Duration::from_mins(5))
+        );
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn without_a_credential_attempts_stay_seconds_apart_for_minutes_and_become_rare_then() {
+        let start = Instant::now();
+        let (mut now, mut pace) = (start, Pace::new(start));
+        let mut attempt = |now: &mut Instant| {
+            pace.failed(*now, MintErrorKind::Unavailable, None, || 1.0);
+            let wait = pace.next_without(false) - *now;
+            *now += wait;
+            wait
+        };
+        while now - start < Duration::from_mins(5) {
+            let wait = attempt(&mut now);
+            assert!(wait <= Duration::from_millis(4500), "{wait:?}");
+        }
+        for _ in 0..EAGER_FAILURES {
+            attempt(&mut now);
+        }
+        assert_eq!(attempt(&mut now), Duration::from_secs(45));
     }
 
     #[tokio::test(start_paused = true)]
@@ -365,7 +427,9 @@ mod tests {
                 if kind < 2 {
                     prop_assert!(pause >= MIN_BETWEEN_MINTS);
                 }
-                if kind == 3 {
+                if kind == 3 && awaited {
+                    prop_assert!(pause >= retry_after.min(RETRY_AFTER_AWAITED_MOST));
+                } else if kind == 3 {
                     prop_assert!(pause >= retry_after.min(RETRY_AFTER_MOST));
                 }
                 now = next;

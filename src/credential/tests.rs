@@ -324,34 +324,81 @@ async fn a_client_is_not_held_for_what_only_a_person_can_mend() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_refusal_with_nobody_waiting_is_retried_every_few_minutes() {
+async fn a_refusal_that_no_client_waits_for_is_retried_every_minute() {
     let rig = Rig::start(|_, _| Step::Fails(MintErrorKind::Refused));
     sleep(6 * HOUR).await;
     let calls = rig.calls();
     assert!(
-        (40..=150).contains(&calls.len()),
+        (240..=720).contains(&calls.len()),
         "{} calls in six hours",
         calls.len()
     );
 }
 
 #[tokio::test(start_paused = true)]
-async fn retry_after_is_honoured_even_while_clients_wait() {
-    let wait = Duration::from_secs(40);
-    let rig = Rig::start(move |n, _| {
-        if n == 0 {
-            Step::AsksToWait(wait)
+async fn retry_after_is_honored_while_no_client_comes() {
+    let wait = Duration::from_mins(5);
+    let rig = Rig::start(move |n, _| match n {
+        0 => Step::AsksToWait(wait),
+        _ => Step::Gives(HOUR),
+    });
+    sleep(wait + Duration::from_secs(2)).await;
+    let calls = rig.calls();
+    assert_eq!(calls.len(), 2);
+    assert!(calls[1] >= wait, "{calls:?}");
+}
+
+/// Clients were once held for 30 s each, and a limit that had been lifted cost them its whole time.
+#[tokio::test(start_paused = true)]
+async fn a_long_retry_after_is_reported_at_once_and_tried_earlier_for_a_client_within_bounds() {
+    let well_after = Duration::from_secs(100);
+    let rig = Rig::start(move |_, elapsed| {
+        if elapsed < well_after {
+            Step::AsksToWait(Duration::from_mins(5))
         } else {
             Step::Gives(HOUR)
         }
     });
-    rig.first().await;
-    let calls = rig.calls();
-    assert_eq!(calls.len(), 2);
+    let started = Instant::now();
+    loop {
+        let asked = Instant::now();
+        match rig.cell.get(within(MINUTE)).await {
+            Ok(_) => break,
+            Err(CredentialError::Failed(error)) => {
+                assert_eq!(error.kind, MintErrorKind::RateLimited);
+            }
+            Err(other) => panic!("{other:?}"),
+        }
+        let held = asked.elapsed();
+        assert!(held <= HOLD, "held for {held:?}");
+        sleep(Duration::from_millis(100)).await;
+    }
+    let recovered = started.elapsed();
     assert!(
-        calls[1] >= wait && calls[1] < wait + Duration::from_secs(2),
-        "{calls:?}"
+        recovered < well_after + Duration::from_secs(16),
+        "{recovered:?}"
     );
+    let calls = rig.calls();
+    for gap in gaps(&calls) {
+        assert!(gap >= Duration::from_secs(15), "{calls:?}");
+    }
+}
+
+/// No client is sent to a proxy that is not ready, so that readiness must not depend on one.
+#[tokio::test(start_paused = true)]
+async fn an_outage_before_the_first_credential_ends_within_seconds_though_no_client_asks() {
+    for minutes in [1, 5] {
+        let outage = MINUTE * minutes;
+        let rig = Rig::start(move |_, elapsed| {
+            if elapsed < outage {
+                Step::Fails(MintErrorKind::Unavailable)
+            } else {
+                Step::Gives(HOUR)
+            }
+        });
+        sleep(outage + Duration::from_secs(5)).await;
+        assert!(rig.cell.status().is_ready(), "{:?}", rig.calls().last());
+    }
 }
 
 #[tokio::test(start_paused = true)]

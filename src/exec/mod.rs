@@ -22,7 +22,7 @@ use std::{
 
 use clap::Args;
 use rustix::process::{Signal, getpid, kill_process};
-use tokio::time::{Instant, sleep_until};
+use tokio::time::{Instant, sleep, sleep_until};
 
 use self::{
     child::{Child, Event, Reap, killed_by},
@@ -32,7 +32,7 @@ pub use self::{environment::Secrets, signals::Signals};
 use crate::{
     app::{Running, StartError},
     config::{DurationSetting, Environment, PortSetting, Settings, Source},
-    credential::CredentialError,
+    credential::{CredentialCell, CredentialError},
     descriptors::DescriptorLimit,
     protocol::error::Report,
     shutdown::Cause,
@@ -40,6 +40,8 @@ use crate::{
 
 /// The longest part of the time to end in that is kept for the sessions, after the program's share.
 const KEPT_FOR_SESSIONS: Duration = Duration::from_secs(1);
+/// How often a credential is asked for that the workspace refuses for now.
+const ASK_EVERY: Duration = Duration::from_secs(1);
 /// How long a killed program may take to be gone; one that waits for a device may never be.
 const GONE: Duration = Duration::from_secs(1);
 /// What the log says in a terminal that the program draws on.
@@ -159,11 +161,12 @@ impl Program {
             command: self.name(),
             report: Box::new(refusal.report),
         })?;
-        let credential = running.credentials().get(deadline).await;
-        credential.map_err(|source| ExecError::Credential {
-            command: self.name(),
-            source,
-        })?;
+        first_credential(running.credentials(), deadline)
+            .await
+            .map_err(|source| ExecError::Credential {
+                command: self.name(),
+                source,
+            })?;
         let mut command = launch::command(&self.command, &self.descriptors);
         command.env_clear().envs(environment::variables(
             self.inherited.iter().cloned(),
@@ -175,6 +178,24 @@ impl Program {
             command: self.name(),
             source,
         })
+    }
+}
+
+/// Waits for a credential, also where a client would be refused early because the workspace asks to wait for long.
+async fn first_credential(
+    credentials: &CredentialCell,
+    deadline: Instant,
+) -> Result<(), CredentialError> {
+    loop {
+        match credentials.get(deadline).await {
+            Ok(_) => return Ok(()),
+            Err(CredentialError::Failed(error))
+                if error.kind.is_transient() && Instant::now() + ASK_EVERY < deadline =>
+            {
+                sleep(ASK_EVERY).await;
+            }
+            Err(error) => return Err(error),
+        }
     }
 }
 

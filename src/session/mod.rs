@@ -183,10 +183,9 @@ impl Sessions {
         let draining = self.shutdown.draining().clone();
         // A box, so that a session's task is not the size of a login for ever.
         let connect = Box::pin(async {
-            let upstream = self
-                .route
-                .upstream(policy.terms.limits.connect_timeout)
-                .await?;
+            let limits = policy.terms.limits;
+            let patience = limits.connect_timeout.min(limits.credential_timeout);
+            let upstream = self.route.upstream(patience).await?;
             let (database, fallback) = policy
                 .database_mapping
                 .choose(&startup, &upstream.endpoint().database);

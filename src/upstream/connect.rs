@@ -63,6 +63,9 @@ pub struct Limits {
     pub connect_timeout: Duration,
     /// One attempt at the server.
     pub server_connect_timeout: Duration,
+    /// Waiting for a credential, and for the look-up of the endpoint; shorter than most drivers wait, so that the reason
+    /// reaches the client.
+    pub credential_timeout: Duration,
     /// Waiting for room at an endpoint that has none.
     pub capacity_timeout: Duration,
 }
@@ -72,6 +75,7 @@ impl Default for Limits {
         Self {
             connect_timeout: Duration::from_mins(1),
             server_connect_timeout: Duration::from_secs(15),
+            credential_timeout: Duration::from_secs(8),
             capacity_timeout: Duration::from_secs(10),
         }
     }
@@ -333,7 +337,7 @@ impl<'a> Connect<'a> {
             let asked = Instant::now();
             let credential = upstream
                 .credentials
-                .get(self.budget.ends_at())
+                .get(self.credential_by())
                 .await
                 .map_err(|error| upstream.no_credential(&error))?;
             self.credited += dial::observe(&upstream.metrics, phase::CREDENTIAL, asked);
@@ -357,6 +361,12 @@ impl<'a> Connect<'a> {
                 slot,
             });
         }
+    }
+
+    /// Until when a client without a credential is held.
+    fn credential_by(&self) -> Instant {
+        let patience = self.terms.limits.credential_timeout;
+        self.budget.ends_at().min(Instant::now() + patience)
     }
 
     /// What a refusal of the credential is counted under.
@@ -468,7 +478,7 @@ impl<'a> Connect<'a> {
                 self.was_renewed = true;
                 let fresh = upstream
                     .credentials
-                    .replace(generation, self.cause(), self.budget.ends_at())
+                    .replace(generation, self.cause(), self.credential_by())
                     .await;
                 // The server's own words explain more than why there is no other credential to try.
                 fresh.map_err(|error| upstream.not_renewed(&failure, &error))?;

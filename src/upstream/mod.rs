@@ -28,5 +28,5 @@ pub use endpoint::{Endpoint, Keepalive, Label, Security, is_loopback};
 pub use failure::{Class, Failure};
 pub use login::{Connection, Greeting};
 pub use phases::Phase;
-pub use route::{Route, RouteFinder};
+pub use route::{Problem, Route, RouteFinder};
 pub use tcp::{tune, unpace};

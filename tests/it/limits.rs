@@ -130,9 +130,10 @@ async fn a_proxy_in_front_of_itself_does_not_start() {
                 settings.port = Some(PortSetting::Port(port));
             },
         );
-        let error = App::build(config).await.unwrap_err();
+        let running = App::build(config).await.unwrap().start().unwrap();
+        let error = within("the end", running.found()).await.unwrap_err();
         assert!(
-            matches!(error, StartError::Loop { .. }),
+            matches!(&error, StartError::Endpoint(it) if matches!(**it, StartError::Loop { .. })),
             "{host}: {error:?}"
         );
         assert!(error.hint().unwrap().contains("PGHOST"));

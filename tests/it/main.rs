@@ -38,6 +38,7 @@ mod logs;
 mod metrics;
 mod notes;
 mod origins;
+mod outage;
 mod pg_isready;
 mod postgres;
 #[path = "../soak/process.rs"]

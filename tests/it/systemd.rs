@@ -146,6 +146,31 @@ async fn with_a_connection_test_it_is_ready_only_after_it() {
     assert_eq!(status.code(), Some(1));
 }
 
+/// A unit that waits for the proxy must not wait for the network, which may come by that unit.
+#[tokio::test]
+async fn it_is_ready_without_its_workspace_and_the_status_has_the_reason() {
+    let emulator = harness::emulator().await;
+    let manager = Manager::new();
+    // A port that nothing listens on.
+    let unused = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let workspace = format!("http://{}", unused.local_addr().unwrap());
+    drop(unused);
+    let mut command = command(&["serve", "--port", "0", "--http-port", "none"]);
+    let _child = command
+        .envs(emulator.environment())
+        .envs([("DATABRICKS_HOST", workspace.as_str()), ("PGHOST", "")])
+        .env("NOTIFY_SOCKET", &manager.path)
+        .spawn()
+        .unwrap();
+    let is_reason = |text: &String| text.contains("cannot reach the workspace");
+    let before = manager.until("READY=1").await;
+    while !before.iter().any(is_reason) {
+        if is_reason(&manager.next().await) {
+            break;
+        }
+    }
+}
+
 #[tokio::test]
 async fn a_socket_that_is_not_there_is_no_reason_not_to_serve() {
     let emulator = harness::emulator().await;

@@ -185,6 +185,7 @@ fn limits() -> Limits {
     Limits {
         connect_timeout: LONG,
         server_connect_timeout: LONG,
+        credential_timeout: LONG,
         capacity_timeout: LONG,
     }
 }

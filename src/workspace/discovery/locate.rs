@@ -39,6 +39,19 @@ pub struct Wanted {
     pub database: Option<String>,
 }
 
+impl Wanted {
+    /// Whether its names can be names, as far as that is known without the workspace.
+    pub fn check(&self) -> Result<(), NameError> {
+        if let Some(host) = &self.host {
+            host.parse::<HostName>()?;
+        }
+        if let Some(name) = &self.name {
+            name.parse::<Reference>()?;
+        }
+        Ok(())
+    }
+}
+
 /// An endpoint that can be connected to.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Located {

@@ -159,10 +159,25 @@ impl Proxy {
         variables: &[(&str, &str)],
         change: impl FnOnce(&mut Settings),
     ) -> Result<Self, StartError> {
+        let proxy = Self::unfound(emulator, variables, change).await?;
+        proxy.running.found().await?;
+        Ok(proxy)
+    }
+
+    /// With other settings and variables, and maybe without having found the endpoint.
+    pub(crate) async fn unfound(
+        emulator: &Emulator,
+        variables: &[(&str, &str)],
+        change: impl FnOnce(&mut Settings),
+    ) -> Result<Self, StartError> {
         let app = App::build(config(emulator, variables, change)).await?;
         Ok(Self {
             running: app.start()?,
         })
+    }
+
+    pub(crate) fn running(&self) -> &Running {
+        &self.running
     }
 
     /// Waits for the first credential.
