@@ -54,7 +54,13 @@ impl Gate {
             finder,
             ..
         } = self;
-        listener.spawn(sessions, &shared.workers, &shared.clients, &shared.helpers);
+        listener.spawn(
+            sessions,
+            &shared.workers,
+            &shared.clients,
+            &shared.helpers,
+            &shared.absent,
+        );
         let keeping = keep(
             Arc::clone(&served),
             access,

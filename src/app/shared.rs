@@ -17,7 +17,7 @@ use crate::{
     config::{Config, EndpointConfig},
     console::Console,
     credential::CredentialCell,
-    listener::Listener,
+    listener::{AbsentSockets, Listener},
     overview::Overview,
     session::{
         Door, Encryption, Entrance, KnownPassword, LocalPassword, Policies, Policy, Presence,
@@ -40,6 +40,7 @@ pub(super) struct Shared {
     pub(super) roster: Arc<Roster>,
     pub(super) overview: Arc<Overview>,
     pub(super) health: Arc<Health>,
+    pub(super) absent: AbsentSockets,
     console: Arc<Console>,
     /// Of the first endpoint; it renders the others with it.
     pub(super) metrics: Arc<Metrics>,
@@ -124,7 +125,14 @@ impl Shared {
             move || served.now().iter().map(|served| served.place()).collect(),
         ));
         let served = endpoints.clone();
-        let health = Arc::new(Health::new(move || served.any_ready()));
+        let absent = AbsentSockets::default();
+        let gone = absent.clone();
+        let health = Arc::new(Health::new(move || {
+            match (gone.check(), served.any_ready()) {
+                (Err(gone), Err(credential)) => Err(format!("{credential}; {gone}")),
+                (gone, credential) => gone.and(credential),
+            }
+        }));
         let console = Arc::new(Console::new(Arc::clone(&overview), Arc::clone(&health)));
         let shared = Self {
             endpoints,
@@ -134,6 +142,7 @@ impl Shared {
             roster,
             overview,
             health,
+            absent,
             console,
             metrics: Metrics::of_endpoint(first.map_or("", EndpointConfig::called))?,
             workers: Arc::new(Workers::start().map_err(StartError::Workers)?),

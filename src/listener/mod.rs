@@ -16,13 +16,13 @@ use tokio::{
     net::{TcpListener, UnixListener},
     time::sleep,
 };
-use tokio_util::task::TaskTracker;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{Instrument, Span, field::Empty};
 
 use self::unix::UnixDoor;
 pub use self::{
     inherited::{Inherited, InheritedError, InheritedSocket},
-    unix::{UnixError, UnixPlace},
+    unix::{AbsentSockets, UnixError, UnixPlace},
 };
 use crate::{
     session::{HandshakePermit, Peer, Sessions, Unfinished},
@@ -254,10 +254,7 @@ impl Listener {
                     let path = address.as_pathname().map(PathBuf::from);
                     listener.bound.unix.extend(path);
                     let socket = UnixListener::from_std(socket)?;
-                    listener.unix.push(UnixDoor {
-                        socket,
-                        _file: None,
-                    });
+                    listener.unix.push(UnixDoor { socket, file: None });
                 }
             }
         }
@@ -277,6 +274,7 @@ impl Listener {
         workers: &Arc<Workers>,
         clients: &TaskTracker,
         helpers: &TaskTracker,
+        absent: &AbsentSockets,
     ) {
         let floor = Floor {
             sessions: Arc::clone(sessions),
@@ -285,10 +283,17 @@ impl Listener {
         };
         let unfinished = Unfinished::default();
         for acceptor in self.tcp {
-            helpers.spawn(accept(acceptor, floor.clone(), unfinished.clone()));
+            let shut = sessions.door.is_shut().clone();
+            helpers.spawn(accept(acceptor, floor.clone(), unfinished.clone(), shut));
         }
         for acceptor in self.unix {
-            helpers.spawn(accept(acceptor, floor.clone(), unfinished.clone()));
+            let absent = absent.clone();
+            helpers.spawn(accept_and_replace(
+                acceptor,
+                floor.clone(),
+                unfinished.clone(),
+                absent,
+            ));
         }
     }
 }
@@ -338,10 +343,40 @@ trait Acceptor: Send + Sync + 'static {
     fn tune(client: &Self::Client, keepalive: &Keepalive);
 }
 
-async fn accept<A: Acceptor>(acceptor: A, floor: Floor, unfinished: Unfinished) {
+/// Accepts on a Unix socket, and on another in its place when its file has been removed.
+async fn accept_and_replace(
+    mut door: UnixDoor,
+    floor: Floor,
+    unfinished: Unfinished,
+    absent: AbsentSockets,
+) {
+    let shut = floor.sessions.door.is_shut().clone();
+    loop {
+        let UnixDoor { socket, file } = door;
+        let end = shut.child_token();
+        let accepting = accept(socket, floor.clone(), unfinished.clone(), end.clone());
+        let Some(file) = file else {
+            return accepting.await;
+        };
+        let mut accepting = std::pin::pin!(accepting);
+        tokio::select! {
+            () = &mut accepting => return,
+            replacement = file.replacement(&absent) => door = replacement,
+        }
+        end.cancel();
+        accepting.await;
+    }
+}
+
+/// Accepts until `end`.
+async fn accept<A: Acceptor>(
+    acceptor: A,
+    floor: Floor,
+    unfinished: Unfinished,
+    end: CancellationToken,
+) {
     let sessions = &floor.sessions;
     let mut pause = ACCEPT_PAUSE_MIN;
-    let shut = sessions.door.is_shut().clone();
     loop {
         let next = async {
             let (client, peer) = acceptor.accept().await?;
@@ -350,7 +385,7 @@ async fn accept<A: Acceptor>(acceptor: A, floor: Floor, unfinished: Unfinished) 
         };
         let accepted = tokio::select! {
             accepted = next => accepted,
-            () = shut.cancelled() => return,
+            () = end.cancelled() => return,
         };
         match accepted {
             Ok((client, peer, permit)) => {

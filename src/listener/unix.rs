@@ -1,19 +1,37 @@
 //! Unix sockets, named as libpq looks for them: `.s.PGSQL.<port>` in a directory.
 
 use std::{
-    fs, io,
-    os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt},
+    collections::BTreeSet,
+    fs::{self, File, Metadata},
+    io,
+    os::{
+        fd::AsRawFd,
+        unix::fs::{FileTypeExt, MetadataExt, PermissionsExt},
+    },
     path::{Path, PathBuf},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU32, Ordering},
+    },
+    time::Duration,
 };
 
+use rustix::fs::{Mode, OFlags, fchmod};
 use socket2::{Domain, SockAddr, Socket, Type};
-use tokio::net::{UnixListener, UnixStream};
+use tokio::{
+    net::{UnixListener, UnixStream},
+    time::sleep,
+};
 
 use super::{Acceptor, BACKLOG};
-use crate::{session::Peer, upstream::Keepalive};
+use crate::{session::Peer, telemetry::chain, upstream::Keepalive};
 
 /// How libpq's socket names begin; the port follows.
 const NAME: &str = ".s.PGSQL.";
+/// Between two looks at a socket's file, each of one system call.
+const LOOK_EVERY: Duration = Duration::from_secs(2);
+/// Read, write and execute of owner, group and others.
+const PERMISSIONS: u32 = 0o777;
 
 /// Where a Unix socket is to be.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -84,15 +102,15 @@ impl UnixError {
 #[derive(Debug)]
 pub(super) struct UnixDoor {
     pub(super) socket: UnixListener,
-    /// What to remove at the end; not for a socket that somebody else made.
-    pub(super) _file: Option<SocketFile>,
+    /// What to remove at the end; not for a socket that a service manager has passed.
+    pub(super) file: Option<SocketFile>,
 }
 
-impl Acceptor for UnixDoor {
+impl Acceptor for UnixListener {
     type Client = UnixStream;
 
     async fn accept(&self) -> io::Result<(UnixStream, Peer)> {
-        let (client, _) = self.socket.accept().await?;
+        let (client, _) = self.accept().await?;
         let credentials = client.peer_cred()?;
         let peer = Peer::Unix {
             uid: credentials.uid(),
@@ -104,22 +122,110 @@ impl Acceptor for UnixDoor {
     fn tune(_client: &UnixStream, _keepalive: &Keepalive) {}
 }
 
+/// Unix sockets whose files are gone for now; cheap to clone.
+#[derive(Clone, Debug, Default)]
+pub struct AbsentSockets(Arc<Mutex<BTreeSet<PathBuf>>>);
+
+impl AbsentSockets {
+    /// Fails with a sentence that names one of them, where there is one.
+    pub fn check(&self) -> Result<(), String> {
+        let gone = |path: &PathBuf| format!("the Unix socket `{}` is gone", path.display());
+        self.paths().first().map_or(Ok(()), |path| Err(gone(path)))
+    }
+
+    fn mark(&self, path: &Path) -> Absent<'_> {
+        self.paths().insert(path.to_owned());
+        Absent {
+            sockets: self,
+            path: path.to_owned(),
+        }
+    }
+
+    fn paths(&self) -> MutexGuard<'_, BTreeSet<PathBuf>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A socket is absent for as long as this lives.
+struct Absent<'a> {
+    sockets: &'a AbsentSockets,
+    path: PathBuf,
+}
+
+impl Drop for Absent<'_> {
+    fn drop(&mut self) {
+        self.sockets.paths().remove(&self.path);
+    }
+}
+
 /// The file of a socket that we made; removed when dropped, unless another has taken its place.
 #[derive(Debug)]
 pub(super) struct SocketFile {
+    place: UnixPlace,
+    port: u16,
     path: PathBuf,
     device: u64,
     inode: u64,
+    /// Its permissions when it was last seen: a reload may have changed them.
+    mode: AtomicU32,
+}
+
+impl SocketFile {
+    /// A socket in the place of this one, once its file is gone: removed by a cleaner of temporary files, or with its
+    /// directory. Cancel safe.
+    pub(super) async fn replacement(&self, absent: &AbsentSockets) -> UnixDoor {
+        let mut mark = None;
+        loop {
+            sleep(LOOK_EVERY).await;
+            if let Ok(found) = tokio::fs::symlink_metadata(&self.path).await
+                && self.is(&found)
+            {
+                self.mode.store(permissions(&found), Ordering::Relaxed);
+                mark = None;
+                continue;
+            }
+            let place = UnixPlace {
+                mode: self.mode.load(Ordering::Relaxed),
+                ..self.place.clone()
+            };
+            let is_new = mark.is_none();
+            mark.get_or_insert_with(|| absent.mark(&self.path));
+            match bind(&place, self.port) {
+                Ok(door) => {
+                    tracing::warn!(
+                        socket = %self.path.display(),
+                        "the Unix socket was removed, and has been made again; hint: keep cleaners of temporary files away from it"
+                    );
+                    return door;
+                }
+                Err(error) if is_new => {
+                    tracing::error!(
+                        socket = %self.path.display(),
+                        error = %chain(&error),
+                        hint = error.hint(),
+                        "the Unix socket is gone, and cannot be made again for now"
+                    );
+                }
+                Err(_) => {}
+            }
+        }
+    }
+
+    fn is(&self, found: &Metadata) -> bool {
+        (found.dev(), found.ino()) == (self.device, self.inode)
+    }
 }
 
 impl Drop for SocketFile {
     fn drop(&mut self) {
-        let ours = fs::symlink_metadata(&self.path)
-            .is_ok_and(|file| (file.dev(), file.ino()) == (self.device, self.inode));
-        if ours {
+        if fs::symlink_metadata(&self.path).is_ok_and(|found| self.is(&found)) {
             let _ = fs::remove_file(&self.path);
         }
     }
+}
+
+fn permissions(found: &Metadata) -> u32 {
+    found.permissions().mode() & PERMISSIONS
 }
 
 /// The path that libpq looks for.
@@ -127,9 +233,21 @@ pub(super) fn path(directory: &Path, port: u16) -> PathBuf {
     directory.join(format!("{NAME}{port}"))
 }
 
-/// Changes the permissions of a socket.
+/// Changes the permissions of our socket at this path, and of nothing that another user has put in its place: a symbolic
+/// link would lead to any file of ours.
 pub(super) fn set_mode(path: &Path, mode: u32) -> io::Result<()> {
-    fs::set_permissions(path, fs::Permissions::from_mode(mode))
+    let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let file = File::from(rustix::fs::open(path, flags, Mode::empty())?);
+    let found = file.metadata()?;
+    if !found.file_type().is_socket() || found.uid() != rustix::process::geteuid().as_raw() {
+        return Err(io::Error::other("it is no socket of this user any more"));
+    }
+    if permissions(&found) == mode {
+        return Ok(());
+    }
+    // The descriptor's own link leads to that very file; `fchmod` does not take such a descriptor.
+    let link = format!("/proc/self/fd/{}", file.as_raw_fd());
+    fs::set_permissions(link, fs::Permissions::from_mode(mode))
 }
 
 /// Directory and port of a path that libpq finds.
@@ -154,6 +272,8 @@ pub(super) fn bind(place: &UnixPlace, port: u16) -> Result<UnixDoor, UnixError> 
         source,
     };
     let socket = Socket::new(Domain::UNIX, Type::STREAM, None).map_err(failed)?;
+    // The file is made with the socket's own permissions less the umask, so never with wider ones than it is to have.
+    fchmod(&socket, Mode::from_raw_mode(place.mode)).map_err(|error| failed(error.into()))?;
     if let Err(error) = socket.bind(&address) {
         if error.kind() != io::ErrorKind::AddrInUse {
             return Err(failed(error));
@@ -163,18 +283,21 @@ pub(super) fn bind(place: &UnixPlace, port: u16) -> Result<UnixDoor, UnixError> 
     }
     let found = fs::symlink_metadata(&path).map_err(failed)?;
     let file = SocketFile {
+        place: place.clone(),
+        port,
         path: path.clone(),
         device: found.dev(),
         inode: found.ino(),
+        mode: AtomicU32::new(place.mode),
     };
-    // Before anybody can connect: until `listen` nobody is let in.
-    fs::set_permissions(&path, fs::Permissions::from_mode(place.mode)).map_err(failed)?;
+    // What the umask took away. Until `listen` nobody is let in.
+    set_mode(&path, place.mode).map_err(failed)?;
     socket.listen(BACKLOG).map_err(failed)?;
     socket.set_nonblocking(true).map_err(failed)?;
     let socket = UnixListener::from_std(socket.into()).map_err(failed)?;
     Ok(UnixDoor {
         socket,
-        _file: Some(file),
+        file: Some(file),
     })
 }
 
@@ -231,7 +354,7 @@ mod tests {
         assert_eq!(mode & 0o777, 0o600);
         assert_eq!(parse(&path), Some((directory.path().to_owned(), 7000)));
         let client = UnixStream::connect(&path).await.unwrap();
-        let (_, peer) = door.accept().await.unwrap();
+        let (_, peer) = Acceptor::accept(&door.socket).await.unwrap();
         let us = rustix::process::geteuid().as_raw();
         assert!(
             matches!(peer, Peer::Unix { uid, pid: Some(_) } if uid == us),
@@ -239,6 +362,31 @@ mod tests {
         );
         drop((client, door));
         assert!(!path.exists());
+    }
+
+    /// Another user of the directory may put a link where the socket is: its target's permissions were changed.
+    #[tokio::test]
+    async fn permissions_are_those_of_the_socket_and_never_of_what_a_link_leads_to() {
+        let directory = TempDir::new().unwrap();
+        let path = path(directory.path(), 1);
+        let mode = |path: &Path| permissions(&fs::metadata(path).unwrap());
+        let mut place = place(&directory);
+        for wanted in [0o600, 0o660, 0o666, 0o777] {
+            place.mode = wanted;
+            let _door = bind(&place, 1).unwrap();
+            assert_eq!(mode(&path), wanted, "whatever the umask");
+            set_mode(&path, 0o640).unwrap();
+            assert_eq!(mode(&path), 0o640);
+        }
+        let secret = directory.path().join("secret");
+        fs::write(&secret, "s").unwrap();
+        fs::set_permissions(&secret, fs::Permissions::from_mode(0o600)).unwrap();
+        std::os::unix::fs::symlink(&secret, &path).unwrap();
+        assert!(set_mode(&path, 0o666).is_err());
+        fs::remove_file(&path).unwrap();
+        fs::hard_link(&secret, &path).unwrap();
+        assert!(set_mode(&path, 0o666).is_err());
+        assert_eq!(mode(&secret), 0o600);
     }
 
     #[tokio::test]

@@ -174,6 +174,57 @@ async fn what_was_left_behind_is_replaced_and_what_lives_is_not() {
     assert!(fs::symlink_metadata(&path).unwrap().file_type().is_socket());
 }
 
+/// By a cleaner of /tmp, or with its directory: the proxy listened on, and no client found it.
+#[tokio::test]
+async fn a_socket_that_is_removed_is_made_again_and_readiness_says_so_until_then() {
+    let emulator = harness::emulator().await;
+    let parent = TempDir::new().unwrap();
+    let directory = parent.path().join("sockets");
+    fs::create_dir(&directory).unwrap();
+    let proxy = Proxy::with(&emulator, |settings| {
+        settings.unix_socket = Some(directory.clone());
+        settings.unix_socket_mode = Some(ModeSetting(0o660));
+        settings.http_port = Some(PortSetting::Port(0));
+    })
+    .await;
+    let path = directory.join(format!(".s.PGSQL.{}", proxy.address().port()));
+    let mut early = dial(&path).await;
+    early.startup(&[("user", "anyone")]).await;
+    early.welcome().await;
+    let readiness = async || web::get(proxy.http(), "/readiness").await;
+    assert_eq!(readiness().await.status, 200);
+
+    fs::remove_file(&path).unwrap();
+    eventually("it is there again", async || path.exists().then_some(())).await;
+    let mut late = eventually("a client finds it", async || {
+        UnixStream::connect(&path).await.ok().map(Wire::of)
+    })
+    .await;
+    late.startup(&[("user", "anyone")]).await;
+    late.welcome().await;
+    assert_eq!(mode(&path), 0o660);
+    assert_eq!(early.value("select 1").await, "1", "sessions go on");
+
+    fs::remove_dir_all(&directory).unwrap();
+    let words = format!("the Unix socket `{}` is gone", path.display());
+    eventually("readiness says so", async || {
+        let answer = readiness().await;
+        (answer.status == 503 && answer.body.contains(&words)).then_some(())
+    })
+    .await;
+    fs::create_dir(&directory).unwrap();
+    eventually("it is ready again", async || {
+        (readiness().await.status == 200).then_some(())
+    })
+    .await;
+    drop(UnixStream::connect(&path).await.unwrap());
+    proxy.end(std::future::pending()).await;
+    eventually("the socket is removed", async || {
+        (!path.exists()).then_some(())
+    })
+    .await;
+}
+
 #[tokio::test]
 async fn every_endpoint_has_a_socket_of_its_own_number() {
     let emulator = harness::emulator().await;
