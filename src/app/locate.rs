@@ -13,7 +13,7 @@ use crate::{
     telemetry::without_userinfo,
     tls,
     upstream::{Addresses, DroppedParameters, Endpoint, Label, Security},
-    workspace::{CredentialMinter, HostName, Wanted},
+    workspace::{AppDatabases, CredentialMinter, HostName, Wanted},
 };
 
 /// An endpoint that can be dialled, and who makes its credentials.
@@ -76,6 +76,13 @@ pub(super) async fn locate(
             endpoint = located.label,
             host = located.host,
             "the host is that of Lakebase's pooler, which may refuse OAuth credentials; hint: set PGHOST to the direct host {direct} if logins are refused"
+        );
+    }
+    if let Some(databases) = &located.app_databases {
+        tracing::info!(
+            endpoint = located.label,
+            "{databases}; hint: {}",
+            AppDatabases::HINT
         );
     }
     let label = Label::new(&located.label);

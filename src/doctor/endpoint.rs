@@ -9,7 +9,7 @@ use tokio::time::{Instant, timeout};
 use super::{
     entry::enter,
     grants::{create_role, identifier},
-    report::{Chart, Finding, spoken},
+    report::{Chart, Finding, Outcome, spoken},
     step,
     workspace::{Access, listed},
 };
@@ -20,8 +20,8 @@ use crate::{
     telemetry::Metrics,
     upstream::{Limits, is_loopback, probe},
     workspace::{
-        CredentialMinter, EndpointInfo, EndpointState, HostName, LocateError, Located, Target,
-        Wanted, Workspace,
+        AppDatabases, CredentialMinter, EndpointInfo, EndpointState, HostName, LocateError,
+        Located, Target, Wanted, Workspace,
     },
 };
 
@@ -196,7 +196,10 @@ async fn locate(chart: &mut Chart<'_>, examined: &Examined<'_>) -> Option<Found>
     };
     let (located, finding) = match workspace.locate_within(&asked, Duration::ZERO).await {
         Ok(located) => {
-            let finding = state_of(&located, config.host.as_deref());
+            let mut finding = state_of(&located, config.host.as_deref());
+            if let (Outcome::Ok, Some(databases)) = (finding.outcome, &located.app_databases) {
+                finding = finding.detail(format!("{databases}; {}", AppDatabases::HINT));
+            }
             (located, finding)
         }
         Err(error) if is_answered_by_host(&error) && wanted.host.is_some() => {

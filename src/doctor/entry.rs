@@ -9,12 +9,12 @@ use tokio::time::{Instant, sleep, timeout};
 use super::{
     certificates::{Certificate, Recorder},
     endpoint::{Examined, Found, STEP_TIMEOUT},
-    grants::{self, identifier},
-    report::{Chart, Finding, spoken},
+    grants::{self, bind_role, create_extension, identifier},
+    report::{Chart, Finding, Outcome, spoken},
     step,
 };
 use crate::{
-    config::TlsMode,
+    config::{DEFAULT_DATABASE, TlsMode},
     credential::Credential,
     protocol::options::SessionSettings,
     tls,
@@ -78,9 +78,9 @@ pub(super) async fn enter(
     let mut attempts = 0_u32;
     let attempt = loop {
         attempts += 1;
-        let attempt = attempt(
+        let attempt = log_in_to(
+            &found.database,
             examined,
-            found,
             &endpoint,
             recorder.as_deref(),
             addresses.clone(),
@@ -98,7 +98,26 @@ pub(super) async fn enter(
         pause = (pause * 2).min(LAST_PAUSE);
     };
     let woke = (attempts > 1).then(|| started.elapsed());
-    tell(chart, examined, found, attempt, woke).await;
+    let is_refused_here = attempt.login.as_ref().is_some_and(|(_, login)| {
+        login
+            .as_ref()
+            .is_err_and(|failure| failure.class == Class::Identity)
+    });
+    // Where it is let in to the default database, this one lacks what such logins need.
+    let works_elsewhere = is_refused_here
+        && found.database != DEFAULT_DATABASE
+        && log_in_to(
+            DEFAULT_DATABASE,
+            examined,
+            &endpoint,
+            None,
+            addresses,
+            credential.as_ref(),
+        )
+        .await
+        .login
+        .is_some_and(|(_, login)| login.is_ok());
+    tell(chart, examined, found, attempt, woke, works_elsewhere).await;
 }
 
 fn prepare(
@@ -130,9 +149,9 @@ fn prepare(
     Ok((endpoint, recorder))
 }
 
-async fn attempt(
+async fn log_in_to(
+    database: &str,
     examined: &Examined<'_>,
-    found: &Found,
     endpoint: &Endpoint,
     recorder: Option<&Recorder>,
     addresses: Vec<SocketAddr>,
@@ -176,7 +195,7 @@ async fn attempt(
         return attempt;
     };
     let settings = SessionSettings {
-        database: found.database.clone(),
+        database: database.to_owned(),
         fallback_database: None,
         parameters: vec![(
             "application_name".to_owned(),
@@ -211,6 +230,7 @@ async fn tell(
     found: &Found,
     attempt: Attempt,
     woke: Option<Duration>,
+    works_elsewhere: bool,
 ) {
     let (host, port) = (&found.host, examined.config.port);
     if let Some((took, tcp)) = attempt.tcp {
@@ -238,6 +258,15 @@ async fn tell(
     }
     match attempt.login {
         None => chart.skip(&[step::LOGIN, step::GRANTS, step::SELECT], "no credential"),
+        Some((took, Err(failure))) if works_elsewhere => {
+            let (database, words) = (&found.database, failure.to_string());
+            let finding = Finding::failed(format!(
+                "the login works in `{DEFAULT_DATABASE}` and not in `{database}`, which lacks the extension databricks_auth"
+            ));
+            let finding = finding.detail(words).mend(create_extension(database));
+            chart.note_timed(step::LOGIN, took, finding);
+            chart.skip(&[step::GRANTS, step::SELECT], "no session");
+        }
         Some((took, Err(failure))) => refused(chart, examined, found, took, &failure).await,
         Some((took, Ok(session))) => {
             let after = woke
@@ -334,6 +363,14 @@ async fn refused(
     let is_role_missing = lower.contains("role \"") && lower.contains("does not exist");
     let finding = if is_role_missing {
         examined.missing_role(found)
+    } else if failure.class == Class::WrongIdentity {
+        let id = examined
+            .access
+            .profile
+            .as_ref()
+            .map(|profile| profile.id.as_str());
+        let mend = examined.mismatch(found);
+        Finding::failed(words.clone()).mend(mend.unwrap_or_else(|| bind_role(user, id)))
     } else {
         let known = match failure.class {
             Class::Identity => examined
@@ -379,10 +416,20 @@ async fn ask(
     let limit = examined.limits.server_connect_timeout;
     let started = Instant::now();
     let answer = bounded(limit, "query", session.query(grants::QUESTION)).await;
-    let finding = match &answer {
+    let mut finding = match &answer {
         Ok(rows) => grants::judge(rows, &found.user),
         Err(failure) => Finding::failed(failure.to_string()),
     };
+    // A server with a password of its own need know nothing of identities.
+    if finding.outcome == Outcome::Ok
+        && found.target.is_some()
+        && let Ok(rows) = bounded(limit, "query", session.query(grants::BINDING)).await
+    {
+        let profile = examined.access.profile.as_ref();
+        let ours = profile.filter(|profile| profile.user_name == found.user);
+        let identity = (found.user.as_str(), ours.map(|profile| profile.id.as_str()));
+        finding = grants::judge_binding(&rows, identity, &found.database).unwrap_or(finding);
+    }
     chart.note(step::GRANTS, started, finding);
 
     let started = Instant::now();

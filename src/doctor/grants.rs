@@ -6,7 +6,8 @@ use crate::upstream::probe;
 /// What may be done with the database, in one row.
 pub(super) const QUESTION: &str = "\
 SELECT current_user, current_database(), has_database_privilege(current_database(), 'CREATE'), \
-    count(*), count(*) FILTER (WHERE readable), min(nspname) FILTER (WHERE NOT readable) \
+    count(*), count(*) FILTER (WHERE readable), min(nspname) FILTER (WHERE NOT readable), \
+    (SELECT has_schema_privilege(oid, 'CREATE') FROM pg_catalog.pg_namespace WHERE nspname = 'public') \
 FROM (SELECT n.nspname, has_schema_privilege(n.oid, 'USAGE') AND has_table_privilege(c.oid, 'SELECT') AS readable \
       FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace \
       WHERE c.relkind IN ('r', 'p', 'v', 'm', 'f') AND n.nspname <> 'information_schema' \
@@ -31,21 +32,83 @@ pub(super) fn judge(rows: &[probe::Row], user: &str) -> Finding {
                 "as the tables' owner: GRANT USAGE ON SCHEMA {schema} TO {user}; GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA {schema} TO {user};"
             ))
         }
+        _ if cell(6) == Some("f") => {
+            let user = identifier(user);
+            Finding::ok(format!("{message}; makes no tables in schema public")).detail(format!(
+                "for that, as the schema's owner: GRANT USAGE, CREATE ON SCHEMA public TO {user};"
+            ))
+        }
         _ => Finding::ok(message),
     }
 }
 
+/// What binds a role to an identity: the extension in this database, and the role's security label.
+pub(super) const BINDING: &str = "\
+SELECT (SELECT count(*) FROM pg_catalog.pg_extension WHERE extname = 'databricks_auth'), \
+    (SELECT label FROM pg_catalog.pg_seclabels l WHERE l.provider = 'databricks_auth' \
+        AND l.objtype = 'role' AND l.objoid = r.oid) \
+FROM pg_catalog.pg_roles r WHERE r.rolname = current_user";
+
+/// What is wrong by the answer to [`BINDING`], for an identity with this numeric id.
+pub(super) fn judge_binding(
+    rows: &[probe::Row],
+    (user, id): (&str, Option<&str>),
+    database: &str,
+) -> Option<Finding> {
+    let cell = |column: usize| rows.first()?.get(column)?.as_deref();
+    if cell(0) == Some("0") {
+        return Some(
+            Finding::warning(format!(
+                "the database `{database}` lacks the extension databricks_auth, which OAuth logins need"
+            ))
+            .mend(create_extension(database)),
+        );
+    }
+    let id = id?;
+    let bound = cell(1)?
+        .split(',')
+        .find_map(|part| part.strip_prefix("id="))?;
+    (bound != id).then(|| {
+        Finding::warning(format!(
+            "the role `{user}` is bound to the identity {bound}, and we are {id}"
+        ))
+        .mend(bind_role(user, Some(id)))
+    })
+}
+
+/// The statement that a database lacks which was made by a plain `CREATE DATABASE`.
+pub(super) fn create_extension(database: &str) -> String {
+    format!(
+        "in the database {}, as its owner: CREATE EXTENSION IF NOT EXISTS databricks_auth;",
+        identifier(database)
+    )
+}
+
+/// The statement that binds a role to the identity with this numeric id.
+pub(super) fn bind_role(user: &str, id: Option<&str>) -> String {
+    format!(
+        "as the role's owner: SECURITY LABEL FOR databricks_auth ON ROLE {} IS 'id={},type={}';",
+        identifier(user),
+        id.unwrap_or("<numeric id of the identity in the workspace>"),
+        kind(user)
+    )
+}
+
 /// The statements that make a role for OAuth logins.
 pub(super) fn create_role(user: &str) -> String {
-    let kind = if user.contains('@') {
-        "USER"
-    } else {
-        "SERVICE_PRINCIPAL"
-    };
+    let kind = kind(user);
     format!(
         "on this branch, as its owner: CREATE EXTENSION IF NOT EXISTS databricks_auth; SELECT databricks_create_role('{}', '{kind}');",
         user.replace('\'', "''")
     )
+}
+
+fn kind(user: &str) -> &'static str {
+    if user.contains('@') {
+        "USER"
+    } else {
+        "SERVICE_PRINCIPAL"
+    }
 }
 
 /// A name as it is quoted in SQL.
@@ -101,5 +164,33 @@ mod tests {
             Outcome::Ok
         );
         assert_eq!(judge(&[], "o'neil@example.com").outcome, Outcome::Failed);
+        let app = judge(&row(&["me", "db", "t", "0", "0", "", "f"]), "app");
+        assert_eq!(app.outcome, Outcome::Ok, "its own schema will do");
+        assert!(
+            app.detail
+                .unwrap()
+                .contains("CREATE ON SCHEMA public TO \"app\";")
+        );
+    }
+
+    #[test]
+    fn a_role_bound_to_another_identity_and_a_database_without_extension_are_noticed() {
+        let judged = |extensions: &str, label: Option<&str>| {
+            let row = vec![Some(extensions.to_owned()), label.map(str::to_owned)];
+            judge_binding(&[row], ("app", Some("7")), "raw")
+        };
+        assert!(judged("1", Some("id=7,type=SERVICE_PRINCIPAL")).is_none());
+        assert!(judged("1", None).is_none(), "the login has worked");
+        let mend = |finding: Option<Finding>| finding.unwrap().mend.unwrap();
+        let other = mend(judged("1", Some("id=70,type=SERVICE_PRINCIPAL")));
+        assert!(
+            other.ends_with("ON ROLE \"app\" IS 'id=7,type=SERVICE_PRINCIPAL';"),
+            "{other}"
+        );
+        let raw = mend(judged("0", Some("id=7")));
+        assert!(
+            raw.contains("\"raw\"") && raw.contains("CREATE EXTENSION"),
+            "{raw}"
+        );
     }
 }

@@ -2,7 +2,10 @@
 
 use std::fmt;
 
-use aws_lc_rs::rand;
+use aws_lc_rs::{
+    digest::{SHA256, digest},
+    rand,
+};
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
 use secrecy::SecretString;
 
@@ -74,18 +77,19 @@ impl Identities {
     /// Makes up new ones, unlike any other emulator's.
     pub(crate) fn generate() -> Result<Self, EmulatorError> {
         let user_number = u32::from_be_bytes(random()?);
+        let user_name = format!("ada.{user_number:08x}@example.com");
         Ok(Self {
-            app: service_principal("lakebase app", "70000000000001")?,
-            stranger: service_principal("somebody else's app", "70000000000002")?,
+            app: service_principal("lakebase app")?,
+            stranger: service_principal("somebody else's app")?,
             unentitled: Identity {
                 has_workspace_access: false,
-                ..service_principal("app without workspace access", "70000000000003")?
+                ..service_principal("app without workspace access")?
             },
             user: Identity {
-                name: format!("ada.{user_number:08x}@example.com"),
+                id: numeric_id(&user_name),
+                name: user_name,
                 kind: IdentityKind::User,
                 display_name: "Ada Example".to_owned(),
-                id: "70000000000004".to_owned(),
                 client_secret: None,
                 pat: Some(SecretString::from(format!("dapi{}", hex(&random::<16>()?)))),
                 groups: vec![format!("analysts-{user_number:08x}")],
@@ -139,12 +143,22 @@ pub(crate) fn hex(bytes: &[u8]) -> String {
         })
 }
 
-fn service_principal(display_name: &str, id: &str) -> Result<Identity, EmulatorError> {
+/// The id of an identity in SCIM. It follows from the name, so that `databricks_create_role` in the database can write it
+/// into the role's security label.
+fn numeric_id(name: &str) -> String {
+    let digest = digest(&SHA256, name.as_bytes());
+    let bytes = digest.as_ref().iter().take(6);
+    let id = bytes.fold(0_u64, |id, byte| id << 8 | u64::from(*byte));
+    id.to_string()
+}
+
+fn service_principal(display_name: &str) -> Result<Identity, EmulatorError> {
+    let name = uuid()?;
     Ok(Identity {
-        name: uuid()?,
+        id: numeric_id(&name),
+        name,
         kind: IdentityKind::ServicePrincipal,
         display_name: display_name.to_owned(),
-        id: id.to_owned(),
         client_secret: Some(SecretString::from(format!(
             "dose{}",
             URL_SAFE_NO_PAD.encode(random::<24>()?)

@@ -481,6 +481,11 @@ impl Emulator {
             .await
     }
 
+    /// Gives a role this security label, or none: the identity that it is bound to, as `id=NUMBER,type=SERVICE_PRINCIPAL`.
+    pub async fn label_role(&self, role: &str, label: Option<&str>) -> Result<(), EmulatorError> {
+        self.shared.database.label(role, label).await
+    }
+
     /// Runs statements as the superuser, past the edge, in the maintenance database.
     pub async fn execute(&self, script: &str) -> Result<(), EmulatorError> {
         self.shared.database.execute(script).await

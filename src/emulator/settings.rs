@@ -37,6 +37,8 @@ pub struct Settings {
     pub native_login: bool,
     /// Whether the built-in pooler (`-pooler` hosts) accepts OAuth credentials.
     pub pooler_oauth: bool,
+    /// Databases without the extension `databricks_auth`, as a plain `CREATE DATABASE` leaves them: OAuth logins fail there.
+    pub databases_without_extension: Vec<String>,
     /// Whether the edge listens; `false` makes dials fail with "connection refused".
     pub is_listening: bool,
     /// How far the workspace's clock is ahead of ours (or behind, if negative), in seconds.
@@ -60,6 +62,7 @@ impl Default for Settings {
             is_disabled: false,
             native_login: false,
             pooler_oauth: false,
+            databases_without_extension: Vec::new(),
             is_listening: true,
             clock_skew_seconds: 0,
             // The edge's `handshake_timeout` default.

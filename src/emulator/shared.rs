@@ -173,6 +173,13 @@ impl Shared {
         }
     }
 
+    /// Whether a database was made without the extension that OAuth logins need.
+    pub(crate) fn lacks_extension(&self, database: &str) -> bool {
+        let settings = self.settings.borrow();
+        let mut without = settings.databases_without_extension.iter();
+        without.any(|name| name == database)
+    }
+
     pub(crate) fn role_password_or_empty(&self) -> &str {
         self.database.role_password().unwrap_or_default()
     }

@@ -37,7 +37,8 @@ pub use credentials::CredentialMinter;
 pub use databrickscfg::SyntaxError;
 pub use diagnosis::CallError;
 pub use discovery::{
-    EndpointInfo, EndpointState, EndpointType, Identity, Known, LocateError, Located, Wanted,
+    AppDatabases, EndpointInfo, EndpointState, EndpointType, Identity, Known, LocateError, Located,
+    Wanted,
 };
 pub use host::Host;
 pub use inspect::{Profile, Role, TokenFacts};

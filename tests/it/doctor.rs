@@ -11,7 +11,9 @@ use std::{
 use lakebase_proxy::{
     config::{PortSetting, Settings},
     doctor::{self, Inputs, Outcome, Report, Step},
-    emulator::{Action, BadCertificate, Emulator, Identity, Response, ServerError, Site},
+    emulator::{
+        Action, AppResource, BadCertificate, Emulator, Identity, Response, ServerError, Site,
+    },
 };
 use secrecy::ExposeSecret;
 
@@ -569,6 +571,82 @@ async fn a_refused_login_is_told_by_its_cause() {
         emulator.faults().once(Site::Password, action);
         setup().ails("login", mend).await;
     }
+    emulator.stop().await;
+}
+
+/// The role exists, and logins fail: it is bound to another identity, or the database lacks the extension.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_binds_a_role_to_its_identity_is_checked() {
+    let emulator = emulator().await;
+    let setup = || Setup::new(&emulator);
+    let app = &emulator.identities().app;
+    let label = format!("'id={},type=SERVICE_PRINCIPAL';", app.id);
+    for wrong in [Some("id=1,type=SERVICE_PRINCIPAL"), None] {
+        emulator.label_role(&app.name, wrong).await.unwrap();
+        let report = setup().ails("login", &label).await;
+        let mend = step(&report, "login").mend.as_deref().unwrap();
+        assert!(
+            mend.contains("SECURITY LABEL FOR databricks_auth"),
+            "{mend}"
+        );
+    }
+    let right = format!("id={},type=SERVICE_PRINCIPAL", app.id);
+    emulator.label_role(&app.name, Some(&right)).await.unwrap();
+    setup().is_well().await;
+
+    // One that was made before the template had the extension.
+    let extension = "in the database \"postgres\", as its owner: CREATE EXTENSION";
+    let postgres = || setup().with("PGDATABASE", "postgres");
+    let report = postgres().ails("role and grants", extension).await;
+    assert_eq!(step(&report, "login").outcome, Outcome::Ok);
+    emulator.configure(|settings| {
+        settings.databases_without_extension = vec!["postgres".to_owned()];
+    });
+    let report = postgres().ails("login", extension).await;
+    let message = &step(&report, "login").message;
+    assert!(
+        message.contains("works in `databricks_postgres`"),
+        "{message}"
+    );
+    emulator.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_user_who_is_not_us_is_not_given_a_role() {
+    let emulator = emulator().await;
+    let setup = Setup::new(&emulator).with("PGUSER", "nobody@example.com");
+    let report = setup.ails("login", "unset PGUSER").await;
+    let step = step(&report, "login");
+    assert!(step.message.contains("not who we are"), "{}", step.message);
+    assert!(!step.mend.as_deref().unwrap().contains("create_role"));
+    emulator.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_app_with_two_databases_says_which_is_served() {
+    let emulator = emulator().await;
+    emulator.configure(|settings| {
+        settings.app_resources = vec![
+            AppResource::postgres("orders", "databricks_postgres"),
+            AppResource::postgres("archive", "history"),
+        ];
+    });
+    let setup = || {
+        Setup::new(&emulator)
+            .with("ENDPOINT_NAME", "")
+            .with("DATABRICKS_APP_NAME", "lakebase-local-app")
+    };
+    for setup in [setup(), setup().with("PGHOST", "").with("PGDATABASE", "")] {
+        let report = setup.is_well().await;
+        let detail = step(&report, "endpoint").detail.as_deref().unwrap();
+        assert!(
+            detail.contains("`orders` is served") && detail.contains("`archive` not"),
+            "{detail}"
+        );
+        assert!(detail.contains("valueFrom"), "how to serve both: {detail}");
+    }
+    let report = Setup::new(&emulator).is_well().await;
+    assert_eq!(step(&report, "endpoint").detail, None, "it is named");
     emulator.stop().await;
 }
 

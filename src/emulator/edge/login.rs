@@ -21,7 +21,7 @@ use super::{
 use crate::emulator::{
     compute::State,
     faults::{Login, Site},
-    identity::random,
+    identity::{Identity, random},
     postgres::{RoleKind, Stream},
     sessions::{BackendKey, Session},
     settings::WhileAsleep,
@@ -53,7 +53,7 @@ pub(super) async fn run(
             .database
             .role(user)
             .await
-            .is_ok_and(|role| role == RoleKind::Native);
+            .is_ok_and(|role| role.kind == RoleKind::Native);
     let mut login = parameters.login();
     if !is_native {
         login.credential_age = authenticate(client, user, &login, shared).await?;
@@ -149,14 +149,43 @@ async fn authenticate(
         .await
         .map_err(|_| unreachable_compute())?;
     let is_owner = identity.name == user;
-    match role {
-        RoleKind::OAuth | RoleKind::Missing if is_owner => Ok(credential_age),
+    if login
+        .database
+        .is_some_and(|database| shared.lacks_extension(database))
+    {
+        let message = format!("password authentication failed for user \"{user}\"");
+        return Err(ServerError::fatal("28P01", message).into());
+    }
+    match role.kind {
+        RoleKind::OAuth | RoleKind::Plain
+            if is_owner && (role.label.is_some() || role.kind == RoleKind::OAuth) =>
+        {
+            check_label(role.label.as_deref(), identity, user)?;
+            Ok(credential_age)
+        }
+        RoleKind::Missing if is_owner => Ok(credential_age),
         RoleKind::Group if identity.groups.iter().any(|group| group == user) => Ok(credential_age),
         RoleKind::Plain | RoleKind::Native if is_owner => {
             Err(ServerError::password_failed(user).into())
         }
         _ => Err(ServerError::identity().into()),
     }
+}
+
+/// An OAuth role is bound to one identity by its security label.
+fn check_label(label: Option<&str>, identity: &Identity, user: &str) -> Result<(), Ending> {
+    let bound = label
+        .and_then(|label| label.split(',').next())
+        .and_then(|id| id.strip_prefix("id="));
+    let message = match bound {
+        Some(id) if id == identity.id => return Ok(()),
+        Some(_) => format!(
+            "token's identity \"{}\" did not match the security label configured for role \"{user}\"",
+            identity.name
+        ),
+        None => format!("no security label is configured for role \"{user}\""),
+    };
+    Err(ServerError::fatal("28P01", message).into())
 }
 
 /// Logs in at Postgres and passes its welcome on, with the cancel key replaced.

@@ -35,6 +35,14 @@ pub(crate) trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
 
 impl<S: AsyncRead + AsyncWrite + Send + Unpin> Stream for S {}
 
+/// A role, as far as logins are concerned.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Role {
+    pub(crate) kind: RoleKind,
+    /// Its security label for `databricks_auth`: the identity that it is bound to.
+    pub(crate) label: Option<String>,
+}
+
 /// How a role may log in.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum RoleKind {
@@ -75,7 +83,10 @@ struct Control {
 }
 
 const ROLE_QUERY: &str = "select shobj_description(oid, 'pg_authid'), \
-     pg_has_role(oid, 'databricks_native', 'member') and not rolsuper from pg_roles where rolname = $1";
+     pg_has_role(oid, 'databricks_native', 'member') and not rolsuper, \
+     (select label from pg_shseclabel where objoid = oid and classoid = 'pg_authid'::regclass \
+         and provider = 'databricks_auth') \
+     from pg_roles where rolname = $1";
 const BUSY_QUERY: &str =
     "select exists (select from pg_stat_activity where pid = any($1) and state <> 'idle')";
 const TERMINATE_QUERY: &str = "select pg_terminate_backend(pid) from unnest($1::int[]) as pid";
@@ -156,7 +167,7 @@ impl Database {
     }
 
     /// How `name` may log in.
-    pub(crate) async fn role(&self, name: &str) -> Result<RoleKind, EmulatorError> {
+    pub(crate) async fn role(&self, name: &str) -> Result<Role, EmulatorError> {
         let control = self.control().await?;
         let row = control
             .connected
@@ -165,10 +176,14 @@ impl Database {
             .await
             .map_err(query_error)?;
         let Some(row) = row else {
-            return Ok(RoleKind::Missing);
+            return Ok(Role {
+                kind: RoleKind::Missing,
+                label: None,
+            });
         };
         let comment: Option<String> = row.try_get(0).map_err(query_error)?;
         let is_native: Option<bool> = row.try_get(1).map_err(query_error)?;
+        let label = row.try_get(2).map_err(query_error)?;
         let kind = match comment
             .as_deref()
             .and_then(|comment| comment.strip_prefix(OAUTH_MARK))
@@ -194,7 +209,12 @@ impl Database {
                 .await
                 .map_err(query_error)?;
         }
-        Ok(kind)
+        Ok(Role { kind, label })
+    }
+
+    /// Gives a role this security label, or none.
+    pub(crate) async fn label(&self, role: &str, label: Option<&str>) -> Result<(), EmulatorError> {
+        self.execute(&schema::label(role, label)).await
     }
 
     /// Makes a role with a Postgres password.

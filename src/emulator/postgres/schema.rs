@@ -28,7 +28,8 @@ exception when duplicate_object then null; end $$;
 /// `databricks_create_role(identity, type)`: an OAuth role, made by a member of `databricks_superuser`.
 const CREATE_ROLE: &str = r#"
 create or replace function public.databricks_create_role(identity_name text, identity_type text)
-returns void language plpgsql security definer set search_path = pg_catalog as $function$
+returns void language plpgsql security definer
+set search_path = pg_catalog set allow_system_table_mods = on as $function$
 begin
     if not pg_has_role(session_user, 'databricks_superuser', 'member') then
         raise insufficient_privilege using message = 'permission denied to create role';
@@ -40,6 +41,12 @@ begin
     end if;
     execute format('create role %I login', identity_name);
     execute format('comment on role %I is %L', identity_name, 'databricks:' || upper(identity_type));
+    -- SECURITY LABEL needs a provider that is loaded into the server; the label itself is a row.
+    insert into pg_shseclabel (objoid, classoid, provider, label)
+    select oid, 'pg_authid'::regclass, 'databricks_auth', format('id=%s,type=%s',
+        ('x' || substr(encode(sha256(convert_to(identity_name, 'UTF8')), 'hex'), 1, 12))::bit(48)::bigint,
+        upper(identity_type))
+    from pg_roles where rolname = identity_name;
 end $function$;
 "#;
 
@@ -98,6 +105,13 @@ pub(super) async fn prepare(
             "create role {role} login{attributes}; comment on role {role} is {mark};",
             role = identifier(&identity.name),
             mark = escape_literal(&format!("{OAUTH_MARK}{}", identity.kind.as_str())),
+        ) + &label(
+            &identity.name,
+            Some(&format!(
+                "id={},type={}",
+                identity.id,
+                identity.kind.as_str()
+            )),
         );
         client
             .batch_execute(&statement)
@@ -177,6 +191,26 @@ pub(super) async fn forget(
         run(&inside, &script).await?;
     }
     Ok(())
+}
+
+/// Statements that give a role this security label, or none. The label is entered by hand, as SECURITY LABEL needs a
+/// provider that is loaded into the server.
+pub(super) fn label(role: &str, label: Option<&str>) -> String {
+    let role = escape_literal(role);
+    let mut script = format!(
+        "set allow_system_table_mods = on;
+         delete from pg_shseclabel where provider = 'databricks_auth' and classoid = 'pg_authid'::regclass
+             and objoid = (select oid from pg_roles where rolname = {role});"
+    );
+    if let Some(label) = label {
+        let _ = write!(
+            script,
+            "insert into pg_shseclabel (objoid, classoid, provider, label)
+             select oid, 'pg_authid'::regclass, 'databricks_auth', {} from pg_roles where rolname = {role};",
+            escape_literal(label)
+        );
+    }
+    script + "reset allow_system_table_mods;"
 }
 
 /// A name as an SQL identifier.

@@ -1,7 +1,10 @@
 //! The look-ups themselves: bounded in number, in pages and in patience.
 
 use std::{
-    sync::atomic::{AtomicUsize, Ordering},
+    sync::{
+        Mutex,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::Duration,
 };
 
@@ -12,7 +15,7 @@ use tokio::time::{Instant, sleep};
 use tracing::warn;
 
 use super::{
-    EndpointInfo, Identity,
+    AppDatabases, EndpointInfo, Identity,
     bodies::{
         AppBody, BranchBody, DatabaseBody, EndpointBody, InstanceBody, MeBody, MeValue,
         ProjectBody, RoleBody,
@@ -41,6 +44,8 @@ pub(in crate::workspace) struct Explorer<'a> {
     workspace: &'a Workspace,
     patience: Duration,
     calls: AtomicUsize,
+    /// What was chosen from, where an app has several databases.
+    pub(super) app_databases: Mutex<Option<AppDatabases>>,
 }
 
 impl<'a> Explorer<'a> {
@@ -50,6 +55,7 @@ impl<'a> Explorer<'a> {
             workspace,
             patience,
             calls: AtomicUsize::new(0),
+            app_databases: Mutex::default(),
         }
     }
 

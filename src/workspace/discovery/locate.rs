@@ -1,11 +1,15 @@
 //! From whatever the settings say to everything a login needs. Settings come first; the workspace fills what they leave open.
 
-use std::{fmt, time::Duration};
+use std::{
+    fmt,
+    sync::{MutexGuard, PoisonError},
+    time::Duration,
+};
 
 use tokio::time::timeout;
 
 use super::{
-    BUDGET, EndpointInfo, EndpointType, Explorer,
+    AppDatabases, BUDGET, EndpointInfo, EndpointType, Explorer,
     bodies::{AppDatabase, AppPostgres, EndpointBody},
     explore::branch_name,
 };
@@ -67,6 +71,8 @@ pub struct Located {
     pub database: Option<String>,
     /// What the workspace said of it, where it was asked.
     pub info: Option<EndpointInfo>,
+    /// What was chosen from, where the app has several databases.
+    pub app_databases: Option<AppDatabases>,
 }
 
 /// Names of what does exist, as many as fit.
@@ -347,7 +353,13 @@ impl Explorer<'_> {
             user,
             database,
             info,
+            app_databases: self.app_databases().take(),
         })
+    }
+
+    fn app_databases(&self) -> MutexGuard<'_, Option<AppDatabases>> {
+        let databases = self.app_databases.lock();
+        databases.unwrap_or_else(PoisonError::into_inner)
     }
 
     async fn find(
@@ -613,10 +625,24 @@ impl Explorer<'_> {
                 }
             }
         })?;
-        let resource = body.resources.iter().find_map(|resource| {
+        let mut databases = body.resources.iter().filter_map(|resource| {
             let postgres = resource.postgres.clone().map(AppResourceKind::Postgres);
-            postgres.or_else(|| resource.database.clone().map(AppResourceKind::Database))
+            let kind =
+                postgres.or_else(|| resource.database.clone().map(AppResourceKind::Database))?;
+            Some((resource.name.clone(), kind))
         });
+        let first = databases.next();
+        let others: Vec<String> = databases.map(|(key, _)| key).collect();
+        if let Some((taken, _)) = &first
+            && !others.is_empty()
+        {
+            *self.app_databases() = Some(AppDatabases {
+                app: app.to_owned(),
+                taken: taken.clone(),
+                others,
+            });
+        }
+        let resource = first.map(|(_, kind)| kind);
         resource.ok_or_else(|| LocateError::NoResource {
             app: app.to_owned(),
             known: Known::new(
@@ -633,6 +659,8 @@ impl Explorer<'_> {
         {
             return Ok(found);
         }
+        // The host is not that of the app's first database.
+        self.app_databases().take();
         if let HostKind::Instance(uid) = &host.kind {
             return self.find_instance_host(host, uid).await;
         }

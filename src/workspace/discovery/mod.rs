@@ -61,6 +61,33 @@ pub enum EndpointType {
     Unknown,
 }
 
+/// The databases among an app's resources, where there are several and nothing names the endpoint.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AppDatabases {
+    /// The app.
+    pub app: String,
+    /// The key of the first resource, which is served.
+    pub taken: String,
+    /// The keys of the others.
+    pub others: Vec<String>,
+}
+
+impl AppDatabases {
+    /// How to serve all of them.
+    pub const HINT: &str = "serve each with an --endpoint (or [[endpoint]]) of its own, named by the variable that app.yaml sets with `valueFrom: <key>`";
+}
+
+impl fmt::Display for AppDatabases {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { app, taken, others } = self;
+        let others = others.join("`, `");
+        write!(
+            f,
+            "the app `{app}` has several databases: the resource `{taken}` is served, and `{others}` not"
+        )
+    }
+}
+
 /// Who we are in the workspace.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Identity {

@@ -233,6 +233,48 @@ async fn the_owner_makes_oauth_roles_as_the_tutorial_says() {
 }
 
 #[tokio::test]
+async fn a_role_is_bound_to_one_identity_by_its_security_label() {
+    let emulator = start().await;
+    let app = emulator.identities().app.clone();
+    let client = connect(&emulator).await.unwrap();
+    let label = "select label from pg_seclabels where provider = 'databricks_auth' and objtype = 'role' \
+        and objname = quote_ident(current_user)";
+    let right = format!("id={},type=SERVICE_PRINCIPAL", app.id);
+    assert_eq!(value(&client, label).await, right);
+
+    emulator
+        .label_role(&app.name, Some("id=1,type=USER"))
+        .await
+        .unwrap();
+    let refused = attempt(&emulator, &app.name, &credential(&emulator)).await;
+    let message = format!(
+        "token's identity \"{0}\" did not match the security label configured for role \"{0}\"",
+        app.name
+    );
+    assert_eq!(refused, fatal("28P01", message));
+    emulator.label_role(&app.name, None).await.unwrap();
+    let (code, _, message) = attempt(&emulator, &app.name, &credential(&emulator)).await;
+    assert_eq!(code, "28P01");
+    assert!(message.contains("no security label"), "{message}");
+    emulator.label_role(&app.name, Some(&right)).await.unwrap();
+    connect(&emulator).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_database_without_the_extension_refuses_tokens() {
+    let emulator = start_with(|settings| {
+        settings.databases_without_extension = vec!["postgres".to_owned()];
+    })
+    .await;
+    let app = &emulator.identities().app.name;
+    let mut config = config(&emulator);
+    let refused = refused(connect_as(&emulator, config.dbname("postgres")).await);
+    let message = format!("password authentication failed for user \"{app}\"");
+    assert_eq!(refused, fatal("28P01", message));
+    connect(&emulator).await.unwrap();
+}
+
+#[tokio::test]
 async fn a_member_logs_in_under_the_role_of_its_group() {
     let emulator = start().await;
     let group = emulator.identities().user.groups[0].clone();
