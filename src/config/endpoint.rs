@@ -166,6 +166,8 @@ impl FromStr for EndpointSettings {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     #[test]
@@ -243,5 +245,25 @@ mod tests {
             listen.listen.and_then(|l| l.address),
             Some("::1".parse().unwrap())
         );
+    }
+
+    proptest! {
+        #[test]
+        fn no_flag_makes_it_panic(text in "\\PC*|[a-z./-]{0,9}[?](port|address|database|user|host|read_only|&|=|[0-9a-z%:.]{1,5}){0,9}") {
+            if let Ok(settings) = text.parse::<EndpointSettings>() {
+                prop_assert!(settings.name.is_some() || settings.host.is_some());
+            }
+        }
+
+        #[test]
+        fn a_flag_is_read_back(database in "[^\\pC]{1,12}", user in "[^\\pC]{1,12}", port: u16) {
+            let mut query = url::form_urlencoded::Serializer::new(String::new());
+            query.append_pair("database", &database).append_pair("user", &user);
+            query.append_pair("port", &port.to_string());
+            let settings: EndpointSettings = format!("name?{}", query.finish()).parse().unwrap();
+            prop_assert_eq!(settings.database, Some(database));
+            prop_assert_eq!(settings.user, Some(user));
+            prop_assert_eq!(settings.listen.map(|listen| listen.port), Some(port));
+        }
     }
 }

@@ -42,6 +42,9 @@ impl Serialize for PortSetting {
     }
 }
 
+/// The longest time that can be set: 100 years, which no timer adds up to more than it can hold.
+const MAX_DURATION: Duration = Duration::from_hours(876_600);
+
 /// A length of time: `90s`, `1m 30s`, or a plain number of seconds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DurationSetting(pub Duration);
@@ -56,13 +59,16 @@ impl FromStr for DurationSetting {
                 "`{text}` is not a length of time such as `15s`, `1m 30s` or a number of seconds"
             )
         };
-        if let Ok(seconds) = text.parse::<f64>() {
-            return Duration::try_from_secs_f64(seconds)
-                .map(Self)
-                .map_err(|_| wrong());
+        let duration = if let Ok(seconds) = text.parse::<f64>() {
+            Duration::try_from_secs_f64(seconds).map_err(|_| wrong())?
+        } else {
+            let duration: SignedDuration = text.parse().map_err(|_| wrong())?;
+            Duration::try_from(duration).map_err(|_| wrong())?
+        };
+        if duration > MAX_DURATION {
+            return Err(format!("`{text}` is longer than 100 years"));
         }
-        let duration: SignedDuration = text.parse().map_err(|_| wrong())?;
-        Duration::try_from(duration).map(Self).map_err(|_| wrong())
+        Ok(Self(duration))
     }
 }
 
@@ -221,6 +227,9 @@ where
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+    use tokio::time::Instant;
+
     use super::*;
 
     #[test]
@@ -241,6 +250,17 @@ mod tests {
         for text in ["", "soon", "-1", "-5s", "NaN", "1e400"] {
             assert!(text.parse::<DurationSetting>().is_err(), "{text}");
         }
+    }
+
+    /// Added to the time, a longer one ended each session in a panic.
+    #[test]
+    fn no_duration_is_too_long_to_add_to_the_time() {
+        for text in ["1e19", "10000000000", "9223372036854775807s", "876601h"] {
+            let error = text.parse::<DurationSetting>().unwrap_err();
+            assert!(error.contains("100 years"), "{error}");
+        }
+        let longest: DurationSetting = "876600h".parse().unwrap();
+        assert!(Instant::now().checked_add(longest.0).is_some());
     }
 
     #[test]
@@ -269,5 +289,27 @@ mod tests {
         assert_eq!("0".parse(), Ok(PortSetting::Port(0)));
         assert!("65536".parse::<PortSetting>().is_err());
         assert!("".parse::<PortSetting>().is_err());
+    }
+
+    proptest! {
+        #[test]
+        fn no_text_makes_them_panic(text in "\\PC*|[0-9a-z .:+\\[\\]-]{0,12}") {
+            if let Ok(duration) = text.parse::<DurationSetting>() {
+                prop_assert!(duration.0 <= MAX_DURATION);
+            }
+            if let Ok(mode) = text.parse::<ModeSetting>() {
+                prop_assert!(mode.0 <= 0o777);
+            }
+            let _ = text.parse::<AddressSetting>();
+            let _ = text.parse::<PortSetting>();
+        }
+
+        #[test]
+        fn seconds_and_addresses_are_read_back(seconds in 0_u32..1_000_000_000, address: IpAddr) {
+            let expected = DurationSetting(Duration::from_secs(seconds.into()));
+            prop_assert_eq!(seconds.to_string().parse(), Ok(expected));
+            prop_assert_eq!(format!("{seconds}s").parse(), Ok(expected));
+            prop_assert_eq!(address.to_string().parse(), Ok(AddressSetting(address)));
+        }
     }
 }

@@ -157,7 +157,11 @@ pub(crate) fn duration(text: &str) -> Result<Duration, String> {
     let parsed: SignedDuration = text
         .parse()
         .map_err(|error: jiff::Error| error.to_string())?;
-    Duration::try_from(parsed).map_err(|_| "must not be negative".to_owned())
+    let duration = Duration::try_from(parsed).map_err(|_| "must not be negative".to_owned())?;
+    if duration > super::MAX_DURATION {
+        return Err("must not be longer than 100 years".to_owned());
+    }
+    Ok(duration)
 }
 
 /// Reads the flag `--fault`.
@@ -196,6 +200,8 @@ mod tests {
         assert_eq!(options.pg_port, 7);
         assert!(Cli::try_parse_from(["x", "--token-ttl", "-3s"]).is_err());
         assert!(Cli::try_parse_from(["x", "--token-ttl", "soon"]).is_err());
+        // Added to the time, it would end the compute's watcher in a panic.
+        assert!(Cli::try_parse_from(["x", "--suspend-after", "9223372036854775807s"]).is_err());
     }
 
     #[test]

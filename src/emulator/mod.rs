@@ -71,6 +71,8 @@ use shared::{Names, Shared};
 use tally::Tallies;
 use token::{Audience, Signer};
 
+/// The longest time that can be set: 100 years, which no timer adds up to more than it can hold.
+const MAX_DURATION: Duration = Duration::from_hours(876_600);
 /// How long connections may take to end when the emulator stops.
 const STOP_TIMEOUT: Duration = Duration::from_secs(3);
 

@@ -118,6 +118,11 @@ mod seconds {
     pub(super) fn deserialize<'de, D: Deserializer<'de>>(
         deserializer: D,
     ) -> Result<Duration, D::Error> {
-        Duration::try_from_secs_f64(f64::deserialize(deserializer)?).map_err(Error::custom)
+        let duration =
+            Duration::try_from_secs_f64(f64::deserialize(deserializer)?).map_err(Error::custom)?;
+        if duration > super::super::MAX_DURATION {
+            return Err(Error::custom("longer than 100 years"));
+        }
+        Ok(duration)
     }
 }

@@ -132,6 +132,33 @@ async fn log_in_once(
     })
 }
 
+/// [`exchange`] with a fixed credential, for tests and fuzzing.
+#[cfg(any(test, fuzzing))]
+pub(super) async fn exchange_with<S: AsyncRead + AsyncWrite + Unpin>(
+    stream: &mut S,
+    secret: &str,
+    settings: &SessionSettings,
+    may_send_cleartext: bool,
+) -> Result<(Greeting, BytesMut), Failure> {
+    let credential = Credential {
+        secret: secret.into(),
+        expires_at: None,
+        minted_at: jiff::Timestamp::UNIX_EPOCH,
+        generation: 1,
+    };
+    let startup = settings.startup("me", |_| false).unwrap_or_default();
+    exchange(
+        stream,
+        "me",
+        &credential,
+        settings,
+        &startup,
+        may_send_cleartext,
+        &Progress::default(),
+    )
+    .await
+}
+
 /// Everything said between TLS and ReadyForQuery; `progress` learns when the server has asked for it.
 pub(super) async fn exchange<S: AsyncRead + AsyncWrite + Unpin>(
     stream: &mut S,
@@ -319,9 +346,14 @@ fn value_of(parameter_status: &[u8], wanted: &str) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
-    use jiff::Timestamp;
-    use secrecy::SecretString;
-    use tokio::io::duplex;
+    use std::{
+        pin::Pin,
+        task::{Context, Poll},
+    };
+
+    use futures_util::FutureExt;
+    use proptest::prelude::*;
+    use tokio::io::{ReadBuf, duplex};
 
     use super::*;
     use crate::upstream::Class;
@@ -353,23 +385,7 @@ mod tests {
             drop(theirs);
             heard
         };
-        let credential = Credential {
-            secret: SecretString::from("token"),
-            expires_at: None,
-            minted_at: Timestamp::UNIX_EPOCH,
-            generation: 1,
-        };
-        let progress = Progress::default();
-        let startup = settings.startup("me", |_| false).unwrap();
-        let login = exchange(
-            &mut ours,
-            "me",
-            &credential,
-            &settings,
-            &startup,
-            true,
-            &progress,
-        );
+        let login = exchange_with(&mut ours, "token", &settings, true);
         let (result, heard) = tokio::join!(login, server);
         (result.map(|(greeting, _)| greeting), heard)
     }
@@ -467,5 +483,88 @@ mod tests {
         assert_eq!(result.unwrap_err().class, Class::Waking);
         let (result, _) = against(&[b"HTTP/1.1 400 Bad Request\r\n"], settings(None, false)).await;
         assert_eq!(result.unwrap_err().class, Class::Protocol);
+    }
+
+    /// A server that sends these bytes in pieces of this size, and takes anything.
+    struct Pieces<'a> {
+        data: &'a [u8],
+        size: usize,
+    }
+
+    impl AsyncRead for Pieces<'_> {
+        fn poll_read(
+            mut self: Pin<&mut Self>,
+            _: &mut Context<'_>,
+            buf: &mut ReadBuf<'_>,
+        ) -> Poll<io::Result<()>> {
+            let now = self.size.min(buf.remaining()).min(self.data.len());
+            let (piece, rest) = self.data.split_at(now);
+            buf.put_slice(piece);
+            self.data = rest;
+            Poll::Ready(Ok(()))
+        }
+    }
+
+    impl AsyncWrite for Pieces<'_> {
+        fn poll_write(
+            self: Pin<&mut Self>,
+            _: &mut Context<'_>,
+            buf: &[u8],
+        ) -> Poll<io::Result<usize>> {
+            Poll::Ready(Ok(buf.len()))
+        }
+
+        fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Ready(Ok(()))
+        }
+
+        fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Ready(Ok(()))
+        }
+    }
+
+    /// What a login at this server comes to, and what is left of what it sent.
+    fn outcome(data: &[u8], size: usize) -> Result<(Greeting, Vec<u8>), String> {
+        let settings = settings(Some("LATIN1"), false);
+        let mut server = Pieces { data, size };
+        let login = exchange_with(&mut server, "token", &settings, true);
+        let done = login.now_or_never().expect("the server never waits");
+        let left = server.data;
+        done.map(|(greeting, leftover)| (greeting, [&leftover[..], left].concat()))
+            .map_err(|failure| format!("{failure:?}"))
+    }
+
+    fn message() -> impl Strategy<Value = Vec<u8>> {
+        let known = prop::sample::select(vec![
+            ask(),
+            welcome(),
+            frame(b'R', &[0, 0, 0, 0]),
+            frame(b'S', b"client_encoding\0LATIN1\0"),
+            frame(b'N', b"SNOTICE\0Mhello\0\0"),
+            frame(b'C', b"SET\0"),
+            frame(b'Z', b"I"),
+            frame(b'E', b"SFATAL\0C28000\0Mno\0\0"),
+        ]);
+        let other = (any::<u8>(), prop::collection::vec(any::<u8>(), 0..20));
+        prop_oneof![6 => known, 1 => other.prop_map(|(tag, body)| frame(tag, &body)), 1 => prop::collection::vec(any::<u8>(), 0..9)]
+    }
+
+    proptest! {
+        /// The same whatever the pieces, and nothing panics.
+        #[test]
+        fn a_login_does_not_depend_on_how_it_is_split(messages in prop::collection::vec(message(), 0..9), size in 1_usize..40) {
+            let data = messages.concat();
+            let (whole, split) = (outcome(&data, usize::MAX), outcome(&data, size));
+            match (whole, split) {
+                (Ok((one, left)), Ok((other, also_left))) => {
+                    prop_assert_eq!(one.parameter_status, other.parameter_status);
+                    prop_assert_eq!(one.notices, other.notices);
+                    prop_assert_eq!(one.key, other.key);
+                    prop_assert_eq!(left, also_left);
+                }
+                (Err(one), Err(other)) => prop_assert_eq!(one, other),
+                (one, other) => prop_assert!(false, "{:?}, {:?}", one, other),
+            }
+        }
     }
 }

@@ -33,6 +33,8 @@ const CALL_TIMEOUT: Duration = Duration::from_secs(30);
 const LOCAL_TIMEOUT: Duration = Duration::from_secs(10);
 /// One look for something that there need not be.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(5);
+/// A workspace may ask for any wait; one that is longer is no answer, and too long to add to the time.
+const MAX_RETRY_AFTER: Duration = Duration::from_hours(24);
 /// Shorter than any refresh interval, so that no refresh meets a connection that died meanwhile.
 const POOL_IDLE_TIMEOUT: Duration = Duration::from_secs(10);
 /// The largest answer that is read.
@@ -298,7 +300,7 @@ impl Api {
                 .filter(|id| !id.is_empty());
             let retry_after = text(&headers, &RETRY_AFTER)
                 .and_then(|value| retry_after(value, date.unwrap_or(received_at)))
-                .or(parsed.retry_delay);
+                .or(parsed.retry_delay.map(|delay| delay.min(MAX_RETRY_AFTER)));
             return Err(ApiError::Status {
                 status,
                 body: parsed,
@@ -413,20 +415,24 @@ fn user_agent(auth_type: &str) -> String {
 }
 
 /// RFC 9110's preferred form, which is also an RFC 2822 date.
-fn http_date(text: &str) -> Option<Timestamp> {
+pub(super) fn http_date(text: &str) -> Option<Timestamp> {
     rfc2822::parse(text).ok().map(|date| date.timestamp())
 }
 
 /// Seconds or a date (RFC 9110 section 10.2.3).
-fn retry_after(text: &str, now: Timestamp) -> Option<Duration> {
+pub(super) fn retry_after(text: &str, now: Timestamp) -> Option<Duration> {
     if let Ok(seconds) = text.trim().parse() {
-        return Some(Duration::from_secs(seconds));
+        return Some(Duration::from_secs(seconds).min(MAX_RETRY_AFTER));
     }
     let wait = http_date(text)?.duration_since(now);
-    Some(Duration::try_from(wait).unwrap_or_default())
+    Some(
+        Duration::try_from(wait)
+            .unwrap_or_default()
+            .min(MAX_RETRY_AFTER),
+    )
 }
 
-fn skew(date: Timestamp, received_at: Timestamp) -> Option<SignedDuration> {
+pub(super) fn skew(date: Timestamp, received_at: Timestamp) -> Option<SignedDuration> {
     // The moment lies somewhere in that second.
     let skew = date
         .duration_since(received_at)
@@ -436,6 +442,8 @@ fn skew(date: Timestamp, received_at: Timestamp) -> Option<SignedDuration> {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     fn at(second: i64) -> Timestamp {
@@ -475,6 +483,17 @@ mod tests {
         assert_eq!(retry_after("-1", now), None);
     }
 
+    /// Added to the time, the longest wait that a header can name ended the caller in a panic.
+    #[test]
+    fn no_wait_is_too_long_to_add_to_the_time() {
+        let now = Timestamp::UNIX_EPOCH;
+        for text in ["18446744073709551615", "Wed, 29 Dec 9999 23:59:59 GMT"] {
+            let wait = retry_after(text, now).unwrap();
+            assert!(Instant::now().checked_add(wait).is_some(), "{text}");
+            assert_eq!(wait, MAX_RETRY_AFTER);
+        }
+    }
+
     #[test]
     fn skew_is_told_from_the_noise_of_whole_seconds() {
         assert_eq!(skew(at(100), at(101)), None);
@@ -487,5 +506,22 @@ mod tests {
             skew(at(100), at(400)),
             Some(SignedDuration::from_millis(-299_500))
         );
+    }
+
+    proptest! {
+        #[test]
+        fn no_header_makes_it_panic(text: String, second in any::<i64>()) {
+            let now = Timestamp::from_second(second % 200_000_000_000).unwrap();
+            prop_assert!(retry_after(&text, now).is_none_or(|wait| wait <= MAX_RETRY_AFTER));
+            if let Some(date) = http_date(&text) {
+                let _ = skew(date, now);
+            }
+        }
+
+        #[test]
+        fn seconds_are_read_back(seconds in 0_u64..86_400) {
+            let read = retry_after(&seconds.to_string(), Timestamp::UNIX_EPOCH);
+            prop_assert_eq!(read, Some(Duration::from_secs(seconds)));
+        }
     }
 }

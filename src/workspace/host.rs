@@ -124,6 +124,8 @@ pub(super) fn is_loopback(host: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     #[test]
@@ -201,5 +203,23 @@ mod tests {
         assert!(!remote.may_trust(&url("http://localhost:1/token")));
         assert!(!local.may_trust(&url("http://example.com/token")));
         assert!(local.may_trust(&url("http://127.0.0.1:2/token")));
+    }
+
+    proptest! {
+        /// A host that is accepted keeps its name, is https unless it is on this machine, and is accepted again.
+        #[test]
+        fn an_accepted_host_is_accepted_again(text in "(https?://)?[a-zA-Z0-9.:@-]{0,20}(/[a-z?=&0-9#]{0,12})?") {
+            if let Ok((host, _)) = Host::parse(&text) {
+                let shown = host.join("/").to_string();
+                let (again, _) = Host::parse(&shown).unwrap();
+                prop_assert_eq!(again.name(), host.name());
+                prop_assert!(shown.starts_with("https://") || host.is_loopback());
+            }
+        }
+
+        #[test]
+        fn no_text_makes_it_panic(text: String) {
+            let _ = Host::parse(&text);
+        }
     }
 }

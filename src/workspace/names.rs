@@ -388,6 +388,8 @@ fn is_id(text: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     #[test]
@@ -521,5 +523,36 @@ mod tests {
         );
         assert!("my instance".parse::<InstanceName>().is_err());
         assert!("a/b".parse::<InstanceName>().is_err());
+    }
+
+    proptest! {
+        /// What is accepted is shown as it is accepted again; what is refused has a hint.
+        #[test]
+        fn names_are_read_back(text in "(projects|branches|endpoints|ep-[a-z0-9]{1,4}|[a-zA-Z0-9.:@/_ -]{0,9}|/){0,9}") {
+            if let Ok(name) = text.parse::<EndpointName>() {
+                prop_assert_eq!(name.as_str().parse::<EndpointName>().unwrap(), name.clone());
+                prop_assert!(name.branch().parse::<BranchName>().is_ok());
+            }
+            if let Ok(name) = text.parse::<HostName>() {
+                prop_assert_eq!(name.as_str().parse::<HostName>().unwrap(), name);
+            }
+            if let Err(error) = text.parse::<Reference>() {
+                prop_assert!(!error.hint().is_empty());
+            }
+        }
+
+        #[test]
+        fn no_text_makes_them_panic(text: String) {
+            let _ = text.parse::<Reference>();
+            let _ = text.parse::<HostName>();
+            let _ = text.parse::<InstanceName>();
+        }
+
+        #[test]
+        fn every_well_formed_endpoint_is_one(project in "[a-z][a-z0-9-]{0,20}[a-z0-9]", branch in "[a-z][a-z0-9]{0,9}", id in "[a-z][a-z0-9]{0,9}") {
+            let text = format!("projects/{project}/branches/{branch}/endpoints/{id}");
+            let is_endpoint = matches!(text.parse(), Ok(Reference::Endpoint(name)) if name.as_str() == text);
+            prop_assert!(is_endpoint, "{}", text);
+        }
     }
 }

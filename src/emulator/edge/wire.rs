@@ -197,6 +197,8 @@ pub(super) fn invalid(text: &'static str) -> io::Error {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     fn body(pairs: &[(&str, &str)]) -> Vec<u8> {
@@ -274,6 +276,26 @@ mod tests {
             b"user\0\xff\0\0",
         ] {
             assert_eq!(Parameters::parse(bytes), None, "{bytes:?}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn no_packet_makes_it_panic(bytes in prop::collection::vec(any::<u8>(), 0..60)) {
+            if let Some(parameters) = Parameters::parse(&bytes) {
+                let _ = parameters.login();
+                prop_assert!(parameters.forwarded().ends_with(b"\0"));
+            }
+        }
+
+        #[test]
+        fn a_list_is_read_back(pairs in prop::collection::vec(("[^\\x00]{1,8}", "[^\\x00]{0,8}"), 0..6)) {
+            let pairs: Vec<(&str, &str)> = pairs.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
+            let parameters = Parameters::parse(&body(&pairs)).unwrap();
+            for (name, _) in &pairs {
+                let last = pairs.iter().rev().find(|(key, _)| key == name);
+                prop_assert_eq!(parameters.find(name), last.map(|(_, value)| *value));
+            }
         }
     }
 }

@@ -691,4 +691,27 @@ mod tests {
             assert!(!fault.applies_to(&other), "{other:?}");
         }
     }
+
+    proptest::proptest! {
+        /// Only its kind decides whether a fault can happen, and what can is written as it is read.
+        #[test]
+        fn faults_are_read_back(site in 0..Site::ALL.len(), action in 0..12_usize, times: Option<u32>, user: Option<String>, age: Option<u32>) {
+            let fault = Fault {
+                times,
+                user,
+                credential_older_than: age,
+                ..Fault::new(Site::ALL[site], actions()[action].clone())
+            };
+            let text = serde_json::to_string(&fault).unwrap();
+            proptest::prop_assert_eq!(parse(&text).unwrap(), fault.clone());
+            let _ = fault.check();
+        }
+
+        #[test]
+        fn no_json_makes_it_panic(text in "[{}\":,a-z_0-9\\[\\]]{0,40}") {
+            if let Ok(fault) = parse(&text) {
+                let _ = fault.check();
+            }
+        }
+    }
 }

@@ -131,4 +131,11 @@ mod tests {
             None
         );
     }
+
+    proptest::proptest! {
+        #[test]
+        fn no_host_makes_it_panic(host: String) {
+            let _ = is_local_name(&host);
+        }
+    }
 }
