@@ -27,10 +27,15 @@ pub fn read(path: &Path) -> Result<Settings, ConfigError> {
         path: path.to_owned(),
         source,
     })?;
-    toml::from_str(&text).map_err(|error| ConfigError::Parse {
+    parse(path, &text)
+}
+
+/// Reads the text of a file of settings.
+pub(super) fn parse(path: &Path, text: &str) -> Result<Settings, ConfigError> {
+    toml::from_str(text).map_err(|error| ConfigError::Parse {
         path: path.to_owned(),
-        line: line_of(&text, &error),
-        message: message_of(&text, &error),
+        line: line_of(text, &error),
+        message: message_of(text, &error),
     })
 }
 
@@ -91,6 +96,8 @@ fn message_of(text: &str, error: &toml::de::Error) -> String {
 mod tests {
     use std::fs;
 
+    use proptest::prelude::*;
+
     use super::*;
 
     #[test]
@@ -133,6 +140,17 @@ mod tests {
                 error.contains("p.toml`, line ") && error.len() < 300 && !error.contains('\n'),
                 "{error}"
             );
+        }
+    }
+
+    proptest! {
+        /// Whatever is wrong is reported in one line, at a line that there is.
+        #[test]
+        fn no_file_makes_it_panic(text in "(port|http_port|connect_timeout|\\[\\[endpoint\\]\\]|name|=|\"|'|[0-9a-z]{1,4}|[\\[\\]{}.,#-]|\n| |\\PC){0,20}") {
+            if let Err(ConfigError::Parse { line, message, .. }) = parse(Path::new("f"), &text) {
+                prop_assert!(!message.contains('\n'), "{:?}", message);
+                prop_assert!((1..=text.matches('\n').count() + 1).contains(&line));
+            }
         }
     }
 }

@@ -7,6 +7,8 @@ mod endpoint;
 mod environment;
 mod error;
 mod file;
+#[cfg(fuzzing)]
+pub mod fuzzing;
 mod listen;
 mod local;
 mod resolve;

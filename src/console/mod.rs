@@ -15,6 +15,8 @@
 
 mod clients;
 mod dialogue;
+#[cfg(fuzzing)]
+pub mod fuzzing;
 mod pgbouncer;
 mod statement;
 mod tables;

@@ -102,7 +102,7 @@ pub(super) struct Certificate {
 }
 
 impl Certificate {
-    fn parse(leaf: &CertificateDer<'_>, last: &CertificateDer<'_>) -> Option<Self> {
+    pub(super) fn parse(leaf: &CertificateDer<'_>, last: &CertificateDer<'_>) -> Option<Self> {
         let (_, leaf) = X509Certificate::from_der(leaf).ok()?;
         let (_, last) = X509Certificate::from_der(last).ok()?;
         let names = leaf.subject_alternative_name().ok().flatten();

@@ -6,6 +6,8 @@
 mod certificates;
 mod endpoint;
 mod entry;
+#[cfg(fuzzing)]
+pub mod fuzzing;
 mod grants;
 mod port;
 mod report;

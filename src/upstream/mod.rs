@@ -12,6 +12,8 @@ mod dial;
 mod dropped;
 pub mod endpoint;
 mod failure;
+#[cfg(fuzzing)]
+pub mod fuzzing;
 mod login;
 mod phases;
 pub mod probe;

@@ -9,6 +9,8 @@ mod databrickscfg;
 mod diagnosis;
 mod discovery;
 mod error_body;
+#[cfg(fuzzing)]
+pub mod fuzzing;
 mod host;
 mod inspect;
 mod names;

@@ -228,7 +228,7 @@ impl AzureCli {
 }
 
 /// `2026-08-28 15:04:05.000000`, in the time zone of this machine.
-fn local_time(text: &str, zone: &TimeZone) -> Option<Timestamp> {
+pub(super) fn local_time(text: &str, zone: &TimeZone) -> Option<Timestamp> {
     let time: DateTime = text.trim().parse().ok()?;
     Some(time.to_zoned(zone.clone()).ok()?.timestamp())
 }

@@ -270,7 +270,7 @@ fn is_old(path: &Path) -> io::Result<bool> {
 }
 
 /// RFC 3339 with any offset, or without one and with a blank (then in UTC, as the Go SDK takes it).
-fn expiry(text: &str) -> Option<Timestamp> {
+pub(super) fn expiry(text: &str) -> Option<Timestamp> {
     let text = text.trim();
     text.parse().ok().or_else(|| {
         let time: DateTime = text.parse().ok()?;

@@ -15,6 +15,8 @@ mod databricks_cli;
 mod env_oidc;
 mod exchange;
 mod file_oidc;
+#[cfg(fuzzing)]
+pub(super) mod fuzzing;
 mod github_oidc;
 mod metadata_service;
 mod model_serving;
@@ -357,4 +359,38 @@ fn needed_secret(
         });
     }
     Ok(secret.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn number() -> impl Strategy<Value = Value> {
+        prop_oneof![
+            any::<f64>().prop_map(|number| serde_json::json!(number)),
+            any::<u64>().prop_map(|number| serde_json::json!(number)),
+            any::<i64>().prop_map(|number| serde_json::json!(number.to_string())),
+            "[-+0-9.eE]{0,25}".prop_map(Value::String),
+            Just(Value::Null),
+        ]
+    }
+
+    proptest! {
+        /// Whatever a token endpoint says of the token's end, it is taken with an end or refused.
+        #[test]
+        fn no_expiry_makes_it_panic(expires_in in number(), expires_on in number()) {
+            let body = serde_json::json!({ "access_token": "a.b.c", "expires_in": expires_in, "expires_on": expires_on });
+            if let Ok(response) = serde_json::from_value::<TokenResponse>(body) {
+                prop_assert!(response.into_token().is_ok());
+            }
+        }
+
+        #[test]
+        fn no_token_makes_it_panic(token: String, payload: Vec<u8>) {
+            let _ = claim(&token, "scope");
+            let _ = claim(&format!("h.{}.s", URL_SAFE_NO_PAD.encode(payload)), "scope");
+        }
+    }
 }

@@ -31,7 +31,7 @@ fuzz_target!(|data: &[u8]| {
             ),
         );
     }
-    let failure = Failure::server(fields);
+    let failure = Failure::server(fields, []);
     let told = failure.report(&Label::new("e"));
     assert!(!told.sqlstate.is_empty());
     assert!(!told.encode_fatal().is_empty());

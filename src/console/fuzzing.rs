@@ -1,0 +1,51 @@
+//! Opened to tests/fuzz: one client's conversation with the console.
+
+use bytes::BytesMut;
+
+use super::{
+    dialogue::{Dialogue, Next, Rows, Tables},
+    statement::Show,
+};
+use crate::protocol::{
+    frame::{tag, take_message},
+    rows::{Column, Kind, Value},
+};
+
+struct Fixed;
+
+impl Tables for Fixed {
+    fn columns(&self, _show: Show) -> &'static [Column] {
+        const {
+            &[Column {
+                name: "n",
+                kind: Kind::Number,
+            }]
+        }
+    }
+
+    fn rows(&self, _show: Show) -> Rows {
+        (1..=3).map(|n| vec![Value::Number(n)]).collect()
+    }
+}
+
+/// Each message is answered in whole frames; Query and Sync end in one ReadyForQuery, and nothing else has one.
+pub fn conversation(data: &[u8]) {
+    let mut dialogue = Dialogue::new(Fixed);
+    let mut input = BytesMut::from(data);
+    while let Ok(Some(message)) = take_message(&mut input, 10_000) {
+        let mut out = BytesMut::new();
+        if dialogue.hear(&message, &mut out) == Next::End {
+            assert_eq!(message.tag, tag::TERMINATE);
+            return;
+        }
+        let mut answers = Vec::new();
+        while let Some(answer) = take_message(&mut out, usize::MAX).expect("a frame") {
+            answers.push(answer.tag);
+        }
+        assert!(out.is_empty(), "half a message");
+        let ready = answers.iter().filter(|tag| **tag == b'Z').count();
+        let is_end = matches!(message.tag, tag::QUERY | tag::SYNC);
+        assert_eq!(ready, usize::from(is_end), "{:?}", message.tag);
+        assert!(ready == 0 || answers.last() == Some(&b'Z'));
+    }
+}

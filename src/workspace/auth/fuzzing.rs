@@ -1,0 +1,21 @@
+//! Opened to tests/fuzz: what token endpoints, command-line tools and tokens say.
+
+use jiff::tz::{Offset, TimeZone};
+
+use super::{TokenResponse, azure_cli, claim, databricks_cli};
+
+/// A token is accepted with an expiry or refused; nothing panics.
+pub(in crate::workspace) fn token_response(body: &[u8]) {
+    if let Ok(response) = serde_json::from_slice::<TokenResponse>(body) {
+        let _ = response.into_token();
+    }
+}
+
+pub(in crate::workspace) fn times(text: &str) {
+    let _ = databricks_cli::expiry(text);
+    let _ = azure_cli::local_time(text, &TimeZone::fixed(Offset::constant(-11)));
+}
+
+pub(in crate::workspace) fn claims(token: &str) {
+    let _ = claim(token, "scope");
+}

@@ -1,0 +1,84 @@
+//! Opened to tests/fuzz: what the workspace and the files of the Databricks tools say.
+
+use jiff::Timestamp;
+use reqwest::StatusCode;
+
+use super::{
+    BranchName, EndpointName, Host, HostName, InstanceName, Reference, api, auth,
+    databrickscfg::Profiles, error_body,
+};
+
+/// An answer to a request: as a refusal, and as a token.
+pub fn answer(status: u16, body: &[u8]) {
+    auth::fuzzing::token_response(body);
+    let Ok(status) = StatusCode::from_u16(status) else {
+        return;
+    };
+    let said = error_body::parse(status, body);
+    assert!(!said.message.is_empty());
+    for text in [
+        Some(&said.message),
+        said.code.as_ref(),
+        said.request_id.as_ref(),
+    ] {
+        let text = text.map_or("", String::as_str);
+        assert!(!text.chars().any(char::is_control), "{text:?}");
+        assert!(
+            text.chars().count() <= 601,
+            "{} characters",
+            text.chars().count()
+        );
+    }
+}
+
+/// Headers and fields that hold a time or a token.
+pub fn times(text: &str) {
+    let now = Timestamp::UNIX_EPOCH;
+    let _ = api::retry_after(text, now);
+    let _ = api::retry_after(text, Timestamp::MAX);
+    if let Some(date) = api::http_date(text) {
+        let _ = api::skew(date, now);
+        let _ = api::skew(date, Timestamp::MIN);
+    }
+    let _ = error_body::proto_duration(text);
+    auth::fuzzing::times(text);
+    auth::fuzzing::claims(text);
+}
+
+/// `~/.databrickscfg`: a mistake is at a line that exists, and every named profile is found.
+pub fn databrickscfg(text: &str) {
+    match Profiles::parse(text) {
+        Ok(profiles) => {
+            for name in profiles.names() {
+                assert!(profiles.get(name).is_some(), "{name:?}");
+            }
+        }
+        Err(error) => assert!((1..=text.matches('\n').count() + 1).contains(&error.line)),
+    }
+}
+
+/// Names of resources and hosts, as people write them; what is accepted is accepted again as it is shown.
+pub fn names(text: &str) {
+    if let Ok(name) = text.parse::<EndpointName>() {
+        assert_eq!(
+            name.as_str().parse::<EndpointName>().expect("the same"),
+            name
+        );
+        assert!(name.branch().parse::<BranchName>().is_ok());
+    }
+    if let Ok(name) = text.parse::<BranchName>() {
+        assert_eq!(name.as_str().parse::<BranchName>().expect("the same"), name);
+    }
+    if let Ok(name) = text.parse::<HostName>() {
+        assert_eq!(name.as_str().parse::<HostName>().expect("the same"), name);
+        let _ = name.read_only();
+    }
+    if let Err(error) = text.parse::<EndpointName>() {
+        let _ = error.hint();
+    }
+    let _ = text.parse::<InstanceName>();
+    let _ = text.parse::<Reference>();
+    if let Ok((host, _)) = Host::parse(text) {
+        let _ = (host.name(), host.is_loopback());
+    }
+}

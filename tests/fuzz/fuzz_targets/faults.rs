@@ -1,0 +1,14 @@
+//! The emulator's faults: what is read is written again the same, and what is checked can be set.
+#![no_main]
+
+use lakebase_proxy::emulator::{Fault, Faults};
+use libfuzzer_sys::fuzz_target;
+
+fuzz_target!(|data: &[u8]| {
+    let Ok(fault) = serde_json::from_slice::<Fault>(data) else {
+        return;
+    };
+    let text = serde_json::to_string(&fault).expect("JSON");
+    assert_eq!(serde_json::from_str::<Fault>(&text).expect("the same"), fault);
+    assert_eq!(fault.check().is_ok(), Faults::default().add(fault).is_ok());
+});
