@@ -394,6 +394,9 @@ async fn accept<A: Acceptor>(
                 A::tune(&client, &sessions.policies.now().terms.keepalive);
                 floor.enter(sessions.next_id(), peer, client.into(), permit);
             }
+            Err(error) if concerns_one_connection(&error) => {
+                tracing::debug!(%error, "a connection broke before it was accepted");
+            }
             Err(error) => {
                 // Mostly a lack of descriptors, which passes when sessions end. Said once per spell.
                 if pause == ACCEPT_PAUSE_MIN {
@@ -404,6 +407,26 @@ async fn accept<A: Acceptor>(
             }
         }
     }
+}
+
+/// Whether an error of `accept` is that of the connection, so that the next may follow at once: aborted, refused by a firewall,
+/// or a network error that Linux passes on, see accept(2).
+fn concerns_one_connection(error: &io::Error) -> bool {
+    use rustix::io::Errno;
+    const OF_ONE: [Errno; 11] = [
+        Errno::CONNABORTED,
+        Errno::CONNRESET,
+        Errno::HOSTDOWN,
+        Errno::HOSTUNREACH,
+        Errno::INTR,
+        Errno::NETDOWN,
+        Errno::NETUNREACH,
+        Errno::NOPROTOOPT,
+        Errno::OPNOTSUPP,
+        Errno::PERM,
+        Errno::PROTO,
+    ];
+    Errno::from_io_error(error).is_some_and(|errno| OF_ONE.contains(&errno))
 }
 
 /// What its log lines have in common; the parts of its login are filled in once it is logged in.
@@ -446,6 +469,30 @@ mod tests {
                 mode: 0o600,
             }),
         }
+    }
+
+    #[test]
+    fn an_error_of_one_connection_is_no_lack_of_descriptors() {
+        use rustix::io::Errno;
+        let concerns_one = |errno: Errno| concerns_one_connection(&io::Error::from(errno));
+        for errno in [
+            Errno::CONNABORTED,
+            Errno::PERM,
+            Errno::PROTO,
+            Errno::NETDOWN,
+        ] {
+            assert!(concerns_one(errno), "{errno:?}");
+        }
+        for errno in [
+            Errno::MFILE,
+            Errno::NFILE,
+            Errno::NOBUFS,
+            Errno::NOMEM,
+            Errno::BADF,
+        ] {
+            assert!(!concerns_one(errno), "{errno:?}");
+        }
+        assert!(!concerns_one_connection(&io::Error::other("no code")));
     }
 
     #[test]

@@ -73,8 +73,17 @@ fn bind_each(
         .filter(|companion| !bound.contains(companion))
         .collect();
     companions.dedup();
-    // A machine without IPv6, or a port that somebody else has there: then `localhost` falls back to IPv4.
-    sockets.extend(companions.into_iter().filter_map(|it| bind(it).ok()));
+    for companion in companions {
+        match bind(companion) {
+            Ok(socket) => sockets.push(socket),
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse => tracing::warn!(
+                address = %companion,
+                "another program listens on this address: clients that connect to `localhost` may reach it instead of the proxy; hint: end it, choose another --port, or let clients connect to 127.0.0.1"
+            ),
+            // A machine without IPv6: then `localhost` is IPv4.
+            Err(error) => tracing::debug!(address = %companion, %error, "not listening"),
+        }
+    }
     Ok((sockets, bound))
 }
 

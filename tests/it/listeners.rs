@@ -169,3 +169,18 @@ async fn sockets_that_cannot_be_used_are_named() {
         "{said}"
     );
 }
+
+/// `localhost` may mean either: a client would reach the other program, and nothing was said about it.
+#[tokio::test]
+async fn a_taken_ipv6_loopback_beside_a_free_ipv4_one_is_a_warning() {
+    if !has_ipv6() {
+        return;
+    }
+    let emulator = harness::emulator().await;
+    let taken = TcpListener::bind("[::1]:0").unwrap();
+    let port = taken.local_addr().unwrap().port().to_string();
+    let mut binary = binary::Binary::serve(&emulator, &["--port", &port]).await;
+    let line = binary.find("another program listens on this address").await;
+    assert_eq!(line["level"], "WARN");
+    assert_eq!(line["address"], format!("[::1]:{port}"));
+}
