@@ -32,6 +32,8 @@ pub(super) struct Inbox {
 
 #[derive(Default)]
 struct Post {
+    /// The thread has ended, or is about to: it takes no jobs.
+    closed: bool,
     jobs: Vec<Job>,
     woken: Vec<usize>,
     stop: bool,
@@ -48,9 +50,32 @@ impl Inbox {
         self.jobs.load(Ordering::Relaxed)
     }
 
-    pub(super) fn give(&self, job: Job) {
-        self.jobs.fetch_add(1, Ordering::Relaxed);
-        self.put(|post| post.jobs.push(job));
+    /// Hands a job over; gives it back when the thread has ended.
+    pub(super) fn give(&self, job: Job) -> Result<(), Job> {
+        let mut refused = None;
+        self.put(|post| {
+            if post.closed {
+                refused = Some(job);
+            } else {
+                self.jobs.fetch_add(1, Ordering::Relaxed);
+                post.jobs.push(job);
+            }
+        });
+        refused.map_or(Ok(()), Err)
+    }
+
+    pub(super) fn is_closed(&self) -> bool {
+        self.post().closed
+    }
+
+    /// No job is taken any more; those that have not begun are dropped.
+    fn close(&self) {
+        let jobs = {
+            let mut post = self.post();
+            post.closed = true;
+            mem::take(&mut post.jobs)
+        };
+        drop(jobs);
     }
 
     pub(super) fn stop(&self) {
@@ -95,8 +120,19 @@ struct Running {
     is_due: bool,
 }
 
+/// Closes the inbox of a thread that ends, in whatever way.
+struct CloseOnDrop(Arc<Inbox>);
+
+impl Drop for CloseOnDrop {
+    fn drop(&mut self) {
+        self.0.close();
+    }
+}
+
 pub(super) struct Executor {
     poll: mio::Poll,
+    registry: Option<mio::Registry>,
+    _close: CloseOnDrop,
     inbox: Arc<Inbox>,
     running: Slab<Running>,
     due: Vec<usize>,
@@ -111,6 +147,8 @@ impl Executor {
             bell: mio::Waker::new(poll.registry(), INBOX)?,
         });
         let executor = Self {
+            registry: Some(poll.registry().try_clone()?),
+            _close: CloseOnDrop(Arc::clone(&inbox)),
             poll,
             inbox: Arc::clone(&inbox),
             running: Slab::new(),
@@ -121,9 +159,8 @@ impl Executor {
 
     /// Runs until it is told to stop.
     pub(super) fn run(mut self) {
-        match self.poll.registry().try_clone() {
-            Ok(registry) => reactor::begin(registry),
-            Err(error) => return tracing::error!(%error, "a relay thread cannot begin"),
+        if let Some(registry) = self.registry.take() {
+            reactor::begin(registry);
         }
         let mut events = Events::with_capacity(EVENTS);
         let mut turn = Vec::new();
@@ -137,7 +174,12 @@ impl Executor {
             match self.poll.poll(&mut events, patience) {
                 Ok(()) => {}
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                Err(error) => return tracing::error!(%error, "a relay thread has ended"),
+                Err(error) => {
+                    return tracing::error!(
+                        %error,
+                        "a relay thread has ended, with its sessions; hint: restart the proxy if others follow"
+                    );
+                }
             }
             let mut has_post = false;
             for event in &events {
@@ -170,7 +212,9 @@ impl Executor {
 
     /// Takes in what others have said; false when that is to stop.
     fn open_post(&mut self) -> bool {
-        let Post { jobs, woken, stop } = mem::take(&mut *self.inbox.post());
+        let Post {
+            jobs, woken, stop, ..
+        } = mem::take(&mut *self.inbox.post());
         for job in jobs {
             let entry = self.running.vacant_entry();
             let key = entry.key();

@@ -57,22 +57,34 @@ impl Workers {
         Ok(workers)
     }
 
-    /// Runs `job` on the thread with the fewest.
-    pub fn spawn(&self, job: Job) {
-        if let Some(inbox) = self.0.iter().min_by_key(|inbox| inbox.jobs()) {
-            inbox.give(job);
+    /// Runs `job` on the thread with the fewest. A thread that has ended is given none; without any, the job is dropped.
+    pub fn spawn(&self, mut job: Job) {
+        loop {
+            let alive = self.0.iter().filter(|inbox| !inbox.is_closed());
+            let Some(inbox) = alive.min_by_key(|inbox| inbox.jobs()) else {
+                tracing::error!("no relay thread is left; hint: restart the proxy");
+                return;
+            };
+            match inbox.give(job) {
+                Ok(()) => return,
+                Err(refused) => job = refused,
+            }
         }
     }
 
-    /// Returns once every thread has got round to it. Cancel safe.
+    /// Returns once every thread has got round to it; never when none is left. Cancel safe.
     pub async fn all_respond(&self) {
+        let mut alive = false;
         for inbox in &self.0 {
             let (responds, response) = tokio::sync::oneshot::channel();
-            inbox.give(Box::pin(async move {
+            // A thread that has ended has nothing to answer for: the job is dropped, and the channel with it.
+            let _ = inbox.give(Box::pin(async move {
                 let _ = responds.send(());
             }));
-            // A thread that has ended has nothing to answer for.
-            let _ = response.await;
+            alive |= response.await.is_ok();
+        }
+        if !alive {
+            std::future::pending::<()>().await;
         }
     }
 }

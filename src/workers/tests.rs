@@ -255,3 +255,22 @@ async fn a_socket_settles_nowhere_else() {
         io::ErrorKind::NotConnected
     );
 }
+
+/// A thread that had ended had the fewest jobs, and so was given all that came.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_thread_that_has_ended_is_given_nothing() {
+    let workers = Workers::start().unwrap();
+    assert_eq!(workers.0.len(), 2);
+    workers.0[0].stop();
+    while !workers.0[0].is_closed() {
+        tokio::task::yield_now().await;
+    }
+    for _ in 0..4 {
+        let (done, is_done) = oneshot::channel();
+        workers.spawn(Box::pin(async move {
+            let _ = done.send(());
+        }));
+        is_done.await.unwrap();
+    }
+    workers.all_respond().await;
+}
