@@ -57,6 +57,11 @@ impl DescriptorLimit {
     pub fn soft(&self) -> u64 {
         self.0.current.unwrap_or(u64::MAX)
     }
+
+    /// What the soft limit can be raised to.
+    pub fn hard(&self) -> u64 {
+        self.0.maximum.unwrap_or(u64::MAX)
+    }
 }
 
 #[cfg(test)]

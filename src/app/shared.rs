@@ -20,8 +20,8 @@ use crate::{
     listener::{AbsentSockets, Listener},
     overview::Overview,
     session::{
-        Door, Encryption, Entrance, KnownPassword, LocalPassword, Policies, Policy, Presence,
-        Roster, Seats, Sessions,
+        Door, Dropped, Encryption, Entrance, KnownPassword, LocalPassword, Policies, Policy,
+        Presence, Roster, Seats, Sessions,
     },
     shutdown::Shutdown,
     telemetry::Metrics,
@@ -106,6 +106,7 @@ pub(super) fn entrance(
             _ => Arc::default(),
         },
         encryption,
+        requires_tls: config.client_tls_required,
         password,
     })
 }
@@ -180,6 +181,7 @@ impl Shared {
     ) -> Result<Gate, StartError> {
         let access = Access::new(&config.credential, || self.workspace())?;
         let (finder, route) = Route::to(Label::new(config.called()));
+        let dropped = Arc::new(Dropped::new(route.label().clone()));
         let sessions = Arc::new(Sessions {
             route,
             policies: self.policies.clone(),
@@ -190,6 +192,7 @@ impl Shared {
             metrics,
             presence: self.presence.clone(),
             roster: Arc::clone(&self.roster),
+            dropped,
             console: Some(Arc::clone(&self.console)),
             ids: Arc::clone(&self.ids),
         });

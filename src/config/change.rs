@@ -82,6 +82,7 @@ impl Config {
             allow_remote,
             allowed_uids,
             client_tls,
+            client_tls_required,
             local_password,
             // Counts by what is in it.
             local_password_file,
@@ -171,6 +172,12 @@ impl Config {
             "watch_config": self.watch_config, watch_config;
         }
 
+        if config.client_tls_required != client_tls_required {
+            config.client_tls_required = client_tls_required;
+            if !applied.contains(&"client_tls") {
+                applied.push("client_tls");
+            }
+        }
         config.local_password_file = local_password_file;
         if exposed(self.local_password.as_ref()) != exposed(local_password.as_ref()) {
             config.local_password = local_password;

@@ -29,11 +29,13 @@ pub(super) fn client_tls(settings: &Settings) -> Result<ClientTls, ConfigError> 
         }
     };
     match (settings.client_tls, files) {
-        (Some(ClientTlsSetting::SelfSigned), None) => Ok(ClientTls::SelfSigned),
+        (Some(ClientTlsSetting::Required | ClientTlsSetting::SelfSigned), None) => {
+            Ok(ClientTls::SelfSigned)
+        }
         (Some(ClientTlsSetting::SelfSigned), Some(_)) => Err(ConfigError::ClientTls(
             "--client-tls is `self-signed`, but there is --client-tls-cert, too",
         )),
-        (None, Some(files)) => Ok(files),
+        (None | Some(ClientTlsSetting::Required), Some(files)) => Ok(files),
         (Some(ClientTlsSetting::Off), _) | (None, None) => Ok(ClientTls::Off),
     }
 }

@@ -72,6 +72,8 @@ pub struct Config {
     pub allowed_uids: Option<Vec<u32>>,
     /// Whether and how clients are offered TLS.
     pub client_tls: ClientTls,
+    /// Whether TCP clients of other machines must use it.
+    pub client_tls_required: bool,
     /// What TCP clients must know, if anything.
     pub local_password: Option<SecretString>,
     /// The file that holds it, if it is in one.

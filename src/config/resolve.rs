@@ -110,6 +110,7 @@ impl Config {
             database_mapping: settings.database_mapping.unwrap_or_default(),
             allow_remote: settings.allow_remote.unwrap_or(false),
             client_tls,
+            client_tls_required: settings.client_tls == Some(super::ClientTlsSetting::Required),
             local_password_file: local_password
                 .is_some()
                 .then(|| settings.local_password_file.clone())

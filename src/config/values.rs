@@ -137,6 +137,8 @@ impl<'de> Deserialize<'de> for ModeSetting {
 pub enum ClientTlsSetting {
     /// No.
     Off,
+    /// With the certificate of --client-tls-cert, or one of our own making; other machines must use it.
+    Required,
     /// With a certificate of our own making.
     SelfSigned,
 }

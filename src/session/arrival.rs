@@ -230,7 +230,12 @@ impl Sessions {
                     // Without a handshake permit: the delay is no reason to hold up others.
                     Err(Failure::Wrong(wrong)) => Err(wrong.delayed().await),
                     Err(Failure::Gone) => {
-                        tracing::debug!(session = id, "client left when asked for the password");
+                        // Not a warning: psql does so before it asks its user.
+                        tracing::info!(
+                            session = id,
+                            %peer,
+                            "client left without giving the proxy's password; hint: a client that does not return needs the password of --local-password-file"
+                        );
                         return None;
                     }
                 };
@@ -343,6 +348,7 @@ impl Sessions {
     {
         let entrance = &arrival.policy.entrance;
         entrance.admit(arrival.peer)?;
+        entrance.check_encryption(arrival.peer, arrival.encryption)?;
         let Some(password) = entrance.password(arrival.peer) else {
             return Ok(());
         };

@@ -7,7 +7,7 @@ use std::sync::{
 
 use rustix::process::geteuid;
 
-use super::{Encryption, LocalPassword, Peer, handshake::Tls};
+use super::{Encrypted, Encryption, LocalPassword, Peer, handshake::Tls};
 use crate::{
     protocol::error::{Report, sqlstate},
     telemetry::names::reason,
@@ -21,6 +21,8 @@ pub struct Entrance {
     pub allowed_uids: Option<Vec<u32>>,
     /// TLS, where it is offered.
     pub encryption: Option<Arc<Encryption>>,
+    /// Whether TCP clients of other machines must use it.
+    pub requires_tls: bool,
     /// What TCP clients must know, where that is more than nothing.
     pub password: Option<Arc<LocalPassword>>,
     /// What has been said once.
@@ -50,6 +52,24 @@ impl Entrance {
             )
             .with_hint("Add the uid to --unix-socket-allowed-uids."),
             reason: reason::LOCAL_AUTH,
+        })
+    }
+
+    /// Whether a session of this peer is encrypted as it must be. What stays on this machine need not be: the app beside
+    /// the proxy, the child of `exec`, the notes page.
+    pub(super) fn check_encryption(&self, peer: Peer, encrypted: Encrypted) -> Result<(), Refusal> {
+        let is_remote =
+            matches!(peer, Peer::Tcp(address) if !address.ip().to_canonical().is_loopback());
+        if !self.requires_tls || encrypted != Encrypted::No || !is_remote {
+            return Ok(());
+        }
+        Err(Refusal {
+            report: Report::new(
+                sqlstate::INVALID_AUTHORIZATION,
+                "lakebase-proxy takes clients of other machines with TLS only",
+            )
+            .with_hint("Connect with sslmode=require; --client-tls=required is set."),
+            reason: reason::CLIENT_TLS,
         })
     }
 
@@ -94,6 +114,33 @@ impl Entrance {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn where_tls_is_required_clients_of_other_machines_use_it() {
+        let tcp = |ip: &str| Peer::Tcp(std::net::SocketAddr::new(ip.parse().unwrap(), 7));
+        let unix = Peer::Unix { uid: 0, pid: None };
+        let required = Entrance {
+            requires_tls: true,
+            ..Entrance::default()
+        };
+        for remote in [
+            tcp("192.0.2.1"),
+            tcp("2001:db8::1"),
+            tcp("::ffff:192.0.2.1"),
+        ] {
+            let refusal = required
+                .check_encryption(remote, Encrypted::No)
+                .unwrap_err();
+            assert_eq!(refusal.report.sqlstate, "28000");
+            assert!(refusal.report.hint.unwrap().contains("sslmode=require"));
+            assert!(required.check_encryption(remote, Encrypted::Tls13).is_ok());
+            let offered = Entrance::default();
+            assert!(offered.check_encryption(remote, Encrypted::No).is_ok());
+        }
+        for local in [tcp("127.0.0.1"), tcp("::1"), tcp("::ffff:127.0.0.1"), unix] {
+            assert!(required.check_encryption(local, Encrypted::No).is_ok());
+        }
+    }
 
     #[test]
     fn a_unix_socket_is_for_those_listed_and_for_our_own_user_and_root() {

@@ -179,7 +179,9 @@ fn refusal(error: ScramError, startup: &StartupMessage) -> Refusal {
             Refusal {
                 report: Report::new(
                     sqlstate::INVALID_PASSWORD,
-                    format!("password authentication failed for user \"{user}\""),
+                    format!(
+                        "password authentication failed for user \"{user}\": lakebase-proxy has a password of its own"
+                    ),
                 )
                 .with_detail("lakebase-proxy itself asks for this password, not Lakebase.")
                 .with_hint(

@@ -16,6 +16,7 @@
 mod arrival;
 mod cancel;
 mod door;
+mod dropped;
 mod encryption;
 mod entrance;
 mod handshake;
@@ -49,6 +50,7 @@ use tokio::{
 pub use self::{
     cancel::Cancels,
     door::Door,
+    dropped::Dropped,
     encryption::{ClientTls, ClientTlsError, Encrypted, Encryption},
     entrance::{Entrance, Told},
     local_auth::{KnownPassword, LocalPassword},
@@ -149,6 +151,8 @@ pub struct Sessions {
     pub presence: Presence,
     /// Who is here, for those who look.
     pub roster: Arc<Roster>,
+    /// Logs the sessions that the endpoint ends.
+    pub dropped: Arc<Dropped>,
     /// What is answered to those who look from psql.
     pub console: Option<Arc<Console>>,
     /// Numbers the sessions of this process.
@@ -265,6 +269,8 @@ impl Sessions {
                 by_server: leftover,
             }),
             listed,
+            dropped: Arc::clone(&self.dropped),
+            loss_timeout: policy.terms.keepalive.loss_timeout(),
             metrics: Arc::clone(&self.metrics),
             shutdown: self.shutdown.clone(),
             held: Held {

@@ -19,6 +19,7 @@ mod pipe;
 mod unasked;
 
 use std::{
+    cell::Cell,
     future::{Future, poll_fn},
     pin::{Pin, pin},
     task::{Context, Poll, ready},
@@ -39,7 +40,8 @@ use self::{
 use super::roster::Watch;
 use crate::{
     protocol::{
-        error::{Report, sqlstate},
+        error::{ErrorFields, Report, sqlstate},
+        frame::{HEADER_LEN, tag},
         progress::{Answered, Progress},
     },
     shutdown::{Phase, Shutdown},
@@ -90,6 +92,8 @@ pub(super) struct Relay<'a, C, U> {
     /// Who looks on.
     watch: Option<&'a Watch>,
     answers: Option<Answers>,
+    loss: Loss,
+    last_words: LastWords,
     /// Set once no more is read from the server.
     end: Option<End>,
 }
@@ -115,6 +119,8 @@ where
             unasked: UnaskedPasswords::default(),
             watch: None,
             answers: None,
+            loss: Loss::default(),
+            last_words: LastWords::default(),
             end: None,
         };
         let mut from_client = from_client;
@@ -140,6 +146,20 @@ where
     pub(super) fn counting(mut self, answers: Answers) -> Self {
         self.answers = Some(answers);
         self
+    }
+
+    /// Counts the path to the server as lost when it acknowledges nothing for `limit`.
+    pub(super) fn limited(mut self, limit: Option<Duration>) -> Self {
+        self.loss.limit = limit;
+        self
+    }
+
+    /// The error that the server ended with.
+    pub(super) fn last_words(&self) -> Option<String> {
+        if self.loss.is_lost {
+            return Some("no acknowledgement: the network path is lost".to_owned());
+        }
+        self.last_words.fatal()
     }
 
     /// Runs until the session is over; what the server said last has then been handed to the client.
@@ -172,6 +192,8 @@ where
         let before = (self.to_client.total, self.to_client.kept.len());
         let broken = self.poll_from_client(cx).is_err() || self.poll_from_server(cx).is_err();
         self.count();
+        self.loss
+            .follow(self.to_server.total, self.progress.is_owed(), self.server);
         if broken {
             return Poll::Ready(End::Client);
         }
@@ -242,9 +264,10 @@ where
             self.server,
             |chunk| unasked.strip(chunk),
             |seen| progress.from_client(seen),
+            |_| {},
         );
         match pumped {
-            Poll::Ready(Err(Broken::Source)) => return Err(Broken::Source),
+            Poll::Ready(Err(broken @ (Broken::Source | Broken::Silent))) => return Err(broken),
             // The server takes no more, but may have said why: go on reading from it.
             Poll::Ready(Err(Broken::Sink)) => self.to_server.state = PipeState::Refused,
             Poll::Ready(Ok(())) => {
@@ -262,16 +285,25 @@ where
         if self.end.is_some() {
             return Ok(());
         }
-        let progress = &mut self.progress;
+        let (progress, last_words) = (&mut self.progress, &mut self.last_words);
+        let ends_in_error = Cell::new(progress.is_explained());
         let pumped = self.to_client.poll_pump(
             cx,
             self.server,
             self.client,
             |_| {},
-            |seen| progress.from_server(seen),
+            |seen| {
+                progress.from_server(seen);
+                ends_in_error.set(progress.is_explained());
+            },
+            |chunk| last_words.keep(chunk, ends_in_error.get()),
         );
         match pumped {
             Poll::Ready(Err(Broken::Sink)) => return Err(Broken::Sink),
+            Poll::Ready(Err(Broken::Silent)) => {
+                self.loss.is_lost = true;
+                self.server_is_lost();
+            }
             Poll::Ready(Err(Broken::Source) | Ok(())) => self.server_is_lost(),
             Poll::Pending => {}
         }
@@ -288,13 +320,19 @@ where
         });
         // A client that has closed its half has asked for this.
         if matches!(self.to_server.state, PipeState::Open | PipeState::Refused) {
-            self.say(
-                &Report::new(
+            self.say(&if self.loss.is_lost {
+                Report::new(
+                    sqlstate::CONNECTION_FAILURE,
+                    "the network path to the Lakebase endpoint is lost: it acknowledges nothing",
+                )
+                .with_hint("Whether the last statement was executed is not known. Connect again.")
+            } else {
+                Report::new(
                     sqlstate::CONNECTION_FAILURE,
                     "the Lakebase endpoint closed the connection",
                 )
-                .with_hint("The endpoint was suspended, restarted or failed over. Connect again."),
-            );
+                .with_hint("The endpoint was suspended, restarted or failed over. Connect again.")
+            });
         }
     }
 
@@ -328,6 +366,67 @@ where
         if !self.progress.is_terminated() && !self.progress.is_explained() {
             self.to_client.append(&report.encode_fatal());
         }
+    }
+}
+
+/// Whether the path to the server counts as lost when it acknowledges nothing.
+///
+/// `TCP_USER_TIMEOUT` also ends a connection whose peer is alive, acknowledges probes and does not read. So it is in force
+/// only while fewer bytes wait for an answer than any receive buffer has room for: then a live peer acknowledges them all.
+#[derive(Default)]
+struct Loss {
+    limit: Option<Duration>,
+    is_lifted: bool,
+    is_lost: bool,
+    /// Bytes that had been sent when the server last owed nothing.
+    answered: u64,
+}
+
+impl Loss {
+    /// A quarter of the smallest receive window that systems begin with (64 kB).
+    const UNANSWERED: u64 = 16 * 1024;
+
+    fn follow(&mut self, sent: u64, is_owed: bool, server: &mut impl Settle) {
+        if !is_owed {
+            self.answered = sent;
+        }
+        let is_lifted = sent.wrapping_sub(self.answered) > Self::UNANSWERED;
+        if self.limit.is_some() && std::mem::replace(&mut self.is_lifted, is_lifted) != is_lifted {
+            server.limit_acknowledgement(self.limit.filter(|_| !is_lifted));
+        }
+    }
+}
+
+/// The end of what the server has sent, while that is an error.
+#[derive(Default)]
+struct LastWords(Vec<u8>);
+
+impl LastWords {
+    /// Longer errors are not kept.
+    const LIMIT: usize = 1024;
+
+    fn keep(&mut self, chunk: &[u8], ends_in_error: bool) {
+        if !ends_in_error {
+            // No allocation where there has been no error.
+            self.0 = Vec::new();
+            return;
+        }
+        self.0.extend_from_slice(chunk);
+        let excess = self.0.len().saturating_sub(Self::LIMIT);
+        self.0.drain(..excess);
+    }
+
+    /// The message of a FATAL or PANIC error that ends the bytes kept; other errors may quote SQL.
+    fn fatal(&self) -> Option<String> {
+        let bytes = &self.0;
+        let is_last = |&start: &usize| {
+            let header = bytes.get(start..).and_then(<[u8]>::first_chunk);
+            matches!(header, Some(&[tag::ERROR_RESPONSE, a, b, c, d])
+                if usize::try_from(u32::from_be_bytes([a, b, c, d])) == Ok(bytes.len() - start - 1))
+        };
+        let start = (0..bytes.len()).rev().find(is_last)?;
+        let fields = ErrorFields::parse(bytes.get(start + HEADER_LEN..)?);
+        matches!(fields.severity.as_str(), "FATAL" | "PANIC").then_some(fields.message)
     }
 }
 

@@ -66,6 +66,7 @@ fn sessions(upstream: SocketAddr, client_login_timeout: Duration) -> Arc<Session
         shutdown: Shutdown::new(),
         metrics,
         roster: Arc::default(),
+        dropped: Arc::new(Dropped::new(Label::new("e"))),
         console: None,
         ids: Arc::default(),
         presence: Presence::default(),

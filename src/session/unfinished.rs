@@ -92,7 +92,7 @@ impl From<Peer> for Source {
 impl Default for Unfinished {
     /// As many as the limit of open files has room for.
     fn default() -> Self {
-        Self::with_capacity(descriptors::handshakes(DescriptorLimit::now().soft()))
+        Self::with_capacity(descriptors::handshakes(DescriptorLimit::now().hard()))
     }
 }
 

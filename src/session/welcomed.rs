@@ -1,6 +1,6 @@
 //! A session that has been logged in: it is relayed to its end.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use bytes::BytesMut;
 use tokio::{
@@ -9,7 +9,7 @@ use tokio::{
 };
 
 use super::{
-    FAREWELL, TERMINATE,
+    Dropped, FAREWELL, TERMINATE,
     cancel::Registration,
     linger,
     policy::Seat,
@@ -35,6 +35,8 @@ pub(super) struct Welcomed {
     pub(super) listed: Listed,
     pub(super) metrics: Arc<Metrics>,
     pub(super) shutdown: Shutdown,
+    pub(super) dropped: Arc<Dropped>,
+    pub(super) loss_timeout: Option<Duration>,
     pub(super) held: Held,
 }
 
@@ -99,6 +101,7 @@ impl Welcomed {
                 ),
                 &self.shutdown,
             )
+            .limited(self.loss_timeout)
             .watched(self.listed.watch())
             .counting(Answers {
                 queries: self.metrics.queries.clone(),
@@ -107,6 +110,9 @@ impl Welcomed {
             // The relay has its own copies of them.
             drop(self.said);
             let end = relay.run().await;
+            if end == End::Server {
+                self.dropped.add(relay.last_words());
+            }
             drop(relay);
             let duration = self.began.elapsed();
             self.metrics

@@ -59,6 +59,13 @@ impl Settle for Stream {
             Self::Tls(stream) => stream.has_taken_in_all() && stream.get_ref().is_quiet(),
         }
     }
+
+    fn limit_acknowledgement(&mut self, limit: Option<Duration>) {
+        match self {
+            Self::Plain(socket) => socket.limit_acknowledgement(limit),
+            Self::Tls(stream) => stream.get_mut().limit_acknowledgement(limit),
+        }
+    }
 }
 
 /// Resolves, connects and negotiates TLS; says which address answered, and how long each part took.
@@ -126,14 +133,18 @@ pub(super) async fn redial(
 
 /// Negotiates TLS, where the endpoint wants it.
 pub(super) async fn secure(
-    mut tcp: TcpStream,
+    tcp: TcpStream,
     endpoint: &Endpoint,
     keepalive: &Keepalive,
     metrics: &Metrics,
 ) -> Result<Stream, Failure> {
     tcp::tune(&tcp, keepalive);
+    let mut tcp = Socket::from(tcp);
+    if let Some(limit) = keepalive.loss_timeout() {
+        tcp.limit_acknowledgement(Some(limit));
+    }
     let Security::Tls { config, name } = &endpoint.security else {
-        return Ok(Stream::Plain(tcp.into()));
+        return Ok(Stream::Plain(tcp));
     };
     let started = Instant::now();
     tcp.write_all(&ssl_request())
@@ -154,7 +165,7 @@ pub(super) async fn secure(
             )));
         }
     }
-    let stream = TlsStream::connect(Arc::clone(config), name.clone(), tcp.into())
+    let stream = TlsStream::connect(Arc::clone(config), name.clone(), tcp)
         .await
         .map_err(|error| Failure::tls(&error))?;
     observe(metrics, phase::TLS, started);
@@ -168,7 +179,7 @@ pub(super) async fn secure(
 }
 
 /// An error sent instead of an answer to SSLRequest. It is not authenticated, so it may make us wait, and no more.
-async fn read_plain_error(tcp: TcpStream) -> Failure {
+async fn read_plain_error(tcp: Socket) -> Failure {
     let mut buffer = bytes::BytesMut::from(&b"E"[..]);
     let mut limited = tcp.take(SMALL_MESSAGE_LIMIT as u64);
     loop {

@@ -89,9 +89,19 @@ pub struct Keepalive {
     pub user_timeout: Duration,
 }
 
+impl Keepalive {
+    /// How long the endpoint may leave a request unacknowledged before the path to it counts as lost: as long as probes of an
+    /// idle connection take. Keepalive itself sends no probe while sent data is unacknowledged, and Linux alone goes on
+    /// retransmitting for 15 minutes. `None` where the settings have a time of their own, or no keepalive.
+    pub(crate) fn loss_timeout(&self) -> Option<Duration> {
+        let probing = self.idle + self.interval * self.count;
+        (self.user_timeout.is_zero() && !self.idle.is_zero()).then_some(probing)
+    }
+}
+
 impl Default for Keepalive {
-    /// 30 s, 10 s, 5 probes; no user timeout, as libpq: Linux also ends a connection whose peer is alive but has not
-    /// read for that long, such as a server that waits for a lock in the middle of a COPY.
+    /// 30 s, 10 s, 5 probes; no unconditional user timeout, as libpq: Linux also ends a connection whose peer is alive but
+    /// has not read for that long, such as a server that waits for a lock in the middle of a COPY.
     fn default() -> Self {
         Self {
             idle: Duration::from_secs(30),

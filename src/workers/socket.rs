@@ -6,9 +6,12 @@ use std::{
     os::fd::{AsFd, BorrowedFd},
     pin::Pin,
     task::{Context, Poll},
+    time::Duration,
 };
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll as poll_now};
+#[cfg(target_os = "linux")]
+use socket2::SockRef;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::{TcpStream, UnixStream},
@@ -33,6 +36,9 @@ pub trait Settle {
     fn hang_up(&self) -> HangUp {
         HangUp::None
     }
+
+    /// Limits how long sent bytes may stay unacknowledged, where the system can (`TCP_USER_TIMEOUT`).
+    fn limit_acknowledgement(&mut self, _limit: Option<Duration>) {}
 }
 
 /// How far a peer has hung up, as far as the kernel knows.
@@ -135,6 +141,16 @@ impl Settle for Socket {
             Kind::SettledUnix(socket, _) => hang_up(socket.as_fd()),
             Kind::Lost => HangUp::Full,
         }
+    }
+
+    #[cfg(target_os = "linux")]
+    fn limit_acknowledgement(&mut self, limit: Option<Duration>) {
+        // A failure is not worth losing a connection for.
+        let _ = match &self.0 {
+            Kind::Tcp(socket) => SockRef::from(socket).set_tcp_user_timeout(limit),
+            Kind::SettledTcp(socket, _) => SockRef::from(socket).set_tcp_user_timeout(limit),
+            Kind::Unix(_) | Kind::SettledUnix(..) | Kind::Lost => Ok(()),
+        };
     }
 }
 

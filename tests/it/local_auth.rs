@@ -9,7 +9,7 @@ use crate::{
     harness::{
         self, Proxy,
         binary::{self, Binary},
-        wire::{PROTOCOL_3_2, cancel_request, startup, text},
+        wire::{PROTOCOL_3_2, Wire, cancel_request, startup, text},
         within,
     },
     web,
@@ -72,12 +72,12 @@ async fn a_wrong_password_reaches_neither_the_endpoint_nor_the_log() {
     assert_eq!(error.code().code(), "28P01");
     assert_eq!(
         error.message(),
-        "password authentication failed for user \"me\""
+        "password authentication failed for user \"me\": lakebase-proxy has a password of its own"
     );
     assert!(error.hint().unwrap().contains("--local-password-file"));
     assert_eq!(emulator.counts().dials, 0);
     let line = binary
-        .logged("client refused: password authentication failed for user \"me\"")
+        .find("client refused: password authentication failed for user \"me\"")
         .await;
     assert_eq!(line["reason"], "local_auth");
     binary.signal("TERM");
@@ -219,4 +219,22 @@ async fn a_password_that_is_wanted_must_be_there() {
     assert_eq!(output.status.code(), Some(1));
     let said = String::from_utf8(output.stderr).unwrap();
     assert!(said.contains("LAKEBASE_PROXY_LOCAL_PASSWORD"), "{said}");
+}
+
+/// psql connects without a password first, and returns with the one it has asked its user for: no warning is due. A program
+/// without a password never returns, and its operator finds a line.
+#[tokio::test]
+async fn a_client_that_leaves_without_a_password_leaves_a_line() {
+    let emulator = harness::emulator().await;
+    let file = NamedTempFile::new().unwrap();
+    fs::write(&file, PASSWORD).unwrap();
+    let path = file.path().to_str().unwrap();
+    let mut binary = Binary::serve(&emulator, &["--local-password-file", path]).await;
+    let mut wire = Wire::dial(binary.postgres).await;
+    wire.startup(&[("user", "anyone")]).await;
+    assert_eq!(wire.next().await.tag, 'R');
+    drop(wire);
+    let line = binary.find("without giving the proxy's password").await;
+    assert_eq!(line["level"], "INFO");
+    assert!(line["peer"].as_str().unwrap().starts_with("127.0.0.1:"));
 }

@@ -322,3 +322,29 @@ async fn a_command_that_fails_ends_whether_its_words_are_read_or_not() {
     let ended = within("the command ends", child.wait()).await.unwrap();
     assert_eq!(ended.code(), Some(1));
 }
+
+/// 90 sessions that ended in one moment left nothing in the default log.
+#[tokio::test]
+async fn sessions_that_the_endpoint_ends_together_make_one_line() {
+    let emulator = harness::emulator().await;
+    let mut binary = Binary::serve(&emulator, &[]).await;
+    let mut sessions = Vec::new();
+    for _ in 0..20 {
+        let mut wire = Wire::dial(binary.postgres).await;
+        wire.startup(&[("user", "anyone")]).await;
+        wire.welcome().await;
+        sessions.push(wire);
+    }
+    let role = &emulator.identities().app.name;
+    let end = "select pg_terminate_backend(pid) from pg_stat_activity where usename = $1";
+    harness::superuser()
+        .await
+        .execute(end, &[role])
+        .await
+        .unwrap();
+    let line = binary.find("the endpoint ended sessions").await;
+    assert_eq!(line["level"], "WARN");
+    assert_eq!(line["sessions"], 20);
+    let words = "terminating connection due to administrator command";
+    assert_eq!(line["server"], words);
+}

@@ -6,6 +6,7 @@
 
 use std::{
     cell::RefCell,
+    io,
     pin::Pin,
     task::{Context, Poll, ready},
 };
@@ -33,6 +34,8 @@ thread_local! {
 pub(super) enum Broken {
     /// No more can be read.
     Source,
+    /// The source has acknowledged nothing for too long.
+    Silent,
     /// No more can be written.
     Sink,
 }
@@ -109,6 +112,7 @@ impl Pipe {
         sink: &mut W,
         mut strip: impl FnMut(&mut &[u8]),
         mut seen: impl FnMut(Seen),
+        mut passed: impl FnMut(&[u8]),
     ) -> Poll<Result<(), Broken>> {
         loop {
             ready!(self.poll_write_kept(cx, sink))?;
@@ -120,8 +124,12 @@ impl Pipe {
             }
             let read = BUFFER.with_borrow_mut(|buffer| {
                 let mut space = ReadBuf::new(buffer);
-                ready!(Pin::new(&mut *source).poll_read(cx, &mut space))
-                    .map_err(|_| Broken::Source)?;
+                ready!(Pin::new(&mut *source).poll_read(cx, &mut space)).map_err(|error| {
+                    match error.kind() {
+                        io::ErrorKind::TimedOut => Broken::Silent,
+                        _ => Broken::Source,
+                    }
+                })?;
                 let mut chunk = space.filled();
                 if chunk.is_empty() {
                     self.state = PipeState::Ending;
@@ -129,6 +137,7 @@ impl Pipe {
                 }
                 strip(&mut chunk);
                 self.take_in(chunk, &mut seen);
+                passed(chunk);
                 self.poll_write(cx, sink, chunk)
             });
             match read {

@@ -830,3 +830,57 @@ async fn no_change_of_phase_is_missed() {
         }
     }
 }
+
+/// Notes the limits that it is given.
+#[derive(Default)]
+struct Limits(Vec<Option<Duration>>);
+
+impl Settle for Limits {
+    fn settle(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn limit_acknowledgement(&mut self, limit: Option<Duration>) {
+        self.0.push(limit);
+    }
+}
+
+/// Linux would end a server that waits for a lock in the middle of a COPY, alive as it is, when the limit is over.
+#[test]
+fn the_path_is_watched_for_loss_only_while_little_waits_for_an_answer() {
+    let limit = Some(Duration::from_secs(80));
+    let (mut server, mut loss) = (Limits::default(), Loss::default());
+    loss.limit = limit;
+    loss.follow(1000, true, &mut server);
+    loss.follow(1000, false, &mut server);
+    assert!(server.0.is_empty(), "in force since the dial");
+    loss.follow(1000 + Loss::UNANSWERED, true, &mut server);
+    assert!(server.0.is_empty());
+    loss.follow(1001 + Loss::UNANSWERED, true, &mut server);
+    loss.follow(1_000_000, true, &mut server);
+    assert_eq!(server.0, [None]);
+    loss.follow(1_000_000, false, &mut server);
+    assert_eq!(server.0, [None, limit]);
+}
+
+#[test]
+fn the_last_words_are_those_of_a_fatal_error_at_the_end() {
+    let said = |chunks: &[&[u8]]| {
+        let mut words = LastWords::default();
+        for chunk in chunks {
+            words.keep(chunk, true);
+        }
+        words.fatal()
+    };
+    let fatal = fatal();
+    let expected = Some(ErrorFields::parse(&fatal[5..]).message);
+    assert_eq!(said(&[&fatal]), expected);
+    assert_eq!(said(&[&[7; 3000], &fatal[..9], &fatal[9..]]), expected);
+    let error = Report::new("42P01", "select secret").encode_error();
+    assert_eq!(said(&[&error]), None);
+    assert_eq!(said(&[b"x"]), None);
+    let mut words = LastWords::default();
+    words.keep(&fatal, true);
+    words.keep(&ready(b'I'), false);
+    assert_eq!(words.fatal(), None);
+}
