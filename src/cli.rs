@@ -9,7 +9,9 @@ use std::{
     time::Duration,
 };
 
-use clap::{Args, Command, CommandFactory, FromArgMatches, Parser, Subcommand, error::ErrorKind};
+use clap::{
+    ArgMatches, Args, Command, CommandFactory, FromArgMatches, Parser, Subcommand, error::ErrorKind,
+};
 use tokio::runtime::{Builder, Runtime};
 
 use crate::{
@@ -84,6 +86,26 @@ struct Cli {
     settings: Settings,
     #[command(subcommand)]
     verb: Option<Verb>,
+}
+
+impl Cli {
+    /// What was typed, with where each setting was given.
+    fn of(matches: &ArgMatches) -> Result<Self, clap::Error> {
+        let mut cli = Self::from_arg_matches(matches)?;
+        let settings = match &mut cli.verb {
+            None => Some(&mut cli.settings),
+            Some(Verb::Doctor(arguments)) => Some(&mut arguments.settings),
+            Some(Verb::Exec(arguments)) => Some(&mut arguments.settings),
+            Some(Verb::Serve(arguments)) => Some(&mut arguments.settings),
+            Some(Verb::Token(arguments)) => Some(&mut arguments.settings),
+            Some(_) => None,
+        };
+        if let Some(settings) = settings {
+            let matches = matches.subcommand().map_or(matches, |(_, verb)| verb);
+            settings.note_origins(matches, VARIABLES);
+        }
+        Ok(cli)
+    }
 }
 
 #[derive(Debug, Subcommand)]
@@ -193,7 +215,7 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     }
     let parsed = command()
         .try_get_matches_from(&arguments)
-        .and_then(|matches| Cli::from_arg_matches(&matches));
+        .and_then(|matches| Cli::of(&matches));
     let cli = match parsed {
         Ok(cli) => cli,
         Err(message) => {

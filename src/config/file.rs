@@ -6,7 +6,7 @@ use std::{
     path::Path,
 };
 
-use super::{ConfigError, Settings};
+use super::{ConfigError, Origin, Settings};
 
 /// Longest file that is read, in bytes: a device, or the wrong file, must not fill the memory.
 const LONGEST: u64 = 1024 * 1024;
@@ -14,8 +14,13 @@ const LONGEST: u64 = 1024 * 1024;
 impl Settings {
     /// These settings, and the file's where they say nothing.
     pub fn with_file(mut self) -> Result<Self, ConfigError> {
+        self.originate(&Origin::Flag);
         match self.config_file.take() {
-            Some(path) => Ok(self.or(read(&path)?)),
+            Some(path) => {
+                let mut file = read(&path)?;
+                file.originate(&Origin::File(path));
+                Ok(self.or(file))
+            }
             None => Ok(self),
         }
     }

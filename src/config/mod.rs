@@ -11,6 +11,7 @@ mod file;
 pub mod fuzzing;
 mod listen;
 mod local;
+mod origin;
 mod resolve;
 mod settings;
 mod shown;
@@ -34,6 +35,7 @@ pub use self::{
     environment::Environment,
     error::ConfigError,
     file::read,
+    origin::{Origin, Origins},
     resolve::DEFAULT_DATABASE,
     settings::Settings,
     shown::ShownSetting,

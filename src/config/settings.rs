@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     endpoint::EndpointSettings,
+    origin::Origins,
     values::{
         AddressSetting, ClientTlsSetting, DurationSetting, LocalAuth, ModeSetting, PortSetting,
         one_or_many,
@@ -210,6 +211,11 @@ pub struct Settings {
     /// Read the file of settings again when it changes, as at SIGHUP; a mounted ConfigMap included
     #[arg(long, num_args = 0..=1, default_missing_value = "true", require_equals = true, value_name = "BOOL", help_heading = "Settings")]
     pub watch_config: Option<bool>,
+
+    /// Where each of these was given.
+    #[arg(skip)]
+    #[serde(skip)]
+    pub origins: Origins,
 }
 
 impl Settings {
@@ -217,8 +223,8 @@ impl Settings {
     #[must_use]
     pub fn or(self, below: Self) -> Self {
         macro_rules! layer {
-            ($endpoints:ident; $($field:ident),+ $(,)?) => {
-                Self { $endpoints, $($field: self.$field.or(below.$field)),+ }
+            ($endpoints:ident, $origins:ident; $($field:ident),+ $(,)?) => {
+                Self { $endpoints, $origins, $($field: self.$field.or(below.$field)),+ }
             };
         }
         let endpoints = if self.endpoints.is_empty() {
@@ -226,8 +232,9 @@ impl Settings {
         } else {
             self.endpoints
         };
+        let origins = self.origins.or(below.origins);
         layer! {
-            endpoints;
+            endpoints, origins;
             address, port, allow_remote, unix_socket, unix_socket_mode, unix_socket_allowed_uids, client_tls, client_tls_cert, client_tls_key, local_auth, local_password_file, max_connections, client_login_timeout, connect_timeout,
             server_connect_timeout, credential_timeout, capacity_timeout, tcp_keepalive_idle, tcp_keepalive_interval,
             tcp_keepalive_count, tcp_user_timeout, read_only, database_mapping, http_address,

@@ -1,6 +1,6 @@
 //! The settings in force, for people: what `SHOW CONFIG` lists.
 
-use super::{Settings, change::CHANGEABLE};
+use super::{Origin, Settings, change::CHANGEABLE};
 
 /// Every setting at its default, with the ones that have none commented out.
 const REFERENCE: &str = include_str!("../../config/lakebase-proxy.toml");
@@ -16,6 +16,8 @@ pub struct ShownSetting {
     pub default: String,
     /// Whether a reload changes it.
     pub changeable: bool,
+    /// Where it was given.
+    pub origin: Origin,
 }
 
 /// Every setting but the tables of endpoints, in alphabetical order.
@@ -30,6 +32,7 @@ pub(super) fn shown(settings: &Settings) -> Vec<ShownSetting> {
             value: text(given.get(key).or_else(|| defaults.get(key))),
             default: text(defaults.get(key)),
             changeable: CHANGEABLE.contains(&key.as_str()),
+            origin: settings.origins.of(key).clone(),
             key: key.clone(),
         })
         .collect()

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use super::{Config, ConfigError, Environment, Settings, TlsMode, file};
+use super::{Config, ConfigError, Environment, Origin, Settings, TlsMode, file};
 use crate::tls::Roots;
 
 /// The layers as they were at the start; only the file may say something else the next time.
@@ -27,6 +27,7 @@ impl Source {
     #[must_use]
     pub fn with_defaults(mut self, defaults: Settings) -> Self {
         self.defaults = defaults;
+        self.defaults.originate(&Origin::Default);
         self
     }
 

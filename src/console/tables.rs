@@ -37,7 +37,7 @@ const CLIENTS: &[Column] = columns![
     "wait_us" number, "link" number, "remote_pid" number, "tls", "application_name", "id" number, "endpoint",
     "state_seconds" number, "bytes_received" number, "bytes_sent" number,
 ];
-const CONFIG: &[Column] = columns!["key", "value", "default", "changeable"];
+const CONFIG: &[Column] = columns!["key", "value", "default", "changeable", "source"];
 const ENDPOINTS: &[Column] = columns![
     "name", "listen", "host", "port" number, "user", "database", "tls", "credential", "cl_active" number,
     "cl_waiting" number, "cl_idle" number, "cl_in_transaction" number, "sv_active" number,
@@ -128,6 +128,7 @@ impl Sources {
                         text(setting.value),
                         text(setting.default),
                         text(changeable),
+                        text(setting.origin.to_string()),
                     ]
                 })
                 .collect(),

@@ -6,7 +6,7 @@ use url::Url;
 
 use super::report::{Finding, Setting};
 use crate::{
-    config::{Config, ConfigError, EndpointConfig, Settings, TlsMode},
+    config::{Config, ConfigError, EndpointConfig, Origin, Settings, ShownSetting, TlsMode},
     tls,
     workspace::{Attribute, Provenance, Source, Workspace},
 };
@@ -76,6 +76,14 @@ const VARIABLES: &[(&str, Kind, &str)] = &[
 /// How variables of our own begin.
 const PREFIX: &str = "LAKEBASE_PROXY_";
 
+/// The settings that decide where an endpoint's clients connect.
+const LISTENING: [&str; 4] = ["address", "endpoint", "port", "unix_socket"];
+
+/// The flag of a setting.
+fn flag(key: &str) -> String {
+    format!("--{}", key.replace('_', "-"))
+}
+
 /// Every setting worth seeing.
 pub(super) fn list(
     variables: &[(String, String)],
@@ -121,42 +129,67 @@ pub(super) fn list(
             source: setting.source.to_string(),
         });
     }
+    let in_force = config.map_or(&[][..], |config| &config.shown);
+    for setting in in_force {
+        if setting.origin != Origin::Default {
+            list.push(Setting {
+                name: flag(&setting.key),
+                value: shown(Kind::Plain, &setting.value),
+                source: setting.origin.to_string(),
+            });
+        }
+    }
     let mut own: Vec<_> = variables
         .iter()
         .filter(|(name, value)| name.starts_with(PREFIX) && !value.is_empty())
         .collect();
     own.sort_unstable();
     for (name, value) in own {
-        let kind = match name.as_str() {
-            "LAKEBASE_PROXY_LOCAL_PASSWORD" => Kind::Secret,
-            _ => Kind::Plain,
+        let is_it = |setting: &&ShownSetting| {
+            name.strip_prefix(PREFIX)
+                .is_some_and(|name| name.eq_ignore_ascii_case(&setting.key))
+        };
+        let (kind, source) = match (name.as_str(), in_force.iter().find(is_it)) {
+            ("LAKEBASE_PROXY_LOCAL_PASSWORD", _) => (Kind::Secret, "environment".to_owned()),
+            // Shown above.
+            (_, Some(setting)) if matches!(setting.origin, Origin::Variable(_)) => continue,
+            (_, Some(setting)) => {
+                let by = format!(
+                    "not in force: {} is from the {}",
+                    flag(&setting.key),
+                    setting.origin
+                );
+                (Kind::Plain, by)
+            }
+            (_, None) => (Kind::Plain, "environment".to_owned()),
         };
         list.push(Setting {
             name: name.clone(),
             value: shown(kind, value),
-            source: "environment, unless its flag is given".to_owned(),
+            source,
         });
     }
     if let Some(path) = &flags.config_file {
         list.push(Setting {
             name: "--config-file".to_owned(),
             value: shown(Kind::Plain, &path.display().to_string()),
-            source: "flag or environment".to_owned(),
+            source: flags.origins.of("config_file").to_string(),
         });
     }
     for endpoint in config.iter().flat_map(|config| &config.endpoints) {
-        let source = match (flags.endpoints.is_empty(), &flags.config_file) {
-            (false, _) => "--endpoint".to_owned(),
-            (true, _) if flags.port.is_some() || flags.address.is_some() => {
-                "flag or environment".to_owned()
-            }
-            (true, Some(path)) => format!("{} or default", path.display()),
-            (true, None) => "default".to_owned(),
-        };
+        let mut sources: Vec<String> = in_force
+            .iter()
+            .filter(|setting| LISTENING.contains(&setting.key.as_str()))
+            .filter(|setting| setting.origin != Origin::Default)
+            .map(|setting| format!("{} from the {}", flag(&setting.key), setting.origin))
+            .collect();
+        if sources.is_empty() {
+            sources.push(Origin::Default.to_string());
+        }
         list.push(Setting {
             name: "listen".to_owned(),
             value: format!("{} for {}", endpoint.listen, called(endpoint)),
-            source,
+            source: sources.join(", "),
         });
     }
     list
@@ -327,13 +360,19 @@ mod tests {
         let variables = variables(&[
             ("ENDPOINT_NAME", "projects/p/branches/b/endpoints/e"),
             ("LAKEBASE_PROXY_PORT", "6000"),
+            ("LAKEBASE_PROXY_PROT", "6000"),
         ]);
-        let config = Config::resolve(
-            Settings::default(),
-            Environment::from_variables(variables.clone()),
-        )
-        .unwrap();
-        let list = list(&variables, &Settings::default(), Some(&config));
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), "connect_timeout = \"9s\"\nport = 6001").unwrap();
+        // As if given as a flag.
+        let settings = Settings {
+            port: Some("7000".parse().unwrap()),
+            config_file: Some(file.path().to_owned()),
+            ..Settings::default()
+        };
+        let environment = Environment::from_variables(variables.clone());
+        let config = Config::resolve(settings.clone(), environment).unwrap();
+        let list = list(&variables, &settings, Some(&config));
         let source = |name: &str| {
             list.iter()
                 .find(|setting| setting.name == name)
@@ -341,11 +380,15 @@ mod tests {
         };
         assert_eq!(source("ENDPOINT_NAME"), Some("environment"));
         assert_eq!(source("PGHOST"), Some("not set"));
+        assert_eq!(source("--port"), Some("flag"));
+        let of_file = format!("file {}", file.path().display());
+        assert_eq!(source("--connect-timeout"), Some(of_file.as_str()));
         assert_eq!(
             source("LAKEBASE_PROXY_PORT"),
-            Some("environment, unless its flag is given")
+            Some("not in force: --port is from the flag")
         );
-        assert_eq!(source("listen"), Some("default"));
+        assert_eq!(source("LAKEBASE_PROXY_PROT"), Some("environment"));
+        assert_eq!(source("listen"), Some("--port from the flag"));
     }
 
     #[test]

@@ -10,7 +10,9 @@ use tokio::process::Command;
 use tokio_postgres::{Client, SimpleQueryMessage, SimpleQueryRow};
 
 use crate::harness::{
-    Proxy, emulator,
+    Proxy,
+    binary::{self, Binary},
+    emulator,
     emulator::http,
     eventually, millis,
     wire::{self, Wire},
@@ -352,6 +354,74 @@ async fn it_tells_how_long_a_credential_lives_and_never_what_it_is() {
     assert_eq!(
         (setting.get("value"), setting.get("default")),
         (Some("true"), Some("false"))
+    );
+}
+
+#[tokio::test]
+async fn the_console_and_doctor_name_where_each_setting_was_given() {
+    let emulator = emulator().await;
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let path = file.path().to_str().unwrap();
+    // The variable goes before the file, and the flag before both.
+    let text = "capacity_timeout = \"7s\"\nconnect_timeout = \"70s\"\nadmin_console = false";
+    std::fs::write(file.path(), text).unwrap();
+    let flags = ["--admin-console", "--config-file", path];
+    let variables = [
+        ("LAKEBASE_PROXY_CONNECT_TIMEOUT", "50s"),
+        ("LAKEBASE_PROXY_ADMIN_CONSOLE", "false"),
+    ];
+    let proxy = Binary::serve_with(&emulator, &flags, &variables).await;
+    let mut config = tokio_postgres::Config::new();
+    config
+        .host("127.0.0.1")
+        .port(proxy.postgres.port())
+        .user("anyone")
+        .dbname("lakebase_proxy");
+    let (console, connection) = config.connect(tokio_postgres::NoTls).await.unwrap();
+    tokio_util::task::TaskTracker::new().spawn(connection);
+    let settings = rows(&console, "SHOW CONFIG").await;
+    let of_file = format!("file {path}");
+    let expected = [
+        ("admin_console", "true", "flag"),
+        ("capacity_timeout", "7s", of_file.as_str()),
+        (
+            "connect_timeout",
+            "50s",
+            "variable LAKEBASE_PROXY_CONNECT_TIMEOUT",
+        ),
+        ("client_login_timeout", "15s", "default"),
+    ];
+    for (key, value, source) in expected {
+        let row = settings.iter().find(|row| row.get("key") == Some(key));
+        let row = row.unwrap();
+        assert_eq!(
+            (row.get("value"), row.get("source")),
+            (Some(value), Some(source))
+        );
+    }
+
+    let mut doctor = binary::command(&["doctor", "--json"]);
+    doctor
+        .args(flags)
+        .envs(emulator.environment())
+        .envs(variables)
+        .stdout(Stdio::piped());
+    let output = within("doctor ends", doctor.output()).await.unwrap();
+    let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let settings = report["settings"].as_array().unwrap();
+    let find = |name: &str| {
+        let setting = settings.iter().find(|setting| setting["name"] == name);
+        setting.map(|setting| setting["source"].as_str().unwrap())
+    };
+    for (key, _, source) in &expected[..3] {
+        let flag = format!("--{}", key.replace('_', "-"));
+        assert_eq!(find(&flag), Some(*source), "{flag}");
+    }
+    assert_eq!(find("--client-login-timeout"), None, "a default");
+    assert_eq!(find("--config-file"), Some("flag"));
+    assert_eq!(
+        find("LAKEBASE_PROXY_ADMIN_CONSOLE"),
+        Some("not in force: --admin-console is from the flag")
     );
 }
 

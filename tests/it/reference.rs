@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use clap::{Args, Command};
-use lakebase_proxy::config::{self, Config, Environment, Settings};
+use lakebase_proxy::config::{self, Config, Environment, Origin, Settings};
 
 const REFERENCE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/config/lakebase-proxy.toml");
 
@@ -41,7 +41,11 @@ fn it_changes_nothing() {
         Environment::from_variables([("ENDPOINT_NAME".to_owned(), name.to_owned())])
     };
     let with = config::read(Path::new(REFERENCE)).unwrap();
-    let with = Config::resolve(with, environment()).unwrap();
+    let mut with = Config::resolve(with, environment()).unwrap();
+    // But for where it was given.
+    for setting in &mut with.shown {
+        setting.origin = Origin::Default;
+    }
     let without = Config::resolve(Settings::default(), environment()).unwrap();
     assert_eq!(format!("{with:#?}"), format!("{without:#?}"));
 }
