@@ -336,3 +336,39 @@ async fn settings_that_cannot_be_used_stop_the_start() {
     let environment = lakebase_proxy::config::Environment::from_variables([]);
     assert!(lakebase_proxy::config::Config::resolve(settings, environment).is_err());
 }
+
+/// An address of this machine that is not loopback, where it has one. Nothing is sent.
+fn own_address() -> Option<std::net::IpAddr> {
+    let socket = std::net::UdpSocket::bind("0.0.0.0:0").ok()?;
+    socket.connect("192.0.2.1:9").ok()?;
+    let address = socket.local_addr().ok()?.ip();
+    (!address.is_loopback() && !address.is_unspecified()).then_some(address)
+}
+
+#[tokio::test]
+async fn where_tls_is_required_a_client_of_another_machine_is_refused_without_it() {
+    let Some(own) = own_address() else { return };
+    let emulator = harness::emulator().await;
+    let addresses = ["127.0.0.1".to_owned(), own.to_string()];
+    let flags = ["--client-tls", "required", "--allow-remote"];
+    let flags: Vec<&str> = flags
+        .into_iter()
+        .chain(addresses.iter().flat_map(|it| ["--address", it.as_str()]))
+        .collect();
+    let binary = Binary::serve(&emulator, &flags).await;
+    let remote = std::net::SocketAddr::new(own, binary.postgres.port());
+    let mut plain = Wire::dial(remote).await;
+    plain.startup(&[("user", "anyone")]).await;
+    let refusal = plain.refusal().await;
+    assert_eq!(refusal.code, "28000");
+    assert!(refusal.hint.unwrap().contains("sslmode=require"));
+    assert_eq!(emulator.counts().dials, 0);
+    let mut offered = Wire::dial(remote).await;
+    offered.send(&SSL_REQUEST).await;
+    assert_eq!(offered.byte().await, 'S');
+
+    let loopback = ([127, 0, 0, 1], binary.postgres.port()).into();
+    let mut local = Wire::dial(loopback).await;
+    local.startup(&[("user", "anyone")]).await;
+    local.welcome().await;
+}
