@@ -54,6 +54,7 @@ pub mod doctor;
 #[cfg(feature = "demo")]
 pub mod emulator;
 pub mod exec;
+mod expiry;
 pub mod http;
 pub mod listener;
 #[cfg(feature = "notes")]

@@ -6,12 +6,13 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use jiff::Timestamp;
 use secrecy::{ExposeSecret, SecretString};
 use serde::Deserialize;
 use tokio::{fs, io::AsyncReadExt, process::Command, time::timeout};
 use tokio_util::sync::CancellationToken;
 use zeroize::Zeroizing;
+
+use crate::expiry::Moment;
 
 use super::{CredentialCell, Mint, MintError, MintErrorKind, Minted};
 
@@ -118,7 +119,7 @@ struct Printed {
         alias = "expiration",
         alias = "expiry"
     )]
-    expires_at: Option<Timestamp>,
+    expires_at: Option<Moment>,
 }
 
 impl Mint for CredentialCommand {
@@ -176,7 +177,7 @@ impl Mint for CredentialCommand {
         })?;
         Ok(Minted {
             secret: answer.token,
-            expires_at: answer.expires_at,
+            expires_at: answer.expires_at.map(|Moment(at)| at),
         })
     }
 }

@@ -1,6 +1,5 @@
 //! Minting a database credential, for both products. They differ in path, body and the name of one field.
 
-use jiff::Timestamp;
 use reqwest::Method;
 use secrecy::{ExposeSecret, SecretString};
 use serde::Deserialize;
@@ -10,6 +9,7 @@ use tokio::time::Instant;
 use super::{CallError, Target, Workspace, diagnosis::Purpose};
 use crate::{
     credential::{Mint, MintError, MintErrorKind, Minted},
+    expiry::Moment,
     telemetry::names,
 };
 
@@ -30,7 +30,7 @@ pub struct CredentialMinter {
 struct Response {
     token: SecretString,
     #[serde(alias = "expiration_time")]
-    expire_time: String,
+    expire_time: Moment,
 }
 
 impl CredentialMinter {
@@ -77,10 +77,7 @@ impl Mint for CredentialMinter {
         if !is_jwt(token.expose_secret()) {
             return Err(self.malformed("its token is not a JWT").into());
         }
-        let expires_at: Timestamp = expire_time
-            .trim()
-            .parse()
-            .map_err(|_| self.malformed("its expiry is not a point in time"))?;
+        let Moment(expires_at) = expire_time;
         // By the workspace's clock; we judge by ours.
         let expires_at = match answer.skew {
             Some(skew) => expires_at.checked_sub(skew).unwrap_or(expires_at),

@@ -34,7 +34,9 @@ const GRANT_ACCESS: &str = "grant the identity access to the Lakebase project in
 impl CallError {
     /// Whether it is the identity's rights that are missing, not the way to the workspace or our proof of who we are.
     pub fn is_forbidden(&self) -> bool {
-        self.status == Some(403) && self.hint.as_deref() == Some(GRANT_ACCESS)
+        self.kind == MintErrorKind::Refused
+            && self.status == Some(403)
+            && self.hint.as_deref() == Some(GRANT_ACCESS)
     }
 
     /// Waiting does not help.
@@ -358,6 +360,10 @@ fn kind(status: StatusCode, body: &ErrorBody) -> MintErrorKind {
         Some(
             "TEMPORARILY_UNAVAILABLE"
             | "WORKSPACE_TEMPORARILY_UNAVAILABLE"
+            | "UNAVAILABLE"
+            | "SERVICE_UNDER_MAINTENANCE"
+            | "PERMISSION_NOT_PROPAGATED"
+            | "ABORTED"
             | "PROJECTS_OPERATION_TIMEOUT",
         ) => {
             return MintErrorKind::Unavailable;
@@ -403,6 +409,18 @@ fn explain(
         (_, "FEATURE_DISABLED", _) => say(
             format!("Lakebase is not enabled in the workspace {host}"),
             "ask a workspace admin to enable Lakebase, or check `DATABRICKS_HOST`",
+        ),
+        (_, "PERMISSION_NOT_PROPAGATED", _) => say(
+            format!("the permissions of the identity have not reached the workspace {host} yet"),
+            "it is tried again by itself; a grant takes effect within minutes",
+        ),
+        (_, "SERVICE_UNDER_MAINTENANCE", _) => say(
+            format!("the workspace {host} is under maintenance"),
+            "it is tried again by itself",
+        ),
+        (400..500, "UNAVAILABLE" | "TEMPORARILY_UNAVAILABLE" | "ABORTED", _) => say(
+            format!("the workspace {host} could not give {} at the moment", purpose.asked()),
+            "it is tried again by itself",
         ),
         (404, "NOT_FOUND" | "ENDPOINT_NOT_FOUND", None) | (404, "ENDPOINT_NOT_FOUND", Some(_)) if has("no api found") => say(
             format!("the workspace {host} does not have this API"),

@@ -7,7 +7,7 @@ use std::time::Duration;
 use reqwest::StatusCode;
 use serde_json::Value;
 
-use crate::telemetry::redact;
+use crate::{expiry::Number, telemetry::redact};
 
 /// Longest text taken over from the other side, in characters.
 const MAX_TEXT: usize = 600;
@@ -94,15 +94,21 @@ fn from_details(details: Option<&Value>) -> (Option<String>, Option<Duration>) {
         if kind.ends_with("google.rpc.RequestInfo") {
             request_id = field("request_id").map(clean).filter(|id| !id.is_empty());
         } else if kind.ends_with("google.rpc.RetryInfo") {
-            retry_delay = field("retry_delay").and_then(proto_duration);
+            let delay = detail.get("retry_delay").cloned();
+            let delay = delay.and_then(|delay| serde_json::from_value(delay).ok());
+            retry_delay = delay.as_ref().and_then(proto_duration);
         }
     }
     (request_id, retry_delay)
 }
 
-/// A protobuf Duration in JSON: `"3s"`, `"1.500s"`.
-pub(super) fn proto_duration(text: &str) -> Option<Duration> {
-    Duration::try_from_secs_f64(text.strip_suffix('s')?.parse().ok()?).ok()
+/// A protobuf Duration in JSON: `"3s"`, `"1.500s"`; or seconds.
+pub(super) fn proto_duration(value: &Number) -> Option<Duration> {
+    let seconds = match value {
+        Number::Text(text) => text.trim().trim_end_matches('s').parse().ok()?,
+        Number::Number(seconds) => *seconds,
+    };
+    Duration::try_from_secs_f64(seconds).ok()
 }
 
 /// `ERROR_CODE: message`.

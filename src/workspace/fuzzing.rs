@@ -7,6 +7,7 @@ use super::{
     BranchName, EndpointName, Host, HostName, InstanceName, Reference, api, auth,
     databrickscfg::Profiles, error_body,
 };
+use crate::expiry::Number;
 
 /// An answer to a request: as a refusal, and as a token.
 pub fn answer(status: u16, body: &[u8]) {
@@ -40,7 +41,7 @@ pub fn times(text: &str) {
         let _ = api::skew(date, now);
         let _ = api::skew(date, Timestamp::MIN);
     }
-    let _ = error_body::proto_duration(text);
+    let _ = error_body::proto_duration(&Number::Text(text.to_owned()));
     auth::fuzzing::times(text);
     auth::fuzzing::claims(text);
 }

@@ -10,6 +10,8 @@ use reqwest::Method;
 use secrecy::ExposeSecret;
 use serde::Deserialize;
 
+use crate::expiry::Number;
+
 use super::{
     AuthKind, CallError, EndpointInfo, EndpointName, Target, Workspace, diagnosis::Purpose,
     discovery::Explorer, error_body,
@@ -111,7 +113,7 @@ impl Workspace {
 #[derive(Default, Deserialize)]
 #[serde(default)]
 struct Claims {
-    exp: Option<f64>,
+    exp: Option<Number>,
     scope: Option<Scope>,
     scp: Option<Scope>,
 }
@@ -131,13 +133,7 @@ fn claims(token: &str) -> (Option<Timestamp>, Vec<String>) {
         .and_then(|part| URL_SAFE_NO_PAD.decode(part.trim_end_matches('=')).ok())
         .unwrap_or_default();
     let claims: Claims = serde_json::from_slice(&payload).unwrap_or_default();
-    #[expect(
-        clippy::cast_possible_truncation,
-        reason = "saturates, and a timestamp out of range is no timestamp"
-    )]
-    let expires_at = claims
-        .exp
-        .and_then(|seconds| Timestamp::from_second(seconds as i64).ok());
+    let expires_at = claims.exp.as_ref().and_then(Number::timestamp);
     let scopes = match claims.scope.or(claims.scp) {
         Some(Scope::List(list)) => list,
         Some(Scope::Text(text)) => text.split_ascii_whitespace().map(str::to_owned).collect(),
@@ -154,6 +150,7 @@ fn claims(token: &str) -> (Option<Timestamp>, Vec<String>) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::expiry;
 
     fn jwt(payload: &str) -> String {
         format!("eyJh.{}.c2ln", URL_SAFE_NO_PAD.encode(payload))
@@ -166,6 +163,8 @@ mod tests {
         ));
         assert_eq!(expires_at, Some("2033-05-18T03:33:20Z".parse().unwrap()));
         assert_eq!(scopes, ["all-apis", "offline_access"]);
+        let (expires_at, _) = claims(&jwt(r#"{"exp":"253402300799"}"#));
+        assert_eq!(expires_at, Some(expiry::FAR));
         let (_, scopes) = claims(&jwt(r#"{"scp":["postgres"]}"#));
         assert_eq!(scopes, ["postgres"]);
     }
@@ -178,7 +177,6 @@ mod tests {
             "a.b.c",
             &jwt("[]"),
             &jwt(r#"{"exp":"soon"}"#),
-            &jwt(r#"{"exp":1e300}"#),
         ] {
             let (expires_at, scopes) = claims(token);
             assert!(expires_at.is_none() && scopes.is_empty(), "{token}");

@@ -796,3 +796,50 @@ fn no_secret_prints() {
     );
     assert!(!printed.contains("hunter2"), "{printed}");
 }
+
+#[tokio::test]
+async fn an_end_that_no_timestamp_holds_is_far_away() {
+    for end in [
+        json!("9999-12-31T23:59:59Z"),
+        json!("292278994-08-17T07:12:55.807Z"),
+        json!(253_402_300_799_i64),
+        json!("253402300799"),
+    ] {
+        let response = json!({"token": JWT, "expire_time": end});
+        let fake = FakeWorkspace::start(move |seen, n| match seen.path.as_str() {
+            CREDENTIALS => answer(200, &response),
+            _ => good(seen, n),
+        })
+        .await;
+        let minted = mint(fake.m2m()).await.unwrap();
+        assert_eq!(minted.expires_at, Some(crate::expiry::FAR), "{end}");
+    }
+    for lifetime in [json!("3600"), json!(1e300), json!("1e300")] {
+        let response = json!({"access_token": "workspace-token", "expires_in": lifetime});
+        let fake = FakeWorkspace::start(move |seen, n| match seen.path.as_str() {
+            TOKEN => answer(200, &response),
+            _ => good(seen, n),
+        })
+        .await;
+        let minter = minter(&workspace(fake.m2m(), Clock::system()));
+        for _ in 0..2 {
+            minter.mint().await.unwrap();
+        }
+        assert_eq!(fake.calls(TOKEN).len(), 1, "{lifetime}");
+    }
+}
+
+#[tokio::test]
+async fn ids_and_delays_may_be_numbers() {
+    let fake = FakeWorkspace::start(|seen, n| match seen.path.as_str() {
+        "/.well-known/databricks-config" => answer(
+            200,
+            &json!({"oidc_endpoint": format!("http://{}/oidc", seen.header("host")), "workspace_id": 4711, "account_id": 7}),
+        ),
+        _ => good(seen, n),
+    })
+    .await;
+    mint(fake.m2m()).await.unwrap();
+    let calls = fake.calls(CREDENTIALS);
+    assert_eq!(calls[0].header("x-databricks-workspace-id"), "4711");
+}

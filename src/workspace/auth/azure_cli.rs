@@ -2,7 +2,7 @@
 
 use std::{path::PathBuf, time::Duration};
 
-use jiff::{Timestamp, civil::DateTime, tz::TimeZone};
+use jiff::tz::TimeZone;
 use reqwest::header::HeaderValue;
 use secrecy::SecretString;
 use serde::Deserialize;
@@ -10,15 +10,18 @@ use tokio::sync::OnceCell;
 use tracing::debug;
 
 use super::{
-    AuthKind, Expiry, Number, WorkspaceToken,
+    AuthKind, Expiry, WorkspaceToken,
     azure::{self, Cloud},
     command::{self, CommandError},
 };
-use crate::workspace::{
-    api::Api,
-    diagnosis::CallError,
-    host::Host,
-    settings::{Settings, SettingsError},
+use crate::{
+    expiry::{self, Number},
+    workspace::{
+        api::Api,
+        diagnosis::CallError,
+        host::Host,
+        settings::{Settings, SettingsError},
+    },
 };
 
 const COMMAND: &str = "az";
@@ -168,7 +171,7 @@ impl AzureCli {
             || CallError::malformed("`az account get-access-token` did not print a token", None);
         let answer: Answer = serde_json::from_slice(&stdout).map_err(|_| malformed())?;
         let epoch = answer.expires_on.as_ref().and_then(Number::timestamp);
-        let at = epoch.or_else(|| local_time(answer.local.as_deref()?, &TimeZone::system()));
+        let at = epoch.or_else(|| expiry::from_text(answer.local.as_deref()?, &TimeZone::system()));
         WorkspaceToken::new(answer.access_token, Expiry::At(at.ok_or_else(malformed)?))
     }
 
@@ -227,12 +230,6 @@ impl AzureCli {
     }
 }
 
-/// `2026-08-28 15:04:05.000000`, in the time zone of this machine.
-pub(super) fn local_time(text: &str, zone: &TimeZone) -> Option<Timestamp> {
-    let time: DateTime = text.trim().parse().ok()?;
-    Some(time.to_zoned(zone.clone()).ok()?.timestamp())
-}
-
 #[cfg(test)]
 mod tests {
     use jiff::tz::Offset;
@@ -243,9 +240,9 @@ mod tests {
     fn the_expiry_is_in_local_time() {
         let zone = TimeZone::fixed(Offset::constant(2));
         assert_eq!(
-            local_time("2026-08-28 15:04:05.000000", &zone),
+            expiry::from_text("2026-08-28 15:04:05.000000", &zone),
             Some("2026-08-28T13:04:05Z".parse().unwrap())
         );
-        assert_eq!(local_time("soon", &zone), None);
+        assert_eq!(expiry::from_text("soon", &zone), None);
     }
 }

@@ -7,7 +7,6 @@ use std::{
     time::Duration,
 };
 
-use jiff::{Timestamp, civil::DateTime, tz::TimeZone};
 use secrecy::SecretString;
 use serde::Deserialize;
 use tokio::sync::OnceCell;
@@ -17,11 +16,14 @@ use super::{
     AuthKind, DEFAULT_LIFETIME, Expiry, Freshness, WorkspaceToken,
     command::{self, CommandError, Output},
 };
-use crate::workspace::{
-    api::Api,
-    diagnosis::CallError,
-    host::Host,
-    settings::{Settings, SettingsError},
+use crate::{
+    expiry::{Moment, Number},
+    workspace::{
+        api::Api,
+        diagnosis::CallError,
+        host::Host,
+        settings::{Settings, SettingsError},
+    },
 };
 
 const COMMAND: &str = "databricks";
@@ -39,6 +41,9 @@ const PROFILE_SINCE: Version = (0, 207, 1);
 /// `auth token` takes `--force-refresh` since then.
 const FORCE_SINCE: Version = (0, 296, 0);
 
+/// `0001-01-01T00:00:00Z`.
+const ZERO_TIME: i64 = -62_135_596_800;
+
 type Version = (u64, u64, u64);
 
 pub(in crate::workspace) struct DatabricksCli {
@@ -51,16 +56,31 @@ pub(in crate::workspace) struct DatabricksCli {
 #[derive(Deserialize)]
 #[serde(rename_all = "PascalCase")]
 struct VersionAnswer {
-    major: u64,
-    minor: u64,
-    patch: u64,
+    major: Number,
+    minor: Number,
+    patch: Number,
+}
+
+impl VersionAnswer {
+    fn version(&self) -> Option<Version> {
+        let part = |number: &Number| {
+            #[expect(
+                clippy::cast_possible_truncation,
+                clippy::cast_sign_loss,
+                reason = "saturates"
+            )]
+            let part = number.value()? as u64;
+            Some(part)
+        };
+        Some((part(&self.major)?, part(&self.minor)?, part(&self.patch)?))
+    }
 }
 
 #[derive(Deserialize)]
 struct TokenAnswer {
     access_token: SecretString,
     #[serde(default)]
-    expiry: Option<String>,
+    expiry: Option<Moment>,
 }
 
 impl DatabricksCli {
@@ -131,18 +151,14 @@ impl DatabricksCli {
         let answer: TokenAnswer = serde_json::from_slice(&output.stdout).map_err(|_| {
             CallError::malformed(
                 "`databricks auth token` did not print a token",
-                Some("its output is not the expected JSON".to_owned()),
+                Some("its output is not the expected JSON with an expiry".to_owned()),
             )
         })?;
-        let expiry = match answer.expiry.as_deref().map(|text| expiry(text).ok_or(())) {
+        let expiry = match answer.expiry {
             None => Expiry::In(DEFAULT_LIFETIME),
-            Some(Ok(at)) => Expiry::At(at),
-            Some(Err(())) => {
-                return Err(CallError::malformed(
-                    "`databricks auth token` printed an expiry that is no time",
-                    None,
-                ));
-            }
+            // Go's zero time: the token names no end.
+            Some(Moment(at)) if at.as_second() <= ZERO_TIME => Expiry::In(DEFAULT_LIFETIME),
+            Some(Moment(at)) => Expiry::At(at),
         };
         if matches!(expiry, Expiry::At(at) if at <= api.clock().now()) {
             return Err(self.expired("it printed a token that has expired"));
@@ -163,7 +179,7 @@ impl DatabricksCli {
                 serde_json::from_slice::<VersionAnswer>(&answer.stdout)
                     .ok()
                     .filter(|_| answer.is_success)
-                    .map(|version| (version.major, version.minor, version.patch)),
+                    .and_then(|version| version.version()),
             )
         };
         match self.version.get_or_try_init(probe).await {
@@ -269,35 +285,14 @@ fn is_old(path: &Path) -> io::Result<bool> {
     Ok(content.windows(OLD_CLI.len()).any(|part| part == OLD_CLI))
 }
 
-/// RFC 3339 with any offset, or without one and with a blank (then in UTC, as the Go SDK takes it).
-pub(super) fn expiry(text: &str) -> Option<Timestamp> {
-    let text = text.trim();
-    text.parse().ok().or_else(|| {
-        let time: DateTime = text.parse().ok()?;
-        Some(time.to_zoned(TimeZone::UTC).ok()?.timestamp())
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn the_expiry_may_carry_an_offset_or_none() {
-        let expected: Timestamp = "2026-08-28T13:04:05.5Z".parse().unwrap();
-        for text in [
-            "2026-08-28T15:04:05.500000000+02:00",
-            "2026-08-28T13:04:05.5Z",
-            "2026-08-28 13:04:05.500",
-            " 2026-08-28T08:04:05.5-05:00 ",
-        ] {
-            assert_eq!(expiry(text), Some(expected), "{text}");
-        }
-        for text in ["", "soon", "2026-08-28", "1787000000"] {
-            assert!(
-                expiry(text).is_none_or(|at| at.as_second() % 86_400 == 0),
-                "{text}"
-            );
-        }
+    fn a_cli_s_version_may_be_in_quotes() {
+        let version: VersionAnswer =
+            serde_json::from_str(r#"{"Major":"1","Minor":22,"Patch":"0"}"#).unwrap();
+        assert_eq!(version.version(), Some((1, 22, 0)));
     }
 }

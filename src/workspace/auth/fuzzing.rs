@@ -2,7 +2,8 @@
 
 use jiff::tz::{Offset, TimeZone};
 
-use super::{TokenResponse, azure_cli, claim, databricks_cli};
+use super::{TokenResponse, claim};
+use crate::expiry;
 
 /// A token is accepted with an expiry or refused; nothing panics.
 pub(in crate::workspace) fn token_response(body: &[u8]) {
@@ -12,8 +13,8 @@ pub(in crate::workspace) fn token_response(body: &[u8]) {
 }
 
 pub(in crate::workspace) fn times(text: &str) {
-    let _ = databricks_cli::expiry(text);
-    let _ = azure_cli::local_time(text, &TimeZone::fixed(Offset::constant(-11)));
+    let _ = expiry::from_text(text, &TimeZone::UTC);
+    let _ = expiry::from_text(text, &TimeZone::fixed(Offset::constant(-11)));
 }
 
 pub(in crate::workspace) fn claims(token: &str) {

@@ -39,6 +39,7 @@ use super::{
     diagnosis::CallError,
     settings::{Attribute, Settings, SettingsError},
 };
+use crate::expiry::Number;
 
 pub(super) use cache::{CachedToken, TokenCache};
 pub(super) use chain::choose;
@@ -278,36 +279,11 @@ struct TokenResponse {
     scope: Option<String>,
 }
 
-/// Some servers quote numbers.
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum Number {
-    Number(f64),
-    Text(String),
-}
-
-impl Number {
-    fn value(&self) -> Option<f64> {
-        match self {
-            Self::Number(number) => Some(*number),
-            Self::Text(text) => text.trim().parse().ok(),
-        }
-    }
-
-    fn timestamp(&self) -> Option<Timestamp> {
-        let seconds = Duration::try_from_secs_f64(self.value()?).ok()?;
-        Timestamp::from_second(i64::try_from(seconds.as_secs()).ok()?).ok()
-    }
-}
-
 impl TokenResponse {
     fn into_token(self) -> Result<WorkspaceToken, CallError> {
         let lifetime = self.expires_in.as_ref().and_then(Number::value);
         let end = self.expires_on.as_ref().and_then(Number::timestamp);
-        let expiry = match (
-            lifetime.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok()),
-            end,
-        ) {
+        let expiry = match (lifetime.and_then(seconds), end) {
             (Some(lifetime), _) => Expiry::In(lifetime),
             (None, Some(end)) => Expiry::At(end),
             (None, None) => Expiry::In(DEFAULT_LIFETIME),
@@ -316,6 +292,11 @@ impl TokenResponse {
         token.scopes = self.scope.or(token.scopes);
         Ok(token)
     }
+}
+
+/// A lifetime; one that a `Duration` cannot hold never ends.
+fn seconds(seconds: f64) -> Option<Duration> {
+    (seconds >= 0.0).then(|| Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX))
 }
 
 /// A claim of a JWT, unverified: for people and for messages, never for a decision about access.

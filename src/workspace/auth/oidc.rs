@@ -40,12 +40,29 @@ struct Metadata {
     token_endpoint: String,
 }
 
+/// Written as text or as a number.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Id {
+    Number(u64),
+    Text(String),
+}
+
+impl Id {
+    fn into_text(self) -> String {
+        match self {
+            Self::Number(number) => number.to_string(),
+            Self::Text(text) => text,
+        }
+    }
+}
+
 #[derive(Default, Deserialize)]
 #[serde(default)]
 struct HostMetadata {
     oidc_endpoint: Option<String>,
-    account_id: Option<String>,
-    workspace_id: Option<String>,
+    account_id: Option<Id>,
+    workspace_id: Option<Id>,
     token_federation_default_oidc_audiences: Vec<String>,
 }
 
@@ -126,15 +143,19 @@ impl Oidc {
         endpoint: &mut TokenEndpoint,
     ) -> Option<Url> {
         if let Some(id) = metadata.workspace_id {
-            api.learn_workspace_id(&id);
+            api.learn_workspace_id(&id.into_text());
         }
         endpoint.audience = metadata
             .token_federation_default_oidc_audiences
             .into_iter()
             .next();
         let root = metadata.oidc_endpoint?;
-        let root = match self.account_id.as_ref().or(metadata.account_id.as_ref()) {
-            Some(account) => root.replace("{account_id}", account),
+        let root = match self
+            .account_id
+            .clone()
+            .or(metadata.account_id.map(Id::into_text))
+        {
+            Some(account) => root.replace("{account_id}", &account),
             None if root.contains("{account_id}") => return None,
             None => root,
         };

@@ -220,3 +220,30 @@ fn a_private_workspace_is_told_from_a_wrong_address() {
     assert!(other.hint.unwrap().contains("DATABRICKS_HOST"));
     assert_eq!(other.kind, MintErrorKind::Refused);
 }
+
+/// A permission that was granted a moment ago, or a compute that restarts, answers with a status of 403 or 409.
+#[test]
+fn codes_that_pass_by_themselves_are_retried_whatever_their_status() {
+    for code in [
+        "UNAVAILABLE",
+        "SERVICE_UNDER_MAINTENANCE",
+        "PERMISSION_NOT_PROPAGATED",
+        "ABORTED",
+        "TEMPORARILY_UNAVAILABLE",
+    ] {
+        for status in [400, 403, 404, 409, 503] {
+            for purpose in [Some(Purpose::Credential(NAME)), None] {
+                let error = diagnosed(purpose, status, code, "not now");
+                assert_eq!(error.kind, MintErrorKind::Unavailable, "{code} {status}");
+                assert!(!error.is_forbidden(), "{code} {status}");
+            }
+        }
+    }
+    let error = diagnosed(
+        Some(Purpose::Credential(NAME)),
+        403,
+        "PERMISSION_NOT_PROPAGATED",
+        "wait",
+    );
+    assert!(error.hint.unwrap().contains("tried again by itself"));
+}

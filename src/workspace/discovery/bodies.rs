@@ -3,7 +3,7 @@
 use serde::Deserialize;
 
 use super::{EndpointInfo, EndpointState, EndpointType};
-use crate::workspace::error_body;
+use crate::{expiry::Number, workspace::error_body};
 
 /// An endpoint.
 #[derive(Deserialize)]
@@ -22,7 +22,7 @@ struct EndpointStatus {
     endpoint_type: String,
     current_state: String,
     disabled: bool,
-    suspend_timeout_duration: Option<String>,
+    suspend_timeout_duration: Option<Number>,
     hosts: Hosts,
 }
 
@@ -59,7 +59,7 @@ impl EndpointBody {
             },
             suspend_timeout: status
                 .suspend_timeout_duration
-                .as_deref()
+                .as_ref()
                 .and_then(error_body::proto_duration),
         }
     }
