@@ -481,7 +481,9 @@ async fn execute(
         command,
         inherited: Environment::inherited(),
         secrets: if strip_secrets.unwrap_or(false) {
-            Secrets::Stripped(config.password_variables.clone())
+            let mut names = config.workspace.secret_variables();
+            names.extend(config.password_variables.iter().cloned());
+            Secrets::Stripped(names)
         } else {
             Secrets::Kept
         },

@@ -29,18 +29,8 @@ const REMOVED: [&str; 16] = [
 /// The service manager's sockets and our own settings are for us, not for our child.
 const REMOVED_PREFIXES: [&str; 2] = ["LISTEN_", "LAKEBASE_PROXY_"];
 
-/// What holds a secret of the workspace, for `--strip-secrets`.
-const SECRETS: [&str; 9] = [
-    "ACTIONS_ID_TOKEN_REQUEST_TOKEN",
-    "ARM_CLIENT_SECRET",
-    "DATABRICKS_CLIENT_SECRET",
-    "DATABRICKS_GOOGLE_CREDENTIALS",
-    "DATABRICKS_OIDC_TOKEN",
-    "DATABRICKS_PASSWORD",
-    "DATABRICKS_TOKEN",
-    "GOOGLE_CREDENTIALS",
-    "SYSTEM_ACCESSTOKEN",
-];
+/// A shorter secret is looked for by name alone: its value may stand in others by chance.
+const SHORTEST_SECRET: usize = 8;
 
 const DATABASE_URL: &str = "DATABASE_URL";
 
@@ -50,7 +40,7 @@ pub enum Secrets {
     /// None is taken away: the program may use the workspace itself.
     #[default]
     Kept,
-    /// The workspace's, and these variables.
+    /// These variables are taken away, and every other that holds one of their values.
     Stripped(Vec<String>),
 }
 
@@ -68,13 +58,20 @@ pub(super) fn variables(
         ("PGDATABASE", target.database.clone()),
     ];
     let replaced = |name: &OsStr| ours.iter().any(|(ours, _)| name == *ours);
+    let inherited: Vec<(OsString, OsString)> = inherited.into_iter().collect();
+    let values = secret_values(&inherited, secrets);
     let mut variables: Vec<(OsString, OsString)> = inherited
-        .into_iter()
+        .iter()
         .filter(|(name, value)| {
             // An empty one counts as unset, as everywhere here.
             let no_url = name == DATABASE_URL && value.is_empty();
-            !replaced(name) && !no_url && !is_removed(name) && !is_secret(name, secrets)
+            !replaced(name)
+                && !no_url
+                && !is_removed(name)
+                && !is_secret(name, secrets)
+                && !values.iter().any(|secret| holds(value, secret))
         })
+        .cloned()
         .collect();
     let has_url = variables.iter().any(|(name, _)| name == DATABASE_URL);
     variables.extend(
@@ -100,11 +97,25 @@ fn is_removed(name: &OsStr) -> bool {
 fn is_secret(name: &OsStr, secrets: &Secrets) -> bool {
     match secrets {
         Secrets::Kept => false,
-        Secrets::Stripped(more) => {
-            SECRETS.iter().any(|secret| name == *secret)
-                || more.iter().any(|secret| name == secret.as_str())
-        }
+        Secrets::Stripped(names) => names.iter().any(|secret| name == secret.as_str()),
     }
+}
+
+/// What the secret variables hold: a copy under another name, or inside an address, is as secret.
+fn secret_values<'a>(inherited: &'a [(OsString, OsString)], secrets: &Secrets) -> Vec<&'a [u8]> {
+    inherited
+        .iter()
+        .filter(|(name, _)| is_secret(name, secrets))
+        .map(|(_, value)| value.as_encoded_bytes().trim_ascii())
+        .filter(|value| value.len() >= SHORTEST_SECRET)
+        .collect()
+}
+
+fn holds(value: &OsStr, secret: &[u8]) -> bool {
+    value
+        .as_encoded_bytes()
+        .windows(secret.len())
+        .any(|part| part == secret)
 }
 
 fn url(target: &Target) -> String {
@@ -284,17 +295,20 @@ mod tests {
     #[test]
     fn secrets_are_stripped_when_asked() {
         let inherited = [
-            ("DATABRICKS_CLIENT_SECRET", "s"),
-            ("DATABRICKS_TOKEN", "s"),
-            ("ARM_CLIENT_SECRET", "s"),
             ("MY_PASSWORD", "s"),
+            ("MY_OIDC", "a-long-secret"),
+            ("COPY", "a-long-secret"),
+            ("INSIDE", "amqp://me:a-long-secret@host"),
             ("DATABRICKS_HOST", "h"),
-            ("DATABRICKS_CLIENT_ID", "i"),
+            ("LETTER", "s"),
         ];
-        let child = child(&inherited, &Secrets::Stripped(vec!["MY_PASSWORD".into()]));
-        assert!(child.values().all(|value| value != "s"), "{child:?}");
-        assert!(
-            child.contains_key("DATABRICKS_HOST") && child.contains_key("DATABRICKS_CLIENT_ID")
-        );
+        let names = ["MY_PASSWORD", "MY_OIDC"].map(str::to_owned).to_vec();
+        let stripped = child(&inherited, &Secrets::Stripped(names));
+        for name in ["MY_PASSWORD", "MY_OIDC", "COPY", "INSIDE"] {
+            assert!(!stripped.contains_key(name), "{name}");
+        }
+        // Too short to be looked for by its value.
+        assert!(stripped.contains_key("DATABRICKS_HOST") && stripped.contains_key("LETTER"));
+        assert!(child(&inherited, &Secrets::Kept).contains_key("MY_OIDC"));
     }
 }

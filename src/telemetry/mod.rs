@@ -3,6 +3,7 @@
 //! A leaf: every room may use it, and it imports none of them. It knows how things are written down, not what they mean.
 
 mod escape;
+mod known;
 mod line;
 pub mod logging;
 pub mod metrics;
@@ -12,6 +13,7 @@ mod repeats;
 mod sink;
 
 pub use escape::{Escaped, escape, escape_json};
+pub(crate) use known::KnownSecrets;
 pub use logging::{DEFAULT_FILTER, LogError, LogHandle, LogOptions, chain, last_words};
 pub use metrics::{CountOnDrop, GaugeGuard, Metrics};
 pub use redact::{redact, without_userinfo};

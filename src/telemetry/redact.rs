@@ -6,7 +6,7 @@
 use std::borrow::Cow;
 
 /// Stands where something was.
-const REMOVED: &str = "[removed]";
+pub(super) const REMOVED: &str = "[removed]";
 /// From here on a run of characters can be a secret: all that is sent has more.
 const SHORTEST: usize = 20;
 /// How Databricks' own tokens and secrets begin, and JSON in base64.

@@ -4,6 +4,7 @@
 
 use std::{error::Error, sync::OnceLock, time::Duration};
 
+use base64::{Engine as _, engine::general_purpose::STANDARD};
 use jiff::{SignedDuration, Timestamp, fmt::rfc2822};
 use reqwest::{
     Client, ClientBuilder, Method, NoProxy, Proxy, RequestBuilder, StatusCode,
@@ -24,7 +25,7 @@ use super::{
     host::Host,
     settings::{SettingsError, Variables},
 };
-use crate::{clock::Clock, tls::ALPN_HTTP_1_1};
+use crate::{clock::Clock, telemetry::KnownSecrets, tls::ALPN_HTTP_1_1};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// One whole call. A credential takes two; both must fit into the refresher's patience.
@@ -56,6 +57,8 @@ pub(super) struct Api {
     host: Host,
     workspace_id: OnceLock<HeaderValue>,
     clock: Clock,
+    /// What no answer must repeat, whatever the call was.
+    secrets: Vec<SecretString>,
 }
 
 /// The HTTP proxy to go through, by the variables that everybody uses.
@@ -102,7 +105,12 @@ impl ProxySetting {
 pub(super) struct Call {
     request: RequestBuilder,
     is_path_secret: bool,
+    /// What an answer must not repeat.
+    secrets: Vec<SecretString>,
 }
+
+/// The fields of a form that are secrets.
+const SECRET_FIELDS: [&str; 2] = ["client_secret", "subject_token"];
 
 impl Call {
     fn new(client: &Client, kind: AuthKind, method: Method, url: Url) -> Self {
@@ -110,6 +118,7 @@ impl Call {
         Self {
             request: client.request(method, url).header(USER_AGENT, agent),
             is_path_secret: false,
+            secrets: Vec::new(),
         }
     }
 
@@ -120,22 +129,34 @@ impl Call {
     }
 
     pub(super) fn header(mut self, name: HeaderName, value: HeaderValue) -> Self {
+        if let (true, Ok(text)) = (value.is_sensitive(), value.to_str()) {
+            self.secrets.push(text.into());
+        }
         self.request = self.request.header(name, value);
         self
     }
 
     pub(super) fn bearer(mut self, token: &SecretString) -> Self {
+        self.secrets.push(token.clone());
         self.request = self.request.bearer_auth(token.expose_secret());
         self
     }
 
     pub(super) fn basic(mut self, user: &str, password: &SecretString) -> Self {
+        self.secrets.push(password.clone());
         let password = password.expose_secret();
+        // What is sent is repeated as well.
+        let pair = Zeroizing::new(format!("{user}:{password}"));
+        self.secrets.push(STANDARD.encode(pair.as_bytes()).into());
         self.request = self.request.basic_auth(user, Some(password));
         self
     }
 
     pub(super) fn form(mut self, fields: &[(&str, &str)]) -> Self {
+        let secrets = fields
+            .iter()
+            .filter(|(name, _)| SECRET_FIELDS.contains(name));
+        self.secrets.extend(secrets.map(|&(_, value)| value.into()));
         self.request = self.request.form(fields);
         self
     }
@@ -183,6 +204,7 @@ impl Api {
         mut tls: rustls::ClientConfig,
         proxy: ProxySetting,
         clock: Clock,
+        secrets: Vec<SecretString>,
     ) -> Result<Self, BuildError> {
         let workspace_id = match workspace_id {
             None => OnceLock::new(),
@@ -208,6 +230,7 @@ impl Api {
             host,
             workspace_id,
             clock,
+            secrets,
         })
     }
 
@@ -282,21 +305,24 @@ impl Api {
             body.extend_from_slice(&chunk);
         }
 
+        let known = || KnownSecrets::new(self.secrets.iter().chain(&call.secrets));
         let date = text(&headers, &DATE).and_then(http_date);
         if status.is_redirection() {
             let location = text(&headers, &LOCATION);
             return Err(ApiError::Redirect {
                 target: location.and_then(|location| url.join(location).ok()),
                 location: location
-                    .map(|location| redacted(&url, location))
+                    .map(|location| redacted(&url, &known().redact(location)))
                     .unwrap_or_default(),
             });
         }
         if !status.is_success() {
-            let mut parsed = error_body::parse(status, &body);
+            let known = known();
+            let mut parsed = error_body::parse(status, &body, &known);
             parsed.request_id = parsed
                 .request_id
-                .or_else(|| text(&headers, &REQUEST_ID).map(error_body::clean))
+                .or_else(|| text(&headers, &REQUEST_ID).map(|id| known.redact(id)))
+                .map(|id| error_body::clean(&id))
                 .filter(|id| !id.is_empty());
             let retry_after = text(&headers, &RETRY_AFTER)
                 .and_then(|value| retry_after(value, date.unwrap_or(received_at)))

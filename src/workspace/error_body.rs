@@ -7,7 +7,10 @@ use std::time::Duration;
 use reqwest::StatusCode;
 use serde_json::Value;
 
-use crate::{expiry::Number, telemetry::redact};
+use crate::{
+    expiry::Number,
+    telemetry::{KnownSecrets, redact},
+};
 
 /// Longest text taken over from the other side, in characters.
 const MAX_TEXT: usize = 600;
@@ -23,7 +26,9 @@ pub(super) struct ErrorBody {
 }
 
 /// Reads an error answer; never fails, since an unreadable one still has a status.
-pub(super) fn parse(status: StatusCode, body: &[u8]) -> ErrorBody {
+///
+/// The secrets that are known are masked before anything is cut, in whatever form they are repeated.
+pub(super) fn parse(status: StatusCode, body: &[u8], known: &KnownSecrets) -> ErrorBody {
     let text = String::from_utf8_lossy(body);
     let text = text.trim();
     let mut parsed = match serde_json::from_str::<Value>(text) {
@@ -34,10 +39,14 @@ pub(super) fn parse(status: StatusCode, body: &[u8]) -> ErrorBody {
         },
         _ => from_plain(text),
     };
-    parsed.message = clean(&parsed.message);
+    parsed.message = clean(&known.redact(&parsed.message));
+    parsed.request_id = parsed
+        .request_id
+        .map(|id| clean(&known.redact(&id)))
+        .filter(|id| !id.is_empty());
     parsed.code = parsed
         .code
-        .map(|code| clean(&code))
+        .map(|code| clean(&known.redact(&code)))
         .filter(|code| !code.is_empty());
     if parsed.message.is_empty() {
         let reason = status.canonical_reason().unwrap_or("no reason given");
@@ -92,7 +101,7 @@ fn from_details(details: Option<&Value>) -> (Option<String>, Option<Duration>) {
             .unwrap_or_default();
         let field = |name: &str| detail.get(name).and_then(Value::as_str);
         if kind.ends_with("google.rpc.RequestInfo") {
-            request_id = field("request_id").map(clean).filter(|id| !id.is_empty());
+            request_id = field("request_id").map(str::to_owned);
         } else if kind.ends_with("google.rpc.RetryInfo") {
             let delay = detail.get("retry_delay").cloned();
             let delay = delay.and_then(|delay| serde_json::from_value(delay).ok());
@@ -184,7 +193,11 @@ mod tests {
     use super::*;
 
     fn parsed(status: u16, body: &str) -> (String, String) {
-        let body = parse(StatusCode::from_u16(status).unwrap(), body.as_bytes());
+        let body = parse(
+            StatusCode::from_u16(status).unwrap(),
+            body.as_bytes(),
+            &KnownSecrets::default(),
+        );
         (body.code.unwrap_or_default(), body.message)
     }
 
@@ -266,6 +279,7 @@ mod tests {
             br#"{"error_code":"RESOURCE_EXHAUSTED","message":"slow down","details":[
                 {"@type":"type.googleapis.com/google.rpc.RequestInfo","request_id":"r-1","serving_data":""},
                 {"@type":"type.googleapis.com/google.rpc.RetryInfo","retry_delay":"1.5s"}, 7]}"#,
+            &KnownSecrets::default(),
         );
         assert_eq!(body.request_id.as_deref(), Some("r-1"));
         assert_eq!(body.retry_delay, Some(Duration::from_millis(1500)));
@@ -284,7 +298,7 @@ mod tests {
     proptest! {
         #[test]
         fn any_bytes_give_one_short_line(bytes in proptest::collection::vec(any::<u8>(), 0..4000)) {
-            let body = parse(StatusCode::BAD_REQUEST, &bytes);
+            let body = parse(StatusCode::BAD_REQUEST, &bytes, &KnownSecrets::default());
             prop_assert!(!body.message.is_empty());
             prop_assert!(body.message.chars().count() <= MAX_TEXT + 3);
             prop_assert!(!body.message.contains(|c: char| c.is_control()));
@@ -293,7 +307,7 @@ mod tests {
         #[test]
         fn any_object_is_read(key in "(error|error_code|message|detail|details|status)", text in ".*", number: i64) {
             for value in [serde_json::json!(text), serde_json::json!(number), serde_json::json!([{"@type": text}])] {
-                parse(StatusCode::OK, serde_json::json!({ key.clone(): value }).to_string().as_bytes());
+                parse(StatusCode::OK, serde_json::json!({ key.clone(): value }).to_string().as_bytes(), &KnownSecrets::default());
             }
         }
     }

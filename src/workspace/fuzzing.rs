@@ -7,7 +7,7 @@ use super::{
     BranchName, EndpointName, Host, HostName, InstanceName, Reference, api, auth,
     databrickscfg::Profiles, error_body,
 };
-use crate::expiry::Number;
+use crate::{expiry::Number, telemetry::KnownSecrets};
 
 /// An answer to a request: as a refusal, and as a token.
 pub fn answer(status: u16, body: &[u8]) {
@@ -15,7 +15,7 @@ pub fn answer(status: u16, body: &[u8]) {
     let Ok(status) = StatusCode::from_u16(status) else {
         return;
     };
-    let said = error_body::parse(status, body);
+    let said = error_body::parse(status, body, &KnownSecrets::default());
     assert!(!said.message.is_empty());
     for text in [
         Some(&said.message),

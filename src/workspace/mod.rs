@@ -122,6 +122,7 @@ impl Workspace {
             tls.clone(),
             ProxySetting::from_variables(&settings.variables)?,
             clock.clone(),
+            settings.secrets(),
         )
         .map_err(|error| match error {
             BuildError::Client(error) => WorkspaceError::Client(error),

@@ -631,6 +631,40 @@ impl Settings {
             .collect()
     }
 
+    /// Every secret among them.
+    pub(super) fn secrets(&self) -> Vec<SecretString> {
+        let secrets = Attribute::ALL
+            .iter()
+            .filter(|attribute| attribute.is_secret());
+        secrets
+            .filter_map(|&attribute| self.text(attribute).map(Into::into))
+            .collect()
+    }
+
+    /// The variables that hold secrets of the workspace: those that this program reads, under their own names and those
+    /// that other settings give, and what hosts of the same identity set beside them.
+    pub fn secret_variables(&self) -> Vec<String> {
+        let settings = self.clone().resolve();
+        let settings = settings.as_ref().unwrap_or(self);
+        let mut names: Vec<String> = Attribute::ALL
+            .iter()
+            .filter(|attribute| attribute.is_secret())
+            .flat_map(|attribute| attribute.variables())
+            .chain(SECRET_VARIABLES)
+            .map(|&name| name.to_owned())
+            .collect();
+        names.extend(settings.oidc_token_env.clone());
+        // Each in lower case too.
+        for name in PROXY_VARIABLES {
+            for name in [name.to_owned(), name.to_ascii_lowercase()] {
+                if self.variables.get(&name).is_some_and(has_password) {
+                    names.push(name);
+                }
+            }
+        }
+        names
+    }
+
     /// Where a value came from.
     pub fn source(&self, attribute: Attribute) -> Source {
         match self.origin.sources.get(&attribute) {
@@ -720,6 +754,30 @@ impl Settings {
     }
 }
 
+/// Secrets that are no settings of the Databricks SDKs: identity tokens, and what Azure's hosts let a managed identity use.
+const SECRET_VARIABLES: &[&str] = &[
+    "ARM_CLIENT_CERTIFICATE_PASSWORD",
+    "ARM_OIDC_REQUEST_TOKEN",
+    "ARM_OIDC_TOKEN",
+    "AZURE_CLIENT_CERTIFICATE_PASSWORD",
+    "AZURE_CLIENT_SECRET",
+    "AZURE_PASSWORD",
+    "DATABRICKS_GOOGLE_CREDENTIALS",
+    "DATABRICKS_OIDC_TOKEN",
+    "IDENTITY_HEADER",
+    "MSI_SECRET",
+    "SYSTEM_ACCESSTOKEN",
+];
+
+/// What names an HTTP proxy, whose address may hold a password.
+const PROXY_VARIABLES: [&str; 3] = ["ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY"];
+
+fn has_password(address: &str) -> bool {
+    let (_, rest) = address.split_once("://").unwrap_or(("", address));
+    let authority = rest.split(['/', '?', '#']).next().unwrap_or_default();
+    authority.contains('@')
+}
+
 /// An address may hold a password.
 fn shown(attribute: Attribute, value: &str) -> String {
     match attribute {
@@ -803,5 +861,37 @@ mod tests {
         assert_eq!(ways(&[id, ("DATABRICKS_TOKEN", "t")]), "oauth pat");
         assert_eq!(ways(&[("ARM_USE_MSI", "false")]), "");
         assert_eq!(ways(&[("ARM_USE_MSI", "True")]), "azure");
+    }
+
+    #[test]
+    fn every_secret_has_its_variable_among_the_secret_ones() {
+        let settings = of(&[
+            ("DATABRICKS_OIDC_TOKEN_ENV", "MY_OIDC"),
+            ("HTTPS_PROXY", "http://me:pass@proxy:3128"),
+            ("http_proxy", "me:pass@proxy:3128"),
+            ("ALL_PROXY", "http://proxy:3128/@"),
+        ]);
+        let names = settings.secret_variables();
+        for name in [
+            "ACTIONS_ID_TOKEN_REQUEST_TOKEN",
+            "ARM_CLIENT_SECRET",
+            "DATABRICKS_CLIENT_SECRET",
+            "DATABRICKS_METADATA_SERVICE_URL",
+            "DATABRICKS_OIDC_TOKEN",
+            "DATABRICKS_PASSWORD",
+            "DATABRICKS_TOKEN",
+            "GOOGLE_CREDENTIALS",
+            "HTTPS_PROXY",
+            "IDENTITY_HEADER",
+            "MSI_SECRET",
+            "MY_OIDC",
+            "SYSTEM_ACCESSTOKEN",
+            "http_proxy",
+        ] {
+            assert!(names.iter().any(|known| known == name), "{name}");
+        }
+        for name in ["ALL_PROXY", "DATABRICKS_HOST", "DATABRICKS_CLIENT_ID"] {
+            assert!(!names.iter().any(|known| known == name), "{name}");
+        }
     }
 }

@@ -126,7 +126,14 @@ async fn its_variables_are_the_proxys_and_ours_are_gone() {
         .env("NOTIFY_SOCKET", "/nowhere")
         .env("LISTEN_FDS", "0")
         .env("LAKEBASE_PROXY_MAX_CONNECTIONS", "50")
-        .env("KEPT", "kept");
+        .env("KEPT", "kept")
+        .env("DATABRICKS_OIDC_TOKEN_ENV", "MY_OIDC")
+        .env("DATABRICKS_AUTH_TYPE", "oauth-m2m")
+        .env("MY_OIDC", "an-identity-token")
+        .env("COPY_OF_MINE", "Bearer an-identity-token")
+        .env("MSI_SECRET", "x")
+        .env("HTTPS_PROXY", "http://me:hunter2@127.0.0.1:9")
+        .env("NO_PROXY", "*");
     let outcome = outcome(&mut command).await;
     let has = |start: &str| outcome.out.lines().any(|line| line.starts_with(start));
     assert!(has("PGHOST=127.0.0.1") && has("PGSSLMODE=disable") && has("KEPT=kept"));
@@ -138,6 +145,10 @@ async fn its_variables_are_the_proxys_and_ours_are_gone() {
         "PGSSLROOTCERT",
         "DATABRICKS_TOKEN",
         "DATABRICKS_CLIENT_SECRET",
+        "MY_OIDC",
+        "COPY_OF_MINE",
+        "MSI_SECRET",
+        "HTTPS_PROXY",
     ] {
         assert!(!has(gone), "{gone}: {}", outcome.out);
     }

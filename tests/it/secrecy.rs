@@ -8,6 +8,7 @@ mod tap;
 
 use std::{fs, net::SocketAddr, time::Duration};
 
+use base64::{Engine as _, engine::general_purpose::STANDARD};
 use futures_util::future::join_all;
 use lakebase_proxy::emulator::{Action, Emulator, EmulatorOptions, ServerError, Site};
 use secrecy::ExposeSecret;
@@ -220,6 +221,11 @@ async fn with_parameter(postgres: SocketAddr) {
     tasks.wait().await;
 }
 
+fn hex(text: &str) -> String {
+    let digits: Vec<String> = text.bytes().map(|byte| format!("{byte:02x}")).collect();
+    digits.concat()
+}
+
 /// A workspace that repeats what it was sent, or what it was about to give, in the wrong place.
 const TWISTS: &[(&str, Twist)] = &[
     ("403 repeats the header", |call| {
@@ -355,6 +361,61 @@ const TWISTS: &[(&str, Twist)] = &[
                 format!("{{\"access_token\": \"{}\"", call.token()),
             )
         })
+    }),
+    ("403 repeats the header in hexadecimal", |call| {
+        let body = json!({"error_code": "PERMISSION_DENIED", "message": hex(&call.authorization)});
+        call.is_mint().then(|| (403, None, body.to_string()))
+    }),
+    ("403 repeats the header in base64", |call| {
+        let body = json!({"message": STANDARD.encode(&call.authorization)});
+        call.is_mint().then(|| (403, None, body.to_string()))
+    }),
+    (
+        "400 repeats the header byte by byte, percent-encoded",
+        |call| {
+            let bytes = call.authorization.bytes();
+            let text: Vec<String> = bytes.map(|byte| format!("%{byte:02X}")).collect();
+            call.is_mint().then(|| (400, None, text.concat()))
+        },
+    ),
+    (
+        "the code and the ids are the token in hexadecimal",
+        |call| {
+            let token = hex(&call.authorization).to_uppercase();
+            let body = json!({
+                "error_code": token, "message": "no",
+                "details": [{"@type": "type.googleapis.com/google.rpc.RequestInfo", "request_id": token}],
+            });
+            call.is_mint()
+                .then(|| (403, Some(("x-request-id", token)), body.to_string()))
+        },
+    ),
+    ("a redirect that carries the token in hexadecimal", |call| {
+        let location = format!(
+            "https://elsewhere.example/{0}?error={0}",
+            hex(&call.authorization)
+        );
+        call.is_mint()
+            .then(|| (302, Some(("location", location)), String::new()))
+    }),
+    ("sign-in repeats the request in hexadecimal", |call| {
+        call.is_sign_in().then(|| {
+            (
+                401,
+                None,
+                json!({"error": "invalid_client", "error_description": hex(&call.authorization)})
+                    .to_string(),
+            )
+        })
+    }),
+    ("sign-in repeats the secret itself in hexadecimal", |call| {
+        let pair = call
+            .authorization
+            .strip_prefix("Basic ")
+            .unwrap_or_default();
+        let pair = STANDARD.decode(pair).unwrap_or_default();
+        let pair = String::from_utf8_lossy(&pair).into_owned();
+        call.is_sign_in().then(|| (401, None, hex(&pair)))
     }),
     ("a look-up repeats the header", |call| {
         let message = format!("{} may not look, {}", call.authorization, call.request);

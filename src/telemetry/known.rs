@@ -1,0 +1,273 @@
+//! Takes known secrets out of text, in whatever form the text repeats them: plain, hexadecimal, base64, percent-encoded,
+//! or escaped for JSON or HTML, whole or in part.
+//!
+//! [`redact`] goes by the look of a secret alone, and hexadecimal looks like the id of a request.
+
+use std::{collections::HashSet, fmt::Write as _};
+
+use base64::{
+    Engine as _,
+    engine::general_purpose::{STANDARD_NO_PAD, URL_SAFE_NO_PAD},
+};
+use secrecy::{ExposeSecret, SecretString};
+use zeroize::Zeroizing;
+
+use super::redact::{REMOVED, redact};
+
+/// So many characters of a form in a row are a repetition.
+const PIECE: usize = 16;
+/// A shorter secret is in many a word by chance.
+const SHORTEST: usize = 6;
+/// Fewer different characters are filling, not a secret.
+const VARIETY: usize = 5;
+/// Longer texts are cut: a message is a few hundred characters.
+const MAX_TEXT: usize = 16 * 1024;
+
+/// Every form of some secrets; wiped when dropped.
+#[derive(Default)]
+pub(crate) struct KnownSecrets {
+    forms: Vec<Zeroizing<String>>,
+    /// In lower case, for forms in which case means nothing.
+    folded: Vec<Zeroizing<String>>,
+}
+
+impl KnownSecrets {
+    pub(crate) fn new<'a>(secrets: impl IntoIterator<Item = &'a SecretString>) -> Self {
+        let mut known = Self::default();
+        for secret in secrets {
+            known.add(secret.expose_secret());
+        }
+        known
+    }
+
+    fn add(&mut self, secret: &str) {
+        let bytes = secret.as_bytes();
+        if bytes.len() < SHORTEST {
+            return;
+        }
+        let mut add = |form: String| self.forms.push(Zeroizing::new(form));
+        add(secret.to_owned());
+        // A base64 digit holds bits of two bytes: what precedes the secret shifts it by 0 to 2 bytes.
+        for skipped in bytes.iter().enumerate().take(3).map(|(at, _)| &bytes[at..]) {
+            let whole = skipped.len() / 3 * 3;
+            add(STANDARD_NO_PAD.encode(&skipped[..whole]));
+            add(URL_SAFE_NO_PAD.encode(&skipped[..whole]));
+        }
+        let json = Zeroizing::new(serde_json::to_string(secret).unwrap_or_default());
+        let json = json.trim_matches('"');
+        add(json.to_owned());
+        add(json.replace('/', "\\/"));
+        add(html(secret));
+        let mut fold = |form: String| self.folded.push(Zeroizing::new(form.to_ascii_lowercase()));
+        // Digits are hexadecimal in these: `6461`, `%64%61`, `\x64\x61`, `\u0064\u0061`, `64:61`, `64 61`, `0x64, 0x61`.
+        for (before, between) in [
+            ("", ""),
+            ("%", ""),
+            ("\\x", ""),
+            ("\\u00", ""),
+            ("", ":"),
+            ("", " "),
+            ("", "-"),
+            ("", ", "),
+            ("0x", ", "),
+        ] {
+            let mut form = String::with_capacity(bytes.len() * (2 + before.len() + between.len()));
+            for byte in bytes {
+                let _ = write!(form, "{before}{byte:02x}{between}");
+            }
+            fold(form);
+        }
+        for separator in [", ", ",", " "] {
+            let mut form = String::with_capacity(bytes.len() * 5);
+            for byte in bytes {
+                let _ = write!(form, "{byte}{separator}");
+            }
+            fold(form);
+        }
+        fold(percent(secret, |byte| b"-_.~".contains(&byte)));
+        // As forms and as browsers write them.
+        fold(percent(secret, |byte| b"-_.*".contains(&byte)).replace("%20", "+"));
+        fold(percent(secret, |byte| b"-_.~!*'()/:@,;=".contains(&byte)));
+    }
+
+    /// `text` without any of them, nor anything that looks like a secret.
+    pub(crate) fn redact(&self, text: &str) -> String {
+        // By the look first: a part taken out of another secret would leave a rest that looks like none.
+        let text = &redact(&text[..text.floor_char_boundary(MAX_TEXT)]);
+        let mut is_secret = vec![false; text.len()];
+        mark(text, &self.forms, &mut is_secret);
+        let lower = Zeroizing::new(text.to_ascii_lowercase());
+        mark(&lower, &self.folded, &mut is_secret);
+        let mut clean = String::with_capacity(text.len());
+        let mut was_secret = false;
+        for (at, character) in text.char_indices() {
+            match (is_secret.get(at).copied().unwrap_or_default(), was_secret) {
+                (false, _) => clean.push(character),
+                (true, false) => clean.push_str(REMOVED),
+                (true, true) => {}
+            }
+            was_secret = is_secret.get(at).copied().unwrap_or_default();
+        }
+        clean
+    }
+}
+
+/// Marks what `text` has of the forms.
+fn mark(text: &str, forms: &[Zeroizing<String>], is_secret: &mut [bool]) {
+    let text = text.as_bytes();
+    let mut pieces: HashSet<&[u8]> = HashSet::new();
+    let mut lengths: HashSet<usize> = HashSet::new();
+    for form in forms {
+        let length = form.len().min(PIECE);
+        if length < SHORTEST {
+            continue;
+        }
+        lengths.insert(length);
+        pieces.extend(
+            form.as_bytes()
+                .windows(length)
+                .filter(|piece| varies(piece)),
+        );
+    }
+    for length in lengths {
+        for (at, piece) in text.windows(length).enumerate() {
+            if pieces.contains(piece) {
+                is_secret[at..at + length].fill(true);
+            }
+        }
+    }
+}
+
+fn varies(piece: &[u8]) -> bool {
+    let mut seen = HashSet::new();
+    piece.iter().any(|byte| {
+        seen.insert(byte);
+        seen.len() >= VARIETY
+    })
+}
+
+fn percent(text: &str, is_kept: impl Fn(u8) -> bool) -> String {
+    let mut form = String::with_capacity(text.len() * 3);
+    for byte in text.bytes() {
+        if byte.is_ascii_alphanumeric() || is_kept(byte) {
+            form.push(char::from(byte));
+        } else {
+            let _ = write!(form, "%{byte:02X}");
+        }
+    }
+    form
+}
+
+fn html(text: &str) -> String {
+    text.replace('&', "&amp;")
+        .replace('<', "&lt;")
+        .replace('>', "&gt;")
+        .replace('"', "&quot;")
+        .replace('\'', "&#39;")
+}
+
+#[cfg(test)]
+mod tests {
+    use base64::engine::general_purpose::{STANDARD, URL_SAFE};
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const SECRET: &str = "dose0123/45+67\"89abcdef";
+
+    fn known(secret: &str) -> KnownSecrets {
+        KnownSecrets::new([&SecretString::from(secret)])
+    }
+
+    fn hex(text: &str) -> String {
+        let digits: Vec<String> = text.bytes().map(|byte| format!("{byte:02x}")).collect();
+        digits.concat()
+    }
+
+    #[test]
+    fn every_form_goes_and_the_words_around_it_stay() {
+        let known = known(SECRET);
+        let all = |before: &str| -> String {
+            let bytes = SECRET.bytes().map(|byte| format!("{before}{byte:02X}"));
+            bytes.collect::<Vec<_>>().concat()
+        };
+        for form in [
+            SECRET.to_owned(),
+            hex(SECRET),
+            hex(SECRET).to_uppercase(),
+            all("%"),
+            all("\\x"),
+            all("\\u00"),
+            "dose0123%2F45%2B67%2289abcdef".to_owned(),
+            "dose0123%2f45%2b67%2289abcdef".to_owned(),
+            "dose0123\\/45+67\\\"89abcdef".to_owned(),
+            "dose0123/45+67&quot;89abcdef".to_owned(),
+        ] {
+            let clean = known.redact(&format!("client '{form}' is unknown"));
+            assert_eq!(clean, "client '[removed]' is unknown", "{form}");
+        }
+        for before in ["", "i", "id", "id:", "9c1b4ef1:"] {
+            for encoded in [
+                STANDARD.encode(format!("{before}{SECRET}")),
+                URL_SAFE.encode(format!("{before}{SECRET}:more")),
+            ] {
+                let clean = known.redact(&format!("Basic {encoded}"));
+                // The edges mix with what is beside the secret.
+                assert!(
+                    clean.starts_with("Basic ") && clean.contains(REMOVED),
+                    "{clean}"
+                );
+                assert!(
+                    clean.len() <= "Basic [removed]".len() + before.len() * 2 + 14,
+                    "{clean}"
+                );
+            }
+        }
+        let debug = format!("{:?}", SECRET.as_bytes());
+        assert!(!known.redact(&debug).contains("48, 49, 50"), "{debug}");
+    }
+
+    #[test]
+    fn a_part_goes_and_other_texts_stay() {
+        let known = known(&format!(
+            "eyJhbGci.{}.c2ln",
+            "q7ZxPw3Lk9Tn5Vb1Md8".repeat(3)
+        ));
+        assert_eq!(
+            known.redact("token q7ZxPw3Lk9Tn5Vb1Md8q7... is bad"),
+            "token [removed] is bad"
+        );
+        for text in [
+            "",
+            "request id 4bf92f3577b34da6a3ce929d0e0e4736",
+            "endpoint `projects/p/branches/b/endpoints/e` not found",
+            "été",
+        ] {
+            assert_eq!(known.redact(text), text);
+        }
+        assert_eq!(KnownSecrets::default().redact("text"), "text");
+        // Short ones, and mere filling, are no secrets to be looked for.
+        assert_eq!(
+            KnownSecrets::new([&"abc".into()]).redact("abcabc"),
+            "abcabc"
+        );
+        assert_eq!(
+            KnownSecrets::new([&"hunter2!".into()]).redact("no hunter2! here"),
+            "no [removed] here"
+        );
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(32))]
+
+        #[test]
+        fn any_secret_goes_from_any_text(secret in "[!-~]{16,40}", before in "[ -~]{0,9}", text in ".*") {
+            prop_assume!(varies(secret.as_bytes()));
+            let known = known(&secret);
+            let clean = known.redact(&format!("{before}{secret}{text}"));
+            prop_assert!(!clean.contains(&secret));
+            let clean = known.redact(&hex(&secret));
+            prop_assert!(!clean.contains(&hex(&secret)));
+        }
+    }
+}
