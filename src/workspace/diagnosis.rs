@@ -426,6 +426,14 @@ fn explain(
             format!("the workspace {host} does not have this API"),
             "check `DATABRICKS_HOST`, and that Lakebase is offered in the workspace's region",
         ),
+        // People see the uid: it is the first part of the endpoint's host.
+        (404, _, Some(name)) if name.contains("/endpoints/ep-") => (
+            format!("the workspace {host} does not know `{name}`"),
+            Some(
+                "check `ENDPOINT_NAME`: what begins with `ep-` is the endpoint's uid, and the name ends in its id (`primary`, unless another was chosen)"
+                    .to_owned(),
+            ),
+        ),
         (404, _, Some(name)) => (
             format!("the workspace {host} does not know `{name}`"),
             Some(
@@ -462,7 +470,7 @@ fn blocked(host: &Host, text: &str) -> Option<(String, Option<String>)> {
     } else if has("unauthorized network access") {
         (
             format!("the network policy of the workspace {host} does not admit this machine"),
-            "check the workspace's network policy and its PrivateLink (Service-Direct) endpoints",
+            "check the workspace's network policy and its PrivateLink (Service-Direct) endpoints; logins at the endpoint are a destination of their own there, `lakebase_runtime`",
         )
     } else if has("workspace-access entitlement") {
         (

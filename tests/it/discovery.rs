@@ -5,7 +5,7 @@ use std::time::Duration;
 use axum::{Router, http::StatusCode, routing::get};
 use lakebase_proxy::{
     clock::Clock,
-    emulator::{Action, Emulator, Response, Site},
+    emulator::{Action, AppResource, Emulator, Response, Site},
     telemetry::Metrics,
     tls::{self, Roots},
     workspace::{LocateError, Located, NameError, Settings, Target, Wanted, Workspace},
@@ -14,7 +14,7 @@ use secrecy::ExposeSecret;
 use serde_json::{Value, json};
 use tokio::{net::TcpListener, task::JoinSet};
 
-use crate::harness::emulator;
+use crate::harness::{binary::Binary, emulator};
 
 const BRANCH: &str = "projects/lakebase-local/branches/production";
 const ENDPOINT: &str = "projects/lakebase-local/branches/production/endpoints/primary";
@@ -500,5 +500,28 @@ async fn what_time_heals_is_waited_out_and_the_rest_is_not() {
     let before = emulator.counts().lookups;
     app.locate(&named(ENDPOINT)).await.unwrap_err();
     assert_eq!(emulator.counts().lookups - before, 1);
+    emulator.stop().await;
+}
+
+/// Which of an app's databases is served was said nowhere.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_app_with_two_databases_has_its_choice_logged() {
+    let emulator = emulator().await;
+    emulator.configure(|settings| {
+        settings.app_resources = vec![
+            AppResource::postgres("orders", "databricks_postgres"),
+            AppResource::postgres("archive", "history"),
+        ];
+    });
+    let variables = [("ENDPOINT_NAME", ""), ("DATABRICKS_APP_NAME", APP)];
+    let mut binary = Binary::serve_with(&emulator, &[], &variables).await;
+    let line = binary
+        .find("the app `lakebase-local-app` has several databases")
+        .await;
+    let message = line["message"].as_str().unwrap();
+    assert!(
+        message.contains("`orders` is served") && message.contains("valueFrom"),
+        "{message}"
+    );
     emulator.stop().await;
 }

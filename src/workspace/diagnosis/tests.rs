@@ -88,7 +88,17 @@ fn each_known_refusal_has_its_own_mend() {
             "",
             "Unauthorized network access to workspace 1",
             Refused,
-            "network policy",
+            "lakebase_runtime",
+        ),
+        (
+            Some(Purpose::Credential(
+                "projects/p/branches/production/endpoints/ep-cool-breeze-1",
+            )),
+            404,
+            "NOT_FOUND",
+            "endpoint not found",
+            Refused,
+            "the endpoint's uid",
         ),
         (
             credential,
