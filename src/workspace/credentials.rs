@@ -15,8 +15,6 @@ use crate::{
 
 const AUTOSCALING: &str = "/api/2.0/postgres/credentials";
 const PROVISIONED: &str = "/api/2.0/database/credentials";
-/// The password message's limit at the endpoint leaves no room for more.
-const MAX_TOKEN: usize = 9_000;
 
 /// Mints credentials for one target.
 #[derive(Clone, Debug)]
@@ -74,8 +72,9 @@ impl Mint for CredentialMinter {
             .await?;
         self.workspace.observe(names::step::CREDENTIAL, started);
         let Response { token, expire_time } = answer.value;
-        if !is_jwt(token.expose_secret()) {
-            return Err(self.malformed("its token is not a JWT").into());
+        // What the token looks like is the endpoint's to judge, as long as a password message can carry it.
+        if token.expose_secret().is_empty() || token.expose_secret().contains('\0') {
+            return Err(self.malformed("its token is empty or holds a NUL").into());
         }
         let Moment(expires_at) = expire_time;
         // By the workspace's clock; we judge by ours.
@@ -89,18 +88,6 @@ impl Mint for CredentialMinter {
             expires_at: Some(expires_at),
         })
     }
-}
-
-/// The shape alone: what the endpoint would reject as "not a valid JWT encoding".
-fn is_jwt(token: &str) -> bool {
-    token.len() <= MAX_TOKEN
-        && token.split('.').count() == 3
-        && token.split('.').all(|part| {
-            !part.is_empty()
-                && part
-                    .bytes()
-                    .all(|byte| byte.is_ascii_alphanumeric() || b"-_=".contains(&byte))
-        })
 }
 
 /// A random UUID (RFC 9562, version 4).
@@ -121,24 +108,6 @@ fn request_id() -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_jwt_has_three_parts() {
-        assert!(is_jwt("eyJh.eyJz.c2ln"));
-        for text in [
-            "",
-            "dapi0123456789",
-            "a.b",
-            "a.b.c.d",
-            "a..c",
-            "a.b.c\n",
-            "a b.c.d",
-            "<html>.b.c",
-        ] {
-            assert!(!is_jwt(text), "{text}");
-        }
-        assert!(!is_jwt(&format!("a.b.{}", "c".repeat(MAX_TOKEN))));
-    }
 
     #[test]
     fn a_request_id_is_a_random_uuid() {
