@@ -23,6 +23,7 @@
 //! | [`workers`] | the threads that relay: an executor around an epoll set, and sockets that can move there |
 //! | [`upstream`] | reaching the endpoint: dial, TLS, login, failure classes, holding while it wakes |
 //! | [`descriptors`] | the limit of open files |
+//! | `files` | reading regular files of bounded length; a leaf that all may use |
 //! | [`credential`] | the life of the database credential |
 //! | [`workspace`] | everything said to the Databricks workspace over HTTPS |
 //! | [`protocol`] | the Postgres wire protocol without I/O; the only room that knows `pgwire` |
@@ -55,6 +56,7 @@ pub mod doctor;
 pub mod emulator;
 pub mod exec;
 mod expiry;
+pub(crate) mod files;
 pub mod http;
 pub mod listener;
 #[cfg(feature = "notes")]

@@ -1,7 +1,6 @@
 //! TLS towards the endpoint and the workspace: always verified, TLS 1.2 or newer, one crypto provider named explicitly.
 
 use std::{
-    fs,
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -11,10 +10,17 @@ use rustls::{
     ClientConfig, RootCertStore,
     client::{WebPkiServerVerifier, danger::ServerCertVerifier},
     crypto::{CryptoProvider, aws_lc_rs},
-    pki_types::{CertificateDer, pem::PemObject},
+    pki_types::{
+        CertificateDer,
+        pem::{self, PemObject},
+    },
 };
 use rustls_platform_verifier::Verifier;
 
+use crate::files;
+
+/// Longest file of certificates or keys that is read, in bytes; the roots of a whole system take a quarter of a million.
+pub(crate) const MAX_PEM: u64 = 4 * 1024 * 1024;
 /// ALPN of the Postgres protocol; an edge that knows no ALPN ignores it, as it does for libpq 17.
 pub const ALPN_POSTGRESQL: &[u8] = b"postgresql";
 /// ALPN of HTTP/1.1.
@@ -34,12 +40,13 @@ pub enum Roots {
 pub type Fingerprint = [u8; 32];
 
 impl Roots {
-    /// Tells one state of the file from another; `None` for the system's roots, and for a file that cannot be read.
+    /// Tells one state of the file from another; blocks; `None` for the system's roots, and for a file that cannot be read.
     pub fn fingerprint(&self) -> Option<Fingerprint> {
         let Self::File(path) = self else {
             return None;
         };
-        let digest = digest::digest(&digest::SHA256, &fs::read(path).ok()?);
+        let bytes = files::read(path, MAX_PEM).ok()?;
+        let digest = digest::digest(&digest::SHA256, &bytes);
         digest.as_ref().try_into().ok()
     }
 }
@@ -54,7 +61,7 @@ pub enum TlsError {
         path: PathBuf,
         /// Why.
         #[source]
-        source: rustls::pki_types::pem::Error,
+        source: pem::Error,
     },
     /// The file of roots holds none.
     #[error("`{}` holds no certificate", path.display())]
@@ -111,7 +118,8 @@ fn read_roots(path: &Path) -> Result<RootCertStore, TlsError> {
         source,
     };
     let mut store = RootCertStore::empty();
-    for certificate in CertificateDer::pem_file_iter(path).map_err(unreadable)? {
+    let bytes = files::read(path, MAX_PEM).map_err(|error| unreadable(pem::Error::Io(error)))?;
+    for certificate in CertificateDer::pem_slice_iter(&bytes) {
         store
             .add(certificate.map_err(unreadable)?)
             .map_err(TlsError::Unusable)?;

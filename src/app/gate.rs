@@ -10,7 +10,7 @@ use super::{
     locate::{Located, locate},
     outlook::Reporter,
     shared::Shared,
-    source::{Access, Own, Source},
+    source::Access,
 };
 use crate::{
     config::{EndpointConfig, TlsMode},
@@ -191,10 +191,6 @@ async fn keep(
         reporter.found();
     }
     drop((endpoint, served));
-    if let Source::Own(Own::PasswordFile(file)) = &located.source {
-        let watching = file.clone().watch(credentials.clone(), stop.clone());
-        shared.helpers.spawn(watching);
-    }
     drop(shared);
     Refresher::new(located.source, credentials, metrics)
         .run(stop)

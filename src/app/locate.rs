@@ -5,7 +5,7 @@ use std::{net::SocketAddr, time::Duration};
 use rustls::pki_types::ServerName;
 
 use super::{
-    StartError,
+    StartError, blocking,
     source::{Access, Source},
 };
 use crate::{
@@ -61,7 +61,7 @@ pub(super) async fn locate(
             let database = config.database_or_default().to_owned();
             let label = Label::new(config.called());
             return Ok(Located {
-                endpoint: endpoint(config, label, host, user, database)?,
+                endpoint: endpoint(config, label, host, user, database).await?,
                 source: Source::Own(own.clone()),
             });
         }
@@ -90,21 +90,23 @@ pub(super) async fn locate(
         .database
         .unwrap_or_else(|| DEFAULT_DATABASE.to_owned());
     Ok(Located {
-        endpoint: endpoint(config, label, located.host, located.user, database)?,
+        endpoint: endpoint(config, label, located.host, located.user, database).await?,
         source: Source::Workspace(CredentialMinter::new(workspace.clone(), located.target)),
     })
 }
 
-fn endpoint(
+async fn endpoint(
     config: &EndpointConfig,
     label: Label,
     host: String,
     user: String,
     database: String,
 ) -> Result<Endpoint, StartError> {
+    let (tls, name) = (config.tls.clone(), host.clone());
+    let security = blocking(move || security(&tls, &name)).await?;
     let addresses = config.host_addresses.iter();
     Ok(Endpoint {
-        security: security(&config.tls, &host)?,
+        security,
         label,
         host,
         port: config.port,

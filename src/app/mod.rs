@@ -148,7 +148,7 @@ impl App {
             } else {
                 shared.metrics.of_another(endpoint.called())?
             };
-            let gate = shared.gate(endpoint, listener, metrics)?;
+            let gate = shared.gate(endpoint, listener, metrics).await?;
             shared.endpoints.add(&gate.served);
             gates.push(gate);
         }
@@ -218,6 +218,15 @@ pub async fn mint_once(
     let located = locate(endpoint, &access, LOOK_UP_PATIENCE).await?;
     let minted = located.source.mint().await;
     Ok((located.endpoint, minted))
+}
+
+/// Runs what reads files or derives keys away from the threads that serve clients.
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(done) => done,
+        // Only a runtime that ends gives up on it.
+        Err(_) => std::future::pending().await,
+    }
 }
 
 async fn bind(

@@ -8,7 +8,7 @@ use tokio::{
 };
 
 use super::{
-    Ending, Served, StartError,
+    Ending, Served, StartError, blocking,
     gate::{self, Gate},
     locate::security,
     running::Running,
@@ -125,7 +125,7 @@ impl Running {
         };
         self.shared
             .helpers
-            .spawn(async move { stop.run_until_cancelled(reloading).await });
+            .spawn(async move { Box::pin(stop.run_until_cancelled(reloading)).await });
     }
 }
 
@@ -189,13 +189,14 @@ impl Reloader {
 
     /// Binds, reads and checks; nothing is in force after a failure.
     async fn prepare(&self, change: &Change) -> Result<Prepared, StartError> {
-        let entrance = &self.shared.policies.now().entrance;
-        let before = Some((&self.config, entrance.as_ref()));
+        let before = Arc::clone(&self.shared.policies.now().entrance);
+        let (old, new) = (self.config.clone(), change.config.clone());
+        let entrance = blocking(move || shared::entrance(&new, Some((&old, &before)))).await?;
         let mut prepared = Prepared {
             added: Vec::new(),
             back: Vec::new(),
             roots: Vec::new(),
-            entrance: Arc::new(shared::entrance(&change.config, before)?),
+            entrance: Arc::new(entrance),
         };
         if let Err(error) = self.fill(change, &mut prepared).await {
             for gate in &prepared.added {
@@ -209,11 +210,17 @@ impl Reloader {
     async fn fill(&self, change: &Change, prepared: &mut Prepared) -> Result<(), StartError> {
         let served = self.shared.endpoints.now();
         for served in served.iter().filter(|one| !one.sessions.door.is_leaving()) {
-            let roots = gate::roots(&served.config);
-            let is_new =
-                gate::has_roots_of_its_own(&served.config) && roots != **served.roots.load();
-            if is_new && let Some(upstream) = served.sessions.route.found() {
-                let security = security(&served.config.tls, &upstream.endpoint().host)?;
+            if !gate::has_roots_of_its_own(&served.config) {
+                continue;
+            }
+            let config = served.config.clone();
+            let roots = blocking(move || gate::roots(&config)).await;
+            if roots == **served.roots.load() {
+                continue;
+            }
+            if let Some(upstream) = served.sessions.route.found() {
+                let (tls, endpoint) = (served.config.tls.clone(), upstream.endpoint());
+                let security = blocking(move || security(&tls, &endpoint.host)).await?;
                 prepared.roots.push((Arc::clone(served), roots, security));
             }
         }
@@ -235,7 +242,8 @@ impl Reloader {
             let metrics = self.shared.metrics.of_another(endpoint.called())?;
             let gate = self
                 .shared
-                .gate(endpoint.clone(), listener, Arc::clone(&metrics));
+                .gate(endpoint.clone(), listener, Arc::clone(&metrics))
+                .await;
             prepared.added.push(gate.inspect_err(|_| metrics.retire())?);
         }
         Ok(())

@@ -6,7 +6,7 @@ use arc_swap::ArcSwap;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use super::{
-    StartError,
+    StartError, blocking,
     endpoints::{Endpoints, Served},
     gate::{self, Gate},
     source::Access,
@@ -173,13 +173,15 @@ impl Shared {
     }
 
     /// One more endpoint, with its listener bound.
-    pub(super) fn gate(
+    pub(super) async fn gate(
         &self,
         config: EndpointConfig,
         listener: Listener,
         metrics: Arc<Metrics>,
     ) -> Result<Gate, StartError> {
         let access = Access::new(&config.credential, || self.workspace())?;
+        let its = config.clone();
+        let roots = blocking(move || gate::roots(&its)).await;
         let (finder, route) = Route::to(Label::new(config.called()));
         let dropped = Arc::new(Dropped::new(route.label().clone()));
         let sessions = Arc::new(Sessions {
@@ -198,7 +200,7 @@ impl Shared {
         });
         let served = Served {
             bound: listener.bound().clone(),
-            roots: ArcSwap::from_pointee(gate::roots(&config)),
+            roots: ArcSwap::from_pointee(roots),
             config,
             sessions,
             credentials: if self.is_lazy {

@@ -1,5 +1,7 @@
 //! Whatever makes an endpoint's credentials.
 
+use std::future::pending;
+
 use crate::{
     config::CredentialSource,
     credential::{CredentialCommand, Mint, MintError, Minted, Password, PasswordFile},
@@ -37,7 +39,7 @@ impl Access {
                 Self::Own(Own::Password(Password(password.clone())))
             }
             CredentialSource::PasswordFile(path) => {
-                Self::Own(Own::PasswordFile(PasswordFile(path.clone())))
+                Self::Own(Own::PasswordFile(PasswordFile::new(path.clone())))
             }
             CredentialSource::Workspace => Self::Workspace(workspace()?),
         })
@@ -57,6 +59,13 @@ impl Mint for Source {
             Self::Own(Own::Password(password)) => password.mint().await,
             Self::Own(Own::PasswordFile(file)) => file.mint().await,
             Self::Workspace(minter) => minter.mint().await,
+        }
+    }
+
+    async fn changed(&self) {
+        match self {
+            Self::Own(Own::PasswordFile(file)) => file.changed().await,
+            Self::Own(Own::Command(_) | Own::Password(_)) | Self::Workspace(_) => pending().await,
         }
     }
 }

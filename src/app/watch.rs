@@ -1,18 +1,13 @@
 //! Noticing that a file has changed: one look a second at what its path leads to, which costs a system call, works on
 //! every file system, and sees the symbolic links of a mounted ConfigMap turn.
 
-use std::{
-    os::unix::fs::MetadataExt,
-    path::{Path, PathBuf},
-    time::Duration,
-};
+use std::{path::PathBuf, time::Duration};
 
-use tokio::{fs, time::sleep};
+use tokio::time::sleep;
+
+use crate::files::{Stamp, stamp};
 
 const LOOK_EVERY: Duration = Duration::from_secs(1);
-
-/// What a path leads to: device, inode, length, times of the last change.
-type Stamp = [i64; 6];
 
 /// Files, and what they were when they were last looked at.
 #[derive(Debug)]
@@ -52,19 +47,6 @@ async fn stamps(files: &[PathBuf], before: &[Option<Stamp>]) -> Vec<Option<Stamp
         stamps.push(stamp(file).await.or(before));
     }
     stamps
-}
-
-/// Follows symbolic links.
-async fn stamp(path: &Path) -> Option<Stamp> {
-    let metadata = fs::metadata(path).await.ok()?;
-    Some([
-        metadata.dev().cast_signed(),
-        metadata.ino().cast_signed(),
-        metadata.len().cast_signed(),
-        metadata.mtime(),
-        metadata.mtime_nsec(),
-        metadata.ctime_nsec(),
-    ])
 }
 
 #[cfg(test)]

@@ -38,8 +38,11 @@ impl Source {
 
     /// Puts the layers together, the file as it is now.
     pub fn load(&self) -> Result<Config, ConfigError> {
-        let settings = self.flags.clone().with_file()?.or(self.defaults.clone());
-        Config::resolve(settings, self.environment.clone())
+        Config::resolve(self.settings()?, self.environment.clone())
+    }
+
+    fn settings(&self) -> Result<Settings, ConfigError> {
+        Ok(self.flags.clone().with_file()?.or(self.defaults.clone()))
     }
 
     /// The same once more, away from the threads that serve clients: a disk may take its time.
@@ -47,7 +50,11 @@ impl Source {
         let source = self.clone();
         let loading = tokio::task::spawn_blocking(move || {
             source.file().map_or(Ok(()), file::check_lasting)?;
-            source.load()
+            let settings = source.settings()?;
+            if let Some(path) = &settings.local_password_file {
+                file::check_lasting(path)?;
+            }
+            Config::resolve(settings, source.environment)
         });
         match loading.await {
             Ok(loaded) => loaded,

@@ -96,6 +96,11 @@ impl fmt::Debug for Minted {
 pub trait Mint: Send + Sync + 'static {
     /// Asks for a new credential. Bounded in time by the implementation.
     fn mint(&self) -> impl Future<Output = Result<Minted, MintError>> + Send;
+
+    /// Completes when the source has come to hold another credential, which is then minted at once. Cancel safe.
+    fn changed(&self) -> impl Future<Output = ()> + Send {
+        std::future::pending()
+    }
 }
 
 /// Why no credential could be had. Written for the operator; never holds a secret.

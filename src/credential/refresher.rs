@@ -9,6 +9,7 @@ use std::{
 };
 
 use jiff::{SignedDuration, Timestamp};
+use secrecy::ExposeSecret;
 use tokio::time::{Instant, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
@@ -55,14 +56,16 @@ impl<M: Mint> Refresher<M> {
 
     /// Mints and refreshes until stopped.
     pub async fn run(mut self, stop: CancellationToken) {
+        let mut is_changed = false;
         loop {
             let now = Instant::now();
             let attempt_at = self.pace.next_attempt(now, &self.need(now));
-            if attempt_at.is_some_and(|at| at <= now) {
+            if is_changed || attempt_at.is_some_and(|at| at <= now) {
                 tokio::select! {
                     () = stop.cancelled() => return,
-                    () = self.attempt() => {}
+                    () = self.attempt(is_changed) => {}
                 }
+                is_changed = false;
                 continue;
             }
             let planned = attempt_at.map(|at| self.wall(at - now));
@@ -75,6 +78,7 @@ impl<M: Mint> Refresher<M> {
                 () = stop.cancelled() => return,
                 () = sleep_until(attempt_at.map_or(look_at, |at| at.min(look_at))) => {}
                 () = self.cell.demand() => {}
+                () = self.mint.changed() => is_changed = true,
             }
         }
     }
@@ -119,7 +123,8 @@ impl<M: Mint> Refresher<M> {
         }
     }
 
-    async fn attempt(&mut self) {
+    /// `is_changed`: the source holds another credential, whether it lasts longer or not.
+    async fn attempt(&mut self, is_changed: bool) {
         let began = Instant::now();
         self.cell.attempt_begins(began);
         let outcome = match timeout(MINT_TIMEOUT, self.mint.mint()).await {
@@ -146,7 +151,7 @@ impl<M: Mint> Refresher<M> {
         let (outcome, failure) = match outcome {
             Ok(minted) => {
                 let expires_at = minted.expires_at;
-                self.take(minted, now);
+                self.take(minted, now, is_changed);
                 (Ok(expires_at), None)
             }
             Err(error) => {
@@ -180,10 +185,11 @@ impl<M: Mint> Refresher<M> {
     }
 
     /// Takes the new credential if it is of more use than the current one.
-    fn take(&mut self, minted: Minted, now: Instant) {
+    fn take(&mut self, minted: Minted, now: Instant, is_changed: bool) {
         let is_better = self.cell.latest().is_none_or(|current| {
             self.cell.is_rejected(current.generation)
                 || lasts_longer(minted.expires_at, current.expires_at)
+                || (is_changed && minted.secret.expose_secret() != current.secret.expose_secret())
         });
         if !is_better {
             debug!("the new database credential does not last longer than the current one");
@@ -201,7 +207,12 @@ impl<M: Mint> Refresher<M> {
             .set(unix_seconds(credential.minted_at));
         let expires_at = credential.expires_at.map(tracing::field::display);
         let was_in_trouble = self.reported.take().is_some();
-        if credential.generation == 1 || was_in_trouble {
+        if is_changed {
+            info!(
+                generation = credential.generation,
+                "database credential changed at its source; new logins use it"
+            );
+        } else if credential.generation == 1 || was_in_trouble {
             info!(
                 generation = credential.generation,
                 expires_at, "database credential obtained"

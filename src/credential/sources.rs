@@ -1,20 +1,27 @@
 //! Credentials that no workspace mints: a password, a file that holds one, a command that prints one.
 
 use std::{
-    path::{Path, PathBuf},
+    io,
+    path::PathBuf,
     process::Stdio,
-    time::{Duration, SystemTime},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
 };
 
-use secrecy::{ExposeSecret, SecretString};
+use secrecy::SecretString;
 use serde::Deserialize;
-use tokio::{fs, io::AsyncReadExt, process::Command, time::timeout};
-use tokio_util::sync::CancellationToken;
+use tokio::{
+    io::AsyncReadExt,
+    process::Command,
+    time::{Instant, sleep_until, timeout},
+};
 use zeroize::Zeroizing;
 
-use crate::expiry::Moment;
-
-use super::{CredentialCell, Mint, MintError, MintErrorKind, Minted};
+use super::{Mint, MintError, MintErrorKind, Minted};
+use crate::{
+    expiry::Moment,
+    files::{self, Stamp},
+};
 
 /// How long a command may take.
 const COMMAND_TIMEOUT: Duration = Duration::from_secs(30);
@@ -38,26 +45,60 @@ impl Mint for Password {
 
 /// A file that holds a password, and a line end or none behind it.
 #[derive(Clone, Debug)]
-pub struct PasswordFile(pub PathBuf);
+pub struct PasswordFile {
+    path: PathBuf,
+    seen: Arc<Mutex<Seen>>,
+}
+
+/// What is known of the file.
+#[derive(Debug)]
+struct Seen {
+    /// What it was when it was last read.
+    read: Option<Stamp>,
+    /// What it was at the last look.
+    looked: Option<Stamp>,
+    /// When to look next.
+    next: Instant,
+}
+
+impl PasswordFile {
+    /// The file at `path`.
+    pub fn new(path: PathBuf) -> Self {
+        let seen = Seen {
+            read: None,
+            looked: None,
+            next: Instant::now(),
+        };
+        Self {
+            path,
+            seen: Arc::new(Mutex::new(seen)),
+        }
+    }
+
+    fn seen(&self) -> MutexGuard<'_, Seen> {
+        self.seen.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
 
 impl Mint for PasswordFile {
     async fn mint(&self) -> Result<Minted, MintError> {
-        let path = self.0.display();
+        let path = self.path.display();
         let refused = |message: String| {
             refused(
                 message,
                 "check the path in `credential = { password_file = ... }` and that the proxy may read it",
             )
         };
-        let file = fs::File::open(&self.0)
-            .await
-            .map_err(|error| refused(format!("cannot read the password file `{path}`: {error}")))?;
-        let mut text = Zeroizing::new(String::new());
-        file.take(MAX_LEN)
-            .read_to_string(&mut text)
-            .await
-            .map_err(|error| refused(format!("cannot read the password file `{path}`: {error}")))?;
-        let password = text.trim_end_matches(['\r', '\n']);
+        let unreadable =
+            |error: io::Error| refused(format!("cannot read the password file `{path}`: {error}"));
+        // Before it is read: a change in between is then seen later.
+        let stamp = files::stamp(&self.path).await;
+        self.seen().read = stamp;
+        let bytes = files::read_off_runtime(self.path.clone(), MAX_LEN).await;
+        let bytes = bytes.map_err(unreadable)?;
+        let text = files::text(&bytes).map_err(unreadable)?;
+        let line = text.strip_suffix('\n').unwrap_or(text);
+        let password = line.strip_suffix('\r').unwrap_or(line);
         if password.is_empty() {
             return Err(refused(format!("the password file `{path}` is empty")));
         }
@@ -66,43 +107,23 @@ impl Mint for PasswordFile {
             expires_at: None,
         })
     }
-}
 
-impl PasswordFile {
-    /// Publishes the password anew whenever the file has come to hold another, until stopped.
-    pub async fn watch(self, cell: CredentialCell, stop: CancellationToken) {
-        let mut seen = None;
-        while stop
-            .run_until_cancelled(tokio::time::sleep(LOOK_EVERY))
-            .await
-            .is_some()
-        {
-            let now = stamp(&self.0).await;
-            if now.is_none() || now == seen {
-                continue;
-            }
-            match self.mint().await {
-                Ok(minted) => {
-                    seen = now;
-                    let is_current = cell.current().is_some_and(|current| {
-                        current.secret.expose_secret() == minted.secret.expose_secret()
-                    });
-                    if !is_current {
-                        cell.publish(minted, 0.0);
-                        tracing::info!(file = %self.0.display(), "the password file has changed; new logins use it");
-                    }
-                }
-                // Seen half-written, perhaps: looked at again.
-                Err(error) => tracing::debug!(%error, "the password file cannot be used"),
+    /// A change counts once the file has stood still for one look, so that it is not read half-written; a file that is
+    /// missing is waited for.
+    async fn changed(&self) {
+        loop {
+            let next = self.seen().next;
+            sleep_until(next).await;
+            let now = files::stamp(&self.path).await;
+            let mut seen = self.seen();
+            seen.next = Instant::now() + LOOK_EVERY;
+            let stands_still = now == seen.looked;
+            seen.looked = now;
+            if now.is_some() && now != seen.read && stands_still {
+                return;
             }
         }
     }
-}
-
-/// Follows symbolic links, as a mounted Kubernetes secret is replaced by turning one.
-async fn stamp(path: &Path) -> Option<(SystemTime, u64)> {
-    let metadata = fs::metadata(path).await.ok()?;
-    Some((metadata.modified().ok()?, metadata.len()))
 }
 
 /// A program that prints `{"token": "...", "expires_at": "..."}`; the expiry may be left out.
@@ -194,10 +215,18 @@ fn refused(message: String, hint: &str) -> MintError {
 
 #[cfg(test)]
 mod tests {
-    use tokio::time::Instant;
+    use std::path::Path;
+
+    use secrecy::ExposeSecret;
+    use tokio::task::JoinSet;
+    use tokio_util::sync::CancellationToken;
 
     use super::*;
-    use crate::clock::Clock;
+    use crate::{
+        clock::Clock,
+        credential::{CredentialCell, Refresher},
+        telemetry::Metrics,
+    };
 
     fn shell(script: &str) -> CredentialCommand {
         CredentialCommand(["sh", "-c", script].map(str::to_owned).to_vec())
@@ -239,32 +268,67 @@ mod tests {
         assert_eq!(error.kind, MintErrorKind::Refused);
     }
 
+    /// Runs a refresher with this file, as the only writer of its cell.
+    fn follow(path: &Path) -> (CredentialCell, JoinSet<()>) {
+        let cell = CredentialCell::new(Clock::system());
+        let file = PasswordFile::new(path.to_owned());
+        let refresher = Refresher::new(file, cell.clone(), Metrics::new().unwrap());
+        let mut tasks = JoinSet::new();
+        tasks.spawn(refresher.run(CancellationToken::new()));
+        (cell, tasks)
+    }
+
+    async fn secret(cell: &CredentialCell) -> String {
+        let deadline = Instant::now() + Duration::from_secs(10);
+        let credential = cell.get(deadline).await.unwrap();
+        credential.secret.expose_secret().to_owned()
+    }
+
     #[tokio::test]
-    async fn a_changed_password_file_is_read_again() {
+    async fn the_refresher_follows_a_password_file() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("password");
         std::fs::write(&path, "first\n").unwrap();
-        let file = PasswordFile(path.clone());
-        let cell = CredentialCell::new(Clock::system());
-        cell.publish(file.mint().await.unwrap(), 0.0);
-        let stop = CancellationToken::new();
-        let watching = file.watch(cell.clone(), stop.clone());
-        let change = async {
-            let mut changes = cell.subscribe();
-            std::fs::write(directory.path().join("new"), "second, longer").unwrap();
-            std::fs::rename(directory.path().join("new"), &path).unwrap();
-            changes
-                .wait_for(|status| status.generation == 2)
-                .await
-                .unwrap();
-            stop.cancel();
-        };
-        tokio::join!(watching, change);
-        let deadline = Instant::now() + Duration::from_secs(1);
-        assert_eq!(
-            cell.get(deadline).await.unwrap().secret.expose_secret(),
-            "second, longer"
-        );
+        let (cell, _tasks) = follow(&path);
+        assert_eq!(secret(&cell).await, "first");
+        let mut changes = cell.subscribe();
+        let new = directory.path().join("new");
+
+        // A new file that cannot be used changes nothing, and is reported as any failed refresh.
+        std::fs::write(&new, "").unwrap();
+        std::fs::rename(&new, &path).unwrap();
+        let failed = changes.wait_for(|status| status.last_error.is_some());
+        let message = failed
+            .await
+            .unwrap()
+            .last_error
+            .clone()
+            .unwrap()
+            .message
+            .clone();
+        assert!(message.contains("is empty"), "{message}");
+        assert_eq!(secret(&cell).await, "first");
+
+        std::fs::write(&new, " second, longer ").unwrap();
+        std::fs::rename(&new, &path).unwrap();
+        let renewed =
+            changes.wait_for(|status| status.generation == 2 && status.last_error.is_none());
+        renewed.await.unwrap();
+        assert_eq!(secret(&cell).await, " second, longer ", "byte for byte");
+        assert_eq!(cell.attempts().len(), 3);
+
+        // Touched, and the same as before: no new generation, since sessions would be counted against it.
+        std::fs::write(&path, " second, longer ").unwrap();
+        let settled = changes.wait_for(|status| status.settled == 4);
+        assert_eq!(settled.await.unwrap().generation, 2);
+    }
+
+    #[tokio::test]
+    async fn a_device_or_a_pipe_in_the_place_of_a_password_file_is_refused_at_once() {
+        for path in ["/dev/zero", "/dev/tty", "/proc"] {
+            let error = PasswordFile::new(path.into()).mint().await.err().unwrap();
+            assert_eq!(error.kind, MintErrorKind::Refused, "{path}");
+        }
     }
 
     #[tokio::test]
@@ -272,12 +336,17 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("password");
         assert_eq!(
-            PasswordFile(path.clone()).mint().await.err().unwrap().kind,
+            PasswordFile::new(path.clone())
+                .mint()
+                .await
+                .err()
+                .unwrap()
+                .kind,
             MintErrorKind::Refused
         );
         std::fs::write(&path, "\n").unwrap();
         assert_eq!(
-            PasswordFile(path).mint().await.err().unwrap().kind,
+            PasswordFile::new(path).mint().await.err().unwrap().kind,
             MintErrorKind::Refused
         );
     }

@@ -311,7 +311,7 @@ async fn credential(
     let minted = match (&examined.config.credential, examined.workspace, target) {
         (CredentialSource::Command(command), ..) => CredentialCommand(command.clone()).mint().await,
         (CredentialSource::Password(password), ..) => Password(password.clone()).mint().await,
-        (CredentialSource::PasswordFile(path), ..) => PasswordFile(path.clone()).mint().await,
+        (CredentialSource::PasswordFile(path), ..) => PasswordFile::new(path.clone()).mint().await,
         (CredentialSource::Workspace, Some(workspace), Some(target)) => {
             CredentialMinter::new(workspace.clone(), target.clone())
                 .mint()

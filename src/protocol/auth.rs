@@ -8,8 +8,7 @@ use zeroize::Zeroizing;
 
 use super::frame::tag;
 
-/// Rounds of hashing that we do for a server; PostgreSQL's default is 4,096. A million takes about half a second, during
-/// which other sessions wait.
+/// Rounds of hashing that we do for a server; PostgreSQL's default is 4,096. A million takes about half a second.
 const MAX_SCRAM_ITERATIONS: u64 = 1_000_000;
 
 /// What a server asks for at login.
@@ -76,6 +75,8 @@ pub struct Authenticator<'a> {
     user: &'a str,
     password: &'a SecretString,
     scram: Option<ScramSha256>,
+    /// An exchange has begun.
+    is_scram: bool,
     verified: bool,
 }
 
@@ -86,8 +87,31 @@ impl<'a> Authenticator<'a> {
             user,
             password,
             scram: None,
+            is_scram: false,
             verified: false,
         }
+    }
+
+    /// The hashing that the server's turn in an exchange asks for, to be done away from the threads that serve clients;
+    /// [`derived`](Self::derived) takes its result.
+    ///
+    /// # Errors
+    /// A turn out of order, and more rounds than are done for any server.
+    pub fn derivation(&mut self, server_first: Vec<u8>) -> Result<Derivation, AuthError> {
+        let iterations = iterations(&server_first);
+        if iterations > MAX_SCRAM_ITERATIONS {
+            return Err(AuthError::TooCostly(iterations));
+        }
+        Ok(Derivation {
+            scram: self.scram.take().ok_or(AuthError::OutOfOrder)?,
+            server_first,
+        })
+    }
+
+    /// The answer to the turn that the derivation was for.
+    pub fn derived(&mut self, Derived(scram): Derived) -> Zeroizing<Vec<u8>> {
+        let scram = self.scram.insert(scram);
+        frame(scram.message())
     }
 
     /// The answer to send: a whole frame, or nothing when it is the server's turn again.
@@ -100,7 +124,7 @@ impl<'a> Authenticator<'a> {
     ) -> Result<Option<Zeroizing<Vec<u8>>>, AuthError> {
         match request {
             // A SCRAM exchange that the server cuts short has not proved who the server is.
-            AuthenticationRequest::Ok if self.scram.is_some() && !self.verified => {
+            AuthenticationRequest::Ok if self.is_scram && !self.verified => {
                 Err(AuthError::OutOfOrder)
             }
             AuthenticationRequest::Ok => Ok(None),
@@ -125,6 +149,7 @@ impl<'a> Authenticator<'a> {
                         mechanisms.join(", ")
                     )));
                 }
+                self.is_scram = true;
                 let scram = self.scram.insert(ScramSha256::new(
                     self.password.expose_secret().as_bytes(),
                     ChannelBinding::unsupported(),
@@ -132,13 +157,8 @@ impl<'a> Authenticator<'a> {
                 Ok(Some(sasl_initial(SCRAM_SHA_256, scram.message())))
             }
             AuthenticationRequest::SaslContinue(data) => {
-                let scram = self.scram.as_mut().ok_or(AuthError::OutOfOrder)?;
-                let iterations = iterations(&data);
-                if iterations > MAX_SCRAM_ITERATIONS {
-                    return Err(AuthError::TooCostly(iterations));
-                }
-                scram.update(&data).map_err(AuthError::Scram)?;
-                Ok(Some(frame(scram.message())))
+                let derived = self.derivation(data)?.run()?;
+                Ok(Some(self.derived(derived)))
             }
             AuthenticationRequest::SaslFinal(data) => {
                 let scram = self.scram.as_mut().ok_or(AuthError::OutOfOrder)?;
@@ -150,6 +170,27 @@ impl<'a> Authenticator<'a> {
                 Err(AuthError::Unsupported(code.to_string()))
             }
         }
+    }
+}
+
+/// An exchange in which the key is yet to be derived from the password, by as many rounds as the server asks for.
+pub struct Derivation {
+    scram: ScramSha256,
+    server_first: Vec<u8>,
+}
+
+/// An exchange with its key.
+pub struct Derived(ScramSha256);
+
+impl Derivation {
+    /// Blocks for up to half a second.
+    ///
+    /// # Errors
+    /// A turn that makes no sense.
+    pub fn run(mut self) -> Result<Derived, AuthError> {
+        let updated = self.scram.update(&self.server_first);
+        updated.map_err(AuthError::Scram)?;
+        Ok(Derived(self.scram))
     }
 }
 

@@ -18,13 +18,17 @@ use arc_swap::ArcSwap;
 use rcgen::{CertificateParams, DnType, KeyPair, SanType};
 use rustls::{
     ServerConfig,
-    pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, pem::PemObject},
+    pki_types::{
+        CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer,
+        pem::{self, PemObject},
+    },
 };
 use tokio::time::Instant;
 
 use crate::{
+    files,
     telemetry::chain,
-    tls::{ALPN_POSTGRESQL, provider},
+    tls::{ALPN_POSTGRESQL, MAX_PEM, provider},
 };
 
 /// How often the files are looked at, at most.
@@ -92,7 +96,7 @@ pub enum ClientTlsError {
         path: PathBuf,
         /// Why.
         #[source]
-        source: rustls::pki_types::pem::Error,
+        source: pem::Error,
     },
     /// There is a file, but no certificate in it.
     #[error("`{}` holds no certificate (--client-tls-cert)", path.display())]
@@ -257,8 +261,9 @@ impl Files {
             path: self.certificate.clone(),
             source,
         };
-        let chain: Vec<_> = CertificateDer::pem_file_iter(&self.certificate)
-            .map_err(bad_certificate)?
+        let bytes = files::read(&self.certificate, MAX_PEM)
+            .map_err(|error| bad_certificate(pem::Error::Io(error)))?;
+        let chain: Vec<_> = CertificateDer::pem_slice_iter(&bytes)
             .collect::<Result<_, _>>()
             .map_err(bad_certificate)?;
         if chain.is_empty() {
@@ -266,8 +271,10 @@ impl Files {
                 path: self.certificate.clone(),
             });
         }
-        let key =
-            PrivateKeyDer::from_pem_file(&self.key).map_err(|source| ClientTlsError::File {
+        let key = files::read(&self.key, MAX_PEM)
+            .map_err(pem::Error::Io)
+            .and_then(|bytes| PrivateKeyDer::from_pem_slice(&bytes))
+            .map_err(|source| ClientTlsError::File {
                 what: "private key",
                 flag: "key",
                 path: self.key.clone(),

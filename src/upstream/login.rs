@@ -5,6 +5,7 @@ use std::{io, net::SocketAddr};
 use bytes::BytesMut;
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
+    runtime::Handle,
     time::Instant,
 };
 
@@ -17,7 +18,7 @@ use super::{
 use crate::{
     credential::Credential,
     protocol::{
-        auth::{AuthenticationRequest, Authenticator},
+        auth::{AuthError, AuthenticationRequest, Authenticator, Derivation, Derived},
         error::ErrorFields,
         frame::{Message, SMALL_MESSAGE_LIMIT, tag, take_message},
         options::SessionSettings,
@@ -159,6 +160,19 @@ pub(super) async fn exchange_with<S: AsyncRead + AsyncWrite + Unpin>(
     .await
 }
 
+/// Derives a key away from the threads that serve clients, for which a server may ask up to a million rounds.
+async fn off_runtime(derivation: Derivation) -> Result<Derived, AuthError> {
+    // Under a fuzzer there is no runtime to block.
+    let Ok(runtime) = Handle::try_current() else {
+        return derivation.run();
+    };
+    match runtime.spawn_blocking(move || derivation.run()).await {
+        Ok(derived) => derived,
+        // Only a runtime that ends gives up on it.
+        Err(_) => std::future::pending().await,
+    }
+}
+
 /// Everything said between TLS and ReadyForQuery; `progress` learns when the server has asked for it.
 pub(super) async fn exchange<S: AsyncRead + AsyncWrite + Unpin>(
     stream: &mut S,
@@ -190,7 +204,14 @@ pub(super) async fn exchange<S: AsyncRead + AsyncWrite + Unpin>(
                     ));
                 }
                 let done = request == AuthenticationRequest::Ok;
-                if let Some(answer) = authenticator.answer(request)? {
+                let answer = match request {
+                    AuthenticationRequest::SaslContinue(data) => {
+                        let derivation = authenticator.derivation(data)?;
+                        Some(authenticator.derived(off_runtime(derivation).await?))
+                    }
+                    request => authenticator.answer(request)?,
+                };
+                if let Some(answer) = answer {
                     // Already set when the exchange takes more than one message.
                     let _ = progress.asked_for_password.set(());
                     wire.send(&answer).await?;
@@ -566,5 +587,45 @@ mod tests {
                 (one, other) => prop_assert!(false, "{:?}, {:?}", one, other),
             }
         }
+    }
+
+    /// One server that asks for a million rounds once stopped every session for half a second.
+    #[tokio::test]
+    async fn other_tasks_run_while_a_key_is_derived_in_many_rounds() {
+        let (mut ours, mut theirs) = duplex(1 << 16);
+        let ticks = std::cell::Cell::new(0_u32);
+        let server = async {
+            let mut heard = Vec::with_capacity(4096);
+            theirs.read_buf(&mut heard).await.unwrap();
+            let sasl = [&[0, 0, 0, 10][..], b"SCRAM-SHA-256\0\0"].concat();
+            theirs.write_all(&frame(b'R', &sasl)).await.unwrap();
+            heard.clear();
+            theirs.read_buf(&mut heard).await.unwrap();
+            let text = String::from_utf8_lossy(&heard).into_owned();
+            let (_, nonce) = text.split_once("r=").unwrap();
+            let first = format!("r={nonce}x,s=c2FsdHNhbHQ=,i=100000");
+            let turn = [&[0, 0, 0, 11][..], first.as_bytes()].concat();
+            let before = ticks.get();
+            theirs.write_all(&frame(b'R', &turn)).await.unwrap();
+            heard.clear();
+            theirs.read_buf(&mut heard).await.unwrap();
+            drop(theirs);
+            ticks.get() - before
+        };
+        let settings = settings(None, false);
+        let login = exchange_with(&mut ours, "token", &settings, true);
+        let ticking = async {
+            loop {
+                tokio::time::sleep(std::time::Duration::from_millis(1)).await;
+                ticks.set(ticks.get() + 1);
+            }
+        };
+        let exchange = async { tokio::join!(login, server) };
+        let (result, meanwhile) = tokio::select! {
+            done = exchange => done,
+            () = ticking => unreachable!("it never ends"),
+        };
+        assert!(result.is_err(), "the server left");
+        assert!(meanwhile >= 3, "{meanwhile} ticks");
     }
 }

@@ -1,8 +1,10 @@
 //! Which profile of `~/.databrickscfg` is meant, and what it adds to the settings. The choice is the SDKs'.
 
-use std::{fs::File, io::Read, path::PathBuf};
+use std::path::{Path, PathBuf};
 
 use tracing::debug;
+
+use crate::files;
 
 use super::{
     databrickscfg::{DEFAULT, Profiles},
@@ -96,14 +98,13 @@ fn path(settings: &Settings) -> Option<PathBuf> {
 }
 
 /// `None`: there is no such file.
-fn text(path: &PathBuf) -> Result<Option<String>, SettingsError> {
-    let mut text = String::new();
-    let read = File::open(path).and_then(|file| file.take(MAX_FILE).read_to_string(&mut text));
-    match read {
-        Ok(_) => Ok(Some(text)),
+fn text(path: &Path) -> Result<Option<String>, SettingsError> {
+    let read = files::read(path, MAX_FILE);
+    match read.and_then(|bytes| files::text(&bytes).map(str::to_owned)) {
+        Ok(text) => Ok(Some(text)),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
         Err(source) => Err(SettingsError::File {
-            path: path.clone(),
+            path: path.to_owned(),
             source,
         }),
     }

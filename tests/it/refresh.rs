@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use lakebase_proxy::{
-    credential::CredentialState,
+    credential::{Cause, CredentialState},
     emulator::{Action, Response, Site},
 };
 use tokio::time::{Instant, sleep, timeout};
@@ -185,4 +185,23 @@ async fn a_workspace_whose_clock_is_off_changes_nothing() {
         assert_eq!(status.state, CredentialState::Fresh, "{skew}");
         assert_eq!(emulator.counts().mint_requests, 1);
     }
+}
+
+/// A core dump once held every credential of the last hours.
+#[tokio::test]
+async fn an_old_credential_is_gone_after_a_refresh_whatever_sessions_live_on() {
+    let emulator = harness::emulator().await;
+    let proxy = Proxy::start(&emulator).await;
+    let mut wire = proxy.session().await;
+    let cell = proxy.credentials();
+    let old = std::sync::Arc::downgrade(&cell.get(Instant::now() + PATIENCE).await.unwrap());
+    let cause = Cause::login("app", "databricks_postgres", false);
+    let new = cell.replace(1, cause, Instant::now() + PATIENCE).await;
+    assert_eq!(new.unwrap().generation, 2);
+    // Dropped is wiped: the secret's type sees to that.
+    eventually("the old credential is dropped", async || {
+        old.upgrade().is_none().then_some(())
+    })
+    .await;
+    assert_eq!(wire.value("select 'still here'").await, "still here");
 }

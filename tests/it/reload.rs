@@ -490,6 +490,41 @@ async fn another_file_of_roots_is_for_the_next_connection() {
     assert!(matches!(house.reload("").await, Ok(Reloaded::Unchanged)));
 }
 
+/// Each was once read to its end, or waited for, on a thread that serves clients.
+#[tokio::test]
+async fn a_device_or_a_pipe_in_the_place_of_any_file_is_refused_and_not_waited_for() {
+    let emulator = harness::emulator().await;
+    let directory = tempfile::tempdir().unwrap();
+    let at = |name: &str| directory.path().join(name);
+    let pipe = at("pipe");
+    let made = std::process::Command::new("mkfifo").arg(&pipe).status();
+    assert!(made.unwrap().success());
+    let roots = at("roots.pem");
+    fs::copy(emulator.ca_file(), &roots).unwrap();
+    let variables = [("PGSSLROOTCERT", roots.to_str().unwrap())];
+    let mut house = House::with(&emulator, "", &variables).await;
+    let mut before = session(house.address()).await;
+    for other in [Path::new("/dev/zero"), &pipe] {
+        fs::remove_file(&roots).unwrap();
+        symlink(other, &roots).unwrap();
+        let error = house.reload("").await.unwrap_err();
+        assert!(matches!(error, RefusedReload::Start(_)), "{error}");
+        fs::remove_file(&roots).unwrap();
+        fs::copy(emulator.ca_file(), &roots).unwrap();
+        for settings in [
+            "client_tls_cert = PATH\nclient_tls_key = PATH",
+            "local_password_file = PATH",
+        ] {
+            let settings = settings.replace("PATH", &format!("{other:?}"));
+            let error = house.reload(&settings).await.unwrap_err();
+            assert!(!error.to_string().is_empty(), "{settings}");
+        }
+        assert_eq!(before.value("select 1").await, "1");
+    }
+    house.reload("").await.unwrap();
+    assert_eq!(session(house.address()).await.value("select 2").await, "2");
+}
+
 /// Clients that query without a pause, and what became of them.
 struct Load {
     stop: Arc<AtomicBool>,

@@ -3,12 +3,14 @@
 use std::{io, path::PathBuf};
 
 use secrecy::SecretString;
-use tokio::{fs::File, io::AsyncReadExt};
 
 use super::{AuthKind, needed};
-use crate::workspace::{
-    diagnosis::CallError,
-    settings::{Attribute, Settings, SettingsError},
+use crate::{
+    files,
+    workspace::{
+        diagnosis::CallError,
+        settings::{Attribute, Settings, SettingsError},
+    },
 };
 
 /// Far above any real token.
@@ -29,14 +31,14 @@ impl FileToken {
     }
 
     pub(super) async fn read(&self) -> Result<SecretString, CallError> {
-        let mut text = String::new();
-        let read = match File::open(&self.path).await {
-            Ok(file) => file.take(MAX_TOKEN).read_to_string(&mut text).await,
-            Err(error) => Err(error),
-        };
         let path = self.path.display();
+        let read = files::read_off_runtime(self.path.clone(), MAX_TOKEN).await;
+        let read = match &read {
+            Ok(bytes) => files::text(bytes),
+            Err(error) => return Err(self.unreadable(error)),
+        };
         match read {
-            Ok(_) if !text.trim().is_empty() => Ok(text.trim().into()),
+            Ok(text) if !text.trim().is_empty() => Ok(text.trim().into()),
             // It may be replaced at this very moment.
             Ok(_) => Err(CallError::unavailable(
                 format!("the file of the identity token, `{path}`, is empty"),

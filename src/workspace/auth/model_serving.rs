@@ -4,13 +4,15 @@ use std::{io, path::PathBuf, time::Duration};
 
 use secrecy::SecretString;
 use serde::Deserialize;
-use tokio::{fs::File, io::AsyncReadExt, time::sleep};
-use zeroize::Zeroizing;
+use tokio::time::sleep;
 
 use super::{AuthKind, Expiry, WorkspaceToken};
-use crate::workspace::{
-    diagnosis::CallError,
-    settings::{SettingsError, Variables},
+use crate::{
+    files,
+    workspace::{
+        diagnosis::CallError,
+        settings::{SettingsError, Variables},
+    },
 };
 
 /// The first that is set decides (as in the Databricks SDK for Python).
@@ -87,9 +89,7 @@ impl ModelServing {
     }
 
     async fn read(&self) -> io::Result<Content> {
-        let mut text = Zeroizing::new(Vec::new());
-        let file = File::open(&self.path).await?;
-        file.take(MAX_FILE).read_to_end(&mut text).await?;
+        let text = files::read_off_runtime(self.path.clone(), MAX_FILE).await?;
         // The parser's words could quote the token.
         serde_json::from_slice(&text).map_err(|_| io::ErrorKind::InvalidData.into())
     }

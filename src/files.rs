@@ -1,0 +1,116 @@
+//! Reads the files that settings name: regular files of bounded length, so that a device or a pipe in the place of one is
+//! an error and never a wait. A leaf that all may use.
+
+use std::{
+    fs::{File, OpenOptions},
+    io::{self, Read},
+    os::unix::fs::{MetadataExt, OpenOptionsExt},
+    path::{Path, PathBuf},
+};
+
+use rustix::fs::OFlags;
+use tokio::task::spawn_blocking;
+use zeroize::Zeroizing;
+
+/// What a path leads to: device, inode, length, times of the last change. Symbolic links are followed, as a mounted
+/// Kubernetes secret is replaced by turning one.
+pub(crate) type Stamp = [i64; 6];
+
+/// What a regular file holds, wiped after use. Blocks.
+///
+/// # Errors
+/// Anything but a regular file, and one that is longer than `limit` bytes.
+pub(crate) fn read(path: &Path, limit: u64) -> io::Result<Zeroizing<Vec<u8>>> {
+    let file = open(path)?;
+    let metadata = file.metadata()?;
+    if !metadata.is_file() {
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            "not a regular file",
+        ));
+    }
+    // Room for all, and for the look beyond the end: growing would leave copies of a secret behind.
+    let room = usize::try_from(metadata.len().min(limit)).unwrap_or_default();
+    let mut bytes = Zeroizing::new(Vec::with_capacity(room.saturating_add(32)));
+    file.take(limit.saturating_add(1)).read_to_end(&mut bytes)?;
+    if u64::try_from(bytes.len()).is_ok_and(|length| length <= limit) {
+        return Ok(bytes);
+    }
+    Err(io::Error::new(
+        io::ErrorKind::InvalidData,
+        format!("longer than {limit} bytes"),
+    ))
+}
+
+/// The same, away from the threads that serve clients: a disk may take its time. Cancel safe.
+pub(crate) async fn read_off_runtime(path: PathBuf, limit: u64) -> io::Result<Zeroizing<Vec<u8>>> {
+    spawn_blocking(move || read(&path, limit))
+        .await
+        .map_err(io::Error::other)?
+}
+
+/// The same as text.
+pub(crate) fn text(bytes: &[u8]) -> io::Result<&str> {
+    std::str::from_utf8(bytes)
+        .map_err(|_| io::Error::new(io::ErrorKind::InvalidData, "not UTF-8 text"))
+}
+
+/// `None` for a file that is missing.
+pub(crate) async fn stamp(path: &Path) -> Option<Stamp> {
+    let metadata = tokio::fs::metadata(path).await.ok()?;
+    Some([
+        metadata.dev().cast_signed(),
+        metadata.ino().cast_signed(),
+        metadata.len().cast_signed(),
+        metadata.mtime(),
+        metadata.mtime_nsec(),
+        metadata.ctime_nsec(),
+    ])
+}
+
+/// Opening a pipe would otherwise wait for its writer, and opening a terminal make it ours.
+fn open(path: &Path) -> io::Result<File> {
+    let flags = (OFlags::NONBLOCK | OFlags::NOCTTY).bits();
+    OpenOptions::new()
+        .read(true)
+        .custom_flags(flags.cast_signed())
+        .open(path)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{fs, process::Command};
+
+    use super::*;
+
+    #[test]
+    fn a_device_a_pipe_and_a_directory_are_errors_at_once() {
+        let directory = tempfile::tempdir().unwrap();
+        let pipe = directory.path().join("pipe");
+        assert!(
+            Command::new("mkfifo")
+                .arg(&pipe)
+                .status()
+                .unwrap()
+                .success()
+        );
+        for path in [Path::new("/dev/zero"), &pipe, directory.path()] {
+            let error = read(path, 100).unwrap_err();
+            assert!(error.to_string().contains("not a regular file"), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_file_is_read_up_to_its_limit() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        fs::write(&file, [b'x'; 100]).unwrap();
+        assert_eq!(read(file.path(), 100).unwrap().len(), 100);
+        assert!(read(file.path(), 99).is_err());
+        // A file without a length of its own.
+        assert!(
+            !read(Path::new("/proc/self/status"), 100_000)
+                .unwrap()
+                .is_empty()
+        );
+    }
+}
