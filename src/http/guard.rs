@@ -51,7 +51,7 @@ const HARDENING: [(HeaderName, &str); 7] = [
 const INTENT: &str = "x-requested-with";
 
 /// Refuses a request with an effect that a page of another origin may have caused: a navigation, whatever it is embedded
-/// in, and every GET or HEAD without the header [`INTENT`].
+/// in, and every GET or HEAD without the header `X-Requested-With`.
 ///
 /// POST needs no header, as browsers name their page's origin with it. A page that had its name rebound is of our own
 /// origin to its browser: from a browser, and by GET, only addresses and `localhost` are right.
