@@ -9,6 +9,7 @@ use std::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicUsize, Ordering},
     },
+    time::Duration,
 };
 
 use arc_swap::ArcSwapOption;
@@ -198,6 +199,16 @@ impl CredentialCell {
             forced.want(rejected_generation, cause);
         }
         self.wait(status, rejected_generation, deadline).await
+    }
+
+    /// How long ago this generation was minted; `None` if it is not the latest.
+    pub fn age(&self, generation: u64) -> Option<Duration> {
+        let status = self.0.status.borrow();
+        let minted_at = status
+            .minted_at
+            .filter(|_| status.generation == generation)?;
+        let age = self.0.clock.now().duration_since(minted_at);
+        Some(Duration::try_from(age).unwrap_or_default())
     }
 
     /// A login of this cause worked: a later rejection of the same cause is worth a prompt new mint.

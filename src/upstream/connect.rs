@@ -29,6 +29,7 @@ use super::{
     failure::{Class, Failure},
     login::{Connection, log_in},
     phases::{Progress, record_waits},
+    propagation::{Probe, Propagation},
     wake::{Backoff, Lead, Wake},
 };
 use crate::{
@@ -117,6 +118,7 @@ pub struct Upstream {
     credentials: CredentialCell,
     metrics: Arc<Metrics>,
     missing_databases: MissingDatabases,
+    propagation: Propagation,
     failing_budget: Duration,
     logins: Semaphore,
     cancels: Semaphore,
@@ -134,6 +136,7 @@ impl Upstream {
             credentials,
             metrics,
             missing_databases: MissingDatabases::default(),
+            propagation: Propagation::default(),
             failing_budget: FAILING_BUDGET,
             logins: Semaphore::new(CONCURRENT_LOGINS),
             cancels: Semaphore::new(CONCURRENT_CANCELS),
@@ -187,6 +190,7 @@ impl Upstream {
             was_renewed: false,
             queued: Duration::ZERO,
             credited: Duration::ZERO,
+            probe: None,
         };
         connect.run().await
     }
@@ -283,6 +287,8 @@ struct Connect<'a> {
     was_renewed: bool,
     queued: Duration,
     credited: Duration,
+    /// Held while a credential is tried that was refused before.
+    probe: Option<Probe<'a>>,
 }
 
 /// What an attempt needs.
@@ -302,6 +308,7 @@ impl<'a> Connect<'a> {
                 Ok(connection) => {
                     record_waits(self.queued, self.credited);
                     self.upstream.credentials.accepted(generation, self.cause());
+                    self.upstream.propagation.accepted(generation);
                     self.upstream.mismatched.store(false, Ordering::Relaxed);
                     return Ok(Connected {
                         connection,
@@ -472,6 +479,7 @@ impl<'a> Connect<'a> {
         let upstream = self.upstream;
         match failure.class {
             Class::Waking => self.was_held = true,
+            Class::Identity if !self.was_renewed && self.may_have_arrived(generation).await => {}
             Class::Identity | Class::WrongIdentity
                 if !self.was_renewed && upstream.may_renew(failure.class) =>
             {
@@ -508,6 +516,20 @@ impl<'a> Connect<'a> {
         }
         self.previous = Some(failure);
         Ok(())
+    }
+
+    /// Waits until a credential that may not have reached the endpoint yet is worth another attempt; returns whether it is.
+    async fn may_have_arrived(&mut self, generation: u64) -> bool {
+        let upstream = self.upstream;
+        // One probe at a time: that of the attempt that was refused has ended.
+        self.probe = None;
+        if let Some(age) = upstream.credentials.age(generation) {
+            let probe = upstream
+                .propagation
+                .probe(generation, age, self.budget.ends_at());
+            self.probe = probe.await;
+        }
+        self.probe.is_some()
     }
 
     /// Waits before the next attempt of this client alone; refuses it if none fits into the budget.

@@ -17,6 +17,7 @@ pub mod fuzzing;
 mod login;
 mod phases;
 pub mod probe;
+mod propagation;
 mod route;
 mod tcp;
 mod tls_stream;

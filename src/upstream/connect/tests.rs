@@ -354,6 +354,7 @@ async fn a_server_that_stalls_is_given_one_attempts_time_and_tried_again() {
 async fn a_rejected_identity_mints_once_for_everybody_and_is_tried_once_more() {
     let server = Server::start(Act::RefuseFirst).await;
     let house = house(&server, limits());
+    house.upstream.propagation.accepted(1);
     for result in clients(&house, 20).join_all().await {
         assert!(result.unwrap().woke_after.is_none(), "nothing was asleep");
     }
@@ -369,6 +370,7 @@ async fn an_identity_that_is_always_rejected_is_refused_after_one_retry() {
     ))
     .await;
     let house = house(&server, limits());
+    house.upstream.propagation.accepted(1);
     let refusal = house.refused().await;
     assert_eq!(
         (refusal.reason, refusal.report.sqlstate.as_str()),
@@ -615,4 +617,16 @@ async fn two_hundred_clients_learn_as_fast_as_one_that_a_name_does_not_resolve()
         let waited = began.elapsed();
         assert!(waited <= Duration::from_secs(11), "{count}: {waited:?}");
     }
+}
+
+/// Freshly issued credentials were seen refused for a few seconds; replacing them at once would start that time anew.
+#[tokio::test]
+async fn a_young_credential_that_is_refused_is_tried_again_before_another_is_minted() {
+    let server = Server::start(Act::Refuse("28P01", "password authentication failed")).await;
+    let house = house(&server, limits());
+    let client = clients(&house, 1);
+    server.dialled(2).await;
+    server.now(Act::Welcome);
+    assert!(client.join_all().await.remove(0).is_ok());
+    assert_eq!(house.mints(), 0);
 }

@@ -12,7 +12,7 @@ use reqwest::Method;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 use tokio::time::{Instant, sleep};
-use tracing::warn;
+use tracing::debug;
 
 use super::{
     AppDatabases, EndpointInfo, Identity,
@@ -283,7 +283,8 @@ impl<'a> Explorer<'a> {
                 return Err(error);
             }
             if !is_reported {
-                warn!(error = %error, detail = error.detail.as_deref(), "retrying");
+                // The caller logs what comes of it.
+                debug!(error = %error, detail = error.detail.as_deref(), "retrying");
                 is_reported = true;
             }
             sleep(pause).await;
