@@ -493,8 +493,10 @@ async fn repeats(
     );
     secrets.add("a client's password", CLIENT_PASSWORD);
     if !name.contains("look-up") {
+        // A token of any shape is passed on, and it is the endpoint that refuses it.
+        let harms = ["cannot mint a database credential", "client refused"];
         assert!(
-            log.contains("cannot mint a database credential"),
+            harms.iter().any(|harm| log.contains(harm)),
             "{name} did no harm:\n{log}"
         );
     }
