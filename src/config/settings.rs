@@ -55,7 +55,7 @@ pub struct Settings {
     )]
     pub unix_socket_allowed_uids: Option<Vec<u32>>,
 
-    /// Offer TLS to clients, with a certificate made at the start that nobody can verify; `required` refuses TCP clients of
+    /// Offer TLS to clients, with a certificate made at the start that clients cannot verify; `required` refuses TCP clients of
     /// other machines that do not use TLS, whichever certificate is shown [default: off, or by --client-tls-cert]
     #[arg(long, value_enum, value_name = "HOW", help_heading = "Listening")]
     pub client_tls: Option<ClientTlsSetting>,
