@@ -13,7 +13,7 @@ use crate::{
 };
 
 /// Longest text taken over from the other side, in characters.
-const MAX_TEXT: usize = 600;
+pub(super) const MAX_TEXT: usize = 600;
 
 /// What an error answer says.
 #[derive(Debug, Default, PartialEq, Eq)]
