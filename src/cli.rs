@@ -16,14 +16,14 @@ use tokio::runtime::{Builder, Runtime};
 
 use crate::{
     app::App,
-    config::{Config, ConfigError, Environment, PASSWORD_VARIABLE, Settings, Source},
+    config::{Config, ConfigError, Environment, LogOptions, PASSWORD_VARIABLE, Settings, Source},
     descriptors::{self, DescriptorLimit},
     exec::{self, ExecArgs, Secrets},
     listener::{Inherited, InheritedError},
     remote::{self, ShutdownArgs, WaitArgs},
     shutdown::{Cause, Hangup, Signals},
     systemd::Notifier,
-    telemetry::{self, LogGuard, LogHandle, LogOptions},
+    telemetry::{self, LogGuard, LogHandle},
     token::{self, TokenArgs},
 };
 
@@ -490,7 +490,7 @@ async fn execute(
         descriptors,
     };
     let zero_on_sigterm = config.exit_zero_on_sigterm;
-    let patience = config.limits.connect_timeout;
+    let patience = config.timeouts.connect_timeout;
     let mut signals = exec::Signals::catch().map_err(CommandError::Signals)?;
     let running = tokio::select! {
         app = App::build_with(config.clone(), inherited) => app?.with_log(log).with_notifier(notifier).start()?,

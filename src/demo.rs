@@ -17,10 +17,9 @@ use secrecy::SecretString;
 
 use crate::{
     app::{Addresses, App, Running, StartError},
-    config::{Config, ConfigError, Environment, PortSetting, Settings},
+    config::{Config, ConfigError, Environment, LogOptions, PortSetting, Settings},
     emulator::{self, Emulator, EmulatorError, EmulatorOptions, PostgresSource},
     shutdown::{Cause, Signals},
-    telemetry::LogOptions,
 };
 
 /// The ports people know, taken where they are free.

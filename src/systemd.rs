@@ -4,7 +4,6 @@
 //! It knows nothing of what is told; a datagram that cannot be sent is not worth ending anything for.
 
 use std::{
-    ffi::OsString,
     io,
     os::{
         linux::net::SocketAddrExt,
@@ -22,17 +21,10 @@ use std::{
 
 use sd_notify::NotifyState;
 
+use crate::config::ServiceManager;
+
 /// A status is cut here, in bytes; a datagram has room for more, `systemctl status` has not.
 const STATUS_LIMIT: usize = 400;
-
-/// Where the service manager listens, as it says in the environment.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct ServiceManager {
-    /// `NOTIFY_SOCKET`: a path, or an abstract name behind an `@`.
-    pub socket: Option<OsString>,
-    /// `WATCHDOG_USEC`: without a sign of life for this long we are restarted. `None` where `WATCHDOG_PID` is another's.
-    pub watchdog: Option<Duration>,
-}
 
 /// Tells the service manager; cheap to clone.
 #[derive(Clone, Debug, Default)]

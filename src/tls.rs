@@ -17,7 +17,7 @@ use rustls::{
 };
 use rustls_platform_verifier::Verifier;
 
-use crate::files;
+use crate::{config::Roots, files};
 
 /// Longest file of certificates or keys that is read, in bytes; the roots of a whole system take a quarter of a million.
 pub(crate) const MAX_PEM: u64 = 4 * 1024 * 1024;
@@ -26,29 +26,17 @@ pub const ALPN_POSTGRESQL: &[u8] = b"postgresql";
 /// ALPN of HTTP/1.1.
 pub const ALPN_HTTP_1_1: &[u8] = b"http/1.1";
 
-/// Whose word for a server's name we take.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub enum Roots {
-    /// Only the certificates in this PEM file (`PGSSLROOTCERT=file`).
-    File(PathBuf),
-    /// The system's.
-    #[default]
-    System,
-}
-
 /// What a file of roots held when it was last looked at.
 pub type Fingerprint = [u8; 32];
 
-impl Roots {
-    /// Tells one state of the file from another; blocks; `None` for the system's roots, and for a file that cannot be read.
-    pub fn fingerprint(&self) -> Option<Fingerprint> {
-        let Self::File(path) = self else {
-            return None;
-        };
-        let bytes = files::read(path, MAX_PEM).ok()?;
-        let digest = digest::digest(&digest::SHA256, &bytes);
-        digest.as_ref().try_into().ok()
-    }
+/// Digest of the file's content; `None` for the system's roots and for a file that cannot be read. Blocks.
+pub(crate) fn fingerprint(roots: &Roots) -> Option<Fingerprint> {
+    let Roots::File(path) = roots else {
+        return None;
+    };
+    let bytes = files::read(path, MAX_PEM).ok()?;
+    let digest = digest::digest(&digest::SHA256, &bytes);
+    digest.as_ref().try_into().ok()
 }
 
 /// Why no TLS configuration could be made.

@@ -13,14 +13,14 @@ use super::{
     source::Access,
 };
 use crate::{
-    config::{EndpointConfig, TlsMode},
+    config::{EndpointConfig, Roots, TlsMode},
     credential::{Pace, Refresher, is_held_for},
     listener::Listener,
     protocol::error::{Report, sqlstate},
     session::{Entrance, Policy},
     systemd::Notifier,
     telemetry::{chain, names::reason},
-    tls::{Fingerprint, Roots},
+    tls::{self, Fingerprint},
     upstream::{Problem, Refusal, RouteFinder, Upstream, is_loopback},
 };
 
@@ -201,7 +201,7 @@ async fn keep(
 pub(super) fn roots(config: &EndpointConfig) -> Option<Fingerprint> {
     match &config.tls {
         TlsMode::Disabled => None,
-        TlsMode::Verified(roots) => roots.fingerprint(),
+        TlsMode::Verified(roots) => tls::fingerprint(roots),
     }
 }
 

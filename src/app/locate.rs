@@ -9,8 +9,7 @@ use super::{
     source::{Access, Source},
 };
 use crate::{
-    config::{DEFAULT_DATABASE, EndpointConfig, TlsMode},
-    telemetry::without_userinfo,
+    config::{DEFAULT_DATABASE, EndpointConfig, TlsMode, without_userinfo},
     tls,
     upstream::{Addresses, DroppedParameters, Endpoint, Label, Security},
     workspace::{AppDatabases, CredentialMinter, HostName, Wanted},

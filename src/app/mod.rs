@@ -26,12 +26,12 @@ pub use self::{
 use self::{locate::locate, shared::Shared, source::Access};
 use crate::{
     clock::Clock,
-    config::{Config, EndpointConfig},
+    config::{Config, EndpointConfig, Roots},
     credential::{Mint, MintError, Minted},
     listener::{Bound, Inherited, Listener},
     systemd::Notifier,
     telemetry::{LogHandle, Metrics},
-    tls::{self, Roots},
+    tls,
     upstream::Endpoint,
     workspace::Workspace,
 };

@@ -17,7 +17,7 @@ use super::{
 };
 use crate::{
     config::{Change, Config, ConfigError, EndpointConfig, Source},
-    listener::Listener,
+    listener::{self, Listener},
     session::Entrance,
     shutdown::{Hangup, Phase},
     systemd::Notifier,
@@ -236,8 +236,8 @@ impl Reloader {
                 prepared.back.push(Arc::clone(before));
                 continue;
             }
-            let in_the_way =
-                leaving().filter(|served| served.config.listen.clash(&endpoint.listen).is_some());
+            let in_the_way = leaving()
+                .filter(|served| served.config.listen.conflict(&endpoint.listen).is_some());
             let listener = bind(in_the_way, endpoint).await?;
             let metrics = self.shared.metrics.of_another(endpoint.called())?;
             let gate = self
@@ -264,7 +264,8 @@ impl Reloader {
                 continue;
             }
             for path in &served.bound.unix {
-                if let Err(error) = served.config.listen.set_mode(path, new.mode) {
+                if let Err(error) = listener::set_socket_mode(&served.config.listen, path, new.mode)
+                {
                     tracing::warn!(socket = %path.display(), %error, "the permissions of a socket cannot be changed");
                 }
             }

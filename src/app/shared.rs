@@ -14,7 +14,7 @@ use super::{
 use crate::{
     admin::Health,
     clock::Clock,
-    config::{Config, EndpointConfig},
+    config::{Config, EndpointConfig, Roots},
     console::Console,
     credential::CredentialCell,
     listener::{AbsentSockets, Listener},
@@ -25,7 +25,7 @@ use crate::{
     },
     shutdown::Shutdown,
     telemetry::Metrics,
-    tls::{self, Roots},
+    tls,
     upstream::{Label, Route, Terms},
     workers::Workers,
     workspace::{self, Workspace},
@@ -71,7 +71,7 @@ fn policy(config: &Config, entrance: Arc<Entrance>) -> Policy {
         client_login_timeout: config.client_login_timeout,
         max_connections: config.max_connections,
         terms: Terms {
-            limits: config.limits,
+            limits: config.timeouts,
             keepalive: config.keepalive,
         },
     }

@@ -5,11 +5,7 @@
 
 use secrecy::{ExposeSecret, SecretString};
 
-use super::{Config, CredentialSource, EndpointConfig};
-use crate::{
-    telemetry::LogOptions,
-    upstream::{Keepalive, Limits},
-};
+use super::{Config, CredentialSource, EndpointConfig, Keepalive, LogOptions, Timeouts};
 
 /// What is put in force by a reload; anything else needs a restart.
 pub(super) const CHANGEABLE: &[&str] = &[
@@ -89,7 +85,7 @@ impl Config {
             workspace,
             // Follows from the endpoints.
             password_variables,
-            limits,
+            timeouts,
             client_login_timeout,
             max_connections,
             keepalive,
@@ -107,12 +103,12 @@ impl Config {
             admin_console,
             shown,
         } = new;
-        let Limits {
+        let Timeouts {
             connect_timeout,
             server_connect_timeout,
             credential_timeout,
             capacity_timeout,
-        } = limits;
+        } = timeouts;
         let Keepalive {
             idle,
             interval,
@@ -145,10 +141,10 @@ impl Config {
             "client_tls": client_tls = client_tls;
             "unix_socket_allowed_uids": allowed_uids = allowed_uids;
             "database_mapping": database_mapping = database_mapping;
-            "connect_timeout": limits.connect_timeout = connect_timeout;
-            "server_connect_timeout": limits.server_connect_timeout = server_connect_timeout;
-            "credential_timeout": limits.credential_timeout = credential_timeout;
-            "capacity_timeout": limits.capacity_timeout = capacity_timeout;
+            "connect_timeout": timeouts.connect_timeout = connect_timeout;
+            "server_connect_timeout": timeouts.server_connect_timeout = server_connect_timeout;
+            "credential_timeout": timeouts.credential_timeout = credential_timeout;
+            "capacity_timeout": timeouts.capacity_timeout = capacity_timeout;
             "client_login_timeout": client_login_timeout = client_login_timeout;
             "max_connections": max_connections = max_connections;
             "tcp_keepalive_idle": keepalive.idle = idle;
@@ -255,7 +251,7 @@ impl EndpointConfig {
     pub fn is_same(&self, other: &Self) -> bool {
         // Any free port is as good as any other, so that only the name tells.
         let is_told_by_name = self.listen.port == 0;
-        self.listen.is_same_place(&other.listen)
+        self.listen.is_same(&other.listen)
             && (!is_told_by_name
                 || (self.called() == other.called() && self.read_only == other.read_only))
     }
@@ -267,7 +263,7 @@ impl EndpointConfig {
 
     /// Whether they cannot listen side by side.
     fn clashes(&self, other: &Self) -> bool {
-        self.listen.clash(&other.listen).is_some()
+        self.listen.conflict(&other.listen).is_some()
     }
 
     /// The settings that are not the same.
@@ -377,7 +373,10 @@ mod tests {
         assert_eq!(change.applied, expected);
         assert!(change.restart.is_empty());
         assert_eq!(change.config.max_connections, 3);
-        assert_eq!(change.config.limits.connect_timeout, Duration::from_secs(5));
+        assert_eq!(
+            change.config.timeouts.connect_timeout,
+            Duration::from_secs(5)
+        );
         assert_eq!(change.config.log.filter, "debug");
     }
 

@@ -3,8 +3,7 @@
 
 use std::net::SocketAddr;
 
-use super::{ConfigError, EndpointConfig};
-use crate::listener::addresses_clash;
+use super::{ConfigError, EndpointConfig, addresses_conflict};
 
 /// Refuses sockets that cannot all be bound. `others` are those beside the endpoints', each with the flag of its port.
 pub(super) fn check(
@@ -19,7 +18,7 @@ pub(super) fn check(
     for (index, endpoint) in endpoints.iter().enumerate() {
         let called = format!("the endpoint `{}`", endpoint.called());
         for other in endpoints.iter().skip(index.saturating_add(1)) {
-            if let Some(place) = endpoint.listen.clash(&other.listen) {
+            if let Some(place) = endpoint.listen.conflict(&other.listen) {
                 let other = format!("the endpoint `{}`", other.called());
                 return Err(clash(called, &other, place));
             }
@@ -27,7 +26,7 @@ pub(super) fn check(
         for (flag, address) in others {
             let taken = |address: &SocketAddr| {
                 let mut tcp = endpoint.listen.tcp.iter();
-                tcp.any(|ours| addresses_clash(*ours, *address))
+                tcp.any(|ours| addresses_conflict(*ours, *address))
             };
             if let Some(address) = address.filter(taken) {
                 return Err(clash(called, flag, address.to_string()));
@@ -37,7 +36,7 @@ pub(super) fn check(
     for (index, (flag, address)) in others.iter().enumerate() {
         for (other, theirs) in others.iter().skip(index.saturating_add(1)) {
             if let Some((ours, theirs)) = address.zip(*theirs)
-                && addresses_clash(ours, theirs)
+                && addresses_conflict(ours, theirs)
             {
                 return Err(clash((*flag).to_owned(), other, ours.to_string()));
             }

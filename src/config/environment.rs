@@ -5,7 +5,7 @@ use std::{collections::HashMap, ffi::OsString, fmt, time::Duration};
 use secrecy::SecretString;
 
 use super::{ConfigError, local::PASSWORD_VARIABLE};
-use crate::{systemd::ServiceManager, workspace};
+use crate::workspace;
 
 /// Variables that are read here, whole names and beginnings of names. (Those of flags are the command line's business.)
 const READ: [&str; 10] = [
@@ -53,6 +53,15 @@ pub struct Environment {
     pub service_manager: ServiceManager,
     /// All of it, for settings that name a variable.
     variables: Variables,
+}
+
+/// Where the service manager listens, as it says in the environment.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ServiceManager {
+    /// `NOTIFY_SOCKET`: a path, or an abstract name behind an `@`.
+    pub socket: Option<OsString>,
+    /// `WATCHDOG_USEC`: without a sign of life for this long we are restarted. `None` where `WATCHDOG_PID` is another's.
+    pub watchdog: Option<Duration>,
 }
 
 /// Every variable, unprintable, as any may be a secret.

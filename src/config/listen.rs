@@ -1,12 +1,105 @@
 //! From the settings of listening to the places where each endpoint's clients connect.
 
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::{
+    fmt,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    path::{Path, PathBuf},
+};
 
 use super::{
     AddressSetting, ConfigError, ListenSetting, ModeSetting, PortSetting, Settings,
     resolve::POSTGRES_PORT,
 };
-use crate::listener::{Places, UnixPlace};
+
+/// How the names of Unix sockets begin, as libpq looks for them; the port follows.
+pub(crate) const SOCKET_NAME: &str = ".s.PGSQL.";
+
+/// The addresses that one endpoint listens on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ListenAddresses {
+    /// The port, of TCP sockets and in the names of Unix sockets; 0 is any that is free.
+    pub port: u16,
+    /// Addresses to listen on, each with that port; none is no TCP.
+    pub tcp: Vec<SocketAddr>,
+    /// A Unix socket.
+    pub unix: Option<UnixSocket>,
+}
+
+impl ListenAddresses {
+    /// The first address that both cannot bind; a free port (0) never conflicts.
+    pub(crate) fn conflict(&self, other: &Self) -> Option<String> {
+        let pairs = self
+            .tcp
+            .iter()
+            .flat_map(|ours| other.tcp.iter().map(move |theirs| (*ours, *theirs)));
+        // 127.0.0.1 brings ::1 with it.
+        let localhost = |address: SocketAddr| match address.ip() {
+            IpAddr::V4(Ipv4Addr::LOCALHOST) => IpAddr::V6(Ipv6Addr::LOCALHOST),
+            ip => ip,
+        };
+        let conflicts = |(ours, theirs): &(SocketAddr, SocketAddr)| {
+            addresses_conflict(*ours, *theirs)
+                || (ours.port() == theirs.port()
+                    && ours.port() != 0
+                    && localhost(*ours) == localhost(*theirs))
+        };
+        if let Some((ours, _)) = pairs.into_iter().find(conflicts) {
+            return Some(ours.to_string());
+        }
+        let (ours, theirs) = self.unix.as_ref().zip(other.unix.as_ref())?;
+        let conflicts =
+            ours.directory == theirs.directory && self.port == other.port && self.port != 0;
+        conflicts.then(|| {
+            socket_path(&ours.directory, self.port)
+                .display()
+                .to_string()
+        })
+    }
+
+    /// Whether the addresses are the same; the permissions of the socket, which a reload changes, are not compared.
+    pub(crate) fn is_same(&self, other: &Self) -> bool {
+        let directory =
+            |addresses: &Self| addresses.unix.as_ref().map(|unix| unix.directory.clone());
+        self.port == other.port && self.tcp == other.tcp && directory(self) == directory(other)
+    }
+}
+
+/// The path of the socket with this port in `directory`.
+pub(crate) fn socket_path(directory: &Path, port: u16) -> PathBuf {
+    directory.join(format!("{SOCKET_NAME}{port}"))
+}
+
+/// Whether two sockets cannot both be bound to these addresses.
+pub(crate) fn addresses_conflict(one: SocketAddr, other: SocketAddr) -> bool {
+    one.port() == other.port()
+        && one.port() != 0
+        && one.is_ipv4() == other.is_ipv4()
+        && (one.ip() == other.ip() || one.ip().is_unspecified() || other.ip().is_unspecified())
+}
+
+impl fmt::Display for ListenAddresses {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut comma = "";
+        for address in &self.tcp {
+            write!(f, "{comma}{address}")?;
+            comma = ", ";
+        }
+        if let Some(unix) = &self.unix {
+            let path = socket_path(&unix.directory, self.port);
+            write!(f, "{comma}{}", path.display())?;
+        }
+        Ok(())
+    }
+}
+
+/// A Unix socket to listen on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct UnixSocket {
+    /// Its directory, which must exist.
+    pub directory: PathBuf,
+    /// The file's permissions.
+    pub mode: u32,
+}
 
 /// Its owner's alone.
 const SOCKET_MODE: u32 = 0o600;
@@ -19,7 +112,7 @@ pub(super) struct PlaceMaker {
     /// Whether there is TCP where an endpoint names no address of its own.
     tcp: bool,
     next_port: u16,
-    unix: Option<UnixPlace>,
+    unix: Option<UnixSocket>,
     allow_remote: bool,
 }
 
@@ -60,13 +153,16 @@ impl PlaceMaker {
             unix: settings
                 .unix_socket
                 .clone()
-                .map(|directory| UnixPlace { directory, mode }),
+                .map(|directory| UnixSocket { directory, mode }),
             allow_remote: settings.allow_remote.unwrap_or(false),
         }
     }
 
     /// The next endpoint's. Where there is no TCP a port of its own only numbers its Unix socket.
-    pub(super) fn next(&mut self, own: Option<ListenSetting>) -> Result<Places, ConfigError> {
+    pub(super) fn next(
+        &mut self,
+        own: Option<ListenSetting>,
+    ) -> Result<ListenAddresses, ConfigError> {
         let port = own.map_or(self.next_port, |own| own.port);
         // Any free port for one is any free port for the next.
         self.next_port = if port == 0 { 0 } else { port.saturating_add(1) };
@@ -78,7 +174,7 @@ impl PlaceMaker {
             _ if self.tcp => &self.addresses,
             _ => &[],
         };
-        let places = Places {
+        let places = ListenAddresses {
             port,
             tcp: addresses
                 .iter()
@@ -102,6 +198,49 @@ impl PlaceMaker {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn places(port: u16, addresses: &[&str], directory: Option<&str>) -> ListenAddresses {
+        let address = |ip: &&str| SocketAddr::new(ip.parse().unwrap(), port);
+        ListenAddresses {
+            port,
+            tcp: addresses.iter().map(address).collect(),
+            unix: directory.map(|directory| UnixSocket {
+                directory: directory.into(),
+                mode: 0o600,
+            }),
+        }
+    }
+
+    #[test]
+    fn addresses_that_cannot_be_bound_together_conflict() {
+        let conflict = |one: &[&str], other: &[&str]| {
+            places(7, one, None)
+                .conflict(&places(7, other, None))
+                .is_some()
+        };
+        for (one, other, expected) in [
+            ("127.0.0.1", "127.0.0.1", true),
+            ("127.0.0.1", "0.0.0.0", true),
+            ("0.0.0.0", "10.0.0.1", true),
+            ("127.0.0.1", "::1", true),
+            ("::", "::1", true),
+            ("::", "0.0.0.0", false),
+            ("127.0.0.1", "127.0.0.2", false),
+            ("10.0.0.1", "::1", false),
+        ] {
+            assert_eq!(conflict(&[one], &[other]), expected, "{one} {other}");
+            assert_eq!(conflict(&[other], &[one]), expected, "{other} {one}");
+        }
+        assert!(conflict(&["127.0.0.1"], &["192.0.2.1", "127.0.0.1"]));
+        let local = places(7, &["127.0.0.1"], None);
+        assert_eq!(local.conflict(&places(8, &["127.0.0.1"], None)), None);
+        let any = places(0, &["127.0.0.1"], Some("/s"));
+        assert_eq!(any.conflict(&any), None, "any free port");
+        let unix = places(7, &[], Some("/s"));
+        let said = unix.conflict(&places(7, &["127.0.0.2"], Some("/s")));
+        assert_eq!(said.as_deref(), Some("/s/.s.PGSQL.7"));
+        assert_eq!(unix.conflict(&places(7, &[], Some("/t"))), None);
+    }
 
     fn maker(settings: &str) -> PlaceMaker {
         PlaceMaker::new(&toml::from_str(settings).unwrap())

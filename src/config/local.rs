@@ -1,10 +1,28 @@
 //! What clients are offered and asked for on their way in: TLS, and a password.
 
+use std::path::PathBuf;
+
 use secrecy::SecretString;
 use zeroize::Zeroizing;
 
 use super::{ClientTlsSetting, ConfigError, Environment, LocalAuth, Settings, file};
-use crate::session::ClientTls;
+
+/// Whether and how TLS is offered to clients.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum ClientTls {
+    /// These PEM files; read again when they change.
+    Files {
+        /// The certificate, and behind it those of its issuers.
+        certificate: PathBuf,
+        /// Its private key.
+        key: PathBuf,
+    },
+    /// Not at all.
+    #[default]
+    Off,
+    /// With a certificate made at the start, which nobody can verify.
+    SelfSigned,
+}
 
 /// The variable that may hold the password; there is no flag for it, as command lines can be read by anybody.
 pub(crate) const PASSWORD_VARIABLE: &str = "LAKEBASE_PROXY_LOCAL_PASSWORD";

@@ -11,6 +11,7 @@ mod file;
 pub mod fuzzing;
 mod listen;
 mod local;
+mod log;
 mod origin;
 mod resolve;
 mod settings;
@@ -19,6 +20,7 @@ mod source;
 mod tables;
 #[cfg(test)]
 mod tests;
+mod timeouts;
 mod values;
 
 use std::{
@@ -32,30 +34,30 @@ use secrecy::SecretString;
 pub use self::{
     change::Change,
     endpoint::{CredentialSetting, EndpointSettings, HostAddressSetting, ListenSetting},
-    environment::Environment,
+    environment::{Environment, ServiceManager},
     error::ConfigError,
     file::read,
+    listen::{ListenAddresses, UnixSocket},
+    local::ClientTls,
+    log::{DEFAULT_FILTER, LogOptions},
     origin::{Origin, Origins},
     resolve::DEFAULT_DATABASE,
     settings::Settings,
     shown::ShownSetting,
     source::Source,
+    timeouts::{Keepalive, Timeouts},
     values::{
-        AddressSetting, ClientTlsSetting, DurationSetting, LocalAuth, ModeSetting, PortSetting,
+        AddressSetting, ClientTlsSetting, DatabaseMapping, DurationSetting, LocalAuth, ModeSetting,
+        PortSetting,
     },
 };
 pub(crate) use self::{
+    listen::{SOCKET_NAME, addresses_conflict, socket_path},
     local::PASSWORD_VARIABLE,
     resolve::{ADMIN_PORT, HTTP_PORT},
+    values::without_userinfo,
 };
-use crate::{
-    listener::Places,
-    session::{ClientTls, DatabaseMapping},
-    telemetry::LogOptions,
-    tls::Roots,
-    upstream::{Keepalive, Limits},
-    workspace,
-};
+use crate::workspace;
 
 /// Everything the program needs to know.
 #[derive(Clone, Debug)]
@@ -85,7 +87,7 @@ pub struct Config {
     /// The variables that hold passwords of endpoints.
     pub password_variables: Vec<String>,
     /// How long things may take at the endpoint.
-    pub limits: Limits,
+    pub timeouts: Timeouts,
     /// How long a client may take to say what it wants.
     pub client_login_timeout: Duration,
     /// Sessions at a time.
@@ -124,7 +126,7 @@ pub struct Config {
 #[derive(Clone, Debug)]
 pub struct EndpointConfig {
     /// Where its clients connect.
-    pub listen: Places,
+    pub listen: ListenAddresses,
     /// Its resource name; looked up when absent.
     pub name: Option<String>,
     /// Its host; looked up when absent.
@@ -195,4 +197,14 @@ pub enum TlsMode {
     Disabled,
     /// TLS, with certificate and name verified, whatever weaker mode `PGSSLMODE` names.
     Verified(Roots),
+}
+
+/// The trusted root certificates.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Roots {
+    /// Only the certificates in this PEM file (`PGSSLROOTCERT=file`).
+    File(PathBuf),
+    /// The system's.
+    #[default]
+    System,
 }

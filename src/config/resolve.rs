@@ -6,14 +6,11 @@ use std::{
 };
 
 use super::{
-    Config, ConfigError, CredentialSetting, DurationSetting, Environment, PortSetting, Settings,
-    clash, listen::PlaceMaker, local, shown::shown, tables,
+    Config, ConfigError, CredentialSetting, DEFAULT_FILTER, DurationSetting, Environment,
+    Keepalive, LogOptions, PortSetting, Settings, Timeouts, clash, listen::PlaceMaker, local,
+    shown::shown, tables, without_userinfo,
 };
-use crate::{
-    descriptors,
-    telemetry::{DEFAULT_FILTER, LogOptions, without_userinfo},
-    upstream::{Keepalive, Limits},
-};
+use crate::descriptors;
 
 pub(super) const POSTGRES_PORT: u16 = 5432;
 pub(crate) const HTTP_PORT: u16 = 9090;
@@ -104,7 +101,7 @@ impl Config {
             setting.map_or(default, |DurationSetting(time)| time)
         };
         let descriptors = descriptors::raise();
-        let (limits, keepalive) = (Limits::default(), Keepalive::default());
+        let (timeouts, keepalive) = (Timeouts::default(), Keepalive::default());
         Ok(Self {
             endpoints,
             database_mapping: settings.database_mapping.unwrap_or_default(),
@@ -119,14 +116,14 @@ impl Config {
             allowed_uids: settings.unix_socket_allowed_uids,
             workspace: environment.workspace.with_profile(settings.profile),
             password_variables,
-            limits: Limits {
-                connect_timeout: or(settings.connect_timeout, limits.connect_timeout),
+            timeouts: Timeouts {
+                connect_timeout: or(settings.connect_timeout, timeouts.connect_timeout),
                 server_connect_timeout: or(
                     settings.server_connect_timeout,
-                    limits.server_connect_timeout,
+                    timeouts.server_connect_timeout,
                 ),
-                credential_timeout: or(settings.credential_timeout, limits.credential_timeout),
-                capacity_timeout: or(settings.capacity_timeout, limits.capacity_timeout),
+                credential_timeout: or(settings.credential_timeout, timeouts.credential_timeout),
+                capacity_timeout: or(settings.capacity_timeout, timeouts.capacity_timeout),
             },
             client_login_timeout: or(settings.client_login_timeout, CLIENT_LOGIN_TIMEOUT),
             max_connections: match settings.max_connections {

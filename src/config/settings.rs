@@ -9,11 +9,10 @@ use super::{
     endpoint::EndpointSettings,
     origin::Origins,
     values::{
-        AddressSetting, ClientTlsSetting, DurationSetting, LocalAuth, ModeSetting, PortSetting,
-        one_or_many,
+        AddressSetting, ClientTlsSetting, DatabaseMapping, DurationSetting, LocalAuth, ModeSetting,
+        PortSetting, one_or_many,
     },
 };
-use crate::session::DatabaseMapping;
 
 /// One layer of settings; see `config/lakebase-proxy.toml` for what each means.
 #[derive(Args, Clone, Debug, Default, Deserialize, Serialize)]

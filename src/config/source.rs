@@ -2,8 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use super::{Config, ConfigError, Environment, Origin, Settings, TlsMode, file};
-use crate::tls::Roots;
+use super::{Config, ConfigError, Environment, Origin, Roots, Settings, TlsMode, file};
 
 /// The layers as they were at the start; only the file may say something else the next time.
 #[derive(Clone, Debug)]

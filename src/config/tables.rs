@@ -4,9 +4,9 @@ use std::{net::IpAddr, num::NonZeroU16};
 
 use super::{
     ConfigError, CredentialSetting, CredentialSource, EndpointConfig, EndpointSettings,
-    Environment, TlsMode, endpoint::HostAddressSetting, resolve::POSTGRES_PORT, values,
+    Environment, ListenAddresses, Roots, TlsMode, endpoint::HostAddressSetting,
+    resolve::POSTGRES_PORT, values, without_userinfo,
 };
-use crate::{listener::Places, telemetry::without_userinfo, tls::Roots};
 
 /// The one endpoint that the tutorial's variables define.
 pub(super) fn of_environment(
@@ -52,7 +52,7 @@ pub(super) fn of_environment(
 /// Checks one table and fills in what it leaves to the environment.
 pub(super) fn endpoint(
     table: EndpointSettings,
-    listen: Places,
+    listen: ListenAddresses,
     environment: &Environment,
 ) -> Result<EndpointConfig, ConfigError> {
     // Databricks Apps tells an app its database's host, but not its name.

@@ -47,7 +47,7 @@ fn settings_of_a_file_hold_where_nothing_goes_before_them() {
     let config = resolve(&[("DATABRICKS_APP_PORT", "8080")], file).unwrap();
     assert_eq!(config.endpoints[0].listen.port, 6000);
     assert_eq!(config.http, None);
-    assert_eq!(config.limits.connect_timeout, Duration::from_secs(90));
+    assert_eq!(config.timeouts.connect_timeout, Duration::from_secs(90));
     assert_eq!(config.notes, Some("0.0.0.0:8080".parse().unwrap()));
     assert_eq!(config.max_connections, 7);
     let flag = Settings {

@@ -1,6 +1,6 @@
 //! The kinds of values that settings have, each readable from a flag, the environment and the file alike.
 
-use std::{fmt, net::IpAddr, num::NonZeroU16, str::FromStr, time::Duration};
+use std::{borrow::Cow, fmt, net::IpAddr, num::NonZeroU16, str::FromStr, time::Duration};
 
 use jiff::SignedDuration;
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
@@ -153,6 +153,38 @@ pub enum LocalAuth {
     Password,
 }
 
+/// What the database name a client sends means.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum DatabaseMapping {
+    /// Itself; if it is the client's user name, which libpq sends when none is given, and does not exist, the configured
+    /// one.
+    #[default]
+    Default,
+    /// Always itself.
+    Exact,
+}
+
+impl DatabaseMapping {
+    /// The database to open for a client, and the one to open if that does not exist; `default` is the endpoint's.
+    pub(crate) fn choose(
+        self,
+        user: Option<&str>,
+        database: Option<&str>,
+        default: &str,
+    ) -> (String, Option<String>) {
+        let Some(database) = database.or(user) else {
+            return (default.to_owned(), None);
+        };
+        // Many applications name user and database alike, so such a database may be meant.
+        let may_be_default = self == Self::Default && Some(database) == user && database != default;
+        (
+            database.to_owned(),
+            may_be_default.then(|| default.to_owned()),
+        )
+    }
+}
+
 impl Serialize for AddressSetting {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         serializer.collect_str(&self.0)
@@ -186,6 +218,14 @@ where
 impl Serialize for DurationSetting {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         serializer.collect_str(&format_args!("{}s", self.0.as_secs_f64()))
+    }
+}
+
+/// What was given as an address, without a user's name and password before the host.
+pub(crate) fn without_userinfo(address: &str) -> Cow<'_, str> {
+    match address.rsplit_once('@') {
+        Some((_, host)) => format!("...@{host}").into(),
+        None => address.into(),
     }
 }
 
@@ -291,6 +331,32 @@ mod tests {
         assert_eq!("0".parse(), Ok(PortSetting::Port(0)));
         assert!("65536".parse::<PortSetting>().is_err());
         assert!("".parse::<PortSetting>().is_err());
+    }
+
+    #[test]
+    fn an_address_keeps_its_host_alone() {
+        let given = "postgres://me:p@ss@db.example:5432/x";
+        assert_eq!(without_userinfo(given), "...@db.example:5432/x");
+        assert_eq!(without_userinfo("db.example"), "db.example");
+    }
+
+    #[test]
+    fn a_database_named_like_the_user_falls_back_to_the_default() {
+        use DatabaseMapping::{Default, Exact};
+        const FALLBACK: Option<&str> = Some("main");
+        for (mapping, user, database, name, fallback) in [
+            (Default, Some("app"), None, "app", FALLBACK),
+            (Default, Some("app"), Some("app"), "app", FALLBACK),
+            (Default, Some("app"), Some("other"), "other", None),
+            (Default, Some("main"), Some("main"), "main", None),
+            (Default, None, None, "main", None),
+            (Exact, Some("app"), Some("app"), "app", None),
+            (Exact, Some("app"), None, "app", None),
+        ] {
+            let chosen = mapping.choose(user, database, "main");
+            let expected = (name.to_owned(), fallback.map(str::to_owned));
+            assert_eq!(chosen, expected, "{mapping:?} {user:?} {database:?}");
+        }
     }
 
     proptest! {

@@ -266,7 +266,7 @@ mod tests {
     fn it_is_for_our_own_user_and_root_and_by_tcp_for_this_machine_where_that_is_asked_for() {
         let policies = Policies::new(Policy {
             entrance: Arc::default(),
-            database_mapping: crate::session::DatabaseMapping::Default,
+            database_mapping: crate::config::DatabaseMapping::Default,
             client_login_timeout: Duration::from_secs(1),
             max_connections: 1,
             terms: Terms::default(),

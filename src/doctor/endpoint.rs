@@ -15,10 +15,10 @@ use super::{
 };
 use crate::{
     clock::Clock,
-    config::{CredentialSource, EndpointConfig},
+    config::{CredentialSource, EndpointConfig, Timeouts},
     credential::{Credential, CredentialCommand, Mint, MintError, Minted, Password, PasswordFile},
     telemetry::Metrics,
-    upstream::{Limits, is_loopback, probe},
+    upstream::{is_loopback, probe},
     workspace::{
         AppDatabases, CredentialMinter, EndpointInfo, EndpointState, HostName, LocateError,
         Located, Target, Wanted, Workspace,
@@ -31,7 +31,7 @@ pub(super) const STEP_TIMEOUT: Duration = Duration::from_secs(10);
 /// One endpoint and what is needed to look at it.
 pub(super) struct Examined<'a> {
     pub(super) config: &'a EndpointConfig,
-    pub(super) limits: Limits,
+    pub(super) limits: Timeouts,
     pub(super) workspace: Option<&'a Workspace>,
     pub(super) access: &'a Access,
     pub(super) clock: &'a Clock,

@@ -22,9 +22,9 @@ pub use report::{Outcome, Report, Setting, Step};
 
 use crate::{
     clock::Clock,
-    config::{Config, CredentialSource, Environment, Settings},
+    config::{Config, CredentialSource, Environment, Roots, Settings},
     telemetry::Metrics,
-    tls::{self, Roots},
+    tls,
     workspace::{Settings as WorkspaceSettings, Workspace},
 };
 use report::{Chart, Finding};
@@ -179,7 +179,7 @@ pub async fn run(
                 }
                 let examined = endpoint::Examined {
                     config: endpoint,
-                    limits: config.limits,
+                    limits: config.timeouts,
                     workspace: workspace.as_ref(),
                     access: &access,
                     clock: &clock,

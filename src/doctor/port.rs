@@ -4,7 +4,8 @@ use std::{fs, io, net::SocketAddr, path::Path};
 
 use super::report::Finding;
 use crate::{
-    listener::{ListenError, Listener, Places, UnixError},
+    config::ListenAddresses,
+    listener::{ListenError, Listener, UnixError},
     telemetry::chain,
 };
 
@@ -14,7 +15,7 @@ const LISTEN: &str = "0A";
 const OURSELVES: &str = "lakebase-proxy";
 
 /// Binds the places for a moment. Must run on a runtime.
-pub(super) async fn check(places: &Places) -> Finding {
+pub(super) async fn check(places: &ListenAddresses) -> Finding {
     match Listener::bind(places) {
         Ok(_bound) if places.port == 0 => Finding::ok("any free port will do"),
         Ok(_bound) => Finding::ok(format!("{places} is free")),
@@ -163,7 +164,7 @@ mod tests {
 
     use tempfile::TempDir;
 
-    use crate::listener::UnixPlace;
+    use crate::config::UnixSocket;
 
     use super::*;
     use crate::doctor::report::Outcome;
@@ -209,8 +210,8 @@ mod tests {
         assert_eq!(owner(proc.path(), 80), None);
     }
 
-    fn places(address: SocketAddr) -> Places {
-        Places {
+    fn places(address: SocketAddr) -> ListenAddresses {
+        ListenAddresses {
             port: address.port(),
             tcp: vec![address],
             unix: None,
@@ -220,10 +221,10 @@ mod tests {
     #[tokio::test]
     async fn a_taken_unix_socket_is_told_and_left_alone() {
         let directory = TempDir::new().unwrap();
-        let places = Places {
+        let places = ListenAddresses {
             port: 7,
             tcp: Vec::new(),
-            unix: Some(UnixPlace {
+            unix: Some(UnixSocket {
                 directory: directory.path().to_owned(),
                 mode: 0o600,
             }),

@@ -18,8 +18,9 @@ use super::{
     step,
 };
 use crate::{
+    config::Roots,
     telemetry::chain,
-    tls::{self, Roots},
+    tls,
     workspace::{CallError, Profile, Workspace},
 };
 

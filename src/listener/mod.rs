@@ -5,7 +5,7 @@ mod tcp;
 mod unix;
 
 use std::{
-    fmt, io,
+    io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     path::{Path, PathBuf},
     sync::Arc,
@@ -22,12 +22,12 @@ use tracing::{Instrument, Span, field::Empty};
 use self::unix::UnixDoor;
 pub use self::{
     inherited::{Inherited, InheritedError, InheritedSocket},
-    unix::{AbsentSockets, UnixError, UnixPlace},
+    unix::{AbsentSockets, UnixError},
 };
 use crate::{
+    config::{Keepalive, ListenAddresses, socket_path},
     session::{HandshakePermit, Peer, Sessions, Unfinished},
     telemetry::Metrics,
-    upstream::Keepalive,
     workers::{Socket, Workers},
 };
 
@@ -36,78 +36,11 @@ const BACKLOG: i32 = 4096;
 const ACCEPT_PAUSE_MIN: Duration = Duration::from_millis(5);
 const ACCEPT_PAUSE_MAX: Duration = Duration::from_secs(1);
 
-/// Where one endpoint's clients are to connect.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Places {
-    /// The port, of TCP sockets and in the names of Unix sockets; 0 is any that is free.
-    pub port: u16,
-    /// Addresses to listen on, each with that port; none is no TCP.
-    pub tcp: Vec<SocketAddr>,
-    /// A Unix socket.
-    pub unix: Option<UnixPlace>,
-}
-
-impl Places {
-    /// Where both would listen, if they would; any free port is in nobody's way.
-    pub fn clash(&self, other: &Self) -> Option<String> {
-        let pairs = self
-            .tcp
-            .iter()
-            .flat_map(|ours| other.tcp.iter().map(move |theirs| (*ours, *theirs)));
-        // 127.0.0.1 brings ::1 with it.
-        let localhost = |address: SocketAddr| match address.ip() {
-            IpAddr::V4(Ipv4Addr::LOCALHOST) => IpAddr::V6(Ipv6Addr::LOCALHOST),
-            ip => ip,
-        };
-        let meet = |(ours, theirs): &(SocketAddr, SocketAddr)| {
-            addresses_clash(*ours, *theirs)
-                || (ours.port() == theirs.port()
-                    && ours.port() != 0
-                    && localhost(*ours) == localhost(*theirs))
-        };
-        if let Some((ours, _)) = pairs.into_iter().find(meet) {
-            return Some(ours.to_string());
-        }
-        let (ours, theirs) = self.unix.as_ref().zip(other.unix.as_ref())?;
-        let meet = ours.directory == theirs.directory && self.port == other.port && self.port != 0;
-        meet.then(|| unix::path(&ours.directory, self.port).display().to_string())
-    }
-
-    /// Whether they are the same but for the permissions of the socket, which can be changed.
-    pub fn is_same_place(&self, other: &Self) -> bool {
-        let directory = |places: &Self| places.unix.as_ref().map(|unix| unix.directory.clone());
-        self.port == other.port && self.tcp == other.tcp && directory(self) == directory(other)
-    }
-
-    /// Changes the permissions of its socket, where that is the one at this path.
-    pub fn set_mode(&self, path: &Path, mode: u32) -> io::Result<()> {
-        match &self.unix {
-            Some(place) if path.parent() == Some(&place.directory) => unix::set_mode(path, mode),
-            _ => Ok(()),
-        }
-    }
-}
-
-/// Whether two sockets cannot both have these addresses.
-pub fn addresses_clash(one: SocketAddr, other: SocketAddr) -> bool {
-    one.port() == other.port()
-        && one.port() != 0
-        && one.is_ipv4() == other.is_ipv4()
-        && (one.ip() == other.ip() || one.ip().is_unspecified() || other.ip().is_unspecified())
-}
-
-impl fmt::Display for Places {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let mut comma = "";
-        for address in &self.tcp {
-            write!(f, "{comma}{address}")?;
-            comma = ", ";
-        }
-        if let Some(unix) = &self.unix {
-            let path = unix::path(&unix.directory, self.port);
-            write!(f, "{comma}{}", path.display())?;
-        }
-        Ok(())
+/// Changes the permissions of an endpoint's socket at `path`; other paths belong to inherited sockets and are left alone.
+pub(crate) fn set_socket_mode(listen: &ListenAddresses, path: &Path, mode: u32) -> io::Result<()> {
+    match &listen.unix {
+        Some(socket) if path.parent() == Some(&socket.directory) => unix::set_mode(path, mode),
+        _ => Ok(()),
     }
 }
 
@@ -216,7 +149,7 @@ pub struct Listener {
 
 impl Listener {
     /// Binds every one of `places`.
-    pub fn bind(places: &Places) -> Result<Self, ListenError> {
+    pub fn bind(places: &ListenAddresses) -> Result<Self, ListenError> {
         let (tcp, addresses) = tcp::bind_all(&places.tcp)?;
         let mut bound = Bound {
             tcp: addresses,
@@ -226,7 +159,7 @@ impl Listener {
         if let Some(place) = &places.unix {
             let port = bound.tcp.first().map_or(places.port, SocketAddr::port);
             let door = unix::bind(place, port)?;
-            bound.unix = vec![unix::path(&place.directory, port)];
+            bound.unix = vec![socket_path(&place.directory, port)];
             doors.push(door);
         }
         Ok(Self {
@@ -459,18 +392,6 @@ impl Drop for PanicWatch {
 mod tests {
     use super::*;
 
-    fn places(port: u16, addresses: &[&str], directory: Option<&str>) -> Places {
-        let address = |ip: &&str| SocketAddr::new(ip.parse().unwrap(), port);
-        Places {
-            port,
-            tcp: addresses.iter().map(address).collect(),
-            unix: directory.map(|directory| UnixPlace {
-                directory: directory.into(),
-                mode: 0o600,
-            }),
-        }
-    }
-
     #[test]
     fn an_error_of_one_connection_is_no_lack_of_descriptors() {
         use rustix::io::Errno;
@@ -493,37 +414,6 @@ mod tests {
             assert!(!concerns_one(errno), "{errno:?}");
         }
         assert!(!concerns_one_connection(&io::Error::other("no code")));
-    }
-
-    #[test]
-    fn places_clash_where_one_socket_is_in_the_others_way() {
-        let clash = |one: &[&str], other: &[&str]| {
-            places(7, one, None)
-                .clash(&places(7, other, None))
-                .is_some()
-        };
-        for (one, other, expected) in [
-            ("127.0.0.1", "127.0.0.1", true),
-            ("127.0.0.1", "0.0.0.0", true),
-            ("0.0.0.0", "10.0.0.1", true),
-            ("127.0.0.1", "::1", true),
-            ("::", "::1", true),
-            ("::", "0.0.0.0", false),
-            ("127.0.0.1", "127.0.0.2", false),
-            ("10.0.0.1", "::1", false),
-        ] {
-            assert_eq!(clash(&[one], &[other]), expected, "{one} {other}");
-            assert_eq!(clash(&[other], &[one]), expected, "{other} {one}");
-        }
-        assert!(clash(&["127.0.0.1"], &["192.0.2.1", "127.0.0.1"]));
-        let local = places(7, &["127.0.0.1"], None);
-        assert_eq!(local.clash(&places(8, &["127.0.0.1"], None)), None);
-        let any = places(0, &["127.0.0.1"], Some("/s"));
-        assert_eq!(any.clash(&any), None, "any free port");
-        let unix = places(7, &[], Some("/s"));
-        let said = unix.clash(&places(7, &["127.0.0.2"], Some("/s")));
-        assert_eq!(said.as_deref(), Some("/s/.s.PGSQL.7"));
-        assert_eq!(unix.clash(&places(7, &[], Some("/t"))), None);
     }
 
     #[test]

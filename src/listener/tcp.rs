@@ -10,8 +10,9 @@ use tokio::net::{TcpListener, TcpStream};
 
 use super::{Acceptor, BACKLOG, ListenError};
 use crate::{
+    config::Keepalive,
     session::Peer,
-    upstream::{Keepalive, tune, unpace},
+    upstream::{tune, unpace},
 };
 
 /// Ports that are tried where any will do, but must be free on several addresses.

@@ -24,23 +24,16 @@ use tokio::{
 };
 
 use super::{Acceptor, BACKLOG};
-use crate::{session::Peer, telemetry::chain, upstream::Keepalive};
+use crate::{
+    config::{Keepalive, SOCKET_NAME, UnixSocket, socket_path},
+    session::Peer,
+    telemetry::chain,
+};
 
-/// How libpq's socket names begin; the port follows.
-const NAME: &str = ".s.PGSQL.";
 /// Between two looks at a socket's file, each of one system call.
 const LOOK_EVERY: Duration = Duration::from_secs(2);
 /// Read, write and execute of owner, group and others.
 const PERMISSIONS: u32 = 0o777;
-
-/// Where a Unix socket is to be.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct UnixPlace {
-    /// Its directory, which must exist.
-    pub directory: PathBuf,
-    /// The file's permissions.
-    pub mode: u32,
-}
 
 /// Why there is no Unix socket.
 #[derive(Debug, thiserror::Error)]
@@ -161,7 +154,7 @@ impl Drop for Absent<'_> {
 /// The file of a socket that we made; removed when dropped, unless another has taken its place.
 #[derive(Debug)]
 pub(super) struct SocketFile {
-    place: UnixPlace,
+    place: UnixSocket,
     port: u16,
     path: PathBuf,
     device: u64,
@@ -184,7 +177,7 @@ impl SocketFile {
                 mark = None;
                 continue;
             }
-            let place = UnixPlace {
+            let place = UnixSocket {
                 mode: self.mode.load(Ordering::Relaxed),
                 ..self.place.clone()
             };
@@ -228,11 +221,6 @@ fn permissions(found: &Metadata) -> u32 {
     found.permissions().mode() & PERMISSIONS
 }
 
-/// The path that libpq looks for.
-pub(super) fn path(directory: &Path, port: u16) -> PathBuf {
-    directory.join(format!("{NAME}{port}"))
-}
-
 /// Changes the permissions of our socket at this path, and of nothing that another user has put in its place: a symbolic
 /// link would lead to any file of ours.
 pub(super) fn set_mode(path: &Path, mode: u32) -> io::Result<()> {
@@ -255,15 +243,15 @@ pub(super) fn parse(path: &Path) -> Option<(PathBuf, u16)> {
     let port = path
         .file_name()?
         .to_str()?
-        .strip_prefix(NAME)?
+        .strip_prefix(SOCKET_NAME)?
         .parse()
         .ok()?;
     Some((path.parent()?.to_owned(), port))
 }
 
 /// Makes the socket, in the place of one that nobody listens on any more.
-pub(super) fn bind(place: &UnixPlace, port: u16) -> Result<UnixDoor, UnixError> {
-    let path = path(&place.directory, port);
+pub(super) fn bind(place: &UnixSocket, port: u16) -> Result<UnixDoor, UnixError> {
+    let path = socket_path(&place.directory, port);
     let Ok(address) = SockAddr::unix(&path) else {
         return Err(UnixError::TooLong { path });
     };
@@ -338,8 +326,8 @@ mod tests {
 
     use super::*;
 
-    fn place(directory: &TempDir) -> UnixPlace {
-        UnixPlace {
+    fn place(directory: &TempDir) -> UnixSocket {
+        UnixSocket {
             directory: directory.path().to_owned(),
             mode: 0o600,
         }
@@ -368,7 +356,7 @@ mod tests {
     #[tokio::test]
     async fn permissions_are_those_of_the_socket_and_never_of_what_a_link_leads_to() {
         let directory = TempDir::new().unwrap();
-        let path = path(directory.path(), 1);
+        let path = socket_path(directory.path(), 1);
         let mode = |path: &Path| permissions(&fs::metadata(path).unwrap());
         let mut place = place(&directory);
         for wanted in [0o600, 0o660, 0o666, 0o777] {
@@ -392,7 +380,7 @@ mod tests {
     #[tokio::test]
     async fn what_a_killed_server_left_behind_is_replaced() {
         let directory = TempDir::new().unwrap();
-        let path = path(directory.path(), 1);
+        let path = socket_path(directory.path(), 1);
         // Dropping a listener of std leaves the file, as a kill does.
         drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
         let _door = bind(&place(&directory), 1).unwrap();
@@ -405,17 +393,17 @@ mod tests {
         let place = place(&directory);
         let _first = bind(&place, 1).unwrap();
         assert!(matches!(bind(&place, 1), Err(UnixError::Taken { .. })));
-        assert!(path(directory.path(), 1).exists());
-        fs::write(path(directory.path(), 2), "precious").unwrap();
+        assert!(socket_path(directory.path(), 1).exists());
+        fs::write(socket_path(directory.path(), 2), "precious").unwrap();
         assert!(matches!(bind(&place, 2), Err(UnixError::NotASocket { .. })));
-        assert!(path(directory.path(), 2).exists());
+        assert!(socket_path(directory.path(), 2).exists());
     }
 
     #[tokio::test]
     async fn the_file_of_a_successor_is_not_removed() {
         let directory = TempDir::new().unwrap();
         let first = bind(&place(&directory), 1).unwrap();
-        let path = path(directory.path(), 1);
+        let path = socket_path(directory.path(), 1);
         fs::remove_file(&path).unwrap();
         let _second = bind(&place(&directory), 1).unwrap();
         drop(first);

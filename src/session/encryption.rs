@@ -26,6 +26,7 @@ use rustls::{
 use tokio::time::Instant;
 
 use crate::{
+    config::ClientTls,
     files,
     telemetry::chain,
     tls::{ALPN_POSTGRESQL, MAX_PEM, provider},
@@ -33,23 +34,6 @@ use crate::{
 
 /// How often the files are looked at, at most.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
-
-/// Whether and how TLS is offered to clients.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub enum ClientTls {
-    /// These PEM files; read again when they change.
-    Files {
-        /// The certificate, and behind it those of its issuers.
-        certificate: PathBuf,
-        /// Its private key.
-        key: PathBuf,
-    },
-    /// Not at all.
-    #[default]
-    Off,
-    /// With a certificate made at the start, which nobody can verify.
-    SelfSigned,
-}
 
 /// How a client's connection is protected.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -51,7 +51,7 @@ pub use self::{
     cancel::Cancels,
     door::Door,
     dropped::Dropped,
-    encryption::{ClientTls, ClientTlsError, Encrypted, Encryption},
+    encryption::{ClientTlsError, Encrypted, Encryption},
     entrance::{Entrance, Told},
     local_auth::{KnownPassword, LocalPassword},
     peer::Peer,
@@ -92,44 +92,6 @@ const EARLY_LIMIT: usize = 16 * 1024;
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 /// Terminate: the orderly end of a session towards the server.
 pub(crate) const TERMINATE: [u8; 5] = [b'X', 0, 0, 0, 4];
-
-/// What the database name a client sends means.
-#[derive(
-    Clone,
-    Copy,
-    Debug,
-    Default,
-    PartialEq,
-    Eq,
-    serde::Deserialize,
-    serde::Serialize,
-    clap::ValueEnum,
-)]
-#[serde(rename_all = "kebab-case")]
-pub enum DatabaseMapping {
-    /// Itself; if it is the client's user name, which libpq sends when none is given, and does not exist, the configured
-    /// one.
-    #[default]
-    Default,
-    /// Always itself.
-    Exact,
-}
-
-impl DatabaseMapping {
-    /// The database to open for a client, and the one to open if that does not exist; `default` is the endpoint's.
-    fn choose(self, startup: &StartupMessage, default: &str) -> (String, Option<String>) {
-        let user = startup.parameter("user");
-        let Some(database) = startup.parameter("database").or(user) else {
-            return (default.to_owned(), None);
-        };
-        // Many applications name user and database alike, so such a database may be meant.
-        let may_be_default = self == Self::Default && Some(database) == user && database != default;
-        (
-            database.to_owned(),
-            may_be_default.then(|| default.to_owned()),
-        )
-    }
-}
 
 /// What the sessions of one listener share.
 pub struct Sessions {
@@ -190,9 +152,11 @@ impl Sessions {
             let limits = policy.terms.limits;
             let patience = limits.connect_timeout.min(limits.credential_timeout);
             let upstream = self.route.upstream(patience).await?;
-            let (database, fallback) = policy
-                .database_mapping
-                .choose(&startup, &upstream.endpoint().database);
+            let (database, fallback) = policy.database_mapping.choose(
+                startup.parameter("user"),
+                startup.parameter("database"),
+                &upstream.endpoint().database,
+            );
             let mut settings = SessionSettings::new(&startup, database);
             settings.fallback_database = fallback;
             upstream.connect(&settings, &policy.terms).await

@@ -10,8 +10,8 @@ use std::{
 
 use arc_swap::ArcSwap;
 
-use super::{DatabaseMapping, Entrance};
-use crate::upstream::Terms;
+use super::Entrance;
+use crate::{config::DatabaseMapping, upstream::Terms};
 
 /// The settings that sessions know.
 #[derive(Clone, Debug)]

@@ -14,6 +14,7 @@ use tokio_util::sync::CancellationToken;
 use super::*;
 use crate::{
     clock::Clock,
+    config::DatabaseMapping,
     credential::{CredentialCell, Minted},
     protocol::{
         error::ErrorFields,
@@ -220,54 +221,6 @@ async fn a_client_that_says_nothing_does_not_hold_up_the_end() {
     tasks.join_all().await;
     assert_eq!(began.elapsed().as_secs(), FAREWELL.as_secs());
     drop(silent);
-}
-
-#[test]
-fn a_database_named_like_the_user_may_stand_for_the_default() {
-    use DatabaseMapping::{Default, Exact};
-    const FALLBACK: Option<&str> = Some("main");
-    for (mapping, parameters, name, fallback) in [
-        (Default, &[("user", "app")][..], "app", FALLBACK),
-        (
-            Default,
-            &[("user", "app"), ("database", "app")],
-            "app",
-            FALLBACK,
-        ),
-        (
-            Default,
-            &[("user", "app"), ("database", "")],
-            "app",
-            FALLBACK,
-        ),
-        (
-            Default,
-            &[("user", "app"), ("database", "other")],
-            "other",
-            None,
-        ),
-        (
-            Default,
-            &[("user", "main"), ("database", "main")],
-            "main",
-            None,
-        ),
-        (Default, &[], "main", None),
-        (Exact, &[("user", "app"), ("database", "app")], "app", None),
-        (Exact, &[("user", "app")], "app", None),
-    ] {
-        let startup = StartupMessage {
-            minor: 0,
-            parameters: parameters
-                .iter()
-                .map(|&(n, v)| (n.to_owned(), v.to_owned()))
-                .collect(),
-            protocol_options: Vec::new(),
-        };
-        let chosen = mapping.choose(&startup, "main");
-        let expected = (name.to_owned(), fallback.map(str::to_owned));
-        assert_eq!(chosen, expected, "{mapping:?} {parameters:?}");
-    }
 }
 
 /// What a session's task takes for as long as it lives, whatever it came by: logging in has a box of its own.

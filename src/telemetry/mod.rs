@@ -14,7 +14,7 @@ mod sink;
 
 pub use escape::{Escaped, escape, escape_json};
 pub(crate) use known::KnownSecrets;
-pub use logging::{DEFAULT_FILTER, LogError, LogHandle, LogOptions, chain, last_words};
+pub use logging::{LogError, LogHandle, chain, last_words};
 pub use metrics::{CountOnDrop, GaugeGuard, Metrics};
-pub use redact::{redact, without_userinfo};
+pub use redact::redact;
 pub use sink::LogGuard;

@@ -33,14 +33,6 @@ pub fn redact(text: &str) -> Cow<'_, str> {
     Cow::Owned(clean)
 }
 
-/// What was given as an address, without a user's name and password before the host.
-pub fn without_userinfo(address: &str) -> Cow<'_, str> {
-    match address.rsplit_once('@') {
-        Some((_, host)) => format!("...@{host}").into(),
-        None => address.into(),
-    }
-}
-
 /// JWTs, base64 of either alphabet, and what a URL makes of them.
 fn is_of_a_token(character: char) -> bool {
     character.is_ascii_alphanumeric() || "-_.~+/%".contains(character)
@@ -229,13 +221,6 @@ mod tests {
         ] {
             assert_eq!(redact(token), REMOVED, "{token}");
         }
-    }
-
-    #[test]
-    fn an_address_keeps_its_host_alone() {
-        let given = "postgres://me:p@ss@db.example:5432/x";
-        assert_eq!(without_userinfo(given), "...@db.example:5432/x");
-        assert_eq!(without_userinfo("db.example"), "db.example");
     }
 
     proptest! {

@@ -25,7 +25,7 @@ use super::{
     budget::Budget,
     databases::MissingDatabases,
     dial,
-    endpoint::{Endpoint, Keepalive, Label},
+    endpoint::{Endpoint, Label},
     failure::{Class, Failure},
     login::{Connection, log_in},
     phases::{Progress, record_waits},
@@ -33,6 +33,7 @@ use super::{
     wake::{Backoff, Lead, Wake},
 };
 use crate::{
+    config::{Keepalive, Timeouts},
     credential::{Cause, Credential, CredentialCell, CredentialError},
     protocol::{
         error::{Report, sqlstate},
@@ -57,36 +58,11 @@ const CONCURRENT_CANCELS: usize = 32;
 /// How long a cancel may take, as PgBouncer's `cancel_wait_timeout`.
 const CANCEL_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How long things may take; each a setting.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Limits {
-    /// From the client's request to its session or refusal.
-    pub connect_timeout: Duration,
-    /// One attempt at the server.
-    pub server_connect_timeout: Duration,
-    /// Waiting for a credential, and for the look-up of the endpoint; shorter than most drivers wait, so that the reason
-    /// reaches the client.
-    pub credential_timeout: Duration,
-    /// Waiting for room at an endpoint that has none.
-    pub capacity_timeout: Duration,
-}
-
-impl Default for Limits {
-    fn default() -> Self {
-        Self {
-            connect_timeout: Duration::from_mins(1),
-            server_connect_timeout: Duration::from_secs(15),
-            credential_timeout: Duration::from_secs(8),
-            capacity_timeout: Duration::from_secs(10),
-        }
-    }
-}
-
 /// What the settings say about dealing with an endpoint.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Terms {
     /// How long things may take.
-    pub limits: Limits,
+    pub limits: Timeouts,
     /// How dead peers are noticed.
     pub keepalive: Keepalive,
 }

@@ -16,13 +16,14 @@ use tokio::{
 };
 
 use super::{
-    endpoint::{Endpoint, Keepalive, Security},
+    endpoint::{Endpoint, Security},
     failure::{Class, Failure},
     phases::{Phase, Phases, Progress},
     tcp,
     tls_stream::TlsStream,
 };
 use crate::{
+    config::Keepalive,
     protocol::{
         error::ErrorFields,
         frame::{SMALL_MESSAGE_LIMIT, take_message},

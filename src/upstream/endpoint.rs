@@ -1,6 +1,6 @@
 //! What we connect to.
 
-use std::{fmt, net::IpAddr, sync::Arc, time::Duration};
+use std::{fmt, net::IpAddr, sync::Arc};
 
 use rustls::{ClientConfig, pki_types::ServerName};
 
@@ -73,42 +73,6 @@ impl Endpoint {
     /// The host beside a pooler's, where this is one.
     pub(super) fn direct_host(&self) -> Option<String> {
         self.host.parse::<HostName>().ok()?.direct()
-    }
-}
-
-/// TCP keepalive and its kin, for both sides of a session.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Keepalive {
-    /// Silence before the first probe.
-    pub idle: Duration,
-    /// Between probes.
-    pub interval: Duration,
-    /// Unanswered probes before the connection is given up.
-    pub count: u32,
-    /// How long sent data may stay unacknowledged (`TCP_USER_TIMEOUT`); zero leaves it to the kernel.
-    pub user_timeout: Duration,
-}
-
-impl Keepalive {
-    /// How long the endpoint may leave a request unacknowledged before the path to it counts as lost: as long as probes of an
-    /// idle connection take. Keepalive itself sends no probe while sent data is unacknowledged, and Linux alone goes on
-    /// retransmitting for 15 minutes. `None` where the settings have a time of their own, or no keepalive.
-    pub(crate) fn loss_timeout(&self) -> Option<Duration> {
-        let probing = self.idle + self.interval * self.count;
-        (self.user_timeout.is_zero() && !self.idle.is_zero()).then_some(probing)
-    }
-}
-
-impl Default for Keepalive {
-    /// 30 s, 10 s, 5 probes; no unconditional user timeout, as libpq: Linux also ends a connection whose peer is alive but
-    /// has not read for that long, such as a server that waits for a lock in the middle of a COPY.
-    fn default() -> Self {
-        Self {
-            idle: Duration::from_secs(30),
-            interval: Duration::from_secs(10),
-            count: 5,
-            user_timeout: Duration::ZERO,
-        }
     }
 }
 

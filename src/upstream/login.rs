@@ -11,11 +11,12 @@ use tokio::{
 
 use super::{
     dial::{self, Stream},
-    endpoint::{Endpoint, Keepalive, Security},
+    endpoint::{Endpoint, Security},
     failure::Failure,
     phases::{Phase, Progress},
 };
 use crate::{
+    config::Keepalive,
     credential::Credential,
     protocol::{
         auth::{AuthError, AuthenticationRequest, Authenticator, Derivation, Derived},

@@ -12,12 +12,13 @@ use tokio::{
 
 use super::{
     dial,
-    endpoint::{Endpoint, Keepalive, Security, is_loopback},
+    endpoint::{Endpoint, Security, is_loopback},
     failure::Failure,
     login,
     phases::Progress,
 };
 use crate::{
+    config::Keepalive,
     credential::Credential,
     protocol::{
         error::ErrorFields,

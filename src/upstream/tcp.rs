@@ -9,7 +9,8 @@ use tokio::{
     time::timeout,
 };
 
-use super::endpoint::{Keepalive, is_loopback};
+use super::endpoint::is_loopback;
+use crate::config::Keepalive;
 
 /// How long one address gets before the next is tried beside it (RFC 8305's connection attempt delay).
 const HAPPY_EYEBALLS_DELAY: Duration = Duration::from_millis(250);

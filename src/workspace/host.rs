@@ -5,7 +5,7 @@ use std::{fmt, net::IpAddr};
 use url::Url;
 
 use super::settings::SettingsError;
-use crate::telemetry::without_userinfo;
+use crate::config::without_userinfo;
 
 /// Addresses of account consoles, which have no workspace API.
 const ACCOUNT_CONSOLES: [&str; 3] = [

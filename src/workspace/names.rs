@@ -2,7 +2,7 @@
 
 use std::{fmt, str::FromStr};
 
-use crate::telemetry::without_userinfo;
+use crate::config::without_userinfo;
 
 /// The longest resource id.
 const MAX_ID: usize = 63;

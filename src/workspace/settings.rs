@@ -13,7 +13,7 @@ use std::{
 use secrecy::{ExposeSecret, SecretString};
 
 use super::{auth, databrickscfg::SyntaxError, host::Host, profile};
-use crate::telemetry::without_userinfo;
+use crate::config::without_userinfo;
 
 /// What is set, as far as it is; empty values count as absent, white space around them is dropped.
 macro_rules! settings {

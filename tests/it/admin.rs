@@ -13,9 +13,10 @@ use std::{
 
 use lakebase_proxy::{
     admin::{Admin, Health},
+    config::DatabaseMapping,
     http::{self, Limits},
     overview::Overview,
-    session::{DatabaseMapping, Policies, Policy},
+    session::{Policies, Policy},
     shutdown::Shutdown,
     telemetry::Metrics,
     upstream::Terms,

@@ -12,10 +12,11 @@ use std::{
 use jiff::{SignedDuration, Timestamp, Zoned};
 use lakebase_proxy::{
     clock::Clock,
+    config::Roots,
     credential::{Mint, MintError, MintErrorKind},
     emulator::{Action, Emulator, Identity, Response, Site},
     telemetry::Metrics,
-    tls::{self, Roots},
+    tls,
     workspace::{AuthKind, CredentialMinter, Settings, Target, Workspace},
 };
 use secrecy::ExposeSecret;

@@ -5,9 +5,10 @@ use std::{net::SocketAddr, path::Path, sync::Arc};
 use axum::Router;
 use lakebase_proxy::{
     clock::Clock,
+    config::Roots,
     credential::{Mint, MintError, MintErrorKind},
     telemetry::Metrics,
-    tls::{self, Roots},
+    tls,
     workspace::{CredentialMinter, Settings, Target, Workspace},
 };
 use tokio::{net::TcpListener, task::JoinSet};

@@ -3,9 +3,9 @@
 use std::{fs, path::PathBuf, sync::Arc};
 
 use lakebase_proxy::{
-    config::ClientTlsSetting,
+    config::{ClientTlsSetting, Roots},
     emulator::{Action, ServerError, Site},
-    tls::{self, Roots},
+    tls,
 };
 use rustls::{ClientConfig, pki_types::ServerName};
 use tempfile::TempDir;

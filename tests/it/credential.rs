@@ -5,10 +5,11 @@ use std::time::Duration;
 use jiff::{SignedDuration, Timestamp};
 use lakebase_proxy::{
     clock::Clock,
+    config::Roots,
     credential::{Cause, CredentialCell, Mint, MintErrorKind, Refresher},
     emulator::{Action, Emulator, EmulatorOptions, Identity, Response, Site},
     telemetry::Metrics,
-    tls::{self, Roots},
+    tls,
     workspace::{CredentialMinter, EndpointState, Settings, Target, Workspace},
 };
 use secrecy::{ExposeSecret, SecretString};

@@ -5,9 +5,10 @@ use std::time::Duration;
 use axum::{Router, http::StatusCode, routing::get};
 use lakebase_proxy::{
     clock::Clock,
+    config::Roots,
     emulator::{Action, AppResource, Emulator, Response, Site},
     telemetry::Metrics,
-    tls::{self, Roots},
+    tls,
     workspace::{LocateError, Located, NameError, Settings, Target, Wanted, Workspace},
 };
 use secrecy::ExposeSecret;

@@ -4,12 +4,13 @@ use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use lakebase_proxy::{
     clock::Clock,
+    config::{Keepalive, Timeouts},
     credential::{CredentialCell, Minted},
     protocol::options::SessionSettings,
     telemetry::Metrics,
     upstream::{
-        Addresses, Connection, DroppedParameters, Endpoint, Keepalive, Label, Limits, Refusal,
-        Security, Terms, Upstream,
+        Addresses, Connection, DroppedParameters, Endpoint, Label, Refusal, Security, Terms,
+        Upstream,
     },
 };
 use secrecy::SecretString;
@@ -37,9 +38,9 @@ async fn log_in(front: SocketAddr, user: &str, password: &str) -> Result<Connect
         dropped: DroppedParameters::default(),
     };
     let terms = Terms {
-        limits: Limits {
+        limits: Timeouts {
             connect_timeout: Duration::from_secs(10),
-            ..Limits::default()
+            ..Timeouts::default()
         },
         keepalive: Keepalive::default(),
     };

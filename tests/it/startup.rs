@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use lakebase_proxy::{config::PortSetting, session::DatabaseMapping};
+use lakebase_proxy::config::{DatabaseMapping, PortSetting};
 use tokio::io::AsyncWriteExt;
 
 use crate::harness::{

@@ -181,8 +181,8 @@ struct House {
     _refresher: JoinSet<()>,
 }
 
-fn limits() -> Limits {
-    Limits {
+fn limits() -> Timeouts {
+    Timeouts {
         connect_timeout: LONG,
         server_connect_timeout: LONG,
         credential_timeout: LONG,
@@ -190,7 +190,7 @@ fn limits() -> Limits {
     }
 }
 
-fn house(server: &Server, limits: Limits) -> Arc<House> {
+fn house(server: &Server, limits: Timeouts) -> Arc<House> {
     let metrics = Metrics::new().unwrap();
     let cell = CredentialCell::new(Clock::system());
     cell.publish(minted(1), 0.0);
@@ -310,7 +310,7 @@ async fn after_a_whole_budget_has_failed_later_clients_wait_less_until_a_login_w
     let server = Server::start(Act::Asleep).await;
     let house = house(
         &server,
-        Limits {
+        Timeouts {
             connect_timeout: Duration::from_millis(800),
             ..limits()
         },
@@ -339,7 +339,7 @@ async fn a_server_that_stalls_is_given_one_attempts_time_and_tried_again() {
     let server = Server::start(Act::Stall).await;
     let house = house(
         &server,
-        Limits {
+        Timeouts {
             server_connect_timeout: Duration::from_millis(50),
             ..limits()
         },
@@ -387,7 +387,7 @@ async fn a_full_endpoint_is_waited_for_a_little() {
     let server = Server::start(Act::Refuse("53300", "sorry, too many clients already")).await;
     let house = house(
         &server,
-        Limits {
+        Timeouts {
             capacity_timeout: Duration::from_millis(400),
             ..limits()
         },
@@ -412,7 +412,7 @@ async fn room_is_waited_for_even_by_a_client_that_waited_for_the_endpoint_before
     let server = Server::start(Act::Asleep).await;
     let house = house(
         &server,
-        Limits {
+        Timeouts {
             capacity_timeout: Duration::from_millis(200),
             ..limits()
         },
@@ -501,7 +501,7 @@ async fn a_client_that_never_had_its_turn_says_nothing_about_the_endpoint() {
     let server = Server::start(Act::Welcome).await;
     let house = house(
         &server,
-        Limits {
+        Timeouts {
             connect_timeout: Duration::from_millis(50),
             ..limits()
         },
@@ -545,7 +545,7 @@ async fn a_login_that_its_own_settings_make_slow_delays_no_other_client() {
     let server = Server::start(Act::Stall).await;
     let house = house(
         &server,
-        Limits {
+        Timeouts {
             server_connect_timeout: SLOW_LOGIN * 2,
             ..limits()
         },
@@ -598,7 +598,7 @@ async fn two_hundred_clients_learn_as_fast_as_one_that_a_name_does_not_resolve()
     let server = Server::start(Act::Welcome).await;
     let house = house(
         &server,
-        Limits {
+        Timeouts {
             connect_timeout: LONG * 2,
             ..limits()
         },

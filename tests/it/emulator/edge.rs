@@ -63,7 +63,7 @@ async fn dial_tls(emulator: &Emulator, server_name: Option<&str>) -> TlsStream<T
     tcp.write_all(SSL_REQUEST).await.unwrap();
     assert_eq!(tcp.read_u8().await.unwrap(), b'S');
     let mut config: ClientConfig = (*lakebase_proxy::tls::client_config(
-        &lakebase_proxy::tls::Roots::File(emulator.ca_file().to_owned()),
+        &lakebase_proxy::config::Roots::File(emulator.ca_file().to_owned()),
         b"postgresql",
     )
     .unwrap())

@@ -3,11 +3,7 @@
 use std::{collections::HashMap, net::SocketAddr};
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
-use lakebase_proxy::{
-    emulator::Emulator,
-    protocol::error::ErrorFields,
-    tls::{self, Roots},
-};
+use lakebase_proxy::{config::Roots, emulator::Emulator, protocol::error::ErrorFields, tls};
 use rustls::pki_types::ServerName;
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
