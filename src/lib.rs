@@ -32,6 +32,7 @@
 //! | [`doctor`] | each step from the settings to `SELECT 1`, checked alone, with its mend |
 //! | [`admin`] | health, metrics and the status page over HTTP |
 //! | [`console`] | `SHOW CLIENTS` and its kin, for psql |
+//! | [`status`] | the registry of sessions; recent refusals and wakes |
 //! | [`overview`] | what can be said of the running program, for those two |
 //! | [`exec`] | the proxy as the parent of one program |
 //! | [`systemd`] | what a service manager is told |
@@ -66,6 +67,7 @@ pub mod protocol;
 pub mod remote;
 pub mod session;
 pub mod shutdown;
+pub mod status;
 pub mod systemd;
 pub mod telemetry;
 pub mod tls;

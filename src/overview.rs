@@ -16,8 +16,9 @@ use tokio::time::Instant;
 use crate::{
     config::ShownSetting,
     credential::CredentialCell,
-    session::{Activity, Policies, Policy, Roster},
+    session::{Policies, Policy},
     shutdown::{Phase, Shutdown},
+    status::{EndpointSessions, Registry},
     telemetry::Metrics,
     upstream::Route,
 };
@@ -33,6 +34,8 @@ pub struct Place {
     pub listening: Vec<String>,
     /// The way to it, once it is found.
     pub route: Route,
+    /// Its sessions.
+    pub sessions: EndpointSessions,
     /// Its credential.
     pub credentials: CredentialCell,
     /// Where its credential comes from.
@@ -49,41 +52,11 @@ impl fmt::Debug for Place {
     }
 }
 
-/// Sessions by what they do.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Crowd {
-    /// All of them.
-    pub all: usize,
-    /// Not logged in yet.
-    pub waiting: usize,
-    /// The server owes an answer.
-    pub active: usize,
-    /// In a transaction, and the client owes the next word.
-    pub in_transaction: usize,
-    /// Nobody owes anything.
-    pub idle: usize,
-}
-
-impl Crowd {
-    fn count(&mut self, activity: Activity) {
-        let number = match activity {
-            Activity::Waiting => &mut self.waiting,
-            Activity::Active => &mut self.active,
-            Activity::Idle => &mut self.idle,
-            Activity::IdleInTransaction | Activity::IdleInFailedTransaction => {
-                &mut self.in_transaction
-            }
-        };
-        *number = number.saturating_add(1);
-        self.all = self.all.saturating_add(1);
-    }
-}
-
 /// The whole program.
 pub struct Overview {
     started: Timestamp,
     origin: Instant,
-    roster: Arc<Roster>,
+    registry: Registry,
     shutdown: Shutdown,
     policies: Policies,
     places: Box<dyn Fn() -> Vec<Arc<Place>> + Send + Sync>,
@@ -94,7 +67,7 @@ pub struct Overview {
 impl Overview {
     /// A program that begins now; `places` are its endpoints at any time, and cost no more than a look.
     pub fn new(
-        roster: Arc<Roster>,
+        registry: Registry,
         shutdown: Shutdown,
         policies: Policies,
         places: impl Fn() -> Vec<Arc<Place>> + Send + Sync + 'static,
@@ -102,7 +75,7 @@ impl Overview {
         Self {
             started: Timestamp::now(),
             origin: Instant::now(),
-            roster,
+            registry,
             shutdown,
             policies,
             places: Box::new(places),
@@ -141,9 +114,9 @@ impl Overview {
         self.policies.now()
     }
 
-    /// Who is here.
-    pub fn roster(&self) -> &Arc<Roster> {
-        &self.roster
+    /// The registry of sessions.
+    pub fn registry(&self) -> &Registry {
+        &self.registry
     }
 
     /// How far the end has come.
@@ -159,22 +132,6 @@ impl Overview {
     /// How long ago.
     pub fn uptime(&self) -> Duration {
         self.origin.elapsed()
-    }
-
-    /// Everybody, by what they do: all of them, and those of each endpoint named, in that order.
-    pub fn crowd(&self, places: &[Arc<Place>]) -> (Crowd, Vec<Crowd>) {
-        let mut all = Crowd::default();
-        let mut each = vec![Crowd::default(); places.len()];
-        for (label, activity) in self.roster.activities() {
-            all.count(activity);
-            let place = places
-                .iter()
-                .position(|place| place.route.label().is(&label));
-            if let Some(crowd) = place.and_then(|place| each.get_mut(place)) {
-                crowd.count(activity);
-            }
-        }
-        (all, each)
     }
 }
 

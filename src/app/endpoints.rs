@@ -46,6 +46,7 @@ impl Served {
             name: format!("{}{read_only}", self.config.called()),
             listening: self.bound.words(),
             route: self.sessions.route.clone(),
+            sessions: self.sessions.registry.clone(),
             credentials: self.credentials.clone(),
             source: self.config.credential.label(),
             metrics: Arc::clone(&self.sessions.metrics),

@@ -81,7 +81,7 @@ impl Gate {
         let leaving = {
             let shared = Arc::clone(shared);
             async move {
-                let left = served.sessions.door.until_left();
+                let left = served.sessions.registry.drained();
                 if served.stop.run_until_cancelled(left).await.is_some() {
                     served.stop.cancel();
                     shared.endpoints.remove(&served);

@@ -10,8 +10,9 @@ use super::{
 };
 use crate::{
     config::{DEFAULT_DATABASE, EndpointConfig, TlsMode, without_userinfo},
+    status::Label,
     tls,
-    upstream::{Addresses, DroppedParameters, Endpoint, Label, Security},
+    upstream::{Addresses, DroppedParameters, Endpoint, Security},
     workspace::{AppDatabases, CredentialMinter, HostName, Wanted},
 };
 

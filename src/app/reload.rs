@@ -209,7 +209,10 @@ impl Reloader {
 
     async fn fill(&self, change: &Change, prepared: &mut Prepared) -> Result<(), StartError> {
         let served = self.shared.endpoints.now();
-        for served in served.iter().filter(|one| !one.sessions.door.is_leaving()) {
+        for served in served
+            .iter()
+            .filter(|one| !one.sessions.registry.is_draining())
+        {
             if !gate::has_roots_of_its_own(&served.config) {
                 continue;
             }
@@ -227,11 +230,11 @@ impl Reloader {
         for endpoint in &change.added {
             let leaving = || {
                 let served = served.iter();
-                served.filter(|served| served.sessions.door.is_leaving())
+                served.filter(|served| served.sessions.registry.is_draining())
             };
             if let Some(before) = leaving().find(|served| served.config.is_same(endpoint))
                 && before.config.is_equal(endpoint)
-                && !before.sessions.door.is_shut().is_cancelled()
+                && !before.sessions.registry.closed().is_cancelled()
             {
                 prepared.back.push(Arc::clone(before));
                 continue;
@@ -307,14 +310,14 @@ impl Reloader {
         for endpoint in &change.removed {
             let mut staying = served
                 .iter()
-                .filter(|served| !served.sessions.door.is_leaving());
+                .filter(|served| !served.sessions.registry.is_draining());
             if let Some(served) = staying.find(|served| served.config.is_same(endpoint)) {
-                served.sessions.door.leave();
+                served.sessions.registry.drain();
             }
         }
         for served in back {
             // Whose last session has gone in this very moment is missed at the next reload, and bound anew.
-            served.sessions.door.stay();
+            served.sessions.registry.resume();
         }
         if is_exposed_otherwise {
             for served in self.shared.endpoints.now().iter() {
@@ -343,7 +346,7 @@ async fn bind(
 ) -> Result<Listener, StartError> {
     let mut shut = false;
     for before in in_the_way {
-        before.sessions.door.shut();
+        before.sessions.registry.close();
         shut = true;
     }
     if !shut {

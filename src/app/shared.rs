@@ -1,6 +1,6 @@
 //! What all endpoints of the process have in common, and the making of one more.
 
-use std::sync::{Arc, OnceLock, atomic::AtomicU64};
+use std::sync::{Arc, OnceLock};
 
 use arc_swap::ArcSwap;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -20,13 +20,13 @@ use crate::{
     listener::{AbsentSockets, Listener},
     overview::Overview,
     session::{
-        Door, Dropped, Encryption, Entrance, KnownPassword, LocalPassword, Policies, Policy,
-        Presence, Roster, Seats, Sessions,
+        Dropped, Encryption, Entrance, KnownPassword, LocalPassword, Policies, Policy, Sessions,
     },
     shutdown::Shutdown,
+    status::{EndpointSessions, Label, Registry},
     telemetry::Metrics,
     tls,
-    upstream::{Label, Route, Terms},
+    upstream::{Route, Terms},
     workers::Workers,
     workspace::{self, Workspace},
 };
@@ -36,8 +36,7 @@ pub(super) struct Shared {
     pub(super) endpoints: Endpoints,
     pub(super) policies: Policies,
     pub(super) shutdown: Shutdown,
-    pub(super) presence: Presence,
-    pub(super) roster: Arc<Roster>,
+    pub(super) registry: Registry,
     pub(super) overview: Arc<Overview>,
     pub(super) health: Arc<Health>,
     pub(super) absent: AbsentSockets,
@@ -57,8 +56,6 @@ pub(super) struct Shared {
     is_lazy: bool,
     /// The password that clients must know, for those of our own.
     pub(super) known_password: KnownPassword,
-    seats: Seats,
-    ids: Arc<AtomicU64>,
     workspace: OnceLock<Workspace>,
     workspace_settings: workspace::Settings,
 }
@@ -115,12 +112,12 @@ impl Shared {
     pub(super) fn new(config: &Config) -> Result<Self, StartError> {
         let first = config.endpoints.first();
         let endpoints = Endpoints::default();
-        let (roster, shutdown) = (Arc::<Roster>::default(), Shutdown::new());
+        let (registry, shutdown) = (Registry::default(), Shutdown::new());
         let entrance = Arc::new(entrance(config, None)?);
         let policies = Policies::new(policy(config, Arc::clone(&entrance)));
         let served = endpoints.clone();
         let overview = Arc::new(Overview::new(
-            Arc::clone(&roster),
+            registry.clone(),
             shutdown.clone(),
             policies.clone(),
             move || served.now().iter().map(|served| served.place()).collect(),
@@ -139,8 +136,7 @@ impl Shared {
             endpoints,
             policies,
             shutdown,
-            presence: Presence::default(),
-            roster,
+            registry,
             overview,
             health,
             absent,
@@ -153,8 +149,6 @@ impl Shared {
             clock: Clock::system(),
             is_lazy: config.lazy_refresh,
             known_password: KnownPassword::default(),
-            seats: Seats::default(),
-            ids: Arc::default(),
             workspace: OnceLock::new(),
             workspace_settings: config.workspace.clone(),
         };
@@ -182,21 +176,20 @@ impl Shared {
         let access = Access::new(&config.credential, || self.workspace())?;
         let its = config.clone();
         let roots = blocking(move || gate::roots(&its)).await;
-        let (finder, route) = Route::to(Label::new(config.called()));
+        let label = Label::new(config.called());
+        let (finder, route) = Route::to(label.clone());
+        let closed = self.shutdown.cutting().child_token();
+        let registry = EndpointSessions::new(&self.registry, label, &metrics, closed);
         let dropped = Arc::new(Dropped::new(route.label().clone()));
         let sessions = Arc::new(Sessions {
             route,
             policies: self.policies.clone(),
-            seats: self.seats.clone(),
-            door: Door::new(self.shutdown.cutting().child_token()),
+            registry,
             cancels: Arc::default(),
             shutdown: self.shutdown.clone(),
             metrics,
-            presence: self.presence.clone(),
-            roster: Arc::clone(&self.roster),
             dropped,
             console: Some(Arc::clone(&self.console)),
-            ids: Arc::clone(&self.ids),
         });
         let served = Served {
             bound: listener.bound().clone(),

@@ -8,7 +8,7 @@ use tokio_util::sync::CancellationToken;
 use super::{App, Ending, Running, StartError, outlook::Outlook};
 use crate::{
     admin::{self, Admin},
-    session::Presence,
+    status::Registry,
 };
 
 impl App {
@@ -116,7 +116,7 @@ impl App {
         }
         let ending = watch::Sender::new(ending);
         let (idle, over) = (asked.clone(), stop.clone());
-        let until_idle = until_idle(shared.presence.clone(), ending.subscribe());
+        let until_idle = until_idle(shared.registry.clone(), ending.subscribe());
         helpers.spawn(async move {
             if let Some(time) = over.run_until_cancelled(until_idle).await {
                 tracing::info!(?time, "no client for this long; ending (--exit-when-idle)");
@@ -152,13 +152,13 @@ impl App {
 }
 
 /// Returns when there has been no client for as long as the settings say, if they do. Cancel safe.
-async fn until_idle(presence: Presence, mut ending: watch::Receiver<Ending>) -> Duration {
+async fn until_idle(registry: Registry, mut ending: watch::Receiver<Ending>) -> Duration {
     loop {
         let when_idle = ending.borrow_and_update().when_idle;
         let idle = async {
             match when_idle {
                 Some(time) => {
-                    presence.gone_for(time).await;
+                    registry.idle_for(time).await;
                     time
                 }
                 None => pending().await,

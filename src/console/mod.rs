@@ -52,7 +52,7 @@ use crate::{
         rows::parameter_status,
         startup::{CancelKey, StartupMessage},
     },
-    session::Peer,
+    status::Peer,
 };
 
 /// The databases that mean the console.
@@ -259,6 +259,7 @@ mod tests {
     use crate::{
         session::{Policies, Policy},
         shutdown::Shutdown,
+        status::Registry,
         upstream::Terms,
     };
 
@@ -271,7 +272,7 @@ mod tests {
             max_connections: 1,
             terms: Terms::default(),
         });
-        let overview = Overview::new(Arc::default(), Shutdown::new(), policies, Vec::new);
+        let overview = Overview::new(Registry::default(), Shutdown::new(), policies, Vec::new);
         let console = Console::new(Arc::new(overview), Arc::new(Health::new(|| Ok(()))));
         let unix = |uid| Peer::Unix { uid, pid: None };
         let ours = rustix::process::geteuid().as_raw();

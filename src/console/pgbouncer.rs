@@ -4,16 +4,15 @@
 //! There is no pool: a "pool" is an endpoint, each of whose clients has a connection of its own. Columns that could only
 //! ever say nothing are left out, but for those that dashboards add up.
 
-use std::{sync::Arc, time::Duration};
+use std::sync::Arc;
 
 use super::{
     dialogue::Rows,
     tables::{number, stats, text},
 };
 use crate::{
-    overview::{Crowd, Overview, Place},
+    overview::{Overview, Place},
     protocol::rows::{Column, Kind, Value},
-    session::Activity,
 };
 
 const fn name(name: &'static str) -> Column {
@@ -103,7 +102,7 @@ pub(super) fn databases(overview: &Overview) -> Rows {
 
 pub(super) fn lists(overview: &Overview) -> Rows {
     let places = overview.places();
-    let used = overview.crowd(&[]).0.all;
+    let used = overview.registry().counts().all;
     let users: std::collections::BTreeSet<String> = places
         .iter()
         .filter_map(|place| place.route.found())
@@ -137,39 +136,27 @@ pub(super) fn lists(overview: &Overview) -> Rows {
 
 pub(super) fn pools(overview: &Overview) -> Rows {
     let places = overview.places();
-    let (_, crowds) = overview.crowd(&places);
-    let waiting: Vec<_> = overview
-        .roster()
-        .look(usize::MAX)
-        .into_iter()
-        .filter(|seen| seen.activity == Activity::Waiting)
-        .collect();
-    let row = |(place, crowd): (&Arc<Place>, Crowd)| {
+    let row = |place: &Arc<Place>| {
+        let counts = place.sessions.counts();
         let upstream = place.route.found();
         let user = upstream.map(|upstream| upstream.endpoint().user.clone());
-        let longest = waiting
-            .iter()
-            .filter(|seen| place.route.label().is(&seen.endpoint))
-            .map(|seen| seen.age)
-            .max()
-            .unwrap_or(Duration::ZERO);
         vec![
             text(&*place.name),
             user.map_or(Value::Null, text),
-            number(crowd.all.saturating_sub(crowd.waiting)),
-            number(crowd.waiting),
+            number(counts.all.saturating_sub(counts.waiting)),
+            number(counts.waiting),
             number(place.metrics.upstream_active.get()),
             number(0),
             number(0),
             number(0),
             // Each that waits is being logged in, or waits for that.
-            number(crowd.waiting),
-            number(longest.as_secs()),
-            number(longest.subsec_micros()),
+            number(counts.waiting),
+            number(counts.max_wait.as_secs()),
+            number(counts.max_wait.subsec_micros()),
             text(POOL_MODE),
         ]
     };
-    places.iter().zip(crowds).map(row).collect()
+    places.iter().map(row).collect()
 }
 
 pub(super) fn stats_totals(overview: &Overview) -> Rows {

@@ -12,10 +12,10 @@ use super::{
 use crate::{
     admin::Health,
     credential::MintAttempt,
-    overview::{Crowd, Overview, Place, VERSION},
+    overview::{Overview, Place, VERSION},
     protocol::rows::{Column, Kind, Value},
-    session::{Peer, RecentFailure, Seen},
     shutdown::Phase,
+    status::{Peer, RecentFailure, SessionInfo},
     telemetry::{
         escape,
         names::{cancel, class, direction, outcome, reason},
@@ -113,8 +113,8 @@ impl Sources {
         let overview = &self.overview;
         match show {
             Show::Clients => overview
-                .roster()
-                .look(usize::MAX)
+                .registry()
+                .list(usize::MAX)
                 .iter()
                 .map(client)
                 .collect(),
@@ -154,7 +154,7 @@ impl Sources {
             Show::Tokens => overview.places().iter().map(|place| token(place)).collect(),
             Show::Version => vec![vec![text(format!("lakebase-proxy {VERSION}"))]],
             Show::Wakes => overview
-                .roster()
+                .registry()
                 .recent()
                 .wakes()
                 .into_iter()
@@ -179,7 +179,7 @@ impl Sources {
         };
         let is = |fact: bool| if fact { "yes" } else { "no" };
         let readiness = health.readiness();
-        let crowd = overview.crowd(&[]).0;
+        let counts = overview.registry().counts();
         let mut rows = vec![
             ("active", is(overview.phase() == Phase::Serving).to_owned()),
             // Always, and here for those whose scripts ask.
@@ -191,7 +191,7 @@ impl Sources {
             ("reasons", readiness.reasons.join("; ")),
             ("start_time", stamp(overview.started())),
             ("uptime_seconds", overview.uptime().as_secs().to_string()),
-            ("sessions", crowd.all.to_string()),
+            ("sessions", counts.all.to_string()),
         ];
         let most = overview.policy().max_connections;
         rows.push(("max_connections", most.to_string()));
@@ -201,7 +201,7 @@ impl Sources {
     }
 }
 
-fn client(seen: &Seen) -> Vec<Value> {
+fn client(seen: &SessionInfo) -> Vec<Value> {
     let (address, port, process) = match seen.peer {
         Peer::Tcp(address) => (address.ip().to_string(), address.port(), None),
         Peer::Unix { pid, .. } => ("unix".to_owned(), 0, pid),
@@ -228,7 +228,7 @@ fn client(seen: &Seen) -> Vec<Value> {
         text(seen.encryption.label()),
         text(&*seen.application),
         number(seen.id),
-        text(seen.endpoint.name()),
+        text(seen.endpoint.label().name()),
         number(seen.lasting.as_secs()),
         number(seen.from_client),
         number(seen.from_server),
@@ -238,11 +238,9 @@ fn client(seen: &Seen) -> Vec<Value> {
 fn servers(overview: &Overview) -> Rows {
     let places = overview.places();
     let mut rows = Vec::new();
-    for seen in overview.roster().look(usize::MAX) {
+    for seen in overview.registry().list(usize::MAX) {
         let Some(server) = &seen.server else { continue };
-        let place = places
-            .iter()
-            .find(|place| place.route.label().is(&seen.endpoint));
+        let place = places.iter().find(|place| place.sessions == seen.endpoint);
         let upstream = place.and_then(|place| place.route.found());
         let endpoint = upstream.map(|upstream| upstream.endpoint());
         let endpoint = endpoint.as_deref();
@@ -261,7 +259,7 @@ fn servers(overview: &Overview) -> Rows {
             text(endpoint.map_or("", |endpoint| tls(&endpoint.security))),
             text(&*seen.application),
             number(seen.id),
-            text(seen.endpoint.name()),
+            text(seen.endpoint.label().name()),
         ]);
     }
     rows
@@ -276,8 +274,8 @@ fn tls(security: &Security) -> &'static str {
 
 fn endpoints(overview: &Overview) -> Rows {
     let places = overview.places();
-    let (_, crowds) = overview.crowd(&places);
-    let row = |(place, crowd): (&Arc<Place>, Crowd)| {
+    let row = |place: &Arc<Place>| {
+        let counts = place.sessions.counts();
         let upstream = place.route.found();
         let endpoint = upstream.map(|upstream| upstream.endpoint());
         let endpoint = endpoint.as_deref();
@@ -293,14 +291,14 @@ fn endpoints(overview: &Overview) -> Rows {
             of(|endpoint| &endpoint.database),
             of(|endpoint| tls(&endpoint.security)),
             text(place.credentials.status().state.label()),
-            number(crowd.active),
-            number(crowd.waiting),
-            number(crowd.idle),
-            number(crowd.in_transaction),
+            number(counts.active),
+            number(counts.waiting),
+            number(counts.idle),
+            number(counts.in_transaction),
             number(place.metrics.upstream_active.get()),
         ]
     };
-    places.iter().zip(crowds).map(row).collect()
+    places.iter().map(row).collect()
 }
 
 fn failures(overview: &Overview) -> Rows {
@@ -320,7 +318,7 @@ fn failures(overview: &Overview) -> Rows {
         ]
     };
     overview
-        .roster()
+        .registry()
         .recent()
         .failures()
         .into_iter()

@@ -17,10 +17,9 @@ use crate::{
     config::{DEFAULT_DATABASE, TlsMode},
     credential::Credential,
     protocol::options::SessionSettings,
+    status::Label,
     tls,
-    upstream::{
-        Addresses, Class, DroppedParameters, Endpoint, Failure, Label, Phase, Security, probe,
-    },
+    upstream::{Addresses, Class, DroppedParameters, Endpoint, Failure, Phase, Security, probe},
     workspace::Target,
 };
 

@@ -26,7 +26,8 @@ pub use self::{
 };
 use crate::{
     config::{Keepalive, ListenAddresses, socket_path},
-    session::{HandshakePermit, Peer, Sessions, Unfinished},
+    session::{HandshakePermit, Sessions, Unfinished},
+    status::Peer,
     telemetry::Metrics,
     workers::{Socket, Workers},
 };
@@ -216,7 +217,7 @@ impl Listener {
         };
         let unfinished = Unfinished::default();
         for acceptor in self.tcp {
-            let shut = sessions.door.is_shut().clone();
+            let shut = sessions.registry.closed().clone();
             helpers.spawn(accept(acceptor, floor.clone(), unfinished.clone(), shut));
         }
         for acceptor in self.unix {
@@ -283,7 +284,7 @@ async fn accept_and_replace(
     unfinished: Unfinished,
     absent: AbsentSockets,
 ) {
-    let shut = floor.sessions.door.is_shut().clone();
+    let shut = floor.sessions.registry.closed().clone();
     loop {
         let UnixDoor { socket, file } = door;
         let end = shut.child_token();

@@ -11,7 +11,7 @@ use tokio::net::{TcpListener, TcpStream};
 use super::{Acceptor, BACKLOG, ListenError};
 use crate::{
     config::Keepalive,
-    session::Peer,
+    status::Peer,
     upstream::{tune, unpace},
 };
 

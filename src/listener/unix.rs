@@ -26,7 +26,7 @@ use tokio::{
 use super::{Acceptor, BACKLOG};
 use crate::{
     config::{Keepalive, SOCKET_NAME, UnixSocket, socket_path},
-    session::Peer,
+    status::Peer,
     telemetry::chain,
 };
 

@@ -10,7 +10,7 @@ use tokio::{
 use tokio_rustls::TlsAcceptor;
 
 use super::{
-    Encrypted, FAREWELL, HandshakePermit, Peer, Policy, Sessions,
+    FAREWELL, HandshakePermit, Policy, Sessions,
     handshake::{self, HandshakeError, Opening, Tls},
     linger,
     local_auth::Failure,
@@ -28,6 +28,7 @@ use crate::{
         startup::{StartupError, StartupMessage},
     },
     shutdown::Phase,
+    status::{Encrypted, Peer},
     telemetry::names::{cancel as cancel_outcome, reason},
     tls::ALPN_POSTGRESQL,
     upstream::Refusal,

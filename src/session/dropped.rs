@@ -7,7 +7,7 @@ use std::{
 
 use tokio::{runtime::Handle, time::sleep};
 
-use crate::upstream::Label;
+use crate::status::Label;
 
 /// From the first session that ends to the line.
 const WINDOW: Duration = Duration::from_secs(1);

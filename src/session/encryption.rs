@@ -35,37 +35,6 @@ use crate::{
 /// How often the files are looked at, at most.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 
-/// How a client's connection is protected.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Encrypted {
-    /// Not.
-    #[default]
-    No,
-    /// By TLS 1.2.
-    Tls12,
-    /// By TLS 1.3.
-    Tls13,
-}
-
-impl Encrypted {
-    /// How an accepted connection is.
-    pub(super) fn by(connection: &rustls::ServerConnection) -> Self {
-        match connection.protocol_version() {
-            Some(rustls::ProtocolVersion::TLSv1_3) => Self::Tls13,
-            _ => Self::Tls12,
-        }
-    }
-
-    /// As PgBouncer writes it; nothing where it is not.
-    pub fn label(self) -> &'static str {
-        match self {
-            Self::No => "",
-            Self::Tls12 => "TLSv1.2",
-            Self::Tls13 => "TLSv1.3",
-        }
-    }
-}
-
 /// Why TLS cannot be offered.
 #[derive(Debug, thiserror::Error)]
 pub enum ClientTlsError {

@@ -7,9 +7,10 @@ use std::sync::{
 
 use rustix::process::geteuid;
 
-use super::{Encrypted, Encryption, LocalPassword, Peer, handshake::Tls};
+use super::{Encryption, LocalPassword, handshake::Tls};
 use crate::{
     protocol::error::{Report, sqlstate},
+    status::{Encrypted, Peer},
     telemetry::names::reason,
     upstream::Refusal,
 };

@@ -15,30 +15,18 @@
 
 mod arrival;
 mod cancel;
-mod door;
 mod dropped;
 mod encryption;
 mod entrance;
 mod handshake;
 mod local_auth;
-mod peer;
 mod policy;
-mod presence;
-mod recent;
 mod relay;
 mod rewind;
-mod roster;
 mod unfinished;
 mod welcomed;
 
-use std::{
-    io,
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
-    time::Duration,
-};
+use std::{io, sync::Arc, time::Duration};
 
 use bytes::{BufMut, BytesMut};
 use jiff::Timestamp;
@@ -49,16 +37,11 @@ use tokio::{
 
 pub use self::{
     cancel::Cancels,
-    door::Door,
     dropped::Dropped,
-    encryption::{ClientTlsError, Encrypted, Encryption},
+    encryption::{ClientTlsError, Encryption},
     entrance::{Entrance, Told},
     local_auth::{KnownPassword, LocalPassword},
-    peer::Peer,
-    policy::{Policies, Policy, Seat, Seats},
-    presence::{Presence, Present},
-    recent::{Recent, RecentFailure, RecentWake},
-    roster::{Activity, Listed, Roster, Seen, Server},
+    policy::{Policies, Policy},
     unfinished::{HandshakePermit, Unfinished},
 };
 use self::{
@@ -74,8 +57,9 @@ use crate::{
         startup::StartupMessage,
     },
     shutdown::{Phase, Shutdown},
+    status::{ClientInfo, Encrypted, EndpointSessions, Peer, Rejected, Server, SessionEntry},
     telemetry::{
-        GaugeGuard, Metrics,
+        Metrics,
         names::{cancel as cancel_outcome, reason},
     },
     upstream::{Connected, Connection, Refusal, Route, Terms},
@@ -99,32 +83,24 @@ pub struct Sessions {
     pub route: Route,
     /// What they go by.
     pub policies: Policies,
-    /// The place that each takes.
-    pub seats: Seats,
-    /// Whether there may be more of them.
-    pub door: Door,
+    /// The endpoint's part of the registry of sessions.
+    pub registry: EndpointSessions,
     /// Keys given out.
     pub cancels: Arc<Cancels>,
     /// When to end.
     pub shutdown: Shutdown,
     /// What is counted.
     pub metrics: Arc<Metrics>,
-    /// Whether any session runs.
-    pub presence: Presence,
-    /// Who is here, for those who look.
-    pub roster: Arc<Roster>,
     /// Logs the sessions that the endpoint ends.
     pub dropped: Arc<Dropped>,
     /// What is answered to those who look from psql.
     pub console: Option<Arc<Console>>,
-    /// Numbers the sessions of this process.
-    pub ids: Arc<AtomicU64>,
 }
 
 impl Sessions {
     /// A number for the next session, which the client is told in a refusal and the log shows.
     pub fn next_id(&self) -> u64 {
-        self.ids.fetch_add(1, Ordering::Relaxed).saturating_add(1)
+        self.registry.registry().next_id()
     }
 
     /// A session up to its welcome, if it comes to that; an error is a refusal that the client is still to be told.
@@ -140,12 +116,7 @@ impl Sessions {
         S: AsyncRead + AsyncWrite + Settle + Unpin,
     {
         let began = Instant::now();
-        let seat = self.admit(policy)?;
-        let present = (self.presence.enter(), self.door.enter());
-        let listed = self
-            .roster
-            .enter(id, (peer, encryption), self.route.label(), &startup);
-        let waiting = GaugeGuard::new(&self.metrics.clients_waiting);
+        let entry = self.admit(id, ClientInfo::new(peer, encryption, &startup), policy)?;
         let draining = self.shutdown.draining().clone();
         // A box, so that a session's task is not the size of a login for ever.
         let connect = Box::pin(async {
@@ -171,7 +142,6 @@ impl Sessions {
         };
         let held = began.elapsed();
         self.metrics.hold_seconds.observe(held.as_secs_f64());
-        drop(waiting);
         let Connected {
             connection,
             database,
@@ -186,14 +156,14 @@ impl Sessions {
             gauge,
         } = connection;
         tracing::debug!(session = id, after = ?held, "session begins");
-        listed.connected(Server {
+        entry.connected(Server {
             address,
             process_id: greeting.key.map(|key| key.process_id),
             database: database.into(),
             waited: held,
         });
         if let Some(held) = woke_after {
-            let recent = self.roster.recent();
+            let recent = self.registry.registry().recent();
             recent.woke(self.route.label(), held, Timestamp::now());
         }
         let registration = greeting
@@ -232,26 +202,30 @@ impl Sessions {
                 by_client: buffer,
                 by_server: leftover,
             }),
-            listed,
+            entry,
             dropped: Arc::clone(&self.dropped),
             loss_timeout: policy.terms.keepalive.loss_timeout(),
             metrics: Arc::clone(&self.metrics),
             shutdown: self.shutdown.clone(),
             held: Held {
-                _seat: seat,
-                _present: present,
                 _connected: gauge,
                 _registration: registration,
             },
         }))
     }
 
-    fn admit(&self, policy: &Policy) -> Result<Seat, Refusal> {
+    /// Registers the session, unless the proxy or the endpoint is shutting down or the limit is reached.
+    fn admit(&self, id: u64, client: ClientInfo, policy: &Policy) -> Result<SessionEntry, Refusal> {
         if self.shutdown.phase() != Phase::Serving {
             return Err(shutting_down());
         }
-        if self.door.is_leaving() {
-            return Err(Refusal {
+        let limit = policy.max_connections;
+        let rejected = match self.registry.enter(id, client, limit) {
+            Ok(entry) => return Ok(entry),
+            Err(rejected) => rejected,
+        };
+        Err(match rejected {
+            Rejected::Draining => Refusal {
                 report: Report::new(
                     sqlstate::CANNOT_CONNECT_NOW,
                     format!(
@@ -261,16 +235,15 @@ impl Sessions {
                 )
                 .with_hint("Connect to another endpoint, or put it back and reload."),
                 reason: reason::SHUTTING_DOWN,
-            });
-        }
-        let limit = policy.max_connections;
-        self.seats.take(limit).ok_or_else(|| Refusal {
-            report: Report::new(
-                sqlstate::TOO_MANY_CONNECTIONS,
-                format!("sorry, too many clients already: lakebase-proxy takes {limit}"),
-            )
-            .with_hint("Close connections that are not used, or raise --max-connections."),
-            reason: reason::MAX_CONNECTIONS,
+            },
+            Rejected::Limit => Refusal {
+                report: Report::new(
+                    sqlstate::TOO_MANY_CONNECTIONS,
+                    format!("sorry, too many clients already: lakebase-proxy takes {limit}"),
+                )
+                .with_hint("Close connections that are not used, or raise --max-connections."),
+                reason: reason::MAX_CONNECTIONS,
+            },
         })
     }
 
@@ -299,9 +272,9 @@ impl Sessions {
     where
         S: AsyncRead + AsyncWrite + Unpin,
     {
-        let recent = self.roster.recent();
-        recent.refused(id, self.route.label(), &refusal, Timestamp::now());
         let Refusal { mut report, reason } = refusal;
+        let recent = self.registry.registry().recent();
+        recent.refused(id, self.route.label(), reason, &report, Timestamp::now());
         self.metrics
             .clients_refused
             .with_label_values(&[reason])

@@ -37,7 +37,6 @@ use self::{
     pipe::{Broken, Pipe, PipeState},
     unasked::UnaskedPasswords,
 };
-use super::roster::Watch;
 use crate::{
     protocol::{
         error::{ErrorFields, Report, sqlstate},
@@ -45,6 +44,7 @@ use crate::{
         progress::{Answered, Progress},
     },
     shutdown::{Phase, Shutdown},
+    status::ActivityRecord,
     telemetry::names::end,
     workers::{HangUp, Settle},
 };
@@ -90,7 +90,7 @@ pub(super) struct Relay<'a, C, U> {
     progress: Progress,
     unasked: UnaskedPasswords,
     /// Who looks on.
-    watch: Option<&'a Watch>,
+    watch: Option<&'a ActivityRecord>,
     answers: Option<Answers>,
     loss: Loss,
     last_words: LastWords,
@@ -137,7 +137,7 @@ where
     }
 
     /// Lets `watch` know where the session stands.
-    pub(super) fn watched(mut self, watch: &'a Watch) -> Self {
+    pub(super) fn watched(mut self, watch: &'a ActivityRecord) -> Self {
         self.watch = Some(watch);
         self
     }
@@ -199,7 +199,7 @@ where
         }
         if let Some(watch) = self.watch {
             let activity = (&self.progress).into();
-            watch.see(activity, self.to_server.total, self.to_client.total);
+            watch.record(activity, self.to_server.total, self.to_client.total);
         }
         self.heed(phase);
         loop {

@@ -21,7 +21,8 @@ use crate::{
         frame::{Message, take_message},
         startup::{CancelKey, encode_startup},
     },
-    upstream::{Addresses, DroppedParameters, Endpoint, Label, Security, Upstream},
+    status::{Label, Registry},
+    upstream::{Addresses, DroppedParameters, Endpoint, Security, Upstream},
     workers::Workers,
 };
 
@@ -61,16 +62,17 @@ fn sessions(upstream: SocketAddr, client_login_timeout: Duration) -> Arc<Session
             max_connections: 1,
             terms: Terms::default(),
         }),
-        seats: Seats::default(),
-        door: Door::new(CancellationToken::new()),
+        registry: EndpointSessions::new(
+            &Registry::default(),
+            Label::new("e"),
+            &metrics,
+            CancellationToken::new(),
+        ),
         cancels: Arc::default(),
         shutdown: Shutdown::new(),
         metrics,
-        roster: Arc::default(),
         dropped: Arc::new(Dropped::new(Label::new("e"))),
         console: None,
-        ids: Arc::default(),
-        presence: Presence::default(),
     })
 }
 
@@ -175,7 +177,7 @@ async fn a_session_is_welcomed_relayed_and_ended_with_its_client() {
     assert_eq!(sessions.cancels.find(key), None);
     assert_eq!(sessions.metrics.clients_active.get(), 0);
     assert_eq!(sessions.metrics.upstream_active.get(), 0);
-    assert_eq!(sessions.seats.taken(), 0);
+    assert_eq!(sessions.registry.counts().all, 0);
 }
 
 #[tokio::test]
@@ -188,7 +190,7 @@ async fn a_client_that_does_not_take_its_welcome_holds_its_session_no_longer_tha
     let mut server = welcome_one(&listener).await;
     timeout(LONG, tasks.join_all()).await.unwrap();
     assert_eq!(server.read(&mut [0; 1]).await.unwrap_or(0), 0);
-    assert_eq!(sessions.seats.taken(), 0);
+    assert_eq!(sessions.registry.counts().all, 0);
 }
 
 #[tokio::test]
@@ -203,7 +205,7 @@ async fn a_client_that_hangs_up_ends_its_own_wait() {
     timeout(LONG, tasks.join_all()).await.unwrap();
     let mut heard = Vec::new();
     server.read_to_end(&mut heard).await.unwrap_or_default();
-    assert_eq!(sessions.seats.taken(), 0);
+    assert_eq!(sessions.registry.counts().all, 0);
 }
 
 #[tokio::test(start_paused = true)]

@@ -17,8 +17,10 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use super::Peer;
-use crate::descriptors::{self, DescriptorLimit};
+use crate::{
+    descriptors::{self, DescriptorLimit},
+    status::Peer,
+};
 
 /// Unfinished handshakes that only the login timeout ends.
 const UNDISTURBED: usize = 256;

@@ -12,14 +12,12 @@ use super::{
     Dropped, FAREWELL, TERMINATE,
     cancel::Registration,
     linger,
-    policy::Seat,
-    presence::Present,
     relay::{Answers, End, Relay},
-    roster::Listed,
     write_all,
 };
 use crate::{
     shutdown::Shutdown,
+    status::SessionEntry,
     telemetry::{CountOnDrop, GaugeGuard, Metrics, names::direction},
     upstream::Stream,
     workers::Settle,
@@ -32,7 +30,7 @@ pub(super) struct Welcomed {
     pub(super) server: Stream,
     /// In a box, as it is gone before the session waits for anything.
     pub(super) said: Box<Said>,
-    pub(super) listed: Listed,
+    pub(super) entry: SessionEntry,
     pub(super) metrics: Arc<Metrics>,
     pub(super) shutdown: Shutdown,
     pub(super) dropped: Arc<Dropped>,
@@ -49,8 +47,6 @@ pub(super) struct Said {
 
 /// What a session takes up, given back when this is dropped.
 pub(super) struct Held {
-    pub(super) _seat: Seat,
-    pub(super) _present: (Present, Present),
     pub(super) _connected: GaugeGuard,
     pub(super) _registration: Option<Registration>,
 }
@@ -102,7 +98,7 @@ impl Welcomed {
                 &self.shutdown,
             )
             .limited(self.loss_timeout)
-            .watched(self.listed.watch())
+            .watched(self.entry.activity())
             .counting(Answers {
                 queries: self.metrics.queries.clone(),
                 transactions: self.metrics.transactions.clone(),

@@ -25,7 +25,7 @@ use super::{
     budget::Budget,
     databases::MissingDatabases,
     dial,
-    endpoint::{Endpoint, Label},
+    endpoint::Endpoint,
     failure::{Class, Failure},
     login::{Connection, log_in},
     phases::{Progress, record_waits},
@@ -40,6 +40,7 @@ use crate::{
         options::SessionSettings,
         startup::CancelKey,
     },
+    status::Label,
     telemetry::{
         Metrics,
         names::{class, outcome, phase, reason},

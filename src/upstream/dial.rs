@@ -279,7 +279,7 @@ mod tests {
             .with_no_client_auth();
         let address = listener.local_addr().unwrap();
         let endpoint = Endpoint {
-            label: crate::upstream::Label::new("e"),
+            label: crate::status::Label::new("e"),
             host: "localhost".to_owned(),
             port: address.port(),
             addresses: crate::upstream::Addresses::default(),

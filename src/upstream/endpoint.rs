@@ -1,38 +1,11 @@
 //! What we connect to.
 
-use std::{fmt, net::IpAddr, sync::Arc};
+use std::{net::IpAddr, sync::Arc};
 
 use rustls::{ClientConfig, pki_types::ServerName};
 
 use super::{Addresses, DroppedParameters};
-use crate::workspace::HostName;
-
-/// The endpoint's name as people know it, for messages: its resource name, or else its host.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Label(Arc<str>);
-
-impl Label {
-    /// A label.
-    pub fn new(name: &str) -> Self {
-        Self(name.into())
-    }
-
-    /// Whether this is that very label, or a copy of it: two endpoints may be called the same.
-    pub fn is(&self, other: &Self) -> bool {
-        Arc::ptr_eq(&self.0, &other.0)
-    }
-
-    /// As it is, unquoted.
-    pub fn name(&self) -> &str {
-        &self.0
-    }
-}
-
-impl fmt::Display for Label {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "`{}`", self.0)
-    }
-}
+use crate::{status::Label, workspace::HostName};
 
 /// How the wire to the endpoint is protected.
 #[derive(Clone, Debug)]

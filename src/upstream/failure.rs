@@ -7,11 +7,7 @@ mod rules;
 
 use std::{borrow::Cow, fmt, io};
 
-use super::{
-    dropped,
-    endpoint::{Endpoint, Label},
-    phases::Phase,
-};
+use super::{dropped, endpoint::Endpoint, phases::Phase};
 use crate::{
     config::DEFAULT_DATABASE,
     credential::Credential,
@@ -21,6 +17,7 @@ use crate::{
         frame::FrameError,
         options::{SessionSettings, TooLong},
     },
+    status::Label,
     telemetry::{chain, redact},
 };
 

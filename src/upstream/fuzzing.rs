@@ -3,8 +3,9 @@
 use bytes::BytesMut;
 use tokio::io::{AsyncRead, AsyncWrite};
 
-use super::{Failure, Label, login::exchange_with};
+use super::{Failure, login::exchange_with};
 use crate::protocol::{frame::take_message, options::SessionSettings};
+use crate::status::Label;
 
 const TOKEN: &str = "eyJh.eyJz.c2ln";
 

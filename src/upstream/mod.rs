@@ -27,7 +27,7 @@ pub use addresses::Addresses;
 pub use connect::{Connected, Refusal, Terms, Upstream};
 pub use dial::Stream;
 pub use dropped::DroppedParameters;
-pub use endpoint::{Endpoint, Label, Security, is_loopback};
+pub use endpoint::{Endpoint, Security, is_loopback};
 pub use failure::{Class, Failure};
 pub use login::{Connection, Greeting};
 pub use phases::Phase;

@@ -14,7 +14,7 @@ use tokio::{
     time::{Instant, timeout, timeout_at},
 };
 
-use super::{Label, Refusal, Terms, Upstream};
+use super::{Refusal, Terms, Upstream};
 use crate::{
     credential::HOLD,
     protocol::{
@@ -22,6 +22,7 @@ use crate::{
         frame::tag,
         options::SessionSettings,
     },
+    status::Label,
     telemetry::names::reason,
 };
 

@@ -18,6 +18,7 @@ use lakebase_proxy::{
     overview::Overview,
     session::{Policies, Policy},
     shutdown::Shutdown,
+    status::Registry,
     telemetry::Metrics,
     upstream::Terms,
 };
@@ -67,7 +68,7 @@ async fn start() -> Running {
         Arc::clone(&metrics),
         Arc::clone(&health),
         Arc::new(Overview::new(
-            Arc::default(),
+            Registry::default(),
             Shutdown::new(),
             policies,
             Vec::new,

@@ -7,10 +7,10 @@ use lakebase_proxy::{
     config::{Keepalive, Timeouts},
     credential::{CredentialCell, Minted},
     protocol::options::SessionSettings,
+    status::Label,
     telemetry::Metrics,
     upstream::{
-        Addresses, Connection, DroppedParameters, Endpoint, Label, Refusal, Security, Terms,
-        Upstream,
+        Addresses, Connection, DroppedParameters, Endpoint, Refusal, Security, Terms, Upstream,
     },
 };
 use secrecy::SecretString;

@@ -12,9 +12,9 @@ use super::{
 use crate::{
     admin::health::Health,
     credential::{CredentialState, CredentialStatus, MintAttempt},
-    overview::{Crowd, Overview, Place, VERSION},
-    session::{Activity, RecentFailure, RecentWake, Seen},
+    overview::{Overview, Place, VERSION},
     shutdown::Phase,
+    status::{Activity, Counts, RecentFailure, RecentWake, SessionInfo},
     telemetry::names::{class, outcome, reason},
 };
 
@@ -150,11 +150,11 @@ struct RefreshView {
 impl Page {
     fn new(overview: &Overview, health: &Health, now: Timestamp) -> Self {
         let places = overview.places();
-        let (all, crowds) = overview.crowd(&places);
-        let mut sessions = overview.roster().look(LOOKED_AT);
+        let all = overview.registry().counts();
+        let mut sessions = overview.registry().list(LOOKED_AT);
         sessions.sort_by_key(|seen| (urgency(seen.activity), Reverse(seen.lasting)));
         sessions.truncate(SHOWN);
-        let recent = overview.roster().recent();
+        let recent = overview.registry().recent();
         let listeners = places
             .iter()
             .flat_map(|place| {
@@ -180,8 +180,7 @@ impl Page {
             figures: figures(overview, &places, all),
             endpoints: places
                 .iter()
-                .zip(crowds)
-                .map(|(place, crowd)| EndpointView::new(place, crowd, now))
+                .map(|place| EndpointView::new(place, now))
                 .collect(),
             failures: recent
                 .failures()
@@ -247,7 +246,7 @@ fn worries(status: &CredentialStatus) -> bool {
         || status.last_error.is_some()
 }
 
-fn figures(overview: &Overview, places: &[Arc<Place>], all: Crowd) -> Vec<Figure> {
+fn figures(overview: &Overview, places: &[Arc<Place>], all: Counts) -> Vec<Figure> {
     let count = |count: usize| grouped(u64::try_from(count).unwrap_or(u64::MAX));
     let upstream: i64 = places
         .iter()
@@ -268,7 +267,7 @@ fn figures(overview: &Overview, places: &[Arc<Place>], all: Crowd) -> Vec<Figure
 }
 
 impl EndpointView {
-    fn new(place: &Place, crowd: Crowd, now: Timestamp) -> Self {
+    fn new(place: &Place, now: Timestamp) -> Self {
         let path = match place.route.found() {
             Some(upstream) => {
                 let endpoint = upstream.endpoint();
@@ -298,7 +297,7 @@ impl EndpointView {
             .upstream_connects
             .with_label_values(&[outcome::OK, class::NONE])
             .get();
-        let sessions = u64::try_from(crowd.all).unwrap_or(u64::MAX);
+        let sessions = u64::try_from(place.sessions.counts().all).unwrap_or(u64::MAX);
         Self {
             name: place.name.clone(),
             path,
@@ -354,7 +353,7 @@ fn urgency(activity: Activity) -> u8 {
 }
 
 impl SessionView {
-    fn new(seen: Seen) -> Self {
+    fn new(seen: SessionInfo) -> Self {
         let (class, sign) = match seen.activity {
             Activity::Waiting => ("warn", "◷"),
             Activity::Active => ("good", "▶"),

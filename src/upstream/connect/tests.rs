@@ -18,7 +18,8 @@ use super::*;
 use crate::{
     clock::Clock,
     credential::{Mint, MintError, Minted, Refresher},
-    upstream::{Addresses, DroppedParameters, Label, Security},
+    status::Label,
+    upstream::{Addresses, DroppedParameters, Security},
 };
 
 /// More than any of these tests takes when all is well.

@@ -6,7 +6,8 @@ use lakebase_proxy::{
         error::{ErrorFields, Report},
         frame::take_message,
     },
-    upstream::{Failure, Label},
+    status::Label,
+    upstream::Failure,
 };
 use libfuzzer_sys::fuzz_target;
 

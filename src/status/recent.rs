@@ -1,4 +1,4 @@
-//! What went wrong lately, and how long the endpoint took to wake: a few lines for whoever looks, not a log.
+//! Recent refusals and wakes, bounded: a summary for the status page and the console, not a log.
 
 use std::{
     collections::VecDeque,
@@ -8,17 +8,15 @@ use std::{
 
 use jiff::{SignedDuration, Timestamp};
 
-use crate::{
-    protocol::error::Report,
-    upstream::{Label, Refusal},
-};
+use super::Label;
+use crate::protocol::error::Report;
 
-/// Kinds of failure remembered.
+/// Distinct failures kept.
 const FAILURES: usize = 50;
-/// Wakes remembered.
+/// Wakes kept.
 const WAKES: usize = 50;
 
-/// Why clients were refused; one entry for all that were told the same.
+/// Why clients were refused; one entry for all refusals with the same message.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RecentFailure {
     /// The last time.
@@ -29,28 +27,28 @@ pub struct RecentFailure {
     pub count: u64,
     /// The session of the last time, as in the log.
     pub session: u64,
-    /// Where it was to lead.
+    /// The endpoint.
     pub endpoint: Label,
     /// The metric label.
     pub reason: &'static str,
-    /// What the client was told.
+    /// The error sent to the client.
     pub report: Report,
 }
 
-/// One time that an endpoint was waited for.
+/// One wake of an endpoint that clients waited for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RecentWake {
-    /// When it was up.
+    /// When it answered.
     pub at: Timestamp,
-    /// Which.
+    /// The endpoint.
     pub endpoint: Label,
-    /// The longest that a client waited.
+    /// The longest wait of a client.
     pub longest: Duration,
     /// Clients that waited and were served.
     pub clients: u64,
 }
 
-/// Both, the latest first.
+/// Recent refusals and wakes, the latest first.
 #[derive(Debug, Default)]
 pub struct Recent {
     failures: Mutex<VecDeque<RecentFailure>>,
@@ -58,15 +56,22 @@ pub struct Recent {
 }
 
 impl Recent {
-    /// A client was refused.
-    pub fn refused(&self, session: u64, endpoint: &Label, refusal: &Refusal, now: Timestamp) {
+    /// Records the refusal of a client.
+    pub fn refused(
+        &self,
+        session: u64,
+        endpoint: &Label,
+        reason: &'static str,
+        report: &Report,
+        now: Timestamp,
+    ) {
         let mut failures = lock(&self.failures);
         let known = failures.iter().position(|failure| {
             // The detail is the server's own and may differ each time.
             failure.endpoint == *endpoint
-                && failure.reason == refusal.reason
-                && failure.report.sqlstate == refusal.report.sqlstate
-                && failure.report.message == refusal.report.message
+                && failure.reason == reason
+                && failure.report.sqlstate == report.sqlstate
+                && failure.report.message == report.message
         });
         let (first, count) = known
             .and_then(|known| failures.remove(known))
@@ -77,31 +82,32 @@ impl Recent {
             count: count.saturating_add(1),
             session,
             endpoint: endpoint.clone(),
-            reason: refusal.reason,
-            report: refusal.report.clone(),
+            reason,
+            report: report.clone(),
         });
         failures.truncate(FAILURES);
     }
 
-    /// A client was served after it had been held for so long. Clients held at the same time make one wake.
-    pub fn woke(&self, endpoint: &Label, held: Duration, now: Timestamp) {
-        let began = SignedDuration::try_from(held)
+    /// Records a client served after it had waited for the endpoint to wake. Clients that waited at the same time make
+    /// one wake.
+    pub fn woke(&self, endpoint: &Label, waited: Duration, now: Timestamp) {
+        let began = SignedDuration::try_from(waited)
             .ok()
-            .and_then(|held| now.checked_sub(held).ok())
+            .and_then(|waited| now.checked_sub(waited).ok())
             .unwrap_or(now);
         let mut wakes = lock(&self.wakes);
         let same = wakes
             .iter_mut()
             .find(|wake| wake.endpoint == *endpoint && wake.at >= began);
         if let Some(wake) = same {
-            wake.longest = wake.longest.max(held);
+            wake.longest = wake.longest.max(waited);
             wake.clients = wake.clients.saturating_add(1);
             return;
         }
         wakes.push_front(RecentWake {
             at: now,
             endpoint: endpoint.clone(),
-            longest: held,
+            longest: waited,
             clients: 1,
         });
         wakes.truncate(WAKES);
@@ -126,11 +132,9 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 mod tests {
     use super::*;
 
-    fn refusal(message: &str, detail: &str) -> Refusal {
-        Refusal {
-            report: Report::new("28P01", message).with_detail(detail),
-            reason: "identity",
-        }
+    fn refuse(recent: &Recent, session: u64, message: &str, detail: &str, now: Timestamp) {
+        let report = Report::new("28P01", message).with_detail(detail);
+        recent.refused(session, &Label::new("e"), "identity", &report, now);
     }
 
     fn at(second: i64) -> Timestamp {
@@ -138,18 +142,17 @@ mod tests {
     }
 
     #[test]
-    fn what_repeats_is_counted_and_what_is_new_comes_first() {
+    fn repeated_refusals_are_counted_and_the_latest_come_first() {
         let recent = Recent::default();
-        let label = Label::new("e");
-        recent.refused(1, &label, &refusal("no", "first"), at(10));
-        recent.refused(2, &label, &refusal("never", ""), at(11));
-        recent.refused(3, &label, &refusal("no", "second"), at(12));
+        refuse(&recent, 1, "no", "first", at(10));
+        refuse(&recent, 2, "never", "", at(11));
+        refuse(&recent, 3, "no", "second", at(12));
         let failures = recent.failures();
-        let told: Vec<_> = failures
+        let shown: Vec<_> = failures
             .iter()
             .map(|failure| (failure.report.message.as_str(), failure.count))
             .collect();
-        assert_eq!(told, [("no", 2), ("never", 1)]);
+        assert_eq!(shown, [("no", 2), ("never", 1)]);
         assert_eq!(
             (failures[0].first, failures[0].at, failures[0].session),
             (at(10), at(12), 3)
@@ -158,16 +161,11 @@ mod tests {
     }
 
     #[test]
-    fn no_more_than_so_many_are_kept() {
+    fn lists_are_bounded() {
         let recent = Recent::default();
         let label = Label::new("e");
         for second in 0..200 {
-            recent.refused(
-                1,
-                &label,
-                &refusal(&second.to_string(), ""),
-                at(second * 100),
-            );
+            refuse(&recent, 1, &second.to_string(), "", at(second * 100));
             recent.woke(&label, Duration::from_secs(1), at(second * 100));
         }
         assert_eq!(
@@ -178,7 +176,7 @@ mod tests {
     }
 
     #[test]
-    fn clients_that_waited_together_waited_for_one_wake() {
+    fn clients_that_waited_together_make_one_wake() {
         let recent = Recent::default();
         let (a, b) = (Label::new("a"), Label::new("b"));
         recent.woke(&a, Duration::from_secs(3), at(100));
@@ -186,10 +184,10 @@ mod tests {
         recent.woke(&a, Duration::from_secs(4), at(101));
         recent.woke(&a, Duration::from_secs(2), at(500));
         let wakes = recent.wakes();
-        let told: Vec<_> = wakes
+        let shown: Vec<_> = wakes
             .iter()
             .map(|wake| (wake.endpoint.name(), wake.clients, wake.longest.as_secs()))
             .collect();
-        assert_eq!(told, [("a", 1, 2), ("b", 1, 1), ("a", 2, 4)]);
+        assert_eq!(shown, [("a", 1, 2), ("b", 1, 1), ("a", 2, 4)]);
     }
 }

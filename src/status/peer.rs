@@ -1,17 +1,17 @@
-//! Who is at the other end of a client's connection, as far as the kernel says.
+//! The client's end of a connection.
 
 use std::{fmt, net::SocketAddr};
 
-/// Who connected; known from accept on.
+/// The client as the kernel identifies it at accept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Peer {
-    /// From this address.
+    /// A TCP client with this address.
     Tcp(SocketAddr),
     /// A process of this machine, through a Unix socket.
     Unix {
-        /// The user it ran as when it connected.
+        /// Its user when it connected.
         uid: u32,
-        /// Its process id, where the kernel tells.
+        /// Its process id, where the kernel knows it.
         pid: Option<i32>,
     },
 }
@@ -25,6 +25,37 @@ impl fmt::Display for Peer {
                 pid: Some(pid),
             } => write!(f, "unix:uid={uid},pid={pid}"),
             Self::Unix { uid, pid: None } => write!(f, "unix:uid={uid}"),
+        }
+    }
+}
+
+/// The encryption of a client's connection.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Encrypted {
+    /// None.
+    #[default]
+    No,
+    /// TLS 1.2.
+    Tls12,
+    /// TLS 1.3.
+    Tls13,
+}
+
+impl Encrypted {
+    /// The encryption of an accepted connection.
+    pub fn by(connection: &rustls::ServerConnection) -> Self {
+        match connection.protocol_version() {
+            Some(rustls::ProtocolVersion::TLSv1_3) => Self::Tls13,
+            _ => Self::Tls12,
+        }
+    }
+
+    /// The name that PgBouncer shows; empty without encryption.
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::No => "",
+            Self::Tls12 => "TLSv1.2",
+            Self::Tls13 => "TLSv1.3",
         }
     }
 }

@@ -1,0 +1,148 @@
+//! What a session is doing: written by its relay, read by the status page and the console.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use tokio::time::{Duration, Instant};
+
+use crate::protocol::progress::{Progress, TransactionStatus};
+
+/// What a session is doing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Activity {
+    /// Not logged in yet: waits for the credential or the endpoint.
+    Waiting,
+    /// The server owes an answer.
+    Active,
+    /// Between transactions.
+    Idle,
+    /// In a transaction, waiting for the client.
+    IdleInTransaction,
+    /// The same in a failed transaction.
+    IdleInFailedTransaction,
+}
+
+impl Activity {
+    /// The name in `pg_stat_activity`.
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::Waiting => "waiting",
+            Self::Active => "active",
+            Self::Idle => "idle",
+            Self::IdleInTransaction => "idle in transaction",
+            Self::IdleInFailedTransaction => "idle in transaction (aborted)",
+        }
+    }
+
+    fn code(self) -> u64 {
+        match self {
+            Self::Waiting => 0,
+            Self::Active => 1,
+            Self::Idle => 2,
+            Self::IdleInTransaction => 3,
+            Self::IdleInFailedTransaction => 4,
+        }
+    }
+
+    fn from_code(code: u64) -> Self {
+        match code {
+            0 => Self::Waiting,
+            1 => Self::Active,
+            3 => Self::IdleInTransaction,
+            4 => Self::IdleInFailedTransaction,
+            _ => Self::Idle,
+        }
+    }
+}
+
+impl From<&Progress> for Activity {
+    #[inline]
+    fn from(progress: &Progress) -> Self {
+        if progress.is_owed() {
+            return Self::Active;
+        }
+        match progress.status() {
+            TransactionStatus::Idle => Self::Idle,
+            TransactionStatus::InTransaction => Self::IdleInTransaction,
+            TransactionStatus::Failed => Self::IdleInFailedTransaction,
+        }
+    }
+}
+
+/// A session's activity and byte counts. Written by one task without a lock, since that happens for every message.
+#[derive(Debug)]
+pub struct ActivityRecord {
+    /// The registry's start, from which times are counted.
+    origin: Instant,
+    /// The activity in the lowest [`ACTIVITY_BITS`] bits, above them its start in milliseconds.
+    activity: AtomicU64,
+    from_client: AtomicU64,
+    from_server: AtomicU64,
+}
+
+const ACTIVITY_BITS: u32 = 3;
+const ACTIVITY_MASK: u64 = (1 << ACTIVITY_BITS) - 1;
+
+impl ActivityRecord {
+    pub(super) fn new(origin: Instant) -> Self {
+        Self {
+            origin,
+            activity: AtomicU64::new(millis(origin.elapsed()) << ACTIVITY_BITS),
+            from_client: AtomicU64::new(0),
+            from_server: AtomicU64::new(0),
+        }
+    }
+
+    /// Records the activity and the bytes relayed so far: three stores, and the clock only when the activity changes.
+    #[inline]
+    pub fn record(&self, activity: Activity, from_client: u64, from_server: u64) {
+        self.from_client.store(from_client, Ordering::Relaxed);
+        self.from_server.store(from_server, Ordering::Relaxed);
+        // One task writes, so this load sees its own last store.
+        if self.activity.load(Ordering::Relaxed) & ACTIVITY_MASK != activity.code() {
+            let since = millis(self.origin.elapsed()) << ACTIVITY_BITS;
+            self.activity
+                .store(since | activity.code(), Ordering::Relaxed);
+        }
+    }
+
+    /// The activity, and its start counted from the registry's.
+    pub(super) fn activity(&self) -> (Activity, Duration) {
+        let value = self.activity.load(Ordering::Relaxed);
+        (
+            Activity::from_code(value & ACTIVITY_MASK),
+            Duration::from_millis(value >> ACTIVITY_BITS),
+        )
+    }
+
+    /// Bytes received from the client and from the server.
+    pub(super) fn bytes(&self) -> [u64; 2] {
+        [&self.from_client, &self.from_server].map(|bytes| bytes.load(Ordering::Relaxed))
+    }
+}
+
+fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX >> ACTIVITY_BITS)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::protocol::frame::Seen as Frame;
+
+    #[test]
+    fn activity_follows_from_the_progress_of_the_protocol() {
+        let mut progress = Progress::new();
+        assert_eq!(Activity::from(&progress), Activity::Idle);
+        progress.from_client(Frame::Message { tag: b'P' });
+        assert_eq!(Activity::from(&progress), Activity::Active);
+        progress.from_client(Frame::Message { tag: b'S' });
+        for (status, activity) in [
+            (b'T', Activity::IdleInTransaction),
+            (b'E', Activity::IdleInFailedTransaction),
+            (b'I', Activity::Idle),
+        ] {
+            progress.from_server(Frame::Status(status));
+            assert_eq!(Activity::from(&progress), activity);
+        }
+    }
+}

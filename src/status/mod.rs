@@ -1,0 +1,19 @@
+//! State of the running proxy that the status page, the metrics and the console show.
+//!
+//! A leaf above `net`, `protocol`, `telemetry` and `config`: sessions write into it, admin and console read it.
+
+mod activity;
+mod endpoint;
+mod label;
+mod peer;
+mod recent;
+mod registry;
+
+pub use self::{
+    activity::{Activity, ActivityRecord},
+    endpoint::{EndpointSessions, Rejected},
+    label::Label,
+    peer::{Encrypted, Peer},
+    recent::{Recent, RecentFailure, RecentWake},
+    registry::{ClientInfo, Counts, Registry, Server, SessionEntry, SessionInfo},
+};

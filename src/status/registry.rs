@@ -1,0 +1,522 @@
+//! The registry of sessions: one entry per session from admission to its end. It answers the connection limit, counts,
+//! lists, the drain of an endpoint and the idle exit.
+//!
+//! Its lock is taken when a session starts, when it ends and when somebody lists, never for a message: what the relay
+//! updates are the atomics of [`ActivityRecord`].
+
+use std::{
+    collections::BTreeMap,
+    net::SocketAddr,
+    sync::{
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use jiff::{SignedDuration, Timestamp};
+use tokio::{
+    sync::watch,
+    time::{Instant, sleep},
+};
+
+use super::{Activity, ActivityRecord, Encrypted, EndpointSessions, Peer, Recent, Rejected};
+use crate::protocol::startup::StartupMessage;
+
+/// Bytes kept of each name; Postgres keeps 63.
+const NAME_LIMIT: usize = 128;
+
+/// Every session of the process; cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Registry(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    origin: Instant,
+    started: Timestamp,
+    last_id: AtomicU64,
+    sessions: Mutex<BTreeMap<u64, Arc<Entry>>>,
+    count: watch::Sender<usize>,
+    recent: Recent,
+}
+
+#[derive(Debug)]
+struct Entry {
+    endpoint: EndpointSessions,
+    client: ClientInfo,
+    began: Duration,
+    activity: ActivityRecord,
+    server: OnceLock<Box<Server>>,
+}
+
+/// The client of a session.
+#[derive(Debug)]
+pub struct ClientInfo {
+    peer: Peer,
+    encryption: Encrypted,
+    /// User, database and application name as the client sent them, separated by zero bytes: one allocation.
+    names: Box<str>,
+}
+
+/// The server connection of a session.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Server {
+    /// The address that answered.
+    pub address: SocketAddr,
+    /// The server's process id, if it sent one.
+    pub process_id: Option<u32>,
+    /// The database opened.
+    pub database: Box<str>,
+    /// How long the client waited for the connection.
+    pub waited: Duration,
+}
+
+/// A snapshot of one session.
+#[derive(Clone, Debug)]
+pub struct SessionInfo {
+    /// The session id, as in the log.
+    pub id: u64,
+    /// The client's address or process.
+    pub peer: Peer,
+    /// The encryption between client and proxy.
+    pub encryption: Encrypted,
+    /// The endpoint.
+    pub endpoint: EndpointSessions,
+    /// The user that the client named, which has no effect.
+    pub user: String,
+    /// The database that the client named.
+    pub database: String,
+    /// The client's `application_name`.
+    pub application: String,
+    /// What it is doing.
+    pub activity: Activity,
+    /// When the activity began.
+    pub since: Timestamp,
+    /// The duration of the activity.
+    pub lasting: Duration,
+    /// When the session began.
+    pub began: Timestamp,
+    /// The age of the session.
+    pub age: Duration,
+    /// Bytes received from the client.
+    pub from_client: u64,
+    /// Bytes received from the server.
+    pub from_server: u64,
+    /// The server connection; `None` while the client waits for one.
+    pub server: Option<Server>,
+}
+
+/// Numbers of sessions by activity.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counts {
+    /// All sessions.
+    pub all: usize,
+    /// Not logged in yet.
+    pub waiting: usize,
+    /// The server owes an answer.
+    pub active: usize,
+    /// In a transaction, waiting for the client.
+    pub in_transaction: usize,
+    /// Between transactions.
+    pub idle: usize,
+    /// The longest time that one of those not logged in has waited.
+    pub max_wait: Duration,
+}
+
+impl Default for Registry {
+    fn default() -> Self {
+        Self(Arc::new(Inner {
+            origin: Instant::now(),
+            started: Timestamp::now(),
+            last_id: AtomicU64::new(0),
+            sessions: Mutex::default(),
+            count: watch::Sender::new(0),
+            recent: Recent::default(),
+        }))
+    }
+}
+
+impl Registry {
+    /// An id for the next session, which refusals and the log show.
+    pub fn next_id(&self) -> u64 {
+        let last = self.0.last_id.fetch_add(1, Ordering::Relaxed);
+        last.saturating_add(1)
+    }
+
+    /// Recent refusals and wakes.
+    pub fn recent(&self) -> &Recent {
+        &self.0.recent
+    }
+
+    /// Sessions by activity.
+    pub fn counts(&self) -> Counts {
+        self.count(|_| true)
+    }
+
+    /// Snapshots of the sessions, the oldest first, `limit` of them at most.
+    pub fn list(&self, limit: usize) -> Vec<SessionInfo> {
+        // Names are copied after the lock is released.
+        let entries: Vec<(u64, Arc<Entry>)> = {
+            let sessions = self.sessions();
+            let listed = sessions.iter().take(limit);
+            listed.map(|(id, entry)| (*id, Arc::clone(entry))).collect()
+        };
+        let now = self.0.origin.elapsed();
+        entries
+            .into_iter()
+            .map(|(id, entry)| self.info(id, &entry, now))
+            .collect()
+    }
+
+    /// Returns when the process has had no session for `time`, counted from this call at the earliest. Cancel safe.
+    pub async fn idle_for(&self, time: Duration) {
+        let mut count = self.0.count.subscribe();
+        // The sender lives as long as `self`, so neither wait can fail.
+        while count.wait_for(|count| *count == 0).await.is_ok() {
+            tokio::select! {
+                () = sleep(time) => return,
+                // Also for a session that has ended by the time of the check.
+                _ = count.changed() => {}
+            }
+        }
+    }
+
+    pub(super) fn enter(
+        &self,
+        endpoint: &EndpointSessions,
+        id: u64,
+        client: ClientInfo,
+        limit: usize,
+    ) -> Result<SessionEntry, Rejected> {
+        let entry = Arc::new(Entry {
+            endpoint: endpoint.clone(),
+            client,
+            began: self.0.origin.elapsed(),
+            activity: ActivityRecord::new(self.0.origin),
+            server: OnceLock::new(),
+        });
+        let mut sessions = self.sessions();
+        if sessions.len() >= limit {
+            return Err(Rejected::Limit);
+        }
+        endpoint.add_session()?;
+        sessions.insert(id, Arc::clone(&entry));
+        self.0.count.send_replace(sessions.len());
+        Ok(SessionEntry { id, entry })
+    }
+
+    pub(super) fn count(&self, is_counted: impl Fn(&EndpointSessions) -> bool) -> Counts {
+        let now = self.0.origin.elapsed();
+        let mut counts = Counts::default();
+        for entry in self.sessions().values() {
+            if is_counted(&entry.endpoint) {
+                let (activity, _) = entry.activity.activity();
+                counts.add(activity);
+                if activity == Activity::Waiting {
+                    counts.max_wait = counts.max_wait.max(now.saturating_sub(entry.began));
+                }
+            }
+        }
+        counts
+    }
+
+    fn info(&self, id: u64, entry: &Entry, now: Duration) -> SessionInfo {
+        let (activity, since) = entry.activity.activity();
+        let [from_client, from_server] = entry.activity.bytes();
+        let mut names = entry.client.names.split('\0').map(str::to_owned);
+        let mut name = || names.next().unwrap_or_default();
+        SessionInfo {
+            id,
+            peer: entry.client.peer,
+            encryption: entry.client.encryption,
+            endpoint: entry.endpoint.clone(),
+            user: name(),
+            database: name(),
+            application: name(),
+            activity,
+            since: self.timestamp(since),
+            lasting: now.saturating_sub(since),
+            began: self.timestamp(entry.began),
+            age: now.saturating_sub(entry.began),
+            from_client,
+            from_server,
+            server: entry.server.get().map(|server| Server::clone(server)),
+        }
+    }
+
+    fn timestamp(&self, since_origin: Duration) -> Timestamp {
+        SignedDuration::try_from(since_origin)
+            .ok()
+            .and_then(|since| self.0.started.checked_add(since).ok())
+            .unwrap_or(self.0.started)
+    }
+
+    fn sessions(&self) -> MutexGuard<'_, BTreeMap<u64, Arc<Entry>>> {
+        let sessions = self.0.sessions.lock();
+        sessions.unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl ClientInfo {
+    /// The client that sent `startup`.
+    pub fn new(peer: Peer, encryption: Encrypted, startup: &StartupMessage) -> Self {
+        let names = ["user", "database", "application_name"].map(|name| {
+            let name = startup.parameter(name).unwrap_or_default();
+            &name[..name.floor_char_boundary(NAME_LIMIT)]
+        });
+        Self {
+            peer,
+            encryption,
+            names: names.join("\0").into(),
+        }
+    }
+}
+
+impl Counts {
+    fn add(&mut self, activity: Activity) {
+        let number = match activity {
+            Activity::Waiting => &mut self.waiting,
+            Activity::Active => &mut self.active,
+            Activity::Idle => &mut self.idle,
+            Activity::IdleInTransaction | Activity::IdleInFailedTransaction => {
+                &mut self.in_transaction
+            }
+        };
+        *number = number.saturating_add(1);
+        self.all = self.all.saturating_add(1);
+    }
+}
+
+/// A session that is registered until this is dropped.
+#[derive(Debug)]
+pub struct SessionEntry {
+    id: u64,
+    entry: Arc<Entry>,
+}
+
+impl SessionEntry {
+    /// Records the server connection: the session waits no longer.
+    pub fn connected(&self, server: Server) {
+        if self.entry.server.set(Box::new(server)).is_ok() {
+            self.entry.activity.record(Activity::Idle, 0, 0);
+            self.entry.endpoint.session_connected();
+        }
+    }
+
+    /// The record for the relay to update.
+    pub fn activity(&self) -> &ActivityRecord {
+        &self.entry.activity
+    }
+}
+
+impl Drop for SessionEntry {
+    fn drop(&mut self) {
+        let Entry {
+            endpoint, server, ..
+        } = &*self.entry;
+        let registry = endpoint.registry();
+        let mut sessions = registry.sessions();
+        sessions.remove(&self.id);
+        endpoint.remove_session(server.get().is_some());
+        registry.0.count.send_replace(sessions.len());
+    }
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use tokio::time::advance;
+    use tokio_util::sync::CancellationToken;
+
+    use super::*;
+    use crate::{status::Label, telemetry::Metrics};
+
+    fn client_with(parameters: &[(&str, &str)]) -> ClientInfo {
+        let owned = |&(name, value): &(&str, &str)| (name.to_owned(), value.to_owned());
+        let startup = StartupMessage {
+            minor: 0,
+            parameters: parameters.iter().map(owned).collect(),
+            protocol_options: Vec::new(),
+        };
+        let peer = Peer::Tcp(SocketAddr::from(([127, 0, 0, 1], 4711)));
+        ClientInfo::new(peer, Encrypted::No, &startup)
+    }
+
+    pub(in crate::status) fn client() -> ClientInfo {
+        client_with(&[])
+    }
+
+    pub(in crate::status) fn endpoint(registry: &Registry) -> EndpointSessions {
+        let metrics = Metrics::new().unwrap();
+        let closed = CancellationToken::new();
+        EndpointSessions::new(registry, Label::new("e"), &metrics, closed)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_session_is_listed_with_its_activity_until_it_ends() {
+        let registry = Registry::default();
+        let client = client_with(&[("user", "me"), ("application_name", "app")]);
+        let entry = endpoint(&registry).enter(7, client, 9).unwrap();
+        advance(Duration::from_secs(3)).await;
+        let info = &registry.list(10)[0];
+        assert_eq!(
+            (info.id, info.user.as_str(), info.database.as_str()),
+            (7, "me", "")
+        );
+        assert_eq!(
+            (info.activity, info.lasting),
+            (Activity::Waiting, Duration::from_secs(3))
+        );
+        assert_eq!(info.application, "app");
+        assert_eq!(info.server, None);
+
+        let server = Server {
+            address: SocketAddr::from(([10, 0, 0, 1], 5432)),
+            process_id: Some(42),
+            database: "d".into(),
+            waited: Duration::from_secs(3),
+        };
+        entry.connected(server.clone());
+        advance(Duration::from_secs(2)).await;
+        entry.activity().record(Activity::Active, 10, 0);
+        advance(Duration::from_secs(1)).await;
+        // The start of an activity that continues stays.
+        entry.activity().record(Activity::Active, 10, 4000);
+        advance(Duration::from_secs(1)).await;
+        let info = &registry.list(10)[0];
+        assert_eq!(
+            (info.activity, info.lasting, info.age),
+            (
+                Activity::Active,
+                Duration::from_secs(2),
+                Duration::from_secs(7)
+            )
+        );
+        assert_eq!((info.from_client, info.from_server), (10, 4000));
+        assert_eq!(info.server, Some(server));
+        assert_eq!(
+            info.since.duration_since(info.began),
+            SignedDuration::from_secs(5)
+        );
+
+        drop(entry);
+        assert_eq!(registry.counts(), Counts::default());
+    }
+
+    #[tokio::test]
+    async fn lists_are_oldest_first_and_limited() {
+        let registry = Registry::default();
+        let endpoint = endpoint(&registry);
+        let entries: Vec<SessionEntry> = (0..5)
+            .map_while(|id| endpoint.enter(id, client(), 9).ok())
+            .collect();
+        let ids: Vec<u64> = registry.list(3).iter().map(|info| info.id).collect();
+        assert_eq!(ids, [0, 1, 2]);
+        drop(entries);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn counts_are_by_endpoint_and_by_activity() {
+        let registry = Registry::default();
+        // Of the same name.
+        let (one, other) = (endpoint(&registry), endpoint(&registry));
+        let first = one.enter(1, client(), 9).unwrap();
+        let _second = one.enter(2, client(), 9).unwrap();
+        advance(Duration::from_secs(2)).await;
+        let _third = other.enter(3, client(), 9).unwrap();
+        first
+            .activity()
+            .record(Activity::IdleInFailedTransaction, 0, 0);
+        let counts = |all, waiting, in_transaction, seconds| Counts {
+            all,
+            waiting,
+            in_transaction,
+            max_wait: Duration::from_secs(seconds),
+            ..Counts::default()
+        };
+        assert_eq!(registry.counts(), counts(3, 2, 1, 2));
+        assert_eq!(one.counts(), counts(2, 1, 1, 2));
+        assert_eq!(other.counts(), counts(1, 1, 0, 0));
+    }
+
+    #[tokio::test]
+    async fn a_lower_limit_ends_no_session_and_admits_none() {
+        let registry = Registry::default();
+        let endpoint = endpoint(&registry);
+        let enter = |id, limit| endpoint.enter(id, client(), limit);
+        let entries: Vec<SessionEntry> = (0..3).map_while(|id| enter(id, 3).ok()).collect();
+        assert_eq!((entries.len(), endpoint.counts().all), (3, 3));
+        assert_eq!(enter(4, 3).unwrap_err(), Rejected::Limit);
+        assert_eq!(enter(4, 1).unwrap_err(), Rejected::Limit);
+        drop(entries);
+        assert!(enter(4, 1).is_ok());
+        assert!(enter(4, 0).is_err());
+    }
+
+    #[tokio::test]
+    async fn the_waiting_gauge_counts_sessions_without_a_server_connection() {
+        let metrics = Metrics::new().unwrap();
+        let registry = Registry::default();
+        let endpoint = EndpointSessions::new(
+            &registry,
+            Label::new("e"),
+            &metrics,
+            CancellationToken::new(),
+        );
+        let gauge = &metrics.clients_waiting;
+        let (first, second) = (
+            endpoint.enter(1, client(), 9).unwrap(),
+            endpoint.enter(2, client(), 9).unwrap(),
+        );
+        assert_eq!(gauge.get(), 2);
+        first.connected(Server {
+            address: SocketAddr::from(([10, 0, 0, 1], 5432)),
+            process_id: None,
+            database: "d".into(),
+            waited: Duration::ZERO,
+        });
+        assert_eq!(gauge.get(), 1);
+        drop(first);
+        assert_eq!(gauge.get(), 1);
+        drop(second);
+        assert_eq!(gauge.get(), 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn each_session_restarts_the_idle_time() {
+        let registry = Registry::default();
+        let endpoint = endpoint(&registry);
+        let start = Instant::now();
+        let first = endpoint.enter(1, client(), 9).unwrap();
+        let sessions = async {
+            sleep(Duration::from_secs(100)).await;
+            drop(first);
+            sleep(Duration::from_secs(9)).await;
+            // Starts and ends between two checks.
+            drop(endpoint.enter(2, client(), 9));
+        };
+        let ((), ()) = tokio::join!(sessions, registry.idle_for(Duration::from_secs(10)));
+        assert_eq!(start.elapsed().as_secs(), 119);
+
+        advance(Duration::from_secs(1)).await;
+        registry.idle_for(Duration::from_secs(5)).await;
+        assert_eq!(start.elapsed().as_secs(), 125, "without any session");
+    }
+
+    #[tokio::test]
+    async fn a_long_name_is_cut_between_characters() {
+        let registry = Registry::default();
+        let long = "ä".repeat(NAME_LIMIT);
+        let client = client_with(&[("user", &long), ("database", "d")]);
+        let _entry = endpoint(&registry).enter(1, client, 9).unwrap();
+        let info = &registry.list(1)[0];
+        assert_eq!(info.user, "ä".repeat(NAME_LIMIT / 2));
+        assert_eq!(info.database, "d");
+    }
+
+    #[test]
+    fn an_entry_is_small() {
+        // An idle session has 12 kB in all.
+        let size = size_of::<Entry>();
+        assert!(size <= 192, "{size} bytes");
+    }
+}
