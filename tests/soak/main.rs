@@ -27,6 +27,7 @@ mod measure;
 mod probes;
 mod process;
 mod scripted;
+mod secrets;
 #[path = "../../benches/support/mod.rs"]
 mod support;
 mod volume;
@@ -98,7 +99,7 @@ impl Stage {
     }
 }
 
-const SCENARIOS: [&str; 12] = [
+const SCENARIOS: [&str; 13] = [
     "copy-out",
     "copy-in",
     "value",
@@ -109,6 +110,7 @@ const SCENARIOS: [&str; 12] = [
     "thousands",
     "visits",
     "probes",
+    "secrets",
     "flood",
     "attack",
 ];
@@ -168,6 +170,7 @@ fn main() -> ExitCode {
                 "churn" => churn::churn(&stage).await,
                 "idle" => idle::sessions(&stage).await,
                 "calls" => idle::calls(&stage).await,
+                "secrets" => secrets::in_memory(&stage, &program).await,
                 "attack" => attack::beside_logins(&stage).await,
                 _ => unreachable!("listed above"),
             }
