@@ -4,7 +4,6 @@ use std::{
     ffi::{OsStr, OsString},
     future::pending,
     io::Write as _,
-    num::NonZeroUsize,
     process::ExitCode,
     time::Duration,
 };
@@ -12,7 +11,7 @@ use std::{
 use clap::{
     ArgMatches, Args, Command, CommandFactory, FromArgMatches, Parser, Subcommand, error::ErrorKind,
 };
-use tokio::runtime::{Builder, Runtime};
+use tokio::runtime::Builder;
 
 use crate::{
     app::App,
@@ -31,10 +30,6 @@ use crate::{
 const PROGRAM: &str = "lakebase-proxy";
 /// A bad command line or configuration, or a start that failed.
 const FAILURE: u8 = 1;
-/// How many threads serve clients, by the name that Tokio gave it.
-const WORKERS_VARIABLE: &str = "TOKIO_WORKER_THREADS";
-/// More processors than machines have; a slip of the hand above.
-const WORKERS_MAX: usize = 1024;
 /// How the variables of all flags begin.
 const VARIABLES: &str = "LAKEBASE_PROXY_";
 
@@ -172,16 +167,10 @@ enum CommandError {
     Token(#[from] token::TokenError),
 }
 
-/// Why there is nothing to run on.
+/// Why there is no runtime.
 #[derive(Debug, thiserror::Error)]
-enum RuntimeError {
-    #[error("cannot start the threads that serve clients")]
-    Start(#[source] std::io::Error),
-    #[error(
-        "{WORKERS_VARIABLE} is `{asked}`, which is not a number of threads (1 to {WORKERS_MAX})"
-    )]
-    Workers { asked: String },
-}
+#[error("cannot start the runtime")]
+struct RuntimeError(#[source] std::io::Error);
 
 impl CommandError {
     fn hint(&self) -> Option<String> {
@@ -254,9 +243,10 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         Ok(inherited) => inherited,
         Err(error) => return fail(&error, Some(error.hint().to_owned()), FAILURE),
     };
-    let runtime = match runtime() {
+    // Sessions have threads of their own (`listener::Runtimes`); this one accepts and does everything else.
+    let runtime = match Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,
-        Err(error) => return fail(&error, None, FAILURE),
+        Err(error) => return fail(&RuntimeError(error), None, FAILURE),
     };
     let mut log = None;
     let result = runtime.block_on(dispatch(cli, inherited, &mut log));
@@ -267,33 +257,6 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         Ok(code) => code,
         Err(error) => fail(&error, error.hint(), error.exit_code()),
     }
-}
-
-/// As many workers as there are processors for us (in a container, as its limit allows), or `TOKIO_WORKER_THREADS`; there
-/// are as many [relay threads](crate::workers). A single one needs no scheduler that shares tasks out.
-fn runtime() -> Result<Runtime, RuntimeError> {
-    let workers = match std::env::var_os(WORKERS_VARIABLE) {
-        Some(asked) if !asked.is_empty() => workers(&asked)?,
-        _ => std::thread::available_parallelism().map_or(1, NonZeroUsize::get),
-    };
-    // Tokio reads the variable, too, where it is not told, and panics at what is no number.
-    let mut builder = if workers == 1 {
-        Builder::new_current_thread()
-    } else {
-        Builder::new_multi_thread()
-    };
-    let runtime = builder.worker_threads(workers).enable_all().build();
-    runtime.map_err(RuntimeError::Start)
-}
-
-/// How many workers somebody asks for.
-fn workers(asked: &OsStr) -> Result<usize, RuntimeError> {
-    let number = asked.to_str().and_then(|asked| asked.trim().parse().ok());
-    number
-        .filter(|number| (1..=WORKERS_MAX).contains(number))
-        .ok_or_else(|| RuntimeError::Workers {
-            asked: asked.to_string_lossy().into_owned(),
-        })
 }
 
 async fn dispatch(
@@ -602,18 +565,6 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         command().debug_assert();
-    }
-
-    #[test]
-    fn a_number_of_workers_is_one_or_more_and_within_reason() {
-        assert_eq!(workers(OsStr::new(" 3 ")).unwrap(), 3);
-        for nonsense in ["0", "-1", "many", "99999999", "99999999999999999999"] {
-            let said = workers(OsStr::new(nonsense)).unwrap_err().to_string();
-            assert!(
-                said.contains(WORKERS_VARIABLE) && said.contains(nonsense),
-                "{said}"
-            );
-        }
     }
 
     #[test]

@@ -20,7 +20,7 @@
 //! | [`cli`], [`config`] | flag > environment > file > default, resolved once |
 //! | [`listener`] | TCP, Unix and inherited sockets, bounded handshakes, accept errors that back off |
 //! | [`session`] | one client from accept to close |
-//! | [`workers`] | the threads that relay: an executor around an epoll set, and sockets that can move there |
+//! | [`net`] | sockets of clients and servers |
 //! | [`upstream`] | reaching the endpoint: dial, TLS, login, failure classes, holding while it wakes |
 //! | [`descriptors`] | the limit of open files |
 //! | `files` | reading regular files of bounded length; a leaf that all may use |
@@ -60,6 +60,7 @@ mod expiry;
 pub(crate) mod files;
 pub mod http;
 pub mod listener;
+pub mod net;
 #[cfg(feature = "notes")]
 pub mod notes;
 pub mod overview;
@@ -73,5 +74,4 @@ pub mod telemetry;
 pub mod tls;
 pub mod token;
 pub mod upstream;
-pub mod workers;
 pub mod workspace;

@@ -76,9 +76,9 @@ pub enum StartError {
     /// TLS cannot be set up.
     #[error("cannot set up TLS")]
     Tls(#[from] TlsError),
-    /// There are no threads to relay by.
-    #[error("cannot start the relay threads")]
-    Workers(#[source] io::Error),
+    /// The threads that serve clients cannot be started.
+    #[error("cannot start the threads that serve clients")]
+    Runtimes(#[source] io::Error),
     /// The workspace's settings do not do.
     #[error(transparent)]
     Workspace(#[from] WorkspaceError),
@@ -130,7 +130,7 @@ impl StartError {
                 "install the system's root certificates (Debian: ca-certificates), or name a PEM file of them in SSL_CERT_FILE"
             }
             Self::Test(report) => return report.hint.clone(),
-            Self::Workers(_) => {
+            Self::Runtimes(_) => {
                 "raise the limits of threads and of open files (ulimit -u, ulimit -n)"
             }
             Self::Workspace(error) => return error.hint(),

@@ -56,7 +56,7 @@ impl Gate {
         } = self;
         listener.spawn(
             sessions,
-            &shared.workers,
+            &shared.runtimes,
             &shared.clients,
             &shared.helpers,
             &shared.absent,

@@ -17,7 +17,7 @@ use crate::{
     config::{Config, EndpointConfig, Roots},
     console::Console,
     credential::CredentialCell,
-    listener::{AbsentSockets, Listener},
+    listener::{AbsentSockets, Listener, Runtimes},
     overview::Overview,
     session::{
         Dropped, Encryption, Entrance, KnownPassword, LocalPassword, Policies, Policy, Sessions,
@@ -27,7 +27,6 @@ use crate::{
     telemetry::Metrics,
     tls,
     upstream::{Route, Terms},
-    workers::Workers,
     workspace::{self, Workspace},
 };
 
@@ -43,8 +42,8 @@ pub(super) struct Shared {
     console: Arc<Console>,
     /// Of the first endpoint; it renders the others with it.
     pub(super) metrics: Arc<Metrics>,
-    /// Run the sessions once they are logged in.
-    pub(super) workers: Arc<Workers>,
+    /// Run the sessions.
+    pub(super) runtimes: Arc<Runtimes>,
     /// The sessions, and what comes before them.
     pub(super) clients: TaskTracker,
     /// Everything else.
@@ -142,7 +141,7 @@ impl Shared {
             absent,
             console,
             metrics: Metrics::of_endpoint(first.map_or("", EndpointConfig::called))?,
-            workers: Arc::new(Workers::start().map_err(StartError::Workers)?),
+            runtimes: Arc::new(Runtimes::start(config.threads).map_err(StartError::Runtimes)?),
             clients: TaskTracker::new(),
             helpers: TaskTracker::new(),
             stop: CancellationToken::new(),

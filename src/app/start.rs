@@ -43,13 +43,13 @@ impl App {
         let heart = (
             Arc::clone(&health),
             stop.clone(),
-            Arc::clone(&shared.workers),
+            Arc::clone(&shared.runtimes),
         );
         helpers.spawn(async move {
-            let (health, stop, workers) = heart;
+            let (health, stop, runtimes) = heart;
             let all_respond = || {
-                let workers = Arc::clone(&workers);
-                async move { workers.all_respond().await }
+                let runtimes = Arc::clone(&runtimes);
+                async move { runtimes.all_respond().await }
             };
             health.beat(&stop, all_respond).await;
         });

@@ -102,6 +102,8 @@ impl Config {
             watch_config,
             admin_console,
             shown,
+            // Of the environment, which does not change.
+            threads: _,
         } = new;
         let Timeouts {
             connect_timeout,

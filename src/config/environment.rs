@@ -47,6 +47,8 @@ pub struct Environment {
     pub app_name: Option<String>,
     /// `DATABRICKS_APP_PORT`.
     pub app_port: Option<String>,
+    /// `TOKIO_WORKER_THREADS`.
+    pub threads: Option<String>,
     /// `DATABRICKS_HOST` and what authenticates us there.
     pub workspace: workspace::Settings,
     /// `NOTIFY_SOCKET` and its kin, as systemd sets them.
@@ -124,6 +126,7 @@ impl Environment {
             sslrootcert: get("PGSSLROOTCERT"),
             app_name: get("DATABRICKS_APP_NAME").or_else(|| get("PGAPPNAME")),
             app_port: get("DATABRICKS_APP_PORT"),
+            threads: get("TOKIO_WORKER_THREADS"),
             service_manager: ServiceManager {
                 socket: get("NOTIFY_SOCKET").map(OsString::from),
                 watchdog: watchdog(get("WATCHDOG_USEC"), get("WATCHDOG_PID")),

@@ -25,6 +25,7 @@ mod values;
 
 use std::{
     net::{IpAddr, SocketAddr},
+    num::NonZeroUsize,
     path::PathBuf,
     time::Duration,
 };
@@ -90,6 +91,8 @@ pub struct Config {
     pub timeouts: Timeouts,
     /// How long a client may take to say what it wants.
     pub client_login_timeout: Duration,
+    /// Threads that serve clients.
+    pub threads: NonZeroUsize,
     /// Sessions at a time.
     pub max_connections: usize,
     /// How dead peers are noticed.

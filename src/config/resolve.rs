@@ -2,6 +2,7 @@
 
 use std::{
     net::{IpAddr, Ipv4Addr, SocketAddr},
+    num::NonZeroUsize,
     time::Duration,
 };
 
@@ -22,6 +23,25 @@ pub const DEFAULT_DATABASE: &str = "databricks_postgres";
 const MAX_SIGTERM_DELAY: Duration = Duration::from_secs(10);
 const CLIENT_LOGIN_TIMEOUT: Duration = Duration::from_secs(15);
 
+/// Threads that serve clients at most, lest a slip of the finger starts millions.
+const MAX_THREADS: usize = 1024;
+
+/// As many threads as there are processors for us (in a container, as its limit allows), unless `TOKIO_WORKER_THREADS` is
+/// set.
+fn threads(variable: Option<&str>) -> Result<NonZeroUsize, ConfigError> {
+    let Some(value) = variable else {
+        return Ok(std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN));
+    };
+    let threads = value.parse().ok();
+    threads
+        .filter(|threads: &NonZeroUsize| threads.get() <= MAX_THREADS)
+        .ok_or_else(|| ConfigError::Variable {
+            variable: "TOKIO_WORKER_THREADS",
+            value: value.to_owned(),
+            expected: "a number of threads (1 to 1024)",
+        })
+}
+
 impl Config {
     /// Puts the layers together and checks the result.
     pub fn resolve(settings: Settings, environment: Environment) -> Result<Self, ConfigError> {
@@ -35,6 +55,7 @@ impl Config {
             HTTP_PORT,
         );
 
+        let threads = threads(environment.threads.as_deref())?;
         let app_port = match &environment.app_port {
             None => None,
             Some(text) => Some(text.parse().map_err(|_| ConfigError::Variable {
@@ -151,6 +172,7 @@ impl Config {
                 .filter(|time| !time.is_zero()),
             exit_zero_on_sigterm: settings.exit_zero_on_sigterm.unwrap_or(false),
             watch_config: settings.watch_config.unwrap_or(false),
+            threads,
             log: LogOptions {
                 filter: settings
                     .log_filter
@@ -165,5 +187,22 @@ fn socket(address: IpAddr, port: Option<PortSetting>, default: u16) -> Option<So
     match port.unwrap_or(PortSetting::Port(default)) {
         PortSetting::None => None,
         PortSetting::Port(port) => Some(SocketAddr::new(address, port)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_number_of_threads_is_at_least_one_and_bounded() {
+        assert_eq!(threads(Some("3")).unwrap().get(), 3);
+        for value in ["0", "-1", "many", "99999999", "99999999999999999999"] {
+            let error = threads(Some(value)).unwrap_err().to_string();
+            assert!(
+                error.starts_with(&format!("TOKIO_WORKER_THREADS is `{value}`")),
+                "{error}"
+            );
+        }
     }
 }

@@ -1,6 +1,7 @@
 //! The sockets clients connect to: bound together, accepted from for ever.
 
 mod inherited;
+mod runtimes;
 mod tcp;
 mod unix;
 
@@ -22,14 +23,15 @@ use tracing::{Instrument, Span, field::Empty};
 use self::unix::UnixDoor;
 pub use self::{
     inherited::{Inherited, InheritedError, InheritedSocket},
+    runtimes::Runtimes,
     unix::{AbsentSockets, UnixError},
 };
 use crate::{
     config::{Keepalive, ListenAddresses, socket_path},
+    net::socket::Socket,
     session::{HandshakePermit, Sessions, Unfinished},
     status::Peer,
     telemetry::Metrics,
-    workers::{Socket, Workers},
 };
 
 /// As many as the kernel allows; a burst must not meet a full queue.
@@ -200,19 +202,19 @@ impl Listener {
         &self.bound
     }
 
-    /// Accepts until the door is shut. Sessions are among `clients` to their end, and relayed by `workers`; the loops
+    /// Accepts until the door is shut. Sessions are among `clients` to their end and run on `runtimes`; the loops
     /// that accept them are among `helpers`.
     pub fn spawn(
         self,
         sessions: &Arc<Sessions>,
-        workers: &Arc<Workers>,
+        runtimes: &Arc<Runtimes>,
         clients: &TaskTracker,
         helpers: &TaskTracker,
         absent: &AbsentSockets,
     ) {
         let floor = Floor {
             sessions: Arc::clone(sessions),
-            workers: Arc::clone(workers),
+            runtimes: Arc::clone(runtimes),
             clients: clients.clone(),
         };
         let unfinished = Unfinished::default();
@@ -236,7 +238,7 @@ impl Listener {
 #[derive(Clone)]
 struct Floor {
     sessions: Arc<Sessions>,
-    workers: Arc<Workers>,
+    runtimes: Arc<Runtimes>,
     clients: TaskTracker,
 }
 
@@ -245,23 +247,23 @@ impl Floor {
         let span = session_span(id, &peer);
         let Self {
             sessions,
-            workers,
+            runtimes,
             clients,
         } = self.clone();
-        let serving = async move {
-            let watch = PanicWatch(Arc::clone(&sessions.metrics));
-            let relay = sessions.serve(id, peer, client, permit).await;
-            if let Some(relay) = relay {
-                let relay = async move {
-                    let _watch = watch;
-                    relay.await;
-                };
-                workers.spawn(Box::pin(
-                    clients.track_future(relay.instrument(Span::current())),
-                ));
+        let session = async move {
+            let _watch = PanicWatch(Arc::clone(&sessions.metrics));
+            let client = match client.move_here() {
+                Ok(client) => client,
+                Err(error) => {
+                    return tracing::error!(session = id, %error, "session lost its socket");
+                }
+            };
+            // A box, so that a session's task is not the size of a login for ever.
+            if let Some(relay) = Box::pin(sessions.serve(id, peer, client, permit)).await {
+                relay.await;
             }
         };
-        self.clients.spawn(serving.instrument(span));
+        runtimes.spawn(clients.track_future(session.instrument(span)));
     }
 }
 

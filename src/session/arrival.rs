@@ -1,6 +1,6 @@
 //! From accept to the session proper: what a client wants, in plain text or by TLS, and whether it may.
 
-use std::{io, time::Duration};
+use std::{io, pin::Pin, time::Duration};
 
 use bytes::BytesMut;
 use tokio::{
@@ -21,6 +21,7 @@ use super::{
 };
 use crate::{
     console::{self, Console},
+    net::socket::Transport,
     protocol::{
         backend::negotiation,
         error::{Report, sqlstate},
@@ -32,8 +33,10 @@ use crate::{
     telemetry::names::{cancel as cancel_outcome, reason},
     tls::ALPN_POSTGRESQL,
     upstream::Refusal,
-    workers::{Job, Settle},
 };
+
+/// What is left of a session once its client has been welcomed.
+pub(super) type Job = Pin<Box<dyn Future<Output = ()> + Send>>;
 
 /// What the first reads are likely to fit into.
 const FIRST_BUFFER: usize = 1024;
@@ -50,8 +53,7 @@ struct Arrival<'a> {
 }
 
 impl Sessions {
-    /// Serves one client up to its welcome, or to its end where it comes to none; what is left then is the relay, to be
-    /// run by a relay thread. It holds the `permit` until it has said what it wants.
+    /// Serves one client up to its welcome, or to its end where it comes to none; what is left then is the relay. It holds the `permit` until it has said what it wants.
     pub async fn serve<S>(
         &self,
         id: u64,
@@ -60,7 +62,7 @@ impl Sessions {
         permit: HandshakePermit,
     ) -> Option<Job>
     where
-        S: AsyncRead + AsyncWrite + Settle + Unpin + Send + 'static,
+        S: Transport + 'static,
     {
         tracing::trace!(%peer, "client accepted");
         let counted = Counted::new(&self.metrics);
@@ -121,7 +123,7 @@ impl Sessions {
         (direct, counted): (bool, Counted),
     ) -> Option<Job>
     where
-        S: AsyncRead + AsyncWrite + Settle + Unpin + Send + 'static,
+        S: Transport + 'static,
     {
         let encryption = arrival.policy.entrance.encryption.as_ref()?;
         let accepting = async {
@@ -172,7 +174,7 @@ impl Sessions {
         (opening, counted): (Result<Option<Opening>, HandshakeError>, Counted),
     ) -> Option<Job>
     where
-        S: AsyncRead + AsyncWrite + Settle + Unpin + Send + 'static,
+        S: Transport + 'static,
     {
         let Arrival {
             id,

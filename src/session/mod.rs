@@ -8,7 +8,7 @@
 //!                              └──────────┴────────┴─▶ refuse ─▶ close
 //! ```
 //!
-//! Up to the welcome that is a task of the runtime's; the rest is run by one of the [relay threads](crate::workers).
+//! All of it is one task, on the runtime that the client was placed on.
 //!
 //! Until the welcome nothing is sent to the client but the answers to its requests for encryption: libpq takes a
 //! notice before AuthenticationOk for an error.
@@ -50,6 +50,7 @@ use self::{
 };
 use crate::{
     console::{self, Console},
+    net::socket::{HangUp, Transport},
     protocol::{
         backend::{negotiation, welcome},
         error::{Report, sqlstate},
@@ -63,7 +64,6 @@ use crate::{
         names::{cancel as cancel_outcome, reason},
     },
     upstream::{Connected, Connection, Refusal, Route, Terms},
-    workers::{HangUp, Settle},
 };
 
 /// A wait worth telling the client about.
@@ -113,7 +113,7 @@ impl Sessions {
         startup: StartupMessage,
     ) -> Result<Option<Welcomed>, Refusal>
     where
-        S: AsyncRead + AsyncWrite + Settle + Unpin,
+        S: Transport,
     {
         let began = Instant::now();
         let entry = self.admit(id, ClientInfo::new(peer, encryption, &startup), policy)?;
@@ -329,7 +329,7 @@ fn shutting_down() -> Refusal {
 }
 
 /// Returns when the client hangs up; keeps what it sends meanwhile. Cancel safe.
-async fn hang_up<S: AsyncRead + Settle + Unpin>(client: &mut S, buffer: &mut BytesMut) {
+async fn hang_up<S: Transport>(client: &mut S, buffer: &mut BytesMut) {
     while buffer.len() < EARLY_LIMIT {
         let room = EARLY_LIMIT - buffer.len();
         if let Ok(0) | Err(_) = client.read_buf(&mut (&mut *buffer).limit(room)).await {

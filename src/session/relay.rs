@@ -27,10 +27,7 @@ use std::{
 };
 
 use prometheus::IntCounter;
-use tokio::{
-    io::{AsyncRead, AsyncWrite},
-    time::{Instant, Sleep, sleep},
-};
+use tokio::time::{Instant, Sleep, sleep};
 use tokio_util::sync::{CancellationToken, WaitForCancellationFuture};
 
 use self::{
@@ -38,6 +35,7 @@ use self::{
     unasked::UnaskedPasswords,
 };
 use crate::{
+    net::socket::{HangUp, Transport},
     protocol::{
         error::{ErrorFields, Report, sqlstate},
         frame::{HEADER_LEN, tag},
@@ -46,7 +44,6 @@ use crate::{
     shutdown::{Phase, Shutdown},
     status::ActivityRecord,
     telemetry::names::end,
-    workers::{HangUp, Settle},
 };
 
 /// How long the server may stay after a client has closed its half and no reply is owed.
@@ -55,6 +52,10 @@ const REPLY_PAUSE: Duration = Duration::from_secs(5);
 const DELIVERY_PAUSE: Duration = Duration::from_mins(1);
 /// The same, once the grace time of a shutdown is over.
 const CUT_PAUSE: Duration = Duration::from_secs(1);
+/// How often a client that has closed its half is checked for a reset: nothing is read from it any more, so that no event
+/// reports one.
+const HANG_UP_CHECK: Duration = Duration::from_secs(1);
+
 /// How a relay came to its end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum End {
@@ -100,8 +101,8 @@ pub(super) struct Relay<'a, C, U> {
 
 impl<'a, C, U> Relay<'a, C, U>
 where
-    C: AsyncRead + AsyncWrite + Settle + Unpin,
-    U: AsyncRead + AsyncWrite + Settle + Unpin,
+    C: Transport,
+    U: Transport,
 {
     /// A relay that begins with what client and server have sent already; the counters count the bytes of each.
     pub(super) fn new(
@@ -192,8 +193,12 @@ where
         let before = (self.to_client.total, self.to_client.kept.len());
         let broken = self.poll_from_client(cx).is_err() || self.poll_from_server(cx).is_err();
         self.count();
-        self.loss
-            .follow(self.to_server.total, self.progress.is_owed(), self.server);
+        let owed = self.progress.is_owed();
+        if self.loss.follow(self.to_server.total, owed)
+            && let Some(socket) = self.server.socket()
+        {
+            socket.limit_acknowledgement(self.loss.limit_in_force());
+        }
         if broken {
             return Poll::Ready(End::Client);
         }
@@ -221,19 +226,20 @@ where
                     return Poll::Pending;
                 }
                 // As on a direct connection: a query ends with its answer, or with its client.
-                None if self.to_server.state == PipeState::Closed && self.progress.is_owed() => {
+                None if self.awaits_last_reply() => {
                     if self.client.hang_up() == HangUp::Full {
                         return Poll::Ready(End::Client);
                     }
-                    return Poll::Pending;
+                    HANG_UP_CHECK
                 }
                 None => REPLY_PAUSE,
             };
             let progressed = before != (self.to_client.total, self.to_client.kept.len());
-            let patience = patience.get_or_insert_with(|| Patience::new(allowed));
-            ready!(patience.poll(cx, allowed, progressed));
+            let waiting = patience.get_or_insert_with(|| Patience::new(allowed));
+            ready!(waiting.poll(cx, allowed, progressed));
             match self.end {
                 Some(end) => return Poll::Ready(end),
+                None if self.awaits_last_reply() => *patience = None,
                 None if self.to_server.state == PipeState::Closed => {
                     return Poll::Ready(End::Client);
                 }
@@ -241,6 +247,11 @@ where
                 None => self.server_is_lost(),
             }
         }
+    }
+
+    /// Whether the client has closed its half and the server still owes it a reply.
+    fn awaits_last_reply(&self) -> bool {
+        self.to_server.state == PipeState::Closed && self.progress.is_owed()
     }
 
     fn count(&mut self) {
@@ -386,14 +397,17 @@ impl Loss {
     /// A quarter of the smallest receive window that systems begin with (64 kB).
     const UNANSWERED: u64 = 16 * 1024;
 
-    fn follow(&mut self, sent: u64, is_owed: bool, server: &mut impl Settle) {
+    /// Whether the limit that is to be in force changes.
+    fn follow(&mut self, sent: u64, is_owed: bool) -> bool {
         if !is_owed {
             self.answered = sent;
         }
         let is_lifted = sent.wrapping_sub(self.answered) > Self::UNANSWERED;
-        if self.limit.is_some() && std::mem::replace(&mut self.is_lifted, is_lifted) != is_lifted {
-            server.limit_acknowledgement(self.limit.filter(|_| !is_lifted));
-        }
+        self.limit.is_some() && std::mem::replace(&mut self.is_lifted, is_lifted) != is_lifted
+    }
+
+    fn limit_in_force(&self) -> Option<Duration> {
+        self.limit.filter(|_| !self.is_lifted)
     }
 }
 

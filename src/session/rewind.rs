@@ -9,7 +9,7 @@ use std::{
 use bytes::{Buf, BytesMut};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-use crate::workers::{HangUp, Settle};
+use crate::net::socket::{Socket, Transport};
 
 /// Reads `front` first, then the stream; writes go straight through.
 #[derive(Debug)]
@@ -24,18 +24,9 @@ impl<S> Rewind<S> {
     }
 }
 
-impl<S: Settle> Settle for Rewind<S> {
-    fn settle(&mut self) -> io::Result<()> {
-        self.stream.settle()
-    }
-
-    #[inline]
-    fn is_quiet(&self) -> bool {
-        self.front.is_empty() && self.stream.is_quiet()
-    }
-
-    fn hang_up(&self) -> HangUp {
-        self.stream.hang_up()
+impl<S: Transport> Transport for Rewind<S> {
+    fn socket(&self) -> Option<&Socket> {
+        self.stream.socket()
     }
 }
 

@@ -6,7 +6,6 @@ use secrecy::SecretString;
 use tokio::{
     io::{DuplexStream, duplex},
     net::TcpListener,
-    sync::oneshot,
     task::JoinSet,
 };
 use tokio_util::sync::CancellationToken;
@@ -23,7 +22,6 @@ use crate::{
     },
     status::{Label, Registry},
     upstream::{Addresses, DroppedParameters, Endpoint, Security, Upstream},
-    workers::Workers,
 };
 
 /// More than any of these tests takes when all is well.
@@ -87,13 +85,7 @@ async fn client(sessions: &Arc<Sessions>, room: usize, tasks: &mut JoinSet<()>) 
         let Some(relay) = sessions.serve(id, peer, ours, permit).await else {
             return;
         };
-        let workers = Workers::start().unwrap();
-        let (over, is_over) = oneshot::channel::<()>();
-        workers.spawn(Box::pin(async move {
-            relay.await;
-            drop(over);
-        }));
-        let _ = is_over.await;
+        relay.await;
     });
     client
 }

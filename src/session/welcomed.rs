@@ -4,7 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use bytes::BytesMut;
 use tokio::{
-    io::{AsyncRead, AsyncWrite, AsyncWriteExt},
+    io::AsyncWriteExt,
     time::{Instant, timeout},
 };
 
@@ -16,11 +16,11 @@ use super::{
     write_all,
 };
 use crate::{
+    net::socket::Transport,
     shutdown::Shutdown,
     status::SessionEntry,
     telemetry::{CountOnDrop, GaugeGuard, Metrics, names::direction},
     upstream::Stream,
-    workers::Settle,
 };
 
 /// All that is left of a session once its client has been welcomed, but for the client.
@@ -67,22 +67,18 @@ impl Counted {
 }
 
 impl Welcomed {
-    /// Relays until either side is done. To be run by a relay thread, where that is what the streams settle on.
+    /// Relays until either side is done.
     #[expect(
         clippy::manual_async_fn,
         reason = "an `async fn` has room for its arguments twice, a block uses what it captures where it is"
     )]
     pub(super) fn relay<S>(mut self, mut client: S, counted: Counted) -> impl Future<Output = ()>
     where
-        S: AsyncRead + AsyncWrite + Settle + Unpin,
+        S: Transport,
     {
         async move {
             // A block captures what it mentions; these are for its end.
             let _until_the_end = (&counted, &self.held);
-            if let Err(error) = client.settle().and_then(|()| self.server.settle()) {
-                tracing::error!(session = self.id, %error, "session lost its sockets");
-                return;
-            }
             let bytes = |direction| self.metrics.relay_bytes.with_label_values(&[direction]);
             let mut relay = Relay::new(
                 (

@@ -24,6 +24,7 @@ use super::{
 };
 use crate::{
     config::Keepalive,
+    net::socket::{Socket, Transport},
     protocol::{
         error::ErrorFields,
         frame::{SMALL_MESSAGE_LIMIT, take_message},
@@ -33,7 +34,6 @@ use crate::{
         Metrics,
         names::{handshake, phase},
     },
-    workers::{Settle, Socket},
 };
 
 /// A byte stream to the endpoint.
@@ -45,27 +45,12 @@ pub enum Stream {
     Tls(TlsStream<Socket>),
 }
 
-impl Settle for Stream {
-    fn settle(&mut self) -> io::Result<()> {
-        match self {
-            Self::Plain(socket) => socket.settle(),
-            Self::Tls(stream) => stream.get_mut().settle(),
-        }
-    }
-
-    #[inline]
-    fn is_quiet(&self) -> bool {
-        match self {
-            Self::Plain(socket) => socket.is_quiet(),
-            Self::Tls(stream) => stream.has_taken_in_all() && stream.get_ref().is_quiet(),
-        }
-    }
-
-    fn limit_acknowledgement(&mut self, limit: Option<Duration>) {
-        match self {
-            Self::Plain(socket) => socket.limit_acknowledgement(limit),
-            Self::Tls(stream) => stream.get_mut().limit_acknowledgement(limit),
-        }
+impl Transport for Stream {
+    fn socket(&self) -> Option<&Socket> {
+        Some(match self {
+            Self::Plain(socket) => socket,
+            Self::Tls(stream) => stream.get_ref(),
+        })
     }
 }
 

@@ -99,19 +99,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin> TlsStream<S> {
         self.tls.handshake_kind() == Some(HandshakeKind::Resumed)
     }
 
-    /// Whether a read has nothing to bring but what comes from the socket, and nothing else to do.
-    pub fn has_taken_in_all(&self) -> bool {
-        self.state == State::Open && self.plaintext.is_empty() && self.sealed.is_empty()
-    }
-
     /// What is under it.
     pub fn get_ref(&self) -> &S {
         &self.socket
-    }
-
-    /// The same.
-    pub fn get_mut(&mut self) -> &mut S {
-        &mut self.socket
     }
 
     /// What the two agreed on.

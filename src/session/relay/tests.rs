@@ -12,16 +12,19 @@ use std::{
 use bytes::BytesMut;
 use proptest::prelude::*;
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt, DuplexStream, ReadBuf, duplex},
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, DuplexStream, ReadBuf, duplex},
     task::JoinSet,
     time::timeout,
 };
 use tokio_util::sync::CancellationToken;
 
 use super::{pipe::BUFFER_LEN, *};
-use crate::protocol::{
-    error::ErrorFields,
-    frame::{HEADER_LEN, tag, take_message},
+use crate::{
+    net::socket::Socket,
+    protocol::{
+        error::ErrorFields,
+        frame::{HEADER_LEN, tag, take_message},
+    },
 };
 
 const ROOM: usize = 64 * 1024;
@@ -183,9 +186,9 @@ struct Breakable {
     switch: Arc<Switch>,
 }
 
-impl Settle for Breakable {
-    fn settle(&mut self) -> io::Result<()> {
-        Ok(())
+impl Transport for Breakable {
+    fn socket(&self) -> Option<&Socket> {
+        None
     }
 }
 
@@ -831,36 +834,22 @@ async fn no_change_of_phase_is_missed() {
     }
 }
 
-/// Notes the limits that it is given.
-#[derive(Default)]
-struct Limits(Vec<Option<Duration>>);
-
-impl Settle for Limits {
-    fn settle(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-
-    fn limit_acknowledgement(&mut self, limit: Option<Duration>) {
-        self.0.push(limit);
-    }
-}
-
 /// Linux would end a server that waits for a lock in the middle of a COPY, alive as it is, when the limit is over.
 #[test]
 fn the_path_is_watched_for_loss_only_while_little_waits_for_an_answer() {
     let limit = Some(Duration::from_secs(80));
-    let (mut server, mut loss) = (Limits::default(), Loss::default());
-    loss.limit = limit;
-    loss.follow(1000, true, &mut server);
-    loss.follow(1000, false, &mut server);
-    assert!(server.0.is_empty(), "in force since the dial");
-    loss.follow(1000 + Loss::UNANSWERED, true, &mut server);
-    assert!(server.0.is_empty());
-    loss.follow(1001 + Loss::UNANSWERED, true, &mut server);
-    loss.follow(1_000_000, true, &mut server);
-    assert_eq!(server.0, [None]);
-    loss.follow(1_000_000, false, &mut server);
-    assert_eq!(server.0, [None, limit]);
+    let mut loss = Loss {
+        limit,
+        ..Loss::default()
+    };
+    assert!(!loss.follow(1000, true), "in force since the dial");
+    assert!(!loss.follow(1000, false));
+    assert!(!loss.follow(1000 + Loss::UNANSWERED, true));
+    assert!(loss.follow(1001 + Loss::UNANSWERED, true));
+    assert_eq!(loss.limit_in_force(), None);
+    assert!(!loss.follow(1_000_000, true));
+    assert!(loss.follow(1_000_000, false));
+    assert_eq!(loss.limit_in_force(), limit);
 }
 
 #[test]
