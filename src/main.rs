@@ -2,8 +2,9 @@
 
 use std::process::ExitCode;
 
-/// jemalloc, which gives back what thousands of sessions had once they have left; figures are in Cargo.toml.
-#[cfg(all(target_os = "linux", target_env = "gnu"))]
+/// jemalloc returns the memory of ended sessions to the kernel and overwrites what is freed; figures are in Cargo.toml.
+/// Only in release builds: tools that check memory in development expect the system's allocator.
+#[cfg(all(target_os = "linux", target_env = "gnu", not(debug_assertions)))]
 #[global_allocator]
 static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 
