@@ -29,6 +29,7 @@ mod guides;
 mod harness;
 mod health;
 mod isolation;
+mod layers;
 mod lifecycle;
 mod limits;
 mod listeners;
