@@ -71,7 +71,6 @@ pub mod shutdown;
 pub mod status;
 pub mod systemd;
 pub mod telemetry;
-pub mod tls;
 pub mod token;
 pub mod upstream;
 pub mod workspace;

@@ -10,7 +10,7 @@ use std::{
     sync::Arc,
 };
 
-use lakebase_proxy::tls;
+use lakebase_proxy::net::tls;
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
 use rustls::{
     ServerConfig,

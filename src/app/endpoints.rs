@@ -6,8 +6,8 @@ use arc_swap::ArcSwap;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    config::EndpointConfig, credential::CredentialCell, listener::Bound, overview::Place,
-    session::Sessions, tls::Fingerprint,
+    config::EndpointConfig, credential::CredentialCell, listener::Bound, net::tls::Fingerprint,
+    overview::Place, session::Sessions,
 };
 
 /// One endpoint that is served.

@@ -6,9 +6,9 @@ use crate::{
     admin::AdminError,
     credential::MintErrorKind,
     listener::{InheritedError, ListenError, UnixError},
+    net::tls::TlsError,
     protocol::error::Report,
     session::ClientTlsError,
-    tls::TlsError,
     workspace::{LocateError, WorkspaceError},
 };
 

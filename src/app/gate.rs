@@ -16,11 +16,11 @@ use crate::{
     config::{EndpointConfig, Roots, TlsMode},
     credential::{Pace, Refresher, is_held_for},
     listener::Listener,
+    net::tls::{self, Fingerprint},
     protocol::error::{Report, sqlstate},
     session::{Entrance, Policy},
     systemd::Notifier,
     telemetry::{chain, names::reason},
-    tls::{self, Fingerprint},
     upstream::{Problem, Refusal, RouteFinder, Upstream, is_loopback},
 };
 

@@ -10,8 +10,8 @@ use super::{
 };
 use crate::{
     config::{DEFAULT_DATABASE, EndpointConfig, TlsMode, without_userinfo},
+    net::tls,
     status::Label,
-    tls,
     upstream::{Addresses, DroppedParameters, Endpoint, Security},
     workspace::{AppDatabases, CredentialMinter, HostName, Wanted},
 };

@@ -29,9 +29,9 @@ use crate::{
     config::{Config, EndpointConfig, Roots},
     credential::{Mint, MintError, Minted},
     listener::{Bound, Inherited, Listener},
+    net::tls,
     systemd::Notifier,
     telemetry::{LogHandle, Metrics},
-    tls,
     upstream::Endpoint,
     workspace::Workspace,
 };

@@ -18,6 +18,7 @@ use super::{
 use crate::{
     config::{Change, Config, ConfigError, EndpointConfig, Source},
     listener::{self, Listener},
+    net::tls::Fingerprint,
     session::Entrance,
     shutdown::{Hangup, Phase},
     systemd::Notifier,
@@ -26,7 +27,6 @@ use crate::{
         logging::check_filter,
         names::reload::{APPLIED, REFUSED, UNCHANGED},
     },
-    tls::Fingerprint,
     upstream::{Endpoint, Security},
 };
 

@@ -18,6 +18,7 @@ use crate::{
     console::Console,
     credential::CredentialCell,
     listener::{AbsentSockets, Listener, Runtimes},
+    net::tls,
     overview::Overview,
     session::{
         Dropped, Encryption, Entrance, KnownPassword, LocalPassword, Policies, Policy, Sessions,
@@ -25,7 +26,6 @@ use crate::{
     shutdown::Shutdown,
     status::{EndpointSessions, Label, Registry},
     telemetry::Metrics,
-    tls,
     upstream::{Route, Terms},
     workspace::{self, Workspace},
 };

@@ -16,9 +16,9 @@ use super::{
 use crate::{
     config::{DEFAULT_DATABASE, TlsMode},
     credential::Credential,
+    net::tls,
     protocol::options::SessionSettings,
     status::Label,
-    tls,
     upstream::{Addresses, Class, DroppedParameters, Endpoint, Failure, Phase, Security, probe},
     workspace::Target,
 };

@@ -23,8 +23,8 @@ pub use report::{Outcome, Report, Setting, Step};
 use crate::{
     clock::Clock,
     config::{Config, CredentialSource, Environment, Roots, Settings},
+    net::tls,
     telemetry::Metrics,
-    tls,
     workspace::{Settings as WorkspaceSettings, Workspace},
 };
 use report::{Chart, Finding};

@@ -7,7 +7,7 @@ use url::Url;
 use super::report::{Finding, Setting};
 use crate::{
     config::{Config, ConfigError, EndpointConfig, Origin, Settings, ShownSetting, TlsMode},
-    tls,
+    net::tls,
     workspace::{Attribute, Provenance, Source, Workspace},
 };
 

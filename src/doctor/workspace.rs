@@ -19,8 +19,8 @@ use super::{
 };
 use crate::{
     config::Roots,
+    net::tls,
     telemetry::chain,
-    tls,
     workspace::{CallError, Profile, Workspace},
 };
 

@@ -1,4 +1,7 @@
-//! Network code that client and server connections share.
+//! What sockets have in common: TLS configuration, backoff, whole messages, bulk transfer.
+//!
+//! Knows nothing of sessions, endpoints or credentials.
 
 pub(crate) mod bulk;
 pub mod socket;
+pub mod tls;

@@ -21,7 +21,7 @@ use super::{
 };
 use crate::{
     console::{self, Console},
-    net::socket::Transport,
+    net::{socket::Transport, tls::ALPN_POSTGRESQL},
     protocol::{
         backend::negotiation,
         error::{Report, sqlstate},
@@ -31,7 +31,6 @@ use crate::{
     shutdown::Phase,
     status::{Encrypted, Peer},
     telemetry::names::{cancel as cancel_outcome, reason},
-    tls::ALPN_POSTGRESQL,
     upstream::Refusal,
 };
 

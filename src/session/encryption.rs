@@ -28,8 +28,8 @@ use tokio::time::Instant;
 use crate::{
     config::ClientTls,
     files,
+    net::tls::{ALPN_POSTGRESQL, MAX_PEM, provider},
     telemetry::chain,
-    tls::{ALPN_POSTGRESQL, MAX_PEM, provider},
 };
 
 /// How often the files are looked at, at most.

@@ -25,7 +25,7 @@ use super::{
     host::Host,
     settings::{SettingsError, Variables},
 };
-use crate::{clock::Clock, telemetry::KnownSecrets, tls::ALPN_HTTP_1_1};
+use crate::{clock::Clock, net::tls::ALPN_HTTP_1_1, telemetry::KnownSecrets};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// One whole call. A credential takes two; both must fit into the refresher's patience.

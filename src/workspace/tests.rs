@@ -21,7 +21,7 @@ use tokio::{net::TcpListener, task::JoinSet};
 use super::*;
 use crate::{
     credential::{Mint, MintError, MintErrorKind, Minted},
-    tls,
+    net::tls,
 };
 
 const ENDPOINT: &str = "projects/p/branches/production/endpoints/primary";

@@ -15,8 +15,8 @@ use lakebase_proxy::{
     config::Roots,
     credential::{Mint, MintError, MintErrorKind},
     emulator::{Action, Emulator, Identity, Response, Site},
+    net::tls,
     telemetry::Metrics,
-    tls,
     workspace::{AuthKind, CredentialMinter, Settings, Target, Workspace},
 };
 use secrecy::ExposeSecret;

@@ -7,8 +7,8 @@ use lakebase_proxy::{
     clock::Clock,
     config::Roots,
     credential::{Mint, MintError, MintErrorKind},
+    net::tls,
     telemetry::Metrics,
-    tls,
     workspace::{CredentialMinter, Settings, Target, Workspace},
 };
 use tokio::{net::TcpListener, task::JoinSet};

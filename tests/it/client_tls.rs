@@ -5,7 +5,7 @@ use std::{fs, path::PathBuf, sync::Arc};
 use lakebase_proxy::{
     config::{ClientTlsSetting, Roots},
     emulator::{Action, ServerError, Site},
-    tls,
+    net::tls,
 };
 use rustls::{ClientConfig, pki_types::ServerName};
 use tempfile::TempDir;

@@ -8,8 +8,8 @@ use lakebase_proxy::{
     config::Roots,
     credential::{Cause, CredentialCell, Mint, MintErrorKind, Refresher},
     emulator::{Action, Emulator, EmulatorOptions, Identity, Response, Site},
+    net::tls,
     telemetry::Metrics,
-    tls,
     workspace::{CredentialMinter, EndpointState, Settings, Target, Workspace},
 };
 use secrecy::{ExposeSecret, SecretString};

@@ -7,8 +7,8 @@ use lakebase_proxy::{
     clock::Clock,
     config::Roots,
     emulator::{Action, AppResource, Emulator, Response, Site},
+    net::tls,
     telemetry::Metrics,
-    tls,
     workspace::{LocateError, Located, NameError, Settings, Target, Wanted, Workspace},
 };
 use secrecy::ExposeSecret;

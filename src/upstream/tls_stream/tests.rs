@@ -13,7 +13,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
 use tokio_rustls::{TlsAcceptor, server::TlsStream as ServerStream};
 
 use super::*;
-use crate::tls::provider;
+use crate::net::tls::provider;
 
 const ROOM: usize = 64 * 1024;
 

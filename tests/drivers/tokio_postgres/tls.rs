@@ -9,7 +9,7 @@ use std::{
     task::{Context, Poll},
 };
 
-use lakebase_proxy::{config::Roots, tls::client_config};
+use lakebase_proxy::{config::Roots, net::tls::client_config};
 use rustls::{ClientConfig, pki_types::ServerName};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio_postgres::{

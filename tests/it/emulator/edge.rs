@@ -62,7 +62,7 @@ async fn dial_tls(emulator: &Emulator, server_name: Option<&str>) -> TlsStream<T
     let mut tcp = dial(emulator).await;
     tcp.write_all(SSL_REQUEST).await.unwrap();
     assert_eq!(tcp.read_u8().await.unwrap(), b'S');
-    let mut config: ClientConfig = (*lakebase_proxy::tls::client_config(
+    let mut config: ClientConfig = (*lakebase_proxy::net::tls::client_config(
         &lakebase_proxy::config::Roots::File(emulator.ca_file().to_owned()),
         b"postgresql",
     )

@@ -14,7 +14,7 @@ use axum::{
     response::Response,
     serve::Listener,
 };
-use lakebase_proxy::tls;
+use lakebase_proxy::net::tls;
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
 use rustls::pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
 use tempfile::TempDir;

@@ -3,7 +3,7 @@
 use std::{collections::HashMap, net::SocketAddr};
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
-use lakebase_proxy::{config::Roots, emulator::Emulator, protocol::error::ErrorFields, tls};
+use lakebase_proxy::{config::Roots, emulator::Emulator, net::tls, protocol::error::ErrorFields};
 use rustls::pki_types::ServerName;
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
