@@ -16,7 +16,10 @@ use crate::{
     config::{EndpointConfig, Roots, TlsMode},
     credential::{Pace, Refresher, is_held_for},
     listener::Listener,
-    net::tls::{self, Fingerprint},
+    net::{
+        backoff::jitter,
+        tls::{self, Fingerprint},
+    },
     protocol::error::{Report, sqlstate},
     session::{Entrance, Policy},
     systemd::Notifier,
@@ -231,9 +234,7 @@ impl Search<'_> {
                 Err(error) => error,
             };
             let (kind, retry_after) = error.kind();
-            pace.failed(Instant::now(), kind, retry_after, || {
-                rand::random_range(-1.0..=1.0)
-            });
+            pace.failed(Instant::now(), kind, retry_after, jitter);
             self.finder.failed(Problem {
                 refusal: refusal(self.config, &error),
                 is_held_for: is_held_for(kind, retry_after),

@@ -19,7 +19,10 @@ use super::{
     Minted,
     schedule::{Need, Pace},
 };
-use crate::telemetry::{Metrics, names};
+use crate::{
+    net::backoff::jitter,
+    telemetry::{Metrics, names},
+};
 
 /// Longest time between two looks at the wall clock: timers stand still while a laptop sleeps.
 const LOOK_AT_LEAST_EVERY: Duration = Duration::from_secs(30);
@@ -259,11 +262,6 @@ fn unix_seconds(at: Timestamp) -> f64 {
         .duration_since(UNIX_EPOCH)
         .unwrap_or_default()
         .as_secs_f64()
-}
-
-/// A random number in -1..=1.
-fn jitter() -> f64 {
-    rand::random_range(-1.0..=1.0)
 }
 
 fn lasts_longer(new: Option<Timestamp>, current: Option<Timestamp>) -> bool {

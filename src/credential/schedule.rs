@@ -8,6 +8,7 @@ use jiff::{SignedDuration, Timestamp};
 use tokio::time::Instant;
 
 use super::{CredentialState, MintErrorKind};
+use crate::net::backoff::{Backoff, spread};
 
 /// Least time between two mints that succeeded, whatever the lifetime.
 pub(super) const MIN_BETWEEN_MINTS: Duration = Duration::from_secs(5);
@@ -25,38 +26,20 @@ const LAZY_SHARE: i64 = 2;
 /// Pace of retries while a credential is about to run out.
 const URGENT_RETRY: Duration = Duration::from_secs(1);
 /// Back-off of failures that time heals, with nobody waiting.
-const TRANSIENT: Backoff = Backoff {
-    first: Duration::from_secs(1),
-    most: Duration::from_secs(30),
-};
+const TRANSIENT: Backoff = Backoff::new(Duration::from_secs(1), Duration::from_secs(30));
 /// The same with a client waiting, or without a valid credential during the first [`EAGER_FAILURES`]: a proxy that was
 /// started before its network serves within seconds of the network's coming.
-const TRANSIENT_AWAITED: Backoff = Backoff {
-    first: Duration::from_secs(1),
-    most: Duration::from_secs(3),
-};
+const TRANSIENT_AWAITED: Backoff = Backoff::new(Duration::from_secs(1), Duration::from_secs(3));
 /// Failures in a row after which attempts that no client waits for become rare; about six minutes.
 const EAGER_FAILURES: u32 = 120;
 /// Back-off of failures that only a person can mend.
-const REFUSED: Backoff = Backoff {
-    first: Duration::from_secs(30),
-    most: Duration::from_mins(5),
-};
+const REFUSED: Backoff = Backoff::new(Duration::from_secs(30), Duration::from_mins(5));
 /// The same without a valid credential: readiness recovers by itself, also where no client is sent until it does.
-const REFUSED_MISSING: Backoff = Backoff {
-    first: Duration::from_secs(30),
-    most: Duration::from_mins(1),
-};
+const REFUSED_MISSING: Backoff = Backoff::new(Duration::from_secs(30), Duration::from_mins(1));
 /// The same with a client waiting: a mended setting should be noticed soon.
-const REFUSED_AWAITED: Backoff = Backoff {
-    first: Duration::from_secs(5),
-    most: Duration::from_secs(30),
-};
+const REFUSED_AWAITED: Backoff = Backoff::new(Duration::from_secs(5), Duration::from_secs(30));
 /// Back-off when the answer is no better than what we hold, as from a cache on the other side.
-const UNCHANGED: Backoff = Backoff {
-    first: MIN_BETWEEN_MINTS,
-    most: Duration::from_mins(1),
-};
+const UNCHANGED: Backoff = Backoff::new(MIN_BETWEEN_MINTS, Duration::from_mins(1));
 /// A `Retry-After` beyond this is cut: nothing that the other side says may stop us for good.
 const RETRY_AFTER_MOST: Duration = Duration::from_mins(10);
 /// Without a valid credential a client that comes brings about one attempt this long after the last one, whatever
@@ -154,9 +137,11 @@ impl Pace {
     }
 
     /// The mint worked and brought nothing better. `jitter` yields values in -1..=1.
-    pub(super) fn unchanged(&mut self, now: Instant, jitter: impl FnMut() -> f64) {
+    pub(super) fn unchanged(&mut self, now: Instant, mut jitter: impl FnMut() -> f64) {
         self.failures = self.failures.saturating_add(1);
-        let wait = UNCHANGED.nth(self.failures, jitter).max(MIN_BETWEEN_MINTS);
+        let wait = UNCHANGED
+            .nth(self.failures, jitter())
+            .max(MIN_BETWEEN_MINTS);
         self.relaxed = now + wait;
         self.missing = now + wait;
         self.urgent = now + wait;
@@ -180,9 +165,9 @@ impl Pace {
         } else {
             (TRANSIENT, TRANSIENT, TRANSIENT_AWAITED)
         };
-        let relaxed = relaxed.nth(self.failures, &mut jitter);
-        let missing = missing.nth(self.failures, &mut jitter);
-        let awaited = awaited.nth(self.failures, &mut jitter);
+        let relaxed = relaxed.nth(self.failures, jitter());
+        let missing = missing.nth(self.failures, jitter());
+        let awaited = awaited.nth(self.failures, jitter());
         let urgent = if kind.is_transient() {
             spread(URGENT_RETRY, jitter())
         } else {
@@ -226,26 +211,6 @@ impl Pace {
         let forced = need.forced_at.map(|at| at.max(by_demand).max(now));
         [scheduled, forced].into_iter().flatten().min()
     }
-}
-
-/// An exponential back-off.
-struct Backoff {
-    first: Duration,
-    most: Duration,
-}
-
-impl Backoff {
-    /// The wait after the `n`th failure in a row, counted from 1.
-    fn nth(&self, n: u32, mut jitter: impl FnMut() -> f64) -> Duration {
-        let doublings = n.saturating_sub(1).min(16);
-        let wait = self.first.saturating_mul(1 << doublings).min(self.most);
-        spread(wait, jitter())
-    }
-}
-
-/// Spreads a wait over half to one and a half times its length: never zero, so that no loop can spin.
-fn spread(wait: Duration, jitter: f64) -> Duration {
-    wait.mul_f64(1.0 + 0.5 * unit(jitter))
 }
 
 fn unit(jitter: f64) -> f64 {

@@ -19,9 +19,10 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{debug, warn};
 
 use super::guard::{Reach, guard};
+use crate::net::backoff::Backoff;
 
-/// Longest pause between attempts to accept, so that a descriptor set free is used soon.
-const ACCEPT_BACKOFF_MAX: Duration = Duration::from_secs(1);
+/// Between attempts to accept, mostly for lack of descriptors: short, so that one set free is used soon.
+const ACCEPT_BACKOFF: Backoff = Backoff::new(Duration::from_millis(20), Duration::from_secs(1));
 
 /// Bounds of one server.
 #[derive(Clone, Copy, Debug)]
@@ -78,14 +79,14 @@ pub async fn serve(
     let connections = TaskTracker::new();
     let permits = Arc::new(Semaphore::new(limits.max_connections));
     let mut open = Open::default();
-    let mut backoff = Backoff::default();
+    let mut backoff = ACCEPT_BACKOFF;
 
     let _stopped = stop
         .run_until_cancelled(async {
             loop {
                 match listener.accept().await {
                     Ok((stream, visitor)) => {
-                        backoff = Backoff::default();
+                        backoff.reset();
                         if permits.available_permits() == 0 {
                             open.close_oldest();
                         }
@@ -104,7 +105,10 @@ pub async fn serve(
                         });
                     }
                     Err(error) => {
-                        backoff.report(&error);
+                        // Once for a run of failures.
+                        if backoff.is_fresh() {
+                            warn!(%error, "cannot accept http connections, retrying");
+                        }
                         sleep(backoff.next()).await;
                     }
                 }
@@ -165,26 +169,5 @@ impl Open {
                 return oldest.cancel();
             }
         }
-    }
-}
-
-#[derive(Default)]
-struct Backoff {
-    failures: u32,
-}
-
-impl Backoff {
-    /// Once for a run of failures, not once for each.
-    fn report(&self, error: &io::Error) {
-        if self.failures == 0 {
-            warn!(%error, "cannot accept http connections, trying again");
-        }
-    }
-
-    fn next(&mut self) -> Duration {
-        self.failures = self.failures.saturating_add(1);
-        Duration::from_millis(10)
-            .saturating_mul(1 << self.failures.min(7))
-            .min(ACCEPT_BACKOFF_MAX)
     }
 }

@@ -2,6 +2,8 @@
 //!
 //! Knows nothing of sessions, endpoints or credentials.
 
+pub(crate) mod backoff;
 pub(crate) mod bulk;
+pub(crate) mod message;
 pub mod socket;
 pub mod tls;

@@ -16,7 +16,7 @@ use std::{
 
 use arc_swap::ArcSwap;
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
+    io::AsyncReadExt,
     sync::{Semaphore, SemaphorePermit},
     time::{Instant, sleep, sleep_until, timeout, timeout_at},
 };
@@ -30,11 +30,12 @@ use super::{
     login::{Connection, log_in},
     phases::{Progress, record_waits},
     propagation::{Probe, Propagation},
-    wake::{Backoff, Lead, Wake},
+    wake::{Lead, RETRY, Wake},
 };
 use crate::{
     config::{Keepalive, Timeouts},
     credential::{Cause, Credential, CredentialCell, CredentialError},
+    net::{backoff::Backoff, message::write_and_flush},
     protocol::{
         error::{Report, sqlstate},
         options::SessionSettings,
@@ -160,7 +161,7 @@ impl Upstream {
             terms,
             settings: Cow::Borrowed(settings),
             budget: Budget::new(budget),
-            backoff: Backoff::default(),
+            backoff: RETRY,
             previous: None,
             was_held: false,
             was_full: false,
@@ -186,11 +187,9 @@ impl Upstream {
             // Never closed, so never an error.
             let _turn = self.cancels.acquire().await;
             let mut stream = dial::redial(address, &endpoint, keepalive, &self.metrics).await?;
-            let sent = async {
-                stream.write_all(&key.request()).await?;
-                stream.flush().await
-            };
-            sent.await.map_err(|error| Failure::broken(&error))?;
+            write_and_flush(&mut stream, &key.request())
+                .await
+                .map_err(|error| Failure::broken(&error))?;
             // The server answers by closing, cleanly or not.
             let mut nothing = [0; 64];
             while let Ok(1..) = stream.read(&mut nothing).await {}
@@ -511,7 +510,7 @@ impl<'a> Connect<'a> {
 
     /// Waits before the next attempt of this client alone; refuses it if none fits into the budget.
     async fn pause(&mut self) -> Result<(), Refusal> {
-        let retry_at = self.backoff.next();
+        let retry_at = Instant::now() + self.backoff.next();
         if retry_at < self.budget.ends_at() {
             sleep_until(retry_at).await;
             return Ok(());

@@ -11,6 +11,7 @@ use super::{dropped, endpoint::Endpoint, phases::Phase};
 use crate::{
     config::DEFAULT_DATABASE,
     credential::Credential,
+    net::message::ReadError,
     protocol::{
         auth::AuthError,
         error::{ErrorFields, Report, sqlstate},
@@ -502,6 +503,15 @@ impl From<TooLong> for Failure {
 impl From<FrameError> for Failure {
     fn from(error: FrameError) -> Self {
         Self::protocol(format!("the server does not speak Postgres: {error}"))
+    }
+}
+
+impl From<ReadError> for Failure {
+    fn from(error: ReadError) -> Self {
+        match error {
+            ReadError::Frame(error) => error.into(),
+            ReadError::Io(error) => Self::broken(&error),
+        }
     }
 }
 

@@ -1,10 +1,10 @@
 //! Logging in: startup, the credential as password, up to the first ReadyForQuery.
 
-use std::{io, net::SocketAddr};
+use std::net::SocketAddr;
 
 use bytes::BytesMut;
 use tokio::{
-    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
+    io::{AsyncRead, AsyncWrite},
     runtime::Handle,
     time::Instant,
 };
@@ -18,10 +18,11 @@ use super::{
 use crate::{
     config::Keepalive,
     credential::Credential,
+    net::message::{read_message, write_and_flush},
     protocol::{
         auth::{AuthError, AuthenticationRequest, Authenticator, Derivation, Derived},
         error::ErrorFields,
-        frame::{Message, SMALL_MESSAGE_LIMIT, tag, take_message},
+        frame::{Message, SMALL_MESSAGE_LIMIT, tag},
         options::SessionSettings,
         startup::CancelKey,
     },
@@ -278,11 +279,9 @@ struct Wire<'a, S> {
 
 impl<S: AsyncRead + AsyncWrite + Unpin> Wire<'_, S> {
     async fn send(&mut self, bytes: &[u8]) -> Result<(), Failure> {
-        let sent = async {
-            self.stream.write_all(bytes).await?;
-            self.stream.flush().await
-        };
-        sent.await.map_err(|error| Failure::broken(&error))
+        write_and_flush(self.stream, bytes)
+            .await
+            .map_err(|error| Failure::broken(&error))
     }
 
     fn refused(&self, error: &Message) -> Failure {
@@ -291,23 +290,14 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Wire<'_, S> {
     }
 
     async fn message(&mut self) -> Result<Message, Failure> {
-        loop {
-            if let Some(message) = take_message(&mut self.buffer, SMALL_MESSAGE_LIMIT)? {
-                return Ok(message);
-            }
-            let read = self
-                .stream
-                .read_buf(&mut self.buffer)
-                .await
-                .map_err(|error| Failure::broken(&error))?;
-            self.read = self.read.saturating_add(read);
-            if read == 0 {
-                return Err(Failure::broken(&io::ErrorKind::UnexpectedEof.into()));
-            }
-            if self.read > GREETING_LIMIT {
-                return Err(Failure::protocol("the server talks without end at login"));
-            }
+        let message = read_message(self.stream, &mut self.buffer, SMALL_MESSAGE_LIMIT).await?;
+        self.read = self.read.saturating_add(message.frame.len());
+        if self.read > GREETING_LIMIT {
+            return Err(Failure::protocol(
+                "the server sent more than 1 MiB before ReadyForQuery",
+            ));
         }
+        Ok(message)
     }
 
     async fn until_ready(&mut self, greeting: &mut Greeting, until: Until) -> Result<(), Failure> {
@@ -369,13 +359,14 @@ fn value_of(parameter_status: &[u8], wanted: &str) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use std::{
+        io,
         pin::Pin,
         task::{Context, Poll},
     };
 
     use futures_util::FutureExt;
     use proptest::prelude::*;
-    use tokio::io::{ReadBuf, duplex};
+    use tokio::io::{AsyncReadExt, AsyncWriteExt, ReadBuf, duplex};
 
     use super::*;
     use crate::upstream::Class;

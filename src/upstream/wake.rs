@@ -12,6 +12,12 @@ use tokio::{
 };
 
 use super::{budget::Budget, failure::Failure};
+use crate::net::backoff::Backoff;
+
+/// Between attempts at an endpoint that wakes or has no capacity.
+pub(super) const RETRY: Backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(1));
+/// After this long without an attempt the waits start over: a new client should not pay for old failures.
+const STALE: Duration = Duration::from_secs(30);
 
 /// The wake state of one endpoint.
 pub(super) struct Wake {
@@ -98,19 +104,23 @@ impl Wake {
     /// Records that an attempt found the endpoint waking. Attempts that were under way when the first one failed do not
     /// lead, and do not lengthen the pause.
     pub(super) fn failed(&self, failure: &Failure, is_leading: bool) {
+        let now = Instant::now();
         self.state.send_modify(|state| match &mut state.waking {
             Some(waking) => {
                 waking.last_failure = failure.clone();
                 if is_leading {
-                    waking.next_attempt = waking.backoff.next();
+                    if now > waking.next_attempt + STALE {
+                        waking.backoff.reset();
+                    }
+                    waking.next_attempt = now + waking.backoff.next();
                 }
             }
             None => {
-                let mut backoff = Backoff::default();
+                let mut backoff = RETRY;
                 state.waking = Some(Waking {
-                    since: Instant::now(),
+                    since: now,
                     last_failure: failure.clone(),
-                    next_attempt: backoff.next(),
+                    next_attempt: now + backoff.next(),
                     backoff,
                 });
             }
@@ -134,40 +144,6 @@ impl Wake {
                 .send_modify(|state| state.has_spent_budget = false);
         }
         self.answered()
-    }
-}
-
-/// Growing pauses, a random half of each: 50..100 ms at first, 1..2 s at last.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Backoff {
-    pause: Duration,
-    used: Option<Instant>,
-}
-
-impl Default for Backoff {
-    fn default() -> Self {
-        Self {
-            pause: Self::FIRST,
-            used: None,
-        }
-    }
-}
-
-impl Backoff {
-    const FIRST: Duration = Duration::from_millis(100);
-    const LAST: Duration = Duration::from_secs(2);
-    /// After this long without an attempt the pauses start anew.
-    const STALE: Duration = Duration::from_secs(30);
-
-    pub(super) fn next(&mut self) -> Instant {
-        let now = Instant::now();
-        if self.used.is_some_and(|used| now - used > Self::STALE) {
-            self.pause = Self::FIRST;
-        }
-        self.used = Some(now);
-        let pause = self.pause.mul_f64(rand::random_range(0.5..1.0));
-        self.pause = self.pause.mul_f64(1.5).min(Self::LAST);
-        now + pause
     }
 }
 
@@ -245,14 +221,16 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_backoff_grows_and_starts_anew_after_a_long_silence() {
-        let mut backoff = Backoff::default();
-        let mut pause = || backoff.next() - Instant::now();
-        let first = pause();
-        assert!((50..=100).contains(&first.as_millis()), "{first:?}");
-        let last = (0..20).map(|_| pause()).last().unwrap();
-        assert!((1000..=2000).contains(&last.as_millis()), "{last:?}");
-        tokio::time::advance(Backoff::STALE + Duration::from_secs(1)).await;
-        assert!(pause() <= Duration::from_millis(100));
+    async fn waits_start_over_after_a_long_time_without_an_attempt() {
+        let wake = Wake::new();
+        let wait = || {
+            wake.failed(&refused(), true);
+            let state = wake.state.borrow();
+            state.waking.as_ref().unwrap().next_attempt - Instant::now()
+        };
+        let last = (0..20).map(|_| wait()).fold(Duration::ZERO, |_, wait| wait);
+        assert!(last >= Duration::from_millis(500), "{last:?}");
+        tokio::time::advance(STALE + 2 * last).await;
+        assert!(wait() <= Duration::from_millis(150));
     }
 }

@@ -8,6 +8,7 @@ use std::{
 use jiff::Timestamp;
 use secrecy::SecretString;
 use tokio::{
+    io::AsyncWriteExt,
     net::{TcpListener, TcpStream},
     sync::watch,
     task::JoinSet,
