@@ -23,7 +23,7 @@ use crate::{
     protocol::error::{Report, sqlstate},
     session::{Entrance, Policy},
     systemd::Notifier,
-    telemetry::{chain, names::reason},
+    telemetry::{chain, labels::Reason},
     upstream::{Problem, Refusal, RouteFinder, Upstream, is_loopback},
 };
 
@@ -299,9 +299,9 @@ fn refusal(config: &EndpointConfig, error: &StartError) -> Refusal {
     Refusal {
         report,
         reason: if error.kind().0.is_transient() {
-            reason::WAKING
+            Reason::Waking
         } else {
-            reason::OTHER
+            Reason::Other
         },
     }
 }

@@ -177,7 +177,7 @@ impl App {
     /// Lets the program change what is logged, and count what of it is lost.
     #[must_use]
     pub fn with_log(mut self, log: LogHandle) -> Self {
-        log.count_dropped(&self.shared.metrics.log_lines_dropped);
+        log.count_dropped(&self.shared.metrics.process.log_lines_dropped);
         self.log = Some(log);
         self
     }

@@ -22,11 +22,7 @@ use crate::{
     session::Entrance,
     shutdown::{Hangup, Phase},
     systemd::Notifier,
-    telemetry::{
-        LogError, LogHandle, chain,
-        logging::check_filter,
-        names::reload::{APPLIED, REFUSED, UNCHANGED},
-    },
+    telemetry::{LogError, LogHandle, chain, labels::ReloadOutcome, logging::check_filter},
     upstream::{Endpoint, Security},
 };
 
@@ -135,22 +131,22 @@ impl Reloader {
         let notifier = self.notifier.clone();
         let _reloading = notifier.reloading();
         let outcome = self.attempt().await;
-        let metrics = &self.shared.metrics;
+        let metrics = &self.shared.metrics.process;
         let label = match &outcome {
             Ok(Reloaded::Applied(change)) => {
                 told(change);
-                APPLIED
+                ReloadOutcome::Applied
             }
             Ok(Reloaded::Unchanged) => {
                 tracing::info!("settings read again; nothing has changed");
-                UNCHANGED
+                ReloadOutcome::Unchanged
             }
             Err(error) => {
                 tracing::error!(error = %chain(error), hint = error.hint(), "settings not reloaded, the old ones stay in force");
-                REFUSED
+                ReloadOutcome::Refused
             }
         };
-        metrics.config_reloads.with_label_values(&[label]).inc();
+        metrics.config_reloads[label].inc();
         metrics
             .config_last_reload_successful
             .set(i64::from(outcome.is_ok()));

@@ -17,7 +17,7 @@ use crate::{
     listener::{Bound, Way},
     protocol::error::{Report, sqlstate},
     systemd::Notifier,
-    telemetry::{LogHandle, Metrics, names::reason},
+    telemetry::{LogHandle, Metrics, labels::Reason},
     upstream::Refusal,
 };
 
@@ -113,7 +113,7 @@ impl Running {
             let rest = deadline.saturating_duration_since(Instant::now());
             match self.first.sessions.route.upstream(rest).await {
                 Ok(upstream) => break upstream,
-                Err(refusal) if refusal.reason == reason::WAKING && rest > ASK_EVERY => {
+                Err(refusal) if refusal.reason == Reason::Waking && rest > ASK_EVERY => {
                     sleep(ASK_EVERY).await;
                 }
                 Err(refusal) => return Err(refusal),
@@ -234,6 +234,6 @@ fn no_way() -> Refusal {
             "the proxy listens on no socket that a client of this machine would find",
         )
         .with_hint("Name the inherited Unix socket .s.PGSQL.<port>."),
-        reason: reason::OTHER,
+        reason: Reason::Other,
     }
 }

@@ -160,7 +160,7 @@ impl Shared {
         self.policies.set(policy(config, entrance));
         self.known_password.set(config.local_password.clone());
         let limit = i64::try_from(config.max_connections).unwrap_or(i64::MAX);
-        self.metrics.clients_limit.set(limit);
+        self.metrics.process.clients_limit.set(limit);
         self.overview.set_settings(config.shown.clone());
         self.console.set_over_tcp(config.admin_console);
     }

@@ -16,10 +16,7 @@ use crate::{
     protocol::rows::{Column, Kind, Value},
     shutdown::Phase,
     status::{Peer, RecentFailure, SessionInfo},
-    telemetry::{
-        escape,
-        names::{cancel, class, direction, outcome, reason},
-    },
+    telemetry::{escape, labels::Direction, total},
     upstream::{Endpoint, Security},
 };
 
@@ -309,7 +306,7 @@ fn failures(overview: &Overview) -> Rows {
             time(failure.first),
             number(failure.count),
             text(failure.endpoint.name()),
-            text(failure.reason),
+            text(failure.reason.as_str()),
             text(failure.report.sqlstate),
             text(failure.report.message),
             or_null(failure.report.detail),
@@ -364,41 +361,20 @@ fn refreshes(overview: &Overview) -> Rows {
 
 pub(super) fn stats(place: &Place) -> Vec<Value> {
     let metrics = &place.metrics;
-    let failed = class::ALL
-        .iter()
-        .filter(|class| **class != class::NONE)
-        .map(|class| {
-            metrics
-                .upstream_connects
-                .with_label_values(&[outcome::FAILED, class])
-                .get()
-        })
-        .sum::<u64>();
-    let logins = metrics
-        .upstream_connects
-        .with_label_values(&[outcome::OK, class::NONE])
-        .get();
     let waited =
         Duration::try_from_secs_f64(metrics.hold_seconds.get_sample_sum()).unwrap_or_default();
-    let relayed = |direction| metrics.relay_bytes.with_label_values(&[direction]).get();
-    let sum = |counters: &prometheus::IntCounterVec, values: &[&str]| -> u64 {
-        values
-            .iter()
-            .map(|value| counters.with_label_values(&[value]).get())
-            .sum()
-    };
     vec![
         text(&*place.name),
         number(metrics.transactions.get()),
         number(metrics.queries.get()),
-        number(logins),
-        number(relayed(direction::FROM_CLIENT)),
-        number(relayed(direction::FROM_SERVER)),
+        number(metrics.upstream_connects.ok.get()),
+        number(metrics.relay_bytes[Direction::FromClient].get()),
+        number(metrics.relay_bytes[Direction::FromServer].get()),
         number(u64::try_from(waited.as_micros()).unwrap_or(u64::MAX)),
         number(metrics.clients_opened.get()),
-        number(sum(&metrics.clients_refused, reason::ALL)),
-        number(failed),
-        number(sum(&metrics.cancels, cancel::ALL)),
+        number(total(&metrics.clients_refused)),
+        number(total(&metrics.upstream_connects.failed)),
+        number(total(&metrics.cancels)),
     ]
 }
 

@@ -14,6 +14,8 @@ use jiff::Timestamp;
 use secrecy::{ExposeSecret as _, SecretString};
 use zeroize::Zeroizing;
 
+use crate::telemetry::labels::RefreshOutcome;
+
 pub use cell::{CredentialCell, CredentialStatus};
 pub use forced::Cause;
 pub use history::MintAttempt;
@@ -149,11 +151,17 @@ impl MintErrorKind {
 
     /// The metric label.
     pub fn label(self) -> &'static str {
-        match self {
-            Self::Refused => "refused",
-            Self::RateLimited => "rate_limited",
-            Self::Unavailable => "unavailable",
-            Self::Malformed => "malformed",
+        RefreshOutcome::from(self).as_str()
+    }
+}
+
+impl From<MintErrorKind> for RefreshOutcome {
+    fn from(kind: MintErrorKind) -> Self {
+        match kind {
+            MintErrorKind::Refused => Self::Refused,
+            MintErrorKind::RateLimited => Self::RateLimited,
+            MintErrorKind::Unavailable => Self::Unavailable,
+            MintErrorKind::Malformed => Self::Malformed,
         }
     }
 }

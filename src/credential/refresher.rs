@@ -21,7 +21,7 @@ use super::{
 };
 use crate::{
     net::backoff::jitter,
-    telemetry::{Metrics, names},
+    telemetry::{Metrics, labels::RefreshOutcome},
 };
 
 /// Longest time between two looks at the wall clock: timers stand still while a laptop sleeps.
@@ -145,11 +145,8 @@ impl<M: Mint> Refresher<M> {
         };
         let label = outcome
             .as_ref()
-            .map_or_else(|error| error.kind.label(), |_| names::refresh::SUCCESS);
-        self.metrics
-            .credential_refreshes
-            .with_label_values(&[label])
-            .inc();
+            .map_or_else(|error| error.kind.into(), |_| RefreshOutcome::Success);
+        self.metrics.credential_refreshes[label].inc();
         let now = Instant::now();
         let (outcome, failure) = match outcome {
             Ok(minted) => {

@@ -740,13 +740,14 @@ async fn followers_see_each_refresh_and_the_metrics_count_it() {
         .clone();
     assert!(third.expires_at > third.minted_at);
     tokio::task::yield_now().await;
-    let count = |outcome| {
-        rig.metrics
-            .credential_refreshes
-            .with_label_values(&[outcome])
-            .get()
-    };
-    assert_eq!((count("success"), count("rate_limited")), (2, 1));
+    let count = |outcome: RefreshOutcome| rig.metrics.credential_refreshes[outcome].get();
+    assert_eq!(
+        (
+            count(RefreshOutcome::Success),
+            count(RefreshOutcome::RateLimited)
+        ),
+        (2, 1)
+    );
     #[expect(clippy::cast_precision_loss, reason = "seconds fit")]
     let expiry = third.expires_at.unwrap().as_second() as f64;
     assert!((rig.metrics.credential_expiry.get() - expiry).abs() < 1.0);

@@ -386,7 +386,7 @@ struct PanicWatch(Arc<Metrics>);
 impl Drop for PanicWatch {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            self.0.session_panics.inc();
+            self.0.process.session_panics.inc();
         }
     }
 }

@@ -30,7 +30,7 @@ use crate::{
     },
     shutdown::Phase,
     status::{Encrypted, Peer},
-    telemetry::names::{cancel as cancel_outcome, reason},
+    telemetry::labels::{CancelOutcome, Reason},
     upstream::Refusal,
 };
 
@@ -153,7 +153,7 @@ impl Sessions {
 
     fn no_encryption(&self, arrival: &Arrival<'_>, error: &HandshakeError) {
         let (id, entrance) = (arrival.id, &arrival.policy.entrance);
-        self.count_refusal(reason::CLIENT_TLS);
+        self.count_refusal(Reason::ClientTls);
         match error {
             // Port scanners, mostly.
             HandshakeError::Tls(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
@@ -186,7 +186,7 @@ impl Sessions {
             // The second cannot be: TLS is begun before.
             Ok(None | Some(Opening::Encrypt { .. } | Opening::Gone { insisted: false })) => {}
             Ok(Some(Opening::Gone { insisted: true })) => {
-                self.count_refusal(reason::CLIENT_TLS);
+                self.count_refusal(Reason::ClientTls);
                 if matches!(peer, Peer::Tcp(_)) {
                     policy.entrance.client_insists_on_tls();
                 }
@@ -204,7 +204,7 @@ impl Sessions {
                             Ok(())
                         };
                         let _ = self.in_time(&arrival, delayed).await;
-                        self.count_cancel(cancel_outcome::UNKNOWN);
+                        self.count_cancel(CancelOutcome::Unknown);
                     }
                 }
                 // libpq 17 takes an end without TLS's own goodbye for a cancel that failed.
@@ -361,7 +361,7 @@ impl Sessions {
             Err(error) => Err(match error.report() {
                 Some(report) => Failure::Refused(Refusal {
                     report,
-                    reason: reason::TIMEOUT,
+                    reason: Reason::Timeout,
                 }),
                 None => Failure::Gone,
             }),
@@ -386,15 +386,15 @@ impl Sessions {
         let reason = match error {
             HandshakeError::Startup(StartupError::TlsHandshake) => {
                 policy.entrance.client_insists_on_tls();
-                reason::CLIENT_TLS
+                Reason::ClientTls
             }
-            HandshakeError::NoAlpn => reason::CLIENT_TLS,
-            HandshakeError::Late => reason::TIMEOUT,
+            HandshakeError::NoAlpn => Reason::ClientTls,
+            HandshakeError::Late => Reason::Timeout,
             HandshakeError::Io(error) => {
                 tracing::debug!(session = id, error = %error, "client broke off in the handshake");
                 return;
             }
-            _ => reason::BAD_STARTUP,
+            _ => Reason::BadStartup,
         };
         match error.report() {
             Some(report) => self.refuse(id, client, Refusal { report, reason }).await,
@@ -411,7 +411,7 @@ impl Sessions {
     where
         S: AsyncWrite + Unpin,
     {
-        self.count_refusal(reason::TIMEOUT);
+        self.count_refusal(Reason::Timeout);
         tracing::debug!(session = id, %peer, %error, "client refused");
         if let Some(report) = error.report() {
             let farewell = async {
@@ -422,11 +422,8 @@ impl Sessions {
         }
     }
 
-    fn count_refusal(&self, reason: &str) {
-        self.metrics
-            .clients_refused
-            .with_label_values(&[reason])
-            .inc();
+    fn count_refusal(&self, reason: Reason) {
+        self.metrics.clients_refused[reason].inc();
     }
 }
 

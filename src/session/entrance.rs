@@ -11,7 +11,7 @@ use super::{Encryption, LocalPassword, handshake::Tls};
 use crate::{
     protocol::error::{Report, sqlstate},
     status::{Encrypted, Peer},
-    telemetry::names::reason,
+    telemetry::labels::Reason,
     upstream::Refusal,
 };
 
@@ -52,7 +52,7 @@ impl Entrance {
                 format!("the user with uid {uid} may not use this Unix socket"),
             )
             .with_hint("Add the uid to --unix-socket-allowed-uids."),
-            reason: reason::LOCAL_AUTH,
+            reason: Reason::LocalAuth,
         })
     }
 
@@ -70,7 +70,7 @@ impl Entrance {
                 "lakebase-proxy takes clients of other machines with TLS only",
             )
             .with_hint("Connect with sslmode=require; --client-tls=required is set."),
-            reason: reason::CLIENT_TLS,
+            reason: Reason::ClientTls,
         })
     }
 

@@ -20,7 +20,7 @@ use crate::{
         scram::{Exchange, ScramError, Verifier},
         startup::StartupMessage,
     },
-    telemetry::names::reason,
+    telemetry::labels::Reason,
     upstream::Refusal,
 };
 
@@ -187,7 +187,7 @@ fn refusal(error: ScramError, startup: &StartupMessage) -> Refusal {
                 .with_hint(
                     "It is the one in --local-password-file, or LAKEBASE_PROXY_LOCAL_PASSWORD; any user name will do.",
                 ),
-                reason: reason::LOCAL_AUTH,
+                reason: Reason::LocalAuth,
             }
         }
         ScramError::Malformed | ScramError::Unsupported => {
@@ -206,7 +206,7 @@ fn out_of_order(expected: &str) -> Refusal {
 fn bad_startup(report: Report) -> Refusal {
     Refusal {
         report,
-        reason: reason::BAD_STARTUP,
+        reason: Reason::BadStartup,
     }
 }
 

@@ -61,7 +61,7 @@ use crate::{
     status::{ClientInfo, Encrypted, EndpointSessions, Peer, Rejected, Server, SessionEntry},
     telemetry::{
         Metrics,
-        names::{cancel as cancel_outcome, reason},
+        labels::{CancelOutcome, Reason},
     },
     upstream::{Connected, Connection, Refusal, Route, Terms},
 };
@@ -234,7 +234,7 @@ impl Sessions {
                     ),
                 )
                 .with_hint("Connect to another endpoint, or put it back and reload."),
-                reason: reason::SHUTTING_DOWN,
+                reason: Reason::ShuttingDown,
             },
             Rejected::Limit => Refusal {
                 report: Report::new(
@@ -242,7 +242,7 @@ impl Sessions {
                     format!("sorry, too many clients already: lakebase-proxy takes {limit}"),
                 )
                 .with_hint("Close connections that are not used, or raise --max-connections."),
-                reason: reason::MAX_CONNECTIONS,
+                reason: Reason::MaxConnections,
             },
         })
     }
@@ -250,21 +250,21 @@ impl Sessions {
     /// Passes a cancel request on.
     async fn cancel(&self, Target { address, key }: Target, terms: &Terms) {
         let Some(upstream) = self.route.found() else {
-            return self.count_cancel(cancel_outcome::UNKNOWN);
+            return self.count_cancel(CancelOutcome::Unknown);
         };
         self.count_cancel(
             match upstream.cancel(address, key, &terms.keepalive).await {
-                Ok(()) => cancel_outcome::FORWARDED,
+                Ok(()) => CancelOutcome::Forwarded,
                 Err(error) => {
                     tracing::warn!(error = %error, "cancel request could not be passed on");
-                    cancel_outcome::FAILED
+                    CancelOutcome::Failed
                 }
             },
         );
     }
 
-    fn count_cancel(&self, outcome: &str) {
-        self.metrics.cancels.with_label_values(&[outcome]).inc();
+    fn count_cancel(&self, outcome: CancelOutcome) {
+        self.metrics.cancels[outcome].inc();
     }
 
     /// Tells the client why it gets no session, and whoever reads the log.
@@ -275,13 +275,10 @@ impl Sessions {
         let Refusal { mut report, reason } = refusal;
         let recent = self.registry.registry().recent();
         recent.refused(id, self.route.label(), reason, &report, Timestamp::now());
-        self.metrics
-            .clients_refused
-            .with_label_values(&[reason])
-            .inc();
+        self.metrics.clients_refused[reason].inc();
         tracing::warn!(
             session = id,
-            reason,
+            reason = reason.as_str(),
             sqlstate = report.sqlstate,
             detail = report.detail,
             hint = report.hint,
@@ -324,7 +321,7 @@ fn shutting_down() -> Refusal {
             "lakebase-proxy is shutting down",
         )
         .with_hint("Connect again once it has restarted, or to another host."),
-        reason: reason::SHUTTING_DOWN,
+        reason: Reason::ShuttingDown,
     }
 }
 

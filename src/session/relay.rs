@@ -43,7 +43,7 @@ use crate::{
     },
     shutdown::{Phase, Shutdown},
     status::ActivityRecord,
-    telemetry::names::end,
+    telemetry::labels::SessionEnd,
 };
 
 /// How long the server may stay after a client has closed its half and no reply is owed.
@@ -72,11 +72,11 @@ pub(super) enum End {
 
 impl End {
     /// The metric label.
-    pub(super) const fn label(self) -> &'static str {
+    pub(super) const fn label(self) -> SessionEnd {
         match self {
-            Self::Client => end::CLIENT,
-            Self::Server => end::SERVER,
-            Self::Shutdown { .. } => end::SHUTDOWN,
+            Self::Client => SessionEnd::Client,
+            Self::Server => SessionEnd::Server,
+            Self::Shutdown { .. } => SessionEnd::Shutdown,
         }
     }
 }

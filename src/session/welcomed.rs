@@ -19,7 +19,7 @@ use crate::{
     net::socket::Transport,
     shutdown::Shutdown,
     status::SessionEntry,
-    telemetry::{CountOnDrop, GaugeGuard, Metrics, names::direction},
+    telemetry::{CountOnDrop, GaugeGuard, Metrics, labels::Direction},
     upstream::Stream,
 };
 
@@ -79,17 +79,17 @@ impl Welcomed {
         async move {
             // A block captures what it mentions; these are for its end.
             let _until_the_end = (&counted, &self.held);
-            let bytes = |direction| self.metrics.relay_bytes.with_label_values(&[direction]);
+            let bytes = |direction| self.metrics.relay_bytes[direction].clone();
             let mut relay = Relay::new(
                 (
                     &mut client,
                     &self.said.by_client,
-                    bytes(direction::FROM_CLIENT),
+                    bytes(Direction::FromClient),
                 ),
                 (
                     &mut self.server,
                     &self.said.by_server,
-                    bytes(direction::FROM_SERVER),
+                    bytes(Direction::FromServer),
                 ),
                 &self.shutdown,
             )
@@ -107,10 +107,7 @@ impl Welcomed {
             }
             drop(relay);
             let duration = self.began.elapsed();
-            self.metrics
-                .session_seconds
-                .with_label_values(&[end.label()])
-                .observe(duration.as_secs_f64());
+            self.metrics.session_seconds[end.label()].observe(duration.as_secs_f64());
             tracing::debug!(session = self.id, ?end, ?duration, "session ends");
             // The ends are boxed: their timers are more than the relay has of its own, and would be in each session's task.
             match end {

@@ -9,7 +9,7 @@ use std::{
 use jiff::{SignedDuration, Timestamp};
 
 use super::Label;
-use crate::protocol::error::Report;
+use crate::{protocol::error::Report, telemetry::labels::Reason};
 
 /// Distinct failures kept.
 const FAILURES: usize = 50;
@@ -30,7 +30,7 @@ pub struct RecentFailure {
     /// The endpoint.
     pub endpoint: Label,
     /// The metric label.
-    pub reason: &'static str,
+    pub reason: Reason,
     /// The error sent to the client.
     pub report: Report,
 }
@@ -61,7 +61,7 @@ impl Recent {
         &self,
         session: u64,
         endpoint: &Label,
-        reason: &'static str,
+        reason: Reason,
         report: &Report,
         now: Timestamp,
     ) {
@@ -134,7 +134,7 @@ mod tests {
 
     fn refuse(recent: &Recent, session: u64, message: &str, detail: &str, now: Timestamp) {
         let report = Report::new("28P01", message).with_detail(detail);
-        recent.refused(session, &Label::new("e"), "identity", &report, now);
+        recent.refused(session, &Label::new("e"), Reason::Identity, &report, now);
     }
 
     fn at(second: i64) -> Timestamp {

@@ -4,10 +4,10 @@
 
 mod escape;
 mod known;
+pub mod labels;
 mod line;
 pub mod logging;
 pub mod metrics;
-pub mod names;
 mod redact;
 mod repeats;
 mod sink;
@@ -15,6 +15,6 @@ mod sink;
 pub use escape::{Escaped, escape, escape_json};
 pub(crate) use known::KnownSecrets;
 pub use logging::{LogError, LogHandle, chain, last_words};
-pub use metrics::{CountOnDrop, GaugeGuard, Metrics};
+pub use metrics::{CountOnDrop, GaugeGuard, Metrics, total};
 pub use redact::redact;
 pub use sink::LogGuard;

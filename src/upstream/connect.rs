@@ -44,7 +44,7 @@ use crate::{
     status::Label,
     telemetry::{
         Metrics,
-        names::{class, outcome, phase, reason},
+        labels::{LoginPhase, Reason},
     },
 };
 
@@ -75,7 +75,7 @@ pub struct Refusal {
     /// What it is told.
     pub report: Report,
     /// The metric label.
-    pub reason: &'static str,
+    pub reason: Reason,
 }
 
 /// A logged-in connection for one client.
@@ -216,7 +216,7 @@ impl Upstream {
     fn refusal(&self, failure: &Failure) -> Refusal {
         Refusal {
             report: failure.report(&self.label),
-            reason: failure.class.label(),
+            reason: failure.class.into(),
         }
     }
 
@@ -243,7 +243,7 @@ impl Upstream {
         report.hint = error.hint();
         Refusal {
             report,
-            reason: reason::CREDENTIAL,
+            reason: Reason::Credential,
         }
     }
 }
@@ -323,14 +323,11 @@ impl<'a> Connect<'a> {
                 .get(self.credential_by())
                 .await
                 .map_err(|error| upstream.no_credential(&error))?;
-            self.credited += dial::observe(&upstream.metrics, phase::CREDENTIAL, asked);
+            self.credited += dial::observe(&upstream.metrics, LoginPhase::Credential, asked);
             let ready = Instant::now();
             let slot = self.login_slot().await?;
             let queued = (asked - began) + ready.elapsed();
-            upstream
-                .metrics
-                .upstream_connect_seconds
-                .with_label_values(&[phase::QUEUE])
+            upstream.metrics.upstream_connect_seconds[LoginPhase::Queue]
                 .observe(queued.as_secs_f64());
             self.queued += queued;
             // Those ahead may have found the endpoint waking.
@@ -381,11 +378,7 @@ impl<'a> Connect<'a> {
             self.open_fallback_database();
         }
         if let Some(previous) = &self.previous {
-            upstream
-                .metrics
-                .upstream_retries
-                .with_label_values(&[previous.class.label()])
-                .inc();
+            upstream.metrics.upstream_retries[previous.class].inc();
         }
         let Admission {
             lead,
@@ -435,17 +428,13 @@ impl<'a> Connect<'a> {
             }
             Err(_) => upstream.answered(upstream.wake.answered()),
         }
-        let labels = match &result {
-            Ok(_) => [outcome::OK, class::NONE],
-            Err(failure) => [outcome::FAILED, failure.class.label()],
-        };
-        upstream
-            .metrics
-            .upstream_connects
-            .with_label_values(&labels)
-            .inc();
+        let logins = &upstream.metrics.upstream_connects;
+        match &result {
+            Ok(_) => logins.ok.inc(),
+            Err(failure) => logins.failed[failure.class].inc(),
+        }
         if let Err(failure) = &result {
-            tracing::debug!(endpoint = %upstream.label, class = failure.class.label(), error = %failure, "upstream login failed");
+            tracing::debug!(endpoint = %upstream.label, class = failure.class.as_str(), error = %failure, "upstream login failed");
         }
         result
     }

@@ -32,7 +32,7 @@ use crate::{
     },
     telemetry::{
         Metrics,
-        names::{handshake, phase},
+        labels::{LoginPhase, TlsHandshake},
     },
 };
 
@@ -68,13 +68,13 @@ pub(super) async fn dial(
     let started = Instant::now();
     let looking_up = resolve(&endpoint.host, endpoint.port);
     let addresses = endpoint.addresses.get(looking_up).await?;
-    phases.resolve = observe(metrics, phase::RESOLVE, started);
+    phases.resolve = observe(metrics, LoginPhase::Resolve, started);
 
     progress.enter(Phase::Dial);
     let started = Instant::now();
     let connected = connect(addresses).await;
     let (tcp, address) = connected.inspect_err(|_| endpoint.addresses.forget())?;
-    phases.dial = observe(metrics, phase::DIAL, started);
+    phases.dial = observe(metrics, LoginPhase::Dial, started);
 
     progress.enter(Phase::Tls);
     let started = Instant::now();
@@ -154,13 +154,13 @@ pub(super) async fn secure(
     let stream = TlsStream::connect(Arc::clone(config), name.clone(), tcp)
         .await
         .map_err(|error| Failure::tls(&error))?;
-    observe(metrics, phase::TLS, started);
+    observe(metrics, LoginPhase::Tls, started);
     let kind = if stream.is_resumed() {
-        handshake::RESUMED
+        TlsHandshake::Resumed
     } else {
-        handshake::FULL
+        TlsHandshake::Full
     };
-    metrics.tls_handshakes.with_label_values(&[kind]).inc();
+    metrics.tls_handshakes[kind].inc();
     Ok(Stream::Tls(stream))
 }
 
@@ -189,12 +189,9 @@ async fn read_plain_error(tcp: Socket) -> Failure {
 }
 
 /// Counts a part of a login that has ended now, and says how long it took.
-pub(super) fn observe(metrics: &Metrics, phase: &str, started: Instant) -> Duration {
+pub(super) fn observe(metrics: &Metrics, phase: LoginPhase, started: Instant) -> Duration {
     let took = started.elapsed();
-    metrics
-        .upstream_connect_seconds
-        .with_label_values(&[phase])
-        .observe(took.as_secs_f64());
+    metrics.upstream_connect_seconds[phase].observe(took.as_secs_f64());
     took
 }
 

@@ -22,42 +22,9 @@ use crate::{
     telemetry::{chain, redact},
 };
 
-/// What a failure means; decides retry, health, metric label and hint.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Class {
-    /// No room at the endpoint: wait a little.
-    Capacity,
-    /// The credential was refused: one forced refresh, one retry.
-    Identity,
-    /// An error nobody has told us about: passed on as it is.
-    Other,
-    /// A grant or setting is missing.
-    Permission,
-    /// Not Postgres, not trusted, or not our dialect.
-    Protocol,
-    /// Asleep, starting or unreachable: hold and retry.
-    Waking,
-    /// The credential belongs to another identity than the role: one forced refresh at most.
-    WrongIdentity,
-    /// What we sent as a password is no OAuth token.
-    WrongKind,
-}
+pub use crate::telemetry::labels::FailureClass as Class;
 
 impl Class {
-    /// The metric label.
-    pub fn label(self) -> &'static str {
-        match self {
-            Self::Capacity => "capacity",
-            Self::Identity => "identity",
-            Self::Other => "other",
-            Self::Permission => "permission",
-            Self::Protocol => "protocol",
-            Self::Waking => "waking",
-            Self::WrongIdentity => "wrong_identity",
-            Self::WrongKind => "wrong_kind",
-        }
-    }
-
     /// For servers that put everything under `XX000`.
     fn sqlstate(self) -> &'static str {
         match self {

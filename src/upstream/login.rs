@@ -26,7 +26,7 @@ use crate::{
         options::SessionSettings,
         startup::CancelKey,
     },
-    telemetry::{GaugeGuard, Metrics, names::phase},
+    telemetry::{GaugeGuard, Metrics, labels::LoginPhase},
 };
 
 /// What a server may say at login in all, in bytes: parameters and notices are kept until the client is welcomed.
@@ -122,8 +122,8 @@ async fn log_in_once(
         progress,
     )
     .await?;
-    phases.login = dial::observe(metrics, phase::LOGIN, started);
-    dial::observe(metrics, phase::TOTAL, whole);
+    phases.login = dial::observe(metrics, LoginPhase::Login, started);
+    dial::observe(metrics, LoginPhase::Total, whole);
     phases.record();
     let gauge = GaugeGuard::new(&metrics.upstream_active);
     Ok(Connection {

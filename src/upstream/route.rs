@@ -23,7 +23,7 @@ use crate::{
         options::SessionSettings,
     },
     status::Label,
-    telemetry::names::reason,
+    telemetry::labels::Reason,
 };
 
 /// How long a server may take to receive a Terminate message.
@@ -150,7 +150,7 @@ impl Route {
                 format!("Lakebase endpoint {} could not be looked up in time", self.label),
             )
             .with_hint("Check that the workspace can be reached, or set PGHOST and PGUSER so that nothing need be looked up."),
-            reason: reason::WAKING,
+            reason: Reason::Waking,
         }
     }
 }

@@ -10,7 +10,7 @@ use super::{CallError, Target, Workspace, diagnosis::Purpose};
 use crate::{
     credential::{Mint, MintError, MintErrorKind, Minted},
     expiry::Moment,
-    telemetry::names,
+    telemetry::labels,
 };
 
 const AUTOSCALING: &str = "/api/2.0/postgres/credentials";
@@ -70,7 +70,8 @@ impl Mint for CredentialMinter {
             .workspace
             .call_with::<Response>(&token, purpose, Method::POST, path, Some(&body))
             .await?;
-        self.workspace.observe(names::step::CREDENTIAL, started);
+        self.workspace
+            .observe(labels::MintStep::Credential, started);
         let Response { token, expire_time } = answer.value;
         // What the token looks like is the endpoint's to judge, as long as a password message can carry it.
         if token.expose_secret().is_empty() || token.expose_secret().contains('\0') {

@@ -57,7 +57,7 @@ use diagnosis::{Purpose, diagnose};
 
 use crate::{
     clock::Clock,
-    telemetry::{Metrics, names as metric_names},
+    telemetry::{Metrics, labels::MintStep},
 };
 
 /// A difference between the clocks that is worth a word.
@@ -204,7 +204,7 @@ impl Workspace {
         let started = Instant::now();
         let token = self.0.tokens.token(&self.0.api).await?;
         if token.is_new {
-            self.observe(metric_names::step::WORKSPACE_TOKEN, started);
+            self.observe(MintStep::WorkspaceToken, started);
         }
         Ok(token)
     }
@@ -243,12 +243,8 @@ impl Workspace {
         }
     }
 
-    fn observe(&self, step: &str, started: Instant) {
-        self.0
-            .metrics
-            .mint_seconds
-            .with_label_values(&[step])
-            .observe(started.elapsed().as_secs_f64());
+    fn observe(&self, step: MintStep, started: Instant) {
+        self.0.metrics.process.mint_seconds[step].observe(started.elapsed().as_secs_f64());
     }
 }
 

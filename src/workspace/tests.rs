@@ -785,15 +785,11 @@ async fn minting_is_timed_by_step() {
     let workspace = workspace(fake.m2m(), Clock::system());
     minter(&workspace).mint().await.unwrap();
     minter(&workspace).mint().await.unwrap();
-    let count = |step| {
-        workspace
-            .0
-            .metrics
-            .mint_seconds
-            .with_label_values(&[step])
-            .get_sample_count()
-    };
-    assert_eq!((count("workspace_token"), count("credential")), (1, 2));
+    let count = |step: MintStep| workspace.0.metrics.process.mint_seconds[step].get_sample_count();
+    assert_eq!(
+        (count(MintStep::WorkspaceToken), count(MintStep::Credential)),
+        (1, 2)
+    );
 }
 
 #[test]

@@ -3,7 +3,10 @@
 use std::time::Duration;
 
 use futures_util::future::join_all;
-use lakebase_proxy::emulator::{Action, Counts, Site};
+use lakebase_proxy::{
+    emulator::{Action, Counts, Site},
+    telemetry::labels::CancelOutcome,
+};
 use tokio::time::Instant;
 use tokio_postgres::{NoTls, error::SqlState};
 
@@ -71,9 +74,13 @@ async fn a_cancel_reaches_its_session_and_no_other() {
     }
     assert_eq!(emulator.counts().cancels_forwarded, 4);
     for proxy in [&one, &two] {
-        let count = |outcome| proxy.metrics().cancels.with_label_values(&[outcome]).get();
+        let count = |outcome: CancelOutcome| proxy.metrics().cancels[outcome].get();
         assert_eq!(
-            (count("forwarded"), count("unknown"), count("failed")),
+            (
+                count(CancelOutcome::Forwarded),
+                count(CancelOutcome::Unknown),
+                count(CancelOutcome::Failed)
+            ),
             (2, 2, 0)
         );
     }
@@ -108,14 +115,7 @@ async fn a_wrong_key_does_nothing_and_guessing_is_slow() {
     );
     assert_eq!(emulator.counts().cancels, 0, "nothing is passed on");
     until_running(&role, 1).await;
-    assert_eq!(
-        proxy
-            .metrics()
-            .cancels
-            .with_label_values(&["unknown"])
-            .get(),
-        64
-    );
+    assert_eq!(proxy.metrics().cancels[CancelOutcome::Unknown].get(), 64);
     // The right one is not made to wait for the guesses.
     let began = Instant::now();
     cancel(proxy.address(), key).await;
@@ -136,14 +136,7 @@ async fn a_late_cancel_does_nothing() {
     cancel(proxy.address(), key).await;
     assert_eq!(emulator.counts().cancels, 0);
     until_running(&emulator.identities().app.name, 1).await;
-    assert_eq!(
-        proxy
-            .metrics()
-            .cancels
-            .with_label_values(&["unknown"])
-            .get(),
-        1
-    );
+    assert_eq!(proxy.metrics().cancels[CancelOutcome::Unknown].get(), 1);
 }
 
 #[tokio::test]
@@ -217,10 +210,7 @@ async fn the_key_goes_only_to_a_server_that_is_trusted() {
         cancel(proxy.address(), key).await;
     }
     assert_eq!(emulator.counts().cancels, 0);
-    assert_eq!(
-        proxy.metrics().cancels.with_label_values(&["failed"]).get(),
-        3
-    );
+    assert_eq!(proxy.metrics().cancels[CancelOutcome::Failed].get(), 3);
     cancel(proxy.address(), key).await;
     expect_cancelled(&mut wire).await;
 }

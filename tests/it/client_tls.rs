@@ -6,6 +6,7 @@ use lakebase_proxy::{
     config::{ClientTlsSetting, Roots},
     emulator::{Action, ServerError, Site},
     net::tls,
+    telemetry::labels::Reason,
 };
 use rustls::{ClientConfig, pki_types::ServerName};
 use tempfile::TempDir;
@@ -227,10 +228,7 @@ async fn direct_tls_is_for_postgres_alone() {
     wire.send(&[&SSL_REQUEST[..], &startup(PROTOCOL_3_2, &[])].concat())
         .await;
     assert_eq!(wire.refusal().await.code, "08P01");
-    let refused = proxy
-        .metrics()
-        .clients_refused
-        .with_label_values(&["client_tls"]);
+    let refused = &proxy.metrics().clients_refused[Reason::ClientTls];
     assert_eq!(refused.get(), 2);
 }
 

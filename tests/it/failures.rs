@@ -9,6 +9,7 @@ use lakebase_proxy::{
         Action, BadCertificate, Counts, Emulator, Response, ServerError, Site, WhileAsleep,
     },
     protocol::error::ErrorFields,
+    telemetry::labels::Reason,
 };
 use tokio::time::Instant;
 
@@ -79,13 +80,13 @@ async fn what_no_wait_can_heal_is_refused_at_once_after_one_dial() {
         // The credential is of the wrong kind.
         (
             inner("Provided authentication token is not a valid JWT encoding"),
-            "wrong_kind",
+            Reason::WrongKind,
             "28000",
             "OAuth",
         ),
         (
             inner("Failed to decode token for role \"x\""),
-            "wrong_kind",
+            Reason::WrongKind,
             "28000",
             "OAuth",
         ),
@@ -94,83 +95,88 @@ async fn what_no_wait_can_heal_is_refused_at_once_after_one_dial() {
                 "28P01",
                 "Failed to decode token for role \"x\" and native postgres login was either not attempted due to configuration or failed.",
             ),
-            "wrong_kind",
+            Reason::WrongKind,
             "28P01",
             "personal access token",
         ),
         (
             fatal("08P01", "SASL authentication failed"),
-            "wrong_kind",
+            Reason::WrongKind,
             "08P01",
             "OAuth",
         ),
         // A grant or a setting is missing.
         (
             fatal("28000", "role \"x\" does not exist"),
-            "permission",
+            Reason::Permission,
             "28000",
             "databricks_create_role",
         ),
         (
             fatal("28P01", "role \"x\" does not exist"),
-            "permission",
+            Reason::Permission,
             "28P01",
             "databricks_create_role",
         ),
         (
             fatal("3D000", "database \"x\" does not exist"),
-            "permission",
+            Reason::Permission,
             "3D000",
             "PGDATABASE",
         ),
         (
             fatal("42501", "permission denied for database \"x\""),
-            "permission",
+            Reason::Permission,
             "42501",
             "GRANT CONNECT",
         ),
-        (fatal("42501", "whatever"), "permission", "42501", "Grant"),
+        (
+            fatal("42501", "whatever"),
+            Reason::Permission,
+            "42501",
+            "Grant",
+        ),
         (
             fatal("28000", "External authorization failed.").detail(IP_ACL),
-            "permission",
+            Reason::Permission,
             "28000",
             "IP access list",
         ),
         (
             fatal("28000", IP_ACL),
-            "permission",
+            Reason::Permission,
             "28000",
             "IP access list",
         ),
         (
             fatal("28000", "External authorization failed.")
                 .detail("Unauthorized network access to workspace 1234567890"),
-            "permission",
+            Reason::Permission,
             "28000",
             "lakebase_runtime",
         ),
         (
             fatal("28000", "External authorization failed.")
                 .detail("The address is not in the network policy"),
-            "permission",
+            Reason::Permission,
             "28000",
             "lakebase_runtime",
         ),
         (
             inner("This IP address 203.0.113.7 is not allowed to connect to this endpoint"),
-            "permission",
+            Reason::Permission,
             "28000",
             "IP access list",
         ),
         (
             inner("Control plane request failed: endpoint is disabled"),
-            "permission",
+            Reason::Permission,
             "28000",
             "Enable the compute",
         ),
         (
             inner("Control plane request failed: endpoint cannot be found"),
-            "permission",
+            Reason::Permission,
             "28000",
             "ENDPOINT_NAME",
         ),
@@ -180,13 +186,13 @@ async fn what_no_wait_can_heal_is_refused_at_once_after_one_dial() {
                 "08P01",
                 "Invalid protocol version. Protocol version: 196608",
             ),
-            "protocol",
+            Reason::Protocol,
             "08P01",
             "PGHOST",
         ),
         (
             fatal("08006", "Connection does not have SNI."),
-            "protocol",
+            Reason::Protocol,
             "08006",
             "host name",
         ),
@@ -195,31 +201,31 @@ async fn what_no_wait_can_heal_is_refused_at_once_after_one_dial() {
                 "0A000",
                 "Unsupported frontend protocol 3.2. Server supports 3.0 to 3.0",
             ),
-            "protocol",
+            Reason::Protocol,
             "0A000",
             "PGHOST",
         ),
         (
             fatal("08P01", "unsupported startup parameter: search_path"),
-            "protocol",
+            Reason::Protocol,
             "08P01",
             "pooler",
         ),
         (
             inner("Endpoint ID is not specified. Either please upgrade the client library"),
-            "protocol",
+            Reason::Protocol,
             "08P01",
             "PGHOST",
         ),
         (
             inner("Inconsistent project name inferred from SNI"),
-            "protocol",
+            Reason::Protocol,
             "08P01",
             "PGHOST",
         ),
         (
             inner("connection is insecure (try using `sslmode=require`)"),
-            "protocol",
+            Reason::Protocol,
             "08P01",
             "PGHOST",
         ),
@@ -229,16 +235,21 @@ async fn what_no_wait_can_heal_is_refused_at_once_after_one_dial() {
                 hint: Some("Ask somebody.".to_owned()),
                 ..fatal("58030", "the disk is on fire")
             },
-            "other",
+            Reason::Other,
             "58030",
             "Ask somebody.",
         ),
-        (inner("a text never seen before"), "other", "XX000", ""),
+        (
+            inner("a text never seen before"),
+            Reason::Other,
+            "XX000",
+            "",
+        ),
     ];
-    for (said, class, code, hint) in rows {
+    for (said, reason, code, hint) in rows {
         for site in [Site::Startup, Site::Password] {
             let before = emulator.counts();
-            let refused = proxy.metrics().clients_refused.with_label_values(&[class]);
+            let refused = &proxy.metrics().clients_refused[reason];
             let refused_before = refused.get();
             emulator.faults().always(site, Action::Error(said.clone()));
             let began = Instant::now();
@@ -261,7 +272,7 @@ async fn what_no_wait_can_heal_is_refused_at_once_after_one_dial() {
                 (1, 0, 0),
                 "dials, mints, calls for {said:?}"
             );
-            assert_eq!(refused.get(), refused_before + 1, "counted as {class}");
+            assert_eq!(refused.get(), refused_before + 1, "counted as {reason:?}");
         }
     }
     proxy.client().await;
@@ -359,10 +370,7 @@ async fn a_server_that_is_not_to_be_trusted_gets_no_credential() {
         assert_eq!(since(&before, &emulator), (1, 0, 0), "{action:?}");
     }
     assert_eq!(emulator.counts().passwords, 0);
-    let refused = proxy
-        .metrics()
-        .clients_refused
-        .with_label_values(&["protocol"]);
+    let refused = &proxy.metrics().clients_refused[Reason::Protocol];
     assert_eq!(refused.get(), 9);
 }
 
@@ -1150,10 +1158,7 @@ async fn a_credential_of_another_identity_is_renewed_once_and_both_are_named() {
         let (dials, mints, _) = since(&before, &emulator);
         assert!(mints <= 1 && dials <= 4, "{mints} mints, {dials} dials");
     }
-    let refused = proxy
-        .metrics()
-        .clients_refused
-        .with_label_values(&["wrong_identity"]);
+    let refused = &proxy.metrics().clients_refused[Reason::WrongIdentity];
     assert_eq!(refused.get(), 6);
 
     // The same where the edge does not say so.
@@ -1220,15 +1225,15 @@ async fn a_pooler_that_refuses_the_credential_leads_to_the_direct_host() {
         "{refusal:?}"
     );
     assert!(refusal.hint.unwrap().contains(&direct));
-    check_counted(&proxy, "wrong_kind", 1);
+    check_counted(&proxy, Reason::WrongKind, 1);
 
     emulator.configure(|settings| settings.pooler_oauth = true);
     assert_eq!(proxy.session().await.value("select 1").await, "1");
 }
 
-fn check_counted(proxy: &Proxy, class: &str, count: u64) {
+fn check_counted(proxy: &Proxy, reason: Reason, count: u64) {
     let refused = &proxy.metrics().clients_refused;
-    assert_eq!(refused.with_label_values(&[class]).get(), count, "{class}");
+    assert_eq!(refused[reason].get(), count, "{reason:?}");
 }
 
 /// What resolves to an address that does not let us in (serverless compute, a private link) is dialed elsewhere, and the

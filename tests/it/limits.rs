@@ -13,6 +13,7 @@ use futures_util::{FutureExt, future::join_all};
 use lakebase_proxy::{
     app::{App, StartError},
     config::PortSetting,
+    telemetry::labels::Reason,
 };
 
 #[tokio::test]
@@ -40,11 +41,7 @@ async fn one_client_too_many_is_told_so_and_cancels_still_pass() {
     );
     assert_eq!(emulator.counts().dials, dials);
     assert_eq!(
-        proxy
-            .metrics()
-            .clients_refused
-            .with_label_values(&["max_connections"])
-            .get(),
+        proxy.metrics().clients_refused[Reason::MaxConnections].get(),
         1
     );
 

@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use lakebase_proxy::{config::LocalAuth, emulator::Emulator};
+use lakebase_proxy::{config::LocalAuth, emulator::Emulator, telemetry::labels::Reason};
 use tempfile::{NamedTempFile, TempDir};
 
 use crate::{
@@ -42,14 +42,7 @@ async fn whoever_knows_the_password_gets_a_session_under_any_name() {
             emulator.identities().app.name
         );
     }
-    assert_eq!(
-        proxy
-            .metrics()
-            .clients_refused
-            .with_label_values(&["local_auth"])
-            .get(),
-        0
-    );
+    assert_eq!(proxy.metrics().clients_refused[Reason::LocalAuth].get(), 0);
 }
 
 #[tokio::test]

@@ -8,7 +8,7 @@ use lakebase_proxy::{
     credential::{CredentialCell, Minted},
     protocol::options::SessionSettings,
     status::Label,
-    telemetry::Metrics,
+    telemetry::{Metrics, labels::Reason},
     upstream::{
         Addresses, Connection, DroppedParameters, Endpoint, Refusal, Security, Terms, Upstream,
     },
@@ -97,7 +97,7 @@ async fn a_password_is_proved_in_whichever_way_the_server_asks() {
         let refusal = timeout(Duration::from_secs(30), refused).await.unwrap();
         assert_eq!(
             (refusal.reason, refusal.report.sqlstate.as_str()),
-            ("identity", "28P01"),
+            (Reason::Identity, "28P01"),
             "{user}"
         );
         let connection = log_in(front.address, user, "pässword").await.unwrap();

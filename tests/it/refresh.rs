@@ -5,6 +5,7 @@ use std::time::Duration;
 use lakebase_proxy::{
     credential::{Cause, CredentialState},
     emulator::{Action, Response, Site},
+    telemetry::labels::RefreshOutcome,
 };
 use tokio::time::{Instant, sleep, timeout};
 
@@ -58,11 +59,7 @@ async fn lifetimes_pass_and_every_login_works() {
         "the workspace token lives for an hour"
     );
     assert_eq!(
-        proxy
-            .metrics()
-            .credential_refreshes
-            .with_label_values(&["success"])
-            .get(),
+        proxy.metrics().credential_refreshes[RefreshOutcome::Success].get(),
         counts.mint_requests
     );
 }

@@ -4,7 +4,10 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::{SinkExt, TryStreamExt, future::join_all, pin_mut};
-use lakebase_proxy::emulator::{Action, Disruption, Fault, OnSuspend, Site};
+use lakebase_proxy::{
+    emulator::{Action, Disruption, Fault, OnSuspend, Site},
+    telemetry::labels::Direction,
+};
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
     time::Instant,
@@ -494,13 +497,7 @@ async fn a_slow_reader_slows_the_server_down() {
     ))
     .await;
     assert_eq!(wire.next().await.tag, 'H');
-    let passed = || {
-        proxy
-            .metrics()
-            .relay_bytes
-            .with_label_values(&["from_server"])
-            .get()
-    };
+    let passed = || proxy.metrics().relay_bytes[Direction::FromServer].get();
     // Nobody reads: it comes to a stand, long before all 160 MB have come.
     let mut before = passed();
     let stood = eventually("a stand-still", async || {
@@ -541,6 +538,6 @@ async fn many_sessions_leave_nothing_behind() {
         .wait_for(harness::PATIENCE, |counts| counts.connections == 0)
         .await
         .expect("no connection is left");
-    assert_eq!(proxy.metrics().session_panics.get(), 0);
+    assert_eq!(proxy.metrics().process.session_panics.get(), 0);
     assert_eq!(emulator.counts().logins, 180);
 }

@@ -16,6 +16,7 @@ use lakebase_proxy::{
     config::{Change, Environment, PortSetting, Settings, Source},
     emulator::Emulator,
     protocol::error::ErrorFields,
+    telemetry::labels::ReloadOutcome,
 };
 use tempfile::TempDir;
 use tokio::{task::JoinSet, time::Instant};
@@ -86,9 +87,8 @@ impl House {
         self.running.addresses().postgres.expect("by TCP")
     }
 
-    fn reloads(&self, outcome: &str) -> u64 {
-        let counter = &self.running.metrics().config_reloads;
-        counter.with_label_values(&[outcome]).get()
+    fn reloads(&self, outcome: ReloadOutcome) -> u64 {
+        self.running.metrics().process.config_reloads[outcome].get()
     }
 }
 
@@ -148,7 +148,7 @@ async fn a_limit_is_for_those_who_come_after() {
     house.change("max_connections = 3").await;
     let mut third = session(house.address()).await;
     assert_eq!(third.value("select 3").await, "3");
-    assert_eq!(house.reloads("applied"), 2);
+    assert_eq!(house.reloads(ReloadOutcome::Applied), 2);
     house.running.end_within(PATIENCE, async {}).await;
 }
 
@@ -208,11 +208,16 @@ async fn a_file_that_cannot_be_used_changes_nothing() {
         let error = house.reload(file).await.unwrap_err();
         assert!(error.to_string().contains(said), "{error}");
         assert_eq!(
-            house.running.metrics().config_last_reload_successful.get(),
+            house
+                .running
+                .metrics()
+                .process
+                .config_last_reload_successful
+                .get(),
             0
         );
     }
-    assert_eq!(house.reloads("refused"), 7);
+    assert_eq!(house.reloads(ReloadOutcome::Refused), 7);
     assert_eq!(house.running.endpoints().now().len(), 1);
     let _held = [
         session(house.address()).await,
@@ -222,7 +227,12 @@ async fn a_file_that_cannot_be_used_changes_nothing() {
     let same = house.reload("max_connections = 2").await.unwrap();
     assert!(matches!(same, Reloaded::Unchanged));
     assert_eq!(
-        house.running.metrics().config_last_reload_successful.get(),
+        house
+            .running
+            .metrics()
+            .process
+            .config_last_reload_successful
+            .get(),
         1
     );
     let text = house.running.metrics().render();
@@ -589,7 +599,7 @@ async fn a_hundred_reloads_under_load_drop_nobody_and_leave_nothing_behind() {
         assert_eq!(house.change(&one).await.removed.len(), 1);
     }
     assert!(load.end().await > 0);
-    assert_eq!(house.reloads("applied"), 100);
+    assert_eq!(house.reloads(ReloadOutcome::Applied), 100);
     eventually("tasks and endpoints are what they were", async || {
         let is_back = house.running.tasks() == tasks && house.running.endpoints().now().len() == 1;
         is_back.then_some(())
@@ -690,9 +700,9 @@ async fn a_change_during_the_start_is_not_missed() {
     let house = House::start(&emulator, &file(50)).await;
     fs::write(&house.file, file(1)).unwrap();
     house.running.reload_on(house.reloader, None);
-    let reloads = &house.running.metrics().config_reloads;
+    let reloads = &house.running.metrics().process.config_reloads;
     eventually("the change is in force", async || {
-        (reloads.with_label_values(&["applied"]).get() == 1).then_some(())
+        (reloads[ReloadOutcome::Applied].get() == 1).then_some(())
     })
     .await;
 }

@@ -2,7 +2,10 @@
 
 use std::time::Duration;
 
-use lakebase_proxy::config::{DatabaseMapping, PortSetting};
+use lakebase_proxy::{
+    config::{DatabaseMapping, PortSetting},
+    telemetry::labels::Reason,
+};
 use tokio::io::AsyncWriteExt;
 
 use crate::harness::{
@@ -115,8 +118,8 @@ async fn what_begins_no_connection_is_turned_away_and_never_reaches_the_endpoint
     }
     assert_eq!(emulator.counts().dials, 0);
     let refusals = &proxy.metrics().clients_refused;
-    assert_eq!(refusals.with_label_values(&["client_tls"]).get(), 1);
-    assert_eq!(refusals.with_label_values(&["timeout"]).get(), 2);
+    assert_eq!(refusals[Reason::ClientTls].get(), 1);
+    assert_eq!(refusals[Reason::Timeout].get(), 2);
     proxy.until_quiet().await;
 }
 

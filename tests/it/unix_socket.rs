@@ -10,7 +10,10 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use lakebase_proxy::config::{EndpointSettings, ModeSetting, PortSetting};
+use lakebase_proxy::{
+    config::{EndpointSettings, ModeSetting, PortSetting},
+    telemetry::labels::Reason,
+};
 use tempfile::TempDir;
 use tokio::net::UnixStream;
 
@@ -291,10 +294,7 @@ async fn the_kernel_says_which_user_connects() {
     let said = as_nobody(&directory).await;
     assert!(said.contains("the user with uid 65534 may not"), "{said}");
     assert!(said.contains("--unix-socket-allowed-uids"), "{said}");
-    let refused = proxy
-        .metrics()
-        .clients_refused
-        .with_label_values(&["local_auth"]);
+    let refused = &proxy.metrics().clients_refused[Reason::LocalAuth];
     assert_eq!(refused.get(), 1);
     assert_eq!(emulator.counts().dials, 0);
     // Our own user is not on the list either.

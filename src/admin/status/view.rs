@@ -15,7 +15,7 @@ use crate::{
     overview::{Overview, Place, VERSION},
     shutdown::Phase,
     status::{Activity, Counts, RecentFailure, RecentWake, SessionInfo},
-    telemetry::names::{class, outcome, reason},
+    telemetry::total,
 };
 
 /// Sessions looked at; the rest is a number.
@@ -279,24 +279,7 @@ impl EndpointView {
             None => "not found yet".to_owned(),
         };
         let metrics = &place.metrics;
-        let refused: u64 = reason::ALL
-            .iter()
-            .map(|reason| metrics.clients_refused.with_label_values(&[reason]).get())
-            .sum();
-        let failed: u64 = class::ALL
-            .iter()
-            .filter(|class| **class != class::NONE)
-            .map(|class| {
-                metrics
-                    .upstream_connects
-                    .with_label_values(&[outcome::FAILED, class])
-                    .get()
-            })
-            .sum();
-        let logins = metrics
-            .upstream_connects
-            .with_label_values(&[outcome::OK, class::NONE])
-            .get();
+        let logins = &metrics.upstream_connects;
         let sessions = u64::try_from(place.sessions.counts().all).unwrap_or(u64::MAX);
         Self {
             name: place.name.clone(),
@@ -308,9 +291,9 @@ impl EndpointView {
                     "Clients since the start",
                     grouped(metrics.clients_opened.get()),
                 ),
-                Figure::new("Clients refused", grouped(refused)),
-                Figure::new("Logins", grouped(logins)),
-                Figure::new("Login attempts that failed", grouped(failed)),
+                Figure::new("Clients refused", grouped(total(&metrics.clients_refused))),
+                Figure::new("Logins", grouped(logins.ok.get())),
+                Figure::new("Login attempts that failed", grouped(total(&logins.failed))),
             ],
         }
     }
@@ -332,7 +315,7 @@ impl FailureView {
             datetime: datetime(failure.at),
             count,
             sqlstate: failure.report.sqlstate,
-            reason: failure.reason.replace('_', " "),
+            reason: failure.reason.as_str().replace('_', " "),
             endpoint: failure.endpoint.name().to_owned(),
             session: failure.session,
             detail: failure.report.detail,

@@ -1,34 +1,54 @@
-//! What is counted once for the whole process, and one text of it all.
+//! Metrics counted once for the whole process, and the text of all metrics.
 
 use std::{
     collections::{BTreeMap, btree_map::Entry},
-    sync::{Arc, Mutex, PoisonError, atomic::AtomicU64},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::AtomicU64},
     time::{SystemTime, UNIX_EPOCH},
 };
 
+use enum_map::EnumMap;
 use prometheus::{
-    Encoder, Gauge, GaugeVec, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge,
-    Opts, Registry, TextEncoder, exponential_buckets, proto::MetricFamily,
+    Encoder, Gauge, Histogram, IntCounter, IntGauge, Opts, Registry, TextEncoder,
+    proto::MetricFamily,
 };
 
-use super::make::{add, counters, histograms};
-use crate::telemetry::names;
+use super::{
+    PREFIX,
+    metric::{self, Buckets, metrics},
+};
+use crate::telemetry::labels::{MintStep, ReloadOutcome};
 
-/// What is counted once for the whole process, and where each endpoint's own metrics are found at a scrape.
-pub(super) struct ProcessMetrics {
-    registries: [Registry; 2],
-    pub(super) clients_limit: IntGauge,
-    pub(super) mint_seconds: HistogramVec,
-    pub(super) session_panics: IntCounter,
-    pub(super) config_reloads: IntCounterVec,
-    pub(super) config_last_reload_successful: IntGauge,
-    pub(super) log_lines_dropped: IntCounter,
-    pub(super) endpoints: Mutex<Vec<EndpointRegistry>>,
-    /// How many endpoints there have been.
-    pub(super) endpoints_ever: AtomicU64,
+/// 10 ms to 41 s: calls over the internet.
+const MINT: Buckets = Buckets {
+    start: 0.01,
+    factor: 2.0,
+    count: 13,
+};
+
+metrics! {
+    /// Metrics counted once for the whole process.
+    pub struct ProcessMetrics {
+        clients_limit: IntGauge = "client_connections_limit",
+            "Maximum concurrent sessions, over all endpoints.";
+        mint_seconds: EnumMap<MintStep, Histogram> = "credential_mint_duration_seconds",
+            "Duration of minting a database credential, by step.", MINT;
+        session_panics: IntCounter = "session_panics_total",
+            "Sessions ended by a panic; each one is a defect of the proxy.";
+        config_reloads: EnumMap<ReloadOutcome, IntCounter> = "config_reloads_total",
+            "Attempts to reload the settings, by outcome.";
+        config_last_reload_successful: IntGauge = "config_last_reload_successful",
+            "1 unless the last attempt to reload the settings was refused.";
+        log_lines_dropped: IntCounter = "log_lines_dropped_total",
+            "Log lines dropped because the reader of standard error does not keep up.";
+        ..
+        registries: [Registry; 2],
+        endpoints: Mutex<Vec<EndpointRegistry>>,
+        pub(super) endpoints_ever: AtomicU64,
+    }
 }
 
-pub(super) struct EndpointRegistry {
+/// The registry of one endpoint.
+pub(crate) struct EndpointRegistry {
     pub(super) number: u64,
     pub(super) registry: Registry,
     pub(super) credential_minted: Gauge,
@@ -37,88 +57,41 @@ pub(super) struct EndpointRegistry {
 
 impl ProcessMetrics {
     pub(super) fn new() -> Result<Arc<Self>, prometheus::Error> {
-        let ours = Registry::new_custom(Some(names::PREFIX.to_owned()), None)?;
-        // Stock dashboards look for `process_*` without a prefix.
+        let ours = Registry::new_custom(Some(PREFIX.to_owned()), None)?;
+        // Stock dashboards expect `process_*` without a prefix.
         let system = Registry::new();
         #[cfg(target_os = "linux")]
         system.register(Box::new(
             prometheus::process_collector::ProcessCollector::for_self(),
         ))?;
-        let build = add(
-            &ours,
-            GaugeVec::new(
-                Opts::new(names::BUILD_INFO, "Always 1; the version is a label."),
-                &["version"],
-            ),
+        let build = Gauge::with_opts(
+            Opts::new("build_info", "Always 1; the version is a label.")
+                .const_label("version", env!("CARGO_PKG_VERSION")),
         )?;
-        build
-            .with_label_values(&[env!("CARGO_PKG_VERSION")])
-            .set(1.0);
-        // 10 ms to 41 s: calls over the internet.
-        let mint_buckets = exponential_buckets(0.01, 2.0, 13)?;
-        Ok(Arc::new(Self {
-            mint_seconds: histograms(
-                &ours,
-                HistogramOpts::new(
-                    names::MINT_SECONDS,
-                    "Time that getting a database credential took, by step.",
-                )
-                .buckets(mint_buckets),
-                "step",
-                names::step::ALL,
-            )?,
-            clients_limit: add(
-                &ours,
-                IntGauge::new(
-                    names::CLIENTS_LIMIT,
-                    "Sessions that there may be at a time, over all endpoints.",
-                ),
-            )?,
-            session_panics: add(
-                &ours,
-                IntCounter::new(
-                    names::SESSION_PANICS,
-                    "Sessions ended by a panic; each one is a defect of the proxy.",
-                ),
-            )?,
-            config_reloads: counters(
-                &ours,
-                names::CONFIG_RELOADS,
-                "Attempts to reload the settings, by outcome.",
-                "outcome",
-                names::reload::ALL,
-            )?,
-            config_last_reload_successful: {
-                let gauge = add(
-                    &ours,
-                    IntGauge::new(
-                        names::CONFIG_LAST_RELOAD_SUCCESSFUL,
-                        "1 unless the last attempt to reload the settings was refused.",
-                    ),
-                )?;
-                gauge.set(1);
-                gauge
-            },
-            log_lines_dropped: add(
-                &ours,
-                IntCounter::new(
-                    names::LOG_LINES_DROPPED,
-                    "Log lines dropped because what reads standard error does not keep up.",
-                ),
-            )?,
-            registries: [ours, system],
-            endpoints: Mutex::default(),
-            endpoints_ever: AtomicU64::new(0),
-        }))
+        build.set(1.0);
+        ours.register(Box::new(build))?;
+        let metrics = Self::register(
+            &ours.clone(),
+            [ours, system],
+            Mutex::default(),
+            AtomicU64::new(0),
+        )?;
+        metrics.config_last_reload_successful.set(1);
+        Ok(Arc::new(metrics))
     }
 
-    /// Everything of the process, all endpoints included, in the Prometheus text format.
+    pub(super) fn endpoints(&self) -> MutexGuard<'_, Vec<EndpointRegistry>> {
+        self.endpoints
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
     pub(super) fn render(&self) -> String {
         let mut families = BTreeMap::new();
         let mut gather = |registry: &Registry| {
             for mut family in registry.gather() {
                 match families.entry(family.name().to_owned()) {
-                    Entry::Vacant(place) => drop(place.insert(family)),
+                    Entry::Vacant(entry) => drop(entry.insert(family)),
                     Entry::Occupied(mut same) => {
                         let same: &mut MetricFamily = same.get_mut();
                         same.mut_metric().append(&mut family.take_metric());
@@ -129,11 +102,7 @@ impl ProcessMetrics {
         for registry in &self.registries {
             gather(registry);
         }
-        for endpoint in &*self
-            .endpoints
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-        {
+        for endpoint in &*self.endpoints() {
             endpoint
                 .credential_age
                 .set(age(endpoint.credential_minted.get(), SystemTime::now()));
@@ -141,9 +110,9 @@ impl ProcessMetrics {
         }
         let mut text = Vec::with_capacity(16 * 1024);
         let families: Vec<_> = families.into_values().collect();
-        // Only a family without children is an error, and gather() leaves those out.
+        // Only a family without children is an error, and gather() omits those.
         if let Err(error) = TextEncoder::new().encode(&families, &mut text) {
-            tracing::error!(%error, "metrics could not be written");
+            tracing::error!(%error, "cannot encode the metrics");
         }
         String::from_utf8(text).unwrap_or_default()
     }

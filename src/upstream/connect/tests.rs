@@ -322,13 +322,13 @@ async fn after_a_whole_budget_has_failed_later_clients_wait_less_until_a_login_w
     let whole = began.elapsed();
     assert_eq!(
         (refusal.reason, refusal.report.sqlstate.as_str()),
-        (class::WAKING, "08006")
+        (Reason::Waking, "08006")
     );
     assert!(house.upstream.wake.has_spent_budget());
     assert!(server.seen.dials() >= 3, "{} dials", server.seen.dials());
 
     let began = Instant::now();
-    assert_eq!(house.refused().await.reason, class::WAKING);
+    assert_eq!(house.refused().await.reason, Reason::Waking);
     assert!(began.elapsed() < whole, "waited as long as before");
 
     server.now(Act::Welcome);
@@ -376,7 +376,7 @@ async fn an_identity_that_is_always_rejected_is_refused_after_one_retry() {
     let refusal = house.refused().await;
     assert_eq!(
         (refusal.reason, refusal.report.sqlstate.as_str()),
-        (class::IDENTITY, "28P01")
+        (Reason::Identity, "28P01")
     );
     assert!(refusal.report.hint.is_some());
     let detail = refusal.report.detail.unwrap();
@@ -397,7 +397,7 @@ async fn a_full_endpoint_is_waited_for_a_little() {
     let refusal = house.refused().await;
     assert_eq!(
         (refusal.reason, refusal.report.sqlstate.as_str()),
-        (class::CAPACITY, "53300")
+        (Reason::Capacity, "53300")
     );
     let dials = server.seen.dials();
     assert!((2..=8).contains(&dials), "{dials} dials");
@@ -426,7 +426,7 @@ async fn room_is_waited_for_even_by_a_client_that_waited_for_the_endpoint_before
     server.now(Act::Refuse("53300", "sorry, too many clients already"));
     server.dialled(dials + 2).await;
     let refusal = client.join_all().await.remove(0).map(|_| ()).unwrap_err();
-    assert_eq!(refusal.reason, class::CAPACITY);
+    assert_eq!(refusal.reason, Reason::Capacity);
 }
 
 #[tokio::test]
@@ -435,28 +435,28 @@ async fn what_waiting_does_not_mend_is_refused_at_once() {
         (
             "28000",
             "role \"me\" does not exist",
-            class::PERMISSION,
+            Reason::Permission,
             "28000",
         ),
         (
             "3D000",
             "database \"db\" does not exist",
-            class::PERMISSION,
+            Reason::Permission,
             "3D000",
         ),
         (
             "XX000",
             "Provided authentication token is not a valid JWT encoding",
-            class::WRONG_KIND,
+            Reason::WrongKind,
             "28000",
         ),
         (
             "08006",
             "Connection does not have SNI.",
-            class::PROTOCOL,
+            Reason::Protocol,
             "08006",
         ),
-        ("58000", "something new", class::OTHER, "58000"),
+        ("58000", "something new", Reason::Other, "58000"),
     ] {
         let server = Server::start(Act::Refuse(code, text)).await;
         let house = house(&server, limits());
@@ -512,7 +512,7 @@ async fn a_client_that_never_had_its_turn_says_nothing_about_the_endpoint() {
     let refusal = house.refused().await;
     assert_eq!(
         (refusal.reason, refusal.report.sqlstate.as_str()),
-        (class::CAPACITY, "53300")
+        (Reason::Capacity, "53300")
     );
     assert_eq!(server.seen.dials(), 0);
     assert!(!house.upstream.wake.is_waking() && !house.upstream.wake.has_spent_budget());

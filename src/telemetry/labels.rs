@@ -1,0 +1,219 @@
+//! The label values of metrics: one enum for each label.
+//!
+//! A closed set, so that every child exists from the start and zero is visible; never a user, a database or a host. Code
+//! that makes the same distinction uses the enum itself.
+
+use enum_map::{Enum, EnumArray};
+use prometheus::{Histogram, IntCounter};
+
+/// A label with a closed set of values.
+pub(super) trait Label: EnumArray<IntCounter> + EnumArray<Histogram> + Copy {
+    /// The label's name.
+    const NAME: &str;
+
+    /// The value's text.
+    fn text(self) -> &'static str;
+}
+
+/// Declares one label: its name, its values and their text.
+macro_rules! label {
+    ($(#[$doc:meta])* $label:ident($name:literal) { $($(#[$variant_doc:meta])* $variant:ident = $text:literal,)+ }) => {
+        $(#[$doc])*
+        #[derive(Clone, Copy, Debug, Enum, PartialEq, Eq, Hash)]
+        pub enum $label {
+            $($(#[$variant_doc])* $variant,)+
+        }
+
+        impl $label {
+            /// The value's text.
+            pub const fn as_str(self) -> &'static str {
+                match self {
+                    $(Self::$variant => $text,)+
+                }
+            }
+        }
+
+        impl Label for $label {
+            const NAME: &str = $name;
+
+            fn text(self) -> &'static str {
+                self.as_str()
+            }
+        }
+    };
+}
+
+label! {
+    /// Why a client was refused.
+    Reason("reason") {
+        /// The endpoint did not wake in time.
+        Waking = "waking",
+        /// The server refused the credential or its user.
+        Identity = "identity",
+        /// The credential belongs to another identity than the role.
+        WrongIdentity = "wrong_identity",
+        /// The server does not take this kind of credential.
+        WrongKind = "wrong_kind",
+        /// Role, database, grant or address list.
+        Permission = "permission",
+        /// The server has no connection left.
+        Capacity = "capacity",
+        /// The server does not speak Postgres, or is not trusted.
+        Protocol = "protocol",
+        /// No valid database credential in time.
+        Credential = "credential",
+        /// The proxy's own connection limit.
+        MaxConnections = "max_connections",
+        /// The proxy is draining.
+        ShuttingDown = "shutting_down",
+        /// The client's first message is invalid.
+        BadStartup = "bad_startup",
+        /// A wrong local password, or a user who may not use the Unix socket.
+        LocalAuth = "local_auth",
+        /// TLS between the client and the proxy.
+        ClientTls = "client_tls",
+        /// The handshake did not finish in time.
+        Timeout = "timeout",
+        /// Anything else.
+        Other = "other",
+    }
+}
+
+label! {
+    /// What a failed login at the endpoint means; decides retry, health and hint.
+    FailureClass("class") {
+        /// Asleep, starting or unreachable: wait and retry.
+        Waking = "waking",
+        /// The credential was refused: one forced refresh, one retry.
+        Identity = "identity",
+        /// The credential belongs to another identity than the role: one forced refresh at most.
+        WrongIdentity = "wrong_identity",
+        /// The password sent is not an OAuth token.
+        WrongKind = "wrong_kind",
+        /// Role, database, grant or address list.
+        Permission = "permission",
+        /// The server has no connection left: a bounded wait.
+        Capacity = "capacity",
+        /// Not Postgres, or not trusted.
+        Protocol = "protocol",
+        /// An unknown error: passed on unchanged.
+        Other = "other",
+    }
+}
+
+impl From<FailureClass> for Reason {
+    fn from(class: FailureClass) -> Self {
+        match class {
+            FailureClass::Waking => Self::Waking,
+            FailureClass::Identity => Self::Identity,
+            FailureClass::WrongIdentity => Self::WrongIdentity,
+            FailureClass::WrongKind => Self::WrongKind,
+            FailureClass::Permission => Self::Permission,
+            FailureClass::Capacity => Self::Capacity,
+            FailureClass::Protocol => Self::Protocol,
+            FailureClass::Other => Self::Other,
+        }
+    }
+}
+
+label! {
+    /// A part of a login at the endpoint.
+    LoginPhase("phase") {
+        /// Waiting for a login slot, or for the client that leads the attempts at a waking endpoint.
+        Queue = "queue",
+        /// Waiting for a valid credential.
+        Credential = "credential",
+        /// Host name to addresses.
+        Resolve = "resolve",
+        /// TCP connect.
+        Dial = "dial",
+        /// `SSLRequest` and TLS handshake.
+        Tls = "tls",
+        /// StartupMessage to ReadyForQuery.
+        Login = "login",
+        /// One whole attempt: resolve, dial, TLS and login.
+        Total = "total",
+    }
+}
+
+label! {
+    /// The kind of a TLS handshake.
+    TlsHandshake("kind") {
+        /// With certificates.
+        Full = "full",
+        /// From a ticket of an earlier one.
+        Resumed = "resumed",
+    }
+}
+
+label! {
+    /// The side that ended a session.
+    SessionEnd("end") {
+        /// The client, or its connection broke.
+        Client = "client",
+        /// The endpoint, or its connection broke.
+        Server = "server",
+        /// The proxy, because it is draining.
+        Shutdown = "shutdown",
+    }
+}
+
+label! {
+    /// The direction of relayed bytes.
+    Direction("direction") {
+        /// From the client to the endpoint.
+        FromClient = "from_client",
+        /// From the endpoint to the client.
+        FromServer = "from_server",
+    }
+}
+
+label! {
+    /// The outcome of a cancel request.
+    CancelOutcome("outcome") {
+        /// Sent on to the endpoint.
+        Forwarded = "forwarded",
+        /// The endpoint could not be reached.
+        Failed = "failed",
+        /// No session has that key.
+        Unknown = "unknown",
+    }
+}
+
+label! {
+    /// The outcome of an attempt to mint a credential.
+    RefreshOutcome("outcome") {
+        /// A new credential.
+        Success = "success",
+        /// The workspace refused.
+        Refused = "refused",
+        /// The workspace requests fewer calls.
+        RateLimited = "rate_limited",
+        /// No answer, or a server error.
+        Unavailable = "unavailable",
+        /// An unreadable answer.
+        Malformed = "malformed",
+    }
+}
+
+label! {
+    /// The outcome of a reload of the settings.
+    ReloadOutcome("outcome") {
+        /// In force, except for those that need a restart.
+        Applied = "applied",
+        /// No difference.
+        Unchanged = "unchanged",
+        /// Invalid; the old ones stay.
+        Refused = "refused",
+    }
+}
+
+label! {
+    /// A step of minting a credential.
+    MintStep("step") {
+        /// Getting a workspace token.
+        WorkspaceToken = "workspace_token",
+        /// Getting the database credential with it.
+        Credential = "credential",
+    }
+}
