@@ -1,6 +1,7 @@
 //! Subcommands and flags, and what becomes of them.
 
 use std::{
+    any::TypeId,
     ffi::{OsStr, OsString},
     future::pending,
     io::Write as _,
@@ -15,8 +16,11 @@ use tokio::runtime::Builder;
 
 use crate::{
     app::App,
-    config::{Config, ConfigError, Environment, LogOptions, PASSWORD_VARIABLE, Settings, Source},
-    descriptors::{self, DescriptorLimit},
+    config::{
+        Config, ConfigError, Environment, LogOptions, PASSWORD_VARIABLE, Setting, Settings, Source,
+        VARIABLE_PREFIX, text, variable,
+    },
+    descriptors::DescriptorLimit,
     exec::{self, ExecArgs, Secrets},
     listener::{Inherited, InheritedError},
     remote::{self, ShutdownArgs, WaitArgs},
@@ -30,8 +34,6 @@ use crate::{
 const PROGRAM: &str = "lakebase-proxy";
 /// A bad command line or configuration, or a start that failed.
 const FAILURE: u8 = 1;
-/// How the variables of all flags begin.
-const VARIABLES: &str = "LAKEBASE_PROXY_";
 
 const AFTER_HELP: &str = "\
 Every flag may also be set as LAKEBASE_PROXY_<FLAG>, or in the file named by --config-file.
@@ -97,7 +99,7 @@ impl Cli {
         };
         if let Some(settings) = settings {
             let matches = matches.subcommand().map_or(matches, |(_, verb)| verb);
-            settings.note_origins(matches, VARIABLES);
+            settings.record_origins(matches);
         }
         Ok(cli)
     }
@@ -335,31 +337,12 @@ fn unknown_variables(command: &Command, all: Vec<(OsString, OsString)>) -> Vec<S
     all.into_iter()
         .filter_map(|(name, value)| Some((name.into_string().ok()?, value)))
         .filter(|(name, value)| {
-            name.strip_prefix(VARIABLES).is_some_and(|setting| {
+            name.strip_prefix(VARIABLE_PREFIX).is_some_and(|setting| {
                 name != PASSWORD_VARIABLE && !is_setting(setting) && !is_of_service(name, value)
             })
         })
         .map(|(name, _)| name)
         .collect()
-}
-
-/// Says what the limit of open files is, which resolving the settings has raised, and what follows from it.
-fn tell_limits(before: &DescriptorLimit, config: &Config) {
-    let (limit, max_connections) = (DescriptorLimit::now().soft(), config.max_connections);
-    tracing::info!(
-        limit,
-        before = before.soft(),
-        max_connections,
-        "limit of open files"
-    );
-    let room = descriptors::sessions(limit);
-    if max_connections > room {
-        tracing::warn!(
-            max_connections,
-            room,
-            "the limit of open files has no room for so many sessions; hint: raise it (ulimit -n, LimitNOFILE=) or lower --max-connections"
-        );
-    }
 }
 
 /// Who is to be told how things stand.
@@ -375,19 +358,17 @@ async fn serve(
     inherited: Inherited,
     log: &mut Option<LogGuard>,
 ) -> Result<ExitCode, CommandError> {
-    let before = DescriptorLimit::now();
     let source = Source::new(settings, Environment::of_process());
     let config = source.load()?;
-    let log = start_log(&config.log, log)?;
+    let log = start_log(&config.settings.log_options(), log)?;
     warn_of_unknown_variables();
-    tell_limits(&before, &config);
     let notifier = notifier(&source);
     // Caught before anything is begun, so that a signal during the start is not lost.
     let mut signals = Signals::catch().map_err(CommandError::Signals)?;
     let hangup = Hangup::catch().map_err(CommandError::Signals)?;
     let running = tokio::select! {
         app = App::build_with(config.clone(), inherited) => app?.with_log(log).with_notifier(notifier).start()?,
-        cause = signals.next() => return Ok(cause.exit_code(config.exit_zero_on_sigterm)),
+        cause = signals.next() => return Ok(cause.exit_code(config.settings.exit_zero_on_sigterm())),
     };
     let reloader = running.reloader(source, config);
     running.reload_on(reloader, Some(hangup));
@@ -427,7 +408,7 @@ async fn execute(
     inherited: Inherited,
     log: &mut Option<LogGuard>,
 ) -> Result<ExitCode, CommandError> {
-    // Resolving the settings raises it.
+    // The app raises it.
     let descriptors = DescriptorLimit::now();
     let ExecArgs {
         strip_secrets,
@@ -436,9 +417,8 @@ async fn execute(
     } = arguments;
     let source = exec::source(settings, Environment::of_process());
     let config = source.load()?;
-    let log = start_log(&config.log, log)?;
+    let log = start_log(&config.settings.log_options(), log)?;
     warn_of_unknown_variables();
-    tell_limits(&descriptors, &config);
     let notifier = notifier(&source);
     let program = exec::Program {
         command,
@@ -452,8 +432,8 @@ async fn execute(
         },
         descriptors,
     };
-    let zero_on_sigterm = config.exit_zero_on_sigterm;
-    let patience = config.timeouts.connect_timeout;
+    let zero_on_sigterm = config.settings.exit_zero_on_sigterm();
+    let patience = config.settings.timeouts().connect_timeout;
     let mut signals = exec::Signals::catch().map_err(CommandError::Signals)?;
     let running = tokio::select! {
         app = App::build_with(config.clone(), inherited) => app?.with_log(log).with_notifier(notifier).start()?,
@@ -476,7 +456,7 @@ async fn print_token(
         settings,
     } = arguments;
     let config = Config::resolve(settings, Environment::of_process())?;
-    start_log(&config.log, log)?;
+    start_log(&config.settings.log_options(), log)?;
     print!("{}", token::text(config, json, format).await?);
     Ok(ExitCode::SUCCESS)
 }
@@ -505,12 +485,13 @@ async fn emulate(
     Ok(cause.map_or(ExitCode::SUCCESS, |cause| cause.exit_code(false)))
 }
 
-/// The command line, each flag with its variable. An empty variable counts as unset.
+/// The command line. Each flag may be set by its variable; an empty variable counts as unset.
 pub fn command() -> Command {
-    with_variables(Cli::command())
+    complete(Cli::command(), &Settings::declared())
 }
 
-fn with_variables(command: Command) -> Command {
+/// Adds to each flag what follows from its declaration: the variable, and the default in its help.
+fn complete(command: Command, declared: &[Setting]) -> Command {
     let command = command.mut_args(|argument| {
         let Some(long) = argument.get_long() else {
             return argument;
@@ -518,14 +499,35 @@ fn with_variables(command: Command) -> Command {
         if matches!(long, "help" | "version") {
             return argument;
         }
-        let variable = format!("{VARIABLES}{}", long.to_uppercase().replace('-', "_"));
+        let variable = variable(long);
+        // `--flag` alone means `--flag=true`, so that `--flag=false` overrides a variable.
+        let is_switch = argument.get_value_parser().type_id() == TypeId::of::<bool>()
+            && argument.get_action().takes_values();
+        let setting = declared.iter().find(|it| argument.get_id() == it.key);
+        let default = text(setting.and_then(|setting| setting.default.as_ref()));
+        let help = argument
+            .get_help()
+            .map(ToString::to_string)
+            .unwrap_or_default();
+        let argument = if is_switch {
+            argument
+                .num_args(0..=1)
+                .require_equals(true)
+                .default_missing_value("true")
+                .value_name("BOOL")
+        } else if default.is_empty() || help.contains("[default") {
+            argument
+        } else {
+            argument.help(format!("{help} [default: {default}]"))
+        };
+        let argument = argument.long_help(None::<&str>);
         let value = std::env::var_os(&variable);
         if value.is_none_or(|value| value.is_empty() || is_service_link(&variable, &value)) {
             return argument;
         }
         argument.env(variable).hide_env(true)
     });
-    command.mut_subcommands(with_variables)
+    command.mut_subcommands(|subcommand| complete(subcommand, declared))
 }
 
 /// A variable of a flag that is no text.
@@ -534,7 +536,7 @@ fn unreadable_variable() -> Option<String> {
         .into_iter()
         .find_map(|(name, value)| {
             let name = name.into_string().ok()?;
-            (name.starts_with(VARIABLES) && value.to_str().is_none()).then_some(name)
+            (name.starts_with(VARIABLE_PREFIX) && value.to_str().is_none()).then_some(name)
         })
 }
 

@@ -1,42 +1,58 @@
-//! The limit of open files: raised for us, since a session takes two, and not for a child of ours.
+//! The file descriptor limit: raised for this process, since a session takes two, but not for its children.
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
-/// Descriptors that are not for sessions: sockets of our own, logs, the workspace, name resolution.
+/// Descriptors kept for listeners, logs, workspace requests and name resolution.
 const RESERVED: u64 = 100;
-/// Where nothing tells the limit.
-const USUAL: u64 = 1024;
 
-/// Raises the soft limit to the hard one; returns what is in force then.
-pub fn raise() -> u64 {
-    rlimit::increase_nofile_limit(u64::MAX).unwrap_or(USUAL)
+/// Raises the soft limit to the hard one and logs it, with a warning if it is too low for `max_connections`.
+pub fn raise(max_connections: usize) {
+    let before = DescriptorLimit::now().soft();
+    let limit = rlimit::increase_nofile_limit(u64::MAX).unwrap_or(before);
+    let (supported, max_connections) = (sessions(limit), self::max_connections(max_connections));
+    tracing::info!(limit, before, max_connections, "file descriptor limit");
+    if max_connections > supported {
+        tracing::warn!(
+            max_connections,
+            supported,
+            "the file descriptor limit is too low for --max-connections; hint: raise it (ulimit -n, LimitNOFILE=) or lower --max-connections"
+        );
+    }
 }
 
-/// How many sessions this limit has room for.
-pub fn sessions(limit: u64) -> usize {
+/// The limit of sessions for the setting `max_connections`, whose 0 derives it from the descriptor limit.
+pub fn max_connections(setting: usize) -> usize {
+    match setting {
+        0 => sessions(DescriptorLimit::now().soft()),
+        limit => limit,
+    }
+}
+
+/// The sessions that a descriptor limit supports: each takes two descriptors.
+fn sessions(limit: u64) -> usize {
     usize::try_from(limit.saturating_sub(RESERVED) / 2)
         .unwrap_or(usize::MAX)
         .clamp(1, 1 << 20)
 }
 
-/// How many unfinished handshakes an endpoint may hold under this limit: an eighth, between 256 and 2,048.
+/// The limit of unfinished handshakes per endpoint: an eighth of the descriptor limit, between 256 and 2,048.
 pub fn handshakes(limit: u64) -> usize {
     usize::try_from(limit / 8)
         .unwrap_or(usize::MAX)
         .clamp(256, 2048)
 }
 
-/// The limit of open files as it was before we raised our own.
+/// A file descriptor limit, such as the one before it was raised.
 #[derive(Clone, Debug)]
 pub struct DescriptorLimit(Rlimit);
 
 impl DescriptorLimit {
-    /// The one in force.
+    /// The limit in force.
     pub fn now() -> Self {
         Self(getrlimit(Resource::Nofile))
     }
 
-    /// Lowers that of this process, as one that is about to become another program's.
+    /// Lowers the limit of this process, which is about to become another program.
     pub(crate) fn lower_to(soft: u64) -> rustix::io::Result<()> {
         let limit = getrlimit(Resource::Nofile);
         let is_unlimited = soft == u64::MAX;
@@ -50,15 +66,13 @@ impl DescriptorLimit {
         };
         setrlimit(Resource::Nofile, lowered)
     }
-}
 
-impl DescriptorLimit {
     /// The soft limit.
     pub fn soft(&self) -> u64 {
         self.0.current.unwrap_or(u64::MAX)
     }
 
-    /// What the soft limit can be raised to.
+    /// The hard limit.
     pub fn hard(&self) -> u64 {
         self.0.maximum.unwrap_or(u64::MAX)
     }
@@ -74,6 +88,12 @@ mod tests {
         assert_eq!(sessions(10), 1);
         assert_eq!(sessions(u64::MAX), 1 << 20);
         assert_eq!([1024, 8192, u64::MAX].map(handshakes), [256, 1024, 2048]);
-        assert!(raise() >= DescriptorLimit::now().soft().min(USUAL));
+        raise(0);
+        let limit = DescriptorLimit::now();
+        assert_eq!(limit.soft(), limit.hard());
+        assert_eq!(
+            (max_connections(7), max_connections(0)),
+            (7, sessions(limit.soft()))
+        );
     }
 }

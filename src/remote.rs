@@ -1,7 +1,7 @@
 //! `wait` and `shutdown`: errands at a proxy that runs already, known by its ports alone.
 
 use std::{
-    net::{IpAddr, Ipv4Addr, SocketAddr},
+    net::{IpAddr, SocketAddr},
     path::PathBuf,
     time::Duration,
 };
@@ -11,7 +11,7 @@ use tokio::time::{Instant, MissedTickBehavior, interval, timeout_at};
 
 use crate::{
     admin::client::{AskError, ask},
-    config::{ADMIN_PORT, ConfigError, DurationSetting, HTTP_PORT, PortSetting, Settings},
+    config::{ConfigError, DurationSetting, LOCALHOST, PortSetting, Settings},
 };
 
 /// How often `wait` asks, as Cloud SQL Auth Proxy's does.
@@ -108,12 +108,8 @@ pub async fn wait(arguments: WaitArgs) -> Result<(), RemoteError> {
         ..Settings::default()
     }
     .with_file()?;
-    let ip = match settings.http_address {
-        None => IpAddr::V4(Ipv4Addr::LOCALHOST),
-        Some(ip) if ip.is_unspecified() => IpAddr::V4(Ipv4Addr::LOCALHOST),
-        Some(ip) => ip,
-    };
-    let address = SocketAddr::new(ip, port(settings.http_port, HTTP_PORT, "http-port")?);
+    let ip = Some(settings.http_address()).filter(|ip| !ip.is_unspecified());
+    let address = address(settings.http_port(), ip.unwrap_or(LOCALHOST), "http-port")?;
     let DurationSetting(max) = arguments.max;
     let deadline = Instant::now() + max;
     let mut ticks = interval(INTERVAL);
@@ -145,8 +141,7 @@ pub async fn shutdown(arguments: ShutdownArgs) -> Result<(), RemoteError> {
         ..Settings::default()
     }
     .with_file()?;
-    let port = port(settings.admin_port, ADMIN_PORT, "admin-port")?;
-    let address = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
+    let address = address(settings.admin_port(), LOCALHOST, "admin-port")?;
     let answer = ask(address, "POST", "/quitquitquit")
         .await
         .map_err(RemoteError::Ask)?;
@@ -159,13 +154,8 @@ pub async fn shutdown(arguments: ShutdownArgs) -> Result<(), RemoteError> {
     })
 }
 
-fn port(
-    setting: Option<PortSetting>,
-    default: u16,
-    flag: &'static str,
-) -> Result<u16, RemoteError> {
-    match setting.unwrap_or(PortSetting::Port(default)) {
-        PortSetting::Port(port) if port != 0 => Ok(port),
-        PortSetting::Port(_) | PortSetting::None => Err(RemoteError::NoPort { flag }),
-    }
+fn address(port: PortSetting, ip: IpAddr, flag: &'static str) -> Result<SocketAddr, RemoteError> {
+    port.at(ip)
+        .filter(|address| address.port() != 0)
+        .ok_or(RemoteError::NoPort { flag })
 }

@@ -26,8 +26,9 @@ pub use self::{
 use self::{locate::locate, shared::Shared, source::Access};
 use crate::{
     clock::Clock,
-    config::{Config, EndpointConfig, Roots},
+    config::{Config, EndpointConfig, Roots, Settings},
     credential::{Mint, MintError, Minted},
+    descriptors,
     listener::{Bound, Inherited, Listener},
     net::tls,
     systemd::Notifier,
@@ -79,12 +80,12 @@ struct Ending {
 }
 
 impl Ending {
-    fn new(config: &Config) -> Self {
+    fn new(settings: &Settings) -> Self {
         Self {
-            delay: config.min_sigterm_delay,
-            grace: config.grace,
-            when_idle: config.exit_when_idle,
-            zero_on_sigterm: config.exit_zero_on_sigterm,
+            delay: settings.min_sigterm_delay().0,
+            grace: settings.max_sigterm_delay().0,
+            when_idle: Some(settings.exit_when_idle().0).filter(|time| !time.is_zero()),
+            zero_on_sigterm: settings.exit_zero_on_sigterm(),
         }
     }
 }
@@ -105,6 +106,7 @@ impl App {
 
     /// As [`build`](Self::build), with sockets that a service manager has passed in the place of those in the settings.
     pub async fn build_with(config: Config, inherited: Inherited) -> Result<Self, StartError> {
+        descriptors::raise(config.settings.max_connections());
         let http = bind(config.http, "http-port").await?;
         let notes = bind(config.notes, "notes-port").await?;
         let admin = bind(config.admin, "admin-port").await?;
@@ -114,7 +116,7 @@ impl App {
             .iter()
             .map(EndpointConfig::called)
             .collect();
-        let inherited = inherited.claim(&names, config.allow_remote)?;
+        let inherited = inherited.claim(&names, config.settings.allow_remote())?;
         for (endpoint, sockets) in config.endpoints.iter().zip(inherited) {
             listeners.push(if sockets.is_empty() {
                 Listener::bind(&endpoint.listen)?
@@ -140,7 +142,7 @@ impl App {
         };
 
         let shared = Arc::new(Shared::new(&config)?);
-        let ending = Ending::new(&config);
+        let ending = Ending::new(&config.settings);
         let mut gates = Vec::with_capacity(listeners.len());
         for (endpoint, listener) in config.endpoints.into_iter().zip(listeners) {
             let metrics = if gates.is_empty() {
@@ -168,7 +170,7 @@ impl App {
             addresses,
             shared,
             ending,
-            run_connection_test: config.run_connection_test,
+            run_connection_test: config.settings.run_connection_test(),
             log: None,
             notifier: Notifier::default(),
         })

@@ -100,7 +100,7 @@ impl Running {
     /// Reloads at each hangup and, with `--watch-config`, when a file changes, from now to the end.
     pub fn reload_on(&self, mut reloader: Reloader, mut hangup: Option<Hangup>) {
         let stop = self.shared.stop.clone();
-        let is_watching = reloader.config.watch_config;
+        let is_watching = reloader.config.settings.watch_config();
         let reloading = async move {
             let files = |reloader: &Reloader| reloader.source.files(&reloader.config);
             let mut watch = Watch::new(files(&reloader)).await;
@@ -171,7 +171,7 @@ impl Reloader {
             return Err(RefusedReload::ShuttingDown);
         }
         let mut change = self.config.change_to(self.source.load_again().await?);
-        check_filter(&change.config.log.filter)?;
+        check_filter(&change.config.settings.log_filter())?;
         let prepared = self.prepare(&change).await?;
         if !prepared.roots.is_empty() {
             change.applied.push("PGSSLROOTCERT");
@@ -279,8 +279,8 @@ impl Reloader {
             entrance,
         } = prepared;
         if let Some(log) = &self.log
-            && change.config.log.filter != self.config.log.filter
-            && let Err(error) = log.set_filter(&change.config.log.filter)
+            && change.config.settings.log_filter() != self.config.settings.log_filter()
+            && let Err(error) = log.set_filter(&change.config.settings.log_filter())
         {
             tracing::warn!(error = %chain(&error), "the log filter cannot be changed");
         }
@@ -291,7 +291,8 @@ impl Reloader {
         self.set_modes(&change.config, Narrower::Only);
         self.shared.apply(&change.config, entrance);
         self.set_modes(&change.config, Narrower::Not);
-        self.ending.send_replace(Ending::new(&change.config));
+        self.ending
+            .send_replace(Ending::new(&change.config.settings));
         for (served, fingerprint, security) in roots {
             if let Some(upstream) = served.sessions.route.found() {
                 let endpoint = Endpoint::clone(&upstream.endpoint());

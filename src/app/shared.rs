@@ -14,9 +14,10 @@ use super::{
 use crate::{
     admin::Health,
     clock::Clock,
-    config::{Config, EndpointConfig, Roots},
+    config::{ClientTlsSetting, Config, EndpointConfig, Roots, Settings},
     console::Console,
     credential::CredentialCell,
+    descriptors,
     listener::{AbsentSockets, Listener, Runtimes},
     net::tls,
     overview::Overview,
@@ -60,15 +61,15 @@ pub(super) struct Shared {
 }
 
 /// What sessions go by, as the settings have it.
-fn policy(config: &Config, entrance: Arc<Entrance>) -> Policy {
+fn policy(settings: &Settings, entrance: Arc<Entrance>) -> Policy {
     Policy {
         entrance,
-        database_mapping: config.database_mapping,
-        client_login_timeout: config.client_login_timeout,
-        max_connections: config.max_connections,
+        database_mapping: settings.database_mapping(),
+        client_login_timeout: settings.client_login_timeout().0,
+        max_connections: descriptors::max_connections(settings.max_connections()),
         terms: Terms {
-            limits: config.timeouts,
-            keepalive: config.keepalive,
+            limits: settings.timeouts(),
+            keepalive: settings.keepalive(),
         },
     }
 }
@@ -94,7 +95,7 @@ pub(super) fn entrance(
         }
     };
     Ok(Entrance {
-        allowed_uids: config.allowed_uids.clone(),
+        allowed_uids: config.settings.unix_socket_allowed_uids(),
         told: match before {
             Some((old, entrance)) if old.client_tls == config.client_tls => {
                 Arc::clone(&entrance.told)
@@ -102,7 +103,7 @@ pub(super) fn entrance(
             _ => Arc::default(),
         },
         encryption,
-        requires_tls: config.client_tls_required,
+        requires_tls: config.settings.client_tls() == ClientTlsSetting::Required,
         password,
     })
 }
@@ -113,7 +114,7 @@ impl Shared {
         let endpoints = Endpoints::default();
         let (registry, shutdown) = (Registry::default(), Shutdown::new());
         let entrance = Arc::new(entrance(config, None)?);
-        let policies = Policies::new(policy(config, Arc::clone(&entrance)));
+        let policies = Policies::new(policy(&config.settings, Arc::clone(&entrance)));
         let served = endpoints.clone();
         let overview = Arc::new(Overview::new(
             registry.clone(),
@@ -146,7 +147,7 @@ impl Shared {
             helpers: TaskTracker::new(),
             stop: CancellationToken::new(),
             clock: Clock::system(),
-            is_lazy: config.lazy_refresh,
+            is_lazy: config.settings.lazy_refresh(),
             known_password: KnownPassword::default(),
             workspace: OnceLock::new(),
             workspace_settings: config.workspace.clone(),
@@ -157,12 +158,15 @@ impl Shared {
 
     /// Puts the settings in force that sessions go by.
     pub(super) fn apply(&self, config: &Config, entrance: Arc<Entrance>) {
-        self.policies.set(policy(config, entrance));
+        self.policies.set(policy(&config.settings, entrance));
         self.known_password.set(config.local_password.clone());
-        let limit = i64::try_from(config.max_connections).unwrap_or(i64::MAX);
+        let limit = i64::try_from(descriptors::max_connections(
+            config.settings.max_connections(),
+        ))
+        .unwrap_or(i64::MAX);
         self.metrics.process.clients_limit.set(limit);
-        self.overview.set_settings(config.shown.clone());
-        self.console.set_over_tcp(config.admin_console);
+        self.overview.set_settings(config.settings.shown());
+        self.console.set_over_tcp(config.settings.admin_console());
     }
 
     /// One more endpoint, with its listener bound.

@@ -1,246 +1,130 @@
-//! From the settings in force to others: what can be put in force at once, and what needs a restart.
-//!
-//! Pure: nothing is bound, looked up or told to anybody here. A setting that is new in [`Config`] does not compile until
-//! it has been decided here which it is.
+//! Compares the configuration in force with a new one: what a reload applies, and what needs a restart.
 
 use secrecy::{ExposeSecret, SecretString};
 
-use super::{Config, CredentialSource, EndpointConfig, Keepalive, LogOptions, Timeouts};
+use super::{Config, EndpointConfig, declare::Reload};
 
-/// What is put in force by a reload; anything else needs a restart.
-pub(super) const CHANGEABLE: &[&str] = &[
-    "admin_console",
-    "allow_remote",
-    "client_tls",
-    "unix_socket_allowed_uids",
-    "database_mapping",
-    "connect_timeout",
-    "server_connect_timeout",
-    "credential_timeout",
-    "capacity_timeout",
-    "client_login_timeout",
-    "max_connections",
-    "tcp_keepalive_idle",
-    "tcp_keepalive_interval",
-    "tcp_keepalive_count",
-    "tcp_user_timeout",
-    "min_sigterm_delay",
-    "max_sigterm_delay",
-    "exit_when_idle",
-    "exit_zero_on_sigterm",
-    "log_filter",
-    "client_tls_cert",
-    "client_tls_key",
-    "local_auth",
-    "local_password_file",
-    "unix_socket_mode",
-];
-
-/// The one setting of endpoints that is put in force for those that stay.
 const SOCKET_MODE: &str = "unix_socket_mode";
+/// The keys of an endpoint's listener.
+const MOVED: &str = "address, port or unix_socket";
 
-/// The way from one [`Config`] to another.
+/// The step from one [`Config`] to another.
 #[derive(Clone, Debug)]
 pub struct Change {
-    /// What is in force afterwards: the new settings, but for those that need a restart.
+    /// The configuration after the reload: the new settings, except those that need a restart.
     pub config: Config,
-    /// The settings that are put in force.
+    /// The settings that are applied.
     pub applied: Vec<&'static str>,
-    /// The settings that stay as they are until a restart.
+    /// The settings that keep their value until a restart.
     pub restart: Vec<String>,
-    /// Endpoints that there were not.
+    /// New endpoints.
     pub added: Vec<EndpointConfig>,
-    /// Endpoints that are no more.
+    /// Endpoints that no longer exist.
     pub removed: Vec<EndpointConfig>,
 }
 
 impl Change {
-    /// Whether nothing is to be done and nothing to be said.
+    /// Whether there is nothing to apply and nothing to report.
     pub fn is_empty(&self) -> bool {
         self.applied.is_empty()
             && self.restart.is_empty()
             && self.added.is_empty()
             && self.removed.is_empty()
     }
+
+    fn needs_restart(&mut self, keys: &[&str], endpoint: &str) {
+        if !keys.is_empty() {
+            let keys = keys.join(", ");
+            self.restart
+                .push(format!("{keys} of endpoint `{endpoint}`"));
+        }
+    }
+
+    fn apply(&mut self, key: &'static str) {
+        if !self.applied.contains(&key) {
+            self.applied.push(key);
+        }
+    }
 }
 
 impl Config {
-    /// Whether clients must know the same.
+    /// Whether clients need the same password.
     pub fn has_same_password(&self, other: &Self) -> bool {
         exposed(self.local_password.as_ref()) == exposed(other.local_password.as_ref())
     }
 
-    /// What has to happen for `new` to be in force.
+    /// The change from this configuration to `new`.
     pub fn change_to(&self, new: Self) -> Change {
-        let Self {
-            endpoints,
-            database_mapping,
-            allow_remote,
-            allowed_uids,
-            client_tls,
-            client_tls_required,
-            local_password,
-            // Counts by what is in it.
-            local_password_file,
-            workspace,
-            // Follows from the endpoints.
-            password_variables,
-            timeouts,
-            client_login_timeout,
-            max_connections,
-            keepalive,
-            http,
-            notes,
-            admin,
-            lazy_refresh,
-            run_connection_test,
-            min_sigterm_delay,
-            grace,
-            exit_when_idle,
-            exit_zero_on_sigterm,
-            log,
-            watch_config,
-            admin_console,
-            shown,
-            // Of the environment, which does not change.
-            threads: _,
-        } = new;
-        let Timeouts {
-            connect_timeout,
-            server_connect_timeout,
-            credential_timeout,
-            capacity_timeout,
-        } = timeouts;
-        let Keepalive {
-            idle,
-            interval,
-            count,
-            user_timeout,
-        } = keepalive;
-        let LogOptions { filter, structured } = log;
+        let restart = self.settings.differing(&new.settings, Reload::Restart);
+        let mut change = Change {
+            config: self.clone(),
+            applied: self.settings.differing(&new.settings, Reload::Live),
+            restart: restart.into_iter().map(str::to_owned).collect(),
+            added: Vec::new(),
+            removed: Vec::new(),
+        };
+        change.config.settings.take(&new.settings, Reload::Live);
+        // The settings may be the same: a file of the password that was rewritten, a default that follows from another key.
+        if !self.has_same_password(&new) {
+            change.apply("local_auth");
+            change.config.local_password = new.local_password;
+        }
+        if self.client_tls != new.client_tls {
+            change.apply("client_tls");
+            change.config.client_tls = new.client_tls;
+        }
+        let restarts = change.restart.len();
+        self.change_endpoints(new.endpoints, &mut change);
+        if change.restart.len() == restarts {
+            change.config.settings.take(&new.settings, Reload::Endpoint);
+        }
+        if !change.added.is_empty() || change.config.endpoints.len() != self.endpoints.len() {
+            change.config.password_variables = new.password_variables;
+        }
+        change
+    }
 
-        let mut config = self.clone();
-        let mut applied = Vec::new();
-        let mut restart = Vec::new();
-        macro_rules! apply {
-            ($($name:literal: $($field:ident).+ = $new:expr;)+) => {
-                $(if config.$($field).+ != $new {
-                    config.$($field).+ = $new;
-                    applied.push($name);
-                })+
-            };
-        }
-        macro_rules! keep {
-            ($($name:literal: $old:expr, $new:expr;)+) => {
-                $(if $old != $new {
-                    restart.push($name.to_owned());
-                })+
-            };
-        }
-        apply! {
-            "admin_console": admin_console = admin_console;
-            "allow_remote": allow_remote = allow_remote;
-            "client_tls": client_tls = client_tls;
-            "unix_socket_allowed_uids": allowed_uids = allowed_uids;
-            "database_mapping": database_mapping = database_mapping;
-            "connect_timeout": timeouts.connect_timeout = connect_timeout;
-            "server_connect_timeout": timeouts.server_connect_timeout = server_connect_timeout;
-            "credential_timeout": timeouts.credential_timeout = credential_timeout;
-            "capacity_timeout": timeouts.capacity_timeout = capacity_timeout;
-            "client_login_timeout": client_login_timeout = client_login_timeout;
-            "max_connections": max_connections = max_connections;
-            "tcp_keepalive_idle": keepalive.idle = idle;
-            "tcp_keepalive_interval": keepalive.interval = interval;
-            "tcp_keepalive_count": keepalive.count = count;
-            "tcp_user_timeout": keepalive.user_timeout = user_timeout;
-            "min_sigterm_delay": min_sigterm_delay = min_sigterm_delay;
-            "max_sigterm_delay": grace = grace;
-            "exit_when_idle": exit_when_idle = exit_when_idle;
-            "exit_zero_on_sigterm": exit_zero_on_sigterm = exit_zero_on_sigterm;
-            "log_filter": log.filter = filter;
-        }
-        keep! {
-            "profile": self.workspace.profile, workspace.profile;
-            "http_address or http_port": self.http, http;
-            "notes": self.notes, notes;
-            "quitquitquit or admin_port": self.admin, admin;
-            "lazy_refresh": self.lazy_refresh, lazy_refresh;
-            "run_connection_test": self.run_connection_test, run_connection_test;
-            "structured_logs": self.log.structured, structured;
-            "watch_config": self.watch_config, watch_config;
-        }
-
-        if config.client_tls_required != client_tls_required {
-            config.client_tls_required = client_tls_required;
-            if !applied.contains(&"client_tls") {
-                applied.push("client_tls");
-            }
-        }
-        config.local_password_file = local_password_file;
-        if exposed(self.local_password.as_ref()) != exposed(local_password.as_ref()) {
-            config.local_password = local_password;
-            applied.push("local_auth");
-        }
-
-        for setting in shown.into_iter().filter(|setting| setting.changeable) {
-            let old = config.shown.iter_mut().find(|old| old.key == setting.key);
-            if let Some(old) = old {
-                *old = setting;
-            }
-        }
-
+    fn change_endpoints(&self, new: Vec<EndpointConfig>, change: &mut Change) {
         let mut old: Vec<Option<&EndpointConfig>> = self.endpoints.iter().map(Some).collect();
-        let mut take = |is_it: &dyn Fn(&EndpointConfig) -> bool| {
+        let mut take = |is_match: &dyn Fn(&EndpointConfig) -> bool| {
             old.iter_mut()
-                .find(|old| old.is_some_and(is_it))
+                .find(|old| old.is_some_and(is_match))
                 .and_then(Option::take)
         };
-        let same: Vec<Option<&EndpointConfig>> = endpoints
+        // Endpoints at the same addresses are matched first, so that a conflicting one cannot claim them.
+        let same: Vec<_> = new
             .iter()
             .map(|endpoint| take(&|old| old.is_same(endpoint)))
             .collect();
-        let mut added = Vec::new();
-        config.endpoints.clear();
-        for (endpoint, same) in endpoints.into_iter().zip(same) {
-            // One that has moved to where it cannot be bound while the old one is there, which stays.
-            let moved = same.is_none() && self.endpoints.iter().any(|old| old.clashes(&endpoint));
-            let kept = same.or_else(|| take(&|old| old.clashes(&endpoint)));
-            let mut differs = kept.map_or_else(Vec::new, |kept| kept.differs(&endpoint));
-            if moved {
-                differs.insert(0, "address, port or unix_socket");
-            }
-            let called = kept.unwrap_or(&endpoint).called();
-            if !differs.is_empty() {
-                restart.push(format!("{} of endpoint `{called}`", differs.join(", ")));
-            }
-            if let Some(kept) = kept {
-                let mut kept = kept.clone();
-                if let (false, Some(ours), Some(theirs)) =
-                    (moved, &mut kept.listen.unix, &endpoint.listen.unix)
-                    && ours.mode != theirs.mode
-                {
-                    ours.mode = theirs.mode;
-                    if !applied.contains(&SOCKET_MODE) {
-                        applied.push(SOCKET_MODE);
-                    }
+        change.config.endpoints.clear();
+        for (endpoint, same) in new.into_iter().zip(same) {
+            // Its new addresses cannot be bound while the old listener, which stays, is open.
+            let moved = same.is_none() && self.endpoints.iter().any(|old| old.conflicts(&endpoint));
+            let Some(kept) = same.or_else(|| take(&|old| old.conflicts(&endpoint))) else {
+                if moved {
+                    change.needs_restart(&[MOVED], endpoint.called());
+                } else {
+                    change.config.endpoints.push(endpoint.clone());
+                    change.added.push(endpoint);
                 }
-                config.endpoints.push(kept);
-            } else if !moved {
-                config.endpoints.push(endpoint.clone());
-                added.push(endpoint);
+                continue;
+            };
+            let mut differences = kept.differences(&endpoint);
+            if moved {
+                differences.insert(0, MOVED);
             }
+            change.needs_restart(&differences, kept.called());
+            let mut kept = kept.clone();
+            if let (false, Some(ours), Some(theirs)) =
+                (moved, &mut kept.listen.unix, &endpoint.listen.unix)
+                && ours.mode != theirs.mode
+            {
+                ours.mode = theirs.mode;
+                change.apply(SOCKET_MODE);
+            }
+            change.config.endpoints.push(kept);
         }
-        let removed = old.into_iter().flatten().cloned().collect();
-        if !added.is_empty() || config.endpoints.len() != self.endpoints.len() {
-            config.password_variables = password_variables;
-        }
-        Change {
-            config,
-            applied,
-            restart,
-            added,
-            removed,
-        }
+        change.removed = old.into_iter().flatten().cloned().collect();
     }
 }
 
@@ -248,65 +132,10 @@ fn exposed(password: Option<&SecretString>) -> Option<&str> {
     password.map(SecretString::expose_secret)
 }
 
-impl EndpointConfig {
-    /// Whether the clients of one are the clients of the other: they connect at the same place.
-    pub fn is_same(&self, other: &Self) -> bool {
-        // Any free port is as good as any other, so that only the name tells.
-        let is_told_by_name = self.listen.port == 0;
-        self.listen.is_same(&other.listen)
-            && (!is_told_by_name
-                || (self.called() == other.called() && self.read_only == other.read_only))
-    }
-
-    /// Whether they are the same in all they say.
-    pub fn is_equal(&self, other: &Self) -> bool {
-        self.is_same(other) && self.differs(other).is_empty()
-    }
-
-    /// Whether they cannot listen side by side.
-    fn clashes(&self, other: &Self) -> bool {
-        self.listen.conflict(&other.listen).is_some()
-    }
-
-    /// The settings that are not the same.
-    fn differs(&self, other: &Self) -> Vec<&'static str> {
-        let pairs = [
-            ("name", self.name == other.name),
-            ("host", self.host == other.host),
-            ("host_address", self.host_addresses == other.host_addresses),
-            ("port", self.port == other.port),
-            ("user", self.user == other.user),
-            ("database", self.database == other.database),
-            ("the app's name", self.app == other.app),
-            ("read_only", self.read_only == other.read_only),
-            ("TLS", self.tls == other.tls),
-            ("credential", self.credential.is_same(&other.credential)),
-        ];
-        let differs = pairs.into_iter().filter(|(_, is_same)| !is_same);
-        differs.map(|(name, _)| name).collect()
-    }
-}
-
-impl CredentialSource {
-    fn is_same(&self, other: &Self) -> bool {
-        match (self, other) {
-            (Self::Workspace, Self::Workspace) => true,
-            (Self::Command(one), Self::Command(other)) => one == other,
-            (Self::PasswordFile(one), Self::PasswordFile(other)) => one == other,
-            (Self::Password(one), Self::Password(other)) => {
-                one.expose_secret() == other.expose_secret()
-            }
-            _ => false,
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
-    use crate::config::Environment;
+    use crate::config::{DurationSetting, Environment};
 
     const NAME: &str = "projects/p/branches/b/endpoints/e";
 
@@ -322,76 +151,57 @@ mod tests {
     }
 
     #[test]
-    fn what_is_said_to_be_changeable_is_changed() {
-        let (_, code) = include_str!("change.rs").split_once("apply! {\n").unwrap();
-        let (code, _) = code.split_once("\n        }").unwrap();
-        let names: Vec<&str> = code
-            .lines()
-            .filter_map(|line| line.split('"').nth(1))
-            .collect();
-        // Those behind them are of several fields, or are told by another's name.
-        assert_eq!(names, CHANGEABLE[..names.len()]);
-        assert_eq!(CHANGEABLE.len(), names.len() + 5);
-    }
-
-    #[test]
-    fn what_is_shown_is_what_is_in_force() {
+    fn the_shown_settings_are_those_in_force() {
         let file = |port| format!("connect_timeout = \"{port}s\"\nhttp_port = {port}");
-        let change = change(&file(40), &file(50));
-        let shown = |key: &str| {
-            let setting = change
-                .config
-                .shown
-                .iter()
-                .find(|setting| setting.key == key);
+        let shown = change(&file(40), &file(50)).config.settings.shown();
+        let value = |key: &str| {
+            let setting = shown.iter().find(|setting| setting.key == key);
             setting.unwrap().value.clone()
         };
-        assert_eq!(
-            (shown("connect_timeout"), shown("http_port")),
-            ("50s".to_owned(), "40".to_owned())
-        );
+        let values = (value("connect_timeout"), value("http_port"));
+        assert_eq!(values, ("50s".to_owned(), "40".to_owned()));
     }
 
     #[test]
-    fn what_is_the_same_changes_nothing() {
+    fn equal_settings_change_nothing() {
         let file = "max_connections = 7\n[[endpoint]]\nhost = \"h\"\nuser = \"u\"\ncredential = { password_env = \"SECRET\" }";
         assert!(change(file, file).is_empty());
         assert!(change("", "port = 5432\nmax_sigterm_delay = \"10s\"").is_empty());
     }
 
     #[test]
-    fn limits_times_and_the_filter_are_put_in_force() {
+    fn live_settings_are_applied() {
         let change = change(
             "max_connections = 7",
             "max_connections = 3\nconnect_timeout = 5\nlog_filter = \"debug\"\nexit_when_idle = 60\ntcp_keepalive_idle = 1",
         );
         let expected = [
-            "connect_timeout",
             "max_connections",
+            "connect_timeout",
             "tcp_keepalive_idle",
             "exit_when_idle",
             "log_filter",
         ];
         assert_eq!(change.applied, expected);
         assert!(change.restart.is_empty());
-        assert_eq!(change.config.max_connections, 3);
+        assert_eq!(change.config.settings.max_connections(), 3);
         assert_eq!(
-            change.config.timeouts.connect_timeout,
-            Duration::from_secs(5)
+            change.config.settings.connect_timeout(),
+            DurationSetting::from_secs(5)
         );
-        assert_eq!(change.config.log.filter, "debug");
+        assert_eq!(change.config.settings.log_filter(), "debug");
     }
 
     #[test]
-    fn what_needs_a_restart_stays_and_is_named_each_time() {
+    fn settings_that_need_a_restart_keep_their_value_and_are_named_each_time() {
         let old = config("http_port = 1");
         let new = "http_port = 2\nnotes = true\nstructured_logs = true\nquitquitquit = true\nprofile = \"p\"";
         let change = old.change_to(config(new));
         let expected = [
             "profile",
-            "http_address or http_port",
+            "http_port",
             "notes",
-            "quitquitquit or admin_port",
+            "quitquitquit",
             "structured_logs",
         ];
         assert_eq!(change.restart, expected);
@@ -401,12 +211,12 @@ mod tests {
     }
 
     #[test]
-    fn endpoints_are_told_by_where_their_clients_connect() {
+    fn endpoints_are_matched_by_their_addresses() {
         let table = |name: &str, listen: u16, rest: &str| {
             format!("[[endpoint]]\nname = \"{name}\"\nlisten = {listen}\n{rest}\n")
         };
         let old = table("a", 1, "") + &table("b", 2, "");
-        // The order does not matter, and one goes as another comes.
+        // The order does not matter; one is removed and another added.
         let moved = change(&old, &(table("c", 3, "") + &table("a", 1, "")));
         let names = |endpoints: &[EndpointConfig]| -> Vec<String> {
             endpoints
@@ -430,7 +240,7 @@ mod tests {
         assert!(other.added.is_empty() && other.removed.is_empty());
         assert_eq!(names(&other.config.endpoints), ["a", "b"]);
 
-        // Where any port will do, the name tells.
+        // With any free port, the name matches.
         let free = change(
             &table("a", 0, ""),
             &(table("a", 0, "") + &table("b", 0, "")),
@@ -440,7 +250,7 @@ mod tests {
     }
 
     #[test]
-    fn an_endpoint_that_would_be_in_its_own_way_stays_where_it_is() {
+    fn an_endpoint_whose_new_address_conflicts_with_its_old_one_stays() {
         let listen = |listen: &str| {
             format!("allow_remote = true\n[[endpoint]]\nname = \"a\"\nlisten = \"{listen}\"\n")
         };
@@ -457,7 +267,7 @@ mod tests {
             assert!(change.added.is_empty() && change.removed.is_empty());
             assert_eq!(change.config.endpoints[0].listen.to_string(), old);
         }
-        // One becomes two: the old one goes on alone.
+        // One becomes two: the old one stays alone.
         let both = listen("127.0.0.1:7") + "[[endpoint]]\nname = \"b\"\nlisten = \"127.0.0.2:7\"\n";
         let split = change(&listen("0.0.0.0:7"), &both);
         assert_eq!(split.restart.len(), 2);
@@ -474,13 +284,13 @@ mod tests {
     }
 
     #[test]
-    fn who_may_come_in_and_how_is_put_in_force() {
+    fn client_access_is_applied() {
         let file = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(&file, "sesame").unwrap();
         let password = format!("local_password_file = {:?}", file.path());
         for (new, applied) in [
             ("client_tls = \"self-signed\"", &["client_tls"][..]),
-            (&password, &["local_auth"]),
+            (&password, &["local_password_file", "local_auth"]),
             (
                 "unix_socket_allowed_uids = [7]",
                 &["unix_socket_allowed_uids", "unix_socket_mode"],
@@ -495,7 +305,7 @@ mod tests {
     }
 
     #[test]
-    fn another_credential_of_a_kept_endpoint_needs_a_restart() {
+    fn a_new_credential_of_an_endpoint_needs_a_restart() {
         let table = |credential: &str| {
             format!("[[endpoint]]\nhost = \"h\"\nuser = \"u\"\ncredential = {{ {credential} }}")
         };

@@ -1,269 +1,304 @@
-//! Endpoints as somebody wrote them: `[[endpoint]]` tables and `--endpoint` flags.
+//! Endpoints as resolved, from `[[endpoint]]` tables, flags, or the variables of Postgres and Databricks.
 
-use std::{
-    net::{IpAddr, SocketAddr},
-    num::NonZeroU16,
-    path::PathBuf,
-    str::FromStr,
+use std::{net::IpAddr, num::NonZeroU16, path::PathBuf};
+
+use secrecy::{ExposeSecret, SecretString};
+
+use super::{
+    ConfigError, CredentialSetting, DEFAULT_DATABASE, EndpointSettings, Environment,
+    HostAddressSetting, ListenAddresses, listen::AddressAssigner, resolve::POSTGRES_PORT, values,
+    without_userinfo,
 };
 
-use serde::Deserialize;
-
-use super::values::scalar;
-
-/// One `[[endpoint]]` table, or one `--endpoint NAME?key=value&...` flag.
-#[derive(Clone, Debug, Default, Deserialize, PartialEq, Eq)]
-#[serde(deny_unknown_fields, default)]
-pub struct EndpointSettings {
-    /// `projects/P/branches/B/endpoints/E`, or an instance's name.
+/// The configuration of one endpoint.
+#[derive(Clone, Debug)]
+pub struct EndpointConfig {
+    /// The addresses of its listener.
+    pub listen: ListenAddresses,
+    /// Its resource name; looked up if `None`.
     pub name: Option<String>,
-    /// Its host, where it need not be looked up.
+    /// Its host; looked up if `None`.
     pub host: Option<String>,
-    /// The addresses to dial, where the host's name should not be resolved.
-    pub host_address: Option<HostAddressSetting>,
+    /// The addresses to dial; empty: those that the host resolves to.
+    pub host_addresses: Vec<IpAddr>,
     /// Its port.
-    pub port: Option<NonZeroU16>,
-    /// The role to log in as.
-    pub user: Option<String>,
-    /// The database for clients that name none.
-    pub database: Option<String>,
-    /// Where clients of this endpoint connect: an address with a port, or a port.
-    pub listen: Option<ListenSetting>,
-    /// Whether its read-only host is meant.
-    pub read_only: bool,
-    /// Where its credential comes from, if not from the workspace.
-    pub credential: Option<CredentialSetting>,
-}
-
-/// Where a credential comes from that Lakebase's workspace does not mint.
-#[derive(Clone, Debug, Deserialize, PartialEq, Eq)]
-#[serde(rename_all = "snake_case")]
-pub enum CredentialSetting {
-    /// A program that prints JSON: a token and, if it likes, its expiry.
-    Command(Vec<String>),
-    /// A variable that holds a password.
-    PasswordEnv(String),
-    /// A file that holds a password; read again when it changes.
-    PasswordFile(PathBuf),
-}
-
-/// IP addresses with commas between them, as libpq's `hostaddr`.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct HostAddressSetting(pub Vec<IpAddr>);
-
-impl FromStr for HostAddressSetting {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let addresses = text.split(',').map(|address| {
-            address
-                .trim()
-                .parse()
-                .map_err(|_| format!("`{}` is not an IP address", address.trim()))
-        });
-        addresses.collect::<Result<_, _>>().map(Self)
-    }
-}
-
-impl<'de> Deserialize<'de> for HostAddressSetting {
-    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        scalar(deserializer)
-    }
-}
-
-/// `127.0.0.1:5433`, or a port alone.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct ListenSetting {
-    /// The address, where given.
-    pub address: Option<IpAddr>,
-    /// The port; 0 is any free one.
     pub port: u16,
+    /// The role to log in as; the workspace identity if `None`.
+    pub user: Option<String>,
+    /// The default database, by name or resource id.
+    pub database: Option<String>,
+    /// The Databricks App to which the database belongs, if nothing else names the endpoint.
+    pub app: Option<String>,
+    /// Whether to use the read-only host.
+    pub read_only: bool,
+    /// TLS to the endpoint.
+    pub tls: TlsMode,
+    /// The source of its credential.
+    pub credential: CredentialSource,
 }
 
-impl FromStr for ListenSetting {
-    type Err = String;
+/// The source of a credential.
+#[derive(Clone, Debug)]
+pub enum CredentialSource {
+    /// A program that prints one.
+    Command(Vec<String>),
+    /// A fixed password.
+    Password(SecretString),
+    /// A password in a file, which may change.
+    PasswordFile(PathBuf),
+    /// The workspace mints it.
+    Workspace,
+}
 
-    fn from_str(text: &str) -> Result<Self, String> {
-        let text = text.trim();
-        if let Ok(port) = text.parse() {
-            return Ok(Self {
-                address: None,
-                port,
-            });
+/// TLS to the endpoint.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum TlsMode {
+    /// Off: `PGSSLMODE=disable`, for loopback addresses only.
+    Disabled,
+    /// Certificate and name are verified, whatever weaker mode `PGSSLMODE` names.
+    Verified(Roots),
+}
+
+/// The trusted root certificates.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Roots {
+    /// Those in this PEM file (`PGSSLROOTCERT`).
+    File(PathBuf),
+    /// The system's.
+    #[default]
+    System,
+}
+
+impl EndpointConfig {
+    /// Validates one table and completes it from the environment.
+    pub(super) fn resolve(
+        table: EndpointSettings,
+        addresses: &mut AddressAssigner,
+        environment: &Environment,
+    ) -> Result<Self, ConfigError> {
+        let listen = addresses.next(table.listen)?;
+        // Databricks Apps names an app's database only by its host.
+        let app = match &table.name {
+            Some(_) => None,
+            None => environment.app_name.clone(),
+        };
+        // Without a name, a workspace may have a single endpoint.
+        if environment.workspace.host.is_none() && [&table.name, &table.host, &app] == [&None; 3] {
+            return Err(ConfigError::NoEndpoint);
         }
-        let socket: SocketAddr = text.parse().map_err(|_| {
-            format!(
-                "`{text}` is neither a port nor an address with a port, such as `127.0.0.1:5433`"
-            )
-        })?;
+        let endpoint = called([&table.name, &table.host, &app]).to_owned();
+        let credential = match &table.credential {
+            None => CredentialSource::Workspace,
+            Some(CredentialSetting::Command(command)) if command.is_empty() => {
+                return Err(ConfigError::NoCommand { endpoint });
+            }
+            Some(CredentialSetting::Command(command)) => CredentialSource::Command(command.clone()),
+            Some(CredentialSetting::PasswordFile(path)) => {
+                CredentialSource::PasswordFile(path.clone())
+            }
+            Some(CredentialSetting::PasswordEnv(variable)) => match environment.secret(variable) {
+                Some(password) => CredentialSource::Password(password),
+                None => {
+                    let variable = variable.clone();
+                    return Err(ConfigError::NoPassword { endpoint, variable });
+                }
+            },
+        };
+        if let CredentialSource::Workspace = credential {
+            let is_neon = |host: &&String| host.to_ascii_lowercase().ends_with(".neon.tech");
+            if let Some(host) = table.host.as_ref().filter(is_neon) {
+                return Err(ConfigError::Neon {
+                    host: without_userinfo(host).into_owned(),
+                });
+            }
+        } else if table.host.is_none() {
+            return Err(ConfigError::NoHost { endpoint });
+        } else if table.user.is_none() {
+            return Err(ConfigError::NoUser { endpoint });
+        }
+        let tls = tls_mode(
+            environment.sslmode.as_deref(),
+            environment.sslrootcert.as_deref(),
+            table.host.as_deref(),
+            table.host_address.as_ref(),
+        )?;
         Ok(Self {
-            address: Some(socket.ip()),
-            port: socket.port(),
+            listen,
+            name: table.name,
+            host: table.host,
+            host_addresses: table
+                .host_address
+                .map(|HostAddressSetting(addresses)| addresses)
+                .unwrap_or_default(),
+            port: table.port.map_or(POSTGRES_PORT, NonZeroU16::get),
+            user: table.user,
+            database: table.database,
+            app,
+            read_only: table.read_only,
+            tls,
+            credential,
         })
     }
-}
 
-impl<'de> Deserialize<'de> for ListenSetting {
-    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        scalar(deserializer)
+    /// The default database as far as the settings name it.
+    pub fn database_or_default(&self) -> &str {
+        self.database.as_deref().unwrap_or(DEFAULT_DATABASE)
+    }
+
+    /// Its name in logs: the resource name, else the host or the app.
+    pub fn called(&self) -> &str {
+        called([&self.name, &self.host, &self.app])
+    }
+
+    /// Whether both serve the same clients: they listen on the same addresses.
+    pub fn is_same(&self, other: &Self) -> bool {
+        // Any free port is the same as any other, so that only the name tells them apart.
+        let is_any_port = self.listen.port == 0;
+        self.listen.is_same(&other.listen)
+            && (!is_any_port
+                || (self.called() == other.called() && self.read_only == other.read_only))
+    }
+
+    /// Whether both are configured alike.
+    pub fn is_equal(&self, other: &Self) -> bool {
+        self.is_same(other) && self.differences(other).is_empty()
+    }
+
+    /// Whether their listeners cannot be open at once.
+    pub(super) fn conflicts(&self, other: &Self) -> bool {
+        self.listen.conflict(&other.listen).is_some()
+    }
+
+    /// The keys that differ, apart from the listener's.
+    pub(super) fn differences(&self, other: &Self) -> Vec<&'static str> {
+        let same = [
+            ("name", self.name == other.name),
+            ("host", self.host == other.host),
+            ("host_address", self.host_addresses == other.host_addresses),
+            ("port", self.port == other.port),
+            ("user", self.user == other.user),
+            ("database", self.database == other.database),
+            ("the app's name", self.app == other.app),
+            ("read_only", self.read_only == other.read_only),
+            ("TLS", self.tls == other.tls),
+            ("credential", self.credential == other.credential),
+        ];
+        let differ = same.into_iter().filter(|(_, is_same)| !is_same);
+        differ.map(|(key, _)| key).collect()
     }
 }
 
-impl FromStr for EndpointSettings {
-    type Err = String;
+fn called(names: [&Option<String>; 3]) -> &str {
+    let mut names = names.into_iter().flatten();
+    names.next().map_or("default", String::as_str)
+}
 
-    /// The form that Cloud SQL Auth Proxy's users know: `port` and `address` are the listener's.
-    fn from_str(text: &str) -> Result<Self, String> {
-        let (place, query) = text.split_once('?').unwrap_or((text, ""));
-        let place = place.trim();
-        let mut settings = Self::default();
-        // A host has dots, a resource name or an instance's has none.
-        if place.contains('.') && !place.contains('/') {
-            settings.host = Some(place.to_owned());
-        } else if !place.is_empty() {
-            settings.name = Some(place.to_owned());
+impl CredentialSource {
+    /// Its label in the log and on the status page.
+    pub fn label(&self) -> &'static str {
+        match self {
+            Self::Command(_) => "command",
+            Self::Password(_) => "password",
+            Self::PasswordFile(_) => "password file",
+            Self::Workspace => "workspace",
         }
-        let mut address = None;
-        let mut port = None;
-        for (key, value) in url::form_urlencoded::parse(query.as_bytes()) {
-            let wrong = || format!("`{value}` is no value for `{key}` in --endpoint");
-            match &*key {
-                "address" => address = Some(value.parse().map_err(|_| wrong())?),
-                "port" => port = Some(value.parse().map_err(|_| wrong())?),
-                "database" => settings.database = Some(value.into_owned()),
-                "host" => settings.host = Some(value.into_owned()),
-                "host_address" | "host-address" => {
-                    settings.host_address = Some(value.parse().map_err(|_| wrong())?);
-                }
-                "read_only" | "read-only" => {
-                    settings.read_only = match &*value {
-                        "" | "true" | "1" => true,
-                        "false" | "0" => false,
-                        _ => return Err(wrong()),
-                    };
-                }
-                "user" => settings.user = Some(value.into_owned()),
-                _ => {
-                    return Err(format!(
-                        "`{key}` is no key of --endpoint; there are port, address, database, user, host, host_address, read_only"
-                    ));
-                }
-            }
-        }
-        if settings.name.is_none() && settings.host.is_none() {
-            return Err("--endpoint needs a name or a host".to_owned());
-        }
-        settings.listen = match (address, port) {
-            (None, None) => None,
-            (address, Some(port)) => Some(ListenSetting { address, port }),
-            (Some(_), None) => {
-                return Err("--endpoint with an address needs a port, too".to_owned());
-            }
-        };
-        Ok(settings)
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
-
-    use super::*;
-
-    #[test]
-    fn a_flag_reads_as_cloud_sqls_users_write_it() {
-        let parsed: EndpointSettings =
-            "projects/p/branches/b/endpoints/e?port=5433&database=app%20db&read_only=true"
-                .parse()
-                .unwrap();
-        assert_eq!(
-            parsed.name.as_deref(),
-            Some("projects/p/branches/b/endpoints/e")
-        );
-        assert_eq!(
-            parsed.listen,
-            Some(ListenSetting {
-                address: None,
-                port: 5433
-            })
-        );
-        assert_eq!(parsed.database.as_deref(), Some("app db"));
-        assert!(parsed.read_only);
-        let host: EndpointSettings = "ep-x.database.cloud.databricks.com".parse().unwrap();
-        assert_eq!(
-            host.host.as_deref(),
-            Some("ep-x.database.cloud.databricks.com")
-        );
-        let through: EndpointSettings = "ep-x.database.x?host_address=10.0.0.7,%3A%3A1"
-            .parse()
-            .unwrap();
-        assert_eq!(
-            through.host_address,
-            Some(HostAddressSetting(vec![
-                "10.0.0.7".parse().unwrap(),
-                "::1".parse().unwrap()
-            ]))
-        );
-        let table: EndpointSettings =
-            toml::from_str("host = \"h\"\nhost_address = \"10.0.0.7\"").unwrap();
-        assert!(table.host_address.is_some());
-        for wrong in [
-            "",
-            "?port=1",
-            "x?prot=1",
-            "x?port=70000",
-            "x?read_only=maybe",
-            "x?address=127.0.0.1",
-            "x?host_address=db.example.com",
-        ] {
-            assert!(wrong.parse::<EndpointSettings>().is_err(), "{wrong}");
-        }
-    }
-
-    #[test]
-    fn a_table_names_where_its_credential_comes_from() {
-        let table: EndpointSettings = toml::from_str(
-            "host = \"db\"\nlisten = 5433\ncredential = { password_env = \"PGPASSWORD\" }",
-        )
-        .unwrap();
-        assert_eq!(
-            table.credential,
-            Some(CredentialSetting::PasswordEnv("PGPASSWORD".to_owned()))
-        );
-        assert_eq!(
-            table.listen,
-            Some(ListenSetting {
-                address: None,
-                port: 5433
-            })
-        );
-        let two: Result<EndpointSettings, _> =
-            toml::from_str("credential = { password_env = \"A\", password_file = \"b\" }");
-        assert!(two.is_err());
-        let listen: EndpointSettings = toml::from_str("listen = \"[::1]:7\"").unwrap();
-        assert_eq!(
-            listen.listen.and_then(|l| l.address),
-            Some("::1".parse().unwrap())
-        );
-    }
-
-    proptest! {
-        #[test]
-        fn no_flag_makes_it_panic(text in "\\PC*|[a-z./-]{0,9}[?](port|address|database|user|host|read_only|&|=|[0-9a-z%:.]{1,5}){0,9}") {
-            if let Ok(settings) = text.parse::<EndpointSettings>() {
-                prop_assert!(settings.name.is_some() || settings.host.is_some());
+impl PartialEq for CredentialSource {
+    fn eq(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::Workspace, Self::Workspace) => true,
+            (Self::Command(one), Self::Command(other)) => one == other,
+            (Self::PasswordFile(one), Self::PasswordFile(other)) => one == other,
+            (Self::Password(one), Self::Password(other)) => {
+                one.expose_secret() == other.expose_secret()
             }
-        }
-
-        #[test]
-        fn a_flag_is_read_back(database in "[^\\pC]{1,12}", user in "[^\\pC]{1,12}", port: u16) {
-            let mut query = url::form_urlencoded::Serializer::new(String::new());
-            query.append_pair("database", &database).append_pair("user", &user);
-            query.append_pair("port", &port.to_string());
-            let settings: EndpointSettings = format!("name?{}", query.finish()).parse().unwrap();
-            prop_assert_eq!(settings.database, Some(database));
-            prop_assert_eq!(settings.user, Some(user));
-            prop_assert_eq!(settings.listen.map(|listen| listen.port), Some(port));
+            _ => false,
         }
     }
+}
+
+/// The endpoint that variables define if there are no tables.
+pub(super) fn of_environment(
+    environment: &Environment,
+    read_only: bool,
+) -> Result<EndpointSettings, ConfigError> {
+    let name = match (&environment.endpoint_name, &environment.lakebase_endpoint) {
+        (Some(endpoint_name), Some(lakebase_endpoint)) if endpoint_name != lakebase_endpoint => {
+            return Err(ConfigError::TwoEndpoints {
+                endpoint_name: endpoint_name.clone(),
+                lakebase_endpoint: lakebase_endpoint.clone(),
+            });
+        }
+        (Some(name), _) | (None, Some(name)) => Some(name.clone()),
+        (None, None) => None,
+    };
+    let port = environment.port.as_ref().map(|text| {
+        values::upstream_port(text).map_err(|_| ConfigError::Variable {
+            variable: "PGPORT",
+            value: without_userinfo(text).into_owned(),
+            expected: "a port (1 to 65535)",
+        })
+    });
+    let host_address = environment.host_address.as_ref().map(|text| {
+        text.parse().map_err(|_| ConfigError::Variable {
+            variable: "PGHOSTADDR",
+            value: without_userinfo(text).into_owned(),
+            expected: "an IP address, or several with commas between them",
+        })
+    });
+    Ok(EndpointSettings {
+        name,
+        host: environment.host.clone(),
+        host_address: host_address.transpose()?,
+        port: port.transpose()?,
+        user: environment.user.clone(),
+        database: environment.database.clone(),
+        read_only,
+        ..EndpointSettings::default()
+    })
+}
+
+fn tls_mode(
+    sslmode: Option<&str>,
+    sslrootcert: Option<&str>,
+    host: Option<&str>,
+    host_address: Option<&HostAddressSetting>,
+) -> Result<TlsMode, ConfigError> {
+    let roots = match sslrootcert {
+        None | Some("system") => Roots::System,
+        Some(path) => Roots::File(path.into()),
+    };
+    if sslmode == Some("disable")
+        && let Some(HostAddressSetting(addresses)) = host_address
+        && let Some(remote) = addresses
+            .iter()
+            .find(|address| !address.to_canonical().is_loopback())
+    {
+        return Err(ConfigError::PlainRemote {
+            host: remote.to_string(),
+        });
+    }
+    match (sslmode, host) {
+        (None | Some("allow" | "prefer" | "require" | "verify-ca" | "verify-full"), _) => {
+            Ok(TlsMode::Verified(roots))
+        }
+        (Some("disable"), Some(host)) if is_loopback(host) => Ok(TlsMode::Disabled),
+        (Some("disable"), host) => Err(ConfigError::PlainRemote {
+            host: without_userinfo(host.unwrap_or("the endpoint")).into_owned(),
+        }),
+        (Some(other), _) => Err(ConfigError::Variable {
+            variable: "PGSSLMODE",
+            value: without_userinfo(other).into_owned(),
+            expected: "one of disable, allow, prefer, require, verify-ca, verify-full",
+        }),
+    }
+}
+
+fn is_loopback(host: &str) -> bool {
+    host.eq_ignore_ascii_case("localhost")
+        || host
+            .parse::<IpAddr>()
+            .is_ok_and(|address| address.to_canonical().is_loopback())
 }

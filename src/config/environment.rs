@@ -4,7 +4,7 @@ use std::{collections::HashMap, ffi::OsString, fmt, time::Duration};
 
 use secrecy::SecretString;
 
-use super::{ConfigError, local::PASSWORD_VARIABLE};
+use super::{ConfigError, client_access::PASSWORD_VARIABLE};
 use crate::workspace;
 
 /// Variables that are read here, whole names and beginnings of names. (Those of flags are the command line's business.)

@@ -7,7 +7,7 @@ use std::{
 };
 
 use super::{
-    AddressSetting, ConfigError, ListenSetting, ModeSetting, PortSetting, Settings,
+    AddressSetting, ConfigError, LOCALHOST, ListenSetting, ModeSetting, PortSetting, Settings,
     resolve::POSTGRES_PORT,
 };
 
@@ -101,70 +101,64 @@ pub struct UnixSocket {
     pub mode: u32,
 }
 
-/// Its owner's alone.
+/// For the owner only.
 const SOCKET_MODE: u32 = 0o600;
-/// Everybody's, where the users are listed: then the kernel's word on who connects decides.
+/// For all users, if the allowed ones are listed: the kernel reports the user of each client.
 const SHARED_SOCKET_MODE: u32 = 0o666;
 
-/// Gives each endpoint its places, one after another.
-pub(super) struct PlaceMaker {
+/// Assigns addresses to endpoints, one after another.
+pub(super) struct AddressAssigner {
     addresses: Vec<IpAddr>,
-    /// Whether there is TCP where an endpoint names no address of its own.
+    /// Whether endpoints without an address of their own listen on TCP.
     tcp: bool,
     next_port: u16,
     unix: Option<UnixSocket>,
     allow_remote: bool,
 }
 
-impl PlaceMaker {
+impl AddressAssigner {
     pub(super) fn new(settings: &Settings) -> Self {
         let mut unique: Vec<IpAddr> = Vec::new();
-        for AddressSetting(address) in settings.address.as_deref().unwrap_or_default() {
-            if !unique.contains(address) {
-                unique.push(*address);
+        for AddressSetting(address) in settings.address() {
+            if !unique.contains(&address) {
+                unique.push(address);
             }
         }
-        // Every address takes in each of its family, which could not be bound beside it.
-        let every = |address: &IpAddr| {
-            unique
-                .iter()
-                .any(|it| it.is_unspecified() && it != address && it.is_ipv4() == address.is_ipv4())
+        // An unspecified address includes all of its family, which could not be bound beside it.
+        let includes = |wide: &IpAddr, address: &IpAddr| {
+            wide.is_unspecified() && wide != address && wide.is_ipv4() == address.is_ipv4()
         };
-        let covered: Vec<IpAddr> = unique.iter().copied().filter(every).collect();
-        unique.retain(|address| !covered.contains(address));
+        let all = unique.clone();
+        unique.retain(|address| !all.iter().any(|wide| includes(wide, address)));
         if unique.is_empty() {
-            unique.push(IpAddr::V4(Ipv4Addr::LOCALHOST));
+            unique.push(LOCALHOST);
         }
-        let mode = match (
-            settings.unix_socket_mode,
-            &settings.unix_socket_allowed_uids,
-        ) {
-            (Some(ModeSetting(mode)), _) => mode,
-            (None, Some(_)) => SHARED_SOCKET_MODE,
-            (None, None) => SOCKET_MODE,
+        let mode = match settings.unix_socket_mode() {
+            Some(ModeSetting(mode)) => mode,
+            None if settings.unix_socket_allowed_uids.is_some() => SHARED_SOCKET_MODE,
+            None => SOCKET_MODE,
         };
         Self {
             addresses: unique,
-            tcp: settings.port != Some(PortSetting::None),
-            next_port: match settings.port {
-                Some(PortSetting::Port(port)) => port,
-                None | Some(PortSetting::None) => POSTGRES_PORT,
+            tcp: settings.port() != PortSetting::None,
+            next_port: match settings.port() {
+                PortSetting::Port(port) => port,
+                PortSetting::None => POSTGRES_PORT,
             },
             unix: settings
-                .unix_socket
-                .clone()
+                .unix_socket()
                 .map(|directory| UnixSocket { directory, mode }),
-            allow_remote: settings.allow_remote.unwrap_or(false),
+            allow_remote: settings.allow_remote(),
         }
     }
 
-    /// The next endpoint's. Where there is no TCP a port of its own only numbers its Unix socket.
+    /// The addresses of the next endpoint. Without TCP, its port only numbers the Unix socket.
     pub(super) fn next(
         &mut self,
         own: Option<ListenSetting>,
     ) -> Result<ListenAddresses, ConfigError> {
         let port = own.map_or(self.next_port, |own| own.port);
-        // Any free port for one is any free port for the next.
+        // After any free port (0), the next one is any free port too.
         self.next_port = if port == 0 { 0 } else { port.saturating_add(1) };
         let addresses: &[IpAddr] = match &own {
             Some(ListenSetting {
@@ -242,8 +236,8 @@ mod tests {
         assert_eq!(unix.conflict(&places(7, &[], Some("/t"))), None);
     }
 
-    fn maker(settings: &str) -> PlaceMaker {
-        PlaceMaker::new(&toml::from_str(settings).unwrap())
+    fn maker(settings: &str) -> AddressAssigner {
+        AddressAssigner::new(&toml::from_str(settings).unwrap())
     }
 
     #[test]

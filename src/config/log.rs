@@ -1,22 +1,31 @@
-//! What is logged, and in which format.
+//! The log's filter and format.
 
-/// Quiet on success: our own life-cycle events, other crates' warnings.
+use super::Settings;
+
+/// Life-cycle events of the proxy, warnings of other crates.
 pub const DEFAULT_FILTER: &str = "warn,lakebase_proxy=info";
 
 /// How to log.
 #[derive(Clone, Debug)]
 pub struct LogOptions {
-    /// Directives such as `info` or `warn,lakebase_proxy=debug`; see [`DEFAULT_FILTER`].
+    /// Directives such as `info` or `warn,lakebase_proxy=debug`.
     pub filter: String,
-    /// One JSON object a line instead of text.
+    /// JSON, one object per line, instead of text.
     pub structured: bool,
 }
 
 impl Default for LogOptions {
     fn default() -> Self {
-        Self {
-            filter: DEFAULT_FILTER.to_owned(),
-            structured: false,
+        Settings::default().log_options()
+    }
+}
+
+impl Settings {
+    /// The log options in force.
+    pub fn log_options(&self) -> LogOptions {
+        LogOptions {
+            filter: self.log_filter(),
+            structured: self.structured_logs(),
         }
     }
 }

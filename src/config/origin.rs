@@ -1,21 +1,24 @@
-//! Where each setting was given, for `SHOW CONFIG` and `doctor`.
+//! The source of each setting, for `SHOW CONFIG` and `doctor`.
 
 use std::{collections::BTreeMap, fmt, path::PathBuf};
 
-use clap::{ArgMatches, Args, Command, parser::ValueSource};
+use clap::{ArgMatches, parser::ValueSource};
 
 use super::Settings;
 
-/// Where a setting was given.
+/// The prefix of the variables of flags.
+pub(crate) const VARIABLE_PREFIX: &str = "LAKEBASE_PROXY_";
+
+/// The source of a setting.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Origin {
-    /// Nowhere: its default.
+    /// Its default.
     Default,
-    /// The file of settings.
+    /// The configuration file.
     File(PathBuf),
     /// The command line.
     Flag,
-    /// A variable, of this name.
+    /// A variable of this name.
     Variable(String),
 }
 
@@ -35,7 +38,7 @@ impl fmt::Display for Origin {
 pub struct Origins(BTreeMap<String, Origin>);
 
 impl Origins {
-    /// Where the setting with this key was given.
+    /// The origin of the setting with this key.
     pub fn of(&self, key: &str) -> &Origin {
         self.0.get(key).unwrap_or(&Origin::Default)
     }
@@ -46,35 +49,41 @@ impl Origins {
         all.extend(self.0);
         Self(all)
     }
+
+    /// Takes over the origin of one setting.
+    pub(super) fn take(&mut self, key: &str, from: &Self) {
+        match from.0.get(key) {
+            Some(origin) => self.0.insert(key.to_owned(), origin.clone()),
+            None => self.0.remove(key),
+        };
+    }
 }
 
 impl Settings {
-    /// Notes which of these settings come from flags and which from their variables, whose names begin with `prefix`.
-    pub fn note_origins(&mut self, matches: &ArgMatches, prefix: &str) {
-        for argument in Self::augment_args(Command::new("settings")).get_arguments() {
-            let Some(flag) = argument.get_long() else {
-                continue;
-            };
-            let key = flag.replace('-', "_");
-            let origin = match matches.value_source(argument.get_id().as_str()) {
+    /// Records which of these settings come from flags and which from variables.
+    pub(crate) fn record_origins(&mut self, matches: &ArgMatches) {
+        let keys = Self::declared().into_iter().map(|setting| setting.key);
+        for key in keys.chain(["config_file"]) {
+            let origin = match matches.value_source(key) {
                 Some(ValueSource::CommandLine) => Origin::Flag,
-                Some(ValueSource::EnvVariable) => {
-                    Origin::Variable(format!("{prefix}{}", key.to_uppercase()))
-                }
+                Some(ValueSource::EnvVariable) => Origin::Variable(variable(key)),
                 _ => continue,
             };
-            self.origins.0.insert(key, origin);
+            self.origins.0.insert(key.to_owned(), origin);
         }
     }
 
-    /// Notes that what is set and has no origin yet has this one.
+    /// Records `origin` for all settings that are set and have no origin yet.
     pub(super) fn originate(&mut self, origin: &Origin) {
-        let set = toml::Table::try_from(&*self).unwrap_or_default();
-        for (key, value) in set {
-            let is_empty = value.as_array().is_some_and(Vec::is_empty);
-            if !is_empty {
+        for (key, value) in toml::Table::try_from(&*self).unwrap_or_default() {
+            if value.as_array().is_none_or(|items| !items.is_empty()) {
                 self.origins.0.entry(key).or_insert_with(|| origin.clone());
             }
         }
     }
+}
+
+/// The variable of a flag or a key of the file.
+pub(crate) fn variable(name: &str) -> String {
+    format!("{VARIABLE_PREFIX}{}", name.to_uppercase().replace('-', "_"))
 }

@@ -1,246 +1,237 @@
-//! Settings as somebody wrote them: flags, `LAKEBASE_PROXY_*` and the file have one shape, in which all may be absent.
+//! Every setting of the program, declared once.
+//!
+//! From a declaration come the flag, the variable `LAKEBASE_PROXY_*`, the key in the configuration file, the order of
+//! precedence, the effect of a reload, `SHOW CONFIG`, the annotated `config/lakebase-proxy.toml` and the settings page of
+//! the guides. The first paragraph of a comment is the text of `--help`; the others are added in the annotated file. To add a
+//! setting, declare it here, run `UPDATE=1 cargo test --lib config::reference` and `deploy/guides/generate`, and use
+//! `config.settings.<key>()`.
 
 use std::{net::IpAddr, path::PathBuf};
 
-use clap::Args;
-use serde::{Deserialize, Serialize};
-
 use super::{
-    endpoint::EndpointSettings,
-    origin::Origins,
-    values::{
-        AddressSetting, ClientTlsSetting, DatabaseMapping, DurationSetting, LocalAuth, ModeSetting,
-        PortSetting, one_or_many,
-    },
+    AddressSetting, ClientTlsSetting, DEFAULT_FILTER, DatabaseMapping, DurationSetting, LOCALHOST,
+    LocalAuth, ModeSetting, PortSetting, values::one_or_many,
 };
 
-/// One layer of settings; see `config/lakebase-proxy.toml` for what each means.
-#[derive(Args, Clone, Debug, Default, Deserialize, Serialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct Settings {
-    /// Address to listen on for Postgres clients (repeatable) [default: 127.0.0.1, and ::1 with it]
-    #[arg(
-        long,
-        value_name = "IP",
-        value_delimiter = ',',
-        help_heading = "Listening"
-    )]
-    #[serde(deserialize_with = "one_or_many")]
-    pub address: Option<Vec<AddressSetting>>,
+settings! {
+    "Listening" {
+        /// IP address to listen on for Postgres clients (repeatable); 127.0.0.1 includes ::1 where it exists
+        ///
+        /// Several are a list: `["127.0.0.1", "::1", "10.0.0.7"]`.
+        #[arg(value_name = "IP", value_delimiter = ',')]
+        #[serde(deserialize_with = "one_or_many")]
+        address: Vec<AddressSetting> = vec![AddressSetting(LOCALHOST)] => Endpoint;
 
-    /// Port to listen on for Postgres clients; 0 = any free one, `none` = do not [default: 5432]
-    #[arg(short, long, value_name = "PORT", help_heading = "Listening")]
-    pub port: Option<PortSetting>,
+        /// Port to listen on for Postgres clients; 0 = any free port, `none` = Unix sockets only
+        ///
+        /// Each further endpoint takes the next port.
+        #[arg(short, value_name = "PORT")]
+        port: PortSetting = PortSetting::Port(5432) => Endpoint;
 
-    /// Allow an address that other machines reach: whoever reaches it is the service principal
-    #[arg(long, num_args = 0..=1, default_missing_value = "true", require_equals = true, value_name = "BOOL", help_heading = "Listening")]
-    pub allow_remote: Option<bool>,
+        /// Allow an address that other machines can reach; every client acts as the service principal
+        allow_remote: bool = false => Live;
 
-    /// Directory for a Unix socket named .s.PGSQL.PORT, where libpq looks for it
-    #[arg(long, value_name = "DIR", help_heading = "Listening")]
-    pub unix_socket: Option<PathBuf>,
+        /// Directory of a Unix socket named .s.PGSQL.PORT, where libpq looks for it
+        ///
+        /// Connect with `psql -h /run/lakebase-proxy`. Sockets passed by systemd (`LISTEN_FDS`) replace all addresses. A single
+        /// endpoint takes all of them; of several, each takes those whose `FileDescriptorName=` is its name, otherwise one each
+        /// in order.
+        #[arg(value_name = "DIR")]
+        unix_socket: PathBuf, "\"/run/lakebase-proxy\"" => Endpoint;
 
-    /// Permissions of the Unix socket [default: 0600; 0666 with --unix-socket-allowed-uids]
-    #[arg(long, value_name = "MODE", help_heading = "Listening")]
-    pub unix_socket_mode: Option<ModeSetting>,
+        /// Permissions of the Unix socket [default: 0600; 0666 with --unix-socket-allowed-uids]
+        ///
+        /// An octal string, as for `chmod`.
+        #[arg(value_name = "MODE")]
+        unix_socket_mode: ModeSetting, "\"0600\"" => Live;
 
-    /// Users who may use the Unix socket, by number, beside the proxy's own and root [default: whom its permissions let
-    /// in]
-    #[arg(
-        long,
-        value_name = "UID",
-        value_delimiter = ',',
-        help_heading = "Listening"
-    )]
-    pub unix_socket_allowed_uids: Option<Vec<u32>>,
+        /// Users allowed on the Unix socket, by number, besides root and the proxy's own [default: by its permissions]
+        ///
+        /// The kernel reports the user of each client.
+        #[arg(value_name = "UID", value_delimiter = ',')]
+        unix_socket_allowed_uids: Vec<u32>, "[1000, 1001]" => Live;
 
-    /// Offer TLS to clients, with a certificate made at the start that clients cannot verify; `required` refuses TCP clients of
-    /// other machines that do not use TLS, whichever certificate is shown [default: off, or by --client-tls-cert]
-    #[arg(long, value_enum, value_name = "HOW", help_heading = "Listening")]
-    pub client_tls: Option<ClientTlsSetting>,
+        /// Offer TLS to clients; `required` refuses plain TCP connections from other machines [default: off, or on with
+        /// --client-tls-cert]
+        ///
+        /// "self-signed" creates a certificate in memory at startup and logs its fingerprint. "required" uses the certificate of
+        /// client_tls_cert or a self-signed one; loopback and Unix sockets are exempt.
+        #[arg(value_enum, value_name = "MODE")]
+        client_tls: ClientTlsSetting = ClientTlsSetting::Off => Live;
 
-    /// Offer TLS to clients with the certificate in this PEM file, its issuers' behind it; read again when it changes
-    #[arg(long, value_name = "FILE", help_heading = "Listening")]
-    pub client_tls_cert: Option<PathBuf>,
+        /// PEM file with the certificate chain to present to clients; reloaded when it changes
+        #[arg(value_name = "FILE")]
+        client_tls_cert: PathBuf, "\"/etc/lakebase-proxy/tls.crt\"" => Live;
 
-    /// The private key of --client-tls-cert, a PEM file
-    #[arg(long, value_name = "FILE", help_heading = "Listening")]
-    pub client_tls_key: Option<PathBuf>,
+        /// PEM file with the private key of --client-tls-cert
+        #[arg(value_name = "FILE")]
+        client_tls_key: PathBuf, "\"/etc/lakebase-proxy/tls.key\"" => Live;
 
-    /// Whether TCP clients must know a password (SCRAM-SHA-256) [default: trust, or password where there is one]
-    #[arg(long, value_enum, value_name = "HOW", help_heading = "Listening")]
-    pub local_auth: Option<LocalAuth>,
+        /// Authentication of TCP clients: `password` requires SCRAM-SHA-256 [default: trust, or password where one is set]
+        ///
+        /// The password is in local_password_file or in LAKEBASE_PROXY_LOCAL_PASSWORD; any user name is accepted. Unix
+        /// sockets require none, as the kernel reports the client's user.
+        #[arg(value_enum, value_name = "METHOD")]
+        local_auth: LocalAuth = LocalAuth::Trust => Live;
 
-    /// File with that password, else it is in LAKEBASE_PROXY_LOCAL_PASSWORD
-    #[arg(long, value_name = "FILE", help_heading = "Listening")]
-    pub local_password_file: Option<PathBuf>,
+        /// File with the password for --local-auth=password [default: the variable LAKEBASE_PROXY_LOCAL_PASSWORD]
+        #[arg(value_name = "FILE")]
+        local_password_file: PathBuf, "\"/run/secrets/lakebase-proxy\"" => Live;
+    }
+    "Upstream" {
+        /// Connect to the endpoint's read-only host
+        read_only: bool = false => Endpoint;
 
-    /// Sessions at a time; 0 = (descriptor limit - 100) / 2 [default: 0]
-    #[arg(long, value_name = "N", help_heading = "Limits")]
-    pub max_connections: Option<usize>,
+        /// Profile of ~/.databrickscfg to authenticate to the workspace with [default: DATABRICKS_CONFIG_PROFILE]
+        ///
+        /// DATABRICKS_CONFIG_FILE names another file. Without a profile, the file's default profile applies if no variable
+        /// configures authentication.
+        #[arg(value_name = "NAME")]
+        profile: String, "\"work\"" => Restart;
 
-    /// How long a client may take to send its startup message [default: 15s]
-    #[arg(long, value_name = "TIME", help_heading = "Limits")]
-    pub client_login_timeout: Option<DurationSetting>,
+        /// Database of a client that names none, or one like its user: `default` falls back to PGDATABASE
+        ///
+        /// libpq sends the user name if no database is given. With "default", such a client gets the database of that name if
+        /// it exists, otherwise PGDATABASE. With "exact", it gets the database it names.
+        #[arg(value_enum, value_name = "MODE")]
+        database_mapping: DatabaseMapping = DatabaseMapping::Default => Live;
 
-    /// How long a client is held while the endpoint wakes [default: 60s]
-    #[arg(long, value_name = "TIME", help_heading = "Limits")]
-    pub connect_timeout: Option<DurationSetting>,
+        /// Refresh the credential on demand only, for platforms that freeze the CPU between requests (Cloud Run)
+        ///
+        /// A connecting client triggers the refresh if less than 4 minutes (at most half of the lifetime) are left. Readiness
+        /// then means that the last attempt to mint a credential succeeded.
+        lazy_refresh: bool = false => Restart;
 
-    /// How long one attempt at the endpoint may take [default: 15s]
-    #[arg(long, value_name = "TIME", help_heading = "Limits")]
-    pub server_connect_timeout: Option<DurationSetting>,
+        /// Log in to every endpoint once before reporting ready; exit with 1 if that fails
+        ///
+        /// The login is retried while the endpoint wakes.
+        run_connection_test: bool = false => Restart;
+    }
+    "Limits" {
+        /// Maximum concurrent sessions; 0 derives it from the file descriptor limit: (limit - 100) / 2
+        ///
+        /// Clients over the limit are refused with SQLSTATE 53300.
+        #[arg(value_name = "N")]
+        max_connections: usize = 0 => Live;
 
-    /// How long a client is held while there is no database credential, before it is refused with the reason [default: 8s]
-    #[arg(long, value_name = "TIME", help_heading = "Limits")]
-    pub credential_timeout: Option<DurationSetting>,
+        /// Timeout for a client's startup message, from its connect
+        #[arg(value_name = "TIME")]
+        client_login_timeout: DurationSetting = DurationSetting::from_secs(15) => Live;
 
-    /// How long a client is held while the endpoint has no connection left [default: 10s]
-    #[arg(long, value_name = "TIME", help_heading = "Limits")]
-    pub capacity_timeout: Option<DurationSetting>,
+        /// Timeout of connecting a client to the endpoint, including retries while the endpoint wakes
+        #[arg(value_name = "TIME")]
+        connect_timeout: DurationSetting = DurationSetting::from_secs(60) => Live;
 
-    /// Silence before the first TCP keepalive probe, both sides; 0 = no probes [default: 30s]
-    #[arg(long, value_name = "TIME", help_heading = "Limits")]
-    pub tcp_keepalive_idle: Option<DurationSetting>,
+        /// Timeout of one connection attempt to the endpoint
+        #[arg(value_name = "TIME")]
+        server_connect_timeout: DurationSetting = DurationSetting::from_secs(15) => Live;
 
-    /// Time between TCP keepalive probes [default: 10s]
-    #[arg(long, value_name = "TIME", help_heading = "Limits")]
-    pub tcp_keepalive_interval: Option<DurationSetting>,
+        /// Timeout for a database credential, after which a waiting client is refused with the reason
+        ///
+        /// It is shorter than the connect timeout of most drivers, so that the reason reaches the client.
+        #[arg(value_name = "TIME")]
+        credential_timeout: DurationSetting = DurationSetting::from_secs(8) => Live;
 
-    /// Unanswered probes before a connection is given up [default: 5]
-    #[arg(long, value_name = "N", help_heading = "Limits")]
-    pub tcp_keepalive_count: Option<u32>,
+        /// Timeout of waiting for a free connection at an endpoint that is at its limit
+        #[arg(value_name = "TIME")]
+        capacity_timeout: DurationSetting = DurationSetting::from_secs(10) => Live;
 
-    /// How long sent data may stay unacknowledged; 0 = as long as the kernel likes [default: 0]
-    #[arg(long, value_name = "TIME", help_heading = "Limits")]
-    pub tcp_user_timeout: Option<DurationSetting>,
+        /// Idle time before the first TCP keepalive probe, on both sides; 0 = no probes
+        #[arg(value_name = "TIME")]
+        tcp_keepalive_idle: DurationSetting = DurationSetting::from_secs(30) => Live;
 
-    /// An endpoint, where there are several: NAME or HOST, then ?port=&address=&database=&user=&read_only= (repeatable;
-    /// without a port each takes the next one)
-    #[arg(
-        long = "endpoint",
-        value_name = "NAME?KEY=VALUE",
-        help_heading = "Upstream"
-    )]
-    #[serde(rename = "endpoint", skip_serializing)]
-    pub endpoints: Vec<EndpointSettings>,
+        /// Interval between TCP keepalive probes
+        #[arg(value_name = "TIME")]
+        tcp_keepalive_interval: DurationSetting = DurationSetting::from_secs(10) => Live;
 
-    /// Connect to the endpoint's read-only host
-    #[arg(long, num_args = 0..=1, default_missing_value = "true", require_equals = true, value_name = "BOOL", help_heading = "Upstream")]
-    pub read_only: Option<bool>,
+        /// Unanswered TCP keepalive probes before a connection is closed
+        #[arg(value_name = "N")]
+        tcp_keepalive_count: u32 = 5 => Live;
 
-    /// Profile of ~/.databrickscfg to sign in to the workspace with [default: DATABRICKS_CONFIG_PROFILE]
-    #[arg(long, value_name = "NAME", help_heading = "Upstream")]
-    pub profile: Option<String>,
+        /// Maximum time that sent data may stay unacknowledged (TCP_USER_TIMEOUT); 0 = the kernel's default
+        ///
+        /// A client that stops reading is slow, not dead. With 0, the endpoint must acknowledge a request within the time
+        /// that the probes take (80s), unless more than 16 kB are waiting to be sent.
+        #[arg(value_name = "TIME")]
+        tcp_user_timeout: DurationSetting = DurationSetting::ZERO => Live;
+    }
+    "Health and metrics" {
+        /// IP address for health checks and Prometheus metrics
+        ///
+        /// Needs no allow_remote, as probes and scrapers connect from outside the pod.
+        #[arg(value_name = "IP")]
+        http_address: IpAddr = LOCALHOST => Restart;
 
-    /// Whether a client whose database is named like its user gets PGDATABASE if there is no such database [default: default]
-    #[arg(long, value_enum, value_name = "HOW", help_heading = "Upstream")]
-    pub database_mapping: Option<DatabaseMapping>,
+        /// Port for health checks and Prometheus metrics; 0 = any free port, `none` = off
+        #[arg(value_name = "PORT")]
+        http_port: PortSetting = PortSetting::Port(9090) => Restart;
 
-    /// Refresh the credential only when a client needs one that is about to run out: for processors that stand still
-    /// between requests
-    #[arg(long, num_args = 0..=1, default_missing_value = "true", require_equals = true, value_name = "BOOL", help_heading = "Upstream")]
-    pub lazy_refresh: Option<bool>,
+        /// Open the admin console (`psql lakebase_proxy`) to TCP clients on this machine
+        ///
+        /// Unix socket clients of root and the proxy's own user always have it. With this setting, databases of the endpoint
+        /// named lakebase_proxy or pgbouncer are unreachable.
+        admin_console: bool = false => Live;
+    }
+    "Notes page" {
+        /// Serve the notes page
+        ///
+        /// The tutorial's page of the five newest notes, a client of this proxy.
+        notes: bool = false => Restart;
 
-    /// Log in once before being ready, and exit with 1 if that fails; retried while the endpoint wakes
-    #[arg(long, num_args = 0..=1, default_missing_value = "true", require_equals = true, value_name = "BOOL", help_heading = "Upstream")]
-    pub run_connection_test: Option<bool>,
+        /// IP address of the notes page [default: 127.0.0.1; 0.0.0.0 where DATABRICKS_APP_PORT is set]
+        #[arg(value_name = "IP")]
+        notes_address: IpAddr, "\"127.0.0.1\"" => Restart;
 
-    /// Address for health checks and metrics [default: 127.0.0.1]
-    #[arg(long, value_name = "IP", help_heading = "Seen from outside")]
-    pub http_address: Option<IpAddr>,
+        /// Port of the notes page [default: DATABRICKS_APP_PORT, else 8000]
+        #[arg(value_name = "PORT")]
+        notes_port: PortSetting, "8000" => Restart;
+    }
+    "Shutdown" {
+        /// Time to keep accepting clients after SIGTERM, before draining
+        ///
+        /// For pods whose other containers still need the database.
+        #[arg(value_name = "TIME")]
+        min_sigterm_delay: DurationSetting = DurationSetting::ZERO => Live;
 
-    /// Port for health checks and metrics; 0 = any free one, `none` = do not [default: 9090]
-    #[arg(long, value_name = "PORT", help_heading = "Seen from outside")]
-    pub http_port: Option<PortSetting>,
+        /// Maximum time for sessions to finish after SIGTERM or SIGINT
+        ///
+        /// Databricks Apps kills the process after 15 s.
+        #[arg(value_name = "TIME")]
+        max_sigterm_delay: DurationSetting = DurationSetting::from_secs(10) => Live;
 
-    /// Serve the notes page
-    #[arg(long, num_args = 0..=1, default_missing_value = "true", require_equals = true, value_name = "BOOL", help_heading = "Notes page")]
-    pub notes: Option<bool>,
+        /// Exit with 0 instead of 143 after SIGTERM
+        #[arg(visible_alias = "exit-zero-sigterm")]
+        exit_zero_on_sigterm: bool = false => Live;
 
-    /// Address of the notes page [default: 127.0.0.1; 0.0.0.0 where DATABRICKS_APP_PORT is set]
-    #[arg(long, value_name = "IP", help_heading = "Notes page")]
-    pub notes_address: Option<IpAddr>,
+        /// Exit with 0 after this time without a client, counted from the start; for jobs. 0 = never
+        #[arg(value_name = "TIME")]
+        exit_when_idle: DurationSetting = DurationSetting::ZERO => Live;
 
-    /// Port of the notes page [default: DATABRICKS_APP_PORT, else 8000]
-    #[arg(long, value_name = "PORT", help_heading = "Notes page")]
-    pub notes_port: Option<PortSetting>,
+        /// Serve /quitquitquit on the admin port: a shutdown as after SIGTERM, with exit code 0
+        ///
+        /// Accepts POST, and GET with any X-Requested-With header. `lakebase-proxy shutdown` sends the request.
+        quitquitquit: bool = false => Restart;
 
-    /// Open the console (`psql lakebase_proxy`) to TCP clients on this machine, not only to Unix-socket peers of our own user
-    #[arg(long, num_args = 0..=1, default_missing_value = "true", require_equals = true, value_name = "BOOL", help_heading = "Seen from outside")]
-    pub admin_console: Option<bool>,
+        /// Port of /quitquitquit, always on 127.0.0.1
+        #[arg(value_name = "PORT")]
+        admin_port: PortSetting = PortSetting::Port(9091) => Restart;
+    }
+    "Logs" {
+        /// Log as JSON, one object per line
+        #[arg(short = 'l')]
+        structured_logs: bool = false => Restart;
 
-    /// How long to go on accepting clients after SIGTERM, before the drain begins [default: 0s]
-    #[arg(long, value_name = "TIME", help_heading = "Ending")]
-    pub min_sigterm_delay: Option<DurationSetting>,
-
-    /// How long work under way may go on after SIGTERM or SIGINT [default: 10s]
-    #[arg(long, value_name = "TIME", help_heading = "Ending")]
-    pub max_sigterm_delay: Option<DurationSetting>,
-
-    /// Exit with 0, not 143, after SIGTERM
-    #[arg(long, visible_alias = "exit-zero-sigterm", num_args = 0..=1, default_missing_value = "true", require_equals = true, value_name = "BOOL", help_heading = "Ending")]
-    pub exit_zero_on_sigterm: Option<bool>,
-
-    /// Exit with 0 once no client has been connected for this long, from the start on; for jobs
-    #[arg(long, value_name = "TIME", help_heading = "Ending")]
-    pub exit_when_idle: Option<DurationSetting>,
-
-    /// Answer /quitquitquit at the admin port, which ends the proxy as SIGTERM does, but with exit code 0
-    #[arg(long, num_args = 0..=1, default_missing_value = "true", require_equals = true, value_name = "BOOL", help_heading = "Ending")]
-    pub quitquitquit: Option<bool>,
-
-    /// Port of /quitquitquit, on 127.0.0.1 always [default: 9091]
-    #[arg(long, value_name = "PORT", help_heading = "Ending")]
-    pub admin_port: Option<PortSetting>,
-
-    /// Log JSON, a line each
-    #[arg(short = 'l', long, num_args = 0..=1, default_missing_value = "true", require_equals = true, value_name = "BOOL", help_heading = "Logs")]
-    pub structured_logs: Option<bool>,
-
-    /// What to log, as in `debug` or `warn,lakebase_proxy::session=trace` [default: info for ours, warn for others]
-    #[arg(long, value_name = "FILTER", help_heading = "Logs")]
-    pub log_filter: Option<String>,
-
-    /// TOML file of settings: the same names with underscores; flags and environment go before it. SIGHUP reads it again
-    #[arg(long, value_name = "FILE", help_heading = "Settings")]
-    #[serde(skip)]
-    pub config_file: Option<PathBuf>,
-
-    /// Read the file of settings again when it changes, as at SIGHUP; a mounted ConfigMap included
-    #[arg(long, num_args = 0..=1, default_missing_value = "true", require_equals = true, value_name = "BOOL", help_heading = "Settings")]
-    pub watch_config: Option<bool>,
-
-    /// Where each of these was given.
-    #[arg(skip)]
-    #[serde(skip)]
-    pub origins: Origins,
-}
-
-impl Settings {
-    /// This layer, with `below` where it says nothing.
-    #[must_use]
-    pub fn or(self, below: Self) -> Self {
-        macro_rules! layer {
-            ($endpoints:ident, $origins:ident; $($field:ident),+ $(,)?) => {
-                Self { $endpoints, $origins, $($field: self.$field.or(below.$field)),+ }
-            };
-        }
-        let endpoints = if self.endpoints.is_empty() {
-            below.endpoints
-        } else {
-            self.endpoints
-        };
-        let origins = self.origins.or(below.origins);
-        layer! {
-            endpoints, origins;
-            address, port, allow_remote, unix_socket, unix_socket_mode, unix_socket_allowed_uids, client_tls, client_tls_cert, client_tls_key, local_auth, local_password_file, max_connections, client_login_timeout, connect_timeout,
-            server_connect_timeout, credential_timeout, capacity_timeout, tcp_keepalive_idle, tcp_keepalive_interval,
-            tcp_keepalive_count, tcp_user_timeout, read_only, database_mapping, http_address,
-            http_port, notes, notes_address, notes_port, min_sigterm_delay, max_sigterm_delay,
-            admin_console, exit_zero_on_sigterm, exit_when_idle, quitquitquit, admin_port, run_connection_test,
-            structured_logs, log_filter, config_file, profile,
-            watch_config, lazy_refresh,
-        }
+        /// Log filter, such as `debug` or `warn,lakebase_proxy::session=trace`
+        ///
+        /// `debug` logs each session, `trace` the type of each message. SQL and secrets are never logged.
+        #[arg(value_name = "FILTER")]
+        log_filter: String = DEFAULT_FILTER.to_owned() => Live;
+    }
+    "Configuration file" {
+        /// Reload the configuration file when it changes, as SIGHUP does; includes mounted ConfigMaps
+        ///
+        /// A reload also reads the files of PGSSLROOTCERT and local_password_file, which are watched as well. Changes apply to new
+        /// sessions; an invalid file changes nothing.
+        watch_config: bool = false => Restart;
     }
 }

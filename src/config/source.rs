@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use super::{Config, ConfigError, Environment, Origin, Roots, Settings, TlsMode, file};
+use super::{Config, ConfigError, Environment, Roots, Settings, TlsMode, file};
 
 /// The layers as they were at the start; only the file may say something else the next time.
 #[derive(Clone, Debug)]
@@ -26,7 +26,6 @@ impl Source {
     #[must_use]
     pub fn with_defaults(mut self, defaults: Settings) -> Self {
         self.defaults = defaults;
-        self.defaults.originate(&Origin::Default);
         self
     }
 
@@ -70,7 +69,9 @@ impl Source {
     /// Every file that a reload reads.
     pub fn files(&self, config: &Config) -> Vec<PathBuf> {
         let mut files: Vec<PathBuf> = self.file().map(Path::to_owned).into_iter().collect();
-        files.extend(config.local_password_file.clone());
+        if config.local_password.is_some() {
+            files.extend(config.settings.local_password_file());
+        }
         for endpoint in &config.endpoints {
             if let TlsMode::Verified(Roots::File(path)) = &endpoint.tls
                 && !files.contains(path)

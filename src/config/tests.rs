@@ -1,4 +1,4 @@
-//! The layers, and what they may not say.
+//! Tests of resolving layers of settings.
 
 use super::*;
 
@@ -15,7 +15,7 @@ fn resolve(variables: &[(&str, &str)], file: &str) -> Result<Config, ConfigError
 }
 
 #[test]
-fn the_tutorials_variables_are_enough() {
+fn the_variables_of_the_tutorial_configure_an_endpoint() {
     let config = resolve(
         &[
             ("PGHOST", "ep-x.database.us-east-1.cloud.databricks.com"),
@@ -36,20 +36,23 @@ fn the_tutorials_variables_are_enough() {
     assert_eq!(
         config.endpoints[0].tls,
         TlsMode::Verified(Roots::System),
-        "require does not mean: do not verify"
+        "`require` still verifies the certificate"
     );
-    assert!(config.max_connections > 0);
+    assert_eq!(config.settings.max_connections(), 0);
 }
 
 #[test]
-fn settings_of_a_file_hold_where_nothing_goes_before_them() {
+fn flags_override_the_file() {
     let file = "port = 6000\nhttp_port = \"none\"\nconnect_timeout = \"1m 30s\"\nnotes = true\nmax_connections = 7";
     let config = resolve(&[("DATABRICKS_APP_PORT", "8080")], file).unwrap();
     assert_eq!(config.endpoints[0].listen.port, 6000);
     assert_eq!(config.http, None);
-    assert_eq!(config.timeouts.connect_timeout, Duration::from_secs(90));
+    assert_eq!(
+        config.settings.connect_timeout(),
+        DurationSetting::from_secs(90)
+    );
     assert_eq!(config.notes, Some("0.0.0.0:8080".parse().unwrap()));
-    assert_eq!(config.max_connections, 7);
+    assert_eq!(config.settings.max_connections(), 7);
     let flag = Settings {
         port: Some(PortSetting::Port(1)),
         ..Settings::default()
@@ -77,7 +80,7 @@ fn blank_variables_count_as_unset() {
 }
 
 #[test]
-fn what_cannot_be_meant_is_refused_with_a_hint() {
+fn invalid_combinations_are_refused_with_a_hint() {
     let error = |variables: &[(&str, &str)], file: &str| resolve(variables, file).unwrap_err();
     assert!(matches!(
         error(
@@ -127,7 +130,7 @@ fn what_cannot_be_meant_is_refused_with_a_hint() {
         ),
         ConfigError::PlainRemote { .. }
     ));
-    // Databricks may open it to OAuth roles: warned of, and tried.
+    // Databricks may open the pooler to OAuth roles, so it only causes a warning.
     let pooler = "ep-x-pooler.database.cloud.databricks.com";
     assert!(resolve(&[("PGHOST", pooler)], "").is_ok());
     assert!(matches!(
@@ -144,7 +147,7 @@ fn what_cannot_be_meant_is_refused_with_a_hint() {
 }
 
 #[test]
-fn several_endpoints_listen_one_beside_the_other() {
+fn each_further_endpoint_takes_the_next_port() {
     let config = resolve(
         &[("PGHOST", "not.for.tables"), ("SECRET", "s")],
         "[[endpoint]]\nname = \"projects/p/branches/b/endpoints/e\"\n\
@@ -160,7 +163,7 @@ fn several_endpoints_listen_one_beside_the_other() {
     assert_eq!(ports, [5432, 5433, 7000]);
     assert_eq!(
         config.endpoints[0].host, None,
-        "PGHOST defines the one endpoint where there is no table"
+        "PGHOST configures an endpoint only if there is no table"
     );
     assert!(config.endpoints[1].read_only);
     assert!(matches!(
@@ -170,7 +173,7 @@ fn several_endpoints_listen_one_beside_the_other() {
 }
 
 #[test]
-fn a_credential_of_its_own_needs_all_that_the_workspace_would_tell() {
+fn an_own_credential_needs_a_host_and_a_user() {
     let error =
         |rest: &str| resolve(&[("SECRET", "s")], &format!("[[endpoint]]\n{rest}")).unwrap_err();
     let password = "credential = { password_env = \"SECRET\" }";

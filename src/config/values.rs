@@ -1,6 +1,13 @@
 //! The kinds of values that settings have, each readable from a flag, the environment and the file alike.
 
-use std::{borrow::Cow, fmt, net::IpAddr, num::NonZeroU16, str::FromStr, time::Duration};
+use std::{
+    borrow::Cow,
+    fmt,
+    net::{IpAddr, SocketAddr},
+    num::NonZeroU16,
+    str::FromStr,
+    time::Duration,
+};
 
 use jiff::SignedDuration;
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
@@ -12,6 +19,16 @@ pub enum PortSetting {
     None,
     /// This one; 0 means any that is free.
     Port(u16),
+}
+
+impl PortSetting {
+    /// The socket address with this port; `None` if the port is off.
+    pub(crate) fn at(self, address: IpAddr) -> Option<SocketAddr> {
+        match self {
+            Self::None => None,
+            Self::Port(port) => Some(SocketAddr::new(address, port)),
+        }
+    }
 }
 
 impl FromStr for PortSetting {
@@ -48,6 +65,16 @@ const MAX_DURATION: Duration = Duration::from_hours(876_600);
 /// A length of time: `90s`, `1m 30s`, or a plain number of seconds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DurationSetting(pub Duration);
+
+impl DurationSetting {
+    /// No time.
+    pub const ZERO: Self = Self(Duration::ZERO);
+
+    /// A number of seconds.
+    pub const fn from_secs(seconds: u64) -> Self {
+        Self(Duration::from_secs(seconds))
+    }
+}
 
 impl FromStr for DurationSetting {
     type Err = String;

@@ -179,7 +179,7 @@ pub async fn run(
                 }
                 let examined = endpoint::Examined {
                     config: endpoint,
-                    limits: config.timeouts,
+                    limits: config.settings.timeouts(),
                     workspace: workspace.as_ref(),
                     access: &access,
                     clock: &clock,

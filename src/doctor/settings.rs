@@ -129,8 +129,8 @@ pub(super) fn list(
             source: setting.source.to_string(),
         });
     }
-    let in_force = config.map_or(&[][..], |config| &config.shown);
-    for setting in in_force {
+    let in_force = config.map_or_else(Vec::new, |config| config.settings.shown());
+    for setting in &in_force {
         if setting.origin != Origin::Default {
             list.push(Setting {
                 name: flag(&setting.key),

@@ -243,17 +243,17 @@ async fn a_file_that_cannot_be_used_changes_nothing() {
 }
 
 #[tokio::test]
-async fn what_needs_a_restart_is_said_by_name() {
+async fn settings_that_need_a_restart_are_reported_by_name() {
     let emulator = harness::emulator().await;
     let mut house = House::start(&emulator, "").await;
     let file = "structured_logs = true\nnotes = true\nnotes_port = 0\nmax_connections = 9";
     let change = house.change(file).await;
-    assert_eq!(change.restart, ["notes", "structured_logs"]);
+    assert_eq!(change.restart, ["notes", "notes_port", "structured_logs"]);
     assert_eq!(change.applied, ["max_connections"]);
     // Until it is restarted, each time.
     assert_eq!(
         house.change(file).await.restart,
-        ["notes", "structured_logs"]
+        ["notes", "notes_port", "structured_logs"]
     );
     assert_eq!(house.running.addresses().notes, None);
 }
@@ -384,7 +384,7 @@ async fn what_was_made_for_a_reload_that_is_refused_goes_again() {
 }
 
 #[tokio::test]
-async fn who_may_come_in_and_how_changes_for_the_next_client() {
+async fn changed_client_access_applies_to_the_next_client() {
     let emulator = harness::emulator().await;
     let directory = tempfile::tempdir().unwrap();
     let password = directory.path().join("password");
@@ -403,7 +403,7 @@ async fn who_may_come_in_and_how_changes_for_the_next_client() {
     let file = format!("local_password_file = {password:?}");
     for word in ["sesame", "open"] {
         fs::write(&password, word).unwrap();
-        assert_eq!(house.change(&file).await.applied, ["local_auth"]);
+        assert!(house.change(&file).await.applied.contains(&"local_auth"));
         assert!(connect(Some(word)).await);
         assert!(!connect(None).await && !connect(Some("wrong")).await);
         let known = house.running.target().await.unwrap().password.unwrap();

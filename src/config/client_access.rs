@@ -1,4 +1,4 @@
-//! What clients are offered and asked for on their way in: TLS, and a password.
+//! TLS and the password of clients.
 
 use std::path::PathBuf;
 
@@ -7,27 +7,27 @@ use zeroize::Zeroizing;
 
 use super::{ClientTlsSetting, ConfigError, Environment, LocalAuth, Settings, file};
 
-/// Whether and how TLS is offered to clients.
+/// TLS for clients.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum ClientTls {
-    /// These PEM files; read again when they change.
+    /// With these PEM files; reloaded when they change.
     Files {
-        /// The certificate, and behind it those of its issuers.
+        /// The certificate chain.
         certificate: PathBuf,
         /// Its private key.
         key: PathBuf,
     },
-    /// Not at all.
+    /// Off.
     #[default]
     Off,
-    /// With a certificate made at the start, which nobody can verify.
+    /// With a certificate created at startup, which clients cannot verify.
     SelfSigned,
 }
 
-/// The variable that may hold the password; there is no flag for it, as command lines can be read by anybody.
+/// The variable that may hold the password. There is no flag, as other users can read command lines.
 pub(crate) const PASSWORD_VARIABLE: &str = "LAKEBASE_PROXY_LOCAL_PASSWORD";
 
-/// Whether and how clients are offered TLS. A pair of files is reason enough, unless it is turned off in so many words.
+/// Resolves TLS for clients. Certificate files enable it, unless it is explicitly off.
 pub(super) fn client_tls(settings: &Settings) -> Result<ClientTls, ConfigError> {
     let files = match (&settings.client_tls_cert, &settings.client_tls_key) {
         (Some(certificate), Some(key)) => Some(ClientTls::Files {
@@ -58,8 +58,7 @@ pub(super) fn client_tls(settings: &Settings) -> Result<ClientTls, ConfigError> 
     }
 }
 
-/// The password that TCP clients must know. A password is reason enough to ask for it, unless that is turned off in so
-/// many words.
+/// Reads the password of TCP clients. A configured password enables authentication, unless it is explicitly off.
 pub(super) fn password(
     settings: &Settings,
     environment: &Environment,
@@ -73,7 +72,7 @@ pub(super) fn password(
             source,
         })?;
         let text = Zeroizing::new(text);
-        // One line, as `echo` and editors write it.
+        // One line, as written by `echo` and editors.
         let line = text.strip_suffix('\n').unwrap_or(&text);
         let line = line.strip_suffix('\r').unwrap_or(line);
         if line.is_empty() {
