@@ -28,6 +28,7 @@ use crate::{
     systemd::Notifier,
     telemetry::{self, LogGuard, LogHandle},
     token::{self, TokenArgs},
+    workspace,
 };
 
 /// What it is called.
@@ -424,7 +425,7 @@ async fn execute(
         command,
         inherited: Environment::inherited(),
         secrets: if strip_secrets.unwrap_or(false) {
-            let mut names = config.workspace.secret_variables();
+            let mut names = workspace::secret_variables(&config.workspace);
             names.extend(config.password_variables.iter().cloned());
             Secrets::Stripped(names)
         } else {

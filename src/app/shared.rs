@@ -14,7 +14,7 @@ use super::{
 use crate::{
     admin::Health,
     clock::Clock,
-    config::{ClientTlsSetting, Config, EndpointConfig, Roots, Settings},
+    config::{ClientTlsSetting, Config, EndpointConfig, Roots, Settings, WorkspaceSettings},
     console::Console,
     credential::CredentialCell,
     descriptors,
@@ -28,7 +28,7 @@ use crate::{
     status::{EndpointSessions, Label, Registry},
     telemetry::Metrics,
     upstream::{Route, Terms},
-    workspace::{self, Workspace},
+    workspace::Workspace,
 };
 
 /// Shared by all endpoints.
@@ -57,7 +57,7 @@ pub(super) struct Shared {
     /// The password that clients must know, for those of our own.
     pub(super) known_password: KnownPassword,
     workspace: OnceLock<Workspace>,
-    workspace_settings: workspace::Settings,
+    workspace_settings: WorkspaceSettings,
 }
 
 /// What sessions go by, as the settings have it.

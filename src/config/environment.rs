@@ -1,11 +1,10 @@
 //! The variables that the tutorial, libpq, the Databricks SDKs and Databricks Apps have already given names to.
 
-use std::{collections::HashMap, ffi::OsString, fmt, time::Duration};
+use std::{ffi::OsString, time::Duration};
 
 use secrecy::SecretString;
 
-use super::{ConfigError, client_access::PASSWORD_VARIABLE};
-use crate::workspace;
+use super::{ConfigError, Variables, WorkspaceSettings, client_access::PASSWORD_VARIABLE};
 
 /// Variables that are read here, whole names and beginnings of names. (Those of flags are the command line's business.)
 const READ: [&str; 10] = [
@@ -50,11 +49,9 @@ pub struct Environment {
     /// `TOKIO_WORKER_THREADS`.
     pub threads: Option<String>,
     /// `DATABRICKS_HOST` and what authenticates us there.
-    pub workspace: workspace::Settings,
+    pub workspace: WorkspaceSettings,
     /// `NOTIFY_SOCKET` and its kin, as systemd sets them.
     pub service_manager: ServiceManager,
-    /// All of it, for settings that name a variable.
-    variables: Variables,
 }
 
 /// Where the service manager listens, as it says in the environment.
@@ -64,16 +61,6 @@ pub struct ServiceManager {
     pub socket: Option<OsString>,
     /// `WATCHDOG_USEC`: without a sign of life for this long we are restarted. `None` where `WATCHDOG_PID` is another's.
     pub watchdog: Option<Duration>,
-}
-
-/// Every variable, unprintable, as any may be a secret.
-#[derive(Clone, Default)]
-struct Variables(HashMap<String, String>);
-
-impl fmt::Debug for Variables {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Variables").finish_non_exhaustive()
-    }
 }
 
 impl Environment {
@@ -106,14 +93,8 @@ impl Environment {
 
     /// Of these variables.
     pub fn from_variables(variables: impl IntoIterator<Item = (String, String)>) -> Self {
-        let variables: HashMap<_, _> = variables.into_iter().collect();
-        let get = |name: &str| {
-            variables
-                .get(name)
-                .map(|value| value.trim())
-                .filter(|value| !value.is_empty())
-                .map(str::to_owned)
-        };
+        let variables: Variables = variables.into_iter().collect();
+        let get = |name: &str| variables.get(name).map(str::to_owned);
         Self {
             endpoint_name: get("ENDPOINT_NAME"),
             lakebase_endpoint: get("LAKEBASE_ENDPOINT"),
@@ -131,20 +112,14 @@ impl Environment {
                 socket: get("NOTIFY_SOCKET").map(OsString::from),
                 watchdog: watchdog(get("WATCHDOG_USEC"), get("WATCHDOG_PID")),
             },
-            workspace: workspace::Settings::from_variables(
-                variables
-                    .iter()
-                    .map(|(name, value)| (name.clone(), value.clone()))
-                    .collect(),
-            ),
-            variables: Variables(variables),
+            workspace: WorkspaceSettings::from_variables(variables.clone()),
         }
     }
 
     /// The value of the variable that a setting names; kept as it is, since a password may begin with a blank.
     pub fn secret(&self, name: &str) -> Option<SecretString> {
-        let value = self.variables.0.get(name)?;
-        (!value.is_empty()).then(|| SecretString::from(value.as_str()))
+        let value = self.workspace.variables.raw(name)?;
+        (!value.is_empty()).then(|| SecretString::from(value))
     }
 }
 

@@ -27,6 +27,7 @@ mod source;
 mod tests;
 mod timeouts;
 mod values;
+mod workspace;
 
 use std::{net::SocketAddr, num::NonZeroUsize};
 
@@ -52,6 +53,7 @@ pub use self::{
         AddressSetting, ClientTlsSetting, DatabaseMapping, DurationSetting, LocalAuth, ModeSetting,
         PortSetting,
     },
+    workspace::{Attribute, Services, Variables, WorkspaceSettings},
 };
 pub(crate) use self::{
     client_access::PASSWORD_VARIABLE,
@@ -61,8 +63,8 @@ pub(crate) use self::{
     reference::text,
     resolve::LOCALHOST,
     values::without_userinfo,
+    workspace::AuthFamily,
 };
-use crate::workspace;
 
 /// The configuration of the program.
 #[derive(Clone, Debug)]
@@ -76,7 +78,7 @@ pub struct Config {
     /// The password of TCP clients, if they need one.
     pub local_password: Option<SecretString>,
     /// Settings of the Databricks workspace.
-    pub workspace: workspace::Settings,
+    pub workspace: WorkspaceSettings,
     /// The variables that hold passwords of endpoints.
     pub password_variables: Vec<String>,
     /// Threads that serve clients.

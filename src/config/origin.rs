@@ -18,7 +18,14 @@ pub enum Origin {
     File(PathBuf),
     /// The command line.
     Flag,
-    /// A variable of this name.
+    /// A profile of `~/.databrickscfg`.
+    Profile {
+        /// Its name.
+        profile: String,
+        /// The file.
+        file: PathBuf,
+    },
+    /// A variable, of this name.
     Variable(String),
 }
 
@@ -28,6 +35,9 @@ impl fmt::Display for Origin {
             Self::Default => f.write_str("default"),
             Self::File(path) => write!(f, "file {}", path.display()),
             Self::Flag => f.write_str("flag"),
+            Self::Profile { profile, file } => {
+                write!(f, "profile `{profile}` of `{}`", file.display())
+            }
             Self::Variable(name) => write!(f, "variable {name}"),
         }
     }

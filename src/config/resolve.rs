@@ -60,7 +60,9 @@ impl Config {
             client_tls: client_access::client_tls(&settings)?,
             local_password: client_access::password(&settings, &environment)?,
             endpoints,
-            workspace: environment.workspace.with_profile(settings.profile()),
+            workspace: environment
+                .workspace
+                .with_profile(settings.profile().as_deref()),
             password_variables,
             threads: threads(environment.threads.as_deref())?,
             http,

@@ -22,10 +22,10 @@ pub use report::{Outcome, Report, Setting, Step};
 
 use crate::{
     clock::Clock,
-    config::{Config, CredentialSource, Environment, Roots, Settings},
+    config::{Config, CredentialSource, Environment, Roots, Settings, WorkspaceSettings},
     net::tls,
     telemetry::Metrics,
-    workspace::{Settings as WorkspaceSettings, Workspace},
+    workspace::Workspace,
 };
 use report::{Chart, Finding};
 use workspace::Access;

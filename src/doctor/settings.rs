@@ -6,9 +6,11 @@ use url::Url;
 
 use super::report::{Finding, Setting};
 use crate::{
-    config::{Config, ConfigError, EndpointConfig, Origin, Settings, ShownSetting, TlsMode},
+    config::{
+        Attribute, Config, ConfigError, EndpointConfig, Origin, Settings, ShownSetting, TlsMode,
+    },
     net::tls,
-    workspace::{Attribute, Provenance, Source, Workspace},
+    workspace::{ResolvedSettings, Workspace},
 };
 
 /// The longest value that is shown, in characters.
@@ -91,11 +93,23 @@ pub(super) fn list(
     config: Option<&Config>,
 ) -> Vec<Setting> {
     let mut list = Vec::new();
-    let profile = config.map(of_profile).unwrap_or_default();
+    // An invalid profile is the first step's finding.
+    let resolved = config.and_then(|config| ResolvedSettings::new(config.workspace.clone()).ok());
+    let is_in_profile = |name: &Attribute| match &resolved {
+        Some(settings) => {
+            settings.text(*name).is_some() && !matches!(settings.origin(*name), Origin::Variable(_))
+        }
+        None => false,
+    };
+    let profile: Vec<Attribute> = Attribute::ALL
+        .iter()
+        .copied()
+        .filter(is_in_profile)
+        .collect();
     let is_in_profile = |variable: &str| {
         profile
             .iter()
-            .any(|setting| setting.attribute.variables().contains(&variable))
+            .any(|name| name.variables().contains(&variable))
     };
     for &(name, kind, unset) in VARIABLES {
         let set = variables
@@ -115,18 +129,24 @@ pub(super) fn list(
             }),
         }
     }
-    for setting in &profile {
-        let kind = match setting.attribute {
-            Attribute::Host | Attribute::MetadataServiceUrl => Kind::Url,
+    for (settings, &attribute) in resolved
+        .iter()
+        .flat_map(|all| profile.iter().map(move |name| (all, name)))
+    {
+        let kind = match attribute {
+            Attribute::Host | Attribute::DiscoveryUrl => Kind::Url,
+            _ if attribute.is_secret() => Kind::Secret,
             _ => Kind::Plain,
         };
         list.push(Setting {
-            name: setting.name.to_owned(),
-            value: setting
-                .value
-                .as_deref()
-                .map_or_else(|| "present".to_owned(), |value| shown(kind, value)),
-            source: setting.source.to_string(),
+            name: attribute
+                .keys()
+                .first()
+                .copied()
+                .unwrap_or_default()
+                .to_owned(),
+            value: shown(kind, settings.text(attribute).unwrap_or_default()),
+            source: settings.origin(attribute).to_string(),
         });
     }
     let in_force = config.map_or_else(Vec::new, |config| config.settings.shown());
@@ -193,19 +213,6 @@ pub(super) fn list(
         });
     }
     list
-}
-
-/// What a profile or a flag says of the workspace, beside the environment.
-fn of_profile(config: &Config) -> Vec<Provenance> {
-    let resolved = config.workspace.clone().resolve();
-    // What is wrong with the profile is told by the first step.
-    let settings = resolved.map(|settings| settings.provenance());
-    let beside = |setting: &Provenance| !matches!(setting.source, Source::Variable(_));
-    settings
-        .unwrap_or_default()
-        .into_iter()
-        .filter(beside)
-        .collect()
 }
 
 /// How an endpoint is called in what people read.

@@ -1,14 +1,18 @@
-//! HTTPS to the workspace: one bounded call, and what came back.
+//! HTTPS to the workspace and to token services: bounded calls without redirects, and their answers.
 //!
-//! It knows the rules that hold for every call (no redirects, limits, headers) and none of the calls.
+//! Secrets in headers, forms and answers are wiped after use. It knows the rules of all calls and none of the calls.
 
 use std::{error::Error, sync::OnceLock, time::Duration};
 
 use base64::{Engine as _, engine::general_purpose::STANDARD};
+use bytes::Bytes;
 use jiff::{SignedDuration, Timestamp, fmt::rfc2822};
 use reqwest::{
     Client, ClientBuilder, Method, NoProxy, Proxy, RequestBuilder, StatusCode,
-    header::{ACCEPT, DATE, HeaderMap, HeaderName, HeaderValue, LOCATION, RETRY_AFTER, USER_AGENT},
+    header::{
+        ACCEPT, AUTHORIZATION, CONTENT_TYPE, DATE, HeaderMap, HeaderName, HeaderValue, LOCATION,
+        RETRY_AFTER, USER_AGENT,
+    },
     redirect::Policy,
 };
 use secrecy::{ExposeSecret, SecretString};
@@ -16,52 +20,53 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 use tokio::time::Instant;
 use tracing::debug;
-use url::Url;
+use url::{Url, form_urlencoded};
 use zeroize::Zeroizing;
 
 use super::{
+    WorkspaceError,
     auth::AuthKind,
+    diagnosis::CallError,
     error_body::{self, ErrorBody},
     host::Host,
-    settings::{SettingsError, Variables},
 };
-use crate::{clock::Clock, net::tls::ALPN_HTTP_1_1, telemetry::KnownSecrets};
+use crate::{clock::Clock, config::Variables, net::tls::ALPN_HTTP_1_1, telemetry::KnownSecrets};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
-/// One whole call. A credential takes two; both must fit into the refresher's patience.
+/// One whole call. A credential takes two; both must fit into the refresher's timeout.
 const CALL_TIMEOUT: Duration = Duration::from_secs(30);
-/// One call to a service of this very machine (as the Databricks SDKs do).
+/// One call to a service of this machine (as the Databricks SDKs).
 const LOCAL_TIMEOUT: Duration = Duration::from_secs(10);
-/// One look for something that there need not be.
+/// One request for an optional document.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(5);
-/// A workspace may ask for any wait; one that is longer is no answer, and too long to add to the time.
+/// The longest `Retry-After` that is obeyed; the header allows any number, also one too large to add to the time.
 const MAX_RETRY_AFTER: Duration = Duration::from_hours(24);
-/// Shorter than any refresh interval, so that no refresh meets a connection that died meanwhile.
+/// Shorter than any refresh interval, so that no refresh uses a connection that a firewall has dropped.
 const POOL_IDLE_TIMEOUT: Duration = Duration::from_secs(10);
 /// The largest answer that is read.
 const MAX_BODY: usize = 1024 * 1024;
-/// `Date` has whole seconds and travels; below this a difference is not skew.
+/// `Date` has whole seconds and a delay; a smaller difference is not skew.
 const SKEW_NOISE: SignedDuration = SignedDuration::from_secs(2);
 
 const WORKSPACE_ID: HeaderName = HeaderName::from_static("x-databricks-workspace-id");
 const ORG_ID: HeaderName = HeaderName::from_static("x-databricks-org-id");
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
-/// Speaks HTTPS to one workspace, and to those who vouch for us there.
+/// HTTP clients for one workspace and its token services.
 #[derive(Debug)]
 pub(super) struct Api {
     /// To the workspace, and to token endpoints elsewhere.
     http: Client,
-    /// To services of this machine: plain HTTP, never through a proxy.
+    /// To services of this machine: also plain HTTP, never through a proxy (as the Databricks SDKs).
     local: Client,
     host: Host,
     workspace_id: OnceLock<HeaderValue>,
     clock: Clock,
-    /// What no answer must repeat, whatever the call was.
+    /// Secrets that no error may repeat.
     secrets: Vec<SecretString>,
 }
 
-/// The HTTP proxy to go through, by the variables that everybody uses.
+/// The HTTP proxy, by the usual variables.
 #[derive(Clone, Debug, Default)]
 pub(super) struct ProxySetting {
     proxy: Option<Proxy>,
@@ -69,7 +74,7 @@ pub(super) struct ProxySetting {
 
 impl ProxySetting {
     /// `HTTPS_PROXY` or `ALL_PROXY`, but not for what `NO_PROXY` lists; each in lower case too.
-    pub(super) fn from_variables(variables: &Variables) -> Result<Self, SettingsError> {
+    pub(super) fn from_variables(variables: &Variables) -> Result<Self, WorkspaceError> {
         let either = |name: &'static str| {
             variables
                 .get(name)
@@ -84,7 +89,7 @@ impl ProxySetting {
         } else {
             format!("http://{address}")
         };
-        let wrong = |problem| SettingsError::InvalidValue {
+        let wrong = |problem| WorkspaceError::InvalidValue {
             name: format!("`{name}`"),
             problem,
         };
@@ -100,12 +105,11 @@ impl ProxySetting {
     }
 }
 
-/// A request together with the client that sends it: what is meant for this machine must never meet the https-only
-/// client, nor its HTTP proxy.
+/// A request and the client that sends it: calls to this machine must not use the https-only client and its proxy.
 pub(super) struct Call {
     request: RequestBuilder,
     is_path_secret: bool,
-    /// What an answer must not repeat.
+    /// Secrets of this call that no error may repeat.
     secrets: Vec<SecretString>,
 }
 
@@ -138,17 +142,30 @@ impl Call {
 
     pub(super) fn bearer(mut self, token: &SecretString) -> Self {
         self.secrets.push(token.clone());
-        self.request = self.request.bearer_auth(token.expose_secret());
-        self
+        self.authorization("Bearer ", token.expose_secret())
     }
 
     pub(super) fn basic(mut self, user: &str, password: &SecretString) -> Self {
         self.secrets.push(password.clone());
-        let password = password.expose_secret();
-        // What is sent is repeated as well.
-        let pair = Zeroizing::new(format!("{user}:{password}"));
-        self.secrets.push(STANDARD.encode(pair.as_bytes()).into());
-        self.request = self.request.basic_auth(user, Some(password));
+        let pair = Zeroizing::new(format!("{user}:{}", password.expose_secret()));
+        let encoded = SecretString::from(STANDARD.encode(pair.as_bytes()));
+        let call = self.authorization("Basic ", encoded.expose_secret());
+        // An error may repeat the encoded form, too.
+        call.with_secret(encoded)
+    }
+
+    fn with_secret(mut self, secret: SecretString) -> Self {
+        self.secrets.push(secret);
+        self
+    }
+
+    fn authorization(mut self, scheme: &str, secret: &str) -> Self {
+        let text = Zeroizing::new([scheme, secret].concat());
+        // Settings and tokens have been checked for characters that a header cannot carry.
+        if let Ok(mut value) = HeaderValue::from_maybe_shared(Bytes::from_owner(text)) {
+            value.set_sensitive(true);
+            self.request = self.request.header(AUTHORIZATION, value);
+        }
         self
     }
 
@@ -157,12 +174,21 @@ impl Call {
             .iter()
             .filter(|(name, _)| SECRET_FIELDS.contains(name));
         self.secrets.extend(secrets.map(|&(_, value)| value.into()));
-        self.request = self.request.form(fields);
-        self
+        // Enough for the longest encoding: a buffer that grows leaves copies of secrets behind.
+        let lengths = fields
+            .iter()
+            .map(|(name, value)| name.len() + 3 * value.len() + 2);
+        let mut body = Zeroizing::new(String::with_capacity(lengths.sum()));
+        form_urlencoded::Serializer::new(&mut *body).extend_pairs(fields);
+        self.body("application/x-www-form-urlencoded", Bytes::from_owner(body))
     }
 
-    pub(super) fn json(mut self, body: &Value) -> Self {
-        self.request = self.request.json(body);
+    pub(super) fn json(self, body: &Value) -> Self {
+        self.body("application/json", body.to_string().into())
+    }
+
+    fn body(mut self, content_type: &'static str, body: Bytes) -> Self {
+        self.request = self.request.header(CONTENT_TYPE, content_type).body(body);
         self
     }
 }
@@ -170,22 +196,22 @@ impl Call {
 /// An answer with a 2xx status.
 pub(super) struct Reply {
     body: Zeroizing<Vec<u8>>,
-    /// How far the other side's clock is ahead of ours.
+    /// How far the other side's clock is ahead.
     pub(super) skew: Option<SignedDuration>,
     /// The workspace that answered.
     pub(super) workspace_id: Option<String>,
 }
 
-/// Why a call brought no answer of use.
+/// Why a call has no usable answer.
 #[derive(Debug)]
 pub(super) enum ApiError {
-    /// No answer, or half of one.
+    /// No answer, or a part of one.
     Network { source: reqwest::Error },
-    /// An answer that is not what was asked for.
+    /// An answer of another form than documented.
     Malformed { reason: String },
-    /// Sent elsewhere; we do not follow, since a redirect may carry secrets away.
+    /// Not followed, since a redirect may carry secrets away.
     Redirect {
-        /// Fit to be shown.
+        /// Without secrets.
         location: String,
         target: Option<Url>,
     },
@@ -205,18 +231,17 @@ impl Api {
         proxy: ProxySetting,
         clock: Clock,
         secrets: Vec<SecretString>,
-    ) -> Result<Self, BuildError> {
+    ) -> Result<Self, WorkspaceError> {
         let workspace_id = match workspace_id {
             None => OnceLock::new(),
             Some(id) => HeaderValue::from_str(id)
-                .map_err(|_| SettingsError::InvalidValue {
+                .map_err(|_| WorkspaceError::InvalidValue {
                     name: "`DATABRICKS_WORKSPACE_ID`".to_owned(),
                     problem: "holds characters that cannot be sent",
                 })?
                 .into(),
         };
         tls.alpn_protocols = vec![ALPN_HTTP_1_1.to_vec()];
-        // The variables are read by us, once, like every other.
         let mut http = bounded(tls.clone())
             .https_only(!host.is_loopback())
             .timeout(CALL_TIMEOUT);
@@ -225,8 +250,8 @@ impl Api {
         }
         let local = bounded(tls).timeout(LOCAL_TIMEOUT);
         Ok(Self {
-            http: http.build().map_err(BuildError::Client)?,
-            local: local.build().map_err(BuildError::Client)?,
+            http: http.build().map_err(WorkspaceError::Client)?,
+            local: local.build().map_err(WorkspaceError::Client)?,
             host,
             workspace_id,
             clock,
@@ -242,7 +267,7 @@ impl Api {
         &self.clock
     }
 
-    /// The workspace says which one it is; what the settings said before stays.
+    /// Notes the workspace's id, unless the settings have one.
     pub(super) fn learn_workspace_id(&self, id: &str) {
         if let Ok(value) = HeaderValue::from_str(id) {
             let _ = self.workspace_id.set(value);
@@ -251,21 +276,26 @@ impl Api {
 
     /// A call to the workspace itself.
     pub(super) fn request(&self, kind: AuthKind, method: Method, path: &str) -> Call {
-        let call = self.elsewhere(kind, method, self.host.join(path));
+        let call = Call::new(&self.http, kind, method, self.host.join(path));
         match self.workspace_id.get() {
             Some(id) => call.header(WORKSPACE_ID, id.clone()),
             None => call,
         }
     }
 
-    /// A call to an identity provider: https, or http if it and the workspace are on this machine.
-    pub(super) fn elsewhere(&self, kind: AuthKind, method: Method, url: Url) -> Call {
-        Call::new(&self.http, kind, method, url)
+    /// A call to a token service: https, or http if it and the workspace are on this machine.
+    pub(super) fn get(&self, kind: AuthKind, url: Url) -> Call {
+        Call::new(&self.http, kind, Method::GET, url)
+    }
+
+    /// The same with POST.
+    pub(super) fn post(&self, kind: AuthKind, url: Url) -> Call {
+        Call::new(&self.http, kind, Method::POST, url)
     }
 
     /// A request for an optional document.
     pub(super) fn probe(&self, kind: AuthKind, url: Url) -> Call {
-        let mut call = self.elsewhere(kind, Method::GET, url);
+        let mut call = self.get(kind, url);
         call.request = call.request.timeout(PROBE_TIMEOUT);
         call
     }
@@ -275,7 +305,17 @@ impl Api {
         Call::new(&self.local, kind, Method::GET, url)
     }
 
-    /// Sends and reads the whole answer. Bounded in time and size. Cancel safe: the connection is given up.
+    /// Sends a call and parses its JSON. Cancel safe.
+    pub(super) async fn json<T: DeserializeOwned>(
+        &self,
+        call: Call,
+        explain: impl FnOnce(ApiError) -> CallError,
+    ) -> Result<T, CallError> {
+        let reply = self.send(call).await;
+        reply.and_then(|reply| reply.json()).map_err(explain)
+    }
+
+    /// Sends a call and reads the whole answer. Bounded in time and size. Cancel safe: closes the connection.
     pub(super) async fn send(&self, call: Call) -> Result<Reply, ApiError> {
         let (client, request) = call.request.build_split();
         let request = request.map_err(network)?;
@@ -343,7 +383,7 @@ impl Api {
     }
 }
 
-/// An address without what may be a secret in its query: only the error that it names.
+/// An address without its query, which may hold secrets, except an error code.
 fn redacted(base: &Url, location: &str) -> String {
     let Ok(url) = base.join(location) else {
         return "an invalid address".to_owned();
@@ -357,20 +397,11 @@ fn redacted(base: &Url, location: &str) -> String {
     error.map_or(address.clone(), |error| format!("{address}?error={error}"))
 }
 
-/// Why the client could not be made.
-#[derive(Debug, thiserror::Error)]
-pub(super) enum BuildError {
-    #[error("cannot set up HTTPS")]
-    Client(#[source] reqwest::Error),
-    #[error(transparent)]
-    Settings(#[from] SettingsError),
-}
-
 impl Reply {
-    /// Reads the body as JSON of one shape.
+    /// Parses the body.
     pub(super) fn json<T: DeserializeOwned>(&self) -> Result<T, ApiError> {
         serde_json::from_slice(&self.body).map_err(|error| {
-            // serde_json may quote a string that it did not expect, and that string may be a token: place and kind only.
+            // serde_json may quote an unexpected string, which may be a token: only place and kind are reported.
             let reason = if self.body.trim_ascii_start().starts_with(b"<") {
                 "the answer is a web page, not JSON".to_owned()
             } else {
@@ -386,6 +417,14 @@ impl Reply {
 }
 
 impl ApiError {
+    /// The message in an error answer, else empty.
+    pub(super) fn message(&self) -> &str {
+        match self {
+            Self::Status { body, .. } => &body.message,
+            Self::Network { .. } | Self::Malformed { .. } | Self::Redirect { .. } => "",
+        }
+    }
+
     /// The causes of a network failure, innermost last, without the address.
     pub(super) fn causes(error: &reqwest::Error) -> String {
         let mut parts: Vec<String> = Vec::new();
@@ -415,7 +454,7 @@ fn text<'a>(headers: &'a HeaderMap, name: &HeaderName) -> Option<&'a str> {
     headers.get(name)?.to_str().ok()
 }
 
-/// What holds for every client. No redirects: they may carry secrets away.
+/// The common settings of the clients.
 fn bounded(tls: rustls::ClientConfig) -> ClientBuilder {
     let mut headers = HeaderMap::new();
     headers.insert(ACCEPT, HeaderValue::from_static("application/json"));
@@ -430,7 +469,7 @@ fn bounded(tls: rustls::ClientConfig) -> ClientBuilder {
         .no_proxy()
 }
 
-/// `lakebase-proxy/0.1.0 rust/1.95 os/linux auth/oauth-m2m`: the form that Databricks asks of its SDKs' users.
+/// `lakebase-proxy/0.1.0 rust/1.95 os/linux auth/oauth-m2m`: the form of the Databricks SDKs (`useragent.py`).
 fn user_agent(auth_type: &str) -> String {
     format!(
         "lakebase-proxy/{} rust/{} os/{} auth/{auth_type}",
@@ -459,7 +498,7 @@ pub(super) fn retry_after(text: &str, now: Timestamp) -> Option<Duration> {
 }
 
 pub(super) fn skew(date: Timestamp, received_at: Timestamp) -> Option<SignedDuration> {
-    // The moment lies somewhere in that second.
+    // The time lies somewhere in that second.
     let skew = date
         .duration_since(received_at)
         .saturating_add(SignedDuration::from_millis(500));

@@ -8,7 +8,7 @@ use tokio::time::Instant;
 
 use super::{CallError, Target, Workspace, diagnosis::Purpose};
 use crate::{
-    credential::{Mint, MintError, MintErrorKind, Minted},
+    credential::{Mint, MintError, Minted},
     expiry::Moment,
     telemetry::labels,
 };
@@ -46,17 +46,6 @@ impl CredentialMinter {
             }
         }
     }
-
-    fn malformed(&self, reason: &str) -> CallError {
-        CallError {
-            message: format!("the workspace {} gave a database credential that makes no sense", self.workspace.host()),
-            detail: Some(reason.to_owned()),
-            hint: Some("check that `DATABRICKS_HOST` is the workspace, and that no HTTP proxy answers in its place".to_owned()),
-            kind: MintErrorKind::Malformed,
-            retry_after: None,
-            status: None,
-        }
-    }
 }
 
 impl Mint for CredentialMinter {
@@ -75,7 +64,11 @@ impl Mint for CredentialMinter {
         let Response { token, expire_time } = answer.value;
         // What the token looks like is the endpoint's to judge, as long as a password message can carry it.
         if token.expose_secret().is_empty() || token.expose_secret().contains('\0') {
-            return Err(self.malformed("its token is empty or holds a NUL").into());
+            return Err(CallError::malformed_by(
+                self.workspace.host(),
+                "its token is empty or holds a NUL",
+            )
+            .into());
         }
         let Moment(expires_at) = expire_time;
         // By the workspace's clock; we judge by ours.

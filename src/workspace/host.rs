@@ -4,7 +4,7 @@ use std::{fmt, net::IpAddr};
 
 use url::Url;
 
-use super::settings::SettingsError;
+use super::WorkspaceError;
 use crate::config::without_userinfo;
 
 /// Addresses of account consoles, which have no workspace API.
@@ -25,14 +25,14 @@ impl Host {
     /// Takes what people and platforms write: with or without scheme, with a trailing slash, copied from a browser.
     ///
     /// Also returns the workspace id that the address names (`?o=`), as those of unified hosts do.
-    pub fn parse(text: &str) -> Result<(Self, Option<String>), SettingsError> {
+    pub fn parse(text: &str) -> Result<(Self, Option<String>), WorkspaceError> {
         let text = text.trim();
         let with_scheme = if text.contains("://") {
             text.to_owned()
         } else {
             format!("https://{text}")
         };
-        let invalid = |source| SettingsError::InvalidHost {
+        let invalid = |source| WorkspaceError::InvalidHost {
             host: without_userinfo(text).into_owned(),
             source,
         };
@@ -44,14 +44,14 @@ impl Host {
             return Err(invalid(None));
         }
         if ACCOUNT_CONSOLES.contains(&name.as_str()) {
-            return Err(SettingsError::AccountConsole { host: name });
+            return Err(WorkspaceError::AccountConsole { host: name });
         }
         let is_loopback = is_loopback(&name);
         match url.scheme() {
             "https" => {}
             "http" if is_loopback => {}
             "http" => {
-                return Err(SettingsError::NotHttps {
+                return Err(WorkspaceError::NotHttps {
                     host: text.to_owned(),
                 });
             }
@@ -172,19 +172,19 @@ mod tests {
             "http://10.0.0.1",
         ] {
             assert!(
-                matches!(Host::parse(text), Err(SettingsError::NotHttps { .. })),
+                matches!(Host::parse(text), Err(WorkspaceError::NotHttps { .. })),
                 "{text}"
             );
         }
         for text in ["ftp://localhost", "", "https://", "https://a b"] {
             assert!(
-                matches!(Host::parse(text), Err(SettingsError::InvalidHost { .. })),
+                matches!(Host::parse(text), Err(WorkspaceError::InvalidHost { .. })),
                 "{text}"
             );
         }
         assert!(matches!(
             Host::parse("https://accounts.cloud.databricks.com"),
-            Err(SettingsError::AccountConsole { .. })
+            Err(WorkspaceError::AccountConsole { .. })
         ));
     }
 

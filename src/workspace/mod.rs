@@ -8,13 +8,13 @@ mod credentials;
 mod databrickscfg;
 mod diagnosis;
 mod discovery;
+mod error;
 mod error_body;
 #[cfg(fuzzing)]
 pub mod fuzzing;
 mod host;
 mod inspect;
 mod names;
-mod profile;
 mod settings;
 #[cfg(test)]
 mod tests;
@@ -42,47 +42,27 @@ pub use discovery::{
     AppDatabases, EndpointInfo, EndpointState, EndpointType, Identity, Known, LocateError, Located,
     Wanted,
 };
+pub use error::WorkspaceError;
 pub use host::Host;
 pub use inspect::{Profile, Role, TokenFacts};
 pub use names::{
     BranchName, EndpointName, HostName, InstanceName, NameError, ProjectName, Reference, Target,
 };
-pub use settings::{
-    Attribute, Origin, Provenance, Services, Settings, SettingsError, Source, Summary, Variables,
-};
+pub use settings::ResolvedSettings;
+pub(crate) use settings::secret_variables;
 
-use api::{Api, ApiError, BuildError, ProxySetting, Reply};
-use auth::{CachedToken, Oidc, TokenCache};
+use api::{Api, ApiError, ProxySetting, Reply};
+use auth::{CachedToken, TokenCache};
 use diagnosis::{Purpose, diagnose};
 
 use crate::{
     clock::Clock,
+    config::WorkspaceSettings,
     telemetry::{Metrics, labels::MintStep},
 };
 
 /// A difference between the clocks that is worth a word.
 const NOTABLE_SKEW: SignedDuration = SignedDuration::from_mins(1);
-
-/// Why a workspace could not be set up. Calls fail with [`CallError`].
-#[derive(Debug, thiserror::Error)]
-pub enum WorkspaceError {
-    /// The HTTP client cannot be made.
-    #[error("cannot set up HTTPS towards the workspace")]
-    Client(#[source] reqwest::Error),
-    /// The settings make no sense.
-    #[error(transparent)]
-    Settings(#[from] SettingsError),
-}
-
-impl WorkspaceError {
-    /// What a person can do about it.
-    pub fn hint(&self) -> Option<String> {
-        match self {
-            Self::Client(_) => None,
-            Self::Settings(error) => error.hint(),
-        }
-    }
-}
 
 /// One workspace, and how we authenticate to it; cheap to clone.
 #[derive(Clone)]
@@ -107,33 +87,24 @@ impl Workspace {
     ///
     /// `tls` holds the roots that are trusted and the crypto provider; its ALPN is set here.
     pub fn new(
-        settings: Settings,
+        settings: WorkspaceSettings,
         tls: &rustls::ClientConfig,
         clock: Clock,
         metrics: Arc<Metrics>,
     ) -> Result<Self, WorkspaceError> {
-        let settings = settings.resolve()?;
+        let settings = ResolvedSettings::new(settings)?;
         let (host, id_in_host) = settings.address()?;
         let sources = auth::choose(&settings, &host)?;
         let workspace_id = settings.workspace_id.clone().or(id_in_host);
         let api = Api::new(
-            host.clone(),
+            host,
             workspace_id.as_deref(),
             tls.clone(),
             ProxySetting::from_variables(&settings.variables)?,
             clock.clone(),
             settings.secrets(),
-        )
-        .map_err(|error| match error {
-            BuildError::Client(error) => WorkspaceError::Client(error),
-            BuildError::Settings(error) => WorkspaceError::Settings(error),
-        })?;
-        let tokens = TokenCache::new(sources, Oidc::new(&settings)?, clock).ok_or_else(|| {
-            SettingsError::NoAuthentication {
-                notes: Vec::new(),
-                host: host.to_string(),
-            }
-        })?;
+        )?;
+        let tokens = TokenCache::new(sources, clock);
         Ok(Self(Arc::new(Inner {
             api,
             tokens,

@@ -113,26 +113,26 @@ impl FakeWorkspace {
             .collect()
     }
 
-    fn m2m(&self) -> Settings {
-        Settings {
+    fn m2m(&self) -> WorkspaceSettings {
+        WorkspaceSettings {
             host: Some(self.host.clone()),
             client_id: Some("sp-1".to_owned()),
             client_secret: Some(CLIENT_SECRET.into()),
             workspace_id: Some("4711".to_owned()),
-            ..Settings::default()
+            ..WorkspaceSettings::default()
         }
     }
 
-    fn pat(&self) -> Settings {
-        Settings {
+    fn pat(&self) -> WorkspaceSettings {
+        WorkspaceSettings {
             host: Some(self.host.clone()),
             token: Some("dapi-test".into()),
-            ..Settings::default()
+            ..WorkspaceSettings::default()
         }
     }
 }
 
-fn workspace(settings: Settings, clock: Clock) -> Workspace {
+fn workspace(settings: WorkspaceSettings, clock: Clock) -> Workspace {
     let tls = ClientConfig::builder_with_provider(tls::provider())
         .with_safe_default_protocol_versions()
         .unwrap()
@@ -141,7 +141,7 @@ fn workspace(settings: Settings, clock: Clock) -> Workspace {
     Workspace::new(settings, &tls, clock, Metrics::new().unwrap()).unwrap()
 }
 
-async fn mint(settings: Settings) -> Result<Minted, MintError> {
+async fn mint(settings: WorkspaceSettings) -> Result<Minted, MintError> {
     minter(&workspace(settings, Clock::system())).mint().await
 }
 
@@ -287,7 +287,7 @@ async fn a_workspace_may_say_where_its_tokens_are_issued_and_which_one_it_is() {
         _ => good(seen, n),
     })
     .await;
-    let settings = Settings {
+    let settings = WorkspaceSettings {
         workspace_id: None,
         ..fake.m2m()
     };
@@ -316,7 +316,7 @@ async fn a_discovery_url_goes_before_what_the_workspace_says() {
         _ => good(seen, n),
     })
     .await;
-    let settings = Settings {
+    let settings = WorkspaceSettings {
         discovery_url: Some(format!("{}/mine", fake.host)),
         scopes: Some("sql, postgres sql".to_owned()),
         group_id: Some("77".to_owned()),
@@ -672,10 +672,10 @@ async fn a_workspace_that_is_not_there_is_unavailable() {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let host = format!("http://{}", listener.local_addr().unwrap());
     drop(listener);
-    let settings = Settings {
+    let settings = WorkspaceSettings {
         host: Some(host),
         token: Some("dapi-test".into()),
-        ..Settings::default()
+        ..WorkspaceSettings::default()
     };
     let error = mint(settings).await.unwrap_err();
     assert_eq!(error.kind, MintErrorKind::Unavailable);
@@ -794,12 +794,12 @@ async fn minting_is_timed_by_step() {
 
 #[test]
 fn no_secret_prints() {
-    let settings = Settings {
+    let settings = WorkspaceSettings {
         host: Some("dbc-1.cloud.databricks.com".to_owned()),
         token: Some(SecretString::from("hunter2")),
         client_secret: Some(SecretString::from("hunter2")),
         auth_type: Some("pat".to_owned()),
-        ..Settings::default()
+        ..WorkspaceSettings::default()
     };
     let printed = format!(
         "{settings:?} {:?}",

@@ -12,12 +12,12 @@ use std::{
 use jiff::{SignedDuration, Timestamp, Zoned};
 use lakebase_proxy::{
     clock::Clock,
-    config::Roots,
+    config::{Roots, WorkspaceSettings},
     credential::{Mint, MintError, MintErrorKind},
     emulator::{Action, Emulator, Identity, Response, Site},
     net::tls,
     telemetry::Metrics,
-    workspace::{AuthKind, CredentialMinter, Settings, Target, Workspace},
+    workspace::{AuthKind, CredentialMinter, Target, Workspace},
 };
 use secrecy::ExposeSecret;
 use tempfile::TempDir;
@@ -54,12 +54,12 @@ impl Stage {
         }
     }
 
-    fn with(&self, variables: &[(&str, &str)]) -> Settings {
+    fn with(&self, variables: &[(&str, &str)]) -> WorkspaceSettings {
         let mut all = self.variables.clone();
         for (name, value) in variables {
             all.insert((*name).to_owned(), (*value).to_owned());
         }
-        let mut settings = Settings::from_variables(all.into_iter().collect());
+        let mut settings = WorkspaceSettings::from_variables(all.into_iter().collect());
         settings.services.entra_id = Some(self.emulator.entra_id_url());
         settings.services.instance_metadata = Some(self.emulator.workspace_url().to_owned());
         settings
@@ -157,7 +157,7 @@ impl Stage {
     }
 }
 
-fn workspace(settings: Settings) -> Workspace {
+fn workspace(settings: WorkspaceSettings) -> Workspace {
     let tls = tls::client_config(&Roots::System, tls::ALPN_HTTP_1_1).unwrap();
     Workspace::new(settings, &tls, Clock::system(), Metrics::new().unwrap()).unwrap()
 }
@@ -224,7 +224,7 @@ async fn a_secret_of_a_service_principal_signs_in_or_is_explained() {
     stage
         .fails(&[("DATABRICKS_CONFIG_PROFILE", "work")], Refused, &words)
         .await;
-    let words = ["does not grant the scopes", "`scopes`"];
+    let words = ["does not grant the requested scopes", "`scopes`"];
     stage
         .fails(&[("DATABRICKS_CONFIG_PROFILE", "scoped")], Refused, &words)
         .await;
@@ -505,7 +505,7 @@ async fn an_identity_token_is_exchanged_or_the_refusal_is_explained() {
             &[
                 "did not accept the identity token (env-oidc)",
                 &policy,
-                "it is no JWT",
+                "it is not a JWT",
             ],
         ),
         (
@@ -631,7 +631,7 @@ async fn entra_id_vouches_for_its_applications_or_the_refusal_is_explained() {
         .fails(
             &[id, secret],
             Refused,
-            &["does not say which tenant", "ARM_TENANT_ID"],
+            &["does not name its tenant", "ARM_TENANT_ID"],
         )
         .await;
     faults.once(Site::Voucher, Action::Respond(Response::status(503)));
@@ -746,7 +746,7 @@ async fn a_login_of_the_azure_cli_signs_in_or_is_explained() {
         (
             "echo boom >&2; exit 1",
             Refused,
-            &["the Azure CLI gives no token", "boom"],
+            &["the Azure CLI returned no token", "boom"],
         ),
     ] {
         stage.az(person, script);
@@ -770,7 +770,7 @@ async fn a_local_metadata_service_signs_in_or_is_explained() {
     );
     let words = [
         "the local metadata service gave no token",
-        "knows no session",
+        "has no session",
         "DATABRICKS_HOST",
     ];
     stage.fails(&[(name, &other)], Refused, &words).await;

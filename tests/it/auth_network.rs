@@ -5,11 +5,11 @@ use std::{net::SocketAddr, path::Path, sync::Arc};
 use axum::Router;
 use lakebase_proxy::{
     clock::Clock,
-    config::Roots,
+    config::{Roots, WorkspaceSettings},
     credential::{Mint, MintError, MintErrorKind},
     net::tls,
     telemetry::Metrics,
-    workspace::{CredentialMinter, Settings, Target, Workspace},
+    workspace::{CredentialMinter, Target, Workspace},
 };
 use tokio::{net::TcpListener, task::JoinSet};
 
@@ -71,12 +71,12 @@ async fn mint(
         .collect();
     let roots = authority.map_or(Roots::System, |path| Roots::File(path.to_owned()));
     let tls = tls::client_config(&roots, tls::ALPN_HTTP_1_1).unwrap();
-    let settings = Settings::from_variables(variables);
+    let settings = WorkspaceSettings::from_variables(variables);
     mint_with(settings, &tls, ENDPOINT).await
 }
 
 async fn mint_with(
-    settings: Settings,
+    settings: WorkspaceSettings,
     tls: &rustls::ClientConfig,
     endpoint: &str,
 ) -> Result<(), MintError> {
@@ -152,7 +152,7 @@ async fn a_proxy_that_cannot_be_one_is_refused_by_the_name_of_its_variable() {
         ];
         let variables = variables.map(|(name, value)| (name.to_owned(), value.to_owned()));
         let tls = tls::client_config(&Roots::System, tls::ALPN_HTTP_1_1).unwrap();
-        let settings = Settings::from_variables(variables.into_iter().collect());
+        let settings = WorkspaceSettings::from_variables(variables.into_iter().collect());
         let metrics = Metrics::new().unwrap();
         let error = Workspace::new(settings, &tls, Clock::system(), metrics).unwrap_err();
         let told = error.to_string();
@@ -241,7 +241,7 @@ async fn metadata_services_are_called_directly_beside_a_remote_workspace() {
                 way,
             ];
             let variables = variables.map(|(name, value)| (name.to_owned(), value.to_owned()));
-            let mut settings = Settings::from_variables(variables.into_iter().collect());
+            let mut settings = WorkspaceSettings::from_variables(variables.into_iter().collect());
             settings.services.instance_metadata = Some(local.clone());
             let minted = mint_with(settings, &tls, emulator.endpoint_name()).await;
             minted.unwrap_or_else(|error| panic!("{host}, {way:?}: {error:?}"));

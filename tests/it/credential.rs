@@ -5,28 +5,28 @@ use std::time::Duration;
 use jiff::{SignedDuration, Timestamp};
 use lakebase_proxy::{
     clock::Clock,
-    config::Roots,
+    config::{Roots, WorkspaceSettings},
     credential::{Cause, CredentialCell, Mint, MintErrorKind, Refresher},
     emulator::{Action, Emulator, EmulatorOptions, Identity, Response, Site},
     net::tls,
     telemetry::Metrics,
-    workspace::{CredentialMinter, EndpointState, Settings, Target, Workspace},
+    workspace::{CredentialMinter, EndpointState, Target, Workspace},
 };
 use secrecy::{ExposeSecret, SecretString};
 use tokio::{task::JoinSet, time::Instant};
 use tokio_util::sync::CancellationToken;
 
-fn workspace(settings: Settings) -> Workspace {
+fn workspace(settings: WorkspaceSettings) -> Workspace {
     let tls = tls::client_config(&Roots::System, tls::ALPN_HTTP_1_1).unwrap();
     Workspace::new(settings, &tls, Clock::system(), Metrics::new().unwrap()).unwrap()
 }
 
-fn m2m(emulator: &Emulator, identity: &Identity) -> Settings {
-    Settings {
+fn m2m(emulator: &Emulator, identity: &Identity) -> WorkspaceSettings {
+    WorkspaceSettings {
         host: Some(emulator.workspace_url().to_owned()),
         client_id: Some(identity.name.clone()),
         client_secret: identity.client_secret.clone(),
-        ..Settings::default()
+        ..WorkspaceSettings::default()
     }
 }
 
@@ -74,10 +74,10 @@ async fn each_identity_gets_the_credential_or_the_refusal_that_is_its_due() {
     assert!(app.describe(&instance).await.unwrap().host.is_some());
 
     // A person with a personal access token.
-    let settings = Settings {
+    let settings = WorkspaceSettings {
         host: Some(emulator.workspace_url().to_owned()),
         token: identities.user.pat.clone(),
-        ..Settings::default()
+        ..WorkspaceSettings::default()
     };
     let person = workspace(settings);
     assert_eq!(person.me().await.unwrap().user_name, identities.user.name);

@@ -5,11 +5,11 @@ use std::time::Duration;
 use axum::{Router, http::StatusCode, routing::get};
 use lakebase_proxy::{
     clock::Clock,
-    config::Roots,
+    config::{Roots, WorkspaceSettings},
     emulator::{Action, AppResource, Emulator, Response, Site},
     net::tls,
     telemetry::Metrics,
-    workspace::{LocateError, Located, NameError, Settings, Target, Wanted, Workspace},
+    workspace::{LocateError, Located, NameError, Target, Wanted, Workspace},
 };
 use secrecy::ExposeSecret;
 use serde_json::{Value, json};
@@ -21,7 +21,7 @@ const BRANCH: &str = "projects/lakebase-local/branches/production";
 const ENDPOINT: &str = "projects/lakebase-local/branches/production/endpoints/primary";
 const APP: &str = "lakebase-local-app";
 
-fn workspace(settings: Settings) -> Workspace {
+fn workspace(settings: WorkspaceSettings) -> Workspace {
     let tls = tls::client_config(&Roots::System, tls::ALPN_HTTP_1_1).unwrap();
     Workspace::new(settings, &tls, Clock::system(), Metrics::new().unwrap()).unwrap()
 }
@@ -29,20 +29,20 @@ fn workspace(settings: Settings) -> Workspace {
 /// As the app's service principal.
 fn app(emulator: &Emulator) -> Workspace {
     let identity = &emulator.identities().app;
-    workspace(Settings {
+    workspace(WorkspaceSettings {
         host: Some(emulator.workspace_url().to_owned()),
         client_id: Some(identity.name.clone()),
         client_secret: identity.client_secret.clone(),
-        ..Settings::default()
+        ..WorkspaceSettings::default()
     })
 }
 
 /// As a person with a personal access token.
 fn person(emulator: &Emulator) -> Workspace {
-    workspace(Settings {
+    workspace(WorkspaceSettings {
         host: Some(emulator.workspace_url().to_owned()),
         token: emulator.identities().user.pat.clone(),
-        ..Settings::default()
+        ..WorkspaceSettings::default()
     })
 }
 
@@ -226,10 +226,10 @@ async fn strict_workspace() -> (Workspace, JoinSet<()>) {
     let host = format!("http://{}", listener.local_addr().unwrap());
     let mut tasks = JoinSet::new();
     tasks.spawn(async move { axum::serve(listener, router).await.unwrap() });
-    let settings = Settings {
+    let settings = WorkspaceSettings {
         host: Some(host),
         token: Some("dapi-test".into()),
-        ..Settings::default()
+        ..WorkspaceSettings::default()
     };
     (workspace(settings), tasks)
 }

@@ -403,7 +403,7 @@ async fn what_the_workspace_refuses_is_told_apart() {
     emulator
         .faults()
         .always(Site::Mint, Action::Respond(Response::status(429)));
-    setup().ails("credential", "by itself").await;
+    setup().ails("credential", "retries").await;
     emulator.stop().await;
 }
 

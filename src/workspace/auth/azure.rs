@@ -1,19 +1,21 @@
-//! What the ways through Microsoft Entra ID share: the clouds, the tenant, and what goes beside the token.
+//! Common to the kinds that use Microsoft Entra ID: clouds, the tenant, and headers beside the token.
 
 use reqwest::header::{HeaderName, HeaderValue};
 use secrecy::{ExposeSecret, SecretString};
 use tracing::debug;
 
 use super::{AuthKind, WorkspaceToken};
-use crate::workspace::{
-    api::{Api, ApiError},
-    diagnosis::CallError,
-    error_body::ErrorBody,
-    host::Host,
-    settings::{Attribute, Settings, SettingsError},
+use crate::{
+    config::{Attribute, WorkspaceSettings},
+    workspace::{
+        CallError, WorkspaceError,
+        api::{Api, ApiError},
+        diagnosis,
+        host::Host,
+    },
 };
 
-/// The application that stands for Databricks in Entra ID, in every cloud.
+/// The resource id of Azure Databricks in Entra ID, in every cloud.
 pub(super) const DATABRICKS: &str = "2ff814a6-3304-4ab8-85cb-cd0e6f879c1d";
 
 const ZONES: [&str; 3] = [
@@ -28,9 +30,9 @@ const RESOURCE_ID: HeaderName = HeaderName::from_static("x-databricks-azure-work
 /// One of Azure's clouds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Cloud {
-    /// Where Entra ID answers.
+    /// The address of Entra ID.
     pub(super) entra_id: &'static str,
-    /// The resource whose token shows rights on the workspace itself.
+    /// The resource whose token proves rights on the workspace.
     pub(super) management: &'static str,
 }
 
@@ -48,7 +50,7 @@ const CHINA: Cloud = Cloud {
 };
 
 /// Whether the workspace is in Azure.
-pub(super) fn is_azure(settings: &Settings, host: &Host) -> bool {
+pub(super) fn is_azure(settings: &WorkspaceSettings, host: &Host) -> bool {
     let cloud = settings.cloud.as_deref().unwrap_or_default();
     settings.azure_workspace_resource_id.is_some()
         || cloud.eq_ignore_ascii_case("azure")
@@ -56,7 +58,7 @@ pub(super) fn is_azure(settings: &Settings, host: &Host) -> bool {
 }
 
 /// By the workspace's address, else by `ARM_ENVIRONMENT`.
-pub(super) fn cloud(settings: &Settings, host: &Host) -> Result<Cloud, SettingsError> {
+pub(super) fn cloud(settings: &WorkspaceSettings, host: &Host) -> Result<Cloud, WorkspaceError> {
     if host.name().ends_with(".databricks.azure.us") {
         return Ok(US_GOVERNMENT);
     }
@@ -68,7 +70,7 @@ pub(super) fn cloud(settings: &Settings, host: &Host) -> Result<Cloud, SettingsE
         "public" | "azurepubliccloud" => Ok(PUBLIC),
         "usgovernment" | "azureusgovernmentcloud" => Ok(US_GOVERNMENT),
         "china" | "azurechinacloud" => Ok(CHINA),
-        _ => Err(SettingsError::InvalidValue {
+        _ => Err(WorkspaceError::InvalidValue {
             name: settings.named(Attribute::AzureEnvironment),
             problem: "is none of Azure's clouds (public, usgovernment, china)",
         }),
@@ -76,45 +78,44 @@ pub(super) fn cloud(settings: &Settings, host: &Host) -> Result<Cloud, SettingsE
 }
 
 /// The workspace's resource id as a header, if it is set.
-pub(super) fn resource_id(settings: &Settings) -> Result<Option<HeaderValue>, SettingsError> {
+pub(super) fn resource_id(
+    settings: &WorkspaceSettings,
+) -> Result<Option<HeaderValue>, WorkspaceError> {
     let Some(id) = &settings.azure_workspace_resource_id else {
         return Ok(None);
     };
-    let value = HeaderValue::from_str(id).map_err(|_| SettingsError::InvalidValue {
+    let value = HeaderValue::from_str(id).map_err(|_| WorkspaceError::InvalidValue {
         name: settings.named(Attribute::AzureWorkspaceResourceId),
         problem: "holds characters that cannot be sent",
     })?;
     Ok(Some(value))
 }
 
-/// The tenant that the workspace sends its own users to; it is in the address of its login page.
+/// The tenant of the workspace's users, from the redirect to their login page (as in the SDKs).
 pub(super) async fn tenant(api: &Api, kind: AuthKind) -> Result<String, CallError> {
     let page = api.host().join("/aad/auth");
     let target = match api.send(api.probe(kind, page)).await {
         Err(ApiError::Redirect { target, .. }) => target,
         Err(ApiError::Network { source }) => {
-            return Err(crate::workspace::diagnosis::network(api.host(), &source));
+            return Err(diagnosis::network(api.host(), source));
         }
         Ok(_) | Err(_) => None,
     };
     let tenant = target.as_ref().and_then(|url| url.path_segments()?.next());
     match tenant.filter(|tenant| is_tenant(tenant)) {
         Some(tenant) => {
-            debug!(tenant, "the workspace names its tenant");
+            debug!(tenant, "found the tenant of the workspace");
             Ok(tenant.to_owned())
         }
         None => Err(CallError::refused(
-            format!(
-                "the workspace {} does not say which tenant it belongs to",
-                api.host()
-            ),
+            format!("the workspace {} does not name its tenant", api.host()),
             None,
             "set `ARM_TENANT_ID`, and check that `DATABRICKS_HOST` is a workspace in Azure",
         )),
     }
 }
 
-/// An id or a domain: it becomes part of an address.
+/// An id or a domain, which can become part of an address.
 pub(super) fn is_tenant(text: &str) -> bool {
     !text.is_empty()
         && text
@@ -122,7 +123,7 @@ pub(super) fn is_tenant(text: &str) -> bool {
             .all(|byte| byte.is_ascii_alphanumeric() || b"-._".contains(&byte))
 }
 
-/// Adds to a token what the workspace needs to admit an identity that it does not know yet.
+/// Adds what a workspace needs to accept an identity that it does not list yet.
 pub(super) fn add_headers(
     token: &mut WorkspaceToken,
     management: Option<&SecretString>,
@@ -138,8 +139,12 @@ pub(super) fn add_headers(
     }
 }
 
-/// What to do about an error of Entra ID, by its number.
-pub(super) fn mend(body: &ErrorBody, settings: &str) -> String {
+/// The hint of kinds with an identity of their own.
+pub(super) const ADD_IDENTITY: &str = "check that the identity is a service principal of this workspace; one that is not yet needs `DATABRICKS_AZURE_RESOURCE_ID` and the Contributor role on it";
+
+/// The hint for an error of Entra ID, by its number
+/// (<https://learn.microsoft.com/entra/identity-platform/reference-error-codes>).
+pub(super) fn hint(message: &str, settings: &str) -> String {
     for (code, hint) in [
         (
             "AADSTS7000215",
@@ -162,7 +167,7 @@ pub(super) fn mend(body: &ErrorBody, settings: &str) -> String {
             "Azure Databricks is not known in this tenant: check `ARM_TENANT_ID`",
         ),
     ] {
-        if body.message.contains(code) {
+        if message.contains(code) {
             return hint.to_owned();
         }
     }
@@ -173,10 +178,10 @@ pub(super) fn mend(body: &ErrorBody, settings: &str) -> String {
 mod tests {
     use super::*;
 
-    fn settings(environment: Option<&str>) -> Settings {
-        Settings {
+    fn settings(environment: Option<&str>) -> WorkspaceSettings {
+        WorkspaceSettings {
             azure_environment: environment.map(str::to_owned),
-            ..Settings::default()
+            ..WorkspaceSettings::default()
         }
     }
 

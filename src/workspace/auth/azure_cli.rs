@@ -1,4 +1,4 @@
-//! Whoever is logged in to the Azure CLI, through `az account get-access-token`.
+//! The login of the Azure CLI, through `az account get-access-token`.
 
 use std::{path::PathBuf, time::Duration};
 
@@ -10,38 +10,40 @@ use tokio::sync::OnceCell;
 use tracing::debug;
 
 use super::{
-    AuthKind, Expiry, WorkspaceToken,
+    AuthKind, Boxed, Expiry, Freshness, Kind, TokenSource, WorkspaceToken,
     azure::{self, Cloud},
     command::{self, CommandError},
 };
 use crate::{
+    config::AuthFamily,
     expiry::{self, Number},
-    workspace::{
-        api::Api,
-        diagnosis::CallError,
-        host::Host,
-        settings::{Settings, SettingsError},
-    },
+    workspace::{CallError, WorkspaceError, api::Api, host::Host, settings::ResolvedSettings},
 };
 
 const COMMAND: &str = "az";
-/// It is slow to start, and may have to renew its own token over the network.
-const LIMIT: Duration = Duration::from_secs(30);
+/// It starts slowly, and may renew its own token over the network.
+const TIMEOUT: Duration = Duration::from_secs(30);
 
-pub(in crate::workspace) struct AzureCli {
+pub(super) const KIND: Kind = Kind {
+    family: Some(AuthFamily::Azure),
+    is_selected: |_| false,
+    is_available: |settings, host| azure::is_azure(settings, host),
+    ..Kind::new(|settings, host| Ok(Box::new(AzureCli::new(settings, host)?)))
+};
+
+struct AzureCli {
     program: PathBuf,
     tenant: Option<String>,
     subscription: Option<String>,
     cloud: Cloud,
     resource_id: Option<HeaderValue>,
-    /// What is logged in; asked once.
     login: OnceCell<Login>,
 }
 
-/// What is logged in.
+/// The kind of identity that is logged in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Login {
-    /// A managed identity, for which no tenant may be named.
+    /// A managed identity, which takes no `--tenant`.
     ManagedIdentity,
     Person,
     ServicePrincipal,
@@ -65,7 +67,7 @@ struct AccountUser {
 struct Answer {
     #[serde(rename = "accessToken")]
     access_token: SecretString,
-    /// In local time, without saying so.
+    /// In local time, without an offset.
     #[serde(rename = "expiresOn", default)]
     local: Option<String>,
     /// Seconds since 1970, since version 2.54.
@@ -74,16 +76,13 @@ struct Answer {
 }
 
 impl AzureCli {
-    pub(super) fn new(settings: &Settings, host: &Host) -> Result<Self, SettingsError> {
-        let programs = command::find(COMMAND, &settings.variables);
-        let program = programs
-            .into_iter()
-            .next()
-            .ok_or_else(|| SettingsError::NoCommand {
-                kind: AuthKind::AzureCli.label(),
-                command: COMMAND.to_owned(),
-                problem: "is not installed",
-            })?;
+    fn new(settings: &ResolvedSettings, host: &Host) -> Result<Self, WorkspaceError> {
+        let mut programs = command::find(COMMAND, &settings.variables).into_iter();
+        let program = programs.next().ok_or_else(|| WorkspaceError::NoCommand {
+            kind: AuthKind::AzureCli.label(),
+            command: COMMAND.to_owned(),
+            problem: "is not installed",
+        })?;
         let id = settings.azure_workspace_resource_id.as_deref();
         // /subscriptions/SUBSCRIPTION/resourceGroups/...
         let subscription = id.and_then(|id| id.split('/').nth(2)).map(str::to_owned);
@@ -97,26 +96,26 @@ impl AzureCli {
         })
     }
 
-    pub(super) async fn token(&self, api: &Api) -> Result<WorkspaceToken, CallError> {
-        let login = *self.login.get_or_try_init(|| self.who()).await?;
-        // A person of several tenants must get a token of the workspace's own.
+    async fn token(&self, api: &Api) -> Result<WorkspaceToken, CallError> {
+        let login = *self.login.get_or_try_init(|| self.login()).await?;
+        // A person with several tenants needs a token of the workspace's.
         let tenant = match (&self.tenant, login) {
             (_, Login::ManagedIdentity) => None,
             (Some(tenant), _) => Some(tenant.clone()),
             (None, _) => azure::tenant(api, AuthKind::AzureCli).await.ok(),
         };
-        let mut token = match self.ask(azure::DATABRICKS, tenant.as_deref()).await {
-            // A login by a federated token knows its tenant and takes no other word for it.
+        let mut token = match self.request(azure::DATABRICKS, tenant.as_deref()).await {
+            // A login with a federated token has a fixed tenant and accepts no other.
             Err(_) if login == Login::ServicePrincipal && tenant.is_some() => {
-                self.ask(azure::DATABRICKS, None).await?
+                self.request(azure::DATABRICKS, None).await?
             }
-            asked => asked?,
+            token => token?,
         };
         // People are users of the workspace already.
         let management = if login == Login::Person {
             None
         } else {
-            self.ask(self.cloud.management, tenant.as_deref())
+            self.request(self.cloud.management, tenant.as_deref())
                 .await
                 .ok()
         };
@@ -125,7 +124,7 @@ impl AzureCli {
         Ok(token)
     }
 
-    async fn who(&self) -> Result<Login, CallError> {
+    async fn login(&self) -> Result<Login, CallError> {
         let stdout = self.run(&["account", "show", "--output", "json"]).await?;
         let account: Account = serde_json::from_slice(&stdout).map_err(|_| {
             CallError::malformed("`az account show` did not print an account", None)
@@ -140,7 +139,11 @@ impl AzureCli {
         })
     }
 
-    async fn ask(&self, resource: &str, tenant: Option<&str>) -> Result<WorkspaceToken, CallError> {
+    async fn request(
+        &self,
+        resource: &str,
+        tenant: Option<&str>,
+    ) -> Result<WorkspaceToken, CallError> {
         let mut arguments = vec![
             "account",
             "get-access-token",
@@ -153,14 +156,14 @@ impl AzureCli {
             arguments.extend(["--tenant", tenant]);
         }
         let stdout = match (&self.subscription, tenant) {
-            // Whoever may use the workspace need not see its subscription.
+            // An identity may use a workspace without seeing its subscription.
             (Some(subscription), None) => {
                 let mut with_subscription = arguments.clone();
                 with_subscription.extend(["--subscription", subscription]);
                 match self.run(&with_subscription).await {
                     Ok(stdout) => stdout,
                     Err(error) => {
-                        debug!(%error, "no token by subscription; asking without");
+                        debug!(%error, "no token with the subscription; retrying without");
                         self.run(&arguments).await?
                     }
                 }
@@ -176,19 +179,19 @@ impl AzureCli {
     }
 
     async fn run(&self, arguments: &[&str]) -> Result<zeroize::Zeroizing<Vec<u8>>, CallError> {
-        let output = match command::run(&self.program, arguments, LIMIT).await {
+        let output = match command::run(&self.program, arguments, TIMEOUT).await {
             Ok(output) if output.is_success => return Ok(output.stdout),
             Ok(output) => output,
             Err(error @ CommandError::Timeout(_)) => {
                 return Err(CallError::unavailable(
-                    "the Azure CLI gives no token".to_owned(),
+                    "the Azure CLI returned no token".to_owned(),
                     Some(error.to_string()),
                     "run `az account get-access-token` by hand".to_owned(),
                 ));
             }
             Err(error) => {
                 return Err(CallError::refused(
-                    "the Azure CLI gives no token",
+                    "the Azure CLI returned no token",
                     Some(error.to_string()),
                     "run `az account get-access-token` by hand",
                 ));
@@ -218,7 +221,7 @@ impl AzureCli {
             ));
         } else {
             (
-                "the Azure CLI gives no token",
+                "the Azure CLI returned no token",
                 "run `az account get-access-token --resource 2ff814a6-3304-4ab8-85cb-cd0e6f879c1d` by hand",
             )
         };
@@ -227,6 +230,24 @@ impl AzureCli {
             Some(words).filter(|words| !words.is_empty()),
             hint,
         ))
+    }
+}
+
+impl TokenSource for AzureCli {
+    fn kind(&self) -> AuthKind {
+        AuthKind::AzureCli
+    }
+
+    fn token<'a>(&'a self, api: &'a Api, _: Freshness) -> Boxed<'a, WorkspaceToken> {
+        Box::pin(self.token(api))
+    }
+
+    fn hint(&self) -> String {
+        "check with `az account show` that the right account is logged in, and that it is a user of this workspace".to_owned()
+    }
+
+    fn has_cache(&self) -> bool {
+        true
     }
 }
 

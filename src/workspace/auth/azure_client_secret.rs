@@ -1,4 +1,6 @@
 //! An application of Microsoft Entra ID, by its client secret.
+//!
+//! <https://docs.databricks.com/azure/dev-tools/auth/azure-sp>
 
 use reqwest::header::HeaderValue;
 use secrecy::{ExposeSecret, SecretString};
@@ -6,32 +8,40 @@ use tokio::sync::OnceCell;
 use url::Url;
 
 use super::{
-    AuthKind, TokenResponse, WorkspaceToken,
+    AuthKind, Boxed, Freshness, Kind, TokenSource, WorkspaceToken,
     azure::{self, Cloud},
-    needed, needed_secret,
-    oidc::POST,
+    required, required_secret, token,
 };
-use crate::workspace::{
-    api::Api,
-    diagnosis::{self, CallError},
-    host::Host,
-    settings::{Attribute, Settings, SettingsError},
+use crate::{
+    config::{Attribute, AuthFamily},
+    workspace::{
+        CallError, WorkspaceError,
+        api::{Api, ApiError},
+        diagnosis,
+        host::Host,
+        settings::ResolvedSettings,
+    },
 };
 
-const KIND: AuthKind = AuthKind::AzureClientSecret;
+pub(super) const KIND: Kind = Kind {
+    family: Some(AuthFamily::Azure),
+    is_selected: |settings| settings.azure_client_secret.is_some(),
+    ..Kind::new(|settings, host| Ok(Box::new(AzureClientSecret::new(settings, host)?)))
+};
 
-pub(in crate::workspace) struct AzureClientSecret {
+struct AzureClientSecret {
     client_id: String,
     client_secret: SecretString,
     tenant: OnceCell<String>,
     cloud: Cloud,
     entra_id: String,
     resource_id: Option<HeaderValue>,
-    mend: String,
+    /// The settings to check when Entra ID refuses them.
+    settings: String,
 }
 
 impl AzureClientSecret {
-    pub(super) fn new(settings: &Settings, host: &Host) -> Result<Self, SettingsError> {
+    fn new(settings: &ResolvedSettings, host: &Host) -> Result<Self, WorkspaceError> {
         let because = "azure-client-secret needs the id and the secret of an application";
         let cloud = azure::cloud(settings, host)?;
         let tenant = settings.azure_tenant_id.clone();
@@ -39,75 +49,80 @@ impl AzureClientSecret {
             .as_deref()
             .is_some_and(|tenant| !azure::is_tenant(tenant))
         {
-            return Err(SettingsError::InvalidValue {
+            return Err(WorkspaceError::InvalidValue {
                 name: settings.named(Attribute::AzureTenantId),
                 problem: "is not a tenant's id or domain",
             });
         }
-        let mend = [
+        let used = [
             Attribute::AzureClientId,
             Attribute::AzureClientSecret,
             Attribute::AzureTenantId,
-        ]
-        .map(|attribute| settings.named(attribute))
-        .join(", ");
+        ];
+        let entra_id = settings.services.entra_id.clone();
         Ok(Self {
-            client_id: needed(settings, Attribute::AzureClientId, because)?,
-            client_secret: needed_secret(settings, Attribute::AzureClientSecret, because)?,
+            client_id: required(settings, Attribute::AzureClientId, because)?,
+            client_secret: required_secret(settings, Attribute::AzureClientSecret, because)?,
             tenant: OnceCell::new_with(tenant),
-            entra_id: settings
-                .services
-                .entra_id
-                .clone()
-                .unwrap_or_else(|| cloud.entra_id.to_owned()),
+            entra_id: entra_id.unwrap_or_else(|| cloud.entra_id.to_owned()),
             cloud,
             resource_id: azure::resource_id(settings)?,
-            mend,
+            settings: used.map(|attribute| settings.named(attribute)).join(", "),
         })
     }
 
-    pub(super) fn client_id(&self) -> &str {
-        &self.client_id
-    }
-
-    pub(super) async fn token(&self, api: &Api) -> Result<WorkspaceToken, CallError> {
-        let tenant = self
-            .tenant
-            .get_or_try_init(|| azure::tenant(api, KIND))
-            .await?;
-        let url = format!("{}{tenant}/oauth2/token", self.entra_id);
-        let url = Url::parse(&url).map_err(|_| {
-            CallError::refused(
-                "the address of Entra ID is malformed",
-                None,
-                "check `ARM_TENANT_ID`",
-            )
-        })?;
-        let mut token = self.ask(api, &url, azure::DATABRICKS).await?;
-        let management = self.ask(api, &url, self.cloud.management).await?;
-        azure::add_headers(
-            &mut token,
-            Some(&management.secret),
-            self.resource_id.as_ref(),
-        );
-        Ok(token)
-    }
-
-    async fn ask(&self, api: &Api, url: &Url, resource: &str) -> Result<WorkspaceToken, CallError> {
-        let request = api.elsewhere(KIND, POST, url.clone()).form(&[
+    async fn request(
+        &self,
+        api: &Api,
+        url: &Url,
+        resource: &str,
+    ) -> Result<WorkspaceToken, CallError> {
+        let call = api.post(AuthKind::AzureClientSecret, url.clone()).form(&[
             ("grant_type", "client_credentials"),
             ("client_id", self.client_id.as_str()),
             ("client_secret", self.client_secret.expose_secret()),
             ("resource", resource),
         ]);
-        let told = |error| {
-            diagnosis::service(
-                "Microsoft Entra ID",
-                |body| Some(azure::mend(body, &self.mend)),
-                error,
-            )
+        let explain = |error: ApiError| {
+            let hint = azure::hint(error.message(), &self.settings);
+            diagnosis::service("Microsoft Entra ID", Some(hint), error)
         };
-        let reply = api.send(request).await.map_err(told)?;
-        reply.json::<TokenResponse>().map_err(told)?.into_token()
+        token::request(api, call, explain).await
+    }
+}
+
+impl TokenSource for AzureClientSecret {
+    fn kind(&self) -> AuthKind {
+        AuthKind::AzureClientSecret
+    }
+
+    fn token<'a>(&'a self, api: &'a Api, _: Freshness) -> Boxed<'a, WorkspaceToken> {
+        Box::pin(async move {
+            let tenant = self
+                .tenant
+                .get_or_try_init(|| azure::tenant(api, self.kind()));
+            let url = format!("{}{}/oauth2/token", self.entra_id, tenant.await?);
+            let url = Url::parse(&url).map_err(|_| {
+                let message = "the address of Entra ID is malformed";
+                CallError::refused(message, None, "check `ARM_TENANT_ID`")
+            })?;
+            let mut token = self.request(api, &url, azure::DATABRICKS).await?;
+            let management = self.request(api, &url, self.cloud.management).await?;
+            azure::add_headers(
+                &mut token,
+                Some(&management.secret),
+                self.resource_id.as_ref(),
+            );
+            Ok(token)
+        })
+    }
+
+    fn hint(&self) -> String {
+        azure::ADD_IDENTITY.to_owned()
+    }
+
+    // The workspace keeps the ids of Entra ID's applications.
+    fn service_principal(&self) -> Option<&str> {
+        Some(&self.client_id)
     }
 }

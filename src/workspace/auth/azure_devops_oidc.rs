@@ -1,27 +1,41 @@
-//! The identity token of a job in Azure Pipelines. Its audience is fixed by Azure DevOps: `api://AzureADTokenExchange`.
+//! The identity token of a job in Azure Pipelines. Azure DevOps fixes its audience: `api://AzureADTokenExchange`.
+//!
+//! <https://learn.microsoft.com/rest/api/azure/devops/distributedtask/oidctoken/create>
 
 use reqwest::header::{CONTENT_LENGTH, CONTENT_TYPE, HeaderValue};
 use secrecy::SecretString;
 use serde::Deserialize;
 use url::Url;
 
-use super::{AuthKind, needed, oidc::POST};
-use crate::workspace::{
-    api::Api,
-    diagnosis::{self, CallError},
-    settings::{Attribute, Settings, SettingsError},
+use super::{
+    AuthKind, Boxed, Kind,
+    exchange::{Exchange, IdentitySource},
+    required,
+};
+use crate::{
+    config::Attribute,
+    workspace::{WorkspaceError, api::Api, diagnosis, settings::ResolvedSettings},
 };
 
-const KIND: AuthKind = AuthKind::AzureDevOpsOidc;
-const WHO: &str = "Azure DevOps";
-/// Pipelines set this one; its absence means that this is none.
+/// Set in all pipelines.
 const COLLECTION: &str = "SYSTEM_TEAMFOUNDATIONCOLLECTIONURI";
-/// Set for steps alone that map it.
+/// Set only for steps that map it.
 const ACCESS_TOKEN: &str = "SYSTEM_ACCESSTOKEN";
 const VERSION: &str = "7.2-preview.1";
 const MAPPING: &str = "give the step `env: SYSTEM_ACCESSTOKEN: $(System.AccessToken)`";
 
-pub(super) struct AzureDevOpsToken {
+pub(super) const KIND: Kind = Kind {
+    is_available: |settings, _| {
+        settings.variables.get(COLLECTION).is_some() && settings.client_id.is_some()
+    },
+    takes_group: true,
+    ..Kind::new(|settings, _| {
+        let token = AzureDevOpsToken::new(settings)?;
+        Exchange::create(AuthKind::AzureDevOpsOidc, settings, token)
+    })
+};
+
+struct AzureDevOpsToken {
     url: Url,
     token: SecretString,
 }
@@ -32,41 +46,38 @@ struct Answer {
     token: SecretString,
 }
 
-/// Whether this is a job of Azure Pipelines.
-pub(super) fn is_pipeline(settings: &Settings) -> bool {
-    settings.variables.get(COLLECTION).is_some()
-}
-
 impl AzureDevOpsToken {
-    pub(super) fn new(settings: &Settings) -> Result<Self, SettingsError> {
-        needed(
-            settings,
-            Attribute::ClientId,
-            "azure-devops-oidc exchanges the job's identity token for a service principal's",
-        )?;
+    fn new(settings: &ResolvedSettings) -> Result<Self, WorkspaceError> {
+        let because =
+            "azure-devops-oidc exchanges the job's identity token for a service principal's";
+        required(settings, Attribute::ClientId, because)?;
         let variable = |missing: &'static str| {
             let value = settings.variables.get(missing);
-            value.ok_or_else(|| SettingsError::Incomplete {
+            value.ok_or_else(|| WorkspaceError::Incomplete {
                 missing,
-                because: "azure-devops-oidc runs in Azure Pipelines alone, which set it".to_owned(),
+                because: match missing {
+                    ACCESS_TOKEN => {
+                        format!("azure-devops-oidc shows it to Azure DevOps: {MAPPING}")
+                    }
+                    _ => "azure-devops-oidc runs in Azure Pipelines alone, which set it".to_owned(),
+                },
             })
         };
-        let token = settings.variables.get(ACCESS_TOKEN);
-        let token = token.ok_or_else(|| SettingsError::Incomplete {
-            missing: ACCESS_TOKEN,
-            because: format!("azure-devops-oidc shows it to Azure DevOps: {MAPPING}"),
-        })?;
-        let wrong = |name: &str, problem| SettingsError::InvalidValue {
+        let invalid = |name: &str, problem| WorkspaceError::InvalidValue {
             name: format!("`{name}`"),
             problem,
         };
+        let token = variable(ACCESS_TOKEN)?;
         if token.chars().any(|c| !c.is_ascii_graphic()) {
-            return Err(wrong(ACCESS_TOKEN, "holds characters that cannot be sent"));
+            return Err(invalid(
+                ACCESS_TOKEN,
+                "holds characters that cannot be sent",
+            ));
         }
         let mut url = Url::parse(variable(COLLECTION)?)
-            .map_err(|_| wrong(COLLECTION, "is not an address"))?;
+            .map_err(|_| invalid(COLLECTION, "is not an address"))?;
         url.path_segments_mut()
-            .map_err(|()| wrong(COLLECTION, "is not an address"))?
+            .map_err(|()| invalid(COLLECTION, "is not an address"))?
             .pop_if_empty()
             .push(variable("SYSTEM_TEAMPROJECTID")?)
             .extend(["_apis", "distributedtask", "hubs"])
@@ -82,19 +93,21 @@ impl AzureDevOpsToken {
             token: token.into(),
         })
     }
+}
 
-    pub(super) async fn ask(&self, api: &Api) -> Result<SecretString, CallError> {
-        let call = api
-            .elsewhere(KIND, POST, self.url.clone())
-            .header(CONTENT_TYPE, HeaderValue::from_static("application/json"))
-            .header(CONTENT_LENGTH, HeaderValue::from_static("0"))
-            .bearer(&self.token);
-        let refused = |error| {
-            let hint = format!("{MAPPING}; the access token lives only as long as the job");
-            diagnosis::service(WHO, |_| Some(hint), error)
-        };
-        let reply = api.send(call).await.map_err(refused)?;
-        let malformed = |error| diagnosis::service(WHO, |_| None, error);
-        Ok(reply.json::<Answer>().map_err(malformed)?.token)
+impl IdentitySource for AzureDevOpsToken {
+    fn identity_token<'a>(&'a self, api: &'a Api, _: &'a str) -> Boxed<'a, SecretString> {
+        Box::pin(async move {
+            let call = api
+                .post(AuthKind::AzureDevOpsOidc, self.url.clone())
+                .header(CONTENT_TYPE, HeaderValue::from_static("application/json"))
+                .header(CONTENT_LENGTH, HeaderValue::from_static("0"))
+                .bearer(&self.token);
+            let explain = |error| {
+                let hint = format!("{MAPPING}; the access token lives only as long as the job");
+                diagnosis::service("Azure DevOps", Some(hint), error)
+            };
+            Ok(api.json::<Answer>(call, explain).await?.token)
+        })
     }
 }

@@ -1,27 +1,45 @@
 //! The managed identity of an Azure machine, from its instance metadata service.
+//!
+//! <https://learn.microsoft.com/entra/identity/managed-identities-azure-resources/how-to-use-vm-token>
 
 use reqwest::header::{HeaderName, HeaderValue};
 use url::Url;
 
 use super::{
-    AuthKind, TokenResponse, WorkspaceToken,
+    AuthKind, Boxed, Freshness, Kind, TokenResponse, TokenSource, WorkspaceToken,
     azure::{self, Cloud},
 };
-use crate::workspace::{
-    api::{Api, ApiError},
-    diagnosis::{self, CallError},
-    host::Host,
-    settings::{Attribute, Settings, SettingsError},
+use crate::{
+    config::{Attribute, AuthFamily},
+    workspace::{
+        CallError, WorkspaceError,
+        api::{Api, ApiError},
+        diagnosis,
+        host::Host,
+        settings::ResolvedSettings,
+    },
 };
 
-const KIND: AuthKind = AuthKind::AzureMsi;
-/// Link-local: the machine's own host answers, so plain http is all there is.
+/// Link-local: the machine's own host answers, in plain http only.
 const INSTANCE_METADATA: &str = "http://169.254.169.254";
-/// Keeps out requests that a web page or a redirect makes.
+/// Required by the service, so that no web page and no redirect can make the request.
 const METADATA: HeaderName = HeaderName::from_static("metadata");
 const VERSION: &str = "2018-02-01";
 
-pub(in crate::workspace) struct AzureMsi {
+pub(super) const KIND: Kind = Kind {
+    family: Some(AuthFamily::Azure),
+    is_selected: is_enabled,
+    ..Kind::new(|settings, host| Ok(Box::new(AzureMsi::new(settings, host)?)))
+};
+
+/// Whether `ARM_USE_MSI` is on.
+pub(super) fn is_enabled(settings: &ResolvedSettings) -> bool {
+    let value = settings.azure_use_msi.as_deref().unwrap_or_default();
+    let value = value.to_ascii_lowercase();
+    matches!(value.as_str(), "true" | "1" | "t" | "yes" | "on")
+}
+
+struct AzureMsi {
     url: Url,
     /// Of a user-assigned identity.
     client_id: Option<String>,
@@ -30,40 +48,22 @@ pub(in crate::workspace) struct AzureMsi {
 }
 
 impl AzureMsi {
-    pub(super) fn new(settings: &Settings, host: &Host) -> Result<Self, SettingsError> {
+    fn new(settings: &ResolvedSettings, host: &Host) -> Result<Self, WorkspaceError> {
         let base = settings.services.instance_metadata.as_deref();
-        let url = format!(
-            "{}/metadata/identity/oauth2/token",
-            base.unwrap_or(INSTANCE_METADATA)
-        );
-        let wrong = || SettingsError::InvalidValue {
-            name: settings.named(Attribute::AzureUseMsi),
-            problem: "leads to no address",
-        };
+        let base = base.unwrap_or(INSTANCE_METADATA);
+        let url = Url::parse(&format!("{base}/metadata/identity/oauth2/token"));
         Ok(Self {
-            url: Url::parse(&url).map_err(|_| wrong())?,
+            url: url.map_err(|_| WorkspaceError::InvalidValue {
+                name: settings.named(Attribute::AzureUseMsi),
+                problem: "leads to no address",
+            })?,
             client_id: settings.azure_client_id.clone(),
             cloud: azure::cloud(settings, host)?,
             resource_id: azure::resource_id(settings)?,
         })
     }
 
-    pub(super) fn client_id(&self) -> Option<&str> {
-        self.client_id.as_deref()
-    }
-
-    pub(super) async fn token(&self, api: &Api) -> Result<WorkspaceToken, CallError> {
-        let mut token = self.ask(api, azure::DATABRICKS).await?;
-        let management = self.ask(api, self.cloud.management).await?;
-        azure::add_headers(
-            &mut token,
-            Some(&management.secret),
-            self.resource_id.as_ref(),
-        );
-        Ok(token)
-    }
-
-    async fn ask(&self, api: &Api, resource: &str) -> Result<WorkspaceToken, CallError> {
+    async fn request(&self, api: &Api, resource: &str) -> Result<WorkspaceToken, CallError> {
         let mut url = self.url.clone();
         url.query_pairs_mut()
             .append_pair("api-version", VERSION)
@@ -71,23 +71,53 @@ impl AzureMsi {
         if let Some(id) = &self.client_id {
             url.query_pairs_mut().append_pair("client_id", id);
         }
-        let request = api
-            .local(KIND, url)
+        let call = api
+            .local(AuthKind::AzureMsi, url)
             .header(METADATA, HeaderValue::from_static("true"));
-        let told = |error: ApiError| {
+        let explain = |error: ApiError| {
             let hint = match (&error, &self.client_id) {
                 (ApiError::Network { .. }, _) => "azure-msi works on machines in Azure alone: is this one?".to_owned(),
                 (_, Some(id)) => format!("assign the managed identity `{id}` (`ARM_CLIENT_ID`) to this machine"),
                 (_, None) => "assign a managed identity to this machine; if it has several, choose with `ARM_CLIENT_ID`".to_owned(),
             };
-            diagnosis::service("Azure's instance metadata service", |_| Some(hint), error)
+            diagnosis::service("Azure's instance metadata service", Some(hint), error)
         };
-        let reply = api.send(request).await.map_err(told)?;
-        // It gives both a lifetime and an end, and what it caches is not new: the end counts.
-        let mut response: TokenResponse = reply.json().map_err(told)?;
+        let mut response: TokenResponse = api.json(call, explain).await?;
+        // The service caches tokens, but sends their whole lifetime: the time of expiry counts.
         if response.expires_on.is_some() {
             response.expires_in = None;
         }
         response.into_token()
+    }
+}
+
+impl TokenSource for AzureMsi {
+    fn kind(&self) -> AuthKind {
+        AuthKind::AzureMsi
+    }
+
+    fn token<'a>(&'a self, api: &'a Api, _: Freshness) -> Boxed<'a, WorkspaceToken> {
+        Box::pin(async move {
+            let mut token = self.request(api, azure::DATABRICKS).await?;
+            let management = self.request(api, self.cloud.management).await?;
+            azure::add_headers(
+                &mut token,
+                Some(&management.secret),
+                self.resource_id.as_ref(),
+            );
+            Ok(token)
+        })
+    }
+
+    fn hint(&self) -> String {
+        azure::ADD_IDENTITY.to_owned()
+    }
+
+    fn service_principal(&self) -> Option<&str> {
+        self.client_id.as_deref()
+    }
+
+    fn has_cache(&self) -> bool {
+        true
     }
 }

@@ -1,4 +1,4 @@
-//! Keeps one workspace token and renews it ahead of its expiry; many askers share one renewal.
+//! Keeps one workspace token and renews it before it expires; concurrent callers share one renewal.
 
 use std::sync::{Arc, OnceLock};
 
@@ -8,7 +8,7 @@ use secrecy::SecretString;
 use tokio::sync::Mutex;
 use tracing::{debug, info};
 
-use super::{Expiry, Freshness, Oidc, TokenSource, WorkspaceToken};
+use super::{Expiry, Freshness, TokenSource, WorkspaceToken};
 use crate::{
     clock::Clock,
     credential::MintErrorKind,
@@ -27,17 +27,16 @@ const COOL_DOWN: SignedDuration = SignedDuration::from_mins(1);
 
 pub(in crate::workspace) struct TokenCache {
     sources: Sources,
-    oidc: Oidc,
     clock: Clock,
-    /// Held while a token is fetched: whoever comes meanwhile waits for that one.
+    /// Locked during a request, so that concurrent callers wait for its result.
     held: Mutex<Option<Held>>,
 }
 
-/// The ways that may work, until one has.
+/// The sources that may work, until one has.
 struct Sources {
-    first: TokenSource,
-    others: Vec<TokenSource>,
-    /// Which one has: 0 is the first.
+    /// At least one.
+    all: Vec<Box<dyn TokenSource>>,
+    /// The index of the one that worked.
     settled: OnceLock<usize>,
 }
 
@@ -66,41 +65,35 @@ struct Held {
 }
 
 impl Sources {
-    /// The one that works, or the one that is tried first.
-    fn current(&self) -> &TokenSource {
-        let index = self.settled.get().copied().unwrap_or_default();
-        match index.checked_sub(1) {
-            Some(index) => self.others.get(index).unwrap_or(&self.first),
-            None => &self.first,
-        }
+    /// The one that worked, or the one that is tried first.
+    fn current(&self) -> &dyn TokenSource {
+        &*self.all[self.settled.get().copied().unwrap_or_default()]
     }
 
     fn is_settled(&self) -> bool {
-        self.others.is_empty() || self.settled.get().is_some()
+        self.all.len() == 1 || self.settled.get().is_some()
     }
 
-    async fn token(
-        &self,
-        api: &Api,
-        oidc: &Oidc,
-        freshness: Freshness,
-    ) -> Result<WorkspaceToken, CallError> {
+    async fn token(&self, api: &Api, freshness: Freshness) -> Result<WorkspaceToken, CallError> {
         if self.is_settled() {
-            return self.current().token(api, oidc, freshness).await;
+            return self.current().token(api, freshness).await;
         }
-        let mut failures: Vec<(&TokenSource, CallError)> = Vec::new();
-        for (index, source) in std::iter::once(&self.first).chain(&self.others).enumerate() {
-            match source.token(api, oidc, freshness).await {
+        let mut failures = Vec::new();
+        for (index, source) in self.all.iter().enumerate() {
+            match source.token(api, freshness).await {
                 Ok(token) => {
                     let _ = self.settled.set(index);
-                    info!(kind = source.kind().label(), "signed in to the workspace");
+                    info!(
+                        kind = source.kind().label(),
+                        "authenticated to the workspace"
+                    );
                     return Ok(token);
                 }
-                // Another way may be another identity: it is not taken because a network is down for a moment.
+                // The next source may have another identity, which a short outage must not select.
                 Err(error) if error.kind != MintErrorKind::Refused => return Err(error),
                 Err(error) => {
-                    debug!(kind = source.kind().label(), %error, "not signed in this way");
-                    failures.push((source, error));
+                    debug!(kind = source.kind().label(), %error, "this kind of authentication failed");
+                    failures.push((source.kind().label(), error));
                 }
             }
         }
@@ -108,52 +101,36 @@ impl Sources {
     }
 }
 
-/// One error of many: the first way's hint, and what each said.
-fn none_works(failures: &[(&TokenSource, CallError)]) -> CallError {
-    let kinds: Vec<&str> = failures
-        .iter()
-        .map(|(source, _)| source.kind().label())
-        .collect();
-    let told: Vec<String> = failures
-        .iter()
-        .map(|(source, error)| match &error.detail {
-            Some(detail) => format!("{}: {error} ({detail})", source.kind().label()),
-            None => format!("{}: {error}", source.kind().label()),
-        })
-        .collect();
-    let hints: Vec<String> = failures
-        .iter()
-        .filter_map(|(_, error)| error.hint.clone())
-        .collect();
+/// One error of many: all messages and all hints.
+fn none_works(failures: &[(&'static str, CallError)]) -> CallError {
+    let kinds: Vec<&str> = failures.iter().map(|(kind, _)| *kind).collect();
+    let details = failures.iter().map(|(kind, error)| match &error.detail {
+        Some(detail) => format!("{kind}: {error} ({detail})"),
+        None => format!("{kind}: {error}"),
+    });
+    let hints = failures.iter().filter_map(|(_, error)| error.hint.clone());
     CallError::refused(
         format!("none of the ways to sign in works: {}", kinds.join(", ")),
-        Some(told.join("; ")),
-        hints.join(", or "),
+        Some(details.collect::<Vec<_>>().join("; ")),
+        hints.collect::<Vec<_>>().join(", or "),
     )
 }
 
 impl TokenCache {
-    /// `None` without a source.
-    pub(in crate::workspace) fn new(
-        sources: Vec<TokenSource>,
-        oidc: Oidc,
-        clock: Clock,
-    ) -> Option<Self> {
-        let mut sources = sources.into_iter();
-        Some(Self {
+    /// `sources` holds at least one.
+    pub(in crate::workspace) fn new(sources: Vec<Box<dyn TokenSource>>, clock: Clock) -> Self {
+        Self {
             sources: Sources {
-                first: sources.next()?,
-                others: sources.collect(),
+                all: sources,
                 settled: OnceLock::new(),
             },
-            oidc,
             clock,
             held: Mutex::new(None),
-        })
+        }
     }
 
-    /// The way that works, or the one that is tried first.
-    pub(in crate::workspace) fn source(&self) -> &TokenSource {
+    /// The source that worked, or the one that is tried first.
+    pub(in crate::workspace) fn source(&self) -> &dyn TokenSource {
         self.sources.current()
     }
 
@@ -161,14 +138,14 @@ impl TokenCache {
     pub(in crate::workspace) fn signed_in(&self) -> SignedIn {
         SignedIn {
             kind: self.source().kind(),
-            mend: self.source().mend(),
+            hint: self.source().hint(),
         }
     }
 
-    /// The service principal's application id, where it is certain without asking.
+    /// The service principal's application id, if it is known without a request.
     pub(in crate::workspace) fn service_principal(&self) -> Option<&str> {
         let source = self.sources.is_settled().then(|| self.source());
-        source.and_then(TokenSource::service_principal)
+        source.and_then(|source| source.service_principal())
     }
 
     /// A token that should work. Cancel safe.
@@ -226,7 +203,7 @@ impl TokenCache {
         held: &mut Option<Held>,
         freshness: Freshness,
     ) -> Result<CachedToken, CallError> {
-        let new = self.sources.token(api, &self.oidc, freshness).await?;
+        let new = self.sources.token(api, freshness).await?;
         let now = self.clock.now();
         let generation = held.as_ref().map_or(1, |token| token.generation + 1);
         let lifetime = match new.expiry {

@@ -1,4 +1,4 @@
-//! Runs somebody else's program for its output: found by us, bounded in time and size, never through a shell.
+//! Runs a command-line tool for its output: found on `PATH`, bounded in time and size, never through a shell.
 
 use std::{
     env::split_paths,
@@ -15,12 +15,12 @@ use tokio::{
 };
 use zeroize::Zeroizing;
 
-use crate::workspace::{diagnosis::clean, settings::Variables};
+use crate::{config::Variables, workspace::diagnosis::clean};
 
 /// The largest output that is read, of each kind.
 const MAX_OUTPUT: u64 = 1024 * 1024;
 
-/// What a program that ended has said.
+/// The output of a program that ended.
 pub(super) struct Output {
     pub(super) is_success: bool,
     pub(super) stdout: Zeroizing<Vec<u8>>,
@@ -28,14 +28,14 @@ pub(super) struct Output {
     pub(super) stderr: String,
 }
 
-/// Why a program has said nothing of use.
+/// Why a program has no usable output.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum CommandError {
     #[error("it does not start: {0}")]
     Start(#[source] io::Error),
     #[error("it did not end within {} seconds", .0.as_secs())]
     Timeout(Duration),
-    #[error("it says too much")]
+    #[error("it printed more than 1 MiB")]
     TooMuch,
 }
 
@@ -69,7 +69,7 @@ pub(super) async fn run(
     })
 }
 
-/// One byte more than the limit tells that there is more; the rest is dropped, so that the program does not wait.
+/// Reads one byte more than the limit, which shows that there is more; the pipe closes then, so that the program ends.
 async fn read(pipe: Option<impl AsyncRead + Unpin>) -> io::Result<Zeroizing<Vec<u8>>> {
     let mut bytes = Zeroizing::new(Vec::new());
     if let Some(pipe) = pipe {
@@ -90,7 +90,7 @@ pub(super) fn find(name: &str, variables: &Variables) -> Vec<PathBuf> {
     }
     let path = variables.get("PATH").unwrap_or_default();
     split_paths(path)
-        // What lies in the directory we happen to be in is nobody's choice.
+        // A relative entry would run a program from the current directory.
         .filter(|directory| directory.is_absolute())
         .map(|directory| directory.join(name))
         .filter(is_program)

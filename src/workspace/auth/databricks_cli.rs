@@ -1,4 +1,4 @@
-//! Whoever is logged in to the Databricks CLI, through `databricks auth token`; its own store of tokens is never read.
+//! The login of the Databricks CLI, through `databricks auth token`; the CLI's own store of tokens is never read.
 
 use std::{
     fs::File,
@@ -13,28 +13,24 @@ use tokio::sync::OnceCell;
 use tracing::{debug, warn};
 
 use super::{
-    AuthKind, DEFAULT_LIFETIME, Expiry, Freshness, WorkspaceToken,
+    AuthKind, Boxed, Expiry, Freshness, Kind, TokenSource, WorkspaceToken,
     command::{self, CommandError, Output},
+    token::DEFAULT_LIFETIME,
 };
 use crate::{
     expiry::{Moment, Number},
-    workspace::{
-        api::Api,
-        diagnosis::CallError,
-        host::Host,
-        settings::{Settings, SettingsError},
-    },
+    workspace::{CallError, WorkspaceError, api::Api, host::Host, settings::ResolvedSettings},
 };
 
 const COMMAND: &str = "databricks";
-/// A file at least this large is the current CLI without a look inside (as in the Databricks SDKs); a smaller one may be the
-/// shim of a version manager, a wrapper, or the old CLI.
+/// A file of this size or more is the current CLI (as in the Databricks SDKs); a smaller one may be a version manager's
+/// shim, a wrapper, or the old CLI.
 const MIN_SIZE: u64 = 1024 * 1024;
-/// Stands in the entry point that pip wrote for the old CLI (below 0.100); the name that is imported changed between versions.
+/// In the entry point that pip wrote for the old CLI (below 0.100); the imported name varies between its versions.
 const OLD_CLI: &[u8] = b"from databricks_cli.cli import ";
 /// As the Databricks SDKs.
 const VERSION_LIMIT: Duration = Duration::from_secs(5);
-/// It may have to renew its own token over the network.
+/// It may renew its own token over the network.
 const TOKEN_LIMIT: Duration = Duration::from_secs(30);
 /// `auth token` takes `--profile` since then; before, it was accepted and ignored.
 const PROFILE_SINCE: Version = (0, 207, 1);
@@ -46,7 +42,12 @@ const ZERO_TIME: i64 = -62_135_596_800;
 
 type Version = (u64, u64, u64);
 
-pub(in crate::workspace) struct DatabricksCli {
+pub(super) const KIND: Kind = Kind {
+    is_available: |_, _| true,
+    ..Kind::new(|settings, host| Ok(Box::new(DatabricksCli::new(settings, host)?)))
+};
+
+struct DatabricksCli {
     program: PathBuf,
     host: String,
     profile: Option<String>,
@@ -84,7 +85,7 @@ struct TokenAnswer {
 }
 
 impl DatabricksCli {
-    pub(super) fn new(settings: &Settings, host: &Host) -> Result<Self, SettingsError> {
+    fn new(settings: &ResolvedSettings, host: &Host) -> Result<Self, WorkspaceError> {
         let command = settings.databricks_cli_path.as_deref().unwrap_or(COMMAND);
         let all = command::find(command, &settings.variables);
         let mut problem = "is not installed";
@@ -100,7 +101,7 @@ impl DatabricksCli {
             }
         });
         let Some(program) = program else {
-            return Err(SettingsError::NoCommand {
+            return Err(WorkspaceError::NoCommand {
                 kind: AuthKind::DatabricksCli.label(),
                 command: command.to_owned(),
                 problem,
@@ -109,27 +110,19 @@ impl DatabricksCli {
         Ok(Self {
             program: program.clone(),
             host: host.to_string(),
-            profile: settings
-                .origin
-                .profile
-                .as_ref()
-                .map(|(name, _)| name.clone()),
+            profile: settings.profile_name().map(str::to_owned),
             version: OnceCell::new(),
         })
     }
 
-    /// What logs in for us.
-    pub(super) fn login(&self) -> String {
+    /// The command that logs in.
+    fn login(&self) -> String {
         let profile = self.profile.as_ref();
         let profile = profile.map_or(String::new(), |profile| format!(" --profile {profile}"));
         format!("databricks auth login --host {}{profile}", self.host)
     }
 
-    pub(super) async fn token(
-        &self,
-        api: &Api,
-        freshness: Freshness,
-    ) -> Result<WorkspaceToken, CallError> {
+    async fn token(&self, api: &Api, freshness: Freshness) -> Result<WorkspaceToken, CallError> {
         let version = self.version().await;
         let mut arguments = vec!["auth", "token"];
         match &self.profile {
@@ -141,7 +134,7 @@ impl DatabricksCli {
         if freshness == Freshness::New && version.is_some_and(|version| version >= FORCE_SINCE) {
             arguments.push("--force-refresh");
         }
-        debug!(program = %self.program.display(), ?arguments, "asking the Databricks CLI for a token");
+        debug!(program = %self.program.display(), ?arguments, "requesting a token from the Databricks CLI");
         let output = command::run(&self.program, &arguments, TOKEN_LIMIT)
             .await
             .map_err(|error| self.broken(&error))?;
@@ -156,7 +149,7 @@ impl DatabricksCli {
         })?;
         let expiry = match answer.expiry {
             None => Expiry::In(DEFAULT_LIFETIME),
-            // Go's zero time: the token names no end.
+            // Go's zero time: no expiry.
             Some(Moment(at)) if at.as_second() <= ZERO_TIME => Expiry::In(DEFAULT_LIFETIME),
             Some(Moment(at)) => Expiry::At(at),
         };
@@ -166,7 +159,7 @@ impl DatabricksCli {
         WorkspaceToken::new(answer.access_token, expiry)
     }
 
-    /// `None`: it does not say, so nothing new is asked of it.
+    /// `None` if it is unknown; flags of newer versions are left out then.
     async fn version(&self) -> Option<Version> {
         let probe = || async {
             let output = command::run(
@@ -185,7 +178,7 @@ impl DatabricksCli {
         match self.version.get_or_try_init(probe).await {
             Ok(version) => *version,
             Err(error) => {
-                warn!(program = %self.program.display(), %error, "the Databricks CLI does not tell its version");
+                warn!(program = %self.program.display(), %error, "cannot read the version of the Databricks CLI");
                 None
             }
         }
@@ -193,7 +186,7 @@ impl DatabricksCli {
 
     fn broken(&self, error: &CommandError) -> CallError {
         CallError::unavailable(
-            "the Databricks CLI gives no token".to_owned(),
+            "the Databricks CLI returned no token".to_owned(),
             Some(error.to_string()),
             format!(
                 "run `{} auth token --host {}` by hand: it may wait for the keyring to be unlocked",
@@ -255,7 +248,7 @@ impl DatabricksCli {
             return CallError::refused(
                 format!("the Databricks CLI is not logged in to {}", self.host),
                 detail,
-                format!("run `{}`", self.login()),
+                self.hint(),
             );
         }
         CallError::refused(
@@ -265,16 +258,34 @@ impl DatabricksCli {
         )
     }
 
-    fn expired(&self, words: &str) -> CallError {
+    fn expired(&self, detail: &str) -> CallError {
         CallError::refused(
             format!("the Databricks CLI's login to {} has expired", self.host),
-            Some(words.to_owned()),
-            format!("run `{}`", self.login()),
+            Some(detail.to_owned()),
+            self.hint(),
         )
     }
 }
 
-/// Whether this is the CLI that pip installed, which knows no `auth token`.
+impl TokenSource for DatabricksCli {
+    fn kind(&self) -> AuthKind {
+        AuthKind::DatabricksCli
+    }
+
+    fn token<'a>(&'a self, api: &'a Api, freshness: Freshness) -> Boxed<'a, WorkspaceToken> {
+        Box::pin(self.token(api, freshness))
+    }
+
+    fn hint(&self) -> String {
+        format!("run `{}`", self.login())
+    }
+
+    fn has_cache(&self) -> bool {
+        true
+    }
+}
+
+/// Whether this is the CLI from pip, which lacks `auth token`.
 fn is_old(path: &Path) -> io::Result<bool> {
     let file = File::open(path)?;
     if file.metadata()?.len() >= MIN_SIZE {

@@ -2,15 +2,30 @@
 
 use secrecy::SecretString;
 
-use super::AuthKind;
-use crate::workspace::settings::{Attribute, Settings, SettingsError};
+use super::{
+    AuthKind, Boxed, Kind,
+    exchange::{Exchange, IdentitySource},
+};
+use crate::{
+    config::{Attribute, AuthFamily},
+    workspace::{WorkspaceError, api::Api, settings::ResolvedSettings},
+};
 
 const DEFAULT_VARIABLE: &str = "DATABRICKS_OIDC_TOKEN";
 
-pub(super) struct EnvToken(SecretString);
+pub(super) const KIND: Kind = Kind {
+    family: Some(AuthFamily::EnvOidc),
+    is_available: |settings, _| EnvToken::new(settings).is_ok(),
+    takes_group: true,
+    ..Kind::new(|settings, _| {
+        Exchange::create(AuthKind::EnvOidc, settings, EnvToken::new(settings)?)
+    })
+};
+
+struct EnvToken(SecretString);
 
 impl EnvToken {
-    pub(super) fn new(settings: &Settings) -> Result<Self, SettingsError> {
+    fn new(settings: &ResolvedSettings) -> Result<Self, WorkspaceError> {
         let variable = settings.oidc_token_env.as_deref();
         let name = variable.unwrap_or(DEFAULT_VARIABLE);
         if let Some(token) = settings.variables.get(name) {
@@ -18,24 +33,23 @@ impl EnvToken {
         }
         Err(match variable {
             // The name is the user's own.
-            Some(name) => SettingsError::InvalidValue {
+            Some(name) => WorkspaceError::InvalidValue {
                 name: format!(
                     "`{name}` is not set, but {}",
                     settings.named(Attribute::OidcTokenEnv)
                 ),
                 problem: "names it as the variable of the identity token",
             },
-            None => SettingsError::Incomplete {
+            None => WorkspaceError::Incomplete {
                 missing: DEFAULT_VARIABLE,
-                because: format!(
-                    "{} needs an identity token there",
-                    AuthKind::EnvOidc.label()
-                ),
+                because: "env-oidc needs an identity token there".to_owned(),
             },
         })
     }
+}
 
-    pub(super) fn get(&self) -> SecretString {
-        self.0.clone()
+impl IdentitySource for EnvToken {
+    fn identity_token<'a>(&'a self, _: &'a Api, _: &'a str) -> Boxed<'a, SecretString> {
+        Box::pin(async { Ok(self.0.clone()) })
     }
 }

@@ -1,63 +1,69 @@
-//! An identity token in a file, read again at every exchange: whoever projects it there (Kubernetes) replaces it.
+//! An identity token in a file, read for every exchange because Kubernetes replaces it there.
 
 use std::{io, path::PathBuf};
 
 use secrecy::SecretString;
 
-use super::{AuthKind, needed};
+use super::{
+    AuthKind, Boxed, Kind,
+    exchange::{Exchange, IdentitySource},
+    required,
+};
 use crate::{
+    config::{Attribute, AuthFamily},
     files,
-    workspace::{
-        diagnosis::CallError,
-        settings::{Attribute, Settings, SettingsError},
-    },
+    workspace::{CallError, api::Api},
 };
 
 /// Far above any real token.
 const MAX_TOKEN: u64 = 64 * 1024;
 
-pub(super) struct FileToken {
+pub(super) const KIND: Kind = Kind {
+    family: Some(AuthFamily::FileOidc),
+    takes_group: true,
+    ..Kind::new(|settings, _| {
+        let because = "file-oidc reads a file";
+        let token = FileToken {
+            path: required(settings, Attribute::OidcTokenFilepath, because)?.into(),
+            setting: settings.named(Attribute::OidcTokenFilepath),
+        };
+        Exchange::create(AuthKind::FileOidc, settings, token)
+    })
+};
+
+struct FileToken {
     path: PathBuf,
     setting: String,
 }
 
 impl FileToken {
-    pub(super) fn new(settings: &Settings) -> Result<Self, SettingsError> {
-        let because = format!("{} reads a file", AuthKind::FileOidc.label());
-        Ok(Self {
-            path: needed(settings, Attribute::OidcTokenFilepath, because)?.into(),
-            setting: settings.named(Attribute::OidcTokenFilepath),
+    async fn read(&self) -> io::Result<String> {
+        let bytes = files::read_off_runtime(self.path.clone(), MAX_TOKEN).await?;
+        Ok(files::text(&bytes)?.trim().to_owned())
+    }
+}
+
+impl IdentitySource for FileToken {
+    fn identity_token<'a>(&'a self, _: &'a Api, _: &'a str) -> Boxed<'a, SecretString> {
+        Box::pin(async move {
+            let path = self.path.display();
+            match self.read().await {
+                Ok(token) if !token.is_empty() => Ok(token.into()),
+                // Unavailable, not refused: it may be replaced at this moment.
+                Ok(_) => Err(CallError::unavailable(
+                    format!("the file of the identity token, `{path}`, is empty"),
+                    None,
+                    format!("check {} and what writes that file", self.setting),
+                )),
+                Err(error) => Err(CallError::unavailable(
+                    format!("cannot read the identity token in `{path}`"),
+                    Some(error.to_string()),
+                    format!(
+                        "check {}: in Kubernetes, a projected service account token must be mounted there",
+                        self.setting
+                    ),
+                )),
+            }
         })
-    }
-
-    pub(super) async fn read(&self) -> Result<SecretString, CallError> {
-        let path = self.path.display();
-        let read = files::read_off_runtime(self.path.clone(), MAX_TOKEN).await;
-        let read = match &read {
-            Ok(bytes) => files::text(bytes),
-            Err(error) => return Err(self.unreadable(error)),
-        };
-        match read {
-            Ok(text) if !text.trim().is_empty() => Ok(text.trim().into()),
-            // It may be replaced at this very moment.
-            Ok(_) => Err(CallError::unavailable(
-                format!("the file of the identity token, `{path}`, is empty"),
-                None,
-                format!("check {} and who writes that file", self.setting),
-            )),
-            Err(error) => Err(self.unreadable(&error)),
-        }
-    }
-
-    fn unreadable(&self, error: &io::Error) -> CallError {
-        let path = self.path.display();
-        CallError::unavailable(
-            format!("cannot read the identity token in `{path}`"),
-            Some(error.to_string()),
-            format!(
-                "check {}: in Kubernetes, a projected service account token must be mounted there",
-                self.setting
-            ),
-        )
     }
 }

@@ -2,7 +2,7 @@
 
 use jiff::tz::{Offset, TimeZone};
 
-use super::{TokenResponse, claim};
+use super::token::{TokenResponse, claim};
 use crate::expiry;
 
 /// A token is accepted with an expiry or refused; nothing panics.

@@ -1,21 +1,39 @@
-//! The identity token of a GitHub Actions job, asked for with the audience that the workspace expects.
+//! The identity token of a GitHub Actions job, requested for the workspace's audience.
+//!
+//! <https://docs.github.com/actions/reference/security/oidc>
 
-use reqwest::Method;
 use secrecy::SecretString;
 use serde::Deserialize;
 use url::Url;
 
-use super::{AuthKind, needed, needed_secret};
-use crate::workspace::{
-    api::Api,
-    diagnosis::{self, CallError},
-    settings::{Attribute, Settings, SettingsError},
+use super::{
+    AuthKind, Boxed, Kind,
+    exchange::{Exchange, IdentitySource},
+    required, required_secret,
+};
+use crate::{
+    config::Attribute,
+    workspace::{WorkspaceError, api::Api, diagnosis, settings::ResolvedSettings},
 };
 
-const KIND: AuthKind = AuthKind::GithubOidc;
+const SERVICE: &str = "GitHub's identity service";
 const PERMISSION: &str = "give the job `permissions: id-token: write`";
 
-pub(super) struct GithubToken {
+pub(super) const KIND: Kind = Kind {
+    is_available: |settings, _| is_job(settings) && settings.client_id.is_some(),
+    takes_group: true,
+    ..Kind::new(|settings, _| {
+        Exchange::create(AuthKind::GithubOidc, settings, GithubToken::new(settings)?)
+    })
+};
+
+/// Whether this is a job that may request identity tokens.
+pub(super) fn is_job(settings: &ResolvedSettings) -> bool {
+    settings.actions_id_token_request_url.is_some()
+        && settings.actions_id_token_request_token.is_some()
+}
+
+struct GithubToken {
     url: Url,
     token: SecretString,
 }
@@ -26,38 +44,33 @@ struct Answer {
 }
 
 impl GithubToken {
-    pub(super) fn new(settings: &Settings) -> Result<Self, SettingsError> {
-        needed(
-            settings,
-            Attribute::ClientId,
-            "github-oidc exchanges the job's identity token for a service principal's",
-        )?;
+    fn new(settings: &ResolvedSettings) -> Result<Self, WorkspaceError> {
+        let because = "github-oidc exchanges the job's identity token for a service principal's";
+        required(settings, Attribute::ClientId, because)?;
         let because = format!("github-oidc runs in GitHub Actions alone; there, {PERMISSION}");
-        let url = needed(
-            settings,
-            Attribute::ActionsIdTokenRequestUrl,
-            because.as_str(),
-        )?;
-        let wrong = || SettingsError::InvalidValue {
-            name: settings.named(Attribute::ActionsIdTokenRequestUrl),
-            problem: "is not an address",
-        };
+        let attribute = Attribute::ActionsIdTokenRequestUrl;
+        let url = required(settings, attribute, because.as_str())?;
         Ok(Self {
-            url: Url::parse(&url).map_err(|_| wrong())?,
-            token: needed_secret(settings, Attribute::ActionsIdTokenRequestToken, because)?,
+            url: Url::parse(&url).map_err(|_| WorkspaceError::InvalidValue {
+                name: settings.named(attribute),
+                problem: "is not an address",
+            })?,
+            token: required_secret(settings, Attribute::ActionsIdTokenRequestToken, because)?,
         })
     }
+}
 
-    pub(super) async fn ask(&self, api: &Api, audience: &str) -> Result<SecretString, CallError> {
-        let mut url = self.url.clone();
-        url.query_pairs_mut().append_pair("audience", audience);
-        let request = api.elsewhere(KIND, Method::GET, url).bearer(&self.token);
-        let told = |error| {
-            let hint = format!("{PERMISSION}; its request token lives only as long as the job");
-            diagnosis::service("GitHub's identity service", |_| Some(hint), error)
-        };
-        let reply = api.send(request).await.map_err(told)?;
-        let told = |error| diagnosis::service("GitHub's identity service", |_| None, error);
-        Ok(reply.json::<Answer>().map_err(told)?.value)
+impl IdentitySource for GithubToken {
+    fn identity_token<'a>(&'a self, api: &'a Api, audience: &'a str) -> Boxed<'a, SecretString> {
+        Box::pin(async move {
+            let mut url = self.url.clone();
+            url.query_pairs_mut().append_pair("audience", audience);
+            let call = api.get(AuthKind::GithubOidc, url).bearer(&self.token);
+            let explain = |error| {
+                let hint = format!("{PERMISSION}; its request token lives only as long as the job");
+                diagnosis::service(SERVICE, Some(hint), error)
+            };
+            Ok(api.json::<Answer>(call, explain).await?.value)
+        })
     }
 }

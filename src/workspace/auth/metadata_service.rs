@@ -1,74 +1,92 @@
-//! A service on this machine that hands out workspace tokens, as editors' extensions run for their child processes.
+//! A local service that hands out workspace tokens, as editors' extensions run for their child processes.
 //!
-//! Loopback only: its address is a secret, and whoever sends it elsewhere gives it away.
+//! Loopback only: its address is a secret, which a request elsewhere would give away.
 
 use reqwest::header::{HeaderName, HeaderValue};
 use url::Url;
 
-use super::{AuthKind, TokenResponse, WorkspaceToken, needed};
-use crate::workspace::{
-    api::{Api, ApiError},
-    diagnosis::{self, CallError},
-    host::{Host, is_loopback},
-    settings::{Attribute, Settings, SettingsError},
+use super::{AuthKind, Boxed, Freshness, Kind, TokenSource, WorkspaceToken, required, token};
+use crate::{
+    config::{Attribute, AuthFamily},
+    workspace::{
+        WorkspaceError,
+        api::{Api, ApiError},
+        diagnosis,
+        host::{Host, is_loopback},
+        settings::ResolvedSettings,
+    },
 };
 
-const KIND: AuthKind = AuthKind::MetadataService;
 const VERSION: HeaderName = HeaderName::from_static("x-databricks-metadata-version");
 const HOST: HeaderName = HeaderName::from_static("x-databricks-host");
-const WHO: &str = "the local metadata service";
 
-pub(in crate::workspace) struct MetadataService {
+pub(super) const KIND: Kind = Kind {
+    family: Some(AuthFamily::MetadataService),
+    ..Kind::new(|settings, host| Ok(Box::new(MetadataService::new(settings, host)?)))
+};
+
+struct MetadataService {
     url: Url,
-    host: String,
-    host_header: HeaderValue,
+    host: HeaderValue,
 }
 
 impl MetadataService {
-    pub(super) fn new(settings: &Settings, host: &Host) -> Result<Self, SettingsError> {
-        let because = "metadata-service asks there";
-        let text = needed(settings, Attribute::MetadataServiceUrl, because)?;
-        let wrong = |problem| SettingsError::InvalidValue {
-            name: settings.named(Attribute::MetadataServiceUrl),
+    fn new(settings: &ResolvedSettings, host: &Host) -> Result<Self, WorkspaceError> {
+        let attribute = Attribute::MetadataServiceUrl;
+        let text = required(
+            settings,
+            attribute,
+            "metadata-service requests tokens there",
+        )?;
+        let invalid = |attribute, problem| WorkspaceError::InvalidValue {
+            name: settings.named(attribute),
             problem,
         };
-        let url = Url::parse(&text).map_err(|_| wrong("is not an address"))?;
+        let url = Url::parse(&text).map_err(|_| invalid(attribute, "is not an address"))?;
         if !url.host_str().is_some_and(is_loopback) || !matches!(url.scheme(), "http" | "https") {
-            return Err(wrong("must be an address of this machine (localhost)"));
+            return Err(invalid(
+                attribute,
+                "must be an address of this machine (localhost)",
+            ));
         }
-        let host = host.to_string();
-        let host_header =
-            HeaderValue::from_str(&host).map_err(|_| SettingsError::InvalidValue {
-                name: settings.named(Attribute::Host),
-                problem: "holds characters that cannot be sent",
-            })?;
-        Ok(Self {
-            url,
-            host,
-            host_header,
-        })
+        let host = HeaderValue::from_str(&host.to_string())
+            .map_err(|_| invalid(Attribute::Host, "holds characters that cannot be sent"))?;
+        Ok(Self { url, host })
+    }
+}
+
+impl TokenSource for MetadataService {
+    fn kind(&self) -> AuthKind {
+        AuthKind::MetadataService
     }
 
-    pub(super) async fn token(&self, api: &Api) -> Result<WorkspaceToken, CallError> {
-        let request = api
-            .local(KIND, self.url.clone())
+    fn token<'a>(&'a self, api: &'a Api, _: Freshness) -> Boxed<'a, WorkspaceToken> {
+        let call = api
+            .local(self.kind(), self.url.clone())
             .with_secret_path()
             .header(VERSION, HeaderValue::from_static("1"))
-            .header(HOST, self.host_header.clone());
-        let told = |error: ApiError| {
+            .header(HOST, self.host.clone());
+        let explain = |error: ApiError| {
             let hint = match &error {
                 ApiError::Status { status, .. } if status.as_u16() == 404 => {
                     format!(
-                        "it knows no session for {}: check `DATABRICKS_HOST`, or start the tool that set `DATABRICKS_METADATA_SERVICE_URL` again",
-                        self.host
+                        "it has no session for {}: check `DATABRICKS_HOST`, or start the tool that set `DATABRICKS_METADATA_SERVICE_URL` again",
+                        api.host()
                     )
                 }
                 _ => "start the tool that set `DATABRICKS_METADATA_SERVICE_URL` again, or unset it"
                     .to_owned(),
             };
-            diagnosis::service(WHO, |_| Some(hint), error)
+            diagnosis::service("the local metadata service", Some(hint), error)
         };
-        let reply = api.send(request).await.map_err(told)?;
-        reply.json::<TokenResponse>().map_err(told)?.into_token()
+        Box::pin(token::request(api, call, explain))
+    }
+
+    fn hint(&self) -> String {
+        "restart the tool that set `DATABRICKS_METADATA_SERVICE_URL`".to_owned()
+    }
+
+    fn has_cache(&self) -> bool {
+        true
     }
 }

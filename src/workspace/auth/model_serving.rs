@@ -1,4 +1,6 @@
 //! The token that Databricks Model Serving puts into a file beside a model, and replaces there.
+//!
+//! Undocumented; as in `credentials_provider.py` of the SDK for Python.
 
 use std::{io, path::PathBuf, time::Duration};
 
@@ -6,13 +8,11 @@ use secrecy::SecretString;
 use serde::Deserialize;
 use tokio::time::sleep;
 
-use super::{AuthKind, Expiry, WorkspaceToken};
+use super::{AuthKind, Boxed, Expiry, Freshness, Kind, TokenSource, WorkspaceToken};
 use crate::{
+    config::Variables,
     files,
-    workspace::{
-        diagnosis::CallError,
-        settings::{SettingsError, Variables},
-    },
+    workspace::{CallError, WorkspaceError, api::Api},
 };
 
 /// The first that is set decides (as in the Databricks SDK for Python).
@@ -20,8 +20,8 @@ const IS_SERVING: [&str; 2] = [
     "IS_IN_DB_MODEL_SERVING_ENV",
     "IS_IN_DATABRICKS_MODEL_SERVING_ENV",
 ];
-/// Where the workspace is, if nothing else names it.
-pub(in crate::workspace) const HOSTS: [&str; 2] = [
+/// The workspace's address, if no setting has it.
+const HOSTS: [&str; 2] = [
     "DATABRICKS_MODEL_SERVING_HOST_URL",
     "DB_MODEL_SERVING_HOST_URL",
 ];
@@ -36,7 +36,12 @@ const RETRY: Duration = Duration::from_millis(500);
 /// Far above any real token.
 const MAX_FILE: u64 = 64 * 1024;
 
-pub(in crate::workspace) struct ModelServing {
+pub(super) const KIND: Kind = Kind {
+    is_available: |settings, _| is_serving(&settings.variables),
+    ..Kind::new(|settings, _| Ok(Box::new(ModelServing::new(&settings.variables)?)))
+};
+
+struct ModelServing {
     path: PathBuf,
 }
 
@@ -52,16 +57,22 @@ struct Entry {
     value: SecretString,
 }
 
-/// Whether this process runs beside a model in Databricks Model Serving.
-pub(in crate::workspace) fn is_serving(variables: &Variables) -> bool {
+/// Whether this process runs in Databricks Model Serving.
+fn is_serving(variables: &Variables) -> bool {
     let first = IS_SERVING.iter().find_map(|name| variables.get(name));
     first == Some("true")
 }
 
+/// The variable that holds the workspace's address, and the address.
+pub(in crate::workspace) fn host(variables: &Variables) -> Option<(&'static str, &str)> {
+    let mut names = HOSTS.iter().filter(|_| is_serving(variables));
+    names.find_map(|name| Some((*name, variables.get(name)?)))
+}
+
 impl ModelServing {
-    pub(super) fn new(variables: &Variables) -> Result<Self, SettingsError> {
+    fn new(variables: &Variables) -> Result<Self, WorkspaceError> {
         if !is_serving(variables) {
-            return Err(SettingsError::Incomplete {
+            return Err(WorkspaceError::Incomplete {
                 missing: "IS_IN_DATABRICKS_MODEL_SERVING_ENV",
                 because: "model-serving works in Databricks Model Serving alone, which sets it"
                     .to_owned(),
@@ -70,12 +81,12 @@ impl ModelServing {
         let directory = variables.get(DIRECTORY).unwrap_or(CLASSIC_DIRECTORY);
         let path = PathBuf::from(directory).join(FILE);
         if !path.is_file() {
-            return Err(SettingsError::NoServingToken { path });
+            return Err(WorkspaceError::NoServingToken { path });
         }
         Ok(Self { path })
     }
 
-    pub(super) async fn token(&self) -> Result<WorkspaceToken, CallError> {
+    async fn token(&self) -> Result<WorkspaceToken, CallError> {
         let content = match self.read().await {
             Ok(content) => content,
             Err(_) => {
@@ -90,20 +101,37 @@ impl ModelServing {
 
     async fn read(&self) -> io::Result<Content> {
         let text = files::read_off_runtime(self.path.clone(), MAX_FILE).await?;
-        // The parser's words could quote the token.
+        // The parser's message could quote the token.
         serde_json::from_slice(&text).map_err(|_| io::ErrorKind::InvalidData.into())
     }
 
     fn unreadable(&self, error: &io::Error) -> CallError {
         CallError::unavailable(
             format!(
-                "cannot read the token of {} in `{}`",
-                AuthKind::ModelServing.label(),
+                "cannot read the token of model-serving in `{}`",
                 self.path.display()
             ),
             Some(error.to_string()),
-            "check that Model Serving still keeps the file; it is read again by itself".to_owned(),
+            "check that Model Serving still keeps the file; the proxy reads it again".to_owned(),
         )
+    }
+}
+
+impl TokenSource for ModelServing {
+    fn kind(&self) -> AuthKind {
+        AuthKind::ModelServing
+    }
+
+    fn token<'a>(&'a self, _: &'a Api, _: Freshness) -> Boxed<'a, WorkspaceToken> {
+        Box::pin(self.token())
+    }
+
+    fn hint(&self) -> String {
+        "check that the model was logged with the resources that it uses, and that `DATABRICKS_HOST`, if set, is their workspace".to_owned()
+    }
+
+    fn has_cache(&self) -> bool {
+        true
     }
 }
 

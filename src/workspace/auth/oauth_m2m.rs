@@ -3,64 +3,82 @@
 use secrecy::SecretString;
 
 use super::{
-    AuthKind, Oidc, TokenResponse, WorkspaceToken, needed, needed_secret,
-    oidc::{Grant, POST},
+    AuthKind, Boxed, CHECK_ASSIGNMENT, Freshness, Kind, TokenSource, WorkspaceToken,
+    oidc::{Grant, Oidc},
+    required, required_secret, token,
 };
-use crate::workspace::{
-    api::Api,
-    diagnosis::{self, CallError},
-    settings::{Attribute, Settings, SettingsError},
+use crate::{
+    config::{Attribute, AuthFamily},
+    workspace::{WorkspaceError, api::Api, diagnosis, settings::ResolvedSettings},
 };
 
-const KIND: AuthKind = AuthKind::OAuthM2m;
+pub(super) const KIND: Kind = Kind {
+    family: Some(AuthFamily::OAuth),
+    is_selected: |settings| settings.client_secret.is_some(),
+    takes_group: true,
+    ..Kind::new(|settings, _| Ok(Box::new(OAuthM2m::new(settings)?)))
+};
 
-pub(in crate::workspace) struct OAuthM2m {
+struct OAuthM2m {
     client_id: String,
     client_secret: SecretString,
+    oidc: Oidc,
     grant: Grant,
-    mend: String,
+    /// What to check when the token endpoint refuses id or secret.
+    hint: String,
 }
 
 impl OAuthM2m {
-    pub(super) fn new(settings: &Settings) -> Result<Self, SettingsError> {
+    fn new(settings: &ResolvedSettings) -> Result<Self, WorkspaceError> {
         let because = "a service principal needs both its id and its secret";
-        let client_id = needed(settings, Attribute::ClientId, because)?;
-        let client_secret = needed_secret(settings, Attribute::ClientSecret, because)?;
-        // RFC 7617: a colon in the id would end it early.
+        let client_id = required(settings, Attribute::ClientId, because)?;
+        let client_secret = required_secret(settings, Attribute::ClientSecret, because)?;
+        // RFC 7617: a colon would end the id early.
         if client_id.contains(':') || client_id.chars().any(char::is_control) {
-            return Err(SettingsError::InvalidValue {
+            return Err(WorkspaceError::InvalidValue {
                 name: settings.named(Attribute::ClientId),
                 problem: "holds characters that cannot be sent",
             });
         }
-        let mend = format!(
-            "check {} and {}: the secret may have expired, or belong to another service principal",
-            settings.named(Attribute::ClientId),
-            settings.named(Attribute::ClientSecret)
-        );
         Ok(Self {
             client_id,
             client_secret,
+            oidc: Oidc::new(settings)?,
             grant: Grant::new(settings),
-            mend,
+            hint: format!(
+                "check {} and {}: the secret may have expired, or belong to another service principal",
+                settings.named(Attribute::ClientId),
+                settings.named(Attribute::ClientSecret)
+            ),
+        })
+    }
+}
+
+impl TokenSource for OAuthM2m {
+    fn kind(&self) -> AuthKind {
+        AuthKind::OAuthM2m
+    }
+
+    fn token<'a>(&'a self, api: &'a Api, _: Freshness) -> Boxed<'a, WorkspaceToken> {
+        Box::pin(async move {
+            let endpoint = self.oidc.endpoint(api, self.kind()).await;
+            let call = api
+                .post(self.kind(), endpoint.url)
+                .basic(&self.client_id, &self.client_secret)
+                .form(&self.grant.form("client_credentials", []));
+            let explain = |error| {
+                let refused = "refused the client id or its secret";
+                diagnosis::token_endpoint(api.host(), refused, &self.hint, error)
+            };
+            token::request(api, call, explain).await
         })
     }
 
-    pub(super) fn client_id(&self) -> &str {
-        &self.client_id
+    fn hint(&self) -> String {
+        CHECK_ASSIGNMENT.to_owned()
     }
 
-    pub(super) async fn token(&self, api: &Api, oidc: &Oidc) -> Result<WorkspaceToken, CallError> {
-        let endpoint = oidc.endpoint(api, KIND).await;
-        let request = api
-            .elsewhere(KIND, POST, endpoint.url)
-            .basic(&self.client_id, &self.client_secret)
-            .form(&self.grant.form("client_credentials", []));
-        let told = |error| {
-            let refused = "refused the client id or its secret";
-            diagnosis::token_endpoint(api.host(), refused, &self.mend, error)
-        };
-        let reply = api.send(request).await.map_err(told)?;
-        reply.json::<TokenResponse>().map_err(told)?.into_token()
+    fn service_principal(&self) -> Option<&str> {
+        Some(&self.client_id)
     }
 }

@@ -1,28 +1,30 @@
-//! Where the workspace's OAuth tokens are issued: found out once, with the documented address where nothing says it.
+//! The workspace's OAuth token endpoint: discovered once, with the documented address as the default.
 //!
-//! `DATABRICKS_DISCOVERY_URL`, else what the workspace says of itself, else its own RFC 8414 document.
+//! `DATABRICKS_DISCOVERY_URL`, else the workspace's metadata (`/.well-known/databricks-config`), else its RFC 8414 document.
 
-use reqwest::Method;
 use serde::{Deserialize, de::DeserializeOwned};
 use tokio::sync::OnceCell;
 use tracing::debug;
 use url::Url;
 
 use super::AuthKind;
-use crate::workspace::{
-    api::{Api, ApiError},
-    settings::{Attribute, Settings, SettingsError},
+use crate::{
+    config::{Attribute, WorkspaceSettings},
+    workspace::{
+        WorkspaceError,
+        api::{Api, ApiError},
+    },
 };
 
-/// What a workspace says of itself.
+/// The workspace's metadata.
 const HOST_METADATA: &str = "/.well-known/databricks-config";
 /// RFC 8414's document, where a workspace has it.
 const DISCOVERY: &str = "/oidc/.well-known/oauth-authorization-server";
 /// The token endpoint that Databricks documents.
 const TOKEN_ENDPOINT: &str = "/oidc/v1/token";
 
-/// Knows the token endpoint; asks for it when it is first needed.
-pub(in crate::workspace) struct Oidc {
+/// The token endpoint, discovered at the first use.
+pub(super) struct Oidc {
     discovery_url: Option<Url>,
     account_id: Option<String>,
     endpoint: OnceCell<TokenEndpoint>,
@@ -31,7 +33,7 @@ pub(in crate::workspace) struct Oidc {
 #[derive(Clone, Debug)]
 pub(super) struct TokenEndpoint {
     pub(super) url: Url,
-    /// The audience that the workspace expects in identity tokens, where it says so.
+    /// The audience that the workspace expects in identity tokens, if it names one.
     pub(super) audience: Option<String>,
 }
 
@@ -66,18 +68,18 @@ struct HostMetadata {
     token_federation_default_oidc_audiences: Vec<String>,
 }
 
-/// What a look for a document brought.
+/// The result of a request for a document.
 enum Found<T> {
     Document(T),
-    /// There is none.
-    No,
-    /// That is still open: look again with the next token.
+    /// It does not exist.
+    Missing,
+    /// Unknown: to be requested again with the next token.
     Unknown,
 }
 
 impl Oidc {
-    pub(in crate::workspace) fn new(settings: &Settings) -> Result<Self, SettingsError> {
-        let wrong = || SettingsError::InvalidValue {
+    pub(super) fn new(settings: &WorkspaceSettings) -> Result<Self, WorkspaceError> {
+        let wrong = || WorkspaceError::InvalidValue {
             name: settings.named(Attribute::DiscoveryUrl),
             problem: "is not an https address",
         };
@@ -103,7 +105,7 @@ impl Oidc {
         }
     }
 
-    /// `Err`: for now.
+    /// `Err` holds the default until the next attempt.
     async fn discover(&self, api: &Api, kind: AuthKind) -> Result<TokenEndpoint, TokenEndpoint> {
         let mut endpoint = TokenEndpoint {
             url: api.host().join(TOKEN_ENDPOINT),
@@ -112,30 +114,30 @@ impl Oidc {
         let document = if let Some(url) = &self.discovery_url {
             url.clone()
         } else {
-            match look(api, kind, api.host().join(HOST_METADATA)).await {
+            match request(api, kind, api.host().join(HOST_METADATA)).await {
                 Found::Document(metadata) => self
                     .learn(api, metadata, &mut endpoint)
                     .unwrap_or_else(|| api.host().join(DISCOVERY)),
-                Found::No => api.host().join(DISCOVERY),
+                Found::Missing => api.host().join(DISCOVERY),
                 Found::Unknown => return Err(endpoint),
             }
         };
-        match look::<Metadata>(api, kind, document).await {
+        match request::<Metadata>(api, kind, document).await {
             Found::Document(metadata) => {
-                // Secrets go there.
+                // Secrets are sent there.
                 let url = Url::parse(&metadata.token_endpoint).ok();
                 if let Some(url) = url.filter(|url| api.host().may_trust(url)) {
                     endpoint.url = url;
                 }
             }
-            Found::No => {}
+            Found::Missing => {}
             Found::Unknown => return Err(endpoint),
         }
         debug!(endpoint = %endpoint.url, "token endpoint chosen");
         Ok(endpoint)
     }
 
-    /// Takes over what the workspace says of itself; returns where its token endpoint is described.
+    /// Applies the workspace's metadata; returns the address of its RFC 8414 document.
     fn learn(
         &self,
         api: &Api,
@@ -169,20 +171,20 @@ impl Oidc {
     }
 }
 
-async fn look<T: DeserializeOwned>(api: &Api, kind: AuthKind, url: Url) -> Found<T> {
+async fn request<T: DeserializeOwned>(api: &Api, kind: AuthKind, url: Url) -> Found<T> {
     match api.send(api.probe(kind, url)).await {
-        Ok(reply) => reply.json().map_or(Found::No, Found::Document),
+        Ok(reply) => reply.json().map_or(Found::Missing, Found::Document),
         Err(ApiError::Network { .. }) => Found::Unknown,
         Err(ApiError::Status { status, .. })
             if status.is_server_error() || status.as_u16() == 429 =>
         {
             Found::Unknown
         }
-        Err(_) => Found::No,
+        Err(_) => Found::Missing,
     }
 }
 
-/// The parameters that every request for an OAuth token of the workspace has.
+/// The parameters of all requests for OAuth tokens of the workspace.
 pub(super) struct Grant {
     scopes: String,
     authorization_details: Option<String>,
@@ -190,7 +192,7 @@ pub(super) struct Grant {
 }
 
 impl Grant {
-    pub(super) fn new(settings: &Settings) -> Self {
+    pub(super) fn new(settings: &WorkspaceSettings) -> Self {
         let scopes = settings.scopes.as_deref().unwrap_or_default();
         let mut scopes: Vec<&str> = scopes
             .split([',', ' '])
@@ -224,6 +226,3 @@ impl Grant {
         form
     }
 }
-
-/// How a token is asked for.
-pub(super) const POST: Method = Method::POST;

@@ -1,34 +1,54 @@
-//! A personal access token: sent as it is, never renewed. Good for the API; the endpoint itself does not accept it.
+//! A personal access token: sent as it is, never renewed. The API accepts it; the endpoint itself does not.
 
 use secrecy::SecretString;
 
-use super::{Expiry, WorkspaceToken, needed_secret};
-use crate::workspace::settings::{Attribute, Settings, SettingsError};
+use super::{
+    AuthKind, Boxed, Expiry, Freshness, Kind, TokenSource, WorkspaceToken, required_secret,
+};
+use crate::{
+    config::{Attribute, AuthFamily},
+    workspace::api::Api,
+};
 
-pub(in crate::workspace) struct Pat {
+pub(super) const KIND: Kind = Kind {
+    family: Some(AuthFamily::Pat),
+    ..Kind::new(|settings, _| {
+        let because = "a personal access token is to be used";
+        Ok(Box::new(Pat {
+            token: required_secret(settings, Attribute::Token, because)?,
+            setting: settings.named(Attribute::Token),
+        }))
+    })
+};
+
+struct Pat {
     token: SecretString,
     setting: String,
 }
 
-impl Pat {
-    pub(super) fn new(settings: &Settings) -> Result<Self, SettingsError> {
-        let because = "a personal access token is to be used";
-        Ok(Self {
-            token: needed_secret(settings, Attribute::Token, because)?,
-            setting: settings.named(Attribute::Token),
-        })
+impl TokenSource for Pat {
+    fn kind(&self) -> AuthKind {
+        AuthKind::Pat
     }
 
-    pub(super) fn setting(&self) -> &str {
-        &self.setting
-    }
-
-    pub(super) fn token(&self) -> WorkspaceToken {
-        WorkspaceToken {
+    fn token<'a>(&'a self, _: &'a Api, _: Freshness) -> Boxed<'a, WorkspaceToken> {
+        let token = WorkspaceToken {
             secret: self.token.clone(),
             expiry: Expiry::Unknown,
             scopes: None,
             headers: Vec::new(),
-        }
+        };
+        Box::pin(async { Ok(token) })
+    }
+
+    fn hint(&self) -> String {
+        format!(
+            "check {}: it may have expired, been revoked, or belong to another workspace",
+            self.setting
+        )
+    }
+
+    fn is_renewable(&self) -> bool {
+        false
     }
 }

@@ -7,7 +7,7 @@ const NAME: &str = "projects/p/branches/production/endpoints/primary";
 fn signed_in(kind: AuthKind) -> SignedIn {
     SignedIn {
         kind,
-        mend: "the service principal is assigned to this workspace".to_owned(),
+        hint: "the service principal is assigned to this workspace".to_owned(),
     }
 }
 
@@ -170,7 +170,7 @@ fn each_known_refusal_has_its_own_mend() {
             "REQUEST_LIMIT_EXCEEDED",
             "slow",
             RateLimited,
-            "by itself",
+            "retries",
         ),
         (
             credential,
@@ -181,7 +181,7 @@ fn each_known_refusal_has_its_own_mend() {
             "",
         ),
         (token, 400, "invalid_scope", "no", Refused, "all-apis"),
-        (token, 429, "", "slow", RateLimited, "by itself"),
+        (token, 429, "", "slow", RateLimited, "retries"),
         (token, 502, "", "oops", Unavailable, ""),
         (token, 503, "", "oops", Unavailable, ""),
         (token, 504, "", "oops", Unavailable, ""),
@@ -255,5 +255,5 @@ fn codes_that_pass_by_themselves_are_retried_whatever_their_status() {
         "PERMISSION_NOT_PROPAGATED",
         "wait",
     );
-    assert!(error.hint.unwrap().contains("tried again by itself"));
+    assert!(error.hint.unwrap().contains("retries"));
 }

@@ -1,151 +1,150 @@
-//! Which ways are tried, by what is configured and what is there.
+//! The choice among the kinds of authentication.
 //!
-//! Settings that are made for one way choose it alone, so that its failures are told and not passed over. Where none
-//! are, what is found on the machine is tried in the order of the Databricks Go SDK until one way works.
+//! Settings of one family select one kind, so that its failures are reported instead of skipped. Without any, the kinds
+//! that are available on the machine are tried in the order of the SDK for Go until one works.
 
-use super::{
-    AuthKind, AzureCli, AzureClientSecret, AzureMsi, DatabricksCli, Exchange, MetadataService,
-    ModelServing, OAuthM2m, Pat, TokenSource, azure, azure_devops_oidc, model_serving, refused,
-};
-use crate::workspace::{
-    host::Host,
-    settings::{Attribute, Settings, SettingsError, Way},
+use std::collections::BTreeMap;
+
+use super::{AuthKind, TokenSource, refused};
+use crate::{
+    config::{Attribute, AuthFamily},
+    workspace::{WorkspaceError, host::Host, settings::ResolvedSettings},
 };
 
-/// The ways to try, first to last; at least one. Expects resolved settings.
+/// The sources to try, in order; at least one.
 pub(in crate::workspace) fn choose(
-    settings: &Settings,
+    settings: &ResolvedSettings,
     host: &Host,
-) -> Result<Vec<TokenSource>, SettingsError> {
-    let Some(auth_type) = &settings.auth_type else {
-        return configured(settings, host);
-    };
-    let source = forced(settings, host, auth_type)?;
-    if settings.group_id.is_some() && !takes_group(source.kind()) {
-        return Err(no_group(settings, source.kind()));
+) -> Result<Vec<Box<dyn TokenSource>>, WorkspaceError> {
+    if let Some(label) = &settings.auth_type {
+        let kind = AuthKind::of_label(label).ok_or_else(|| {
+            refused::by_label(label).unwrap_or_else(|| WorkspaceError::UnknownAuthType {
+                setting: settings.named(Attribute::AuthType),
+                auth_type: label.clone(),
+            })
+        })?;
+        if !may_use(settings, kind) {
+            return Err(no_group(settings, kind));
+        }
+        return Ok(vec![(kind.rules().create)(settings, host)?]);
     }
-    Ok(vec![source])
+    let Some(family) = configured_family(settings)? else {
+        return available(settings, host);
+    };
+    let is_selected = |kind: &&AuthKind| {
+        kind.rules().family == Some(family) && (kind.rules().is_selected)(settings)
+    };
+    match AuthKind::ALL
+        .iter()
+        .copied()
+        .find(|kind| is_selected(&kind))
+    {
+        // As in the SDKs, a kind that cannot assume the group is skipped unless `auth_type` names it.
+        Some(kind) if !may_use(settings, kind) => {
+            available(settings, host).map_err(|_| no_group(settings, kind))
+        }
+        Some(kind) => Ok(vec![(kind.rules().create)(settings, host)?]),
+        None => match refused::by_family(family, settings) {
+            Some(refusal) => Err(refusal),
+            None => available(settings, host),
+        },
+    }
 }
 
-fn no_group(settings: &Settings, kind: AuthKind) -> SettingsError {
-    SettingsError::Group {
+fn may_use(settings: &ResolvedSettings, kind: AuthKind) -> bool {
+    settings.group_id.is_none() || kind.rules().takes_group
+}
+
+fn no_group(settings: &ResolvedSettings, kind: AuthKind) -> WorkspaceError {
+    WorkspaceError::Group {
         kind: kind.label(),
         setting: settings.named(Attribute::GroupId),
     }
 }
 
-fn forced(settings: &Settings, host: &Host, auth_type: &str) -> Result<TokenSource, SettingsError> {
-    let Some(kind) = AuthKind::of_label(auth_type) else {
-        return Err(refused::refusal(auth_type).unwrap_or_else(|| {
-            SettingsError::UnknownAuthType {
-                setting: settings.named(Attribute::AuthType),
-                auth_type: auth_type.to_owned(),
-            }
-        }));
-    };
-    Ok(match kind {
-        AuthKind::Pat => TokenSource::Pat(Pat::new(settings)?),
-        AuthKind::OAuthM2m => TokenSource::OAuthM2m(OAuthM2m::new(settings)?),
-        AuthKind::DatabricksCli => TokenSource::DatabricksCli(DatabricksCli::new(settings, host)?),
-        AuthKind::MetadataService => {
-            TokenSource::MetadataService(MetadataService::new(settings, host)?)
-        }
-        AuthKind::GithubOidc => TokenSource::Exchange(Exchange::github(settings)?),
-        AuthKind::AzureDevOpsOidc => TokenSource::Exchange(Exchange::azure_devops(settings)?),
-        AuthKind::EnvOidc => TokenSource::Exchange(Exchange::env(settings)?),
-        AuthKind::FileOidc => TokenSource::Exchange(Exchange::file(settings)?),
-        AuthKind::AzureMsi => TokenSource::AzureMsi(AzureMsi::new(settings, host)?),
-        AuthKind::AzureClientSecret => {
-            TokenSource::AzureClientSecret(AzureClientSecret::new(settings, host)?)
-        }
-        AuthKind::AzureCli => TokenSource::AzureCli(AzureCli::new(settings, host)?),
-        AuthKind::ModelServing => {
-            TokenSource::ModelServing(ModelServing::new(&settings.variables)?)
-        }
+/// The family whose settings are present; settings of two are refused, as in the SDKs.
+fn configured_family(settings: &ResolvedSettings) -> Result<Option<AuthFamily>, WorkspaceError> {
+    let families = families(settings);
+    if families.len() < 2 {
+        return Ok(families.into_keys().next());
+    }
+    let choices = families.keys().flat_map(|family| {
+        let kinds = AuthKind::ALL.iter();
+        let kinds = kinds.filter(|kind| kind.rules().family == Some(*family));
+        kinds
+            .map(|kind| kind.label())
+            .chain(refused::labels(*family).iter().copied())
+    });
+    let choices: Vec<&str> = choices.collect();
+    Err(WorkspaceError::Ambiguous {
+        families: families
+            .iter()
+            .map(|(family, &attribute)| {
+                format!("{} ({})", family.label(), settings.named(attribute))
+            })
+            .collect(),
+        choices: choices.join("`, `"),
     })
 }
 
-fn configured(settings: &Settings, host: &Host) -> Result<Vec<TokenSource>, SettingsError> {
-    let refuse = |kind| refused::refusal(kind).map_or(Ok(Vec::new()), Err);
-    let only = |kind: AuthKind| {
-        // As in the SDKs, what cannot assume the group is passed over where no kind is named.
-        if settings.group_id.is_some() && !takes_group(kind) {
-            return found(settings, host).map_err(|_| no_group(settings, kind));
+/// The families whose settings are present, each with a setting of it.
+fn families(settings: &ResolvedSettings) -> BTreeMap<AuthFamily, Attribute> {
+    let mut families = BTreeMap::new();
+    for &attribute in Attribute::ALL {
+        let is_present = match attribute {
+            Attribute::AzureUseMsi => super::azure_msi::is_enabled(settings),
+            other => settings.text(other).is_some(),
+        };
+        if let Some(family) = attribute.family().filter(|_| is_present) {
+            // A secret shows the intent better than an id.
+            if attribute.is_secret() {
+                families.insert(family, attribute);
+            } else {
+                families.entry(family).or_insert(attribute);
+            }
         }
-        Ok(vec![forced(settings, host, kind.label())?])
-    };
-    match settings.one_way()? {
-        Some(Way::Pat) => only(AuthKind::Pat),
-        Some(Way::Basic) => refuse("basic"),
-        Some(Way::MetadataService) => only(AuthKind::MetadataService),
-        Some(Way::EnvOidc) => only(AuthKind::EnvOidc),
-        Some(Way::FileOidc) => only(AuthKind::FileOidc),
-        Some(Way::Google) if settings.google_credentials.is_some() => refuse("google-credentials"),
-        Some(Way::Google) => refuse("google-id"),
-        Some(Way::OAuth) if settings.client_secret.is_some() => only(AuthKind::OAuthM2m),
-        Some(Way::Azure) if settings.uses_msi() => only(AuthKind::AzureMsi),
-        Some(Way::Azure) if settings.azure_client_secret.is_some() => {
-            only(AuthKind::AzureClientSecret)
-        }
-        Some(Way::OAuth | Way::Azure) | None => found(settings, host),
     }
+    // A client id without a secret belongs to the identity token that is exchanged.
+    if settings.client_secret.is_none()
+        && (families.contains_key(&AuthFamily::EnvOidc)
+            || families.contains_key(&AuthFamily::FileOidc))
+    {
+        families.remove(&AuthFamily::OAuth);
+    }
+    families
 }
 
-/// What there is without a setting that asks for it.
-fn found(settings: &Settings, host: &Host) -> Result<Vec<TokenSource>, SettingsError> {
+/// The sources that need no setting to select them.
+fn available(
+    settings: &ResolvedSettings,
+    host: &Host,
+) -> Result<Vec<Box<dyn TokenSource>>, WorkspaceError> {
     let (mut sources, mut notes) = (Vec::new(), Vec::new());
-    match DatabricksCli::new(settings, host) {
-        Ok(source) => sources.push(TokenSource::DatabricksCli(source)),
-        Err(error @ SettingsError::NoCommand { .. }) => notes.push(error.to_string()),
-        Err(error) => return Err(error),
-    }
-    let is_github_job = settings.actions_id_token_request_url.is_some()
-        && settings.actions_id_token_request_token.is_some();
-    if is_github_job && settings.client_id.is_some() {
-        sources.push(TokenSource::Exchange(Exchange::github(settings)?));
-    }
-    let is_pipeline = azure_devops_oidc::is_pipeline(settings) && settings.client_id.is_some();
-    if is_pipeline && let Ok(source) = Exchange::azure_devops(settings) {
-        sources.push(TokenSource::Exchange(source));
-    }
-    if let Ok(source) = Exchange::env(settings) {
-        sources.push(TokenSource::Exchange(source));
-    }
-    if azure::is_azure(settings, host) {
-        match AzureCli::new(settings, host) {
-            Ok(source) => sources.push(TokenSource::AzureCli(source)),
-            Err(error @ SettingsError::NoCommand { .. }) => notes.push(error.to_string()),
+    let mut incomplete = None;
+    let kinds = AuthKind::ALL.iter();
+    for kind in kinds.filter(|kind| (kind.rules().is_available)(settings, host)) {
+        match (kind.rules().create)(settings, host) {
+            Ok(source) => sources.push(source),
+            Err(
+                error @ (WorkspaceError::NoCommand { .. } | WorkspaceError::NoServingToken { .. }),
+            ) => notes.push(error.to_string()),
+            Err(error @ WorkspaceError::Incomplete { .. }) => incomplete = Some(error),
             Err(error) => return Err(error),
         }
     }
-    if model_serving::is_serving(&settings.variables) {
-        match ModelServing::new(&settings.variables) {
-            Ok(source) => sources.push(TokenSource::ModelServing(source)),
-            Err(error) => notes.push(error.to_string()),
-        }
-    }
-    let first = sources.first().map(TokenSource::kind);
-    if settings.group_id.is_some() {
-        sources.retain(|source| takes_group(source.kind()));
-    }
+    let first = sources.first().map(|source| source.kind());
+    sources.retain(|source| may_use(settings, source.kind()));
     if !sources.is_empty() {
         return Ok(sources);
     }
     if let Some(kind) = first {
         return Err(no_group(settings, kind));
     }
-    if is_github_job
-        && settings.azure_client_id.is_some()
-        && let Some(refusal) = refused::refusal("github-oidc-azure")
-    {
-        return Err(refusal);
-    }
-    if is_pipeline {
-        // The reason why that was passed over above.
-        Exchange::azure_devops(settings)?;
+    if let Some(error) = refused::github_azure(settings).or(incomplete) {
+        return Err(error);
     }
     if settings.client_id.is_some() {
-        return Err(SettingsError::Incomplete {
+        return Err(WorkspaceError::Incomplete {
             missing: "DATABRICKS_CLIENT_SECRET",
             because: format!(
                 "{} is, and there is no other way to authenticate",
@@ -153,24 +152,11 @@ fn found(settings: &Settings, host: &Host) -> Result<Vec<TokenSource>, SettingsE
             ),
         });
     }
-    if let Some((profile, path)) = settings.origin.missing.clone() {
-        return Err(SettingsError::MissingFile { profile, path });
-    }
-    Err(SettingsError::NoAuthentication {
+    settings.check_profile_file()?;
+    Err(WorkspaceError::NoAuthentication {
         notes,
         host: host.to_string(),
     })
-}
-
-fn takes_group(kind: AuthKind) -> bool {
-    matches!(
-        kind,
-        AuthKind::OAuthM2m
-            | AuthKind::GithubOidc
-            | AuthKind::AzureDevOpsOidc
-            | AuthKind::EnvOidc
-            | AuthKind::FileOidc
-    )
 }
 
 #[cfg(test)]
@@ -178,6 +164,7 @@ mod tests {
     use std::{fs, os::unix::fs::PermissionsExt, path::Path};
 
     use super::*;
+    use crate::config::WorkspaceSettings;
 
     const HOST: (&str, &str) = ("DATABRICKS_HOST", "https://dbc-1.cloud.databricks.com");
     const AZURE: (&str, &str) = ("DATABRICKS_HOST", "https://adb-1.2.azuredatabricks.net");
@@ -209,13 +196,12 @@ mod tests {
             .iter()
             .map(|(name, value)| ((*name).to_owned(), (*value).to_owned()))
             .collect();
-        let summary = Settings::from_variables(variables).summary();
-        summary
-            .map(|summary| {
-                let kinds: Vec<&str> = summary.kinds.iter().map(|kind| kind.label()).collect();
-                kinds.join(" ")
-            })
-            .map_err(|error| format!("{error} / {}", error.hint().unwrap_or_default()))
+        let settings = WorkspaceSettings::from_variables(variables);
+        let kinds = ResolvedSettings::new(settings).and_then(|settings| settings.auth_kinds());
+        let kinds =
+            kinds.map_err(|error| format!("{error} / {}", error.hint().unwrap_or_default()))?;
+        let labels: Vec<&str> = kinds.iter().map(|kind| kind.label()).collect();
+        Ok(labels.join(" "))
     }
 
     fn program(directory: &Path, name: &str, size: u64) {
@@ -625,5 +611,28 @@ mod tests {
             message.contains("`DATABRICKS_TOKEN` holds") && !message.contains("hunter"),
             "{message}"
         );
+    }
+
+    #[test]
+    fn an_id_without_a_secret_belongs_to_the_identity_token_beside_it() {
+        let labels = |variables: &[(&str, &str)]| {
+            let variables = variables.iter();
+            let variables =
+                variables.map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
+            let settings = WorkspaceSettings::from_variables(variables.collect());
+            let found = families(&ResolvedSettings::new(settings).unwrap());
+            let labels: Vec<&str> = found.keys().map(|family| family.label()).collect();
+            labels.join(" ")
+        };
+        let id = ("DATABRICKS_CLIENT_ID", "i");
+        let file = ("DATABRICKS_OIDC_TOKEN_FILEPATH", "f");
+        assert_eq!(labels(&[id, file]), "file-oidc");
+        assert_eq!(
+            labels(&[id, file, ("DATABRICKS_CLIENT_SECRET", "s")]),
+            "file-oidc oauth"
+        );
+        assert_eq!(labels(&[id, ("DATABRICKS_TOKEN", "t")]), "oauth pat");
+        assert_eq!(labels(&[("ARM_USE_MSI", "false")]), "");
+        assert_eq!(labels(&[("ARM_USE_MSI", "True")]), "azure");
     }
 }
