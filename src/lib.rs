@@ -28,7 +28,7 @@
 //! | [`workspace`] | everything said to the Databricks workspace over HTTPS |
 //! | [`protocol`] | the Postgres wire protocol without I/O; the only room that knows `pgwire` |
 //! | [`telemetry`] | logs and metrics; a leaf that all may use |
-//! | [`http`] | what our HTTP servers share: bounds, and the guard against other origins' pages |
+//! | [`net::http`] | what our HTTP servers share: bounds, and the guard against other origins' pages |
 //! | [`doctor`] | each step from the settings to `SELECT 1`, checked alone, with its mend |
 //! | [`admin`] | health, metrics and the status page over HTTP |
 //! | [`console`] | `SHOW CLIENTS` and its kin, for psql |
@@ -58,7 +58,6 @@ pub mod emulator;
 pub mod exec;
 mod expiry;
 pub(crate) mod files;
-pub mod http;
 pub mod listener;
 pub mod net;
 #[cfg(feature = "notes")]

@@ -2,11 +2,10 @@
 //!
 //! Runs on a thread and a runtime of its own: `/liveness` has to answer just when the other runtime does not. Nothing
 //! here touches the database unless a probe asks for that in so many words ([`deep`]), so that none keeps an endpoint
-//! awake. What health means is in [`health`].
+//! awake. What health means is in [`crate::status::Health`].
 
 pub mod client;
 pub mod deep;
-pub mod health;
 mod log_filter;
 mod probes;
 pub mod quit;
@@ -25,12 +24,11 @@ use tracing::error;
 
 use self::{probes::Probes, status::Status};
 use crate::{
-    http::{self, Limits},
+    net::http::{self, Limits},
     overview::Overview,
+    status::Health,
     telemetry::{LogHandle, Metrics, metrics},
 };
-
-pub use health::{Health, Verdict};
 
 /// The admin server, running until its token is cancelled.
 #[derive(Debug)]

@@ -15,11 +15,12 @@ use axum::{
 };
 use serde::Deserialize;
 
-use super::{
-    deep::{Checked, DeepCheck},
-    health::{Health, Verdict},
+use super::deep::{Checked, DeepCheck};
+use crate::{
+    net::http::check_intent,
+    overview::Overview,
+    status::{Health, Verdict},
 };
-use crate::{http::check_intent, overview::Overview};
 
 /// What the probes are answered from.
 #[derive(Clone)]

@@ -12,7 +12,7 @@ use axum::{
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
-use crate::http::{self, Limits};
+use crate::net::http::{self, Limits};
 
 /// Serves until `stop`; a request cancels `asked`.
 pub async fn serve(listener: TcpListener, asked: CancellationToken, stop: CancellationToken) {

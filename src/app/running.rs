@@ -12,10 +12,11 @@ use tokio_util::sync::CancellationToken;
 
 use super::{Addresses, Ending, Endpoints, Served, StartError, outlook::Outlook, shared::Shared};
 use crate::{
-    admin::{Admin, Health},
+    admin::Admin,
     credential::CredentialCell,
     listener::{Bound, Way},
     protocol::error::{Report, sqlstate},
+    status::Health,
     systemd::Notifier,
     telemetry::{LogHandle, Metrics, labels::Reason},
     upstream::Refusal,

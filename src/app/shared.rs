@@ -12,7 +12,6 @@ use super::{
     source::Access,
 };
 use crate::{
-    admin::Health,
     clock::Clock,
     config::{ClientTlsSetting, Config, EndpointConfig, Roots, Settings, WorkspaceSettings},
     console::Console,
@@ -25,7 +24,7 @@ use crate::{
         Dropped, Encryption, Entrance, KnownPassword, LocalPassword, Policies, Policy, Sessions,
     },
     shutdown::Shutdown,
-    status::{EndpointSessions, Label, Registry},
+    status::{EndpointSessions, Health, Label, Registry},
     telemetry::Metrics,
     upstream::{Route, Terms},
     workspace::Workspace,

@@ -43,7 +43,6 @@ use self::{
     tables::Sources,
 };
 use crate::{
-    admin::Health,
     overview::{Overview, VERSION},
     protocol::{
         backend::welcome,
@@ -52,7 +51,7 @@ use crate::{
         rows::parameter_status,
         startup::{CancelKey, StartupMessage},
     },
-    status::Peer,
+    status::{Health, Peer},
 };
 
 /// The databases that mean the console.

@@ -10,12 +10,11 @@ use super::{
     statement::Show,
 };
 use crate::{
-    admin::Health,
     credential::MintAttempt,
     overview::{Overview, Place, VERSION},
     protocol::rows::{Column, Kind, Value},
     shutdown::Phase,
-    status::{Peer, RecentFailure, SessionInfo},
+    status::{Health, Peer, RecentFailure, SessionInfo},
     telemetry::{escape, labels::Direction, total},
     upstream::{Endpoint, Security},
 };

@@ -4,6 +4,7 @@
 
 pub(crate) mod backoff;
 pub(crate) mod bulk;
+pub mod http;
 pub(crate) mod message;
 pub mod socket;
 pub mod tls;

@@ -33,8 +33,8 @@ use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use crate::{
-    http::{self, Limits},
     listener::Way,
+    net::http::{self, Limits},
     session::KnownPassword,
     telemetry::chain,
 };

@@ -4,6 +4,7 @@
 
 mod activity;
 mod endpoint;
+mod health;
 mod label;
 mod peer;
 mod recent;
@@ -12,6 +13,7 @@ mod registry;
 pub use self::{
     activity::{Activity, ActivityRecord},
     endpoint::{EndpointSessions, Rejected},
+    health::{Health, Verdict},
     label::Label,
     peer::{Encrypted, Peer},
     recent::{Recent, RecentFailure, RecentWake},

@@ -12,13 +12,13 @@ use std::{
 };
 
 use lakebase_proxy::{
-    admin::{Admin, Health},
+    admin::Admin,
     config::DatabaseMapping,
-    http::{self, Limits},
+    net::http::{self, Limits},
     overview::Overview,
     session::{Policies, Policy},
     shutdown::Shutdown,
-    status::Registry,
+    status::{Health, Registry},
     telemetry::Metrics,
     upstream::Terms,
 };

@@ -22,8 +22,10 @@ use axum::{
     routing::get,
 };
 
-use super::{health::Health, probes::accepts};
-use crate::{http::is_from_this_machine, overview::Overview, telemetry::chain};
+use super::probes::accepts;
+use crate::{
+    net::http::is_from_this_machine, overview::Overview, status::Health, telemetry::chain,
+};
 
 /// Script, style, image and the page itself come from us; nothing inline, nothing else.
 const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; \

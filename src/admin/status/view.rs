@@ -10,11 +10,10 @@ use super::{
     words::{ago, between, bytes, clock, datetime, grouped, short_span, span},
 };
 use crate::{
-    admin::health::Health,
     credential::{CredentialState, CredentialStatus, MintAttempt},
     overview::{Overview, Place, VERSION},
     shutdown::Phase,
-    status::{Activity, Counts, RecentFailure, RecentWake, SessionInfo},
+    status::{Activity, Counts, Health, RecentFailure, RecentWake, SessionInfo},
     telemetry::total,
 };
 

@@ -1,13 +1,13 @@
-//! Whether the proxy has started, lives and is ready; set by whoever knows, read by the probes.
+//! Startup, liveness and readiness of the proxy.
 //!
-//! | question | yes when |
+//! | probe | succeeds when |
 //! |---|---|
-//! | started | the listeners are up |
-//! | alive | the runtime and every relay thread have answered, or it is not [`HEARTBEAT_LIMIT`] yet since they were asked |
-//! | ready | started, not draining, and at least one endpoint has a valid credential |
+//! | startup | the listeners are up |
+//! | liveness | every runtime has answered the last heartbeat, or was sent it less than a minute ago |
+//! | readiness | started, not draining, and at least one endpoint has a valid credential |
 //!
-//! Readiness stays "yes" at the limit of connections (the clients being served would suffer from the traffic's
-//! going elsewhere, since a sidecar has no elsewhere), and while an endpoint sleeps.
+//! Readiness does not fail at the connection limit: a sidecar's traffic has nowhere else to go, so that a failure would
+//! only end the clients being served. Nor does it fail while an endpoint sleeps.
 
 use std::{
     borrow::Cow,
@@ -18,87 +18,86 @@ use std::{
 use tokio::{sync::Notify, time::Instant};
 use tokio_util::sync::CancellationToken;
 
-/// A heartbeat that was asked for and does not come within this: the process is not alive.
-pub const HEARTBEAT_LIMIT: Duration = Duration::from_mins(1);
-/// Stands for "no heartbeat is awaited".
+/// Liveness fails when a heartbeat takes longer than this.
+const HEARTBEAT_LIMIT: Duration = Duration::from_mins(1);
+/// In place of a time: no heartbeat is outstanding.
 const NONE: u64 = u64::MAX;
 
-/// Says whether any endpoint has a valid credential, and if not, why. Called at each probe: it must neither block nor
-/// ask anybody.
-pub type CredentialCheck = dyn Fn() -> Result<(), String> + Send + Sync;
+/// Returns why no endpoint has a valid credential, if so. Runs at each probe, so it must neither block nor send anything.
+type CredentialCheck = dyn Fn() -> Result<(), String> + Send + Sync;
 
-/// The answer to one question about health.
+/// The result of one probe.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Verdict {
-    /// What stands against it; empty when all is well.
+    /// Why the probe fails; empty on success.
     pub reasons: Vec<Cow<'static, str>>,
 }
 
 impl Verdict {
-    /// Whether all is well.
+    /// Whether the probe succeeds.
     pub fn is_ok(&self) -> bool {
         self.reasons.is_empty()
     }
 }
 
-/// What the probes are told.
+/// The state behind the probes.
 pub struct Health {
     is_started: AtomicBool,
     is_draining: AtomicBool,
     credential: Box<CredentialCheck>,
     origin: Instant,
-    /// Milliseconds from `origin` to when the heartbeat was asked for that has not come yet.
-    asked: AtomicU64,
-    ask: Notify,
-    has_heart: AtomicBool,
+    /// When the outstanding heartbeat was requested, in milliseconds since `origin`.
+    requested: AtomicU64,
+    request: Notify,
+    is_beating: AtomicBool,
 }
 
 impl Health {
-    /// Not started, not draining, and with no heart to judge by until [`beat`](Self::beat) runs.
+    /// Not started and not draining; alive until [`beat`](Self::beat) runs.
     pub fn new(credential: impl Fn() -> Result<(), String> + Send + Sync + 'static) -> Self {
         Self {
             is_started: AtomicBool::new(false),
             is_draining: AtomicBool::new(false),
             credential: Box::new(credential),
             origin: Instant::now(),
-            asked: AtomicU64::new(NONE),
-            ask: Notify::new(),
-            has_heart: AtomicBool::new(false),
+            requested: AtomicU64::new(NONE),
+            request: Notify::new(),
+            is_beating: AtomicBool::new(false),
         }
     }
 
-    /// The listeners are up.
+    /// Records that the listeners are up.
     pub fn set_started(&self) {
         self.is_started.store(true, Ordering::Release);
     }
 
-    /// New clients are sent away from now on.
+    /// Records that new clients are refused.
     pub fn set_draining(&self) {
         self.is_draining.store(true, Ordering::Release);
     }
 
-    /// Beats until `stop` whenever it is asked to, as long as `all_respond` returns; run it on the runtime that logs clients
-    /// in. A process that nobody looks at is not woken for it. Cancel safe.
+    /// Answers each requested heartbeat once `all_respond` returns, until `stop`. Without probes it never wakes the process.
+    /// Cancel safe.
     pub async fn beat<R: Future<Output = ()>>(
         &self,
         stop: &CancellationToken,
         all_respond: impl Fn() -> R,
     ) {
-        self.has_heart.store(true, Ordering::Release);
+        self.is_beating.store(true, Ordering::Release);
         let _stopped = stop
             .run_until_cancelled(async {
                 loop {
-                    self.ask.notified().await;
+                    self.request.notified().await;
                     all_respond().await;
-                    self.asked.store(NONE, Ordering::Release);
+                    self.requested.store(NONE, Ordering::Release);
                 }
             })
             .await;
-        // A runtime on its way out is not a dead one.
-        self.has_heart.store(false, Ordering::Release);
+        // A runtime that shuts down is alive.
+        self.is_beating.store(false, Ordering::Release);
     }
 
-    /// For `/startup`.
+    /// The startup probe.
     pub fn startup(&self) -> Verdict {
         let mut verdict = Verdict::default();
         if !self.is_started.load(Ordering::Acquire) {
@@ -107,23 +106,23 @@ impl Health {
         verdict
     }
 
-    /// For `/liveness`: what has come of the heartbeat that was asked for before, and asks for another.
+    /// The liveness probe: judges the outstanding heartbeat and requests another.
     pub fn liveness(&self) -> Verdict {
         let mut verdict = Verdict::default();
-        if !self.has_heart.load(Ordering::Acquire) {
+        if !self.is_beating.load(Ordering::Acquire) {
             return verdict;
         }
         let now = self.millis();
-        // The one that is awaited already counts from when it was first asked for.
+        // An outstanding heartbeat counts from its first request.
         let since =
             match self
-                .asked
+                .requested
                 .compare_exchange(NONE, now, Ordering::AcqRel, Ordering::Acquire)
             {
                 Ok(_) => now,
                 Err(since) => since,
             };
-        self.ask.notify_one();
+        self.request.notify_one();
         let silence = Duration::from_millis(now.saturating_sub(since));
         if silence > HEARTBEAT_LIMIT {
             verdict
@@ -133,7 +132,7 @@ impl Health {
         verdict
     }
 
-    /// For `/readiness`.
+    /// The readiness probe.
     pub fn readiness(&self) -> Verdict {
         let mut verdict = self.startup();
         if self.is_draining.load(Ordering::Acquire) {
@@ -162,7 +161,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn ready_needs_listeners_a_credential_and_no_shutdown() {
+    fn readiness_needs_listeners_a_credential_and_no_shutdown() {
         let credential = Arc::new(Mutex::new(Err("no valid credential yet".to_owned())));
         let seen = Arc::clone(&credential);
         let health = Health::new(move || seen.lock().unwrap().clone());
@@ -185,9 +184,9 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_runtime_that_stands_still_for_a_minute_is_not_alive() {
+    async fn liveness_fails_when_a_runtime_blocks_for_a_minute() {
         let health = Health::new(|| Ok(()));
-        assert!(health.liveness().is_ok(), "nothing to judge by yet");
+        assert!(health.liveness().is_ok(), "no heartbeat yet");
         let stop = CancellationToken::new();
         let a_second = Duration::from_secs(1);
         let beats = async || {
@@ -198,26 +197,26 @@ mod tests {
         beats().await;
         assert!(health.liveness().is_ok());
         beats().await;
-        // Nobody has asked for long, and there is nothing wrong with that.
+        // Without probes there is no heartbeat to miss.
         advance(2 * HEARTBEAT_LIMIT).await;
         assert!(health.liveness().is_ok());
 
-        // The clock moves on, and nobody runs the heart.
+        // The clock moves on, and no runtime answers.
         advance(HEARTBEAT_LIMIT).await;
         assert!(health.liveness().is_ok());
         advance(a_second).await;
         assert_eq!(health.liveness().reasons, ["no heartbeat for 61 s"]);
 
-        // It runs, but somebody does not respond.
+        // It runs, but another runtime does not respond.
         timeout(a_second, health.beat(&stop, pending::<()>))
             .await
             .unwrap_err();
         assert!(!health.liveness().is_ok());
         beats().await;
-        assert!(health.liveness().is_ok(), "it has found its way back");
+        assert!(health.liveness().is_ok(), "it has recovered");
 
         stop.cancel();
         health.beat(&stop, || ready(())).await;
-        assert!(health.liveness().is_ok(), "an orderly end is not a death");
+        assert!(health.liveness().is_ok(), "a shutdown is no failure");
     }
 }
