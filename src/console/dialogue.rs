@@ -6,12 +6,14 @@ use bytes::{Buf, BytesMut};
 
 use super::statement::{self, Show, Statement};
 use crate::protocol::{
+    backend::{
+        BindComplete, CloseComplete, EmptyQueryResponse, NoData, ParameterDescription,
+        ParseComplete, PortalSuspended, TransactionStatus, command_complete, encode,
+        ready_for_query,
+    },
     error::{Report, sqlstate},
     frame::{Message, tag},
-    rows::{
-        Column, Formats, Value, bare, command_complete, data_row, message, ready_for_query,
-        row_description,
-    },
+    rows::{Column, Formats, Value, data_row, row_description},
 };
 
 /// Prepared statements that one client may keep.
@@ -46,8 +48,7 @@ pub(super) struct Dialogue<T> {
     tables: T,
     statements: HashMap<String, Option<Statement>>,
     portals: HashMap<String, Portal>,
-    /// `I`, `T` or `E`, as ReadyForQuery says it.
-    transaction: u8,
+    transaction: TransactionStatus,
     /// After an error everything up to the next Sync is passed over.
     skipping: bool,
 }
@@ -65,7 +66,7 @@ impl<T: Tables> Dialogue<T> {
             tables,
             statements: HashMap::new(),
             portals: HashMap::new(),
-            transaction: b'I',
+            transaction: TransactionStatus::Idle,
             skipping: false,
         }
     }
@@ -76,7 +77,7 @@ impl<T: Tables> Dialogue<T> {
             tag::TERMINATE => return Next::End,
             tag::SYNC => {
                 self.skipping = false;
-                if self.transaction == b'I' {
+                if self.transaction == TransactionStatus::Idle {
                     self.portals.clear();
                 }
                 ready_for_query(out, self.transaction);
@@ -101,8 +102,8 @@ impl<T: Tables> Dialogue<T> {
 
     fn fail(&mut self, report: &Report, out: &mut BytesMut) {
         out.extend_from_slice(&report.encode_error());
-        if self.transaction == b'T' {
-            self.transaction = b'E';
+        if self.transaction == TransactionStatus::Transaction {
+            self.transaction = TransactionStatus::Error;
         }
     }
 
@@ -110,7 +111,7 @@ impl<T: Tables> Dialogue<T> {
         let query = string(&mut body)?;
         let parts = statement::split(query);
         if parts.is_empty() {
-            bare(out, EMPTY_QUERY_RESPONSE);
+            encode(&EmptyQueryResponse::new(), out);
         }
         if parts.len() > AT_ONCE {
             return Err(Report::new(
@@ -154,12 +155,12 @@ impl<T: Tables> Dialogue<T> {
                     }
                 };
                 keep(&mut self.statements, STATEMENTS, name, statement)?;
-                bare(out, PARSE_COMPLETE);
+                encode(&ParseComplete::new(), out);
             }
             b'B' => {
                 let (portal, bound) = self.bind(&mut body)?;
                 keep(&mut self.portals, PORTALS, portal, bound)?;
-                bare(out, BIND_COMPLETE);
+                encode(&BindComplete::new(), out);
             }
             b'D' => self.describe(&mut body, out)?,
             tag::EXECUTE => {
@@ -175,7 +176,7 @@ impl<T: Tables> Dialogue<T> {
                 } else {
                     self.statements.remove(name);
                 }
-                bare(out, CLOSE_COMPLETE);
+                encode(&CloseComplete::new(), out);
             }
             // Flush: everything said is sent at once anyway. And what is left of a COPY, or a password that nobody
             // asked for: Postgres passes over them, too.
@@ -239,13 +240,11 @@ impl<T: Tables> Dialogue<T> {
             let statement = self.statements.get(name);
             let statement = *statement.ok_or_else(|| no_statement(name))?;
             // No parameters.
-            message(out, PARAMETER_DESCRIPTION, |out| {
-                out.extend_from_slice(&[0, 0]);
-            });
+            encode(&ParameterDescription::new(Vec::new()), out);
             (statement, Formats::default())
         };
         match self.columns(statement) {
-            [] => bare(out, NO_DATA),
+            [] => encode(&NoData::new(), out),
             columns => row_description(out, columns, &formats),
         }
         Ok(())
@@ -254,7 +253,7 @@ impl<T: Tables> Dialogue<T> {
     fn execute(&mut self, name: &str, most: usize, out: &mut BytesMut) -> Result<(), Report> {
         let portal = self.portals.get(name).ok_or_else(|| no_portal(name))?;
         let Some(statement) = portal.statement else {
-            bare(out, EMPTY_QUERY_RESPONSE);
+            encode(&EmptyQueryResponse::new(), out);
             return Ok(());
         };
         if let Statement::Show(show) = statement {
@@ -267,7 +266,7 @@ impl<T: Tables> Dialogue<T> {
                     data_row(out, &row, &portal.formats);
                 }
                 if !left.as_slice().is_empty() {
-                    bare(out, PORTAL_SUSPENDED);
+                    encode(&PortalSuspended::new(), out);
                     return Ok(());
                 }
             }
@@ -286,7 +285,7 @@ impl<T: Tables> Dialogue<T> {
 
     fn check_transaction(&self, statement: Statement) -> Result<(), Report> {
         let ends = matches!(statement, Statement::Commit | Statement::Rollback);
-        if self.transaction == b'E' && !ends {
+        if self.transaction == TransactionStatus::Error && !ends {
             return Err(Report::new(
                 sqlstate::FAILED_TRANSACTION,
                 "current transaction is aborted, commands ignored until end of transaction block",
@@ -302,15 +301,15 @@ impl<T: Tables> Dialogue<T> {
             Statement::Show(_) => "SHOW",
             Statement::Accepted(tag) => tag,
             Statement::Begin => {
-                self.transaction = b'T';
+                self.transaction = TransactionStatus::Transaction;
                 "BEGIN"
             }
-            Statement::Commit if self.transaction != b'E' => {
-                self.transaction = b'I';
+            Statement::Commit if self.transaction != TransactionStatus::Error => {
+                self.transaction = TransactionStatus::Idle;
                 "COMMIT"
             }
             Statement::Commit | Statement::Rollback => {
-                self.transaction = b'I';
+                self.transaction = TransactionStatus::Idle;
                 "ROLLBACK"
             }
         })
@@ -318,13 +317,6 @@ impl<T: Tables> Dialogue<T> {
 }
 
 // Message types that nobody but a server sends, named as in the protocol documentation.
-const PARSE_COMPLETE: u8 = b'1';
-const BIND_COMPLETE: u8 = b'2';
-const CLOSE_COMPLETE: u8 = b'3';
-const EMPTY_QUERY_RESPONSE: u8 = b'I';
-const NO_DATA: u8 = b'n';
-const PARAMETER_DESCRIPTION: u8 = b't';
-const PORTAL_SUSPENDED: u8 = b's';
 
 fn keep<V>(
     kept: &mut HashMap<String, V>,
@@ -386,8 +378,8 @@ mod tests {
     use super::*;
     use crate::protocol::{
         error::ErrorFields,
-        frame::take_message,
-        rows::{Kind, message as frame},
+        frame::{frame, take_message},
+        rows::Kind,
     };
 
     struct Fixed;
@@ -410,7 +402,7 @@ mod tests {
     fn say(dialogue: &mut Dialogue<Fixed>, said: &[(u8, &[u8])]) -> (String, Vec<ErrorFields>) {
         let (mut input, mut out) = (BytesMut::new(), BytesMut::new());
         for (tag, body) in said {
-            frame(&mut input, *tag, |out| out.extend_from_slice(body));
+            input.extend_from_slice(&frame(*tag, body));
         }
         while let Some(message) = take_message(&mut input, 100_000).unwrap() {
             assert_eq!(dialogue.hear(&message, &mut out), Next::Listen);
@@ -499,7 +491,7 @@ mod tests {
         let mut dialogue = Dialogue::new(Fixed);
         let mut status = |query: &[u8]| {
             let mut input = BytesMut::new();
-            frame(&mut input, b'Q', |out| out.extend_from_slice(query));
+            input.extend_from_slice(&frame(b'Q', query));
             let message = take_message(&mut input, 1000).unwrap().unwrap();
             let mut out = BytesMut::new();
             dialogue.hear(&message, &mut out);
@@ -552,7 +544,7 @@ mod tests {
             let mut out = BytesMut::new();
             for (tag, body) in messages {
                 let mut input = BytesMut::new();
-                frame(&mut input, tag, |out| out.extend_from_slice(&body));
+                input.extend_from_slice(&frame(tag, &body));
                 if let Ok(Some(message)) = take_message(&mut input, 10_000) {
                     dialogue.hear(&message, &mut out);
                 }

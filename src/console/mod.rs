@@ -45,10 +45,9 @@ use self::{
 use crate::{
     overview::{Overview, VERSION},
     protocol::{
-        backend::welcome,
+        backend::{parameter_status, welcome},
         error::{Report, sqlstate},
         frame::{FrameError, take_message},
-        rows::parameter_status,
         startup::{CancelKey, StartupMessage},
     },
     status::{Health, Peer},

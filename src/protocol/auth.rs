@@ -1,37 +1,42 @@
-//! Answering a server's question for a password.
+//! The client's side of authentication at a server: cleartext, MD5 and SCRAM-SHA-256.
 
-use postgres_protocol::authentication::{
-    md5_hash, sasl::ChannelBinding, sasl::SCRAM_SHA_256, sasl::ScramSha256,
+use std::io;
+
+use bytes::BytesMut;
+use postgres_protocol::{
+    authentication::{
+        md5_hash,
+        sasl::{ChannelBinding, SCRAM_SHA_256, ScramSha256},
+    },
+    message::frontend,
 };
 use secrecy::{ExposeSecret, SecretString};
 use zeroize::Zeroizing;
 
-use super::frame::tag;
-
-/// Rounds of hashing that we do for a server; PostgreSQL's default is 4,096. A million takes about half a second.
+/// Upper limit of SCRAM iterations; PostgreSQL's default is 4,096. A million takes about half a second.
 const MAX_SCRAM_ITERATIONS: u64 = 1_000_000;
 
-/// What a server asks for at login.
+/// An Authentication message of a server.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum AuthenticationRequest {
-    /// The password as it is.
+    /// Requests the password in cleartext.
     Cleartext,
-    /// The password, hashed with this salt.
+    /// Requests the password, hashed with this salt.
     Md5([u8; 4]),
-    /// Nothing more: welcome.
+    /// Authentication is complete.
     Ok,
-    /// One of these SASL mechanisms.
+    /// Requests one of these SASL mechanisms.
     Sasl(Vec<String>),
-    /// The server's turn in a SASL exchange.
+    /// The server's first SASL message.
     SaslContinue(Vec<u8>),
-    /// The server's last word in a SASL exchange.
+    /// The server's final SASL message.
     SaslFinal(Vec<u8>),
-    /// Something else (Kerberos, GSSAPI, SSPI, ...).
+    /// Another method (Kerberos, GSSAPI, SSPI, ...).
     Unsupported(u32),
 }
 
 impl AuthenticationRequest {
-    /// Reads the body of an Authentication message; `None` if it is malformed.
+    /// Parses the body of an Authentication message; `None` if it is malformed.
     pub fn parse(body: &[u8]) -> Option<Self> {
         let (code, rest) = body.split_first_chunk::<4>()?;
         Some(match u32::from_be_bytes(*code) {
@@ -53,50 +58,55 @@ fn mechanisms(list: &[u8]) -> Option<Vec<String>> {
         .collect()
 }
 
-/// Why a server's question could not be answered.
+/// Why authentication at a server failed.
 #[derive(Debug, thiserror::Error)]
 pub enum AuthError {
-    /// A way to log in that we do not speak.
-    #[error("the server asks for authentication method {0}, which is not supported")]
+    /// A method that the proxy does not implement.
+    #[error("the server requests authentication method {0}, which is not supported")]
     Unsupported(String),
-    /// A turn in the exchange that makes no sense.
+    /// A message that does not fit the state of the exchange.
     #[error("the server's authentication exchange is out of order")]
     OutOfOrder,
-    /// More rounds of hashing than any server has use for.
-    #[error("the server asks for {0} SCRAM iterations, which would keep everybody waiting")]
+    /// More SCRAM iterations than the limit.
+    #[error(
+        "the server requests {0} SCRAM iterations, more than the limit of {MAX_SCRAM_ITERATIONS}"
+    )]
     TooCostly(u64),
-    /// The server does not know the password either, or garbles the exchange.
+    /// The server's proof is wrong or malformed.
     #[error("the SCRAM exchange with the server failed")]
-    Scram(#[source] std::io::Error),
+    Scram(#[source] io::Error),
+    /// Cleartext passwords end at their first zero byte.
+    #[error("the password contains a zero byte")]
+    ZeroByte,
 }
 
-/// One login's side of the exchange.
+/// The client's side of one authentication.
 pub struct Authenticator<'a> {
     user: &'a str,
     password: &'a SecretString,
     scram: Option<ScramSha256>,
-    /// An exchange has begun.
-    is_scram: bool,
+    /// The server has requested SCRAM.
+    scram_requested: bool,
     verified: bool,
 }
 
 impl<'a> Authenticator<'a> {
-    /// Answers for `user` with `password`.
+    /// Authenticates `user` with `password`.
     pub fn new(user: &'a str, password: &'a SecretString) -> Self {
         Self {
             user,
             password,
             scram: None,
-            is_scram: false,
+            scram_requested: false,
             verified: false,
         }
     }
 
-    /// The hashing that the server's turn in an exchange asks for, to be done away from the threads that serve clients;
-    /// [`derived`](Self::derived) takes its result.
+    /// The key derivation that the server's first SCRAM message requires, to run on a blocking thread; its result goes to
+    /// [`derived`](Self::derived).
     ///
     /// # Errors
-    /// A turn out of order, and more rounds than are done for any server.
+    /// A message out of order, and more iterations than the limit.
     pub fn derivation(&mut self, server_first: Vec<u8>) -> Result<Derivation, AuthError> {
         let iterations = iterations(&server_first);
         if iterations > MAX_SCRAM_ITERATIONS {
@@ -108,28 +118,29 @@ impl<'a> Authenticator<'a> {
         })
     }
 
-    /// The answer to the turn that the derivation was for.
-    pub fn derived(&mut self, Derived(scram): Derived) -> Zeroizing<Vec<u8>> {
-        let scram = self.scram.insert(scram);
-        frame(scram.message())
+    /// The response to the server's first SCRAM message.
+    pub fn derived(&mut self, Derived(scram): Derived) -> Result<Zeroizing<Vec<u8>>, AuthError> {
+        let proof = self.scram.insert(scram).message();
+        secret_message(proof.len(), |out| frontend::sasl_response(proof, out))
     }
 
-    /// The answer to send: a whole frame, or nothing when it is the server's turn again.
+    /// The response to send, a whole frame; `None` if the server sends the next message.
     ///
     /// # Errors
-    /// A method we lack, or an exchange that went wrong.
+    /// A method that is not implemented, or a failed exchange.
     pub fn answer(
         &mut self,
         request: AuthenticationRequest,
     ) -> Result<Option<Zeroizing<Vec<u8>>>, AuthError> {
         match request {
-            // A SCRAM exchange that the server cuts short has not proved who the server is.
-            AuthenticationRequest::Ok if self.is_scram && !self.verified => {
+            // A server that ends a SCRAM exchange early has not proved that it knows the password.
+            AuthenticationRequest::Ok if self.scram_requested && !self.verified => {
                 Err(AuthError::OutOfOrder)
             }
             AuthenticationRequest::Ok => Ok(None),
             AuthenticationRequest::Cleartext => {
-                Ok(Some(password(self.password.expose_secret().as_bytes())))
+                let password = self.password.expose_secret().as_bytes();
+                password_message(password).map(Some)
             }
             AuthenticationRequest::Md5(salt) => {
                 let hash = md5_hash(
@@ -137,7 +148,7 @@ impl<'a> Authenticator<'a> {
                     self.password.expose_secret().as_bytes(),
                     salt,
                 );
-                Ok(Some(password(hash.as_bytes())))
+                password_message(hash.as_bytes()).map(Some)
             }
             AuthenticationRequest::Sasl(mechanisms) => {
                 if !mechanisms
@@ -149,16 +160,20 @@ impl<'a> Authenticator<'a> {
                         mechanisms.join(", ")
                     )));
                 }
-                self.is_scram = true;
+                self.scram_requested = true;
                 let scram = self.scram.insert(ScramSha256::new(
                     self.password.expose_secret().as_bytes(),
                     ChannelBinding::unsupported(),
                 ));
-                Ok(Some(sasl_initial(SCRAM_SHA_256, scram.message())))
+                let first = scram.message();
+                let message = secret_message(first.len(), |out| {
+                    frontend::sasl_initial_response(SCRAM_SHA_256, first, out)
+                });
+                message.map(Some)
             }
             AuthenticationRequest::SaslContinue(data) => {
                 let derived = self.derivation(data)?.run()?;
-                Ok(Some(self.derived(derived)))
+                self.derived(derived).map(Some)
             }
             AuthenticationRequest::SaslFinal(data) => {
                 let scram = self.scram.as_mut().ok_or(AuthError::OutOfOrder)?;
@@ -173,20 +188,20 @@ impl<'a> Authenticator<'a> {
     }
 }
 
-/// An exchange in which the key is yet to be derived from the password, by as many rounds as the server asks for.
+/// An exchange before its key is derived from the password.
 pub struct Derivation {
     scram: ScramSha256,
     server_first: Vec<u8>,
 }
 
-/// An exchange with its key.
+/// An exchange with its derived key.
 pub struct Derived(ScramSha256);
 
 impl Derivation {
-    /// Blocks for up to half a second.
+    /// Derives the key. Blocks for up to half a second.
     ///
     /// # Errors
-    /// A turn that makes no sense.
+    /// A malformed message of the server.
     pub fn run(mut self) -> Result<Derived, AuthError> {
         let updated = self.scram.update(&self.server_first);
         updated.map_err(AuthError::Scram)?;
@@ -194,7 +209,7 @@ impl Derivation {
     }
 }
 
-/// The `i=` of a server's first SCRAM message (RFC 5802); what is no number is left to the exchange to refuse.
+/// The `i=` of a server's first SCRAM message (RFC 5802). The exchange itself refuses anything but a number.
 fn iterations(server_first: &[u8]) -> u64 {
     let attribute = server_first
         .split(|&byte| byte == b',')
@@ -205,33 +220,22 @@ fn iterations(server_first: &[u8]) -> u64 {
         .unwrap_or_default()
 }
 
-fn password(secret: &[u8]) -> Zeroizing<Vec<u8>> {
-    let mut body = Zeroizing::new(Vec::with_capacity(secret.len() + 1));
-    body.extend_from_slice(secret);
-    body.push(0);
-    frame(&body)
+fn password_message(password: &[u8]) -> Result<Zeroizing<Vec<u8>>, AuthError> {
+    secret_message(password.len(), |out| {
+        frontend::password_message(password, out)
+    })
 }
 
-fn sasl_initial(mechanism: &str, data: &[u8]) -> Zeroizing<Vec<u8>> {
-    let mut body = Vec::with_capacity(mechanism.len() + data.len() + 5);
-    body.extend_from_slice(mechanism.as_bytes());
-    body.push(0);
-    body.extend_from_slice(&i32::try_from(data.len()).unwrap_or(i32::MAX).to_be_bytes());
-    body.extend_from_slice(data);
-    frame(&body)
-}
-
-fn frame(body: &[u8]) -> Zeroizing<Vec<u8>> {
-    // Sized up front: growing would leave a copy of the secret behind.
-    let mut out = Zeroizing::new(Vec::with_capacity(body.len() + 5));
-    out.push(tag::PASSWORD);
-    out.extend_from_slice(
-        &u32::try_from(body.len() + 4)
-            .unwrap_or(u32::MAX)
-            .to_be_bytes(),
-    );
-    out.extend_from_slice(body);
-    out
+/// A message with a secret in it. The buffer has its final size from the start: growing would leave a copy behind.
+fn secret_message(
+    secret_len: usize,
+    encode: impl FnOnce(&mut BytesMut) -> io::Result<()>,
+) -> Result<Zeroizing<Vec<u8>>, AuthError> {
+    // Mechanism name, lengths and terminators take less than 64 bytes.
+    let mut out = BytesMut::with_capacity(secret_len + 64);
+    encode(&mut out).map_err(|_| AuthError::ZeroByte)?;
+    // Takes over the allocation.
+    Ok(Zeroizing::new(out.into()))
 }
 
 #[cfg(test)]
@@ -248,6 +252,13 @@ mod tests {
             .unwrap()
             .unwrap();
         assert_eq!(&answer[..], b"p\0\0\0\x0atoken\0");
+    }
+
+    #[test]
+    fn a_password_with_a_zero_byte_is_refused() {
+        let secret = SecretString::from("to\0ken");
+        let answer = Authenticator::new("me", &secret).answer(AuthenticationRequest::Cleartext);
+        assert!(matches!(answer, Err(AuthError::ZeroByte)));
     }
 
     #[test]
@@ -275,7 +286,7 @@ mod tests {
     }
 
     #[test]
-    fn a_server_cannot_keep_us_hashing() {
+    fn scram_iterations_are_limited() {
         let secret = SecretString::from("x");
         let mut authenticator = Authenticator::new("me", &secret);
         let request = AuthenticationRequest::parse(b"\0\0\0\x0aSCRAM-SHA-256\0\0").unwrap();
@@ -289,7 +300,7 @@ mod tests {
     }
 
     #[test]
-    fn methods_we_lack_are_named() {
+    fn unsupported_methods_are_named() {
         let secret = SecretString::from("x");
         let request = AuthenticationRequest::parse(b"\0\0\0\x07").unwrap();
         let error = Authenticator::new("me", &secret)
@@ -297,7 +308,7 @@ mod tests {
             .unwrap_err();
         assert_eq!(
             error.to_string(),
-            "the server asks for authentication method 7, which is not supported"
+            "the server requests authentication method 7, which is not supported"
         );
     }
 

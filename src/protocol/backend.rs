@@ -1,75 +1,101 @@
-//! What we send to a client as if we were its server.
+//! Messages to a client, encoded by `pgwire`.
 
-use bytes::{BufMut, BytesMut};
-use pgwire::messages::{
-    Message as _,
-    response::{ReadyForQuery, TransactionStatus},
-    startup::{Authentication, BackendKeyData, NegotiateProtocolVersion, SecretKey},
+use bytes::{Bytes, BytesMut};
+pub(crate) use pgwire::messages::{
+    Message as Encode,
+    data::{NoData, ParameterDescription},
+    extendedquery::{BindComplete, CloseComplete, ParseComplete, PortalSuspended},
+    response::{EmptyQueryResponse, TransactionStatus},
 };
-
+use pgwire::messages::{
+    response::{CommandComplete, ReadyForQuery},
+    startup::{
+        Authentication, BackendKeyData, NegotiateProtocolVersion, ParameterStatus, SecretKey,
+    },
+};
 pub(crate) use postgres_protocol::authentication::sasl::SCRAM_SHA_256;
 
-use super::{
-    frame::tag,
-    startup::{CancelKey, StartupMessage},
-};
+use super::startup::{CancelKey, StartupMessage};
 
-/// 3.0, as NegotiateProtocolVersion states it: the full number, as PostgreSQL 15 to 18 send.
+/// 3.0, as PostgreSQL 15 to 18 send it in NegotiateProtocolVersion: the full number, not the minor version alone.
 const NEWEST_PROTOCOL: i32 = 0x0003_0000;
 
-/// Codes of Authentication messages.
-const SASL: u32 = 10;
-const SASL_CONTINUE: u32 = 11;
-const SASL_FINAL: u32 = 12;
+/// Appends a message.
+pub(crate) fn encode(message: &impl Encode, out: &mut BytesMut) {
+    let at = out.len();
+    // Fails for messages longer than libpq accepts. None of ours can be; half a message would break the stream.
+    if message.encode(out).is_err() {
+        out.truncate(at);
+    }
+}
 
-/// The answer to a version or an option that is not spoken here; empty where none is due.
-pub fn negotiation(startup: &StartupMessage) -> BytesMut {
+/// The response to a newer minor version or to protocol options; empty where the client requests neither.
+pub(crate) fn negotiation(startup: &StartupMessage) -> BytesMut {
     let mut out = BytesMut::new();
     if startup.needs_negotiation() {
-        // The encoders only refuse messages beyond their size limits.
-        let _ = NegotiateProtocolVersion::new(NEWEST_PROTOCOL, startup.protocol_options.clone())
-            .encode(&mut out);
+        let options = startup.protocol_options.clone();
+        encode(
+            &NegotiateProtocolVersion::new(NEWEST_PROTOCOL, options),
+            &mut out,
+        );
     }
     out
 }
 
-/// Asks for SCRAM-SHA-256, without channel binding.
-pub fn sasl_mechanisms() -> BytesMut {
-    authentication(SASL, &[SCRAM_SHA_256.as_bytes(), b"\0\0"].concat())
+/// Requests SCRAM-SHA-256, without channel binding.
+pub(crate) fn sasl_mechanisms() -> BytesMut {
+    authentication(&Authentication::SASL(vec![SCRAM_SHA_256.to_owned()]))
 }
 
-/// Our turn in the exchange.
-pub fn sasl_continue(data: &[u8]) -> BytesMut {
-    authentication(SASL_CONTINUE, data)
+/// The server's first SCRAM message.
+pub(crate) fn sasl_continue(data: &[u8]) -> BytesMut {
+    authentication(&Authentication::SASLContinue(Bytes::copy_from_slice(data)))
 }
 
-/// Our last word in the exchange.
-pub fn sasl_final(data: &[u8]) -> BytesMut {
-    authentication(SASL_FINAL, data)
+/// The server's final SCRAM message.
+pub(crate) fn sasl_final(data: &[u8]) -> BytesMut {
+    authentication(&Authentication::SASLFinal(Bytes::copy_from_slice(data)))
 }
 
-fn authentication(code: u32, data: &[u8]) -> BytesMut {
-    let mut out = BytesMut::with_capacity(data.len() + 9);
-    out.put_u8(tag::AUTHENTICATION);
-    out.put_u32(u32::try_from(data.len() + 8).unwrap_or(u32::MAX));
-    out.put_u32(code);
-    out.put_slice(data);
+fn authentication(request: &Authentication) -> BytesMut {
+    let mut out = BytesMut::new();
+    encode(request, &mut out);
     out
 }
 
-/// Everything between a client's login and its first query; the [`negotiation`] goes before.
+/// Everything from AuthenticationOk to the first ReadyForQuery.
 ///
-/// `parameter_status` and `notices` are whole frames as the upstream sent them.
-pub fn welcome(parameter_status: &[u8], key: CancelKey, notices: &[u8]) -> BytesMut {
+/// `parameter_status` and `notices` are whole frames as the server sent them.
+pub(crate) fn welcome(parameter_status: &[u8], key: CancelKey, notices: &[u8]) -> BytesMut {
     let mut out = BytesMut::with_capacity(parameter_status.len() + notices.len() + 64);
-    // None of these can fail: the encoders only refuse messages beyond their size limits.
-    let _ = Authentication::Ok.encode(&mut out);
+    encode(&Authentication::Ok, &mut out);
     out.extend_from_slice(parameter_status);
     let secret = SecretKey::I32(key.secret.cast_signed());
-    let _ = BackendKeyData::new(key.process_id.cast_signed(), secret).encode(&mut out);
+    encode(
+        &BackendKeyData::new(key.process_id.cast_signed(), secret),
+        &mut out,
+    );
     out.extend_from_slice(notices);
-    let _ = ReadyForQuery::new(TransactionStatus::Idle).encode(&mut out);
+    ready_for_query(&mut out, TransactionStatus::Idle);
     out
+}
+
+/// Appends a ParameterStatus.
+pub(crate) fn parameter_status(out: &mut BytesMut, name: &str, value: &str) {
+    encode(
+        &ParameterStatus::new(name.to_owned(), value.to_owned()),
+        out,
+    );
+}
+
+/// Appends a CommandComplete.
+pub(crate) fn command_complete(out: &mut BytesMut, tag: &str) {
+    encode(&CommandComplete::new(tag.to_owned()), out);
+}
+
+/// Appends a ReadyForQuery.
+pub(crate) fn ready_for_query(out: &mut BytesMut, status: TransactionStatus) {
+    encode(&ReadyForQuery::new(status), out);
 }
 
 #[cfg(test)]
@@ -87,7 +113,7 @@ mod tests {
     }
 
     #[test]
-    fn a_newer_client_is_told_the_version_first() {
+    fn a_newer_protocol_version_is_negotiated_before_authentication() {
         let key = CancelKey {
             process_id: 1,
             secret: 2,

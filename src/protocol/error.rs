@@ -1,42 +1,41 @@
-//! Errors and notices: read what a server said, write what a client is told.
+//! Errors and notices: those that servers send, and our own to clients.
 
 use bytes::BytesMut;
-use pgwire::messages::{
-    Message as _,
-    response::{ErrorResponse, NoticeResponse},
-};
+use pgwire::messages::response::{ErrorResponse, NoticeResponse};
 
-/// SQLSTATEs that we send ourselves, named as in PostgreSQL's appendix A.
+use super::backend::encode;
+
+/// SQLSTATEs that the proxy itself sends, named as in PostgreSQL's appendix A.
 pub mod sqlstate {
-    /// Cannot be had: no connection to the server could be made.
+    /// No connection to the server could be made.
     pub const CANNOT_CONNECT: &str = "08001";
     /// The connection to the server failed.
     pub const CONNECTION_FAILURE: &str = "08006";
-    /// Somebody broke the protocol.
+    /// A peer broke the protocol.
     pub const PROTOCOL_VIOLATION: &str = "08P01";
-    /// A feature we lack.
+    /// The feature does not exist here.
     pub const FEATURE_NOT_SUPPORTED: &str = "0A000";
-    /// Identity refused.
+    /// The identity is refused.
     pub const INVALID_AUTHORIZATION: &str = "28000";
     /// Wrong password.
     pub const INVALID_PASSWORD: &str = "28P01";
-    /// Bytes that are not in the encoding they should be in.
+    /// Bytes that are invalid in their encoding.
     pub const INVALID_ENCODING: &str = "22021";
-    /// A statement that cannot be read.
+    /// The statement cannot be parsed.
     pub const SYNTAX_ERROR: &str = "42601";
-    /// A prepared statement that does not exist.
+    /// The prepared statement does not exist.
     pub const UNDEFINED_STATEMENT: &str = "26000";
-    /// A portal that does not exist.
+    /// The portal does not exist.
     pub const UNDEFINED_CURSOR: &str = "34000";
-    /// Nothing but the end of the transaction is possible.
+    /// The transaction has failed and can only end.
     pub const FAILED_TRANSACTION: &str = "25P02";
-    /// More than there is room for.
+    /// A limit of the program is exceeded.
     pub const PROGRAM_LIMIT: &str = "54000";
-    /// No such setting.
+    /// The object, here a setting, does not exist.
     pub const UNDEFINED_OBJECT: &str = "42704";
-    /// No such database.
+    /// The database does not exist.
     pub const UNDEFINED_DATABASE: &str = "3D000";
-    /// No more connections.
+    /// The connection limit is reached.
     pub const TOO_MANY_CONNECTIONS: &str = "53300";
     /// Ended by an administrator.
     pub const ADMIN_SHUTDOWN: &str = "57P01";
@@ -46,7 +45,7 @@ pub mod sqlstate {
     pub const IDLE_SESSION_TIMEOUT: &str = "57P05";
 }
 
-/// What an ErrorResponse or NoticeResponse said.
+/// The fields of an ErrorResponse or NoticeResponse.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ErrorFields {
     /// FATAL, ERROR, ...; the untranslated field where the server sends it.
@@ -62,7 +61,7 @@ pub struct ErrorFields {
 }
 
 impl ErrorFields {
-    /// Reads the body of an ErrorResponse or NoticeResponse; never fails: what is missing stays empty.
+    /// Parses the body of an ErrorResponse or NoticeResponse. Missing fields stay empty.
     pub fn parse(mut body: &[u8]) -> Self {
         let mut fields = Self::default();
         while let Some((&kind, rest)) = body.split_first() {
@@ -90,16 +89,16 @@ impl ErrorFields {
     }
 }
 
-/// A message of ours to a client.
+/// An error or notice of the proxy itself to a client.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Report {
     /// SQLSTATE.
     pub sqlstate: String,
     /// The primary message: lower-case, no full stop.
     pub message: String,
-    /// DETAIL: the server's own words, an id to find the log line by.
+    /// DETAIL: the server's own message, the session id of the log line.
     pub detail: Option<String>,
-    /// HINT: what to do about it.
+    /// HINT: what a person can do.
     pub hint: Option<String>,
 }
 
@@ -128,7 +127,7 @@ impl Report {
         self
     }
 
-    /// Message and DETAIL in one line, for people who are no client.
+    /// Message and DETAIL in one line, for logs and reports.
     pub fn line(&self) -> String {
         match &self.detail {
             Some(detail) => format!("{} ({detail})", self.message),
@@ -136,25 +135,24 @@ impl Report {
         }
     }
 
-    /// As an ErrorResponse that ends a statement.
+    /// An ErrorResponse that ends a statement.
     pub fn encode_error(&self) -> BytesMut {
         let mut out = BytesMut::new();
-        let _ = ErrorResponse::new(self.fields("ERROR")).encode(&mut out);
+        encode(&ErrorResponse::new(self.fields("ERROR")), &mut out);
         out
     }
 
-    /// As an ErrorResponse that ends the connection.
+    /// An ErrorResponse that ends the connection.
     pub fn encode_fatal(&self) -> BytesMut {
         let mut out = BytesMut::new();
-        // Encoding fails only beyond 2 GiB.
-        let _ = ErrorResponse::new(self.fields("FATAL")).encode(&mut out);
+        encode(&ErrorResponse::new(self.fields("FATAL")), &mut out);
         out
     }
 
-    /// As a NoticeResponse.
+    /// A NoticeResponse.
     pub fn encode_notice(&self) -> BytesMut {
         let mut out = BytesMut::new();
-        let _ = NoticeResponse::new(self.fields("NOTICE")).encode(&mut out);
+        encode(&NoticeResponse::new(self.fields("NOTICE")), &mut out);
         out
     }
 

@@ -5,7 +5,7 @@ use bytes::{Buf, BytesMut};
 /// Bytes before a frame's body: the tag and the length.
 pub const HEADER_LEN: usize = 5;
 
-/// libpq's limit for messages that are never long (`VALID_LONG_MESSAGE_TYPE` excludes them), in bytes.
+/// libpq's limit for message types outside its `VALID_LONG_MESSAGE_TYPE`, in bytes.
 pub const SMALL_MESSAGE_LIMIT: usize = 30_000;
 
 /// Message types, named as in the protocol documentation.
@@ -14,13 +14,13 @@ pub mod tag {
     pub const AUTHENTICATION: u8 = b'R';
     /// Cancel key.
     pub const BACKEND_KEY_DATA: u8 = b'K';
-    /// A command is done.
+    /// End of a command.
     pub const COMMAND_COMPLETE: u8 = b'C';
     /// End of a COPY IN by the client.
     pub const COPY_DONE: u8 = b'c';
     /// COPY IN given up by the client.
     pub const COPY_FAIL: u8 = b'f';
-    /// The server is ready to take COPY data.
+    /// The server accepts COPY data.
     pub const COPY_IN_RESPONSE: u8 = b'G';
     /// One row.
     pub const DATA_ROW: u8 = b'D';
@@ -30,30 +30,30 @@ pub mod tag {
     pub const EXECUTE: u8 = b'E';
     /// Function call (the client's).
     pub const FUNCTION_CALL: u8 = b'F';
-    /// Answer to an unknown minor version or option.
+    /// The response to an unknown minor version or option.
     pub const NEGOTIATE_PROTOCOL_VERSION: u8 = b'v';
     /// Notice.
     pub const NOTICE_RESPONSE: u8 = b'N';
-    /// A run-time parameter's value.
+    /// The value of a run-time parameter.
     pub const PARAMETER_STATUS: u8 = b'S';
     /// Password, or a SASL message (the client's).
     pub const PASSWORD: u8 = b'p';
     /// Simple query.
     pub const QUERY: u8 = b'Q';
-    /// The server waits for the next request.
+    /// The server accepts the next request.
     pub const READY_FOR_QUERY: u8 = b'Z';
     /// The columns of the rows that follow.
     pub const ROW_DESCRIPTION: u8 = b'T';
-    /// End of a request in the extended protocol (the client's `S`).
+    /// End of an extended-protocol request (the client's `S`).
     pub const SYNC: u8 = b'S';
-    /// Orderly end (the client's).
+    /// Orderly end of the connection (the client's).
     pub const TERMINATE: u8 = b'X';
 }
 
-/// A frame that cannot be one.
+/// An invalid frame header.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum FrameError {
-    /// The length does not even count itself.
+    /// The length is less than 4, the length field itself.
     #[error("invalid length {length} for message type {tag:#04x}")]
     InvalidLength {
         /// The message type.
@@ -61,7 +61,7 @@ pub enum FrameError {
         /// The length as sent.
         length: i32,
     },
-    /// Longer than this message may be at this point.
+    /// Longer than the limit at this point.
     #[error("message type {tag:#04x} of {length} bytes is longer than the {limit} allowed here")]
     TooLong {
         /// The message type.
@@ -73,12 +73,12 @@ pub enum FrameError {
     },
 }
 
-/// A whole message, for the phases that deal in whole messages.
+/// A whole message, for the phases that exchange whole messages.
 #[derive(Debug)]
 pub struct Message {
     /// The message type.
     pub tag: u8,
-    /// The whole frame, header included, as it came.
+    /// The whole frame as received, including its header.
     pub frame: BytesMut,
 }
 
@@ -89,7 +89,7 @@ impl Message {
     }
 }
 
-/// Takes one whole message off the front of `buffer`; `None` when more bytes are needed.
+/// Takes one whole message off the front of `buffer`; `None` if more bytes are needed.
 ///
 /// # Errors
 /// A length below 4, or a frame of more than `limit` bytes.
@@ -121,7 +121,7 @@ pub fn take_message(buffer: &mut BytesMut, limit: usize) -> Result<Option<Messag
     }))
 }
 
-/// What the scanner sees pass.
+/// An event of the scanner.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Seen {
     /// A message begins.
@@ -133,10 +133,10 @@ pub enum Seen {
     Status(u8),
 }
 
-/// Follows message boundaries in a byte stream that it never holds.
+/// Follows message boundaries in a byte stream without keeping any of it.
 ///
-/// Bytes that cannot be a frame make it lose its place for good: the stream then passes unread, and the peer, which
-/// is the one to judge, answers as it would without us.
+/// An invalid header ends the scan for good: the rest of the stream passes unread, and the peer responds to it as it would
+/// without the proxy.
 #[derive(Debug, Default)]
 pub struct Scanner {
     header: [u8; HEADER_LEN],
@@ -152,17 +152,17 @@ impl Scanner {
         Self::default()
     }
 
-    /// Whether the bytes so far end exactly between two messages.
+    /// Whether the bytes so far end between two messages.
     pub fn is_at_boundary(&self) -> bool {
         self.have == 0 && self.body_left == 0 && !self.lost
     }
 
-    /// Whether something passed that cannot be a frame.
+    /// Whether an invalid header has ended the scan.
     pub fn is_lost(&self) -> bool {
         self.lost
     }
 
-    /// Reads on through `chunk`, telling `visit` what passes.
+    /// Scans `chunk` and passes its events to `visit`.
     #[inline]
     pub fn scan(&mut self, mut chunk: &[u8], mut visit: impl FnMut(Seen)) {
         while !self.lost {
@@ -203,19 +203,19 @@ impl Scanner {
     }
 }
 
+/// A whole message of any type, for tests.
+#[cfg(test)]
+pub(crate) fn frame(tag: u8, body: &[u8]) -> Vec<u8> {
+    let length = u32::try_from(body.len() + 4).unwrap();
+    [&[tag][..], &length.to_be_bytes(), body].concat()
+}
+
 #[cfg(test)]
 mod tests {
     use bytes::BufMut;
     use proptest::prelude::*;
 
     use super::*;
-
-    fn frame(tag: u8, body: &[u8]) -> Vec<u8> {
-        let mut out = vec![tag];
-        out.put_i32(i32::try_from(body.len()).unwrap() + 4);
-        out.extend_from_slice(body);
-        out
-    }
 
     fn scan_all(scanner: &mut Scanner, chunks: &[&[u8]]) -> Vec<Seen> {
         let mut seen = Vec::new();
@@ -254,12 +254,12 @@ mod tests {
     }
 
     #[test]
-    fn the_scanner_loses_its_place_for_good() {
+    fn an_invalid_header_ends_the_scan_for_good() {
         let mut scanner = Scanner::new();
         scanner.scan(&[b'Q', 0, 0, 0, 2, b'Q'], |_| {});
         assert!(scanner.is_lost() && !scanner.is_at_boundary());
         let seen = scan_all(&mut scanner, &[&frame(b'Q', b"")]);
-        assert!(seen.is_empty(), "no guessing after that");
+        assert!(seen.is_empty(), "no event after that");
     }
 
     proptest! {

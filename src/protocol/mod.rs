@@ -1,15 +1,16 @@
-//! The Postgres wire protocol, without I/O: bytes in, values out, and back.
+//! The Postgres wire protocol without I/O: bytes in, values out, and back.
 //!
-//! The only room that knows `pgwire`. Its encoders build what we originate; whatever is read from a socket is parsed by
-//! our own readers first, because `pgwire`'s decoders may panic on short bodies and rewrite names that are not UTF-8.
-//! Follows "Frontend/Backend Protocol" of the PostgreSQL documentation.
+//! Every message has one encoder: `postgres-protocol`'s towards the server, `pgwire`'s towards a client. What arrives from a
+//! socket is parsed by the readers here first, because pgwire's decoders can panic on short bodies and replace names that
+//! are not UTF-8. Knows nothing of sessions or endpoints. Follows "Frontend/Backend Protocol" of the PostgreSQL
+//! documentation.
 
 pub mod auth;
-pub mod backend;
+pub(crate) mod backend;
 pub mod error;
 pub mod frame;
 pub mod options;
 pub mod progress;
-pub mod rows;
+pub(crate) mod rows;
 pub mod scram;
 pub mod startup;

@@ -1,45 +1,47 @@
-//! Carrying start-up settings through an edge that drops the ones it does not know.
+//! Startup parameters of a login at the endpoint.
 //!
-//! The endpoint's edge forwards `user`, `database`, `application_name`, `options` and `replication` only. Every other
-//! setting is folded into `options` as `-c name=value`, where the server reads it at start-up just the same, so it
-//! survives `RESET ALL` and `DISCARD ALL` as a start-up value does.
+//! The edge forwards `user`, `database`, `application_name`, `options` and `replication` only. Every other parameter is
+//! folded into `options` as `-c name=value`: the server applies it at startup all the same, so it survives `RESET ALL` and
+//! `DISCARD ALL` as a startup value does.
 //!
-//! Names that are no settings (`pgbouncer`, `schema`, `max_conns`: words that a driver did not take out of its connection
-//! string) would be refused there, while the edge drops them. The server alone knows its settings, so they are sent,
-//! and left out once the server has refused them by name.
+//! Some names are not settings (`pgbouncer`, `schema`, `max_conns`: leftovers of a driver's connection string). The edge
+//! would drop them, but in `options` the server refuses them. Only the server knows its settings, so every name is sent
+//! until the server has refused it.
 
 use std::borrow::Cow;
 
+use bytes::BytesMut;
+
 use super::startup::{MAX_STARTUP_LEN, StartupMessage, encode_startup};
 
-/// Parameters that the edge passes on as they are (`user` and `database` are set apart).
+/// Parameters that the edge forwards unchanged, besides `user` and `database`.
 const FORWARDED: [&str; 2] = ["application_name", "replication"];
 const CLIENT_ENCODING: &str = "client_encoding";
 const OPTIONS: &str = "options";
 
-/// What is asked of the upstream in one client's name.
+/// The parameters of one login at the endpoint.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct SessionSettings {
     /// The database to open.
     pub database: String,
     /// The database to open if that one does not exist.
     pub fallback_database: Option<String>,
-    /// The parameters to send as they are, besides `user` and `database`.
+    /// Parameters to send unchanged, besides `user` and `database`.
     pub parameters: Vec<(String, String)>,
-    /// The parameters to fold into `options`.
+    /// Parameters to fold into `options`.
     pub folded: Vec<(String, String)>,
-    /// Names of parameters that cannot be settings and are left out.
+    /// Names that cannot be settings; they are omitted.
     pub unusable: Vec<String>,
-    /// The encoding the client asked for: the edge may force another, which is then mended by a `SET`.
+    /// The encoding that the client requests. The edge may force another, which a `SET` then corrects.
     pub client_encoding: Option<String>,
-    /// Whether the session speaks the replication protocol, in which no `SET` may be slipped in.
+    /// Whether the session uses the replication protocol, where the proxy must not send a `SET`.
     pub replication: bool,
 }
 
-/// The startup message would be longer than servers accept.
+/// The startup message would exceed the length that servers accept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "the startup parameters take {length} bytes as they are sent to the endpoint, which accepts {MAX_STARTUP_LEN}"
+    "the startup message to the endpoint takes {length} bytes, more than the limit of {MAX_STARTUP_LEN}"
 )]
 pub struct TooLong {
     /// In bytes.
@@ -47,7 +49,7 @@ pub struct TooLong {
 }
 
 impl SessionSettings {
-    /// Works out what to ask of the upstream.
+    /// Derives them from a client's startup message.
     pub fn new(message: &StartupMessage, database: String) -> Self {
         let mut settings = Self {
             database,
@@ -78,7 +80,7 @@ impl SessionSettings {
         &self,
         user: &str,
         is_dropped: impl Fn(&str) -> bool,
-    ) -> Result<Vec<u8>, TooLong> {
+    ) -> Result<BytesMut, TooLong> {
         let options = self.options(is_dropped);
         let mut parameters = vec![("user", user), ("database", self.database.as_str())];
         let forwarded = self.parameters.iter().filter(|(name, _)| name != OPTIONS);
@@ -95,7 +97,7 @@ impl SessionSettings {
         })
     }
 
-    /// The client's own options, and what is folded into them.
+    /// The client's own options, followed by the folded parameters.
     fn options(&self, is_dropped: impl Fn(&str) -> bool) -> Cow<'_, str> {
         let own = self.parameters.iter().find(|(name, _)| name == OPTIONS);
         let mut options = Cow::Borrowed(own.map_or("", |(_, options)| options));
@@ -107,7 +109,7 @@ impl SessionSettings {
         options
     }
 
-    /// Every text in it that the client may have chosen: a server may repeat any of them in an error.
+    /// Every text that the client may have chosen: a server may repeat any of them in an error.
     pub fn texts(&self) -> impl Iterator<Item = &str> {
         let parameters = self
             .parameters
@@ -120,20 +122,20 @@ impl SessionSettings {
     }
 }
 
-/// Whether a `replication` value asks for the replication protocol: anything that is not a Boolean "no" does.
+/// Whether a `replication` value selects the replication protocol: anything but a Boolean "no" does.
 fn is_replication(value: &str) -> bool {
     !["false", "off", "no", "0", "f", "n"]
         .iter()
         .any(|no| value.eq_ignore_ascii_case(no))
 }
 
-/// `-c` ends the name at the first `=` and reads `-` as `_`: either would set something else.
+/// `-c` ends the name at the first `=` and reads `-` as `_`: a name with either would set another parameter.
 fn can_be_folded(name: &str) -> bool {
     !name.contains(['=', '-']) && !name.contains(char::is_whitespace)
 }
 
 fn fold(options: &mut String, name: &str, value: &str) {
-    // The server drops a lone backslash at the very end; here it would take the space that follows.
+    // The server drops a lone backslash at the very end; here it would escape the space that follows.
     let backslashes = options.len() - options.trim_end_matches('\\').len();
     if backslashes % 2 == 1 {
         options.pop();
@@ -144,7 +146,7 @@ fn fold(options: &mut String, name: &str, value: &str) {
     options.push_str("-c ");
     for part in [name, "=", value] {
         for character in part.chars() {
-            // The server splits at C's isspace() and takes a backslash as "the next one is literal".
+            // pg_split_opts() splits at C's isspace(); a backslash escapes the next character.
             if matches!(
                 character,
                 ' ' | '\t' | '\n' | '\r' | '\u{b}' | '\u{c}' | '\\'
@@ -177,12 +179,12 @@ mod tests {
         SessionSettings::new(&message(parameters), "db".to_owned())
     }
 
-    /// What the server reads of them.
+    /// The arguments that the server reads.
     fn words(settings: &SessionSettings) -> Vec<String> {
         split(&settings.options(|_| false))
     }
 
-    /// PostgreSQL's `pg_split_opts`: what the server makes of an `options` string.
+    /// PostgreSQL's `pg_split_opts`.
     fn split(options: &str) -> Vec<String> {
         let mut words = Vec::new();
         let mut characters = options.chars().peekable();
@@ -209,7 +211,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_edge_knows_passes_as_it_is() {
+    fn parameters_that_the_edge_forwards_are_unchanged() {
         let settings = settings(&[
             ("user", "me"),
             ("application_name", "my app"),
@@ -229,7 +231,7 @@ mod tests {
     }
 
     #[test]
-    fn every_other_setting_is_folded_into_options_after_the_clients_own() {
+    fn other_parameters_are_folded_into_options_behind_the_clients_own() {
         let settings = settings(&[
             ("search_path", "\"my schema\", public"),
             ("options", "-c x=1"),
@@ -249,7 +251,7 @@ mod tests {
     }
 
     #[test]
-    fn a_backslash_at_the_end_of_the_clients_own_takes_nothing_of_ours() {
+    fn a_backslash_at_the_end_of_the_clients_options_does_not_escape_a_folded_parameter() {
         for own in ["-c x=1\\", "-c x=1"] {
             let settings = settings(&[("options", own), ("a", "b\\"), ("c", "d")]);
             assert_eq!(
@@ -261,23 +263,23 @@ mod tests {
     }
 
     #[test]
-    fn the_encoding_is_both_folded_and_remembered() {
+    fn client_encoding_is_folded_and_remembered() {
         let settings = settings(&[("client_encoding", "LATIN1")]);
         assert_eq!(settings.client_encoding.as_deref(), Some("LATIN1"));
         assert_eq!(words(&settings), ["-c", "client_encoding=LATIN1"]);
         assert!(!settings.replication);
     }
 
-    /// The edge drops them, so that a connection string with such a word works without the proxy, too.
+    /// The edge drops them, so a connection string with such a word works without the proxy.
     #[test]
-    fn names_that_would_set_something_else_are_left_out() {
+    fn names_that_would_set_another_parameter_are_omitted() {
         let settings = settings(&[("a=b", "x"), ("a-b", "x"), ("a b", "x"), ("c", "d")]);
         assert_eq!(settings.unusable, ["a=b", "a-b", "a b"]);
         assert_eq!(words(&settings), ["-c", "c=d"]);
     }
 
     #[test]
-    fn what_the_server_does_not_know_is_left_out_alone() {
+    fn only_the_dropped_parameter_is_omitted() {
         let settings = settings(&[
             ("options", "-c x=1"),
             ("schema", "app"),
@@ -288,7 +290,7 @@ mod tests {
     }
 
     #[test]
-    fn what_folding_makes_too_long_is_measured() {
+    fn a_startup_message_too_long_after_folding_is_refused() {
         let value = " ".repeat(6_000);
         let settings = settings(&[("search_path", &value)]);
         let too_long = settings.startup("me", |_| false).unwrap_err();
@@ -297,9 +299,9 @@ mod tests {
         assert_eq!(sent.len(), b"....____user\0me\0database\0db\0\0".len());
         // Exactly as long as is allowed, and one more.
         for (more, fits) in [(0, true), (1, false)] {
-            let room = MAX_STARTUP_LEN - sent.len() - b"options\0-c x=\0".len() + more;
+            let length = MAX_STARTUP_LEN - sent.len() - b"options\0-c x=\0".len() + more;
             let settings = SessionSettings {
-                folded: vec![("x".to_owned(), "y".repeat(room))],
+                folded: vec![("x".to_owned(), "y".repeat(length))],
                 ..settings.clone()
             };
             let sent = settings.startup("me", |_| false);

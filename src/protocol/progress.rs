@@ -1,4 +1,4 @@
-//! Who owes what: requests under way and the transaction's state, followed from the outside.
+//! Requests in flight and the transaction status, tracked from the message types that pass.
 
 use super::frame::{Seen, tag};
 
@@ -24,45 +24,45 @@ impl TransactionStatus {
     }
 }
 
-/// What client and server owe each other.
+/// The requests in flight on one connection.
 #[derive(Debug, Default)]
 #[expect(
     clippy::struct_excessive_bools,
     reason = "independent facts about one stream, not states of a machine"
 )]
 pub struct Progress {
-    /// Requests sent whose `ReadyForQuery` has not come back.
+    /// Requests without their `ReadyForQuery` yet.
     outstanding: u32,
     /// Extended-protocol messages sent since the last `Sync`.
     unsynced: bool,
-    /// Simple queries among the outstanding that were sent behind extended messages without a `Sync` between: if one of
-    /// those fails, the server skips them.
+    /// Simple queries among the outstanding that follow extended messages without a `Sync` between: the server skips them
+    /// if one of those messages fails.
     unsynced_simple: u32,
     last_request_simple: bool,
     copy_in: bool,
     terminated: bool,
-    /// The server's last message was an error: if nothing follows, it explains why the server left.
+    /// The server's last message was an error: if nothing follows, it is the reason for the end.
     explained: bool,
     status: TransactionStatus,
     answered: Answered,
 }
 
-/// How much the server has answered since this was last asked for.
+/// Requests completed since the last call of [`Progress::take_answered`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Answered {
-    /// `ReadyForQuery`s: a simple query each, or all up to a Sync.
+    /// One for each `ReadyForQuery`: a simple query, or everything up to a Sync.
     pub queries: u32,
-    /// Those after which no transaction was open.
+    /// Those that left no transaction open.
     pub transactions: u32,
 }
 
 impl Progress {
-    /// A session that has just been logged in.
+    /// A connection right after its login.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Whether the server waits for a request, outside any transaction.
+    /// Whether the server accepts a new request, outside any transaction.
     pub fn is_idle(&self) -> bool {
         (!self.is_owed() || self.is_skipping()) && self.status == TransactionStatus::Idle
     }
@@ -77,17 +77,17 @@ impl Progress {
             && self.outstanding <= self.unsynced_simple
     }
 
-    /// Whether the server owes an answer, or will once the client has said all.
+    /// Whether a response is outstanding, or will be once the client sends its Sync.
     pub fn is_owed(&self) -> bool {
         self.outstanding > 0 || self.unsynced
     }
 
-    /// Whether the client has said goodbye.
+    /// Whether the client has sent Terminate.
     pub fn is_terminated(&self) -> bool {
         self.terminated
     }
 
-    /// Whether the last thing the server said was an error, which no word of ours may follow.
+    /// Whether the server's last message was an error, which no message of the proxy may follow.
     pub fn is_explained(&self) -> bool {
         self.explained
     }
@@ -97,13 +97,13 @@ impl Progress {
         self.status
     }
 
-    /// What has been answered since the last call.
+    /// Requests completed since the last call.
     #[inline]
     pub fn take_answered(&mut self) -> Answered {
         std::mem::take(&mut self.answered)
     }
 
-    /// Takes note of what the client sent.
+    /// Records a message of the client.
     #[inline]
     pub fn from_client(&mut self, seen: Seen) {
         let Seen::Message { tag } = seen else { return };
@@ -125,8 +125,8 @@ impl Progress {
                 self.unsynced = false;
                 self.outstanding = self.outstanding.saturating_add(1);
             }
-            // While it takes COPY data the server ignores every Sync: what was counted before the end of the data
-            // will never be answered, except for the simple query that began the COPY.
+            // While the server takes COPY data it ignores every Sync. None of the requests counted so far gets a response,
+            // except the simple query that started the COPY.
             tag::COPY_DONE | tag::COPY_FAIL if self.copy_in => {
                 self.copy_in = false;
                 self.outstanding = u32::from(self.last_request_simple);
@@ -141,7 +141,7 @@ impl Progress {
         }
     }
 
-    /// Takes note of what the server sent.
+    /// Records a message of the server.
     #[inline]
     pub fn from_server(&mut self, seen: Seen) {
         match seen {
@@ -180,7 +180,7 @@ mod tests {
     }
 
     #[test]
-    fn a_query_is_owed_one_answer() {
+    fn a_query_has_one_response() {
         let mut progress = Progress::new();
         assert!(progress.is_idle());
         client(&mut progress, b"Q");
@@ -190,7 +190,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_answered_is_counted_once() {
+    fn completed_requests_are_counted_once() {
         let mut progress = Progress::new();
         client(&mut progress, b"QQQ");
         ready(&mut progress, b'T');
@@ -227,15 +227,12 @@ mod tests {
         assert!(!progress.is_idle(), "a Parse without Sync is under way");
         client(&mut progress, b"Q");
         ready(&mut progress, b'I');
-        assert!(
-            progress.is_idle(),
-            "the query has ended what came before it"
-        );
+        assert!(progress.is_idle(), "the query ends the messages before it");
     }
 
-    /// A drain waited for its whole grace time: the query behind a failed Parse is never answered.
+    /// A drain once waited for its whole grace time: the query behind a failed Parse never gets a response.
     #[test]
-    fn what_the_server_skips_up_to_a_sync_is_not_awaited() {
+    fn messages_skipped_up_to_a_sync_are_not_awaited() {
         let error = Seen::Message {
             tag: tag::ERROR_RESPONSE,
         };
@@ -262,7 +259,7 @@ mod tests {
     }
 
     #[test]
-    fn an_error_explains_an_end_only_while_nothing_follows_it() {
+    fn an_error_is_the_reason_for_an_end_only_while_nothing_follows_it() {
         let mut progress = Progress::new();
         let error = Seen::Message {
             tag: tag::ERROR_RESPONSE,
@@ -276,7 +273,7 @@ mod tests {
     }
 
     #[test]
-    fn the_sync_that_a_copy_swallows_is_not_awaited() {
+    fn a_sync_ignored_during_copy_is_not_awaited() {
         let mut progress = Progress::new();
         client(&mut progress, b"PBDES");
         progress.from_server(Seen::Message {
@@ -288,7 +285,7 @@ mod tests {
     }
 
     #[test]
-    fn a_simple_copy_ends_with_one_answer() {
+    fn a_simple_copy_has_one_response() {
         let mut progress = Progress::new();
         client(&mut progress, b"Q");
         progress.from_server(Seen::Message {

@@ -1,12 +1,13 @@
-//! Answers with rows in them, for the one server that we are ourselves: the console.
+//! Result rows of the console, encoded by `pgwire`.
 
 use bytes::{BufMut, BytesMut};
+use pgwire::messages::data::{DataRow, FieldDescription, RowDescription};
 
-use super::frame::tag;
+use super::backend::encode;
 
-/// The types our columns have.
+/// The type of a column.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
+pub(crate) enum Kind {
     /// `int8`.
     Number,
     /// `text`.
@@ -23,33 +24,29 @@ impl Kind {
     }
 }
 
-/// One column of an answer.
+/// A result column.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Column {
-    /// Its name.
-    pub name: &'static str,
-    /// Its type.
-    pub kind: Kind,
+pub(crate) struct Column {
+    pub(crate) name: &'static str,
+    pub(crate) kind: Kind,
 }
 
-/// One value of a row.
+/// A value of a row.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Value {
+pub(crate) enum Value {
     /// SQL's NULL.
     Null,
-    /// In a column of numbers.
     Number(i64),
-    /// In a column of texts.
     Text(String),
 }
 
-/// How values are written, as Bind asks for it.
+/// Text or binary format of each result column, as Bind requests it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Formats(Vec<bool>);
+pub(crate) struct Formats(Vec<bool>);
 
 impl Formats {
-    /// From Bind's format codes: none means text, one is for all columns. `None` where they do not fit the columns.
-    pub fn new(codes: &[i16], columns: usize) -> Option<Self> {
+    /// From Bind's format codes: no code means text, one code is for all columns. `None` if they do not fit the columns.
+    pub(crate) fn new(codes: &[i16], columns: usize) -> Option<Self> {
         let binary = |code: &i16| match code {
             0 => Some(false),
             1 => Some(true),
@@ -70,91 +67,39 @@ impl Formats {
     }
 }
 
-/// Appends a message whose body `write` writes.
-pub fn message(out: &mut BytesMut, tag: u8, write: impl FnOnce(&mut BytesMut)) {
-    out.put_u8(tag);
-    let at = out.len();
-    out.put_u32(0);
-    write(out);
-    let length = u32::try_from(out.len().saturating_sub(at)).unwrap_or(u32::MAX);
-    if let Some(place) = out.get_mut(at..at.saturating_add(4)) {
-        place.copy_from_slice(&length.to_be_bytes());
-    }
-}
-
-/// Appends a message without a body.
-pub fn bare(out: &mut BytesMut, tag: u8) {
-    message(out, tag, |_| {});
-}
-
 /// Appends a RowDescription.
-pub fn row_description(out: &mut BytesMut, columns: &[Column], formats: &Formats) {
-    message(out, tag::ROW_DESCRIPTION, |out| {
-        out.put_u16(count(columns.len()));
-        for (index, column) in columns.iter().enumerate() {
-            text(out, column.name);
-            let (oid, length) = column.kind.oid_and_len();
-            // Of no table.
-            out.put_u32(0);
-            out.put_u16(0);
-            out.put_u32(oid);
-            out.put_i16(length);
-            out.put_i32(-1);
-            out.put_i16(i16::from(formats.is_binary(index)));
-        }
+pub(crate) fn row_description(out: &mut BytesMut, columns: &[Column], formats: &Formats) {
+    let fields = columns.iter().enumerate().map(|(index, column)| {
+        let (oid, length) = column.kind.oid_and_len();
+        let format = i16::from(formats.is_binary(index));
+        // Zeros: the column belongs to no table. -1: its type has no modifier.
+        FieldDescription::new(column.name.to_owned(), 0, 0, oid, length, -1, format)
     });
+    encode(&RowDescription::new(fields.collect()), out);
 }
 
 /// Appends a DataRow.
-pub fn data_row(out: &mut BytesMut, values: &[Value], formats: &Formats) {
-    message(out, tag::DATA_ROW, |out| {
-        out.put_u16(count(values.len()));
-        for (index, value) in values.iter().enumerate() {
-            match value {
-                Value::Null => out.put_i32(-1),
-                Value::Number(number) if formats.is_binary(index) => {
-                    out.put_i32(8);
-                    out.put_i64(*number);
-                }
-                Value::Number(number) => sized(out, number.to_string().as_bytes()),
-                // Text is the same in both formats.
-                Value::Text(value) => sized(out, value.as_bytes()),
+pub(crate) fn data_row(out: &mut BytesMut, values: &[Value], formats: &Formats) {
+    let mut data = BytesMut::new();
+    for (index, value) in values.iter().enumerate() {
+        match value {
+            Value::Null => data.put_i32(-1),
+            Value::Number(number) if formats.is_binary(index) => {
+                sized(&mut data, &number.to_be_bytes())
             }
+            Value::Number(number) => sized(&mut data, number.to_string().as_bytes()),
+            // Text is the same in both formats.
+            Value::Text(value) => sized(&mut data, value.as_bytes()),
         }
-    });
+    }
+    let count = i16::try_from(values.len()).unwrap_or(i16::MAX);
+    encode(&DataRow::new(data, count), out);
 }
 
-/// Appends a CommandComplete.
-pub fn command_complete(out: &mut BytesMut, what: &str) {
-    message(out, tag::COMMAND_COMPLETE, |out| text(out, what));
-}
-
-/// Appends a ReadyForQuery with a transaction's status: `I`, `T` or `E`.
-pub fn ready_for_query(out: &mut BytesMut, status: u8) {
-    message(out, tag::READY_FOR_QUERY, |out| out.put_u8(status));
-}
-
-/// Appends a ParameterStatus.
-pub fn parameter_status(out: &mut BytesMut, name: &str, value: &str) {
-    message(out, tag::PARAMETER_STATUS, |out| {
-        text(out, name);
-        text(out, value);
-    });
-}
-
-/// A string and the zero byte that ends it; one inside would end it early.
-fn text(out: &mut BytesMut, text: &str) {
-    out.extend(text.bytes().filter(|byte| *byte != 0));
-    out.put_u8(0);
-}
-
-fn sized(out: &mut BytesMut, value: &[u8]) {
-    out.put_i32(i32::try_from(value.len()).unwrap_or(i32::MAX));
-    out.put_slice(value);
-}
-
-fn count(count: usize) -> u16 {
-    u16::try_from(count).unwrap_or(u16::MAX)
+/// A value behind its length.
+fn sized(data: &mut BytesMut, value: &[u8]) {
+    data.put_i32(i32::try_from(value.len()).unwrap_or(i32::MAX));
+    data.put_slice(value);
 }
 
 #[cfg(test)]
@@ -191,14 +136,10 @@ mod tests {
             &out[..],
             b"D\0\0\0\x15\0\x03\0\0\0\x02-5\xff\xff\xff\xff\0\0\0\x01x"
         );
-        out.clear();
-        ready_for_query(&mut out, b'I');
-        command_complete(&mut out, "SHOW");
-        assert_eq!(&out[..], b"Z\0\0\0\x05IC\0\0\0\x09SHOW\0");
     }
 
     #[test]
-    fn numbers_are_eight_bytes_where_binary_is_asked_for() {
+    fn binary_numbers_have_eight_bytes() {
         let formats = Formats::new(&[1], 2).unwrap();
         let mut out = BytesMut::new();
         let row = [Value::Number(1), Value::Text("1".to_owned())];

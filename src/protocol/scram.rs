@@ -1,4 +1,4 @@
-//! The server's side of SCRAM-SHA-256 (RFC 5802, RFC 7677), as PostgreSQL speaks it: no channel binding, any user name.
+//! The server's side of SCRAM-SHA-256 (RFC 5802, RFC 7677) as in PostgreSQL: any user name, and no channel binding.
 
 use aws_lc_rs::{
     constant_time::verify_slices_are_equal,
@@ -10,14 +10,14 @@ use postgres_protocol::{authentication::sasl::SCRAM_SHA_256, password::scram_sha
 use secrecy::{ExposeSecret, SecretString};
 use zeroize::{Zeroize, Zeroizing};
 
-/// Length of SHA-256.
+/// Length of a SHA-256 digest.
 const KEY_LEN: usize = 32;
-/// Bytes of randomness in our half of the nonce; PostgreSQL's `SCRAM_RAW_NONCE_LEN`.
+/// Random bytes in the server's half of the nonce; PostgreSQL's `SCRAM_RAW_NONCE_LEN`.
 const NONCE_LEN: usize = 18;
 
-/// What is kept of a password: enough to check it, not enough to log in with it elsewhere.
+/// Keys derived from a password: enough to verify a proof, not enough to log in elsewhere.
 pub struct Verifier {
-    /// Iterations and salt, as a client is told them: `s=...,i=...`.
+    /// Salt and iterations as sent to clients: `s=...,i=...`.
     parameters: String,
     stored_key: [u8; KEY_LEN],
     server_key: [u8; KEY_LEN],
@@ -36,22 +36,22 @@ impl std::fmt::Debug for Verifier {
     }
 }
 
-/// Why a client is not believed.
+/// Why an exchange failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ScramError {
-    /// Not the password.
-    #[error("the proof does not fit the password")]
+    /// The proof is for another password.
+    #[error("the proof does not match the password")]
     Wrong,
-    /// A message that makes no sense.
+    /// A malformed message, or one that does not continue the exchange.
     #[error("malformed SCRAM message")]
     Malformed,
-    /// Something that is not offered: channel binding, another identity, an extension.
-    #[error("the client asks for what SCRAM-SHA-256 has not got here")]
+    /// Channel binding, an authorization identity or an extension, none of which is offered.
+    #[error("the client requests a SCRAM feature that is not offered")]
     Unsupported,
 }
 
 impl Verifier {
-    /// Derives it; takes some milliseconds, on purpose. `None` only for a defect of the library that does.
+    /// Derives the keys, which takes milliseconds by design. `None` if the library's format changes.
     pub fn new(password: &SecretString) -> Option<Self> {
         // SCRAM-SHA-256$<iterations>:<salt>$<stored key>:<server key>
         let text = Zeroizing::new(scram_sha_256(password.expose_secret().as_bytes()));
@@ -70,19 +70,19 @@ impl Verifier {
     }
 }
 
-/// One exchange, halfway: the client has said its nonce, and we have answered.
+/// An exchange after the server's first message.
 #[derive(Debug)]
 pub struct Exchange<'a> {
     verifier: &'a Verifier,
-    /// What binds the messages together, up to the client's last.
+    /// RFC 5802's AuthMessage, up to the client's final message.
     transcript: String,
-    /// The header of the client's first message, to be repeated in its last.
+    /// The GS2 header of the client's first message, which its final message repeats.
     header: String,
     nonce: String,
 }
 
 impl<'a> Exchange<'a> {
-    /// Reads the client's first message; returns the exchange and our answer.
+    /// Parses the client's first message; returns the exchange and the server's first message.
     pub fn begin(verifier: &'a Verifier, first: &[u8]) -> Result<(Self, String), ScramError> {
         let random: [u8; NONCE_LEN] = rand::random();
         Self::begin_with(verifier, first, &STANDARD.encode(random))
@@ -97,7 +97,7 @@ impl<'a> Exchange<'a> {
         let (binding, rest) = first.split_once(',').ok_or(ScramError::Malformed)?;
         let (identity, bare) = rest.split_once(',').ok_or(ScramError::Malformed)?;
         match binding {
-            // `y`: the client could bind channels, and believes that we cannot. It is right.
+            // `y`: the client supports channel binding and saw that the server does not.
             "n" | "y" => {}
             binding if binding.starts_with("p=") => return Err(ScramError::Unsupported),
             _ => return Err(ScramError::Malformed),
@@ -129,7 +129,7 @@ impl<'a> Exchange<'a> {
         Ok((exchange, answer))
     }
 
-    /// Checks the client's last message; returns our proof that we know the password, too.
+    /// Verifies the client's final message; returns the server's final message with its own proof.
     pub fn finish(mut self, last: &[u8]) -> Result<String, ScramError> {
         let last = std::str::from_utf8(last).map_err(|_| ScramError::Malformed)?;
         let (unproved, proof) = last.rsplit_once(",p=").ok_or(ScramError::Malformed)?;
@@ -177,7 +177,7 @@ mod tests {
         Verifier::new(&SecretString::from(password)).unwrap()
     }
 
-    /// What libpq's way of doing it makes of our side.
+    /// Runs rust-postgres's client side against the server side.
     fn log_in(
         verifier: &Verifier,
         password: &str,
@@ -192,7 +192,7 @@ mod tests {
     }
 
     #[test]
-    fn whoever_knows_the_password_is_believed_and_believes_us() {
+    fn the_right_password_authenticates_both_sides() {
         for password in [
             "sesame",
             "with, comma = and space",
@@ -215,7 +215,7 @@ mod tests {
     }
 
     #[test]
-    fn channels_are_not_bound() {
+    fn channel_binding_is_refused() {
         let bound = ChannelBinding::tls_server_end_point(vec![1; 32]);
         assert_eq!(
             log_in(&verifier("x"), "x", bound),
@@ -225,7 +225,7 @@ mod tests {
 
     /// RFC 7677, section 3.
     #[test]
-    fn the_standards_own_example_is_understood() {
+    fn the_example_of_the_rfc_is_verified() {
         let salt = "W22ZaJ0SNY7soEsUEjb6gQ==";
         let salted = pbkdf2(b"pencil", &STANDARD.decode(salt).unwrap(), 4096);
         let key = |name: &[u8]| hmac::sign(&hmac::Key::new(hmac::HMAC_SHA256, &salted), name);
@@ -267,7 +267,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_out_of_order_is_refused() {
+    fn malformed_and_unsupported_messages_are_refused() {
         let verifier = verifier("x");
         let begin = |first: &[u8]| Exchange::begin(&verifier, first).unwrap_err();
         for malformed in [
@@ -311,7 +311,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_of_it_is_printed() {
+    fn debug_output_holds_no_key() {
         assert_eq!(format!("{:?}", verifier("sesame")), "Verifier { .. }");
     }
 

@@ -1,37 +1,38 @@
-//! The first packet of a connection: what kind it is, and what a StartupMessage asks for.
+//! The untyped packets that open a connection, and the few messages to a server outside a login, encoded by
+//! `postgres-protocol`.
 
 use std::str;
 
-use bytes::{Buf, BufMut, BytesMut};
+use bytes::{Buf, BytesMut};
+use postgres_protocol::message::frontend;
 
-/// PostgreSQL's `MAX_STARTUP_PACKET_LENGTH`, in bytes, which the endpoint's edge keeps to as well.
+/// PostgreSQL's `MAX_STARTUP_PACKET_LENGTH`, in bytes; the endpoint's edge has the same limit.
 pub const MAX_STARTUP_LEN: usize = 9_999;
 
 const CANCEL_REQUEST: u32 = 80_877_102;
 const SSL_REQUEST: u32 = 80_877_103;
 const GSSENC_REQUEST: u32 = 80_877_104;
 const CANCEL_REQUEST_LEN: usize = 16;
-const PROTOCOL_3_0: u32 = 196_608;
 /// First byte of a TLS handshake record.
 pub const TLS_HANDSHAKE: u8 = 0x16;
 
-/// What a client may send first.
+/// The first packet of a connection.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum InitialPacket {
-    /// Cancel what another connection does.
+    /// Cancels the query of another connection.
     Cancel(CancelKey),
-    /// GSSAPI encryption, please.
+    /// Requests GSSAPI encryption.
     GssEnc,
-    /// TLS, please.
+    /// Requests TLS.
     Ssl,
-    /// A session, please.
+    /// Requests a session.
     Startup(StartupMessage),
 }
 
-/// Which session to cancel: opaque to everyone but its server.
+/// Identifies a session to cancel; meaningful to the server that issued it only.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct CancelKey {
-    /// The process id the client was given.
+    /// The process id that the client received.
     pub process_id: u32,
     /// The secret that proves the right to cancel.
     pub secret: u32,
@@ -47,25 +48,25 @@ impl std::fmt::Debug for CancelKey {
 
 impl CancelKey {
     /// The CancelRequest packet for this key.
-    pub fn request(self) -> [u8; CANCEL_REQUEST_LEN] {
-        let mut packet = [0; CANCEL_REQUEST_LEN];
-        let mut out = &mut packet[..];
-        out.put_u32(16);
-        out.put_u32(CANCEL_REQUEST);
-        out.put_u32(self.process_id);
-        out.put_u32(self.secret);
+    pub(crate) fn request(self) -> BytesMut {
+        let mut packet = BytesMut::new();
+        frontend::cancel_request(
+            self.process_id.cast_signed(),
+            self.secret.cast_signed(),
+            &mut packet,
+        );
         packet
     }
 }
 
-/// A request for a session, as the client wrote it.
+/// A request for a session.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct StartupMessage {
-    /// The minor protocol version asked for; the major is 3.
+    /// The requested minor protocol version; the major version is 3.
     pub minor: u16,
-    /// Parameters in the order sent, `user` and `database` among them, `_pq_.` options not.
+    /// Parameters in the order sent, including `user` and `database`, without `_pq_.` options.
     pub parameters: Vec<(String, String)>,
-    /// Names of the protocol options (`_pq_.`) asked for.
+    /// Names of the requested protocol options (`_pq_.`).
     pub protocol_options: Vec<String>,
 }
 
@@ -76,16 +77,16 @@ impl StartupMessage {
         (!value.is_empty()).then_some(value.as_str())
     }
 
-    /// Whether the client must be told that only 3.0, without options, is spoken here.
+    /// Whether the client requests more than protocol 3.0 without options.
     pub fn needs_negotiation(&self) -> bool {
         self.minor > 0 || !self.protocol_options.is_empty()
     }
 }
 
-/// Why a first packet was refused.
+/// Why a first packet is refused.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum StartupError {
-    /// Not the beginning of any Postgres connection.
+    /// Not a Postgres connection.
     #[error("invalid length of startup packet")]
     InvalidLength,
     /// A request packet of the wrong size.
@@ -100,7 +101,7 @@ pub enum StartupError {
     /// A TLS handshake without the SSLRequest that should precede it.
     #[error("TLS handshake instead of a startup packet")]
     TlsHandshake,
-    /// A major version that no one speaks any more, or not yet.
+    /// A major version other than 3.
     #[error("unsupported frontend protocol {major}.{minor}: server supports 3.0 to 3.0")]
     UnsupportedVersion {
         /// Major version.
@@ -113,7 +114,7 @@ pub enum StartupError {
 /// Takes the first packet off the front of `buffer`; `None` when more bytes are needed.
 ///
 /// # Errors
-/// As soon as the bytes so far cannot become a first packet.
+/// As soon as the bytes cannot be the start of a first packet.
 pub fn take_initial_packet(buffer: &mut BytesMut) -> Result<Option<InitialPacket>, StartupError> {
     if buffer.first() == Some(&TLS_HANDSHAKE) {
         return Err(StartupError::TlsHandshake);
@@ -187,41 +188,41 @@ fn take_string<'a>(body: &mut &'a [u8]) -> Result<&'a str, StartupError> {
 }
 
 /// The SSLRequest packet.
-pub fn ssl_request() -> [u8; 8] {
-    let mut packet = [0; 8];
-    let mut out = &mut packet[..];
-    out.put_u32(8);
-    out.put_u32(SSL_REQUEST);
+pub(crate) fn ssl_request() -> BytesMut {
+    let mut packet = BytesMut::new();
+    frontend::ssl_request(&mut packet);
     packet
 }
 
-/// A 3.0 StartupMessage; `None` when it would exceed [`MAX_STARTUP_LEN`] or a string holds a zero byte.
-pub fn encode_startup(parameters: &[(&str, &str)]) -> Option<Vec<u8>> {
-    let mut packet = vec![0; 4];
-    packet.put_u32(PROTOCOL_3_0);
-    for (name, value) in parameters {
-        if name.bytes().chain(value.bytes()).any(|byte| byte == 0) {
-            return None;
-        }
-        packet.extend_from_slice(name.as_bytes());
-        packet.push(0);
-        packet.extend_from_slice(value.as_bytes());
-        packet.push(0);
-    }
-    packet.push(0);
-    if packet.len() > MAX_STARTUP_LEN {
-        return None;
-    }
-    let length = u32::try_from(packet.len()).ok()?;
-    packet[..4].copy_from_slice(&length.to_be_bytes());
-    Some(packet)
+/// A Terminate message.
+pub(crate) fn terminate() -> BytesMut {
+    let mut message = BytesMut::new();
+    frontend::terminate(&mut message);
+    message
+}
+
+/// A Query message; `None` if `sql` holds a zero byte.
+pub(crate) fn query(sql: &str) -> Option<BytesMut> {
+    let mut message = BytesMut::new();
+    frontend::query(sql, &mut message).ok()?;
+    Some(message)
+}
+
+/// A 3.0 StartupMessage; `None` if it would exceed [`MAX_STARTUP_LEN`] or a string holds a zero byte.
+pub fn encode_startup(parameters: &[(&str, &str)]) -> Option<BytesMut> {
+    let mut packet = BytesMut::new();
+    frontend::startup_message(parameters.iter().copied(), &mut packet).ok()?;
+    (packet.len() <= MAX_STARTUP_LEN).then_some(packet)
 }
 
 #[cfg(test)]
 mod tests {
+    use bytes::BufMut;
     use proptest::prelude::*;
 
     use super::*;
+
+    const PROTOCOL_3_0: u32 = 196_608;
 
     fn parse(bytes: &[u8]) -> Result<Option<InitialPacket>, StartupError> {
         take_initial_packet(&mut BytesMut::from(bytes))
@@ -236,7 +237,7 @@ mod tests {
     }
 
     #[test]
-    fn requests_are_told_apart() {
+    fn each_request_code_has_its_packet() {
         assert_eq!(parse(&ssl_request()), Ok(Some(InitialPacket::Ssl)));
         assert_eq!(
             parse(&packet(GSSENC_REQUEST, b"")),
@@ -260,7 +261,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_postgres_is_refused_at_once() {
+    fn other_protocols_are_refused_at_once() {
         assert_eq!(parse(&[0x16, 3, 1]), Err(StartupError::TlsHandshake));
         assert_eq!(
             parse(b"GET / HTTP/1.1\r\n"),

@@ -117,7 +117,7 @@ async fn welcome_one(listener: &TcpListener) -> tokio::net::TcpStream {
     stream
 }
 
-fn startup() -> Vec<u8> {
+fn startup() -> BytesMut {
     encode_startup(&[("user", "anyone")]).unwrap()
 }
 
