@@ -7,10 +7,9 @@ use tokio::time::{Instant, sleep_until};
 use super::{
     StartError,
     endpoints::{Endpoints, Served},
-    locate::{Located, locate},
+    locate::{Access, Target, locate},
     outlook::Reporter,
     shared::Shared,
-    source::Access,
 };
 use crate::{
     config::{EndpointConfig, Roots, TlsMode},
@@ -18,13 +17,14 @@ use crate::{
     listener::Listener,
     net::{
         backoff::jitter,
+        tcp::is_loopback,
         tls::{self, Fingerprint},
     },
     protocol::error::{Report, sqlstate},
     session::{Entrance, Policy},
     systemd::Notifier,
     telemetry::{chain, labels::Reason},
-    upstream::{Problem, Refusal, RouteFinder, Upstream, is_loopback},
+    upstream::{Problem, Refusal, RouteFinder, Upstream},
 };
 
 /// What one question of a look-up may cost, retries included: those within an attempt spare a long search its beginning,
@@ -195,7 +195,7 @@ async fn keep(
     }
     drop((endpoint, served));
     drop(shared);
-    Refresher::new(located.source, credentials, metrics)
+    Refresher::new(located.mint, credentials, metrics)
         .run(stop)
         .await;
 }
@@ -225,7 +225,7 @@ struct Search<'a> {
 impl Search<'_> {
     /// Looks the endpoint up until it is found, at the pace at which credentials are requested: what stands in the way is
     /// mostly the same.
-    async fn run(&self) -> Located {
+    async fn run(&self) -> Target {
         let mut pace = Pace::new(Instant::now());
         let mut logged = None;
         loop {
@@ -245,16 +245,16 @@ impl Search<'_> {
                 reporter.failed(error);
             }
             loop {
-                let next = pace.next_without(self.finder.is_awaited());
+                let next = pace.next_without(self.finder.demand().exists());
                 tokio::select! {
                     () = sleep_until(next) => break,
-                    () = self.finder.demand() => {}
+                    () = self.finder.demand().added() => {}
                 }
             }
         }
     }
 
-    async fn attempt(&self) -> Result<Located, StartError> {
+    async fn attempt(&self) -> Result<Target, StartError> {
         let located = locate(self.config, self.access, QUESTION_PATIENCE).await?;
         refuse_loop(&located, self.endpoints).await?;
         Ok(located)
@@ -307,7 +307,7 @@ fn refusal(config: &EndpointConfig, error: &StartError) -> Refusal {
 }
 
 /// A proxy that dials itself would take every connection it makes for a client's.
-async fn refuse_loop(located: &Located, endpoints: &Endpoints) -> Result<(), StartError> {
+async fn refuse_loop(located: &Target, endpoints: &Endpoints) -> Result<(), StartError> {
     let endpoint = &located.endpoint;
     let ours = endpoints.addresses();
     if !ours.iter().any(|ours| ours.port() == endpoint.port) {

@@ -1,28 +1,48 @@
-//! Filling in what the settings of an endpoint leave open, by asking the workspace.
+//! Completes the settings of an endpoint from the workspace.
 
-use std::{net::SocketAddr, time::Duration};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use rustls::pki_types::ServerName;
 
-use super::{
-    StartError, blocking,
-    source::{Access, Source},
-};
+use super::{StartError, blocking};
 use crate::{
-    config::{DEFAULT_DATABASE, EndpointConfig, TlsMode, without_userinfo},
+    config::{CredentialSource, DEFAULT_DATABASE, EndpointConfig, TlsMode, without_userinfo},
+    credential::{self, Mint},
     net::tls,
     status::Label,
     upstream::{Addresses, DroppedParameters, Endpoint, Security},
-    workspace::{AppDatabases, CredentialMinter, HostName, Wanted},
+    workspace::{AppDatabases, CredentialMinter, HostName, Wanted, Workspace},
 };
 
-/// An endpoint that can be dialled, and who makes its credentials.
-pub(super) struct Located {
+/// An endpoint that can be dialed, and the source of its credentials.
+pub(super) struct Target {
     pub(super) endpoint: Endpoint,
-    pub(super) source: Source,
+    pub(super) mint: Arc<dyn Mint>,
 }
 
-/// What can be known of an endpoint's settings without the network: names, and the trust in its certificate.
+/// What mints an endpoint's credentials.
+#[derive(Clone)]
+pub(super) enum Access {
+    /// A source that the settings name.
+    Own(Arc<dyn Mint>),
+    /// The workspace, which can complete the settings too.
+    Workspace(Workspace),
+}
+
+impl Access {
+    /// `workspace` is called only if the settings name no other source.
+    pub(super) fn new<E>(
+        source: &CredentialSource,
+        workspace: impl FnOnce() -> Result<Workspace, E>,
+    ) -> Result<Self, E> {
+        match credential::of_settings(source) {
+            Some(mint) => Ok(Self::Own(mint)),
+            None => workspace().map(Self::Workspace),
+        }
+    }
+}
+
+/// Checks what needs no network: names, and the trusted roots.
 pub(super) fn check(config: &EndpointConfig, access: &Access) -> Result<(), StartError> {
     if let Access::Workspace(_) = access {
         wanted(config)
@@ -46,28 +66,28 @@ fn wanted(config: &EndpointConfig) -> Wanted {
     }
 }
 
-/// Looks up host and user where they are not set. `patience` is what one question may cost, retries included.
+/// Looks up host and user where they are not set; `timeout` is the limit of one request to the workspace, with retries.
 pub(super) async fn locate(
     config: &EndpointConfig,
     access: &Access,
-    patience: Duration,
-) -> Result<Located, StartError> {
+    timeout: Duration,
+) -> Result<Target, StartError> {
     let workspace = match access {
         Access::Workspace(workspace) => workspace,
-        Access::Own(own) => {
+        Access::Own(mint) => {
             // The settings have been checked: such an endpoint has a host and a user.
             let host = config.host.clone().unwrap_or_default();
             let user = config.user.clone().unwrap_or_default();
             let database = config.database_or_default().to_owned();
             let label = Label::new(config.called());
-            return Ok(Located {
+            return Ok(Target {
                 endpoint: endpoint(config, label, host, user, database).await?,
-                source: Source::Own(own.clone()),
+                mint: Arc::clone(mint),
             });
         }
     };
     let located = workspace
-        .locate_within(&wanted(config), patience)
+        .locate_within(&wanted(config), timeout)
         .await
         .map_err(Box::new)?;
     let direct = located.host.parse::<HostName>().ok();
@@ -89,9 +109,9 @@ pub(super) async fn locate(
     let database = located
         .database
         .unwrap_or_else(|| DEFAULT_DATABASE.to_owned());
-    Ok(Located {
+    Ok(Target {
         endpoint: endpoint(config, label, located.host, located.user, database).await?,
-        source: Source::Workspace(CredentialMinter::new(workspace.clone(), located.target)),
+        mint: Arc::new(CredentialMinter::new(workspace.clone(), located.target)),
     })
 }
 
@@ -119,7 +139,7 @@ async fn endpoint(
     })
 }
 
-/// How the wire to `host` is protected; reads the file of roots.
+/// The TLS configuration towards `host`; reads the file of roots.
 pub(super) fn security(tls: &TlsMode, host: &str) -> Result<Security, StartError> {
     Ok(match tls {
         TlsMode::Disabled => Security::Plain,

@@ -9,7 +9,6 @@ mod outlook;
 mod reload;
 mod running;
 mod shared;
-mod source;
 mod start;
 mod watch;
 
@@ -23,11 +22,14 @@ pub use self::{
     reload::{RefusedReload, Reloaded, Reloader},
     running::{Running, Target},
 };
-use self::{locate::locate, shared::Shared, source::Access};
+use self::{
+    locate::{Access, locate},
+    shared::Shared,
+};
 use crate::{
     clock::Clock,
     config::{Config, EndpointConfig, Roots, Settings},
-    credential::{Mint, MintError, Minted},
+    credential::{MintError, Minted},
     descriptors,
     listener::{Bound, Inherited, Listener},
     net::tls,
@@ -218,7 +220,7 @@ pub async fn mint_once(
     };
     let access = Access::new(&endpoint.credential, workspace)?;
     let located = locate(endpoint, &access, LOOK_UP_PATIENCE).await?;
-    let minted = located.source.mint().await;
+    let minted = located.mint.mint().await;
     Ok((located.endpoint, minted))
 }
 

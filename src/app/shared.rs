@@ -9,7 +9,7 @@ use super::{
     StartError, blocking,
     endpoints::{Endpoints, Served},
     gate::{self, Gate},
-    source::Access,
+    locate::Access,
 };
 use crate::{
     clock::Clock,

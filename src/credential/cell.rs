@@ -1,27 +1,25 @@
 //! The cell that holds the current credential: read without a lock, waited for without polling.
 //!
-//! It knows nothing of how a credential is made. Clients read it and report what became of their logins; the refresher
-//! writes it. The two meet in the status that is published here and in the demand that clients leave behind.
+//! The refresher is its only writer. Clients read it and report the results of their logins; they wait on the published
+//! status, and the refresher waits on their demand.
 
 use std::{
     fmt,
-    sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicUsize, Ordering},
-    },
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
 use arc_swap::ArcSwapOption;
 use jiff::Timestamp;
 use tokio::{
-    sync::{Notify, watch},
+    sync::watch,
     time::{Instant, timeout_at},
 };
 
 use super::{
-    Cause, Credential, CredentialError, CredentialState, HOLD, MintAttempt, MintError, Minted,
-    forced::Forced, history::History, is_held_for, schedule::Lifetime,
+    Cause, Credential, CredentialError, CredentialState, Demand, HOLD, MintAttempt, MintError,
+    Minted, Probe, forced::Forced, history::History, is_held_for, propagation::Propagation,
+    schedule::Lifetime,
 };
 use crate::clock::Clock;
 
@@ -36,11 +34,11 @@ struct Inner {
     status: watch::Sender<CredentialStatus>,
     forced: Mutex<Forced>,
     history: Mutex<History>,
-    waiting: AtomicUsize,
-    demand: Notify,
+    propagation: Propagation,
+    demand: Demand,
 }
 
-/// What is known about the credential; holds no secret.
+/// The published state of the credential; holds no secret.
 #[derive(Clone, Debug)]
 pub struct CredentialStatus {
     /// The generation of the current credential; 0 before the first.
@@ -49,9 +47,9 @@ pub struct CredentialStatus {
     pub minted_at: Option<Timestamp>,
     /// When it expires; `None` before the first and for one that never does.
     pub expires_at: Option<Timestamp>,
-    /// Where it stands in its life.
+    /// Its state.
     pub state: CredentialState,
-    /// Whether a new one is minted only for a client that needs it.
+    /// Whether a new one is minted on demand only.
     pub is_lazy: bool,
     /// Why the last attempt failed; `None` after a success.
     pub last_error: Option<Arc<MintError>>,
@@ -59,22 +57,21 @@ pub struct CredentialStatus {
     pub next_attempt: Option<Timestamp>,
     /// The milestones of the current credential.
     pub(super) lifetime: Option<Lifetime>,
-    /// Attempts that have ended.
+    /// The number of attempts that have ended.
     pub(super) settled: u64,
-    /// Whether an attempt is being made.
+    /// Whether an attempt is in progress.
     pub(super) in_flight: bool,
-    /// The earliest attempt that a waiting client can bring about.
+    /// The earliest attempt that a waiting client can cause.
     pub(super) opens_at: Instant,
 }
 
 impl CredentialCell {
-    /// An empty cell; a refresher fills it, and keeps it filled.
+    /// An empty cell, which a refresher keeps filled.
     pub fn new(clock: Clock) -> Self {
         Self::with(clock, false)
     }
 
-    /// The same, but a refresher fills it again only for a client that needs a credential: for processors that stand
-    /// still between requests.
+    /// An empty cell, which a refresher refills on demand only: for platforms that freeze the CPU between requests.
     pub fn lazy(clock: Clock) -> Self {
         Self::with(clock, true)
     }
@@ -100,12 +97,12 @@ impl CredentialCell {
             status,
             forced: Mutex::default(),
             history: Mutex::default(),
-            waiting: AtomicUsize::new(0),
-            demand: Notify::new(),
+            propagation: Propagation::default(),
+            demand: Demand::default(),
         }))
     }
 
-    /// The credential, if there is one that is valid by the wall clock now. Takes no lock and never waits.
+    /// The credential, if it is valid by the wall clock now. Takes no lock and never waits.
     pub fn current(&self) -> Option<Arc<Credential>> {
         let credential = self.0.current.load_full()?;
         credential
@@ -115,9 +112,8 @@ impl CredentialCell {
 
     /// A valid credential; waits for one until the deadline. Cancel safe.
     ///
-    /// Failures that time heals are waited out. A refusal that only a person can mend, and a request to wait for longer
-    /// than clients are held, is returned as soon as an attempt made during the wait has met it, or at once when the next
-    /// attempt is further off than a few seconds.
+    /// Transient failures are waited out. A failure that waiting does not fix is returned as soon as an attempt during the
+    /// wait meets it, or at once if the next attempt is more than [`HOLD`] away.
     pub async fn get(&self, deadline: Instant) -> Result<Arc<Credential>, CredentialError> {
         if let Some(credential) = self.current() {
             if !self.is_stale() {
@@ -139,12 +135,12 @@ impl CredentialCell {
         self.wait(status, 0, deadline).await
     }
 
-    /// Whether the current credential is to be replaced before a client logs in with it.
+    /// Whether a client must wait for a new credential although the current one is valid.
     fn is_stale(&self) -> bool {
         self.0.is_lazy && self.0.status.borrow().is_stale_at(self.0.clock.now())
     }
 
-    /// One attempt to replace a credential that is about to run out; without success it has to do as long as it is valid.
+    /// Waits for one attempt to replace a credential that is about to expire; falls back on it while it is valid.
     async fn renewed(&self, stale: Arc<Credential>, deadline: Instant) -> Option<Arc<Credential>> {
         let mut status = self.0.status.subscribe();
         let deadline = deadline.min(Instant::now() + HOLD);
@@ -155,7 +151,7 @@ impl CredentialCell {
             }
             status.settled
         };
-        let _waiting = Waiting::new(&self.0);
+        let _waiting = self.0.demand.add();
         let attempted = status.wait_for(|status| status.settled > settled);
         let _ = timeout_at(deadline, attempted).await;
         self.newer(stale.generation).or_else(|| self.current())
@@ -163,8 +159,8 @@ impl CredentialCell {
 
     /// A credential newer than the one that the endpoint has just rejected; waits for it until the deadline. Cancel safe.
     ///
-    /// All who ask for the same generation share one mint. Asking is rate-limited per cause, and the interval doubles
-    /// while the credentials made on demand are rejected too, until [`accepted`](Self::accepted) is called for the cause.
+    /// All clients with the same rejected generation share one mint. Forced mints are rate-limited per cause, and the
+    /// interval doubles while their credentials are rejected too, until [`accepted`](Self::accepted) is called for the cause.
     pub async fn replace(
         &self,
         rejected_generation: u64,
@@ -201,8 +197,19 @@ impl CredentialCell {
         self.wait(status, rejected_generation, deadline).await
     }
 
+    /// Waits until a credential that was rejected soon after its mint is worth another attempt, since it may not have
+    /// reached the endpoint; `None` if it is not, or not before the deadline. Cancel safe.
+    pub(crate) async fn retry_young(
+        &self,
+        generation: u64,
+        deadline: Instant,
+    ) -> Option<Probe<'_>> {
+        let age = self.age(generation)?;
+        self.0.propagation.probe(generation, age, deadline).await
+    }
+
     /// How long ago this generation was minted; `None` if it is not the latest.
-    pub fn age(&self, generation: u64) -> Option<Duration> {
+    fn age(&self, generation: u64) -> Option<Duration> {
         let status = self.0.status.borrow();
         let minted_at = status
             .minted_at
@@ -211,26 +218,31 @@ impl CredentialCell {
         Some(Duration::try_from(age).unwrap_or_default())
     }
 
-    /// A login of this cause worked: a later rejection of the same cause is worth a prompt new mint.
+    /// Records a login that worked: a later rejection of the same cause is worth a prompt new mint.
     pub fn accepted(&self, generation: u64, cause: Cause) {
         self.forced().accept(generation, cause);
+        self.0.propagation.accepted(generation);
     }
 
-    /// What is known about the credential, judged by the wall clock now.
+    /// Records that the role belongs to another identity than the credential. Returns whether a new credential is worth
+    /// trying: one is, until a login is accepted, because each belongs to the same identity.
+    pub(crate) fn mismatch(&self) -> bool {
+        self.forced().mismatch()
+    }
+
+    /// The status by the wall clock now.
     pub fn status(&self) -> CredentialStatus {
         let mut status = self.0.status.borrow().clone();
         status.state = status.state_at(self.0.clock.now());
         status
     }
 
-    /// Follows the status: a change of generation, of state, of outcome, of plan.
+    /// Follows changes of generation, state, last error and plan.
     pub fn subscribe(&self) -> watch::Receiver<CredentialStatus> {
         self.0.status.subscribe()
     }
 
-    /// Publishes a credential, as the refresher does; for tests and for credentials that nobody refreshes.
-    ///
-    /// `jitter` in -1..=1 moves the time of its refresh.
+    /// Publishes a credential. Only the refresher calls it, and tests. `jitter` in -1..=1 moves the time of the refresh.
     pub fn publish(&self, minted: Minted, jitter: f64) -> Arc<Credential> {
         let now = self.0.clock.now();
         let generation = self
@@ -261,12 +273,12 @@ impl CredentialCell {
         credential
     }
 
-    /// The last attempts to mint, the latest first.
+    /// The latest attempts to mint, newest first.
     pub fn attempts(&self) -> Vec<MintAttempt> {
         self.history().latest()
     }
 
-    /// Remembers an attempt for [`attempts`](Self::attempts).
+    /// Adds an attempt to [`attempts`](Self::attempts).
     pub(super) fn remember(&self, attempt: MintAttempt) {
         self.history().push(attempt);
     }
@@ -287,17 +299,17 @@ impl CredentialCell {
         self.0.current.load_full()
     }
 
-    /// Whether the latest credential was rejected at a login.
+    /// Whether this generation was rejected at a login.
     pub(super) fn is_rejected(&self, generation: u64) -> bool {
         self.forced().rejected() >= generation
     }
 
-    /// When a forced refresh that is still owed may be made.
+    /// When a forced refresh that is still due may start.
     pub(super) fn forced_at(&self, now: Instant) -> Option<Instant> {
-        self.forced().owed_at(now)
+        self.forced().due_at(now)
     }
 
-    /// An attempt begins.
+    /// Records the start of an attempt.
     pub(super) fn attempt_begins(&self, now: Instant) {
         self.forced().attempt(now);
         self.0.status.send_modify(|status| {
@@ -306,7 +318,7 @@ impl CredentialCell {
         });
     }
 
-    /// An attempt has ended; waiters look at the outcome. `opens_at`: the earliest attempt that a waiting client can cause.
+    /// Publishes the outcome of an attempt. `opens_at`: the earliest attempt that a waiting client can cause.
     pub(super) fn attempt_ended(&self, opens_at: Instant, error: Option<Arc<MintError>>) {
         self.0.status.send_modify(|status| {
             status.in_flight = false;
@@ -316,7 +328,7 @@ impl CredentialCell {
         });
     }
 
-    /// Brings state and plan up to date; followers are woken if either changed.
+    /// Publishes state and plan, if either changed.
     pub(super) fn plan(&self, next_attempt: Option<Timestamp>) {
         let now = self.0.clock.now();
         self.0.status.send_if_modified(|status| {
@@ -332,13 +344,8 @@ impl CredentialCell {
         self.0.is_lazy
     }
 
-    pub(super) fn is_awaited(&self) -> bool {
-        self.0.waiting.load(Ordering::SeqCst) > 0
-    }
-
-    /// Completes when a client asks for something. Cancel safe.
-    pub(super) async fn demand(&self) {
-        self.0.demand.notified().await;
+    pub(super) fn demand(&self) -> &Demand {
+        &self.0.demand
     }
 
     fn forced(&self) -> MutexGuard<'_, Forced> {
@@ -356,14 +363,14 @@ impl CredentialCell {
         newer_than: u64,
         deadline: Instant,
     ) -> Result<Arc<Credential>, CredentialError> {
-        let _waiting = Waiting::new(&self.0);
+        let _waiting = self.0.demand.add();
         let settled = status.borrow().settled;
         loop {
             let (attempted, refusal) = {
                 let status = status.borrow_and_update();
                 (status.settled > settled, status.refusal().cloned())
             };
-            // Looked at after the status was marked as seen, so that no publication falls between the two.
+            // Read after the status is marked as seen, so that no publication is missed between the two.
             if let Some(credential) = self.newer(newer_than) {
                 return Ok(credential);
             }
@@ -374,12 +381,12 @@ impl CredentialCell {
             }
             match timeout_at(deadline, status.changed()).await {
                 Ok(Ok(())) => {}
-                Ok(Err(_)) | Err(_) => return Err(self.gave_up(newer_than)),
+                Ok(Err(_)) | Err(_) => return Err(self.timed_out(newer_than)),
             }
         }
     }
 
-    fn gave_up(&self, newer_than: u64) -> CredentialError {
+    fn timed_out(&self, newer_than: u64) -> CredentialError {
         let status = self.0.status.borrow();
         match &status.last_error {
             Some(error) => CredentialError::Failed(Arc::clone(error)),
@@ -399,23 +406,23 @@ impl fmt::Debug for CredentialCell {
 }
 
 impl CredentialStatus {
-    /// Whether logins can work: now, or for whoever asks for a credential that is minted then.
+    /// Whether logins can work: now, or after a mint on demand.
     pub fn is_ready(&self) -> bool {
         let is_mintable = self.is_lazy && self.generation > 0 && self.last_error.is_none();
         self.state.is_valid() || is_mintable
     }
 
-    /// Whether a client that logs in now is to have a new one, where nobody else sees to that.
+    /// Whether a login must wait for a new one, where credentials are minted on demand only.
     pub(super) fn is_stale_at(&self, now: Timestamp) -> bool {
         self.lifetime.is_some_and(|lifetime| now >= lifetime.stale)
     }
 
-    /// When the current credential is to be replaced without haste; `None` for one that never expires.
+    /// When its refresh is due; `None` if it never expires.
     pub fn due_at(&self) -> Option<Timestamp> {
         self.lifetime.map(|lifetime| lifetime.due)
     }
 
-    /// From when on it is to be replaced with haste.
+    /// When its refresh becomes urgent.
     pub fn urgent_at(&self) -> Option<Timestamp> {
         self.lifetime.map(|lifetime| lifetime.urgent)
     }
@@ -428,32 +435,15 @@ impl CredentialStatus {
         }
     }
 
-    /// The last error, if no client is held for what comes after it.
+    /// The last error, if no client waits for the attempt after it.
     fn refusal(&self) -> Option<&Arc<MintError>> {
         self.last_error
             .as_ref()
             .filter(|error| !is_held_for(error.kind, error.retry_after))
     }
 
-    /// Whether an attempt is under way, or can be soon enough to hold a client for it.
+    /// Whether an attempt is in progress, or possible soon enough for a client to wait.
     fn is_open_by(&self, deadline: Instant) -> bool {
         self.in_flight || self.opens_at <= deadline.min(Instant::now() + HOLD)
-    }
-}
-
-/// Counts a waiting client for as long as it waits.
-struct Waiting<'a>(&'a Inner);
-
-impl<'a> Waiting<'a> {
-    fn new(inner: &'a Inner) -> Self {
-        inner.waiting.fetch_add(1, Ordering::SeqCst);
-        inner.demand.notify_one();
-        Self(inner)
-    }
-}
-
-impl Drop for Waiting<'_> {
-    fn drop(&mut self) {
-        self.0.waiting.fetch_sub(1, Ordering::SeqCst);
     }
 }

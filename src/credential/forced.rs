@@ -1,12 +1,12 @@
-//! The rate limit of refreshes that clients force because a login was rejected.
+//! The rate limit of refreshes that rejected logins force.
 //!
-//! A credential that is rejected although it is valid was either revoked (a new one helps) or belongs to an identity that
-//! the endpoint, or one of its databases, does not know (none ever will). The two look alike, so each new one that is
-//! rejected in turn makes the next come later: a permanent mismatch must not hammer the workspace.
+//! A valid credential that is rejected was either revoked, and a new one helps, or it belongs to an identity that the
+//! endpoint or one of its databases does not know, and none helps. The two look alike, so the interval doubles with each
+//! new credential that is rejected in turn: a permanent mismatch must not flood the workspace with requests.
 //!
-//! The budget counts per cause: a database that refuses every credential uses up its own, and a login that works in
-//! another neither renews that budget nor depends on it. Only causes with an accepted login have a budget of their own;
-//! all others share one, since a client can name any number of databases.
+//! The interval is kept per cause: a database that refuses every credential does not delay the others, and a login that works
+//! in another database does not reset it. Only causes with an accepted login have an interval of their own. All others share
+//! one, because a client can name any number of databases.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -19,27 +19,27 @@ use tokio::time::Instant;
 
 /// Least time between two forced refreshes.
 const FIRST_INTERVAL: Duration = Duration::from_secs(5);
-/// Where the doubling of the interval ends.
+/// Upper limit of the interval.
 const LAST_INTERVAL: Duration = Duration::from_mins(5);
-/// Causes with a budget of their own; the one that was added first makes room.
+/// Causes with a budget of their own; beyond it, the oldest is removed.
 const MAX_CAUSES: usize = 64;
 
-/// What a rejected login has in common with others that the same mismatch would reject: its role, its database, and
-/// whether it is for replication, for which a server has rules of its own.
+/// What logins that the same mismatch rejects have in common: role, database, and whether they are for replication, which
+/// has rules of its own in `pg_hba.conf`.
 ///
 /// A hash of the three, so that a client cannot choose how much memory it takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Cause(u64);
 
 impl Cause {
-    /// The cause of what happens to this login.
+    /// The cause that a login counts under.
     pub fn login(user: &str, database: &str, is_replication: bool) -> Self {
         static HASHER: LazyLock<RandomState> = LazyLock::new(RandomState::new);
         Self(HASHER.hash_one((user, database, is_replication)))
     }
 }
 
-/// What rejections have asked for, and what may be asked for again.
+/// The forced refreshes that are due, and those that are allowed.
 #[derive(Debug, Default)]
 pub(super) struct Forced {
     /// The latest generation that a login was rejected with; 0: none.
@@ -50,6 +50,8 @@ pub(super) struct Forced {
     order: VecDeque<Cause>,
     /// All other causes.
     unproven: Budget,
+    /// A login was rejected because its role belongs to another identity, and none was accepted since.
+    mismatched: bool,
 }
 
 /// The forced refreshes of one cause.
@@ -57,11 +59,11 @@ pub(super) struct Forced {
 struct Budget {
     /// The latest generation that was rejected for this cause; 0: none.
     rejected: u64,
-    /// The generation that is to be replaced; `None`: nothing is owed.
+    /// The generation to replace; `None`: no refresh is due.
     wanted: Option<u64>,
-    /// The latest generation that was minted on demand of this cause.
+    /// The latest generation that was minted for this cause.
     minted: u64,
-    /// When the latest attempt on demand of this cause began.
+    /// When the latest attempt for this cause began.
     last: Option<Instant>,
     interval: Duration,
 }
@@ -95,7 +97,7 @@ impl Budget {
 }
 
 impl Forced {
-    /// A login of this cause was rejected with this generation. Reported once or a hundred times, it counts once.
+    /// Records a rejected login. Any number of rejections of one generation counts once.
     pub(super) fn reject(&mut self, generation: u64, cause: Cause) {
         self.rejected = self.rejected.max(generation);
         self.budget(cause).reject(generation);
@@ -115,15 +117,15 @@ impl Forced {
         self.budget(cause).allowed_at()
     }
 
-    /// When the next refresh that is owed may begin; `None`: nothing is owed.
-    pub(super) fn owed_at(&self, now: Instant) -> Option<Instant> {
+    /// When the next due refresh may start; `None`: none is due.
+    pub(super) fn due_at(&self, now: Instant) -> Option<Instant> {
         self.budgets()
             .filter(|budget| budget.wanted.is_some())
             .map(|budget| budget.allowed_at().unwrap_or(now))
             .min()
     }
 
-    /// An attempt to mint begins, for whatever reason; it is the one that is owed, if any is.
+    /// Records the start of an attempt, whatever its reason; it serves every cause with a refresh due.
     pub(super) fn attempt(&mut self, now: Instant) {
         for budget in self.budgets_mut() {
             if budget.wanted.is_some() {
@@ -132,7 +134,7 @@ impl Forced {
         }
     }
 
-    /// A generation was published.
+    /// Records a published generation.
     pub(super) fn minted(&mut self, generation: u64) {
         for budget in self.budgets_mut() {
             let was_wanted = budget.wanted.take_if(|wanted| *wanted < generation);
@@ -142,8 +144,14 @@ impl Forced {
         }
     }
 
-    /// A login of this cause worked with this generation. One that is older than a later rejection proves nothing.
+    /// See [`CredentialCell::mismatch`](super::CredentialCell::mismatch).
+    pub(super) fn mismatch(&mut self) -> bool {
+        !std::mem::replace(&mut self.mismatched, true)
+    }
+
+    /// Records an accepted login. A generation older than a later rejection leaves the interval as it is.
     pub(super) fn accept(&mut self, generation: u64, cause: Cause) {
+        self.mismatched = false;
         if let Some(budget) = self.proven.get_mut(&cause) {
             if generation >= budget.rejected {
                 budget.interval = FIRST_INTERVAL;
@@ -191,7 +199,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn the_interval_doubles_while_what_was_minted_on_demand_is_rejected() {
+    async fn the_interval_doubles_while_forced_credentials_are_rejected() {
         let now = Instant::now();
         for is_proven in [false, true] {
             let (mut forced, cause) = (Forced::default(), cause("a"));
@@ -206,14 +214,14 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_login_that_works_resets_the_interval_of_its_own_cause_only() {
+    async fn an_accepted_login_resets_the_interval_of_its_own_cause_only() {
         let now = Instant::now();
         let (mut forced, good, bad) = (Forced::default(), cause("good"), cause("bad"));
         forced.accept(1, good);
         forced.accept(1, bad);
         force(&mut forced, 1, bad, now);
         forced.accept(2, good);
-        assert_eq!(forced.allowed_at(good), None, "it has forced nothing");
+        assert_eq!(forced.allowed_at(good), None, "no forced refresh yet");
         assert_eq!(forced.allowed_at(bad).unwrap() - now, FIRST_INTERVAL * 2);
         forced.accept(1, bad);
         assert_eq!(
@@ -239,7 +247,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn the_causes_remembered_are_bounded() {
+    async fn the_number_of_causes_is_bounded() {
         let mut forced = Forced::default();
         for number in 0..1000 {
             forced.accept(1, cause(&number.to_string()));
@@ -250,7 +258,6 @@ mod tests {
 
     #[test]
     fn replication_is_a_cause_of_its_own() {
-        // A server has rules of its own for it, and a client may name it at will.
         assert_ne!(Cause::login("u", "d", true), Cause::login("u", "d", false));
     }
 

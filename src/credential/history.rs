@@ -1,4 +1,4 @@
-//! The last attempts to mint, for whoever looks; the log has them all.
+//! The latest attempts to mint, for the status page and the console.
 
 use std::{collections::VecDeque, sync::Arc, time::Duration};
 
@@ -6,7 +6,7 @@ use jiff::Timestamp;
 
 use super::MintError;
 
-/// Attempts remembered.
+/// Attempts kept.
 const ATTEMPTS: usize = 30;
 
 /// One attempt to mint.
@@ -16,11 +16,11 @@ pub struct MintAttempt {
     pub at: Timestamp,
     /// How long it took.
     pub took: Duration,
-    /// The expiry of the credential it brought (`None`: never), or why it brought none.
+    /// The expiry of the new credential (`None`: never), or the error.
     pub outcome: Result<Option<Timestamp>, Arc<MintError>>,
 }
 
-/// The latest attempts, bounded.
+/// A bounded list of attempts, newest first.
 #[derive(Debug, Default)]
 pub(super) struct History(VecDeque<MintAttempt>);
 
@@ -30,7 +30,6 @@ impl History {
         self.0.truncate(ATTEMPTS);
     }
 
-    /// The latest first.
     pub(super) fn latest(&self) -> Vec<MintAttempt> {
         self.0.iter().cloned().collect()
     }
@@ -41,7 +40,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_latest_come_first_and_old_ones_go() {
+    fn the_newest_attempt_is_first_and_old_ones_are_dropped() {
         let mut history = History::default();
         for second in 0..100 {
             history.push(MintAttempt {

@@ -1,54 +1,67 @@
-//! The life of the database credential: minted by one task, published through a cell that readers never lock.
+//! The life of the database credential: one task mints it and publishes it through a cell that clients read without a lock.
+//!
+//! A walk through it: `sources` mints, `refresher` decides when by `schedule` and publishes into `cell`, where `upstream`
+//! reads it at a login and reports rejections (`forced`, `propagation`). Knows nothing of clients or servers.
 
 mod cell;
+mod demand;
 mod forced;
 mod history;
+mod propagation;
 mod refresher;
 mod schedule;
 mod sources;
 
-use std::{fmt, future::Future, sync::Arc, time::Duration};
+use std::{
+    fmt,
+    future::{Future, pending},
+    pin::Pin,
+    sync::Arc,
+    time::Duration,
+};
 
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use jiff::Timestamp;
 use secrecy::{ExposeSecret as _, SecretString};
 use zeroize::Zeroizing;
 
-use crate::telemetry::labels::RefreshOutcome;
-
 pub use cell::{CredentialCell, CredentialStatus};
+pub(crate) use demand::Demand;
 pub use forced::Cause;
 pub use history::MintAttempt;
+pub(crate) use propagation::Probe;
 pub use refresher::Refresher;
 pub(crate) use schedule::Pace;
-pub use sources::{CredentialCommand, Password, PasswordFile};
+pub(crate) use sources::of_settings;
 
-/// How long a client is held for an attempt that the pace does not allow yet; if it is further off, the client is
+pub use crate::workspace::{MintError, MintErrorKind, Minted};
+
+/// How long a client waits for an attempt that the pace does not allow yet. If the attempt is further off, the client is
 /// refused at once. Equal to the shortest interval between two mints.
 pub(crate) const HOLD: Duration = Duration::from_secs(5);
 
-/// A database credential: what the endpoint takes as a password.
+/// A database credential, which the endpoint accepts as a password.
 ///
 /// The secret does not print and is zeroed on drop.
 #[derive(Clone)]
 pub struct Credential {
-    /// The token itself.
+    /// The token.
     pub secret: SecretString,
-    /// When the server stops accepting it at login, by the wall clock. `None`: never (a static password).
+    /// When the server stops accepting it at logins, by the wall clock; `None`: never (a static password).
     pub expires_at: Option<Timestamp>,
-    /// When it was minted, by our clock.
+    /// When it was minted, by the local clock.
     pub minted_at: Timestamp,
-    /// Counts published credentials from 1; tells one credential from the next without looking at the secret.
+    /// Counts published credentials from 1.
     pub generation: u64,
 }
 
 impl Credential {
-    /// Whether a server would still take it at login at this time.
+    /// Whether a server accepts it at a login at this time.
     pub fn is_valid_at(&self, now: Timestamp) -> bool {
         self.expires_at.is_none_or(|expires_at| now < expires_at)
     }
 
-    /// Whose it is, where it is a token that says so; unverified, for messages only.
+    /// The identity that the token names, if it does. Not verified: for messages only.
     pub fn identity(&self) -> Option<String> {
         let payload = self.secret.expose_secret().split('.').nth(1)?;
         let payload = Zeroizing::new(URL_SAFE_NO_PAD.decode(payload).ok()?);
@@ -78,106 +91,38 @@ impl fmt::Debug for Credential {
     }
 }
 
-/// What a mint returns: a secret and its expiry, corrected to our clock.
-pub struct Minted {
-    /// The token.
-    pub secret: SecretString,
-    /// Expiry by our wall clock (the source corrects for skew).
-    pub expires_at: Option<Timestamp>,
-}
+/// A boxed future, which keeps [`Mint`] usable as a trait object.
+pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
 
-impl fmt::Debug for Minted {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Minted")
-            .field("expires_at", &self.expires_at)
-            .finish_non_exhaustive()
-    }
-}
-
-/// The seam between the refresher and whatever makes credentials (the workspace, a password file, a command).
+/// A source of credentials: the workspace, a password, a password file, a command.
 pub trait Mint: Send + Sync + 'static {
-    /// Asks for a new credential. Bounded in time by the implementation.
-    fn mint(&self) -> impl Future<Output = Result<Minted, MintError>> + Send;
+    /// Requests a new credential. The implementation limits the time that takes.
+    fn mint(&self) -> BoxFuture<'_, Result<Minted, MintError>>;
 
-    /// Completes when the source has come to hold another credential, which is then minted at once. Cancel safe.
-    fn changed(&self) -> impl Future<Output = ()> + Send {
-        std::future::pending()
+    /// Completes when the source holds another credential, which is then minted at once. Cancel safe.
+    fn changed(&self) -> BoxFuture<'_, ()> {
+        Box::pin(pending())
     }
 }
 
-/// Why no credential could be had. Written for the operator; never holds a secret.
-#[derive(Clone, Debug, thiserror::Error)]
-#[error("{message}")]
-pub struct MintError {
-    /// What happened, lower-case, no full stop, e.g. "the workspace refused the client secret".
-    pub message: String,
-    /// What the other side said, word for word, where it spoke.
-    pub detail: Option<String>,
-    /// What a person can do about it.
-    pub hint: Option<String>,
-    /// A value of a closed set for the metric label: see [`MintErrorKind`].
-    pub kind: MintErrorKind,
-    /// How long the other side asked us to wait (`Retry-After`).
-    pub retry_after: Option<Duration>,
-}
-
-/// Whether a client is held for the next attempt after such a failure. It is not for what waiting does not cure, nor where
-/// the other side asks to wait for longer than a client is held.
+/// Whether a client waits for the next attempt after such a failure: not if waiting does not help, nor if the other side
+/// requests a longer wait than [`HOLD`].
 pub(crate) fn is_held_for(kind: MintErrorKind, retry_after: Option<Duration>) -> bool {
     kind.is_transient() && retry_after.is_none_or(|wait| wait <= HOLD)
 }
 
-/// What sort of failure a mint met; decides the pace of retries.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum MintErrorKind {
-    /// 400, 401 after a fresh workspace token, 403, 404, bad settings: cannot heal by waiting; retried slowly.
-    Refused,
-    /// 429.
-    RateLimited,
-    /// 5xx, network, timeouts: heals by waiting.
-    Unavailable,
-    /// An answer that makes no sense.
-    Malformed,
-}
-
-impl MintErrorKind {
-    /// Whether waiting may heal it.
-    pub fn is_transient(self) -> bool {
-        matches!(
-            self,
-            Self::RateLimited | Self::Unavailable | Self::Malformed
-        )
-    }
-
-    /// The metric label.
-    pub fn label(self) -> &'static str {
-        RefreshOutcome::from(self).as_str()
-    }
-}
-
-impl From<MintErrorKind> for RefreshOutcome {
-    fn from(kind: MintErrorKind) -> Self {
-        match kind {
-            MintErrorKind::Refused => Self::Refused,
-            MintErrorKind::RateLimited => Self::RateLimited,
-            MintErrorKind::Unavailable => Self::Unavailable,
-            MintErrorKind::Malformed => Self::Malformed,
-        }
-    }
-}
-
-/// Where a credential stands in its life.
+/// The states of a credential's life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CredentialState {
-    /// There has been none yet.
+    /// Nothing has been minted yet.
     None,
-    /// Nothing to do.
+    /// In the first half of its life.
     Fresh,
-    /// Past half of its life: to be replaced without haste.
+    /// Past half of its life: to be replaced soon.
     Due,
-    /// About to run out.
+    /// About to expire.
     Urgent,
-    /// No login works with it any more.
+    /// Expired: no login works with it.
     Expired,
 }
 
@@ -199,31 +144,31 @@ impl CredentialState {
     }
 }
 
-/// Why a client could not be given a credential. The client is refused with SQLSTATE 28000.
+/// Why there is no credential for a client, which is refused with SQLSTATE 28000.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum CredentialError {
-    /// The credential has expired, and no new one came in time.
-    #[error("the database credential has expired and no new one came in time")]
+    /// The credential has expired, and no new one was minted in time.
+    #[error("the database credential has expired and no new one was minted in time")]
     Expired,
     /// The last attempt to mint failed.
     #[error("cannot obtain a database credential")]
     Failed(#[source] Arc<MintError>),
-    /// There has never been one, and none came in time.
-    #[error("no database credential came in time")]
+    /// No credential was ever minted.
+    #[error("no database credential was minted in time")]
     Missing,
-    /// The endpoint rejected the credential, and another may not be asked for yet.
+    /// The endpoint rejected the credential, and another must not be requested yet.
     #[error("the endpoint rejected the database credential, as it did the one before")]
     RateLimited {
-        /// How long until another may be asked for.
+        /// Until another may be requested.
         retry_in: Duration,
     },
-    /// The endpoint rejected the credential, and no new one came in time.
-    #[error("the endpoint rejected the database credential and no new one came in time")]
+    /// The endpoint rejected the credential, and no new one was minted in time.
+    #[error("the endpoint rejected the database credential and no new one was minted in time")]
     TimedOut,
 }
 
 impl CredentialError {
-    /// One line for the client that is refused.
+    /// One line for the refused client.
     pub fn message(&self) -> String {
         match self {
             Self::Failed(error) => format!("{self}: {error}"),
@@ -231,12 +176,12 @@ impl CredentialError {
         }
     }
 
-    /// The other side's own words, where it spoke.
+    /// The other side's own message, if there is one.
     pub fn detail(&self) -> Option<String> {
         match self {
             Self::Failed(error) => error.detail.clone(),
             Self::RateLimited { retry_in } => Some(format!(
-                "another credential is asked for in {} s at the earliest",
+                "another credential is requested in {} s at the earliest",
                 retry_in.as_secs().max(1)
             )),
             Self::Expired | Self::Missing | Self::TimedOut => None,

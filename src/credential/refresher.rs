@@ -1,7 +1,6 @@
-//! The one task that mints.
+//! The task that mints: when (`schedule` does the arithmetic), through [`Mint`], into the cell.
 //!
-//! It decides when (`schedule` does the arithmetic), asks through [`Mint`], publishes into the cell, and says once, in one
-//! line, what a person must do something about.
+//! An error that a person must act on is logged once, in one line.
 
 use std::{
     sync::Arc,
@@ -24,18 +23,18 @@ use crate::{
     telemetry::{Metrics, labels::RefreshOutcome},
 };
 
-/// Longest time between two looks at the wall clock: timers stand still while a laptop sleeps.
-const LOOK_AT_LEAST_EVERY: Duration = Duration::from_secs(30);
+/// Longest time between two reads of the wall clock: timers stand still while a laptop sleeps.
+const CLOCK_CHECK_INTERVAL: Duration = Duration::from_secs(30);
 /// An attempt that has not ended by then counts as failed.
 const MINT_TIMEOUT: Duration = Duration::from_mins(1);
 
 /// Keeps a cell filled; one per endpoint and identity.
-pub struct Refresher<M> {
-    mint: M,
+pub struct Refresher {
+    mint: Arc<dyn Mint>,
     cell: CredentialCell,
     metrics: Arc<Metrics>,
     pace: Pace,
-    /// The trouble already spoken of, so that it is said once and not per retry.
+    /// The error that is already logged: once, not per retry.
     reported: Option<Reported>,
 }
 
@@ -45,9 +44,9 @@ struct Reported {
     was_valid: bool,
 }
 
-impl<M: Mint> Refresher<M> {
-    /// A refresher that has not started; [`run`](Self::run) drives it.
-    pub fn new(mint: M, cell: CredentialCell, metrics: Arc<Metrics>) -> Self {
+impl Refresher {
+    /// A refresher that has not started; see [`run`](Self::run).
+    pub fn new(mint: Arc<dyn Mint>, cell: CredentialCell, metrics: Arc<Metrics>) -> Self {
         Self {
             mint,
             cell,
@@ -76,11 +75,11 @@ impl<M: Mint> Refresher<M> {
             self.metrics
                 .credential_next_refresh
                 .set(planned.map_or(0.0, unix_seconds));
-            let look_at = now + LOOK_AT_LEAST_EVERY;
+            let check_at = now + CLOCK_CHECK_INTERVAL;
             tokio::select! {
                 () = stop.cancelled() => return,
-                () = sleep_until(attempt_at.map_or(look_at, |at| at.min(look_at))) => {}
-                () = self.cell.demand() => {}
+                () = sleep_until(attempt_at.map_or(check_at, |at| at.min(check_at))) => {}
+                () = self.cell.demand().added() => {}
                 () = self.mint.changed() => is_changed = true,
             }
         }
@@ -99,14 +98,14 @@ impl<M: Mint> Refresher<M> {
             state: status.state,
             due_in,
             forced_at: self.cell.forced_at(now),
-            awaited: self.cell.is_awaited(),
+            awaited: self.cell.demand().exists(),
         }
     }
 
-    /// A first credential, one for a client whose is about to run out, and another try after a failure, lest everybody
-    /// stay away from a proxy that is not ready; nothing else.
+    /// Minted on demand only: the first credential, a new one for a client that waits while the current one is about to
+    /// expire, and a retry after a failure, without which a proxy that is not ready would never become ready.
     fn lazy_need(&self, status: &CredentialStatus, now: Instant) -> Need {
-        let awaited = self.cell.is_awaited();
+        let awaited = self.cell.demand().exists();
         let is_wanted = match status.state {
             CredentialState::None => true,
             CredentialState::Expired => awaited || status.last_error.is_some(),
@@ -126,7 +125,7 @@ impl<M: Mint> Refresher<M> {
         }
     }
 
-    /// `is_changed`: the source holds another credential, whether it lasts longer or not.
+    /// `is_changed`: the source holds another credential, even if it expires earlier.
     async fn attempt(&mut self, is_changed: bool) {
         let began = Instant::now();
         self.cell.attempt_begins(began);
@@ -151,7 +150,7 @@ impl<M: Mint> Refresher<M> {
         let (outcome, failure) = match outcome {
             Ok(minted) => {
                 let expires_at = minted.expires_at;
-                self.take(minted, now, is_changed);
+                self.accept(minted, now, is_changed);
                 (Ok(expires_at), None)
             }
             Err(error) => {
@@ -169,11 +168,11 @@ impl<M: Mint> Refresher<M> {
         self.cell.attempt_ended(self.pace.awaited(), failure);
     }
 
-    /// A credential that has expired on arrival would be minted again and again.
+    /// An expired credential is an error: published, it would be minted again at once, without end.
     fn checked(&self, minted: Minted) -> Result<Minted, MintError> {
         match minted.expires_at {
             Some(expires_at) if expires_at <= self.cell.clock().now() => Err(MintError {
-                message: "the workspace gave a database credential that has already expired"
+                message: "the workspace returned a database credential that has already expired"
                     .to_owned(),
                 detail: Some(format!("it expired at {expires_at}")),
                 hint: Some("check this machine's clock".to_owned()),
@@ -184,8 +183,8 @@ impl<M: Mint> Refresher<M> {
         }
     }
 
-    /// Takes the new credential if it is of more use than the current one.
-    fn take(&mut self, minted: Minted, now: Instant, is_changed: bool) {
+    /// Publishes the new credential if it is better than the current one.
+    fn accept(&mut self, minted: Minted, now: Instant, is_changed: bool) {
         let is_better = self.cell.latest().is_none_or(|current| {
             self.cell.is_rejected(current.generation)
                 || lasts_longer(minted.expires_at, current.expires_at)
@@ -206,13 +205,13 @@ impl<M: Mint> Refresher<M> {
             .credential_minted
             .set(unix_seconds(credential.minted_at));
         let expires_at = credential.expires_at.map(tracing::field::display);
-        let was_in_trouble = self.reported.take().is_some();
+        let was_failing = self.reported.take().is_some();
         if is_changed {
             info!(
                 generation = credential.generation,
                 "database credential changed at its source; new logins use it"
             );
-        } else if credential.generation == 1 || was_in_trouble {
+        } else if credential.generation == 1 || was_failing {
             info!(
                 generation = credential.generation,
                 expires_at, "database credential obtained"
@@ -225,18 +224,18 @@ impl<M: Mint> Refresher<M> {
         }
     }
 
-    /// Says each trouble once, and once more when it has come to matter to the clients.
+    /// Logs each error once, and again when the credential expires, which clients notice.
     fn report(&mut self, error: &MintError) {
         let state = self.cell.status().state;
-        let trouble = Reported {
+        let reported = Reported {
             message: error.message.clone(),
             was_valid: state.is_valid(),
         };
-        if self.reported.as_ref() == Some(&trouble) {
+        if self.reported.as_ref() == Some(&reported) {
             debug!(state = state.label(), error = %error, "minting a database credential failed again");
             return;
         }
-        self.reported = Some(trouble);
+        self.reported = Some(reported);
         let (detail, hint) = (error.detail.as_deref(), error.hint.as_deref());
         if !error.kind.is_transient() || state == CredentialState::Expired {
             error!(state = state.label(), error = %error, detail, hint, "cannot mint a database credential");

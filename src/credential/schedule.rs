@@ -1,6 +1,6 @@
 //! When to mint: pure arithmetic over one credential's lifetime and over the attempts made so far.
 //!
-//! Nothing here waits, reads a clock or draws a random number; the refresher passes all three in.
+//! Nothing here waits, reads a clock or draws a random number: the refresher passes times and jitter in.
 
 use std::time::Duration;
 
@@ -10,40 +10,40 @@ use tokio::time::Instant;
 use super::{CredentialState, MintErrorKind};
 use crate::net::backoff::{Backoff, spread};
 
-/// Least time between two mints that succeeded, whatever the lifetime.
+/// Least time between two successful mints, whatever the lifetime.
 pub(super) const MIN_BETWEEN_MINTS: Duration = Duration::from_secs(5);
-/// The random share of the half-life by which a refresh comes early or late, in per mille: a fleet must not mint in step.
+/// The random share of half the lifetime by which a refresh is early or late, in per mille: a fleet must not mint in step.
 const DUE_JITTER_PER_MILLE: i64 = 100;
-/// The urgent window at the end of a lifetime is never longer than this.
+/// Upper limit of the urgent window at the end of a lifetime ...
 const URGENT_WINDOW_MS: i64 = 5 * 60 * 1000;
-/// ... nor longer than this share of the lifetime.
+/// ... which is at most this share of the lifetime.
 const URGENT_SHARE: i64 = 6;
-/// Where credentials are only refreshed for a client that needs one: with less left than this, as Cloud SQL Auth Proxy's
+/// With refresh on demand, a client gets a new credential if less than this is left, as with Cloud SQL Auth Proxy's
 /// `--lazy-refresh` ...
 const LAZY_WINDOW_MS: i64 = 4 * 60 * 1000;
 /// ... but not before this share of the lifetime has passed.
 const LAZY_SHARE: i64 = 2;
-/// Pace of retries while a credential is about to run out.
+/// Wait between retries while a credential is about to expire.
 const URGENT_RETRY: Duration = Duration::from_secs(1);
-/// Back-off of failures that time heals, with nobody waiting.
+/// After transient failures, without a waiting client.
 const TRANSIENT: Backoff = Backoff::new(Duration::from_secs(1), Duration::from_secs(30));
-/// The same with a client waiting, or without a valid credential during the first [`EAGER_FAILURES`]: a proxy that was
-/// started before its network serves within seconds of the network's coming.
+/// The same with a waiting client, or without a valid credential during the first [`EAGER_FAILURES`]: a proxy that starts
+/// before its network serves within seconds once the network is up.
 const TRANSIENT_AWAITED: Backoff = Backoff::new(Duration::from_secs(1), Duration::from_secs(3));
-/// Failures in a row after which attempts that no client waits for become rare; about six minutes.
+/// Failures in a row after which attempts without a waiting client become rare; about six minutes.
 const EAGER_FAILURES: u32 = 120;
-/// Back-off of failures that only a person can mend.
+/// After failures that only a person can fix.
 const REFUSED: Backoff = Backoff::new(Duration::from_secs(30), Duration::from_mins(5));
-/// The same without a valid credential: readiness recovers by itself, also where no client is sent until it does.
+/// The same without a valid credential: readiness must recover without a client, since an orchestrator sends none before.
 const REFUSED_MISSING: Backoff = Backoff::new(Duration::from_secs(30), Duration::from_mins(1));
-/// The same with a client waiting: a mended setting should be noticed soon.
+/// The same with a waiting client, so that a corrected setting takes effect soon.
 const REFUSED_AWAITED: Backoff = Backoff::new(Duration::from_secs(5), Duration::from_secs(30));
-/// Back-off when the answer is no better than what we hold, as from a cache on the other side.
+/// After a response that is no better than the current credential, as from a cache on the other side.
 const UNCHANGED: Backoff = Backoff::new(MIN_BETWEEN_MINTS, Duration::from_mins(1));
-/// A `Retry-After` beyond this is cut: nothing that the other side says may stop us for good.
+/// Upper limit of `Retry-After`: no response of the other side may stop the attempts for good.
 const RETRY_AFTER_MOST: Duration = Duration::from_mins(10);
-/// Without a valid credential a client that comes brings about one attempt this long after the last one, whatever
-/// `Retry-After` says: a limit that has been lifted costs clients seconds, not minutes.
+/// A waiting client causes an attempt this long after the last one, whatever `Retry-After` requests: after a limit is
+/// lifted, clients wait for seconds, not minutes.
 const RETRY_AFTER_AWAITED_MOST: Duration = Duration::from_secs(15);
 
 /// The wall-clock milestones of one credential.
@@ -51,7 +51,7 @@ const RETRY_AFTER_AWAITED_MOST: Duration = Duration::from_secs(15);
 pub(super) struct Lifetime {
     pub(super) due: Timestamp,
     pub(super) urgent: Timestamp,
-    /// From when on a client has a new one minted, where nobody else does.
+    /// With refresh on demand: from when on a login waits for a new one.
     pub(super) stale: Timestamp,
     pub(super) expires: Timestamp,
 }
@@ -87,19 +87,19 @@ impl Lifetime {
     }
 }
 
-/// What a credential's state, and the clients, ask of the refresher.
+/// The inputs of the next decision: the credential's state and the demand.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Need {
     pub(super) state: CredentialState,
     /// Until the due time, for a fresh credential that has one.
     pub(super) due_in: Option<Duration>,
-    /// A login was rejected with the current credential: when another may be asked for.
+    /// When a refresh forced by a rejected login may start.
     pub(super) forced_at: Option<Instant>,
-    /// Whether a client waits for the outcome.
+    /// Whether a client waits.
     pub(super) awaited: bool,
 }
 
-/// The gates that past attempts have set; no attempt begins before its gate.
+/// The earliest next attempt in each situation, set by the past attempts.
 #[derive(Debug)]
 pub(crate) struct Pace {
     failures: u32,
@@ -107,9 +107,9 @@ pub(crate) struct Pace {
     relaxed: Instant,
     /// Without a valid credential.
     missing: Instant,
-    /// With one that is about to run out.
+    /// With one that is about to expire.
     urgent: Instant,
-    /// For a client that waits.
+    /// With a waiting client.
     awaited: Instant,
 }
 
@@ -124,19 +124,19 @@ impl Pace {
         }
     }
 
-    /// A new credential was published.
+    /// Records a mint whose credential was published.
     pub(super) fn succeeded(&mut self, now: Instant) {
-        let gate = now + MIN_BETWEEN_MINTS;
+        let next = now + MIN_BETWEEN_MINTS;
         *self = Self {
             failures: 0,
-            relaxed: gate,
-            missing: gate,
-            urgent: gate,
-            awaited: gate,
+            relaxed: next,
+            missing: next,
+            urgent: next,
+            awaited: next,
         };
     }
 
-    /// The mint worked and brought nothing better. `jitter` yields values in -1..=1.
+    /// Records a mint whose credential is no better than the current one. `jitter` yields values in -1..=1.
     pub(super) fn unchanged(&mut self, now: Instant, mut jitter: impl FnMut() -> f64) {
         self.failures = self.failures.saturating_add(1);
         let wait = UNCHANGED
@@ -148,7 +148,7 @@ impl Pace {
         self.awaited = now + MIN_BETWEEN_MINTS;
     }
 
-    /// The mint failed. `jitter` yields values in -1..=1.
+    /// Records a failed mint. `jitter` yields values in -1..=1.
     pub(crate) fn failed(
         &mut self,
         now: Instant,
@@ -179,12 +179,12 @@ impl Pace {
         self.awaited = now + awaited.max(least.min(RETRY_AFTER_AWAITED_MOST));
     }
 
-    /// The earliest attempt when a client waits.
+    /// The earliest attempt with a waiting client.
     pub(crate) fn awaited(&self) -> Instant {
         self.awaited
     }
 
-    /// When to try next without a valid credential.
+    /// The next attempt without a valid credential.
     pub(crate) fn next_without(&self, is_awaited: bool) -> Instant {
         if is_awaited {
             self.awaited.min(self.missing)
@@ -193,7 +193,7 @@ impl Pace {
         }
     }
 
-    /// When to mint next; `None`: only when something changes.
+    /// When to mint next; `None`: not before something changes.
     pub(super) fn next_attempt(&self, now: Instant, need: &Need) -> Option<Instant> {
         let by_demand = if need.awaited {
             self.awaited.min(self.relaxed)
@@ -249,7 +249,7 @@ mod tests {
     }
 
     #[test]
-    fn milestones_of_an_hour_and_of_a_minute() {
+    fn a_lifetime_has_its_milestones() {
         let hour = Lifetime::new(at(0), at(3600), 0.0);
         assert_eq!((hour.due, hour.urgent), (at(1800), at(3300)));
         let minute = Lifetime::new(at(0), at(60), 0.0);
@@ -268,7 +268,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_refusal_is_retried_slowly_and_a_waiting_client_hastens_it() {
+    async fn a_refusal_is_retried_slowly_and_sooner_with_a_waiting_client() {
         let now = Instant::now();
         let mut pace = Pace::new(now);
         pace.failed(now, MintErrorKind::Refused, None, || 0.0);
@@ -312,7 +312,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn without_a_credential_attempts_stay_seconds_apart_for_minutes_and_become_rare_then() {
+    async fn without_a_credential_attempts_are_seconds_apart_for_minutes_and_rare_afterwards() {
         let start = Instant::now();
         let (mut now, mut pace) = (start, Pace::new(start));
         let mut attempt = |now: &mut Instant| {
@@ -332,7 +332,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_valid_credential_without_expiry_is_never_refreshed_by_itself() {
+    async fn a_credential_without_expiry_is_refreshed_only_when_forced() {
         let now = Instant::now();
         let need = Need {
             state: CredentialState::Fresh,

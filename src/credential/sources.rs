@@ -1,6 +1,7 @@
-//! Credentials that no workspace mints: a password, a file that holds one, a command that prints one.
+//! The sources of credentials: a password, a password file, a command, and the workspace.
 
 use std::{
+    future::ready,
     io,
     path::PathBuf,
     process::Stdio,
@@ -17,61 +18,71 @@ use tokio::{
 };
 use zeroize::Zeroizing;
 
-use super::{Mint, MintError, MintErrorKind, Minted};
+use super::{BoxFuture, Mint, MintError, MintErrorKind, Minted};
 use crate::{
+    config::CredentialSource,
     expiry::Moment,
     files::{self, Stamp},
+    workspace::CredentialMinter,
 };
 
 /// How long a command may take.
 const COMMAND_TIMEOUT: Duration = Duration::from_secs(30);
 /// The longest file or answer, in bytes; tokens have one or two thousand.
 const MAX_LEN: u64 = 64 * 1024;
-/// How often a file is looked at.
-const LOOK_EVERY: Duration = Duration::from_secs(1);
+/// How often a file is checked.
+const CHECK_INTERVAL: Duration = Duration::from_secs(1);
 
-/// A password that stays as it is.
-#[derive(Clone, Debug)]
-pub struct Password(pub SecretString);
+/// The source that the settings of an endpoint name; `None`: the workspace, which needs a target.
+pub(crate) fn of_settings(setting: &CredentialSource) -> Option<Arc<dyn Mint>> {
+    Some(match setting {
+        CredentialSource::Command(command) => Arc::new(CredentialCommand(command.clone())),
+        CredentialSource::Password(password) => Arc::new(Password(password.clone())),
+        CredentialSource::PasswordFile(path) => Arc::new(PasswordFile::new(path.clone())),
+        CredentialSource::Workspace => return None,
+    })
+}
+
+/// A static password.
+struct Password(SecretString);
 
 impl Mint for Password {
-    async fn mint(&self) -> Result<Minted, MintError> {
-        Ok(Minted {
-            secret: self.0.clone(),
+    fn mint(&self) -> BoxFuture<'_, Result<Minted, MintError>> {
+        let secret = self.0.clone();
+        Box::pin(ready(Ok(Minted {
+            secret,
             expires_at: None,
-        })
+        })))
     }
 }
 
-/// A file that holds a password, and a line end or none behind it.
-#[derive(Clone, Debug)]
-pub struct PasswordFile {
+/// A file that holds a password, with or without a line end.
+struct PasswordFile {
     path: PathBuf,
-    seen: Arc<Mutex<Seen>>,
+    seen: Mutex<Seen>,
 }
 
-/// What is known of the file.
+/// The observed states of the file.
 #[derive(Debug)]
 struct Seen {
-    /// What it was when it was last read.
+    /// When it was last read.
     read: Option<Stamp>,
-    /// What it was at the last look.
-    looked: Option<Stamp>,
-    /// When to look next.
+    /// At the last check.
+    checked: Option<Stamp>,
+    /// The time of the next check.
     next: Instant,
 }
 
 impl PasswordFile {
-    /// The file at `path`.
-    pub fn new(path: PathBuf) -> Self {
+    fn new(path: PathBuf) -> Self {
         let seen = Seen {
             read: None,
-            looked: None,
+            checked: None,
             next: Instant::now(),
         };
         Self {
             path,
-            seen: Arc::new(Mutex::new(seen)),
+            seen: Mutex::new(seen),
         }
     }
 
@@ -80,8 +91,8 @@ impl PasswordFile {
     }
 }
 
-impl Mint for PasswordFile {
-    async fn mint(&self) -> Result<Minted, MintError> {
+impl PasswordFile {
+    async fn read(&self) -> Result<Minted, MintError> {
         let path = self.path.display();
         let refused = |message: String| {
             refused(
@@ -91,7 +102,7 @@ impl Mint for PasswordFile {
         };
         let unreadable =
             |error: io::Error| refused(format!("cannot read the password file `{path}`: {error}"));
-        // Before it is read: a change in between is then seen later.
+        // Taken before the read, so that a change in between is noticed later.
         let stamp = files::stamp(&self.path).await;
         self.seen().read = stamp;
         let bytes = files::read_off_runtime(self.path.clone(), MAX_LEN).await;
@@ -108,27 +119,36 @@ impl Mint for PasswordFile {
         })
     }
 
-    /// A change counts once the file has stood still for one look, so that it is not read half-written; a file that is
-    /// missing is waited for.
+    /// A change counts once the file has been the same for one interval, so that it is not read half-written. A missing
+    /// file is waited for.
     async fn changed(&self) {
         loop {
             let next = self.seen().next;
             sleep_until(next).await;
             let now = files::stamp(&self.path).await;
             let mut seen = self.seen();
-            seen.next = Instant::now() + LOOK_EVERY;
-            let stands_still = now == seen.looked;
-            seen.looked = now;
-            if now.is_some() && now != seen.read && stands_still {
+            seen.next = Instant::now() + CHECK_INTERVAL;
+            let is_settled = now == seen.checked;
+            seen.checked = now;
+            if now.is_some() && now != seen.read && is_settled {
                 return;
             }
         }
     }
 }
 
-/// A program that prints `{"token": "...", "expires_at": "..."}`; the expiry may be left out.
-#[derive(Clone, Debug)]
-pub struct CredentialCommand(pub Vec<String>);
+impl Mint for PasswordFile {
+    fn mint(&self) -> BoxFuture<'_, Result<Minted, MintError>> {
+        Box::pin(self.read())
+    }
+
+    fn changed(&self) -> BoxFuture<'_, ()> {
+        Box::pin(Self::changed(self))
+    }
+}
+
+/// A program that prints `{"token": "...", "expires_at": "..."}`; the expiry is optional.
+struct CredentialCommand(Vec<String>);
 
 #[derive(Deserialize)]
 struct Printed {
@@ -143,15 +163,15 @@ struct Printed {
     expires_at: Option<Moment>,
 }
 
-impl Mint for CredentialCommand {
-    async fn mint(&self) -> Result<Minted, MintError> {
+impl CredentialCommand {
+    async fn run(&self) -> Result<Minted, MintError> {
         let [program, arguments @ ..] = &self.0[..] else {
             return Err(refused(
                 "the credential command is empty".to_owned(),
                 "write it as a list",
             ));
         };
-        let hint = "run it by hand: it must print JSON with `token` and, if it likes, `expires_at`, and exit with 0";
+        let hint = "run it by hand: it must print JSON with `token` and optionally `expires_at`, and exit with 0";
         let mut child = Command::new(program)
             .args(arguments)
             .stdin(Stdio::null())
@@ -189,10 +209,10 @@ impl Mint for CredentialCommand {
                 MintErrorKind::Unavailable,
             ));
         }
-        // The parser's words could quote what was printed.
+        // The parser's error could quote the output, and with it the token.
         let answer: Printed = serde_json::from_slice(&printed).map_err(|_| {
             failed(
-                "printed something else than JSON with a token".to_owned(),
+                "did not print JSON with a token".to_owned(),
                 MintErrorKind::Malformed,
             )
         })?;
@@ -200,6 +220,18 @@ impl Mint for CredentialCommand {
             secret: answer.token,
             expires_at: answer.expires_at.map(|Moment(at)| at),
         })
+    }
+}
+
+impl Mint for CredentialCommand {
+    fn mint(&self) -> BoxFuture<'_, Result<Minted, MintError>> {
+        Box::pin(self.run())
+    }
+}
+
+impl Mint for CredentialMinter {
+    fn mint(&self) -> BoxFuture<'_, Result<Minted, MintError>> {
+        Box::pin(Self::mint(self))
     }
 }
 
@@ -233,7 +265,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_command_prints_a_token_and_maybe_its_expiry() {
+    async fn a_command_prints_a_token_and_optionally_its_expiry() {
         let minted = shell(r#"echo '{"token": "t", "expires_at": "2030-01-01T00:00:00Z"}'"#)
             .mint()
             .await
@@ -254,7 +286,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_command_that_fails_says_how_and_never_what_it_printed() {
+    async fn the_error_of_a_command_holds_its_status_and_not_its_output() {
         let error = shell("echo hush-hush; exit 3").mint().await.err().unwrap();
         assert!(error.message.contains("exit status: 3") && error.kind.is_transient());
         let error = shell("echo hush-hush").mint().await.err().unwrap();
@@ -268,10 +300,10 @@ mod tests {
         assert_eq!(error.kind, MintErrorKind::Refused);
     }
 
-    /// Runs a refresher with this file, as the only writer of its cell.
+    /// Runs a refresher with this file.
     fn follow(path: &Path) -> (CredentialCell, JoinSet<()>) {
         let cell = CredentialCell::new(Clock::system());
-        let file = PasswordFile::new(path.to_owned());
+        let file = Arc::new(PasswordFile::new(path.to_owned()));
         let refresher = Refresher::new(file, cell.clone(), Metrics::new().unwrap());
         let mut tasks = JoinSet::new();
         tasks.spawn(refresher.run(CancellationToken::new()));
@@ -294,7 +326,7 @@ mod tests {
         let mut changes = cell.subscribe();
         let new = directory.path().join("new");
 
-        // A new file that cannot be used changes nothing, and is reported as any failed refresh.
+        // An unusable file changes nothing, and is reported like any failed refresh.
         std::fs::write(&new, "").unwrap();
         std::fs::rename(&new, &path).unwrap();
         let failed = changes.wait_for(|status| status.last_error.is_some());
@@ -317,14 +349,14 @@ mod tests {
         assert_eq!(secret(&cell).await, " second, longer ", "byte for byte");
         assert_eq!(cell.attempts().len(), 3);
 
-        // Touched, and the same as before: no new generation, since sessions would be counted against it.
+        // The same password again is not a new generation.
         std::fs::write(&path, " second, longer ").unwrap();
         let settled = changes.wait_for(|status| status.settled == 4);
         assert_eq!(settled.await.unwrap().generation, 2);
     }
 
     #[tokio::test]
-    async fn a_device_or_a_pipe_in_the_place_of_a_password_file_is_refused_at_once() {
+    async fn a_device_or_pipe_as_password_file_is_refused_at_once() {
         for path in ["/dev/zero", "/dev/tty", "/proc"] {
             let error = PasswordFile::new(path.into()).mint().await.err().unwrap();
             assert_eq!(error.kind, MintErrorKind::Refused, "{path}");

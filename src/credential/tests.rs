@@ -16,7 +16,10 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use super::*;
-use crate::{clock::Clock, telemetry::Metrics};
+use crate::{
+    clock::Clock,
+    telemetry::{Metrics, labels::RefreshOutcome},
+};
 
 const HOUR: Duration = Duration::from_hours(1);
 const MINUTE: Duration = Duration::from_mins(1);
@@ -48,7 +51,13 @@ struct Scripted {
 }
 
 impl Mint for Scripted {
-    async fn mint(&self) -> Result<Minted, MintError> {
+    fn mint(&self) -> BoxFuture<'_, Result<Minted, MintError>> {
+        Box::pin(self.step())
+    }
+}
+
+impl Scripted {
+    async fn step(&self) -> Result<Minted, MintError> {
         let elapsed = self.started.elapsed();
         let n = {
             let mut calls = self.calls.lock().unwrap();
@@ -58,7 +67,7 @@ impl Mint for Scripted {
         let fails = |kind, retry_after| MintError {
             message: format!("scripted failure {n}"),
             detail: None,
-            hint: Some("mend the script".to_owned()),
+            hint: Some("fix the script".to_owned()),
             kind,
             retry_after,
         };
@@ -74,7 +83,7 @@ impl Mint for Scripted {
             Step::GivesUntil(until) => Some(self.origin + SignedDuration::try_from(until).unwrap()),
             Step::Fails(kind) => return Err(fails(kind, None)),
             Step::AsksToWait(wait) => return Err(fails(MintErrorKind::RateLimited, Some(wait))),
-            Step::Hangs => std::future::pending().await,
+            Step::Hangs => pending().await,
         };
         Ok(Minted {
             secret: format!("secret {n}").into(),
@@ -117,7 +126,7 @@ impl Rig {
         let cell = cell(clock.clone());
         let metrics = Metrics::new().unwrap();
         let mut tasks = JoinSet::new();
-        let refresher = Refresher::new(mint.clone(), cell.clone(), Arc::clone(&metrics));
+        let refresher = Refresher::new(Arc::new(mint.clone()), cell.clone(), Arc::clone(&metrics));
         tasks.spawn(refresher.run(CancellationToken::new()));
         Self {
             cell,
@@ -286,7 +295,7 @@ async fn clients_are_held_until_their_budget_and_then_told_why() {
         "{}",
         error.message()
     );
-    assert_eq!(error.hint().as_deref(), Some("mend the script"));
+    assert_eq!(error.hint().as_deref(), Some("fix the script"));
     let calls = rig.calls().len();
     assert!(
         (12..=60).contains(&calls),
@@ -295,7 +304,7 @@ async fn clients_are_held_until_their_budget_and_then_told_why() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_client_is_not_held_for_what_only_a_person_can_mend() {
+async fn a_client_does_not_wait_for_what_only_a_person_can_fix() {
     let rig = Rig::start(|_, _| Step::Fails(MintErrorKind::Refused));
     let started = Instant::now();
     let error = rig.cell.get(within(MINUTE)).await.unwrap_err();
@@ -712,7 +721,7 @@ async fn a_client_that_hangs_up_leaves_nothing_behind() {
             () = sleep(Duration::from_millis(10)) => {}
         }
     }
-    assert!(!rig.cell.is_awaited());
+    assert!(!rig.cell.demand().exists());
 }
 
 #[tokio::test(start_paused = true)]
@@ -765,7 +774,7 @@ async fn stopping_ends_the_task_even_in_the_middle_of_a_mint() {
     };
     let stop = CancellationToken::new();
     let refresher = Refresher::new(
-        mint.clone(),
+        Arc::new(mint.clone()),
         CredentialCell::new(clock),
         Metrics::new().unwrap(),
     );

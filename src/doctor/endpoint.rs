@@ -16,9 +16,10 @@ use super::{
 use crate::{
     clock::Clock,
     config::{CredentialSource, EndpointConfig, Timeouts},
-    credential::{Credential, CredentialCommand, Mint, MintError, Minted, Password, PasswordFile},
+    credential::{self, Credential, MintError, Minted},
+    net::tcp::is_loopback,
     telemetry::Metrics,
-    upstream::{is_loopback, probe},
+    upstream::probe,
     workspace::{
         AppDatabases, CredentialMinter, EndpointInfo, EndpointState, HostName, LocateError,
         Located, Target, Wanted, Workspace,
@@ -308,16 +309,15 @@ async fn credential(
     target: Option<&Target>,
 ) -> Option<Credential> {
     let started = Instant::now();
-    let minted = match (&examined.config.credential, examined.workspace, target) {
-        (CredentialSource::Command(command), ..) => CredentialCommand(command.clone()).mint().await,
-        (CredentialSource::Password(password), ..) => Password(password.clone()).mint().await,
-        (CredentialSource::PasswordFile(path), ..) => PasswordFile::new(path.clone()).mint().await,
-        (CredentialSource::Workspace, Some(workspace), Some(target)) => {
+    let own = credential::of_settings(&examined.config.credential);
+    let minted = match (own, examined.workspace, target) {
+        (Some(own), ..) => own.mint().await,
+        (None, Some(workspace), Some(target)) => {
             CredentialMinter::new(workspace.clone(), target.clone())
                 .mint()
                 .await
         }
-        (CredentialSource::Workspace, ..) => {
+        (None, ..) => {
             chart.skip(&[step::CREDENTIAL], "no workspace to ask");
             return None;
         }

@@ -1,62 +1,50 @@
-//! The way to an endpoint that may have to be looked up first.
+//! Resolution of an endpoint's settings to an [`Upstream`], which may take a look-up in the workspace.
 
-use std::{
-    sync::{
-        Arc,
-        atomic::{AtomicUsize, Ordering},
-    },
-    time::Duration,
-};
+use std::{sync::Arc, time::Duration};
 
 use tokio::{
     io::AsyncWriteExt,
-    sync::{Notify, watch},
+    sync::watch,
     time::{Instant, timeout, timeout_at},
 };
 
 use super::{Refusal, Terms, Upstream};
 use crate::{
-    credential::HOLD,
+    credential::{Demand, HOLD},
+    net::message::write_and_flush,
     protocol::{
         error::{Report, sqlstate},
-        frame::tag,
         options::SessionSettings,
+        startup::terminate,
     },
     status::Label,
     telemetry::labels::Reason,
 };
 
 /// How long a server may take to receive a Terminate message.
-const GOODBYE: Duration = Duration::from_secs(2);
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Where the look-up of an endpoint stands.
+/// The state of the look-up.
 #[derive(Clone)]
 enum State {
-    /// The last attempt has failed; another follows.
+    /// The last attempt failed; another follows.
     Failing(Arc<Problem>),
     Found(Arc<Upstream>),
-    /// The first attempt is under way.
+    /// The first attempt is in progress.
     Looking,
 }
 
-/// Why an endpoint has not been found yet.
+/// The error of the last look-up.
 pub struct Problem {
-    /// What clients are refused with.
+    /// The refusal for clients.
     pub refusal: Refusal,
-    /// Whether clients are held for the next attempt, since time may cure it.
+    /// Whether clients wait for the next attempt, because the failure is transient.
     pub is_held_for: bool,
-    /// When a waiting client can bring about the next attempt.
+    /// The earliest attempt that a waiting client can cause.
     pub opens_at: Instant,
 }
 
-/// The clients that wait for a look-up.
-#[derive(Default)]
-struct Demand {
-    waiting: AtomicUsize,
-    arrived: Notify,
-}
-
-/// What sessions hold; cheap to clone.
+/// The look-up's result as sessions see it; cheap to clone.
 #[derive(Clone)]
 pub struct Route {
     label: Label,
@@ -64,14 +52,14 @@ pub struct Route {
     demand: Arc<Demand>,
 }
 
-/// What the task that looks the endpoint up holds.
+/// The look-up's result as the task that makes it publishes it.
 pub struct RouteFinder {
     state: watch::Sender<State>,
     demand: Arc<Demand>,
 }
 
 impl Route {
-    /// A route that is still to be found.
+    /// A route before its first look-up.
     pub fn to(label: Label) -> (RouteFinder, Self) {
         let (sender, state) = watch::channel(State::Looking);
         let demand = Arc::<Demand>::default();
@@ -87,12 +75,12 @@ impl Route {
         (finder, route)
     }
 
-    /// For messages: the endpoint's name in the settings.
+    /// The endpoint's name in the settings, for messages.
     pub fn label(&self) -> &Label {
         &self.label
     }
 
-    /// The way, if it has been found.
+    /// The upstream, once the look-up has succeeded.
     pub fn found(&self) -> Option<Arc<Upstream>> {
         match &*self.state.borrow() {
             State::Found(upstream) => Some(Arc::clone(upstream)),
@@ -100,7 +88,7 @@ impl Route {
         }
     }
 
-    /// Why it has not been found yet, once an attempt has failed.
+    /// The error of the last attempt, until one succeeds.
     pub fn problem(&self) -> Option<String> {
         match &*self.state.borrow() {
             State::Failing(problem) => Some(problem.refusal.report.message.clone()),
@@ -108,20 +96,20 @@ impl Route {
         }
     }
 
-    /// Completes when the look-up has come to another result. Cancel safe.
+    /// Completes when the result changes. Cancel safe.
     pub async fn changed(&mut self) {
-        // Without a finder there is no change to come.
+        // Without a finder the result no longer changes.
         if self.state.changed().await.is_err() {
             std::future::pending::<()>().await;
         }
     }
 
-    /// The way; waits as long as `patience` while it is being looked up. Cancel safe.
+    /// The upstream; waits up to `limit` for the look-up. Cancel safe.
     ///
-    /// A failure that time may cure is waited out. Any other is returned as soon as an attempt made during the wait has
-    /// met it, or at once when the next attempt is further off than a few seconds.
-    pub async fn upstream(&self, patience: Duration) -> Result<Arc<Upstream>, Refusal> {
-        let deadline = Instant::now() + patience;
+    /// Transient failures are waited out. Any other is returned as soon as an attempt during the wait meets it, or at once if
+    /// the next attempt is more than [`HOLD`] away.
+    pub async fn upstream(&self, limit: Duration) -> Result<Arc<Upstream>, Refusal> {
+        let deadline = Instant::now() + limit;
         let mut state = self.state.clone();
         let mut waiting = None;
         loop {
@@ -136,27 +124,25 @@ impl Route {
             {
                 return Err(problem.refusal.clone());
             }
-            waiting.get_or_insert_with(|| Waiting::new(&self.demand));
+            waiting.get_or_insert_with(|| self.demand.add());
             if !matches!(timeout_at(deadline, state.changed()).await, Ok(Ok(()))) {
-                return Err(problem.map_or_else(|| self.too_slow(), |it| it.refusal.clone()));
+                return Err(problem.map_or_else(|| self.timed_out(), |it| it.refusal.clone()));
             }
         }
     }
 
-    fn too_slow(&self) -> Refusal {
+    fn timed_out(&self) -> Refusal {
         Refusal {
             report: Report::new(
                 sqlstate::CANNOT_CONNECT,
                 format!("Lakebase endpoint {} could not be looked up in time", self.label),
             )
-            .with_hint("Check that the workspace can be reached, or set PGHOST and PGUSER so that nothing need be looked up."),
+            .with_hint("Check that the workspace can be reached, or set PGHOST and PGUSER so that no look-up is needed."),
             reason: Reason::Waking,
         }
     }
-}
 
-impl Route {
-    /// One login as a client would make it, and an orderly goodbye. Cancel safe: dropping it drops the connection.
+    /// One login as for a client, and an orderly end. Cancel safe: dropping it drops the connection.
     pub async fn log_in_once(&self, terms: &Terms) -> Result<(), Refusal> {
         let upstream = self.upstream(terms.limits.connect_timeout).await?;
         let settings = SessionSettings {
@@ -168,54 +154,29 @@ impl Route {
             ..SessionSettings::default()
         };
         let mut connection = upstream.connect(&settings, terms).await?.connection;
-        let goodbye = async {
-            connection
-                .stream
-                .write_all(&[tag::TERMINATE, 0, 0, 0, 4])
-                .await?;
+        let close = async {
+            write_and_flush(&mut connection.stream, &terminate()).await?;
             connection.stream.shutdown().await
         };
-        // The login is what counts; whether the server takes the goodbye does not matter.
-        let _ = timeout(GOODBYE, goodbye).await;
+        // The login has succeeded; errors of the close do not matter.
+        let _ = timeout(CLOSE_TIMEOUT, close).await;
         Ok(())
     }
 }
 
 impl RouteFinder {
-    /// Sessions go this way from now on.
+    /// Publishes the upstream.
     pub fn found(&self, upstream: Arc<Upstream>) {
         self.state.send_replace(State::Found(upstream));
     }
 
-    /// An attempt has failed.
+    /// Publishes the error of an attempt.
     pub fn failed(&self, problem: Problem) {
         self.state.send_replace(State::Failing(Arc::new(problem)));
     }
 
-    /// Whether a client waits for the next attempt.
-    pub fn is_awaited(&self) -> bool {
-        self.demand.waiting.load(Ordering::SeqCst) > 0
-    }
-
-    /// Completes when a client begins to wait. Cancel safe.
-    pub async fn demand(&self) {
-        self.demand.arrived.notified().await;
-    }
-}
-
-/// Counts a waiting client for as long as it waits.
-struct Waiting<'a>(&'a Demand);
-
-impl<'a> Waiting<'a> {
-    fn new(demand: &'a Demand) -> Self {
-        demand.waiting.fetch_add(1, Ordering::SeqCst);
-        demand.arrived.notify_one();
-        Self(demand)
-    }
-}
-
-impl Drop for Waiting<'_> {
-    fn drop(&mut self) {
-        self.0.waiting.fetch_sub(1, Ordering::SeqCst);
+    /// The clients that wait for the next attempt.
+    pub(crate) fn demand(&self) -> &Demand {
+        &self.demand
     }
 }

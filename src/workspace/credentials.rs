@@ -6,12 +6,8 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use tokio::time::Instant;
 
-use super::{CallError, Target, Workspace, diagnosis::Purpose};
-use crate::{
-    credential::{Mint, MintError, Minted},
-    expiry::Moment,
-    telemetry::labels,
-};
+use super::{CallError, MintError, Minted, Target, Workspace, diagnosis::Purpose};
+use crate::{expiry::Moment, telemetry::labels};
 
 const AUTOSCALING: &str = "/api/2.0/postgres/credentials";
 const PROVISIONED: &str = "/api/2.0/database/credentials";
@@ -46,10 +42,9 @@ impl CredentialMinter {
             }
         }
     }
-}
 
-impl Mint for CredentialMinter {
-    async fn mint(&self) -> Result<Minted, MintError> {
+    /// Requests a new credential.
+    pub async fn mint(&self) -> Result<Minted, MintError> {
         let purpose = Purpose::Credential(self.target.as_str());
         let (path, body) = self.request();
         // Apart from the credential itself, so that each step is timed alone.

@@ -8,8 +8,9 @@ use std::time::Duration;
 use reqwest::StatusCode;
 
 pub(super) use super::error_body::clean;
-use super::{api::ApiError, auth::AuthKind, error_body::ErrorBody, host::Host};
-use crate::credential::{MintError, MintErrorKind};
+use super::{
+    MintError, MintErrorKind, api::ApiError, auth::AuthKind, error_body::ErrorBody, host::Host,
+};
 
 /// A failed call to the workspace. Holds no secret.
 #[derive(Clone, Debug, thiserror::Error)]

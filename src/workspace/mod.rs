@@ -14,6 +14,7 @@ mod error_body;
 pub mod fuzzing;
 mod host;
 mod inspect;
+mod mint;
 mod names;
 mod settings;
 #[cfg(test)]
@@ -45,6 +46,7 @@ pub use discovery::{
 pub use error::WorkspaceError;
 pub use host::Host;
 pub use inspect::{Profile, Role, TokenFacts};
+pub use mint::{MintError, MintErrorKind, Minted};
 pub use names::{
     BranchName, EndpointName, HostName, InstanceName, NameError, ProjectName, Reference, Target,
 };

@@ -19,10 +19,7 @@ use serde_json::{Value, json};
 use tokio::{net::TcpListener, task::JoinSet};
 
 use super::*;
-use crate::{
-    credential::{Mint, MintError, MintErrorKind, Minted},
-    net::tls,
-};
+use crate::net::tls;
 
 const ENDPOINT: &str = "projects/p/branches/production/endpoints/primary";
 const CREDENTIALS: &str = "/api/2.0/postgres/credentials";

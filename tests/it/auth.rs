@@ -13,7 +13,7 @@ use jiff::{SignedDuration, Timestamp, Zoned};
 use lakebase_proxy::{
     clock::Clock,
     config::{Roots, WorkspaceSettings},
-    credential::{Mint, MintError, MintErrorKind},
+    credential::{MintError, MintErrorKind},
     emulator::{Action, Emulator, Identity, Response, Site},
     net::tls,
     telemetry::Metrics,

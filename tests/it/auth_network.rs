@@ -6,7 +6,7 @@ use axum::Router;
 use lakebase_proxy::{
     clock::Clock,
     config::{Roots, WorkspaceSettings},
-    credential::{Mint, MintError, MintErrorKind},
+    credential::{MintError, MintErrorKind},
     net::tls,
     telemetry::Metrics,
     workspace::{CredentialMinter, Target, Workspace},

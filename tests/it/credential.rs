@@ -1,12 +1,12 @@
 //! Workspace and credential rooms against the emulator's workspace API.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use jiff::{SignedDuration, Timestamp};
 use lakebase_proxy::{
     clock::Clock,
     config::{Roots, WorkspaceSettings},
-    credential::{Cause, CredentialCell, Mint, MintErrorKind, Refresher},
+    credential::{Cause, CredentialCell, MintErrorKind, Refresher},
     emulator::{Action, Emulator, EmulatorOptions, Identity, Response, Site},
     net::tls,
     telemetry::Metrics,
@@ -153,7 +153,7 @@ async fn a_refresher_rides_out_an_outage_and_serves_all_who_were_rejected_with_o
     let workspace = workspace(m2m(&emulator, &emulator.identities().app));
     let cell = CredentialCell::new(Clock::system());
     let minter = CredentialMinter::new(workspace, endpoint(&emulator));
-    let refresher = Refresher::new(minter, cell.clone(), Metrics::new().unwrap());
+    let refresher = Refresher::new(Arc::new(minter), cell.clone(), Metrics::new().unwrap());
     let stop = CancellationToken::new();
     let mut tasks = JoinSet::new();
     tasks.spawn(refresher.run(stop.clone()));

@@ -27,7 +27,6 @@ const OF_EMULATOR: &[&str] = &["net", "protocol", "telemetry", "clock", "shutdow
 const PENDING: &[(&str, &str, &str)] = &[
     ("config", "workspace", "workspace"),
     ("session", "console", "status"),
-    ("workspace", "credential", "upstream"),
 ];
 /// Modules that are still to go, with who moves them.
 const LEAVING: &[(&str, &str)] = &[
@@ -36,7 +35,6 @@ const LEAVING: &[(&str, &str)] = &[
     ("files", "config"),
     ("overview", "status"),
     ("remote", "config"),
-    ("tls", "upstream"),
     ("token", "config"),
     ("workers", "session"),
 ];

@@ -11,8 +11,8 @@ use tracing::{debug, info};
 use super::{Expiry, Freshness, TokenSource, WorkspaceToken};
 use crate::{
     clock::Clock,
-    credential::MintErrorKind,
     workspace::{
+        MintErrorKind,
         api::Api,
         diagnosis::{CallError, SignedIn},
     },

@@ -21,13 +21,10 @@ use super::{
         ProjectBody, RoleBody,
     },
 };
-use crate::{
-    credential::MintErrorKind,
-    workspace::{
-        Answer, CallError, EndpointName, InstanceName, Profile, Role, Target, Workspace,
-        diagnosis::Purpose,
-        names::{BranchName, ProjectName},
-    },
+use crate::workspace::{
+    Answer, CallError, EndpointName, InstanceName, MintErrorKind, Profile, Role, Target, Workspace,
+    diagnosis::Purpose,
+    names::{BranchName, ProjectName},
 };
 
 const FIRST_WAIT: Duration = Duration::from_millis(500);

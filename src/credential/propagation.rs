@@ -1,8 +1,7 @@
-//! Whether a credential that was refused may not have reached the endpoint yet.
+//! Retries with a young credential that may not have reached the endpoint yet.
 //!
-//! A credential that the workspace has just issued is at times refused for a few seconds. Replacing it at once would start
-//! that time anew, so it is tried again first: by one client at a time, until the endpoint has accepted it once, and for a
-//! short time.
+//! The endpoint at times rejects a credential for a few seconds after its mint. A new one would be rejected for as long, so
+//! the same one is tried again first: by one client at a time, until the endpoint has accepted it once, and for a short time.
 
 use std::{
     sync::{
@@ -19,40 +18,40 @@ use tokio::{
 
 /// A credential older than this has reached the endpoint.
 const YOUNG: Duration = Duration::from_mins(1);
-/// For this long after its first refusal a young credential is tried again.
+/// A young credential is tried again for this long after its first rejection.
 const GRACE: Duration = Duration::from_secs(3);
-/// The longest pause before an attempt; a random half of it is left out.
+/// The longest wait before an attempt; its second half is random.
 const PAUSE: Duration = Duration::from_secs(1);
 
-/// What is known about the latest credential of one endpoint.
+/// The acceptance of the latest credential at one endpoint.
 #[derive(Debug, Default)]
 pub(super) struct Propagation {
     /// The latest generation that the endpoint accepted; 0: none.
     accepted: AtomicU64,
-    first_refusal: Mutex<Option<Refusal>>,
+    first_rejection: Mutex<Option<Rejection>>,
     /// Held by the client that tries again.
     probe: tokio::sync::Mutex<()>,
 }
 
 #[derive(Clone, Copy, Debug)]
-struct Refusal {
+struct Rejection {
     generation: u64,
     at: Instant,
 }
 
-/// A reason to try the refused credential again; held until that attempt has ended.
+/// The right to try a rejected credential again; held until that attempt has ended.
 #[derive(Debug)]
-pub(super) struct Probe<'a>(
+pub(crate) struct Probe<'a>(
     #[expect(dead_code, reason = "held, not read")] Option<MutexGuard<'a, ()>>,
 );
 
 impl Propagation {
-    /// A login with this generation succeeded.
+    /// Records an accepted login.
     pub(super) fn accepted(&self, generation: u64) {
         self.accepted.fetch_max(generation, Ordering::Relaxed);
     }
 
-    /// Waits until this generation, refused at the age `age`, is worth another attempt; `None` if it is not, or not before
+    /// Waits until this generation, rejected at this age, is worth another attempt; `None` if it is not, or not before
     /// `deadline`. Cancel safe.
     pub(super) async fn probe(
         &self,
@@ -63,10 +62,10 @@ impl Propagation {
         if age >= YOUNG || self.is_accepted(generation) {
             return None;
         }
-        let ends_at = (self.first_refusal(generation)? + GRACE).min(deadline);
+        let ends_at = (self.first_rejection(generation)? + GRACE).min(deadline);
         let probe = async {
             let guard = self.probe.lock().await;
-            // Another client's attempt may have shown that it has arrived: then all go.
+            // If another client's attempt was accepted meanwhile, no client needs to wait.
             if self.is_accepted(generation) {
                 return Probe(None);
             }
@@ -80,16 +79,16 @@ impl Propagation {
         generation <= self.accepted.load(Ordering::Relaxed)
     }
 
-    /// When this generation was first refused; `None` if a later one was refused since.
-    fn first_refusal(&self, generation: u64) -> Option<Instant> {
+    /// When this generation was first rejected; `None` if a later one was rejected since.
+    fn first_rejection(&self, generation: u64) -> Option<Instant> {
         let mut first = self
-            .first_refusal
+            .first_rejection
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
-        let known = first.filter(|refusal| refusal.generation >= generation);
+        let known = first.filter(|rejection| rejection.generation >= generation);
         let at = Instant::now();
-        let refusal = *first.insert(known.unwrap_or(Refusal { generation, at }));
-        (refusal.generation == generation).then_some(refusal.at)
+        let rejection = *first.insert(known.unwrap_or(Rejection { generation, at }));
+        (rejection.generation == generation).then_some(rejection.at)
     }
 }
 
@@ -124,7 +123,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn once_it_is_accepted_all_that_wait_go() {
+    async fn an_accepted_credential_releases_all_waiting_clients() {
         let propagation = Propagation::default();
         let refused = || propagation.probe(1, Duration::ZERO, later());
         let first = refused().await;
@@ -139,7 +138,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn an_old_credential_and_one_that_was_accepted_are_not_tried_again() {
+    async fn old_and_accepted_credentials_are_not_tried_again() {
         let propagation = Propagation::default();
         assert!(propagation.probe(1, YOUNG, later()).await.is_none());
         propagation.accepted(1);
