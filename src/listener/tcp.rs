@@ -11,8 +11,8 @@ use tokio::net::{TcpListener, TcpStream};
 use super::{Acceptor, BACKLOG, ListenError};
 use crate::{
     config::Keepalive,
+    net::tcp::{tune, unpace},
     status::Peer,
-    upstream::{tune, unpace},
 };
 
 /// Ports that are tried where any will do, but must be free on several addresses.

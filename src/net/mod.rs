@@ -1,4 +1,4 @@
-//! What sockets have in common: TLS configuration, backoff, whole messages, bulk transfer.
+//! What sockets have in common: connect, keepalive, TLS configuration, backoff, whole messages, bulk transfer.
 //!
 //! Knows nothing of sessions, endpoints or credentials.
 
@@ -7,4 +7,5 @@ pub(crate) mod bulk;
 pub mod http;
 pub(crate) mod message;
 pub mod socket;
+pub(crate) mod tcp;
 pub mod tls;

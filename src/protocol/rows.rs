@@ -85,7 +85,7 @@ pub(crate) fn data_row(out: &mut BytesMut, values: &[Value], formats: &Formats) 
         match value {
             Value::Null => data.put_i32(-1),
             Value::Number(number) if formats.is_binary(index) => {
-                sized(&mut data, &number.to_be_bytes())
+                sized(&mut data, &number.to_be_bytes());
             }
             Value::Number(number) => sized(&mut data, number.to_string().as_bytes()),
             // Text is the same in both formats.

@@ -1,7 +1,7 @@
-//! An endpoint's addresses, as the resolver said lately.
+//! A cache of an endpoint's addresses.
 //!
-//! A pool that opens twenty connections asks the resolver once. While the resolver fails or is slow, what it said before
-//! serves: whoever answers there is verified. Addresses that take no connection are forgotten.
+//! A pool that opens twenty connections causes one resolution. If resolution fails or is slow, stale addresses are used;
+//! that is safe because TLS verifies the host name. Addresses that accept no connection are dropped.
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
@@ -12,25 +12,25 @@ use tokio::{
 
 use super::failure::Failure;
 
-/// How long an answer is taken for the truth.
+/// How long resolved addresses are fresh.
 const FRESH: Duration = Duration::from_secs(5);
-/// How long it serves when there is no other; RFC 8767 allows days.
+/// How long stale addresses may be used; RFC 8767 allows days.
 const STALE: Duration = Duration::from_hours(1);
-/// How long a resolver may take when there is an older answer; RFC 8767 proposes 1.8 s.
-const PATIENCE: Duration = Duration::from_millis(1800);
+/// How long resolution may take while there are stale addresses; RFC 8767 proposes 1.8 s.
+const STALE_TIMEOUT: Duration = Duration::from_millis(1800);
 
-/// What is known; shared by all copies.
+/// The cache; shared by all copies.
 #[derive(Clone, Debug, Default)]
 pub struct Addresses {
     known: Arc<Mutex<Known>>,
-    /// Set by hand, where the name does not resolve to what should be dialed; empty: the resolver's.
+    /// Configured addresses, in place of resolution; empty: none.
     fixed: Arc<[SocketAddr]>,
 }
 
 #[derive(Debug, Default)]
 struct Known {
     answer: Option<Answer>,
-    /// The last failure, for those who waited for it.
+    /// The last failure, for the clients that waited for it.
     failure: Option<(Instant, Failure)>,
 }
 
@@ -42,7 +42,7 @@ struct Answer {
 }
 
 impl Addresses {
-    /// Always these, whatever the name resolves to; the resolver's when there are none.
+    /// Always these, without resolution; resolution if there are none.
     pub fn fixed(addresses: impl IntoIterator<Item = SocketAddr>) -> Self {
         Self {
             fixed: addresses.into_iter().collect(),
@@ -50,12 +50,12 @@ impl Addresses {
         }
     }
 
-    /// Those that were set by hand.
+    /// The configured addresses.
     pub fn as_fixed(&self) -> Option<&[SocketAddr]> {
         (!self.fixed.is_empty()).then_some(&*self.fixed)
     }
 
-    /// The addresses, by `look_up` where they are not known; one at a time asks. Cancel safe.
+    /// The addresses, by `look_up` unless they are fresh; one resolution at a time. Cancel safe.
     pub(super) async fn get(
         &self,
         look_up: impl Future<Output = Result<Vec<SocketAddr>, Failure>>,
@@ -63,21 +63,21 @@ impl Addresses {
         if let Some(fixed) = self.as_fixed() {
             return Ok(fixed.to_vec());
         }
-        let asked = Instant::now();
+        let started = Instant::now();
         let mut known = self.known.lock().await;
         let Known { answer, failure } = &mut *known;
         if let Some((at, failure)) = failure
-            && *at >= asked
+            && *at >= started
         {
             return Err(failure.clone());
         }
         answer.take_if(|answer| answer.since.elapsed() >= STALE);
         if let Some(answer) = answer {
             if Instant::now() >= answer.fresh_until {
-                match timeout(PATIENCE, look_up).await {
+                match timeout(STALE_TIMEOUT, look_up).await {
                     Ok(Ok(addresses)) => *answer = Answer::new(addresses),
-                    Ok(Err(failure)) => answer.serve_on(&failure),
-                    Err(slow) => answer.serve_on(&slow),
+                    Ok(Err(failure)) => answer.extend(&failure),
+                    Err(slow) => answer.extend(&slow),
                 }
             }
             return Ok(answer.addresses.clone());
@@ -94,9 +94,9 @@ impl Addresses {
         }
     }
 
-    /// They took no connection.
+    /// Drops the addresses, which accepted no connection.
     pub(super) fn forget(&self) {
-        // Whoever holds the lock is asking anew.
+        // The holder of the lock resolves anew.
         if let Ok(mut known) = self.known.try_lock() {
             known.answer = None;
         }
@@ -113,13 +113,13 @@ impl Answer {
         }
     }
 
-    /// For want of a better one.
-    fn serve_on(&mut self, why: &(dyn std::error::Error + 'static)) {
+    /// Uses stale addresses for another while.
+    fn extend(&mut self, why: &(dyn std::error::Error + 'static)) {
         self.fresh_until = Instant::now() + FRESH;
         tracing::warn!(
             error = why,
             age = ?self.since.elapsed(),
-            "the endpoint's name cannot be resolved; its last known addresses are used; hint: check the machine's name resolution"
+            "cannot resolve the endpoint's name; stale addresses are used; hint: check the machine's name resolution"
         );
     }
 }
@@ -141,7 +141,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn an_address_set_by_hand_is_dialed_and_the_name_is_not_resolved() {
+    async fn a_configured_address_is_used_without_resolution() {
         let known = Addresses::fixed(answer(7));
         known.forget();
         assert_eq!(known.get(pending()).await.unwrap(), answer(7));
@@ -149,25 +149,25 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn many_ask_once_and_again_when_the_answer_is_no_longer_fresh() {
-        let (known, asked) = (Addresses::default(), Cell::new(0));
-        let ask = async || {
+    async fn concurrent_clients_share_a_resolution_until_the_addresses_are_stale() {
+        let (known, lookups) = (Addresses::default(), Cell::new(0));
+        let resolve = async || {
             let look_up = async {
-                asked.set(asked.get() + 1);
+                lookups.set(lookups.get() + 1);
                 tokio::time::sleep(Duration::from_millis(10)).await;
-                Ok(answer(asked.get()))
+                Ok(answer(lookups.get()))
             };
             known.get(look_up).await.unwrap()
         };
-        assert_eq!(tokio::join!(ask(), ask()), (answer(1), answer(1)));
+        assert_eq!(tokio::join!(resolve(), resolve()), (answer(1), answer(1)));
         advance(FRESH).await;
-        assert_eq!(tokio::join!(ask(), ask()), (answer(2), answer(2)));
+        assert_eq!(tokio::join!(resolve(), resolve()), (answer(2), answer(2)));
         known.forget();
-        assert_eq!(ask().await, answer(3));
+        assert_eq!(resolve().await, answer(3));
     }
 
     #[tokio::test(start_paused = true)]
-    async fn an_old_answer_serves_while_the_resolver_fails_or_is_slow_but_not_for_ever() {
+    async fn stale_addresses_are_used_while_resolution_fails_or_is_slow_but_not_forever() {
         let known = Addresses::default();
         known.get(async { Ok(answer(1)) }).await.unwrap();
         advance(FRESH).await;
@@ -178,32 +178,32 @@ mod tests {
         advance(FRESH).await;
         let began = Instant::now();
         assert_eq!(known.get(pending()).await.unwrap(), answer(1));
-        assert_eq!(began.elapsed(), PATIENCE);
+        assert_eq!(began.elapsed(), STALE_TIMEOUT);
         assert_eq!(
             known.get(pending()).await.unwrap(),
             answer(1),
-            "not asked again at once"
+            "not resolved again at once"
         );
         advance(STALE).await;
         assert!(known.get(async { Err(failure()) }).await.is_err());
     }
 
     #[tokio::test(start_paused = true)]
-    async fn who_waits_for_a_failure_shares_it_and_who_comes_later_asks_again() {
-        let (known, asked) = (Addresses::default(), Cell::new(0));
-        let ask = async || {
+    async fn clients_that_wait_for_a_resolution_share_its_failure_and_later_ones_do_not() {
+        let (known, lookups) = (Addresses::default(), Cell::new(0));
+        let resolve = async || {
             let look_up = async {
-                asked.set(asked.get() + 1);
+                lookups.set(lookups.get() + 1);
                 tokio::time::sleep(Duration::from_secs(10)).await;
                 Err(failure())
             };
             known.get(look_up).await.unwrap_err()
         };
-        let (first, second) = tokio::join!(ask(), ask());
+        let (first, second) = tokio::join!(resolve(), resolve());
         assert!(first.is_dns && second.is_dns);
-        assert_eq!(asked.get(), 1);
+        assert_eq!(lookups.get(), 1);
         advance(Duration::from_millis(1)).await;
-        ask().await;
-        assert_eq!(asked.get(), 2);
+        resolve().await;
+        assert_eq!(lookups.get(), 2);
     }
 }

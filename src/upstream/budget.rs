@@ -1,4 +1,4 @@
-//! The time one client has from its request to its session or refusal.
+//! The time limit of one client, from its request to its session or refusal.
 
 use std::time::Duration;
 
@@ -6,10 +6,10 @@ use tokio::time::Instant;
 
 use super::failure::Failure;
 
-/// How long a name that does not resolve is tried: a typing error should not cost a minute.
+/// The limit for a name that does not resolve: a typing error should not cost a minute.
 const DNS: Duration = Duration::from_secs(10);
 
-/// A deadline, and whether it is the whole time that the settings allow.
+/// A deadline, and whether it is the full time of the settings.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Budget {
     began: Instant,
@@ -39,7 +39,7 @@ impl Budget {
         self.began.elapsed()
     }
 
-    /// Whether nothing has shortened it.
+    /// Whether it has not been shortened.
     pub(super) fn is_whole(&self) -> bool {
         self.is_whole
     }
@@ -53,7 +53,7 @@ impl Budget {
         self.has_attempted = true;
     }
 
-    /// Allows `time` from the beginning, where that is less.
+    /// Shortens it to `time` from its start, if that is less.
     pub(super) fn shorten(&mut self, time: Duration) {
         let ends_at = self.began + time;
         if ends_at < self.ends_at {
@@ -62,7 +62,7 @@ impl Budget {
         }
     }
 
-    /// Adapts to a failure of any client's attempt.
+    /// Adapts to the failure of any client's attempt.
     pub(super) fn observe(&mut self, failure: &Failure) {
         if failure.is_dns {
             self.shorten(DNS);

@@ -1,20 +1,13 @@
 //! Connects to the upstream, retrying until `connect_timeout` while the endpoint wakes.
 //!
-//! While the endpoint wakes clients make one attempt at a time ([`Wake`]). Once it answers all proceed, a bounded number
-//! at a time. So a thousand clients at a sleeping endpoint cause the dials of one, and those that were under way already.
+//! A client has a `Budget`. After a failed attempt, the class of the failure decides the `Reaction`. While the endpoint
+//! wakes, clients make one attempt at a time (`Wake`); once it responds, all proceed, 32 at a time. So a
+//! thousand clients at a sleeping endpoint cause the dials of one.
 
-use std::{
-    borrow::Cow,
-    net::SocketAddr,
-    pin::pin,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
-    time::Duration,
-};
+use std::{borrow::Cow, net::SocketAddr, pin::pin, sync::Arc, time::Duration};
 
 use arc_swap::ArcSwap;
+use bytes::BytesMut;
 use tokio::{
     io::AsyncReadExt,
     sync::{Semaphore, SemaphorePermit},
@@ -23,18 +16,17 @@ use tokio::{
 
 use super::{
     budget::Budget,
-    databases::MissingDatabases,
     dial,
     endpoint::Endpoint,
-    failure::{Class, Failure},
+    failure::{Class, Failure, Reaction, consequence},
     login::{Connection, log_in},
+    names::RecentNames,
     phases::{Progress, record_waits},
-    propagation::{Probe, Propagation},
     wake::{Lead, RETRY, Wake},
 };
 use crate::{
     config::{Keepalive, Timeouts},
-    credential::{Cause, Credential, CredentialCell, CredentialError},
+    credential::{Cause, Credential, CredentialCell, CredentialError, Probe},
     net::{backoff::Backoff, message::write_and_flush},
     protocol::{
         error::{Report, sqlstate},
@@ -48,31 +40,35 @@ use crate::{
     },
 };
 
-/// Logins under way at a time.
+/// Concurrent logins.
 const CONCURRENT_LOGINS: usize = 32;
-/// A login that takes longer than this after the server asked for the password gives its place to the next: settings of
-/// the client, such as `post_auth_delay`, can make it arbitrarily slow.
+/// A login that takes longer than this after the server requested the password releases its slot: settings of the client,
+/// such as `post_auth_delay`, can make it arbitrarily slow.
 const SLOW_LOGIN: Duration = Duration::from_secs(1);
-/// The budget of a client while an earlier one has spent its whole budget in vain.
+/// The budget of a client after an earlier one has spent its whole budget without success.
 const FAILING_BUDGET: Duration = Duration::from_secs(10);
-/// Cancels under way at a time.
+/// More than the users of one machine's clients.
+const MISSING_DATABASES: usize = 64;
+/// How long a missing database is remembered: one that is created later is found after this time.
+const MISSING_DATABASE_LIFETIME: Duration = Duration::from_mins(1);
+/// Concurrent cancels.
 const CONCURRENT_CANCELS: usize = 32;
-/// How long a cancel may take, as PgBouncer's `cancel_wait_timeout`.
+/// Limit of one cancel, as PgBouncer's `cancel_wait_timeout`.
 const CANCEL_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// What the settings say about dealing with an endpoint.
+/// The settings of connecting to an endpoint.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Terms {
-    /// How long things may take.
+    /// Time limits.
     pub limits: Timeouts,
-    /// How dead peers are noticed.
+    /// Detection of dead peers.
     pub keepalive: Keepalive,
 }
 
-/// Why a client gets no session.
+/// The refusal of a client.
 #[derive(Clone, Debug)]
 pub struct Refusal {
-    /// What it is told.
+    /// The error for the client.
     pub report: Report,
     /// The metric label.
     pub reason: Reason,
@@ -83,74 +79,70 @@ pub struct Refusal {
 pub struct Connected {
     /// The connection.
     pub connection: Connection,
-    /// The database that it has open.
+    /// Its database.
     pub database: String,
-    /// How long the client was held because the endpoint was waking.
+    /// How long the client waited for a waking endpoint.
     pub woke_after: Option<Duration>,
 }
 
-/// The way to one endpoint, shared by all of its clients.
+/// One endpoint, shared by all of its clients.
 pub struct Upstream {
     label: Label,
     endpoint: ArcSwap<Endpoint>,
     credentials: CredentialCell,
     metrics: Arc<Metrics>,
-    missing_databases: MissingDatabases,
-    propagation: Propagation,
+    /// Database names that clients send by default and that do not exist.
+    missing_databases: RecentNames,
     failing_budget: Duration,
     logins: Semaphore,
     cancels: Semaphore,
     wake: Wake,
-    /// A credential has been replaced because the role belongs to another identity, and no login accepted since.
-    mismatched: AtomicBool,
 }
 
 impl Upstream {
-    /// The way to `endpoint` with the credentials of `credentials`.
+    /// Connects to `endpoint` with the credentials of `credentials`.
     pub fn new(endpoint: Endpoint, credentials: CredentialCell, metrics: Arc<Metrics>) -> Self {
         Self {
             label: endpoint.label.clone(),
             endpoint: ArcSwap::from_pointee(endpoint),
             credentials,
             metrics,
-            missing_databases: MissingDatabases::default(),
-            propagation: Propagation::default(),
+            missing_databases: RecentNames::new(MISSING_DATABASES, MISSING_DATABASE_LIFETIME),
             failing_budget: FAILING_BUDGET,
             logins: Semaphore::new(CONCURRENT_LOGINS),
             cancels: Semaphore::new(CONCURRENT_CANCELS),
             wake: Wake::new(),
-            mismatched: AtomicBool::new(false),
         }
     }
 
-    /// What is connected to.
+    /// The endpoint.
     pub fn endpoint(&self) -> Arc<Endpoint> {
         self.endpoint.load_full()
     }
 
-    /// Dials this from now on, which is the same endpoint, maybe by other roots.
+    /// Replaces the endpoint, for example by one with other roots.
     pub fn redirect(&self, endpoint: Endpoint) {
         self.endpoint.store(Arc::new(endpoint));
     }
 
-    /// Database names that clients sent by default and that do not exist: these clients get the configured database.
+    /// Database names that clients send by default and that do not exist; these clients get the configured database.
     pub fn missing_databases(&self) -> Vec<String> {
-        self.missing_databases.names()
+        self.missing_databases.list()
     }
 
-    /// A logged-in connection, or the reason why there is none, after one budget at most.
+    /// A logged-in connection, or a refusal after one budget at most.
     ///
-    /// Cancel safe: dropping it gives up the lead, the attempt and the wait.
+    /// Cancel safe: dropping it releases the lead, the attempt and the place in the queue.
     pub async fn connect(
         &self,
         settings: &SessionSettings,
         terms: &Terms,
     ) -> Result<Connected, Refusal> {
         let limits = &terms.limits;
-        // Nothing is dialed for it, so that it says nothing of the endpoint either.
+        // Encoded once, before any wait: a message that is too long is refused at once.
         let endpoint = self.endpoint();
         let startup = settings.startup(&endpoint.user, |name| endpoint.dropped.contains(name));
-        startup.map_err(|too_long| self.refusal(&too_long.into()))?;
+        let startup = startup.map_err(|too_long| self.refusal(&too_long.into()))?;
         let budget = if self.wake.has_spent_budget() {
             limits.connect_timeout.min(self.failing_budget)
         } else {
@@ -160,6 +152,7 @@ impl Upstream {
             upstream: self,
             terms,
             settings: Cow::Borrowed(settings),
+            startup: Some(startup),
             budget: Budget::new(budget),
             backoff: RETRY,
             previous: None,
@@ -167,7 +160,7 @@ impl Upstream {
             was_full: false,
             was_renewed: false,
             queued: Duration::ZERO,
-            credited: Duration::ZERO,
+            credential_wait: Duration::ZERO,
             probe: None,
         };
         connect.run().await
@@ -175,7 +168,7 @@ impl Upstream {
 
     /// Sends the server's own cancel key to the address that gave it, over a fresh connection.
     ///
-    /// Returns when the server has closed that connection, which is when the signal has been sent.
+    /// Returns when the server has closed that connection, which it does after sending the signal.
     pub async fn cancel(
         &self,
         address: SocketAddr,
@@ -184,33 +177,20 @@ impl Upstream {
     ) -> Result<(), Failure> {
         let endpoint = self.endpoint();
         let exchange = async {
-            // Never closed, so never an error.
-            let _turn = self.cancels.acquire().await;
+            // The semaphore is never closed.
+            let _permit = self.cancels.acquire().await;
             let mut stream = dial::redial(address, &endpoint, keepalive, &self.metrics).await?;
             write_and_flush(&mut stream, &key.request())
                 .await
                 .map_err(|error| Failure::broken(&error))?;
-            // The server answers by closing, cleanly or not.
-            let mut nothing = [0; 64];
-            while let Ok(1..) = stream.read(&mut nothing).await {}
+            // The server responds by closing, cleanly or not.
+            let mut ignored = [0; 64];
+            while let Ok(1..) = stream.read(&mut ignored).await {}
             Ok(())
         };
         timeout(CANCEL_TIMEOUT, exchange)
             .await
             .unwrap_or_else(|_| Err(Failure::timed_out("cancel")))
-    }
-
-    /// Records that the endpoint answers.
-    fn answered(&self, woke_after: Option<Duration>) {
-        if let Some(waking) = woke_after {
-            self.metrics.wake_seconds.observe(waking.as_secs_f64());
-        }
-    }
-
-    /// Whether another credential may help. A new one belongs to the same identity as the one before, so that for the
-    /// wrong identity one is tried until a login is accepted.
-    fn may_renew(&self, class: Class) -> bool {
-        class != Class::WrongIdentity || !self.mismatched.swap(true, Ordering::Relaxed)
     }
 
     fn refusal(&self, failure: &Failure) -> Refusal {
@@ -222,9 +202,9 @@ impl Upstream {
 
     fn not_renewed(&self, failure: &Failure, error: &CredentialError) -> Refusal {
         let mut refusal = self.refusal(failure);
-        let said = refusal.report.detail.take().unwrap_or_default();
+        let detail = refusal.report.detail.take().unwrap_or_default();
         refusal.report.detail = Some(format!(
-            "{said} No other credential could be tried: {}.",
+            "{detail} No other credential could be tried: {}.",
             error.message()
         ));
         refusal
@@ -248,26 +228,28 @@ impl Upstream {
     }
 }
 
-/// One client's way to a connection: its budget, and what its attempts have met so far.
+/// One client's connect: its budget, and the results of its attempts so far.
 struct Connect<'a> {
     upstream: &'a Upstream,
     terms: &'a Terms,
     settings: Cow<'a, SessionSettings>,
+    /// The startup message for the first attempt.
+    startup: Option<BytesMut>,
     budget: Budget,
-    /// Pauses between attempts of this client alone.
+    /// Waits between attempts of this client alone.
     backoff: Backoff,
-    /// Why the last attempt failed.
+    /// The failure of the last attempt.
     previous: Option<Failure>,
     was_held: bool,
     was_full: bool,
     was_renewed: bool,
     queued: Duration,
-    credited: Duration,
-    /// Held while a credential is tried that was refused before.
+    credential_wait: Duration,
+    /// Held while a rejected credential is tried again.
     probe: Option<Probe<'a>>,
 }
 
-/// What an attempt needs.
+/// The prerequisites of an attempt.
 struct Admission<'a> {
     /// Present while the endpoint wakes.
     lead: Option<Lead<'a>>,
@@ -282,10 +264,8 @@ impl<'a> Connect<'a> {
             let generation = admission.credential.generation;
             match self.attempt(admission).await {
                 Ok(connection) => {
-                    record_waits(self.queued, self.credited);
+                    record_waits(self.queued, self.credential_wait);
                     self.upstream.credentials.accepted(generation, self.cause());
-                    self.upstream.propagation.accepted(generation);
-                    self.upstream.mismatched.store(false, Ordering::Relaxed);
                     return Ok(Connected {
                         connection,
                         woke_after: self.was_held.then(|| self.budget.spent()),
@@ -297,7 +277,7 @@ impl<'a> Connect<'a> {
         }
     }
 
-    /// Waits for the right to make an attempt, and for a credential to make it with.
+    /// Waits for this client's turn, a credential and a login slot.
     async fn admission(&mut self) -> Result<Admission<'a>, Refusal> {
         let upstream = self.upstream;
         loop {
@@ -312,50 +292,51 @@ impl<'a> Connect<'a> {
                     return Err(upstream.refusal(&failure));
                 }
             };
-            // Another client got through since this one's attempt failed: without a pause, a client whose logins alone
-            // look like those of a waking endpoint would retry without end.
-            if lead.is_none() && self.has_met_waking() {
+            // Another client succeeded since this one's attempt failed. Without a wait, a client whose own logins look like
+            // those of a waking endpoint would retry in a loop.
+            if lead.is_none() && self.was_waking() {
                 self.pause().await?;
             }
-            let asked = Instant::now();
+            let requested = Instant::now();
             let credential = upstream
                 .credentials
                 .get(self.credential_by())
                 .await
                 .map_err(|error| upstream.no_credential(&error))?;
-            self.credited += dial::observe(&upstream.metrics, LoginPhase::Credential, asked);
+            self.credential_wait +=
+                dial::observe(&upstream.metrics, LoginPhase::Credential, requested);
             let ready = Instant::now();
             let slot = self.login_slot().await?;
-            let queued = (asked - began) + ready.elapsed();
+            let queued = (requested - began) + ready.elapsed();
             upstream.metrics.upstream_connect_seconds[LoginPhase::Queue]
                 .observe(queued.as_secs_f64());
             self.queued += queued;
-            // Those ahead may have found the endpoint waking.
+            // Clients ahead of this one may have found the endpoint waking.
             if lead.is_none() && upstream.wake.is_waking() {
                 continue;
             }
             return Ok(Admission {
                 lead,
-                // There may be a newer one by now.
+                // A newer one may have been minted during the wait for the slot.
                 credential: upstream.credentials.current().unwrap_or(credential),
                 slot,
             });
         }
     }
 
-    /// Until when a client without a credential is held.
+    /// The deadline of the wait for a credential.
     fn credential_by(&self) -> Instant {
-        let patience = self.terms.limits.credential_timeout;
-        self.budget.ends_at().min(Instant::now() + patience)
+        let timeout = self.terms.limits.credential_timeout;
+        self.budget.ends_at().min(Instant::now() + timeout)
     }
 
-    /// What a refusal of the credential is counted under.
+    /// The cause that a rejection of the credential counts under.
     fn cause(&self) -> Cause {
         let user = &self.upstream.endpoint().user;
         Cause::login(user, &self.settings.database, self.settings.replication)
     }
 
-    fn has_met_waking(&self) -> bool {
+    fn was_waking(&self) -> bool {
         self.previous
             .as_ref()
             .is_some_and(|failure| failure.class == Class::Waking)
@@ -368,7 +349,7 @@ impl<'a> Connect<'a> {
         }
     }
 
-    /// One login, and what its result says about the endpoint.
+    /// One login; its result updates the wake state.
     async fn attempt(&mut self, admission: Admission<'a>) -> Result<Connection, Failure> {
         let upstream = self.upstream;
         self.budget.attempt();
@@ -392,6 +373,7 @@ impl<'a> Connect<'a> {
             &endpoint,
             &credential,
             &self.settings,
+            self.startup.take(),
             &self.terms.keepalive,
             &upstream.metrics,
             &progress,
@@ -400,7 +382,7 @@ impl<'a> Connect<'a> {
         let ends_at = self.budget.ends_at().min(whole);
         let mut login = pin!(timeout_at(ends_at, login));
         let slow = async {
-            progress.asked_for_password.wait().await;
+            progress.password_requested.wait().await;
             sleep(SLOW_LOGIN).await;
         };
         let result = tokio::select! {
@@ -410,23 +392,28 @@ impl<'a> Connect<'a> {
                 login.await
             }
         };
-        // An attempt that the budget cuts short says nothing new.
+        // An attempt that the budget cuts short has no result of its own.
         let cut_short = self.previous.as_ref().filter(|_| ends_at < whole);
         let result = result.unwrap_or_else(|_| {
             Err(match cut_short {
                 Some(previous) => previous.clone(),
-                None if progress.asked_for_password.initialized() => Failure::slow_login(),
+                None if progress.password_requested.initialized() => Failure::slow_login(),
                 None => Failure::timed_out_in(progress.phase(), &endpoint),
             })
         });
+        let observe_wake = |woke_after: Option<Duration>| {
+            if let Some(waking) = woke_after {
+                upstream.metrics.wake_seconds.observe(waking.as_secs_f64());
+            }
+        };
         match &result {
-            Ok(_) => upstream.answered(upstream.wake.logged_in()),
+            Ok(_) => observe_wake(upstream.wake.logged_in()),
             Err(failure) if failure.is_inconclusive => {}
             Err(failure) if failure.class == Class::Waking => {
                 let is_leading = held.as_ref().is_some_and(|(lead, _)| lead.is_some());
                 upstream.wake.failed(failure, is_leading);
             }
-            Err(_) => upstream.answered(upstream.wake.answered()),
+            Err(_) => observe_wake(upstream.wake.answered()),
         }
         let logins = &upstream.metrics.upstream_connects;
         match &result {
@@ -439,24 +426,12 @@ impl<'a> Connect<'a> {
         result
     }
 
-    /// Does what may make the next attempt succeed, or refuses the client.
+    /// Does what the failure's class requires before the next attempt, or refuses the client.
     async fn recover(&mut self, failure: Failure, generation: u64) -> Result<(), Refusal> {
-        let upstream = self.upstream;
-        match failure.class {
-            Class::Waking => self.was_held = true,
-            Class::Identity if !self.was_renewed && self.may_have_arrived(generation).await => {}
-            Class::Identity | Class::WrongIdentity
-                if !self.was_renewed && upstream.may_renew(failure.class) =>
-            {
-                self.was_renewed = true;
-                let fresh = upstream
-                    .credentials
-                    .replace(generation, self.cause(), self.credential_by())
-                    .await;
-                // The server's own words explain more than why there is no other credential to try.
-                fresh.map_err(|error| upstream.not_renewed(&failure, &error))?;
-            }
-            Class::Capacity => {
+        match consequence(failure.class).reaction {
+            Reaction::WaitForWake => self.was_held = true,
+            Reaction::Renew => self.renew(&failure, generation).await?,
+            Reaction::WaitForCapacity => {
                 if !self.was_full {
                     self.was_full = true;
                     let capacity_timeout = self.terms.limits.capacity_timeout;
@@ -465,39 +440,56 @@ impl<'a> Connect<'a> {
                 self.previous = Some(failure);
                 return self.pause().await;
             }
-            _ if failure.is_missing_database() && self.settings.fallback_database.is_some() => {
+            Reaction::Refuse
+                if failure.is_missing_database() && self.settings.fallback_database.is_some() =>
+            {
                 let name = &self.settings.database;
-                if upstream.missing_databases.insert(name) {
+                if self.upstream.missing_databases.insert(name) {
                     tracing::info!(
-                        endpoint = %upstream.label,
+                        endpoint = %self.upstream.label,
                         database = %name,
                         fallback = self.settings.fallback_database,
-                        "clients that name a database like their user get the configured one, since theirs does not exist; hint: name the database in the connection string, or set database_mapping to exact"
+                        "database does not exist and is the client's default; the configured one is used; hint: name the database in the connection string, or set database_mapping to exact"
                     );
                 }
                 self.open_fallback_database();
             }
-            _ => return Err(upstream.refusal(&failure)),
+            Reaction::Refuse => return Err(self.upstream.refusal(&failure)),
         }
         self.previous = Some(failure);
         Ok(())
     }
 
-    /// Waits until a credential that may not have reached the endpoint yet is worth another attempt; returns whether it is.
-    async fn may_have_arrived(&mut self, generation: u64) -> bool {
+    /// Makes another attempt worthwhile after a rejected credential: with the same one, if it is young, or with a new one, once.
+    async fn renew(&mut self, failure: &Failure, generation: u64) -> Result<(), Refusal> {
         let upstream = self.upstream;
-        // One probe at a time: that of the attempt that was refused has ended.
-        self.probe = None;
-        if let Some(age) = upstream.credentials.age(generation) {
-            let probe = upstream
-                .propagation
-                .probe(generation, age, self.budget.ends_at());
-            self.probe = probe.await;
+        if self.was_renewed {
+            return Err(upstream.refusal(failure));
         }
-        self.probe.is_some()
+        if failure.class == Class::Identity {
+            // One probe at a time: that of the rejected attempt has ended.
+            self.probe = None;
+            let deadline = self.budget.ends_at();
+            self.probe = upstream.credentials.retry_young(generation, deadline).await;
+            if self.probe.is_some() {
+                return Ok(());
+            }
+        } else if !upstream.credentials.mismatch() {
+            return Err(upstream.refusal(failure));
+        }
+        self.was_renewed = true;
+        let fresh = upstream
+            .credentials
+            .replace(generation, self.cause(), self.credential_by())
+            .await;
+        match fresh {
+            Ok(_) => Ok(()),
+            // The server's error explains more than the lack of another credential.
+            Err(error) => Err(upstream.not_renewed(failure, &error)),
+        }
     }
 
-    /// Waits before the next attempt of this client alone; refuses it if none fits into the budget.
+    /// Waits before the next attempt of this client alone; refuses it if no attempt fits into the budget.
     async fn pause(&mut self) -> Result<(), Refusal> {
         let retry_at = Instant::now() + self.backoff.next();
         if retry_at < self.budget.ends_at() {
@@ -514,6 +506,7 @@ impl<'a> Connect<'a> {
             let settings = self.settings.to_mut();
             settings.database = fallback;
             settings.fallback_database = None;
+            self.startup = None;
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Getting a byte stream to the endpoint: resolve, connect, TLS.
+//! Opens a byte stream to the endpoint: resolution, TCP, TLS.
 
 use std::{
     io,
@@ -9,6 +9,7 @@ use std::{
     time::Duration,
 };
 
+use bytes::BytesMut;
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf},
     net::{TcpStream, lookup_host},
@@ -19,17 +20,16 @@ use super::{
     endpoint::{Endpoint, Security},
     failure::{Class, Failure},
     phases::{Phase, Phases, Progress},
-    tcp,
     tls_stream::TlsStream,
 };
 use crate::{
     config::Keepalive,
-    net::socket::{Socket, Transport},
-    protocol::{
-        error::ErrorFields,
-        frame::{SMALL_MESSAGE_LIMIT, take_message},
-        startup::ssl_request,
+    net::{
+        message::read_message,
+        socket::{Socket, Transport},
+        tcp,
     },
+    protocol::{error::ErrorFields, frame::SMALL_MESSAGE_LIMIT, startup::ssl_request},
     telemetry::{
         Metrics,
         labels::{LoginPhase, TlsHandshake},
@@ -39,9 +39,9 @@ use crate::{
 /// A byte stream to the endpoint.
 #[derive(Debug)]
 pub enum Stream {
-    /// Bare TCP, to a server on this machine.
+    /// TCP, to a server on this machine.
     Plain(Socket),
-    /// TLS, verified.
+    /// Verified TLS.
     Tls(TlsStream<Socket>),
 }
 
@@ -54,7 +54,7 @@ impl Transport for Stream {
     }
 }
 
-/// Resolves, connects and negotiates TLS; says which address answered, and how long each part took.
+/// Resolves, connects and negotiates TLS; returns the address and the duration of each phase too.
 ///
 /// Not cancel safe, and need not be: dropping it drops the connection.
 pub(super) async fn dial(
@@ -87,7 +87,7 @@ pub(super) async fn dial(
 pub(super) async fn resolve(host: &str, port: u16) -> Result<Vec<SocketAddr>, Failure> {
     match lookup_host((host, port)).await {
         Ok(addresses) => Ok(addresses.collect()),
-        // RFC 6761: such a name is this machine, which not every resolver knows.
+        // RFC 6761: such a name is the loopback address, which not every resolver knows.
         Err(_) if host.to_ascii_lowercase().ends_with(".localhost") => Ok(vec![
             SocketAddr::from((Ipv4Addr::LOCALHOST, port)),
             SocketAddr::from((Ipv6Addr::LOCALHOST, port)),
@@ -96,7 +96,7 @@ pub(super) async fn resolve(host: &str, port: u16) -> Result<Vec<SocketAddr>, Fa
     }
 }
 
-/// Connects to whichever address answers, and says which.
+/// Connects to the first address that accepts.
 pub(super) async fn connect(
     addresses: Vec<SocketAddr>,
 ) -> Result<(TcpStream, SocketAddr), Failure> {
@@ -104,7 +104,7 @@ pub(super) async fn connect(
     connected.map_err(|error| Failure::dial(&error))
 }
 
-/// Connects to an address that answered before, as a CancelRequest must.
+/// Connects to the address of an earlier connection, as a CancelRequest must.
 pub(super) async fn redial(
     address: SocketAddr,
     endpoint: &Endpoint,
@@ -117,7 +117,7 @@ pub(super) async fn redial(
     secure(tcp, endpoint, keepalive, metrics).await
 }
 
-/// Negotiates TLS, where the endpoint wants it.
+/// Negotiates TLS, unless the endpoint is configured without.
 pub(super) async fn secure(
     tcp: TcpStream,
     endpoint: &Endpoint,
@@ -136,7 +136,7 @@ pub(super) async fn secure(
     tcp.write_all(&ssl_request())
         .await
         .map_err(|error| Failure::broken(&error))?;
-    // Exactly one byte is read: nothing sent in the clear can slip in behind it.
+    // Exactly one byte is read, so that no cleartext bytes behind it count as part of the TLS stream.
     let answer = tcp
         .read_u8()
         .await
@@ -164,31 +164,22 @@ pub(super) async fn secure(
     Ok(Stream::Tls(stream))
 }
 
-/// An error sent instead of an answer to SSLRequest. It is not authenticated, so it may make us wait, and no more.
-async fn read_plain_error(tcp: Socket) -> Failure {
-    let mut buffer = bytes::BytesMut::from(&b"E"[..]);
-    let mut limited = tcp.take(SMALL_MESSAGE_LIMIT as u64);
-    loop {
-        match take_message(&mut buffer, SMALL_MESSAGE_LIMIT) {
-            Ok(Some(message)) => {
-                let failure = Failure::server(ErrorFields::parse(message.body()), []);
-                return match failure.class {
-                    Class::Capacity | Class::Waking => failure,
-                    _ => Failure::protocol(format!("the server refused TLS: {failure}")),
-                };
+/// An error in place of the response to SSLRequest. It is not authenticated, so it may cause a wait and nothing else.
+async fn read_plain_error(mut tcp: Socket) -> Failure {
+    let mut buffer = BytesMut::from(&b"E"[..]);
+    match read_message(&mut tcp, &mut buffer, SMALL_MESSAGE_LIMIT).await {
+        Ok(message) => {
+            let failure = Failure::server(ErrorFields::parse(message.body()), []);
+            match failure.class {
+                Class::Capacity | Class::Waking => failure,
+                _ => Failure::protocol(format!("the server refused TLS: {failure}")),
             }
-            Ok(None) => {}
-            Err(error) => return error.into(),
         }
-        match limited.read_buf(&mut buffer).await {
-            Ok(0) => return Failure::broken(&io::ErrorKind::UnexpectedEof.into()),
-            Ok(_) => {}
-            Err(error) => return Failure::broken(&error),
-        }
+        Err(error) => error.into(),
     }
 }
 
-/// Counts a part of a login that has ended now, and says how long it took.
+/// Observes a phase of a login that ends now; returns its duration.
 pub(super) fn observe(metrics: &Metrics, phase: LoginPhase, started: Instant) -> Duration {
     let took = started.elapsed();
     metrics.upstream_connect_seconds[phase].observe(took.as_secs_f64());
@@ -241,7 +232,7 @@ mod tests {
 
     use super::*;
 
-    /// What becomes of an answer to SSLRequest that comes in the clear.
+    /// The failure for this cleartext response to SSLRequest.
     async fn refused_with(answer: &[u8]) -> Failure {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let server = async {
@@ -275,16 +266,16 @@ mod tests {
         };
         let metrics = Metrics::new().unwrap();
         let keepalive = Keepalive::default();
-        let dialled = async {
+        let dialed = async {
             redial(address, &endpoint, &keepalive, &metrics)
                 .await
                 .unwrap_err()
         };
-        tokio::join!(dialled, server).0
+        tokio::join!(dialed, server).0
     }
 
     #[tokio::test]
-    async fn an_error_in_the_clear_can_make_us_wait_and_no_more() {
+    async fn a_cleartext_error_can_cause_a_wait_and_nothing_else() {
         let starting = b"E\0\0\0\x20SFATAL\0C57P03\0Mstarting up\0\0";
         assert_eq!(refused_with(starting).await.class, Class::Waking);
         let expired = b"E\0\0\0\x26SFATAL\0C28P01\0Mtoken has expired\0\0";
@@ -292,7 +283,7 @@ mod tests {
         assert_eq!(
             failure.class,
             Class::Protocol,
-            "or anyone could make us mint"
+            "else anyone on the path could force a mint"
         );
         assert!(failure.to_string().contains("token has expired"));
         assert_eq!(refused_with(b"N").await.class, Class::Protocol);

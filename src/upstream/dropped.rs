@@ -1,25 +1,20 @@
-//! Startup parameters that the server does not take, and that are left out of later logins.
+//! Startup parameters that the server refuses, which later logins omit.
 //!
 //! The edge forwards few startup parameters, so a connection string with `pgbouncer=true` or `max_conns=20` works without
-//! the proxy. The proxy sends every parameter as a setting, and learns from the server which names are none. A name is
-//! learned only from the server's own sentence about it, since a client could place another name in other errors.
+//! the proxy. The proxy sends every parameter as a setting, and the server refuses those that are none. A name counts only if
+//! it stands in the server's own sentence about it, since a client could place another name in other errors.
 
-use std::{
-    collections::HashMap,
-    sync::{Arc, Mutex, PoisonError},
-    time::Duration,
-};
+use std::{sync::Arc, time::Duration};
 
-use tokio::time::Instant;
-
+use super::names::RecentNames;
 use crate::protocol::error::ErrorFields;
 
-/// Names of an endpoint that are remembered; a client can send any number.
+/// Names kept for an endpoint; a client can send any number.
 const MAX_NAMES: usize = 256;
-/// How long a name is left out before the server is asked again: an upgrade may have brought it.
+/// How long a name is omitted before it is tried again: an upgrade may have added it.
 const LIFETIME: Duration = Duration::from_hours(1);
 
-/// What the server says of a startup parameter that it does not take, by SQLSTATE; `{}` is the name.
+/// The server's sentences about a startup parameter that it refuses, by SQLSTATE; `{}` is the name.
 const REFUSALS: &[(&str, &str)] = &[
     ("42704", "unrecognized configuration parameter \"{}\""),
     ("42602", "invalid configuration parameter name \"{}\""),
@@ -32,39 +27,36 @@ const REFUSALS: &[(&str, &str)] = &[
     ),
 ];
 
-/// Names of parameters that the server of an endpoint refused; shared by all copies.
-#[derive(Clone, Debug, Default)]
-pub struct DroppedParameters(Arc<Mutex<HashMap<String, Instant>>>);
+/// The parameters that the server of an endpoint refused; shared by all copies.
+#[derive(Clone, Debug)]
+pub struct DroppedParameters(Arc<RecentNames>);
+
+impl Default for DroppedParameters {
+    fn default() -> Self {
+        Self(Arc::new(RecentNames::new(MAX_NAMES, LIFETIME)))
+    }
+}
 
 impl DroppedParameters {
-    /// Whether this parameter is left out.
+    /// Whether logins omit this parameter.
     pub(super) fn contains(&self, name: &str) -> bool {
-        let names = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         // Postgres compares the names of settings in ASCII, without case.
-        let since = names.get(&name.to_ascii_lowercase());
-        since.is_some_and(|since| since.elapsed() < LIFETIME)
+        self.0.contains(&name.to_ascii_lowercase())
     }
 
-    /// Leaves it out from now on; logged once for each name.
+    /// Omits it from now on; logged once for each name.
     pub(super) fn insert(&self, name: &str, reason: &str) {
-        let mut names = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let lower = name.to_ascii_lowercase();
-        let is_known = names.contains_key(&lower);
-        if is_known || names.len() < MAX_NAMES {
-            names.insert(lower, Instant::now());
-        }
-        drop(names);
-        if !is_known {
+        if self.0.insert(&name.to_ascii_lowercase()) {
             tracing::warn!(
                 parameter = name,
                 reason,
-                "a startup parameter is dropped, as the endpoint does without the proxy; hint: take it out of the client's connection string"
+                "a startup parameter is dropped, as the endpoint does without the proxy; hint: remove it from the client's connection string"
             );
         }
     }
 }
 
-/// Which of these parameters an error refuses by name.
+/// The parameter that an error refuses by name.
 pub(super) fn refused<'a>(
     error: &ErrorFields,
     parameters: &'a [(String, String)],
@@ -100,7 +92,7 @@ mod tests {
     }
 
     #[test]
-    fn only_the_servers_own_sentence_names_what_it_does_not_take() {
+    fn only_the_servers_own_sentence_names_a_refused_parameter() {
         let parameters = [("search_path", "a"), ("Max_Conns", "20")]
             .map(|(name, value)| (name.to_owned(), value.to_owned()));
         for (code, message, expected) in [
@@ -140,16 +132,12 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_name_is_dropped_in_any_case_until_it_is_asked_again() {
+    async fn a_name_is_dropped_in_any_case_for_an_hour() {
         let dropped = DroppedParameters::default();
         assert!(!dropped.contains("schema"));
         dropped.insert("Schema", "");
         assert!(dropped.clone().contains("sCHEMA"));
         tokio::time::advance(LIFETIME).await;
         assert!(!dropped.contains("schema"));
-        for name in 0..2 * MAX_NAMES {
-            dropped.insert(&name.to_string(), "");
-        }
-        assert_eq!(dropped.0.lock().unwrap().len(), MAX_NAMES);
     }
 }

@@ -1,27 +1,27 @@
-//! What we connect to.
+//! An endpoint that can be dialed.
 
-use std::{net::IpAddr, sync::Arc};
+use std::sync::Arc;
 
 use rustls::{ClientConfig, pki_types::ServerName};
 
 use super::{Addresses, DroppedParameters};
 use crate::{status::Label, workspace::HostName};
 
-/// How the wire to the endpoint is protected.
+/// The encryption towards the endpoint.
 #[derive(Clone, Debug)]
 pub enum Security {
-    /// Not at all: for a server on this machine, when asked for.
+    /// None: for a server on this machine, if configured.
     Plain,
     /// TLS, verified against this name.
     Tls {
         /// Roots, versions and ALPN.
         config: Arc<ClientConfig>,
-        /// What the certificate must be for, and what SNI says.
+        /// The name for the certificate and SNI.
         name: ServerName<'static>,
     },
 }
 
-/// An endpoint, ready to be dialled.
+/// An endpoint with everything that a login needs.
 #[derive(Clone, Debug)]
 pub struct Endpoint {
     /// For messages.
@@ -30,26 +30,21 @@ pub struct Endpoint {
     pub host: String,
     /// Port.
     pub port: u16,
-    /// The host's addresses, as far as they are known.
+    /// The cache of the host's addresses.
     pub addresses: Addresses,
     /// The role to log in as.
     pub user: String,
     /// The database for clients that name none.
     pub database: String,
-    /// Whether and how TLS is spoken.
+    /// The encryption.
     pub security: Security,
-    /// Startup parameters of clients that its server does not take.
+    /// Startup parameters that its server refuses.
     pub dropped: DroppedParameters,
 }
 
 impl Endpoint {
-    /// The host beside a pooler's, where this is one.
+    /// The direct host, if this is a pooler's.
     pub(super) fn direct_host(&self) -> Option<String> {
         self.host.parse::<HostName>().ok()?.direct()
     }
-}
-
-/// Whether an upstream at `address` is on this machine.
-pub fn is_loopback(address: IpAddr) -> bool {
-    address.to_canonical().is_loopback()
 }

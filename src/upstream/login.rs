@@ -1,4 +1,4 @@
-//! Logging in: startup, the credential as password, up to the first ReadyForQuery.
+//! The login at the server: startup, the credential as password, up to the first ReadyForQuery.
 
 use std::net::SocketAddr;
 
@@ -18,48 +18,51 @@ use super::{
 use crate::{
     config::Keepalive,
     credential::Credential,
-    net::message::{read_message, write_and_flush},
+    net::{
+        message::{read_message, write_and_flush},
+        tcp::is_loopback,
+    },
     protocol::{
         auth::{AuthError, AuthenticationRequest, Authenticator, Derivation, Derived},
         error::ErrorFields,
         frame::{Message, SMALL_MESSAGE_LIMIT, tag},
         options::SessionSettings,
-        startup::CancelKey,
+        startup::{CancelKey, query},
     },
     telemetry::{GaugeGuard, Metrics, labels::LoginPhase},
 };
 
-/// What a server may say at login in all, in bytes: parameters and notices are kept until the client is welcomed.
-const GREETING_LIMIT: usize = 1024 * 1024;
+/// Upper limit of all messages at login, in bytes: parameters and notices are buffered until the client's welcome.
+const LOGIN_LIMIT: usize = 1024 * 1024;
 
-/// A logged-in connection: a value, independent of the client that caused it.
+/// A logged-in connection, independent of the client that caused it.
 #[derive(Debug)]
 pub struct Connection<S = Stream> {
-    /// The wire.
+    /// The byte stream.
     pub stream: S,
-    /// What the server sent behind its ReadyForQuery.
+    /// Bytes that the server sent behind its ReadyForQuery.
     pub leftover: BytesMut,
-    /// What a client must be told at login.
+    /// The server's messages for the client's welcome.
     pub greeting: Greeting,
-    /// The address that answered, where a CancelRequest must go.
+    /// The server's address, where a CancelRequest must go.
     pub address: SocketAddr,
-    /// Counts it among the active ones.
+    /// Counts the connection as active.
     pub gauge: GaugeGuard,
 }
 
-/// What the server said at login.
+/// The server's messages at login.
 #[derive(Clone, Debug, Default)]
 pub struct Greeting {
     /// ParameterStatus frames.
     pub parameter_status: BytesMut,
     /// NoticeResponse frames.
     pub notices: BytesMut,
-    /// The server's cancel key, if it gave one.
+    /// The server's cancel key, if it sent one.
     pub key: Option<CancelKey>,
     client_encoding: Option<String>,
 }
 
-/// How often a login is repeated because the server refuses a parameter that is no setting of its.
+/// How often a login is repeated because the server refuses a parameter.
 const MAX_DROPS: usize = 8;
 
 /// Dials and logs in, without the parameters that the server refuses by name. Not cancel safe, and need not be: dropping
@@ -68,6 +71,7 @@ pub(super) async fn log_in(
     endpoint: &Endpoint,
     credential: &Credential,
     settings: &SessionSettings,
+    mut startup: Option<BytesMut>,
     keepalive: &Keepalive,
     metrics: &Metrics,
     progress: &Progress,
@@ -78,7 +82,10 @@ pub(super) async fn log_in(
     let mut dropped: Vec<&str> = Vec::new();
     loop {
         let is_dropped = |name: &str| dropped.contains(&name) || endpoint.dropped.contains(name);
-        let startup = settings.startup(&endpoint.user, is_dropped)?;
+        let startup = match startup.take() {
+            Some(startup) => startup,
+            None => settings.startup(&endpoint.user, is_dropped)?,
+        };
         let attempt = log_in_once(
             endpoint, credential, settings, &startup, keepalive, metrics, progress,
         );
@@ -111,7 +118,7 @@ async fn log_in_once(
     progress.enter(Phase::Login);
     let started = Instant::now();
     let encrypted = matches!(endpoint.security, Security::Tls { .. });
-    let may_send_cleartext = encrypted || super::endpoint::is_loopback(address.ip());
+    let may_send_cleartext = encrypted || is_loopback(address.ip());
     let (greeting, leftover) = exchange(
         &mut stream,
         &endpoint.user,
@@ -162,20 +169,20 @@ pub(super) async fn exchange_with<S: AsyncRead + AsyncWrite + Unpin>(
     .await
 }
 
-/// Derives a key away from the threads that serve clients, for which a server may ask up to a million rounds.
+/// Derives a key on a blocking thread: a server may request up to a million iterations.
 async fn off_runtime(derivation: Derivation) -> Result<Derived, AuthError> {
-    // Under a fuzzer there is no runtime to block.
+    // The fuzzer has no runtime.
     let Ok(runtime) = Handle::try_current() else {
         return derivation.run();
     };
     match runtime.spawn_blocking(move || derivation.run()).await {
         Ok(derived) => derived,
-        // Only a runtime that ends gives up on it.
+        // Only a runtime that shuts down drops it.
         Err(_) => std::future::pending().await,
     }
 }
 
-/// Everything said between TLS and ReadyForQuery; `progress` learns when the server has asked for it.
+/// All messages between TLS and ReadyForQuery; sets `progress.password_requested`.
 pub(super) async fn exchange<S: AsyncRead + AsyncWrite + Unpin>(
     stream: &mut S,
     user: &str,
@@ -202,20 +209,20 @@ pub(super) async fn exchange<S: AsyncRead + AsyncWrite + Unpin>(
                     .ok_or_else(|| Failure::protocol("malformed authentication request"))?;
                 if request == AuthenticationRequest::Cleartext && !may_send_cleartext {
                     return Err(Failure::protocol(
-                        "the server asks for the password in the clear",
+                        "the server requests the password in cleartext without TLS",
                     ));
                 }
                 let done = request == AuthenticationRequest::Ok;
                 let answer = match request {
                     AuthenticationRequest::SaslContinue(data) => {
                         let derivation = authenticator.derivation(data)?;
-                        Some(authenticator.derived(off_runtime(derivation).await?))
+                        Some(authenticator.derived(off_runtime(derivation).await?)?)
                     }
                     request => authenticator.answer(request)?,
                 };
                 if let Some(answer) = answer {
                     // Already set when the exchange takes more than one message.
-                    let _ = progress.asked_for_password.set(());
+                    let _ = progress.password_requested.set(());
                     wire.send(&answer).await?;
                 }
                 if done {
@@ -230,7 +237,7 @@ pub(super) async fn exchange<S: AsyncRead + AsyncWrite + Unpin>(
     }
 
     let mut greeting = Greeting::default();
-    wire.until_ready(&mut greeting, Until::Welcomed).await?;
+    wire.until_ready(&mut greeting, Until::LoggedIn).await?;
     if let Some(wanted) = &settings.client_encoding
         && !settings.replication
         && !greeting
@@ -238,8 +245,11 @@ pub(super) async fn exchange<S: AsyncRead + AsyncWrite + Unpin>(
             .as_ref()
             .is_some_and(|is| same_encoding(is, wanted))
     {
-        wire.send(&set_encoding(wanted)).await?;
-        wire.until_ready(&mut greeting, Until::Answered).await?;
+        // A startup parameter holds no zero byte.
+        if let Some(query) = set_encoding(wanted) {
+            wire.send(&query).await?;
+            wire.until_ready(&mut greeting, Until::Queried).await?;
+        }
     }
     Ok((greeting, wire.buffer))
 }
@@ -261,17 +271,15 @@ fn same_encoding(a: &str, b: &str) -> bool {
     plain(a) == plain(b)
 }
 
-/// A simple query; quoted as an escape string, which means the same whatever `standard_conforming_strings` says.
-fn set_encoding(encoding: &str) -> Vec<u8> {
+/// Quoted as an escape string, which means the same whatever `standard_conforming_strings` is.
+fn set_encoding(encoding: &str) -> Option<BytesMut> {
     let quoted = encoding.replace('\\', "\\\\").replace('\'', "''");
-    let query = format!("SET client_encoding TO E'{quoted}'\0");
-    let length = u32::try_from(query.len() + 4).unwrap_or(u32::MAX);
-    [&[tag::QUERY][..], &length.to_be_bytes(), query.as_bytes()].concat()
+    query(&format!("SET client_encoding TO E'{quoted}'"))
 }
 
 struct Wire<'a, S> {
     stream: &'a mut S,
-    /// What has been sent in the client's name, and may be repeated to us.
+    /// The client's texts, which the server may repeat in an error.
     settings: &'a SessionSettings,
     buffer: BytesMut,
     read: usize,
@@ -292,7 +300,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Wire<'_, S> {
     async fn message(&mut self) -> Result<Message, Failure> {
         let message = read_message(self.stream, &mut self.buffer, SMALL_MESSAGE_LIMIT).await?;
         self.read = self.read.saturating_add(message.frame.len());
-        if self.read > GREETING_LIMIT {
+        if self.read > LOGIN_LIMIT {
             return Err(Failure::protocol(
                 "the server sent more than 1 MiB before ReadyForQuery",
             ));
@@ -318,12 +326,12 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Wire<'_, S> {
                 tag::NOTICE_RESPONSE => greeting.notices.extend_from_slice(&message.frame),
                 tag::ERROR_RESPONSE => {
                     let failure = self.refused(&message);
-                    if until == Until::Welcomed {
+                    if until == Until::LoggedIn {
                         return Err(failure);
                     }
                     error = Some(failure);
                 }
-                tag::COMMAND_COMPLETE if until == Until::Answered => {}
+                tag::COMMAND_COMPLETE if until == Until::Queried => {}
                 tag::READY_FOR_QUERY => return error.map_or(Ok(()), Err),
                 other => return Err(unexpected(other)),
             }
@@ -331,13 +339,13 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Wire<'_, S> {
     }
 }
 
-/// What the next ReadyForQuery ends.
+/// What the next ReadyForQuery completes.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Until {
-    /// A query of our own.
-    Answered,
-    /// The login: an error here is final, whatever severity the edge gives it.
-    Welcomed,
+    /// The proxy's own query.
+    Queried,
+    /// The login: an error is final, whatever severity the edge gives it.
+    LoggedIn,
 }
 
 fn cancel_key(body: &[u8]) -> Option<CancelKey> {
@@ -369,7 +377,7 @@ mod tests {
     use tokio::io::{AsyncReadExt, AsyncWriteExt, ReadBuf, duplex};
 
     use super::*;
-    use crate::upstream::Class;
+    use crate::{protocol::frame::frame, upstream::Class};
 
     fn settings(client_encoding: Option<&str>, replication: bool) -> SessionSettings {
         SessionSettings {
@@ -401,11 +409,6 @@ mod tests {
         let login = exchange_with(&mut ours, "token", &settings, true);
         let (result, heard) = tokio::join!(login, server);
         (result.map(|(greeting, _)| greeting), heard)
-    }
-
-    fn frame(tag: u8, body: &[u8]) -> Vec<u8> {
-        let length = u32::try_from(body.len() + 4).unwrap();
-        [&[tag][..], &length.to_be_bytes(), body].concat()
     }
 
     fn ask() -> Vec<u8> {

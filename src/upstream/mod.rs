@@ -1,13 +1,12 @@
-//! Reaching the endpoint: resolve, dial, TLS, log in; classify failures; hold clients and retry while it wakes.
+//! Connections to the endpoint: resolve, dial, TLS, login; failure classes; retries while it wakes.
 //!
-//! Knows nothing of the client: it is given [`SessionSettings`] and gives back a logged-in [`Connection`].
+//! Knows nothing of the client: [`SessionSettings`] in, a logged-in [`Connection`] out.
 //!
 //! [`SessionSettings`]: crate::protocol::options::SessionSettings
 
 mod addresses;
 mod budget;
 mod connect;
-mod databases;
 mod dial;
 mod dropped;
 pub mod endpoint;
@@ -15,11 +14,10 @@ mod failure;
 #[cfg(fuzzing)]
 pub mod fuzzing;
 mod login;
+mod names;
 mod phases;
 pub mod probe;
-mod propagation;
 mod route;
-mod tcp;
 mod tls_stream;
 mod wake;
 
@@ -27,9 +25,8 @@ pub use addresses::Addresses;
 pub use connect::{Connected, Refusal, Terms, Upstream};
 pub use dial::Stream;
 pub use dropped::DroppedParameters;
-pub use endpoint::{Endpoint, Security, is_loopback};
+pub use endpoint::{Endpoint, Security};
 pub use failure::{Class, Failure};
 pub use login::{Connection, Greeting};
 pub use phases::Phase;
 pub use route::{Problem, Route, RouteFinder};
-pub use tcp::{tune, unpace};

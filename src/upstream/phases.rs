@@ -1,6 +1,4 @@
-//! Where the time of a login went, written into the span of the session that it is for.
-//!
-//! The span's fields are declared where it is opened, by the listener.
+//! The duration of each phase of a login, recorded in the session's span, whose fields the listener declares.
 
 use std::{
     sync::atomic::{AtomicU8, Ordering},
@@ -11,7 +9,7 @@ use tokio::sync::SetOnce;
 
 use tracing::{Span, field::debug};
 
-/// A part of a login.
+/// A phase of a login.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Phase {
     /// Host name to addresses.
@@ -24,12 +22,12 @@ pub enum Phase {
     Login,
 }
 
-/// Where an attempt is, for the error when it takes too long.
+/// The current phase of an attempt, for the error of a timeout.
 #[derive(Debug, Default)]
 pub(super) struct Progress {
     phase: AtomicU8,
-    /// Set when the server has asked for the password.
-    pub(super) asked_for_password: SetOnce<()>,
+    /// Set when the server has requested the password.
+    pub(super) password_requested: SetOnce<()>,
 }
 
 impl Progress {
@@ -53,7 +51,7 @@ impl Progress {
     }
 }
 
-/// How long each part of one attempt took.
+/// The duration of each phase of one attempt.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Phases {
     /// Host name to addresses.
@@ -78,7 +76,7 @@ impl Phases {
     }
 }
 
-/// How long a client waited over all attempts: for its turn, and for a valid credential.
+/// Records a client's waits over all attempts: for its turn, and for a credential.
 pub(super) fn record_waits(queue: Duration, credential: Duration) {
     let span = Span::current();
     if !span.is_disabled() {

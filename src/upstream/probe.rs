@@ -1,18 +1,13 @@
-//! The way to a session taken step by step, for `doctor`: each step alone says how it went.
-//!
-//! The steps are those of every login; nothing here is done differently but told apart.
+//! The steps of a login one by one, for `doctor`, which reports on each.
 
-use std::{io, net::SocketAddr};
+use std::net::SocketAddr;
 
 use bytes::{Buf, BytesMut};
-use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
-    net::TcpStream,
-};
+use tokio::{io::AsyncWriteExt, net::TcpStream};
 
 use super::{
     dial,
-    endpoint::{Endpoint, Security, is_loopback},
+    endpoint::{Endpoint, Security},
     failure::Failure,
     login,
     phases::Progress,
@@ -20,30 +15,35 @@ use super::{
 use crate::{
     config::Keepalive,
     credential::Credential,
+    net::{
+        message::{read_message, write_and_flush},
+        tcp,
+    },
     protocol::{
         error::ErrorFields,
-        frame::{tag, take_message},
+        frame::tag,
         options::SessionSettings,
+        startup::{query, terminate},
     },
     telemetry::Metrics,
 };
 
 pub use super::dial::Stream;
 
-/// More than any answer that is asked for here.
-const ANSWER_LIMIT: usize = 64 * 1024;
+/// Upper limit of one query's response; doctor's queries return a few rows.
+const RESPONSE_LIMIT: usize = 64 * 1024;
 
 /// The endpoint's addresses.
 pub async fn resolve(host: &str, port: u16) -> Result<Vec<SocketAddr>, Failure> {
     dial::resolve(host, port).await
 }
 
-/// A connection to whichever address answers first.
+/// Connects to the first address that accepts.
 pub async fn connect(addresses: Vec<SocketAddr>) -> Result<TcpStream, Failure> {
     dial::connect(addresses).await.map(|(tcp, _)| tcp)
 }
 
-/// TLS on it, verified.
+/// Negotiates verified TLS.
 pub async fn secure(
     tcp: TcpStream,
     endpoint: &Endpoint,
@@ -52,14 +52,14 @@ pub async fn secure(
     dial::secure(tcp, endpoint, &Keepalive::default(), metrics).await
 }
 
-/// A logged-in connection that can be asked small questions.
+/// A logged-in connection for small queries.
 #[derive(Debug)]
 pub struct Session {
     stream: Stream,
     buffer: BytesMut,
 }
 
-/// One row of an answer, as text.
+/// One result row, as text.
 pub type Row = Vec<Option<String>>;
 
 impl Session {
@@ -74,7 +74,7 @@ impl Session {
             (Security::Tls { .. }, _) => true,
             (Security::Plain, Stream::Plain(socket)) => socket
                 .peer_addr()
-                .is_some_and(|address| is_loopback(address.ip())),
+                .is_some_and(|address| tcp::is_loopback(address.ip())),
             (Security::Plain, Stream::Tls(_)) => false,
         };
         let startup = settings.startup(&endpoint.user, |_| false)?;
@@ -94,65 +94,48 @@ impl Session {
         Ok(Self { stream, buffer })
     }
 
-    /// Asks one question by the simple protocol. Not cancel safe.
+    /// Runs one query by the simple protocol. Not cancel safe.
     pub async fn query(&mut self, sql: &str) -> Result<Vec<Row>, Failure> {
-        let length = u32::try_from(sql.len().saturating_add(5)).unwrap_or(u32::MAX);
-        let frame = [
-            &[tag::QUERY][..],
-            &length.to_be_bytes(),
-            sql.as_bytes(),
-            b"\0",
-        ]
-        .concat();
-        self.send(&frame).await?;
+        let query = query(sql).ok_or_else(|| Failure::protocol("zero byte in a query"))?;
+        self.send(&query).await?;
         let mut rows = Vec::new();
         let mut error = None;
-        let mut read = 0_usize;
-        loop {
-            while let Some(message) = take_message(&mut self.buffer, ANSWER_LIMIT)? {
-                match message.tag {
-                    DATA_ROW => rows.extend(row(message.body())),
-                    tag::ERROR_RESPONSE => {
-                        error = Some(Failure::server(ErrorFields::parse(message.body()), []));
-                    }
-                    tag::READY_FOR_QUERY => return error.map_or(Ok(rows), Err),
-                    _ => {}
+        let mut received = 0_usize;
+        while received <= RESPONSE_LIMIT {
+            let message = read_message(&mut self.stream, &mut self.buffer, RESPONSE_LIMIT);
+            let message = match message.await {
+                Ok(message) => message,
+                Err(broken) => return Err(error.unwrap_or_else(|| broken.into())),
+            };
+            received = received.saturating_add(message.frame.len());
+            match message.tag {
+                tag::DATA_ROW => rows.extend(row(message.body())),
+                tag::ERROR_RESPONSE => {
+                    error = Some(Failure::server(ErrorFields::parse(message.body()), []));
                 }
-            }
-            let more = self
-                .stream
-                .read_buf(&mut self.buffer)
-                .await
-                .map_err(|error| Failure::broken(&error))?;
-            read = read.saturating_add(more);
-            if more == 0 {
-                let ended = Failure::broken(&io::ErrorKind::UnexpectedEof.into());
-                return Err(error.unwrap_or(ended));
-            }
-            if read > ANSWER_LIMIT {
-                return Err(Failure::protocol("the server's answer does not end"));
+                tag::READY_FOR_QUERY => return error.map_or(Ok(rows), Err),
+                _ => {}
             }
         }
+        Err(Failure::protocol(
+            "the server's response is longer than 64 KiB",
+        ))
     }
 
-    /// Says goodbye; what goes wrong now does not matter.
+    /// Ends the session; errors no longer matter.
     pub async fn end(mut self) {
-        let _ = self.send(&[tag::TERMINATE, 0, 0, 0, 4]).await;
+        let _ = self.send(&terminate()).await;
         let _ = self.stream.shutdown().await;
     }
 
     async fn send(&mut self, bytes: &[u8]) -> Result<(), Failure> {
-        let sent = async {
-            self.stream.write_all(bytes).await?;
-            self.stream.flush().await
-        };
-        sent.await.map_err(|error| Failure::broken(&error))
+        write_and_flush(&mut self.stream, bytes)
+            .await
+            .map_err(|error| Failure::broken(&error))
     }
 }
 
-const DATA_ROW: u8 = b'D';
-
-/// The columns of a DataRow; `None` for a body that is none.
+/// The columns of a DataRow; `None` if the body is malformed.
 fn row(mut body: &[u8]) -> Option<Row> {
     let columns = body.try_get_u16().ok()?;
     let mut row = Vec::new();
@@ -174,7 +157,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_row_is_read_and_a_torn_one_is_none() {
+    fn a_row_is_parsed_and_a_truncated_one_is_not() {
         let body = [0, 3, 0, 0, 0, 1, b'x', 255, 255, 255, 255, 0, 0, 0, 0];
         assert_eq!(
             row(&body),

@@ -1,8 +1,8 @@
-//! Whether the endpoint is waking, and whose attempt is next while it is.
+//! The wake state of an endpoint: while it wakes, clients attempt a login one at a time, first come, first served, and each
+//! failure reaches all waiting clients.
 //!
-//! While the endpoint wakes, clients attempt a login one at a time, in order of arrival, and each failure reaches all
-//! that wait. A client that has failed goes to the end of the queue: if its own settings make its logins fail, the
-//! others lose one attempt, not the whole wait.
+//! A client whose attempt failed goes to the end of the queue: if its own settings make its logins fail, the others lose one
+//! attempt, not their whole budget.
 
 use std::{pin::pin, time::Duration};
 
@@ -28,9 +28,9 @@ pub(super) struct Wake {
 
 #[derive(Default)]
 struct State {
-    /// Present while the endpoint does not answer.
+    /// Present while the endpoint does not respond.
     waking: Option<Waking>,
-    /// A client spent its whole budget in vain, and no login has succeeded since.
+    /// A client spent its whole budget without success, and no login has succeeded since.
     has_spent_budget: bool,
 }
 
@@ -41,7 +41,7 @@ struct Waking {
     next_attempt: Instant,
 }
 
-/// The right to make the next attempt; given up when dropped.
+/// The right to make the next attempt, until it is dropped.
 pub(super) struct Lead<'a>(#[expect(dead_code, reason = "held, not read")] MutexGuard<'a, ()>);
 
 impl Wake {
@@ -56,23 +56,23 @@ impl Wake {
         self.state.borrow().waking.is_some()
     }
 
-    /// Whether the last client to run out of time had its whole budget, and no login has succeeded since.
+    /// Whether a client spent its whole budget without success, and no login has succeeded since.
     pub(super) fn has_spent_budget(&self) -> bool {
         self.state.borrow().has_spent_budget
     }
 
-    /// A client spent its whole budget in vain.
+    /// Records that a client spent its whole budget without success.
     pub(super) fn spend_budget(&self) {
         self.state
             .send_modify(|state| state.has_spent_budget = true);
     }
 
-    /// Waits until the endpoint answers (then `None`) or until the next attempt is this client's.
+    /// Waits until the endpoint responds (then `None`) or until the next attempt is this client's.
     ///
     /// Cancel safe: dropping it leaves the queue.
     ///
     /// # Errors
-    /// The last failure of any client's attempt, as soon as no further attempt fits into the budget.
+    /// The last failure of any client's attempt, once no further attempt fits into the budget.
     pub(super) async fn turn(&self, budget: &mut Budget) -> Result<Option<Lead<'_>>, Failure> {
         let mut state = self.state.subscribe();
         let mut queue = pin!(self.lead.lock());
@@ -88,11 +88,11 @@ impl Wake {
                 if now >= budget.ends_at() || (budget.has_attempted() && !is_in_time) {
                     return Err(waking.last_failure.clone());
                 }
-                // A budget that is shorter than the pause is good for one attempt, too.
+                // A budget shorter than the wait still allows one attempt.
                 if is_in_time { waking.next_attempt } else { now }
             };
             tokio::select! {
-                // The sender lives as long as `self`, so that this cannot fail.
+                // Cannot fail: the sender lives as long as `self`.
                 _ = state.changed() => {}
                 guard = &mut queue, if lead.is_none() => lead = Some(Lead(guard)),
                 () = sleep_until(next_attempt), if lead.is_some() => return Ok(lead),
@@ -101,8 +101,8 @@ impl Wake {
         }
     }
 
-    /// Records that an attempt found the endpoint waking. Attempts that were under way when the first one failed do not
-    /// lead, and do not lengthen the pause.
+    /// Records an attempt that found the endpoint waking. Attempts already in progress when the first one failed do not lead,
+    /// and do not lengthen the wait.
     pub(super) fn failed(&self, failure: &Failure, is_leading: bool) {
         let now = Instant::now();
         self.state.send_modify(|state| match &mut state.waking {
@@ -127,7 +127,7 @@ impl Wake {
         });
     }
 
-    /// Records that the endpoint answers; returns how long it was waking, if it was.
+    /// Records that the endpoint responds; returns how long it was waking, if it was.
     pub(super) fn answered(&self) -> Option<Duration> {
         let mut since = None;
         self.state.send_if_modified(|state| {
@@ -137,7 +137,7 @@ impl Wake {
         since.map(|since| since.elapsed())
     }
 
-    /// Records that a login succeeded; returns how long the endpoint was waking, if it was.
+    /// Records a successful login; returns how long the endpoint was waking, if it was.
     pub(super) fn logged_in(&self) -> Option<Duration> {
         if self.has_spent_budget() {
             self.state
@@ -170,7 +170,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_client_that_fails_once_hands_the_lead_to_the_next() {
+    async fn a_failed_attempt_passes_the_lead_to_the_next_client() {
         let wake = Wake::new();
         wake.failed(&refused(), false);
         let (mut first, mut second) = (budget(), budget());
@@ -183,7 +183,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn an_answer_releases_all_that_wait() {
+    async fn a_response_releases_all_waiting_clients() {
         let wake = Wake::new();
         wake.failed(&refused(), false);
         let (mut first, mut second) = (budget(), budget());
@@ -194,23 +194,23 @@ mod tests {
         let (first, second, ()) =
             tokio::join!(wake.turn(&mut first), wake.turn(&mut second), release);
         assert!(first.unwrap().is_none() && second.unwrap().is_none());
-        assert!(wake.answered().is_none(), "it was not waking any more");
+        assert!(wake.answered().is_none(), "no longer waking");
     }
 
     #[tokio::test(start_paused = true)]
-    async fn all_that_wait_learn_within_its_own_budget_that_a_name_does_not_resolve() {
+    async fn a_name_that_does_not_resolve_fails_waiting_clients_within_its_own_budget() {
         let wake = Wake::new();
         wake.failed(&unresolved(), false);
         let began = Instant::now();
         let (mut first, mut second) = (budget(), budget());
         let _lead = wake.turn(&mut first).await.unwrap();
-        // The leader's lookup takes for ever; the others do not wait for it.
+        // The leader's lookup never ends; the others do not wait for it.
         let failure = wake.turn(&mut second).await.err().expect("out of time");
         assert!(failure.is_dns && began.elapsed() <= Duration::from_secs(10));
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_budget_spent_in_vain_is_remembered_until_a_login_succeeds() {
+    async fn a_spent_budget_is_remembered_until_a_login_succeeds() {
         let wake = Wake::new();
         wake.failed(&refused(), false);
         wake.spend_budget();

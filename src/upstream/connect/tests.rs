@@ -1,7 +1,7 @@
 //! Clients at a scripted server on loopback: who dials, how often, for how long, and what each is told.
 
 use std::{
-    future::Future,
+    future::ready,
     sync::atomic::{AtomicUsize, Ordering},
 };
 
@@ -18,7 +18,8 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use super::*;
 use crate::{
     clock::Clock,
-    credential::{Mint, MintError, Minted, Refresher},
+    credential::{BoxFuture, Mint, MintError, Minted, Refresher},
+    protocol::frame::frame,
     status::Label,
     upstream::{Addresses, DroppedParameters, Security},
 };
@@ -59,7 +60,7 @@ struct Server {
     act: watch::Sender<Act>,
     seen: Arc<Seen>,
     /// Sends once for each dial.
-    dialled: watch::Receiver<usize>,
+    dialed: watch::Receiver<usize>,
     _tasks: JoinSet<()>,
 }
 
@@ -68,7 +69,7 @@ impl Server {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let port = listener.local_addr().unwrap().port();
         let (act, acts) = watch::channel(act);
-        let (dial, dialled) = watch::channel(0);
+        let (dial, dialed) = watch::channel(0);
         let seen = Arc::new(Seen::default());
         let witness = Arc::clone(&seen);
         let mut tasks = JoinSet::new();
@@ -89,7 +90,7 @@ impl Server {
             port,
             act,
             seen,
-            dialled,
+            dialed,
             _tasks: tasks,
         }
     }
@@ -98,16 +99,11 @@ impl Server {
         self.act.send_replace(act);
     }
 
-    async fn dialled(&self, at_least: usize) {
-        let mut dialled = self.dialled.clone();
-        let waited = timeout(LONG, dialled.wait_for(|dials| *dials >= at_least)).await;
+    async fn dialed(&self, at_least: usize) {
+        let mut dialed = self.dialed.clone();
+        let waited = timeout(LONG, dialed.wait_for(|dials| *dials >= at_least)).await;
         waited.expect("nobody dials").unwrap();
     }
-}
-
-fn frame(tag: u8, body: &[u8]) -> Vec<u8> {
-    let length = u32::try_from(body.len() + 4).unwrap();
-    [&[tag][..], &length.to_be_bytes(), body].concat()
 }
 
 async fn serve(
@@ -162,9 +158,9 @@ async fn serve(
 struct Counting(Arc<AtomicUsize>);
 
 impl Mint for Counting {
-    fn mint(&self) -> impl Future<Output = Result<Minted, MintError>> + Send {
+    fn mint(&self) -> BoxFuture<'_, Result<Minted, MintError>> {
         let number = self.0.fetch_add(1, Ordering::SeqCst) + 2;
-        async move { Ok(minted(number)) }
+        Box::pin(ready(Ok(minted(number))))
     }
 }
 
@@ -175,7 +171,7 @@ fn minted(number: usize) -> Minted {
     }
 }
 
-struct House {
+struct Fixture {
     upstream: Upstream,
     terms: Terms,
     mints: Arc<AtomicUsize>,
@@ -192,7 +188,7 @@ fn limits() -> Timeouts {
     }
 }
 
-fn house(server: &Server, limits: Timeouts) -> Arc<House> {
+fn fixture(server: &Server, limits: Timeouts) -> Arc<Fixture> {
     let metrics = Metrics::new().unwrap();
     let cell = CredentialCell::new(Clock::system());
     cell.publish(minted(1), 0.0);
@@ -200,7 +196,7 @@ fn house(server: &Server, limits: Timeouts) -> Arc<House> {
     let stop = CancellationToken::new();
     let mut refresher = JoinSet::new();
     let minter = Refresher::new(
-        Counting(Arc::clone(&mints)),
+        Arc::new(Counting(Arc::clone(&mints))),
         cell.clone(),
         Arc::clone(&metrics),
     );
@@ -217,7 +213,7 @@ fn house(server: &Server, limits: Timeouts) -> Arc<House> {
     };
     let mut upstream = Upstream::new(endpoint, cell, metrics);
     upstream.failing_budget = Duration::from_millis(150);
-    Arc::new(House {
+    Arc::new(Fixture {
         upstream,
         terms: Terms {
             limits,
@@ -229,7 +225,7 @@ fn house(server: &Server, limits: Timeouts) -> Arc<House> {
     })
 }
 
-impl House {
+impl Fixture {
     async fn connect(&self) -> Result<Connected, Refusal> {
         let settings = SessionSettings {
             database: "db".to_owned(),
@@ -255,11 +251,11 @@ impl House {
 
 type Clients = JoinSet<Result<Connected, Refusal>>;
 
-fn clients(house: &Arc<House>, count: usize) -> Clients {
+fn clients(fixture: &Arc<Fixture>, count: usize) -> Clients {
     let mut clients = JoinSet::new();
     for _ in 0..count {
-        let house = Arc::clone(house);
-        clients.spawn(async move { house.connect().await });
+        let fixture = Arc::clone(fixture);
+        clients.spawn(async move { fixture.connect().await });
     }
     clients
 }
@@ -268,10 +264,10 @@ fn clients(house: &Arc<House>, count: usize) -> Clients {
 async fn while_the_endpoint_wakes_one_client_dials_for_all() {
     const CLIENTS: usize = 200;
     let server = Server::start(Act::Asleep).await;
-    let house = house(&server, limits());
-    let clients = clients(&house, CLIENTS);
+    let fixture = fixture(&server, limits());
+    let clients = clients(&fixture, CLIENTS);
     // Those under way when the first was refused, and then the leader's own.
-    server.dialled(CONCURRENT_LOGINS + 4).await;
+    server.dialed(CONCURRENT_LOGINS + 4).await;
     let asleep = server.seen.dials();
     assert!(
         asleep <= CONCURRENT_LOGINS + 8,
@@ -292,25 +288,28 @@ async fn while_the_endpoint_wakes_one_client_dials_for_all() {
 #[tokio::test]
 async fn a_leader_that_hangs_up_hands_the_lead_over() {
     let server = Server::start(Act::Asleep).await;
-    let house = house(&server, limits());
-    let mut leader = clients(&house, 1);
-    server.dialled(2).await;
-    let others = clients(&house, 5);
-    server.dialled(4).await;
+    let fixture = fixture(&server, limits());
+    let mut leader = clients(&fixture, 1);
+    server.dialed(2).await;
+    let others = clients(&fixture, 5);
+    server.dialed(4).await;
     leader.shutdown().await;
     let dials = server.seen.dials();
-    server.dialled(dials + 2).await;
+    server.dialed(dials + 2).await;
     server.now(Act::Welcome);
     for result in timeout(LONG, others.join_all()).await.unwrap() {
         assert!(result.unwrap().woke_after.is_some());
     }
-    assert_eq!(house.upstream.logins.available_permits(), CONCURRENT_LOGINS);
+    assert_eq!(
+        fixture.upstream.logins.available_permits(),
+        CONCURRENT_LOGINS
+    );
 }
 
 #[tokio::test]
 async fn after_a_whole_budget_has_failed_later_clients_wait_less_until_a_login_works() {
     let server = Server::start(Act::Asleep).await;
-    let house = house(
+    let fixture = fixture(
         &server,
         Timeouts {
             connect_timeout: Duration::from_millis(800),
@@ -318,49 +317,52 @@ async fn after_a_whole_budget_has_failed_later_clients_wait_less_until_a_login_w
         },
     );
     let began = Instant::now();
-    let refusal = house.refused().await;
+    let refusal = fixture.refused().await;
     let whole = began.elapsed();
     assert_eq!(
         (refusal.reason, refusal.report.sqlstate.as_str()),
         (Reason::Waking, "08006")
     );
-    assert!(house.upstream.wake.has_spent_budget());
+    assert!(fixture.upstream.wake.has_spent_budget());
     assert!(server.seen.dials() >= 3, "{} dials", server.seen.dials());
 
     let began = Instant::now();
-    assert_eq!(house.refused().await.reason, Reason::Waking);
+    assert_eq!(fixture.refused().await.reason, Reason::Waking);
     assert!(began.elapsed() < whole, "waited as long as before");
 
     server.now(Act::Welcome);
-    drop(house.connect().await.unwrap());
-    assert!(!house.upstream.wake.has_spent_budget());
+    drop(fixture.connect().await.unwrap());
+    assert!(!fixture.upstream.wake.has_spent_budget());
 }
 
 #[tokio::test]
 async fn a_server_that_stalls_is_given_one_attempts_time_and_tried_again() {
     let server = Server::start(Act::Stall).await;
-    let house = house(
+    let fixture = fixture(
         &server,
         Timeouts {
             server_connect_timeout: Duration::from_millis(50),
             ..limits()
         },
     );
-    let client = clients(&house, 1);
-    server.dialled(3).await;
+    let client = clients(&fixture, 1);
+    server.dialed(3).await;
     server.now(Act::Welcome);
     assert!(client.join_all().await.remove(0).is_ok());
 }
 
 #[tokio::test]
-async fn a_rejected_identity_mints_once_for_everybody_and_is_tried_once_more() {
+async fn a_rejected_identity_mints_once_for_all_clients_and_is_tried_once_more() {
     let server = Server::start(Act::RefuseFirst).await;
-    let house = house(&server, limits());
-    house.upstream.propagation.accepted(1);
-    for result in clients(&house, 20).join_all().await {
+    let fixture = fixture(&server, limits());
+    fixture
+        .upstream
+        .credentials
+        .accepted(1, Cause::login("another", "db", false));
+    for result in clients(&fixture, 20).join_all().await {
         assert!(result.unwrap().woke_after.is_none(), "nothing was asleep");
     }
-    assert_eq!(house.mints(), 1);
+    assert_eq!(fixture.mints(), 1);
     assert!(server.seen.dials() <= 40);
 }
 
@@ -371,9 +373,12 @@ async fn an_identity_that_is_always_rejected_is_refused_after_one_retry() {
         "password authentication failed for user \"me\"",
     ))
     .await;
-    let house = house(&server, limits());
-    house.upstream.propagation.accepted(1);
-    let refusal = house.refused().await;
+    let fixture = fixture(&server, limits());
+    fixture
+        .upstream
+        .credentials
+        .accepted(1, Cause::login("another", "db", false));
+    let refusal = fixture.refused().await;
     assert_eq!(
         (refusal.reason, refusal.report.sqlstate.as_str()),
         (Reason::Identity, "28P01")
@@ -381,30 +386,30 @@ async fn an_identity_that_is_always_rejected_is_refused_after_one_retry() {
     assert!(refusal.report.hint.is_some());
     let detail = refusal.report.detail.unwrap();
     assert!(detail.ends_with("for user \"me\""), "{detail}");
-    assert_eq!((server.seen.dials(), house.mints()), (2, 1));
+    assert_eq!((server.seen.dials(), fixture.mints()), (2, 1));
 }
 
 #[tokio::test]
 async fn a_full_endpoint_is_waited_for_a_little() {
     let server = Server::start(Act::Refuse("53300", "sorry, too many clients already")).await;
-    let house = house(
+    let fixture = fixture(
         &server,
         Timeouts {
             capacity_timeout: Duration::from_millis(400),
             ..limits()
         },
     );
-    let refusal = house.refused().await;
+    let refusal = fixture.refused().await;
     assert_eq!(
         (refusal.reason, refusal.report.sqlstate.as_str()),
         (Reason::Capacity, "53300")
     );
     let dials = server.seen.dials();
     assert!((2..=8).contains(&dials), "{dials} dials");
-    assert_eq!(house.mints(), 0);
+    assert_eq!(fixture.mints(), 0);
 
-    let client = clients(&house, 1);
-    server.dialled(dials + 1).await;
+    let client = clients(&fixture, 1);
+    server.dialed(dials + 1).await;
     server.now(Act::Welcome);
     assert!(client.join_all().await.remove(0).is_ok());
 }
@@ -412,19 +417,19 @@ async fn a_full_endpoint_is_waited_for_a_little() {
 #[tokio::test]
 async fn room_is_waited_for_even_by_a_client_that_waited_for_the_endpoint_before() {
     let server = Server::start(Act::Asleep).await;
-    let house = house(
+    let fixture = fixture(
         &server,
         Timeouts {
             capacity_timeout: Duration::from_millis(200),
             ..limits()
         },
     );
-    let client = clients(&house, 1);
+    let client = clients(&fixture, 1);
     // Longer than the wait for room.
-    server.dialled(5).await;
+    server.dialed(5).await;
     let dials = server.seen.dials();
     server.now(Act::Refuse("53300", "sorry, too many clients already"));
-    server.dialled(dials + 2).await;
+    server.dialed(dials + 2).await;
     let refusal = client.join_all().await.remove(0).map(|_| ()).unwrap_err();
     assert_eq!(refusal.reason, Reason::Capacity);
 }
@@ -459,8 +464,8 @@ async fn what_waiting_does_not_mend_is_refused_at_once() {
         ("58000", "something new", Reason::Other, "58000"),
     ] {
         let server = Server::start(Act::Refuse(code, text)).await;
-        let house = house(&server, limits());
-        let refusal = house.refused().await;
+        let fixture = fixture(&server, limits());
+        let refusal = fixture.refused().await;
         assert_eq!(
             (refusal.reason, refusal.report.sqlstate.as_str()),
             (reason, sqlstate),
@@ -472,19 +477,19 @@ async fn what_waiting_does_not_mend_is_refused_at_once() {
                 .detail
                 .is_some_and(|detail| detail.contains(text))
         );
-        assert_eq!((server.seen.dials(), house.mints()), (1, 0), "{text}");
+        assert_eq!((server.seen.dials(), fixture.mints()), (1, 0), "{text}");
     }
 }
 
 #[tokio::test]
 async fn a_bounded_number_of_clients_log_in_at_a_time() {
     let server = Server::start(Act::Stall).await;
-    let house = house(&server, limits());
-    let clients = clients(&house, 100);
-    server.dialled(CONCURRENT_LOGINS).await;
+    let fixture = fixture(&server, limits());
+    let clients = clients(&fixture, 100);
+    server.dialed(CONCURRENT_LOGINS).await;
     let more = timeout(
         Duration::from_millis(100),
-        server.dialled(CONCURRENT_LOGINS + 1),
+        server.dialed(CONCURRENT_LOGINS + 1),
     )
     .await;
     assert!(
@@ -501,23 +506,23 @@ async fn a_bounded_number_of_clients_log_in_at_a_time() {
 #[tokio::test]
 async fn a_client_that_never_had_its_turn_says_nothing_about_the_endpoint() {
     let server = Server::start(Act::Welcome).await;
-    let house = house(
+    let fixture = fixture(
         &server,
         Timeouts {
             connect_timeout: Duration::from_millis(50),
             ..limits()
         },
     );
-    let turns = house.upstream.logins.acquire_many(32).await.unwrap();
-    let refusal = house.refused().await;
+    let turns = fixture.upstream.logins.acquire_many(32).await.unwrap();
+    let refusal = fixture.refused().await;
     assert_eq!(
         (refusal.reason, refusal.report.sqlstate.as_str()),
         (Reason::Capacity, "53300")
     );
     assert_eq!(server.seen.dials(), 0);
-    assert!(!house.upstream.wake.is_waking() && !house.upstream.wake.has_spent_budget());
+    assert!(!fixture.upstream.wake.is_waking() && !fixture.upstream.wake.has_spent_budget());
     drop(turns);
-    assert!(house.connect().await.is_ok());
+    assert!(fixture.connect().await.is_ok());
 }
 
 #[tokio::test]
@@ -526,26 +531,27 @@ async fn a_cancel_reaches_the_address_that_gave_the_key() {
         Server::start(Act::Welcome).await,
         Server::start(Act::Welcome).await,
     );
-    let house = house(&elsewhere, limits());
+    let fixture = fixture(&elsewhere, limits());
     let key = CancelKey {
         process_id: 7,
         secret: 9,
     };
     let address = SocketAddr::from(([127, 0, 0, 1], server.port));
-    let keepalive = &house.terms.keepalive;
-    house
+    let keepalive = &fixture.terms.keepalive;
+    fixture
         .upstream
         .cancel(address, key, keepalive)
         .await
         .unwrap();
-    assert_eq!(*server.seen.cancels.lock().unwrap(), [key.request()]);
+    let cancels = server.seen.cancels.lock().unwrap();
+    assert_eq!(cancels.concat(), key.request());
     assert_eq!(elsewhere.seen.dials(), 0);
 }
 
 #[tokio::test]
 async fn a_login_that_its_own_settings_make_slow_delays_no_other_client() {
     let server = Server::start(Act::Stall).await;
-    let house = house(
+    let fixture = fixture(
         &server,
         Timeouts {
             server_connect_timeout: SLOW_LOGIN * 2,
@@ -553,13 +559,13 @@ async fn a_login_that_its_own_settings_make_slow_delays_no_other_client() {
         },
     );
     // Every place, and every one of them slow after the password.
-    let slow = clients(&house, CONCURRENT_LOGINS);
-    server.dialled(CONCURRENT_LOGINS).await;
-    let other = clients(&house, 1);
-    server.dialled(CONCURRENT_LOGINS + 1).await;
+    let slow = clients(&fixture, CONCURRENT_LOGINS);
+    server.dialed(CONCURRENT_LOGINS).await;
+    let other = clients(&fixture, 1);
+    server.dialed(CONCURRENT_LOGINS + 1).await;
     // The slow ones have run into their time limit and are tried again.
-    server.dialled(CONCURRENT_LOGINS + 2).await;
-    assert!(!house.upstream.wake.is_waking());
+    server.dialed(CONCURRENT_LOGINS + 2).await;
+    assert!(!fixture.upstream.wake.is_waking());
     server.now(Act::Welcome);
     for result in slow
         .join_all()
@@ -574,15 +580,15 @@ async fn a_login_that_its_own_settings_make_slow_delays_no_other_client() {
 #[tokio::test]
 async fn a_leader_whose_own_login_is_slow_hands_the_lead_on() {
     let server = Server::start(Act::Asleep).await;
-    let house = house(&server, limits());
-    let leader = clients(&house, 1);
-    server.dialled(2).await;
+    let fixture = fixture(&server, limits());
+    let leader = clients(&fixture, 1);
+    server.dialed(2).await;
     server.now(Act::Stall);
     let dials = server.seen.dials();
-    server.dialled(dials + 1).await;
+    server.dialed(dials + 1).await;
     // Leads while the first one's login is under way.
-    let other = clients(&house, 1);
-    server.dialled(dials + 2).await;
+    let other = clients(&fixture, 1);
+    server.dialed(dials + 2).await;
     server.now(Act::Welcome);
     for result in leader
         .join_all()
@@ -598,7 +604,7 @@ async fn a_leader_whose_own_login_is_slow_hands_the_lead_on() {
 #[tokio::test(start_paused = true)]
 async fn two_hundred_clients_learn_as_fast_as_one_that_a_name_does_not_resolve() {
     let server = Server::start(Act::Welcome).await;
-    let house = house(
+    let fixture = fixture(
         &server,
         Timeouts {
             connect_timeout: LONG * 2,
@@ -607,12 +613,12 @@ async fn two_hundred_clients_learn_as_fast_as_one_that_a_name_does_not_resolve()
     );
     let endpoint = Endpoint {
         host: "db.nowhere.invalid".to_owned(),
-        ..(*house.upstream.endpoint()).clone()
+        ..(*fixture.upstream.endpoint()).clone()
     };
-    house.upstream.redirect(endpoint);
+    fixture.upstream.redirect(endpoint);
     for count in [1, 200] {
         let began = Instant::now();
-        for result in clients(&house, count).join_all().await {
+        for result in clients(&fixture, count).join_all().await {
             let refusal = result.map(|_| ()).unwrap_err();
             assert!(refusal.report.message.contains("cannot resolve host name"));
         }
@@ -625,10 +631,10 @@ async fn two_hundred_clients_learn_as_fast_as_one_that_a_name_does_not_resolve()
 #[tokio::test]
 async fn a_young_credential_that_is_refused_is_tried_again_before_another_is_minted() {
     let server = Server::start(Act::Refuse("28P01", "password authentication failed")).await;
-    let house = house(&server, limits());
-    let client = clients(&house, 1);
-    server.dialled(2).await;
+    let fixture = fixture(&server, limits());
+    let client = clients(&fixture, 1);
+    server.dialed(2).await;
     server.now(Act::Welcome);
     assert!(client.join_all().await.remove(0).is_ok());
-    assert_eq!(house.mints(), 0);
+    assert_eq!(fixture.mints(), 0);
 }

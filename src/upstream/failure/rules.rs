@@ -1,143 +1,118 @@
-//! The one table of failure classes.
+//! The table of error texts and their classes.
 //!
 //! Texts are matched first, because the edge sends most of its errors under a catch-all SQLSTATE and hides an IP access
-//! list behind a transient one; then the SQLSTATE.
+//! list behind a transient one. Then the SQLSTATE is.
 //!
-//! A class decides what happens to other clients too (they wait for an endpoint that wakes, a credential is replaced for
-//! all), so no client may choose it. Servers repeat a client's texts in their errors: a database name in a 28000, a
-//! setting's value in a 22023. Therefore a text decides only under the SQLSTATEs of an edge or a starting server, quoted
-//! parts are not matched, and a rule whose words one of the client's texts contains cannot make others wait.
+//! A class affects other clients too: they wait for an endpoint that wakes, and a credential is replaced for all. So no
+//! client may choose it, although servers repeat a client's texts in their errors (a database name in a 28000, a setting's
+//! value in a 22023). Therefore a text decides only under the SQLSTATEs of an edge or a starting server, quoted parts are
+//! not matched, and a rule whose text occurs in one of the client's texts cannot make others wait.
 
-use super::Class;
+use super::{
+    Class::{self, Capacity, Identity, Permission, Protocol, Waking, WrongIdentity, WrongKind},
+    INTERNAL_ERROR,
+};
 use crate::protocol::error::ErrorFields;
 
-/// Parts in lower case, all of which must occur; what that means; what to do about it.
-type Rule = (&'static [&'static str], Class, Option<&'static str>);
+/// An error text and its meaning.
+struct Rule {
+    class: Class,
+    /// In lower case. Every part between the `*` must occur, in any order.
+    text: &'static str,
+    /// In place of the hint of the class.
+    hint: Option<&'static str>,
+}
 
-/// The first rule that fits wins.
+impl Rule {
+    fn parts(&self) -> impl Iterator<Item = &'static str> {
+        self.text.split('*')
+    }
+}
+
+const fn rule(class: Class, text: &'static str, hint: Option<&'static str>) -> Rule {
+    Rule { class, text, hint }
+}
+
+/// The first rule that matches wins.
 const RULES: &[Rule] = &[
-    (
-        &["blocked by databricks ip acl"],
-        Class::Permission,
+    rule(Permission, "blocked by databricks ip acl", Some(IP_ACCESS)),
+    rule(
+        Permission,
+        "ip address*not allowed to connect",
         Some(IP_ACCESS),
     ),
-    (
-        &["ip address", "not allowed to connect"],
-        Class::Permission,
-        Some(IP_ACCESS),
-    ),
-    (
-        &["unauthorized network access"],
-        Class::Permission,
+    rule(
+        Permission,
+        "unauthorized network access",
         Some(NETWORK_POLICY),
     ),
-    (&["network policy"], Class::Permission, Some(NETWORK_POLICY)),
-    (
-        &["lakebase_runtime"],
-        Class::Permission,
-        Some(NETWORK_POLICY),
-    ),
-    (
-        &["did not match the security label"],
-        Class::WrongIdentity,
+    rule(Permission, "network policy", Some(NETWORK_POLICY)),
+    rule(Permission, "lakebase_runtime", Some(NETWORK_POLICY)),
+    rule(WrongIdentity, "did not match the security label", None),
+    rule(WrongIdentity, "no security label", None),
+    rule(WrongKind, "not a valid jwt encoding", None),
+    rule(WrongKind, "failed to decode token for role", None),
+    rule(WrongKind, "sasl authentication failed", None),
+    rule(Identity, "token*has expired", None),
+    rule(Identity, "not yet ready to use", Some(CLOCK)),
+    rule(Identity, "invalid jwt token audience", None),
+    rule(Identity, "jwk not found", None),
+    rule(Identity, "missing key id", None),
+    rule(Identity, "signature error", None),
+    rule(
+        Identity,
+        "invalid authorization for databricks identity login",
         None,
     ),
-    (&["no security label"], Class::WrongIdentity, None),
-    (&["not a valid jwt encoding"], Class::WrongKind, None),
-    (&["failed to decode token for role"], Class::WrongKind, None),
-    (&["sasl authentication failed"], Class::WrongKind, None),
-    (&["token", "has expired"], Class::Identity, None),
-    (
-        &["not yet ready to use"],
-        Class::Identity,
-        Some("This machine's clock and the endpoint's differ: check the clock."),
+    rule(Identity, "password authentication failed", None),
+    rule(Permission, "role \"*does not exist", Some(MISSING_ROLE)),
+    rule(Permission, "is not permitted to log in", Some(NO_LOGIN)),
+    rule(Permission, "no pg_hba.conf entry", None),
+    rule(Permission, "pg_hba.conf rejects", None),
+    rule(Permission, "endpoint is disabled", Some(DISABLED)),
+    rule(Permission, "endpoint cannot be found", Some(NO_ENDPOINT)),
+    rule(Capacity, "too many connections", None),
+    rule(Capacity, "too many clients already", None),
+    rule(Capacity, "connection slots are reserved", None),
+    rule(Capacity, "failed to acquire permit", None),
+    rule(Capacity, "too many database connection attempts", None),
+    rule(Capacity, "no more connections allowed", None),
+    rule(Protocol, "invalid protocol version", None),
+    rule(Protocol, "does not have sni", Some(NO_SNI)),
+    rule(Protocol, "unsupported startup parameter", Some(POOLER)),
+    rule(Protocol, "endpoint id is not specified", None),
+    rule(Protocol, "inconsistent project name", None),
+    rule(Protocol, "connection is insecure", None),
+    rule(Protocol, "received unencrypted data", None),
+    rule(
+        Waking,
+        "external authorization failed",
+        Some(ASLEEP_OR_BLOCKED),
     ),
-    (&["invalid jwt token audience"], Class::Identity, None),
-    (&["jwk not found"], Class::Identity, None),
-    (&["missing key id"], Class::Identity, None),
-    (&["signature error"], Class::Identity, None),
-    (
-        &["invalid authorization for databricks identity login"],
-        Class::Identity,
-        None,
-    ),
-    (&["password authentication failed"], Class::Identity, None),
-    (
-        &["role \"", "does not exist"],
-        Class::Permission,
-        Some(MISSING_ROLE),
-    ),
-    (
-        &["is not permitted to log in"],
-        Class::Permission,
-        Some("ALTER ROLE ... LOGIN, or make it with databricks_create_role."),
-    ),
-    (&["no pg_hba.conf entry"], Class::Permission, None),
-    (&["pg_hba.conf rejects"], Class::Permission, None),
-    (
-        &["endpoint is disabled"],
-        Class::Permission,
-        Some("Enable the compute: no connection can wake a disabled one."),
-    ),
-    (
-        &["endpoint cannot be found"],
-        Class::Permission,
-        Some("Check ENDPOINT_NAME and PGHOST: there is no such endpoint."),
-    ),
-    (&["too many connections"], Class::Capacity, None),
-    (&["too many clients already"], Class::Capacity, None),
-    (&["connection slots are reserved"], Class::Capacity, None),
-    (&["failed to acquire permit"], Class::Capacity, None),
-    (
-        &["too many database connection attempts"],
-        Class::Capacity,
-        None,
-    ),
-    (&["no more connections allowed"], Class::Capacity, None),
-    (&["invalid protocol version"], Class::Protocol, None),
-    (
-        &["does not have sni"],
-        Class::Protocol,
-        Some("Set PGHOST to the endpoint's host name: an IP address carries no SNI."),
-    ),
-    (
-        &["unsupported startup parameter"],
-        Class::Protocol,
-        Some(POOLER),
-    ),
-    (&["endpoint id is not specified"], Class::Protocol, None),
-    (&["inconsistent project name"], Class::Protocol, None),
-    (&["connection is insecure"], Class::Protocol, None),
-    (&["received unencrypted data"], Class::Protocol, None),
-    (
-        &["external authorization failed"],
-        Class::Waking,
-        Some(
-            "The endpoint is asleep, paused or refuses this address. Retry; if it lasts, check the compute, the workspace's IP access list, the network policy (`lakebase_runtime`) and the private link.",
-        ),
-    ),
-    (&["endpoint is idle"], Class::Waking, None),
-    (
-        &["waiting for endpoint to become active"],
-        Class::Waking,
-        None,
-    ),
-    (&["couldn't connect to compute node"], Class::Waking, None),
-    (&["control plane request failed"], Class::Waking, None),
-    (&["authentication timed out"], Class::Waking, None),
-    (&["client handshake timeout"], Class::Waking, None),
-    (&["insecure connection"], Class::Waking, None),
-    (&["database system is"], Class::Waking, None),
-    (&["not yet accepting connections"], Class::Waking, None),
+    rule(Waking, "endpoint is idle", None),
+    rule(Waking, "waiting for endpoint to become active", None),
+    rule(Waking, "couldn't connect to compute node", None),
+    rule(Waking, "control plane request failed", None),
+    rule(Waking, "authentication timed out", None),
+    rule(Waking, "client handshake timeout", None),
+    rule(Waking, "insecure connection", None),
+    rule(Waking, "database system is", None),
+    rule(Waking, "not yet accepting connections", None),
 ];
 
+const CLOCK: &str = "This machine's clock and the endpoint's differ: check the clock.";
+const NO_LOGIN: &str = "ALTER ROLE ... LOGIN, or make it with databricks_create_role.";
+const DISABLED: &str = "Enable the compute: no connection can wake a disabled one.";
+const NO_ENDPOINT: &str = "Check ENDPOINT_NAME and PGHOST: there is no such endpoint.";
+const NO_SNI: &str = "Set PGHOST to the endpoint's host name: an IP address carries no SNI.";
+const ASLEEP_OR_BLOCKED: &str = "The endpoint is asleep, paused or refuses this address. Retry; if it lasts, check the compute, the workspace's IP access list, the network policy (`lakebase_runtime`) and the private link.";
 pub(super) const MISSING_ROLE: &str = "Make the role on this branch: CREATE EXTENSION IF NOT EXISTS databricks_auth; SELECT databricks_create_role('{user}', '{kind}');";
 pub(super) const POOLER: &str = "Set PGHOST to the direct host ({direct}): poolers accept OAuth credentials, and startup parameters, only where Databricks has enabled that.";
 const NETWORK_POLICY: &str = "A network policy refuses the address that this proxy connects from: allow it for the destination `lakebase_runtime`, which is apart from the workspace's API.";
 const IP_ACCESS: &str =
     "Add the address this proxy connects from to the workspace's IP access list.";
 
-/// The class of an error, and what to do about it where that is more than the class says.
+/// The class of an error, and a hint that is more specific than that of the class.
 pub(super) fn classify<'a>(
     error: &ErrorFields,
     client_texts: impl IntoIterator<Item = &'a str>,
@@ -149,62 +124,55 @@ pub(super) fn classify<'a>(
     let text = without_quotations(&error.message)
         + "\n"
         + &without_quotations(error.detail.as_deref().unwrap_or_default());
-    let mut fitting = RULES
+    let mut matching = RULES
         .iter()
-        .filter(|(parts, ..)| parts.iter().all(|part| text.contains(part)))
+        .filter(|rule| rule.parts().all(|part| text.contains(part)))
         .peekable();
-    if fitting.peek().is_none() {
+    if matching.peek().is_none() {
         return (by_code, hint_of_sqlstate(error));
     }
     let client_texts: Vec<String> = client_texts.into_iter().map(letters).collect();
     let (doubtful, certain): (Vec<&Rule>, Vec<&Rule>) =
-        fitting.partition(|(parts, ..)| may_be_of_a_client(parts, &client_texts));
-    if let Some(&&(_, class, hint)) = certain.first() {
-        return (class, hint);
+        matching.partition(|rule| may_be_of_a_client(rule, &client_texts));
+    if let Some(rule) = certain.first() {
+        return (rule.class, rule.hint);
     }
-    // The words may be the server's or the client's. The classes that concern this client alone do no harm.
+    // The text may be the server's or the client's. A class that concerns this client alone does no harm.
     if !concerns_others(by_code) {
         return (by_code, None);
     }
-    let harmless = doubtful
-        .iter()
-        .find(|(_, class, _)| !concerns_others(*class));
-    if let Some(&&(_, class, hint)) = harmless {
-        return (class, hint);
+    if let Some(rule) = doubtful.iter().find(|rule| !concerns_others(rule.class)) {
+        return (rule.class, rule.hint);
     }
-    if doubtful.iter().any(|(_, class, _)| *class == by_code) {
+    if doubtful.iter().any(|rule| rule.class == by_code) {
         return (by_code, None);
     }
     (Class::Other, None)
 }
 
-/// Whether a text under this code can decide: the codes of edges and of starting servers, and none that a client's
-/// settings cause (22023, 42704, 22P02, 55P02, 58P01, ...).
+/// Whether a text under this code decides: the codes of edges and of starting servers, and none that a client's settings
+/// cause (22023, 42704, 22P02, 55P02, 58P01, ...).
 fn texts_decide_under(code: &str) -> bool {
-    matches!(code, "" | super::INTERNAL_ERROR | "57P03" | "53300")
+    matches!(code, "" | INTERNAL_ERROR | "57P03" | "53300")
         || code.starts_with("08")
         || code.starts_with("28")
 }
 
-/// Whether other clients wait, or get another credential, because of it.
+/// Whether the class makes other clients wait, or replaces their credential.
 fn concerns_others(class: Class) -> bool {
-    matches!(
-        class,
-        Class::Identity | Class::Waking | Class::WrongIdentity
-    )
+    matches!(class, Identity | Waking | WrongIdentity)
 }
 
-/// Whether these words may come from one of the client's texts. A single word does not count: half of the table would
-/// be out of force for the clients of a database called `token`.
-fn may_be_of_a_client(parts: &[&str], client_texts: &[String]) -> bool {
-    parts
-        .iter()
+/// Whether the error's text may come from one of the client's texts. A single word does not count: half of the table would
+/// not apply to the clients of a database named `token`.
+fn may_be_of_a_client(rule: &Rule, client_texts: &[String]) -> bool {
+    rule.parts()
         .filter(|part| part.trim().contains([' ', '_']))
-        .map(|part| letters(part))
+        .map(letters)
         .any(|part| client_texts.iter().any(|text| text.contains(&part)))
 }
 
-/// What is left of a text however a server quotes, escapes, folds or trims it.
+/// The part of a text that is the same however a server quotes, escapes, folds or trims it.
 fn letters(text: &str) -> String {
     text.chars()
         .filter(|character| character.is_alphanumeric())
@@ -212,7 +180,7 @@ fn letters(text: &str) -> String {
         .collect()
 }
 
-/// In lower case, with `""` for whatever stands between quotation marks of any language: names and values. A mark
+/// The text in lower case, with `""` in place of every quotation, in the marks of any language: names and values. A mark
 /// without its counterpart is text.
 fn without_quotations(text: &str) -> String {
     let mut plain = String::with_capacity(text.len());
@@ -236,7 +204,7 @@ fn without_quotations(text: &str) -> String {
     plain
 }
 
-/// Where the quotation ends that this mark opens, closing mark included.
+/// The end of the quotation that this mark opens, including the closing mark.
 fn end_of_quotation(before: char, mark: char, behind: &str) -> Option<usize> {
     let closing: &[char] = match mark {
         '"' => &['"'],
@@ -261,21 +229,21 @@ fn end_of_quotation(before: char, mark: char, behind: &str) -> Option<usize> {
         .map(|(_, end)| end)
 }
 
-/// SQLSTATEs that decide where no text did.
+/// The class by SQLSTATE, where no text matches.
 fn class_of_sqlstate(code: &str) -> Class {
     match code {
-        // 57P05 is missing: a client's own `idle_session_timeout` causes it.
-        "57P01" | "57P02" | "57P03" => Class::Waking,
-        "53300" => Class::Capacity,
-        "28P01" | "28000" => Class::Identity,
-        "42501" | "3D000" => Class::Permission,
-        "08P01" | "0A000" => Class::Protocol,
-        code if code.starts_with("08") => Class::Waking,
+        // Not 57P05, which a client's own `idle_session_timeout` causes.
+        "57P01" | "57P02" | "57P03" => Waking,
+        "53300" => Capacity,
+        "28P01" | "28000" => Identity,
+        "42501" | "3D000" => Permission,
+        "08P01" | "0A000" => Protocol,
+        code if code.starts_with("08") => Waking,
         _ => Class::Other,
     }
 }
 
-/// What to do about what the SQLSTATE alone decides.
+/// The hint by SQLSTATE, where no text matches.
 fn hint_of_sqlstate(error: &ErrorFields) -> Option<&'static str> {
     match error.code.as_str() {
         "3D000" => Some(

@@ -327,11 +327,15 @@ fn a_stream_that_waits_holds_no_buffer() {
             let TlsStream {
                 partial,
                 plaintext,
-                sealed,
+                encrypted,
                 ..
             } = &pair.client;
             assert_eq!(
-                (partial.capacity(), plaintext.capacity(), sealed.capacity()),
+                (
+                    partial.capacity(),
+                    plaintext.capacity(),
+                    encrypted.capacity()
+                ),
                 (0, 0, 0)
             );
         }

@@ -1,6 +1,10 @@
-//! Connections: to whichever of several addresses answers, at low latency, and with dead peers noticed.
+//! TCP: happy eyeballs, keepalive, low latency.
 
-use std::{io, net::SocketAddr, time::Duration};
+use std::{
+    io,
+    net::{IpAddr, SocketAddr},
+    time::Duration,
+};
 
 use socket2::{SockRef, TcpKeepalive};
 use tokio::{
@@ -9,14 +13,13 @@ use tokio::{
     time::timeout,
 };
 
-use super::endpoint::is_loopback;
 use crate::config::Keepalive;
 
-/// How long one address gets before the next is tried beside it (RFC 8305's connection attempt delay).
+/// The head start of each address over the next (RFC 8305's connection attempt delay).
 const HAPPY_EYEBALLS_DELAY: Duration = Duration::from_millis(250);
 
 /// Connects to one address.
-pub(super) async fn connect(address: SocketAddr) -> io::Result<TcpStream> {
+pub(crate) async fn connect(address: SocketAddr) -> io::Result<TcpStream> {
     let socket = if address.is_ipv4() {
         TcpSocket::new_v4()?
     } else {
@@ -27,7 +30,7 @@ pub(super) async fn connect(address: SocketAddr) -> io::Result<TcpStream> {
 }
 
 /// The first connection to succeed, and its address; each address gets a head start over the next.
-pub(super) async fn connect_any(addresses: Vec<SocketAddr>) -> io::Result<(TcpStream, SocketAddr)> {
+pub(crate) async fn connect_any(addresses: Vec<SocketAddr>) -> io::Result<(TcpStream, SocketAddr)> {
     let mut attempts = JoinSet::new();
     let mut last_error = io::Error::new(
         io::ErrorKind::AddrNotAvailable,
@@ -39,7 +42,7 @@ pub(super) async fn connect_any(addresses: Vec<SocketAddr>) -> io::Result<(TcpSt
         if more {
             match addresses.next() {
                 Some(address) => {
-                    // The socket could not say its peer's address any more once it has been reset.
+                    // Returned beside the socket, which no longer knows its peer once it has been reset.
                     attempts.spawn(async move { Ok((connect(address).await?, address)) });
                 }
                 None => more = false,
@@ -63,13 +66,17 @@ pub(super) async fn connect_any(addresses: Vec<SocketAddr>) -> io::Result<(TcpSt
     }
 }
 
-/// Takes a socket that is to be bound or connected to this machine out of the hands of a congestion control that spreads
-/// what is sent over time: nothing is lost or queued on the way to another process here, and a timer for every burst
-/// makes a bare relay take two thirds more of the system's time (BBR on Linux 6.18: 800 and 480 µs/MB).
+/// Whether a peer at `address` is on this machine.
+pub(crate) fn is_loopback(address: IpAddr) -> bool {
+    address.to_canonical().is_loopback()
+}
+
+/// Disables pacing for a loopback socket: between processes of one machine nothing is lost or queued, and a pacing congestion
+/// control's timer for every burst costs two thirds more system time (BBR on Linux 6.18: 800 and 480 µs/MB).
 ///
-/// Reno is in every kernel and needs no privilege. It must be chosen before the socket is connected or listens: one that
-/// has been paced remains so. A failure costs nothing but that time.
-pub fn unpace(socket: &SockRef<'_>, address: SocketAddr) {
+/// Reno is in every kernel and needs no privilege. It must be set before the socket is connected or listens: a paced socket
+/// stays paced. If it fails, nothing but that time is lost.
+pub(crate) fn unpace(socket: &SockRef<'_>, address: SocketAddr) {
     #[cfg(target_os = "linux")]
     if is_loopback(address.ip()) {
         let _ = socket.set_tcp_congestion(b"reno");
@@ -78,7 +85,7 @@ pub fn unpace(socket: &SockRef<'_>, address: SocketAddr) {
     let _ = (socket, address);
 }
 
-/// Families alternate, beginning with the one the resolver prefers (RFC 8305).
+/// Alternates the address families, starting with the one that the resolver prefers (RFC 8305).
 fn interleave(addresses: Vec<SocketAddr>) -> Vec<SocketAddr> {
     let Some(first) = addresses.first().copied() else {
         return addresses;
@@ -99,8 +106,8 @@ fn interleave(addresses: Vec<SocketAddr>) -> Vec<SocketAddr> {
     }
 }
 
-/// Switches a socket to low latency and makes a dead peer noticed. Failures are not worth losing a connection for.
-pub fn tune(socket: &TcpStream, keepalive: &Keepalive) {
+/// Sets nodelay and keepalive. Errors are ignored: the connection works without.
+pub(crate) fn tune(socket: &TcpStream, keepalive: &Keepalive) {
     let _ = socket.set_nodelay(true);
     let socket = SockRef::from(socket);
     if !keepalive.idle.is_zero() {
