@@ -1,4 +1,4 @@
--- The app's role, once per branch, made by somebody who is logged in to Lakebase with OAuth and may create roles:
+-- The app's role, once per branch, created by a user who is logged in to Lakebase with OAuth and may create roles:
 --
 --     psql -v client_id=<DATABRICKS_CLIENT_ID> -f deploy/sql/01-role.sql
 --

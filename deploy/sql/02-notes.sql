@@ -17,6 +17,6 @@ from unnest(array[
 ]) as sample (content)
 where not exists (select from public.notes);
 
--- Whoever runs this owns the table: the app's role needs rights on it, and on the sequence behind `id` to insert.
+-- The user who runs this owns the table: the app's role needs rights on it, and on the sequence behind `id` to insert.
 grant select, insert, update, delete on public.notes to :"client_id";
 grant usage, select on sequence public.notes_id_seq to :"client_id";
