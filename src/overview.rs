@@ -16,7 +16,7 @@ use tokio::time::Instant;
 use crate::{
     config::ShownSetting,
     credential::CredentialCell,
-    session::{Policies, Policy},
+    session::{SessionConfig, SharedConfig},
     shutdown::{Phase, Shutdown},
     status::{EndpointSessions, Registry},
     telemetry::Metrics,
@@ -58,7 +58,7 @@ pub struct Overview {
     origin: Instant,
     registry: Registry,
     shutdown: Shutdown,
-    policies: Policies,
+    config: SharedConfig,
     places: Box<dyn Fn() -> Vec<Arc<Place>> + Send + Sync>,
     settings: Mutex<Vec<ShownSetting>>,
     also: Mutex<Vec<(&'static str, SocketAddr)>>,
@@ -69,7 +69,7 @@ impl Overview {
     pub fn new(
         registry: Registry,
         shutdown: Shutdown,
-        policies: Policies,
+        config: SharedConfig,
         places: impl Fn() -> Vec<Arc<Place>> + Send + Sync + 'static,
     ) -> Self {
         Self {
@@ -77,7 +77,7 @@ impl Overview {
             origin: Instant::now(),
             registry,
             shutdown,
-            policies,
+            config,
             places: Box::new(places),
             settings: Mutex::default(),
             also: Mutex::default(),
@@ -109,9 +109,9 @@ impl Overview {
         lock(&self.also).clone()
     }
 
-    /// What sessions that begin now go by.
-    pub fn policy(&self) -> Arc<Policy> {
-        self.policies.now()
+    /// The configuration of sessions that begin now.
+    pub fn session_config(&self) -> Arc<SessionConfig> {
+        self.config.load_full()
     }
 
     /// The registry of sessions.

@@ -74,7 +74,7 @@ impl DeepCheck {
         // All begin before the first is waited for.
         let logins: Vec<_> = places
             .iter()
-            .map(|place| self.login(place, overview.policy().terms))
+            .map(|place| self.login(place, overview.session_config().terms))
             .collect();
         let mut checked = Vec::with_capacity(logins.len());
         for (place, mut login) in places.iter().zip(logins) {

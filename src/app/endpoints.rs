@@ -7,7 +7,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     config::EndpointConfig, credential::CredentialCell, listener::Bound, net::tls::Fingerprint,
-    overview::Place, session::Sessions,
+    overview::Place, session::EndpointContext,
 };
 
 /// One endpoint that is served.
@@ -17,7 +17,7 @@ pub struct Served {
     /// Where its clients connect.
     pub bound: Bound,
     /// What its sessions share: the way there, the counts.
-    pub sessions: Arc<Sessions>,
+    pub sessions: Arc<EndpointContext>,
     /// Its credential.
     pub credentials: CredentialCell,
     /// The roots that its certificate was last verified by.

@@ -21,7 +21,7 @@ use crate::{
         tls::{self, Fingerprint},
     },
     protocol::error::{Report, sqlstate},
-    session::{Entrance, Policy},
+    session::{AccessPolicy, SessionConfig},
     systemd::Notifier,
     telemetry::{chain, labels::Reason},
     upstream::{Problem, Refusal, RouteFinder, Upstream},
@@ -50,7 +50,7 @@ impl Gate {
     ) {
         let served = Arc::clone(&self.served);
         let sessions = &served.sessions;
-        announce(&served, &shared.policies.now());
+        announce(&served, &shared.process.config.load_full());
         let Self {
             access,
             listener,
@@ -117,9 +117,9 @@ async fn tell(served: Arc<Served>, endpoints: Endpoints, notifier: Notifier) {
 }
 
 /// Says where an endpoint listens, and what that means.
-fn announce(served: &Served, policy: &Policy) {
+fn announce(served: &Served, session_config: &SessionConfig) {
     let endpoint = served.config.called();
-    let max_connections = policy.max_connections;
+    let max_connections = session_config.max_connections;
     for address in &served.bound.tcp {
         tracing::info!(%address, endpoint, max_connections, "listening for Postgres clients");
     }
@@ -127,21 +127,21 @@ fn announce(served: &Served, policy: &Policy) {
         let socket = path.display();
         tracing::info!(%socket, endpoint, max_connections, "listening for Postgres clients");
     }
-    warn_of_exposure(served, &policy.entrance);
+    warn_of_exposure(served, &session_config.access);
 }
 
 /// Says who else gets in where an endpoint listens.
-pub(super) fn warn_of_exposure(served: &Served, entrance: &Entrance) {
+pub(super) fn warn_of_exposure(served: &Served, access: &AccessPolicy) {
     for address in &served.bound.tcp {
         if address.ip().to_canonical().is_loopback() {
             continue;
         }
-        if entrance.password.is_none() {
+        if access.password.is_none() {
             tracing::warn!(
                 %address,
                 "anyone who reaches this address is the Lakebase identity; hint: bind loopback unless that is meant, or ask for a password with --local-auth"
             );
-        } else if entrance.encryption.is_none() {
+        } else if access.certificate.is_none() {
             tracing::warn!(
                 %address,
                 "what clients of this address say can be read on the way; hint: offer them TLS with --client-tls"
@@ -151,7 +151,7 @@ pub(super) fn warn_of_exposure(served: &Served, entrance: &Entrance) {
     for path in &served.bound.unix {
         let socket = path.display();
         let is_open = std::fs::metadata(path).is_ok_and(|it| it.permissions().mode() & 0o002 != 0);
-        if is_open && entrance.allowed_uids.is_none() {
+        if is_open && access.allowed_uids.is_none() {
             tracing::warn!(
                 %socket,
                 "any user of this machine who reaches this socket is the Lakebase identity; hint: list the users with --unix-socket-allowed-uids"

@@ -19,7 +19,7 @@ use crate::{
     config::{Change, Config, ConfigError, EndpointConfig, Source},
     listener::{self, Listener},
     net::tls::Fingerprint,
-    session::Entrance,
+    session::AccessPolicy,
     shutdown::{Hangup, Phase},
     systemd::Notifier,
     telemetry::{LogError, LogHandle, chain, labels::ReloadOutcome, logging::check_filter},
@@ -81,7 +81,7 @@ struct Prepared {
     added: Vec<Gate>,
     back: Vec<Arc<Served>>,
     roots: Vec<(Arc<Served>, Option<Fingerprint>, Security)>,
-    entrance: Arc<Entrance>,
+    access: Arc<AccessPolicy>,
 }
 
 impl Running {
@@ -167,7 +167,7 @@ impl Reloader {
     }
 
     async fn attempt(&mut self) -> Result<Reloaded, RefusedReload> {
-        if self.shared.shutdown.phase() != Phase::Serving {
+        if self.shared.process.shutdown.phase() != Phase::Serving {
             return Err(RefusedReload::ShuttingDown);
         }
         let mut change = self.config.change_to(self.source.load_again().await?);
@@ -185,14 +185,14 @@ impl Reloader {
 
     /// Binds, reads and checks; nothing is in force after a failure.
     async fn prepare(&self, change: &Change) -> Result<Prepared, StartError> {
-        let before = Arc::clone(&self.shared.policies.now().entrance);
+        let before = Arc::clone(&self.shared.process.config.load_full().access);
         let (old, new) = (self.config.clone(), change.config.clone());
-        let entrance = blocking(move || shared::entrance(&new, Some((&old, &before)))).await?;
+        let access = blocking(move || shared::access(&new, Some((&old, &before)))).await?;
         let mut prepared = Prepared {
             added: Vec::new(),
             back: Vec::new(),
             roots: Vec::new(),
-            entrance: Arc::new(entrance),
+            access: Arc::new(access),
         };
         if let Err(error) = self.fill(change, &mut prepared).await {
             for gate in &prepared.added {
@@ -276,7 +276,7 @@ impl Reloader {
             added,
             back,
             roots,
-            entrance,
+            access,
         } = prepared;
         if let Some(log) = &self.log
             && change.config.settings.log_filter() != self.config.settings.log_filter()
@@ -289,7 +289,7 @@ impl Reloader {
             .any(|setting| change.applied.contains(setting));
         // Never is a socket open to somebody whom neither the old nor the new settings let in.
         self.set_modes(&change.config, Narrower::Only);
-        self.shared.apply(&change.config, entrance);
+        self.shared.apply(&change.config, access);
         self.set_modes(&change.config, Narrower::Not);
         self.ending
             .send_replace(Ending::new(&change.config.settings));
@@ -318,7 +318,7 @@ impl Reloader {
         }
         if is_exposed_otherwise {
             for served in self.shared.endpoints.now().iter() {
-                gate::warn_of_exposure(served, &self.shared.policies.now().entrance);
+                gate::warn_of_exposure(served, &self.shared.process.config.load_full().access);
             }
         }
         for gate in added {

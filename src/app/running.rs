@@ -108,7 +108,14 @@ impl Running {
     pub async fn target(&self) -> Result<Target, Refusal> {
         let way = self.addresses.endpoints.first().and_then(Bound::way);
         let way = way.ok_or_else(no_way)?;
-        let patience = self.shared.policies.now().terms.limits.connect_timeout;
+        let patience = self
+            .shared
+            .process
+            .config
+            .load_full()
+            .terms
+            .limits
+            .connect_timeout;
         let deadline = Instant::now() + patience;
         let upstream = loop {
             let rest = deadline.saturating_duration_since(Instant::now());
@@ -145,7 +152,7 @@ impl Running {
             self.notifier.ready();
             return Ok(());
         }
-        let mut terms = self.shared.policies.now().terms;
+        let mut terms = self.shared.process.config.load_full().terms;
         // The reason is not needed early, as a client needs it.
         terms.limits.credential_timeout = terms.limits.connect_timeout;
         let mut logins = JoinSet::new();
@@ -205,7 +212,7 @@ impl Running {
         );
         self.notifier.stopping();
         self.health.set_draining();
-        self.shared.shutdown.drain();
+        self.shared.process.shutdown.drain();
         // The accept loops run until the cut, so that late clients are told why they are refused.
         self.shared.clients.close();
         tokio::select! {
@@ -213,7 +220,7 @@ impl Running {
             () = sleep(grace) => {}
             () = hurry => {}
         }
-        self.shared.shutdown.cut();
+        self.shared.process.shutdown.cut();
         let cut = timeout(HELPERS_END, self.shared.clients.wait()).await;
         self.shared.stop.cancel();
         self.shared.helpers.close();

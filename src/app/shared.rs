@@ -21,7 +21,8 @@ use crate::{
     net::tls,
     overview::Overview,
     session::{
-        Dropped, Encryption, Entrance, KnownPassword, LocalPassword, Policies, Policy, Sessions,
+        AccessPolicy, EndpointContext, KnownPassword, LocalPassword, ProcessContext,
+        ServerCertificate, SessionConfig, SharedConfig,
     },
     shutdown::Shutdown,
     status::{EndpointSessions, Health, Label, Registry},
@@ -33,8 +34,8 @@ use crate::{
 /// Shared by all endpoints.
 pub(super) struct Shared {
     pub(super) endpoints: Endpoints,
-    pub(super) policies: Policies,
-    pub(super) shutdown: Shutdown,
+    /// Shared by all sessions.
+    pub(super) process: Arc<ProcessContext>,
     pub(super) registry: Registry,
     pub(super) overview: Arc<Overview>,
     pub(super) health: Arc<Health>,
@@ -59,10 +60,10 @@ pub(super) struct Shared {
     workspace_settings: WorkspaceSettings,
 }
 
-/// What sessions go by, as the settings have it.
-fn policy(settings: &Settings, entrance: Arc<Entrance>) -> Policy {
-    Policy {
-        entrance,
+/// The part of the configuration that sessions use.
+fn session_config(settings: &Settings, access: Arc<AccessPolicy>) -> SessionConfig {
+    SessionConfig {
+        access,
         database_mapping: settings.database_mapping(),
         client_login_timeout: settings.client_login_timeout().0,
         max_connections: descriptors::max_connections(settings.max_connections()),
@@ -73,35 +74,33 @@ fn policy(settings: &Settings, entrance: Arc<Entrance>) -> Policy {
     }
 }
 
-/// Who is let in, as the settings have it. What has not changed since `before` is kept: a certificate of our own making,
-/// the count of attempts at the password, what has been said.
-pub(super) fn entrance(
+/// The access policy of the configuration. What has not changed since `before` is kept: a self-signed certificate, the
+/// count of password attempts, the record of warnings.
+pub(super) fn access(
     config: &Config,
-    before: Option<(&Config, &Entrance)>,
-) -> Result<Entrance, StartError> {
-    let encryption = match before {
-        Some((old, entrance)) if old.client_tls == config.client_tls => entrance.encryption.clone(),
-        _ => Encryption::new(&config.client_tls)?.map(Arc::new),
+    before: Option<(&Config, &AccessPolicy)>,
+) -> Result<AccessPolicy, StartError> {
+    let certificate = match before {
+        Some((old, access)) if old.client_tls == config.client_tls => access.certificate.clone(),
+        _ => ServerCertificate::new(&config.client_tls)?.map(Arc::new),
     };
     let password = match (before, &config.local_password) {
         (_, None) => None,
-        (Some((old, entrance)), Some(_)) if old.has_same_password(config) => {
-            entrance.password.clone()
-        }
+        (Some((old, access)), Some(_)) if old.has_same_password(config) => access.password.clone(),
         (_, Some(password)) => {
             let checked = LocalPassword::new(password).ok_or(StartError::LocalPassword)?;
             Some(Arc::new(checked))
         }
     };
-    Ok(Entrance {
+    Ok(AccessPolicy {
         allowed_uids: config.settings.unix_socket_allowed_uids(),
-        told: match before {
-            Some((old, entrance)) if old.client_tls == config.client_tls => {
-                Arc::clone(&entrance.told)
+        logged: match before {
+            Some((old, access)) if old.client_tls == config.client_tls => {
+                Arc::clone(&access.logged)
             }
             _ => Arc::default(),
         },
-        encryption,
+        certificate,
         requires_tls: config.settings.client_tls() == ClientTlsSetting::Required,
         password,
     })
@@ -112,13 +111,16 @@ impl Shared {
         let first = config.endpoints.first();
         let endpoints = Endpoints::default();
         let (registry, shutdown) = (Registry::default(), Shutdown::new());
-        let entrance = Arc::new(entrance(config, None)?);
-        let policies = Policies::new(policy(&config.settings, Arc::clone(&entrance)));
+        let access = Arc::new(access(config, None)?);
+        let session_config: SharedConfig = Arc::new(ArcSwap::from_pointee(session_config(
+            &config.settings,
+            Arc::clone(&access),
+        )));
         let served = endpoints.clone();
         let overview = Arc::new(Overview::new(
             registry.clone(),
             shutdown.clone(),
-            policies.clone(),
+            Arc::clone(&session_config),
             move || served.now().iter().map(|served| served.place()).collect(),
         ));
         let served = endpoints.clone();
@@ -133,8 +135,11 @@ impl Shared {
         let console = Arc::new(Console::new(Arc::clone(&overview), Arc::clone(&health)));
         let shared = Self {
             endpoints,
-            policies,
-            shutdown,
+            process: Arc::new(ProcessContext {
+                config: session_config,
+                shutdown,
+                console: Some(Arc::clone(&console) as _),
+            }),
             registry,
             overview,
             health,
@@ -151,13 +156,14 @@ impl Shared {
             workspace: OnceLock::new(),
             workspace_settings: config.workspace.clone(),
         };
-        shared.apply(config, entrance);
+        shared.apply(config, access);
         Ok(shared)
     }
 
     /// Puts the settings in force that sessions go by.
-    pub(super) fn apply(&self, config: &Config, entrance: Arc<Entrance>) {
-        self.policies.set(policy(&config.settings, entrance));
+    pub(super) fn apply(&self, config: &Config, access: Arc<AccessPolicy>) {
+        let session_config = session_config(&config.settings, access);
+        self.process.config.store(Arc::new(session_config));
         self.known_password.set(config.local_password.clone());
         let limit = i64::try_from(descriptors::max_connections(
             config.settings.max_connections(),
@@ -180,19 +186,10 @@ impl Shared {
         let roots = blocking(move || gate::roots(&its)).await;
         let label = Label::new(config.called());
         let (finder, route) = Route::to(label.clone());
-        let closed = self.shutdown.cutting().child_token();
+        let closed = self.process.shutdown.cutting().child_token();
         let registry = EndpointSessions::new(&self.registry, label, &metrics, closed);
-        let dropped = Arc::new(Dropped::new(route.label().clone()));
-        let sessions = Arc::new(Sessions {
-            route,
-            policies: self.policies.clone(),
-            registry,
-            cancels: Arc::default(),
-            shutdown: self.shutdown.clone(),
-            metrics,
-            dropped,
-            console: Some(Arc::clone(&self.console)),
-        });
+        let process = Arc::clone(&self.process);
+        let sessions = Arc::new(EndpointContext::new(process, route, registry, metrics));
         let served = Served {
             bound: listener.bound().clone(),
             roots: ArcSwap::from_pointee(roots),

@@ -23,6 +23,7 @@ mod tables;
 
 use std::{
     io,
+    pin::Pin,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -50,6 +51,7 @@ use crate::{
         frame::{FrameError, take_message},
         startup::{CancelKey, StartupMessage},
     },
+    session,
     status::{Health, Peer},
 };
 
@@ -241,6 +243,41 @@ async fn write<S: AsyncWrite + Unpin>(stream: &mut S, bytes: &[u8]) -> io::Resul
         .unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
 }
 
+impl session::Console for Console {
+    fn accepts(&self, peer: Peer, startup: &StartupMessage) -> bool {
+        self.is_for(peer, startup)
+    }
+
+    fn is_named(&self, startup: &StartupMessage) -> bool {
+        is_name(startup.parameter("database"))
+    }
+
+    fn readiness(&self) -> Result<(), String> {
+        self.readiness()
+    }
+
+    fn greeting(&self, startup: &StartupMessage) -> BytesMut {
+        greeting(startup)
+    }
+
+    fn serve<'a>(
+        &'a self,
+        request: session::ConsoleRequest<'a>,
+    ) -> Pin<Box<dyn Future<Output = io::Result<()>> + Send + 'a>> {
+        let session::ConsoleRequest {
+            mut client,
+            received,
+            negotiation,
+            startup,
+            draining,
+        } = request;
+        Box::pin(async move {
+            self.serve(&mut client, (received, negotiation), startup, draining)
+                .await
+        })
+    }
+}
+
 impl std::fmt::Debug for Console {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Console")
@@ -254,23 +291,18 @@ mod tests {
     use std::net::SocketAddr;
 
     use super::*;
-    use crate::{
-        session::{Policies, Policy},
-        shutdown::Shutdown,
-        status::Registry,
-        upstream::Terms,
-    };
+    use crate::{session::SessionConfig, shutdown::Shutdown, status::Registry, upstream::Terms};
 
     #[test]
     fn it_is_for_our_own_user_and_root_and_by_tcp_for_this_machine_where_that_is_asked_for() {
-        let policies = Policies::new(Policy {
-            entrance: Arc::default(),
+        let config = Arc::new(arc_swap::ArcSwap::from_pointee(SessionConfig {
+            access: Arc::default(),
             database_mapping: crate::config::DatabaseMapping::Default,
             client_login_timeout: Duration::from_secs(1),
             max_connections: 1,
             terms: Terms::default(),
-        });
-        let overview = Overview::new(Registry::default(), Shutdown::new(), policies, Vec::new);
+        }));
+        let overview = Overview::new(Registry::default(), Shutdown::new(), config, Vec::new);
         let console = Console::new(Arc::new(overview), Arc::new(Health::new(|| Ok(()))));
         let unix = |uid| Peer::Unix { uid, pid: None };
         let ours = rustix::process::geteuid().as_raw();

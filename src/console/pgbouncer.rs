@@ -70,7 +70,7 @@ pub(super) const STATS_TOTALS: &[Column] = &[
 const POOL_MODE: &str = "session";
 
 pub(super) fn databases(overview: &Overview) -> Rows {
-    let most = overview.policy().max_connections;
+    let most = overview.session_config().max_connections;
     // Besides the endpoint itself, the names that its clients send by default and that it does not have.
     let rows = |place: &Arc<Place>| {
         let upstream = place.route.found();
@@ -111,7 +111,10 @@ pub(super) fn lists(overview: &Overview) -> Rows {
     let sum = |of: fn(&Place) -> i64| -> i64 { places.iter().map(|place| of(place)).sum() };
     let connected = sum(|place| place.metrics.clients_active.get());
     let begun = i64::try_from(used).unwrap_or(i64::MAX);
-    let free = overview.policy().max_connections.saturating_sub(used);
+    let free = overview
+        .session_config()
+        .max_connections
+        .saturating_sub(used);
     [
         ("databases", number(places.len())),
         ("users", number(users.len())),

@@ -189,7 +189,7 @@ impl Sources {
             ("uptime_seconds", overview.uptime().as_secs().to_string()),
             ("sessions", counts.all.to_string()),
         ];
-        let most = overview.policy().max_connections;
+        let most = overview.session_config().max_connections;
         rows.push(("max_connections", most.to_string()));
         rows.into_iter()
             .map(|(key, value)| vec![text(key), text(value)])

@@ -20,7 +20,7 @@ use tokio::{
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{Instrument, Span, field::Empty};
 
-use self::unix::UnixDoor;
+use self::unix::ListeningUnix;
 pub use self::{
     inherited::{Inherited, InheritedError, InheritedSocket},
     runtimes::Runtimes,
@@ -28,16 +28,15 @@ pub use self::{
 };
 use crate::{
     config::{Keepalive, ListenAddresses, socket_path},
-    net::socket::Socket,
-    session::{HandshakePermit, Sessions, Unfinished},
+    net::{backoff::Backoff, socket::Socket},
+    session::{self, Accepted, EndpointContext, HandshakeLimiter},
     status::Peer,
     telemetry::Metrics,
 };
 
 /// As many as the kernel allows; a burst must not meet a full queue.
 const BACKLOG: i32 = 4096;
-const ACCEPT_PAUSE_MIN: Duration = Duration::from_millis(5);
-const ACCEPT_PAUSE_MAX: Duration = Duration::from_secs(1);
+const ACCEPT_BACKOFF: Backoff = Backoff::new(Duration::from_millis(5), Duration::from_secs(1));
 
 /// Changes the permissions of an endpoint's socket at `path`; other paths belong to inherited sockets and are left alone.
 pub(crate) fn set_socket_mode(listen: &ListenAddresses, path: &Path, mode: u32) -> io::Result<()> {
@@ -146,7 +145,7 @@ pub enum ListenError {
 #[derive(Debug)]
 pub struct Listener {
     tcp: Vec<TcpListener>,
-    unix: Vec<UnixDoor>,
+    unix: Vec<ListeningUnix>,
     bound: Bound,
 }
 
@@ -158,16 +157,16 @@ impl Listener {
             tcp: addresses,
             unix: Vec::new(),
         };
-        let mut doors = Vec::new();
+        let mut unix_sockets = Vec::new();
         if let Some(place) = &places.unix {
             let port = bound.tcp.first().map_or(places.port, SocketAddr::port);
-            let door = unix::bind(place, port)?;
+            let socket = unix::bind(place, port)?;
             bound.unix = vec![socket_path(&place.directory, port)];
-            doors.push(door);
+            unix_sockets.push(socket);
         }
         Ok(Self {
             tcp,
-            unix: doors,
+            unix: unix_sockets,
             bound,
         })
     }
@@ -190,7 +189,7 @@ impl Listener {
                     let path = address.as_pathname().map(PathBuf::from);
                     listener.bound.unix.extend(path);
                     let socket = UnixListener::from_std(socket)?;
-                    listener.unix.push(UnixDoor { socket, file: None });
+                    listener.unix.push(ListeningUnix { socket, file: None });
                 }
             }
         }
@@ -202,73 +201,35 @@ impl Listener {
         &self.bound
     }
 
-    /// Accepts until the door is shut. Sessions are among `clients` to their end and run on `runtimes`; the loops
-    /// that accept them are among `helpers`.
+    /// Accepts until the endpoint closes. Sessions are among `clients` to their end and run on `runtimes`; the loops that
+    /// accept them are among `helpers`.
     pub fn spawn(
         self,
-        sessions: &Arc<Sessions>,
+        endpoint: &Arc<EndpointContext>,
         runtimes: &Arc<Runtimes>,
         clients: &TaskTracker,
         helpers: &TaskTracker,
         absent: &AbsentSockets,
     ) {
-        let floor = Floor {
-            sessions: Arc::clone(sessions),
+        let acceptor = Acceptor {
+            endpoint: Arc::clone(endpoint),
             runtimes: Arc::clone(runtimes),
             clients: clients.clone(),
+            handshakes: HandshakeLimiter::default(),
         };
-        let unfinished = Unfinished::default();
-        for acceptor in self.tcp {
-            let shut = sessions.registry.closed().clone();
-            helpers.spawn(accept(acceptor, floor.clone(), unfinished.clone(), shut));
+        for socket in self.tcp {
+            let (acceptor, closed) = (acceptor.clone(), endpoint.registry.closed().clone());
+            helpers.spawn(async move { acceptor.run(socket, closed).await });
         }
-        for acceptor in self.unix {
-            let absent = absent.clone();
-            helpers.spawn(accept_and_replace(
-                acceptor,
-                floor.clone(),
-                unfinished.clone(),
-                absent,
-            ));
+        for socket in self.unix {
+            let (acceptor, absent) = (acceptor.clone(), absent.clone());
+            helpers.spawn(async move { acceptor.run_and_replace(socket, absent).await });
         }
     }
 }
 
-/// Where those go that are accepted.
-#[derive(Clone)]
-struct Floor {
-    sessions: Arc<Sessions>,
-    runtimes: Arc<Runtimes>,
-    clients: TaskTracker,
-}
-
-impl Floor {
-    fn enter(&self, id: u64, peer: Peer, client: Socket, permit: HandshakePermit) {
-        let span = session_span(id, &peer);
-        let Self {
-            sessions,
-            runtimes,
-            clients,
-        } = self.clone();
-        let session = async move {
-            let _watch = PanicWatch(Arc::clone(&sessions.metrics));
-            let client = match client.move_here() {
-                Ok(client) => client,
-                Err(error) => {
-                    return tracing::error!(session = id, %error, "session lost its socket");
-                }
-            };
-            // A box, so that a session's task is not the size of a login for ever.
-            if let Some(relay) = Box::pin(sessions.serve(id, peer, client, permit)).await {
-                relay.await;
-            }
-        };
-        runtimes.spawn(clients.track_future(session.instrument(span)));
-    }
-}
-
-/// One listening socket.
-trait Acceptor: Send + Sync + 'static {
+/// A listening socket.
+trait ListeningSocket: Send + Sync + 'static {
     /// A connection to it.
     type Client: Into<Socket> + Send;
 
@@ -279,69 +240,92 @@ trait Acceptor: Send + Sync + 'static {
     fn tune(client: &Self::Client, keepalive: &Keepalive);
 }
 
-/// Accepts on a Unix socket, and on another in its place when its file has been removed.
-async fn accept_and_replace(
-    mut door: UnixDoor,
-    floor: Floor,
-    unfinished: Unfinished,
-    absent: AbsentSockets,
-) {
-    let shut = floor.sessions.registry.closed().clone();
-    loop {
-        let UnixDoor { socket, file } = door;
-        let end = shut.child_token();
-        let accepting = accept(socket, floor.clone(), unfinished.clone(), end.clone());
-        let Some(file) = file else {
-            return accepting.await;
-        };
-        let mut accepting = std::pin::pin!(accepting);
-        tokio::select! {
-            () = &mut accepting => return,
-            replacement = file.replacement(&absent) => door = replacement,
-        }
-        end.cancel();
-        accepting.await;
-    }
+/// Accepts the clients of one endpoint and places their sessions on runtimes.
+#[derive(Clone)]
+struct Acceptor {
+    endpoint: Arc<EndpointContext>,
+    runtimes: Arc<Runtimes>,
+    clients: TaskTracker,
+    handshakes: HandshakeLimiter,
 }
 
-/// Accepts until `end`.
-async fn accept<A: Acceptor>(
-    acceptor: A,
-    floor: Floor,
-    unfinished: Unfinished,
-    end: CancellationToken,
-) {
-    let sessions = &floor.sessions;
-    let mut pause = ACCEPT_PAUSE_MIN;
-    loop {
-        let next = async {
-            let (client, peer) = acceptor.accept().await?;
-            let permit = unfinished.enter(peer).await;
-            Ok::<_, io::Error>((client, peer, permit))
-        };
-        let accepted = tokio::select! {
-            accepted = next => accepted,
-            () = end.cancelled() => return,
-        };
-        match accepted {
-            Ok((client, peer, permit)) => {
-                pause = ACCEPT_PAUSE_MIN;
-                sessions.metrics.clients_opened.inc();
-                A::tune(&client, &sessions.policies.now().terms.keepalive);
-                floor.enter(sessions.next_id(), peer, client.into(), permit);
-            }
-            Err(error) if concerns_one_connection(&error) => {
-                tracing::debug!(%error, "a connection broke before it was accepted");
-            }
-            Err(error) => {
-                // Mostly a lack of descriptors, which passes when sessions end. Said once per spell.
-                if pause == ACCEPT_PAUSE_MIN {
-                    tracing::warn!(%error, "cannot accept a connection; hint: raise the limit of open files (ulimit -n)");
+impl Acceptor {
+    /// Accepts until `end`.
+    async fn run<L: ListeningSocket>(&self, socket: L, end: CancellationToken) {
+        let mut backoff = ACCEPT_BACKOFF;
+        loop {
+            let next = async {
+                let (client, peer) = socket.accept().await?;
+                let permit = self.handshakes.enter(peer).await;
+                Ok::<_, io::Error>((client, peer, permit))
+            };
+            let accepted = tokio::select! {
+                accepted = next => accepted,
+                () = end.cancelled() => return,
+            };
+            match accepted {
+                Ok((client, peer, permit)) => {
+                    backoff.reset();
+                    self.endpoint.metrics.clients_opened.inc();
+                    let config = self.endpoint.process.config.load();
+                    L::tune(&client, &config.terms.keepalive);
+                    self.place(Accepted {
+                        id: self.endpoint.registry.registry().next_id(),
+                        peer,
+                        stream: client.into(),
+                        permit,
+                    });
                 }
-                sleep(pause).await;
-                pause = (pause * 2).min(ACCEPT_PAUSE_MAX);
+                Err(error) if concerns_one_connection(&error) => {
+                    tracing::debug!(%error, "a connection broke before it was accepted");
+                }
+                Err(error) => {
+                    // Mostly a lack of descriptors, which passes when sessions end. Logged once until it does.
+                    if backoff.is_fresh() {
+                        tracing::warn!(%error, "cannot accept a connection; hint: raise the limit of open files (ulimit -n)");
+                    }
+                    sleep(backoff.next()).await;
+                }
             }
         }
+    }
+
+    /// Accepts on a Unix socket, and on another in its place when its file has been removed.
+    async fn run_and_replace(&self, mut listening: ListeningUnix, absent: AbsentSockets) {
+        let closed = self.endpoint.registry.closed();
+        loop {
+            let ListeningUnix { socket, file } = listening;
+            let end = closed.child_token();
+            let accepting = self.run(socket, end.clone());
+            let Some(file) = file else {
+                return accepting.await;
+            };
+            let mut accepting = std::pin::pin!(accepting);
+            tokio::select! {
+                () = &mut accepting => return,
+                replacement = file.replacement(&absent) => listening = replacement,
+            }
+            end.cancel();
+            accepting.await;
+        }
+    }
+
+    /// Serves a client on the runtime with the fewest tasks.
+    fn place(&self, mut accepted: Accepted<Socket>) {
+        let span = session_span(&accepted);
+        let endpoint = Arc::clone(&self.endpoint);
+        let session = async move {
+            let _counter = PanicCounter(Arc::clone(&endpoint.metrics));
+            match accepted.stream.move_here() {
+                Ok(stream) => accepted.stream = stream,
+                Err(error) => {
+                    return tracing::error!(session = accepted.id, %error, "session lost its socket");
+                }
+            }
+            session::serve(endpoint, accepted).await;
+        };
+        self.runtimes
+            .spawn(self.clients.track_future(session.instrument(span)));
     }
 }
 
@@ -365,12 +349,12 @@ fn concerns_one_connection(error: &io::Error) -> bool {
     Errno::from_io_error(error).is_some_and(|errno| OF_ONE.contains(&errno))
 }
 
-/// What its log lines have in common; the parts of its login are filled in once it is logged in.
-fn session_span(id: u64, peer: &Peer) -> Span {
+/// The span of a session's log lines; the durations of its login are recorded once it is logged in.
+fn session_span(accepted: &Accepted<Socket>) -> Span {
     tracing::debug_span!(
         "session",
-        id,
-        %peer,
+        id = accepted.id,
+        peer = %accepted.peer,
         queue = Empty,
         credential = Empty,
         resolve = Empty,
@@ -381,9 +365,9 @@ fn session_span(id: u64, peer: &Peer) -> Span {
 }
 
 /// Counts a session that ends by a panic.
-struct PanicWatch(Arc<Metrics>);
+struct PanicCounter(Arc<Metrics>);
 
-impl Drop for PanicWatch {
+impl Drop for PanicCounter {
     fn drop(&mut self) {
         if std::thread::panicking() {
             self.0.process.session_panics.inc();

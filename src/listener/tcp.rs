@@ -8,7 +8,7 @@ use std::{
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 use tokio::net::{TcpListener, TcpStream};
 
-use super::{Acceptor, BACKLOG, ListenError};
+use super::{BACKLOG, ListenError, ListeningSocket};
 use crate::{
     config::Keepalive,
     net::tcp::{tune, unpace},
@@ -18,7 +18,7 @@ use crate::{
 /// Ports that are tried where any will do, but must be free on several addresses.
 const FREE_PORT_ATTEMPTS: usize = 16;
 
-impl Acceptor for TcpListener {
+impl ListeningSocket for TcpListener {
     type Client = TcpStream;
 
     async fn accept(&self) -> io::Result<(TcpStream, Peer)> {

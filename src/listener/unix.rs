@@ -23,7 +23,7 @@ use tokio::{
     time::sleep,
 };
 
-use super::{Acceptor, BACKLOG};
+use super::{BACKLOG, ListeningSocket};
 use crate::{
     config::{Keepalive, SOCKET_NAME, UnixSocket, socket_path},
     status::Peer,
@@ -93,13 +93,13 @@ impl UnixError {
 
 /// A socket that clients of this machine connect to.
 #[derive(Debug)]
-pub(super) struct UnixDoor {
+pub(super) struct ListeningUnix {
     pub(super) socket: UnixListener,
     /// What to remove at the end; not for a socket that a service manager has passed.
     pub(super) file: Option<SocketFile>,
 }
 
-impl Acceptor for UnixListener {
+impl ListeningSocket for UnixListener {
     type Client = UnixStream;
 
     async fn accept(&self) -> io::Result<(UnixStream, Peer)> {
@@ -166,7 +166,7 @@ pub(super) struct SocketFile {
 impl SocketFile {
     /// A socket in the place of this one, once its file is gone: removed by a cleaner of temporary files, or with its
     /// directory. Cancel safe.
-    pub(super) async fn replacement(&self, absent: &AbsentSockets) -> UnixDoor {
+    pub(super) async fn replacement(&self, absent: &AbsentSockets) -> ListeningUnix {
         let mut mark = None;
         loop {
             sleep(LOOK_EVERY).await;
@@ -250,7 +250,7 @@ pub(super) fn parse(path: &Path) -> Option<(PathBuf, u16)> {
 }
 
 /// Makes the socket, in the place of one that nobody listens on any more.
-pub(super) fn bind(place: &UnixSocket, port: u16) -> Result<UnixDoor, UnixError> {
+pub(super) fn bind(place: &UnixSocket, port: u16) -> Result<ListeningUnix, UnixError> {
     let path = socket_path(&place.directory, port);
     let Ok(address) = SockAddr::unix(&path) else {
         return Err(UnixError::TooLong { path });
@@ -283,7 +283,7 @@ pub(super) fn bind(place: &UnixSocket, port: u16) -> Result<UnixDoor, UnixError>
     socket.listen(BACKLOG).map_err(failed)?;
     socket.set_nonblocking(true).map_err(failed)?;
     let socket = UnixListener::from_std(socket.into()).map_err(failed)?;
-    Ok(UnixDoor {
+    Ok(ListeningUnix {
         socket,
         file: Some(file),
     })
@@ -342,7 +342,7 @@ mod tests {
         assert_eq!(mode & 0o777, 0o600);
         assert_eq!(parse(&path), Some((directory.path().to_owned(), 7000)));
         let client = UnixStream::connect(&path).await.unwrap();
-        let (_, peer) = Acceptor::accept(&door.socket).await.unwrap();
+        let (_, peer) = ListeningSocket::accept(&door.socket).await.unwrap();
         let us = rustix::process::geteuid().as_raw();
         assert!(
             matches!(peer, Peer::Unix { uid, pid: Some(_) } if uid == us),

@@ -1,7 +1,7 @@
-//! Which client key stands for which upstream key.
+//! Cancel requests, and the keys that sessions give out.
 //!
-//! A client is given the process id its server gave and a random secret of ours, so that nobody can cancel anything
-//! without having been told that pair, and a key says nothing about the server's.
+//! A client is given the process id that the server sent and a random secret of ours. So only a client that has received
+//! the pair can cancel, and a key reveals nothing about the server's.
 
 use std::{
     collections::HashMap,
@@ -12,30 +12,79 @@ use std::{
 
 use tokio::time::{Instant, sleep};
 
-use crate::protocol::startup::CancelKey;
+use super::{client::Client, close::Closing, handshake::Handshake};
+use crate::{
+    net::socket::Transport, protocol::startup::CancelKey, telemetry::labels::CancelOutcome,
+};
 
-/// Unknown keys answered without delay in any second.
+/// Unknown keys per second that are answered without delay.
 const UNKNOWN_PER_SECOND: u32 = 10;
-/// What a guess costs beyond that.
+/// The delay of unknown keys beyond that.
 const UNKNOWN_DELAY: Duration = Duration::from_secs(1);
 
-/// Where a cancel request goes.
+/// A client that sent a CancelRequest.
+pub(super) struct CancelRequest<'a> {
+    pub(super) handshake: Handshake<'a>,
+    pub(super) key: CancelKey,
+}
+
+impl CancelRequest<'_> {
+    /// Forwards the request to the server of the session that the key belongs to. The client's socket closes when that is
+    /// done; an unknown key is closed silently, as PostgreSQL does.
+    pub(super) async fn forward<S: Transport>(self, client: &mut Client<S>) -> Closing {
+        let session = self.handshake.session;
+        let endpoint = session.endpoint;
+        if session.config.access.check_uid(session.peer).is_ok() {
+            let outcome = match endpoint.cancel_keys.find(self.key) {
+                Some(target) => {
+                    drop(self.handshake);
+                    match endpoint.route.found() {
+                        Some(upstream) => {
+                            let keepalive = &session.config.terms.keepalive;
+                            match upstream.cancel(target.address, target.key, keepalive).await {
+                                Ok(()) => CancelOutcome::Forwarded,
+                                Err(error) => {
+                                    tracing::warn!(%error, "cancel request could not be passed on");
+                                    CancelOutcome::Failed
+                                }
+                            }
+                        }
+                        None => CancelOutcome::Unknown,
+                    }
+                }
+                None => {
+                    let delay = async {
+                        endpoint.cancel_keys.delay_guess().await;
+                        Ok(())
+                    };
+                    let _ = self.handshake.in_time(delay).await;
+                    CancelOutcome::Unknown
+                }
+            };
+            endpoint.metrics.cancels[outcome].inc();
+        }
+        client.finish(b"").await;
+        Closing::Silent
+    }
+}
+
+/// The destination of a cancel request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Target {
-    /// The address that the session is connected to.
+    /// The server's address.
     pub(super) address: SocketAddr,
     /// The server's own key.
     pub(super) key: CancelKey,
 }
 
-/// The keys of all running sessions.
+/// The cancel keys of an endpoint's sessions.
 #[derive(Debug)]
-pub struct Cancels {
+pub struct CancelKeys {
     by_process_id: Mutex<HashMap<u32, Vec<(u32, Target)>>>,
     guesses: Mutex<(Instant, u32)>,
 }
 
-impl Default for Cancels {
+impl Default for CancelKeys {
     fn default() -> Self {
         Self {
             by_process_id: Mutex::default(),
@@ -44,8 +93,8 @@ impl Default for Cancels {
     }
 }
 
-impl Cancels {
-    /// Gives out a key for a session, good until the registration is dropped.
+impl CancelKeys {
+    /// Creates a key for a session, valid until the registration is dropped.
     pub(super) fn register(self: &Arc<Self>, target: Target) -> Registration {
         let key = CancelKey {
             process_id: target.key.process_id,
@@ -61,18 +110,18 @@ impl Cancels {
         }
     }
 
-    /// A key that stands for no session: for a server that gave none.
-    pub(super) fn meaningless_key() -> CancelKey {
+    /// A key that cancels nothing, for a server that sent none.
+    pub(super) fn unused_key() -> CancelKey {
         CancelKey {
             process_id: rand::random(),
             secret: rand::random(),
         }
     }
 
-    /// The session that `key` stands for.
+    /// The destination of requests with `key`.
     pub(super) fn find(&self, key: CancelKey) -> Option<Target> {
         let keys = self.keys();
-        // Secrets are single words: comparing them takes one instruction whatever they hold.
+        // Secrets are single words, so that comparing them takes constant time.
         let (_, target) = keys
             .get(&key.process_id)?
             .iter()
@@ -80,8 +129,8 @@ impl Cancels {
         Some(*target)
     }
 
-    /// Takes its time over a key that is not known, once there have been too many. The caller holds its handshake permit
-    /// meanwhile, which bounds how many wait.
+    /// Delays the answer to an unknown key once there have been too many. The caller holds its handshake permit meanwhile,
+    /// which bounds how many wait.
     pub(super) async fn delay_guess(&self) {
         let over = {
             let mut guesses = self.guesses.lock().unwrap_or_else(PoisonError::into_inner);
@@ -103,15 +152,15 @@ impl Cancels {
     }
 }
 
-/// A key given out; dropping it makes the key unknown, so that a late cancel reaches nobody.
+/// A key in use; dropping it makes the key unknown, so that a late cancel reaches no other session.
 #[derive(Debug)]
 pub(super) struct Registration {
-    cancels: Arc<Cancels>,
+    cancels: Arc<CancelKeys>,
     key: CancelKey,
 }
 
 impl Registration {
-    /// What the client is given.
+    /// The key for the client.
     pub(super) fn key(&self) -> CancelKey {
         self.key
     }
@@ -144,8 +193,8 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn only_the_whole_pair_finds_its_session_and_only_while_it_lives() {
-        let cancels = Arc::new(Cancels::default());
+    async fn a_key_finds_its_session_only_as_a_whole_and_only_while_registered() {
+        let cancels = Arc::new(CancelKeys::default());
         let one = cancels.register(target(7, 1));
         let two = cancels.register(target(7, 2));
         assert_eq!(
@@ -155,8 +204,8 @@ mod tests {
         );
         assert_eq!(cancels.find(one.key()), Some(target(7, 1)));
         assert_eq!(cancels.find(two.key()), Some(target(7, 2)));
-        let given = [one.key().secret, two.key().secret];
-        let wrong = (0..3).find(|secret| !given.contains(secret)).unwrap();
+        let secrets = [one.key().secret, two.key().secret];
+        let wrong = (0..3).find(|secret| !secrets.contains(secret)).unwrap();
         assert_eq!(
             cancels.find(CancelKey {
                 process_id: 7,
@@ -180,8 +229,8 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn guessing_is_slowed_down() {
-        let cancels = Cancels::default();
+    async fn guesses_beyond_the_rate_are_delayed() {
+        let cancels = CancelKeys::default();
         let began = Instant::now();
         for _ in 0..UNKNOWN_PER_SECOND {
             cancels.delay_guess().await;
@@ -191,10 +240,10 @@ mod tests {
         assert_eq!(began.elapsed(), UNKNOWN_DELAY);
     }
 
-    /// Guesses beyond the 64th were answered at once, so that a flood was faster than a trickle.
+    /// Once guesses beyond the 64th were answered at once, so that a flood was faster than a trickle.
     #[tokio::test(start_paused = true)]
-    async fn a_flood_of_guesses_is_slowed_down_whatever_its_size() {
-        let cancels = Arc::new(Cancels::default());
+    async fn a_flood_of_guesses_is_delayed_whatever_its_size() {
+        let cancels = Arc::new(CancelKeys::default());
         let known = cancels.register(target(7, 1));
         let began = Instant::now();
         let mut guesses = tokio::task::JoinSet::new();

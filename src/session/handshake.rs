@@ -1,143 +1,308 @@
-//! The client's side of the beginning: which of the opening packets it sends, and what we answer.
+//! The handshake: everything up to and including the StartupMessage or CancelRequest.
 
-use std::io;
+use std::{io, time::Duration};
 
-use bytes::BytesMut;
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::time::{sleep, timeout};
 
-use crate::protocol::{
-    error::{Report, sqlstate},
-    startup::{
-        CancelKey, InitialPacket, StartupError, StartupMessage, TLS_HANDSHAKE, take_initial_packet,
+use super::{
+    Session,
+    access::SessionRequest,
+    cancel::CancelRequest,
+    client::{CLOSE_TIMEOUT, Client},
+    close::Closing,
+    console::Probe,
+    handshake_limit::HandshakePermit,
+};
+use crate::{
+    net::socket::Transport,
+    protocol::{
+        error::{Report, sqlstate},
+        startup::{
+            CancelKey, InitialPacket, StartupError, StartupMessage, TLS_HANDSHAKE,
+            take_initial_packet,
+        },
     },
+    status::Peer,
+    telemetry::labels::Reason,
 };
 
-/// What a client turned out to want.
+/// A client that has not completed its handshake.
+pub(super) struct Handshake<'a> {
+    pub(super) session: &'a Session<'a>,
+    /// Held until the request is known and allowed.
+    permit: HandshakePermit,
+}
+
+/// What a client requests.
+pub(super) enum Request<'a> {
+    Cancel(CancelRequest<'a>),
+    Probe(Probe<'a>),
+    Session(SessionRequest<'a>),
+}
+
+/// The outcome of the opening packets.
 #[derive(Debug)]
-pub(super) enum Opening {
-    /// Cancel another session's query.
+enum Opening {
     Cancel(CancelKey),
-    /// TLS first.
+    /// TLS from its first byte on, which is still buffered, or after an SSLRequest that was granted.
     Encrypt {
-        /// From its first byte on, which is still in the buffer; else it has been told to go ahead.
         direct: bool,
     },
-    /// Nothing: it left, as port scanners and TCP health checks do.
+    /// The client left, as port scanners and TCP health checks do; maybe because it was refused TLS.
     Gone {
-        /// Whether that was after it had been refused TLS.
-        insisted: bool,
+        insisted_on_tls: bool,
     },
-    /// A session.
     Session(StartupMessage),
 }
 
-/// What a client is answered that wants TLS.
+/// The answer to a client that requests TLS.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Tls {
-    /// Yes.
     Offered,
-    /// It has it.
-    Spoken,
-    /// No.
+    Established,
     Refused,
 }
 
-/// Why a client could not even begin.
+/// Why a handshake failed.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum HandshakeError {
-    /// The connection broke.
     #[error("the client's connection broke")]
     Io(#[from] io::Error),
-    /// TLS came to nothing.
     #[error("the TLS handshake failed")]
     Tls(#[source] io::Error),
-    /// It took too long.
     #[error("no complete startup message in time")]
-    Late,
-    /// It took long while many others connected.
+    Timeout,
     #[error("no complete startup message while other clients waited")]
     Evicted,
-    /// TLS from the first byte on, for what may be any protocol.
+    /// The client is most likely waiting for something itself.
+    #[error("the proxy is shutting down")]
+    ShuttingDown,
+    /// Direct TLS without ALPN may carry any protocol.
     #[error("direct TLS without the application protocol `postgresql`")]
     NoAlpn,
-    /// The first packet makes no sense.
     #[error(transparent)]
     Startup(#[from] StartupError),
     /// Bytes behind a request that must be answered first.
     #[error("received unencrypted data after {0}")]
-    Stuffed(&'static str),
-    /// The same request twice.
+    EarlyData(&'static str),
     #[error("{0} sent twice")]
-    Twice(&'static str),
+    Repeated(&'static str),
+}
+
+impl<'a> Handshake<'a> {
+    pub(super) fn new(session: &'a Session<'a>, permit: HandshakePermit) -> Self {
+        Self { session, permit }
+    }
+
+    /// Receives the client's request, after a TLS handshake if it requests one.
+    pub(super) async fn receive<S: Transport>(
+        self,
+        client: &mut Client<S>,
+    ) -> Result<Request<'a>, Closing> {
+        let tls = self.session.config.access.tls(self.session.peer);
+        let mut opening = self.in_time(receive(client, tls)).await;
+        if let Ok(Opening::Encrypt { direct }) = opening {
+            // A box, as clients without TLS need no room for it.
+            let accepted = Box::pin(self.accept_tls(client, direct)).await;
+            opening = match accepted {
+                Ok(()) => self.in_time(receive(client, Tls::Established)).await,
+                Err(error) => Err(error),
+            };
+        }
+        match opening {
+            Ok(Opening::Cancel(key)) => Ok(Request::Cancel(CancelRequest {
+                handshake: self,
+                key,
+            })),
+            Ok(Opening::Session(startup)) if Probe::is_sent_by(&startup) => {
+                Ok(Request::Probe(Probe {
+                    handshake: self,
+                    startup,
+                }))
+            }
+            Ok(Opening::Session(startup)) => Ok(Request::Session(SessionRequest {
+                handshake: self,
+                startup,
+            })),
+            Ok(Opening::Gone {
+                insisted_on_tls: true,
+            }) => {
+                self.session.count_refusal(Reason::ClientTls);
+                if matches!(self.session.peer, Peer::Tcp(_)) {
+                    self.session.config.access.log_tls_required_by_client();
+                }
+                Err(Closing::Silent)
+            }
+            Ok(Opening::Gone { .. } | Opening::Encrypt { .. }) => Err(Closing::Silent),
+            Err(error) => Err(self.failed(&error)),
+        }
+    }
+
+    async fn accept_tls<S: Transport>(
+        &self,
+        client: &mut Client<S>,
+        direct: bool,
+    ) -> Result<(), HandshakeError> {
+        let Some(certificate) = &self.session.config.access.certificate else {
+            return Ok(());
+        };
+        let accepting = async {
+            let config = certificate.config().await;
+            client.accept_tls(config).await.map_err(HandshakeError::Tls)
+        };
+        self.in_time(accepting).await.map_err(|error| match error {
+            HandshakeError::Timeout | HandshakeError::Evicted => {
+                HandshakeError::Tls(io::Error::new(io::ErrorKind::TimedOut, error))
+            }
+            error => error,
+        })?;
+        if direct && !client.has_alpn() {
+            return Err(HandshakeError::NoAlpn);
+        }
+        Ok(())
+    }
+
+    /// Bounds a step by the login timeout, the eviction of this handshake and the shutdown, which a client that sends
+    /// nothing must not delay.
+    pub(super) async fn in_time<T>(
+        &self,
+        step: impl Future<Output = Result<T, HandshakeError>>,
+    ) -> Result<T, HandshakeError> {
+        let session = self.session;
+        let left: Duration = session
+            .config
+            .client_login_timeout
+            .saturating_sub(session.accepted_at.elapsed());
+        let shutdown = async {
+            session
+                .endpoint
+                .process
+                .shutdown
+                .draining()
+                .cancelled()
+                .await;
+            sleep(CLOSE_TIMEOUT).await;
+        };
+        tokio::select! {
+            // The step first: a client that has sent what it should is served.
+            biased;
+            done = timeout(left, step) => done.unwrap_or(Err(HandshakeError::Timeout)),
+            () = self.permit.evicted() => Err(HandshakeError::Evicted),
+            () = shutdown => Err(HandshakeError::ShuttingDown),
+        }
+    }
+
+    /// Logs and counts a failure, and decides what the client is sent.
+    pub(super) fn failed(&self, error: &HandshakeError) -> Closing {
+        let (id, access) = (self.session.id, &self.session.config.access);
+        let reason = match error {
+            HandshakeError::ShuttingDown => return Closing::Silent,
+            HandshakeError::Io(error) => {
+                tracing::debug!(session = id, %error, "client broke off in the handshake");
+                return Closing::Silent;
+            }
+            HandshakeError::Tls(error) => {
+                self.session.count_refusal(Reason::ClientTls);
+                // Port scanners, mostly.
+                let left = [io::ErrorKind::UnexpectedEof, io::ErrorKind::TimedOut];
+                if left.contains(&error.kind()) {
+                    tracing::debug!(session = id, %error, "client left in the TLS handshake");
+                } else {
+                    access.log_tls_handshake_failure(error);
+                }
+                return Closing::Silent;
+            }
+            HandshakeError::Startup(StartupError::TlsHandshake) => {
+                access.log_tls_required_by_client();
+                Reason::ClientTls
+            }
+            HandshakeError::NoAlpn => Reason::ClientTls,
+            HandshakeError::Timeout | HandshakeError::Evicted => Reason::Timeout,
+            _ => Reason::BadStartup,
+        };
+        let Some(report) = error.report() else {
+            self.session.count_refusal(reason);
+            tracing::debug!(session = id, %error, "not a Postgres client");
+            return Closing::Silent;
+        };
+        if matches!(error, HandshakeError::Evicted) {
+            self.session.count_refusal(reason);
+            tracing::debug!(session = id, peer = %self.session.peer, %error, "client refused");
+            return Closing::Evicted(report);
+        }
+        Closing::refused(report, reason)
+    }
 }
 
 impl HandshakeError {
-    /// What the client is told, where there is a Postgres client to tell it to.
-    pub(super) fn report(&self) -> Option<Report> {
+    /// The error for the client, where it may speak the protocol.
+    fn report(&self) -> Option<Report> {
+        let report = |sqlstate| Some(Report::new(sqlstate, self.to_string()));
         match self {
-            // PostgreSQL closes without a word, too: whoever sends this does not read our protocol.
-            Self::Io(_) | Self::Tls(_) | Self::Startup(StartupError::InvalidLength | StartupError::TlsHandshake) => None,
-            Self::Startup(StartupError::NotUtf8) => Some(
-                Report::new(sqlstate::INVALID_ENCODING, self.to_string())
-                    .with_hint("Send names and values of startup parameters in UTF-8."),
-            ),
+            // PostgreSQL closes silently, too: such a client does not read our protocol.
+            Self::Io(_)
+            | Self::Tls(_)
+            | Self::ShuttingDown
+            | Self::Startup(StartupError::InvalidLength | StartupError::TlsHandshake) => None,
+            Self::Startup(StartupError::NotUtf8) => report(sqlstate::INVALID_ENCODING).map(|report| {
+                report.with_hint("Send names and values of startup parameters in UTF-8.")
+            }),
             Self::Startup(StartupError::UnsupportedVersion { .. }) => {
-                Some(Report::new(sqlstate::FEATURE_NOT_SUPPORTED, self.to_string()))
+                report(sqlstate::FEATURE_NOT_SUPPORTED)
             }
-            Self::Late
+            Self::Timeout
             | Self::Evicted
             | Self::Startup(StartupError::InvalidLayout | StartupError::InvalidRequest)
-            | Self::Twice(_) => {
-                Some(Report::new(sqlstate::PROTOCOL_VIOLATION, self.to_string()))
-            }
-            Self::NoAlpn => Some(
-                Report::new(sqlstate::PROTOCOL_VIOLATION, self.to_string())
-                    .with_hint("Connect with ALPN `postgresql`, as libpq's sslnegotiation=direct does."),
-            ),
-            Self::Stuffed(_) => Some(
-                Report::new(sqlstate::PROTOCOL_VIOLATION, self.to_string()).with_detail(
-                    "This is a defect of the client, or somebody between it and us who injects data.",
-                ),
-            ),
+            | Self::Repeated(_) => report(sqlstate::PROTOCOL_VIOLATION),
+            Self::NoAlpn => report(sqlstate::PROTOCOL_VIOLATION).map(|report| {
+                report.with_hint(
+                    "Connect with ALPN `postgresql`, as libpq's sslnegotiation=direct does.",
+                )
+            }),
+            Self::EarlyData(_) => report(sqlstate::PROTOCOL_VIOLATION).map(|report| {
+                report.with_detail(
+                    "This is a defect of the client, or an attacker between it and the proxy injects data.",
+                )
+            }),
         }
     }
 }
 
-/// Reads up to the packet that says what the client wants. What it sent behind that stays in `buffer`.
+/// Receives packets up to the one that carries the request; bytes behind that stay buffered.
 ///
 /// Not cancel safe. The caller sets the deadline.
-pub(super) async fn receive<S: AsyncRead + AsyncWrite + Unpin>(
-    stream: &mut S,
-    buffer: &mut BytesMut,
+async fn receive<S: Transport>(
+    client: &mut Client<S>,
     tls: Tls,
 ) -> Result<Opening, HandshakeError> {
-    let (mut ssl, mut gss) = (tls == Tls::Spoken, false);
+    let (mut ssl_requested, mut gss_requested) = (tls == Tls::Established, false);
     loop {
-        if tls == Tls::Offered && buffer.first() == Some(&TLS_HANDSHAKE) {
+        if tls == Tls::Offered && client.received.first() == Some(&TLS_HANDSHAKE) {
             return Ok(Opening::Encrypt { direct: true });
         }
-        let Some(packet) = take_initial_packet(buffer)? else {
-            if stream.read_buf(buffer).await? == 0 {
-                let insisted = ssl && tls == Tls::Refused;
-                return Ok(Opening::Gone { insisted });
+        let Some(packet) = take_initial_packet(&mut client.received)? else {
+            if client.receive().await? == 0 {
+                let insisted_on_tls = ssl_requested && tls == Tls::Refused;
+                return Ok(Opening::Gone { insisted_on_tls });
             }
             continue;
         };
-        let (asked, name) = match packet {
+        let (requested, name) = match packet {
             InitialPacket::Cancel(key) => return Ok(Opening::Cancel(key)),
             InitialPacket::Startup(message) => return Ok(Opening::Session(message)),
-            InitialPacket::GssEnc => (&mut gss, "GSSENCRequest"),
-            InitialPacket::Ssl => (&mut ssl, "SSLRequest"),
+            InitialPacket::GssEnc => (&mut gss_requested, "GSSENCRequest"),
+            InitialPacket::Ssl => (&mut ssl_requested, "SSLRequest"),
         };
-        if std::mem::replace(asked, true) {
-            return Err(HandshakeError::Twice(name));
+        // At most one of each, as PostgreSQL has it.
+        if std::mem::replace(requested, true) {
+            return Err(HandshakeError::Repeated(name));
         }
-        if !buffer.is_empty() {
-            return Err(HandshakeError::Stuffed(name));
+        // CVE-2021-23222: what follows in the clear must not pass for encrypted data.
+        if !client.received.is_empty() {
+            return Err(HandshakeError::EarlyData(name));
         }
         let encrypt = name == "SSLRequest" && tls == Tls::Offered;
-        stream.write_all(if encrypt { b"S" } else { b"N" }).await?;
-        stream.flush().await?;
+        client.send(if encrypt { b"S" } else { b"N" }).await?;
         if encrypt {
             return Ok(Opening::Encrypt { direct: false });
         }
@@ -146,130 +311,131 @@ pub(super) async fn receive<S: AsyncRead + AsyncWrite + Unpin>(
 
 #[cfg(test)]
 mod tests {
-    use tokio::io::{DuplexStream, duplex};
+    use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
 
     use super::*;
     use crate::protocol::startup::{encode_startup, ssl_request};
 
-    async fn next(client: &mut DuplexStream) -> u8 {
-        client.read_u8().await.unwrap()
+    fn pair(capacity: usize) -> (DuplexStream, Client<DuplexStream>) {
+        let (peer, stream) = duplex(capacity);
+        (peer, Client::new(stream))
+    }
+
+    async fn next(peer: &mut DuplexStream) -> u8 {
+        peer.read_u8().await.unwrap()
     }
 
     #[tokio::test]
-    async fn a_client_may_ask_for_both_kinds_of_encryption_and_go_on_without() {
-        let (mut client, mut server) = duplex(1024);
+    async fn a_client_may_request_both_kinds_of_encryption_and_continue_without() {
+        let (mut peer, mut client) = pair(1024);
         let startup = encode_startup(&[("user", "me")]).unwrap();
         let conversation = async {
-            client
-                .write_all(&[0, 0, 0, 8, 4, 210, 22, 48])
-                .await
-                .unwrap();
-            assert_eq!(next(&mut client).await, b'N');
-            client.write_all(&ssl_request()).await.unwrap();
-            assert_eq!(next(&mut client).await, b'N');
-            client
-                .write_all(&[&startup[..], b"Q\0\0\0\x05\0"].concat())
+            peer.write_all(&[0, 0, 0, 8, 4, 210, 22, 48]).await.unwrap();
+            assert_eq!(next(&mut peer).await, b'N');
+            peer.write_all(&ssl_request()).await.unwrap();
+            assert_eq!(next(&mut peer).await, b'N');
+            peer.write_all(&[&startup[..], b"Q\0\0\0\x05\0"].concat())
                 .await
                 .unwrap();
         };
-        let mut buffer = BytesMut::new();
-        let (opening, ()) = tokio::join!(
-            receive(&mut server, &mut buffer, Tls::Refused),
-            conversation
-        );
+        let (opening, ()) = tokio::join!(receive(&mut client, Tls::Refused), conversation);
         assert!(
             matches!(opening, Ok(Opening::Session(message)) if message.parameter("user") == Some("me"))
         );
-        assert_eq!(&buffer[..], b"Q\0\0\0\x05\0", "a query sent along is kept");
+        assert_eq!(
+            &client.received[..],
+            b"Q\0\0\0\x05\0",
+            "a query sent along is kept"
+        );
     }
 
     #[tokio::test]
     async fn a_startup_message_may_come_byte_by_byte() {
-        let (mut client, mut server) = duplex(1);
+        let (mut peer, mut client) = pair(1);
         let startup = encode_startup(&[("user", "me"), ("database", "d")]).unwrap();
-        let mut buffer = BytesMut::new();
-        let (opening, written) = tokio::join!(
-            receive(&mut server, &mut buffer, Tls::Refused),
-            client.write_all(&startup)
-        );
+        let (opening, written) =
+            tokio::join!(receive(&mut client, Tls::Refused), peer.write_all(&startup));
         written.unwrap();
         assert!(matches!(opening, Ok(Opening::Session(_))));
     }
 
     #[tokio::test]
-    async fn bytes_stuffed_behind_a_request_are_refused() {
-        let (mut client, mut server) = duplex(1024);
-        client
-            .write_all(&[&ssl_request()[..], b"x"].concat())
+    async fn bytes_behind_an_encryption_request_are_refused() {
+        let (mut peer, mut client) = pair(1024);
+        peer.write_all(&[&ssl_request()[..], b"x"].concat())
             .await
             .unwrap();
-        let error = receive(&mut server, &mut BytesMut::new(), Tls::Refused)
-            .await
-            .unwrap_err();
-        assert!(matches!(error, HandshakeError::Stuffed("SSLRequest")));
+        let error = receive(&mut client, Tls::Refused).await.unwrap_err();
+        assert!(matches!(error, HandshakeError::EarlyData("SSLRequest")));
         assert_eq!(error.report().unwrap().sqlstate, "08P01");
     }
 
     #[tokio::test]
-    async fn asking_twice_is_refused() {
-        let (mut client, mut server) = duplex(1024);
+    async fn a_repeated_encryption_request_is_refused() {
+        let (mut peer, mut client) = pair(1024);
         let conversation = async {
-            client.write_all(&ssl_request()).await.unwrap();
-            assert_eq!(next(&mut client).await, b'N');
-            client.write_all(&ssl_request()).await.unwrap();
+            peer.write_all(&ssl_request()).await.unwrap();
+            assert_eq!(next(&mut peer).await, b'N');
+            peer.write_all(&ssl_request()).await.unwrap();
         };
-        let mut buffer = BytesMut::new();
-        let (error, ()) = tokio::join!(
-            receive(&mut server, &mut buffer, Tls::Refused),
-            conversation
-        );
-        assert!(matches!(error, Err(HandshakeError::Twice("SSLRequest"))));
+        let (error, ()) = tokio::join!(receive(&mut client, Tls::Refused), conversation);
+        assert!(matches!(error, Err(HandshakeError::Repeated("SSLRequest"))));
     }
 
     #[tokio::test]
     async fn a_client_that_leaves_is_no_error() {
-        let (client, mut server) = duplex(16);
-        drop(client);
+        let (peer, mut client) = pair(16);
+        drop(peer);
         assert!(matches!(
-            receive(&mut server, &mut BytesMut::new(), Tls::Refused).await,
-            Ok(Opening::Gone { insisted: false })
+            receive(&mut client, Tls::Refused).await,
+            Ok(Opening::Gone {
+                insisted_on_tls: false
+            })
         ));
     }
 
     #[tokio::test]
-    async fn a_client_that_leaves_for_want_of_tls_is_noticed() {
-        let (mut client, mut server) = duplex(16);
-        client.write_all(&ssl_request()).await.unwrap();
-        client.shutdown().await.unwrap();
-        let opening = receive(&mut server, &mut BytesMut::new(), Tls::Refused).await;
-        assert!(matches!(opening, Ok(Opening::Gone { insisted: true })));
+    async fn a_client_that_leaves_because_tls_is_refused_is_recognized() {
+        let (mut peer, mut client) = pair(16);
+        peer.write_all(&ssl_request()).await.unwrap();
+        peer.shutdown().await.unwrap();
+        let opening = receive(&mut client, Tls::Refused).await;
+        assert!(matches!(
+            opening,
+            Ok(Opening::Gone {
+                insisted_on_tls: true
+            })
+        ));
     }
 
     #[tokio::test]
-    async fn tls_is_begun_once_either_way() {
+    async fn tls_starts_once_directly_or_after_a_request() {
         let hello = [0x16, 3, 1];
-        let open = async |said: &[u8], tls| {
-            let (mut client, mut server) = duplex(64);
-            client.write_all(said).await.unwrap();
-            let mut buffer = BytesMut::new();
-            let opening = receive(&mut server, &mut buffer, tls).await;
-            drop(server);
-            let mut heard = Vec::new();
-            client.read_to_end(&mut heard).await.unwrap();
-            (opening, buffer, heard)
+        let open = async |bytes: &[u8], tls| {
+            let (mut peer, mut client) = pair(64);
+            peer.write_all(bytes).await.unwrap();
+            let opening = receive(&mut client, tls).await;
+            let received = client.received.to_vec();
+            drop(client);
+            let mut answer = Vec::new();
+            peer.read_to_end(&mut answer).await.unwrap();
+            (opening, received, answer)
         };
-        let (opening, buffer, heard) = open(&hello, Tls::Offered).await;
+        let (opening, received, answer) = open(&hello, Tls::Offered).await;
         assert!(matches!(opening, Ok(Opening::Encrypt { direct: true })));
-        assert_eq!((&buffer[..], &heard[..]), (&hello[..], &b""[..]));
-        let (opening, _, heard) = open(&ssl_request(), Tls::Offered).await;
+        assert_eq!((&received[..], &answer[..]), (&hello[..], &b""[..]));
+        let (opening, _, answer) = open(&ssl_request(), Tls::Offered).await;
         assert!(matches!(opening, Ok(Opening::Encrypt { direct: false })));
-        assert_eq!(heard, b"S");
-        let stuffed = [&ssl_request()[..], &hello].concat();
-        let (opening, ..) = open(&stuffed, Tls::Offered).await;
-        assert!(matches!(opening, Err(HandshakeError::Stuffed(_))));
-        let (opening, ..) = open(&ssl_request(), Tls::Spoken).await;
-        assert!(matches!(opening, Err(HandshakeError::Twice("SSLRequest"))));
-        for tls in [Tls::Spoken, Tls::Refused] {
+        assert_eq!(answer, b"S");
+        let early = [&ssl_request()[..], &hello].concat();
+        let (opening, ..) = open(&early, Tls::Offered).await;
+        assert!(matches!(opening, Err(HandshakeError::EarlyData(_))));
+        let (opening, ..) = open(&ssl_request(), Tls::Established).await;
+        assert!(matches!(
+            opening,
+            Err(HandshakeError::Repeated("SSLRequest"))
+        ));
+        for tls in [Tls::Established, Tls::Refused] {
             let (opening, ..) = open(&hello, tls).await;
             assert!(matches!(
                 opening,

@@ -1,22 +1,23 @@
-//! Bytes between a client and its server, aware of message boundaries, never holding a message.
+//! Relays bytes between a client and its server, aware of message boundaries, without ever holding a message.
 //!
-//! The end of each side:
+//! How a relay ends:
 //!
-//! | what happens | what follows |
+//! | event | consequence |
 //! |---|---|
 //! | the client closes its half | the server's half is closed; replies drain however long the server takes |
-//! | the same, and no reply is owed | the server may take 5 s to close |
-//! | the client resets, or takes no more | both are closed at once |
-//! | the server closes | what it said goes to the client, then the client is closed |
-//! | the server breaks between two messages, having said nothing | the client is told so, then closed |
-//! | the server takes no more | its last words are read, as they explain why |
+//! | the same, and no reply is owed | the server has 5 s to close |
+//! | the client resets, or accepts no more bytes | both are closed at once |
+//! | the server closes | what it sent goes to the client, then the client is closed |
+//! | the server breaks between two messages without an error | the client is sent an error, then closed |
+//! | the server accepts no more bytes | what it sent last is read, as that explains why |
 //! | draining | an idle session is ended with 57P01, others as soon as they are idle |
 //! | cutting | every session is ended, with 57P01 where that cannot be mistaken for part of a reply |
 //!
-//! No word of ours lands inside a message, follows an error of the server's, or is said to a client that has said goodbye.
+//! No message of ours lands inside another, follows an error of the server's, or is sent to a client that has sent
+//! Terminate.
 
 mod pipe;
-mod unasked;
+mod unsolicited;
 
 use std::{
     cell::Cell,
@@ -26,13 +27,14 @@ use std::{
     time::Duration,
 };
 
+use bytes::BytesMut;
 use prometheus::IntCounter;
 use tokio::time::{Instant, Sleep, sleep};
 use tokio_util::sync::{CancellationToken, WaitForCancellationFuture};
 
 use self::{
     pipe::{Broken, Pipe, PipeState},
-    unasked::UnaskedPasswords,
+    unsolicited::UnsolicitedPasswords,
 };
 use crate::{
     net::socket::{HangUp, Transport},
@@ -46,17 +48,17 @@ use crate::{
     telemetry::labels::SessionEnd,
 };
 
-/// How long the server may stay after a client has closed its half and no reply is owed.
-const REPLY_PAUSE: Duration = Duration::from_secs(5);
-/// How long a client may leave the last words of its server untouched.
-const DELIVERY_PAUSE: Duration = Duration::from_mins(1);
+/// Time for the server to close after the client has closed its half and no reply is owed.
+const SERVER_CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a client may read nothing of what its server sent last.
+const DELIVERY_TIMEOUT: Duration = Duration::from_mins(1);
 /// The same, once the grace time of a shutdown is over.
-const CUT_PAUSE: Duration = Duration::from_secs(1);
+const CUT_DELIVERY_TIMEOUT: Duration = Duration::from_secs(1);
 /// How often a client that has closed its half is checked for a reset: nothing is read from it any more, so that no event
 /// reports one.
 const HANG_UP_CHECK: Duration = Duration::from_secs(1);
 
-/// How a relay came to its end.
+/// What ended a relay.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum End {
     /// The client left or broke.
@@ -65,7 +67,7 @@ pub(super) enum End {
     Server,
     /// We ended it.
     Shutdown {
-        /// Whether the server waits for a message, so that a Terminate is understood as one.
+        /// Whether the server is between messages, so that a Terminate is understood.
         orderly: bool,
     },
 }
@@ -81,6 +83,24 @@ impl End {
     }
 }
 
+/// One side of a relay as it starts.
+pub(super) struct Side<'a, S> {
+    pub(super) stream: &'a mut S,
+    /// Sent by this side already.
+    pub(super) received: BytesMut,
+    /// Counts the bytes that this side sends.
+    pub(super) bytes: IntCounter,
+}
+
+/// What a relay reports to while it runs.
+#[derive(Default)]
+pub(super) struct Observers<'a> {
+    pub(super) activity: Option<&'a ActivityRecord>,
+    pub(super) answers: Option<Answers>,
+    /// The path to the server counts as lost when it acknowledges nothing for this long.
+    pub(super) loss_timeout: Option<Duration>,
+}
+
 /// Both directions of one session.
 pub(super) struct Relay<'a, C, U> {
     client: &'a mut C,
@@ -89,88 +109,68 @@ pub(super) struct Relay<'a, C, U> {
     to_server: Pipe,
     to_client: Pipe,
     progress: Progress,
-    unasked: UnaskedPasswords,
-    /// Who looks on.
-    watch: Option<&'a ActivityRecord>,
+    unsolicited: UnsolicitedPasswords,
+    activity: Option<&'a ActivityRecord>,
     answers: Option<Answers>,
-    loss: Loss,
-    last_words: LastWords,
+    loss: PathLoss,
+    server_error: TrailingError,
     /// Set once no more is read from the server.
     end: Option<End>,
 }
 
-impl<'a, C, U> Relay<'a, C, U>
-where
-    C: Transport,
-    U: Transport,
-{
-    /// A relay that begins with what client and server have sent already; the counters count the bytes of each.
+impl<'a, C: Transport, U: Transport> Relay<'a, C, U> {
     pub(super) fn new(
-        (client, from_client, client_bytes): (&'a mut C, &[u8], IntCounter),
-        (server, from_server, server_bytes): (&'a mut U, &[u8], IntCounter),
+        client: Side<'a, C>,
+        server: Side<'a, U>,
         shutdown: &'a Shutdown,
+        observers: Observers<'a>,
     ) -> Self {
         let mut relay = Self {
-            client,
-            server,
+            client: client.stream,
+            server: server.stream,
             shutdown,
-            to_server: Pipe::new(client_bytes),
-            to_client: Pipe::new(server_bytes),
+            to_server: Pipe::new(client.bytes),
+            to_client: Pipe::new(server.bytes),
             progress: Progress::new(),
-            unasked: UnaskedPasswords::default(),
-            watch: None,
-            answers: None,
-            loss: Loss::default(),
-            last_words: LastWords::default(),
+            unsolicited: UnsolicitedPasswords::default(),
+            activity: observers.activity,
+            answers: observers.answers,
+            loss: PathLoss {
+                timeout: observers.loss_timeout,
+                ..PathLoss::default()
+            },
+            server_error: TrailingError::default(),
             end: None,
         };
-        let mut from_client = from_client;
-        relay.unasked.strip(&mut from_client);
+        let mut from_client = &client.received[..];
+        relay.unsolicited.strip(&mut from_client);
         relay
             .to_server
             .take_in(from_client, |seen| relay.progress.from_client(seen));
         relay.to_server.kept.extend_from_slice(from_client);
         relay
             .to_client
-            .take_in(from_server, |seen| relay.progress.from_server(seen));
-        relay.to_client.kept.extend_from_slice(from_server);
+            .take_in(&server.received, |seen| relay.progress.from_server(seen));
+        relay.to_client.kept.extend_from_slice(&server.received);
         relay
     }
 
-    /// Lets `watch` know where the session stands.
-    pub(super) fn watched(mut self, watch: &'a ActivityRecord) -> Self {
-        self.watch = Some(watch);
-        self
-    }
-
-    /// Lets `answers` count what the server has answered.
-    pub(super) fn counting(mut self, answers: Answers) -> Self {
-        self.answers = Some(answers);
-        self
-    }
-
-    /// Counts the path to the server as lost when it acknowledges nothing for `limit`.
-    pub(super) fn limited(mut self, limit: Option<Duration>) -> Self {
-        self.loss.limit = limit;
-        self
-    }
-
     /// The error that the server ended with.
-    pub(super) fn last_words(&self) -> Option<String> {
+    pub(super) fn server_error(&self) -> Option<String> {
         if self.loss.is_lost {
             return Some("no acknowledgement: the network path is lost".to_owned());
         }
-        self.last_words.fatal()
+        self.server_error.fatal()
     }
 
-    /// Runs until the session is over; what the server said last has then been handed to the client.
+    /// Runs until the session is over; what the server sent last has then been delivered to the client.
     ///
     /// Not cancel safe.
     pub(super) async fn run(&mut self) -> End {
         let shutdown = self.shutdown;
         let mut next = pin!(shutdown.draining().cancelled());
         let mut reached = None;
-        let mut patience = None;
+        let mut timer = None;
         poll_fn(|cx| {
             let phase = poll_phase(
                 cx,
@@ -179,7 +179,7 @@ where
                 next.as_mut(),
                 shutdown.cutting(),
             );
-            self.poll(cx, phase, &mut patience)
+            self.poll(cx, phase, &mut timer)
         })
         .await
     }
@@ -188,36 +188,35 @@ where
         &mut self,
         cx: &mut Context<'_>,
         phase: Phase,
-        patience: &mut Option<Patience>,
+        timer: &mut Option<ProgressTimeout>,
     ) -> Poll<End> {
         let before = (self.to_client.total, self.to_client.kept.len());
         let broken = self.poll_from_client(cx).is_err() || self.poll_from_server(cx).is_err();
         self.count();
         let owed = self.progress.is_owed();
-        if self.loss.follow(self.to_server.total, owed)
+        if self.loss.update(self.to_server.total, owed)
             && let Some(socket) = self.server.socket()
         {
-            socket.limit_acknowledgement(self.loss.limit_in_force());
+            socket.limit_acknowledgement(self.loss.timeout_in_force());
         }
         if broken {
             return Poll::Ready(End::Client);
         }
-        if let Some(watch) = self.watch {
+        if let Some(record) = self.activity {
             let activity = (&self.progress).into();
-            watch.record(activity, self.to_server.total, self.to_client.total);
+            record.record(activity, self.to_server.total, self.to_client.total);
         }
-        self.heed(phase);
+        self.apply(phase);
         loop {
             let allowed = match self.end {
                 Some(end) => {
-                    // A client that is gone needs no telling.
                     if self.to_client.poll_finish(cx, self.client).is_ready() {
                         return Poll::Ready(end);
                     }
                     if phase == Phase::Cutting {
-                        CUT_PAUSE
+                        CUT_DELIVERY_TIMEOUT
                     } else {
-                        DELIVERY_PAUSE
+                        DELIVERY_TIMEOUT
                     }
                 }
                 None if self.to_server.state == PipeState::Open
@@ -232,18 +231,18 @@ where
                     }
                     HANG_UP_CHECK
                 }
-                None => REPLY_PAUSE,
+                None => SERVER_CLOSE_TIMEOUT,
             };
             let progressed = before != (self.to_client.total, self.to_client.kept.len());
-            let waiting = patience.get_or_insert_with(|| Patience::new(allowed));
+            let waiting = timer.get_or_insert_with(|| ProgressTimeout::new(allowed));
             ready!(waiting.poll(cx, allowed, progressed));
             match self.end {
                 Some(end) => return Poll::Ready(end),
-                None if self.awaits_last_reply() => *patience = None,
+                None if self.awaits_last_reply() => *timer = None,
                 None if self.to_server.state == PipeState::Closed => {
                     return Poll::Ready(End::Client);
                 }
-                // A server that neither takes nor says anything.
+                // The server neither accepts nor sends anything.
                 None => self.server_is_lost(),
             }
         }
@@ -262,24 +261,24 @@ where
         }
     }
 
-    /// Passes on what the client says. An error is the end of the session.
+    /// Relays from the client. An error ends the session.
     fn poll_from_client(&mut self, cx: &mut Context<'_>) -> Result<(), Broken> {
         let over = matches!(self.to_server.state, PipeState::Closed | PipeState::Refused);
         if over || self.end.is_some() {
             return Ok(());
         }
-        let (progress, unasked) = (&mut self.progress, &mut self.unasked);
+        let (progress, unsolicited) = (&mut self.progress, &mut self.unsolicited);
         let pumped = self.to_server.poll_pump(
             cx,
             self.client,
             self.server,
-            |chunk| unasked.strip(chunk),
+            |chunk| unsolicited.strip(chunk),
             |seen| progress.from_client(seen),
             |_| {},
         );
         match pumped {
             Poll::Ready(Err(broken @ (Broken::Source | Broken::Silent))) => return Err(broken),
-            // The server takes no more, but may have said why: go on reading from it.
+            // The server accepts no more, but may have sent the reason: reading from it continues.
             Poll::Ready(Err(Broken::Sink)) => self.to_server.state = PipeState::Refused,
             Poll::Ready(Ok(())) => {
                 if Pin::new(&mut *self.server).poll_shutdown(cx).is_ready() {
@@ -291,12 +290,12 @@ where
         Ok(())
     }
 
-    /// Passes on what the server says. An error is the end of the session.
+    /// Relays from the server. An error ends the session.
     fn poll_from_server(&mut self, cx: &mut Context<'_>) -> Result<(), Broken> {
         if self.end.is_some() {
             return Ok(());
         }
-        let (progress, last_words) = (&mut self.progress, &mut self.last_words);
+        let (progress, server_error) = (&mut self.progress, &mut self.server_error);
         let ends_in_error = Cell::new(progress.is_explained());
         let pumped = self.to_client.poll_pump(
             cx,
@@ -307,7 +306,7 @@ where
                 progress.from_server(seen);
                 ends_in_error.set(progress.is_explained());
             },
-            |chunk| last_words.keep(chunk, ends_in_error.get()),
+            |chunk| server_error.keep(chunk, ends_in_error.get()),
         );
         match pumped {
             Poll::Ready(Err(Broken::Sink)) => return Err(Broken::Sink),
@@ -321,17 +320,17 @@ where
         Ok(())
     }
 
-    /// No more comes from the server. Says why the session ends when the server has not.
+    /// Ends the session because the server sends no more, with an error for the client unless the server has sent one.
     fn server_is_lost(&mut self) {
-        // A server that closes after a Terminate does what the client has asked for.
+        // A server that closes after a Terminate does what the client has requested.
         self.end = Some(if self.progress.is_terminated() {
             End::Client
         } else {
             End::Server
         });
-        // A client that has closed its half has asked for this.
+        // A client that has closed its half expects this.
         if matches!(self.to_server.state, PipeState::Open | PipeState::Refused) {
-            self.say(&if self.loss.is_lost {
+            self.append_error(&if self.loss.is_lost {
                 Report::new(
                     sqlstate::CONNECTION_FAILURE,
                     "the network path to the Lakebase endpoint is lost: it acknowledges nothing",
@@ -347,7 +346,7 @@ where
         }
     }
 
-    fn heed(&mut self, phase: Phase) {
+    fn apply(&mut self, phase: Phase) {
         let may_end = match phase {
             Phase::Serving => false,
             Phase::Draining => {
@@ -362,7 +361,7 @@ where
                 orderly: self.to_server.state == PipeState::Open
                     && self.to_server.is_between_messages(),
             });
-            self.say(
+            self.append_error(
                 &Report::new(
                     sqlstate::ADMIN_SHUTDOWN,
                     "terminating connection because lakebase-proxy is shutting down",
@@ -372,56 +371,56 @@ where
         }
     }
 
-    /// A last word to the client, where it is understood as one.
-    fn say(&mut self, report: &Report) {
+    /// Sends an error to the client, where it is understood as one.
+    fn append_error(&mut self, report: &Report) {
         if !self.progress.is_terminated() && !self.progress.is_explained() {
             self.to_client.append(&report.encode_fatal());
         }
     }
 }
 
-/// Whether the path to the server counts as lost when it acknowledges nothing.
+/// Watches the path to the server for loss by `TCP_USER_TIMEOUT`.
 ///
-/// `TCP_USER_TIMEOUT` also ends a connection whose peer is alive, acknowledges probes and does not read. So it is in force
-/// only while fewer bytes wait for an answer than any receive buffer has room for: then a live peer acknowledges them all.
+/// That also ends a connection whose peer is alive, acknowledges probes and does not read. So it is in force only while
+/// fewer bytes await an answer than fit into any receive buffer: then a live peer acknowledges all of them.
 #[derive(Default)]
-struct Loss {
-    limit: Option<Duration>,
+struct PathLoss {
+    timeout: Option<Duration>,
     is_lifted: bool,
     is_lost: bool,
     /// Bytes that had been sent when the server last owed nothing.
     answered: u64,
 }
 
-impl Loss {
-    /// A quarter of the smallest receive window that systems begin with (64 kB).
-    const UNANSWERED: u64 = 16 * 1024;
+impl PathLoss {
+    /// A quarter of the smallest initial receive window of any system (64 kB).
+    const MAX_UNANSWERED: u64 = 16 * 1024;
 
-    /// Whether the limit that is to be in force changes.
-    fn follow(&mut self, sent: u64, is_owed: bool) -> bool {
+    /// Whether the timeout that is to be in force changes.
+    fn update(&mut self, sent: u64, is_owed: bool) -> bool {
         if !is_owed {
             self.answered = sent;
         }
-        let is_lifted = sent.wrapping_sub(self.answered) > Self::UNANSWERED;
-        self.limit.is_some() && std::mem::replace(&mut self.is_lifted, is_lifted) != is_lifted
+        let is_lifted = sent.wrapping_sub(self.answered) > Self::MAX_UNANSWERED;
+        self.timeout.is_some() && std::mem::replace(&mut self.is_lifted, is_lifted) != is_lifted
     }
 
-    fn limit_in_force(&self) -> Option<Duration> {
-        self.limit.filter(|_| !self.is_lifted)
+    fn timeout_in_force(&self) -> Option<Duration> {
+        self.timeout.filter(|_| !self.is_lifted)
     }
 }
 
 /// The end of what the server has sent, while that is an error.
 #[derive(Default)]
-struct LastWords(Vec<u8>);
+struct TrailingError(Vec<u8>);
 
-impl LastWords {
+impl TrailingError {
     /// Longer errors are not kept.
     const LIMIT: usize = 1024;
 
     fn keep(&mut self, chunk: &[u8], ends_in_error: bool) {
         if !ends_in_error {
-            // No allocation where there has been no error.
+            // No allocation while there is no error.
             self.0 = Vec::new();
             return;
         }
@@ -444,7 +443,7 @@ impl LastWords {
     }
 }
 
-/// Counts what the server has answered.
+/// Counters of what the server has answered.
 pub(super) struct Answers {
     /// Answers up to a ReadyForQuery.
     pub(super) queries: IntCounter,
@@ -463,11 +462,11 @@ impl Answers {
     }
 }
 
-/// The phase, of which `now` is the latest that could be had without a lock; the task is woken by the next. `next` waits
-/// for the token of draining, and then for that of `cutting`.
+/// The phase of the shutdown; `now` is the latest value that is available without a lock. The task is woken by the next
+/// phase: `next` waits for the token of draining, then for that of `cutting`.
 ///
-/// The tokens lock, so they are asked only when the phase is not the one they have `reached` with us. It changes before
-/// its token does: then the token is asked again, and will wake us meanwhile.
+/// The tokens lock, so they are polled only when the phase is not the one that they have `reached`. It changes before its
+/// token does: then the token is polled again, and wakes the task.
 fn poll_phase<'a>(
     cx: &mut Context<'_>,
     now: Phase,
@@ -490,13 +489,13 @@ fn poll_phase<'a>(
     phase.max(now)
 }
 
-/// How long the other side may go on doing nothing.
-struct Patience {
+/// A timeout that starts anew with each progress of the other side.
+struct ProgressTimeout {
     allowed: Duration,
     sleep: Pin<Box<Sleep>>,
 }
 
-impl Patience {
+impl ProgressTimeout {
     fn new(allowed: Duration) -> Self {
         Self {
             allowed,
@@ -504,7 +503,6 @@ impl Patience {
         }
     }
 
-    /// Ready once nothing has happened for as long as is allowed.
     fn poll(&mut self, cx: &mut Context<'_>, allowed: Duration, progressed: bool) -> Poll<()> {
         if progressed || allowed != self.allowed {
             self.allowed = allowed;

@@ -1,16 +1,19 @@
-//! Whole sessions from accept to close, and which database they open.
+//! Whole sessions from accept to close.
 
-use std::net::SocketAddr;
+use std::{net::SocketAddr, time::Duration};
 
+use arc_swap::ArcSwap;
+use bytes::BytesMut;
 use secrecy::SecretString;
 use tokio::{
-    io::{DuplexStream, duplex},
+    io::{AsyncRead, AsyncReadExt, AsyncWriteExt, DuplexStream, duplex},
     net::TcpListener,
     task::JoinSet,
+    time::timeout,
 };
 use tokio_util::sync::CancellationToken;
 
-use super::*;
+use super::{client::CLOSE_TIMEOUT, *};
 use crate::{
     clock::Clock,
     config::DatabaseMapping,
@@ -20,15 +23,17 @@ use crate::{
         frame::{Message, take_message},
         startup::{CancelKey, encode_startup},
     },
-    status::{Label, Registry},
-    upstream::{Addresses, DroppedParameters, Endpoint, Security, Upstream},
+    shutdown::Shutdown,
+    status::{EndpointSessions, Label, Registry},
+    telemetry::Metrics,
+    upstream::{Addresses, DroppedParameters, Endpoint, Route, Security, Terms, Upstream},
 };
 
 /// More than any of these tests takes when all is well.
 const LONG: Duration = Duration::from_secs(30);
 
 /// Sessions that lead to a listener on this machine.
-fn sessions(upstream: SocketAddr, client_login_timeout: Duration) -> Arc<Sessions> {
+fn sessions(upstream: SocketAddr, client_login_timeout: Duration) -> Arc<EndpointContext> {
     let metrics = Metrics::new().unwrap();
     let credentials = CredentialCell::new(Clock::system());
     credentials.publish(
@@ -51,43 +56,51 @@ fn sessions(upstream: SocketAddr, client_login_timeout: Duration) -> Arc<Session
     let upstream = Upstream::new(endpoint, credentials, Arc::clone(&metrics));
     let (finder, route) = Route::to(Label::new("e"));
     finder.found(Arc::new(upstream));
-    Arc::new(Sessions {
-        route,
-        policies: Policies::new(Policy {
-            entrance: Arc::default(),
+    let process = ProcessContext {
+        config: Arc::new(ArcSwap::from_pointee(SessionConfig {
+            access: Arc::default(),
             database_mapping: DatabaseMapping::Default,
             client_login_timeout,
             max_connections: 1,
             terms: Terms::default(),
-        }),
-        registry: EndpointSessions::new(
-            &Registry::default(),
-            Label::new("e"),
-            &metrics,
-            CancellationToken::new(),
-        ),
-        cancels: Arc::default(),
+        })),
         shutdown: Shutdown::new(),
-        metrics,
-        dropped: Arc::new(Dropped::new(Label::new("e"))),
         console: None,
-    })
+    };
+    let registry = EndpointSessions::new(
+        &Registry::default(),
+        Label::new("e"),
+        &metrics,
+        CancellationToken::new(),
+    );
+    Arc::new(EndpointContext::new(
+        Arc::new(process),
+        route,
+        registry,
+        metrics,
+    ))
 }
 
-/// A client of these sessions, with so much room for what it does not read.
-async fn client(sessions: &Arc<Sessions>, room: usize, tasks: &mut JoinSet<()>) -> DuplexStream {
-    let (client, ours) = duplex(room);
-    let sessions = Arc::clone(sessions);
-    let peer = Peer::Tcp(SocketAddr::from(([127, 0, 0, 1], 4711)));
-    let permit = Unfinished::default().enter(peer).await;
-    tasks.spawn(async move {
-        let id = sessions.next_id();
-        let Some(relay) = sessions.serve(id, peer, ours, permit).await else {
-            return;
-        };
-        relay.await;
-    });
+/// A client of this endpoint, whose connection buffers `capacity` bytes.
+async fn client(
+    endpoint: &Arc<EndpointContext>,
+    capacity: usize,
+    tasks: &mut JoinSet<()>,
+) -> DuplexStream {
+    let (client, stream) = duplex(capacity);
+    let accepted = accepted(endpoint, stream).await;
+    tasks.spawn(serve(Arc::clone(endpoint), accepted));
     client
+}
+
+async fn accepted(endpoint: &EndpointContext, stream: DuplexStream) -> Accepted<DuplexStream> {
+    let peer = Peer::Tcp(SocketAddr::from(([127, 0, 0, 1], 4711)));
+    Accepted {
+        id: endpoint.registry.registry().next_id(),
+        peer,
+        stream,
+        permit: HandshakeLimiter::default().enter(peer).await,
+    }
 }
 
 async fn message(stream: &mut (impl AsyncRead + Unpin), buffer: &mut BytesMut) -> Message {
@@ -151,7 +164,7 @@ async fn a_session_is_welcomed_relayed_and_ended_with_its_client() {
     assert_eq!(tags, b"RSKZ");
     let key = key.unwrap();
     assert_eq!(key.process_id, 7);
-    assert_eq!(sessions.cancels.find(key).unwrap().address, address);
+    assert_eq!(sessions.cancel_keys.find(key).unwrap().address, address);
 
     let mut second = self::client(&sessions, 64 * 1024, &mut tasks).await;
     second.write_all(&startup()).await.unwrap();
@@ -166,7 +179,7 @@ async fn a_session_is_welcomed_relayed_and_ended_with_its_client() {
     assert_eq!(heard, TERMINATE);
     drop(server);
     timeout(LONG, tasks.join_all()).await.unwrap();
-    assert_eq!(sessions.cancels.find(key), None);
+    assert_eq!(sessions.cancel_keys.find(key), None);
     assert_eq!(sessions.metrics.clients_active.get(), 0);
     assert_eq!(sessions.metrics.upstream_active.get(), 0);
     assert_eq!(sessions.registry.counts().all, 0);
@@ -207,25 +220,24 @@ async fn a_client_that_says_nothing_does_not_hold_up_the_end() {
     let silent = client(&sessions, 1024, &mut tasks).await;
     let mut late = client(&sessions, 1024, &mut tasks).await;
     let began = Instant::now();
-    sessions.shutdown.drain();
+    sessions.process.shutdown.drain();
     late.write_all(&startup()).await.unwrap();
     let refusal = message(&mut late, &mut BytesMut::new()).await;
     assert_eq!(ErrorFields::parse(refusal.body()).code, "57P03");
     drop(late);
     tasks.join_all().await;
-    assert_eq!(began.elapsed().as_secs(), FAREWELL.as_secs());
+    assert_eq!(began.elapsed().as_secs(), CLOSE_TIMEOUT.as_secs());
     drop(silent);
 }
 
-/// What a session's task takes for as long as it lives, whatever it came by: logging in has a box of its own.
+/// The memory that every session's task keeps for its whole life; a login has a box of its own.
 #[tokio::test]
 async fn the_task_of_a_session_is_small() {
     let (_listener, address) = listen().await;
     let sessions = sessions(address, LONG);
-    let (_client, ours) = duplex(16);
-    let peer = Peer::Tcp(address);
-    let permit = Unfinished::default().enter(peer).await;
-    let session = sessions.serve(1, peer, ours, permit);
+    let (_client, stream) = duplex(16);
+    let accepted = accepted(&sessions, stream).await;
+    let session = serve(sessions, accepted);
     let size = size_of_val(&session);
-    assert!(size <= 3072, "{size} bytes");
+    assert!(size <= 2048, "{size} bytes");
 }

@@ -16,7 +16,7 @@ use lakebase_proxy::{
     config::DatabaseMapping,
     net::http::{self, Limits},
     overview::Overview,
-    session::{Policies, Policy},
+    session::SessionConfig,
     shutdown::Shutdown,
     status::{Health, Registry},
     telemetry::Metrics,
@@ -56,13 +56,13 @@ async fn start() -> Running {
     }));
     let metrics = Metrics::new().unwrap();
     let stop = CancellationToken::new();
-    let policies = Policies::new(Policy {
-        entrance: Arc::default(),
+    let config = Arc::new(arc_swap::ArcSwap::from_pointee(SessionConfig {
+        access: Arc::default(),
         database_mapping: DatabaseMapping::Default,
         client_login_timeout: Duration::from_secs(15),
         max_connections: 100,
         terms: Terms::default(),
-    });
+    }));
     let admin = Admin::spawn(
         listener,
         Arc::clone(&metrics),
@@ -70,7 +70,7 @@ async fn start() -> Running {
         Arc::new(Overview::new(
             Registry::default(),
             Shutdown::new(),
-            policies,
+            config,
             Vec::new,
         )),
         None,

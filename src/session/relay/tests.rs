@@ -78,14 +78,23 @@ impl Session {
         let shutdown = Shutdown::new();
         let mut client_end = Breakable::new(our_client, &breaks.client);
         let mut server_end = Breakable::new(our_server, &breaks.server);
-        let (early, leftover) = (early.to_vec(), leftover.to_vec());
+        let (early, leftover) = (BytesMut::from(early), BytesMut::from(leftover));
         let watched = shutdown.clone();
         let mut relay = JoinSet::new();
         relay.spawn(async move {
             let mut relay = Relay::new(
-                (&mut client_end, &early, counter()),
-                (&mut server_end, &leftover, counter()),
+                Side {
+                    stream: &mut client_end,
+                    received: early,
+                    bytes: counter(),
+                },
+                Side {
+                    stream: &mut server_end,
+                    received: leftover,
+                    bytes: counter(),
+                },
                 &watched,
+                Observers::default(),
             );
             relay.run().await
         });
@@ -325,11 +334,11 @@ proptest! {
         let stream = [frame(b'p', &password), query(), frame(b'p', b"later, for the server to judge")].concat();
         let mut at: Vec<usize> = cuts.iter().map(|cut| cut.index(stream.len() + 1)).collect();
         at.sort_unstable();
-        let mut unasked = UnaskedPasswords::default();
+        let mut unsolicited = UnsolicitedPasswords::default();
         let (mut passed, mut from) = (Vec::new(), 0);
         for to in at.into_iter().chain([stream.len()]) {
             let mut chunk = &stream[from..to];
-            unasked.strip(&mut chunk);
+            unsolicited.strip(&mut chunk);
             passed.extend_from_slice(chunk);
             from = to;
         }
@@ -400,9 +409,18 @@ async fn a_session_that_waits_holds_no_buffer() {
     let (mut server, mut our_server) = duplex(100);
     let shutdown = Shutdown::new();
     let mut relay = Relay::new(
-        (&mut our_client, &[], counter()),
-        (&mut our_server, &[], counter()),
+        Side {
+            stream: &mut our_client,
+            received: BytesMut::new(),
+            bytes: counter(),
+        },
+        Side {
+            stream: &mut our_server,
+            received: BytesMut::new(),
+            bytes: counter(),
+        },
         &shutdown,
+        Observers::default(),
     );
     let mut cx = Context::from_waker(Waker::noop());
     let reply = frame(b'D', &[0; 500]);
@@ -469,7 +487,7 @@ async fn a_server_that_owes_nothing_and_stays_is_not_waited_for_long() {
         session.relay.join_next().await.unwrap().unwrap(),
         End::Client
     );
-    assert_eq!(began.elapsed().as_secs(), REPLY_PAUSE.as_secs());
+    assert_eq!(began.elapsed().as_secs(), SERVER_CLOSE_TIMEOUT.as_secs());
     assert_eq!(session.server.read(&mut [0; 1]).await.unwrap(), 0);
 }
 
@@ -562,7 +580,7 @@ async fn a_fatal_error_waits_for_a_client_that_reads_slowly_but_not_for_ever() {
         session.relay.join_next().await.unwrap().unwrap(),
         End::Server
     );
-    assert_eq!(began.elapsed().as_secs(), DELIVERY_PAUSE.as_secs());
+    assert_eq!(began.elapsed().as_secs(), DELIVERY_TIMEOUT.as_secs());
 }
 
 #[tokio::test(start_paused = true)]
@@ -628,7 +646,11 @@ async fn a_server_that_takes_no_more_and_says_nothing_is_explained() {
         let (end, words) = session.last_words().await;
         assert_eq!(end, End::Server);
         assert_eq!(errors(&words), ["08006"]);
-        let waited = if reset { Duration::ZERO } else { REPLY_PAUSE };
+        let waited = if reset {
+            Duration::ZERO
+        } else {
+            SERVER_CLOSE_TIMEOUT
+        };
         assert_eq!(began.elapsed().as_secs(), waited.as_secs());
     }
 }
@@ -735,7 +757,7 @@ async fn the_cut_waits_for_no_client_that_does_not_read() {
         let began = Instant::now();
         session.shutdown.cut();
         session.relay.join_next().await.unwrap().unwrap();
-        assert_eq!(began.elapsed().as_secs(), CUT_PAUSE.as_secs());
+        assert_eq!(began.elapsed().as_secs(), CUT_DELIVERY_TIMEOUT.as_secs());
     }
 }
 
@@ -837,25 +859,25 @@ async fn no_change_of_phase_is_missed() {
 /// Linux would end a server that waits for a lock in the middle of a COPY, alive as it is, when the limit is over.
 #[test]
 fn the_path_is_watched_for_loss_only_while_little_waits_for_an_answer() {
-    let limit = Some(Duration::from_secs(80));
-    let mut loss = Loss {
-        limit,
-        ..Loss::default()
+    let timeout = Some(Duration::from_secs(80));
+    let mut loss = PathLoss {
+        timeout,
+        ..PathLoss::default()
     };
-    assert!(!loss.follow(1000, true), "in force since the dial");
-    assert!(!loss.follow(1000, false));
-    assert!(!loss.follow(1000 + Loss::UNANSWERED, true));
-    assert!(loss.follow(1001 + Loss::UNANSWERED, true));
-    assert_eq!(loss.limit_in_force(), None);
-    assert!(!loss.follow(1_000_000, true));
-    assert!(loss.follow(1_000_000, false));
-    assert_eq!(loss.limit_in_force(), limit);
+    assert!(!loss.update(1000, true), "in force since the dial");
+    assert!(!loss.update(1000, false));
+    assert!(!loss.update(1000 + PathLoss::MAX_UNANSWERED, true));
+    assert!(loss.update(1001 + PathLoss::MAX_UNANSWERED, true));
+    assert_eq!(loss.timeout_in_force(), None);
+    assert!(!loss.update(1_000_000, true));
+    assert!(loss.update(1_000_000, false));
+    assert_eq!(loss.timeout_in_force(), timeout);
 }
 
 #[test]
 fn the_last_words_are_those_of_a_fatal_error_at_the_end() {
     let said = |chunks: &[&[u8]]| {
-        let mut words = LastWords::default();
+        let mut words = TrailingError::default();
         for chunk in chunks {
             words.keep(chunk, true);
         }
@@ -868,7 +890,7 @@ fn the_last_words_are_those_of_a_fatal_error_at_the_end() {
     let error = Report::new("42P01", "select secret").encode_error();
     assert_eq!(said(&[&error]), None);
     assert_eq!(said(&[b"x"]), None);
-    let mut words = LastWords::default();
+    let mut words = TrailingError::default();
     words.keep(&fatal, true);
     words.keep(&ready(b'I'), false);
     assert_eq!(words.fatal(), None);

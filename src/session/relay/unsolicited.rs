@@ -1,20 +1,20 @@
-//! Passwords that nobody has asked for.
+//! Passwords that a client sends without a request.
 
 use bytes::Buf;
 
 use crate::protocol::frame::{HEADER_LEN, tag};
 
-/// Drops password messages that a client sends without having been asked, which it can only do first of all. They are
+/// Drops password messages sent before anything else, which only a client does that expects a request for one. They are
 /// not stored.
 #[derive(Debug, Default)]
-pub(super) struct UnaskedPasswords {
+pub(super) struct UnsolicitedPasswords {
     header: [u8; HEADER_LEN],
     have: usize,
     left: usize,
     over: bool,
 }
 
-impl UnaskedPasswords {
+impl UnsolicitedPasswords {
     pub(super) fn strip(&mut self, chunk: &mut &[u8]) {
         while !self.over && !chunk.is_empty() {
             if self.left > 0 {

@@ -79,7 +79,7 @@ impl ClientTlsError {
 }
 
 /// What is shown to clients now.
-pub struct Encryption {
+pub struct ServerCertificate {
     current: ArcSwap<ServerConfig>,
     files: Option<Files>,
 }
@@ -101,13 +101,13 @@ struct Looked {
 /// By what a change is noticed: a ConfigMap's new version is another file, an editor's the same one with another time.
 type State = [Option<(u64, u64, i64, i64, u64)>; 2];
 
-impl std::fmt::Debug for Encryption {
+impl std::fmt::Debug for ServerCertificate {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Encryption").finish_non_exhaustive()
+        f.debug_struct("ServerCertificate").finish_non_exhaustive()
     }
 }
 
-impl Encryption {
+impl ServerCertificate {
     /// What the settings say, ready to be shown; `None` when TLS is off.
     pub fn new(settings: &ClientTls) -> Result<Option<Self>, ClientTlsError> {
         Ok(match settings {
@@ -314,41 +314,41 @@ mod tests {
     async fn new_files_are_taken_up_and_bad_ones_are_not() {
         let directory = TempDir::new().unwrap();
         let settings = write(&directory);
-        let encryption = Arc::new(Encryption::new(&settings).unwrap().unwrap());
-        let first = encryption.config().await;
+        let certificate = Arc::new(ServerCertificate::new(&settings).unwrap().unwrap());
+        let first = certificate.config().await;
         advance(LOOK_EVERY).await;
         assert!(
-            is_same(&first, &encryption.config().await),
+            is_same(&first, &certificate.config().await),
             "nothing has changed"
         );
 
         write(&directory);
         assert!(
-            is_same(&first, &encryption.config().await),
+            is_same(&first, &certificate.config().await),
             "not looked at again yet"
         );
         advance(LOOK_EVERY).await;
-        let second = encryption.config().await;
+        let second = certificate.config().await;
         assert!(!is_same(&first, &second));
 
         // Another key than the certificate's, then no file at all.
         let key = directory.path().join("key");
         fs::write(&key, KeyPair::generate().unwrap().serialize_pem()).unwrap();
         advance(LOOK_EVERY).await;
-        assert!(is_same(&second, &encryption.config().await));
+        assert!(is_same(&second, &certificate.config().await));
         fs::remove_file(&key).unwrap();
         advance(LOOK_EVERY).await;
-        assert!(is_same(&second, &encryption.config().await));
+        assert!(is_same(&second, &certificate.config().await));
 
         write(&directory);
         advance(LOOK_EVERY).await;
-        assert!(!is_same(&second, &encryption.config().await));
+        assert!(!is_same(&second, &certificate.config().await));
     }
 
     #[tokio::test]
     async fn what_cannot_be_used_at_the_start_is_an_error() {
         let directory = TempDir::new().unwrap();
-        assert!(Encryption::new(&ClientTls::Off).unwrap().is_none());
+        assert!(ServerCertificate::new(&ClientTls::Off).unwrap().is_none());
         let ClientTls::Files { certificate, key } = write(&directory) else {
             panic!("files");
         };
@@ -357,7 +357,7 @@ mod tests {
                 certificate: certificate.clone(),
                 key: key.clone(),
             };
-            Encryption::new(&settings).unwrap_err()
+            ServerCertificate::new(&settings).unwrap_err()
         };
         let missing = directory.path().join("missing");
         assert!(matches!(

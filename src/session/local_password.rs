@@ -1,4 +1,4 @@
-//! The password between clients and us: SCRAM-SHA-256, any user name.
+//! The proxy's own password: SCRAM-SHA-256 (RFC 5802) with any user name.
 
 use std::{sync::Arc, time::Duration};
 
@@ -6,17 +6,20 @@ use arc_swap::ArcSwapOption;
 use bytes::BytesMut;
 use secrecy::SecretString;
 use tokio::{
-    io::{AsyncRead, AsyncReadExt, AsyncWrite},
     sync::{OwnedSemaphorePermit, Semaphore},
     time::sleep,
 };
 
-use super::write_all;
+use super::client::Client;
 use crate::{
+    net::{
+        message::{ReadError, read_message},
+        socket::Transport,
+    },
     protocol::{
         backend,
         error::{Report, sqlstate},
-        frame::{tag, take_message},
+        frame::tag,
         scram::{Exchange, ScramError, Verifier},
         startup::StartupMessage,
     },
@@ -26,13 +29,13 @@ use crate::{
 
 /// PostgreSQL's `PG_MAX_SASL_MESSAGE_LENGTH`, in bytes, and a frame around it.
 const MESSAGE_LIMIT: usize = 1024 + 5;
-/// Attempts that may be checked, or are being answered after they failed, at a time: the most guesses a second. A login
-/// beside a flood of wrong passwords waits for its turn, so a lower limit would be the flood's best help.
+/// Attempts at a time that are verified or wait for their delayed refusal: the most guesses per second. A login beside a
+/// flood of wrong passwords waits for one of these, so a lower limit would help the flood.
 const ATTEMPTS: usize = 1024;
-/// What a wrong password costs, in seconds; not the same each time, so that it tells nothing.
+/// The delay of a wrong password in seconds; random, so that the time of a refusal reveals nothing.
 const FAILURE_DELAY: std::ops::Range<f64> = 0.75..1.25;
 
-/// What every TCP client must know.
+/// The password that every TCP client must prove to know.
 #[derive(Debug)]
 pub struct LocalPassword {
     verifier: Verifier,
@@ -57,18 +60,17 @@ impl KnownPassword {
     }
 }
 
-/// How an attempt came to nothing.
+/// Why an attempt failed.
 #[derive(Debug)]
-pub(super) enum Failure {
-    /// The client left; most have no password to offer.
+pub(super) enum PasswordFailure {
+    /// The client left, most likely to prompt its user.
     Gone,
-    /// It is told why.
     Refused(Refusal),
-    /// It is told so after a delay.
+    /// To be refused after a delay.
     Wrong(WrongPassword),
 }
 
-/// A failed attempt that is still to be answered.
+/// A failed attempt that has not been refused yet.
 #[derive(Debug)]
 pub(super) struct WrongPassword {
     refusal: Refusal,
@@ -77,7 +79,7 @@ pub(super) struct WrongPassword {
 }
 
 impl WrongPassword {
-    /// What the client is told, after the delay that limits the rate of guesses.
+    /// The refusal, after the delay that limits the rate of guesses.
     pub(super) async fn delayed(self) -> Refusal {
         let delay = rand::random_range(FAILURE_DELAY);
         sleep(Duration::from_secs_f64(delay)).await;
@@ -85,7 +87,7 @@ impl WrongPassword {
     }
 }
 
-impl From<Refusal> for Failure {
+impl From<Refusal> for PasswordFailure {
     fn from(refusal: Refusal) -> Self {
         Self::Refused(refusal)
     }
@@ -100,34 +102,30 @@ impl LocalPassword {
         })
     }
 
-    /// Asks the client for a proof that it knows the password. When this returns it has been given ours, and awaits
-    /// AuthenticationOk; a NegotiateProtocolVersion that it needed has been sent.
+    /// Requests and verifies the client's proof. On success the client has received ours and awaits AuthenticationOk; a
+    /// NegotiateProtocolVersion that it needed has been sent.
     ///
     /// Not cancel safe. The caller sets the deadline.
-    pub(super) async fn ask<S>(
+    pub(super) async fn verify<S: Transport>(
         &self,
-        client: &mut S,
-        buffer: &mut BytesMut,
+        client: &mut Client<S>,
         startup: &StartupMessage,
-    ) -> Result<(), Failure>
-    where
-        S: AsyncRead + AsyncWrite + Unpin,
-    {
-        let mut question = backend::negotiation(startup);
-        question.extend_from_slice(&backend::sasl_mechanisms());
-        say(client, &question).await?;
-        let first = hear(client, buffer).await?;
+    ) -> Result<(), PasswordFailure> {
+        let mut request = backend::negotiation(startup);
+        request.extend_from_slice(&backend::sasl_mechanisms());
+        send(client, &request).await?;
+        let first = receive(client).await?;
         let first = initial_response(&first).ok_or_else(|| out_of_order("SASLInitialResponse"))?;
-        let (exchange, answer) =
+        let (exchange, challenge) =
             Exchange::begin(&self.verifier, first).map_err(|error| refusal(error, startup))?;
-        say(client, &backend::sasl_continue(answer.as_bytes())).await?;
-        let last = hear(client, buffer).await?;
+        send(client, &backend::sasl_continue(challenge.as_bytes())).await?;
+        let last = receive(client).await?;
 
         // Never closed, so never an error.
         let attempt = Arc::clone(&self.attempts).acquire_owned().await.ok();
         match exchange.finish(&last) {
-            Ok(proof) => say(client, &backend::sasl_final(proof.as_bytes())).await,
-            Err(error) => Err(Failure::Wrong(WrongPassword {
+            Ok(proof) => send(client, &backend::sasl_final(proof.as_bytes())).await,
+            Err(error) => Err(PasswordFailure::Wrong(WrongPassword {
                 refusal: refusal(error, startup),
                 _attempt: attempt,
             })),
@@ -135,31 +133,23 @@ impl LocalPassword {
     }
 }
 
-async fn say<S: AsyncWrite + Unpin>(client: &mut S, bytes: &[u8]) -> Result<(), Failure> {
-    write_all(client, bytes).await.map_err(|_| Failure::Gone)
+async fn send<S: Transport>(client: &mut Client<S>, bytes: &[u8]) -> Result<(), PasswordFailure> {
+    let sent = client.send(bytes).await;
+    sent.map_err(|_| PasswordFailure::Gone)
 }
 
 /// The body of the next message, which must be a SASL one.
-async fn hear<S: AsyncRead + Unpin>(
-    client: &mut S,
-    buffer: &mut BytesMut,
-) -> Result<BytesMut, Failure> {
-    loop {
-        match take_message(buffer, MESSAGE_LIMIT) {
-            Ok(Some(message)) if message.tag == tag::PASSWORD => {
-                return Ok(BytesMut::from(message.body()));
-            }
-            Ok(Some(message)) if message.tag == tag::TERMINATE => return Err(Failure::Gone),
-            Ok(Some(_)) => return Err(out_of_order("SASL message").into()),
-            Err(error) => {
-                let report = Report::new(sqlstate::PROTOCOL_VIOLATION, error.to_string());
-                return Err(bad_startup(report).into());
-            }
-            Ok(None) => {}
+async fn receive<S: Transport>(client: &mut Client<S>) -> Result<BytesMut, PasswordFailure> {
+    let read = read_message(&mut client.stream, &mut client.received, MESSAGE_LIMIT).await;
+    match read {
+        Ok(message) if message.tag == tag::PASSWORD => Ok(BytesMut::from(message.body())),
+        Ok(message) if message.tag == tag::TERMINATE => Err(PasswordFailure::Gone),
+        Ok(_) => Err(out_of_order("SASL message").into()),
+        Err(ReadError::Frame(error)) => {
+            let report = Report::new(sqlstate::PROTOCOL_VIOLATION, error.to_string());
+            Err(bad_startup(report).into())
         }
-        if !matches!(client.read_buf(buffer).await, Ok(1..)) {
-            return Err(Failure::Gone);
-        }
+        Err(ReadError::Io(_)) => Err(PasswordFailure::Gone),
     }
 }
 
@@ -214,11 +204,12 @@ fn bad_startup(report: Report) -> Refusal {
 mod tests {
     use postgres_protocol::authentication::sasl::{ChannelBinding, ScramSha256};
     use tokio::{
-        io::{AsyncWriteExt, DuplexStream, duplex},
+        io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex},
         time::Instant,
     };
 
     use super::*;
+    use crate::protocol::frame::take_message;
 
     fn startup() -> StartupMessage {
         StartupMessage {
@@ -249,7 +240,7 @@ mod tests {
         }
     }
 
-    /// A client that knows this password; whether it was believed, and believed us.
+    /// Logs in with a password; whether both sides accepted the other's proof.
     async fn log_in(client: &mut DuplexStream, known: &str) -> bool {
         let mut buffer = BytesMut::new();
         assert_eq!(receive(client, &mut buffer).await, b"SCRAM-SHA-256\0\0");
@@ -266,30 +257,30 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn whoever_knows_it_is_let_in() {
-        let (mut client, mut server) = duplex(1024);
-        let (password, startup, mut buffer) = (password(), startup(), BytesMut::new());
-        let asked = password.ask(&mut server, &mut buffer, &startup);
-        let (asked, believed) = tokio::join!(asked, log_in(&mut client, "sesame"));
-        assert!(asked.is_ok() && believed);
-        assert!(buffer.is_empty());
+    async fn the_right_password_is_accepted() {
+        let (mut peer, stream) = duplex(1024);
+        let (password, startup, mut client) = (password(), startup(), Client::new(stream));
+        let verified = password.verify(&mut client, &startup);
+        let (verified, accepted) = tokio::join!(verified, log_in(&mut peer, "sesame"));
+        assert!(verified.is_ok() && accepted);
+        assert!(client.received.is_empty());
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_wrong_one_costs_time_and_only_so_many_cost_it_at_once() {
+    async fn a_wrong_password_is_delayed_and_concurrent_delays_are_limited() {
         let (password, startup) = (password(), startup());
         let began = Instant::now();
         let attempt = async || {
-            let (mut client, mut server) = duplex(1024);
-            let mut buffer = BytesMut::new();
-            let asked = async {
-                let asked = password.ask(&mut server, &mut buffer, &startup).await;
-                drop(server);
-                asked
+            let (mut peer, stream) = duplex(1024);
+            let mut client = Client::new(stream);
+            let verified = async {
+                let verified = password.verify(&mut client, &startup).await;
+                drop(client);
+                verified
             };
-            let (asked, _) = tokio::join!(asked, log_in(&mut client, "open"));
-            let Err(Failure::Wrong(wrong)) = asked else {
-                panic!("let in");
+            let (verified, _) = tokio::join!(verified, log_in(&mut peer, "open"));
+            let Err(PasswordFailure::Wrong(wrong)) = verified else {
+                panic!("accepted");
             };
             let refusal = wrong.delayed().await;
             assert_eq!(refusal.report.sqlstate, "28P01");
@@ -304,40 +295,41 @@ mod tests {
 
     /// 1,500 guessers at a time once delayed a login by 18 s: it waited for their delays, 64 at a time.
     #[tokio::test(start_paused = true)]
-    async fn the_delays_of_wrong_passwords_delay_no_right_one() {
+    async fn delays_of_wrong_passwords_do_not_delay_the_right_one() {
         let (password, startup) = (password(), startup());
         let mut delayed = Vec::new();
         for known in std::iter::repeat_n("open", 100).chain(["sesame"]) {
-            let (mut client, mut server) = duplex(1024);
-            let mut buffer = BytesMut::new();
-            let asked = async {
-                let asked = password.ask(&mut server, &mut buffer, &startup).await;
-                drop(server);
-                asked
+            let (mut peer, stream) = duplex(1024);
+            let mut client = Client::new(stream);
+            let verified = async {
+                let verified = password.verify(&mut client, &startup).await;
+                drop(client);
+                verified
             };
             let began = Instant::now();
-            let (asked, believed) = tokio::join!(asked, log_in(&mut client, known));
+            let (verified, accepted) = tokio::join!(verified, log_in(&mut peer, known));
             assert_eq!(began.elapsed(), Duration::ZERO);
-            assert_eq!(believed, known == "sesame");
-            delayed.extend(asked.err());
+            assert_eq!(accepted, known == "sesame");
+            delayed.extend(verified.err());
         }
         assert_eq!(delayed.len(), 100);
     }
 
     #[tokio::test]
-    async fn what_is_no_sasl_message_is_refused_and_a_client_without_a_password_may_leave() {
+    async fn a_message_other_than_sasl_is_refused_and_a_client_without_a_password_may_leave() {
         let (password, startup) = (password(), startup());
-        let answer = async |said: &[u8]| {
-            let (mut client, mut server) = duplex(1024);
-            client.write_all(said).await.unwrap();
-            client.shutdown().await.unwrap();
-            password
-                .ask(&mut server, &mut BytesMut::new(), &startup)
-                .await
-                .unwrap_err()
+        let answer = async |bytes: &[u8]| {
+            let (mut peer, stream) = duplex(1024);
+            peer.write_all(bytes).await.unwrap();
+            peer.shutdown().await.unwrap();
+            let verified = password.verify(&mut Client::new(stream), &startup).await;
+            verified.unwrap_err()
         };
         for gone in [&b""[..], b"X\0\0\0\x04", b"p\0"] {
-            assert!(matches!(answer(gone).await, Failure::Gone), "{gone:?}");
+            assert!(
+                matches!(answer(gone).await, PasswordFailure::Gone),
+                "{gone:?}"
+            );
         }
         for wrong in [
             &b"Q\0\0\0\x05\0"[..],
@@ -346,7 +338,7 @@ mod tests {
             b"p\0\xff\0\0",
             b"p\0\0\0\x16SCRAM-SHA-256\0\xff\xff\xff\xff",
         ] {
-            let Failure::Refused(refusal) = answer(wrong).await else {
+            let PasswordFailure::Refused(refusal) = answer(wrong).await else {
                 panic!("{wrong:?}");
             };
             assert_eq!(refusal.report.sqlstate, "08P01", "{wrong:?}");

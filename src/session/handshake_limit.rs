@@ -1,6 +1,6 @@
-//! Limits the unfinished handshakes of one endpoint, without letting a flood of them delay a client that finishes its own.
+//! Limits the limiter handshakes of one endpoint, without letting a flood of them delay a client that finishes its own.
 //!
-//! A connection is always accepted and given its chance at once; what gives way is the oldest unfinished handshake of the
+//! A connection is always accepted and given its chance at once; what gives way is the oldest limiter handshake of the
 //! source (address or uid) that has the most. A client that sends its startup message right after it has connected, as all
 //! drivers do, is therefore served whatever number of others send nothing.
 
@@ -22,7 +22,7 @@ use crate::{
     status::Peer,
 };
 
-/// Unfinished handshakes that only the login timeout ends.
+/// HandshakeLimiter handshakes that only the login timeout ends.
 const UNDISTURBED: usize = 256;
 /// Beyond [`UNDISTURBED`] a handshake is never evicted before this.
 const MIN_TIME: Duration = Duration::from_secs(2);
@@ -34,9 +34,9 @@ const LAST_CHANCE: Duration = Duration::from_millis(10);
 /// Between two log lines about evictions.
 const LOG_EVERY: Duration = Duration::from_secs(10);
 
-/// The unfinished handshakes of one endpoint; cheap to clone.
+/// The limiter handshakes of one endpoint; cheap to clone.
 #[derive(Clone, Debug)]
-pub struct Unfinished(Arc<Inner>);
+pub struct HandshakeLimiter(Arc<Inner>);
 
 #[derive(Debug)]
 struct Inner {
@@ -91,14 +91,14 @@ impl From<Peer> for Source {
     }
 }
 
-impl Default for Unfinished {
+impl Default for HandshakeLimiter {
     /// As many as the limit of open files has room for.
     fn default() -> Self {
         Self::with_capacity(descriptors::handshakes(DescriptorLimit::now().hard()))
     }
 }
 
-impl Unfinished {
+impl HandshakeLimiter {
     fn with_capacity(capacity: usize) -> Self {
         Self(Arc::new(Inner {
             capacity,
@@ -146,7 +146,7 @@ impl Unfinished {
             .or_default()
             .insert(number, handshake);
         let permit = HandshakePermit {
-            unfinished: self.clone(),
+            limiter: self.clone(),
             source,
             number,
             evicted,
@@ -230,10 +230,10 @@ impl Evicted {
     }
 }
 
-/// A handshake's place among the unfinished ones, given back when dropped.
+/// A handshake's place among the limiter ones, given back when dropped.
 #[derive(Debug)]
 pub struct HandshakePermit {
-    unfinished: Unfinished,
+    limiter: HandshakeLimiter,
     source: Source,
     number: u64,
     evicted: CancellationToken,
@@ -249,11 +249,11 @@ impl HandshakePermit {
 
 impl Drop for HandshakePermit {
     fn drop(&mut self) {
-        let mut state = self.unfinished.state();
+        let mut state = self.limiter.state();
         state.remove(self.source, self.number);
         state.held -= 1;
         drop(state);
-        self.unfinished.0.freed.notify_waiters();
+        self.limiter.0.freed.notify_waiters();
     }
 }
 
@@ -271,10 +271,10 @@ mod tests {
         Peer::Tcp(SocketAddr::from(([192, 0, 2, last], 1)))
     }
 
-    async fn enter(unfinished: &Unfinished, last: u8, count: usize) -> Vec<HandshakePermit> {
+    async fn enter(limiter: &HandshakeLimiter, last: u8, count: usize) -> Vec<HandshakePermit> {
         let mut permits = Vec::new();
         for _ in 0..count {
-            permits.push(unfinished.enter(peer(last)).await);
+            permits.push(limiter.enter(peer(last)).await);
         }
         permits
     }
@@ -286,23 +286,23 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_newer_handshake_evicts_the_oldest_and_not_before_its_time() {
-        let unfinished = Unfinished::with_capacity(CAPACITY);
-        let first = enter(&unfinished, 1, UNDISTURBED).await;
+        let limiter = HandshakeLimiter::with_capacity(CAPACITY);
+        let first = enter(&limiter, 1, UNDISTURBED).await;
         advance(MIN_TIME * 10).await;
-        let _second = enter(&unfinished, 1, 1).await;
+        let _second = enter(&limiter, 1, 1).await;
         assert_eq!(evicted(&first), 0, "not one too many");
-        let _third = enter(&unfinished, 1, 1).await;
+        let _third = enter(&limiter, 1, 1).await;
         assert!(first[0].evicted.is_cancelled() && evicted(&first) == 1);
 
-        let unfinished = Unfinished::with_capacity(CAPACITY);
+        let limiter = HandshakeLimiter::with_capacity(CAPACITY);
         let began = Instant::now();
-        let permits = enter(&unfinished, 1, UNDISTURBED * 2).await;
+        let permits = enter(&limiter, 1, UNDISTURBED * 2).await;
         assert_eq!((evicted(&permits), began.elapsed()), (0, Duration::ZERO));
         advance(MIN_TIME / 2).await;
-        let late = enter(&unfinished, 1, 1).await;
+        let late = enter(&limiter, 1, 1).await;
         assert_eq!(evicted(&permits), 0, "too young");
         advance(MIN_TIME / 2).await;
-        let _later = enter(&unfinished, 1, 1).await;
+        let _later = enter(&limiter, 1, 1).await;
         // Down to the number that is left alone, the newest of all not among them yet.
         assert_eq!((evicted(&permits), evicted(&late)), (UNDISTURBED + 1, 0));
         drop((permits, late));
@@ -311,14 +311,14 @@ mod tests {
     /// A flood that fills the capacity over and over holds the next one up for a moment only.
     #[tokio::test(start_paused = true)]
     async fn under_pressure_handshakes_end_sooner() {
-        let unfinished = Unfinished::with_capacity(CAPACITY);
-        let flood = enter(&unfinished, 1, CAPACITY).await;
+        let limiter = HandshakeLimiter::with_capacity(CAPACITY);
+        let flood = enter(&limiter, 1, CAPACITY).await;
         let began = Instant::now();
         let leaving = async {
             flood[0].evicted().await;
             drop(flood);
         };
-        let (_permit, ()) = tokio::join!(unfinished.enter(peer(1)), leaving);
+        let (_permit, ()) = tokio::join!(limiter.enter(peer(1)), leaving);
         let took = began.elapsed();
         assert!(took >= MIN_TIME_UNDER_PRESSURE, "{took:?}");
         assert!(took < MIN_TIME_UNDER_PRESSURE * 2, "{took:?}");
@@ -326,25 +326,25 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn the_source_with_the_most_gives_way() {
-        let unfinished = Unfinished::with_capacity(CAPACITY);
-        let honest = enter(&unfinished, 1, 10).await;
+        let limiter = HandshakeLimiter::with_capacity(CAPACITY);
+        let honest = enter(&limiter, 1, 10).await;
         advance(Duration::from_millis(1)).await;
-        let flood = enter(&unfinished, 2, UNDISTURBED * 2).await;
+        let flood = enter(&limiter, 2, UNDISTURBED * 2).await;
         advance(MIN_TIME).await;
-        let _newer = enter(&unfinished, 3, 1).await;
+        let _newer = enter(&limiter, 3, 1).await;
         assert_eq!(evicted(&honest), 0);
         assert_eq!(evicted(&flood), UNDISTURBED + 10);
     }
 
     #[tokio::test(start_paused = true)]
     async fn every_permit_is_given_back() {
-        let unfinished = Unfinished::with_capacity(2);
-        let permits = enter(&unfinished, 1, 2).await;
-        let entering = unfinished.enter(peer(1));
+        let limiter = HandshakeLimiter::with_capacity(2);
+        let permits = enter(&limiter, 1, 2).await;
+        let entering = limiter.enter(peer(1));
         assert!(timeout(MIN_TIME / 100, entering).await.is_err());
         drop(permits);
-        drop(enter(&unfinished, 1, 2).await);
-        let state = unfinished.state();
+        drop(enter(&limiter, 1, 2).await);
+        let state = limiter.state();
         assert_eq!((state.held, state.remaining), (0, 0));
         assert!(state.sources.is_empty());
     }

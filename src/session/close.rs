@@ -1,0 +1,87 @@
+//! The end of a session that has no relay: silent, or with an error for the client.
+
+use jiff::Timestamp;
+
+use super::{Session, client::Client};
+use crate::{
+    net::socket::Transport,
+    protocol::error::{Report, sqlstate},
+    telemetry::labels::Reason,
+    upstream::Refusal,
+};
+
+/// How a session without a relay ends.
+pub(super) enum Closing {
+    /// The client has been served, or has left.
+    Silent,
+    /// In favor of newer handshakes.
+    Evicted(Report),
+    /// With an error that is logged and counted.
+    Refused(Box<Refusal>),
+}
+
+impl Closing {
+    pub(super) fn refused(report: Report, reason: Reason) -> Self {
+        Refusal { report, reason }.into()
+    }
+}
+
+impl From<Refusal> for Closing {
+    fn from(refusal: Refusal) -> Self {
+        Self::Refused(Box::new(refusal))
+    }
+}
+
+impl Session<'_> {
+    pub(super) async fn close<S: Transport>(&self, client: &mut Client<S>, closing: Closing) {
+        match closing {
+            Closing::Silent => {}
+            // Without waiting for the client: the descriptor is what is short. The log line is one of the limiter's, so
+            // that a flood does not fill the log.
+            Closing::Evicted(report) => {
+                client.finish(&report.encode_fatal()).await;
+            }
+            Closing::Refused(refusal) => self.refuse(client, *refusal).await,
+        }
+    }
+
+    async fn refuse<S: Transport>(&self, client: &mut Client<S>, refusal: Refusal) {
+        let Refusal { mut report, reason } = refusal;
+        let recent = self.endpoint.registry.registry().recent();
+        let label = self.endpoint.route.label();
+        recent.refused(self.id, label, reason, &report, Timestamp::now());
+        self.count_refusal(reason);
+        tracing::warn!(
+            session = self.id,
+            reason = reason.as_str(),
+            sqlstate = report.sqlstate,
+            detail = report.detail,
+            hint = report.hint,
+            "client refused: {}",
+            report.message
+        );
+        let mut detail = report.detail.take().unwrap_or_default();
+        if !detail.is_empty() {
+            detail.push(' ');
+        }
+        report.detail = Some(format!("{detail}(lakebase-proxy session {})", self.id));
+        if client.finish(&report.encode_fatal()).await {
+            client.linger().await;
+        }
+    }
+
+    pub(super) fn count_refusal(&self, reason: Reason) {
+        self.endpoint.metrics.clients_refused[reason].inc();
+    }
+}
+
+pub(super) fn shutting_down() -> Refusal {
+    Refusal {
+        report: Report::new(
+            sqlstate::CANNOT_CONNECT_NOW,
+            "lakebase-proxy is shutting down",
+        )
+        .with_hint("Connect again once it has restarted, or to another host."),
+        reason: Reason::ShuttingDown,
+    }
+}

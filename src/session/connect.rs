@@ -1,0 +1,228 @@
+//! From admission to the welcome: the registry entry, the server connection, and what the client is sent at login.
+
+use std::time::Duration;
+
+use bytes::BytesMut;
+use jiff::Timestamp;
+use tokio::time::{Instant, timeout};
+
+use super::{
+    CancelKeys, Session,
+    access::Access,
+    cancel::{Registration, Target},
+    client::Client,
+    close::{Closing, shutting_down},
+    logged_in::LoggedIn,
+};
+use crate::{
+    net::socket::Transport,
+    protocol::{
+        backend::welcome,
+        error::{Report, sqlstate},
+        options::SessionSettings,
+    },
+    shutdown::Phase,
+    status::{ClientInfo, Rejected, Server, SessionEntry},
+    telemetry::labels::Reason,
+    upstream::{self, Connection, Refusal},
+};
+
+/// From this wait on the client is sent a notice about it.
+const LONG_WAIT: Duration = Duration::from_secs(1);
+
+/// A client with an entry in the registry, which counts against the connection limit.
+pub(super) struct Admitted<'a> {
+    access: Access<'a>,
+    entry: SessionEntry,
+    began_waiting: Instant,
+}
+
+/// A client with a server connection.
+pub(super) struct Connected<'a> {
+    session: &'a Session<'a>,
+    negotiation: BytesMut,
+    entry: SessionEntry,
+    connection: Connection,
+    /// How long the client waited because the endpoint was waking.
+    woke_after: Option<Duration>,
+    began: Instant,
+}
+
+impl<'a> Access<'a> {
+    /// Registers the session, unless the proxy or the endpoint is shutting down or the limit is reached.
+    pub(super) fn admit(self) -> Result<Admitted<'a>, Closing> {
+        let Session {
+            endpoint, config, ..
+        } = self.session;
+        if endpoint.process.shutdown.phase() != Phase::Serving {
+            return Err(shutting_down().into());
+        }
+        let client = ClientInfo::new(self.session.peer, self.encryption, &self.startup);
+        let limit = config.max_connections;
+        let rejected = match endpoint.registry.enter(self.session.id, client, limit) {
+            Ok(entry) => {
+                return Ok(Admitted {
+                    access: self,
+                    entry,
+                    began_waiting: Instant::now(),
+                });
+            }
+            Err(rejected) => rejected,
+        };
+        Err(match rejected {
+            Rejected::Draining => Closing::refused(
+                Report::new(
+                    sqlstate::CANNOT_CONNECT_NOW,
+                    format!(
+                        "Lakebase endpoint {} is no longer among the settings of lakebase-proxy",
+                        endpoint.route.label()
+                    ),
+                )
+                .with_hint("Connect to another endpoint, or put it back and reload."),
+                Reason::ShuttingDown,
+            ),
+            Rejected::Limit => Closing::refused(
+                Report::new(
+                    sqlstate::TOO_MANY_CONNECTIONS,
+                    format!("sorry, too many clients already: lakebase-proxy takes {limit}"),
+                )
+                .with_hint("Close connections that are not used, or raise --max-connections."),
+                Reason::MaxConnections,
+            ),
+        })
+    }
+}
+
+impl<'a> Admitted<'a> {
+    /// Connects to the endpoint, unless the client leaves or the proxy shuts down first.
+    pub(super) async fn connect<S: Transport>(
+        self,
+        client: &mut Client<S>,
+    ) -> Result<Connected<'a>, Closing> {
+        let Self {
+            access,
+            entry,
+            began_waiting,
+        } = self;
+        let session = access.session;
+        let endpoint = session.endpoint;
+        let connected = tokio::select! {
+            connected = access.connect() => connected,
+            () = client.hang_up() => {
+                tracing::debug!(session = session.id, "client left while it was being logged in");
+                return Err(Closing::Silent);
+            }
+            () = endpoint.process.shutdown.draining().cancelled() => Err(shutting_down()),
+        };
+        let began = Instant::now();
+        let waited = began.duration_since(began_waiting);
+        endpoint.metrics.hold_seconds.observe(waited.as_secs_f64());
+        let upstream::Connected {
+            connection,
+            database,
+            woke_after,
+        } = connected.map_err(|refusal| access.hint_at_console(refusal))?;
+        tracing::debug!(session = session.id, after = ?waited, "session begins");
+        entry.connected(Server {
+            address: connection.address,
+            process_id: connection.greeting.key.map(|key| key.process_id),
+            database: database.into(),
+            waited,
+        });
+        if let Some(wait) = woke_after {
+            let recent = endpoint.registry.registry().recent();
+            recent.woke(endpoint.route.label(), wait, Timestamp::now());
+        }
+        Ok(Connected {
+            session,
+            negotiation: access.negotiation,
+            entry,
+            connection,
+            woke_after,
+            began,
+        })
+    }
+}
+
+impl Access<'_> {
+    async fn connect(&self) -> Result<upstream::Connected, Refusal> {
+        let Session {
+            endpoint, config, ..
+        } = self.session;
+        let limits = config.terms.limits;
+        let budget = limits.connect_timeout.min(limits.credential_timeout);
+        let upstream = endpoint.route.upstream(budget).await?;
+        let (database, fallback) = config.database_mapping.choose(
+            self.startup.parameter("user"),
+            self.startup.parameter("database"),
+            &upstream.endpoint().database,
+        );
+        let mut settings = SessionSettings::new(&self.startup, database);
+        settings.fallback_database = fallback;
+        upstream.connect(&settings, &config.terms).await
+    }
+
+    /// The client may have meant the console, which does not accept it.
+    fn hint_at_console(&self, mut refusal: Refusal) -> Refusal {
+        let console = self.session.endpoint.process.console.as_ref();
+        if refusal.report.sqlstate == sqlstate::UNDEFINED_DATABASE
+            && console.is_some_and(|console| console.is_named(&self.startup))
+        {
+            refusal.report.hint = Some(
+                "If the proxy's own console is meant: it answers on the Unix socket (--unix-socket), and on TCP with --admin-console."
+                    .to_owned(),
+            );
+        }
+        refusal
+    }
+}
+
+impl<'a> Connected<'a> {
+    /// Sends AuthenticationOk to ReadyForQuery.
+    pub(super) async fn welcome<S: Transport>(
+        self,
+        client: &mut Client<S>,
+    ) -> Result<LoggedIn<'a>, Closing> {
+        let session = self.session;
+        let endpoint = session.endpoint;
+        let Connection {
+            stream,
+            leftover,
+            mut greeting,
+            address,
+            gauge,
+        } = self.connection;
+        let registration = greeting
+            .key
+            .map(|key| endpoint.cancel_keys.register(Target { address, key }));
+        let key = registration
+            .as_ref()
+            .map_or_else(CancelKeys::unused_key, Registration::key);
+        if let Some(wait) = self.woke_after.filter(|wait| *wait >= LONG_WAIT) {
+            let notice = format!(
+                "Lakebase endpoint {} woke after {:.1} s",
+                endpoint.route.label(),
+                wait.as_secs_f64()
+            );
+            let notice = Report::new("00000", notice).encode_notice();
+            greeting.notices.extend_from_slice(&notice);
+        }
+        let mut message = self.negotiation;
+        let status = &greeting.parameter_status;
+        message.extend_from_slice(&welcome(status, key, &greeting.notices));
+        let sent = timeout(session.config.client_login_timeout, client.send(&message)).await;
+        if !matches!(sent, Ok(Ok(()))) {
+            tracing::debug!(session = session.id, "client did not take its welcome");
+            return Err(Closing::Silent);
+        }
+        Ok(LoggedIn {
+            session,
+            server: stream,
+            leftover,
+            began: self.began,
+            entry: self.entry,
+            connected: gauge,
+            registration,
+        })
+    }
+}

@@ -1,0 +1,77 @@
+//! What sessions share: per process and per endpoint.
+
+use std::{sync::Arc, time::Duration};
+
+use arc_swap::ArcSwap;
+
+use super::{AccessPolicy, CancelKeys, Console, LostSessions};
+use crate::{
+    config::DatabaseMapping,
+    shutdown::Shutdown,
+    status::EndpointSessions,
+    telemetry::Metrics,
+    upstream::{Route, Terms},
+};
+
+/// Shared by all sessions of the process.
+pub struct ProcessContext {
+    /// The configuration in force.
+    pub config: SharedConfig,
+    /// The phase of the shutdown.
+    pub shutdown: Shutdown,
+    /// The admin console.
+    pub console: Option<Arc<dyn Console>>,
+}
+
+/// Shared by all sessions of one endpoint.
+pub struct EndpointContext {
+    /// The process.
+    pub process: Arc<ProcessContext>,
+    /// Leads to the endpoint once that has been found.
+    pub route: Route,
+    /// The endpoint's sessions in the registry.
+    pub registry: EndpointSessions,
+    /// The cancel keys of its sessions.
+    pub cancel_keys: Arc<CancelKeys>,
+    /// Its metrics.
+    pub metrics: Arc<Metrics>,
+    /// Logs the sessions that it ends.
+    pub lost_sessions: Arc<LostSessions>,
+}
+
+impl EndpointContext {
+    /// A context without sessions yet.
+    pub(crate) fn new(
+        process: Arc<ProcessContext>,
+        route: Route,
+        registry: EndpointSessions,
+        metrics: Arc<Metrics>,
+    ) -> Self {
+        Self {
+            lost_sessions: Arc::new(LostSessions::new(route.label().clone())),
+            process,
+            route,
+            registry,
+            cancel_keys: Arc::default(),
+            metrics,
+        }
+    }
+}
+
+/// The configuration that a session takes a snapshot of at its start; a reload affects new sessions only.
+#[derive(Clone, Debug)]
+pub struct SessionConfig {
+    /// Who may connect, and how.
+    pub access: Arc<AccessPolicy>,
+    /// The meaning of the database names that clients send.
+    pub database_mapping: DatabaseMapping,
+    /// Time for a client to complete its handshake.
+    pub client_login_timeout: Duration,
+    /// Maximum concurrent sessions of the process.
+    pub max_connections: usize,
+    /// Timeouts and keepalive towards the endpoint.
+    pub terms: Terms,
+}
+
+/// The configuration in force; loading it takes no lock.
+pub type SharedConfig = Arc<ArcSwap<SessionConfig>>;
