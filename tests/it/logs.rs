@@ -7,7 +7,10 @@ use std::{
 
 use lakebase_proxy::emulator::{Action, Emulator, Response, ServerError, Site};
 use rustix::io::ioctl_fionbio;
-use tokio::io::AsyncReadExt;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+};
 
 use crate::harness::{
     self,
@@ -144,7 +147,15 @@ async fn clog(proxy: &Binary) -> u64 {
     };
     set_filter("trace").await;
     within("lines are dropped", async {
-        while dropped(proxy).await == 0 {}
+        while dropped(proxy).await == 0 {
+            let refused = (0..100).map(|_| async {
+                let mut client = TcpStream::connect(proxy.postgres).await.unwrap();
+                // Protocol 2.0, which is refused with a line.
+                client.write_all(&[0, 0, 0, 8, 0, 2, 0, 0]).await.unwrap();
+                client.read_to_end(&mut Vec::new()).await.unwrap();
+            });
+            futures_util::future::join_all(refused).await;
+        }
     })
     .await;
     set_filter("warn,lakebase_proxy=info").await;
