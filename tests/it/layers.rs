@@ -24,10 +24,7 @@ const LAYERS: &[&[&str]] = &[
 const EMULATOR: &str = "emulator";
 const OF_EMULATOR: &[&str] = &["net", "protocol", "telemetry", "clock", "shutdown"];
 /// Imports that are still to go, with who removes them.
-const PENDING: &[(&str, &str, &str)] = &[
-    ("config", "workspace", "workspace"),
-    ("session", "console", "status"),
-];
+const PENDING: &[(&str, &str, &str)] = &[("config", "workspace", "workspace")];
 /// Modules that are still to go, with who moves them.
 const LEAVING: &[(&str, &str)] = &[
     ("descriptors", "config"),
@@ -36,7 +33,6 @@ const LEAVING: &[(&str, &str)] = &[
     ("overview", "status"),
     ("remote", "config"),
     ("token", "config"),
-    ("workers", "session"),
 ];
 
 /// What each module imports, each with a file that does.
