@@ -22,8 +22,6 @@
 //! | [`session`] | one client from accept to close |
 //! | [`net`] | sockets of clients and servers |
 //! | [`upstream`] | reaching the endpoint: dial, TLS, login, failure classes, holding while it wakes |
-//! | [`descriptors`] | the limit of open files |
-//! | `files` | reading regular files of bounded length; a leaf that all may use |
 //! | [`credential`] | the life of the database credential |
 //! | [`workspace`] | everything said to the Databricks workspace over HTTPS |
 //! | [`protocol`] | the Postgres wire protocol without I/O; the only room that knows `pgwire` |
@@ -36,9 +34,8 @@
 //! | [`overview`] | what can be said of the running program, for those two |
 //! | [`exec`] | the proxy as the parent of one program |
 //! | [`systemd`] | what a service manager is told |
-//! | [`remote`] | `wait` and `shutdown`: errands at a proxy that runs already |
 //! | `notes` | the notes page: a client of our own listener |
-//! | `emulator`, `demo` | a Lakebase for one machine; the proxy never imports them |
+//! | `emulator` | a Lakebase for one machine; the proxy never imports it |
 //!
 //! Arrows go downwards only; `credential` knows the workspace through the trait [`credential::Mint`] alone.
 
@@ -49,27 +46,21 @@ pub mod clock;
 pub mod config;
 pub mod console;
 pub mod credential;
-#[cfg(feature = "demo")]
-pub mod demo;
-pub mod descriptors;
 pub mod doctor;
 #[cfg(feature = "demo")]
 pub mod emulator;
 pub mod exec;
 mod expiry;
-pub(crate) mod files;
 pub mod listener;
 pub mod net;
 #[cfg(feature = "notes")]
 pub mod notes;
 pub mod overview;
 pub mod protocol;
-pub mod remote;
 pub mod session;
 pub mod shutdown;
 pub mod status;
 pub mod systemd;
 pub mod telemetry;
-pub mod token;
 pub mod upstream;
 pub mod workspace;

@@ -20,7 +20,7 @@ pub use self::{
     endpoints::{Endpoints, Served},
     error::StartError,
     reload::{RefusedReload, Reloaded, Reloader},
-    running::{Running, Target},
+    running::Running,
 };
 use self::{
     locate::{Access, locate},
@@ -30,9 +30,8 @@ use crate::{
     clock::Clock,
     config::{Config, EndpointConfig, Roots, Settings},
     credential::{MintError, Minted},
-    descriptors,
     listener::{Bound, Inherited, Listener},
-    net::tls,
+    net::{descriptors, tls},
     systemd::Notifier,
     telemetry::{LogHandle, Metrics},
     upstream::Endpoint,

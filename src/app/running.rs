@@ -2,7 +2,6 @@
 
 use std::{fmt, future::pending, pin::pin, sync::Arc, time::Duration};
 
-use secrecy::SecretString;
 use tokio::{
     sync::watch,
     task::JoinSet,
@@ -14,6 +13,7 @@ use super::{Addresses, Ending, Endpoints, Served, StartError, outlook::Outlook, 
 use crate::{
     admin::Admin,
     credential::CredentialCell,
+    exec::Target,
     listener::{Bound, Way},
     protocol::error::{Report, sqlstate},
     status::Health,
@@ -52,19 +52,6 @@ impl fmt::Debug for Running {
             .field("addresses", &self.addresses)
             .finish_non_exhaustive()
     }
-}
-
-/// Where clients find the first endpoint here, and who and what they meet there.
-#[derive(Clone, Debug)]
-pub struct Target {
-    /// How a client on this machine gets in.
-    pub way: Way,
-    /// The password that they must know here, where there is one.
-    pub password: Option<SecretString>,
-    /// The role that they are upstream.
-    pub user: String,
-    /// The database that they get unless they name another.
-    pub database: String,
 }
 
 impl Running {

@@ -16,9 +16,8 @@ use crate::{
     config::{ClientTlsSetting, Config, EndpointConfig, Roots, Settings, WorkspaceSettings},
     console::Console,
     credential::CredentialCell,
-    descriptors,
     listener::{AbsentSockets, Listener, Runtimes},
-    net::tls,
+    net::{descriptors, tls},
     overview::Overview,
     session::{
         AccessPolicy, EndpointContext, KnownPassword, LocalPassword, ProcessContext,

@@ -23,6 +23,7 @@ impl Config {
     /// Merges the layers and validates the result.
     pub fn resolve(settings: Settings, environment: Environment) -> Result<Self, ConfigError> {
         let settings = settings.with_file()?;
+        let threads = threads(environment.threads.as_deref())?;
         let http = settings.http_port().at(settings.http_address());
         let notes = notes(&settings, environment.app_port.as_deref())?;
         let notes = notes.filter(|_| settings.notes());
@@ -64,7 +65,7 @@ impl Config {
                 .workspace
                 .with_profile(settings.profile().as_deref()),
             password_variables,
-            threads: threads(environment.threads.as_deref())?,
+            threads,
             http,
             notes,
             admin,

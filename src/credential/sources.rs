@@ -22,7 +22,7 @@ use super::{BoxFuture, Mint, MintError, MintErrorKind, Minted};
 use crate::{
     config::CredentialSource,
     expiry::Moment,
-    files::{self, Stamp},
+    net::file::{self, Stamp},
     workspace::CredentialMinter,
 };
 
@@ -103,11 +103,11 @@ impl PasswordFile {
         let unreadable =
             |error: io::Error| refused(format!("cannot read the password file `{path}`: {error}"));
         // Taken before the read, so that a change in between is noticed later.
-        let stamp = files::stamp(&self.path).await;
+        let stamp = file::stamp(&self.path).await;
         self.seen().read = stamp;
-        let bytes = files::read_off_runtime(self.path.clone(), MAX_LEN).await;
+        let bytes = file::read_off_runtime(self.path.clone(), MAX_LEN).await;
         let bytes = bytes.map_err(unreadable)?;
-        let text = files::text(&bytes).map_err(unreadable)?;
+        let text = file::text(&bytes).map_err(unreadable)?;
         let line = text.strip_suffix('\n').unwrap_or(text);
         let password = line.strip_suffix('\r').unwrap_or(line);
         if password.is_empty() {
@@ -125,7 +125,7 @@ impl PasswordFile {
         loop {
             let next = self.seen().next;
             sleep_until(next).await;
-            let now = files::stamp(&self.path).await;
+            let now = file::stamp(&self.path).await;
             let mut seen = self.seen();
             seen.next = Instant::now() + CHECK_INTERVAL;
             let is_settled = now == seen.checked;

@@ -1,6 +1,6 @@
-//! A process that we have started, up to its end.
+//! A child process from its start to its end.
 //!
-//! It is waited for by hand: as PID 1 we reap what is not ours as well, and a child that stops is of interest.
+//! Its status is collected here instead of by tokio: as PID 1, the proxy reaps orphans too, and stopped children matter.
 
 use std::{io, os::unix::process::CommandExt, process::Command};
 
@@ -10,39 +10,39 @@ use rustix::{
 };
 use tokio::signal::unix::{self, SignalKind, signal};
 
-/// What a shell adds to the number of the signal that has killed a program.
+/// What shells add to the number of the signal that killed a program.
 const KILLED_BY: u8 = 128;
 
-/// What happens to a child.
+/// A change of a child's state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Event {
-    /// It has ended with this code, 128 and more when killed.
+    /// It ended with this code; 128 and more if a signal killed it.
     Ended(u8),
     /// It is stopped, as by job control.
     Stopped,
 }
 
-/// Whose status is collected.
+/// The processes whose status is collected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Reap {
-    /// That of every process without another parent: right only where nobody else starts any.
-    Everyone,
-    /// The child's alone.
+    /// Every child and orphan. Only for a process that starts no other children.
+    All,
+    /// The child alone.
     Own,
 }
 
-/// A child that has been started. Dropping it leaves it alone.
+/// A running child. Dropping it does not end it.
 #[derive(Debug)]
-pub(super) struct Child {
+pub(crate) struct Child {
     pid: Pid,
     reap: Reap,
     changes: unix::Signal,
 }
 
 impl Child {
-    /// Starts it, with our standard streams.
+    /// Starts it with the standard streams of this process.
     pub(super) fn spawn(command: &mut Command, reap: Reap) -> io::Result<Self> {
-        // Before the start, lest its end be missed.
+        // Before the start, so that its end is not missed.
         let changes = signal(SignalKind::child())?;
         let id = command.spawn()?.id();
         let pid = i32::try_from(id).ok().and_then(Pid::from_raw);
@@ -54,42 +54,42 @@ impl Child {
     }
 
     /// Its process id.
-    pub(super) fn id(&self) -> i32 {
+    pub(crate) fn id(&self) -> i32 {
         self.pid.as_raw_nonzero().get()
     }
 
-    /// Sends it a signal. Only until it has ended: then its id may be another's.
+    /// Sends it a signal. Must not be called after its end, as the process id may be reused.
     pub(super) fn send(&self, signal: Signal) {
         if let Err(error) = kill_process(self.pid, signal) {
-            tracing::warn!(%error, signal = signal.as_raw(), "cannot pass a signal on");
+            tracing::warn!(%error, signal = signal.as_raw(), "cannot forward a signal");
         }
     }
 
-    /// The next thing that happens to it. Cancel safe.
+    /// The next change. Cancel safe.
     pub(super) async fn next(&mut self) -> Event {
         loop {
-            if let Some(event) = self.look() {
+            if let Some(event) = self.poll() {
                 return event;
             }
-            // Not before we end ourselves does the stream.
+            // The stream ends with the runtime only.
             if self.changes.recv().await.is_none() {
                 std::future::pending::<()>().await;
             }
         }
     }
 
-    fn look(&self) -> Option<Event> {
+    fn poll(&self) -> Option<Event> {
         loop {
             let seen = match self.reap {
-                Reap::Everyone => wait(WaitOptions::NOHANG),
+                Reap::All => wait(WaitOptions::NOHANG),
                 Reap::Own => waitpid(Some(self.pid), WaitOptions::NOHANG | WaitOptions::UNTRACED),
             };
             match seen {
                 Ok(Some((pid, status))) if pid == self.pid => return Some(event(status)),
-                // An orphan, buried; there may be more.
+                // An orphan was reaped; there may be more.
                 Ok(Some(_)) | Err(Errno::INTR) => {}
                 Ok(None) => return None,
-                // Somebody else has collected the status: it has ended, and nobody knows how.
+                // The status was collected elsewhere; the exit code is unknown.
                 Err(_) => return Some(Event::Ended(1)),
             }
         }
@@ -108,14 +108,14 @@ fn event(status: WaitStatus) -> Event {
     })
 }
 
-/// The exit code of a program that a signal has ended.
+/// The exit code of a program that a signal killed.
 pub(super) fn killed_by(signal: Signal) -> u8 {
     KILLED_BY.saturating_add(u8::try_from(signal.as_raw()).unwrap_or(0))
 }
 
-/// A command that is this very program with other arguments.
-pub(super) fn ourselves(name: &std::ffi::OsStr) -> Command {
-    // Right also when the file has been replaced meanwhile; without /proc the name has to do.
+/// A command that runs this executable again.
+pub(super) fn this_executable(name: &std::ffi::OsStr) -> Command {
+    // Still correct after the file has been replaced; without /proc, the name is used.
     let this = std::path::Path::new("/proc/self/exe");
     let mut command = Command::new(if this.exists() {
         this.as_os_str()

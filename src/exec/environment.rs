@@ -1,12 +1,12 @@
-//! The environment of the program we run: ours, but with a database that needs no password.
+//! The environment of the child: that of the proxy, with the proxy as database server.
 
 use std::ffi::{OsStr, OsString};
 
-use secrecy::ExposeSecret;
+use secrecy::{ExposeSecret, SecretString};
 
-use crate::{app::Target, listener::Way};
+use crate::listener::Way;
 
-/// What would lead a client elsewhere, or make it ask for what a local connection has not.
+/// Variables that would lead a client elsewhere, or require what a local connection does not have.
 const REMOVED: [&str; 16] = [
     "NOTIFY_SOCKET",
     "PGCHANNELBINDING",
@@ -26,25 +26,38 @@ const REMOVED: [&str; 16] = [
     "PGSSLROOTCERT",
 ];
 
-/// The service manager's sockets and our own settings are for us, not for our child.
+/// The service manager's sockets and the proxy's own settings.
 const REMOVED_PREFIXES: [&str; 2] = ["LISTEN_", "LAKEBASE_PROXY_"];
 
-/// A shorter secret is looked for by name alone: its value may stand in others by chance.
-const SHORTEST_SECRET: usize = 8;
+/// Shorter secrets are matched by name only, as other values may contain them by chance.
+const MIN_SECRET_LEN: usize = 8;
 
 const DATABASE_URL: &str = "DATABASE_URL";
 
-/// Which secrets the child does not get.
+/// The proxy's listener for clients on this machine.
+#[derive(Clone, Debug)]
+pub struct Target {
+    /// Its address.
+    pub way: Way,
+    /// The local password, if there is one.
+    pub password: Option<SecretString>,
+    /// The role at the endpoint.
+    pub user: String,
+    /// The default database.
+    pub database: String,
+}
+
+/// Whether the child gets variables that hold secrets.
 #[derive(Clone, Debug, Default)]
-pub enum Secrets {
-    /// None is taken away: the program may use the workspace itself.
+pub(crate) enum Secrets {
+    /// It does, as it may use the workspace itself.
     #[default]
     Kept,
-    /// These variables are taken away, and every other that holds one of their values.
+    /// These variables are removed, and all others that contain one of their values.
     Stripped(Vec<String>),
 }
 
-/// The child's variables, from those that we have inherited.
+/// The child's variables.
 pub(super) fn variables(
     inherited: impl IntoIterator<Item = (OsString, OsString)>,
     target: &Target,
@@ -63,13 +76,13 @@ pub(super) fn variables(
     let mut variables: Vec<(OsString, OsString)> = inherited
         .iter()
         .filter(|(name, value)| {
-            // An empty one counts as unset, as everywhere here.
+            // An empty variable counts as unset.
             let no_url = name == DATABASE_URL && value.is_empty();
             !replaced(name)
                 && !no_url
                 && !is_removed(name)
                 && !is_secret(name, secrets)
-                && !values.iter().any(|secret| holds(value, secret))
+                && !values.iter().any(|secret| contains(value, secret))
         })
         .cloned()
         .collect();
@@ -101,17 +114,17 @@ fn is_secret(name: &OsStr, secrets: &Secrets) -> bool {
     }
 }
 
-/// What the secret variables hold: a copy under another name, or inside an address, is as secret.
+/// The secret values: copies in other variables, or inside a URL, are secret too.
 fn secret_values<'a>(inherited: &'a [(OsString, OsString)], secrets: &Secrets) -> Vec<&'a [u8]> {
     inherited
         .iter()
         .filter(|(name, _)| is_secret(name, secrets))
         .map(|(_, value)| value.as_encoded_bytes().trim_ascii())
-        .filter(|value| value.len() >= SHORTEST_SECRET)
+        .filter(|value| value.len() >= MIN_SECRET_LEN)
         .collect()
 }
 
-fn holds(value: &OsStr, secret: &[u8]) -> bool {
+fn contains(value: &OsStr, secret: &[u8]) -> bool {
     value
         .as_encoded_bytes()
         .windows(secret.len())
@@ -126,7 +139,7 @@ fn url(target: &Target) -> String {
     }
     let database = percent_encoded(&target.database);
     match &target.way {
-        // SocketAddr writes an IPv6 address in brackets, as a URL wants it.
+        // SocketAddr writes IPv6 addresses in brackets, as URLs need.
         Way::Tcp(address) => format!("postgresql://{user}@{address}/{database}?sslmode=disable"),
         Way::Unix { port, .. } => {
             let host = percent_encoded(&target.way.host());
@@ -135,7 +148,7 @@ fn url(target: &Target) -> String {
     }
 }
 
-/// Everything but RFC 3986's unreserved characters is encoded, which is right in every part of a URL.
+/// Encodes all but the unreserved characters of RFC 3986, which is valid in every part of a URL.
 fn percent_encoded(text: &str) -> String {
     text.bytes()
         .map(|byte| match byte {
@@ -175,7 +188,7 @@ mod tests {
     }
 
     #[test]
-    fn the_child_is_led_to_us() {
+    fn the_child_connects_to_the_proxy() {
         let inherited = [
             ("PGHOST", "ep.database.cloud.databricks.com"),
             ("PGSSLMODE", "require"),
@@ -201,7 +214,7 @@ mod tests {
     }
 
     #[test]
-    fn the_proxys_own_password_is_handed_down() {
+    fn the_child_gets_the_local_password() {
         let target = Target {
             way: Way::Tcp("127.0.0.1:6000".parse().unwrap()),
             password: Some("p@ss".into()),
@@ -220,7 +233,7 @@ mod tests {
     }
 
     #[test]
-    fn a_unix_socket_is_named_by_its_directory() {
+    fn a_unix_socket_is_given_as_its_directory() {
         let target = Target {
             way: Way::Unix {
                 directory: "/run/my app".into(),
@@ -240,7 +253,7 @@ mod tests {
     }
 
     #[test]
-    fn what_would_lead_elsewhere_is_gone() {
+    fn variables_that_lead_elsewhere_are_removed() {
         let names = [
             "PGPASSWORD",
             "PGPASSFILE",
@@ -285,7 +298,7 @@ mod tests {
     }
 
     #[test]
-    fn a_database_url_of_its_own_is_kept_and_an_empty_one_is_none() {
+    fn a_database_url_is_kept_unless_empty() {
         let own = child(&[("DATABASE_URL", "sqlite://x")], &Secrets::Kept);
         assert_eq!(own["DATABASE_URL"], "sqlite://x");
         let empty = child(&[("DATABASE_URL", "")], &Secrets::Kept);
@@ -293,7 +306,7 @@ mod tests {
     }
 
     #[test]
-    fn secrets_are_stripped_when_asked() {
+    fn secrets_are_stripped_on_request() {
         let inherited = [
             ("MY_PASSWORD", "s"),
             ("MY_OIDC", "a-long-secret"),
@@ -307,7 +320,7 @@ mod tests {
         for name in ["MY_PASSWORD", "MY_OIDC", "COPY", "INSIDE"] {
             assert!(!stripped.contains_key(name), "{name}");
         }
-        // Too short to be looked for by its value.
+        // Too short to be matched by value.
         assert!(stripped.contains_key("DATABRICKS_HOST") && stripped.contains_key("LETTER"));
         assert!(child(&inherited, &Secrets::Kept).contains_key("MY_OIDC"));
     }

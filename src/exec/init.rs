@@ -1,18 +1,18 @@
-//! PID 1 of a container: bury orphans, pass signals on, end with the exit code of the one that counts.
+//! PID 1 of a container: reaps orphans, forwards signals, and ends with the exit code of its child.
 //!
-//! The proxy itself then runs as our child, so that its own children (a credential command, the program of `exec`) are
-//! its own to wait for: two who collect the status of all comers would steal each other's.
+//! The proxy runs as that child, so that it can wait for its own children (a credential command, the program of `exec`):
+//! within one process, the reaper of all would collect their status first.
 
 use std::{ffi::OsString, io, process::ExitCode};
 
 use rustix::process::Signal;
 
 use super::{
-    child::{Child, Event, Reap, ourselves},
-    signals::{Signals, terminal_is_ours},
+    child::{Child, Event, Reap, this_executable},
+    signals::{Signals, is_in_foreground},
 };
 
-/// Runs this program again with the same arguments, as a child, and returns its exit code.
+/// Runs this executable as a child with the same arguments; returns its exit code.
 pub fn run(arguments: &[OsString]) -> io::Result<ExitCode> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -20,7 +20,7 @@ pub fn run(arguments: &[OsString]) -> io::Result<ExitCode> {
     runtime.block_on(async {
         let mut signals = Signals::catch()?;
         let (name, arguments) = arguments.split_first().ok_or(io::ErrorKind::InvalidInput)?;
-        let mut child = Child::spawn(ourselves(name).args(arguments), Reap::Everyone)?;
+        let mut child = Child::spawn(this_executable(name).args(arguments), Reap::All)?;
         loop {
             tokio::select! {
                 event = child.next() => if let Event::Ended(code) = event {
@@ -28,7 +28,7 @@ pub fn run(arguments: &[OsString]) -> io::Result<ExitCode> {
                 },
                 signal = signals.next() => {
                     let from_keys = [Signal::INT, Signal::QUIT].contains(&signal);
-                    if !(from_keys && terminal_is_ours()) {
+                    if !(from_keys && is_in_foreground()) {
                         child.send(signal);
                     }
                 }

@@ -1,9 +1,8 @@
-//! The last step before the program: this binary as the child, which sets what a process can set only for itself, and then
-//! becomes the program.
+//! The last step before the program: this executable as the child sets what a process can set only for itself, and is then
+//! replaced by the program.
 //!
-//! That is the limit of open files as it was before ours was raised, and the signal that the kernel sends when the parent
-//! has died: without it a program whose `exec` was killed by SIGKILL lives on, with a database that is gone. Between `fork`
-//! and `exec` this would be `unsafe`.
+//! It restores the file descriptor limit, and requests a signal for the death of the parent: otherwise the program would
+//! survive a SIGKILL of `exec`, without its database. Doing this between `fork` and `exec` would need `unsafe`.
 
 use std::{
     ffi::{OsStr, OsString},
@@ -15,23 +14,22 @@ use std::{
 use rustix::process::{Pid, Signal, getpid, getppid, set_parent_process_death_signal};
 
 use super::{
-    ExecError,
-    child::{killed_by, ourselves},
+    SpawnError,
+    child::{killed_by, this_executable},
 };
-use crate::descriptors::DescriptorLimit;
+use crate::net::descriptors::DescriptorLimit;
 
-/// Stands before the parent's id, the limit, and the program with its arguments.
+/// The hidden subcommand, followed by the parent's id, the limit, and the program with its arguments.
 const LAUNCH: &str = "__launch";
-/// When the parent has died: the program may end its own children and what it is about. Whoever ends `exec` by SIGKILL
-/// after a SIGTERM has had it sent to the program already.
+/// Sent when the parent has died, so that the program can shut down in order.
 const PARENT_DIED: Signal = Signal::TERM;
 
-/// A command that becomes `program`, a name and arguments, with this limit of open files, and that ends with us.
+/// A command for `program`, a name and arguments, with this file descriptor limit, that ends with this process.
 ///
-/// It must be started by a thread that lives as long as the process: the kernel takes that thread's end for the parent's.
+/// Must be spawned by the main thread: the kernel takes the end of the spawning thread for the parent's death.
 pub(super) fn command(program: &[OsString], descriptors: &DescriptorLimit) -> Command {
     let name = std::env::args_os().next().unwrap_or_default();
-    let mut command = ourselves(&name);
+    let mut command = this_executable(&name);
     command
         .arg(LAUNCH)
         .arg(getpid().as_raw_nonzero().to_string())
@@ -40,28 +38,26 @@ pub(super) fn command(program: &[OsString], descriptors: &DescriptorLimit) -> Co
     command
 }
 
-/// Becomes the program if that is what these arguments ask for; returns the failure if it cannot.
-///
-/// # Errors
-/// The exit code after the parent has died meanwhile is no error.
-pub fn run(arguments: &[OsString]) -> Option<Result<ExitCode, ExecError>> {
+/// Runs the program if the arguments are those of [`command`]. Returns an exit code if the parent has died, and an error if the
+/// program cannot be run.
+pub fn run(arguments: &[OsString]) -> Option<Result<ExitCode, SpawnError>> {
     let [_, word, parent, limit, program @ ..] = arguments else {
         return None;
     };
     if word != LAUNCH {
         return None;
     }
-    Some(become_program(parent, limit, program))
+    Some(exec_program(parent, limit, program))
 }
 
-fn become_program(
+fn exec_program(
     parent: &OsStr,
     limit: &OsStr,
     program: &[OsString],
-) -> Result<ExitCode, ExecError> {
+) -> Result<ExitCode, SpawnError> {
     let (name, arguments) = program.split_first().unzip();
     let name = name.cloned().unwrap_or_default();
-    let spawn = |source| ExecError::Spawn {
+    let spawn = |source| SpawnError {
         command: name.to_string_lossy().into_owned(),
         source,
     };
@@ -73,7 +69,7 @@ fn become_program(
     let limit = number(limit).ok_or_else(|| spawn(io::ErrorKind::InvalidInput.into()))?;
     DescriptorLimit::lower_to(limit).map_err(|error| spawn(error.into()))?;
     set_parent_process_death_signal(Some(PARENT_DIED)).map_err(|error| spawn(error.into()))?;
-    // It may have died before that: then the signal does not come.
+    // If the parent has died before, no signal is sent.
     if getppid() != Some(parent) {
         return Ok(ExitCode::from(killed_by(PARENT_DIED)));
     }

@@ -1,4 +1,4 @@
-//! The signals that are passed on, and which of them the terminal has delivered already.
+//! The signals to forward, except those that the terminal has delivered to the child already.
 
 use std::{
     fs::{self, File},
@@ -15,7 +15,7 @@ use tokio::signal::unix::{self, SignalKind, signal};
 
 use crate::shutdown::{MEANINGLESS, has_terminal};
 
-/// Passed on whoever sends them. USR1, USR2 and WINCH mean something to gunicorn, nginx and others.
+/// Always forwarded. gunicorn, nginx and others handle USR1, USR2 and WINCH.
 const ALWAYS: [Signal; 7] = [
     Signal::TERM,
     Signal::HUP,
@@ -26,21 +26,21 @@ const ALWAYS: [Signal; 7] = [
     Signal::WINCH,
 ];
 
-/// Job control: left to the kernel where there is a terminal, so that we stop and go on with our child.
+/// Job control, forwarded only without a terminal: with one, the kernel stops and continues both processes.
 const WITHOUT_TERMINAL: [Signal; 3] = [Signal::TSTP, Signal::TTIN, Signal::TTOU];
 
-/// Signals to pass on, caught from the moment this is made.
+/// Handlers of the signals to forward.
 #[derive(Debug)]
-pub struct Signals {
-    passed_on: Vec<(Signal, unix::Signal)>,
-    /// Caught, so that they do not end us.
-    _meaningless: Vec<unix::Signal>,
+pub(crate) struct Signals {
+    forwarded: Vec<(Signal, unix::Signal)>,
+    /// Handled so that they do not end the process.
+    _ignored: Vec<unix::Signal>,
 }
 
 impl Signals {
-    /// Catches them. What was ignored when we began stays ignored, in our child too: `nohup` and a shell's `&` rely on
-    /// that. SIGTERM is always caught.
-    pub fn catch() -> io::Result<Self> {
+    /// Installs the handlers. Signals that are ignored stay ignored, in the child too, as `nohup` and a shell's `&` rely on
+    /// that. SIGTERM is always handled.
+    pub(crate) fn catch() -> io::Result<Self> {
         let ignored = ignored();
         let job_control: &[Signal] = if has_terminal() {
             &[]
@@ -49,25 +49,25 @@ impl Signals {
         };
         let is_ignored = |which: Signal| ignored >> which.as_raw().saturating_sub(1) & 1 == 1;
         let catch = |which: Signal| signal(SignalKind::from_raw(which.as_raw()));
-        let mut passed_on = Vec::new();
+        let mut forwarded = Vec::new();
         for &which in ALWAYS.iter().chain(job_control) {
             if which == Signal::TERM || !is_ignored(which) {
-                passed_on.push((which, catch(which)?));
+                forwarded.push((which, catch(which)?));
             }
         }
-        let meaningless = MEANINGLESS
+        let unforwarded = MEANINGLESS
             .into_iter()
             .filter(|which| !ALWAYS.contains(which) && !is_ignored(*which));
         Ok(Self {
-            passed_on,
-            _meaningless: meaningless.map(catch).collect::<io::Result<_>>()?,
+            forwarded,
+            _ignored: unforwarded.map(catch).collect::<io::Result<_>>()?,
         })
     }
 
-    /// The next one. Cancel safe.
-    pub async fn next(&mut self) -> Signal {
+    /// The next signal. Cancel safe.
+    pub(crate) async fn next(&mut self) -> Signal {
         poll_fn(|cx| {
-            for (which, stream) in &mut self.passed_on {
+            for (which, stream) in &mut self.forwarded {
                 if let Poll::Ready(Some(())) = stream.poll_recv(cx) {
                     return Poll::Ready(*which);
                 }
@@ -77,8 +77,8 @@ impl Signals {
         .await
     }
 
-    /// The next that ends a program by default; the others pass unseen. Cancel safe.
-    pub async fn ending(&mut self) -> Signal {
+    /// The next signal that ends a program; others are dropped. Cancel safe.
+    pub(crate) async fn ending(&mut self) -> Signal {
         loop {
             let signal = self.next().await;
             if [Signal::TERM, Signal::INT, Signal::QUIT, Signal::HUP].contains(&signal) {
@@ -88,13 +88,13 @@ impl Signals {
     }
 }
 
-/// Whether we are in the terminal's foreground: then INT and QUIT come from its keys, and our child has had them too.
-pub(super) fn terminal_is_ours() -> bool {
+/// Whether this process is in the terminal's foreground: then keys send INT and QUIT to the child as well.
+pub(super) fn is_in_foreground() -> bool {
     File::open("/dev/tty")
         .is_ok_and(|terminal| tcgetpgrp(&terminal).is_ok_and(|foreground| foreground == getpgrp()))
 }
 
-/// The signals ignored now, a bit each from 1 on; none where the system does not tell.
+/// The ignored signals, one bit each from 1 on; none if the system does not report them.
 fn ignored() -> u64 {
     fs::read_to_string("/proc/self/status")
         .ok()

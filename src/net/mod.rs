@@ -4,6 +4,8 @@
 
 pub(crate) mod backoff;
 pub(crate) mod bulk;
+pub mod descriptors;
+pub(crate) mod file;
 pub mod http;
 pub(crate) mod message;
 pub mod socket;

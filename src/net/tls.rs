@@ -17,7 +17,8 @@ use rustls::{
 };
 use rustls_platform_verifier::Verifier;
 
-use crate::{config::Roots, files};
+use super::file;
+use crate::config::Roots;
 
 /// Longest file of certificates or keys that is read, in bytes; the roots of a whole system take a quarter of a million.
 pub(crate) const MAX_PEM: u64 = 4 * 1024 * 1024;
@@ -34,7 +35,7 @@ pub(crate) fn fingerprint(roots: &Roots) -> Option<Fingerprint> {
     let Roots::File(path) = roots else {
         return None;
     };
-    let bytes = files::read(path, MAX_PEM).ok()?;
+    let bytes = file::read(path, MAX_PEM).ok()?;
     let digest = digest::digest(&digest::SHA256, &bytes);
     digest.as_ref().try_into().ok()
 }
@@ -106,7 +107,7 @@ fn read_roots(path: &Path) -> Result<RootCertStore, TlsError> {
         source,
     };
     let mut store = RootCertStore::empty();
-    let bytes = files::read(path, MAX_PEM).map_err(|error| unreadable(pem::Error::Io(error)))?;
+    let bytes = file::read(path, MAX_PEM).map_err(|error| unreadable(pem::Error::Io(error)))?;
     for certificate in CertificateDer::pem_slice_iter(&bytes) {
         store
             .add(certificate.map_err(unreadable)?)

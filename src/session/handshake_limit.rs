@@ -18,7 +18,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    descriptors::{self, DescriptorLimit},
+    net::descriptors::{self, DescriptorLimit},
     status::Peer,
 };
 

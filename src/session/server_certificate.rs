@@ -27,8 +27,10 @@ use tokio::time::Instant;
 
 use crate::{
     config::ClientTls,
-    files,
-    net::tls::{ALPN_POSTGRESQL, MAX_PEM, provider},
+    net::{
+        file,
+        tls::{ALPN_POSTGRESQL, MAX_PEM, provider},
+    },
     telemetry::chain,
 };
 
@@ -214,7 +216,7 @@ impl Files {
             path: self.certificate.clone(),
             source,
         };
-        let bytes = files::read(&self.certificate, MAX_PEM)
+        let bytes = file::read(&self.certificate, MAX_PEM)
             .map_err(|error| bad_certificate(pem::Error::Io(error)))?;
         let chain: Vec<_> = CertificateDer::pem_slice_iter(&bytes)
             .collect::<Result<_, _>>()
@@ -224,7 +226,7 @@ impl Files {
                 path: self.certificate.clone(),
             });
         }
-        let key = files::read(&self.key, MAX_PEM)
+        let key = file::read(&self.key, MAX_PEM)
             .map_err(pem::Error::Io)
             .and_then(|bytes| PrivateKeyDer::from_pem_slice(&bytes))
             .map_err(|source| ClientTlsError::File {

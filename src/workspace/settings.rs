@@ -19,7 +19,7 @@ use super::{
 };
 use crate::{
     config::{Attribute, Origin, WorkspaceSettings},
-    files,
+    net::file,
 };
 
 /// The section for the CLI's own settings: the default profile and the storage of tokens.
@@ -225,8 +225,8 @@ fn has_password(address: &str) -> bool {
 
 /// The file's text; `None` where it does not exist.
 fn read(path: &Path) -> Result<Option<String>, WorkspaceError> {
-    let read = files::read(path, MAX_FILE);
-    match read.and_then(|bytes| files::text(&bytes).map(str::to_owned)) {
+    let read = file::read(path, MAX_FILE);
+    match read.and_then(|bytes| file::text(&bytes).map(str::to_owned)) {
         Ok(text) => Ok(Some(text)),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(source) => Err(WorkspaceError::File {

@@ -1,4 +1,4 @@
-//! The command line as people type it: help, mistakes, exit codes.
+//! The command line: help, errors, exit codes.
 
 use std::{
     ffi::OsStr,
@@ -24,7 +24,7 @@ const COMMANDS: [&str; 10] = [
     "wait",
 ];
 
-/// With no variable of whoever runs this.
+/// Without variables of this process.
 fn program(arguments: &[&str]) -> Command {
     let mut program = Command::new(env!("CARGO_BIN_EXE_lakebase-proxy"));
     program.args(arguments).env_clear().env("COLUMNS", "80");
@@ -69,7 +69,7 @@ fn the_help_names_every_command() {
 }
 
 #[test]
-fn a_command_line_that_makes_no_sense_is_exit_code_1_and_says_why() {
+fn an_invalid_command_line_exits_with_1_and_a_reason() {
     for (arguments, why) in [
         (&["--no-such-flag"][..], "--no-such-flag"),
         (&["no-such-command"], "no-such-command"),
@@ -85,7 +85,7 @@ fn a_command_line_that_makes_no_sense_is_exit_code_1_and_says_why() {
         (&["exec", "psql"], "psql"),
         (&["wait", "--max", "soon"], "not a length of time"),
         (&["wait", "--http-port", "none"], "--http-port is `none`"),
-        (&["shutdown", "--admin-port", "0"], "no port to ask at"),
+        (&["shutdown", "--admin-port", "0"], "no port to connect to"),
         (&["serve"], "hint: set ENDPOINT_NAME="),
         (&["exec", "--", "true"], "hint: set ENDPOINT_NAME="),
         (&["serve", "--config-file", "/nowhere"], "`/nowhere`"),
@@ -165,7 +165,7 @@ fn an_empty_variable_counts_as_unset() {
 }
 
 #[test]
-fn a_variable_that_is_no_text_is_named_and_never_taken_for_unset() {
+fn a_variable_that_is_not_utf_8_is_an_error() {
     for variable in [
         "LAKEBASE_PROXY_PORT",
         "LAKEBASE_PROXY_LOCAL_PASSWORD",
@@ -185,7 +185,7 @@ fn a_variable_that_is_no_text_is_named_and_never_taken_for_unset() {
 }
 
 #[test]
-fn a_number_of_workers_that_is_none_is_said_and_no_panic() {
+fn an_invalid_number_of_threads_is_an_error() {
     for nonsense in ["0", "many"] {
         let output = program(&["serve"])
             .env("TOKIO_WORKER_THREADS", nonsense)
@@ -199,7 +199,7 @@ fn a_number_of_workers_that_is_none_is_said_and_no_panic() {
 }
 
 #[test]
-fn what_kubernetes_says_of_a_service_called_like_us_is_no_setting() {
+fn variables_of_a_kubernetes_service_are_not_settings() {
     let output = program(&["wait", "--max", "10ms"])
         .env("LAKEBASE_PROXY_PORT", "tcp://10.96.0.7:5432")
         .env("LAKEBASE_PROXY_HTTP_PORT", "tcp://10.96.0.7:9090")
@@ -237,7 +237,7 @@ fn a_taken_port_names_the_flag_to_change() {
 }
 
 #[test]
-fn a_mistake_in_the_file_is_shown_where_it_is() {
+fn an_error_in_the_file_names_its_line() {
     for (file, words) in [
         (
             "max_connections = \"many\"",
@@ -260,7 +260,7 @@ fn a_mistake_in_the_file_is_shown_where_it_is() {
 }
 
 #[test]
-fn completions_are_what_the_shells_take() {
+fn completions_are_valid_shell_scripts() {
     for shell in ["bash", "elvish", "fish", "powershell", "zsh"] {
         let output = run(&["completions", shell]);
         assert_eq!(output.status.code(), Some(0), "{shell}");

@@ -11,7 +11,7 @@ use super::{
 };
 use crate::{
     config::{Attribute, AuthFamily},
-    files,
+    net::file,
     workspace::{CallError, api::Api},
 };
 
@@ -38,8 +38,8 @@ struct FileToken {
 
 impl FileToken {
     async fn read(&self) -> io::Result<String> {
-        let bytes = files::read_off_runtime(self.path.clone(), MAX_TOKEN).await?;
-        Ok(files::text(&bytes)?.trim().to_owned())
+        let bytes = file::read_off_runtime(self.path.clone(), MAX_TOKEN).await?;
+        Ok(file::text(&bytes)?.trim().to_owned())
     }
 }
 

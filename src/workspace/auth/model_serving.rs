@@ -11,7 +11,7 @@ use tokio::time::sleep;
 use super::{AuthKind, Boxed, Expiry, Freshness, Kind, TokenSource, WorkspaceToken};
 use crate::{
     config::Variables,
-    files,
+    net::file,
     workspace::{CallError, WorkspaceError, api::Api},
 };
 
@@ -100,7 +100,7 @@ impl ModelServing {
     }
 
     async fn read(&self) -> io::Result<Content> {
-        let text = files::read_off_runtime(self.path.clone(), MAX_FILE).await?;
+        let text = file::read_off_runtime(self.path.clone(), MAX_FILE).await?;
         // The parser's message could quote the token.
         serde_json::from_slice(&text).map_err(|_| io::ErrorKind::InvalidData.into())
     }

@@ -5,7 +5,7 @@ use std::{path::PathBuf, time::Duration};
 
 use tokio::time::sleep;
 
-use crate::files::{Stamp, stamp};
+use crate::net::file::{Stamp, stamp};
 
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 

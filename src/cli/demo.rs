@@ -33,7 +33,7 @@ const LABEL_WIDTH: usize = 13;
 
 /// Flags of `lakebase-proxy demo`.
 #[derive(Clone, Debug, clap::Args)]
-pub struct DemoArgs {
+pub(super) struct DemoArgs {
     /// Port for Postgres clients; 0 = any free one [default: 5432, or another if it is taken]
     #[arg(short, long, value_name = "PORT")]
     pub port: Option<u16>,
@@ -80,7 +80,7 @@ impl DemoError {
 }
 
 /// How a demo logs: the panel tells what is well.
-pub fn log_options() -> LogOptions {
+pub(super) fn log_options() -> LogOptions {
     LogOptions {
         filter: "warn".to_owned(),
         ..LogOptions::default()
@@ -88,7 +88,7 @@ pub fn log_options() -> LogOptions {
 }
 
 /// Runs the demo until a signal, and takes everything away again.
-pub async fn run(arguments: DemoArgs, signals: &mut Signals) -> Result<Cause, DemoError> {
+pub(super) async fn run(arguments: DemoArgs, signals: &mut Signals) -> Result<Cause, DemoError> {
     let start = Emulator::start(options(&arguments));
     tokio::pin!(start);
     let emulator = tokio::select! {

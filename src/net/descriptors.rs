@@ -8,7 +8,7 @@ const RESERVED: u64 = 100;
 /// Raises the soft limit to the hard one and logs it, with a warning if it is too low for `max_connections`.
 pub fn raise(max_connections: usize) {
     let before = DescriptorLimit::now().soft();
-    let limit = rlimit::increase_nofile_limit(u64::MAX).unwrap_or(before);
+    let limit = raised(getrlimit(Resource::Nofile)).unwrap_or(before);
     let (supported, max_connections) = (sessions(limit), self::max_connections(max_connections));
     tracing::info!(limit, before, max_connections, "file descriptor limit");
     if max_connections > supported {
@@ -18,6 +18,12 @@ pub fn raise(max_connections: usize) {
             "the file descriptor limit is too low for --max-connections; hint: raise it (ulimit -n, LimitNOFILE=) or lower --max-connections"
         );
     }
+}
+
+fn raised(limit: Rlimit) -> rustix::io::Result<u64> {
+    let current = limit.maximum;
+    setrlimit(Resource::Nofile, Rlimit { current, ..limit })?;
+    Ok(current.unwrap_or(u64::MAX))
 }
 
 /// The limit of sessions for the setting `max_connections`, whose 0 derives it from the descriptor limit.
