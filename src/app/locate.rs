@@ -4,11 +4,11 @@ use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use rustls::pki_types::ServerName;
 
-use super::{StartError, blocking};
+use super::StartError;
 use crate::{
     config::{CredentialSource, DEFAULT_DATABASE, EndpointConfig, TlsMode, without_userinfo},
     credential::{self, Mint},
-    net::tls,
+    net::{blocking, tls},
     status::Label,
     upstream::{Addresses, DroppedParameters, Endpoint, Security},
     workspace::{AppDatabases, CredentialMinter, HostName, Wanted, Workspace},

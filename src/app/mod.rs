@@ -10,7 +10,6 @@ mod reload;
 mod running;
 mod shared;
 mod start;
-mod watch;
 
 use std::{fmt, net::SocketAddr, sync::Arc, time::Duration};
 
@@ -221,15 +220,6 @@ pub async fn mint_once(
     let located = locate(endpoint, &access, LOOK_UP_PATIENCE).await?;
     let minted = located.mint.mint().await;
     Ok((located.endpoint, minted))
-}
-
-/// Runs what reads files or derives keys away from the threads that serve clients.
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
-    match tokio::task::spawn_blocking(work).await {
-        Ok(done) => done,
-        // Only a runtime that ends gives up on it.
-        Err(_) => std::future::pending().await,
-    }
 }
 
 async fn bind(

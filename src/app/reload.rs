@@ -8,17 +8,16 @@ use tokio::{
 };
 
 use super::{
-    Ending, Served, StartError, blocking,
+    Ending, Served, StartError,
     gate::{self, Gate},
     locate::security,
     running::Running,
     shared::{self, Shared},
-    watch::Watch,
 };
 use crate::{
     config::{Change, Config, ConfigError, EndpointConfig, Source},
     listener::{self, Listener},
-    net::tls::Fingerprint,
+    net::{FileWatch, blocking, tls::Fingerprint},
     session::AccessPolicy,
     shutdown::{Hangup, Phase},
     systemd::Notifier,
@@ -103,7 +102,8 @@ impl Running {
         let is_watching = reloader.config.settings.watch_config();
         let reloading = async move {
             let files = |reloader: &Reloader| reloader.source.files(&reloader.config);
-            let mut watch = Watch::new(files(&reloader)).await;
+            let mut watch = FileWatch::new(files(&reloader));
+            watch.mark().await;
             // Between their first reading and this a start may have taken long.
             if is_watching && reloader.is_out_of_date().await {
                 let _ = reloader.reload().await;
@@ -114,7 +114,8 @@ impl Running {
                     () = watch.changed(), if is_watching => {}
                 }
                 // From before it is read, so that no later change is missed.
-                watch = Watch::new(files(&reloader)).await;
+                watch = FileWatch::new(files(&reloader));
+                watch.mark().await;
                 // Told to the log and the metrics.
                 let _ = reloader.reload().await;
             }
@@ -153,9 +154,14 @@ impl Reloader {
         outcome
     }
 
+    async fn load(&self) -> Result<Config, ConfigError> {
+        let source = self.source.clone();
+        blocking(move || source.load_again()).await
+    }
+
     /// Whether a reload would find something to do, or to complain of.
     async fn is_out_of_date(&self) -> bool {
-        let Ok(new) = self.source.load_again().await else {
+        let Ok(new) = self.load().await else {
             return true;
         };
         let change = self.config.change_to(new);
@@ -170,7 +176,7 @@ impl Reloader {
         if self.shared.process.shutdown.phase() != Phase::Serving {
             return Err(RefusedReload::ShuttingDown);
         }
-        let mut change = self.config.change_to(self.source.load_again().await?);
+        let mut change = self.config.change_to(self.load().await?);
         check_filter(&change.config.settings.log_filter())?;
         let prepared = self.prepare(&change).await?;
         if !prepared.roots.is_empty() {

@@ -6,7 +6,7 @@ use arc_swap::ArcSwap;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use super::{
-    StartError, blocking,
+    StartError,
     endpoints::{Endpoints, Served},
     gate::{self, Gate},
     locate::Access,
@@ -17,7 +17,7 @@ use crate::{
     console::Console,
     credential::CredentialCell,
     listener::{AbsentSockets, Listener, Runtimes},
-    net::{descriptors, tls},
+    net::{blocking, descriptors, tls},
     overview::Overview,
     session::{
         AccessPolicy, EndpointContext, KnownPassword, LocalPassword, ProcessContext,

@@ -1,10 +1,10 @@
-//! Where the settings come from, so that they can be had again.
+//! The sources of settings, for loading them again.
 
 use std::path::{Path, PathBuf};
 
 use super::{Config, ConfigError, Environment, Roots, Settings, TlsMode, file};
 
-/// The layers as they were at the start; only the file may say something else the next time.
+/// The layers as of the start; only the file may change.
 #[derive(Clone, Debug)]
 pub struct Source {
     flags: Settings,
@@ -13,7 +13,7 @@ pub struct Source {
 }
 
 impl Source {
-    /// Flags (with `LAKEBASE_PROXY_*`) and the environment; the flags may name a file.
+    /// From flags (with `LAKEBASE_PROXY_*`) and the environment; the flags may name a file.
     pub fn new(flags: Settings, environment: Environment) -> Self {
         Self {
             flags,
@@ -22,7 +22,7 @@ impl Source {
         }
     }
 
-    /// With other defaults than the program's own, below the file.
+    /// Adds a layer of defaults below the file.
     #[must_use]
     pub fn with_defaults(mut self, defaults: Settings) -> Self {
         self.defaults = defaults;
@@ -34,7 +34,7 @@ impl Source {
         &self.environment
     }
 
-    /// Puts the layers together, the file as it is now.
+    /// Merges the layers, with the file as it is now.
     pub fn load(&self) -> Result<Config, ConfigError> {
         Config::resolve(self.settings()?, self.environment.clone())
     }
@@ -43,25 +43,17 @@ impl Source {
         Ok(self.flags.clone().with_file()?.or(self.defaults.clone()))
     }
 
-    /// The same once more, away from the threads that serve clients: a disk may take its time.
-    pub async fn load_again(&self) -> Result<Config, ConfigError> {
-        let source = self.clone();
-        let loading = tokio::task::spawn_blocking(move || {
-            source.file().map_or(Ok(()), file::check_lasting)?;
-            let settings = source.settings()?;
-            if let Some(path) = &settings.local_password_file {
-                file::check_lasting(path)?;
-            }
-            Config::resolve(settings, source.environment)
-        });
-        match loading.await {
-            Ok(loaded) => loaded,
-            // Only a runtime that ends gives up on it.
-            Err(_) => std::future::pending().await,
+    /// Loads them again. Refuses files that cannot be read twice, such as pipes.
+    pub fn load_again(&self) -> Result<Config, ConfigError> {
+        self.file().map_or(Ok(()), file::check_lasting)?;
+        let settings = self.settings()?;
+        if let Some(path) = settings.local_password_file() {
+            file::check_lasting(&path)?;
         }
+        Config::resolve(settings, self.environment.clone())
     }
 
-    /// The file, if there is one.
+    /// The configuration file, if any.
     pub fn file(&self) -> Option<&Path> {
         self.flags.config_file.as_deref()
     }

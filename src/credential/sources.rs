@@ -1,28 +1,17 @@
 //! The sources of credentials: a password, a password file, a command, and the workspace.
 
-use std::{
-    future::ready,
-    io,
-    path::PathBuf,
-    process::Stdio,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::Duration,
-};
+use std::{future::ready, io, path::PathBuf, process::Stdio, sync::Arc, time::Duration};
 
 use secrecy::SecretString;
 use serde::Deserialize;
-use tokio::{
-    io::AsyncReadExt,
-    process::Command,
-    time::{Instant, sleep_until, timeout},
-};
+use tokio::{io::AsyncReadExt, process::Command, time::timeout};
 use zeroize::Zeroizing;
 
 use super::{BoxFuture, Mint, MintError, MintErrorKind, Minted};
 use crate::{
     config::CredentialSource,
     expiry::Moment,
-    net::file::{self, Stamp},
+    net::{FileWatch, file},
     workspace::CredentialMinter,
 };
 
@@ -30,8 +19,6 @@ use crate::{
 const COMMAND_TIMEOUT: Duration = Duration::from_secs(30);
 /// The longest file or answer, in bytes; tokens have one or two thousand.
 const MAX_LEN: u64 = 64 * 1024;
-/// How often a file is checked.
-const CHECK_INTERVAL: Duration = Duration::from_secs(1);
 
 /// The source that the settings of an endpoint name; `None`: the workspace, which needs a target.
 pub(crate) fn of_settings(setting: &CredentialSource) -> Option<Arc<dyn Mint>> {
@@ -59,39 +46,15 @@ impl Mint for Password {
 /// A file that holds a password, with or without a line end.
 struct PasswordFile {
     path: PathBuf,
-    seen: Mutex<Seen>,
-}
-
-/// The observed states of the file.
-#[derive(Debug)]
-struct Seen {
-    /// When it was last read.
-    read: Option<Stamp>,
-    /// At the last check.
-    checked: Option<Stamp>,
-    /// The time of the next check.
-    next: Instant,
+    watch: FileWatch,
 }
 
 impl PasswordFile {
     fn new(path: PathBuf) -> Self {
-        let seen = Seen {
-            read: None,
-            checked: None,
-            next: Instant::now(),
-        };
-        Self {
-            path,
-            seen: Mutex::new(seen),
-        }
+        let watch = FileWatch::new(vec![path.clone()]);
+        Self { path, watch }
     }
 
-    fn seen(&self) -> MutexGuard<'_, Seen> {
-        self.seen.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl PasswordFile {
     async fn read(&self) -> Result<Minted, MintError> {
         let path = self.path.display();
         let refused = |message: String| {
@@ -102,9 +65,7 @@ impl PasswordFile {
         };
         let unreadable =
             |error: io::Error| refused(format!("cannot read the password file `{path}`: {error}"));
-        // Taken before the read, so that a change in between is noticed later.
-        let stamp = file::stamp(&self.path).await;
-        self.seen().read = stamp;
+        self.watch.mark().await;
         let bytes = file::read_off_runtime(self.path.clone(), MAX_LEN).await;
         let bytes = bytes.map_err(unreadable)?;
         let text = file::text(&bytes).map_err(unreadable)?;
@@ -118,23 +79,6 @@ impl PasswordFile {
             expires_at: None,
         })
     }
-
-    /// A change counts once the file has been the same for one interval, so that it is not read half-written. A missing
-    /// file is waited for.
-    async fn changed(&self) {
-        loop {
-            let next = self.seen().next;
-            sleep_until(next).await;
-            let now = file::stamp(&self.path).await;
-            let mut seen = self.seen();
-            seen.next = Instant::now() + CHECK_INTERVAL;
-            let is_settled = now == seen.checked;
-            seen.checked = now;
-            if now.is_some() && now != seen.read && is_settled {
-                return;
-            }
-        }
-    }
 }
 
 impl Mint for PasswordFile {
@@ -143,7 +87,7 @@ impl Mint for PasswordFile {
     }
 
     fn changed(&self) -> BoxFuture<'_, ()> {
-        Box::pin(Self::changed(self))
+        Box::pin(self.watch.changed())
     }
 }
 
@@ -252,6 +196,8 @@ mod tests {
     use secrecy::ExposeSecret;
     use tokio::task::JoinSet;
     use tokio_util::sync::CancellationToken;
+
+    use tokio::time::Instant;
 
     use super::*;
     use crate::{

@@ -1,5 +1,5 @@
-//! Reads the files that settings name: regular files of bounded length, so that a device or a pipe in the place of one is
-//! an error and never a wait. A leaf that all may use.
+//! Reads the files that settings name: regular files of bounded length, so that a device or a pipe is an error instead of a
+//! wait.
 
 use std::{
     fs::{File, OpenOptions},
@@ -12,14 +12,14 @@ use rustix::fs::OFlags;
 use tokio::task::spawn_blocking;
 use zeroize::Zeroizing;
 
-/// What a path leads to: device, inode, length, times of the last change. Symbolic links are followed, as a mounted
-/// Kubernetes secret is replaced by turning one.
+/// The state of a file: device, inode, length, times of the last change. Symbolic links are followed, as Kubernetes replaces
+/// mounted Secrets by changing one.
 pub(crate) type Stamp = [i64; 6];
 
-/// What a regular file holds, wiped after use. Blocks.
+/// Reads a regular file into memory that is zeroed after use. Blocks.
 ///
 /// # Errors
-/// Anything but a regular file, and one that is longer than `limit` bytes.
+/// For anything but a regular file, and for files longer than `limit` bytes.
 pub(crate) fn read(path: &Path, limit: u64) -> io::Result<Zeroizing<Vec<u8>>> {
     let file = open(path)?;
     let metadata = file.metadata()?;
@@ -29,9 +29,9 @@ pub(crate) fn read(path: &Path, limit: u64) -> io::Result<Zeroizing<Vec<u8>>> {
             "not a regular file",
         ));
     }
-    // Room for all, and for the look beyond the end: growing would leave copies of a secret behind.
-    let room = usize::try_from(metadata.len().min(limit)).unwrap_or_default();
-    let mut bytes = Zeroizing::new(Vec::with_capacity(room.saturating_add(32)));
+    // One allocation with space to detect the end: growing would leave copies of a secret behind.
+    let capacity = usize::try_from(metadata.len().min(limit)).unwrap_or_default();
+    let mut bytes = Zeroizing::new(Vec::with_capacity(capacity.saturating_add(32)));
     file.take(limit.saturating_add(1)).read_to_end(&mut bytes)?;
     if u64::try_from(bytes.len()).is_ok_and(|length| length <= limit) {
         return Ok(bytes);
@@ -42,20 +42,30 @@ pub(crate) fn read(path: &Path, limit: u64) -> io::Result<Zeroizing<Vec<u8>>> {
     ))
 }
 
-/// The same, away from the threads that serve clients: a disk may take its time. Cancel safe.
+/// The same on a blocking thread. Cancel safe.
 pub(crate) async fn read_off_runtime(path: PathBuf, limit: u64) -> io::Result<Zeroizing<Vec<u8>>> {
-    spawn_blocking(move || read(&path, limit))
-        .await
-        .map_err(io::Error::other)?
+    blocking(move || read(&path, limit)).await
 }
 
-/// The same as text.
+/// Runs work that reads files or derives keys on a blocking thread, as it would hold up the sessions of a runtime.
+pub(crate) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+    match spawn_blocking(work).await {
+        Ok(done) => done,
+        Err(error) => match error.try_into_panic() {
+            Ok(panic) => std::panic::resume_unwind(panic),
+            // The runtime is shutting down, and drops this task too.
+            Err(_) => std::future::pending().await,
+        },
+    }
+}
+
+/// The bytes as UTF-8 text.
 pub(crate) fn text(bytes: &[u8]) -> io::Result<&str> {
     std::str::from_utf8(bytes)
         .map_err(|_| io::Error::new(io::ErrorKind::InvalidData, "not UTF-8 text"))
 }
 
-/// `None` for a file that is missing.
+/// The state of the file; `None` if it is missing.
 pub(crate) async fn stamp(path: &Path) -> Option<Stamp> {
     let metadata = tokio::fs::metadata(path).await.ok()?;
     Some([
@@ -68,7 +78,7 @@ pub(crate) async fn stamp(path: &Path) -> Option<Stamp> {
     ])
 }
 
-/// Opening a pipe would otherwise wait for its writer, and opening a terminal make it ours.
+/// Without these flags, opening a pipe would wait for its writer, and opening a terminal make it the controlling one.
 fn open(path: &Path) -> io::Result<File> {
     let flags = (OFlags::NONBLOCK | OFlags::NOCTTY).bits();
     OpenOptions::new()
@@ -84,7 +94,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_device_a_pipe_and_a_directory_are_errors_at_once() {
+    fn a_device_a_pipe_and_a_directory_are_refused_at_once() {
         let directory = tempfile::tempdir().unwrap();
         let pipe = directory.path().join("pipe");
         assert!(
@@ -106,7 +116,7 @@ mod tests {
         fs::write(&file, [b'x'; 100]).unwrap();
         assert_eq!(read(file.path(), 100).unwrap().len(), 100);
         assert!(read(file.path(), 99).is_err());
-        // A file without a length of its own.
+        // A file that reports no length.
         assert!(
             !read(Path::new("/proc/self/status"), 100_000)
                 .unwrap()

@@ -1,52 +1,89 @@
-//! Noticing that a file has changed: one look a second at what its path leads to, which costs a system call, works on
-//! every file system, and sees the symbolic links of a mounted ConfigMap turn.
+//! Watches files by polling. A look per second and file costs one system call, works on every file system, and follows the
+//! symbolic links of mounted ConfigMaps and Secrets.
 
-use std::{path::PathBuf, time::Duration};
+use std::{
+    path::PathBuf,
+    sync::{Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
 
-use tokio::time::sleep;
+use tokio::time::{Instant, sleep_until};
 
-use crate::net::file::{Stamp, stamp};
+use super::file::{Stamp, stamp};
 
-const LOOK_EVERY: Duration = Duration::from_secs(1);
+const INTERVAL: Duration = Duration::from_secs(1);
 
-/// Files, and what they were when they were last looked at.
+/// Files to watch for changes.
 #[derive(Debug)]
-pub(super) struct Watch {
+pub(crate) struct FileWatch {
     files: Vec<PathBuf>,
-    seen: Vec<Option<Stamp>>,
+    state: Mutex<State>,
 }
 
-impl Watch {
-    /// From their state now on.
-    pub(super) async fn new(files: Vec<PathBuf>) -> Self {
-        let seen = stamps(&files, &[]).await;
-        Self { files, seen }
-    }
+#[derive(Debug)]
+struct State {
+    /// The files as they were when they were read.
+    known: Vec<Option<Stamp>>,
+    /// The files at the last look.
+    last: Vec<Option<Stamp>>,
+    next: Instant,
+}
 
-    /// Returns when a file is another and has stood still for one look, so that it is not read half-written; a file
-    /// that is missing is waited for. Cancel safe.
-    pub(super) async fn changed(&mut self) {
-        let mut last = self.seen.clone();
-        loop {
-            sleep(LOOK_EVERY).await;
-            let now = stamps(&self.files, &last).await;
-            if now != self.seen && now == last {
-                self.seen = now;
-                return;
-            }
-            last = now;
+impl FileWatch {
+    /// Watches these files; before the first [`mark`](Self::mark), any existing file counts as changed.
+    pub(crate) fn new(files: Vec<PathBuf>) -> Self {
+        let none = vec![None; files.len()];
+        let state = State {
+            known: none.clone(),
+            last: none,
+            next: Instant::now(),
+        };
+        Self {
+            files,
+            state: Mutex::new(state),
         }
     }
-}
 
-/// One stamp a file; for one that is missing what it was before.
-async fn stamps(files: &[PathBuf], before: &[Option<Stamp>]) -> Vec<Option<Stamp>> {
-    let mut stamps = Vec::with_capacity(files.len());
-    for (index, file) in files.iter().enumerate() {
-        let before = before.get(index).copied().flatten();
-        stamps.push(stamp(file).await.or(before));
+    /// Takes the present state for the known one. Call it before reading the files, so that a change meanwhile is noticed.
+    pub(crate) async fn mark(&self) {
+        let now = self.look(&[]).await;
+        let mut state = self.state();
+        state.known.clone_from(&now);
+        state.last = now;
     }
-    stamps
+
+    /// Completes when a file differs from its known state and has been stable for one interval, so that it is not read
+    /// half-written. Missing files count as unchanged. Cancel safe.
+    pub(crate) async fn changed(&self) {
+        loop {
+            let next = self.state().next;
+            sleep_until(next).await;
+            let known = self.state().known.clone();
+            let now = self.look(&known).await;
+            let mut state = self.state();
+            state.next = Instant::now() + INTERVAL;
+            let is_stable = now == state.last;
+            let is_changed = now != state.known;
+            state.last = now;
+            if is_stable && is_changed {
+                return;
+            }
+        }
+    }
+
+    /// One stamp per file; that in `before` for a missing one.
+    async fn look(&self, before: &[Option<Stamp>]) -> Vec<Option<Stamp>> {
+        let mut stamps = Vec::with_capacity(self.files.len());
+        for (index, file) in self.files.iter().enumerate() {
+            let before = before.get(index).copied().flatten();
+            stamps.push(stamp(file).await.or(before));
+        }
+        stamps
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 #[cfg(test)]
@@ -58,28 +95,30 @@ mod tests {
     use super::*;
 
     #[tokio::test(start_paused = true)]
-    async fn links_that_turn_are_seen_and_gaps_are_not() {
+    async fn a_replaced_symbolic_link_is_a_change_and_a_missing_file_is_not() {
         let directory = tempfile::tempdir().unwrap();
         let at = |name: &str| directory.path().join(name);
-        // As the kubelet lays a ConfigMap out.
+        // The layout of a mounted ConfigMap.
         for version in ["1", "2"] {
             fs::create_dir(at(version)).unwrap();
             fs::write(at(version).join("p.toml"), format!("port = {version}")).unwrap();
         }
         symlink("1", at("..data")).unwrap();
         symlink("..data/p.toml", at("p.toml")).unwrap();
-        let mut watch = Watch::new(vec![at("p.toml")]).await;
-        let a_while = LOOK_EVERY * 10;
+        let watch = FileWatch::new(vec![at("p.toml")]);
+        watch.mark().await;
+        let a_while = INTERVAL * 10;
         assert!(timeout(a_while, watch.changed()).await.is_err());
 
         fs::remove_file(at("p.toml")).unwrap();
-        assert!(timeout(a_while, watch.changed()).await.is_err(), "a gap");
+        assert!(timeout(a_while, watch.changed()).await.is_err(), "missing");
         symlink("..data/p.toml", at("p.toml")).unwrap();
         assert!(timeout(a_while, watch.changed()).await.is_err());
 
         symlink("2", at("..tmp")).unwrap();
         fs::rename(at("..tmp"), at("..data")).unwrap();
         assert!(timeout(a_while, watch.changed()).await.is_ok());
+        watch.mark().await;
         assert!(timeout(a_while, watch.changed()).await.is_err(), "once");
 
         fs::write(at("p.toml"), "port = 3000").unwrap();
