@@ -11,7 +11,7 @@ use std::sync::{
 use jiff::{SignedDuration, Timestamp};
 use tokio::time::Instant;
 
-/// Tells the wall-clock time; cheap to clone.
+/// A source of wall-clock time; cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Clock(Kind);
 
@@ -59,7 +59,7 @@ impl Clock {
         }
     }
 
-    /// Moves a simulated clock without moving timers, as a suspended laptop does. No effect on the system clock.
+    /// Moves a simulated clock without its timers, as a suspended laptop does. No effect on the system clock.
     pub fn jump(&self, by: SignedDuration) {
         if let Kind::Simulated { offset_ms, .. } = &self.0 {
             let millis = i64::try_from(by.as_millis()).unwrap_or(i64::MAX);

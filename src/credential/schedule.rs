@@ -63,7 +63,7 @@ impl Lifetime {
         let half = whole / 2;
         let shift = (half / 1000).saturating_mul(per_mille(jitter) * DUE_JITTER_PER_MILLE / 1000);
         let urgent = before(expires, (whole / URGENT_SHARE).min(URGENT_WINDOW_MS));
-        // The two cannot cross for any lifetime (0.55 < 5/6); `min` says so rather than trusting it.
+        // `due` is before `urgent` for any lifetime (0.55 < 5/6); `min` keeps it so if the constants change.
         let due = before(expires, whole - (half.saturating_add(shift))).min(urgent);
         let stale = before(expires, (whole / LAZY_SHARE).min(LAZY_WINDOW_MS));
         Self {

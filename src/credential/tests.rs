@@ -34,7 +34,7 @@ enum Step {
     /// The same credential as ever: it expires this long after the start.
     GivesUntil(Duration),
     Fails(MintErrorKind),
-    AsksToWait(Duration),
+    RequestsWait(Duration),
     Hangs,
 }
 
@@ -82,7 +82,7 @@ impl Scripted {
             }
             Step::GivesUntil(until) => Some(self.origin + SignedDuration::try_from(until).unwrap()),
             Step::Fails(kind) => return Err(fails(kind, None)),
-            Step::AsksToWait(wait) => return Err(fails(MintErrorKind::RateLimited, Some(wait))),
+            Step::RequestsWait(wait) => return Err(fails(MintErrorKind::RateLimited, Some(wait))),
             Step::Hangs => pending().await,
         };
         Ok(Minted {
@@ -175,7 +175,7 @@ async fn a_client_that_comes_first_waits_for_the_first_credential() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_hour_is_refreshed_near_its_half_and_nobody_is_ever_without() {
+async fn a_credential_is_refreshed_near_half_its_life_without_a_gap() {
     let rig = Rig::start(|_, _| Step::Gives(HOUR));
     rig.first().await;
     for _ in 0..24 * 60 {
@@ -280,7 +280,7 @@ async fn the_first_success_after_an_outage_is_taken_at_once() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn clients_are_held_until_their_budget_and_then_told_why() {
+async fn clients_wait_for_their_budget_and_then_get_the_reason() {
     let rig = Rig::start(|_, _| Step::Fails(MintErrorKind::Unavailable));
     let error = rig.cell.get(within(MINUTE)).await.unwrap_err();
     assert_eq!(rig.mint.started.elapsed(), MINUTE);
@@ -319,12 +319,12 @@ async fn a_client_does_not_wait_for_what_only_a_person_can_fix() {
 
     // Clients that come back again and again hasten the retries, within bounds.
     while started.elapsed() < HOUR {
-        let asked = Instant::now();
+        let started = Instant::now();
         rig.cell.get(within(MINUTE)).await.unwrap_err();
         assert!(
-            asked.elapsed() <= Duration::from_secs(6),
+            started.elapsed() <= Duration::from_secs(6),
             "held for {:?}",
-            asked.elapsed()
+            started.elapsed()
         );
         sleep(Duration::from_millis(100)).await;
     }
@@ -348,7 +348,7 @@ async fn a_refusal_that_no_client_waits_for_is_retried_every_minute() {
 async fn retry_after_is_honored_while_no_client_comes() {
     let wait = Duration::from_mins(5);
     let rig = Rig::start(move |n, _| match n {
-        0 => Step::AsksToWait(wait),
+        0 => Step::RequestsWait(wait),
         _ => Step::Gives(HOUR),
     });
     sleep(wait + Duration::from_secs(2)).await;
@@ -363,14 +363,14 @@ async fn a_long_retry_after_is_reported_at_once_and_tried_earlier_for_a_client_w
     let well_after = Duration::from_secs(100);
     let rig = Rig::start(move |_, elapsed| {
         if elapsed < well_after {
-            Step::AsksToWait(Duration::from_mins(5))
+            Step::RequestsWait(Duration::from_mins(5))
         } else {
             Step::Gives(HOUR)
         }
     });
     let started = Instant::now();
     loop {
-        let asked = Instant::now();
+        let started = Instant::now();
         match rig.cell.get(within(MINUTE)).await {
             Ok(_) => break,
             Err(CredentialError::Failed(error)) => {
@@ -378,7 +378,7 @@ async fn a_long_retry_after_is_reported_at_once_and_tried_earlier_for_a_client_w
             }
             Err(other) => panic!("{other:?}"),
         }
-        let held = asked.elapsed();
+        let held = started.elapsed();
         assert!(held <= HOLD, "held for {held:?}");
         sleep(Duration::from_millis(100)).await;
     }
@@ -395,7 +395,7 @@ async fn a_long_retry_after_is_reported_at_once_and_tried_earlier_for_a_client_w
 
 /// No client is sent to a proxy that is not ready, so that readiness must not depend on one.
 #[tokio::test(start_paused = true)]
-async fn an_outage_before_the_first_credential_ends_within_seconds_though_no_client_asks() {
+async fn an_outage_before_the_first_credential_ends_within_seconds_without_a_waiting_client() {
     for minutes in [1, 5] {
         let outage = MINUTE * minutes;
         let rig = Rig::start(move |_, elapsed| {
@@ -469,7 +469,7 @@ fn outages(seed: u64) -> Vec<(Duration, Duration, Step)> {
         let until = from + Duration::from_secs(1 + random(25 * 60));
         let kind = match random(5) {
             0 => Step::Hangs,
-            1 => Step::AsksToWait(Duration::from_secs(1 + random(60))),
+            1 => Step::RequestsWait(Duration::from_secs(1 + random(60))),
             2 => Step::Fails(MintErrorKind::Malformed),
             _ => Step::Fails(MintErrorKind::Unavailable),
         };
@@ -480,7 +480,7 @@ fn outages(seed: u64) -> Vec<(Duration, Duration, Step)> {
 }
 
 #[tokio::test(start_paused = true)]
-async fn six_hours_of_faults_leave_nobody_without_a_credential_that_could_have_been_had() {
+async fn six_hours_of_faults_leave_no_client_without_an_available_credential() {
     for seed in 0..20 {
         let faults = outages(seed);
         let rig = Rig::start(move |_, at| {
@@ -583,7 +583,7 @@ async fn a_rejected_credential_is_replaced_even_by_one_that_expires_earlier() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_new_credential_that_lasts_no_longer_is_not_taken_and_not_asked_for_in_a_loop() {
+async fn a_new_credential_that_expires_no_later_is_not_used_and_not_requested_in_a_loop() {
     let rig = Rig::start(|_, _| Step::GivesUntil(HOUR));
     rig.first().await;
     sleep(59 * MINUTE).await;
@@ -599,12 +599,12 @@ async fn a_permanent_mismatch_does_not_hammer_the_workspace() {
     let started = Instant::now();
     let mut refused_at_once = 0;
     while started.elapsed() < 2 * HOUR {
-        let asked = Instant::now();
+        let started = Instant::now();
         match rig.cell.replace(generation, cause(), within(MINUTE)).await {
             Ok(credential) => generation = credential.generation,
             Err(CredentialError::RateLimited { retry_in }) => {
                 assert!(retry_in > Duration::from_secs(5));
-                assert!(asked.elapsed() < Duration::from_secs(1));
+                assert!(started.elapsed() < Duration::from_secs(1));
                 refused_at_once += 1;
             }
             Err(other) => panic!("{other:?}"),
@@ -620,7 +620,7 @@ async fn a_permanent_mismatch_does_not_hammer_the_workspace() {
 
     // The role is made: logins work, and a later rejection is served promptly again.
     rig.cell.accepted(generation, cause());
-    let asked = Instant::now();
+    let started = Instant::now();
     let credential = rig
         .cell
         .replace(generation, cause(), within(MINUTE))
@@ -628,9 +628,9 @@ async fn a_permanent_mismatch_does_not_hammer_the_workspace() {
         .unwrap();
     assert!(credential.generation > generation);
     assert!(
-        asked.elapsed() <= Duration::from_secs(10),
+        started.elapsed() <= Duration::from_secs(10),
         "{:?}",
-        asked.elapsed()
+        started.elapsed()
     );
 }
 
@@ -656,11 +656,11 @@ async fn a_database_that_refuses_beside_one_that_accepts_does_not_hammer_the_wor
         assert!(mints <= 6, "{mints} mints in 90 s");
 
         // The credential is revoked: the database that accepted it has a budget of its own.
-        let asked = Instant::now();
+        let started = Instant::now();
         let generation = rig.first().await.generation;
         let fresh = rig.cell.replace(generation, good, within(MINUTE)).await;
         assert!(fresh.unwrap().generation > generation);
-        let took = asked.elapsed();
+        let took = started.elapsed();
         assert!(took <= Duration::from_secs(6), "{took:?}");
     }
 }
@@ -679,11 +679,11 @@ async fn a_client_that_is_refused_in_ever_other_databases_does_not_use_up_the_bu
     }
     let mints = rig.calls().len();
     assert!(mints <= 10, "{mints} mints in five minutes");
-    let asked = Instant::now();
+    let started = Instant::now();
     let generation = rig.first().await.generation;
     let fresh = rig.cell.replace(generation, good, within(MINUTE)).await;
     assert!(fresh.unwrap().generation > generation);
-    let took = asked.elapsed();
+    let took = started.elapsed();
     assert!(took <= Duration::from_secs(6), "{took:?}");
 }
 
@@ -700,7 +700,7 @@ async fn a_static_credential_is_minted_once_unless_it_is_rejected() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_credential_that_has_expired_on_arrival_is_a_failure() {
+async fn a_credential_that_has_already_expired_is_a_failure() {
     let rig = Rig::start(|_, _| Step::Gives(Duration::ZERO));
     let error = rig.cell.get(within(MINUTE)).await.unwrap_err();
     assert!(
@@ -815,7 +815,7 @@ proptest! {
                 0 => Step::Fails(MintErrorKind::Unavailable),
                 1 => Step::Fails(MintErrorKind::Refused),
                 2 => Step::Fails(MintErrorKind::Malformed),
-                3 => Step::AsksToWait(Duration::from_secs(7)),
+                3 => Step::RequestsWait(Duration::from_secs(7)),
                 _ => Step::Gives(Duration::from_secs(lifetime)),
             });
             let mut latest: Option<Arc<Credential>> = None;
@@ -839,7 +839,7 @@ proptest! {
 async fn a_lazy_credential_is_refreshed_for_a_client_and_for_nothing_else() {
     let rig = Rig::lazy(|_, _| Step::GivesAfter(Duration::from_secs(1), HOUR));
     assert_eq!(rig.first().await.generation, 1);
-    // Long after it has run out nobody has minted another, and it is ready all the same.
+    // Long after its expiry none has been minted, and the proxy is ready all the same.
     sleep(5 * HOUR).await;
     assert_eq!(rig.calls().len(), 1);
     let status = rig.cell.status();
@@ -866,14 +866,14 @@ async fn a_lazy_credential_that_cannot_be_replaced_is_used_as_long_as_it_is_vali
     });
     rig.first().await;
     sleep(57 * MINUTE).await;
-    let asked = Instant::now();
+    let started = Instant::now();
     assert_eq!(rig.first().await.generation, 1);
-    assert!(asked.elapsed() <= Duration::from_secs(5), "a short wait");
+    assert!(started.elapsed() <= Duration::from_secs(5), "a short wait");
     sleep(MINUTE + Duration::from_secs(30)).await;
     assert_eq!(rig.first().await.generation, 1);
     assert!(rig.cell.status().is_ready());
     sleep(2 * MINUTE).await;
-    // It has run out, and the trouble with it: nobody would come to a proxy that is not ready.
+    // It has expired after a failure: no client is sent to a proxy that is not ready.
     let healed = rig
         .cell
         .subscribe()
@@ -885,7 +885,7 @@ async fn a_lazy_credential_that_cannot_be_replaced_is_used_as_long_as_it_is_vali
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_lazy_credential_that_never_came_is_asked_for_until_it_does() {
+async fn a_missing_credential_is_retried_even_with_refresh_on_demand() {
     let rig = Rig::lazy(|_, elapsed| {
         if elapsed < MINUTE {
             Step::Fails(MintErrorKind::Unavailable)

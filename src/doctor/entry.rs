@@ -19,7 +19,8 @@ use crate::{
     net::tls,
     protocol::options::SessionSettings,
     status::Label,
-    upstream::{Addresses, Class, DroppedParameters, Endpoint, Failure, Phase, Security, probe},
+    telemetry::labels::LoginPhase,
+    upstream::{Addresses, Class, DroppedParameters, Endpoint, Failure, Security, probe},
     workspace::Target,
 };
 
@@ -160,7 +161,7 @@ async fn log_in_to(
     let mut attempt = Attempt::default();
     let started = Instant::now();
     let dialed = timeout(limit, probe::connect(addresses)).await;
-    let dialed = dialed.unwrap_or_else(|_| Err(Failure::timed_out_in(Phase::Dial, endpoint)));
+    let dialed = dialed.unwrap_or_else(|_| Err(Failure::timed_out_in(LoginPhase::Dial, endpoint)));
     let tcp = match dialed {
         Ok(tcp) => tcp,
         Err(failure) => {
@@ -172,7 +173,7 @@ async fn log_in_to(
 
     let started = Instant::now();
     let secured = timeout(limit, probe::secure(tcp, endpoint, examined.metrics)).await;
-    let secured = secured.unwrap_or_else(|_| Err(Failure::timed_out_in(Phase::Tls, endpoint)));
+    let secured = secured.unwrap_or_else(|_| Err(Failure::timed_out_in(LoginPhase::Tls, endpoint)));
     attempt.certificate = recorder.and_then(Recorder::certificate);
     let stream = match secured {
         Ok(stream) => stream,

@@ -31,8 +31,6 @@ pub mod sqlstate {
     pub const FAILED_TRANSACTION: &str = "25P02";
     /// A limit of the program is exceeded.
     pub const PROGRAM_LIMIT: &str = "54000";
-    /// The object, here a setting, does not exist.
-    pub const UNDEFINED_OBJECT: &str = "42704";
     /// The database does not exist.
     pub const UNDEFINED_DATABASE: &str = "3D000";
     /// The connection limit is reached.

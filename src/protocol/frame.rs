@@ -30,8 +30,6 @@ pub mod tag {
     pub const EXECUTE: u8 = b'E';
     /// Function call (the client's).
     pub const FUNCTION_CALL: u8 = b'F';
-    /// The response to an unknown minor version or option.
-    pub const NEGOTIATE_PROTOCOL_VERSION: u8 = b'v';
     /// Notice.
     pub const NOTICE_RESPONSE: u8 = b'N';
     /// The value of a run-time parameter.
@@ -42,8 +40,6 @@ pub mod tag {
     pub const QUERY: u8 = b'Q';
     /// The server accepts the next request.
     pub const READY_FOR_QUERY: u8 = b'Z';
-    /// The columns of the rows that follow.
-    pub const ROW_DESCRIPTION: u8 = b'T';
     /// End of an extended-protocol request (the client's `S`).
     pub const SYNC: u8 = b'S';
     /// Orderly end of the connection (the client's).

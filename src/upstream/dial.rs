@@ -19,7 +19,7 @@ use tokio::{
 use super::{
     endpoint::{Endpoint, Security},
     failure::{Class, Failure},
-    phases::{Phase, Phases, Progress},
+    phases::{Phases, Progress},
     tls_stream::TlsStream,
 };
 use crate::{
@@ -45,6 +45,19 @@ pub enum Stream {
     Tls(TlsStream<Socket>),
 }
 
+impl Stream {
+    /// Whether a password may be sent in cleartext.
+    pub(super) fn is_private(&self) -> bool {
+        match self {
+            Self::Plain(socket) => {
+                let peer = socket.peer_addr();
+                peer.is_some_and(|address| tcp::is_loopback(address.ip()))
+            }
+            Self::Tls(_) => true,
+        }
+    }
+}
+
 impl Transport for Stream {
     fn socket(&self) -> Option<&Socket> {
         Some(match self {
@@ -64,19 +77,19 @@ pub(super) async fn dial(
     progress: &Progress,
 ) -> Result<(Stream, SocketAddr, Phases), Failure> {
     let mut phases = Phases::default();
-    progress.enter(Phase::Resolve);
+    progress.enter(LoginPhase::Resolve);
     let started = Instant::now();
     let looking_up = resolve(&endpoint.host, endpoint.port);
     let addresses = endpoint.addresses.get(looking_up).await?;
     phases.resolve = observe(metrics, LoginPhase::Resolve, started);
 
-    progress.enter(Phase::Dial);
+    progress.enter(LoginPhase::Dial);
     let started = Instant::now();
     let connected = connect(addresses).await;
     let (tcp, address) = connected.inspect_err(|_| endpoint.addresses.forget())?;
     phases.dial = observe(metrics, LoginPhase::Dial, started);
 
-    progress.enter(Phase::Tls);
+    progress.enter(LoginPhase::Tls);
     let started = Instant::now();
     let stream = secure(tcp, endpoint, keepalive, metrics).await?;
     phases.tls = started.elapsed();

@@ -15,7 +15,7 @@ use classes::INTERNAL_ERROR;
 
 pub use crate::telemetry::labels::FailureClass as Class;
 
-use super::{dropped, endpoint::Endpoint, phases::Phase};
+use super::{dropped, endpoint::Endpoint};
 use crate::{
     net::message::ReadError,
     protocol::{
@@ -25,7 +25,7 @@ use crate::{
         options::TooLong,
     },
     status::Label,
-    telemetry::{chain, redact},
+    telemetry::{chain, labels::LoginPhase, redact},
 };
 
 const REFUSED: &str = "Nothing listens on the port there, or a firewall rejects the connection: check PGHOST, PGPORT and the firewall. An endpoint that wakes may refuse for a few seconds.";
@@ -149,27 +149,27 @@ impl Failure {
     }
 
     /// An attempt took longer than its limit in this phase.
-    pub fn timed_out_in(phase: Phase, endpoint: &Endpoint) -> Self {
+    pub fn timed_out_in(phase: LoginPhase, endpoint: &Endpoint) -> Self {
         let Endpoint { host, port, .. } = endpoint;
         let (sqlstate, message, hint) = match phase {
-            Phase::Resolve => (
+            LoginPhase::Resolve => (
                 sqlstate::CANNOT_CONNECT,
                 format!("the name server did not answer in time for `{host}`"),
                 NO_NAME,
             ),
-            Phase::Dial => (
+            LoginPhase::Dial => (
                 sqlstate::CANNOT_CONNECT,
                 format!("no answer from `{host}` on port {port} (TCP connect)"),
                 NO_ANSWER,
             ),
-            Phase::Tls => (
+            LoginPhase::Tls => (
                 sqlstate::CONNECTION_FAILURE,
                 format!(
                     "`{host}` takes connections on port {port}, but did not answer in time (TLS)"
                 ),
                 NO_TLS_ANSWER,
             ),
-            Phase::Login => return Self::timed_out("login"),
+            _ => return Self::timed_out("login"),
         };
         Self::ours(Class::Waking, sqlstate, message).with_hint(hint)
     }

@@ -11,17 +11,14 @@ use tokio::{
 
 use super::{
     dial::{self, Stream},
-    endpoint::{Endpoint, Security},
+    endpoint::Endpoint,
     failure::Failure,
-    phases::{Phase, Progress},
+    phases::Progress,
 };
 use crate::{
     config::Keepalive,
     credential::Credential,
-    net::{
-        message::{read_message, write_and_flush},
-        tcp::is_loopback,
-    },
+    net::message::{read_message, write_and_flush},
     protocol::{
         auth::{AuthError, AuthenticationRequest, Authenticator, Derivation, Derived},
         error::ErrorFields,
@@ -115,10 +112,9 @@ async fn log_in_once(
     let whole = Instant::now();
     let (mut stream, address, mut phases) =
         dial::dial(endpoint, keepalive, metrics, progress).await?;
-    progress.enter(Phase::Login);
+    progress.enter(LoginPhase::Login);
     let started = Instant::now();
-    let encrypted = matches!(endpoint.security, Security::Tls { .. });
-    let may_send_cleartext = encrypted || is_loopback(address.ip());
+    let may_send_cleartext = stream.is_private();
     let (greeting, leftover) = exchange(
         &mut stream,
         &endpoint.user,
@@ -213,17 +209,17 @@ pub(super) async fn exchange<S: AsyncRead + AsyncWrite + Unpin>(
                     ));
                 }
                 let done = request == AuthenticationRequest::Ok;
-                let answer = match request {
+                let response = match request {
                     AuthenticationRequest::SaslContinue(data) => {
                         let derivation = authenticator.derivation(data)?;
                         Some(authenticator.derived(off_runtime(derivation).await?)?)
                     }
                     request => authenticator.answer(request)?,
                 };
-                if let Some(answer) = answer {
+                if let Some(response) = response {
                     // Already set when the exchange takes more than one message.
                     let _ = progress.password_requested.set(());
-                    wire.send(&answer).await?;
+                    wire.send(&response).await?;
                 }
                 if done {
                     break;
@@ -398,20 +394,20 @@ mod tests {
         let (mut ours, mut theirs) = duplex(1 << 16);
         let script: Vec<Vec<u8>> = answers.iter().map(|answer| answer.to_vec()).collect();
         let server = async move {
-            let mut heard = Vec::with_capacity(4096);
+            let mut received = Vec::with_capacity(4096);
             for answer in script {
-                theirs.read_buf(&mut heard).await.unwrap();
+                theirs.read_buf(&mut received).await.unwrap();
                 theirs.write_all(&answer).await.unwrap();
             }
             drop(theirs);
-            heard
+            received
         };
         let login = exchange_with(&mut ours, "token", &settings, true);
-        let (result, heard) = tokio::join!(login, server);
-        (result.map(|(greeting, _)| greeting), heard)
+        let (result, received) = tokio::join!(login, server);
+        (result.map(|(greeting, _)| greeting), received)
     }
 
-    fn ask() -> Vec<u8> {
+    fn password_request() -> Vec<u8> {
         frame(b'R', &[0, 0, 0, 3])
     }
 
@@ -426,9 +422,12 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_cleartext_login_yields_what_the_client_must_be_told() {
-        let (greeting, heard) =
-            against(&[&ask(), &welcome()], settings(Some("utf-8"), false)).await;
+    async fn a_cleartext_login_returns_the_messages_for_the_client() {
+        let (greeting, received) = against(
+            &[&password_request(), &welcome()],
+            settings(Some("utf-8"), false),
+        )
+        .await;
         let greeting = greeting.unwrap();
         assert_eq!(
             greeting.key,
@@ -439,31 +438,37 @@ mod tests {
         );
         assert!(greeting.parameter_status.starts_with(b"S"));
         assert!(
-            heard.ends_with(b"p\0\0\0\x0atoken\0"),
+            received.ends_with(b"p\0\0\0\x0atoken\0"),
             "no SET where the encoding is right"
         );
     }
 
     #[tokio::test]
-    async fn a_forced_encoding_is_mended() {
+    async fn a_forced_encoding_is_corrected() {
         let set = [
             frame(b'S', b"client_encoding\0LATIN1\0"),
             frame(b'C', b"SET\0"),
             frame(b'Z', b"I"),
         ]
         .concat();
-        let (greeting, heard) =
-            against(&[&ask(), &welcome(), &set], settings(Some("LATIN1"), false)).await;
-        assert!(heard.ends_with(b"SET client_encoding TO E'LATIN1'\0"));
+        let (greeting, received) = against(
+            &[&password_request(), &welcome(), &set],
+            settings(Some("LATIN1"), false),
+        )
+        .await;
+        assert!(received.ends_with(b"SET client_encoding TO E'LATIN1'\0"));
         assert_eq!(greeting.unwrap().client_encoding.as_deref(), Some("LATIN1"));
     }
 
     #[tokio::test]
     async fn a_replication_session_gets_no_query_of_ours() {
-        let (greeting, heard) =
-            against(&[&ask(), &welcome()], settings(Some("LATIN1"), true)).await;
+        let (greeting, received) = against(
+            &[&password_request(), &welcome()],
+            settings(Some("LATIN1"), true),
+        )
+        .await;
         assert!(greeting.is_ok());
-        assert!(heard.ends_with(b"token\0"));
+        assert!(received.ends_with(b"token\0"));
     }
 
     #[tokio::test]
@@ -474,7 +479,7 @@ mod tests {
         ]
         .concat();
         let (result, _) = against(
-            &[&ask(), &welcome(), &refused],
+            &[&password_request(), &welcome(), &refused],
             settings(Some("nonsense"), false),
         )
         .await;
@@ -489,13 +494,13 @@ mod tests {
             b'E',
             b"SERROR\0CXX000\0Mpassword authentication failed for user\0\0",
         );
-        let (result, _) = against(&[&ask(), &refused], settings(None, false)).await;
+        let (result, _) = against(&[&password_request(), &refused], settings(None, false)).await;
         assert_eq!(result.unwrap_err().class, Class::Identity);
     }
 
     #[tokio::test]
-    async fn silence_and_nonsense_are_told_apart() {
-        let (result, _) = against(&[&ask()], settings(None, false)).await;
+    async fn an_early_end_and_another_protocol_are_different_failures() {
+        let (result, _) = against(&[&password_request()], settings(None, false)).await;
         assert_eq!(result.unwrap_err().class, Class::Waking);
         let (result, _) = against(&[b"HTTP/1.1 400 Bad Request\r\n"], settings(None, false)).await;
         assert_eq!(result.unwrap_err().class, Class::Protocol);
@@ -552,7 +557,7 @@ mod tests {
 
     fn message() -> impl Strategy<Value = Vec<u8>> {
         let known = prop::sample::select(vec![
-            ask(),
+            password_request(),
             welcome(),
             frame(b'R', &[0, 0, 0, 0]),
             frame(b'S', b"client_encoding\0LATIN1\0"),
@@ -584,26 +589,26 @@ mod tests {
         }
     }
 
-    /// One server that asks for a million rounds once stopped every session for half a second.
+    /// A server that requested a million iterations once stopped every session for half a second.
     #[tokio::test]
     async fn other_tasks_run_while_a_key_is_derived_in_many_rounds() {
         let (mut ours, mut theirs) = duplex(1 << 16);
         let ticks = std::cell::Cell::new(0_u32);
         let server = async {
-            let mut heard = Vec::with_capacity(4096);
-            theirs.read_buf(&mut heard).await.unwrap();
+            let mut received = Vec::with_capacity(4096);
+            theirs.read_buf(&mut received).await.unwrap();
             let sasl = [&[0, 0, 0, 10][..], b"SCRAM-SHA-256\0\0"].concat();
             theirs.write_all(&frame(b'R', &sasl)).await.unwrap();
-            heard.clear();
-            theirs.read_buf(&mut heard).await.unwrap();
-            let text = String::from_utf8_lossy(&heard).into_owned();
+            received.clear();
+            theirs.read_buf(&mut received).await.unwrap();
+            let text = String::from_utf8_lossy(&received).into_owned();
             let (_, nonce) = text.split_once("r=").unwrap();
             let first = format!("r={nonce}x,s=c2FsdHNhbHQ=,i=100000");
             let turn = [&[0, 0, 0, 11][..], first.as_bytes()].concat();
             let before = ticks.get();
             theirs.write_all(&frame(b'R', &turn)).await.unwrap();
-            heard.clear();
-            theirs.read_buf(&mut heard).await.unwrap();
+            received.clear();
+            theirs.read_buf(&mut received).await.unwrap();
             drop(theirs);
             ticks.get() - before
         };

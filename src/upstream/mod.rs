@@ -28,5 +28,4 @@ pub use dropped::DroppedParameters;
 pub use endpoint::{Endpoint, Security};
 pub use failure::{Class, Failure};
 pub use login::{Connection, Greeting};
-pub use phases::Phase;
 pub use route::{Problem, Route, RouteFinder};

@@ -1,53 +1,31 @@
 //! The duration of each phase of a login, recorded in the session's span, whose fields the listener declares.
 
 use std::{
-    sync::atomic::{AtomicU8, Ordering},
+    sync::atomic::{AtomicUsize, Ordering},
     time::Duration,
 };
 
+use enum_map::Enum;
 use tokio::sync::SetOnce;
-
 use tracing::{Span, field::debug};
 
-/// A phase of a login.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Phase {
-    /// Host name to addresses.
-    Resolve,
-    /// TCP connect.
-    Dial,
-    /// `SSLRequest` and TLS handshake.
-    Tls,
-    /// Startup message up to `ReadyForQuery`.
-    Login,
-}
+use crate::telemetry::labels::LoginPhase;
 
 /// The current phase of an attempt, for the error of a timeout.
 #[derive(Debug, Default)]
 pub(super) struct Progress {
-    phase: AtomicU8,
+    phase: AtomicUsize,
     /// Set when the server has requested the password.
     pub(super) password_requested: SetOnce<()>,
 }
 
 impl Progress {
-    pub(super) fn enter(&self, phase: Phase) {
-        let number = match phase {
-            Phase::Resolve => 0,
-            Phase::Dial => 1,
-            Phase::Tls => 2,
-            Phase::Login => 3,
-        };
-        self.phase.store(number, Ordering::Relaxed);
+    pub(super) fn enter(&self, phase: LoginPhase) {
+        self.phase.store(phase.into_usize(), Ordering::Relaxed);
     }
 
-    pub(super) fn phase(&self) -> Phase {
-        match self.phase.load(Ordering::Relaxed) {
-            0 => Phase::Resolve,
-            1 => Phase::Dial,
-            2 => Phase::Tls,
-            _ => Phase::Login,
-        }
+    pub(super) fn phase(&self) -> LoginPhase {
+        LoginPhase::from_usize(self.phase.load(Ordering::Relaxed))
     }
 }
 

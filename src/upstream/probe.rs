@@ -5,20 +5,11 @@ use std::net::SocketAddr;
 use bytes::{Buf, BytesMut};
 use tokio::{io::AsyncWriteExt, net::TcpStream};
 
-use super::{
-    dial,
-    endpoint::{Endpoint, Security},
-    failure::Failure,
-    login,
-    phases::Progress,
-};
+use super::{dial, endpoint::Endpoint, failure::Failure, login, phases::Progress};
 use crate::{
     config::Keepalive,
     credential::Credential,
-    net::{
-        message::{read_message, write_and_flush},
-        tcp,
-    },
+    net::message::{read_message, write_and_flush},
     protocol::{
         error::ErrorFields,
         frame::tag,
@@ -70,13 +61,7 @@ impl Session {
         credential: &Credential,
         settings: &SessionSettings,
     ) -> Result<Self, Failure> {
-        let may_send_cleartext = match (&endpoint.security, &stream) {
-            (Security::Tls { .. }, _) => true,
-            (Security::Plain, Stream::Plain(socket)) => socket
-                .peer_addr()
-                .is_some_and(|address| tcp::is_loopback(address.ip())),
-            (Security::Plain, Stream::Tls(_)) => false,
-        };
+        let may_send_cleartext = stream.is_private();
         let startup = settings.startup(&endpoint.user, |_| false)?;
         let progress = Progress::default();
         let exchange = login::exchange(

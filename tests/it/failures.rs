@@ -1052,7 +1052,7 @@ async fn a_workspace_that_never_answers_costs_the_client_its_budget() {
     assert!(
         refusal
             .message
-            .contains("no database credential came in time"),
+            .contains("no database credential was minted in time"),
         "{refusal:?}"
     );
     assert!(

@@ -1,4 +1,4 @@
-//! Clients at a scripted server on loopback: who dials, how often, for how long, and what each is told.
+//! Clients at a scripted server on loopback: dials, retries, budgets and refusals.
 
 use std::{
     future::ready,
@@ -27,16 +27,16 @@ use crate::{
 /// More than any of these tests takes when all is well.
 const LONG: Duration = Duration::from_secs(30);
 
-/// What the server does with a connection once it has heard the password.
+/// What the server does with a connection after the password.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Act {
-    /// Closes without a word, before anything was said.
+    /// Closes before it sends anything.
     Asleep,
     /// Refuses with this SQLSTATE and text.
     Refuse(&'static str, &'static str),
     /// Refuses the first credential and takes any other.
     RefuseFirst,
-    /// Says nothing.
+    /// Sends nothing.
     Stall,
     /// Logs the client in.
     Welcome,
@@ -102,7 +102,7 @@ impl Server {
     async fn dialed(&self, at_least: usize) {
         let mut dialed = self.dialed.clone();
         let waited = timeout(LONG, dialed.wait_for(|dials| *dials >= at_least)).await;
-        waited.expect("nobody dials").unwrap();
+        waited.expect("no dial").unwrap();
     }
 }
 
@@ -130,7 +130,7 @@ async fn serve(
     let length = stream.read_u32().await?;
     let mut password = vec![0; length as usize - 4];
     stream.read_exact(&mut password).await?;
-    // Stalls until told otherwise.
+    // Stalls until the script changes.
     let act = *acts.wait_for(|act| *act != Act::Stall).await.unwrap();
     seen.logging_in.fetch_sub(1, Ordering::SeqCst);
     let refusal = match act {
@@ -141,8 +141,8 @@ async fn serve(
         _ => None,
     };
     if let Some((code, text)) = refusal {
-        let said = format!("SFATAL\0C{code}\0M{text}\0\0");
-        return stream.write_all(&frame(b'E', said.as_bytes())).await;
+        let error = format!("SFATAL\0C{code}\0M{text}\0\0");
+        return stream.write_all(&frame(b'E', error.as_bytes())).await;
     }
     let welcome = [
         frame(b'R', &[0, 0, 0, 0]),
@@ -435,7 +435,7 @@ async fn room_is_waited_for_even_by_a_client_that_waited_for_the_endpoint_before
 }
 
 #[tokio::test]
-async fn what_waiting_does_not_mend_is_refused_at_once() {
+async fn a_failure_that_waiting_does_not_fix_is_refused_at_once() {
     for (code, text, reason, sqlstate) in [
         (
             "28000",
@@ -504,7 +504,7 @@ async fn a_bounded_number_of_clients_log_in_at_a_time() {
 }
 
 #[tokio::test]
-async fn a_client_that_never_had_its_turn_says_nothing_about_the_endpoint() {
+async fn a_client_without_an_attempt_does_not_change_the_endpoints_state() {
     let server = Server::start(Act::Welcome).await;
     let fixture = fixture(
         &server,

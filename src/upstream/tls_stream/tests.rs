@@ -69,7 +69,7 @@ fn acceptor(fragment: Option<usize>) -> TlsAcceptor {
     TlsAcceptor::from(Arc::new(config))
 }
 
-/// What lies between the two: reads come in pieces, writes are taken in pieces, and one byte can be spoilt.
+/// What lies between the two: partial reads, partial writes, and one byte that can be changed.
 struct Wire {
     stream: DuplexStream,
     pieces: Vec<usize>,
@@ -169,39 +169,39 @@ fn run<T>(future: impl Future<Output = T>) -> T {
 }
 
 impl Pair {
-    /// The server says `said`, and the client hears it, in reads of at most `read` bytes.
-    async fn hear(&mut self, said: &[u8], read: usize) {
+    /// The server sends `sent`, and the client receives it in reads of at most `read` bytes.
+    async fn receive(&mut self, sent: &[u8], read: usize) {
         let Self { client, server } = self;
-        let mut heard = Vec::new();
+        let mut received = Vec::new();
         tokio::join!(
             async {
-                server.write_all(said).await.unwrap();
+                server.write_all(sent).await.unwrap();
                 server.flush().await.unwrap();
             },
             async {
                 let mut buffer = vec![0; read];
-                while heard.len() < said.len() {
+                while received.len() < sent.len() {
                     let read = client.read(&mut buffer).await.unwrap();
                     assert!(read > 0, "the server has not closed");
-                    heard.extend_from_slice(&buffer[..read]);
+                    received.extend_from_slice(&buffer[..read]);
                 }
             }
         );
-        assert!(heard == said, "{} bytes arrive as others", said.len());
+        assert!(received == sent, "{} bytes were changed", sent.len());
     }
 
-    /// The client says `said`, and the server hears it.
-    async fn say(&mut self, said: &[u8]) {
+    /// The client sends `sent`, and the server receives it.
+    async fn send(&mut self, sent: &[u8]) {
         let Self { client, server } = self;
-        let mut heard = vec![0; said.len()];
+        let mut received = vec![0; sent.len()];
         tokio::join!(
             async {
-                client.write_all(said).await.unwrap();
+                client.write_all(sent).await.unwrap();
                 client.flush().await.unwrap();
             },
-            async { server.read_exact(&mut heard).await.unwrap() }
+            async { server.read_exact(&mut received).await.unwrap() }
         );
-        assert!(heard == said, "{} bytes arrive as others", said.len());
+        assert!(received == sent, "{} bytes were changed", sent.len());
     }
 }
 
@@ -213,17 +213,17 @@ fn bytes(length: usize) -> Vec<u8> {
 
 #[derive(Clone, Debug)]
 enum Step {
-    Hear(usize, usize),
-    Say(usize),
-    /// The server renews its keys, and asks us to renew ours.
+    Receive(usize, usize),
+    Send(usize),
+    /// The server updates its keys and requests an update of the client's.
     Renew,
 }
 
 fn steps() -> impl Strategy<Value = Vec<Step>> {
     let length = || prop_oneof![4 => 1..300_usize, 1 => 1..150_000_usize];
     let step = prop_oneof![
-        3 => (length(), prop_oneof![1..50_usize, 1..100_000_usize]).prop_map(|(length, read)| Step::Hear(length, read)),
-        3 => length().prop_map(Step::Say),
+        3 => (length(), prop_oneof![1..50_usize, 1..100_000_usize]).prop_map(|(length, read)| Step::Receive(length, read)),
+        3 => length().prop_map(Step::Send),
         1 => Just(Step::Renew),
     ];
     prop::collection::vec(step, 1..8)
@@ -237,7 +237,7 @@ proptest! {
         steps in steps(),
         pieces in prop::collection::vec(prop_oneof![1..9_usize, 1..70_000_usize], 1..12),
         fragment in prop::option::of(32..16_384_usize),
-        // The tickets must fit, which the server sends last and nobody reads before both are done.
+        // The tickets must fit, which the server sends last and the client reads after the handshake.
         room in 512..70_000_usize,
         old in any::<bool>(),
     ) {
@@ -246,8 +246,8 @@ proptest! {
             let mut pair = shake(client_config(version), &acceptor(fragment), room, &pieces).await;
             for step in steps {
                 match step {
-                    Step::Hear(length, read) => pair.hear(&bytes(length), read).await,
-                    Step::Say(length) => pair.say(&bytes(length)).await,
+                    Step::Receive(length, read) => pair.receive(&bytes(length), read).await,
+                    Step::Send(length) => pair.send(&bytes(length)).await,
                     Step::Renew if old => {}
                     Step::Renew => pair.server.get_mut().1.refresh_traffic_keys().unwrap(),
                 }
@@ -255,18 +255,18 @@ proptest! {
         });
     }
 
-    /// Whatever a server says instead of TLS ends the handshake, by an error and not by a panic.
+    /// Any bytes in place of TLS end the handshake with an error, not a panic.
     #[test]
-    fn what_is_not_tls_is_an_error(said in prop::collection::vec(any::<u8>(), 0..3000), looks_right in any::<bool>()) {
-        let mut said = said;
-        if looks_right && said.len() > 5 {
-            let length = u16::try_from(said.len() - 5).unwrap();
-            said[..3].copy_from_slice(&[22, 3, 3]);
-            said[3..5].copy_from_slice(&length.to_be_bytes());
+    fn bytes_other_than_tls_are_an_error(sent in prop::collection::vec(any::<u8>(), 0..3000), looks_right in any::<bool>()) {
+        let mut sent = sent;
+        if looks_right && sent.len() > 5 {
+            let length = u16::try_from(sent.len() - 5).unwrap();
+            sent[..3].copy_from_slice(&[22, 3, 3]);
+            sent[3..5].copy_from_slice(&length.to_be_bytes());
         }
         run(async {
             let (ours, mut theirs) = duplex(ROOM);
-            theirs.write_all(&said).await.unwrap();
+            theirs.write_all(&sent).await.unwrap();
             theirs.shutdown().await.unwrap();
             let name = ServerName::try_from("localhost").unwrap();
             let config = client_config(&version::TLS13);
@@ -280,13 +280,13 @@ fn records_may_be_cut_at_every_byte() {
     for version in [&version::TLS12, &version::TLS13] {
         run(async {
             let mut pair = shake(client_config(version), &acceptor(Some(32)), ROOM, &[1]).await;
-            pair.hear(&bytes(3000), 7).await;
-            pair.say(&bytes(3000)).await;
+            pair.receive(&bytes(3000), 7).await;
+            pair.send(&bytes(3000)).await;
         });
     }
 }
 
-/// Half of a ticket is with the connection when the client has something to say.
+/// The connection holds half of a ticket when the client writes.
 #[test]
 fn a_client_may_speak_between_two_parts_of_a_message() {
     run(async {
@@ -311,8 +311,8 @@ fn a_client_may_speak_between_two_parts_of_a_message() {
             });
             assert!(waits.await, "there is nothing to read yet");
             pair.client.socket.pieces.clear();
-            pair.say(b"hello").await;
-            pair.hear(b"world", 100).await;
+            pair.send(b"hello").await;
+            pair.receive(b"world", 100).await;
         }
     });
 }
@@ -322,8 +322,8 @@ fn a_stream_that_waits_holds_no_buffer() {
     run(async {
         for version in [&version::TLS12, &version::TLS13] {
             let mut pair = pair(version).await;
-            pair.hear(&bytes(200_000), 1000).await;
-            pair.say(&bytes(200_000)).await;
+            pair.receive(&bytes(200_000), 1000).await;
+            pair.send(&bytes(200_000)).await;
             let TlsStream {
                 partial,
                 plaintext,
@@ -358,10 +358,11 @@ fn a_peer_that_reads_nothing_is_not_written_to_without_end() {
         waits.await;
         assert!(taken <= ROOM + 2 * CHUNK_LEN, "{taken} bytes taken");
         let Pair { client, server } = &mut pair;
-        let mut heard = vec![0; taken];
-        let (flushed, heard_all) = tokio::join!(client.flush(), server.read_exact(&mut heard));
+        let mut received = vec![0; taken];
+        let (flushed, received_all) =
+            tokio::join!(client.flush(), server.read_exact(&mut received));
         flushed.unwrap();
-        heard_all.unwrap();
+        received_all.unwrap();
     });
 }
 
@@ -372,16 +373,16 @@ fn each_side_may_close_its_half_first() {
             let mut server_first = pair(version).await;
             server_first.server.shutdown().await.unwrap();
             assert_eq!(server_first.client.read(&mut [0; 9]).await.unwrap(), 0);
-            server_first.say(b"still here").await;
+            server_first.send(b"still here").await;
 
             let mut client_first = pair(version).await;
             client_first.client.shutdown().await.unwrap();
             assert_eq!(
                 client_first.server.read(&mut [0; 9]).await.unwrap(),
                 0,
-                "it was told"
+                "the alert was sent"
             );
-            client_first.hear(b"still here", 100).await;
+            client_first.receive(b"still here", 100).await;
             assert!(
                 client_first.client.write(b"x").await.is_err(),
                 "it has closed"
@@ -391,7 +392,7 @@ fn each_side_may_close_its_half_first() {
 }
 
 #[test]
-fn an_end_without_a_goodbye_is_no_end() {
+fn an_end_without_close_notify_is_an_error() {
     run(async {
         let Pair { mut client, server } = pair(&version::TLS13).await;
         drop(server);
@@ -402,21 +403,26 @@ fn an_end_without_a_goodbye_is_no_end() {
 }
 
 #[test]
-fn a_record_that_was_changed_ends_the_connection_and_the_peer_is_told() {
+fn a_changed_record_ends_the_connection_with_an_alert() {
     run(async {
         for version in [&version::TLS12, &version::TLS13] {
             let mut pair = pair(version).await;
-            pair.hear(b"sound", 100).await;
+            pair.receive(b"sound", 100).await;
             pair.client.socket.spoil = true;
-            pair.server.write_all(b"spoilt").await.unwrap();
-            let mut heard = [0; 100];
-            let error = pair.client.read(&mut heard).await.unwrap_err();
+            pair.server.write_all(b"broken").await.unwrap();
+            let mut received = [0; 100];
+            let error = pair.client.read(&mut received).await.unwrap_err();
             let inner = error.get_ref().and_then(|inner| inner.downcast_ref());
             assert_eq!(inner, Some(&rustls::Error::DecryptError));
-            assert!(pair.client.read(&mut heard).await.is_err());
+            assert!(pair.client.read(&mut received).await.is_err());
             assert!(pair.client.write(b"x").await.is_err());
-            let told = pair.server.read(&mut heard).await.unwrap_err().to_string();
-            assert!(told.contains("BadRecordMac"), "{told}");
+            let alert = pair
+                .server
+                .read(&mut received)
+                .await
+                .unwrap_err()
+                .to_string();
+            assert!(alert.contains("BadRecordMac"), "{alert}");
             pair.client.shutdown().await.unwrap();
         }
     });
@@ -445,7 +451,7 @@ fn a_certificate_that_is_not_trusted_is_refused() {
         );
         assert!(
             server.err().unwrap().to_string().contains("UnknownCA"),
-            "it was told why"
+            "the alert names the reason"
         );
     });
 }
@@ -457,7 +463,7 @@ fn a_ticket_spares_the_next_connection_the_certificate() {
             let (config, acceptor) = (client_config(version), acceptor(None));
             let mut first = shake(Arc::clone(&config), &acceptor, ROOM, &[]).await;
             assert!(!first.client.is_resumed());
-            first.hear(b"with the tickets before it", 100).await;
+            first.receive(b"with the tickets before it", 100).await;
             let second = shake(config, &acceptor, ROOM, &[]).await;
             assert!(second.client.is_resumed());
         }
