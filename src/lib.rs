@@ -50,7 +50,6 @@ pub mod doctor;
 #[cfg(feature = "demo")]
 pub mod emulator;
 pub mod exec;
-mod expiry;
 pub mod listener;
 pub mod net;
 #[cfg(feature = "notes")]

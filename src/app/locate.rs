@@ -87,25 +87,25 @@ pub(super) async fn locate(
         }
     };
     let located = workspace
-        .locate_within(&wanted(config), timeout)
+        .locate(&wanted(config), timeout)
         .await
         .map_err(Box::new)?;
     let direct = located.host.parse::<HostName>().ok();
     if let Some(direct) = direct.and_then(|host| host.direct()) {
         tracing::warn!(
-            endpoint = located.label,
+            endpoint = %located.target,
             host = located.host,
             "the host is that of Lakebase's pooler, which may refuse OAuth credentials; hint: set PGHOST to the direct host {direct} if logins are refused"
         );
     }
     if let Some(databases) = &located.app_databases {
         tracing::info!(
-            endpoint = located.label,
+            endpoint = %located.target,
             "{databases}; hint: {}",
             AppDatabases::HINT
         );
     }
-    let label = Label::new(&located.label);
+    let label = Label::new(located.target.as_str());
     let database = located
         .database
         .unwrap_or_else(|| DEFAULT_DATABASE.to_owned());

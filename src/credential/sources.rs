@@ -10,9 +10,8 @@ use zeroize::Zeroizing;
 use super::{BoxFuture, Mint, MintError, MintErrorKind, Minted};
 use crate::{
     config::CredentialSource,
-    expiry::Moment,
     net::{FileWatch, file},
-    workspace::CredentialMinter,
+    workspace::{CredentialMinter, expiry::Moment},
 };
 
 /// How long a command may take.

@@ -1,4 +1,4 @@
-//! What a server showed of itself: the chain, kept while the real verifier judges it, and put into words.
+//! Server certificates: recorded while the real verifier checks them, and described in one line.
 
 use std::{
     fmt,
@@ -19,7 +19,7 @@ use x509_parser::{
 /// Names of a certificate that are shown.
 const MAX_NAMES: usize = 5;
 
-/// Judges as the verifier inside does, and remembers what was shown.
+/// Verifies with the verifier inside and records the chain.
 pub(super) struct Recorder {
     inner: Arc<dyn ServerCertVerifier>,
     shown: Mutex<Vec<CertificateDer<'static>>>,
@@ -33,7 +33,7 @@ impl Recorder {
         })
     }
 
-    /// The last chain that was shown; `None` if there was none to read.
+    /// The last certificate; `None` if none could be parsed.
     pub(super) fn certificate(&self) -> Option<Certificate> {
         let shown = self.shown.lock().unwrap_or_else(PoisonError::into_inner);
         let last = shown.last()?;
@@ -90,12 +90,12 @@ impl ServerCertVerifier for Recorder {
     }
 }
 
-/// A server's certificate, as far as people care.
+/// The parts of a server's certificate that help in diagnosis.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Certificate {
     subject: String,
     issuer: String,
-    /// The authority at the chain's end, as far as it was sent.
+    /// The issuer of the last certificate in the chain.
     pub(super) authority: String,
     pub(super) names: Vec<String>,
     pub(super) expires_at: Timestamp,
@@ -110,9 +110,9 @@ impl Certificate {
             .map(|extension| &extension.value.general_names[..])
             .unwrap_or_default();
         Some(Self {
-            subject: called(leaf.subject()),
-            issuer: called(leaf.issuer()),
-            authority: called(last.issuer()),
+            subject: name(leaf.subject()),
+            issuer: name(leaf.issuer()),
+            authority: name(last.issuer()),
             names: names
                 .iter()
                 .filter_map(|name| match name {
@@ -140,8 +140,8 @@ impl fmt::Display for Certificate {
     }
 }
 
-/// The common name, or else all of it.
-fn called(name: &X509Name<'_>) -> String {
+/// The common name, else the whole name.
+fn name(name: &X509Name<'_>) -> String {
     let common = name
         .iter_common_name()
         .next()
@@ -149,7 +149,7 @@ fn called(name: &X509Name<'_>) -> String {
     clean(&common.map_or_else(|| name.to_string(), str::to_owned))
 }
 
-/// One line of bounded length, whatever a stranger put there.
+/// One line of bounded length.
 fn clean(text: &str) -> String {
     text.chars()
         .filter(|character| !character.is_control())
@@ -162,7 +162,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_certificate_is_put_into_words() {
+    fn a_certificate_is_described_in_one_line() {
         let mut parameters =
             rcgen::CertificateParams::new(vec!["a.example".to_owned(), "b.example".to_owned()])
                 .unwrap();

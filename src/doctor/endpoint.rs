@@ -1,22 +1,21 @@
-//! The steps towards one endpoint: what the workspace says of it, a credential for it, and whether the way in may be gone
-//! without waking it.
+//! Checks of one endpoint before a connection: the workspace's information, a credential, and addresses.
 
 use std::{net::SocketAddr, time::Duration};
 
 use jiff::SignedDuration;
-use tokio::time::{Instant, timeout};
+use tokio::time::timeout;
 
 use super::{
-    entry::enter,
+    connection,
     grants::{create_role, identifier},
-    report::{Chart, Finding, Outcome, spoken},
+    report::{Finding, Outcome, Steps, spoken},
     step,
-    workspace::{Access, listed},
+    workspace::{Access, STEP_TIMEOUT, listed, no_name_server},
 };
 use crate::{
     clock::Clock,
     config::{CredentialSource, EndpointConfig, Timeouts},
-    credential::{self, Credential, MintError, Minted},
+    credential::{self, Credential},
     net::tcp::is_loopback,
     telemetry::Metrics,
     upstream::probe,
@@ -26,23 +25,20 @@ use crate::{
     },
 };
 
-/// One step on the network.
-pub(super) const STEP_TIMEOUT: Duration = Duration::from_secs(10);
-
-/// One endpoint and what is needed to look at it.
+/// An endpoint to check, with everything that the checks use.
 pub(super) struct Examined<'a> {
     pub(super) config: &'a EndpointConfig,
-    pub(super) limits: Timeouts,
+    pub(super) timeouts: Timeouts,
     pub(super) workspace: Option<&'a Workspace>,
     pub(super) access: &'a Access,
     pub(super) clock: &'a Clock,
     pub(super) metrics: &'a Metrics,
     pub(super) connect: bool,
-    /// Whether the settings make sense; if not, nothing is dialled.
+    /// Whether the settings are valid; otherwise nothing is dialed.
     pub(super) is_usable: bool,
 }
 
-/// Where it is and how it is doing.
+/// The endpoint, located.
 pub(super) struct Found {
     pub(super) target: Option<Target>,
     pub(super) host: String,
@@ -51,42 +47,178 @@ pub(super) struct Found {
     state: Option<EndpointState>,
 }
 
-/// Takes the steps.
-pub(super) async fn check(chart: &mut Chart<'_>, examined: &Examined<'_>) {
-    let Some(found) = locate(chart, examined).await else {
-        chart.skip(&step::OF_ENDPOINT[1..], "no endpoint to go on with");
+pub(super) async fn check(steps: &mut Steps<'_>, examined: &Examined<'_>) {
+    let Some(found) = locate(steps, examined).await else {
+        steps.skip_rest(step::OF_ENDPOINT, "the endpoint is unknown");
         return;
     };
-    let credential = credential(chart, examined, found.target.as_ref()).await;
-    let rest = &[
-        step::ENDPOINT_TCP,
-        step::EDGE_TLS,
-        step::LOGIN,
-        step::GRANTS,
-        step::SELECT,
-    ];
-    let Some(addresses) = resolve(chart, examined, &found).await else {
-        chart.skip(rest, "the endpoint's host cannot be used");
+    let credential = match (&examined.config.credential, examined.workspace) {
+        (CredentialSource::Workspace, None) => {
+            steps.skip(&[step::CREDENTIAL], "no workspace");
+            None
+        }
+        _ => {
+            steps
+                .check(step::CREDENTIAL, examined.credential(&found))
+                .await
+        }
+    };
+    let addresses = steps
+        .check(step::ENDPOINT_DNS, examined.resolve(&found))
+        .await;
+    let Some(addresses) = addresses else {
+        steps.skip_rest(step::OF_ENDPOINT, "the endpoint's host cannot be used");
         return;
     };
-    if let Some(why) = examined.must_stay_away(&found) {
-        chart.skip(&rest[..3], why);
-        let started = Instant::now();
-        let finding = examined.role(&found).await;
-        chart.note(
-            step::GRANTS,
-            started,
-            finding.unwrap_or_else(|| Finding::skipped(why)),
-        );
-        chart.skip(&rest[4..], why);
+    if let Some(why) = examined.reason_not_to_dial(&found) {
+        steps.skip(&[step::ENDPOINT_TCP, step::EDGE_TLS, step::LOGIN], why);
+        let role = async {
+            let finding = examined.role(&found).await;
+            Err::<((), Finding), _>(finding.unwrap_or_else(|| Finding::skipped(why)))
+        };
+        steps.check(step::GRANTS, role).await;
+        steps.skip_rest(step::OF_ENDPOINT, why);
         return;
     }
-    enter(chart, examined, &found, addresses, credential).await;
+    connection::check(steps, examined, &found, addresses, credential).await;
+    steps.skip_rest(step::OF_ENDPOINT, "an earlier check failed");
+}
+
+async fn locate(steps: &mut Steps<'_>, examined: &Examined<'_>) -> Option<Found> {
+    let config = examined.config;
+    if !matches!(config.credential, CredentialSource::Workspace) {
+        steps.skip(
+            &[step::ENDPOINT],
+            "the workspace does not mint its credential",
+        );
+        return Some(Found {
+            target: None,
+            host: config.host.clone()?,
+            user: config.user.clone()?,
+            database: config.database_or_default().to_owned(),
+            state: None,
+        });
+    }
+    let Some(workspace) = examined.workspace.filter(|_| examined.access.can_call) else {
+        steps.skip(&[step::ENDPOINT], "the workspace cannot be called");
+        return None;
+    };
+    let located = steps
+        .check(step::ENDPOINT, examined.locate(workspace))
+        .await?;
+    let host = match &config.host {
+        None => located.host,
+        Some(host) if config.read_only => host
+            .parse::<HostName>()
+            .map_or_else(|_| host.clone(), |host| host.read_only().to_string()),
+        Some(host) => host.clone(),
+    };
+    let database = located.database;
+    Some(Found {
+        target: Some(located.target),
+        host,
+        user: located.user,
+        database: database.unwrap_or_else(|| config.database_or_default().to_owned()),
+        state: located.info.map(|info| info.state),
+    })
 }
 
 impl Examined<'_> {
-    /// Why nothing may be dialled, if so.
-    fn must_stay_away(&self, found: &Found) -> Option<&'static str> {
+    async fn locate(&self, workspace: &Workspace) -> Result<(Located, Finding), Finding> {
+        let config = self.config;
+        let wanted = Wanted {
+            name: config.name.clone(),
+            host: config.host.clone(),
+            app: config.app.clone(),
+            read_only: config.read_only,
+            user: config.user.clone(),
+            database: config.database.clone(),
+        };
+        // Without the host, so that a wrong name shows.
+        let without_host = Wanted {
+            host: wanted.host.clone().filter(|_| wanted.name.is_none()),
+            ..wanted.clone()
+        };
+        let error = match workspace.locate(&without_host, Duration::ZERO).await {
+            Ok(located) => {
+                let mut finding = of_state(&located, config.host.as_deref());
+                if let (Outcome::Ok, Some(databases)) = (finding.outcome, &located.app_databases) {
+                    finding = finding.detail(format!("{databases}; {}", AppDatabases::HINT));
+                }
+                return Ok((located, finding));
+            }
+            Err(error) => error,
+        };
+        let host_suffices = matches!(error, LocateError::NoHost { .. }) || error.is_forbidden();
+        if !host_suffices || wanted.host.is_none() {
+            return Err(of_locate(&error));
+        }
+        let located = workspace.locate(&wanted, Duration::ZERO).await;
+        let located = located.map_err(|error| of_locate(&error))?;
+        let message = format!(
+            "`{}`; the identity may not look it up, PGHOST holds its host",
+            located.target
+        );
+        Ok((located, Finding::ok(message)))
+    }
+
+    async fn credential(&self, found: &Found) -> Result<(Credential, Finding), Finding> {
+        let own = credential::of_settings(&self.config.credential);
+        let minted = match (own, self.workspace, &found.target) {
+            (Some(own), ..) => own.mint().await,
+            (None, Some(workspace), Some(target)) => {
+                let minter = CredentialMinter::new(workspace.clone(), target.clone());
+                minter.mint().await
+            }
+            (None, ..) => return Err(Finding::skipped("no workspace")),
+        };
+        let minted = minted.map_err(|error| {
+            let finding = Finding::failed(error.message).detail(error.detail);
+            finding.hint(error.hint)
+        })?;
+        let now = self.clock.now();
+        let finding = match minted.expires_at {
+            None => Finding::ok("does not expire"),
+            Some(at) if at <= now => Finding::failed("has expired already")
+                .fix("check this machine's clock, and the source of the credential"),
+            Some(at) => Finding::ok(format!("valid for {}", spoken(at.duration_since(now)))),
+        };
+        let credential = Credential {
+            secret: minted.secret,
+            expires_at: minted.expires_at,
+            minted_at: now,
+            generation: 1,
+        };
+        Ok((credential, finding))
+    }
+
+    async fn resolve(&self, found: &Found) -> Result<(Vec<SocketAddr>, Finding), Finding> {
+        let (host, port) = (found.host.as_str(), self.config.port);
+        let fixed = self.config.host_addresses.iter();
+        let fixed: Vec<_> = fixed
+            .map(|address| SocketAddr::new(*address, port))
+            .collect();
+        let (addresses, source) = if fixed.is_empty() {
+            let resolved = timeout(STEP_TIMEOUT, probe::resolve(host, port)).await;
+            let addresses = resolved.map_err(|_| no_name_server(host))?.map_err(|failure| {
+                let fix = "check PGHOST and this machine's name resolution; behind PrivateLink the private DNS zone must have the name";
+                Finding::failed(failure.to_string()).fix(fix)
+            })?;
+            (addresses, "")
+        } else {
+            (fixed, " (PGHOSTADDR or `host_address`)")
+        };
+        if is_ourselves(&addresses, &self.config.listen.tcp) {
+            let message = format!("`{host}` with port {port} is this proxy itself");
+            let fix = "set PGHOST and PGPORT to the endpoint; --address and --port are where the proxy listens";
+            return Err(Finding::failed(message).fix(fix));
+        }
+        let finding = Finding::ok(format!("{host} is {}{source}", listed(&addresses)));
+        Ok((addresses, finding))
+    }
+
+    /// Why the endpoint must not be dialed, if so.
+    fn reason_not_to_dial(&self, found: &Found) -> Option<&'static str> {
         let is_elsewhere = found.target.is_none()
             && found
                 .host
@@ -101,57 +233,49 @@ impl Examined<'_> {
         }
     }
 
-    /// What the workspace says about the role, where that is worth a word.
+    /// The role, by the workspace's list; `None` if the list is not available.
     pub(super) async fn role(&self, found: &Found) -> Option<Finding> {
         let (Some(workspace), Some(Target::Endpoint(endpoint))) = (self.workspace, &found.target)
         else {
             return None;
         };
+        let user = &found.user;
         let roles = workspace.roles(endpoint).await.ok()?;
-        let Some(role) = roles.iter().find(|role| role.name == found.user) else {
+        let Some(role) = roles.iter().find(|role| role.name == *user) else {
             return Some(self.missing_role(found));
         };
-        if !role.is_oauth {
-            return Some(
-                Finding::failed(format!(
-                    "the role `{}` was not made for OAuth logins",
-                    found.user
-                ))
-                .mend(format!(
+        Some(match self.mismatch(found) {
+            _ if !role.is_oauth => {
+                let fix = format!(
                     "as the role's owner: DROP ROLE {}; {}",
-                    identifier(&found.user),
-                    create_role(&found.user)
-                )),
-            );
-        }
-        let mismatch = self.mismatch(found).map(|mend| {
-            Finding::warning(format!(
-                "the login is as `{}`, which is not who we are",
-                found.user
-            ))
-            .mend(mend)
-        });
-        Some(mismatch.unwrap_or_else(|| {
-            Finding::ok(format!(
-                "the workspace lists the role `{}`; its grants were not tried",
-                found.user
-            ))
-        }))
+                    identifier(user),
+                    create_role(user)
+                );
+                Finding::failed(format!("the role `{user}` was not made for OAuth logins")).fix(fix)
+            }
+            Some(fix) => {
+                let message = format!("the login is as `{user}`, which is not who we are");
+                Finding::warning(message).fix(fix)
+            }
+            None => Finding::ok(format!(
+                "the workspace lists the role `{user}`; its grants were not tried"
+            )),
+        })
     }
 
-    /// There is no such role. One for somebody else's name would refuse our credential as well.
+    /// The finding where the role does not exist. A role for another name would not fit our credential either.
     pub(super) fn missing_role(&self, found: &Found) -> Finding {
         let user = &found.user;
         let missing = format!("there is no Postgres role `{user}` on this branch");
         match self.mismatch(found) {
-            Some(mend) => {
-                Finding::failed(format!("{missing}, and `{user}` is not who we are")).mend(mend)
+            Some(fix) => {
+                Finding::failed(format!("{missing}, and `{user}` is not who we are")).fix(fix)
             }
-            None => Finding::failed(missing).mend(create_role(user)),
+            None => Finding::failed(missing).fix(create_role(user)),
         }
     }
 
-    /// What to do when the login's user is neither us nor a group of ours.
+    /// The fix where the login's user is neither our identity nor one of its groups.
     pub(super) fn mismatch(&self, found: &Found) -> Option<String> {
         let profile = self.access.profile.as_ref()?;
         let is_ours = profile.user_name == found.user || profile.groups.contains(&found.user);
@@ -164,89 +288,6 @@ impl Examined<'_> {
     }
 }
 
-async fn locate(chart: &mut Chart<'_>, examined: &Examined<'_>) -> Option<Found> {
-    let config = examined.config;
-    if !matches!(config.credential, CredentialSource::Workspace) {
-        chart.skip(&[step::ENDPOINT], "its credential is not the workspace's");
-        return Some(Found {
-            target: None,
-            host: config.host.clone()?,
-            user: config.user.clone()?,
-            database: config.database_or_default().to_owned(),
-            state: None,
-        });
-    }
-    let workspace = examined.workspace.filter(|_| examined.access.can_call);
-    let Some(workspace) = workspace else {
-        chart.skip(&[step::ENDPOINT], "the workspace does not answer us");
-        return None;
-    };
-    let started = Instant::now();
-    let wanted = Wanted {
-        name: config.name.clone(),
-        host: config.host.clone(),
-        app: config.app.clone(),
-        read_only: config.read_only,
-        user: config.user.clone(),
-        database: config.database.clone(),
-    };
-    // Asked as if the host were not known, so that a wrong name shows.
-    let asked = Wanted {
-        host: wanted.host.clone().filter(|_| wanted.name.is_none()),
-        ..wanted.clone()
-    };
-    let (located, finding) = match workspace.locate_within(&asked, Duration::ZERO).await {
-        Ok(located) => {
-            let mut finding = state_of(&located, config.host.as_deref());
-            if let (Outcome::Ok, Some(databases)) = (finding.outcome, &located.app_databases) {
-                finding = finding.detail(format!("{databases}; {}", AppDatabases::HINT));
-            }
-            (located, finding)
-        }
-        Err(error) if is_answered_by_host(&error) && wanted.host.is_some() => {
-            match workspace.locate_within(&wanted, Duration::ZERO).await {
-                Ok(located) => {
-                    let finding = Finding::ok(format!(
-                        "`{}`; the identity may not look it up, PGHOST says where it is",
-                        located.label
-                    ));
-                    (located, finding)
-                }
-                Err(error) => {
-                    chart.note(step::ENDPOINT, started, of_locate(&error));
-                    return None;
-                }
-            }
-        }
-        Err(error) => {
-            chart.note(step::ENDPOINT, started, of_locate(&error));
-            return None;
-        }
-    };
-    chart.note(step::ENDPOINT, started, finding);
-    let host = match &config.host {
-        None => located.host,
-        Some(host) if config.read_only => host
-            .parse::<HostName>()
-            .map_or_else(|_| host.clone(), |host| host.read_only().to_string()),
-        Some(host) => host.clone(),
-    };
-    Some(Found {
-        target: Some(located.target),
-        host,
-        user: located.user,
-        database: located
-            .database
-            .unwrap_or_else(|| config.database_or_default().to_owned()),
-        state: located.info.map(|info| info.state),
-    })
-}
-
-/// Whether a known host makes up for the look-up that failed.
-fn is_answered_by_host(error: &LocateError) -> bool {
-    matches!(error, LocateError::NoHost { .. }) || error.is_forbidden()
-}
-
 fn of_locate(error: &LocateError) -> Finding {
     let (message, detail) = match error {
         LocateError::Call { source, .. } => (format!("{error}: {source}"), source.detail.clone()),
@@ -256,149 +297,44 @@ fn of_locate(error: &LocateError) -> Finding {
         } => (error.to_string(), source.detail.clone()),
         _ => (error.to_string(), None),
     };
-    Finding::failed(message).detail(detail).mend(error.hint())
+    Finding::failed(message).detail(detail).hint(error.hint())
 }
 
-fn state_of(located: &Located, host: Option<&str>) -> Finding {
-    let Located { label, info, .. } = located;
-    let Some(info) = info else {
-        return Finding::ok(format!("`{label}`"));
+fn of_state(located: &Located, host: Option<&str>) -> Finding {
+    let name = &located.target;
+    let Some(info) = &located.info else {
+        return Finding::ok(format!("`{name}`"));
     };
-    let suspends = match info.suspend_timeout {
-        Some(after) => format!(
-            ", sleeps after {}",
-            spoken(SignedDuration::try_from(after).unwrap_or(SignedDuration::MAX))
-        ),
-        None => String::new(),
-    };
-    let message = format!("`{label}` is {}{suspends}", info.state);
     if let Some(host) = host
-        && let Some(own) = differs(host, info)
+        && let Some(own) = other_host(host, info)
     {
-        return Finding::warning(format!(
-            "PGHOST is `{host}`, but `{label}` answers on `{own}`"
-        ))
-        .mend("unset PGHOST to have the host looked up, or correct it".to_owned());
+        let message = format!("PGHOST is `{host}`, but `{name}` answers on `{own}`");
+        let fix = "unset PGHOST to have the host looked up, or correct it";
+        return Finding::warning(message).fix(fix);
     }
+    let suspends = match info.suspend_timeout.map(SignedDuration::try_from) {
+        Some(Ok(after)) => format!(", sleeps after {}", spoken(after)),
+        Some(Err(_)) | None => String::new(),
+    };
+    let message = format!("`{name}` is {}{suspends}", info.state);
     match &info.state {
         EndpointState::Active | EndpointState::Idle | EndpointState::Init => Finding::ok(message),
         EndpointState::Degraded | EndpointState::Other(_) => Finding::warning(message)
-            .mend("look at the endpoint in the workspace: it is not as it should be".to_owned()),
+            .fix("look at the endpoint in the workspace: it is not as it should be"),
     }
 }
 
 /// The endpoint's own host, if `host` is not one of its names.
-fn differs(host: &str, info: &EndpointInfo) -> Option<String> {
-    // With or without a region, for writing or reading: the first label says whose it is.
+fn other_host(host: &str, info: &EndpointInfo) -> Option<String> {
+    // With or without a region, for writing or reading: the first label identifies the endpoint.
     let label = |host: &str| {
         let label = host.split('.').next().unwrap_or_default();
         label.trim_end_matches("-ro").to_ascii_lowercase()
     };
-    let known = [&info.host, &info.read_only_host];
-    let own = info.host.as_ref().or(info.read_only_host.as_ref())?;
-    let is_known = known
-        .into_iter()
-        .flatten()
-        .any(|known| label(known) == label(host));
-    (!is_known).then(|| own.clone())
-}
-
-async fn credential(
-    chart: &mut Chart<'_>,
-    examined: &Examined<'_>,
-    target: Option<&Target>,
-) -> Option<Credential> {
-    let started = Instant::now();
-    let own = credential::of_settings(&examined.config.credential);
-    let minted = match (own, examined.workspace, target) {
-        (Some(own), ..) => own.mint().await,
-        (None, Some(workspace), Some(target)) => {
-            CredentialMinter::new(workspace.clone(), target.clone())
-                .mint()
-                .await
-        }
-        (None, ..) => {
-            chart.skip(&[step::CREDENTIAL], "no workspace to ask");
-            return None;
-        }
-    };
-    let now = examined.clock.now();
-    let finding = match &minted {
-        Ok(Minted { expires_at, .. }) => match expires_at {
-            None => Finding::ok("does not expire"),
-            Some(at) if *at <= now => Finding::failed("has expired already")
-                .mend("check this machine's clock, and where the credential comes from".to_owned()),
-            Some(at) => Finding::ok(format!("valid for {}", spoken(at.duration_since(now)))),
-        },
-        Err(MintError {
-            message,
-            detail,
-            hint,
-            ..
-        }) => Finding::failed(message.clone())
-            .detail(detail.clone())
-            .mend(hint.clone()),
-    };
-    chart.note(step::CREDENTIAL, started, finding);
-    let minted = minted.ok()?;
-    Some(Credential {
-        secret: minted.secret,
-        expires_at: minted.expires_at,
-        minted_at: now,
-        generation: 1,
-    })
-}
-
-async fn resolve(
-    chart: &mut Chart<'_>,
-    examined: &Examined<'_>,
-    found: &Found,
-) -> Option<Vec<SocketAddr>> {
-    let started = Instant::now();
-    let (host, port) = (found.host.as_str(), examined.config.port);
-    let fixed: Vec<SocketAddr> = examined
-        .config
-        .host_addresses
-        .iter()
-        .map(|address| SocketAddr::new(*address, port))
-        .collect();
-    let resolved = if fixed.is_empty() {
-        timeout(STEP_TIMEOUT, probe::resolve(host, port)).await
-    } else {
-        Ok(Ok(fixed.clone()))
-    };
-    let (finding, addresses) = match resolved {
-        Ok(Ok(addresses)) if is_ourselves(&addresses, &examined.config.listen.tcp) => {
-            let finding = Finding::failed(format!("`{host}` with port {port} is this proxy itself"))
-                .mend("set PGHOST and PGPORT to the endpoint; --address and --port are where the proxy listens".to_owned());
-            (finding, None)
-        }
-        Ok(Ok(addresses)) if !fixed.is_empty() => (
-            Finding::ok(format!(
-                "{host} is dialed at {}, as PGHOSTADDR or `host_address` asks",
-                listed(&addresses)
-            )),
-            Some(addresses),
-        ),
-        Ok(Ok(addresses)) => (
-            Finding::ok(format!("{host} is {}", listed(&addresses))),
-            Some(addresses),
-        ),
-        Ok(Err(failure)) => {
-            let mend = "check PGHOST and this machine's name resolution; behind PrivateLink the private DNS zone must know the name";
-            (
-                Finding::failed(failure.to_string()).mend(mend.to_owned()),
-                None,
-            )
-        }
-        Err(_) => (
-            Finding::failed(format!("the name server did not answer for `{host}`"))
-                .mend("check this machine's name resolution (/etc/resolv.conf)".to_owned()),
-            None,
-        ),
-    };
-    chart.note(step::ENDPOINT_DNS, started, finding);
-    addresses
+    let mut hosts = [&info.host, &info.read_only_host].into_iter().flatten();
+    let own = hosts.clone().next()?;
+    let is_its_own = hosts.any(|known| label(known) == label(host));
+    (!is_its_own).then(|| own.clone())
 }
 
 fn is_ourselves(addresses: &[SocketAddr], listen: &[SocketAddr]) -> bool {
@@ -416,25 +352,19 @@ fn is_ourselves(addresses: &[SocketAddr], listen: &[SocketAddr]) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::workspace::EndpointType;
 
     #[test]
     fn another_endpoints_host_is_noticed() {
         let info = EndpointInfo {
-            name: String::new(),
             host: Some("ep-a-1.database.us-east-1.cloud.databricks.com".to_owned()),
-            read_only_host: None,
-            state: EndpointState::Active,
-            disabled: false,
-            endpoint_type: EndpointType::ReadWrite,
-            suspend_timeout: None,
+            ..EndpointInfo::default()
         };
         for same in [
             "ep-a-1.database.cloud.databricks.com",
             "EP-a-1-ro.database.cloud.databricks.com",
         ] {
-            assert_eq!(differs(same, &info), None, "{same}");
+            assert_eq!(other_host(same, &info), None, "{same}");
         }
-        assert!(differs("ep-b-2.database.cloud.databricks.com", &info).is_some());
+        assert!(other_host("ep-b-2.database.cloud.databricks.com", &info).is_some());
     }
 }

@@ -1,10 +1,10 @@
-//! Opened to tests/fuzz: a certificate that any server may show.
+//! Entry points for tests/fuzz: certificates of any server.
 
 use rustls::pki_types::CertificateDer;
 
 use super::certificates::Certificate;
 
-/// What is shown of it is one line of text.
+/// Its description is one line of text.
 pub fn certificate(der: &[u8]) {
     let der = CertificateDer::from(der);
     if let Some(certificate) = Certificate::parse(&der, &der) {

@@ -1,9 +1,9 @@
-//! What a role may do, and the statements that give it what it lacks.
+//! The grants of a role, and the statements that add missing ones.
 
 use super::report::Finding;
 use crate::upstream::probe;
 
-/// What may be done with the database, in one row.
+/// The role's rights in the database, as one row.
 pub(super) const QUESTION: &str = "\
 SELECT current_user, current_database(), has_database_privilege(current_database(), 'CREATE'), \
     count(*), count(*) FILTER (WHERE readable), min(nspname) FILTER (WHERE NOT readable), \
@@ -13,12 +13,12 @@ FROM (SELECT n.nspname, has_schema_privilege(n.oid, 'USAGE') AND has_table_privi
       WHERE c.relkind IN ('r', 'p', 'v', 'm', 'f') AND n.nspname <> 'information_schema' \
         AND n.nspname NOT LIKE 'pg\\_%') AS tables";
 
-/// What the answer to [`QUESTION`] says of this user.
+/// The finding from the answer to [`QUESTION`].
 pub(super) fn judge(rows: &[probe::Row], user: &str) -> Finding {
     let cell = |column: usize| rows.first()?.get(column)?.as_deref();
     let number = |column: usize| cell(column)?.parse::<u64>().ok();
     let (Some(tables), Some(readable)) = (number(3), number(4)) else {
-        return Finding::failed("the server does not say what the role may do");
+        return Finding::failed("the server did not return the grants of the role");
     };
     let creates = match cell(2) {
         Some("t") => "may create schemas",
@@ -28,7 +28,7 @@ pub(super) fn judge(rows: &[probe::Row], user: &str) -> Finding {
     match (tables, readable, cell(5)) {
         (1.., 0, Some(schema)) => {
             let (schema, user) = (identifier(schema), identifier(user));
-            Finding::warning(message).mend(format!(
+            Finding::warning(message).fix(format!(
                 "as the tables' owner: GRANT USAGE ON SCHEMA {schema} TO {user}; GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA {schema} TO {user};"
             ))
         }
@@ -42,17 +42,18 @@ pub(super) fn judge(rows: &[probe::Row], user: &str) -> Finding {
     }
 }
 
-/// What binds a role to an identity: the extension in this database, and the role's security label.
+/// The binding of the role to its identity: the extension in this database, and the role's security label.
 pub(super) const BINDING: &str = "\
 SELECT (SELECT count(*) FROM pg_catalog.pg_extension WHERE extname = 'databricks_auth'), \
     (SELECT label FROM pg_catalog.pg_seclabels l WHERE l.provider = 'databricks_auth' \
         AND l.objtype = 'role' AND l.objoid = r.oid) \
 FROM pg_catalog.pg_roles r WHERE r.rolname = current_user";
 
-/// What is wrong by the answer to [`BINDING`], for an identity with this numeric id.
+/// The problem in the answer to [`BINDING`], for an identity with this numeric id.
 pub(super) fn judge_binding(
     rows: &[probe::Row],
-    (user, id): (&str, Option<&str>),
+    user: &str,
+    id: Option<&str>,
     database: &str,
 ) -> Option<Finding> {
     let cell = |column: usize| rows.first()?.get(column)?.as_deref();
@@ -61,7 +62,7 @@ pub(super) fn judge_binding(
             Finding::warning(format!(
                 "the database `{database}` lacks the extension databricks_auth, which OAuth logins need"
             ))
-            .mend(create_extension(database)),
+            .fix(create_extension(database)),
         );
     }
     let id = id?;
@@ -72,11 +73,11 @@ pub(super) fn judge_binding(
         Finding::warning(format!(
             "the role `{user}` is bound to the identity {bound}, and we are {id}"
         ))
-        .mend(bind_role(user, Some(id)))
+        .fix(bind_role(user, Some(id)))
     })
 }
 
-/// The statement that a database lacks which was made by a plain `CREATE DATABASE`.
+/// The statement that prepares a database made by a plain `CREATE DATABASE`.
 pub(super) fn create_extension(database: &str) -> String {
     format!(
         "in the database {}, as its owner: CREATE EXTENSION IF NOT EXISTS databricks_auth;",
@@ -94,7 +95,7 @@ pub(super) fn bind_role(user: &str, id: Option<&str>) -> String {
     )
 }
 
-/// The statements that make a role for OAuth logins.
+/// The statements that create a role for OAuth logins.
 pub(super) fn create_role(user: &str) -> String {
     let kind = kind(user);
     format!(
@@ -111,7 +112,7 @@ fn kind(user: &str) -> &'static str {
     }
 }
 
-/// A name as it is quoted in SQL.
+/// A quoted identifier.
 pub(super) fn identifier(name: &str) -> String {
     format!("\"{}\"", name.replace('"', "\"\""))
 }
@@ -132,7 +133,7 @@ mod tests {
     }
 
     #[test]
-    fn a_role_that_reads_nothing_is_told_what_to_ask_for() {
+    fn a_role_without_grants_gets_the_statements_as_a_fix() {
         let row = |cells: &[&str]| {
             vec![
                 cells
@@ -146,10 +147,10 @@ mod tests {
             "o'neil@example.com",
         );
         assert_eq!(finding.outcome, Outcome::Warning);
-        let mend = finding.mend.unwrap();
+        let fix = finding.fix.unwrap();
         assert!(
-            mend.contains("GRANT USAGE ON SCHEMA \"public\" TO \"o'neil@example.com\";"),
-            "{mend}"
+            fix.contains("GRANT USAGE ON SCHEMA \"public\" TO \"o'neil@example.com\";"),
+            "{fix}"
         );
         assert_eq!(
             judge(
@@ -177,17 +178,17 @@ mod tests {
     fn a_role_bound_to_another_identity_and_a_database_without_extension_are_noticed() {
         let judged = |extensions: &str, label: Option<&str>| {
             let row = vec![Some(extensions.to_owned()), label.map(str::to_owned)];
-            judge_binding(&[row], ("app", Some("7")), "raw")
+            judge_binding(&[row], "app", Some("7"), "raw")
         };
         assert!(judged("1", Some("id=7,type=SERVICE_PRINCIPAL")).is_none());
         assert!(judged("1", None).is_none(), "the login has worked");
-        let mend = |finding: Option<Finding>| finding.unwrap().mend.unwrap();
-        let other = mend(judged("1", Some("id=70,type=SERVICE_PRINCIPAL")));
+        let fix = |finding: Option<Finding>| finding.unwrap().fix.unwrap();
+        let other = fix(judged("1", Some("id=70,type=SERVICE_PRINCIPAL")));
         assert!(
             other.ends_with("ON ROLE \"app\" IS 'id=7,type=SERVICE_PRINCIPAL';"),
             "{other}"
         );
-        let raw = mend(judged("0", Some("id=7")));
+        let raw = fix(judged("0", Some("id=7")));
         assert!(
             raw.contains("\"raw\"") && raw.contains("CREATE EXTENSION"),
             "{raw}"

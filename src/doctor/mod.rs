@@ -1,11 +1,11 @@
-//! `doctor`: each step from the settings to `SELECT 1` taken alone, timed, and mended in one sentence.
+//! `doctor`: checks each step from the settings to `SELECT 1` by itself, with its time and a fix in one sentence.
 //!
-//! It composes the same rooms as the proxy and adds no way of its own to do a thing. It wakes a sleeping compute only
-//! when told to connect, changes nothing anywhere, and prints no secret.
+//! The checks use the modules of the proxy. They wake a suspended compute only with `--connect`, change nothing, and print
+//! no secret.
 
 mod certificates;
+mod connection;
 mod endpoint;
-mod entry;
 #[cfg(fuzzing)]
 pub mod fuzzing;
 mod grants;
@@ -27,10 +27,11 @@ use crate::{
     telemetry::Metrics,
     workspace::Workspace,
 };
-use report::{Chart, Finding};
+use endpoint::Examined;
+use report::{Finding, Steps};
 use workspace::Access;
 
-/// The steps' names.
+/// The checks, in order.
 mod step {
     pub(super) const SETTINGS: &str = "settings";
     pub(super) const CLOCK: &str = "clock";
@@ -67,7 +68,7 @@ mod step {
 /// The command line of `doctor`.
 #[derive(clap::Args, Clone, Debug, Default)]
 pub struct DoctorArgs {
-    /// What the proxy would be started with.
+    /// The proxy's settings.
     #[command(flatten)]
     pub settings: Settings,
 
@@ -80,14 +81,14 @@ pub struct DoctorArgs {
     pub json: bool,
 }
 
-/// What is examined.
+/// The set-up to check.
 #[derive(Clone)]
 pub struct Inputs {
     /// Flags, and `LAKEBASE_PROXY_*` with them.
     pub settings: Settings,
     /// The environment. Holds secrets, so this does not print.
     pub variables: Vec<(String, String)>,
-    /// Whether a sleeping compute may be woken.
+    /// Whether a suspended compute may be woken.
     pub connect: bool,
 }
 
@@ -98,7 +99,7 @@ pub async fn command(arguments: DoctorArgs) -> ExitCode {
         variables: Environment::variables_of_process(),
         connect: arguments.connect,
     };
-    // Strips colours unless a terminal reads along; a closed pipe is the reader's decision, not a finding.
+    // Strips colors unless this is a terminal; a closed pipe is no finding.
     let print = |text: &str| {
         let _ = anstream::stdout().write_all(text.as_bytes());
     };
@@ -108,12 +109,8 @@ pub async fn command(arguments: DoctorArgs) -> ExitCode {
         print("\n");
         report
     } else {
-        let report = run(
-            &inputs,
-            |settings| print(&report::settings_text(settings)),
-            |step| print(&step.text()),
-        )
-        .await;
+        let on_settings = |settings: &[Setting]| print(&report::settings_text(settings));
+        let report = run(&inputs, on_settings, |step| print(&step.text())).await;
         print(&report.verdict_text());
         report
     };
@@ -124,7 +121,7 @@ pub async fn command(arguments: DoctorArgs) -> ExitCode {
     }
 }
 
-/// Examines everything; what is found is told as it is found, and returned in all.
+/// Runs all checks; reports settings and steps as they come, and returns them.
 pub async fn run(
     inputs: &Inputs,
     on_settings: impl FnOnce(&[Setting]),
@@ -135,71 +132,65 @@ pub async fn run(
     let config = Config::resolve(inputs.settings.clone(), environment.clone());
     let list = settings::list(&inputs.variables, &inputs.settings, config.as_ref().ok());
     on_settings(&list);
-    let mut chart = Chart::new(list, &mut on_step);
+    let mut steps = Steps::new(list, &mut on_step);
 
-    // An endpoint with a password of its own needs no workspace; settings that cannot be read may still name one.
-    let needs_workspace = config.as_ref().map_or(true, |config| {
-        config
-            .endpoints
-            .iter()
-            .any(|endpoint| matches!(endpoint.credential, CredentialSource::Workspace))
-    });
-    let clock = Clock::system();
     let Ok(metrics) = Metrics::new() else {
         let finding = Finding::failed("cannot register metrics, a defect of this program");
-        chart.note(step::SETTINGS, started, finding);
-        return chart.report;
+        steps.note(step::SETTINGS, started.elapsed(), finding);
+        return steps.report;
     };
-    let settings = config
-        .as_ref()
-        .map_or(environment.workspace, |config| config.workspace.clone());
+    let clock = Clock::system();
+    // Endpoints with a password of their own need no workspace; invalid settings may still name one.
+    let needs_workspace = config.as_ref().map_or(true, |config| {
+        let mut sources = config.endpoints.iter().map(|endpoint| &endpoint.credential);
+        sources.any(|source| matches!(source, CredentialSource::Workspace))
+    });
+    let settings = match &config {
+        Ok(config) => config.workspace.clone(),
+        Err(_) => environment.workspace,
+    };
     let workspace = needs_workspace.then(|| open(settings, &clock, &metrics));
     let finding = settings::check(config.as_ref(), workspace.as_ref());
     let is_usable = finding.outcome == Outcome::Ok;
-    chart.note(step::SETTINGS, started, finding);
+    steps.note(step::SETTINGS, started.elapsed(), finding);
 
     let workspace = workspace.and_then(Result::ok);
     let access = match &workspace {
-        Some(workspace) => workspace::check(&mut chart, workspace, &inputs.variables).await,
+        Some(workspace) => workspace::check(&mut steps, workspace, &inputs.variables).await,
         None => {
             let why = if needs_workspace {
                 "the settings lead to no workspace"
             } else {
                 "no workspace is needed"
             };
-            chart.skip(step::OF_WORKSPACE, why);
+            steps.skip(step::OF_WORKSPACE, why);
             Access::default()
         }
     };
-    match &config {
-        Ok(config) => {
-            for endpoint in &config.endpoints {
-                if config.endpoints.len() > 1 {
-                    chart.endpoint = Some(settings::called(endpoint));
-                }
-                let examined = endpoint::Examined {
-                    config: endpoint,
-                    limits: config.settings.timeouts(),
-                    workspace: workspace.as_ref(),
-                    access: &access,
-                    clock: &clock,
-                    metrics: &metrics,
-                    connect: inputs.connect,
-                    is_usable,
-                };
-                endpoint::check(&mut chart, &examined).await;
-                let started = Instant::now();
-                let finding = port::check(&endpoint.listen).await;
-                chart.note(step::PORT, started, finding);
-            }
-            chart.endpoint = None;
-        }
-        Err(_) => {
-            chart.skip(step::OF_ENDPOINT, "the settings cannot be used");
-            chart.skip(&[step::PORT], "the settings cannot be used");
-        }
+    let Ok(config) = &config else {
+        steps.skip(step::OF_ENDPOINT, "the settings cannot be used");
+        steps.skip(&[step::PORT], "the settings cannot be used");
+        return steps.report;
+    };
+    for endpoint in &config.endpoints {
+        let name = (config.endpoints.len() > 1).then(|| settings::called(endpoint));
+        steps.begin(name);
+        let examined = Examined {
+            config: endpoint,
+            timeouts: config.settings.timeouts(),
+            workspace: workspace.as_ref(),
+            access: &access,
+            clock: &clock,
+            metrics: &metrics,
+            connect: inputs.connect,
+            is_usable,
+        };
+        endpoint::check(&mut steps, &examined).await;
+        let started = Instant::now();
+        let finding = port::check(&endpoint.listen).await;
+        steps.note(step::PORT, started.elapsed(), finding);
     }
-    chart.report
+    steps.report
 }
 
 fn open(
@@ -207,12 +198,8 @@ fn open(
     clock: &Clock,
     metrics: &Arc<Metrics>,
 ) -> Result<Workspace, Finding> {
-    let tls = tls::client_config(&Roots::System, tls::ALPN_HTTP_1_1).map_err(|error| {
-        Finding::failed(error.to_string()).mend(
-            "install the system's root certificates (Debian: apt install ca-certificates)"
-                .to_owned(),
-        )
-    })?;
+    let tls = tls::client_config(&Roots::System, tls::ALPN_HTTP_1_1);
+    let tls = tls.map_err(|error| workspace::no_roots(&error))?;
     Workspace::new(settings, &tls, clock.clone(), Arc::clone(metrics))
-        .map_err(|error| Finding::failed(error.to_string()).mend(error.hint()))
+        .map_err(|error| Finding::failed(error.to_string()).hint(error.hint()))
 }

@@ -1,4 +1,4 @@
-//! Whether our own port and Unix socket are free, and if not, who has them.
+//! Whether the proxy's port and Unix socket are free, and if not, their owner.
 
 use std::{fs, io, net::SocketAddr, path::Path};
 
@@ -11,10 +11,10 @@ use crate::{
 
 /// State of a listening socket in `/proc/net/tcp` (`TCP_LISTEN`).
 const LISTEN: &str = "0A";
-/// The name of our own process, as the kernel cuts it off.
+/// The name of the proxy's process, within the kernel's limit of 15 characters.
 const OURSELVES: &str = "lakebase-proxy";
 
-/// Binds the places for a moment. Must run on a runtime.
+/// Binds the addresses for a moment. Must run on a runtime.
 pub(super) async fn check(places: &ListenAddresses) -> Finding {
     match Listener::bind(places) {
         Ok(_bound) if places.port == 0 => Finding::ok("any free port will do"),
@@ -25,7 +25,7 @@ pub(super) async fn check(places: &ListenAddresses) -> Finding {
 }
 
 async fn check_unix(error: UnixError) -> Finding {
-    let failed = Finding::failed(chain(&error).to_string()).mend(error.hint().map(str::to_owned));
+    let failed = Finding::failed(chain(&error).to_string()).hint(error.hint());
     let UnixError::Taken { path } = error else {
         return failed;
     };
@@ -33,7 +33,7 @@ async fn check_unix(error: UnixError) -> Finding {
     let owner = tokio::task::spawn_blocking(move || {
         let proc = Path::new("/proc");
         let table = fs::read_to_string(proc.join("net/unix")).ok()?;
-        holder(proc, &listening_unix(&table, path.to_str()?))
+        owner_of(proc, &listening_unix(&table, path.to_str()?))
     });
     match owner.await.ok().flatten() {
         Some(owner) if owner.name == OURSELVES => Finding::ok(format!(
@@ -57,12 +57,12 @@ async fn check_tcp(listen: SocketAddr, error: &io::Error) -> Finding {
                 )),
                 Some(Owner { pid, name }) => {
                     Finding::failed(format!("{listen} is taken by `{name}` (pid {pid})"))
-                        .mend(format!("stop it (`kill {pid}`), or {flag}"))
+                        .fix(format!("stop it (`kill {pid}`), or {flag}"))
                 }
                 None => Finding::failed(format!(
                     "{listen} is taken by a process that this user may not see"
                 ))
-                .mend(format!(
+                .fix(format!(
                     "find it with `sudo ss -ltnp 'sport = :{}'`, or {flag}",
                     listen.port()
                 )),
@@ -70,32 +70,32 @@ async fn check_tcp(listen: SocketAddr, error: &io::Error) -> Finding {
         }
         io::ErrorKind::PermissionDenied => {
             Finding::failed(format!("this user may not listen on {listen}"))
-                .mend("choose a port of 1024 or more with --port".to_owned())
+                .fix("choose a port of 1024 or more with --port")
         }
         _ => Finding::failed(format!("cannot listen on {listen}: {error}"))
-            .mend("set --address to an address of this machine".to_owned()),
+            .fix("set --address to an address of this machine"),
     }
 }
 
-/// A process, by what does not tell its secrets: never its command line.
+/// A process. Without its command line, which may hold secrets.
 #[derive(Debug, PartialEq, Eq)]
 struct Owner {
     pid: u32,
     name: String,
 }
 
-/// Who listens on `port`, as far as we may see. Blocks.
+/// The process that listens on `port`, if it is visible. Blocks.
 fn owner(proc: &Path, port: u16) -> Option<Owner> {
     let inodes: Vec<String> = ["net/tcp", "net/tcp6"]
         .into_iter()
         .filter_map(|table| fs::read_to_string(proc.join(table)).ok())
         .flat_map(|table| listening(&table, port))
         .collect();
-    holder(proc, &inodes)
+    owner_of(proc, &inodes)
 }
 
-/// Who holds one of these sockets, as far as we may see. Blocks.
-fn holder(proc: &Path, inodes: &[String]) -> Option<Owner> {
+/// The process that holds one of these sockets, if it is visible. Blocks.
+fn owner_of(proc: &Path, inodes: &[String]) -> Option<Owner> {
     if inodes.is_empty() {
         return None;
     }
@@ -116,7 +116,7 @@ fn holder(proc: &Path, inodes: &[String]) -> Option<Owner> {
         })
 }
 
-/// The inodes of the sockets that listen on `port`, from a table as the kernel prints it.
+/// The inodes of the sockets that listen on `port`, from a table in `/proc/net`.
 fn listening(table: &str, port: u16) -> Vec<String> {
     let suffix = format!(":{port:04X}");
     table
@@ -219,7 +219,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_taken_unix_socket_is_told_and_left_alone() {
+    async fn a_unix_socket_in_use_is_reported_and_left_alone() {
         let directory = TempDir::new().unwrap();
         let places = ListenAddresses {
             port: 7,
@@ -247,11 +247,11 @@ mod tests {
         assert_eq!(finding.outcome, Outcome::Failed);
         let pid = format!("pid {}", std::process::id());
         assert!(finding.message.contains(&pid), "{}", finding.message);
-        assert!(finding.mend.unwrap().contains("--port"));
+        assert!(finding.fix.unwrap().contains("--port"));
 
         let free = check(&places("127.0.0.1:0".parse().unwrap())).await;
         assert_eq!(free.outcome, Outcome::Ok);
         let elsewhere = check(&places("192.0.2.1:0".parse().unwrap())).await;
-        assert!(elsewhere.mend.unwrap().contains("--address"));
+        assert!(elsewhere.fix.unwrap().contains("--address"));
     }
 }

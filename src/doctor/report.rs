@@ -1,4 +1,4 @@
-//! What was found: steps with their time, outcome and mend, as text for people and as JSON.
+//! The report: steps with their time, outcome and fix, as text and as JSON.
 
 use std::{fmt::Write, time::Duration};
 
@@ -12,83 +12,74 @@ use crate::telemetry::{escape, escape_json};
 const NAME_WIDTH: usize = 20;
 /// Width of the settings' names.
 const SETTING_WIDTH: usize = 26;
-/// Before a step's words: outcome, time and name with the blanks between them.
+/// The width of outcome, time and name, with the blanks between them.
 const INDENT: usize = 2 + 7 + 2 + 7 + 2 + NAME_WIDTH + 1;
 
 /// How a step ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Outcome {
-    /// Not as it must be.
+    /// Does not work.
     Failed,
-    /// As it should be.
+    /// Works.
     Ok,
-    /// Not tried: an earlier step failed, or it does not apply.
+    /// Not run, because an earlier step failed or it does not apply.
     Skipped,
-    /// Works, but should be mended.
+    /// Works, but needs a fix.
     Warning,
 }
 
 impl Outcome {
-    fn label(self) -> &'static str {
+    fn label(self) -> (&'static str, Style) {
         match self {
-            Self::Failed => "failed",
-            Self::Ok => "ok",
-            Self::Skipped => "skipped",
-            Self::Warning => "warning",
-        }
-    }
-
-    fn style(self) -> Style {
-        match self {
-            Self::Failed => AnsiColor::Red.on_default().bold(),
-            Self::Ok => AnsiColor::Green.on_default(),
-            Self::Skipped => Style::new().dimmed(),
-            Self::Warning => AnsiColor::Yellow.on_default().bold(),
+            Self::Failed => ("failed", AnsiColor::Red.on_default().bold()),
+            Self::Ok => ("ok", AnsiColor::Green.on_default()),
+            Self::Skipped => ("skipped", Style::new().dimmed()),
+            Self::Warning => ("warning", AnsiColor::Yellow.on_default().bold()),
         }
     }
 }
 
-/// One setting and where it came from; a secret only by its presence.
+/// A setting and its origin; a secret is only `present` or `absent`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Setting {
     /// The variable's or the flag's name.
     pub name: String,
     /// Its value, or `present` or `absent` for a secret.
     pub value: String,
-    /// Where it came from.
+    /// Its origin.
     pub source: String,
 }
 
-/// One thing that was checked.
+/// A check and its finding.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Step {
-    /// What.
+    /// The check.
     pub name: &'static str,
-    /// Of which endpoint, where there are several.
+    /// The endpoint, if there are several.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub endpoint: Option<String>,
     /// How it ended.
     pub outcome: Outcome,
     /// How long it took.
     pub seconds: f64,
-    /// What was found, in one sentence.
+    /// The finding, in one sentence.
     pub message: String,
     /// The other side's own words.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub detail: Option<String>,
     /// What to do about it.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub mend: Option<String>,
+    #[serde(rename = "mend", skip_serializing_if = "Option::is_none")]
+    pub fix: Option<String>,
 }
 
-/// What one step came to, before it is timed and named.
+/// The result of a check.
 #[derive(Clone, Debug)]
 pub(super) struct Finding {
     pub(super) outcome: Outcome,
     pub(super) message: String,
     pub(super) detail: Option<String>,
-    pub(super) mend: Option<String>,
+    pub(super) fix: Option<String>,
 }
 
 impl Finding {
@@ -115,8 +106,15 @@ impl Finding {
     }
 
     #[must_use]
-    pub(super) fn mend(mut self, mend: impl Into<Option<String>>) -> Self {
-        self.mend = mend.into();
+    pub(super) fn fix(mut self, fix: impl Into<String>) -> Self {
+        self.fix = Some(fix.into());
+        self
+    }
+
+    /// The hint of an error as the fix.
+    #[must_use]
+    pub(super) fn hint(mut self, hint: Option<impl Into<String>>) -> Self {
+        self.fix = hint.map(Into::into);
         self
     }
 
@@ -125,28 +123,28 @@ impl Finding {
             outcome,
             message: message.into(),
             detail: None,
-            mend: None,
+            fix: None,
         }
     }
 }
 
-/// Everything that was found.
+/// All settings and steps.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct Report {
     /// The settings in force.
     pub settings: Vec<Setting>,
-    /// The steps, in the order in which they were taken.
+    /// The steps, in order.
     pub steps: Vec<Step>,
 }
 
 impl Report {
-    /// Whether nothing need be mended.
+    /// Whether all checks are well.
     pub fn is_well(&self) -> bool {
-        self.first_trouble().is_none()
+        self.first_problem().is_none()
     }
 
-    /// The first step that is not as it should be: the likely cause of those after it.
-    pub fn first_trouble(&self) -> Option<&Step> {
+    /// The first failure or warning: the likely cause of those after it.
+    pub fn first_problem(&self) -> Option<&Step> {
         self.steps
             .iter()
             .find(|step| matches!(step.outcome, Outcome::Failed | Outcome::Warning))
@@ -164,12 +162,12 @@ impl Report {
             ok: self.is_well(),
             report: self,
         };
-        // Strings and numbers only, which always serialise.
+        // Strings and numbers always serialize.
         let json = serde_json::to_string_pretty(&verdict).unwrap_or_default();
         escape_json(&json).into_owned()
     }
 
-    /// As text with ANSI colours, which the writer strips where they do not belong.
+    /// As text with ANSI colors, which the writer strips unless it is a terminal.
     pub fn text(&self) -> String {
         let mut text = settings_text(&self.settings);
         for step in &self.steps {
@@ -191,7 +189,7 @@ impl Report {
             0 => String::new(),
             skipped => format!(", {skipped} skipped"),
         };
-        match self.first_trouble() {
+        match self.first_problem() {
             None => format!("\nall is well{skipped}\n"),
             Some(first) => format!(
                 "\n{} failed, {} warnings{skipped}; begin with: {}\n",
@@ -204,9 +202,9 @@ impl Report {
 }
 
 impl Step {
-    /// One line, and one each for detail and mend.
+    /// One line, and one each for detail and fix.
     pub(super) fn text(&self) -> String {
-        let style = self.outcome.style();
+        let (label, style) = self.outcome.label();
         let time = match self.outcome {
             Outcome::Skipped => String::new(),
             _ => format!("{:.2} s", self.seconds),
@@ -218,7 +216,7 @@ impl Step {
             .unwrap_or_default();
         let mut text = format!(
             "  {style}{:<7}{style:#}  {time:>7}  {:<NAME_WIDTH$} {}{of}\n",
-            self.outcome.label(),
+            label,
             self.name,
             escape(&self.message),
         );
@@ -226,9 +224,9 @@ impl Step {
             let dim = Style::new().dimmed();
             let _ = writeln!(text, "{:INDENT$}{dim}{}{dim:#}", "", escape(detail));
         }
-        if let Some(mend) = &self.mend {
+        if let Some(fix) = &self.fix {
             let cyan = AnsiColor::Cyan.on_default();
-            let _ = writeln!(text, "{:INDENT$}{cyan}mend:{cyan:#} {}", "", escape(mend));
+            let _ = writeln!(text, "{:INDENT$}{cyan}fix:{cyan:#} {}", "", escape(fix));
         }
         text
     }
@@ -260,15 +258,16 @@ pub(super) fn settings_text(settings: &[Setting]) -> String {
     text
 }
 
-/// Collects steps as they are taken.
-pub(super) struct Chart<'a> {
+/// Runs checks and collects their findings.
+pub(super) struct Steps<'a> {
     pub(super) report: Report,
-    /// Set while one of several endpoints is looked at.
-    pub(super) endpoint: Option<String>,
+    endpoint: Option<String>,
+    /// The number of steps before this endpoint's.
+    earlier: usize,
     on_step: &'a mut dyn FnMut(&Step),
 }
 
-impl<'a> Chart<'a> {
+impl<'a> Steps<'a> {
     pub(super) fn new(settings: Vec<Setting>, on_step: &'a mut dyn FnMut(&Step)) -> Self {
         Self {
             report: Report {
@@ -276,44 +275,65 @@ impl<'a> Chart<'a> {
                 steps: Vec::new(),
             },
             endpoint: None,
+            earlier: 0,
             on_step,
         }
     }
 
-    /// Takes down what a step that began then came to.
-    pub(super) fn note(&mut self, name: &'static str, started: Instant, finding: Finding) {
-        self.note_timed(name, started.elapsed(), finding);
+    /// Begins the checks of an endpoint; `name` is for reports on several.
+    pub(super) fn begin(&mut self, name: Option<String>) {
+        self.endpoint = name;
+        self.earlier = self.report.steps.len();
     }
 
-    pub(super) fn note_timed(&mut self, name: &'static str, took: Duration, finding: Finding) {
-        let Finding {
-            outcome,
-            message,
-            detail,
-            mend,
-        } = finding;
+    /// Runs a check; `None` if later checks that need its result cannot run.
+    pub(super) async fn check<T>(
+        &mut self,
+        name: &'static str,
+        check: impl Future<Output = Result<(T, Finding), Finding>>,
+    ) -> Option<T> {
+        let started = Instant::now();
+        let (value, finding) = match check.await {
+            Ok((value, finding)) => (Some(value), finding),
+            Err(finding) => (None, finding),
+        };
+        self.note(name, started.elapsed(), finding);
+        value
+    }
+
+    pub(super) fn note(&mut self, name: &'static str, took: Duration, finding: Finding) {
         let step = Step {
             name,
             endpoint: self.endpoint.clone(),
-            outcome,
+            outcome: finding.outcome,
             seconds: (took.as_secs_f64() * 1000.0).round() / 1000.0,
-            message,
-            detail,
-            mend,
+            message: finding.message,
+            detail: finding.detail,
+            fix: finding.fix,
         };
         (self.on_step)(&step);
         self.report.steps.push(step);
     }
 
-    /// Steps that are not taken, and why.
+    /// Notes checks that do not run.
     pub(super) fn skip(&mut self, names: &[&'static str], why: &str) {
         for name in names {
-            self.note_timed(name, Duration::ZERO, Finding::skipped(why));
+            self.note(name, Duration::ZERO, Finding::skipped(why));
+        }
+    }
+
+    /// Skips the checks of a group that have not run.
+    pub(super) fn skip_rest(&mut self, group: &[&'static str], why: &str) {
+        for name in group {
+            let mut run = self.report.steps.iter().skip(self.earlier);
+            if !run.any(|step| step.name == *name) {
+                self.skip(&[name], why);
+            }
         }
     }
 }
 
-/// How long something lasts still, as people say it.
+/// A duration in one unit.
 pub(super) fn spoken(duration: jiff::SignedDuration) -> String {
     let seconds = duration.as_secs().abs();
     match seconds {
@@ -330,12 +350,12 @@ mod tests {
 
     fn report(outcomes: &[Outcome]) -> Report {
         let mut ignored = |_: &Step| {};
-        let mut chart = Chart::new(Vec::new(), &mut ignored);
+        let mut steps = Steps::new(Vec::new(), &mut ignored);
         for outcome in outcomes {
-            let finding = Finding::new(*outcome, "said").mend("do this".to_owned());
-            chart.note_timed("login", Duration::from_millis(1234), finding);
+            let finding = Finding::new(*outcome, "found").fix("do this");
+            steps.note("login", Duration::from_millis(1234), finding);
         }
-        chart.report
+        steps.report
     }
 
     #[test]
@@ -346,28 +366,31 @@ mod tests {
     }
 
     #[test]
-    fn columns_are_aligned_whatever_the_colour() {
+    fn columns_are_aligned_with_any_color() {
         let text = report(&[Outcome::Ok, Outcome::Failed]).text();
         let plain = anstream::adapter::strip_str(&text).to_string();
-        let columns: Vec<_> = plain.lines().filter_map(|line| line.find("said")).collect();
+        let columns: Vec<_> = plain
+            .lines()
+            .filter_map(|line| line.find("found"))
+            .collect();
         assert_eq!(columns, [INDENT, INDENT]);
         assert!(plain.contains("1.23 s"), "{plain}");
-        assert!(plain.lines().any(|line| line.trim() == "mend: do this"));
+        assert!(plain.lines().any(|line| line.trim() == "fix: do this"));
         assert!(plain.ends_with("1 failed, 0 warnings; begin with: login\n"));
     }
 
     #[test]
-    fn each_finding_is_its_own_line_whatever_others_have_sent() {
+    fn foreign_text_cannot_forge_a_line() {
         let mut ignored = |_: &Step| {};
-        let mut chart = Chart::new(Vec::new(), &mut ignored);
+        let mut steps = Steps::new(Vec::new(), &mut ignored);
         let words = "no\n  ok       0.00 s  login\u{1b}[2K\u{202e}";
         let finding = Finding::failed(words).detail(words.to_owned());
-        chart.note_timed("login", Duration::ZERO, finding.mend(words.to_owned()));
-        let text = chart.report.text();
+        steps.note("login", Duration::ZERO, finding.fix(words));
+        let text = steps.report.text();
         let plain = anstream::adapter::strip_str(&text).to_string();
         let escaped = plain.matches("no\\n  ok       0.00 s  login\\u{1b}[2K\\u{202e}");
         assert_eq!(escaped.count(), 3, "{plain}");
-        let json = chart.report.json();
+        let json = steps.report.json();
         assert!(!json.contains('\u{202e}') && json.contains("\\u202e"));
     }
 

@@ -1,4 +1,4 @@
-//! The settings in force and where each came from, and whether they make sense together. Secrets are present or absent.
+//! The settings in force with their origins, and whether they are valid. Secrets are shown as present or absent.
 
 use std::net::IpAddr;
 
@@ -25,8 +25,20 @@ enum Kind {
     Url,
 }
 
-/// Variables that matter here, in the order in which they are shown. The last column: what holds while one is unset;
-/// empty leaves it out of the list.
+impl Kind {
+    fn of(attribute: Attribute) -> Self {
+        match attribute {
+            Attribute::Host | Attribute::DiscoveryUrl | Attribute::ActionsIdTokenRequestUrl => {
+                Self::Url
+            }
+            _ if attribute.is_secret() => Self::Secret,
+            _ => Self::Plain,
+        }
+    }
+}
+
+/// Variables shown beside those of the workspace's settings. The last column is shown for a variable that is not set; if it
+/// is empty, the variable is left out.
 const VARIABLES: &[(&str, Kind, &str)] = &[
     ("ENDPOINT_NAME", Kind::Plain, ""),
     ("LAKEBASE_ENDPOINT", Kind::Plain, ""),
@@ -39,33 +51,9 @@ const VARIABLES: &[(&str, Kind, &str)] = &[
     ("PGSSLROOTCERT", Kind::Plain, "system"),
     ("PGPASSWORD", Kind::Secret, ""),
     ("PGAPPNAME", Kind::Plain, ""),
-    ("DATABRICKS_HOST", Kind::Url, "absent"),
-    ("DATABRICKS_CLIENT_ID", Kind::Plain, "absent"),
-    ("DATABRICKS_CLIENT_SECRET", Kind::Secret, "absent"),
-    ("DATABRICKS_TOKEN", Kind::Secret, "absent"),
-    ("DATABRICKS_AUTH_TYPE", Kind::Plain, ""),
-    ("DATABRICKS_CONFIG_PROFILE", Kind::Plain, ""),
-    ("DATABRICKS_CONFIG_FILE", Kind::Plain, ""),
-    ("DATABRICKS_WORKSPACE_ID", Kind::Plain, ""),
-    ("DATABRICKS_ACCOUNT_ID", Kind::Plain, ""),
-    ("DATABRICKS_CLI_PATH", Kind::Plain, ""),
-    ("DATABRICKS_OIDC_TOKEN", Kind::Secret, ""),
-    ("DATABRICKS_OIDC_TOKEN_ENV", Kind::Plain, ""),
-    ("DATABRICKS_OIDC_TOKEN_FILEPATH", Kind::Plain, ""),
-    ("DATABRICKS_OIDC_TOKEN_FILE", Kind::Plain, ""),
-    ("DATABRICKS_TOKEN_AUDIENCE", Kind::Plain, ""),
-    ("DATABRICKS_METADATA_SERVICE_URL", Kind::Url, ""),
-    ("DATABRICKS_AZURE_RESOURCE_ID", Kind::Plain, ""),
-    ("DATABRICKS_PASSWORD", Kind::Secret, ""),
     ("DATABRICKS_APP_NAME", Kind::Plain, ""),
     ("DATABRICKS_APP_PORT", Kind::Plain, ""),
-    ("ARM_CLIENT_ID", Kind::Plain, ""),
-    ("ARM_CLIENT_SECRET", Kind::Secret, ""),
-    ("ARM_TENANT_ID", Kind::Plain, ""),
-    ("ARM_USE_MSI", Kind::Plain, ""),
-    ("ACTIONS_ID_TOKEN_REQUEST_URL", Kind::Url, ""),
-    ("ACTIONS_ID_TOKEN_REQUEST_TOKEN", Kind::Secret, ""),
-    ("GOOGLE_CREDENTIALS", Kind::Secret, ""),
+    ("DATABRICKS_OIDC_TOKEN", Kind::Secret, ""),
     ("HTTPS_PROXY", Kind::Url, ""),
     ("https_proxy", Kind::Url, ""),
     ("ALL_PROXY", Kind::Url, ""),
@@ -75,10 +63,24 @@ const VARIABLES: &[(&str, Kind, &str)] = &[
     ("SSL_CERT_DIR", Kind::Plain, ""),
 ];
 
-/// How variables of our own begin.
+/// The variables of the workspace's settings, in the same form.
+fn workspace_variables() -> impl Iterator<Item = (&'static str, Kind, &'static str)> {
+    Attribute::ALL.iter().flat_map(|&attribute| {
+        let unset = match attribute {
+            Attribute::Host | Attribute::ClientId | Attribute::ClientSecret | Attribute::Token => {
+                "absent"
+            }
+            _ => "",
+        };
+        let names = attribute.variables().iter();
+        names.map(move |&name| (name, Kind::of(attribute), unset))
+    })
+}
+
+/// The prefix of the proxy's own variables.
 const PREFIX: &str = "LAKEBASE_PROXY_";
 
-/// The settings that decide where an endpoint's clients connect.
+/// The settings of the addresses for clients.
 const LISTENING: [&str; 4] = ["address", "endpoint", "port", "unix_socket"];
 
 /// The flag of a setting.
@@ -86,7 +88,7 @@ fn flag(key: &str) -> String {
     format!("--{}", key.replace('_', "-"))
 }
 
-/// Every setting worth seeing.
+/// The settings to show.
 pub(super) fn list(
     variables: &[(String, String)],
     flags: &Settings,
@@ -95,23 +97,23 @@ pub(super) fn list(
     let mut list = Vec::new();
     // An invalid profile is the first step's finding.
     let resolved = config.and_then(|config| ResolvedSettings::new(config.workspace.clone()).ok());
-    let is_in_profile = |name: &Attribute| match &resolved {
-        Some(settings) => {
-            settings.text(*name).is_some() && !matches!(settings.origin(*name), Origin::Variable(_))
-        }
-        None => false,
-    };
-    let profile: Vec<Attribute> = Attribute::ALL
-        .iter()
-        .copied()
-        .filter(is_in_profile)
-        .collect();
+    let profile = resolved.iter().flat_map(|settings| {
+        Attribute::ALL.iter().filter_map(|&attribute| {
+            let (value, origin) = (settings.text(attribute)?, settings.origin(attribute));
+            let setting = Setting {
+                name: attribute.keys().first().copied()?.to_owned(),
+                value: shown(Kind::of(attribute), value),
+                source: origin.to_string(),
+            };
+            (!matches!(origin, Origin::Variable(_))).then_some((attribute, setting))
+        })
+    });
+    let profile: Vec<(Attribute, Setting)> = profile.collect();
     let is_in_profile = |variable: &str| {
-        profile
-            .iter()
-            .any(|name| name.variables().contains(&variable))
+        let mut variables = profile.iter().flat_map(|(name, _)| name.variables());
+        variables.any(|name| *name == variable)
     };
-    for &(name, kind, unset) in VARIABLES {
+    for (name, kind, unset) in VARIABLES.iter().copied().chain(workspace_variables()) {
         let set = variables
             .iter()
             .find(|(known, value)| known == name && !value.trim().is_empty());
@@ -129,26 +131,7 @@ pub(super) fn list(
             }),
         }
     }
-    for (settings, &attribute) in resolved
-        .iter()
-        .flat_map(|all| profile.iter().map(move |name| (all, name)))
-    {
-        let kind = match attribute {
-            Attribute::Host | Attribute::DiscoveryUrl => Kind::Url,
-            _ if attribute.is_secret() => Kind::Secret,
-            _ => Kind::Plain,
-        };
-        list.push(Setting {
-            name: attribute
-                .keys()
-                .first()
-                .copied()
-                .unwrap_or_default()
-                .to_owned(),
-            value: shown(kind, settings.text(attribute).unwrap_or_default()),
-            source: settings.origin(attribute).to_string(),
-        });
-    }
+    list.extend(profile.into_iter().map(|(_, setting)| setting));
     let in_force = config.map_or_else(Vec::new, |config| config.settings.shown());
     for setting in &in_force {
         if setting.origin != Origin::Default {
@@ -171,7 +154,7 @@ pub(super) fn list(
         };
         let (kind, source) = match (name.as_str(), in_force.iter().find(is_it)) {
             ("LAKEBASE_PROXY_LOCAL_PASSWORD", _) => (Kind::Secret, "environment".to_owned()),
-            // Shown above.
+            // In the list already.
             (_, Some(setting)) if matches!(setting.origin, Origin::Variable(_)) => continue,
             (_, Some(setting)) => {
                 let by = format!(
@@ -215,12 +198,12 @@ pub(super) fn list(
     list
 }
 
-/// How an endpoint is called in what people read.
+/// The endpoint's name for reports.
 pub(super) fn called(endpoint: &EndpointConfig) -> String {
     shown(Kind::Plain, endpoint.called())
 }
 
-/// Whether they can be used.
+/// Whether the settings can be used.
 pub(super) fn check(
     config: Result<&Config, &ConfigError>,
     workspace: Option<&Result<Workspace, Finding>>,
@@ -233,7 +216,7 @@ pub(super) fn check(
                     std::error::Error::source(error)
                         .map(|source| crate::telemetry::chain(source).to_string()),
                 )
-                .mend(error.hint().map(str::to_owned));
+                .hint(error.hint());
         }
     };
     let workspace = match workspace {
@@ -248,7 +231,7 @@ pub(super) fn check(
         .unwrap_or_else(|| Finding::ok(format!("complete; {workspace}")))
 }
 
-/// What makes an endpoint unusable whatever anybody answers.
+/// Endpoint settings that cannot work.
 fn unusable(endpoint: &EndpointConfig) -> Option<Finding> {
     let TlsMode::Verified(roots) = &endpoint.tls else {
         return None;
@@ -260,7 +243,7 @@ fn unusable(endpoint: &EndpointConfig) -> Option<Finding> {
                     std::error::Error::source(&error)
                         .map(|source| crate::telemetry::chain(source).to_string()),
                 )
-                .mend("set PGSSLROOTCERT to a PEM file of trusted roots, or unset it to use the system's (Debian: apt install ca-certificates)".to_owned()),
+                .fix("set PGSSLROOTCERT to a PEM file of trusted roots, or unset it to use the system's (Debian: apt install ca-certificates)"),
         );
     }
     let host = endpoint.host.as_deref()?;
@@ -269,11 +252,11 @@ fn unusable(endpoint: &EndpointConfig) -> Option<Finding> {
         Finding::failed(format!(
             "PGHOST is `{host}`, an address: TLS to the endpoint needs its name (SNI)"
         ))
-        .mend("set PGHOST to the endpoint's host name (ep-...database...), or unset it to have it looked up".to_owned()),
+        .fix("set PGHOST to the endpoint's host name (ep-...database...), or unset it to have it looked up"),
     )
 }
 
-/// A value as it may be shown.
+/// A value without secrets, on one line.
 fn shown(kind: Kind, value: &str) -> String {
     let value = value.trim();
     let looks_secret = ["dapi", "dose", "dkea", "eyJ"]
@@ -399,7 +382,7 @@ mod tests {
     }
 
     #[test]
-    fn an_address_for_a_host_is_refused_before_anything_is_dialled() {
+    fn an_address_for_a_host_is_refused_before_a_connection() {
         let variables = variables(&[
             ("ENDPOINT_NAME", "projects/p/branches/b/endpoints/e"),
             ("PGHOST", "10.0.0.1"),

@@ -1,4 +1,4 @@
-//! The steps towards the workspace, from its clock to what it lets us do.
+//! Checks of the way to the workspace, from its clock to the identity's access.
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
@@ -9,11 +9,11 @@ use tokio::{
     time::{Instant, timeout},
 };
 use tokio_rustls::TlsConnector;
-use url::Url;
+use url::{Host, Url};
 
 use super::{
     certificates::Recorder,
-    report::{Chart, Finding, spoken},
+    report::{Finding, Steps, spoken},
     settings::without_secrets,
     step,
 };
@@ -24,182 +24,147 @@ use crate::{
     workspace::{CallError, Profile, Workspace},
 };
 
-/// One step on the network.
-const STEP_TIMEOUT: Duration = Duration::from_secs(10);
-/// A difference between the clocks that is worth mending.
+/// For one step on the network.
+pub(super) const STEP_TIMEOUT: Duration = Duration::from_secs(10);
+/// A smaller difference between the clocks does no harm.
 const NOTABLE_SKEW: SignedDuration = SignedDuration::from_mins(1);
-/// What an entitlement to the API is called.
+/// The entitlement to use the API.
 const WORKSPACE_ACCESS: &str = "workspace-access";
 
-/// How far the workspace lets us.
+/// The identity's access to the workspace.
 #[derive(Debug, Default)]
 pub(super) struct Access {
-    /// Whether calls are worth trying.
+    /// Whether further calls can work.
     pub(super) can_call: bool,
-    /// Who we are, if it said so.
     pub(super) profile: Option<Profile>,
 }
 
-/// Takes the steps.
 pub(super) async fn check(
-    chart: &mut Chart<'_>,
+    steps: &mut Steps<'_>,
     workspace: &Workspace,
     variables: &[(String, String)],
 ) -> Access {
-    clock(chart, workspace).await;
-    if !reach(chart, workspace, variables).await {
-        chart.skip(
-            &[step::TOKEN, step::IDENTITY, step::ENTITLEMENT],
-            "the workspace cannot be reached",
-        );
+    steps.check(step::CLOCK, clock(workspace)).await;
+    if reach(steps, workspace, variables).await.is_none() {
+        steps.skip_rest(step::OF_WORKSPACE, "the workspace cannot be reached");
         return Access::default();
     }
-    if !token(chart, workspace).await {
-        chart.skip(&[step::IDENTITY, step::ENTITLEMENT], "no workspace token");
+    if steps.check(step::TOKEN, token(workspace)).await.is_none() {
+        steps.skip_rest(step::OF_WORKSPACE, "no workspace token");
         return Access::default();
     }
-    identity(chart, workspace).await
+    identity(steps, workspace).await
 }
 
-async fn clock(chart: &mut Chart<'_>, workspace: &Workspace) {
-    let started = Instant::now();
-    let finding = match timeout(STEP_TIMEOUT, workspace.clock_skew()).await {
-        Ok(Ok(skew)) if skew.abs() < NOTABLE_SKEW => {
-            Finding::ok("this machine's clock agrees with the workspace's")
-        }
-        Ok(Ok(skew)) => {
-            let way = if skew.is_negative() {
-                "ahead of"
-            } else {
-                "behind"
-            };
-            Finding::warning(format!(
-                "this machine's clock is {} {way} the workspace's",
-                spoken(skew)
-            ))
-            .mend("set this machine's clock: `timedatectl set-ntp true`".to_owned())
-        }
-        // Why is for the steps below to find out.
-        Ok(Err(_)) | Err(_) => Finding::skipped("the workspace did not tell its time"),
+async fn clock(workspace: &Workspace) -> Result<((), Finding), Finding> {
+    // The steps below find the cause of a failure.
+    let Ok(Ok(skew)) = timeout(STEP_TIMEOUT, workspace.clock_skew()).await else {
+        return Err(Finding::skipped("the workspace did not send its time"));
     };
-    chart.note(step::CLOCK, started, finding);
+    if skew.abs() < NOTABLE_SKEW {
+        let finding = Finding::ok("this machine's clock agrees with the workspace's");
+        return Ok(((), finding));
+    }
+    let direction = if skew.is_negative() {
+        "ahead of"
+    } else {
+        "behind"
+    };
+    let message = format!(
+        "this machine's clock is {} {direction} the workspace's",
+        spoken(skew)
+    );
+    let fix = "set this machine's clock: `timedatectl set-ntp true`";
+    Err(Finding::warning(message).fix(fix))
 }
 
-/// Name, connection, certificate. Whether the workspace can be spoken to.
+/// Name, connection and certificate.
 async fn reach(
-    chart: &mut Chart<'_>,
+    steps: &mut Steps<'_>,
     workspace: &Workspace,
     variables: &[(String, String)],
-) -> bool {
-    let names = &[step::DNS, step::TCP, step::WORKSPACE_TLS];
-    // Made from a host, so it is an address with one.
-    let url = Url::parse(&workspace.host().to_string()).ok();
-    let target = url
-        .as_ref()
-        .and_then(|url| Some((url.host_str()?.to_owned(), url.port_or_known_default()?)));
-    let (Some(url), Some((host, port))) = (url, target) else {
-        chart.skip(names, "the workspace's address has no host");
-        return false;
+) -> Option<()> {
+    // Made from a host, so both are there.
+    let url = Url::parse(&workspace.host().to_string()).ok()?;
+    let port = url.port_or_known_default()?;
+    let host = match url.host()? {
+        Host::Domain(name) => name.to_owned(),
+        Host::Ipv4(address) => address.to_string(),
+        Host::Ipv6(address) => address.to_string(),
     };
     if !workspace.host().is_loopback()
         && let Some(proxy) = proxy(&host, variables)
     {
         let why = format!("calls go through the HTTP proxy {proxy}");
-        chart.skip(names, &why);
-        return true;
+        steps.skip(&[step::DNS, step::TCP, step::WORKSPACE_TLS], &why);
+        return Some(());
     }
-
-    let started = Instant::now();
-    let host = host
-        .trim_start_matches('[')
-        .trim_end_matches(']')
-        .to_owned();
-    let addresses = match timeout(STEP_TIMEOUT, lookup_host((host.as_str(), port))).await {
-        Ok(Ok(addresses)) => addresses.collect::<Vec<_>>(),
-        Ok(Err(error)) => {
-            let finding =
-                Finding::failed(format!("the workspace's host `{host}` does not resolve"))
-                    .detail(chain(&error).to_string())
-                    .mend("check DATABRICKS_HOST and this machine's name resolution".to_owned());
-            chart.note(step::DNS, started, finding);
-            chart.skip(&names[1..], "the host does not resolve");
-            return false;
-        }
-        Err(_) => {
-            let finding = Finding::failed(format!("the name server did not answer for `{host}`"))
-                .mend("check this machine's name resolution (/etc/resolv.conf)".to_owned());
-            chart.note(step::DNS, started, finding);
-            chart.skip(&names[1..], "the host does not resolve");
-            return false;
-        }
-    };
-    chart.note(
-        step::DNS,
-        started,
-        Finding::ok(format!("{host} is {}", listed(&addresses))),
-    );
-
-    let started = Instant::now();
-    let tcp = match timeout(STEP_TIMEOUT, connect_any(&addresses)).await {
-        Ok(Ok(tcp)) => tcp,
-        failed => {
-            let detail = match failed {
-                Ok(Err(error)) => chain(&error).to_string(),
-                _ => "no answer in time".to_owned(),
-            };
-            let finding = Finding::failed(format!("cannot connect to {host}:{port}"))
-                .detail(detail)
-                .mend("check that a firewall lets this machine reach the workspace, or set HTTPS_PROXY".to_owned());
-            chart.note(step::TCP, started, finding);
-            chart.skip(&names[2..], "no connection");
-            return false;
-        }
-    };
-    chart.note(
-        step::TCP,
-        started,
-        Finding::ok(format!("{host}:{port} takes connections")),
-    );
-
+    let addresses = steps.check(step::DNS, resolve(&host, port)).await?;
+    let tcp = steps
+        .check(step::TCP, connect(&host, port, &addresses))
+        .await?;
     if url.scheme() == "http" {
-        chart.skip(&names[2..], "plain HTTP on this machine");
-        return true;
+        steps.skip(&[step::WORKSPACE_TLS], "plain HTTP on this machine");
+        return Some(());
     }
-    secure(chart, &host, tcp).await
+    steps.check(step::WORKSPACE_TLS, secure(host, tcp)).await
 }
 
-async fn secure(chart: &mut Chart<'_>, host: &str, tcp: TcpStream) -> bool {
-    let started = Instant::now();
-    let prepared = tls::verifier(&Roots::System).and_then(|verifier| {
-        let recorder = Recorder::new(verifier);
-        let config = tls::client_config_with(Arc::clone(&recorder) as _, tls::ALPN_HTTP_1_1)?;
-        Ok((recorder, config))
-    });
-    let (recorder, config) = match prepared {
-        Ok(prepared) => prepared,
-        Err(error) => {
-            let finding = Finding::failed(error.to_string()).mend(
-                "install the system's root certificates (Debian: apt install ca-certificates)"
-                    .to_owned(),
-            );
-            chart.note(step::WORKSPACE_TLS, started, finding);
-            return false;
+async fn resolve(host: &str, port: u16) -> Result<(Vec<SocketAddr>, Finding), Finding> {
+    match timeout(STEP_TIMEOUT, lookup_host((host, port))).await {
+        Ok(Ok(addresses)) => {
+            let addresses: Vec<_> = addresses.collect();
+            let finding = Finding::ok(format!("{host} is {}", listed(&addresses)));
+            Ok((addresses, finding))
         }
+        Ok(Err(error)) => Err(Finding::failed(format!(
+            "the workspace's host `{host}` does not resolve"
+        ))
+        .detail(chain(&error).to_string())
+        .fix("check DATABRICKS_HOST and this machine's name resolution")),
+        Err(_) => Err(no_name_server(host)),
+    }
+}
+
+pub(super) fn no_name_server(host: &str) -> Finding {
+    Finding::failed(format!("the name server did not answer for `{host}`"))
+        .fix("check this machine's name resolution (/etc/resolv.conf)")
+}
+
+async fn connect(
+    host: &str,
+    port: u16,
+    addresses: &[SocketAddr],
+) -> Result<(TcpStream, Finding), Finding> {
+    let detail = match timeout(STEP_TIMEOUT, TcpStream::connect(addresses)).await {
+        Ok(Ok(tcp)) => {
+            let finding = Finding::ok(format!("{host}:{port} takes connections"));
+            return Ok((tcp, finding));
+        }
+        Ok(Err(error)) => chain(&error).to_string(),
+        Err(_) => "no answer in time".to_owned(),
     };
-    let Ok(name) = ServerName::try_from(host.to_owned()) else {
-        let finding = Finding::failed(format!("`{host}` is not a host name"));
-        chart.note(step::WORKSPACE_TLS, started, finding);
-        return false;
-    };
-    let outcome = timeout(STEP_TIMEOUT, TlsConnector::from(config).connect(name, tcp)).await;
+    Err(Finding::failed(format!("cannot connect to {host}:{port}"))
+        .detail(detail)
+        .fix("check that a firewall lets this machine reach the workspace, or set HTTPS_PROXY"))
+}
+
+async fn secure(host: String, tcp: TcpStream) -> Result<((), Finding), Finding> {
+    let verifier = tls::verifier(&Roots::System).map_err(|error| no_roots(&error))?;
+    let recorder = Recorder::new(verifier);
+    let config = tls::client_config_with(Arc::clone(&recorder) as _, tls::ALPN_HTTP_1_1);
+    let connector = TlsConnector::from(config.map_err(|error| no_roots(&error))?);
+    let name = ServerName::try_from(host.clone())
+        .map_err(|_| Finding::failed(format!("`{host}` is not a host name")))?;
+    let result = timeout(STEP_TIMEOUT, connector.connect(name, tcp)).await;
     let certificate = recorder.certificate();
-    let (finding, is_well) = match outcome {
-        Ok(Ok(_stream)) => {
+    match result {
+        Ok(Ok(_)) => {
             let shown = certificate.map(|shown| shown.to_string());
-            (Finding::ok(shown.unwrap_or_default()), true)
+            Ok(((), Finding::ok(shown.unwrap_or_default())))
         }
         Ok(Err(error)) => {
-            let mend = match &certificate {
+            let fix = match &certificate {
                 Some(shown) => format!(
                     "if something inspects TLS here, install its root (`{}`) among the system's certificates; else check this machine's clock and DATABRICKS_HOST",
                     shown.authority
@@ -209,86 +174,77 @@ async fn secure(chart: &mut Chart<'_>, host: &str, tcp: TcpStream) -> bool {
                         .to_owned()
                 }
             };
-            let finding = Finding::failed(format!("TLS failed: {}", chain(&error)))
-                .detail(certificate.map(|shown| format!("shown was {shown}")))
-                .mend(mend);
-            (finding, false)
+            Err(Finding::failed(format!("TLS failed: {}", chain(&error)))
+                .detail(certificate.map(|shown| format!("the server sent {shown}")))
+                .fix(fix))
         }
-        Err(_) => (
+        Err(_) => Err(
             Finding::failed("the workspace did not answer the TLS handshake in time")
-                .mend("check DATABRICKS_HOST: what answers there may be no workspace".to_owned()),
-            false,
+                .fix("check DATABRICKS_HOST: another server may answer there"),
         ),
-    };
-    chart.note(step::WORKSPACE_TLS, started, finding);
-    is_well
+    }
 }
 
-async fn token(chart: &mut Chart<'_>, workspace: &Workspace) -> bool {
-    let started = Instant::now();
-    let (finding, is_well) = match workspace.token_facts().await {
-        Ok(facts) => {
-            let expiry = match facts.expires_at {
-                Some(at) => format!("expires in {}", spoken(at.duration_since(Timestamp::now()))),
-                None => "does not say when it expires".to_owned(),
-            };
-            let scopes = match &facts.scopes[..] {
-                [] => String::new(),
-                scopes => format!(", for {}", scopes.join(" ")),
-            };
-            let kind = facts.kind.label();
-            (Finding::ok(format!("{kind}, {expiry}{scopes}")), true)
-        }
-        Err(error) => (of_call(&error), false),
-    };
-    chart.note(step::TOKEN, started, finding);
-    is_well
+/// The finding where the system's roots cannot be used.
+pub(super) fn no_roots(error: &tls::TlsError) -> Finding {
+    Finding::failed(error.to_string())
+        .fix("install the system's root certificates (Debian: apt install ca-certificates)")
 }
 
-async fn identity(chart: &mut Chart<'_>, workspace: &Workspace) -> Access {
+async fn token(workspace: &Workspace) -> Result<((), Finding), Finding> {
+    let facts = workspace
+        .token_facts()
+        .await
+        .map_err(|error| of_call(&error))?;
+    let expiry = match facts.expires_at {
+        Some(at) => format!("expires in {}", spoken(at.duration_since(Timestamp::now()))),
+        None => "without a known expiry".to_owned(),
+    };
+    let scopes = match &facts.scopes[..] {
+        [] => String::new(),
+        scopes => format!(", for {}", scopes.join(" ")),
+    };
+    let message = format!("{}, {expiry}{scopes}", facts.kind.label());
+    Ok(((), Finding::ok(message)))
+}
+
+async fn identity(steps: &mut Steps<'_>, workspace: &Workspace) -> Access {
     let started = Instant::now();
     let profile = match workspace.profile().await {
         Ok(profile) => profile,
+        Err(error) if is_entitlement(&error) => {
+            steps.skip(
+                &[step::IDENTITY],
+                "the identity may not use the workspace's API",
+            );
+            let finding = no_entitlement(workspace, &error);
+            steps.note(step::ENTITLEMENT, started.elapsed(), finding);
+            return Access::default();
+        }
         Err(error) => {
-            if is_entitlement(&error) {
-                chart.skip(&[step::IDENTITY], "the workspace's API is closed to us");
-                chart.note(
-                    step::ENTITLEMENT,
-                    started,
-                    no_entitlement(workspace, &error),
-                );
-                return Access::default();
-            }
-            chart.note(step::IDENTITY, started, of_call(&error));
-            chart.skip(&[step::ENTITLEMENT], "we do not know who we are");
+            steps.note(step::IDENTITY, started.elapsed(), of_call(&error));
+            steps.skip(&[step::ENTITLEMENT], "the identity is unknown");
             return Access {
-                // Not to be allowed to ask that is no reason not to be allowed anything.
+                // Other calls may be allowed even if this one is not.
                 can_call: error.is_forbidden(),
                 profile: None,
             };
         }
     };
-    let of = profile
-        .workspace_id
-        .as_ref()
-        .map(|id| format!(" in workspace {id}"))
-        .unwrap_or_default();
-    chart.note(
-        step::IDENTITY,
-        started,
-        Finding::ok(format!("{}{of}", profile.user_name)),
-    );
-    let started = Instant::now();
-    let has_it = profile
+    let workspace_id = profile.workspace_id.as_ref();
+    let place = workspace_id.map_or(String::new(), |id| format!(" in workspace {id}"));
+    let finding = Finding::ok(format!("{}{place}", profile.user_name));
+    steps.note(step::IDENTITY, started.elapsed(), finding);
+    let is_own = profile
         .entitlements
         .iter()
-        .any(|entitlement| entitlement == WORKSPACE_ACCESS);
-    let finding = if has_it {
+        .any(|name| name == WORKSPACE_ACCESS);
+    let finding = Finding::ok(if is_own {
         "Workspace access is granted"
     } else {
         "Workspace access is not the identity's own, but the API answers"
-    };
-    chart.note(step::ENTITLEMENT, started, Finding::ok(finding));
+    });
+    steps.note(step::ENTITLEMENT, Duration::ZERO, finding);
     Access {
         can_call: true,
         profile: Some(profile),
@@ -296,11 +252,10 @@ async fn identity(chart: &mut Chart<'_>, workspace: &Workspace) -> Access {
 }
 
 fn is_entitlement(error: &CallError) -> bool {
-    error.detail.as_ref().is_some_and(|detail| {
-        detail
-            .to_ascii_lowercase()
-            .contains("workspace-access entitlement")
-    })
+    let detail = error.detail.as_deref().unwrap_or_default();
+    detail
+        .to_ascii_lowercase()
+        .contains("workspace-access entitlement")
 }
 
 fn no_entitlement(workspace: &Workspace, error: &CallError) -> Finding {
@@ -311,21 +266,15 @@ fn no_entitlement(workspace: &Workspace, error: &CallError) -> Finding {
     };
     Finding::failed(format!("{who} lacks the Workspace access entitlement"))
         .detail(error.detail.clone())
-        .mend(format!(
+        .fix(format!(
             "an admin grants it: databricks {kind} patch <ID> {grant}"
         ))
 }
 
-/// A failed call in the words that every caller of it uses.
-pub(super) fn of_call(error: &CallError) -> Finding {
+fn of_call(error: &CallError) -> Finding {
     Finding::failed(error.message.clone())
         .detail(error.detail.clone())
-        .mend(error.hint.clone())
-}
-
-/// The first address that takes a connection.
-async fn connect_any(addresses: &[SocketAddr]) -> std::io::Result<TcpStream> {
-    TcpStream::connect(addresses).await
+        .hint(error.hint.clone())
 }
 
 pub(super) fn listed(addresses: &[SocketAddr]) -> String {
@@ -336,25 +285,26 @@ pub(super) fn listed(addresses: &[SocketAddr]) -> String {
     shown.dedup();
     let more = shown.len().saturating_sub(3);
     shown.truncate(3);
-    let more = match more {
-        0 => String::new(),
-        more => format!(" and {more} more"),
-    };
-    format!("{}{more}", shown.join(", "))
+    let shown = shown.join(", ");
+    if more == 0 {
+        shown
+    } else {
+        format!("{shown} and {more} more")
+    }
 }
 
-/// The HTTP proxy that a call to this host goes through, by the usual variables.
+/// The HTTP proxy for calls to this host, by the usual variables.
 fn proxy(host: &str, variables: &[(String, String)]) -> Option<String> {
-    let get = |names: &[&str]| {
-        variables
+    let get = |names: [&str; 2]| {
+        let mut set = variables
             .iter()
-            .find(|(name, value)| names.contains(&name.as_str()) && !value.trim().is_empty())
-            .map(|(_, value)| value.trim())
+            .filter(|(_, value)| !value.trim().is_empty());
+        let found = set.find(|(name, _)| names.contains(&name.as_str()));
+        found.map(|(_, value)| value.trim())
     };
-    let proxy =
-        get(&["HTTPS_PROXY", "https_proxy"]).or_else(|| get(&["ALL_PROXY", "all_proxy"]))?;
-    let excepted = get(&["NO_PROXY", "no_proxy"]).unwrap_or_default();
-    let is_excepted = excepted.split(',').map(str::trim).any(|pattern| {
+    let proxy = get(["HTTPS_PROXY", "https_proxy"]).or_else(|| get(["ALL_PROXY", "all_proxy"]))?;
+    let exceptions = get(["NO_PROXY", "no_proxy"]).unwrap_or_default();
+    let is_exception = exceptions.split(',').map(str::trim).any(|pattern| {
         let pattern = pattern.trim_start_matches('.');
         pattern == "*"
             || (!pattern.is_empty()
@@ -362,7 +312,7 @@ fn proxy(host: &str, variables: &[(String, String)]) -> Option<String> {
                     .strip_suffix(pattern)
                     .is_some_and(|rest| rest.is_empty() || rest.ends_with('.')))
     });
-    (!is_excepted).then(|| without_secrets(proxy))
+    (!is_exception).then(|| without_secrets(proxy))
 }
 
 #[cfg(test)]

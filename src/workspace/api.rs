@@ -516,7 +516,7 @@ mod tests {
     }
 
     #[test]
-    fn the_user_agent_has_the_form_that_databricks_asks_for() {
+    fn the_user_agent_has_the_form_of_the_databricks_sdks() {
         let agent = user_agent("oauth-m2m");
         assert!(
             agent.starts_with(concat!(
@@ -550,7 +550,7 @@ mod tests {
 
     /// Added to the time, the longest wait that a header can name ended the caller in a panic.
     #[test]
-    fn no_wait_is_too_long_to_add_to_the_time() {
+    fn the_longest_wait_can_be_added_to_the_time() {
         let now = Timestamp::UNIX_EPOCH;
         for text in ["18446744073709551615", "Wed, 29 Dec 9999 23:59:59 GMT"] {
             let wait = retry_after(text, now).unwrap();
@@ -560,7 +560,7 @@ mod tests {
     }
 
     #[test]
-    fn skew_is_told_from_the_noise_of_whole_seconds() {
+    fn a_difference_below_the_resolution_of_date_is_not_skew() {
         assert_eq!(skew(at(100), at(101)), None);
         assert_eq!(skew(at(102), at(101)), None);
         assert_eq!(

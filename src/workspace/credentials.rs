@@ -1,4 +1,6 @@
-//! Minting a database credential, for both products. They differ in path, body and the name of one field.
+//! Mints database credentials. The two products differ in path, body and the name of one field.
+//!
+//! <https://docs.databricks.com/aws/en/oltp/projects/external-apps-manual-api>
 
 use reqwest::Method;
 use secrecy::{ExposeSecret, SecretString};
@@ -6,8 +8,8 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use tokio::time::Instant;
 
-use super::{CallError, MintError, Minted, Target, Workspace, diagnosis::Purpose};
-use crate::{expiry::Moment, telemetry::labels};
+use super::{CallError, MintError, Minted, Target, Workspace, diagnosis::Purpose, expiry::Moment};
+use crate::telemetry::labels;
 
 const AUTOSCALING: &str = "/api/2.0/postgres/credentials";
 const PROVISIONED: &str = "/api/2.0/database/credentials";
@@ -19,7 +21,7 @@ pub struct CredentialMinter {
     target: Target,
 }
 
-/// Autoscaling says `expire_time`, Provisioned `expiration_time`.
+/// The field is `expire_time` in Autoscaling, `expiration_time` in Provisioned.
 #[derive(Deserialize)]
 struct Response {
     token: SecretString,
@@ -28,7 +30,7 @@ struct Response {
 }
 
 impl CredentialMinter {
-    /// A minter; nothing is asked yet.
+    /// A minter; sends nothing.
     pub fn new(workspace: Workspace, target: Target) -> Self {
         Self { workspace, target }
     }
@@ -47,7 +49,7 @@ impl CredentialMinter {
     pub async fn mint(&self) -> Result<Minted, MintError> {
         let purpose = Purpose::Credential(self.target.as_str());
         let (path, body) = self.request();
-        // Apart from the credential itself, so that each step is timed alone.
+        // Before the call for the credential, so that each step is timed alone.
         let token = self.workspace.token().await?;
         let started = Instant::now();
         let answer = self
@@ -57,7 +59,7 @@ impl CredentialMinter {
         self.workspace
             .observe(labels::MintStep::Credential, started);
         let Response { token, expire_time } = answer.value;
-        // What the token looks like is the endpoint's to judge, as long as a password message can carry it.
+        // The endpoint decides about the token's form; a password message must be able to carry it.
         if token.expose_secret().is_empty() || token.expose_secret().contains('\0') {
             return Err(CallError::malformed_by(
                 self.workspace.host(),
@@ -66,7 +68,7 @@ impl CredentialMinter {
             .into());
         }
         let Moment(expires_at) = expire_time;
-        // By the workspace's clock; we judge by ours.
+        // The expiry is by the workspace's clock, and compared with ours.
         let expires_at = match answer.skew {
             Some(skew) => expires_at.checked_sub(skew).unwrap_or(expires_at),
             None => expires_at,

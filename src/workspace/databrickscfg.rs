@@ -1,16 +1,16 @@
 //! The format of `~/.databrickscfg`, by the rules of the Databricks Go SDK and CLI.
 //!
-//! Pure: text in, profiles out. The rules that differ from other INI dialects: names are case-sensitive; a comment after
-//! a value needs a blank before its `#` or `;`, since secrets hold those; one pair of quotes round a value is taken off;
-//! a backslash at the end of a line joins the next one, and no other backslash means anything.
+//! Without I/O. Differences from other INI dialects: names are case-sensitive; a comment after a value needs a blank before
+//! its `#` or `;`, since secrets contain those; one pair of quotes around a value is removed; a backslash joins lines at
+//! their end and has no meaning elsewhere.
 
-/// Why a text is no `.databrickscfg`. Never quotes the text: it holds secrets.
+/// A mistake in a `.databrickscfg`. Never quotes the text, which holds secrets.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{reason} in line {line}")]
 pub struct SyntaxError {
     /// Counted from 1.
     pub line: usize,
-    /// What is wrong.
+    /// The mistake.
     pub reason: &'static str,
 }
 
@@ -21,15 +21,15 @@ pub(super) struct Section {
     entries: Vec<(String, String)>,
 }
 
-/// What was read.
+/// All sections.
 #[derive(Clone)]
 pub(super) struct Profiles(Vec<Section>);
 
-/// Where entries above the first section go.
+/// The section of entries above the first header.
 pub(super) const DEFAULT: &str = "DEFAULT";
 
 impl Section {
-    /// The last value given for a key; an empty one counts as none.
+    /// The last value of a key; an empty one is absent.
     pub(super) fn get(&self, key: &str) -> Option<&str> {
         self.entries
             .iter()
@@ -41,7 +41,7 @@ impl Section {
 }
 
 impl Profiles {
-    /// Reads the text of a file.
+    /// Parses the text of a file.
     pub(super) fn parse(text: &str) -> Result<Self, SyntaxError> {
         let text = text.strip_prefix('\u{feff}').unwrap_or(text);
         let mut profiles = Self(Vec::new());
@@ -76,14 +76,14 @@ impl Profiles {
         Ok(profiles)
     }
 
-    /// The section of this name, if it says anything.
+    /// The section with this name, if it is not empty.
     pub(super) fn get(&self, name: &str) -> Option<&Section> {
         self.0
             .iter()
             .find(|section| section.name == name && !section.entries.is_empty())
     }
 
-    /// The names of those that say something.
+    /// The names of sections that are not empty.
     pub(super) fn names(&self) -> impl Iterator<Item = &str> {
         self.0
             .iter()
@@ -91,7 +91,7 @@ impl Profiles {
             .map(|section| section.name.as_str())
     }
 
-    /// A section that is there already is continued.
+    /// A section, which a later header of the same name continues.
     fn section(&mut self, name: &str) -> &mut Section {
         let index = self
             .0
@@ -231,7 +231,7 @@ mod tests {
     }
 
     #[test]
-    fn sections_are_told_apart_by_case_and_continued_by_name() {
+    fn section_names_are_case_sensitive_and_may_repeat() {
         let text = "\u{feff}host = top\n# comment\n; comment\n[A]\nhost = 1\n[a]\nhost = 2\n\n[A] # again\ntoken = 3\n[empty]\n[x]y]\nhost = 4";
         assert_eq!(read(text, "DEFAULT", "host").as_deref(), Some("top"));
         assert_eq!(read(text, "A", "host").as_deref(), Some("1"));
@@ -250,7 +250,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_wrong_is_told_by_its_line_and_not_repeated() {
+    fn a_mistake_is_reported_by_its_line_without_its_text() {
         for (text, line) in [
             ("[p]\n\ndapi-secret", 3),
             ("[p\ntoken = dapi-secret", 1),
@@ -265,7 +265,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_text_is_read_or_refused(text in "(\\[|\\]|=|:|\"|`|'|\\\\|\n|#|;| |a|\u{e9}){0,60}") {
+        fn any_text_is_parsed_or_refused(text in "(\\[|\\]|=|:|\"|`|'|\\\\|\n|#|;| |a|\u{e9}){0,60}") {
             let _ = Profiles::parse(&text);
         }
 

@@ -6,155 +6,82 @@ use super::{auth::AuthKind, databrickscfg::SyntaxError};
 
 /// Why a workspace cannot be set up. Calls fail with [`CallError`](super::CallError).
 #[derive(Debug, thiserror::Error)]
+#[expect(missing_docs, reason = "the messages describe variants and fields")]
 pub enum WorkspaceError {
-    /// The address belongs to the account console.
     #[error("`{host}` is an account console, not a workspace")]
-    AccountConsole {
-        /// The host given.
-        host: String,
-    },
-    /// The HTTP client cannot be made.
+    AccountConsole { host: String },
     #[error("cannot set up HTTPS towards the workspace")]
     Client(#[source] reqwest::Error),
-    /// The settings of two ways to authenticate are present.
     #[error("more than one way to authenticate is configured: {}", families.join(" and "))]
     Ambiguous {
-        /// Each family, with a setting of it.
         families: Vec<String>,
-        /// What `DATABRICKS_AUTH_TYPE` could choose.
         choices: String,
     },
-    /// The file of profiles cannot be read.
     #[error("cannot read the profiles in `{}`", path.display())]
     File {
-        /// The file.
         path: PathBuf,
-        /// Why.
         #[source]
         source: io::Error,
     },
-    /// The file of profiles is not what it should be.
     #[error("cannot understand the profiles in `{}`", path.display())]
     FileSyntax {
-        /// The file.
         path: PathBuf,
-        /// Where and why.
         #[source]
         source: SyntaxError,
     },
-    /// A group is to be assumed in a way that cannot.
-    /// The words are those of the Databricks SDKs.
+    // The message of the Databricks SDKs.
     #[error(
         "auth type \"{kind}\" does not support group role assumption. Use Databricks OAuth authentication"
     )]
-    Group {
-        /// The kind.
-        kind: &'static str,
-        /// The setting that asks for it.
-        setting: String,
-    },
-    /// A way to authenticate lacks one of its settings.
+    Group { kind: &'static str, setting: String },
     #[error("`{missing}` is not set, but {because}")]
     Incomplete {
-        /// The variable that is missing.
         missing: &'static str,
-        /// Why it is needed.
         because: String,
     },
-    /// The address cannot be understood.
     #[error("`DATABRICKS_HOST` is not an address: `{host}`")]
     InvalidHost {
-        /// What was given.
         host: String,
-        /// Why.
         #[source]
         source: Option<url::ParseError>,
     },
-    /// A value is not what it should be.
     #[error("{name} {problem}")]
-    InvalidValue {
-        /// The setting, as it was written.
-        name: String,
-        /// What is wrong; never the value.
-        problem: &'static str,
-    },
-    /// A profile was asked for in a file that is not there, and nothing else does.
-    #[error("the profile `{profile}` is asked for, but `{}` does not exist", path.display())]
-    MissingFile {
-        /// The profile.
-        profile: String,
-        /// The file.
-        path: PathBuf,
-    },
-    /// A program that is needed is not there.
+    InvalidValue { name: String, problem: &'static str },
+    #[error("the profile `{profile}` is selected, but `{}` does not exist", path.display())]
+    MissingFile { profile: String, path: PathBuf },
     #[error("{kind} needs the command `{command}`, which {problem}")]
     NoCommand {
-        /// The way.
         kind: &'static str,
-        /// The command.
         command: String,
-        /// What is wrong with it.
         problem: &'static str,
     },
-    /// Nothing to authenticate with.
     #[error("no way to authenticate to the workspace is configured")]
-    NoAuthentication {
-        /// What was looked for and found unfit.
-        notes: Vec<String>,
-        /// The workspace, for the hint.
-        host: String,
-    },
-    /// No address.
+    NoAuthentication { notes: Vec<String>, host: String },
     #[error("`DATABRICKS_HOST` is not set")]
-    NoHost {
-        /// How the workspace is named otherwise.
-        resource_id: bool,
-    },
-    /// The file has no profile of that name.
+    NoHost { resource_id: bool },
     #[error("`{}` has no profile `{profile}`", path.display())]
     NoProfile {
-        /// The profile asked for.
         profile: String,
-        /// The file.
         path: PathBuf,
-        /// Those that it has.
         known: Vec<String>,
     },
-    /// Model Serving has put no token beside the model.
     #[error("model-serving needs the token in `{}`, which does not exist", path.display())]
-    NoServingToken {
-        /// Where it should be.
-        path: PathBuf,
-    },
-    /// Secrets would travel in the clear.
+    NoServingToken { path: PathBuf },
     #[error("`DATABRICKS_HOST` must be https: `{host}`")]
-    NotHttps {
-        /// What was given.
-        host: String,
-    },
-    /// A way that the SDKs have and we do not.
+    NotHttps { host: String },
     #[error("signing in with {kind} is not supported")]
     Refused {
-        /// Its name.
         kind: &'static str,
-        /// What to use instead.
         instead: &'static str,
     },
-    /// `[__settings__]` is no profile.
     #[error("`__settings__` is a reserved name, not a profile")]
     ReservedProfile,
-    /// `DATABRICKS_AUTH_TYPE` names nothing that anybody knows.
     #[error("{setting} is `{auth_type}`, which is no way to authenticate")]
-    UnknownAuthType {
-        /// The setting, as it was written.
-        setting: String,
-        /// What was given.
-        auth_type: String,
-    },
+    UnknownAuthType { setting: String, auth_type: String },
 }
 
 impl WorkspaceError {
-    /// What a person can do about it.
+    /// What to do about it.
     pub fn hint(&self) -> Option<String> {
         let hint = match self {
             Self::AccountConsole { .. }
@@ -239,7 +166,7 @@ impl WorkspaceError {
     }
 }
 
-/// At most so many names are listed in a hint.
+/// The most names in a hint.
 const LISTED: usize = 12;
 
 fn listed<S: AsRef<str>>(names: &[S]) -> String {

@@ -1,21 +1,20 @@
-//! The many shapes in which a workspace says no, read into one.
+//! Error answers in their many forms, parsed into one.
 //!
-//! Pure: bytes in, words out. What comes out is safe to show: one line, bounded, without anything that looks like a token.
+//! Without I/O. The text is safe to show: one bounded line without known secrets and tokens. The forms are those of
+//! `errors/parser.py` in the SDK for Python.
 
 use std::time::Duration;
 
 use reqwest::StatusCode;
 use serde_json::Value;
 
-use crate::{
-    expiry::Number,
-    telemetry::{KnownSecrets, redact},
-};
+use super::expiry::Number;
+use crate::telemetry::{KnownSecrets, redact};
 
-/// Longest text taken over from the other side, in characters.
+/// The most characters of foreign text in an error.
 pub(super) const MAX_TEXT: usize = 600;
 
-/// What an error answer says.
+/// An error answer.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct ErrorBody {
     /// The machine-readable code, as sent: `PERMISSION_DENIED`, `invalid_client`, `SCIM_404`.
@@ -25,9 +24,8 @@ pub(super) struct ErrorBody {
     pub(super) retry_delay: Option<Duration>,
 }
 
-/// Reads an error answer; never fails, since an unreadable one still has a status.
-///
-/// The secrets that are known are masked before anything is cut, in whatever form they are repeated.
+/// Parses an error answer; never fails, since one of another form still has a status. Known secrets are masked before text
+/// is cut, in any encoding.
 pub(super) fn parse(status: StatusCode, body: &[u8], known: &KnownSecrets) -> ErrorBody {
     let text = String::from_utf8_lossy(body);
     let text = text.trim();
@@ -62,7 +60,7 @@ fn from_json(body: &Value) -> ErrorBody {
         _ => None,
     };
     let (request_id, retry_delay) = from_details(body.get("details"));
-    // SCIM speaks of itself by `detail` and `status`.
+    // SCIM (RFC 7644 section 3.12).
     if let (Some(detail), None) = (text("detail"), text("message")) {
         return ErrorBody {
             code: text("status").map(|status| format!("SCIM_{status}")),
@@ -165,7 +163,7 @@ fn is_code(text: &str) -> bool {
             .all(|byte| byte.is_ascii_alphanumeric() || byte == b'_')
 }
 
-/// One line, bounded, and free of anything that looks like a token.
+/// One bounded line without anything that looks like a token.
 pub(super) fn clean(text: &str) -> String {
     let mut words = String::new();
     for word in text
@@ -202,7 +200,7 @@ mod tests {
     }
 
     #[test]
-    fn every_shape_is_read() {
+    fn every_form_is_parsed() {
         for (status, body, code, message) in [
             (
                 403,
@@ -286,7 +284,7 @@ mod tests {
     }
 
     #[test]
-    fn what_looks_like_a_secret_is_removed() {
+    fn tokens_are_removed() {
         let token = format!("eyJ{}", "a".repeat(40));
         let (_, message) = parsed(
             400,

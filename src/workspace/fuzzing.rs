@@ -1,4 +1,4 @@
-//! Opened to tests/fuzz: what the workspace and the files of the Databricks tools say.
+//! Entry points for tests/fuzz: answers of the workspace, and files of the Databricks tools.
 
 use jiff::Timestamp;
 use reqwest::StatusCode;
@@ -7,7 +7,7 @@ use super::{
     BranchName, EndpointName, Host, HostName, InstanceName, Reference, api, auth,
     databrickscfg::Profiles, error_body,
 };
-use crate::{expiry::Number, telemetry::KnownSecrets};
+use crate::{telemetry::KnownSecrets, workspace::expiry::Number};
 
 /// An answer to a request: as a refusal, and as a token.
 pub fn answer(status: u16, body: &[u8]) {
@@ -15,12 +15,12 @@ pub fn answer(status: u16, body: &[u8]) {
     let Ok(status) = StatusCode::from_u16(status) else {
         return;
     };
-    let said = error_body::parse(status, body, &KnownSecrets::default());
-    assert!(!said.message.is_empty());
+    let parsed = error_body::parse(status, body, &KnownSecrets::default());
+    assert!(!parsed.message.is_empty());
     for text in [
-        Some(&said.message),
-        said.code.as_ref(),
-        said.request_id.as_ref(),
+        Some(&parsed.message),
+        parsed.code.as_ref(),
+        parsed.request_id.as_ref(),
     ] {
         let text = text.map_or("", String::as_str);
         assert!(!text.chars().any(char::is_control), "{text:?}");
@@ -44,7 +44,7 @@ pub fn times(text: &str) {
     auth::fuzzing::claims(text);
 }
 
-/// `~/.databrickscfg`: a mistake is at a line that exists, and every named profile is found.
+/// `~/.databrickscfg`: a mistake has the number of a line, and every listed profile is found.
 pub fn databrickscfg(text: &str) {
     match Profiles::parse(text) {
         Ok(profiles) => {

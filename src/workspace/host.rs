@@ -1,4 +1,4 @@
-//! The workspace's address, in the one form that the rest uses.
+//! The workspace's address in its normal form.
 
 use std::{fmt, net::IpAddr};
 
@@ -22,9 +22,8 @@ pub struct Host {
 }
 
 impl Host {
-    /// Takes what people and platforms write: with or without scheme, with a trailing slash, copied from a browser.
-    ///
-    /// Also returns the workspace id that the address names (`?o=`), as those of unified hosts do.
+    /// Parses an address with or without a scheme, also one copied from a browser. Also returns the workspace id in it
+    /// (`?o=`), as in addresses of unified hosts.
     pub fn parse(text: &str) -> Result<(Self, Option<String>), WorkspaceError> {
         let text = text.trim();
         let with_scheme = if text.contains("://") {
@@ -77,12 +76,12 @@ impl Host {
         ))
     }
 
-    /// The name alone.
+    /// The host name.
     pub fn name(&self) -> &str {
         self.origin.host_str().unwrap_or_default()
     }
 
-    /// The address of a path below it. The path is ours: literal, or made of validated names.
+    /// The address of a path, which must be literal or made of validated names.
     pub(super) fn join(&self, path: &str) -> Url {
         let (path, query) = path
             .split_once('?')
@@ -93,7 +92,7 @@ impl Host {
         url
     }
 
-    /// Whether it is on this machine, where plain http is allowed and no HTTP proxy is asked.
+    /// Whether it is on this machine, where plain http is allowed and no HTTP proxy is used.
     pub fn is_loopback(&self) -> bool {
         self.is_loopback
     }
@@ -129,7 +128,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn addresses_are_taken_as_people_write_them() {
+    fn common_forms_of_an_address_are_accepted() {
         for (text, expected) in [
             (
                 "dbc-1.cloud.databricks.com",

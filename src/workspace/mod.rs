@@ -1,6 +1,6 @@
-//! Everything said to the Databricks workspace over HTTPS: who we are, where the endpoint is, and the database credential.
+//! Calls to the Databricks workspace over HTTPS: authentication, database credentials, and discovery of endpoints.
 //!
-//! It knows the REST API and the ways to authenticate to it. It knows nothing of Postgres, nor of when a credential is due.
+//! It knows the REST API and the kinds of authentication. It knows nothing of Postgres, nor of when a credential is due.
 
 mod api;
 mod auth;
@@ -10,6 +10,7 @@ mod diagnosis;
 mod discovery;
 mod error;
 mod error_body;
+pub(crate) mod expiry;
 #[cfg(fuzzing)]
 pub mod fuzzing;
 mod host;
@@ -40,12 +41,12 @@ pub use credentials::CredentialMinter;
 pub use databrickscfg::SyntaxError;
 pub use diagnosis::CallError;
 pub use discovery::{
-    AppDatabases, EndpointInfo, EndpointState, EndpointType, Identity, Known, LocateError, Located,
-    Wanted,
+    AppDatabases, EndpointInfo, EndpointState, EndpointType, Known, LocateError, Located, Profile,
+    Role, Wanted,
 };
 pub use error::WorkspaceError;
 pub use host::Host;
-pub use inspect::{Profile, Role, TokenFacts};
+pub use inspect::TokenFacts;
 pub use mint::{MintError, MintErrorKind, Minted};
 pub use names::{
     BranchName, EndpointName, HostName, InstanceName, NameError, ProjectName, Reference, Target,
@@ -63,10 +64,10 @@ use crate::{
     telemetry::{Metrics, labels::MintStep},
 };
 
-/// A difference between the clocks that is worth a word.
+/// A smaller difference between the clocks is not logged.
 const NOTABLE_SKEW: SignedDuration = SignedDuration::from_mins(1);
 
-/// One workspace, and how we authenticate to it; cheap to clone.
+/// A workspace with its authentication; cheap to clone.
 #[derive(Clone)]
 pub struct Workspace(Arc<Inner>);
 
@@ -77,7 +78,7 @@ struct Inner {
     has_noted_skew: AtomicBool,
 }
 
-/// What a call brought, and by how much the workspace's clock is ahead of ours.
+/// The answer to a call, and how far the workspace's clock is ahead.
 struct Answer<T> {
     value: T,
     skew: Option<SignedDuration>,
@@ -85,9 +86,7 @@ struct Answer<T> {
 }
 
 impl Workspace {
-    /// Checks the settings and prepares; nothing is sent yet.
-    ///
-    /// `tls` holds the roots that are trusted and the crypto provider; its ALPN is set here.
+    /// Checks the settings; sends nothing. `tls` holds the trusted roots and the crypto provider; its ALPN is set here.
     pub fn new(
         settings: WorkspaceSettings,
         tls: &rustls::ClientConfig,
@@ -115,27 +114,27 @@ impl Workspace {
         })))
     }
 
-    /// Its address.
+    /// The address.
     pub fn host(&self) -> &Host {
         self.0.api.host()
     }
 
-    /// How we authenticate; where several ways may do, the first until one has.
+    /// The kind of authentication that worked, or the one that is tried first.
     pub fn auth_kind(&self) -> AuthKind {
         self.0.tokens.source().kind()
     }
 
-    /// The service principal's application id, which is also its Postgres role, where it is known without asking.
+    /// The service principal's application id, which is also its Postgres role, if it is known without a call.
     pub fn service_principal(&self) -> Option<&str> {
         self.0.tokens.service_principal()
     }
 
-    /// Gets a workspace token, to see that authentication works.
+    /// Gets a workspace token, which shows that authentication works.
     pub async fn authenticate(&self) -> Result<(), CallError> {
         self.token().await.map(drop)
     }
 
-    /// One call with a workspace token; once more with a new one if the workspace does not take the first.
+    /// A call with a workspace token, repeated once with a new token if the workspace refuses the first.
     async fn call<T: DeserializeOwned>(
         &self,
         purpose: Purpose<'_>,
@@ -204,7 +203,7 @@ impl Workspace {
         diagnose(purpose, &self.0.tokens.signed_in(), self.host(), error)
     }
 
-    /// Says once that the clocks differ: what expires when would puzzle whoever reads the logs.
+    /// Logs once that the clocks differ, which explains times of expiry in the log.
     fn note_skew(&self, skew: Option<SignedDuration>) {
         if let Some(skew) = skew.filter(|skew| skew.abs() >= NOTABLE_SKEW)
             && !self.0.has_noted_skew.swap(true, Ordering::Relaxed)

@@ -1,4 +1,4 @@
-//! The names of what a credential is for, checked so that they can stand in an address.
+//! Names of endpoints, branches, projects, instances and hosts, checked for use in addresses.
 
 use std::{fmt, str::FromStr};
 
@@ -8,100 +8,133 @@ use crate::config::without_userinfo;
 const MAX_ID: usize = 63;
 /// The longest host name (RFC 1035).
 const MAX_HOST: usize = 253;
-/// Ends the first label of a pooler's host, of either kind.
+/// Ends the first label of a pooler's host.
 const POOLER: &str = "-pooler";
 /// Ends the hosts of Neon's own service.
 const NEON: &str = ".neon.tech";
 /// Ends the first label of the readable replicas' host.
 const READ_ONLY: &str = "-ro";
 
-/// What is wrong with a name.
+/// A name that cannot be used.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum NameError {
     /// Not the name of an endpoint.
-    #[error("`{name}` is not of the form `projects/PROJECT/branches/BRANCH/endpoints/ENDPOINT`")]
-    Endpoint {
-        /// What was given.
-        name: String,
-    },
+    #[error("`{0}` is not of the form `projects/PROJECT/branches/BRANCH/endpoints/ENDPOINT`")]
+    Endpoint(String),
     /// Not a host name.
-    #[error("`{name}` is not a host name")]
-    Host {
-        /// What was given.
-        name: String,
-    },
+    #[error("`{0}` is not a host name")]
+    Host(String),
     /// Not the name of a database instance.
-    #[error("`{name}` is not the name of a database instance")]
-    Instance {
-        /// What was given.
-        name: String,
-    },
+    #[error("`{0}` is not the name of a database instance")]
+    Instance(String),
     /// A host of Neon's own service.
-    #[error("`{name}` is a host of Neon, not of Databricks Lakebase")]
-    Neon {
-        /// What was given.
-        name: String,
-    },
-    /// Nothing that leads to an endpoint.
-    #[error("`{name}` names no endpoint, branch, project, instance or host")]
-    Reference {
-        /// What was given.
-        name: String,
-    },
+    #[error("`{0}` is a host of Neon, not of Databricks Lakebase")]
+    Neon(String),
+    /// Not the name of anything that has an endpoint.
+    #[error("`{0}` names no endpoint, branch, project, instance or host")]
+    Reference(String),
 }
 
 impl NameError {
-    /// What to write instead.
-    pub fn hint(&self) -> String {
+    /// A correct form.
+    pub fn hint(&self) -> &'static str {
         match self {
-            Self::Endpoint { .. } => {
-                "the form is `projects/PROJECT/branches/BRANCH/endpoints/ENDPOINT`".to_owned()
+            Self::Endpoint(_) => {
+                "the form is `projects/PROJECT/branches/BRANCH/endpoints/ENDPOINT`"
             }
-            Self::Host { .. } => "a host is named as in `ep-cool-breeze-1.database.us-east-1.cloud.databricks.com`".to_owned(),
-            Self::Instance { .. } => {
-                "an instance is named by letters, digits and hyphens".to_owned()
+            Self::Host(_) => {
+                "a host is named as in `ep-cool-breeze-1.database.us-east-1.cloud.databricks.com`"
             }
-            Self::Neon { .. } => "a Databricks workspace mints no credential for it: name a Lakebase endpoint (`ep-...database...databricks.com`), or give the endpoint a password of its own (`credential`)".to_owned(),
-            Self::Reference { .. } => {
+            Self::Instance(_) => "an instance is named by letters, digits and hyphens",
+            Self::Neon(_) => {
+                "a Databricks workspace mints no credential for it: name a Lakebase endpoint (`ep-...database...databricks.com`), or give the endpoint a password of its own (`credential`)"
+            }
+            Self::Reference(_) => {
                 "write `projects/PROJECT/branches/BRANCH/endpoints/ENDPOINT`, `projects/PROJECT/branches/BRANCH`, \
                  `projects/PROJECT`, the endpoint's host, or the name of a database instance"
-                    .to_owned()
             }
         }
     }
 }
 
-/// `projects/P/branches/B/endpoints/E`: a compute of Lakebase Autoscaling.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub struct EndpointName(String);
+macro_rules! resource_names {
+    ($($(#[$doc:meta])* $name:ident;)+) => {$(
+        $(#[$doc])*
+        #[derive(Clone, Debug, PartialEq, Eq, Hash)]
+        pub struct $name(String);
+
+        impl $name {
+            /// The name as text.
+            pub fn as_str(&self) -> &str {
+                &self.0
+            }
+        }
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(&self.0)
+            }
+        }
+    )+};
+}
+
+resource_names! {
+    /// `projects/P/branches/B/endpoints/E`: a compute of Lakebase Autoscaling.
+    EndpointName;
+    /// `projects/P/branches/B`.
+    BranchName;
+    /// `projects/P`.
+    ProjectName;
+    /// A database instance of Lakebase Provisioned.
+    InstanceName;
+}
 
 impl EndpointName {
-    /// The full name.
-    pub fn as_str(&self) -> &str {
-        &self.0
-    }
-
     /// `projects/P/branches/B`.
     pub fn branch(&self) -> &str {
-        self.0
-            .rsplit_once("/endpoints/")
-            .map_or("", |(branch, _)| branch)
+        let parts = self.0.rsplit_once("/endpoints/");
+        parts.map_or("", |(branch, _)| branch)
     }
 }
 
-/// `projects/P/branches/B`.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub struct BranchName(String);
-
 impl BranchName {
-    /// The full name.
-    pub fn as_str(&self) -> &str {
-        &self.0
-    }
-
-    /// The endpoint of this id on it.
+    /// The endpoint with this id on it.
     pub(super) fn endpoint(&self, id: &str) -> EndpointName {
-        EndpointName(format!("{}/endpoints/{id}", self.0))
+        EndpointName(format!("{self}/endpoints/{id}"))
+    }
+}
+
+impl ProjectName {
+    /// The branch with this id in it.
+    pub(super) fn branch(&self, id: &str) -> BranchName {
+        BranchName(format!("{self}/branches/{id}"))
+    }
+}
+
+impl From<&InstanceName> for ProjectName {
+    /// The project that replaced the instance.
+    fn from(name: &InstanceName) -> Self {
+        Self(format!("projects/{name}"))
+    }
+}
+
+impl FromStr for EndpointName {
+    type Err = NameError;
+
+    fn from_str(text: &str) -> Result<Self, NameError> {
+        let text = text.trim();
+        let parts: Vec<&str> = text.split('/').collect();
+        match parts[..] {
+            [
+                "projects",
+                project,
+                "branches",
+                branch,
+                "endpoints",
+                endpoint,
+            ] if [project, branch, endpoint].into_iter().all(is_id) => Ok(Self(text.to_owned())),
+            _ => Err(NameError::Endpoint(text.to_owned())),
+        }
     }
 }
 
@@ -111,37 +144,25 @@ impl FromStr for BranchName {
     fn from_str(text: &str) -> Result<Self, NameError> {
         match text.parse()? {
             Reference::Branch(name) => Ok(name),
-            _ => Err(NameError::Reference {
-                name: text.to_owned(),
-            }),
+            _ => Err(NameError::Reference(text.to_owned())),
         }
     }
 }
 
-/// `projects/P`.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub struct ProjectName(String);
+impl FromStr for InstanceName {
+    type Err = NameError;
 
-impl ProjectName {
-    /// The full name.
-    pub fn as_str(&self) -> &str {
-        &self.0
-    }
-
-    /// The branch of this id in it.
-    pub(super) fn branch(&self, id: &str) -> BranchName {
-        BranchName(format!("{}/branches/{id}", self.0))
+    fn from_str(text: &str) -> Result<Self, NameError> {
+        let name = text.trim().to_owned();
+        if is_id(&name) {
+            Ok(Self(name))
+        } else {
+            Err(NameError::Instance(name))
+        }
     }
 }
 
-impl From<&InstanceName> for ProjectName {
-    /// The project that an instance of this name has become.
-    fn from(name: &InstanceName) -> Self {
-        Self(format!("projects/{}", name.0))
-    }
-}
-
-/// Whatever may stand where an endpoint is to be named.
+/// Anything that `ENDPOINT_NAME` may hold.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Reference {
     /// The endpoint itself.
@@ -152,7 +173,7 @@ pub enum Reference {
     Project(ProjectName),
     /// A Provisioned instance.
     Instance(InstanceName),
-    /// Whatever answers on this host.
+    /// The endpoint with this host.
     Host(HostName),
 }
 
@@ -161,9 +182,7 @@ impl FromStr for Reference {
 
     fn from_str(text: &str) -> Result<Self, NameError> {
         let text = text.trim();
-        let unknown = || NameError::Reference {
-            name: without_userinfo(text).into_owned(),
-        };
+        let unknown = || NameError::Reference(without_userinfo(text).into_owned());
         let parts: Vec<&str> = text.split('/').collect();
         match parts[..] {
             ["projects", project] if is_id(project) => {
@@ -173,31 +192,28 @@ impl FromStr for Reference {
                 Ok(Self::Branch(BranchName(text.to_owned())))
             }
             ["projects", _, "branches", _, "endpoints", _] => Ok(Self::Endpoint(text.parse()?)),
-            [word] => {
-                // An endpoint's uid is the first label of its host and leads to it just as well.
-                let is_host = word.contains('.') || word.starts_with("ep-");
-                if is_host {
-                    return Ok(Self::Host(word.parse()?));
-                }
-                word.parse().map(Self::Instance).map_err(|_| unknown())
+            // An endpoint's uid, the first label of its host, leads to it as well.
+            [word] if word.contains('.') || word.starts_with("ep-") => {
+                Ok(Self::Host(word.parse()?))
             }
+            [word] => word.parse().map(Self::Instance).map_err(|_| unknown()),
             _ => Err(unknown()),
         }
     }
 }
 
-/// What the first label of a host says.
+/// The resource that a host name belongs to, by its first label.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum HostKind {
     /// An endpoint, by its uid.
     Endpoint(String),
     /// A Provisioned instance, by its uid.
     Instance(String),
-    /// Nothing: an alias, or another server.
+    /// An alias, or another server.
     Other,
 }
 
-/// The name of a host that an endpoint may answer on, lower-case.
+/// The name of a host, lower-case.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HostName {
     text: String,
@@ -206,44 +222,45 @@ pub struct HostName {
 }
 
 impl HostName {
-    /// The name.
+    /// The name as text.
     pub fn as_str(&self) -> &str {
         &self.text
     }
 
-    /// Whether its shape is that of a Lakebase endpoint's host.
+    /// Whether it has the form of a Lakebase endpoint's host.
     pub fn is_lakebase(&self) -> bool {
         self.kind != HostKind::Other
     }
 
-    /// The host beside it that leads past the built-in pooler, where this is the pooler's.
+    /// The host without the built-in pooler, if this is the pooler's.
     pub fn direct(&self) -> Option<String> {
-        let (label, zone) = match self.text.split_once('.') {
-            Some((label, zone)) => (label, Some(zone)),
-            None => (&*self.text, None),
-        };
-        let label = label.strip_suffix(POOLER)?;
-        Some(zone.map_or_else(|| label.to_owned(), |zone| format!("{label}.{zone}")))
+        let (label, zone) = self
+            .text
+            .split_at(self.text.find('.').unwrap_or(self.text.len()));
+        Some(format!("{}{zone}", label.strip_suffix(POOLER)?))
     }
 
-    /// Whether it is one of Neon's own service, which shares its shape with Lakebase's.
+    /// Whether it belongs to Neon's own service, whose hosts have the same form.
     pub fn is_neon(&self) -> bool {
         self.text.ends_with(NEON)
     }
 
-    /// Whether it is an address or a whole name, not the first label alone.
+    /// Whether it is more than the first label of a host.
     pub(super) fn is_complete(&self) -> bool {
         self.kind == HostKind::Other || self.text.contains('.')
     }
 
-    /// The host of the readable replicas, where the shape of the name tells.
+    /// The host of the readable replicas; the same host if its form is unknown.
     #[must_use]
     pub fn read_only(&self) -> Self {
         let text = match &self.kind {
-            _ if self.is_read_only => return self.clone(),
-            HostKind::Endpoint(uid) => self.text.replacen(uid, &format!("{uid}{READ_ONLY}"), 1),
-            HostKind::Instance(uid) => self.text.replacen(uid, &format!("ro-{uid}"), 1),
-            HostKind::Other => return self.clone(),
+            HostKind::Endpoint(uid) if !self.is_read_only => {
+                self.text.replacen(uid, &format!("{uid}{READ_ONLY}"), 1)
+            }
+            HostKind::Instance(uid) if !self.is_read_only => {
+                self.text.replacen(uid, &format!("ro-{uid}"), 1)
+            }
+            _ => return self.clone(),
         };
         Self {
             text,
@@ -263,9 +280,8 @@ impl FromStr for HostName {
                 .bytes()
                 .all(|byte| byte.is_ascii_alphanumeric() || b"-._:[]".contains(&byte));
         if !is_host {
-            return Err(NameError::Host {
-                name: without_userinfo(text.trim()).into_owned(),
-            });
+            let shown = without_userinfo(text.trim()).into_owned();
+            return Err(NameError::Host(shown));
         }
         let label = name.split('.').next().unwrap_or_default();
         let label = label.strip_suffix(POOLER).unwrap_or(label);
@@ -294,67 +310,7 @@ impl fmt::Display for HostName {
     }
 }
 
-impl FromStr for EndpointName {
-    type Err = NameError;
-
-    fn from_str(text: &str) -> Result<Self, NameError> {
-        let text = text.trim();
-        let parts: Vec<&str> = text.split('/').collect();
-        match parts[..] {
-            [
-                "projects",
-                project,
-                "branches",
-                branch,
-                "endpoints",
-                endpoint,
-            ] if [project, branch, endpoint].into_iter().all(is_id) => Ok(Self(text.to_owned())),
-            _ => Err(NameError::Endpoint {
-                name: text.to_owned(),
-            }),
-        }
-    }
-}
-
-impl fmt::Display for EndpointName {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
-    }
-}
-
-/// A database instance of Lakebase Provisioned.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub struct InstanceName(String);
-
-impl InstanceName {
-    /// The name.
-    pub fn as_str(&self) -> &str {
-        &self.0
-    }
-}
-
-impl FromStr for InstanceName {
-    type Err = NameError;
-
-    fn from_str(text: &str) -> Result<Self, NameError> {
-        let text = text.trim();
-        if is_id(text) {
-            Ok(Self(text.to_owned()))
-        } else {
-            Err(NameError::Instance {
-                name: text.to_owned(),
-            })
-        }
-    }
-}
-
-impl fmt::Display for InstanceName {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
-    }
-}
-
-/// What a credential is asked for.
+/// The object of a credential.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Target {
     /// Lakebase Autoscaling.
@@ -364,7 +320,7 @@ pub enum Target {
 }
 
 impl Target {
-    /// The name, of whichever kind.
+    /// The name as text.
     pub fn as_str(&self) -> &str {
         match self {
             Self::Endpoint(name) => name.as_str(),
@@ -418,7 +374,7 @@ mod tests {
     }
 
     #[test]
-    fn whatever_leads_to_an_endpoint_is_told_apart() {
+    fn every_form_of_reference_is_recognized() {
         let read = |text: &str| text.parse::<Reference>();
         assert!(matches!(
             read("projects/p/branches/b/endpoints/e"),
@@ -453,7 +409,7 @@ mod tests {
     }
 
     #[test]
-    fn a_host_says_what_it_belongs_to() {
+    fn a_host_name_shows_its_resource() {
         let host = |text: &str| text.parse::<HostName>().unwrap();
         let uid = HostKind::Endpoint("ep-a-1".to_owned());
         assert_eq!(host("EP-a-1.database.cloud.databricks.com.").kind, uid);
@@ -508,7 +464,7 @@ mod tests {
     }
 
     #[test]
-    fn neons_hosts_are_told_apart() {
+    fn hosts_of_neon_are_recognized() {
         let is_neon = |name: &str| name.parse::<HostName>().unwrap().is_neon();
         assert!(is_neon("ep-cool-breeze-1.us-east-2.aws.neon.tech"));
         assert!(is_neon("EP-cool-1-pooler.eu-central-1.aws.NEON.tech."));

@@ -280,7 +280,7 @@ host = https://other.example
     }
 
     /// `host token client_id` and the profile.
-    fn told(file: &str, variables: &[(&str, &str)]) -> String {
+    fn resolved_text(file: &str, variables: &[(&str, &str)]) -> String {
         let settings = resolved(Some(file), variables).unwrap();
         let text = |attribute| settings.text(attribute).unwrap_or("-");
         format!(
@@ -308,17 +308,17 @@ host = https://other.example
                 &[("DATABRICKS_CONFIG_PROFILE", " work ")],
                 "work.example - sp work",
             ),
-            // Configured without a profile: the file is not meant.
+            // Configured without a profile: the file is ignored.
             (FILE, &[("DATABRICKS_HOST", "h")], "h - - -"),
             (FILE, &[("DATABRICKS_TOKEN", "t")], "- t - -"),
             (FILE, &[("ARM_TENANT_ID", "t")], "- - - -"),
-            // What is not about authentication does not keep it from being read.
+            // Other settings do not prevent the use of the file.
             (
                 FILE,
                 &[("DATABRICKS_WORKSPACE_ID", "7")],
                 "default.example dapi-default - DEFAULT",
             ),
-            // The environment goes before the profile, value by value.
+            // The environment wins over the profile, value by value.
             (
                 FILE,
                 &[
@@ -336,12 +336,16 @@ host = https://other.example
             ("[a]\nhost = x\n", &[], "- - - -"),
             ("", &[], "- - - -"),
         ] {
-            assert_eq!(told(file, variables), expected, "{file} {variables:?}");
+            assert_eq!(
+                resolved_text(file, variables),
+                expected,
+                "{file} {variables:?}"
+            );
         }
     }
 
     #[test]
-    fn the_source_of_each_value_is_kept() {
+    fn the_origin_of_each_value_is_kept() {
         let settings = resolved(
             Some(FILE),
             &[
@@ -361,7 +365,7 @@ host = https://other.example
     }
 
     #[test]
-    fn what_is_wrong_with_the_file_is_told() {
+    fn mistakes_in_the_file_are_reported() {
         let message = |file: Option<&str>, profile: &str| {
             let error = resolved(file, &[("DATABRICKS_CONFIG_PROFILE", profile)])
                 .err()
@@ -384,7 +388,7 @@ host = https://other.example
     }
 
     #[test]
-    fn another_file_may_be_named_also_from_the_home_directory() {
+    fn the_file_can_be_set_also_relative_to_the_home_directory() {
         let home = home(None);
         fs::write(home.path().join("mine"), "[DEFAULT]\nhost = mine\n").unwrap();
         for file in [
@@ -402,7 +406,7 @@ host = https://other.example
     }
 
     #[test]
-    fn every_secret_has_its_variable_among_the_secret_ones() {
+    fn every_secret_has_its_variable_in_the_list() {
         let variables = [
             ("DATABRICKS_OIDC_TOKEN_ENV", "MY_OIDC"),
             ("HTTPS_PROXY", "http://me:pass@proxy:3128"),

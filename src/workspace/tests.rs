@@ -1,4 +1,4 @@
-//! The whole room against a scripted workspace in this process.
+//! The module against a scripted workspace in this process.
 
 use std::{
     sync::{Arc, Mutex},
@@ -45,7 +45,7 @@ impl Seen {
     }
 }
 
-/// What the workspace answers to this call, the `n`th (from 0) to its path.
+/// The answer to a call, the `n`th (from 0) to its path.
 type Script = dyn Fn(&Seen, usize) -> Response + Send + Sync;
 
 #[derive(Clone)]
@@ -143,10 +143,11 @@ async fn mint(settings: WorkspaceSettings) -> Result<Minted, MintError> {
 }
 
 fn minter(workspace: &Workspace) -> CredentialMinter {
-    CredentialMinter::new(
-        workspace.clone(),
-        Target::Endpoint(ENDPOINT.parse().unwrap()),
-    )
+    CredentialMinter::new(workspace.clone(), target())
+}
+
+fn target() -> Target {
+    Target::Endpoint(ENDPOINT.parse().unwrap())
 }
 
 fn answer(status: u16, body: &Value) -> Response {
@@ -172,7 +173,7 @@ fn credential() -> Response {
     answer(200, &json!({"token": JWT, "expire_time": EXPIRY}))
 }
 
-/// A workspace in order.
+/// A workspace without faults.
 fn good(seen: &Seen, n: usize) -> Response {
     match seen.path.as_str() {
         TOKEN => token(n),
@@ -269,7 +270,7 @@ async fn the_token_endpoint_is_discovered_once() {
 }
 
 #[tokio::test]
-async fn a_workspace_may_say_where_its_tokens_are_issued_and_which_one_it_is() {
+async fn metadata_of_the_workspace_names_its_token_endpoint_and_id() {
     let fake = FakeWorkspace::start(|seen, n| match seen.path.as_str() {
         "/.well-known/databricks-config" => answer(
             200,
@@ -294,7 +295,7 @@ async fn a_workspace_may_say_where_its_tokens_are_issued_and_which_one_it_is() {
         fake.calls(CREDENTIALS)[0].header("x-databricks-workspace-id"),
         "815"
     );
-    // What the settings say goes before.
+    // Settings win.
     mint(fake.m2m()).await.unwrap();
     assert_eq!(
         fake.calls(CREDENTIALS)[1].header("x-databricks-workspace-id"),
@@ -303,7 +304,7 @@ async fn a_workspace_may_say_where_its_tokens_are_issued_and_which_one_it_is() {
 }
 
 #[tokio::test]
-async fn a_discovery_url_goes_before_what_the_workspace_says() {
+async fn a_discovery_url_wins_over_metadata_of_the_workspace() {
     let fake = FakeWorkspace::start(|seen, n| match seen.path.as_str() {
         "/mine" => answer(
             200,
@@ -342,7 +343,7 @@ async fn the_client_secret_does_not_go_to_a_discovered_address_in_the_clear() {
     assert_eq!(
         fake.calls(TOKEN).len(),
         1,
-        "the documented endpoint is asked instead"
+        "the documented endpoint is used instead"
     );
 }
 
@@ -400,7 +401,7 @@ async fn many_at_once_share_one_workspace_token() {
 }
 
 #[tokio::test]
-async fn the_workspace_token_is_renewed_ahead_and_the_old_one_serves_if_that_fails() {
+async fn the_workspace_token_is_renewed_early_and_kept_if_that_fails() {
     let fake = FakeWorkspace::start(|seen, n| match (seen.path.as_str(), n) {
         (TOKEN, 1) => answer(500, &json!({})),
         _ => good(seen, n),
@@ -494,7 +495,7 @@ async fn a_refusal_of_a_new_workspace_token_is_final() {
 }
 
 #[tokio::test]
-async fn wrong_client_credentials_are_told_as_such() {
+async fn wrong_client_credentials_are_reported() {
     let fake = FakeWorkspace::start(|seen, n| match seen.path.as_str() {
         TOKEN => answer(401, &json!({"error": "invalid_client", "error_description": "Client authentication failed"})),
         _ => good(seen, n),
@@ -606,7 +607,7 @@ async fn each_bad_answer_is_a_failure_of_its_kind_and_repeats_no_secret() {
 }
 
 #[tokio::test]
-async fn a_redirect_is_not_followed_and_its_reason_is_told() {
+async fn a_redirect_is_reported_with_its_reason_and_not_followed() {
     let fake = FakeWorkspace::start(|seen, _| {
         assert_eq!(seen.path, CREDENTIALS, "the redirect was followed");
         Response::builder()
@@ -642,7 +643,7 @@ async fn retry_after_is_passed_on() {
 }
 
 #[tokio::test]
-async fn the_expiry_is_told_by_our_clock() {
+async fn the_expiry_is_corrected_to_our_clock() {
     // The workspace is ten minutes ahead: what it calls 12:00 is 11:50 here.
     let ours: Timestamp = "2033-05-18T02:33:20Z".parse().unwrap();
     let fake = FakeWorkspace::start(|_, _| {
@@ -665,7 +666,7 @@ async fn the_expiry_is_told_by_our_clock() {
 }
 
 #[tokio::test]
-async fn a_workspace_that_is_not_there_is_unavailable() {
+async fn a_workspace_that_cannot_be_reached_is_unavailable() {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let host = format!("http://{}", listener.local_addr().unwrap());
     drop(listener);
@@ -696,13 +697,14 @@ async fn an_endpoint_is_looked_up_by_its_name() {
     })
     .await;
     let info = workspace(fake.pat(), Clock::system())
-        .endpoint(&ENDPOINT.parse().unwrap())
+        .describe(&target())
         .await
         .unwrap();
     assert_eq!(
         info,
         EndpointInfo {
             name: ENDPOINT.to_owned(),
+            uid: "ep-1".to_owned(),
             host: Some("ep-1.database.example.com".to_owned()),
             read_only_host: Some("ep-1-ro.database.example.com".to_owned()),
             state: EndpointState::Idle,
@@ -729,7 +731,7 @@ async fn an_endpoint_that_is_only_listed_is_found_on_any_page() {
     })
     .await;
     let info = workspace(fake.pat(), Clock::system())
-        .endpoint(&ENDPOINT.parse().unwrap())
+        .describe(&target())
         .await
         .unwrap();
     assert_eq!(info.host.as_deref(), Some("ep-1.database.example.com"));
@@ -742,7 +744,7 @@ async fn an_endpoint_that_does_not_exist_is_named() {
     })
     .await;
     let error = workspace(fake.pat(), Clock::system())
-        .endpoint(&ENDPOINT.parse().unwrap())
+        .describe(&target())
         .await
         .unwrap_err();
     assert_eq!(error.status, Some(404));
@@ -751,7 +753,7 @@ async fn an_endpoint_that_does_not_exist_is_named() {
 }
 
 #[tokio::test]
-async fn at_start_what_time_heals_is_waited_out() {
+async fn temporary_failures_of_look_ups_are_retried() {
     let fake = FakeWorkspace::start(|_, n| {
         if n == 0 {
             return answer(
@@ -766,12 +768,16 @@ async fn at_start_what_time_heals_is_waited_out() {
         response
     })
     .await;
-    let identity = workspace(fake.pat(), Clock::system()).me().await.unwrap();
+    let workspace = workspace(fake.pat(), Clock::system());
+    let lookup = discovery::Lookup::new(&workspace, Duration::from_mins(1));
+    let profile = lookup.profile().await.unwrap();
     assert_eq!(
-        identity,
-        Identity {
+        profile,
+        Profile {
             user_name: "me@example.com".to_owned(),
-            workspace_id: Some("4711".to_owned())
+            id: "1".to_owned(),
+            workspace_id: Some("4711".to_owned()),
+            ..Profile::default()
         }
     );
 }
@@ -806,7 +812,7 @@ fn no_secret_prints() {
 }
 
 #[tokio::test]
-async fn an_end_that_no_timestamp_holds_is_far_away() {
+async fn an_expiry_above_the_range_is_far_away() {
     for end in [
         json!("9999-12-31T23:59:59Z"),
         json!("292278994-08-17T07:12:55.807Z"),
@@ -820,7 +826,7 @@ async fn an_end_that_no_timestamp_holds_is_far_away() {
         })
         .await;
         let minted = mint(fake.m2m()).await.unwrap();
-        assert_eq!(minted.expires_at, Some(crate::expiry::FAR), "{end}");
+        assert_eq!(minted.expires_at, Some(expiry::FAR), "{end}");
     }
     for lifetime in [json!("3600"), json!(1e300), json!("1e300")] {
         let response = json!({"access_token": "workspace-token", "expires_in": lifetime});

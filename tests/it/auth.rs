@@ -81,7 +81,7 @@ impl Stage {
         self.mint(&workspace).await.unwrap_or_else(|error| {
             panic!("{kind:?}: {error} {:?} {:?}", error.detail, error.hint)
         });
-        assert_eq!(workspace.me().await.unwrap().user_name, who.name);
+        assert_eq!(workspace.profile().await.unwrap().user_name, who.name);
         assert_eq!(workspace.auth_kind(), kind);
     }
 

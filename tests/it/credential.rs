@@ -45,7 +45,7 @@ async fn each_identity_gets_the_credential_or_the_refusal_that_is_its_due() {
 
     // The app's service principal: who it is, where the endpoint is, and a credential of an hour.
     let app = workspace(m2m(&emulator, &identities.app));
-    assert_eq!(app.me().await.unwrap().user_name, identities.app.name);
+    assert_eq!(app.profile().await.unwrap().user_name, identities.app.name);
     let info = app.describe(&endpoint(&emulator)).await.unwrap();
     assert_eq!(info.host.as_deref(), Some("localhost"));
     assert_eq!(info.state, EndpointState::Active);
@@ -80,7 +80,10 @@ async fn each_identity_gets_the_credential_or_the_refusal_that_is_its_due() {
         ..WorkspaceSettings::default()
     };
     let person = workspace(settings);
-    assert_eq!(person.me().await.unwrap().user_name, identities.user.name);
+    assert_eq!(
+        person.profile().await.unwrap().user_name,
+        identities.user.name
+    );
     CredentialMinter::new(person, endpoint(&emulator))
         .mint()
         .await

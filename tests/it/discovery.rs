@@ -68,12 +68,12 @@ fn of_app(app: &str) -> Wanted {
 }
 
 async fn located(workspace: &Workspace, wanted: Wanted) -> Located {
-    let found = workspace.locate_within(&wanted, Duration::ZERO).await;
+    let found = workspace.locate(&wanted, Duration::ZERO).await;
     found.unwrap_or_else(|error| panic!("{wanted:?}: {error}"))
 }
 
 async fn refused(workspace: &Workspace, wanted: Wanted) -> LocateError {
-    let found = workspace.locate_within(&wanted, Duration::ZERO).await;
+    let found = workspace.locate(&wanted, Duration::ZERO).await;
     found.expect_err("it was located")
 }
 
@@ -121,7 +121,7 @@ async fn any_one_thing_that_names_an_endpoint_leads_to_it() {
     ] {
         let found = located(&app, named(name)).await;
         assert_eq!(endpoint(&found), ENDPOINT, "{name}");
-        assert_eq!(found.label, ENDPOINT);
+        assert_eq!(found.target.as_str(), ENDPOINT);
         assert_eq!(found.user, emulator.identities().app.name, "{name}");
         let host = if name.contains("databricks.com") {
             name
@@ -491,7 +491,10 @@ async fn what_time_heals_is_waited_out_and_the_rest_is_not() {
     emulator
         .faults()
         .once(Site::Lookup, Action::Respond(Response::status(503)));
-    let found = app.locate(&named(ENDPOINT)).await.unwrap();
+    let found = app
+        .locate(&named(ENDPOINT), Duration::from_mins(1))
+        .await
+        .unwrap();
     assert_eq!(endpoint(&found), ENDPOINT);
     assert_eq!(emulator.counts().lookups, 2);
 
@@ -499,7 +502,9 @@ async fn what_time_heals_is_waited_out_and_the_rest_is_not() {
         .faults()
         .always(Site::Lookup, Action::Respond(Response::status(400)));
     let before = emulator.counts().lookups;
-    app.locate(&named(ENDPOINT)).await.unwrap_err();
+    app.locate(&named(ENDPOINT), Duration::from_mins(1))
+        .await
+        .unwrap_err();
     assert_eq!(emulator.counts().lookups - before, 1);
     emulator.stop().await;
 }

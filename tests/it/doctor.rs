@@ -1,4 +1,4 @@
-//! `doctor` against set-ups that are broken in one way each: it must name that way first, mend it, and tell no secret.
+//! `doctor` against set-ups that are broken in one way each: it must name that way first, fix it, and tell no secret.
 
 use std::{
     io::Write,
@@ -105,16 +105,16 @@ impl<'a> Setup<'a> {
         assert!(!shown.contains("eyJ"), "a token: {shown}");
     }
 
-    /// The first trouble is this step, and its mend says this.
-    async fn ails(&self, step: &str, mend: &str) -> Report {
+    /// The first trouble is this step, and its fix says this.
+    async fn fails_at(&self, step: &str, fix: &str) -> Report {
         let report = self.report().await;
         let text = anstream::adapter::strip_str(&report.text()).to_string();
-        let Some(first) = report.first_trouble() else {
+        let Some(first) = report.first_problem() else {
             panic!("all is well, but should not be:\n{text}");
         };
         assert_eq!(first.name, step, "{text}");
-        let said = first.mend.as_deref().unwrap_or_default();
-        assert!(said.contains(mend), "no `{mend}` in `{said}`:\n{text}");
+        let said = first.fix.as_deref().unwrap_or_default();
+        assert!(said.contains(fix), "no `{fix}` in `{said}`:\n{text}");
         assert!(!report.is_well());
         // Every step is there whatever happened, once.
         let names: Vec<_> = report.steps.iter().map(|step| step.name).collect();
@@ -215,38 +215,38 @@ async fn settings_that_cannot_work_are_the_first_cause() {
     setup()
         .with("ENDPOINT_NAME", "")
         .with("PGHOST", "")
-        .ails("endpoint", "projects/lakebase-local")
+        .fails_at("endpoint", "projects/lakebase-local")
         .await;
     setup()
         .with("ENDPOINT_NAME", "")
         .with("PGHOST", "")
         .with("DATABRICKS_HOST", "")
-        .ails("settings", "ENDPOINT_NAME=")
+        .fails_at("settings", "ENDPOINT_NAME=")
         .await;
     setup()
         .with("PGHOST", "127.0.0.1")
-        .ails("settings", "host name")
+        .fails_at("settings", "host name")
         .await;
     setup()
         .with("PGHOST", "ep-a-1.us-east-2.aws.neon.tech")
-        .ails("settings", "Lakebase")
+        .fails_at("settings", "Lakebase")
         .await;
     setup()
         .with("DATABRICKS_HOST", "")
-        .ails("settings", "DATABRICKS_HOST")
+        .fails_at("settings", "DATABRICKS_HOST")
         .await;
     setup()
         .with("DATABRICKS_CLIENT_SECRET", "")
-        .ails("settings", "DATABRICKS_CLIENT_SECRET")
+        .fails_at("settings", "DATABRICKS_CLIENT_SECRET")
         .await;
     setup()
         .with("PGSSLROOTCERT", "/nowhere/ca.pem")
-        .ails("settings", "PGSSLROOTCERT")
+        .fails_at("settings", "PGSSLROOTCERT")
         .await;
     setup()
         .with("PGSSLMODE", "disable")
         .with("PGHOST", "db.example.com")
-        .ails("settings", "PGSSLMODE")
+        .fails_at("settings", "PGSSLMODE")
         .await;
     assert_eq!(emulator.counts().dials, 0);
     emulator.stop().await;
@@ -256,7 +256,7 @@ async fn settings_that_cannot_work_are_the_first_cause() {
 async fn two_ways_to_authenticate_are_named_both() {
     let emulator = emulator().await;
     let setup = Setup::new(&emulator).with("DATABRICKS_TOKEN", "dapi-left-over");
-    let report = setup.ails("settings", "DATABRICKS_AUTH_TYPE").await;
+    let report = setup.fails_at("settings", "DATABRICKS_AUTH_TYPE").await;
     let message = &step(&report, "settings").message;
     assert!(message.contains("DATABRICKS_TOKEN"), "{message}");
     emulator.stop().await;
@@ -294,7 +294,7 @@ async fn an_expired_login_is_told_with_the_command_that_renews_it() {
         .with("HOME", &directory)
         .with("PATH", &directory);
     setup
-        .ails("workspace token", "databricks auth login --host")
+        .fails_at("workspace token", "databricks auth login --host")
         .await;
     emulator.stop().await;
 }
@@ -325,7 +325,7 @@ async fn settings_of_a_profile_are_shown_with_their_source() {
     assert_eq!(of("DATABRICKS_CLIENT_SECRET"), None);
 
     let setup = setup.with("DATABRICKS_CONFIG_PROFILE", "elsewhere");
-    setup.ails("settings", "here").await;
+    setup.fails_at("settings", "here").await;
     emulator.stop().await;
 }
 
@@ -334,7 +334,7 @@ async fn a_wrong_clock_is_noticed_though_all_else_works() {
     let emulator = emulator().await;
     // Half a minute more than is said: a `Date` is cut to whole seconds, and the answer takes its time.
     emulator.configure(|settings| settings.clock_skew_seconds = 630);
-    let report = Setup::new(&emulator).ails("clock", "timedatectl").await;
+    let report = Setup::new(&emulator).fails_at("clock", "timedatectl").await;
     assert!(
         step(&report, "clock").message.contains("10 min behind"),
         "{}",
@@ -350,7 +350,7 @@ async fn a_workspace_that_cannot_be_reached_is_told_by_how_far_one_gets() {
     let setup = || Setup::new(&emulator);
     let report = setup()
         .with("DATABRICKS_HOST", "https://workspace.invalid")
-        .ails("DNS", "DATABRICKS_HOST")
+        .fails_at("DNS", "DATABRICKS_HOST")
         .await;
     assert_eq!(step(&report, "workspace token").outcome, Outcome::Skipped);
     let closed = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -358,14 +358,14 @@ async fn a_workspace_that_cannot_be_reached_is_told_by_how_far_one_gets() {
     drop(closed);
     setup()
         .with("DATABRICKS_HOST", &format!("http://{address}"))
-        .ails("TCP", "firewall")
+        .fails_at("TCP", "firewall")
         .await;
     // The endpoint's port speaks no TLS of this kind, and soon says so.
     emulator.configure(|settings| settings.handshake_timeout = Duration::from_millis(200));
     let port = emulator.pg_port();
     setup()
         .with("DATABRICKS_HOST", &format!("https://localhost:{port}"))
-        .ails("workspace TLS", "DATABRICKS_HOST")
+        .fails_at("workspace TLS", "DATABRICKS_HOST")
         .await;
     emulator.stop().await;
 }
@@ -376,15 +376,15 @@ async fn what_the_workspace_refuses_is_told_apart() {
     let setup = || Setup::new(&emulator);
     setup()
         .with("DATABRICKS_CLIENT_SECRET", "dose-not-the-secret")
-        .ails("workspace token", "DATABRICKS_CLIENT_SECRET")
+        .fails_at("workspace token", "DATABRICKS_CLIENT_SECRET")
         .await;
     setup()
         .token("dapi-not-a-token")
-        .ails("who am I", "DATABRICKS_TOKEN")
+        .fails_at("who am I", "DATABRICKS_TOKEN")
         .await;
     let report = setup()
         .identity(&emulator.identities().unentitled)
-        .ails("entitlement", "databricks service-principals patch")
+        .fails_at("entitlement", "databricks service-principals patch")
         .await;
     assert_eq!(step(&report, "who am I").outcome, Outcome::Skipped);
 
@@ -397,13 +397,13 @@ async fn what_the_workspace_refuses_is_told_apart() {
     ] {
         let blocked = Action::Respond(Response::body(403, blocked));
         emulator.faults().always(site, blocked);
-        setup().ails(name, "IP access list").await;
+        setup().fails_at(name, "IP access list").await;
         emulator.faults().clear();
     }
     emulator
         .faults()
         .always(Site::Mint, Action::Respond(Response::status(429)));
-    setup().ails("credential", "retries").await;
+    setup().fails_at("credential", "retries").await;
     emulator.stop().await;
 }
 
@@ -413,15 +413,15 @@ async fn an_endpoint_that_cannot_be_used_is_told_with_those_that_can() {
     let setup = || Setup::new(&emulator);
     setup()
         .with("ENDPOINT_NAME", OTHER_ENDPOINT)
-        .ails("endpoint", emulator.endpoint_name())
+        .fails_at("endpoint", emulator.endpoint_name())
         .await;
     setup()
         .with("PGHOST", "ep-other-1.database.cloud.databricks.com")
-        .ails("endpoint", "unset PGHOST")
+        .fails_at("endpoint", "unset PGHOST")
         .await;
     emulator.configure(|settings| settings.is_disabled = true);
     setup()
-        .ails("endpoint", "update-endpoint projects/lakebase-local/")
+        .fails_at("endpoint", "update-endpoint projects/lakebase-local/")
         .await;
     assert_eq!(emulator.counts().dials, 0);
     emulator.stop().await;
@@ -443,7 +443,7 @@ async fn rights_to_look_up_are_not_needed_where_the_host_is_known() {
     assert_eq!(step(&report, "SELECT 1").outcome, Outcome::Ok);
     Setup::new(&emulator)
         .with("PGHOST", "")
-        .ails("endpoint", "PGHOST")
+        .fails_at("endpoint", "PGHOST")
         .await;
     emulator.stop().await;
 }
@@ -463,7 +463,7 @@ async fn a_sleeping_compute_is_woken_only_when_told_to_connect() {
     // What the workspace knows of roles is told without waking anything.
     Setup::new(&emulator)
         .identity(&emulator.identities().stranger)
-        .ails("role and grants", "databricks_create_role")
+        .fails_at("role and grants", "databricks_create_role")
         .await;
     assert!(!emulator.is_active());
 
@@ -480,9 +480,9 @@ async fn what_fails_between_here_and_the_edge_is_told_apart() {
     let setup = || Setup::new(&emulator);
     setup()
         .with("PGSSLROOTCERT", "")
-        .ails("endpoint TLS", "`Lakebase emulator CA`")
+        .fails_at("endpoint TLS", "`Lakebase emulator CA`")
         .await;
-    for (certificate, mend) in [
+    for (certificate, fix) in [
         (BadCertificate::Expired, "clock"),
         (BadCertificate::OtherAuthority, "An authority nobody trusts"),
         (BadCertificate::WrongName, "elsewhere.invalid"),
@@ -490,12 +490,12 @@ async fn what_fails_between_here_and_the_edge_is_told_apart() {
         emulator
             .faults()
             .always(Site::SslRequest, Action::Certificate(certificate));
-        let report = setup().ails("endpoint TLS", mend).await;
+        let report = setup().fails_at("endpoint TLS", fix).await;
         assert!(step(&report, "endpoint TLS").detail.is_some());
         emulator.faults().clear();
     }
     emulator.faults().always(Site::SslRequest, Action::NoTls);
-    setup().ails("endpoint TLS", "PGHOST").await;
+    setup().fails_at("endpoint TLS", "PGHOST").await;
     emulator.faults().clear();
 
     emulator.configure(|settings| settings.is_listening = false);
@@ -505,7 +505,7 @@ async fn what_fails_between_here_and_the_edge_is_told_apart() {
         dialled.is_err().then_some(())
     })
     .await;
-    setup().ails("endpoint TCP", "firewall").await;
+    setup().fails_at("endpoint TCP", "firewall").await;
     emulator.stop().await;
 }
 
@@ -514,19 +514,19 @@ async fn a_refused_login_is_told_by_its_cause() {
     let emulator = emulator().await;
     let setup = || Setup::new(&emulator);
     let stranger = &emulator.identities().stranger;
-    let mend = format!(
+    let fix = format!(
         "databricks_create_role('{}', 'SERVICE_PRINCIPAL');",
         stranger.name
     );
-    setup().identity(stranger).ails("login", &mend).await;
+    setup().identity(stranger).fails_at("login", &fix).await;
     setup()
         .with("PGUSER", &emulator.identities().user.name)
-        .ails("login", &emulator.identities().app.name)
+        .fails_at("login", &emulator.identities().app.name)
         .await;
 
     let report = setup()
         .with("PGDATABASE", "nowhere")
-        .ails("role and grants", "databricks_postgres")
+        .fails_at("role and grants", "databricks_postgres")
         .await;
     assert_eq!(step(&report, "login").outcome, Outcome::Ok);
     for statement in [
@@ -536,17 +536,17 @@ async fn a_refused_login_is_told_by_its_cause() {
     ] {
         emulator.execute(statement).await.unwrap();
     }
-    let mend = format!(
+    let fix = format!(
         "GRANT CONNECT ON DATABASE \"doctor_closed\" TO \"{}\";",
         emulator.identities().app.name
     );
     setup()
         .with("PGDATABASE", "doctor_closed")
-        .ails("role and grants", &mend)
+        .fails_at("role and grants", &fix)
         .await;
 
     let hidden = "Source IP address: 192.0.2.7 is blocked by Databricks IP ACL for workspace: 1";
-    for (action, mend) in [
+    for (action, fix) in [
         (
             refusal("28000", "External authorization failed.", Some(hidden)),
             "access list",
@@ -569,7 +569,7 @@ async fn a_refused_login_is_told_by_its_cause() {
         ),
     ] {
         emulator.faults().once(Site::Password, action);
-        setup().ails("login", mend).await;
+        setup().fails_at("login", fix).await;
     }
     emulator.stop().await;
 }
@@ -583,12 +583,9 @@ async fn what_binds_a_role_to_its_identity_is_checked() {
     let label = format!("'id={},type=SERVICE_PRINCIPAL';", app.id);
     for wrong in [Some("id=1,type=SERVICE_PRINCIPAL"), None] {
         emulator.label_role(&app.name, wrong).await.unwrap();
-        let report = setup().ails("login", &label).await;
-        let mend = step(&report, "login").mend.as_deref().unwrap();
-        assert!(
-            mend.contains("SECURITY LABEL FOR databricks_auth"),
-            "{mend}"
-        );
+        let report = setup().fails_at("login", &label).await;
+        let fix = step(&report, "login").fix.as_deref().unwrap();
+        assert!(fix.contains("SECURITY LABEL FOR databricks_auth"), "{fix}");
     }
     let right = format!("id={},type=SERVICE_PRINCIPAL", app.id);
     emulator.label_role(&app.name, Some(&right)).await.unwrap();
@@ -597,12 +594,12 @@ async fn what_binds_a_role_to_its_identity_is_checked() {
     // One that was made before the template had the extension.
     let extension = "in the database \"postgres\", as its owner: CREATE EXTENSION";
     let postgres = || setup().with("PGDATABASE", "postgres");
-    let report = postgres().ails("role and grants", extension).await;
+    let report = postgres().fails_at("role and grants", extension).await;
     assert_eq!(step(&report, "login").outcome, Outcome::Ok);
     emulator.configure(|settings| {
         settings.databases_without_extension = vec!["postgres".to_owned()];
     });
-    let report = postgres().ails("login", extension).await;
+    let report = postgres().fails_at("login", extension).await;
     let message = &step(&report, "login").message;
     assert!(
         message.contains("works in `databricks_postgres`"),
@@ -615,10 +612,10 @@ async fn what_binds_a_role_to_its_identity_is_checked() {
 async fn a_user_who_is_not_us_is_not_given_a_role() {
     let emulator = emulator().await;
     let setup = Setup::new(&emulator).with("PGUSER", "nobody@example.com");
-    let report = setup.ails("login", "unset PGUSER").await;
+    let report = setup.fails_at("login", "unset PGUSER").await;
     let step = step(&report, "login");
     assert!(step.message.contains("not who we are"), "{}", step.message);
-    assert!(!step.mend.as_deref().unwrap().contains("create_role"));
+    assert!(!step.fix.as_deref().unwrap().contains("create_role"));
     emulator.stop().await;
 }
 
@@ -657,7 +654,7 @@ async fn a_taken_port_names_whose_it_is() {
     let port = taken.local_addr().unwrap().port();
     let mut setup = Setup::new(&emulator);
     setup.settings.port = Some(PortSetting::Port(port));
-    let report = setup.ails("local port", "--port").await;
+    let report = setup.fails_at("local port", "--port").await;
     let message = &step(&report, "local port").message;
     assert!(
         message.contains(&format!("pid {}", std::process::id())),
@@ -672,6 +669,6 @@ async fn the_proxy_itself_is_not_taken_for_the_endpoint() {
     let emulator = emulator().await;
     let mut setup = Setup::new(&emulator);
     setup.settings.port = Some(PortSetting::Port(emulator.pg_port()));
-    setup.ails("endpoint DNS", "--port").await;
+    setup.fails_at("endpoint DNS", "--port").await;
     emulator.stop().await;
 }

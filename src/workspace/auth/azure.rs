@@ -57,7 +57,7 @@ pub(super) fn is_azure(settings: &WorkspaceSettings, host: &Host) -> bool {
         || ZONES.iter().any(|zone| host.name().ends_with(zone))
 }
 
-/// By the workspace's address, else by `ARM_ENVIRONMENT`.
+/// The cloud, from the workspace's address, else from `ARM_ENVIRONMENT`.
 pub(super) fn cloud(settings: &WorkspaceSettings, host: &Host) -> Result<Cloud, WorkspaceError> {
     if host.name().ends_with(".databricks.azure.us") {
         return Ok(US_GOVERNMENT);
@@ -186,7 +186,7 @@ mod tests {
     }
 
     #[test]
-    fn the_cloud_is_told_by_the_address_or_by_its_name() {
+    fn the_cloud_follows_from_the_address_or_its_name() {
         let host = |name: &str| Host::parse(name).unwrap().0;
         let public = host("adb-1.2.azuredatabricks.net");
         assert_eq!(cloud(&settings(None), &public).unwrap(), PUBLIC);

@@ -16,8 +16,13 @@ use super::{
 };
 use crate::{
     config::AuthFamily,
-    expiry::{self, Number},
-    workspace::{CallError, WorkspaceError, api::Api, host::Host, settings::ResolvedSettings},
+    workspace::{
+        CallError, WorkspaceError,
+        api::Api,
+        expiry::{self, Number},
+        host::Host,
+        settings::ResolvedSettings,
+    },
 };
 
 const COMMAND: &str = "az";

@@ -212,7 +212,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_configured_decides() {
+    fn settings_select_the_kind() {
         for (variables, kind) in [
             (&[HOST, TOKEN][..], "pat"),
             (&[HOST, ID, SECRET], "oauth-m2m"),
@@ -287,7 +287,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_found_is_tried_in_the_order_of_the_go_sdk() {
+    fn available_kinds_are_tried_in_the_order_of_the_go_sdk() {
         let bin = tempfile::tempdir().unwrap();
         program(bin.path(), "databricks", 2 << 20);
         program(bin.path(), "az", 100);
@@ -306,9 +306,9 @@ mod tests {
             .unwrap(),
             "databricks-cli github-oidc env-oidc"
         );
-        // Settings that mean one way leave no other.
+        // Settings that select a kind exclude the others.
         assert_eq!(chosen(&[HOST, path, TOKEN]).unwrap(), "pat");
-        // A group is assumed by those that can.
+        // Only some kinds can assume a group.
         assert_eq!(
             chosen(&[
                 HOST,
@@ -323,7 +323,7 @@ mod tests {
     }
 
     #[test]
-    fn two_ways_at_once_are_refused_with_the_source_of_both() {
+    fn settings_of_two_families_are_refused_with_the_origin_of_both() {
         for (variables, names) in [
             (
                 &[HOST, TOKEN, ID, SECRET][..],
@@ -356,7 +356,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_missing_or_wrong_is_named() {
+    fn missing_and_invalid_settings_are_named() {
         let forced = |kind| ("DATABRICKS_AUTH_TYPE", kind);
         for (variables, parts) in [
             (
@@ -518,7 +518,7 @@ mod tests {
     }
 
     #[test]
-    fn a_group_passes_over_what_cannot_assume_it_unless_it_is_named() {
+    fn kinds_that_cannot_assume_a_group_are_skipped_unless_named() {
         let group = ("DATABRICKS_GROUP_ID", "7");
         let identity = ("DATABRICKS_OIDC_TOKEN", "jwt");
         for variables in [
@@ -569,9 +569,9 @@ mod tests {
         );
     }
 
-    /// Version managers and packagers put a small script in place of the program.
+    /// Version managers and packagers install a small script in place of the program.
     #[test]
-    fn the_old_cli_is_told_from_a_wrapper_by_its_entry_point() {
+    fn the_old_cli_is_recognized_by_its_entry_point() {
         let bin = tempfile::tempdir().unwrap();
         let path = ("PATH", bin.path().to_str().unwrap());
         let databricks = bin.path().join("databricks");

@@ -119,7 +119,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn output_and_end_are_told_and_secrets_are_removed() {
+    async fn output_and_status_are_returned_without_secrets() {
         let script = format!("echo out; echo \"bad dapi{}\" >&2; exit 3", "0".repeat(32));
         let output = run(shell(), &["-c", &script], Duration::from_secs(20))
             .await
@@ -130,7 +130,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_program_that_hangs_or_talks_without_end_is_given_up() {
+    async fn a_program_without_end_is_killed() {
         let error = run(shell(), &["-c", "exec sleep 60"], Duration::from_millis(50)).await;
         assert!(matches!(error, Err(CommandError::Timeout(_))));
         let endless = "exec head -c 3000000 /dev/zero";
@@ -141,7 +141,7 @@ mod tests {
     }
 
     #[test]
-    fn relative_directories_of_the_path_are_passed_over() {
+    fn relative_directories_on_the_path_are_ignored() {
         let variables = |path: &str| {
             [("PATH".to_owned(), path.to_owned())]
                 .into_iter()

@@ -17,9 +17,12 @@ use super::{
     command::{self, CommandError, Output},
     token::DEFAULT_LIFETIME,
 };
-use crate::{
+use crate::workspace::{
+    CallError, WorkspaceError,
+    api::Api,
     expiry::{Moment, Number},
-    workspace::{CallError, WorkspaceError, api::Api, host::Host, settings::ResolvedSettings},
+    host::Host,
+    settings::ResolvedSettings,
 };
 
 const COMMAND: &str = "databricks";

@@ -1,9 +1,9 @@
-//! Opened to tests/fuzz: what token endpoints, command-line tools and tokens say.
+//! Entry points for tests/fuzz: answers of token endpoints, and tokens.
 
 use jiff::tz::{Offset, TimeZone};
 
 use super::token::{TokenResponse, claim};
-use crate::expiry;
+use crate::workspace::expiry;
 
 /// A token is accepted with an expiry or refused; nothing panics.
 pub(in crate::workspace) fn token_response(body: &[u8]) {

@@ -38,6 +38,7 @@ use crate::config::{Attribute, AuthFamily};
 pub(super) use cache::{CachedToken, TokenCache};
 pub(super) use choice::choose;
 pub(super) use model_serving::host as serving_host;
+pub(super) use token::claim;
 use token::{Expiry, TokenResponse, WorkspaceToken};
 
 macro_rules! kinds {

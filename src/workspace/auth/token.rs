@@ -9,12 +9,10 @@ use secrecy::{ExposeSecret, SecretString};
 use serde::Deserialize;
 use serde_json::Value;
 
-use crate::{
+use crate::workspace::{
+    CallError,
+    api::{Api, ApiError, Call},
     expiry::Number,
-    workspace::{
-        CallError,
-        api::{Api, ApiError, Call},
-    },
 };
 
 /// RFC 6749 lets a server leave `expires_in` out; the token is renewed soon then.
@@ -22,12 +20,12 @@ pub(super) const DEFAULT_LIFETIME: Duration = Duration::from_mins(10);
 
 /// A token that the workspace's API accepts.
 pub(in crate::workspace) struct WorkspaceToken {
-    pub(super) secret: SecretString,
+    pub(in crate::workspace) secret: SecretString,
     pub(super) expiry: Expiry,
     /// Its scopes, if they are known.
-    pub(super) scopes: Option<String>,
+    pub(in crate::workspace) scopes: Option<String>,
     /// Headers to send beside it.
-    pub(super) headers: Vec<(HeaderName, HeaderValue)>,
+    pub(in crate::workspace) headers: Vec<(HeaderName, HeaderValue)>,
 }
 
 /// When a token expires.
@@ -97,17 +95,18 @@ pub(super) async fn request(
     api.json::<TokenResponse>(call, explain).await?.into_token()
 }
 
-/// A lifetime; one that a `Duration` cannot hold never ends.
+/// A lifetime; one above the range of `Duration` never ends.
 fn seconds(seconds: f64) -> Option<Duration> {
     (seconds >= 0.0).then(|| Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX))
 }
 
 /// A claim of a JWT, unverified: for messages, never for a decision about access.
-pub(super) fn claim(token: &str, name: &str) -> Option<String> {
+pub(in crate::workspace) fn claim(token: &str, name: &str) -> Option<String> {
     let payload = URL_SAFE_NO_PAD.decode(token.split('.').nth(1)?).ok()?;
     let claims: Value = serde_json::from_slice(&payload).ok()?;
     match claims.get(name)? {
         Value::String(text) => Some(text.clone()),
+        Value::Number(number) => Some(number.to_string()),
         Value::Array(list) => {
             let words: Vec<&str> = list.iter().filter_map(Value::as_str).collect();
             Some(words.join(" "))
@@ -133,7 +132,7 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever a token endpoint says of the token's end, it is taken with an end or refused.
+        /// A token with any expiry is accepted or refused.
         #[test]
         fn no_expiry_makes_it_panic(expires_in in number(), expires_on in number()) {
             let body = serde_json::json!({ "access_token": "a.b.c", "expires_in": expires_in, "expires_on": expires_on });

@@ -1,4 +1,4 @@
-//! What each answer of the workspace is taken for, and what its reader is told.
+//! The kind and the hint for each answer of the workspace.
 
 use super::*;
 
@@ -11,7 +11,7 @@ fn signed_in(kind: AuthKind) -> SignedIn {
     }
 }
 
-/// Without a purpose: by the token endpoint.
+/// Without a purpose: an answer of the token endpoint.
 fn diagnosed(purpose: Option<Purpose<'_>>, status: u16, code: &str, message: &str) -> CallError {
     let host = Host::parse("dbc-1.cloud.databricks.com").unwrap().0;
     let body = ErrorBody {
@@ -37,7 +37,7 @@ fn diagnosed(purpose: Option<Purpose<'_>>, status: u16, code: &str, message: &st
 }
 
 #[test]
-fn each_known_refusal_has_its_own_mend() {
+fn each_known_refusal_has_its_own_hint() {
     use MintErrorKind::{RateLimited, Refused, Unavailable};
     let credential = Some(Purpose::Credential(NAME));
     let token = None;
@@ -213,7 +213,7 @@ fn each_known_refusal_has_its_own_mend() {
 }
 
 #[test]
-fn a_private_workspace_is_told_from_a_wrong_address() {
+fn a_private_workspace_is_recognized_by_its_redirect() {
     let host = Host::parse("dbc-1.cloud.databricks.com").unwrap().0;
     let redirected = |location: &str| {
         let error = ApiError::Redirect {
@@ -233,7 +233,7 @@ fn a_private_workspace_is_told_from_a_wrong_address() {
 
 /// A permission that was granted a moment ago, or a compute that restarts, answers with a status of 403 or 409.
 #[test]
-fn codes_that_pass_by_themselves_are_retried_whatever_their_status() {
+fn temporary_codes_are_retried_with_any_status() {
     for code in [
         "UNAVAILABLE",
         "SERVICE_UNDER_MAINTENANCE",

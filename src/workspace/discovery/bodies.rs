@@ -1,25 +1,36 @@
-//! The API's JSON, as far as it matters here. Everything may be absent; what makes no sense counts as absent.
+//! JSON of the workspace API, as far as it is used. All fields may be absent.
+//!
+//! Types as in `service/postgres.py`, `service/database.py` and `service/apps.py` of the SDK for Python.
 
 use serde::Deserialize;
 
 use super::{EndpointInfo, EndpointState, EndpointType};
-use crate::{expiry::Number, workspace::error_body};
+use crate::workspace::{error_body::proto_duration, expiry::Number, names::HostName};
 
-/// An endpoint.
+/// A resource of Lakebase Autoscaling.
 #[derive(Deserialize)]
-pub(super) struct EndpointBody {
-    #[serde(default)]
+#[serde(default)]
+pub(super) struct Resource<S> {
     pub(super) name: String,
-    #[serde(default)]
     uid: String,
-    #[serde(default)]
-    status: EndpointStatus,
+    pub(super) status: S,
+}
+
+impl<S: Default> Default for Resource<S> {
+    fn default() -> Self {
+        Self {
+            name: String::new(),
+            uid: String::new(),
+            status: S::default(),
+        }
+    }
 }
 
 #[derive(Default, Deserialize)]
 #[serde(default)]
-struct EndpointStatus {
-    endpoint_type: String,
+pub(super) struct Endpoint {
+    #[serde(rename = "endpoint_type")]
+    kind: String,
     current_state: String,
     disabled: bool,
     suspend_timeout_duration: Option<Number>,
@@ -29,73 +40,51 @@ struct EndpointStatus {
 #[derive(Default, Deserialize)]
 #[serde(default)]
 struct Hosts {
-    host: Option<String>,
-    read_only_host: Option<String>,
+    host: String,
+    read_only_host: String,
 }
 
-impl EndpointBody {
-    /// Whether it is known by this uid or answers on this host.
-    pub(super) fn answers_to(&self, uid: Option<&str>, host: &str) -> bool {
-        let hosts = &self.status.hosts;
-        uid.is_some_and(|uid| uid.eq_ignore_ascii_case(&self.uid))
-            || [&hosts.host, &hosts.read_only_host]
-                .into_iter()
-                .flatten()
-                .any(|known| known.eq_ignore_ascii_case(host))
-    }
-
-    pub(super) fn into_info(self, name: &str) -> EndpointInfo {
+impl Resource<Endpoint> {
+    pub(super) fn into_info(self) -> EndpointInfo {
         let status = self.status;
+        let suspend_timeout = status.suspend_timeout_duration.as_ref();
         EndpointInfo {
-            name: name.to_owned(),
-            host: status.hosts.host.and_then(host_name),
-            read_only_host: status.hosts.read_only_host.and_then(host_name),
+            name: self.name,
+            uid: self.uid,
+            host: host(status.hosts.host),
+            read_only_host: host(status.hosts.read_only_host),
             state: EndpointState::parse(&status.current_state),
             disabled: status.disabled,
-            endpoint_type: match status.endpoint_type.as_str() {
+            endpoint_type: match status.kind.as_str() {
                 "ENDPOINT_TYPE_READ_WRITE" => EndpointType::ReadWrite,
                 "ENDPOINT_TYPE_READ_ONLY" => EndpointType::ReadOnly,
                 _ => EndpointType::Unknown,
             },
-            suspend_timeout: status
-                .suspend_timeout_duration
-                .as_ref()
-                .and_then(error_body::proto_duration),
+            suspend_timeout: suspend_timeout.and_then(proto_duration),
         }
     }
 }
 
-/// A Provisioned instance.
-#[derive(Deserialize)]
-pub(super) struct InstanceBody {
-    /// May be missing when it was asked for by name.
-    #[serde(default)]
-    pub(super) name: String,
-    #[serde(default)]
+/// An instance of Lakebase Provisioned.
+#[derive(Default, Deserialize)]
+#[serde(default)]
+pub(super) struct Instance {
+    /// May be absent in the answer to a look-up by uid.
+    name: String,
     uid: String,
-    #[serde(default)]
     state: String,
-    #[serde(default)]
     effective_stopped: bool,
-    read_write_dns: Option<String>,
-    read_only_dns: Option<String>,
+    read_write_dns: String,
+    read_only_dns: String,
 }
 
-impl InstanceBody {
-    /// Whether it is known by this uid or answers on this host.
-    pub(super) fn answers_to(&self, uid: Option<&str>, host: &str) -> bool {
-        uid.is_some_and(|uid| uid.eq_ignore_ascii_case(&self.uid))
-            || [&self.read_write_dns, &self.read_only_dns]
-                .into_iter()
-                .flatten()
-                .any(|known| known.eq_ignore_ascii_case(host))
-    }
-
-    pub(super) fn into_info(self, name: &str) -> EndpointInfo {
+impl Instance {
+    pub(super) fn into_info(self) -> EndpointInfo {
         EndpointInfo {
-            name: name.to_owned(),
-            host: self.read_write_dns.and_then(host_name),
-            read_only_host: self.read_only_dns.and_then(host_name),
+            name: self.name,
+            uid: self.uid,
+            host: host(self.read_write_dns),
+            read_only_host: host(self.read_only_dns),
             state: EndpointState::parse(&self.state),
             disabled: self.effective_stopped || self.state == "STOPPED",
             endpoint_type: EndpointType::ReadWrite,
@@ -104,79 +93,41 @@ impl InstanceBody {
     }
 }
 
-/// A project.
-#[derive(Deserialize)]
-pub(super) struct ProjectBody {
-    #[serde(default)]
-    pub(super) name: String,
-    #[serde(default)]
-    pub(super) status: ProjectStatus,
-}
-
-/// See [`ProjectBody`].
 #[derive(Default, Deserialize)]
 #[serde(default)]
-pub(super) struct ProjectStatus {
-    /// Its full name.
+pub(super) struct Project {
+    /// A full name.
     pub(super) default_branch: String,
 }
 
-/// A branch.
-#[derive(Deserialize)]
-pub(super) struct BranchBody {
-    #[serde(default)]
-    pub(super) name: String,
-    #[serde(default)]
-    pub(super) status: BranchStatus,
-}
-
-/// See [`BranchBody`].
 #[derive(Default, Deserialize)]
 #[serde(default)]
-pub(super) struct BranchStatus {
+pub(super) struct Branch {
     #[serde(rename = "default")]
     pub(super) is_default: bool,
 }
 
-/// A Postgres role, as the API knows it.
-#[derive(Deserialize)]
-pub(super) struct RoleBody {
-    #[serde(default)]
-    pub(super) status: RoleStatus,
-}
-
-/// See [`RoleBody`].
 #[derive(Default, Deserialize)]
 #[serde(default)]
-pub(super) struct RoleStatus {
+pub(super) struct PostgresRole {
     pub(super) postgres_role: String,
     pub(super) auth_method: String,
 }
 
-/// A database: its resource id has hyphens where its name in Postgres has underscores.
-#[derive(Deserialize)]
-pub(super) struct DatabaseBody {
-    #[serde(default)]
-    pub(super) name: String,
-    #[serde(default)]
-    pub(super) status: DatabaseStatus,
-}
-
-/// See [`DatabaseBody`].
+/// Its resource id has hyphens where its name in Postgres has underscores.
 #[derive(Default, Deserialize)]
 #[serde(default)]
-pub(super) struct DatabaseStatus {
+pub(super) struct Database {
     pub(super) postgres_database: String,
 }
 
 /// A Databricks App.
 #[derive(Deserialize)]
-pub(super) struct AppBody {
+pub(super) struct App {
     #[serde(default)]
     pub(super) resources: Vec<AppResource>,
 }
 
-/// Something that an app was given.
 #[derive(Deserialize)]
 pub(super) struct AppResource {
     #[serde(default)]
@@ -185,27 +136,25 @@ pub(super) struct AppResource {
     pub(super) database: Option<AppDatabase>,
 }
 
-/// A resource of Lakebase Autoscaling; full resource names.
-#[derive(Clone, Deserialize)]
+/// Lakebase Autoscaling; full resource names.
+#[derive(Default, Deserialize)]
+#[serde(default)]
 pub(super) struct AppPostgres {
-    #[serde(default)]
     pub(super) branch: String,
-    #[serde(default)]
     pub(super) database: String,
 }
 
-/// A resource of Lakebase Provisioned.
-#[derive(Clone, Deserialize)]
+/// Lakebase Provisioned.
+#[derive(Default, Deserialize)]
+#[serde(default)]
 pub(super) struct AppDatabase {
-    #[serde(default)]
     pub(super) instance_name: String,
-    #[serde(default)]
     pub(super) database_name: String,
 }
 
-/// Who we are, in SCIM.
+/// The answer of SCIM's `Me` (RFC 7644 section 3.11).
 #[derive(Deserialize)]
-pub(super) struct MeBody {
+pub(super) struct Me {
     #[serde(rename = "userName")]
     pub(super) user_name: String,
     #[serde(default)]
@@ -217,20 +166,23 @@ pub(super) struct MeBody {
 }
 
 /// A group or an entitlement.
-#[derive(Deserialize)]
+#[derive(Default, Deserialize)]
+#[serde(default)]
 pub(super) struct MeValue {
-    #[serde(default)]
-    pub(super) display: String,
-    #[serde(default)]
-    pub(super) value: String,
+    display: String,
+    value: String,
 }
 
-/// A host name that is worth dialling: what is not even one is as good as absent.
-fn host_name(text: String) -> Option<String> {
-    let is_name = !text.is_empty()
-        && text.len() <= 253
-        && text
-            .bytes()
-            .all(|byte| byte.is_ascii_alphanumeric() || b"-._:[]".contains(&byte));
-    is_name.then_some(text)
+impl MeValue {
+    pub(super) fn into_text(self) -> String {
+        match self.display.as_str() {
+            "" => self.value,
+            _ => self.display,
+        }
+    }
+}
+
+/// A host that can be dialed; an invalid one is as good as absent.
+fn host(text: String) -> Option<String> {
+    text.parse::<HostName>().ok().map(|_| text)
 }

@@ -1,67 +1,132 @@
-//! What the workspace knows of an endpoint, and of us: from whatever names it to the host, the user and the database.
-//!
-//! Asked once, at start-up, when the settings leave something open; failures that time heals are retried within a budget.
+//! Look-ups in the workspace: endpoints by anything that names them, our identity, and roles.
 
 mod bodies;
-mod explore;
+mod error;
 mod locate;
+mod lookup;
 
 use std::{fmt, time::Duration};
 
-use super::{CallError, EndpointName, InstanceName, Target, Workspace, error_body};
+use super::{
+    CallError, EndpointName, Target, Workspace,
+    diagnosis::clean,
+    names::{HostKind, HostName},
+};
 
-pub(super) use explore::Explorer;
-pub use locate::{Known, LocateError, Located, Wanted};
+pub use error::{Known, LocateError};
+pub use locate::{Located, Wanted};
+pub(super) use lookup::Lookup;
 
-/// All attempts at one question together.
-const BUDGET: Duration = Duration::from_mins(1);
-
-/// What the workspace knows of an endpoint.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// An endpoint or an instance.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct EndpointInfo {
-    /// Its name, as asked for.
+    /// Its full name.
     pub name: String,
-    /// The host to connect to; absent while it is being made.
+    /// Its uid.
+    pub uid: String,
+    /// Its host; absent while it is created.
     pub host: Option<String>,
     /// The host of its readable replicas.
     pub read_only_host: Option<String>,
-    /// What it is doing.
+    /// Its state.
     pub state: EndpointState,
-    /// Switched off: no connection will wake it.
+    /// Whether it is disabled; no connection wakes it then.
     pub disabled: bool,
     /// Whether it takes writes.
     pub endpoint_type: EndpointType,
-    /// After how long without use it is suspended; `None`: never, or not said.
+    /// The idle time until it is suspended; `None` if that is never or unknown.
     pub suspend_timeout: Option<Duration>,
 }
 
-/// What an endpoint is doing.
+impl EndpointInfo {
+    /// Whether it has this host or its uid.
+    fn answers_to(&self, host: &HostName) -> bool {
+        let is_uid = match &host.kind {
+            HostKind::Endpoint(uid) | HostKind::Instance(uid) => {
+                uid.eq_ignore_ascii_case(&self.uid)
+            }
+            HostKind::Other => false,
+        };
+        is_uid || self.has_host(host)
+    }
+
+    fn has_host(&self, host: &HostName) -> bool {
+        let hosts = [&self.host, &self.read_only_host];
+        let mut hosts = hosts.into_iter().flatten();
+        hosts.any(|known| known.eq_ignore_ascii_case(host.as_str()))
+    }
+
+    /// The host for reading, or for reading and writing. A compute of its own for reads has either host.
+    fn host_for(&self, read_only: bool) -> Option<String> {
+        let (host, replica) = (&self.host, &self.read_only_host);
+        let chosen = match (read_only, self.endpoint_type) {
+            (false, EndpointType::ReadOnly) => host.as_ref().or(replica.as_ref()),
+            (true, EndpointType::ReadOnly) => replica.as_ref().or(host.as_ref()),
+            (false, _) => host.as_ref(),
+            (true, _) => replica.as_ref(),
+        };
+        chosen.cloned()
+    }
+}
+
+/// The state of an endpoint.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum EndpointState {
     /// Running.
     Active,
-    /// Running, but not well.
+    /// Running, but impaired.
     Degraded,
     /// Suspended; a connection wakes it.
     Idle,
-    /// Being made or started.
+    /// Being created or started.
     Init,
-    /// Anything else, in the workspace's word.
+    /// Another state, by the workspace's name for it.
     Other(String),
 }
 
+impl Default for EndpointState {
+    fn default() -> Self {
+        Self::Other(String::new())
+    }
+}
+
+impl EndpointState {
+    fn parse(text: &str) -> Self {
+        match text {
+            "ACTIVE" | "AVAILABLE" => Self::Active,
+            "DEGRADED" => Self::Degraded,
+            "IDLE" => Self::Idle,
+            "INIT" | "STARTING" => Self::Init,
+            other => Self::Other(clean(other)),
+        }
+    }
+}
+
+impl fmt::Display for EndpointState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Active => f.write_str("active"),
+            Self::Degraded => f.write_str("degraded"),
+            Self::Idle => f.write_str("idle"),
+            Self::Init => f.write_str("starting"),
+            Self::Other(word) => f.write_str(word),
+        }
+    }
+}
+
 /// Whether an endpoint takes writes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum EndpointType {
     /// Reads only.
     ReadOnly,
     /// Reads and writes.
     ReadWrite,
-    /// Not said, or unknown to us.
+    /// Absent or unknown.
+    #[default]
     Unknown,
 }
 
-/// The databases among an app's resources, where there are several and nothing names the endpoint.
+/// The databases of an app, if it has several and nothing names the endpoint.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct AppDatabases {
     /// The app.
@@ -88,57 +153,54 @@ impl fmt::Display for AppDatabases {
     }
 }
 
-/// Who we are in the workspace.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Identity {
+/// Our identity in the workspace.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Profile {
     /// The e-mail address of a person, the application id of a service principal: the name of the Postgres role.
     pub user_name: String,
+    /// The numeric id for SCIM calls.
+    pub id: String,
+    /// Its groups; it may log in as their roles.
+    pub groups: Vec<String>,
+    /// Its own entitlements; those of its groups may be missing.
+    pub entitlements: Vec<String>,
     /// The workspace that answered.
     pub workspace_id: Option<String>,
 }
 
+/// A Postgres role of a branch.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Role {
+    /// Its name in Postgres.
+    pub name: String,
+    /// Whether it logs in with an OAuth credential.
+    pub is_oauth: bool,
+}
+
 impl Workspace {
-    /// Looks an endpoint or an instance up. Bounded by a minute.
+    /// Our identity. Without retries.
+    pub async fn profile(&self) -> Result<Profile, CallError> {
+        Lookup::new(self, Duration::ZERO).profile().await
+    }
+
+    /// Looks up an endpoint or an instance. Without retries.
     pub async fn describe(&self, target: &Target) -> Result<EndpointInfo, CallError> {
-        Explorer::new(self, BUDGET).describe(target).await
+        Lookup::new(self, Duration::ZERO).target(target).await
     }
 
-    /// Looks an endpoint up. Bounded by a minute.
-    pub async fn endpoint(&self, name: &EndpointName) -> Result<EndpointInfo, CallError> {
-        Explorer::new(self, BUDGET).endpoint(name).await
+    /// The roles on an endpoint's branch. Without retries.
+    pub async fn roles(&self, endpoint: &EndpointName) -> Result<Vec<Role>, CallError> {
+        Lookup::new(self, Duration::ZERO)
+            .roles(endpoint.branch())
+            .await
     }
 
-    /// Looks a database instance up. Bounded by a minute.
-    pub async fn instance(&self, name: &InstanceName) -> Result<EndpointInfo, CallError> {
-        Explorer::new(self, BUDGET).instance(name).await
-    }
-
-    /// Asks the workspace who we are. Bounded by a minute.
-    pub async fn me(&self) -> Result<Identity, CallError> {
-        Explorer::new(self, BUDGET).me().await
-    }
-}
-
-impl EndpointState {
-    fn parse(text: &str) -> Self {
-        match text {
-            "ACTIVE" | "AVAILABLE" => Self::Active,
-            "DEGRADED" => Self::Degraded,
-            "IDLE" => Self::Idle,
-            "INIT" | "STARTING" => Self::Init,
-            other => Self::Other(error_body::clean(other)),
-        }
-    }
-}
-
-impl fmt::Display for EndpointState {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Active => f.write_str("active"),
-            Self::Degraded => f.write_str("degraded"),
-            Self::Idle => f.write_str("idle"),
-            Self::Init => f.write_str("starting"),
-            Self::Other(word) => f.write_str(word),
-        }
+    /// The names in Postgres of the databases on an endpoint's branch. Without retries.
+    pub async fn databases(&self, endpoint: &EndpointName) -> Result<Vec<String>, CallError> {
+        let lookup = Lookup::new(self, Duration::ZERO);
+        let databases = lookup.databases(endpoint.branch()).await?.into_iter();
+        Ok(databases
+            .map(|database| database.status.postgres_database)
+            .collect())
     }
 }

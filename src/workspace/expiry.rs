@@ -1,11 +1,11 @@
-//! When a token ends, as services and programs write it: a date or seconds since 1970, as a number or in quotes.
+//! Times of expiry from services and programs: a date or seconds since 1970, as a number or in quotes.
 //!
-//! A time that a [`Timestamp`] cannot hold is no error: it is [`FAR`] away.
+//! A time above the range of [`Timestamp`] becomes [`FAR`].
 
 use jiff::{SignedDuration, Timestamp, civil::DateTime, tz::TimeZone};
 use serde::{Deserialize, Deserializer};
 
-/// The year 9998. Stands for every later time, and leaves room for arithmetic: a `Timestamp` ends with the year 9999.
+/// The year 9998, in place of all later times; leaves room for arithmetic, as `Timestamp` ends with the year 9999.
 pub(crate) const FAR: Timestamp = Timestamp::constant(253_339_228_800, 0);
 /// `Timestamp` ends within this year.
 const FIRST_YEAR_BEYOND: u64 = 9999;
@@ -19,7 +19,7 @@ pub(crate) enum Number {
 }
 
 impl Number {
-    /// `None` for what is no number.
+    /// `None` if it is not a number.
     pub(crate) fn value(&self) -> Option<f64> {
         let value = match self {
             Self::Number(number) => *number,
@@ -77,7 +77,7 @@ fn is_beyond(text: &str) -> bool {
         && year.parse::<u64>().unwrap_or(u64::MAX) >= FIRST_YEAR_BEYOND
 }
 
-/// A point in time in any of these forms; without an offset in UTC.
+/// A time in any of these forms; without an offset, in UTC.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Moment(pub(crate) Timestamp);
 
@@ -103,7 +103,7 @@ mod tests {
     }
 
     #[test]
-    fn every_form_is_read() {
+    fn every_form_is_parsed() {
         let expected: Timestamp = "2033-05-18T03:33:20Z".parse().unwrap();
         for json in [
             "2000000000",
@@ -130,7 +130,7 @@ mod tests {
 
     /// `9999-12-31T23:59:59Z` is what services write for "never".
     #[test]
-    fn what_no_timestamp_holds_is_far_away() {
+    fn a_time_above_the_range_is_far_away() {
         for json in [
             r#""9999-12-31T23:59:59Z""#,
             r#""9999-12-31T23:59:59.999999999Z""#,
