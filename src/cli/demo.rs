@@ -1,8 +1,7 @@
 //! The demo: an emulated Lakebase, the proxy in front of it and the notes page, on one machine in one command.
 //!
-//! Put together from what everybody may use: the [`emulator`], and an [`App`] that is configured by the
-//! tutorial's variables alone, as an app's environment would have them. The surrounding environment is left out of it,
-//! so that a demo never talks to a real workspace.
+//! Consists of public parts: the [`emulator`], and an [`App`] configured by the tutorial's variables, as in an app's
+//! environment. The surrounding environment is ignored, so that a demo never calls a real workspace.
 
 use std::{
     io::{self, Write},
@@ -79,7 +78,7 @@ impl DemoError {
     }
 }
 
-/// How a demo logs: the panel tells what is well.
+/// Warnings only: the panel shows normal events.
 pub(super) fn log_options() -> LogOptions {
     LogOptions {
         filter: "warn".to_owned(),
@@ -118,7 +117,7 @@ async fn serve(
     print(&panel(proxy.addresses(), emulator, arguments));
     let cause = tokio::select! {
         cause = signals.next() => cause,
-        () = tell_refreshes(&proxy) => Cause::Request,
+        () = print_refreshes(&proxy) => Cause::Request,
     };
     let hurry = async {
         signals.next().await;
@@ -146,7 +145,7 @@ struct Ports {
     notes: u16,
 }
 
-/// Starts the proxy on the ports asked for, else on the known ones, else on free ones.
+/// Starts the proxy on the requested ports, else on the default ones, else on free ones.
 async fn start_proxy(arguments: &DemoArgs, emulator: &Emulator) -> Result<Running, DemoError> {
     let mut ports = Ports {
         postgres: arguments.port.unwrap_or(PORTS.postgres),
@@ -159,12 +158,12 @@ async fn start_proxy(arguments: &DemoArgs, emulator: &Emulator) -> Result<Runnin
             Err(StartError::Bind { flag, source, .. })
                 if source.kind() == io::ErrorKind::AddrInUse =>
             {
-                let (port, asked_for) = match flag {
+                let (port, requested) = match flag {
                     "http-port" => (&mut ports.http, arguments.http_port),
                     "notes-port" => (&mut ports.notes, arguments.notes_port),
                     _ => (&mut ports.postgres, arguments.port),
                 };
-                if asked_for.is_some() || *port == 0 {
+                if requested.is_some() || *port == 0 {
                     let address = SocketAddr::from(([127, 0, 0, 1], *port));
                     return Err(StartError::Bind {
                         address,
@@ -195,19 +194,19 @@ fn config(ports: Ports, emulator: &Emulator) -> Result<Config, ConfigError> {
     Config::resolve(settings, Environment::from_variables(variables))
 }
 
-/// Says each credential, as it comes. Ends only if there will be no more.
-async fn tell_refreshes(proxy: &Running) {
+/// Prints each new credential. Ends when there will be no more.
+async fn print_refreshes(proxy: &Running) {
     let mut status = proxy.credentials().subscribe();
-    let mut told = 0;
+    let mut printed = 0;
     loop {
         let now = {
             let status = status.borrow_and_update();
             (status.generation, status.minted_at, status.expires_at)
         };
         if let (generation, Some(minted_at), Some(expires_at)) = now
-            && generation > told
+            && generation > printed
         {
-            told = generation;
+            printed = generation;
             print(&refresh(
                 generation,
                 minted_at,
@@ -295,7 +294,7 @@ fn panel(addresses: &Addresses, emulator: &Emulator, arguments: &DemoArgs) -> St
     line("", String::new());
     let ttl = arguments.token_ttl.as_secs();
     lines.push(format!(
-        "  Credentials live for {ttl} s; each refresh is told here. Ctrl-C ends everything."
+        "  Credentials live for {ttl} s; each refresh is printed here. Ctrl-C ends everything."
     ));
     lines.push(String::new());
     lines
@@ -304,9 +303,9 @@ fn panel(addresses: &Addresses, emulator: &Emulator, arguments: &DemoArgs) -> St
         .collect()
 }
 
-/// Says that another port had to do.
-fn instead_of(port: u16, known: u16, asked_for: Option<u16>) -> String {
-    if asked_for.is_none() && port != known {
+/// The remark that the default port is taken.
+fn instead_of(port: u16, known: u16, requested: Option<u16>) -> String {
+    if requested.is_none() && port != known {
         format!(" ({known} is taken)")
     } else {
         String::new()
@@ -324,7 +323,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_refresh_is_told_with_its_times() {
+    fn a_refresh_is_printed_with_its_times() {
         let minted: Timestamp = "2026-11-22T10:00:00.4Z".parse().unwrap();
         let expires: Timestamp = "2026-11-22T10:01:00Z".parse().unwrap();
         assert_eq!(
@@ -334,7 +333,7 @@ mod tests {
     }
 
     #[test]
-    fn only_a_port_that_nobody_asked_for_is_explained() {
+    fn only_a_replaced_default_port_is_explained() {
         assert_eq!(instead_of(40_000, 5432, None), " (5432 is taken)");
         assert_eq!(instead_of(5432, 5432, None), "");
         assert_eq!(instead_of(40_000, 5432, Some(0)), "");

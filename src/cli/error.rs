@@ -57,7 +57,7 @@ impl CommandError {
                 if let Some(hint) = hint {
                     text.extend(["hint: ", &telemetry::escape(&hint), "\n"]);
                 }
-                telemetry::last_words(&text);
+                telemetry::write_stderr(&text);
                 ExitCode::from(code)
             }
         }

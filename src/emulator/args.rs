@@ -121,14 +121,14 @@ pub async fn run(
             return Ok(());
         }
     };
-    let told = match &env_file {
+    let written = match &env_file {
         Some(path) => emulator.write_env_file(path),
         None => {
             print_environment(&emulator);
             Ok(())
         }
     };
-    if told.is_ok() {
+    if written.is_ok() {
         tracing::info!(
             workspace = emulator.workspace_url(),
             port = emulator.pg_port(),
@@ -136,12 +136,12 @@ pub async fn run(
         );
         shutdown.await;
     }
-    if let (Ok(()), Some(path)) = (&told, &env_file) {
+    if let (Ok(()), Some(path)) = (&written, &env_file) {
         // It names ports and a secret that are no more.
         let _ = std::fs::remove_file(path);
     }
     emulator.stop().await;
-    told
+    written
 }
 
 fn print_environment(emulator: &Emulator) {

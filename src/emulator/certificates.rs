@@ -51,7 +51,7 @@ impl Certificates {
 type Authority = CertifiedIssuer<'static, KeyPair>;
 
 fn authority_unlike_any() -> Result<Authority, EmulatorError> {
-    authority("An authority nobody trusts")
+    authority("An untrusted authority")
 }
 
 fn authority(name: &str) -> Result<Authority, EmulatorError> {

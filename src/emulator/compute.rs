@@ -25,7 +25,7 @@ use super::{
     settings::{OnSuspend, Settings},
 };
 
-/// How long to wait before asking Postgres again whether a query still runs.
+/// Interval between checks for running queries.
 const BUSY_RECHECK: Duration = Duration::from_millis(200);
 
 /// The compute's state, as the API names it.

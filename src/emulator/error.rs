@@ -1,4 +1,4 @@
-//! Why an emulator cannot start or do what is asked.
+//! Errors of the emulator.
 
 use std::{io, path::PathBuf};
 
@@ -13,7 +13,7 @@ pub enum EmulatorError {
     Bind {
         /// The port.
         port: u16,
-        /// What the system says.
+        /// The system's error.
         #[source]
         source: io::Error,
     },
@@ -27,7 +27,7 @@ pub enum EmulatorError {
     /// The temporary directory does not do what it should.
     #[error("cannot prepare a temporary directory")]
     Directory {
-        /// What the system says.
+        /// The system's error.
         #[source]
         source: io::Error,
     },
@@ -36,7 +36,7 @@ pub enum EmulatorError {
     EnvironmentFile {
         /// Its path.
         path: PathBuf,
-        /// What the system says.
+        /// The system's error.
         #[source]
         source: io::Error,
     },
@@ -69,13 +69,13 @@ pub enum EmulatorError {
          postgresql@17`), or name its programs with --postgres-bin-dir, or a running one with --postgres-url"
     )]
     NoPostgres,
-    /// No Postgres where the user said.
+    /// No Postgres at the given path.
     #[error("no `initdb` and `postgres` in `{}`", directory.display())]
     NoPostgresIn {
-        /// Where the user said.
+        /// The given path.
         directory: PathBuf,
     },
-    /// Root has nobody to run the server as.
+    /// Root has no other user to run the server as.
     #[error(
         "Postgres does not run as root, and this machine has neither a `postgres` nor a `nobody` user"
     )]
@@ -99,7 +99,7 @@ pub enum EmulatorError {
     /// Postgres refused something.
     #[error("Postgres does not do what the emulator needs")]
     Query {
-        /// What it says.
+        /// Its error.
         #[source]
         source: tokio_postgres::Error,
     },
@@ -111,7 +111,7 @@ pub enum EmulatorError {
     Spawn {
         /// Which.
         program: &'static str,
-        /// What the system says.
+        /// The system's error.
         #[source]
         source: io::Error,
     },

@@ -1,4 +1,4 @@
-//! Who may ask the workspace for tokens, and how each proves it.
+//! The identities of the workspace and their authentication.
 
 use std::fmt;
 
@@ -80,7 +80,7 @@ impl Identities {
         let user_name = format!("ada.{user_number:08x}@example.com");
         Ok(Self {
             app: service_principal("lakebase app")?,
-            stranger: service_principal("somebody else's app")?,
+            stranger: service_principal("another app")?,
             unentitled: Identity {
                 has_workspace_access: false,
                 ..service_principal("app without workspace access")?

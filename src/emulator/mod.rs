@@ -156,7 +156,7 @@ pub struct Emulator {
     workspace_port: u16,
     pg_port: u16,
     authority: TempPath,
-    /// Declared before the server, whose drop waits: connections are told first.
+    /// Declared before the server, whose drop waits: connections end first.
     _stop: StopOnDrop,
     _server: Option<Arc<LocalPostgres>>,
 }
@@ -189,7 +189,7 @@ impl Emulator {
                 .add(fault.clone())
                 .map_err(|source| EmulatorError::Fault { source })?;
         }
-        // Ports first: a taken one should be told before a server is started.
+        // Ports first: a taken one should be reported before a server starts.
         let listeners = edge::Listeners::bind(options.pg_port)?;
         let pg_port = listeners.port;
         let address = SocketAddr::from((Ipv4Addr::LOCALHOST, options.workspace_port));
@@ -385,7 +385,7 @@ impl Emulator {
         self.shared.revoke(Audience::Workspace);
     }
 
-    /// A database credential for `identity`, as the API would mint it, without asking the API.
+    /// A database credential for `identity`, as minted by the API, without a request.
     pub fn credential_for(
         &self,
         identity: &Identity,
@@ -424,7 +424,7 @@ impl Emulator {
         self.token_for(identity, Audience::Identity, lifetime)
     }
 
-    /// The variables of a GitHub Actions job that may ask for its identity token; it is the app's.
+    /// The variables of a GitHub Actions job with access to its identity token, which is the app's.
     pub fn github_variables(&self) -> [(&'static str, String); 2] {
         let url = format!("{}/github/token?api-version=2.0", self.workspace_url());
         [
@@ -436,7 +436,7 @@ impl Emulator {
         ]
     }
 
-    /// The variables of a job in Azure Pipelines whose step may ask for its identity token; it is the app's.
+    /// The variables of a job in Azure Pipelines with access to its identity token, which is the app's.
     pub fn azure_devops_variables(&self) -> [(&'static str, String); 6] {
         let collection = format!("{}/azure-devops/organization/", self.workspace_url());
         [

@@ -76,7 +76,7 @@ impl Default for Settings {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum WhileAsleep {
-    /// FATAL 28000 "External authorization failed." after the `StartupMessage`, as Lakebase's edge says it.
+    /// FATAL 28000 "External authorization failed." after the `StartupMessage`, as sent by Lakebase's edge.
     #[default]
     ExternalAuthorization,
     /// FATAL 57P03 "the database system is starting up" after the password.

@@ -71,7 +71,7 @@ pub struct LoginCount {
 pub struct CredentialCount {
     /// The endpoint's or the Provisioned instance's name.
     pub endpoint: String,
-    /// Who asked.
+    /// The requesting identity.
     pub identity: String,
     /// How many were issued.
     pub issued: u64,

@@ -27,9 +27,9 @@ use crate::session::KnownPassword;
 
 /// Longest note that is shown whole; a longer one is cut by the server, so that a page stays a page.
 const NOTE_CHARS: usize = 2_000;
-/// A connection that is let go may still say goodbye for this long.
-const FAREWELL: Duration = Duration::from_secs(2);
-/// Checking a pooled connection asks nobody; this is a formality.
+/// Time for the Terminate message of a closed connection.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
+/// Required by the pool; checking a pooled connection sends nothing.
 const RECYCLE_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Why there are no rows to show.
@@ -44,7 +44,7 @@ pub(super) enum Failure {
     /// An answer took too long.
     #[error("the database did not answer in time")]
     Slow,
-    /// The proxy or the server said no, or went away.
+    /// The proxy or the server refused or closed the connection.
     #[error("the database could not be read")]
     Database(#[source] tokio_postgres::Error),
     /// The pool is closed: we are stopping.
@@ -63,7 +63,7 @@ pub(super) struct Database {
 impl Database {
     /// Connects to nothing yet.
     pub(super) fn new(options: &NotesOptions) -> Result<Self, BuildError> {
-        // Shares of the reader's patience, so that there is time left to say what took so long.
+        // Shares of the request timeout, which leave time to report the phase that was slow.
         let whole = options.request_timeout;
         let (wait, create, statement) = (whole / 4, whole * 6 / 10, whole * 9 / 10);
         let mut config = Config::new();
@@ -114,7 +114,7 @@ impl Database {
         self.pool.retain(|client, _| !client.is_closed());
         let (reused, outcome) = self.read().await?;
         match outcome {
-            // An idle connection that died unnoticed says nothing of the database: one more try, on a new one.
+            // A dead idle connection does not mean that the database is down: one retry on a new one.
             Err(error) if reused && is_loss(&error) => {
                 self.pool.retain(|_, _| false);
                 self.read().await?.1
@@ -139,7 +139,7 @@ impl Database {
     pub(super) async fn close(&self) {
         self.pool.close();
         self.connections.close();
-        timeout(FAREWELL, self.connections.wait()).await.ok();
+        timeout(CLOSE_TIMEOUT, self.connections.wait()).await.ok();
     }
 
     /// One attempt, and whether it was made on a connection used before.
@@ -169,7 +169,7 @@ impl Database {
     }
 }
 
-/// A pooled connection that goes back only when asked to: one given up halfway still owes an answer.
+/// A pooled connection that is closed unless given back: after a cancelled query an answer is still outstanding.
 struct Lease(Option<Object>);
 
 impl Lease {
@@ -186,10 +186,10 @@ impl Drop for Lease {
     }
 }
 
-/// Opens connections whose tasks are ours to wait for, and which take their leave from the server.
+/// Opens connections whose tasks can be awaited, so that the server receives Terminate.
 struct Connector {
     connections: TaskTracker,
-    /// Asked for each, as a reload may change it.
+    /// Read for each connection, as a reload may change it.
     password: KnownPassword,
 }
 
@@ -212,7 +212,7 @@ impl Connect for Connector {
                 let mut connection = pin!(connection);
                 let ended = tokio::select! {
                     ended = connection.as_mut() => ended,
-                    _ = released => timeout(FAREWELL, connection).await.unwrap_or(Ok(())),
+                    _ = released => timeout(CLOSE_TIMEOUT, connection).await.unwrap_or(Ok(())),
                 };
                 if let Err(error) = ended {
                     debug!(%error, "a connection of the notes page ended");

@@ -1,12 +1,11 @@
-//! The notes page: a small web app that reads its rows through our own listener, with no password, as any app would.
+//! The notes page: a small web app that reads its rows through the proxy's own listener, like any app.
 //!
-//! It knows an address and nothing of credentials, endpoints or TLS; it is here to show that an app needs no more, and
-//! that things work from end to end. It never refreshes itself and lets go of idle connections, so that a page left
-//! open keeps no database awake.
+//! It has an address and knows nothing of credentials, endpoints or TLS: it shows that an app needs no more. It never
+//! refreshes itself and closes idle connections, so that an open page keeps no database awake.
 
 mod database;
 mod page;
-mod trouble;
+mod problem;
 
 use std::{
     io,
@@ -41,30 +40,30 @@ use crate::{
 
 use self::{
     database::{Database, Failure},
-    trouble::Trouble,
+    problem::Problem,
 };
 
-/// What the page reads from, and how long it waits.
+/// The page's upstream, limits and timeouts.
 #[derive(Clone, Debug)]
 pub struct NotesOptions {
     /// Our own Postgres listener.
     pub upstream: Way,
-    /// Database to ask for; without one the proxy decides.
+    /// The database; `None` leaves the choice to the proxy.
     pub database: Option<String>,
-    /// User to give; the proxy replaces it.
+    /// The user; the proxy replaces it.
     pub user: Option<String>,
-    /// Password to give, where our listener asks for one.
+    /// The proxy's local password, if it has one.
     pub password: KnownPassword,
-    /// Connections at a time.
+    /// Maximum number of connections.
     pub pool_size: usize,
-    /// Most that a reader waits for an answer, whatever state the database is in.
+    /// Maximum time to answer a reader, in any state of the database.
     pub request_timeout: Duration,
     /// An idle connection is closed before it reaches this age, so that the endpoint may sleep.
     pub idle_timeout: Duration,
 }
 
 impl NotesOptions {
-    /// The defaults, reading through the listener that `upstream` leads to.
+    /// The defaults, reading through the listener `upstream`.
     pub fn new(upstream: impl Into<Way>) -> Self {
         Self {
             upstream: upstream.into(),
@@ -102,28 +101,28 @@ pub async fn serve(
 struct Site {
     database: Database,
     request_timeout: Duration,
-    /// What was wrong last time, so that a change is logged and a lasting state is not.
-    last: Mutex<Option<Trouble>>,
+    /// The last problem: only a change is logged.
+    last: Mutex<Option<Problem>>,
 }
 
 impl Site {
-    async fn notes(&self) -> Result<Vec<page::Note>, Trouble> {
+    async fn notes(&self) -> Result<Vec<page::Note>, Problem> {
         let deadline = Instant::now() + self.request_timeout;
         let outcome = match timeout_at(deadline, self.database.newest()).await {
             Ok(outcome) => outcome,
             Err(_) => Err(Failure::Slow),
         };
-        let trouble = outcome.as_ref().err().map(Trouble::from);
+        let problem = outcome.as_ref().err().map(Problem::from);
         let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
-        match (&outcome, trouble, *last) {
+        match (&outcome, problem, *last) {
             (Err(failure), Some(now), before) if before != Some(now) => {
-                warn!(trouble = ?now, error = %chain(failure), "the notes page cannot show its notes");
+                warn!(problem = ?now, error = %chain(failure), "the notes page cannot show its notes");
             }
             (Ok(_), None, Some(_)) => info!("the notes page shows its notes again"),
             _ => {}
         }
-        *last = trouble;
-        outcome.map_err(|failure| Trouble::from(&failure))
+        *last = problem;
+        outcome.map_err(|failure| Problem::from(&failure))
     }
 }
 
@@ -175,9 +174,9 @@ async fn index(State(site): State<Arc<Site>>, request: Parts) -> Response {
     }
     match site.notes().await {
         Ok(notes) => html(StatusCode::OK, page::notes(&notes)),
-        Err(trouble) => (
-            [(RETRY_AFTER, trouble.retry_after().to_string())],
-            html(StatusCode::SERVICE_UNAVAILABLE, page::trouble(trouble)),
+        Err(problem) => (
+            [(RETRY_AFTER, problem.retry_after().to_string())],
+            html(StatusCode::SERVICE_UNAVAILABLE, page::problem(problem)),
         )
             .into_response(),
     }

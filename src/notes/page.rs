@@ -3,7 +3,7 @@
 use askama::Template;
 use jiff::Timestamp;
 
-use super::trouble::Trouble;
+use super::problem::Problem;
 
 /// One row.
 #[derive(Clone, Debug, PartialEq)]
@@ -38,21 +38,21 @@ pub(super) fn notes(notes: &[Note]) -> Result<String, askama::Error> {
     .render()
 }
 
-/// The page that says why there are none.
-pub(super) fn trouble(trouble: Trouble) -> Result<String, askama::Error> {
+/// The page that explains why there are no notes.
+pub(super) fn problem(problem: Problem) -> Result<String, askama::Error> {
     let view = View::Message {
-        text: trouble.explanation(),
-        statement: trouble.statement(),
+        text: problem.explanation(),
+        statement: problem.statement(),
         link: "Try again",
     };
     Page {
-        title: trouble.heading(),
+        title: problem.heading(),
         view,
     }
     .render()
 }
 
-/// A page with something else to say.
+/// Any other page.
 pub(super) fn message(title: &str, text: &str) -> Result<String, askama::Error> {
     Page {
         title,
@@ -139,8 +139,8 @@ mod tests {
     fn no_page_refreshes_itself_or_carries_inline_code() {
         let pages = [
             notes(&[note("x", None)]),
-            trouble(Trouble::Waking),
-            trouble(Trouble::NoTable),
+            problem(Problem::Waking),
+            problem(Problem::NoTable),
             message("a", "b"),
         ];
         for page in pages {

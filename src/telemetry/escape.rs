@@ -1,14 +1,14 @@
-//! Makes other parties' words safe to show on one line: in logs, on a terminal, in a row of the console, on a page.
+//! Escapes external text for one line: in logs, on a terminal, in a row of the console, on a page.
 //!
-//! A name or a message that came over a connection may hold line ends, which forge lines of a log, escape sequences, which
-//! a terminal obeys, and bidirectional controls, which reorder what is read.
+//! Names and messages from a connection may contain line ends, which forge log lines, terminal escape sequences, and
+//! bidirectional controls, which reorder displayed text.
 
 use std::{
     borrow::Cow,
     fmt::{self, Write},
 };
 
-/// Whether it must not be shown as it is: C0, DEL and C1, line and paragraph separators, bidirectional controls.
+/// Whether it must be escaped: C0, DEL and C1, line and paragraph separators, bidirectional controls.
 fn is_hidden(character: char) -> bool {
     character.is_control()
         || matches!(
@@ -21,7 +21,7 @@ fn is_hidden(character: char) -> bool {
         )
 }
 
-/// `text` on one line: what is hidden is written as Rust does, `\n` or `\u{1b}`.
+/// `text` on one line, with Rust's escapes: `\n` or `\u{1b}`.
 pub fn escape(text: &str) -> Cow<'_, str> {
     if text.contains(is_hidden) {
         Escaped(text).to_string().into()
@@ -30,7 +30,7 @@ pub fn escape(text: &str) -> Cow<'_, str> {
     }
 }
 
-/// JSON in which strings hold nothing hidden. Outside of strings JSON has line ends at most, which stay.
+/// JSON with escaped strings. Outside of strings JSON has line ends at most, which stay.
 pub fn escape_json(json: &str) -> Cow<'_, str> {
     let hidden = |character: char| is_hidden(character) && character != '\n';
     if !json.contains(hidden) {
@@ -48,7 +48,7 @@ pub fn escape_json(json: &str) -> Cow<'_, str> {
     escaped.into()
 }
 
-/// Writes what it holds as [`escape`] does.
+/// Displays its content like [`escape`].
 pub struct Escaped<T>(pub T);
 
 impl<T: fmt::Display> fmt::Display for Escaped<T> {
@@ -87,7 +87,7 @@ mod tests {
 
     use super::*;
 
-    /// All that the module is about.
+    /// All characters to escape.
     fn hidden() -> impl Iterator<Item = char> {
         [
             '\0'..='\u{1f}',
@@ -102,7 +102,7 @@ mod tests {
     }
 
     #[test]
-    fn whatever_leaves_the_line_or_reorders_it_is_spelt_out() {
+    fn control_characters_are_escaped() {
         for character in hidden() {
             let text = format!("a{character}b");
             let escaped = escape(&text);
@@ -117,7 +117,7 @@ mod tests {
     }
 
     #[test]
-    fn words_of_any_language_stay() {
+    fn text_of_any_language_is_unchanged() {
         for text in [
             "",
             "naïve café",

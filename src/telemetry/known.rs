@@ -1,7 +1,7 @@
-//! Takes known secrets out of text, in whatever form the text repeats them: plain, hexadecimal, base64, percent-encoded,
+//! Removes known secrets from text in any form: plain, hexadecimal, base64, percent-encoded,
 //! or escaped for JSON or HTML, whole or in part.
 //!
-//! [`redact`] goes by the look of a secret alone, and hexadecimal looks like the id of a request.
+//! [`redact`] recognizes only the form of a token, and hexadecimal has the form of a request id.
 
 use std::{collections::HashSet, fmt::Write as _};
 
@@ -14,20 +14,20 @@ use zeroize::Zeroizing;
 
 use super::redact::{REMOVED, redact};
 
-/// So many characters of a form in a row are a repetition.
+/// This many consecutive characters of a form are a repetition.
 const PIECE: usize = 16;
-/// A shorter secret is in many a word by chance.
+/// Shorter secrets occur in ordinary text by chance.
 const SHORTEST: usize = 6;
-/// Fewer different characters are filling, not a secret.
+/// Fewer different characters are padding, not a secret.
 const VARIETY: usize = 5;
-/// Longer texts are cut: a message is a few hundred characters.
+/// Longer texts are truncated: a message has a few hundred characters.
 const MAX_TEXT: usize = 16 * 1024;
 
 /// Every form of some secrets; wiped when dropped.
 #[derive(Default)]
 pub(crate) struct KnownSecrets {
     forms: Vec<Zeroizing<String>>,
-    /// In lower case, for forms in which case means nothing.
+    /// In lower case, for case-insensitive forms.
     folded: Vec<Zeroizing<String>>,
 }
 
@@ -85,14 +85,14 @@ impl KnownSecrets {
             fold(form);
         }
         fold(percent(secret, |byte| b"-_.~".contains(&byte)));
-        // As forms and as browsers write them.
+        // As HTML forms and browsers encode them.
         fold(percent(secret, |byte| b"-_.*".contains(&byte)).replace("%20", "+"));
         fold(percent(secret, |byte| b"-_.~!*'()/:@,;=".contains(&byte)));
     }
 
-    /// `text` without any of them, nor anything that looks like a secret.
+    /// `text` without these secrets and without anything like a token.
     pub(crate) fn redact(&self, text: &str) -> String {
-        // By the look first: a part taken out of another secret would leave a rest that looks like none.
+        // By form first: removing a part of a token would leave a rest without a recognizable form.
         let text = &redact(&text[..text.floor_char_boundary(MAX_TEXT)]);
         let mut is_secret = vec![false; text.len()];
         mark(text, &self.forms, &mut is_secret);
@@ -112,7 +112,7 @@ impl KnownSecrets {
     }
 }
 
-/// Marks what `text` has of the forms.
+/// Marks the occurrences of `forms` in `text`.
 fn mark(text: &str, forms: &[Zeroizing<String>], is_secret: &mut [bool]) {
     let text = text.as_bytes();
     let mut pieces: HashSet<&[u8]> = HashSet::new();

@@ -1,4 +1,4 @@
-//! One event, one line: what other parties said is escaped where a line is written, so that no call site can forget it.
+//! One event, one line: external text is escaped where a line is written, so that no call site can forget it.
 
 use std::{
     fmt,
@@ -21,7 +21,7 @@ use super::{
 };
 
 /// The fields of a line of text, the message and those of its spans included. Names of fields and spans, targets and
-/// levels are our own words.
+/// levels are constants of the program.
 pub(super) struct EscapedFields;
 
 impl<'writer> FormatFields<'writer> for EscapedFields {

@@ -1,4 +1,4 @@
-//! Logs to standard error: text for people, JSON for collectors, and a level that can be changed while running.
+//! Logs to standard error, as text or JSON, with a filter that can change at runtime.
 
 use std::{backtrace::Backtrace, error::Error, fmt, io, panic};
 
@@ -16,7 +16,7 @@ use super::{
 };
 use crate::config::LogOptions;
 
-/// Changes what is logged while the process runs.
+/// Changes the filter at runtime.
 #[derive(Clone, Debug)]
 pub struct LogHandle {
     filter: reload::Handle<EnvFilter, Registry>,
@@ -25,7 +25,7 @@ pub struct LogHandle {
 }
 
 impl LogHandle {
-    /// Counts the lines that standard error does not take, those of before included.
+    /// Counts dropped lines, including earlier ones.
     pub fn count_dropped(&self, counter: &IntCounter) {
         self.sink.count_dropped(counter);
     }
@@ -37,7 +37,7 @@ impl LogHandle {
             .map_err(|source| LogError::Reload { source })
     }
 
-    /// Logs how often lines of a flood were not logged; for ever.
+    /// Logs the number of suppressed lines; runs for ever.
     pub async fn summarize(&self) {
         self.repeats.summarize().await;
     }
@@ -53,10 +53,10 @@ impl LogHandle {
 /// Why logging could not be set up or changed.
 #[derive(Debug, thiserror::Error)]
 pub enum LogError {
-    /// Nothing at all, which would be read as errors only.
-    #[error("the log filter is empty; to log nothing, say `off`")]
+    /// An empty filter, which would mean errors only.
+    #[error("the log filter is empty; to log nothing, use `off`")]
     Empty,
-    /// A directive of the filter makes no sense.
+    /// A directive of the filter is invalid.
     #[error("invalid log filter directive `{directive}`")]
     Filter {
         /// The offending part.
@@ -65,30 +65,30 @@ pub enum LogError {
         #[source]
         source: tracing_subscriber::filter::ParseError,
     },
-    /// Something else has taken the process's one log.
+    /// Another subscriber is already set.
     #[error("logging is already set up")]
     AlreadySet {
-        /// What the subscriber says.
+        /// The subscriber's error.
         #[source]
         source: tracing_subscriber::util::TryInitError,
     },
     /// Standard error cannot be used, or there is no thread to write to it.
     #[error("cannot start to log")]
     Output {
-        /// What the system says.
+        /// The system's error.
         #[source]
         source: io::Error,
     },
-    /// The log is gone.
+    /// The subscriber is gone.
     #[error("the log filter can no longer be changed")]
     Reload {
-        /// What the subscriber says.
+        /// The subscriber's error.
         #[source]
         source: reload::Error,
     },
 }
 
-/// Whether a filter could be put in force.
+/// Whether a filter is valid.
 pub fn check_filter(filter: &str) -> Result<(), LogError> {
     parse(filter).map(drop)
 }
@@ -112,7 +112,7 @@ pub fn init(options: &LogOptions) -> Result<(LogHandle, LogGuard), LogError> {
     } else {
         let sink = sink.clone();
         lines::layer()
-            .with_ansi(is_coloured())
+            .with_ansi(is_colored())
             .fmt_fields(EscapedFields)
             .with_writer(move || sink.clone())
             .log_internal_errors(false)
@@ -135,7 +135,7 @@ pub fn init(options: &LogOptions) -> Result<(LogHandle, LogGuard), LogError> {
 
 /// A panic as one line of the log: the default hook writes several to standard error, and waits for its reader.
 fn log_panic(panic: &panic::PanicHookInfo<'_>) {
-    let message = panic.payload_as_str().unwrap_or("a value that is no text");
+    let message = panic.payload_as_str().unwrap_or("(not text)");
     let place = panic.location().map(ToString::to_string);
     let backtrace = Backtrace::capture();
     let has_backtrace = backtrace.status() == std::backtrace::BacktraceStatus::Captured;
@@ -148,9 +148,8 @@ fn log_panic(panic: &panic::PanicHookInfo<'_>) {
     );
 }
 
-/// Writes a program's last words to standard error, maybe before or after there is a log, and waits a bounded time for its
-/// reader.
-pub fn last_words(text: &str) {
+/// Writes the final error to standard error, with or without a log, and waits a bounded time for its reader.
+pub fn write_stderr(text: &str) {
     if let Ok((sink, _guard)) = Sink::stderr() {
         sink.push(text.as_bytes());
     }
@@ -158,8 +157,8 @@ pub fn last_words(text: &str) {
 
 /// An error with all of its causes on one line: `cannot connect: connection refused`.
 ///
-/// A cause may hold what a stranger sent: control characters are escaped, so that one event stays one line, and what looks
-/// like a token is taken out.
+/// A cause may contain external text: control characters are escaped, so that one event stays one line, and anything like a
+/// token is removed.
 pub fn chain<'a>(error: &'a (dyn Error + 'static)) -> Chain<'a> {
     Chain(error)
 }
@@ -171,24 +170,24 @@ pub struct Chain<'a>(&'a (dyn Error + 'static));
 impl fmt::Display for Chain<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut next = Some(self.0);
-        let mut said = String::new();
+        let mut text = String::new();
         while let Some(error) = next {
             let message = error.to_string();
             // Some crates repeat their source in their own message.
-            if said.is_empty() {
-                said.push_str(&message);
-            } else if !said.ends_with(&message) {
-                said.push_str(": ");
-                said.push_str(&message);
+            if text.is_empty() {
+                text.push_str(&message);
+            } else if !text.ends_with(&message) {
+                text.push_str(": ");
+                text.push_str(&message);
             }
             next = error.source();
         }
-        Escaped(redact(&said)).fmt(f)
+        Escaped(redact(&text)).fmt(f)
     }
 }
 
-/// A terminal, and neither `NO_COLOR` nor its kin say otherwise.
-fn is_coloured() -> bool {
+/// Whether standard error is a terminal, unless `NO_COLOR` or a similar variable overrides that.
+fn is_colored() -> bool {
     anstream::AutoStream::choice(&io::stderr()) != anstream::ColorChoice::Never
 }
 
@@ -197,7 +196,7 @@ fn parse(filter: &str) -> Result<EnvFilter, LogError> {
         return Err(LogError::Empty);
     }
     EnvFilter::builder().parse(filter).map_err(|source| {
-        // The parser does not say which directive it means.
+        // The parser's error does not name the directive.
         let directive = filter
             .split(',')
             .map(str::trim)
@@ -241,11 +240,11 @@ mod tests {
     }
 
     #[test]
-    fn a_chain_stays_on_one_line_whatever_a_stranger_sent() {
-        let error = layered(&["server said", "no\n2026-01-01 ERROR forged\u{1b}[31m"]);
+    fn a_chain_stays_on_one_line() {
+        let error = layered(&["server refused", "no\n2026-01-01 ERROR forged\u{1b}[31m"]);
         assert_eq!(
             chain(&error).to_string(),
-            "server said: no\\n2026-01-01 ERROR forged\\u{1b}[31m"
+            "server refused: no\\n2026-01-01 ERROR forged\\u{1b}[31m"
         );
     }
 

@@ -1,6 +1,6 @@
 //! Logs and metrics.
 //!
-//! A leaf: every room may use it, and it imports none of them. It knows how things are written down, not what they mean.
+//! A leaf: every module may use it, and it imports none of them. It formats and counts events without knowing their meaning.
 
 mod escape;
 mod known;
@@ -14,7 +14,7 @@ mod sink;
 
 pub use escape::{Escaped, escape, escape_json};
 pub(crate) use known::KnownSecrets;
-pub use logging::{LogError, LogHandle, chain, last_words};
+pub use logging::{LogError, LogHandle, chain, write_stderr};
 pub use metrics::{CountOnDrop, GaugeGuard, Metrics, total};
 pub use redact::redact;
 pub use sink::LogGuard;

@@ -1,15 +1,15 @@
-//! Takes out of a stranger's words whatever may be a secret, before they are logged or passed on.
+//! Removes anything like a token from external text, before it is logged or passed on.
 //!
-//! Workspaces, HTTP proxies and servers sometimes repeat what they were sent. What they were sent by us are tokens and
-//! their parts, so it is their look that is gone by; names, addresses and ids of requests do not look like that.
+//! Workspaces, HTTP proxies and servers sometimes repeat their input, which contains our tokens or parts of them. Tokens are
+//! recognized by their form; names, addresses and request ids have a different one.
 
 use std::borrow::Cow;
 
-/// Stands where something was.
+/// Replaces removed text.
 pub(super) const REMOVED: &str = "[removed]";
-/// From here on a run of characters can be a secret: all that is sent has more.
+/// The length from which a run of characters can be a secret: all tokens are longer.
 const SHORTEST: usize = 20;
-/// How Databricks' own tokens and secrets begin, and JSON in base64.
+/// Prefixes of Databricks tokens and secrets, and of JSON in base64.
 const BEGINNINGS: [&str; 5] = ["eyJ", "dapi", "dose", "dkea", "dsapi"];
 
 /// `text` without anything that looks like a token, a key, or either in base64.
@@ -33,7 +33,7 @@ pub fn redact(text: &str) -> Cow<'_, str> {
     Cow::Owned(clean)
 }
 
-/// JWTs, base64 of either alphabet, and what a URL makes of them.
+/// The characters of JWTs, of base64 in both alphabets, and of their percent-encoding.
 fn is_of_a_token(character: char) -> bool {
     character.is_ascii_alphanumeric() || "-_.~+/%".contains(character)
 }
@@ -46,7 +46,7 @@ fn looks_secret(run: &str) -> bool {
     if begins {
         return true;
     }
-    // A slash is a letter of base64 too: what is not random between two of them may be so altogether.
+    // A slash is a base64 digit, too: parts between slashes may be random only as a whole.
     let mut all = Mixture::default();
     for part in run.split(['.', '/', '%']).map(Mixture::of) {
         if part.is_random() {
@@ -59,20 +59,20 @@ fn looks_secret(run: &str) -> bool {
     all.is_random()
 }
 
-/// Letters, digits and what JWTs join with: a host's or a resource's name soon has a dot or a slash.
+/// Letters, digits and the separators of JWTs; names of hosts and resources contain dots or slashes earlier.
 fn is_plain(part: &str) -> bool {
     part.bytes()
         .all(|byte| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte))
 }
 
-/// What a run of characters is mixed of.
+/// Counts of a run's characters by kind.
 #[derive(Default)]
 struct Mixture {
     length: usize,
     capitals: usize,
     smalls: usize,
     digits: usize,
-    /// Neighbours that differ in kind: of two in base64 some 60 %, in the names that people give some 15 %.
+    /// Adjacent characters that differ in kind: in base64 some 60 %, in names chosen by people some 15 %.
     changes: usize,
 }
 
@@ -106,7 +106,7 @@ impl Mixture {
         self.changes += other.changes;
     }
 
-    /// Such a mixture as nobody writes. The longer it is, the less is needed to tell: of 64 characters of base64 it
+    /// Whether the mixture is random. The longer the text, the weaker the criterion: of 64 characters of base64 it
     /// misses fewer than one in a million.
     fn is_random(&self) -> bool {
         let rarer_case = self.capitals.min(self.smalls);
@@ -121,7 +121,7 @@ impl Mixture {
         mixed && self.changes * 4 >= self.length
     }
 
-    /// UUIDs and what else is in hexadecimal have one case.
+    /// Whether it is a UUID or hexadecimal: one case only.
     fn is_an_id(&self) -> bool {
         self.length >= SHORTEST && (self.capitals == 0 || self.smalls == 0)
     }

@@ -1,7 +1,7 @@
-//! A flood of one warning is a few lines and a count, so that the log shows what else is going on.
+//! Rate limit for equal warnings, so that a flood of one warning does not hide other events.
 //!
-//! Of lines at WARN and ERROR that say the same, but for the session they are about, a few pass in a while; the others
-//! are counted, and the count is logged when the while is over.
+//! Of lines at WARN and ERROR that differ in the session only, [`PASS`] are logged in a [`INTERVAL`]; the others are counted,
+//! and the count is logged at its end.
 
 use std::{
     collections::HashMap,
@@ -22,11 +22,11 @@ use tracing_subscriber::layer::{Context, Filter};
 
 use super::sink::Sink;
 
-/// Lines of one kind that pass in a [`WHILE`].
+/// Lines of one kind that pass in a [`INTERVAL`].
 const PASS: u32 = 10;
 /// How long a kind is counted.
-const WHILE: Duration = Duration::from_secs(30);
-/// Kinds told apart; further ones are told apart by their place in the code alone.
+const INTERVAL: Duration = Duration::from_secs(30);
+/// Kinds distinguished by their fields; further ones only by their place in the code.
 const KINDS: usize = 256;
 /// Fields that differ where the line is the same.
 const PARTICULARS: [&str; 4] = ["session", "after", "peer", "duration"];
@@ -59,7 +59,7 @@ struct Summary {
 }
 
 impl Repeats {
-    /// Logs what has been held back, a [`WHILE`] after it began; for ever.
+    /// Logs what has been held back, a [`INTERVAL`] after it began; for ever.
     pub(super) async fn summarize(&self) {
         loop {
             let Some(due) = self.due() else {
@@ -74,9 +74,9 @@ impl Repeats {
             } in self.take(Instant::now())
             {
                 if level == Level::ERROR {
-                    tracing::error!(times, "said again: {message}");
+                    tracing::error!(times, "repeated: {message}");
                 } else {
-                    tracing::warn!(times, "said again: {message}");
+                    tracing::warn!(times, "repeated: {message}");
                 }
             }
         }
@@ -86,7 +86,7 @@ impl Repeats {
         let mut kinds = self.kinds();
         let mut key = key;
         if kinds.len() >= KINDS && !kinds.contains_key(&key) {
-            kinds.retain(|_, kind| kind.held_back > 0 || now - kind.since < WHILE);
+            kinds.retain(|_, kind| kind.held_back > 0 || now - kind.since < INTERVAL);
             if kinds.len() >= KINDS {
                 key = place;
             }
@@ -98,7 +98,7 @@ impl Repeats {
             level,
             message,
         });
-        if now - kind.since >= WHILE && kind.held_back == 0 {
+        if now - kind.since >= INTERVAL && kind.held_back == 0 {
             (kind.since, kind.passed) = (now, 0);
         }
         if kind.passed < PASS {
@@ -116,14 +116,14 @@ impl Repeats {
     fn due(&self) -> Option<Instant> {
         let kinds = self.kinds();
         let counted = kinds.values().filter(|kind| kind.held_back > 0);
-        counted.map(|kind| kind.since + WHILE).min()
+        counted.map(|kind| kind.since + INTERVAL).min()
     }
 
     /// The counts that are due; their kinds begin anew.
     fn take(&self, now: Instant) -> Vec<Summary> {
         let mut due = Vec::new();
         self.kinds().retain(|_, kind| {
-            let over = now - kind.since >= WHILE;
+            let over = now - kind.since >= INTERVAL;
             if over && kind.held_back > 0 {
                 due.push(Summary {
                     times: kind.held_back,
@@ -155,28 +155,28 @@ impl<S: Subscriber> Filter<S> for Repeats {
         }
         let mut place = DefaultHasher::new();
         metadata.callsite().hash(&mut place);
-        let mut said = Said {
+        let mut content = Content {
             hasher: place.clone(),
             message: String::new(),
         };
-        event.record(&mut said);
+        event.record(&mut content);
         self.passes(
-            said.hasher.finish(),
+            content.hasher.finish(),
             place.finish(),
             level,
-            said.message,
+            content.message,
             Instant::now(),
         )
     }
 }
 
-/// What a line says.
-struct Said {
+/// The content of a line.
+struct Content {
     hasher: DefaultHasher,
     message: String,
 }
 
-impl Visit for Said {
+impl Visit for Content {
     fn record_debug(&mut self, field: &Field, value: &dyn std::fmt::Debug) {
         if PARTICULARS.contains(&field.name()) {
             return;
@@ -194,7 +194,7 @@ impl Visit for Said {
 mod tests {
     use super::*;
 
-    fn say(repeats: &Repeats, key: u64, now: Instant) -> bool {
+    fn log(repeats: &Repeats, key: u64, now: Instant) -> bool {
         repeats.passes(key, 0, Level::WARN, format!("line {key}"), now)
     }
 
@@ -202,18 +202,18 @@ mod tests {
     fn a_few_pass_and_the_rest_are_counted() {
         let repeats = Repeats::default();
         let now = Instant::now();
-        let passed = (0..100).filter(|_| say(&repeats, 1, now)).count();
+        let passed = (0..100).filter(|_| log(&repeats, 1, now)).count();
         assert_eq!(passed, PASS as usize);
-        assert!(say(&repeats, 2, now), "another kind is not held back");
-        assert_eq!(repeats.due(), Some(now + WHILE));
-        assert_eq!(repeats.take(now + WHILE / 2), []);
+        assert!(log(&repeats, 2, now), "another kind is not held back");
+        assert_eq!(repeats.due(), Some(now + INTERVAL));
+        assert_eq!(repeats.take(now + INTERVAL / 2), []);
         let counted = Summary {
             times: 100 - u64::from(PASS),
             level: Level::WARN,
             message: "line 1".to_owned(),
         };
-        assert_eq!(repeats.take(now + WHILE), [counted]);
-        assert!(say(&repeats, 1, now + WHILE), "it begins anew");
+        assert_eq!(repeats.take(now + INTERVAL), [counted]);
+        assert!(log(&repeats, 1, now + INTERVAL), "it begins anew");
         assert_eq!(repeats.due(), None);
     }
 
@@ -221,7 +221,7 @@ mod tests {
     fn a_line_now_and_then_always_passes() {
         let repeats = Repeats::default();
         let now = Instant::now();
-        assert!((0..1000).all(|turn| say(&repeats, 1, now + WHILE / 5 * turn)));
+        assert!((0..1000).all(|turn| log(&repeats, 1, now + INTERVAL / 5 * turn)));
     }
 
     #[test]
@@ -229,11 +229,11 @@ mod tests {
         let repeats = Repeats::default();
         let now = Instant::now();
         for key in 1..10_000 {
-            say(&repeats, key, now);
+            log(&repeats, key, now);
         }
         assert!(repeats.kinds().len() <= KINDS + 1);
-        assert!(!say(&repeats, 77_777, now), "held back with its place");
-        assert!(say(&repeats, 88_888, now + WHILE), "room again");
+        assert!(!log(&repeats, 77_777, now), "held back with its place");
+        assert!(log(&repeats, 88_888, now + INTERVAL), "room again");
     }
 
     #[tokio::test(start_paused = true)]
@@ -279,8 +279,8 @@ mod tests {
         assert_eq!(logged("something else"), 1000, "only warnings are counted");
         tokio::select! {
             () = repeats.summarize() => {}
-            () = tokio::time::sleep(WHILE * 2) => {}
+            () = tokio::time::sleep(INTERVAL * 2) => {}
         }
-        assert_eq!(logged("said again: client refused times=990"), 1);
+        assert_eq!(logged("repeated: client refused times=990"), 1);
     }
 }

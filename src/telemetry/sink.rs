@@ -1,9 +1,9 @@
-//! Standard error behind a bounded buffer, so that a reader that does not read delays no session.
+//! Standard error behind a bounded buffer, so that a stalled reader delays no session.
 //!
-//! A thread of its own writes; lines for which the buffer has no room are dropped and counted, and the count is logged once
-//! the reader reads again. `tracing-appender` does not fit: its buffer is bounded in lines, whatever their length, it does
+//! A separate thread writes; lines beyond the buffer are dropped and counted, and the count is logged when
+//! reading resumes. `tracing-appender` does not fit: its buffer is bounded in lines, whatever their length, it does
 //! not report what it dropped, and its guard writes to standard error without a bound when the last lines cannot be
-//! written in time, which is the very case that must not keep the process from ending.
+//! written in time, which is exactly the case that must not block the exit.
 
 use std::{
     fs::File,
@@ -17,15 +17,15 @@ use std::{
 use prometheus::IntCounter;
 use rustix::event::{PollFd, PollFlags, poll};
 
-/// Bytes of lines that wait to be written; some 5,000 lines.
+/// Maximum bytes of unwritten lines; some 5,000 lines.
 const BUFFER: usize = 1 << 20;
-/// At the end the last lines may take this long.
+/// Time for the last lines at exit.
 const FLUSH: Duration = Duration::from_secs(2);
 /// POSIX's smallest `PIPE_BUF`, and Linux's: a write of that size is not mixed with those of a child that shares the pipe.
 const ATOMIC: usize = 4096;
 
 thread_local! {
-    /// In the thread that writes, whose one line about dropped ones always finds room.
+    /// True in the writing thread, whose one line about dropped lines always fits.
     static WRITES: std::cell::Cell<bool> = const { std::cell::Cell::new(false) };
 }
 
@@ -69,7 +69,7 @@ impl State {
 }
 
 impl Sink {
-    /// Of the line about those that were dropped.
+    /// Target of the line about dropped lines.
     pub(super) const TARGET: &str = module_path!();
 
     /// Standard error.
@@ -86,7 +86,7 @@ impl Sink {
         Ok((sink.clone(), LogGuard(sink)))
     }
 
-    /// Counts dropped lines here as well, those of before included.
+    /// Counts dropped lines here as well, including earlier ones.
     pub(super) fn count_dropped(&self, counter: &IntCounter) {
         let mut state = self.state();
         counter.inc_by(state.dropped_ever);
@@ -123,7 +123,7 @@ impl Sink {
             if dropped > 0 {
                 tracing::warn!(
                     lines = dropped,
-                    "log lines were dropped; hint: what reads standard error does not keep up"
+                    "log lines were dropped; hint: the reader of standard error does not keep up"
                 );
             }
         }
@@ -132,7 +132,7 @@ impl Sink {
     /// Waits for lines and exchanges them for `written` ones; false at the end.
     fn take(&self, written: &mut Vec<u8>) -> bool {
         written.clear();
-        // A backlog's room is given back.
+        // Frees the memory of a backlog.
         written.shrink_to(64 * 1024);
         let mut state = self.state();
         state.is_writing = false;

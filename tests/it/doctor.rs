@@ -484,7 +484,7 @@ async fn what_fails_between_here_and_the_edge_is_told_apart() {
         .await;
     for (certificate, fix) in [
         (BadCertificate::Expired, "clock"),
-        (BadCertificate::OtherAuthority, "An authority nobody trusts"),
+        (BadCertificate::OtherAuthority, "An untrusted authority"),
         (BadCertificate::WrongName, "elsewhere.invalid"),
     ] {
         emulator

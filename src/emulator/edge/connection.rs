@@ -24,7 +24,7 @@ use crate::emulator::{
 
 /// What the inspector keeps of a first message; a longer one is never complete, so it waits for the timer.
 const INSPECTOR_BUFFER: usize = 16 * 1024;
-/// How long we let a client read our last words before the socket goes.
+/// Time for a client to read the final error before the socket closes.
 pub(super) const LINGER: Duration = Duration::from_secs(2);
 /// How long Postgres may take over a cancel.
 const CANCEL_TIMEOUT: Duration = Duration::from_secs(5);
@@ -32,12 +32,12 @@ const CANCEL_TIMEOUT: Duration = Duration::from_secs(5);
 /// How a connection ends before it is a session.
 #[derive(Debug)]
 pub(super) enum Ending {
-    /// Without a word.
+    /// Without a message.
     Close,
     /// With a reset.
     Reset,
     /// After these bytes.
-    Say(Vec<u8>),
+    Send(Vec<u8>),
     /// Never, until the client leaves or the faults are cleared.
     Stall(Cleared),
     /// With a reset once the faults are cleared; until then as a lost network path.
@@ -46,7 +46,7 @@ pub(super) enum Ending {
 
 impl From<ServerError> for Ending {
     fn from(error: ServerError) -> Self {
-        Self::Say(error.encode())
+        Self::Send(error.encode())
     }
 }
 
@@ -75,7 +75,7 @@ pub(super) async fn serve(mut tcp: TcpStream, shared: Arc<Shared>) {
     shared.counters.change(|counts| counts.tls_handshakes += 1);
     match converse(&mut tls, deadline, &shared).await {
         Ok(Some((server, session))) => relay::run(tls, server, session, &shared).await,
-        // A cancel, served. libpq 17 takes an end without TLS's own goodbye for a cancel that failed.
+        // The cancel is done. libpq 17 reports a close without TLS's close_notify as a failed cancel.
         Ok(None) => {
             let _ = timeout(LINGER, tls.shutdown()).await;
         }
@@ -132,7 +132,7 @@ async fn inspect(tcp: &mut TcpStream, shared: &Shared) -> Result<Option<Certific
                     ..
                 }) => {
                     tcp.write_all(b"N").await?;
-                    // The client may go on in plain text, which nobody reads, or leave.
+                    // The client may continue in plain text, which is not read, or disconnect.
                     return Err(Ending::Close);
                 }
                 Some(struck) => return Err(ending(struck)),
@@ -220,7 +220,7 @@ async fn authorize(server_name: &str, shared: &Shared) -> Result<(), Ending> {
         WhileAsleep::ExternalAuthorization => Err(ServerError::external_authorization().into()),
         WhileAsleep::Reset => Err(Ending::Reset),
         WhileAsleep::Close => Err(Ending::Close),
-        // Said after the password.
+        // Sent after the password.
         WhileAsleep::StartingUp => Ok(()),
         WhileAsleep::Hold => {
             shared.compute.until_active().await;
@@ -266,12 +266,12 @@ async fn cancel(key: &[u8], shared: &Shared) {
     let _ = timeout(CANCEL_TIMEOUT, pass_on).await;
 }
 
-/// Applies what was asked for at this site.
+/// Applies the fault of this site.
 async fn strike(shared: &Shared, site: Site) -> Result<(), Ending> {
     strike_login(shared, site, &Login::default()).await
 }
 
-/// Applies what was asked for at this site and for this login.
+/// Applies the fault of this site and login.
 pub(super) async fn strike_login(
     shared: &Shared,
     site: Site,
@@ -284,7 +284,7 @@ pub(super) async fn strike_login(
 fn ending(struck: Struck) -> Ending {
     match struck.action {
         Action::Error(error) => error.into(),
-        Action::Answer(text) => Ending::Say(text.into_bytes()),
+        Action::Answer(text) => Ending::Send(text.into_bytes()),
         Action::Reset => Ending::Reset,
         Action::Stall => Ending::Stall(struck.cleared),
         Action::Blackhole => Ending::Blackhole(struck.cleared),
@@ -323,7 +323,7 @@ async fn blackhole(tcp: &TcpStream, mut cleared: Cleared) {
 async fn finish<S: AsyncRead + AsyncWrite + Unpin>(stream: &mut S, ending: Ending) {
     match ending {
         Ending::Close | Ending::Reset | Ending::Blackhole(_) => {}
-        Ending::Say(bytes) => {
+        Ending::Send(bytes) => {
             let _ = timeout(LINGER, async {
                 stream.write_all(&bytes).await?;
                 stream.flush().await
@@ -340,7 +340,8 @@ async fn finish<S: AsyncRead + AsyncWrite + Unpin>(stream: &mut S, ending: Endin
     linger(stream).await;
 }
 
-/// Closes our side and reads on for a moment: unread bytes would turn the close into a reset, and lose our last words.
+/// Closes the sending side and reads on for a moment: unread bytes would turn the close into a reset, which loses the final
+/// error.
 pub(super) async fn linger<S: AsyncRead + AsyncWrite + Unpin>(stream: &mut S) {
     let _ = timeout(LINGER, async {
         let _ = stream.shutdown().await;

@@ -60,7 +60,7 @@ impl ServerError {
         )
     }
 
-    /// A login whose token is for somebody else, or too old for the compute's own check.
+    /// A login with the token of another identity, or one too old for the compute's own check.
     pub fn identity() -> Self {
         Self::fatal(
             "28000",

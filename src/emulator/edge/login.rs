@@ -76,7 +76,7 @@ pub(super) async fn run(
     Ok((server, Running { session, fault }))
 }
 
-/// The built-in pooler knows native passwords only: it asks for one by SCRAM, as PgBouncer does for roles it does not
+/// The built-in pooler supports native passwords only: it requests one by SCRAM, as PgBouncer does for roles it does not
 /// know, and refuses whatever comes. Not cancel safe.
 pub(super) async fn refuse_at_pooler(client: &mut Client) -> Ending {
     let exchange = async {
@@ -99,7 +99,7 @@ pub(super) async fn refuse_at_pooler(client: &mut Client) -> Ending {
     }
 }
 
-/// Asks for the token and judges it; returns its age in seconds.
+/// Requests and checks the token; returns its age in seconds.
 async fn authenticate(
     client: &mut Client,
     user: &str,
@@ -210,7 +210,7 @@ async fn backend(
         let message = match wire::read_backend(&mut server).await {
             Ok(message) => message,
             Err(_) if welcome.is_empty() => return Err(unreachable_compute()),
-            Err(_) => return Err(Ending::Say(welcome)),
+            Err(_) => return Err(Ending::Send(welcome)),
         };
         match message.kind {
             b'R' if wire::word(&message.body) == Some(0) => welcome.extend(message.encode()),
@@ -227,7 +227,7 @@ async fn backend(
             b'S' if message.body.starts_with(HIDDEN_PARAMETER) => {}
             b'E' => {
                 welcome.extend(message.encode());
-                return Err(Ending::Say(welcome));
+                return Err(Ending::Send(welcome));
             }
             b'Z' => {
                 welcome.extend(message.encode());
@@ -300,7 +300,7 @@ async fn scram(server: &mut Box<dyn Stream>, password: &str) -> Result<(), Endin
     for step in [11, 12] {
         let message = wire::read_backend(server).await?;
         if message.kind == b'E' {
-            return Err(Ending::Say(message.encode()));
+            return Err(Ending::Send(message.encode()));
         }
         if message.kind != b'R' || wire::word(&message.body) != Some(step) {
             return Err(unreachable_compute());

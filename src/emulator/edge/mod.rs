@@ -106,7 +106,7 @@ fn listen(address: IpAddr, port: u16) -> io::Result<TcpListener> {
     socket.listen(BACKLOG)
 }
 
-/// Accepts until told to stop; closes and opens the port again as the settings say.
+/// Accepts until stopped; closes and reopens the port according to the settings.
 pub(super) async fn serve(mut listeners: Listeners, shared: Arc<Shared>) {
     let port = listeners.port;
     let mut settings = shared.settings.subscribe();
@@ -157,7 +157,7 @@ pub(super) async fn serve(mut listeners: Listeners, shared: Arc<Shared>) {
     }
 }
 
-/// Waits until the settings say to listen, or not to; `false` if they are gone. Cancel safe.
+/// Waits until the settings enable or disable the listener; `false` if they are gone. Cancel safe.
 async fn until(settings: &mut watch::Receiver<Settings>, is_listening: bool) -> bool {
     settings
         .wait_for(|settings| settings.is_listening == is_listening)

@@ -1,7 +1,7 @@
 //! Bytes between a client and Postgres, after login; nothing is looked at.
 //!
 //! Either side's end becomes the other's: a client's FIN is passed on and replies still flow, Postgres's end closes the
-//! client's connection after its last words.
+//! client's connection after its final error.
 
 use socket2::{SockRef, Socket};
 use tokio::{
@@ -36,13 +36,13 @@ pub(super) struct Running {
 
 /// How a relay ended.
 enum End {
-    /// Postgres closed; its last words were passed on.
+    /// Postgres closed; its final error was passed on.
     Server,
-    /// One side broke off, or a fault says so.
+    /// One side broke off, or a fault requires it.
     Abrupt,
     Reset,
     /// These bytes are the last.
-    Say(Vec<u8>),
+    Send(Vec<u8>),
 }
 
 /// Runs until either side ends.
@@ -67,7 +67,7 @@ pub(super) async fn run(
     match end {
         End::Reset => reset(tls.get_ref().0),
         End::Server => linger(&mut tls).await,
-        End::Say(bytes) => {
+        End::Send(bytes) => {
             let _ = timeout(LINGER, async {
                 tls.write_all(&bytes).await?;
                 tls.flush().await
@@ -101,8 +101,8 @@ async fn pass(
                 Ok(Pumped::End) => return End::Server,
                 Ok(Pumped::Limit) => match fault.map(|fault| (fault.action, fault.cleared)) {
                     Some((Action::Reset, _)) => return End::Reset,
-                    Some((Action::Error(error), _)) => return End::Say(error.encode()),
-                    Some((Action::Answer(text), _)) => return End::Say(text.into_bytes()),
+                    Some((Action::Error(error), _)) => return End::Send(error.encode()),
+                    Some((Action::Answer(text), _)) => return End::Send(text.into_bytes()),
                     Some((action @ (Action::Stall | Action::Blackhole), mut cleared)) => {
                         let is_lost = action == Action::Blackhole;
                         if let (true, Some(socket)) = (is_lost, &socket) {
@@ -121,7 +121,7 @@ async fn pass(
                 Err(_) => return End::Abrupt,
             },
             ended = &mut up, if is_up_open => match ended {
-                // A Postgres that takes no more may still have last words.
+                // A Postgres that accepts no more input may still send a final error.
                 Ok(_) | Err(Broken::Write) => is_up_open = false,
                 Err(Broken::Read) => return End::Abrupt,
             },

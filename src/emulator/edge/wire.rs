@@ -113,7 +113,7 @@ impl Parameters {
             .map(|(_, value)| value.as_str())
     }
 
-    /// The login that these ask for, as far as faults can tell; the database is the user's unless named, as in Postgres.
+    /// The login requested by these, for the conditions of faults; the database defaults to the user, as in Postgres.
     pub(super) fn login(&self) -> Login<'_> {
         let user = self.find("user");
         Login {

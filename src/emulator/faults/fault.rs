@@ -311,7 +311,7 @@ pub struct Fault {
 
 #[expect(
     clippy::trivially_copy_pass_by_ref,
-    reason = "the signature serde asks for"
+    reason = "the signature required by serde"
 )]
 fn is_zero(value: &u64) -> bool {
     *value == 0
@@ -460,7 +460,7 @@ pub enum FaultError {
         /// What.
         action: &'static str,
     },
-    /// The site cannot tell.
+    /// Unknown at the site.
     #[error("`{condition}` is not known at `{}`; possible there: {}", site.name(), listed(site.conditions()))]
     Condition {
         /// Where.

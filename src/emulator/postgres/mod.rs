@@ -66,7 +66,7 @@ struct Inner {
     target: Target,
     maintenance: Config,
     database: String,
-    /// What roles log in with when the server asks, as one that is not ours does.
+    /// The password of roles, for servers that require one, as foreign ones do.
     role_password: Option<SecretString>,
     control: Mutex<Option<Arc<Control>>>,
 }
@@ -150,7 +150,7 @@ impl Database {
         }))
     }
 
-    /// A fresh connection to the server, nothing said yet.
+    /// A new connection to the server, without any message yet.
     pub(crate) async fn dial(&self) -> io::Result<Box<dyn Stream>> {
         Ok(match &self.0.target {
             Target::Tcp(host, port) => Box::new(TcpStream::connect((host.as_str(), *port)).await?),
@@ -158,7 +158,7 @@ impl Database {
         })
     }
 
-    /// What to answer when the server asks a role's password.
+    /// The answer to the server's request for a role's password.
     pub(crate) fn role_password(&self) -> Option<&str> {
         self.0
             .role_password
@@ -193,7 +193,7 @@ impl Database {
             None if is_native == Some(true) => RoleKind::Native,
             None => RoleKind::Plain,
         };
-        // Roles made after the start need the password too, where the server asks for one.
+        // Roles created later need the password, too, if the server requires one.
         if let Some(password) = self.role_password()
             && matches!(kind, RoleKind::Group | RoleKind::OAuth)
         {

@@ -8,7 +8,7 @@ use tokio_postgres::{Client, Config, NoTls};
 use super::escape_literal;
 use crate::emulator::{EmulatorError, EmulatorOptions, identity::Identities};
 
-/// Serialises preparation by emulators that share a server.
+/// Serializes preparation by emulators that share a server.
 const PREPARATION_LOCK: i64 = 0x6c61_6b65_6261_7365;
 
 /// Marks OAuth roles, in the role's comment; what follows is the identity type.
@@ -240,7 +240,7 @@ async fn run(config: &Config, script: &str) -> Result<(), EmulatorError> {
     let Connected { client, mut tasks } = Connected::open(config).await?;
     let done = client.batch_execute(script).await.map_err(query_error);
     drop(client);
-    // The connection says goodbye before it ends, so that the server lets go of the database.
+    // Sends Terminate before the end, so that the server releases the database.
     while tasks.join_next().await.is_some() {}
     done
 }

@@ -139,7 +139,7 @@ impl LocalPostgres {
                 .map_err(directory_error)?;
             owner.hand_over(directory)?;
         }
-        initialise(&bin_dir, &data, &owner)?;
+        initialize(&bin_dir, &data, &owner)?;
         fs::write(
             data.join("postgresql.auto.conf"),
             settings(options, &scratch.path().join("s")),
@@ -263,14 +263,14 @@ fn passwd_entry(users: &str, name: &str) -> Option<(u32, u32)> {
     })
 }
 
-/// Native logins are checked by Postgres, all others by the edge; the directory keeps everybody else out.
+/// Native logins are checked by Postgres, all others by the edge; the directory excludes all other users.
 const ACCESS: &str = "\
 local all +databricks_native scram-sha-256
 local all all trust
 local replication all trust
 ";
 
-fn initialise(bin_dir: &Path, data: &Path, owner: &Owner) -> Result<(), EmulatorError> {
+fn initialize(bin_dir: &Path, data: &Path, owner: &Owner) -> Result<(), EmulatorError> {
     let mut failure = String::new();
     // Lakebase's locale first; systems without it (macOS) have plain C.
     for locale in ["C.UTF-8", "C"] {

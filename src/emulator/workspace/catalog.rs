@@ -313,5 +313,5 @@ fn suspend_timeout(shared: &Shared) -> String {
     }
 }
 
-/// When everything was made, as far as anybody can tell.
+/// The creation time of everything.
 pub(super) const CREATED: &str = "2026-01-01T00:00:00Z";

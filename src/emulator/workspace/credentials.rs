@@ -13,7 +13,7 @@ use crate::emulator::{
     token::Audience,
 };
 
-/// The shortest lifetime that may be asked for.
+/// The shortest lifetime that may be requested.
 const MIN_SECONDS: f64 = 300.0;
 /// The longest.
 const MAX_SECONDS: f64 = 3600.0;

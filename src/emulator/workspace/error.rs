@@ -66,7 +66,7 @@ impl ApiError {
         )
     }
 
-    /// What the platform says with this status when nothing more is known.
+    /// The platform's usual answer with this status.
     pub(super) fn of_status(status: StatusCode) -> Self {
         let (code, message) = match status.as_u16() {
             400 => ("INVALID_PARAMETER_VALUE", "Invalid request."),

@@ -41,8 +41,8 @@ fn refusal(headers: &HeaderMap) -> Option<(StatusCode, &'static str)> {
     ))
 }
 
-/// `localhost` or a loopback address, with or without a port: the emulator listens nowhere else, and browsers do not say
-/// whose page it is that asks 0.0.0.0, which leads to loopback too.
+/// `localhost` or a loopback address, with or without a port: the emulator listens nowhere else, and browsers do not send
+/// the origin of a page that requests 0.0.0.0, which leads to loopback, too.
 fn is_local_name(host: &str) -> bool {
     let (name, rest) = match host.strip_prefix('[') {
         Some(literal) => literal.split_once(']').unwrap_or_default(),

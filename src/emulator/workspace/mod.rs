@@ -39,7 +39,7 @@ use super::{
 use error::ApiError;
 use socket::{BreakableListener, Breaker};
 
-/// Serves until told to stop.
+/// Serves until stopped.
 pub(super) async fn serve(listener: TcpListener, shared: Arc<Shared>) {
     let stop = shared.stop.clone().cancelled_owned();
     let service = router(shared).into_make_service_with_connect_info::<Breaker>();
@@ -124,7 +124,7 @@ async fn unknown(request: Request) -> ApiError {
     ApiError::new(StatusCode::NOT_FOUND, "ENDPOINT_NOT_FOUND", message)
 }
 
-/// Counts a request, and answers it as a fault says if one is due.
+/// Counts a request, and answers it with the fault if one is due.
 async fn strike(
     State(shared): State<Arc<Shared>>,
     ConnectInfo(breaker): ConnectInfo<Breaker>,

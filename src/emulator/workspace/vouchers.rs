@@ -234,8 +234,8 @@ fn audience(resource: &str) -> Option<Audience> {
     }
 }
 
-/// Whether what came beside the token shows rights on the workspace, where that is asked for: an identity that names
-/// the workspace's resource wants to be admitted by them.
+/// Whether the headers beside the token prove rights on the workspace, if required: an identity that names
+/// the workspace's resource is admitted by them.
 pub(super) fn is_admitted(shared: &Shared, headers: &HeaderMap, identity: &Identity) -> bool {
     if !headers.contains_key("x-databricks-azure-workspace-resource-id") {
         return true;

@@ -1,23 +1,23 @@
-//! What can stand between a reader and the notes, in plain words.
+//! Why the notes page cannot show its notes, as text for its readers.
 //!
-//! The words are for whoever opens the page: no codes, no addresses, nothing that a server said. Those are in the log.
+//! The texts contain no codes, no addresses and no server messages; the log has those.
 
 use tokio_postgres::error::SqlState;
 
 use super::database::Failure;
 
-/// A state of the database as a reader meets it.
+/// A state of the database, as seen by a reader.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Trouble {
+pub(super) enum Problem {
     /// Asleep, starting, or not answering yet.
     Waking,
-    /// It took a connection, and then too long.
+    /// Connected, but no answer in time.
     Slow,
     /// Too many clients, ours or others.
     Busy,
-    /// The proxy itself takes no connections.
+    /// The proxy accepts no connections.
     Unreachable,
-    /// Who the proxy is was not accepted.
+    /// The proxy's identity was refused.
     Login,
     /// The role may not do this.
     Permission,
@@ -31,7 +31,7 @@ pub(super) enum Trouble {
     Other,
 }
 
-impl Trouble {
+impl Problem {
     /// The heading.
     pub(super) fn heading(self) -> &'static str {
         match self {
@@ -48,11 +48,11 @@ impl Trouble {
         }
     }
 
-    /// What it means and what will happen.
+    /// What it means and what happens next.
     pub(super) fn explanation(self) -> &'static str {
         match self {
             Self::Waking => {
-                "It sleeps while nobody needs it, and has been asked to wake. That usually takes a few seconds: \
+                "It sleeps when it is not used, and is waking up now. That usually takes a few seconds: \
                  try again in a moment."
             }
             Self::Slow => "It was reached, but did not answer in time. Try again in a moment.",
@@ -62,11 +62,10 @@ impl Trouble {
                  moment."
             }
             Self::Login => {
-                "The proxy could not log in with the identity it was given. Whoever runs it finds the reason, and \
-                 what to do about it, in its log."
+                "The proxy could not log in with its identity. Its log has the reason and the fix."
             }
             Self::Permission => {
-                "The proxy is logged in, but its role may not read the table. A grant mends it; this page then works \
+                "The proxy is logged in, but its role may not read the table. A grant fixes that; this page then works \
                  at once."
             }
             Self::NoDatabase => {
@@ -78,13 +77,11 @@ impl Trouble {
             Self::OtherShape => {
                 "The page reads the columns id, content and created_at; not all of them are there."
             }
-            Self::Other => {
-                "The database answered with an error. Whoever runs the proxy finds it in the log."
-            }
+            Self::Other => "The database answered with an error. The proxy's log has it.",
         }
     }
 
-    /// A statement that mends it.
+    /// The statement that fixes it.
     pub(super) fn statement(self) -> Option<&'static str> {
         match self {
             Self::NoTable => Some(
@@ -105,7 +102,7 @@ impl Trouble {
     }
 }
 
-impl From<&Failure> for Trouble {
+impl From<&Failure> for Problem {
     fn from(failure: &Failure) -> Self {
         match failure {
             Failure::NoConnection => Self::Waking,
@@ -114,35 +111,35 @@ impl From<&Failure> for Trouble {
             Failure::Closed => Self::Unreachable,
             Failure::Database(error) => match error.code() {
                 Some(code) => from_code(code),
-                // The proxy always says why; silence means that nobody is there.
+                // The proxy always sends an error; a silent close means that it is not running.
                 None => Self::Unreachable,
             },
         }
     }
 }
 
-fn from_code(code: &SqlState) -> Trouble {
+fn from_code(code: &SqlState) -> Problem {
     let known = [
-        (SqlState::UNDEFINED_TABLE, Trouble::NoTable),
-        (SqlState::UNDEFINED_COLUMN, Trouble::OtherShape),
-        (SqlState::INSUFFICIENT_PRIVILEGE, Trouble::Permission),
-        (SqlState::INVALID_CATALOG_NAME, Trouble::NoDatabase),
-        (SqlState::QUERY_CANCELED, Trouble::Slow),
-        (SqlState::TOO_MANY_CONNECTIONS, Trouble::Busy),
-        (SqlState::CANNOT_CONNECT_NOW, Trouble::Waking),
-        (SqlState::ADMIN_SHUTDOWN, Trouble::Waking),
-        (SqlState::CRASH_SHUTDOWN, Trouble::Waking),
-        (SqlState::PROTOCOL_VIOLATION, Trouble::Other),
+        (SqlState::UNDEFINED_TABLE, Problem::NoTable),
+        (SqlState::UNDEFINED_COLUMN, Problem::OtherShape),
+        (SqlState::INSUFFICIENT_PRIVILEGE, Problem::Permission),
+        (SqlState::INVALID_CATALOG_NAME, Problem::NoDatabase),
+        (SqlState::QUERY_CANCELED, Problem::Slow),
+        (SqlState::TOO_MANY_CONNECTIONS, Problem::Busy),
+        (SqlState::CANNOT_CONNECT_NOW, Problem::Waking),
+        (SqlState::ADMIN_SHUTDOWN, Problem::Waking),
+        (SqlState::CRASH_SHUTDOWN, Problem::Waking),
+        (SqlState::PROTOCOL_VIOLATION, Problem::Other),
     ];
-    if let Some((_, trouble)) = known.iter().find(|(known, _)| known == code) {
-        return *trouble;
+    if let Some((_, problem)) = known.iter().find(|(known, _)| known == code) {
+        return *problem;
     }
     // Otherwise the class: the first two characters of a SQLSTATE.
     match code.code().get(..2) {
-        Some("08") => Trouble::Waking,
-        Some("28") => Trouble::Login,
-        Some("53") => Trouble::Busy,
-        _ => Trouble::Other,
+        Some("08") => Problem::Waking,
+        Some("28") => Problem::Login,
+        Some("53") => Problem::Busy,
+        _ => Problem::Other,
     }
 }
 
@@ -151,24 +148,24 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_reader_is_told_what_stands_in_the_way() {
-        for (code, trouble) in [
-            ("42P01", Trouble::NoTable),
-            ("42703", Trouble::OtherShape),
-            ("42501", Trouble::Permission),
-            ("3D000", Trouble::NoDatabase),
-            ("28P01", Trouble::Login),
-            ("28000", Trouble::Login),
-            ("53300", Trouble::Busy),
-            ("57P03", Trouble::Waking),
-            ("57P01", Trouble::Waking),
-            ("08001", Trouble::Waking),
-            ("08006", Trouble::Waking),
-            ("08P01", Trouble::Other),
-            ("57014", Trouble::Slow),
-            ("XX000", Trouble::Other),
+    fn each_error_has_its_explanation() {
+        for (code, problem) in [
+            ("42P01", Problem::NoTable),
+            ("42703", Problem::OtherShape),
+            ("42501", Problem::Permission),
+            ("3D000", Problem::NoDatabase),
+            ("28P01", Problem::Login),
+            ("28000", Problem::Login),
+            ("53300", Problem::Busy),
+            ("57P03", Problem::Waking),
+            ("57P01", Problem::Waking),
+            ("08001", Problem::Waking),
+            ("08006", Problem::Waking),
+            ("08P01", Problem::Other),
+            ("57014", Problem::Slow),
+            ("XX000", Problem::Other),
         ] {
-            assert_eq!(from_code(&SqlState::from_code(code)), trouble, "{code}");
+            assert_eq!(from_code(&SqlState::from_code(code)), problem, "{code}");
         }
     }
 }
