@@ -1,7 +1,7 @@
 //! The registry of sessions: one entry per session from admission to its end. It answers the connection limit, counts,
 //! lists, the drain of an endpoint and the idle exit.
 //!
-//! Its lock is taken when a session starts, when it ends and when somebody lists, never for a message: what the relay
+//! Its lock is taken when a session starts, when it ends and for lists, never for a message: what the relay
 //! updates are the atomics of [`ActivityRecord`].
 
 use std::{

@@ -50,7 +50,7 @@ def main():
             with contextlib.suppress(OSError), urllib.request.urlopen(url + path, timeout=30) as answer:
                 return answer.read().decode()
 
-        def said(words):
+        def logged(words):
             return True if words in app.log.read_text() else None
 
         worker, user = until("the app to answer", page, app).split()
@@ -60,7 +60,7 @@ def main():
         # gunicorn's own signals reach it through us: a worker more, new workers, log files reopened.
         for name in ("TTIN", "HUP", "USR1"):
             app.send_signal(getattr(signal, f"SIG{name}"))
-            until(f"gunicorn to see SIG{name}", lambda: said(f"Handling signal: {name.lower()}"), app)
+            until(f"gunicorn to see SIG{name}", lambda: logged(f"Handling signal: {name.lower()}"), app)
         until("new workers", lambda: True if (new := page()) and new.split()[0] != worker else None, app)
         expect(app.poll() is None, "a reload ends nothing")
         print("gunicorn's signals reach gunicorn")
@@ -69,11 +69,11 @@ def main():
             slow = requests.submit(page, "/slow")
             time.sleep(0.5)
             expect(not slow.done(), "a request is under way")
-            told = time.monotonic()
+            sent = time.monotonic()
             app.terminate()
             code = app.wait(KILLED_AFTER)
             expect(slow.result() == "42", f"the request under way is answered, not {slow.result()}")
-        took = time.monotonic() - told
+        took = time.monotonic() - sent
         expect(code == 0, f"gunicorn ends by SIGTERM with 0, not {code}")
         log = app.log.read_text()
         expect("does not end by SIGTERM" not in log and "Traceback" not in log, f"see {app.log}")

@@ -120,7 +120,7 @@ async fn probes_follow_the_proxy_from_start_to_drain() {
 }
 
 #[tokio::test]
-async fn a_failing_probe_says_why_in_the_form_that_was_asked_for() {
+async fn a_failing_probe_reports_the_reason_in_the_requested_format() {
     let proxy = start().await;
     let text = get(proxy.address, "/readiness").await;
     assert_eq!(
@@ -143,7 +143,7 @@ async fn a_failing_probe_says_why_in_the_form_that_was_asked_for() {
 }
 
 #[tokio::test]
-async fn metrics_show_what_was_counted_and_promtool_has_no_complaint() {
+async fn metrics_show_the_counts_and_pass_promtool() {
     let proxy = start().await;
     proxy.metrics.clients_opened.inc_by(3);
     let answer = get(proxy.address, "/metrics").await;
@@ -270,7 +270,7 @@ async fn other_paths_and_methods_are_refused_plainly() {
 }
 
 #[tokio::test]
-async fn the_server_ends_when_told_and_frees_its_port() {
+async fn the_server_ends_on_request_and_frees_its_port() {
     let Running {
         address,
         stop,
@@ -278,7 +278,7 @@ async fn the_server_ends_when_told_and_frees_its_port() {
         _stop,
         ..
     } = start().await;
-    // A connection that says nothing does not hold it up.
+    // A silent connection does not delay it.
     let mut silent = TcpStream::connect(address).await.unwrap();
     assert_eq!(get(address, "/liveness").await.status, 200);
     stop.cancel();
@@ -342,7 +342,7 @@ async fn a_head_too_large_is_refused() {
 }
 
 #[tokio::test]
-async fn connections_that_say_nothing_keep_nobody_out() {
+async fn silent_connections_do_not_block_others() {
     let limits = Limits {
         max_connections: 2,
         header_read_timeout: Duration::from_mins(5),

@@ -85,26 +85,26 @@ impl Stage {
         assert_eq!(workspace.auth_kind(), kind);
     }
 
-    /// Does not sign in, for a reason that is told with all of these words and none of the secrets.
+    /// Fails with an error that contains all of these words and none of the secrets.
     async fn fails(&self, variables: &[(&str, &str)], kind: MintErrorKind, words: &[&str]) {
         let error = self.mint(&self.workspace(variables)).await.unwrap_err();
-        let told = format!(
+        let reported = format!(
             "{} | {} | {}",
             error.message,
             error.detail.as_deref().unwrap_or_default(),
             error.hint.as_deref().unwrap_or_default()
         );
-        assert_eq!(error.kind, kind, "{told}");
+        assert_eq!(error.kind, kind, "{reported}");
         for word in words {
-            assert!(told.contains(word), "no `{word}` in: {told}");
+            assert!(reported.contains(word), "no `{word}` in: {reported}");
         }
         assert!(
             error.message.starts_with(char::is_lowercase)
                 || error.message.starts_with(['`', 'A', 'G', 'M']),
-            "{told}"
+            "{reported}"
         );
         for secret in ["eyJ", "hunter2", "dose", "github-request-token"] {
-            assert!(!told.contains(secret), "`{secret}` in: {told}");
+            assert!(!reported.contains(secret), "`{secret}` in: {reported}");
         }
     }
 
@@ -118,7 +118,7 @@ impl Stage {
         fs::read_to_string(self.scratch.path().join("log")).unwrap_or_default()
     }
 
-    /// A Databricks CLI of this version whose `auth token` runs `script`. What it is asked is in `log`.
+    /// A Databricks CLI of this version whose `auth token` runs `script`. Its arguments are in `log`.
     fn databricks(&self, version: &str, script: &str) {
         let [major, minor, patch] = version.split('.').collect::<Vec<_>>()[..] else {
             panic!("{version}");
@@ -566,7 +566,7 @@ async fn entra_id_vouches_for_its_applications_or_the_refusal_is_explained() {
     let id = ("ARM_CLIENT_ID", app.name.as_str());
     let secret = ("ARM_CLIENT_SECRET", secret);
     let tenant = ("ARM_TENANT_ID", stage.emulator.tenant());
-    // The emulator asks whoever names the resource for rights on it: the second token.
+    // The emulator requires rights on the named resource: the second token.
     let resource = (
         "DATABRICKS_AZURE_RESOURCE_ID",
         "/subscriptions/s-1/resourceGroups/g/providers/x",
@@ -605,7 +605,7 @@ async fn entra_id_vouches_for_its_applications_or_the_refusal_is_explained() {
             ][..],
         ),
         (
-            &[("ARM_CLIENT_ID", "nobody"), secret, tenant],
+            &[("ARM_CLIENT_ID", "unknown"), secret, tenant],
             Refused,
             &["AADSTS700016", "`ARM_CLIENT_ID`"],
         ),
@@ -615,11 +615,11 @@ async fn entra_id_vouches_for_its_applications_or_the_refusal_is_explained() {
             &["AADSTS90002", "check `ARM_TENANT_ID`"],
         ),
         (
-            &[("ARM_USE_MSI", "true"), ("ARM_CLIENT_ID", "nobody")],
+            &[("ARM_USE_MSI", "true"), ("ARM_CLIENT_ID", "unknown")],
             Refused,
             &[
                 "instance metadata service gave no token",
-                "assign the managed identity `nobody`",
+                "assign the managed identity `unknown`",
             ],
         ),
     ] {
@@ -679,11 +679,11 @@ async fn a_login_of_the_azure_cli_signs_in_or_is_explained() {
     stage
         .succeeds(&[cli], AuthKind::AzureCli, &identities.user)
         .await;
-    let asked =
+    let requested =
         "account get-access-token --resource 2ff814a6-3304-4ab8-85cb-cd0e6f879c1d --output json";
     assert_eq!(
         stage.logged(),
-        format!("{asked} --tenant {}\n", stage.emulator.tenant())
+        format!("{requested} --tenant {}\n", stage.emulator.tenant())
     );
     // It is not used when it has expired, in local time.
     let facts = stage.workspace(&[cli]).token_facts().await.unwrap();
@@ -822,7 +822,7 @@ async fn model_serving_signs_in_by_its_file_or_is_explained() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_is_found_on_the_machine_is_tried_until_one_way_works() {
+async fn kinds_found_on_the_machine_are_tried_until_one_works() {
     let stage = Stage::new().await;
     let app = stage.emulator.identities().app.clone();
     let token = stage.emulator.identity_token_for(&app, HOUR).unwrap();

@@ -155,10 +155,10 @@ async fn a_proxy_that_cannot_be_one_is_refused_by_the_name_of_its_variable() {
         let settings = WorkspaceSettings::from_variables(variables.into_iter().collect());
         let metrics = Metrics::new().unwrap();
         let error = Workspace::new(settings, &tls, Clock::system(), metrics).unwrap_err();
-        let told = error.to_string();
+        let reported = error.to_string();
         assert!(
-            told.contains("`HTTPS_PROXY`") && told.contains(words),
-            "{told}"
+            reported.contains("`HTTPS_PROXY`") && reported.contains(words),
+            "{reported}"
         );
     }
 }
@@ -168,10 +168,10 @@ async fn a_certificate_of_an_unknown_authority_is_refused_and_one_of_ssl_cert_fi
     let workspace = TlsWorkspace::start().await;
     let host = format!("https://localhost:{}", workspace.address.port());
     let error = mint(&host, &[], None).await.unwrap_err();
-    let told = format!("{error} {:?}", error.hint);
+    let reported = format!("{error} {:?}", error.hint);
     assert!(
-        told.contains("certificate is not trusted") && told.contains("SSL_CERT_FILE"),
-        "{told}"
+        reported.contains("certificate is not trusted") && reported.contains("SSL_CERT_FILE"),
+        "{reported}"
     );
 
     // The system's roots are read by the environment of the process, so it takes one of its own.

@@ -42,7 +42,7 @@ const AZURE_DEVOPS: &str = "dev.azure.com";
 const PUBLIC: &str = "203.0.113.1";
 const INSTANCE_METADATA: &str = "169.254.169.254";
 
-/// Whoever knows it gets tokens from the local metadata service.
+/// The secret path of the local metadata service.
 const METADATA_PATH: &str = "/metadata-service/session-1";
 
 const SETUP: &str = r#"
@@ -55,7 +55,7 @@ exec "$2" --exact auth_production::inside --ignored --nocapture
 "#;
 
 #[tokio::test(flavor = "multi_thread")]
-async fn every_way_signs_in_to_a_remote_workspace() {
+async fn every_authentication_kind_works_with_a_remote_workspace() {
     let scratch = tempfile::tempdir().unwrap();
     let hosts = scratch.path().join("hosts");
     let public = [DIRECT, ENTRA_ID, GITHUB, AZURE_DEVOPS].join(" ");
@@ -103,7 +103,7 @@ enum Route {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-#[ignore = "needs the namespaces that `every_way_signs_in_to_a_remote_workspace` makes, and is run by it"]
+#[ignore = "needs the namespaces that `every_authentication_kind_works_with_a_remote_workspace` makes, and is run by it"]
 async fn inside() {
     let socket = env::var(POSTGRES).expect("run by the test outside");
     let url = format!("postgresql:///postgres?host={socket}&user=databricks_control_plane");

@@ -11,7 +11,7 @@ use tokio::time::Instant;
 use tokio_postgres::{NoTls, error::SqlState};
 
 use crate::harness::{
-    self, PATIENCE, Proxy, until_running,
+    self, Proxy, TIMEOUT, until_running,
     wire::{SSL_REQUEST, Wire, cancel, cancel_request, text},
     within,
 };
@@ -27,10 +27,10 @@ async fn session(proxy: &Proxy) -> (Wire, [u8; 8]) {
 }
 
 async fn expect_cancelled(wire: &mut Wire) {
-    let said = wire.until('Z').await;
-    let error = said
+    let reply = wire.until('Z').await;
+    let error = reply
         .iter()
-        .find(|said| said.tag == 'E')
+        .find(|reply| reply.tag == 'E')
         .expect("an error")
         .error();
     assert_eq!(error.code, "57014", "{error:?}");
@@ -156,7 +156,7 @@ async fn a_requester_that_hangs_up_at_once_is_served_all_the_same() {
         if reset {
             // A reset takes back what has not been read.
             let on_its_way = |counts: &Counts| counts.dials > dials;
-            emulator.wait_for(PATIENCE, on_its_way).await.unwrap();
+            emulator.wait_for(TIMEOUT, on_its_way).await.unwrap();
             requester.reset();
         } else {
             drop(requester);

@@ -103,12 +103,13 @@ async fn a_session_may_be_encrypted_by_request_or_from_the_first_byte_on() {
         let config = pair.client(tls::ALPN_POSTGRESQL);
         let mut cancel = handshake(&proxy, config, direct).await.unwrap();
         cancel.send(&cancel_request(welcome.key)).await;
-        let rest = within("the goodbye", cancel.stream.read_to_end(&mut Vec::new())).await;
-        assert!(rest.is_ok(), "with TLS's own goodbye: {rest:?}");
-        let said = wire.until('Z').await;
+        let rest = within("the close", cancel.stream.read_to_end(&mut Vec::new())).await;
+        assert!(rest.is_ok(), "with TLS's close_notify: {rest:?}");
+        let reply = wire.until('Z').await;
         assert!(
-            said.iter()
-                .any(|said| said.tag == 'E' && said.error().code == "57014")
+            reply
+                .iter()
+                .any(|reply| reply.tag == 'E' && reply.error().code == "57014")
         );
     }
     // And the others go on as they were.
@@ -169,8 +170,8 @@ async fn the_console_shows_who_is_encrypted() {
     let mut console = proxy.client_config();
     console.dbname("lakebase_proxy");
     let console = proxy.try_client(&console).await.unwrap();
-    let said = console.simple_query("SHOW CLIENTS").await.unwrap();
-    let mut shown: Vec<(String, String)> = said
+    let reply = console.simple_query("SHOW CLIENTS").await.unwrap();
+    let mut shown: Vec<(String, String)> = reply
         .into_iter()
         .filter_map(|message| match message {
             tokio_postgres::SimpleQueryMessage::Row(row) => {
@@ -208,7 +209,7 @@ async fn direct_tls_is_for_postgres_alone() {
     let emulator = harness::emulator().await;
     let pair = Pair::new();
     let proxy = proxy(&emulator, &pair).await;
-    // As a browser, and as something that says nothing of its protocol.
+    // As a browser, and as a client without ALPN.
     let wrong = handshake(&proxy, pair.client(b"http/1.1"), true).await;
     assert!(wrong.is_err(), "ALPN that is not ours");
     let mut none = (*pair.client(b"")).clone();
@@ -223,7 +224,7 @@ async fn direct_tls_is_for_postgres_alone() {
     let mut wire = handshake(&proxy, Arc::new(none), false).await.unwrap();
     wire.startup(&[("user", "anyone")]).await;
     wire.welcome().await;
-    // Plain text behind the request is somebody else's.
+    // Plain text behind the request was injected.
     let mut wire = proxy.dial().await;
     wire.send(&[&SSL_REQUEST[..], &startup(PROTOCOL_3_2, &[])].concat())
         .await;
@@ -278,7 +279,7 @@ async fn a_certificate_of_our_own_needs_no_files() {
 }
 
 #[tokio::test]
-async fn what_to_set_is_said_once_where_tls_is_off() {
+async fn a_hint_on_client_tls_is_logged_once() {
     let emulator = harness::emulator().await;
     let mut binary = Binary::serve(&emulator, &[]).await;
     for first in [&SSL_REQUEST[..], b"\x16\x03\x01\x02\x00\x01", &SSL_REQUEST] {
@@ -292,14 +293,14 @@ async fn what_to_set_is_said_once_where_tls_is_off() {
     }
     binary.signal("TERM");
     binary.until("shut down").await;
-    let said = binary
+    let reply = binary
         .lines
         .iter()
         .filter(|line| line["message"].as_str().unwrap().contains("insists on TLS"));
-    let said: Vec<_> = said.collect();
-    assert_eq!(said.len(), 1, "{said:?}");
+    let reply: Vec<_> = reply.collect();
+    assert_eq!(reply.len(), 1, "{reply:?}");
     assert!(
-        said[0]["message"]
+        reply[0]["message"]
             .as_str()
             .unwrap()
             .contains("--client-tls=self-signed")
@@ -320,11 +321,11 @@ async fn settings_that_cannot_be_used_stop_the_start() {
         assert!(error.hint().is_some());
         error.to_string()
     };
-    let said = error(pair.key(), pair.key()).await;
-    assert!(said.contains("--client-tls-cert"), "{said}");
+    let reply = error(pair.key(), pair.key()).await;
+    assert!(reply.contains("--client-tls-cert"), "{reply}");
     let other = Pair::new();
-    let said = error(pair.certificate(), other.key()).await;
-    assert!(said.contains("--client-tls-key"), "{said}");
+    let reply = error(pair.certificate(), other.key()).await;
+    assert!(reply.contains("--client-tls-key"), "{reply}");
     let settings = lakebase_proxy::config::Settings {
         client_tls: Some(ClientTlsSetting::SelfSigned),
         client_tls_cert: Some(pair.certificate()),

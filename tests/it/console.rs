@@ -37,8 +37,9 @@ async fn console(proxy: &Proxy) -> Client {
 
 /// The rows of a simple query.
 async fn rows(console: &Client, query: &str) -> Vec<SimpleQueryRow> {
-    let said = within(query, console.simple_query(query)).await.unwrap();
-    said.into_iter()
+    let reply = within(query, console.simple_query(query)).await.unwrap();
+    reply
+        .into_iter()
         .filter_map(|message| match message {
             SimpleQueryMessage::Row(row) => Some(row),
             _ => None,
@@ -82,7 +83,7 @@ async fn names_are_shown_on_one_line_whatever_they_hold() {
 }
 
 #[tokio::test]
-async fn it_shows_who_is_here_what_they_do_and_where() {
+async fn it_shows_clients_their_activity_and_their_servers() {
     let emulator = emulator().await;
     let proxy = proxy(&emulator).await;
     let mut config = proxy.client_config();
@@ -133,7 +134,7 @@ async fn it_shows_who_is_here_what_they_do_and_where() {
 }
 
 #[tokio::test]
-async fn what_pgbouncers_monitoring_asks_is_answered_in_its_words() {
+async fn pgbouncers_monitoring_queries_are_answered() {
     let emulator = emulator().await;
     let proxy = proxy(&emulator).await;
     let client = proxy.client().await;
@@ -219,7 +220,7 @@ async fn by_the_unix_socket_it_is_open_to_our_own_user() {
 }
 
 #[tokio::test]
-async fn drivers_may_ask_by_the_extended_protocol_and_in_transactions() {
+async fn the_extended_protocol_and_transactions_work() {
     let emulator = emulator().await;
     let proxy = proxy(&emulator).await;
     let _client = proxy.client().await;
@@ -272,7 +273,7 @@ async fn it_only_shows() {
 }
 
 #[tokio::test]
-async fn it_works_while_the_credential_fails_and_says_why_and_what_to_do() {
+async fn it_works_without_a_credential_and_shows_the_reason_and_the_fix() {
     let emulator = emulator().await;
     emulator
         .faults()
@@ -283,14 +284,14 @@ async fn it_works_while_the_credential_fails_and_says_why_and_what_to_do() {
     })
     .await
     .unwrap();
-    let told = proxy.refusal().await;
-    assert_eq!(told.code, "28000");
+    let reported = proxy.refusal().await;
+    assert_eq!(reported.code, "28000");
 
     let console = console(&proxy).await;
     let failures = rows(&console, "SHOW FAILURES").await;
     assert_eq!(failures[0].get("sqlstate"), Some("28000"));
-    assert_eq!(failures[0].get("message"), Some(told.message.as_str()));
-    assert_eq!(failures[0].get("hint"), told.hint.as_deref());
+    assert_eq!(failures[0].get("message"), Some(reported.message.as_str()));
+    assert_eq!(failures[0].get("hint"), reported.hint.as_deref());
     let tokens = rows(&console, "SHOW TOKENS").await;
     assert_eq!(tokens[0].get("state"), Some("none"));
     assert!(tokens[0].get("last_error").is_some());
@@ -305,7 +306,7 @@ async fn it_works_while_the_credential_fails_and_says_why_and_what_to_do() {
 }
 
 #[tokio::test]
-async fn it_tells_how_long_a_credential_lives_and_never_what_it_is() {
+async fn it_shows_the_expiry_of_a_credential_but_never_its_value() {
     let emulator = emulator().await;
     let proxy = proxy(&emulator).await;
     let console = console(&proxy).await;
@@ -426,18 +427,18 @@ async fn the_console_and_doctor_name_where_each_setting_was_given() {
 }
 
 #[tokio::test]
-async fn over_tcp_it_must_be_asked_for() {
+async fn over_tcp_it_must_be_enabled() {
     let emulator = emulator().await;
     let proxy = Proxy::start(&emulator).await;
     let mut wire = proxy.dial().await;
     wire.startup(&[("user", "anyone"), ("database", "lakebase_proxy")])
         .await;
-    let told = wire.refusal().await;
+    let reported = wire.refusal().await;
     assert_eq!(
-        told.code, "3D000",
-        "a database of the endpoint, and there is none: {told:?}"
+        reported.code, "3D000",
+        "a database of the endpoint, and there is none: {reported:?}"
     );
-    assert!(told.hint.unwrap().contains("--admin-console"));
+    assert!(reported.hint.unwrap().contains("--admin-console"));
 }
 
 #[tokio::test]
@@ -537,17 +538,17 @@ async fn psql_shows_its_tables_without_a_warning() {
     let Ok(output) = psql(&["-c", "SHOW VERSION", "-c", "show endpoints"]).await else {
         return; // Debian's postgresql-client is not installed here.
     };
-    let (said, complaints) = (
+    let (reply, complaints) = (
         String::from_utf8_lossy(&output.stdout),
         String::from_utf8_lossy(&output.stderr),
     );
     assert!(
         output.status.success() && complaints.is_empty(),
-        "{said}{complaints}"
+        "{reply}{complaints}"
     );
     assert!(
-        said.contains("lakebase-proxy") && said.contains("cl_waiting"),
-        "{said}"
+        reply.contains("lakebase-proxy") && reply.contains("cl_waiting"),
+        "{reply}"
     );
 
     let output = psql(&["-c", "\\d"]).await.unwrap();
@@ -574,7 +575,7 @@ async fn a_wake_is_remembered() {
 
 /// 32 forgotten psql sessions locked out everyone, the exporter included.
 #[tokio::test]
-async fn idle_consoles_lock_nobody_out() {
+async fn idle_consoles_do_not_block_others() {
     let emulator = emulator().await;
     let proxy = Proxy::with(&emulator, |settings| settings.admin_console = Some(true)).await;
     let mut consoles = Vec::new();

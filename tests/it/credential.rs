@@ -39,7 +39,7 @@ fn remaining(expires_at: Option<Timestamp>) -> SignedDuration {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn each_identity_gets_the_credential_or_the_refusal_that_is_its_due() {
+async fn each_identity_gets_its_credential_or_refusal() {
     let emulator = Emulator::start(EmulatorOptions::default()).await.unwrap();
     let identities = emulator.identities();
 
@@ -111,7 +111,7 @@ async fn each_identity_gets_the_credential_or_the_refusal_that_is_its_due() {
         .unwrap();
     assert_eq!(emulator.counts().tokens_issued, issued + 1);
 
-    // Refusals, each with its mend.
+    // Refusals, each with its fix.
     let mut wrong = m2m(&emulator, &identities.app);
     wrong.client_secret = Some(SecretString::from("not-the-secret"));
     let unknown = Target::Endpoint(
@@ -119,7 +119,7 @@ async fn each_identity_gets_the_credential_or_the_refusal_that_is_its_due() {
             .parse()
             .unwrap(),
     );
-    for (settings, target, mend) in [
+    for (settings, target, fix) in [
         (wrong, endpoint(&emulator), "DATABRICKS_CLIENT_SECRET"),
         (
             m2m(&emulator, &identities.unentitled),
@@ -134,7 +134,7 @@ async fn each_identity_gets_the_credential_or_the_refusal_that_is_its_due() {
             .unwrap_err();
         assert_eq!(error.kind, MintErrorKind::Refused, "{error:?}");
         assert!(
-            error.hint.as_deref().unwrap_or_default().contains(mend),
+            error.hint.as_deref().unwrap_or_default().contains(fix),
             "{error:?}"
         );
     }
@@ -142,7 +142,7 @@ async fn each_identity_gets_the_credential_or_the_refusal_that_is_its_due() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_refresher_rides_out_an_outage_and_serves_all_who_were_rejected_with_one_mint() {
+async fn a_refresher_survives_an_outage_and_serves_all_rejected_clients_with_one_mint() {
     let emulator = Emulator::start(EmulatorOptions::default()).await.unwrap();
     emulator
         .faults()

@@ -1,4 +1,4 @@
-//! The demo, as a newcomer meets it: one command, and what its panel says works.
+//! The demo: one command, and every address of its panel works.
 
 use std::{
     net::{Ipv4Addr, TcpListener},
@@ -14,7 +14,7 @@ use tokio_postgres::NoTls;
 
 use crate::harness::{
     binary::PROGRAM,
-    emulator::{PATIENCE, http},
+    emulator::{TIMEOUT, http},
 };
 
 struct Demo {
@@ -43,13 +43,14 @@ impl Demo {
         let found = async {
             loop {
                 let line = self.lines.next_line().await.unwrap();
-                let line = line.unwrap_or_else(|| panic!("the demo ended before it said `{text}`"));
+                let line =
+                    line.unwrap_or_else(|| panic!("the demo ended before it printed `{text}`"));
                 if line.contains(text) {
                     return line;
                 }
             }
         };
-        timeout(PATIENCE, found)
+        timeout(TIMEOUT, found)
             .await
             .unwrap_or_else(|_| panic!("`{text}` in time"))
     }
@@ -64,7 +65,7 @@ impl Demo {
                 .unwrap()
                 .success()
         );
-        timeout(PATIENCE, self.program.wait())
+        timeout(TIMEOUT, self.program.wait())
             .await
             .expect("an end in time")
             .unwrap()
@@ -95,7 +96,7 @@ async fn contents(port: u16, user: &str) -> Vec<String> {
 }
 
 #[tokio::test]
-async fn the_demo_does_what_its_panel_says() {
+async fn the_demo_serves_all_addresses_of_its_panel() {
     let arguments = [
         "--port",
         "0",
@@ -132,12 +133,12 @@ async fn the_demo_does_what_its_panel_says() {
     );
 
     demo.line("credential 2 refreshed").await;
-    assert_eq!(contents(postgres, "somebody").await.len(), 3);
+    assert_eq!(contents(postgres, "anyone").await.len(), 3);
     assert_eq!(demo.interrupt().await, Some(130));
 }
 
 #[tokio::test]
-async fn a_port_that_was_asked_for_and_is_taken_ends_the_demo() {
+async fn a_requested_port_that_is_taken_ends_the_demo() {
     let taken = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
     let port = taken.local_addr().unwrap().port().to_string();
     let mut program = Command::new(PROGRAM)
@@ -155,22 +156,22 @@ async fn a_port_that_was_asked_for_and_is_taken_ends_the_demo() {
         .spawn()
         .unwrap();
     let mut lines = BufReader::new(program.stderr.take().unwrap()).lines();
-    let mut said = String::new();
-    while let Some(line) = timeout(PATIENCE, lines.next_line())
+    let mut reply = String::new();
+    while let Some(line) = timeout(TIMEOUT, lines.next_line())
         .await
         .expect("a word")
         .unwrap()
     {
-        said.push_str(&line);
+        reply.push_str(&line);
     }
-    assert!(said.contains(&port) && said.contains("--port"), "{said}");
+    assert!(reply.contains(&port) && reply.contains("--port"), "{reply}");
     assert_eq!(program.wait().await.unwrap().code(), Some(1));
 }
 
 #[tokio::test]
 async fn a_demo_interrupted_while_it_starts_ends_at_once() {
     let demo = Demo::start(&["--port", "0", "--http-port", "0", "--notes-port", "0"]);
-    // Its first act is to catch signals; the kernel tells when that is done.
+    // It catches signals first; the kernel shows when that is done.
     let caught = format!("/proc/{}/status", demo.program.id().unwrap());
     let ready = async {
         loop {
@@ -186,8 +187,6 @@ async fn a_demo_interrupted_while_it_starts_ends_at_once() {
             tokio::task::yield_now().await;
         }
     };
-    timeout(PATIENCE, ready)
-        .await
-        .expect("signals to be caught");
+    timeout(TIMEOUT, ready).await.expect("signals to be caught");
     assert_eq!(demo.interrupt().await, Some(130));
 }

@@ -77,7 +77,7 @@ async fn refused(workspace: &Workspace, wanted: Wanted) -> LocateError {
     found.expect_err("it was located")
 }
 
-/// What the API says at this path.
+/// The API's answer at this path.
 async fn api(emulator: &Emulator, path: &str) -> Value {
     let token = emulator.identities().user.pat.clone().unwrap();
     let client = reqwest::Client::builder()
@@ -207,7 +207,7 @@ async fn an_app_knows_its_database() {
     let error = refused(&app, of_app("lakebase-local-app-without-database")).await;
     assert!(matches!(error, LocateError::NoResource { .. }), "{error}");
     assert!(error.hint().unwrap().contains("api-key"));
-    let error = refused(&app, of_app("nobody")).await;
+    let error = refused(&app, of_app("unknown")).await;
     assert!(matches!(error, LocateError::NotFound { .. }), "{error}");
     let error = refused(&app, of_app("../credentials")).await;
     assert!(matches!(error, LocateError::NotFound { .. }), "{error}");
@@ -235,7 +235,7 @@ async fn strict_workspace() -> (Workspace, JoinSet<()>) {
 }
 
 #[tokio::test]
-async fn an_app_that_may_look_nothing_up_goes_by_what_the_platform_injects() {
+async fn an_app_without_lookup_rights_uses_the_injected_variables() {
     let (workspace, _tasks) = strict_workspace().await;
     let wanted = Wanted {
         app: Some("my-app".to_owned()),
@@ -249,7 +249,7 @@ async fn an_app_that_may_look_nothing_up_goes_by_what_the_platform_injects() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_does_not_exist_is_answered_with_what_does() {
+async fn a_missing_resource_is_reported_with_the_existing_ones() {
     let emulator = emulator().await;
     let app = app(&emulator);
     for (wanted, exists) in [
@@ -308,7 +308,7 @@ async fn an_endpoint_that_is_only_listed_is_found() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn missing_rights_are_no_failure_where_the_settings_say_it_all() {
+async fn missing_rights_do_not_matter_with_complete_settings() {
     let emulator = emulator().await;
     let app = app(&emulator);
     emulator
@@ -328,7 +328,7 @@ async fn missing_rights_are_no_failure_where_the_settings_say_it_all() {
         assert_eq!(found.target.as_str(), target, "{name}");
         assert_eq!(found.host, "localhost");
     }
-    // Where they do not, the error says what would.
+    // If they do not, the error names the ones that would.
     for wanted in [
         named(ENDPOINT),
         named(BRANCH),
@@ -350,7 +350,7 @@ async fn missing_rights_are_no_failure_where_the_settings_say_it_all() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn with_name_host_and_user_nothing_is_asked() {
+async fn with_name_host_and_user_no_request_is_sent() {
     let emulator = emulator().await;
     let wanted = Wanted {
         host: Some("localhost".to_owned()),
@@ -365,7 +365,7 @@ async fn with_name_host_and_user_nothing_is_asked() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_person_without_a_user_setting_is_asked_for() {
+async fn a_missing_user_setting_is_looked_up() {
     let emulator = emulator().await;
     let found = located(&person(&emulator), named(ENDPOINT)).await;
     assert_eq!(found.user, emulator.identities().user.name);
@@ -408,7 +408,7 @@ async fn a_databases_resource_id_becomes_its_name_in_postgres() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn replicas_are_reached_when_asked_for() {
+async fn read_only_uses_the_replicas_host() {
     let emulator = emulator().await;
     let app = app(&emulator);
     let read_only = |wanted: Wanted| Wanted {
@@ -438,7 +438,7 @@ async fn replicas_are_reached_when_asked_for() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_poolers_host_leads_to_its_endpoint_and_stays_what_is_connected_to() {
+async fn a_pooler_host_finds_its_endpoint_and_stays_the_address() {
     let emulator = emulator().await;
     let pooler = emulator.pooler_host();
     let found = located(&app(&emulator), on_host(&pooler)).await;
@@ -448,7 +448,7 @@ async fn a_poolers_host_leads_to_its_endpoint_and_stays_what_is_connected_to() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_host_of_neon_is_told_apart_before_anything_is_asked() {
+async fn a_host_of_neon_is_refused_without_a_request() {
     let emulator = emulator().await;
     let host = "ep-cool-breeze-1.us-east-2.aws.neon.tech";
     for wanted in [on_host(host), named(host)] {
@@ -465,7 +465,7 @@ async fn a_host_of_neon_is_told_apart_before_anything_is_asked() {
 
 /// The uid is what people see: it is the first part of the host.
 #[tokio::test(flavor = "multi_thread")]
-async fn an_endpoint_named_by_its_uid_is_told_its_name() {
+async fn the_error_for_an_endpoint_uid_contains_its_name() {
     let emulator = emulator().await;
     let host = emulator.pooler_host();
     let (uid, _) = host.split_once("-pooler").unwrap();
@@ -485,7 +485,7 @@ async fn an_endpoint_named_by_its_uid_is_told_its_name() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_time_heals_is_waited_out_and_the_rest_is_not() {
+async fn transient_errors_are_retried_and_permanent_ones_are_not() {
     let emulator = emulator().await;
     let app = app(&emulator);
     emulator
@@ -509,7 +509,7 @@ async fn what_time_heals_is_waited_out_and_the_rest_is_not() {
     emulator.stop().await;
 }
 
-/// Which of an app's databases is served was said nowhere.
+/// The log did not name the served database of an app.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_app_with_two_databases_has_its_choice_logged() {
     let emulator = emulator().await;

@@ -1,4 +1,4 @@
-//! `doctor` against set-ups that are broken in one way each: it must name that way first, fix it, and tell no secret.
+//! `doctor` against set-ups that are broken in one way each: it must report that fault first, with its fix and no secret.
 
 use std::{
     io::Write,
@@ -81,14 +81,14 @@ impl<'a> Setup<'a> {
             variables: self.variables.clone(),
             connect: self.connect,
         };
-        let mut told = Vec::new();
-        let report = doctor::run(&inputs, |_| {}, |step| told.push(step.clone())).await;
-        assert_eq!(told, report.steps, "told as it is found");
-        self.tells_no_secret(&report);
+        let mut reported = Vec::new();
+        let report = doctor::run(&inputs, |_| {}, |step| reported.push(step.clone())).await;
+        assert_eq!(reported, report.steps, "reported as found");
+        self.contains_no_secret(&report);
         report
     }
 
-    fn tells_no_secret(&self, report: &Report) {
+    fn contains_no_secret(&self, report: &Report) {
         let shown = format!("{}{}{report:?}", report.text(), report.json());
         let identities = self.emulator.identities();
         let secrets = identities
@@ -113,8 +113,8 @@ impl<'a> Setup<'a> {
             panic!("all is well, but should not be:\n{text}");
         };
         assert_eq!(first.name, step, "{text}");
-        let said = first.fix.as_deref().unwrap_or_default();
-        assert!(said.contains(fix), "no `{fix}` in `{said}`:\n{text}");
+        let reply = first.fix.as_deref().unwrap_or_default();
+        assert!(reply.contains(fix), "no `{fix}` in `{reply}`:\n{text}");
         assert!(!report.is_well());
         // Every step is there whatever happened, once.
         let names: Vec<_> = report.steps.iter().map(|step| step.name).collect();
@@ -163,7 +163,7 @@ fn refusal(code: &str, message: &str, detail: Option<&str>) -> Action {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_set_up_in_order_is_well_with_either_way_to_authenticate() {
+async fn a_valid_setup_passes_with_either_authentication() {
     let emulator = emulator().await;
     let report = Setup::new(&emulator).is_well().await;
     assert_eq!(step(&report, "SELECT 1").outcome, Outcome::Ok);
@@ -179,7 +179,7 @@ async fn a_set_up_in_order_is_well_with_either_way_to_authenticate() {
     );
     assert_eq!(step(&report, "workspace TLS").outcome, Outcome::Skipped);
 
-    // A personal access token alone: the person is asked for, and the host looked up.
+    // A personal access token alone: user and host are looked up.
     let user = &emulator.identities().user;
     let setup = Setup::new(&emulator)
         .token(user.pat.as_ref().unwrap().expose_secret())
@@ -253,7 +253,7 @@ async fn settings_that_cannot_work_are_the_first_cause() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn two_ways_to_authenticate_are_named_both() {
+async fn two_possible_kinds_of_authentication_are_both_named() {
     let emulator = emulator().await;
     let setup = Setup::new(&emulator).with("DATABRICKS_TOKEN", "dapi-left-over");
     let report = setup.fails_at("settings", "DATABRICKS_AUTH_TYPE").await;
@@ -281,7 +281,7 @@ fn databricks_cli(path: &Path, script: &str) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_expired_login_is_told_with_the_command_that_renews_it() {
+async fn an_expired_login_is_reported_with_the_command_that_renews_it() {
     let emulator = emulator().await;
     let scratch = tempfile::tempdir().unwrap();
     let directory = scratch.path().display().to_string();
@@ -332,7 +332,7 @@ async fn settings_of_a_profile_are_shown_with_their_source() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_wrong_clock_is_noticed_though_all_else_works() {
     let emulator = emulator().await;
-    // Half a minute more than is said: a `Date` is cut to whole seconds, and the answer takes its time.
+    // Half a minute more than reported: a `Date` is cut to whole seconds, and the answer takes its time.
     emulator.configure(|settings| settings.clock_skew_seconds = 630);
     let report = Setup::new(&emulator).fails_at("clock", "timedatectl").await;
     assert!(
@@ -345,7 +345,7 @@ async fn a_wrong_clock_is_noticed_though_all_else_works() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_workspace_that_cannot_be_reached_is_told_by_how_far_one_gets() {
+async fn an_unreachable_workspace_is_reported_with_the_failed_step() {
     let emulator = emulator().await;
     let setup = || Setup::new(&emulator);
     let report = setup()
@@ -360,7 +360,7 @@ async fn a_workspace_that_cannot_be_reached_is_told_by_how_far_one_gets() {
         .with("DATABRICKS_HOST", &format!("http://{address}"))
         .fails_at("TCP", "firewall")
         .await;
-    // The endpoint's port speaks no TLS of this kind, and soon says so.
+    // The endpoint's port does not accept this TLS, and reports that soon.
     emulator.configure(|settings| settings.handshake_timeout = Duration::from_millis(200));
     let port = emulator.pg_port();
     setup()
@@ -371,7 +371,7 @@ async fn a_workspace_that_cannot_be_reached_is_told_by_how_far_one_gets() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_the_workspace_refuses_is_told_apart() {
+async fn refusals_of_the_workspace_are_distinguished() {
     let emulator = emulator().await;
     let setup = || Setup::new(&emulator);
     setup()
@@ -408,7 +408,7 @@ async fn what_the_workspace_refuses_is_told_apart() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_endpoint_that_cannot_be_used_is_told_with_those_that_can() {
+async fn an_unusable_endpoint_is_reported_with_the_usable_ones() {
     let emulator = emulator().await;
     let setup = || Setup::new(&emulator);
     setup()
@@ -449,7 +449,7 @@ async fn rights_to_look_up_are_not_needed_where_the_host_is_known() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_sleeping_compute_is_woken_only_when_told_to_connect() {
+async fn a_sleeping_compute_is_woken_only_on_request() {
     let emulator = emulator().await;
     emulator.suspend().await;
     let report = Setup::new(&emulator).is_well().await;
@@ -460,7 +460,7 @@ async fn a_sleeping_compute_is_woken_only_when_told_to_connect() {
     assert_eq!(emulator.counts().dials, 0);
     assert!(!emulator.is_active());
 
-    // What the workspace knows of roles is told without waking anything.
+    // The workspace's data on roles is reported without waking the endpoint.
     Setup::new(&emulator)
         .identity(&emulator.identities().stranger)
         .fails_at("role and grants", "databricks_create_role")
@@ -475,7 +475,7 @@ async fn a_sleeping_compute_is_woken_only_when_told_to_connect() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_fails_between_here_and_the_edge_is_told_apart() {
+async fn failures_on_the_path_to_the_edge_are_distinguished() {
     let emulator = emulator().await;
     let setup = || Setup::new(&emulator);
     setup()
@@ -501,8 +501,8 @@ async fn what_fails_between_here_and_the_edge_is_told_apart() {
     emulator.configure(|settings| settings.is_listening = false);
     // The port closes when the emulator has taken notice.
     crate::harness::eventually("the port is closed", async || {
-        let dialled = tokio::net::TcpStream::connect(("127.0.0.1", emulator.pg_port())).await;
-        dialled.is_err().then_some(())
+        let dialed = tokio::net::TcpStream::connect(("127.0.0.1", emulator.pg_port())).await;
+        dialed.is_err().then_some(())
     })
     .await;
     setup().fails_at("endpoint TCP", "firewall").await;
@@ -510,7 +510,7 @@ async fn what_fails_between_here_and_the_edge_is_told_apart() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_refused_login_is_told_by_its_cause() {
+async fn a_refused_login_is_reported_with_its_cause() {
     let emulator = emulator().await;
     let setup = || Setup::new(&emulator);
     let stranger = &emulator.identities().stranger;
@@ -576,7 +576,7 @@ async fn a_refused_login_is_told_by_its_cause() {
 
 /// The role exists, and logins fail: it is bound to another identity, or the database lacks the extension.
 #[tokio::test(flavor = "multi_thread")]
-async fn what_binds_a_role_to_its_identity_is_checked() {
+async fn the_security_label_of_a_role_is_checked() {
     let emulator = emulator().await;
     let setup = || Setup::new(&emulator);
     let app = &emulator.identities().app;
@@ -611,7 +611,7 @@ async fn what_binds_a_role_to_its_identity_is_checked() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_user_who_is_not_us_is_not_given_a_role() {
     let emulator = emulator().await;
-    let setup = Setup::new(&emulator).with("PGUSER", "nobody@example.com");
+    let setup = Setup::new(&emulator).with("PGUSER", "unknown@example.com");
     let report = setup.fails_at("login", "unset PGUSER").await;
     let step = step(&report, "login");
     assert!(step.message.contains("not who we are"), "{}", step.message);
@@ -620,7 +620,7 @@ async fn a_user_who_is_not_us_is_not_given_a_role() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_app_with_two_databases_says_which_is_served() {
+async fn an_app_with_two_databases_logs_the_served_one() {
     let emulator = emulator().await;
     emulator.configure(|settings| {
         settings.app_resources = vec![
@@ -648,7 +648,7 @@ async fn an_app_with_two_databases_says_which_is_served() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_taken_port_names_whose_it_is() {
+async fn a_taken_port_is_reported_with_its_owner() {
     let emulator = emulator().await;
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
     let port = taken.local_addr().unwrap().port();

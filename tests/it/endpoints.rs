@@ -54,7 +54,7 @@ async fn one_endpoint_that_cannot_be_found_does_not_stop_the_other() {
         "[[endpoint]]\nname = \"{name}-of-another-name\"\n[[endpoint]]\nname = \"{name}\"\nhost = \"localhost\"\nport = {}",
         emulator.pg_port()
     );
-    // PGHOST and its kin name the one endpoint where there is no table: here they must not be looked at.
+    // PGHOST and the other variables define the endpoint only without a table: here they must be ignored.
     let mut variables = emulator.environment();
     variables.push(("PGHOST", "nowhere.invalid".to_owned()));
     let running = proxy(&tables, &variables).await;
@@ -70,7 +70,7 @@ async fn one_endpoint_that_cannot_be_found_does_not_stop_the_other() {
     assert!(error.message().contains("-of-another-name"), "{error:?}");
     assert!(
         error.hint().is_some_and(|hint| hint.contains(name)),
-        "it says what there is: {error:?}"
+        "it lists the existing ones: {error:?}"
     );
 
     let text = running.metrics().render();
@@ -128,7 +128,7 @@ async fn a_plain_postgres_is_reached_with_a_password_of_its_own() {
         .zip(["scram", "md5", "clear"])
     {
         // The server takes its new rules up in its own time.
-        let client = eventually("the server asks for passwords", async || {
+        let client = eventually("the server requires passwords", async || {
             connect(bound.tcp[0].port()).await.ok()
         })
         .await;

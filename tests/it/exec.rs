@@ -50,7 +50,7 @@ async fn outcome(command: &mut Command) -> Outcome {
     }
 }
 
-/// A running `exec`, and what its child says line by line.
+/// A running `exec` and the output of its child, line by line.
 struct Running {
     process: Child,
     out: tokio::io::Lines<BufReader<ChildStdout>>,
@@ -65,7 +65,7 @@ impl Running {
 
     async fn line(&mut self) -> String {
         let line = within("a line of the child", self.out.next_line()).await;
-        line.unwrap().expect("the child says more")
+        line.unwrap().expect("more output")
     }
 
     fn signal(&self, name: &str) {
@@ -119,7 +119,7 @@ async fn the_child_finds_its_database_without_a_password() {
 }
 
 #[tokio::test]
-async fn its_variables_are_the_proxys_and_ours_are_gone() {
+async fn the_child_gets_variables_of_the_proxy_instead_of_ours() {
     let emulator = harness::emulator().await;
     let mut command = exec(&emulator, &["--strip-secrets"], "env; ulimit -Sn");
     command
@@ -175,7 +175,7 @@ async fn the_child_has_the_limit_of_open_files_that_it_would_have_had() {
 }
 
 #[tokio::test]
-async fn the_exit_code_is_the_childs() {
+async fn the_exit_code_is_that_of_the_child() {
     let emulator = harness::emulator().await;
     for (script, code) in [
         ("exit 3", 3),
@@ -213,7 +213,7 @@ async fn the_child_ends_with_an_exec_that_is_killed() {
     assert_eq!(more.unwrap(), None);
 }
 
-/// The parent may die before the child has told the kernel which signal it wants then.
+/// The parent may die before the child has set its parent-death signal.
 #[tokio::test]
 async fn a_child_whose_exec_has_gone_already_does_not_become_the_program() {
     let mut command = binary::command(&["__launch", "1", "1024", "echo", "started"]);
@@ -226,7 +226,7 @@ async fn without_a_credential_the_child_is_not_started() {
     let emulator = harness::emulator().await;
     let mut command = exec(&emulator, &["--connect-timeout", "300ms"], "echo started");
     let began = Instant::now();
-    // Nobody there.
+    // No listener.
     command.env("DATABRICKS_HOST", "http://127.0.0.1:1");
     let outcome = outcome(&mut command).await;
     assert_eq!((outcome.code, outcome.out.as_str()), (Some(1), ""));
@@ -245,10 +245,10 @@ async fn without_a_credential_the_child_is_not_started() {
 }
 
 #[tokio::test]
-async fn a_proxy_that_cannot_go_on_tells_the_child_by_its_connections() {
+async fn a_proxy_that_fails_closes_the_connections_of_the_child() {
     let emulator = harness::emulator().await;
     let script = "echo ready; while read line; do psql -XAtc 'select 1' 2>/dev/null || echo refused; done; exit 6";
-    // Enough for a login on a busy machine, and soon over when nobody answers.
+    // Enough for a login on a busy machine, and soon over without an answer.
     let flags = ["--connect-timeout", "5s"];
     let mut command = exec(&emulator, &flags, script);
     let mut running = Running::start(command.stdin(Stdio::piped()));
@@ -271,11 +271,7 @@ async fn on_sigterm_the_child_goes_first_and_still_has_its_database() {
     let mut running = Running::start(&mut exec(&emulator, &[], script));
     assert_eq!(running.line().await, "ready");
     running.signal("TERM");
-    assert_eq!(
-        running.line().await,
-        "42",
-        "a new session after the proxy was told to end"
-    );
+    assert_eq!(running.line().await, "42", "a new session after SIGTERM");
     assert_eq!(running.end().await.code(), Some(7));
 }
 
@@ -286,11 +282,11 @@ async fn a_child_that_ignores_sigterm_is_killed_in_time() {
     let flags = ["--max-sigterm-delay", "1s"];
     let mut running = Running::start(&mut exec(&emulator, &flags, script));
     assert_eq!(running.line().await, "ready");
-    let told = Instant::now();
+    let reported = Instant::now();
     running.signal("TERM");
     assert_eq!(running.end().await.code(), Some(137));
     assert!(
-        told.elapsed() > Duration::from_millis(500),
+        reported.elapsed() > Duration::from_millis(500),
         "it had its time"
     );
 
@@ -330,7 +326,7 @@ async fn signals_are_passed_on() {
     let trap = |name: &&str| format!("trap 'echo got {name}' {name}; ");
     let traps = names.iter().map(trap).collect::<Vec<_>>().concat();
     let script = format!("{traps} echo ready; while :; do sleep 0.05; done");
-    // Whoever runs the tests under nohup has it ignore SIGHUP.
+    // Under nohup, SIGHUP is ignored.
     let mut command = Command::new("env");
     command
         .args(["--default-signal", "setsid", PROGRAM])
@@ -350,7 +346,7 @@ async fn signals_are_passed_on() {
 }
 
 #[tokio::test]
-async fn what_was_ignored_stays_ignored() {
+async fn ignored_signals_stay_ignored() {
     let emulator = harness::emulator().await;
     let script = "echo ready; read line; echo still here";
     let mut command = Command::new("sh");
@@ -417,7 +413,7 @@ async fn two_live_side_by_side() {
 }
 
 #[tokio::test]
-async fn as_pid_1_orphans_are_reaped_and_the_status_is_the_childs() {
+async fn as_pid_1_orphans_are_reaped_and_the_status_is_that_of_the_child() {
     let emulator = harness::emulator().await;
     // Orphans that end before, beside and after; each would stay as a zombie of PID 1.
     let script = "for i in 1 2 3 4 5; do (sh -c 'sleep 0.05; exit 4' &) ; done; \
@@ -441,7 +437,7 @@ async fn as_pid_1_orphans_are_reaped_and_the_status_is_the_childs() {
 #[tokio::test]
 async fn pid_1_passes_sigterm_on() {
     let emulator = harness::emulator().await;
-    let script = "trap 'echo told; exit 5' TERM; echo ready; while :; do sleep 0.05; done";
+    let script = "trap 'echo stopped; exit 5' TERM; echo ready; while :; do sleep 0.05; done";
     let mut command = Command::new("unshare");
     command
         .args([
@@ -467,7 +463,7 @@ async fn pid_1_passes_sigterm_on() {
     let unshare = running.process.id().unwrap();
     let init = std::fs::read_to_string(format!("/proc/{unshare}/task/{unshare}/children")).unwrap();
     signal(init.trim().parse().unwrap(), "TERM");
-    assert_eq!(running.line().await, "told");
+    assert_eq!(running.line().await, "stopped");
     let status = running.end().await;
     assert_eq!((status.code(), status.signal()), (Some(5), None));
 }
@@ -515,7 +511,7 @@ impl Terminal {
                 return;
             }
             let read = within(text, self.out.read(&mut chunk)).await.unwrap();
-            assert!(read > 0, "it ends without saying {text:?}: {}", self.seen);
+            assert!(read > 0, "it ends without printing {text:?}: {}", self.seen);
             self.seen.push_str(&String::from_utf8_lossy(&chunk[..read]));
         }
     }

@@ -21,12 +21,12 @@ const SLEEPING: &str = "This could be due to paused instances, disabling readabl
 const IP_ACL: &str =
     "Source IP address: 203.0.113.7 is blocked by Databricks IP ACL for workspace: 1234567890";
 
-/// What the front says, or Postgres itself.
+/// An error of the edge's front, or of Postgres.
 fn fatal(code: &str, message: &str) -> ServerError {
     ServerError::fatal(code, message)
 }
 
-/// What the proxy behind the front says: ERROR, XX000.
+/// An error of the proxy behind the front: ERROR, XX000.
 fn inner(message: &str) -> ServerError {
     ServerError::proxy(message)
 }
@@ -55,13 +55,13 @@ fn check_refusal(refusal: &ErrorFields, emulator: &Emulator) {
 }
 
 /// The same for one whose cause the server put into words.
-fn check_words(refusal: &ErrorFields, said: &ServerError, emulator: &Emulator) {
+fn check_words(refusal: &ErrorFields, reply: &ServerError, emulator: &Emulator) {
     check_refusal(refusal, emulator);
     let detail = refusal.detail.as_deref().unwrap();
-    assert!(refusal.message.contains(&said.message), "{refusal:?}");
-    assert!(detail.contains(&said.message), "{refusal:?}");
+    assert!(refusal.message.contains(&reply.message), "{refusal:?}");
+    assert!(detail.contains(&reply.message), "{refusal:?}");
     assert!(
-        detail.contains(said.detail.as_deref().unwrap_or_default()),
+        detail.contains(reply.detail.as_deref().unwrap_or_default()),
         "{refusal:?}"
     );
 }
@@ -73,7 +73,7 @@ fn short(settings: &mut Settings) {
 }
 
 #[tokio::test]
-async fn what_no_wait_can_heal_is_refused_at_once_after_one_dial() {
+async fn permanent_errors_are_refused_after_one_dial() {
     let emulator = harness::emulator().await;
     let proxy = Proxy::start(&emulator).await;
     let rows = [
@@ -229,15 +229,15 @@ async fn what_no_wait_can_heal_is_refused_at_once_after_one_dial() {
             "08P01",
             "PGHOST",
         ),
-        // Nobody has told us about these: the server's own words, code and hint.
+        // Unknown errors: the server's own message, code and hint.
         (
             ServerError {
-                hint: Some("Ask somebody.".to_owned()),
+                hint: Some("Call an administrator.".to_owned()),
                 ..fatal("58030", "the disk is on fire")
             },
             Reason::Other,
             "58030",
-            "Ask somebody.",
+            "Call an administrator.",
         ),
         (
             inner("a text never seen before"),
@@ -246,17 +246,17 @@ async fn what_no_wait_can_heal_is_refused_at_once_after_one_dial() {
             "",
         ),
     ];
-    for (said, reason, code, hint) in rows {
+    for (reply, reason, code, hint) in rows {
         for site in [Site::Startup, Site::Password] {
             let before = emulator.counts();
             let refused = &proxy.metrics().clients_refused[reason];
             let refused_before = refused.get();
-            emulator.faults().always(site, Action::Error(said.clone()));
+            emulator.faults().always(site, Action::Error(reply.clone()));
             let began = Instant::now();
             let refusal = proxy.refusal().await;
             assert!(
                 began.elapsed() < AT_ONCE,
-                "{said:?} took {:?}",
+                "{reply:?} took {:?}",
                 began.elapsed()
             );
             emulator.faults().clear();
@@ -266,11 +266,11 @@ async fn what_no_wait_can_heal_is_refused_at_once_after_one_dial() {
                 "{refusal:?}"
             );
             assert_eq!(refusal.hint.is_some(), !hint.is_empty(), "{refusal:?}");
-            check_words(&refusal, &said, &emulator);
+            check_words(&refusal, &reply, &emulator);
             assert_eq!(
                 since(&before, &emulator),
                 (1, 0, 0),
-                "dials, mints, calls for {said:?}"
+                "dials, mints, calls for {reply:?}"
             );
             assert_eq!(refused.get(), refused_before + 1, "counted as {reason:?}");
         }
@@ -280,20 +280,20 @@ async fn what_no_wait_can_heal_is_refused_at_once_after_one_dial() {
 }
 
 #[tokio::test]
-async fn an_error_before_tls_is_heeded_too() {
+async fn an_error_before_tls_is_handled_too() {
     let emulator = harness::emulator().await;
     let proxy = Proxy::start(&emulator).await;
-    let said = fatal(
+    let reply = fatal(
         "08P01",
         "Invalid protocol version. Protocol version: 80877103",
     );
     emulator
         .faults()
-        .once(Site::SslRequest, Action::Error(said.clone()));
+        .once(Site::SslRequest, Action::Error(reply.clone()));
     let refusal = proxy.refusal().await;
     assert_eq!(refusal.code, "08P01");
     // It is unauthenticated, so that it is passed on but not believed.
-    assert!(refusal.message.contains(&said.message), "{refusal:?}");
+    assert!(refusal.message.contains(&reply.message), "{refusal:?}");
     check_refusal(&refusal, &emulator);
     emulator
         .faults()
@@ -375,10 +375,10 @@ async fn a_server_that_is_not_to_be_trusted_gets_no_credential() {
 }
 
 #[tokio::test]
-async fn what_a_wake_heals_is_waited_for() {
+async fn errors_of_a_waking_endpoint_are_retried() {
     let emulator = harness::emulator().await;
     let proxy = Proxy::start(&emulator).await;
-    for said in [
+    for reply in [
         ServerError::external_authorization(),
         fatal("28000", "External authorization failed.").detail(SLEEPING),
         fatal("57P03", "the database system is starting up"),
@@ -405,10 +405,10 @@ async fn what_a_wake_heals_is_waited_for() {
         let before = emulator.counts();
         emulator
             .faults()
-            .times(2, Site::Startup, Action::Error(said.clone()));
+            .times(2, Site::Startup, Action::Error(reply.clone()));
         let mut wire = proxy.session().await;
-        assert_eq!(wire.value("select 1").await, "1", "{said:?}");
-        assert_eq!(since(&before, &emulator), (3, 0, 0), "{said:?}");
+        assert_eq!(wire.value("select 1").await, "1", "{reply:?}");
+        assert_eq!(since(&before, &emulator), (3, 0, 0), "{reply:?}");
     }
     for action in [Action::Close, Action::Reset] {
         for site in [
@@ -486,7 +486,7 @@ async fn an_endpoint_that_does_not_wake_is_given_up_after_the_budget() {
             "08006",
             "closed the connection unexpectedly",
         ),
-        // The kernel may tell of the reset in the middle of the connect or after it.
+        // The kernel may report the reset during the connect or after it.
         (Some((Site::Accept, Action::Reset)), "08", "cannot reach"),
         (
             Some((Site::Startup, Action::Stall)),
@@ -531,17 +531,17 @@ async fn an_endpoint_that_does_not_wake_is_given_up_after_the_budget() {
 }
 
 #[tokio::test]
-async fn an_attempt_that_the_budget_cuts_short_does_not_hide_what_the_server_said() {
+async fn an_attempt_cut_short_by_the_budget_does_not_hide_the_servers_error() {
     let emulator = harness::emulator().await;
     let proxy = Proxy::with(&emulator, short).await;
-    let said = ServerError::external_authorization();
+    let reply = ServerError::external_authorization();
     emulator
         .faults()
-        .once(Site::Startup, Action::Error(said.clone()));
+        .once(Site::Startup, Action::Error(reply.clone()));
     emulator.faults().always(Site::Startup, Action::Stall);
     let refusal = proxy.refusal().await;
     assert_eq!(refusal.code, "28000");
-    check_words(&refusal, &said, &emulator);
+    check_words(&refusal, &reply, &emulator);
     assert_eq!(emulator.counts().dials, 2);
 }
 
@@ -569,7 +569,7 @@ async fn a_name_that_does_not_resolve_is_given_up_sooner() {
 }
 
 #[tokio::test]
-async fn clients_of_a_sleeping_endpoint_are_held_and_told() {
+async fn clients_of_a_sleeping_endpoint_are_held_and_get_a_notice() {
     let emulator = harness::emulator().await;
     let proxy = Proxy::start(&emulator).await;
     emulator.configure(|settings| settings.wake_delay = Duration::from_millis(1700));
@@ -582,7 +582,7 @@ async fn clients_of_a_sleeping_endpoint_are_held_and_told() {
     };
     let followers = async {
         emulator
-            .wait_for(harness::PATIENCE, |counts| counts.refusals > 0)
+            .wait_for(harness::TIMEOUT, |counts| counts.refusals > 0)
             .await
             .unwrap();
         join_all((0..40).map(async |_| {
@@ -622,7 +622,7 @@ async fn clients_of_a_sleeping_endpoint_are_held_and_told() {
 }
 
 #[tokio::test]
-async fn whatever_a_sleeping_endpoint_answers_the_client_is_served() {
+async fn every_answer_of_a_sleeping_endpoint_ends_in_a_session() {
     let answers = [
         WhileAsleep::ExternalAuthorization,
         WhileAsleep::StartingUp,
@@ -662,7 +662,7 @@ async fn a_client_that_hangs_up_ends_its_wait() {
         .startup(&[("user", "leader"), ("database", harness::DATABASE)])
         .await;
     emulator
-        .wait_for(harness::PATIENCE, |counts| counts.dials >= 2)
+        .wait_for(harness::TIMEOUT, |counts| counts.dials >= 2)
         .await
         .unwrap();
     let mut follower = proxy.dial().await;
@@ -680,15 +680,15 @@ async fn a_client_that_hangs_up_ends_its_wait() {
     .await;
     let dials = emulator.counts().dials;
     emulator
-        .wait_for(harness::PATIENCE, |counts| counts.dials > dials + 1)
+        .wait_for(harness::TIMEOUT, |counts| counts.dials > dials + 1)
         .await
-        .expect("somebody goes on dialling");
+        .expect("another client dials on");
 
-    // Nobody is left: nobody dials.
+    // No client is left: no dial.
     follower.reset();
     proxy.until_quiet().await;
     emulator
-        .wait_for(harness::PATIENCE, |counts| counts.connections == 0)
+        .wait_for(harness::TIMEOUT, |counts| counts.connections == 0)
         .await
         .unwrap();
     let dials = emulator.counts().dials;
@@ -706,12 +706,12 @@ async fn a_client_that_hangs_up_ends_its_wait() {
         .startup(&[("user", "anyone"), ("database", harness::DATABASE)])
         .await;
     emulator
-        .wait_for(harness::PATIENCE, |counts| counts.connections == 1)
+        .wait_for(harness::TIMEOUT, |counts| counts.connections == 1)
         .await
         .unwrap();
     drop(stalled);
     emulator
-        .wait_for(harness::PATIENCE, |counts| counts.connections == 0)
+        .wait_for(harness::TIMEOUT, |counts| counts.connections == 0)
         .await
         .expect("the upstream dial ends");
     proxy.until_quiet().await;
@@ -733,18 +733,18 @@ async fn a_full_endpoint_is_waited_for_a_little() {
             "Failed to acquire permit to connect to the database. Too many database connection attempts are currently ongoing.",
         ),
     ];
-    join_all(texts.map(async |said| {
+    join_all(texts.map(async |reply| {
         let emulator = harness::emulator().await;
         let proxy = Proxy::start(&emulator).await;
         emulator
             .faults()
-            .times(2, Site::Password, Action::Error(said.clone()));
+            .times(2, Site::Password, Action::Error(reply.clone()));
         drop(proxy.session().await);
-        assert_eq!(emulator.counts().dials, 3, "{said:?}");
+        assert_eq!(emulator.counts().dials, 3, "{reply:?}");
 
         emulator
             .faults()
-            .always(Site::Password, Action::Error(said.clone()));
+            .always(Site::Password, Action::Error(reply.clone()));
         let proxy = Proxy::with(&emulator, short).await;
         let before = emulator.counts();
         let began = Instant::now();
@@ -756,17 +756,17 @@ async fn a_full_endpoint_is_waited_for_a_little() {
         );
         assert_eq!(
             refusal.code,
-            if said.code == "XX000" {
+            if reply.code == "XX000" {
                 "53300"
             } else {
-                &said.code
+                &reply.code
             }
         );
         assert!(
             refusal.hint.as_deref().unwrap().contains("pools"),
             "{refusal:?}"
         );
-        check_words(&refusal, &said, &emulator);
+        check_words(&refusal, &reply, &emulator);
         let (dials, mints, _) = since(&before, &emulator);
         assert!(dials <= 7 && mints == 0, "{dials} dials");
     }))
@@ -793,9 +793,9 @@ async fn a_rejected_credential_is_replaced_once_behind_the_clients_back() {
             "Invalid authorization for databricks identity login",
         ),
         fatal("28000", "token has expired"),
-        fatal("28000", "nobody has told us about this one"),
+        fatal("28000", "an unknown error"),
     ];
-    join_all(texts.map(async |said| {
+    join_all(texts.map(async |reply| {
         let emulator = harness::emulator().await;
         let proxy = Proxy::start(&emulator).await;
         // A credential that was never accepted would be tried again first.
@@ -803,12 +803,12 @@ async fn a_rejected_credential_is_replaced_once_behind_the_clients_back() {
         let before = emulator.counts();
         emulator
             .faults()
-            .once(Site::Password, Action::Error(said.clone()));
+            .once(Site::Password, Action::Error(reply.clone()));
         let mut wire = proxy.dial().await;
         wire.startup(&[("user", "anyone"), ("database", harness::DATABASE)])
             .await;
-        assert_eq!(wire.welcome().await.notices, [], "{said:?}");
-        assert_eq!(since(&before, &emulator), (2, 1, 1), "{said:?}");
+        assert_eq!(wire.welcome().await.notices, [], "{reply:?}");
+        assert_eq!(since(&before, &emulator), (2, 1, 1), "{reply:?}");
     }))
     .await;
 }
@@ -931,7 +931,7 @@ async fn a_role_that_was_never_made_is_named_with_the_statement_that_makes_it() 
 
 /// Without any credential a mint that time may heal is waited for.
 #[tokio::test]
-async fn a_workspace_in_trouble_is_waited_for() {
+async fn a_failing_workspace_is_retried() {
     let rows = [
         (Action::Respond(Response::status(429).retry_after("1")), 2),
         (Action::Respond(Response::status(500)), 2),
@@ -966,7 +966,7 @@ async fn a_workspace_in_trouble_is_waited_for() {
     .await;
 }
 
-/// Without any credential a refusal that only a person can mend is told, and not asked for again by each client.
+/// Without any credential, a permanent refusal is reported, and not requested again by each client.
 #[tokio::test]
 async fn a_workspace_that_refuses_is_quoted() {
     let denied = |status: u16, code: &str, message: &str| {
@@ -1066,8 +1066,8 @@ async fn a_workspace_that_never_answers_costs_the_client_its_budget() {
 async fn a_refusal_is_found_in_the_log_by_its_id() {
     let emulator = harness::emulator().await;
     let mut binary = Binary::serve(&emulator, &[]).await;
-    let said = fatal("3D000", "database \"x\" does not exist");
-    emulator.faults().once(Site::Startup, Action::Error(said));
+    let reply = fatal("3D000", "database \"x\" does not exist");
+    emulator.faults().once(Site::Startup, Action::Error(reply));
     let mut wire = Wire::dial(binary.postgres).await;
     wire.startup(&[("user", "anyone"), ("database", harness::DATABASE)])
         .await;
@@ -1085,9 +1085,9 @@ async fn a_refusal_is_found_in_the_log_by_its_id() {
 }
 
 /// A server repeats a bad value. Once that made this client the leader of retries with its own bad value, for which all
-/// others waited, and `token x has expired` used up the forced refreshes of everybody.
+/// others waited, and `token x has expired` used up the forced refreshes of all clients.
 #[tokio::test]
-async fn what_a_client_writes_into_its_settings_is_refused_to_it_alone() {
+async fn a_clients_invalid_settings_affect_that_client_only() {
     let emulator = harness::emulator().await;
     let proxy = Proxy::start(&emulator).await;
     let texts = [
@@ -1125,32 +1125,32 @@ async fn what_a_client_writes_into_its_settings_is_refused_to_it_alone() {
     proxy.until_quiet().await;
 }
 
-/// PGUSER set by hand to somebody else: the hint named neither identity, and each client had a new credential minted.
+/// PGUSER set by hand to another identity: the hint named neither identity, and each client had a new credential minted.
 #[tokio::test]
 async fn a_credential_of_another_identity_is_renewed_once_and_both_are_named() {
     let emulator = harness::emulator().await;
     let app = emulator.identities().app.name.clone();
-    let other = [("PGUSER", "somebody@example.com")];
+    let other = [("PGUSER", "other@example.com")];
     let proxy = Proxy::cold(&emulator, &other, |_| {}).await.unwrap();
     proxy.warm().await;
-    let said = fatal(
+    let reply = fatal(
         "28P01",
-        "token's identity \"x\" did not match the security label configured for role \"somebody@example.com\"",
+        "token's identity \"x\" did not match the security label configured for role \"other@example.com\"",
     );
-    for said in [said, fatal("28000", "role \"y\" has no security label")] {
+    for reply in [reply, fatal("28000", "role \"y\" has no security label")] {
         emulator.faults().clear();
         emulator
             .faults()
-            .always(Site::Password, Action::Error(said.clone()));
+            .always(Site::Password, Action::Error(reply.clone()));
         let before = emulator.counts();
         for _ in 0..3 {
             let refusal = proxy.refusal().await;
-            assert_eq!(refusal.code, said.code, "{refusal:?}");
-            check_words(&refusal, &said, &emulator);
+            assert_eq!(refusal.code, reply.code, "{refusal:?}");
+            check_words(&refusal, &reply, &emulator);
             let hint = refusal.hint.unwrap();
             assert!(hint.contains(&app), "{hint}");
             assert!(
-                hint.contains("ON ROLE \"somebody@example.com\" IS 'id="),
+                hint.contains("ON ROLE \"other@example.com\" IS 'id="),
                 "{hint}"
             );
             assert!(hint.contains("type=USER"), "{hint}");
@@ -1161,13 +1161,13 @@ async fn a_credential_of_another_identity_is_renewed_once_and_both_are_named() {
     let refused = &proxy.metrics().clients_refused[Reason::WrongIdentity];
     assert_eq!(refused.get(), 6);
 
-    // The same where the edge does not say so.
+    // The same without that message of the edge.
     emulator.faults().clear();
     let refusal = proxy.refusal().await;
     assert_eq!(refusal.code, "28000");
     let hint = refusal.hint.unwrap();
     assert!(
-        hint.contains("`somebody@example.com` (PGUSER)") && hint.contains(&format!("`{app}`")),
+        hint.contains("`other@example.com` (PGUSER)") && hint.contains(&format!("`{app}`")),
         "{hint}"
     );
     assert!(!hint.contains("create_role"), "it would not help: {hint}");

@@ -77,7 +77,7 @@ fn probes_are_answered_while_every_worker_is_blocked() {
         let (answer, _) = probe(address, path);
         assert!(answer.starts_with("HTTP/1.1 200 "), "{path}: {answer}");
     }
-    // Nothing else is: whoever connects waits.
+    // Nothing else is: clients wait.
     let mut client = TcpStream::connect(proxy.address()).unwrap();
     client
         .write_all(&crate::harness::wire::SSL_REQUEST)
@@ -156,7 +156,7 @@ async fn a_deep_probe_logs_in_once_in_a_while_and_a_plain_one_never() {
     );
 }
 
-/// A page can make a browser of this machine ask for any address, and so wake an endpoint again and again.
+/// A page can make a browser of this machine request any address, and so wake an endpoint again and again.
 #[tokio::test]
 async fn no_page_of_another_site_wakes_an_endpoint() {
     let emulator = emulator().await;
@@ -243,7 +243,7 @@ async fn a_deep_probe_finds_what_a_plain_one_cannot() {
 }
 
 #[tokio::test]
-async fn the_status_page_is_for_browsers_of_this_machine_and_names_what_is_wrong() {
+async fn the_status_page_is_local_and_shows_failures() {
     let emulator = emulator().await;
     let proxy = Proxy::with(&emulator, with_http).await;
     let http = proxy.http();

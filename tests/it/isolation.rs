@@ -21,8 +21,8 @@ async fn repeat(address: std::net::SocketAddr, parameters: [(&'static str, &'sta
         let mut wire = Wire::dial(address).await;
         wire.startup(&parameters).await;
         // Up to the refusal, or to the session that is not wanted.
-        while let Ok(Some(said)) = wire.try_next().await {
-            if matches!(said.tag, 'E' | 'Z') {
+        while let Ok(Some(reply)) = wire.try_next().await {
+            if matches!(reply.tag, 'E' | 'Z') {
                 break;
             }
         }
@@ -41,7 +41,7 @@ async fn log_in_beside(emulator: &Emulator, attacks: &[[(&'static str, &'static 
     // Every attack has been met at least once.
     within(
         "the attacks",
-        emulator.wait_for(harness::PATIENCE, |now| {
+        emulator.wait_for(harness::TIMEOUT, |now| {
             now.dials - before.dials >= attacks.len() as u64
         }),
     )
@@ -67,7 +67,7 @@ async fn log_in_beside(emulator: &Emulator, attacks: &[[(&'static str, &'static 
 /// The server repeats a refused value in its error, and the texts of failures were looked for there: a client could make
 /// the proxy take the endpoint for asleep, and lead all others' attempts with its own settings.
 #[tokio::test]
-async fn an_error_that_quotes_the_client_says_nothing_about_the_endpoint() {
+async fn an_error_that_quotes_the_client_does_not_classify_the_endpoint() {
     let emulator = harness::emulator().await;
     log_in_beside(
         &emulator,

@@ -1,4 +1,4 @@
-//! From the start to the end: tests before being ready, requests to end, delays, errands of other processes.
+//! From the start to the end: tests before being ready, requests to end, delays, requests of other processes.
 
 use std::time::Duration;
 
@@ -14,12 +14,12 @@ use crate::{
     web::{get, request},
 };
 
-/// Runs the program to its end: exit code and what it says to standard error.
+/// Runs the program to its end: exit code and standard error.
 async fn run(arguments: &[&str]) -> (Option<i32>, String) {
     let output = within("the command ends", binary::command(arguments).output()).await;
     let output = output.unwrap();
-    let said = String::from_utf8_lossy(&output.stderr).into_owned();
-    (output.status.code(), said)
+    let reply = String::from_utf8_lossy(&output.stderr).into_owned();
+    (output.status.code(), reply)
 }
 
 /// A port that was free a moment ago.
@@ -81,7 +81,7 @@ async fn quitquitquit_drains_and_ends_with_zero() {
             .status,
         405
     );
-    // An image in any page; the browser does not say whose page asks 0.0.0.0, which leads here as well.
+    // An image in any page; the browser does not send the origin of a page that requests 0.0.0.0, which leads here as well.
     assert_eq!(get(admin, "/quitquitquit").await.status, 405);
     for address in ["0.0.0.0", "[::]", "8.8.8.8"] {
         let host = format!("{address}:{}", admin.port());
@@ -122,8 +122,8 @@ async fn signals_without_a_meaning_do_not_end_it() {
     ] {
         binary.signal(signal);
     }
-    let said = binary.until("signal ignored").await;
-    assert!(said["signal"].is_number(), "{said}");
+    let reply = binary.until("signal ignored").await;
+    assert!(reply["signal"].is_number(), "{reply}");
     let health = get(binary.http, "/readiness").await;
     assert_eq!(health.status, 200);
     binary.signal("TERM");
@@ -134,12 +134,12 @@ async fn signals_without_a_meaning_do_not_end_it() {
 async fn the_shutdown_command_ends_a_proxy_that_allows_it() {
     let emulator = harness::emulator().await;
     let port = free_port().await;
-    let (code, said) = run(&["shutdown", "--admin-port", &port]).await;
+    let (code, reply) = run(&["shutdown", "--admin-port", &port]).await;
     assert_eq!(code, Some(1));
     assert!(
-        said.starts_with("lakebase-proxy: cannot ask the proxy to end: cannot reach 127.0.0.1:")
-            && said.contains("\nhint: start the proxy with --quitquitquit"),
-        "{said}"
+        reply.starts_with("lakebase-proxy: cannot ask the proxy to end: cannot reach 127.0.0.1:")
+            && reply.contains("\nhint: start the proxy with --quitquitquit"),
+        "{reply}"
     );
 
     let flags = ["--quitquitquit", "--admin-port", &port];
@@ -156,11 +156,11 @@ async fn wait_returns_once_the_proxy_has_started() {
     let emulator = harness::emulator().await;
     let port = free_port().await;
     let began = Instant::now();
-    let (code, said) = run(&["wait", "--max", "0.3", "--http-port", &port]).await;
+    let (code, reply) = run(&["wait", "--max", "0.3", "--http-port", &port]).await;
     assert_eq!(code, Some(1));
     assert!(
-        said.contains("has not started within 300ms: cannot reach 127.0.0.1:"),
-        "{said}"
+        reply.contains("has not started within 300ms: cannot reach 127.0.0.1:"),
+        "{reply}"
     );
     assert!(began.elapsed() >= Duration::from_millis(300));
 
@@ -169,9 +169,9 @@ async fn wait_returns_once_the_proxy_has_started() {
     let (waited, _binary) = tokio::join!(run(&waiting), Binary::serve(&emulator, &serving));
     assert_eq!(waited, (Some(0), String::new()));
 
-    let (code, said) = run(&["wait", "--http-port", "none"]).await;
+    let (code, reply) = run(&["wait", "--http-port", "none"]).await;
     assert_eq!(code, Some(1));
-    assert!(said.contains("--http-port is `none`"), "{said}");
+    assert!(reply.contains("--http-port is `none`"), "{reply}");
 }
 
 #[tokio::test]
@@ -219,10 +219,10 @@ async fn min_sigterm_delay_goes_on_accepting_and_stays_ready() {
 async fn after_the_delay_the_drain_begins() {
     let emulator = harness::emulator().await;
     let mut binary = Binary::serve(&emulator, &["--min-sigterm-delay", "0.3"]).await;
-    let told = Instant::now();
+    let reported = Instant::now();
     binary.signal("TERM");
     binary.until("shutting down").await;
-    assert!(told.elapsed() >= Duration::from_millis(300));
+    assert!(reported.elapsed() >= Duration::from_millis(300));
     assert_eq!(binary.exit_code().await, Some(143));
 
     // SIGINT is a person's, who does not want to wait.
@@ -285,11 +285,11 @@ async fn a_connection_test_that_fails_ends_the_start() {
         .envs(emulator.environment())
         .env("PGDATABASE", "nowhere");
     let output = within("it ends", command.output()).await.unwrap();
-    let said = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert_eq!(output.status.code(), Some(1), "{said}");
+    let reply = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(1), "{reply}");
     assert!(
-        said.contains("\nlakebase-proxy: connection test failed: "),
-        "{said}"
+        reply.contains("\nlakebase-proxy: connection test failed: "),
+        "{reply}"
     );
 }
 

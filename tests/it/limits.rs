@@ -17,14 +17,14 @@ use lakebase_proxy::{
 };
 
 #[tokio::test]
-async fn one_client_too_many_is_told_so_and_cancels_still_pass() {
+async fn one_client_too_many_is_refused_and_cancels_still_pass() {
     let emulator = harness::emulator().await;
     let proxy = Proxy::with(&emulator, |settings| settings.max_connections = Some(3)).await;
     let mut first = proxy.dial().await;
     first.startup(&[("user", "anyone")]).await;
     let key = first.welcome().await.key;
     let others = [proxy.session().await, proxy.session().await];
-    // Connections that have not asked for a session take no place.
+    // Connections without a StartupMessage take no permit.
     let unfinished = [proxy.dial().await, proxy.dial().await];
 
     let dials = emulator.counts().dials;
@@ -48,10 +48,11 @@ async fn one_client_too_many_is_told_so_and_cancels_still_pass() {
     first.send(&text('Q', "select pg_sleep(60)")).await;
     until_running(&emulator.identities().app.name, 1).await;
     cancel(proxy.address(), key).await;
-    let said = first.until('Z').await;
+    let reply = first.until('Z').await;
     assert!(
-        said.iter()
-            .any(|said| said.tag == 'E' && said.error().code == "57014")
+        reply
+            .iter()
+            .any(|reply| reply.tag == 'E' && reply.error().code == "57014")
     );
 
     drop((others, unfinished));
@@ -61,7 +62,7 @@ async fn one_client_too_many_is_told_so_and_cancels_still_pass() {
 }
 
 #[tokio::test]
-async fn clients_that_send_nothing_hold_nobody_up() {
+async fn silent_clients_do_not_delay_others() {
     let emulator = harness::emulator().await;
     let proxy = Proxy::with(&emulator, |settings| {
         settings.client_login_timeout = Some(millis(600_000));
@@ -78,17 +79,18 @@ async fn clients_that_send_nothing_hold_nobody_up() {
         cancel(proxy.address(), key).await;
         busy.until('Z').await
     };
-    let (said, _) = within("both get through", async {
+    let (reply, _) = within("both get through", async {
         tokio::join!(cancelled, proxy.client())
     })
     .await;
     assert!(
-        said.iter()
-            .any(|said| said.tag == 'E' && said.error().code == "57014")
+        reply
+            .iter()
+            .any(|reply| reply.tag == 'E' && reply.error().code == "57014")
     );
     assert!(
         silent[0].stream.readable().now_or_never().is_none(),
-        "nobody had to be refused for that"
+        "no client had to be refused for that"
     );
     // They are old enough for eviction by and by, and each newer client evicts what is too many.
     eventually("the oldest is refused", async || {
@@ -153,7 +155,7 @@ async fn run(arguments: &[&str], variables: &[(&'static str, String)]) -> (Optio
 }
 
 #[tokio::test]
-async fn a_start_that_cannot_be_meant_ends_with_1_and_says_how_to_mend_it() {
+async fn an_invalid_configuration_exits_with_1_and_a_hint() {
     let emulator = harness::emulator().await;
     let good = emulator.environment();
     let with = |name: &'static str, value: &str| {
@@ -219,20 +221,23 @@ async fn a_start_that_cannot_be_meant_ends_with_1_and_says_how_to_mend_it() {
         (&["--no-such-flag"], good.clone(), &["--no-such-flag"]),
     ];
     for (arguments, variables, words) in rows {
-        let (code, said) = run(arguments, &variables).await;
-        assert_eq!(code, Some(1), "{arguments:?}: {said}");
+        let (code, reply) = run(arguments, &variables).await;
+        assert_eq!(code, Some(1), "{arguments:?}: {reply}");
         for word in words {
-            assert!(said.contains(word), "{arguments:?}: no `{word}` in {said}");
+            assert!(
+                reply.contains(word),
+                "{arguments:?}: no `{word}` in {reply}"
+            );
         }
-        assert!(!said.contains("panicked"), "{said}");
+        assert!(!reply.contains("panicked"), "{reply}");
         for (name, secret) in &variables {
-            assert!(*name != "DATABRICKS_CLIENT_SECRET" || !said.contains(secret));
+            assert!(*name != "DATABRICKS_CLIENT_SECRET" || !reply.contains(secret));
         }
     }
 }
 
 #[tokio::test]
-async fn listening_where_others_reach_it_must_be_asked_for_and_is_warned_of() {
+async fn a_public_address_must_be_allowed_and_causes_a_warning() {
     let emulator = harness::emulator().await;
     let mut binary = Binary::serve(&emulator, &["--address", "0.0.0.0", "--allow-remote"]).await;
     assert!(binary.postgres.ip().is_unspecified());

@@ -105,7 +105,7 @@ async fn sockets_of_a_service_manager_take_the_place_of_our_own() {
         [Some(tcp.into()), Some(unix.into())],
         &[],
     ));
-    // Nobody is refused before it is up: the sockets are the manager's.
+    // No client is refused before it is up: the sockets are the manager's.
     is_served(address).await;
     let mut wire = Wire::of(UnixStream::connect(&path).await.unwrap());
     wire.startup(&[("user", "anyone")]).await;
@@ -125,7 +125,7 @@ async fn each_endpoint_gets_the_socket_of_its_name() {
     let emulator = harness::emulator().await;
     let [one, two] = [(); 2].map(|()| TcpListener::bind("127.0.0.1:0").unwrap());
     let addresses = [&one, &two].map(|socket| socket.local_addr().unwrap());
-    // The second endpoint does not exist, so who is asked shows.
+    // The second endpoint does not exist, so the error shows which one was used.
     let name = emulator
         .environment()
         .into_iter()
@@ -160,17 +160,17 @@ async fn each_endpoint_gets_the_socket_of_its_name() {
 async fn sockets_that_cannot_be_used_are_named() {
     let emulator = harness::emulator().await;
     let open = TcpListener::bind("0.0.0.0:0").unwrap();
-    let said = failure(activated(&emulator, [Some(open.into()), None], &[])).await;
-    assert!(said.contains("--allow-remote"), "{said}");
+    let reply = failure(activated(&emulator, [Some(open.into()), None], &[])).await;
+    assert!(reply.contains("--allow-remote"), "{reply}");
     let (one, _other) = std::os::unix::net::UnixStream::pair().unwrap();
-    let said = failure(activated(&emulator, [Some(one.into()), None], &[])).await;
+    let reply = failure(activated(&emulator, [Some(one.into()), None], &[])).await;
     assert!(
-        said.contains("number 1") && said.contains("Accept=no"),
-        "{said}"
+        reply.contains("number 1") && reply.contains("Accept=no"),
+        "{reply}"
     );
 }
 
-/// `localhost` may mean either: a client would reach the other program, and nothing was said about it.
+/// `localhost` may mean either: a client would reach the other program, and nothing was logged.
 #[tokio::test]
 async fn a_taken_ipv6_loopback_beside_a_free_ipv4_one_is_a_warning() {
     if !has_ipv6() {

@@ -17,7 +17,7 @@ use crate::{
 
 const PASSWORD: &str = "sesame, öffne dich";
 
-/// A proxy that asks for it.
+/// A proxy that requires it.
 async fn proxy(emulator: &Emulator, file: &NamedTempFile) -> Proxy {
     fs::write(file, format!("{PASSWORD}\n")).unwrap();
     Proxy::with(emulator, |settings| {
@@ -28,11 +28,11 @@ async fn proxy(emulator: &Emulator, file: &NamedTempFile) -> Proxy {
 }
 
 #[tokio::test]
-async fn whoever_knows_the_password_gets_a_session_under_any_name() {
+async fn the_password_gives_a_session_under_any_user_name() {
     let emulator = harness::emulator().await;
     let file = NamedTempFile::new().unwrap();
     let proxy = proxy(&emulator, &file).await;
-    for user in ["anyone", "somebody else"] {
+    for user in ["anyone", "another user"] {
         let mut config = proxy.client_config();
         config.user(user).password(PASSWORD);
         let client = proxy.try_client(&config).await.unwrap();
@@ -61,7 +61,7 @@ async fn a_wrong_password_reaches_neither_the_endpoint_nor_the_log() {
         .password("wrong-guess");
     let refused = within("a refusal", config.connect(tokio_postgres::NoTls)).await;
     let error = refused.err().unwrap();
-    let error = error.as_db_error().expect("told by us");
+    let error = error.as_db_error().expect("our error");
     assert_eq!(error.code().code(), "28P01");
     assert_eq!(
         error.message(),
@@ -85,18 +85,18 @@ async fn a_wrong_password_reaches_neither_the_endpoint_nor_the_log() {
 }
 
 #[tokio::test]
-async fn what_is_asked_for_is_what_postgres_asks_for() {
+async fn the_authentication_request_equals_that_of_postgres() {
     let emulator = harness::emulator().await;
     let file = NamedTempFile::new().unwrap();
     let proxy = proxy(&emulator, &file).await;
-    // A newer client is told the version before it is asked.
+    // A newer client gets the version negotiation before the authentication request.
     let mut wire = proxy.dial().await;
     wire.send(&startup(PROTOCOL_3_2, &[("user", "anyone")]))
         .await;
     assert_eq!(wire.next().await.tag, 'v');
-    let asked = wire.next().await;
+    let requested = wire.next().await;
     assert_eq!(
-        (asked.tag, &asked.body[..]),
+        (requested.tag, &requested.body[..]),
         ('R', &b"\0\0\0\x0aSCRAM-SHA-256\0\0"[..])
     );
     // The password itself, or a query, is no answer.
@@ -133,7 +133,7 @@ async fn a_key_is_password_enough_to_cancel_with() {
 }
 
 #[tokio::test]
-async fn unix_sockets_the_childs_database_and_the_notes_page_need_no_typing() {
+async fn unix_sockets_the_child_and_the_notes_page_need_no_typed_password() {
     let emulator = harness::emulator().await;
     let directory = TempDir::new().unwrap();
     let mut command = binary::command(&["exec", "--notes", "--notes-port", "0"]);
@@ -210,11 +210,11 @@ async fn a_password_that_is_wanted_must_be_there() {
     command.envs(emulator.environment());
     let output = within("it ends", command.output()).await.unwrap();
     assert_eq!(output.status.code(), Some(1));
-    let said = String::from_utf8(output.stderr).unwrap();
-    assert!(said.contains("LAKEBASE_PROXY_LOCAL_PASSWORD"), "{said}");
+    let reply = String::from_utf8(output.stderr).unwrap();
+    assert!(reply.contains("LAKEBASE_PROXY_LOCAL_PASSWORD"), "{reply}");
 }
 
-/// psql connects without a password first, and returns with the one it has asked its user for: no warning is due. A program
+/// psql connects without a password first, and returns with the one typed by its user: no warning is due. A program
 /// without a password never returns, and its operator finds a line.
 #[tokio::test]
 async fn a_client_that_leaves_without_a_password_leaves_a_line() {

@@ -1,4 +1,4 @@
-//! Passwords that a real Postgres asks for in each of the ways it knows.
+//! All password methods of a real Postgres.
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
@@ -60,7 +60,7 @@ async fn log_in(front: SocketAddr, user: &str, password: &str) -> Result<Connect
 }
 
 #[tokio::test]
-async fn a_password_is_proved_in_whichever_way_the_server_asks() {
+async fn all_password_methods_of_the_server_work() {
     let cluster = Cluster::start().await;
     let admin = cluster.connect("postgres").await;
     admin
@@ -102,9 +102,12 @@ async fn a_password_is_proved_in_whichever_way_the_server_asks() {
         );
         let connection = log_in(front.address, user, "pässword").await.unwrap();
         assert!(connection.greeting.key.is_some(), "{user}");
-        let told = String::from_utf8_lossy(&connection.greeting.parameter_status).into_owned();
-        assert!(told.contains("server_version\0"), "{user}: {told}");
-        assert!(told.contains("client_encoding\0LATIN1\0"), "{user}: {told}");
+        let reported = String::from_utf8_lossy(&connection.greeting.parameter_status).into_owned();
+        assert!(reported.contains("server_version\0"), "{user}: {reported}");
+        assert!(
+            reported.contains("client_encoding\0LATIN1\0"),
+            "{user}: {reported}"
+        );
         assert!(connection.leftover.is_empty());
     }
 }

@@ -28,13 +28,13 @@ async fn connect(proxy: &Binary, database: &str) -> Result<(), tokio_postgres::E
         .user("anyone")
         .dbname(database);
     let (client, connection) = config.connect(tokio_postgres::NoTls).await?;
-    let asked = async {
+    let requested = async {
         client.simple_query("select 1").await?;
         drop(client);
         Ok(())
     };
-    let (asked, _ended) = tokio::join!(asked, connection);
-    asked
+    let (requested, _ended) = tokio::join!(requested, connection);
+    requested
 }
 
 async fn proxy() -> (Emulator, Binary) {
@@ -57,8 +57,9 @@ async fn a_flood_of_refusals_is_a_few_lines() {
     );
     proxy.until("nor_this_one").await;
     let about = |name: &str| {
-        let said = proxy.lines.iter().map(ToString::to_string);
-        said.filter(|line| line.contains("client refused") && line.contains(name))
+        let reply = proxy.lines.iter().map(ToString::to_string);
+        reply
+            .filter(|line| line.contains("client refused") && line.contains(name))
             .count()
     };
     assert_eq!(about("no_such_database"), 10);
@@ -66,7 +67,7 @@ async fn a_flood_of_refusals_is_a_few_lines() {
 }
 
 #[tokio::test]
-async fn what_is_logged_can_be_changed_while_it_runs() {
+async fn the_log_filter_can_change_at_runtime() {
     let (_emulator, mut proxy) = proxy().await;
     let port = proxy.http.port();
     let now = http(port, "GET /log-filter", "").await.unwrap();
@@ -213,8 +214,8 @@ async fn log_of_an_injection(flags: &[&str]) -> String {
     let try_login = async |parameters: &[(&str, &str)]| {
         let mut wire = Wire::dial(address).await;
         wire.startup(parameters).await;
-        while let Ok(Some(said)) = wire.try_next().await {
-            if said.tag == 'Z' {
+        while let Ok(Some(reply)) = wire.try_next().await {
+            if reply.tag == 'Z' {
                 wire.send(&wire::terminate()).await;
             }
         }
@@ -289,7 +290,7 @@ async fn each_line_of_json_is_one_event_whatever_others_send() {
 /// A container runtime, or a supervisor, whose pipe is full: every write to standard error waited for it, in the end the
 /// task that handles signals too.
 #[tokio::test]
-async fn a_log_that_nothing_reads_stops_neither_sessions_nor_the_end() {
+async fn an_unread_log_blocks_neither_sessions_nor_the_exit() {
     let (_emulator, proxy) = proxy().await;
     clog(&proxy).await;
     for _ in 0..3 {
@@ -304,12 +305,12 @@ async fn a_log_that_nothing_reads_stops_neither_sessions_nor_the_end() {
 }
 
 #[tokio::test]
-async fn lines_that_were_dropped_are_counted_in_the_log_once_it_is_read_again() {
+async fn the_number_of_dropped_lines_is_logged_when_reading_resumes() {
     let (_emulator, mut proxy) = proxy().await;
     let dropped = clog(&proxy).await;
-    let said = proxy.until("log lines were dropped").await;
+    let reply = proxy.until("log lines were dropped").await;
     assert_eq!(
-        (said["level"].as_str(), said["lines"].as_u64()),
+        (reply["level"].as_str(), reply["lines"].as_u64()),
         (Some("WARN"), Some(dropped))
     );
     proxy.signal("TERM");
@@ -318,7 +319,7 @@ async fn lines_that_were_dropped_are_counted_in_the_log_once_it_is_read_again() 
 }
 
 #[tokio::test]
-async fn a_command_that_fails_ends_whether_its_words_are_read_or_not() {
+async fn a_failing_command_exits_even_if_its_output_is_not_read() {
     let (_reader, mut writer) = pipe().unwrap();
     ioctl_fionbio(&writer, true).unwrap();
     let full = loop {
@@ -336,7 +337,7 @@ async fn a_command_that_fails_ends_whether_its_words_are_read_or_not() {
 
 /// 90 sessions that ended in one moment left nothing in the default log.
 #[tokio::test]
-async fn sessions_that_the_endpoint_ends_together_make_one_line() {
+async fn sessions_ended_together_by_the_endpoint_cause_one_line() {
     let emulator = harness::emulator().await;
     let mut binary = Binary::serve(&emulator, &[]).await;
     let mut sessions = Vec::new();

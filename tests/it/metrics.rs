@@ -1,4 +1,4 @@
-//! What Prometheus is told of sessions, logins and wakes.
+//! The metrics of sessions, logins and wakes.
 
 use std::time::Duration;
 

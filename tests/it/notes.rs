@@ -110,7 +110,7 @@ async fn the_five_newest_notes_show_newest_first_and_as_text() {
     let head = request(site.address, "HEAD", "/", &[("Host", "localhost")]).await;
     assert_eq!((head.status, head.body.as_str()), (200, ""));
 
-    // The same moment told with a time zone is the same moment.
+    // The same time with a time zone is the same time.
     admin
         .batch_execute(
             "ALTER TABLE notes ALTER created_at TYPE timestamptz USING created_at AT TIME ZONE 'UTC'; DELETE FROM notes \
@@ -210,7 +210,7 @@ async fn an_idle_connection_is_let_go_so_that_the_database_may_sleep() {
     for _ in 0..5 {
         assert_eq!(get(site.address, "/healthz").await.body, "ok\n");
     }
-    assert_eq!(front.opened(), 1, "health checks ask nobody");
+    assert_eq!(front.opened(), 1, "health checks send nothing");
 }
 
 #[tokio::test]
@@ -259,7 +259,7 @@ async fn a_table_that_is_locked_does_not_hold_the_reader_up() {
 }
 
 #[tokio::test]
-async fn stopping_says_goodbye_to_the_database() {
+async fn stopping_sends_terminate_to_the_database() {
     let cluster = Cluster::start().await;
     let front = cluster.front().await;
     let site = site(options(front.address, "postgres")).await;
@@ -314,7 +314,7 @@ async fn refuse(mut stream: TcpStream, reply: Option<(&str, &str)>) {
 }
 
 #[tokio::test]
-async fn a_refused_login_is_told_in_plain_words_and_without_the_servers_own() {
+async fn a_refused_login_is_explained_without_the_servers_message() {
     for (code, words, retry_after) in [
         ("57P03", "The database is waking up", "5"),
         ("08001", "The database is waking up", "5"),
@@ -324,7 +324,7 @@ async fn a_refused_login_is_told_in_plain_words_and_without_the_servers_own() {
         ("XX000", "The notes cannot be shown", "30"),
     ] {
         let (address, _gone, _tasks) =
-            scripted(Some((code, "host ep-secret-1234 says <no>"))).await;
+            scripted(Some((code, "host ep-secret-1234 answers <no>"))).await;
         let site = site(NotesOptions::new(address)).await;
         let page = get(site.address, "/").await;
         assert_eq!(page.status, 503, "{code}");
@@ -362,7 +362,7 @@ async fn a_sleeping_database_is_waited_for_within_bounds_and_not_held_awake() {
 }
 
 #[tokio::test]
-async fn without_a_proxy_the_page_says_so_and_recovers_when_there_is_one() {
+async fn without_a_proxy_the_page_reports_that_and_recovers_later() {
     let reserved = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = reserved.local_addr().unwrap();
     drop(reserved);

@@ -1,4 +1,4 @@
-//! A page of somebody else's, open in a browser on this machine, gets nothing from any of our HTTP ports.
+//! A foreign page, open in a browser on this machine, gets nothing from any HTTP port.
 //!
 //! What a browser lets a page send is in the headers here; what a page may read is decided by the answer's. So a request
 //! that is not refused must at least carry no permission to read it.
@@ -148,7 +148,7 @@ async fn a_foreign_page_gets_nothing_from_any_port() {
             let ours = get(address, path).await;
             assert_eq!(
                 ours.status, 200,
-                "{name}, {path}, asked by a tool: {}",
+                "{name}, {path}, requested by a tool: {}",
                 ours.body
             );
             assert_unreadable(&ours, name);
@@ -171,7 +171,7 @@ async fn a_foreign_page_gets_nothing_from_any_port() {
                     );
                     assert!(
                         answer.body.len() < 100,
-                        "{case} says too much: {}",
+                        "{case} discloses too much: {}",
                         answer.body
                     );
                     assert_unreadable(&answer, &case);
@@ -182,7 +182,7 @@ async fn a_foreign_page_gets_nothing_from_any_port() {
     emulator.stop().await;
 }
 
-/// Requests that a page can make without asking first, and that would do something.
+/// Requests that a page can send without a preflight, and that would have an effect.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_foreign_page_changes_nothing_in_the_emulator() {
     let emulator = Emulator::start(EmulatorOptions::default()).await.unwrap();
@@ -243,7 +243,7 @@ fn fill(value: &str, address: SocketAddr) -> String {
         .replace("{port}", &address.port().to_string())
 }
 
-/// No answer tells a browser that another origin may read it.
+/// No answer allows another origin to read it.
 fn assert_unreadable(answer: &Answer, case: &str) {
     let permission = answer.header("access-control-allow-origin");
     assert_eq!(permission, None, "{case}");

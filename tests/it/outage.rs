@@ -122,7 +122,7 @@ async fn a_proxy_started_before_its_workspace_serves_at_once_and_recovers_within
             readiness.body
         );
 
-        // No client asks: what waits for readiness sends none.
+        // No client connects before readiness.
         network.open();
         let began = Instant::now();
         eventually("it is ready", async || {
@@ -313,7 +313,7 @@ async fn a_workspace_that_fails_is_reported_to_clients_before_they_stop_waiting(
 }
 
 #[tokio::test]
-async fn a_workspace_that_asks_to_wait_for_minutes_is_reported_at_once() {
+async fn a_retry_after_of_minutes_is_reported_at_once() {
     let emulator = harness::emulator().await;
     let limit = Response::status(429).retry_after("300");
     emulator.faults().always(Site::Mint, Action::Respond(limit));

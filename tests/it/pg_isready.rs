@@ -48,7 +48,7 @@ async fn pg_isready_gets_the_readiness_of_the_proxy_and_wakes_nothing() {
     }
 }
 
-/// Only `pg_isready` itself has that name: another client is told why it gets no answer.
+/// Only `pg_isready` itself has that name: another client gets an explanation.
 #[tokio::test]
 async fn a_query_under_the_name_of_pg_isready_is_refused() {
     let emulator = harness::emulator().await;

@@ -34,9 +34,9 @@ impl Cluster {
         Self::start_at(5432, "").await
     }
 
-    /// Reached over TCP, too, with TLS where asked for; `ca_file` is whom to trust.
+    /// Reached over TCP, too, with TLS on request; `ca_file` is the trusted root.
     pub(crate) async fn start_with_tls() -> (Self, u16) {
-        // Free now; somebody else taking it in between would fail the start, not the test's claim.
+        // Free now; another process that takes it would fail the start, not the assertion.
         let port = std::net::TcpListener::bind("127.0.0.1:0")
             .unwrap()
             .local_addr()

@@ -1,4 +1,4 @@
-//! Credentials run out and are replaced, and nobody notices; or cannot be, and everybody is told.
+//! Credentials expire and are replaced unnoticed, or cannot be, and all clients get the reason.
 
 use std::time::Duration;
 
@@ -9,7 +9,7 @@ use lakebase_proxy::{
 };
 use tokio::time::{Instant, sleep, timeout};
 
-use crate::harness::{self, PATIENCE, Proxy, eventually, millis};
+use crate::harness::{self, Proxy, TIMEOUT, eventually, millis};
 
 #[tokio::test]
 async fn lifetimes_pass_and_every_login_works() {
@@ -29,7 +29,7 @@ async fn lifetimes_pass_and_every_login_works() {
         let state = proxy.credentials().status().state;
         assert!(
             state.is_valid(),
-            "nobody has to wait for a refresh: {state:?}"
+            "no client has to wait for a refresh: {state:?}"
         );
         let mut wire = proxy.session().await;
         logins += 1;
@@ -79,7 +79,7 @@ async fn an_outage_is_noticed_only_once_the_credential_has_expired_and_heals_by_
 
     // A refresh fails, and the credential that is valid goes on being used.
     emulator
-        .wait_for(PATIENCE, |counts| counts.mint_requests >= 2)
+        .wait_for(TIMEOUT, |counts| counts.mint_requests >= 2)
         .await
         .unwrap();
     let state = || proxy.credentials().status().state;
@@ -113,7 +113,7 @@ async fn an_outage_is_noticed_only_once_the_credential_has_expired_and_heals_by_
         "{refusal:?}"
     );
     let dials = emulator.counts().dials;
-    assert_eq!(dials, 2, "nothing is dialled without a credential");
+    assert_eq!(dials, 2, "nothing is dialed without a credential");
     assert!(
         emulator.counts().mint_requests <= 10,
         "{:?}",
@@ -121,7 +121,7 @@ async fn an_outage_is_noticed_only_once_the_credential_has_expired_and_heals_by_
     );
     assert_eq!(old.value("select 1").await, "1");
 
-    // The workspace is back: whoever comes is held until there is a credential.
+    // The workspace is back: clients are held until there is a credential.
     emulator.faults().clear();
     let healed = async {
         loop {
@@ -133,7 +133,7 @@ async fn an_outage_is_noticed_only_once_the_credential_has_expired_and_heals_by_
             }
         }
     };
-    timeout(PATIENCE, healed).await.expect("it heals");
+    timeout(TIMEOUT, healed).await.expect("it heals");
     assert_eq!(state(), CredentialState::Fresh);
 }
 
@@ -147,7 +147,7 @@ async fn a_refusal_by_the_workspace_does_not_cost_a_valid_credential() {
         .faults()
         .always(Site::Mint, Action::Respond(Response::body(403, body)));
     emulator
-        .wait_for(PATIENCE, |counts| counts.mint_requests >= 2)
+        .wait_for(TIMEOUT, |counts| counts.mint_requests >= 2)
         .await
         .unwrap();
     drop(proxy.session().await);
@@ -186,14 +186,14 @@ async fn a_workspace_whose_clock_is_off_changes_nothing() {
 
 /// A core dump once held every credential of the last hours.
 #[tokio::test]
-async fn an_old_credential_is_gone_after_a_refresh_whatever_sessions_live_on() {
+async fn an_old_credential_is_dropped_after_a_refresh_with_open_sessions() {
     let emulator = harness::emulator().await;
     let proxy = Proxy::start(&emulator).await;
     let mut wire = proxy.session().await;
     let cell = proxy.credentials();
-    let old = std::sync::Arc::downgrade(&cell.get(Instant::now() + PATIENCE).await.unwrap());
+    let old = std::sync::Arc::downgrade(&cell.get(Instant::now() + TIMEOUT).await.unwrap());
     let cause = Cause::login("app", "databricks_postgres", false);
-    let new = cell.replace(1, cause, Instant::now() + PATIENCE).await;
+    let new = cell.replace(1, cause, Instant::now() + TIMEOUT).await;
     assert_eq!(new.unwrap().generation, 2);
     // Dropped is wiped: the secret's type sees to that.
     eventually("the old credential is dropped", async || {

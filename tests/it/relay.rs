@@ -37,8 +37,8 @@ async fn simple_queries_pass_with_rows_errors_and_empty_ones() {
     wire.send(&text('Q', "")).await;
     assert_eq!(wire.tags().await, "IZ");
     wire.send(&text('Q', "begin; select 1/0")).await;
-    let said = wire.until('Z').await;
-    assert_eq!(said.last().unwrap().body[0], b'E', "a failed transaction");
+    let reply = wire.until('Z').await;
+    assert_eq!(reply.last().unwrap().body[0], b'E', "a failed transaction");
     assert_eq!(wire.query("rollback").await.len(), 0);
     // Far more than any buffer, both ways.
     let long = "x".repeat(3_000_000);
@@ -197,9 +197,9 @@ async fn a_function_call_passes() {
     ]
     .concat();
     wire.send(&message('F', &call)).await;
-    let said = wire.until('Z').await;
-    assert_eq!(said[0].tag, 'V');
-    assert_eq!(&said[0].body[..], b"\0\0\0\x015");
+    let reply = wire.until('Z').await;
+    assert_eq!(reply[0].tag, 'V');
+    assert_eq!(&reply[0].body[..], b"\0\0\0\x015");
     assert_eq!(wire.value("select 1").await, "1");
 }
 
@@ -386,7 +386,7 @@ async fn a_client_that_dies_in_a_transaction_leaves_no_lock_and_no_row() {
 }
 
 #[tokio::test]
-async fn the_servers_last_words_arrive_intact() {
+async fn the_servers_final_error_arrives_intact() {
     let emulator = harness::emulator().await;
     let proxy = Proxy::start(&emulator).await;
     // Idle, in a transaction, in a query, in the middle of a COPY both ways.
@@ -498,7 +498,7 @@ async fn a_slow_reader_slows_the_server_down() {
     .await;
     assert_eq!(wire.next().await.tag, 'H');
     let passed = || proxy.metrics().relay_bytes[Direction::FromServer].get();
-    // Nobody reads: it comes to a stand, long before all 160 MB have come.
+    // Without a reader it stalls, long before all 160 MB have arrived.
     let mut before = passed();
     let stood = eventually("a stand-still", async || {
         tokio::time::sleep(Duration::from_millis(200)).await;
@@ -512,9 +512,12 @@ async fn a_slow_reader_slows_the_server_down() {
         stood < 40_000_000,
         "{stood} bytes were taken from the server for a client that reads none"
     );
-    // Somebody reads: all of it comes.
-    let said = wire.until('Z').await;
-    assert_eq!(said.iter().filter(|said| said.tag == 'd').count(), 20_000);
+    // With a reader, all of it arrives.
+    let reply = wire.until('Z').await;
+    assert_eq!(
+        reply.iter().filter(|reply| reply.tag == 'd').count(),
+        20_000
+    );
 }
 
 #[tokio::test]
@@ -535,7 +538,7 @@ async fn many_sessions_leave_nothing_behind() {
     }
     proxy.until_quiet().await;
     emulator
-        .wait_for(harness::PATIENCE, |counts| counts.connections == 0)
+        .wait_for(harness::TIMEOUT, |counts| counts.connections == 0)
         .await
         .expect("no connection is left");
     assert_eq!(proxy.metrics().process.session_panics.get(), 0);

@@ -22,7 +22,7 @@ use tempfile::TempDir;
 use tokio::{task::JoinSet, time::Instant};
 
 use crate::harness::{
-    self, PATIENCE,
+    self, TIMEOUT,
     binary::Binary,
     eventually, until_running,
     wire::{SSL_REQUEST, Wire, cancel, text},
@@ -30,14 +30,14 @@ use crate::harness::{
 };
 
 /// A proxy with a file of settings, in this process.
-struct House {
+struct Setup {
     running: Running,
     reloader: Reloader,
     file: PathBuf,
     _directory: TempDir,
 }
 
-impl House {
+impl Setup {
     async fn start(emulator: &Emulator, file: &str) -> Self {
         Self::with(emulator, file, &[]).await
     }
@@ -60,7 +60,7 @@ impl House {
         let source = Source::new(flags, environment);
         let config = source.load().unwrap();
         let running = App::build(config.clone()).await.unwrap().start().unwrap();
-        let credentials = running.credentials().get(Instant::now() + PATIENCE);
+        let credentials = running.credentials().get(Instant::now() + TIMEOUT);
         credentials.await.unwrap();
         Self {
             reloader: running.reloader(source, config),
@@ -126,37 +126,37 @@ async fn free_port() -> u16 {
 }
 
 #[tokio::test]
-async fn a_limit_is_for_those_who_come_after() {
+async fn a_new_limit_applies_to_new_clients() {
     let emulator = harness::emulator().await;
-    let mut house = House::start(&emulator, "max_connections = 2").await;
+    let mut setup = Setup::start(&emulator, "max_connections = 2").await;
     let mut held = [
-        session(house.address()).await,
-        session(house.address()).await,
+        session(setup.address()).await,
+        session(setup.address()).await,
     ];
-    assert_eq!(refusal(house.address()).await.code, "53300");
+    assert_eq!(refusal(setup.address()).await.code, "53300");
 
     assert_eq!(
-        house.change("max_connections = 1").await.applied,
+        setup.change("max_connections = 1").await.applied,
         ["max_connections"]
     );
     for wire in &mut held {
         assert_eq!(wire.value("select 1").await, "1");
     }
-    let refused = refusal(house.address()).await;
+    let refused = refusal(setup.address()).await;
     assert!(refused.message.contains("takes 1"), "{refused:?}");
 
-    house.change("max_connections = 3").await;
-    let mut third = session(house.address()).await;
+    setup.change("max_connections = 3").await;
+    let mut third = session(setup.address()).await;
     assert_eq!(third.value("select 3").await, "3");
-    assert_eq!(house.reloads(ReloadOutcome::Applied), 2);
-    house.running.end_within(PATIENCE, async {}).await;
+    assert_eq!(setup.reloads(ReloadOutcome::Applied), 2);
+    setup.running.end_within(TIMEOUT, async {}).await;
 }
 
 #[tokio::test]
 async fn times_change_for_the_next_client() {
     let emulator = harness::emulator().await;
-    let mut house = House::start(&emulator, "").await;
-    let change = house
+    let mut setup = Setup::start(&emulator, "").await;
+    let change = setup
         .change("client_login_timeout = 0.05\nmax_sigterm_delay = 3\nexit_zero_on_sigterm = true")
         .await;
     let applied = [
@@ -165,7 +165,7 @@ async fn times_change_for_the_next_client() {
         "exit_zero_on_sigterm",
     ];
     assert_eq!(change.applied, applied);
-    let mut silent = Wire::dial(house.address()).await;
+    let mut silent = Wire::dial(setup.address()).await;
     assert!(
         silent
             .refusal()
@@ -173,21 +173,21 @@ async fn times_change_for_the_next_client() {
             .message
             .contains("startup message in time")
     );
-    assert_eq!(house.running.grace().as_secs(), 3);
-    assert!(house.running.is_zero_on_sigterm());
+    assert_eq!(setup.running.grace().as_secs(), 3);
+    assert!(setup.running.is_zero_on_sigterm());
 
-    // Nobody is here, and the time begins with the reload.
-    house.change("exit_when_idle = 0.05").await;
-    within("the end", house.running.asked_to_end()).await;
+    // No client is connected, and the time starts with the reload.
+    setup.change("exit_when_idle = 0.05").await;
+    within("the end", setup.running.asked_to_end()).await;
 }
 
 #[tokio::test]
 async fn a_file_that_cannot_be_used_changes_nothing() {
     let emulator = harness::emulator().await;
-    let mut house = House::start(&emulator, "max_connections = 2").await;
-    let port = house.address().port();
+    let mut setup = Setup::start(&emulator, "max_connections = 2").await;
+    let port = setup.address().port();
     let taken = format!("max_connections = 1\n{}", table(&emulator, port).repeat(2));
-    for (file, said) in [
+    for (file, reply) in [
         (
             "max_connections = 1\nprot = 7",
             "line 2: unknown field `prot`",
@@ -205,10 +205,10 @@ async fn a_file_that_cannot_be_used_changes_nothing() {
             "`/c`",
         ),
     ] {
-        let error = house.reload(file).await.unwrap_err();
-        assert!(error.to_string().contains(said), "{error}");
+        let error = setup.reload(file).await.unwrap_err();
+        assert!(error.to_string().contains(reply), "{error}");
         assert_eq!(
-            house
+            setup
                 .running
                 .metrics()
                 .process
@@ -217,17 +217,17 @@ async fn a_file_that_cannot_be_used_changes_nothing() {
             0
         );
     }
-    assert_eq!(house.reloads(ReloadOutcome::Refused), 7);
-    assert_eq!(house.running.endpoints().now().len(), 1);
+    assert_eq!(setup.reloads(ReloadOutcome::Refused), 7);
+    assert_eq!(setup.running.endpoints().now().len(), 1);
     let _held = [
-        session(house.address()).await,
-        session(house.address()).await,
+        session(setup.address()).await,
+        session(setup.address()).await,
     ];
 
-    let same = house.reload("max_connections = 2").await.unwrap();
+    let same = setup.reload("max_connections = 2").await.unwrap();
     assert!(matches!(same, Reloaded::Unchanged));
     assert_eq!(
-        house
+        setup
             .running
             .metrics()
             .process
@@ -235,7 +235,7 @@ async fn a_file_that_cannot_be_used_changes_nothing() {
             .get(),
         1
     );
-    let text = house.running.metrics().render();
+    let text = setup.running.metrics().render();
     assert!(
         text.contains("lakebase_proxy_config_reloads_total{outcome=\"unchanged\"} 1"),
         "{text}"
@@ -245,17 +245,17 @@ async fn a_file_that_cannot_be_used_changes_nothing() {
 #[tokio::test]
 async fn settings_that_need_a_restart_are_reported_by_name() {
     let emulator = harness::emulator().await;
-    let mut house = House::start(&emulator, "").await;
+    let mut setup = Setup::start(&emulator, "").await;
     let file = "structured_logs = true\nnotes = true\nnotes_port = 0\nmax_connections = 9";
-    let change = house.change(file).await;
+    let change = setup.change(file).await;
     assert_eq!(change.restart, ["notes", "notes_port", "structured_logs"]);
     assert_eq!(change.applied, ["max_connections"]);
     // Until it is restarted, each time.
     assert_eq!(
-        house.change(file).await.restart,
+        setup.change(file).await.restart,
         ["notes", "notes_port", "structured_logs"]
     );
-    assert_eq!(house.running.addresses().notes, None);
+    assert_eq!(setup.running.addresses().notes, None);
 }
 
 #[tokio::test]
@@ -264,11 +264,11 @@ async fn endpoints_come_and_go_and_their_sessions_stay() {
     let (first, second) = (free_port().await, free_port().await);
     let one = table(&emulator, first);
     let both = format!("{one}{}", table(&emulator, second));
-    let mut house = House::start(&emulator, &one).await;
-    let tasks = house.running.tasks();
+    let mut setup = Setup::start(&emulator, &one).await;
+    let tasks = setup.running.tasks();
     let at = |port: u16| SocketAddr::from(([127, 0, 0, 1], port));
 
-    let change = house.change(&both).await;
+    let change = setup.change(&both).await;
     assert_eq!((change.added.len(), change.removed.len()), (1, 0));
     let mut wire = Wire::dial(at(second)).await;
     wire.startup(&[("user", "anyone")]).await;
@@ -276,7 +276,7 @@ async fn endpoints_come_and_go_and_their_sessions_stay() {
     assert_eq!(wire.value("select 1").await, "1");
 
     // Its session stays, and can be cancelled; others are sent away.
-    house.change(&one).await;
+    setup.change(&one).await;
     let refused = refusal(at(second)).await;
     assert_eq!(refused.code, "57P03");
     assert!(
@@ -287,34 +287,35 @@ async fn endpoints_come_and_go_and_their_sessions_stay() {
     wire.send(&text('Q', "select pg_sleep(60)")).await;
     until_running(&emulator.identities().app.name, 1).await;
     cancel(at(second), key).await;
-    let said = wire.until('Z').await;
+    let reply = wire.until('Z').await;
     assert!(
-        said.iter()
-            .any(|said| said.tag == 'E' && said.error().code == "57014")
+        reply
+            .iter()
+            .any(|reply| reply.tag == 'E' && reply.error().code == "57014")
     );
 
-    // It may come back while somebody is there.
-    house.change(&both).await;
-    assert_eq!(house.running.endpoints().now().len(), 2);
+    // It may come back while a client is connected.
+    setup.change(&both).await;
+    assert_eq!(setup.running.endpoints().now().len(), 2);
     let mut another = session(at(second)).await;
     assert_eq!(another.value("select 3").await, "3");
 
     // In another shape it takes the place of the old one, whose sessions stay.
-    house.change(&one).await;
+    setup.change(&one).await;
     let read_only = format!("{both}database = \"postgres\"\n");
-    house.change(&read_only).await;
+    setup.change(&read_only).await;
     let mut third = session(at(second)).await;
     assert_eq!(third.value("select current_database()").await, "postgres");
     assert_eq!(wire.value("select 4").await, "4");
 
     // With the last session goes the rest of it.
-    house.change(&one).await;
+    setup.change(&one).await;
     drop((wire, another, third));
     eventually("the endpoints are gone", async || {
-        (house.running.endpoints().now().len() == 1).then_some(())
+        (setup.running.endpoints().now().len() == 1).then_some(())
     })
     .await;
-    eventually("nobody listens", async || {
+    eventually("the port is free", async || {
         tokio::net::TcpStream::connect(at(second))
             .await
             .is_err()
@@ -322,7 +323,7 @@ async fn endpoints_come_and_go_and_their_sessions_stay() {
     })
     .await;
     eventually("their tasks have ended", async || {
-        (house.running.tasks() == tasks).then_some(())
+        (setup.running.tasks() == tasks).then_some(())
     })
     .await;
     let mut wire = session(at(first)).await;
@@ -330,7 +331,7 @@ async fn endpoints_come_and_go_and_their_sessions_stay() {
 }
 
 #[tokio::test]
-async fn an_endpoint_gives_way_once_it_is_leaving_and_else_stays_where_it_is() {
+async fn a_removed_endpoint_releases_its_port_and_others_keep_theirs() {
     let emulator = harness::emulator().await;
     let (first, second) = (free_port().await, free_port().await);
     let one = format!("allow_remote = true\n{}", table(&emulator, first));
@@ -342,11 +343,11 @@ async fn an_endpoint_gives_way_once_it_is_leaving_and_else_stays_where_it_is() {
         )
     };
     let both = format!("{one}{}", table(&emulator, second));
-    let mut house = House::start(&emulator, &both).await;
+    let mut setup = Setup::start(&emulator, &both).await;
     let at = |port: u16| SocketAddr::from(([127, 0, 0, 1], port));
     let mut held = session(at(second)).await;
 
-    let moved = house.change(&format!("{one}{}", wide(second))).await;
+    let moved = setup.change(&format!("{one}{}", wide(second))).await;
     assert!(
         moved.restart[0].starts_with("address, port or unix_socket of endpoint"),
         "{moved:?}"
@@ -354,28 +355,28 @@ async fn an_endpoint_gives_way_once_it_is_leaving_and_else_stays_where_it_is() {
     assert!(moved.added.is_empty() && moved.removed.is_empty());
     assert_eq!(session(at(second)).await.value("select 1").await, "1");
 
-    house.change(&one).await;
-    let again = house.change(&format!("{one}{}", wide(second))).await;
+    setup.change(&one).await;
+    let again = setup.change(&format!("{one}{}", wide(second))).await;
     assert_eq!(again.added.len(), 1);
     assert_eq!(session(at(second)).await.value("select 2").await, "2");
     assert_eq!(held.value("select 3").await, "3");
 }
 
 #[tokio::test]
-async fn what_was_made_for_a_reload_that_is_refused_goes_again() {
+async fn a_refused_reload_leaves_nothing_behind() {
     let emulator = harness::emulator().await;
     let holder = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let taken = holder.local_addr().unwrap().port();
     let free = free_port().await;
     let one = table(&emulator, 0);
-    let mut house = House::start(&emulator, &one).await;
+    let mut setup = Setup::start(&emulator, &one).await;
     let file = format!(
         "{one}[[endpoint]]\nname = \"projects/nowhere/branches/b/endpoints/e\"\nlisten = {free}\n\
          [[endpoint]]\nname = \"projects/else/branches/b/endpoints/e\"\nlisten = {taken}\n"
     );
-    let error = house.reload(&file).await.unwrap_err();
+    let error = setup.reload(&file).await.unwrap_err();
     assert!(error.to_string().contains(&taken.to_string()), "{error}");
-    assert!(!house.running.metrics().render().contains("nowhere"));
+    assert!(!setup.running.metrics().render().contains("nowhere"));
     assert!(
         tokio::net::TcpListener::bind(("127.0.0.1", free))
             .await
@@ -388,9 +389,9 @@ async fn changed_client_access_applies_to_the_next_client() {
     let emulator = harness::emulator().await;
     let directory = tempfile::tempdir().unwrap();
     let password = directory.path().join("password");
-    let mut house = House::start(&emulator, "").await;
-    let mut before = session(house.address()).await;
-    let port = house.address().port();
+    let mut setup = Setup::start(&emulator, "").await;
+    let mut before = session(setup.address()).await;
+    let port = setup.address().port();
     let connect = async |password: Option<&str>| {
         let mut config = tokio_postgres::Config::new();
         config.host("127.0.0.1").port(port).user("anyone");
@@ -403,19 +404,19 @@ async fn changed_client_access_applies_to_the_next_client() {
     let file = format!("local_password_file = {password:?}");
     for word in ["sesame", "open"] {
         fs::write(&password, word).unwrap();
-        assert!(house.change(&file).await.applied.contains(&"local_auth"));
+        assert!(setup.change(&file).await.applied.contains(&"local_auth"));
         assert!(connect(Some(word)).await);
         assert!(!connect(None).await && !connect(Some("wrong")).await);
-        let known = house.running.target().await.unwrap().password.unwrap();
+        let known = setup.running.target().await.unwrap().password.unwrap();
         assert_eq!(secrecy::ExposeSecret::expose_secret(&known), word);
     }
     assert_eq!(before.value("select 1").await, "1");
-    house.change("").await;
+    setup.change("").await;
     assert!(connect(None).await);
 
     for (file, answer) in [("client_tls = \"self-signed\"", 'S'), ("", 'N')] {
-        assert_eq!(house.change(file).await.applied, ["client_tls"]);
-        let mut wire = Wire::dial(house.address()).await;
+        assert_eq!(setup.change(file).await.applied, ["client_tls"]);
+        let mut wire = Wire::dial(setup.address()).await;
         wire.send(&SSL_REQUEST).await;
         assert_eq!(wire.byte().await, answer, "{file}");
     }
@@ -427,8 +428,8 @@ async fn the_permissions_of_a_unix_socket_follow_the_settings() {
     let emulator = harness::emulator().await;
     let directory = tempfile::tempdir().unwrap();
     let socket = format!("unix_socket = {:?}\n", directory.path());
-    let mut house = House::start(&emulator, &socket).await;
-    let path = house.running.addresses().endpoints[0].unix[0].clone();
+    let mut setup = Setup::start(&emulator, &socket).await;
+    let path = setup.running.addresses().endpoints[0].unix[0].clone();
     let mode = || fs::metadata(&path).unwrap().permissions().mode() & 0o777;
     assert_eq!(mode(), 0o600);
     for (more, expected) in [
@@ -436,7 +437,7 @@ async fn the_permissions_of_a_unix_socket_follow_the_settings() {
         ("unix_socket_mode = \"0660\"", 0o660),
         ("", 0o600),
     ] {
-        let change = house.change(&format!("{socket}{more}")).await;
+        let change = setup.change(&format!("{socket}{more}")).await;
         assert!(change.applied.contains(&"unix_socket_mode"), "{change:?}");
         assert_eq!(mode(), expected, "{more}");
     }
@@ -445,17 +446,17 @@ async fn the_permissions_of_a_unix_socket_follow_the_settings() {
 #[tokio::test]
 async fn a_pipe_in_the_place_of_the_file_is_refused_and_not_waited_for() {
     let emulator = harness::emulator().await;
-    let mut house = House::start(&emulator, "max_connections = 2").await;
-    fs::remove_file(&house.file).unwrap();
+    let mut setup = Setup::start(&emulator, "max_connections = 2").await;
+    fs::remove_file(&setup.file).unwrap();
     let made = std::process::Command::new("mkfifo")
-        .arg(&house.file)
+        .arg(&setup.file)
         .status();
     assert!(made.unwrap().success());
-    let error = within("the reload", house.reloader.reload())
+    let error = within("the reload", setup.reloader.reload())
         .await
         .unwrap_err();
     assert!(error.hint().unwrap().contains("not a pipe"), "{error}");
-    assert_eq!(session(house.address()).await.value("select 1").await, "1");
+    assert_eq!(session(setup.address()).await.value("select 1").await, "1");
 }
 
 #[tokio::test]
@@ -463,14 +464,14 @@ async fn an_endpoint_that_cannot_be_found_is_added_all_the_same() {
     let emulator = harness::emulator().await;
     let port = free_port().await;
     let one = table(&emulator, 0);
-    let mut house = House::start(&emulator, &one).await;
+    let mut setup = Setup::start(&emulator, &one).await;
     let lost = format!(
         "{one}[[endpoint]]\nname = \"projects/nowhere/branches/b/endpoints/e\"\nlisten = {port}\n"
     );
-    house.change(&lost).await;
+    setup.change(&lost).await;
     let refused = refusal(SocketAddr::from(([127, 0, 0, 1], port))).await;
     assert!(refused.message.contains("projects/nowhere"), "{refused:?}");
-    assert_eq!(session(house.address()).await.value("select 1").await, "1");
+    assert_eq!(session(setup.address()).await.value("select 1").await, "1");
 }
 
 #[tokio::test]
@@ -480,24 +481,24 @@ async fn another_file_of_roots_is_for_the_next_connection() {
     let roots = directory.path().join("roots.pem");
     fs::copy(emulator.ca_file(), &roots).unwrap();
     let variables = [("PGSSLROOTCERT", roots.to_str().unwrap())];
-    let mut house = House::with(&emulator, "", &variables).await;
-    let mut before = session(house.address()).await;
+    let mut setup = Setup::with(&emulator, "", &variables).await;
+    let mut before = session(setup.address()).await;
 
     let stranger = rcgen::generate_simple_self_signed(vec!["stranger".to_owned()]).unwrap();
     fs::write(&roots, stranger.cert.pem()).unwrap();
-    assert_eq!(house.change("").await.applied, ["PGSSLROOTCERT"]);
-    let refused = refusal(house.address()).await;
+    assert_eq!(setup.change("").await.applied, ["PGSSLROOTCERT"]);
+    let refused = refusal(setup.address()).await;
     assert!(refused.message.contains("certificate"), "{refused:?}");
     assert_eq!(before.value("select 1").await, "1");
 
     fs::write(&roots, "nothing").unwrap();
-    let error = house.reload("").await.unwrap_err();
+    let error = setup.reload("").await.unwrap_err();
     assert!(matches!(error, RefusedReload::Start(_)), "{error}");
 
     fs::copy(emulator.ca_file(), &roots).unwrap();
-    house.change("").await;
-    assert_eq!(session(house.address()).await.value("select 2").await, "2");
-    assert!(matches!(house.reload("").await, Ok(Reloaded::Unchanged)));
+    setup.change("").await;
+    assert_eq!(session(setup.address()).await.value("select 2").await, "2");
+    assert!(matches!(setup.reload("").await, Ok(Reloaded::Unchanged)));
 }
 
 /// Each was once read to its end, or waited for, on a thread that serves clients.
@@ -512,12 +513,12 @@ async fn a_device_or_a_pipe_in_the_place_of_any_file_is_refused_and_not_waited_f
     let roots = at("roots.pem");
     fs::copy(emulator.ca_file(), &roots).unwrap();
     let variables = [("PGSSLROOTCERT", roots.to_str().unwrap())];
-    let mut house = House::with(&emulator, "", &variables).await;
-    let mut before = session(house.address()).await;
+    let mut setup = Setup::with(&emulator, "", &variables).await;
+    let mut before = session(setup.address()).await;
     for other in [Path::new("/dev/zero"), &pipe] {
         fs::remove_file(&roots).unwrap();
         symlink(other, &roots).unwrap();
-        let error = house.reload("").await.unwrap_err();
+        let error = setup.reload("").await.unwrap_err();
         assert!(matches!(error, RefusedReload::Start(_)), "{error}");
         fs::remove_file(&roots).unwrap();
         fs::copy(emulator.ca_file(), &roots).unwrap();
@@ -526,13 +527,13 @@ async fn a_device_or_a_pipe_in_the_place_of_any_file_is_refused_and_not_waited_f
             "local_password_file = PATH",
         ] {
             let settings = settings.replace("PATH", &format!("{other:?}"));
-            let error = house.reload(&settings).await.unwrap_err();
+            let error = setup.reload(&settings).await.unwrap_err();
             assert!(!error.to_string().is_empty(), "{settings}");
         }
         assert_eq!(before.value("select 1").await, "1");
     }
-    house.reload("").await.unwrap();
-    assert_eq!(session(house.address()).await.value("select 2").await, "2");
+    setup.reload("").await.unwrap();
+    assert_eq!(session(setup.address()).await.value("select 2").await, "2");
 }
 
 /// Clients that query without a pause, and what became of them.
@@ -578,13 +579,13 @@ fn descriptors(process: u32) -> usize {
 }
 
 #[tokio::test]
-async fn a_hundred_reloads_under_load_drop_nobody_and_leave_nothing_behind() {
+async fn a_hundred_reloads_under_load_drop_no_session_and_leak_nothing() {
     let emulator = harness::emulator().await;
     let one = table(&emulator, 0);
     let port = free_port().await;
-    let mut house = House::start(&emulator, &one).await;
-    let tasks = house.running.tasks();
-    let load = Load::start(house.address(), 8).await;
+    let mut setup = Setup::start(&emulator, &one).await;
+    let tasks = setup.running.tasks();
+    let load = Load::start(setup.address(), 8).await;
     let second = SocketAddr::from(([127, 0, 0, 1], port));
     for round in 0..50 {
         let both = format!(
@@ -592,20 +593,20 @@ async fn a_hundred_reloads_under_load_drop_nobody_and_leave_nothing_behind() {
             100 + round,
             table(&emulator, port)
         );
-        assert_eq!(house.change(&both).await.added.len(), 1);
+        assert_eq!(setup.change(&both).await.added.len(), 1);
         if round % 10 == 0 {
             assert_eq!(session(second).await.value("select 1").await, "1");
         }
-        assert_eq!(house.change(&one).await.removed.len(), 1);
+        assert_eq!(setup.change(&one).await.removed.len(), 1);
     }
     assert!(load.end().await > 0);
-    assert_eq!(house.reloads(ReloadOutcome::Applied), 100);
+    assert_eq!(setup.reloads(ReloadOutcome::Applied), 100);
     eventually("tasks and endpoints are what they were", async || {
-        let is_back = house.running.tasks() == tasks && house.running.endpoints().now().len() == 1;
+        let is_back = setup.running.tasks() == tasks && setup.running.endpoints().now().len() == 1;
         is_back.then_some(())
     })
     .await;
-    let text = house.running.metrics().render();
+    let text = setup.running.metrics().render();
     let shown = text
         .matches("lakebase_proxy_client_connections_opened_total{")
         .count();
@@ -631,17 +632,17 @@ async fn a_hundred_hangups_under_load_leave_no_descriptor_behind() {
     let mut before = 0;
     for round in 0..50 {
         let both = format!("{base}{}", table(&emulator, port));
-        let said = reload(
+        let reply = reload(
             &mut binary,
             &format!("max_connections = {}\n{both}", 60 + round),
         )
         .await;
         assert!(
-            said["applied"]
+            reply["applied"]
                 .as_str()
                 .unwrap()
                 .contains("max_connections"),
-            "{said}"
+            "{reply}"
         );
         reload(&mut binary, &format!("max_connections = 50\n{base}")).await;
         if round == 0 {
@@ -686,8 +687,8 @@ async fn a_config_map_that_changes_is_read_again() {
         "3",
         "max_connections = 1\nlog_filter = \"warn,lakebase_proxy=debug\"",
     );
-    let said = binary.until("settings reloaded").await;
-    assert_eq!(said["applied"], "max_connections, log_filter");
+    let reply = binary.until("settings reloaded").await;
+    assert_eq!(reply["applied"], "max_connections, log_filter");
     let _one = session(binary.postgres).await;
     assert_eq!(refusal(binary.postgres).await.code, "53300");
     binary.find("session begins").await;
@@ -697,10 +698,10 @@ async fn a_config_map_that_changes_is_read_again() {
 async fn a_change_during_the_start_is_not_missed() {
     let emulator = harness::emulator().await;
     let file = |limit: u32| format!("watch_config = true\nmax_connections = {limit}");
-    let house = House::start(&emulator, &file(50)).await;
-    fs::write(&house.file, file(1)).unwrap();
-    house.running.reload_on(house.reloader, None);
-    let reloads = &house.running.metrics().process.config_reloads;
+    let setup = Setup::start(&emulator, &file(50)).await;
+    fs::write(&setup.file, file(1)).unwrap();
+    setup.running.reload_on(setup.reloader, None);
+    let reloads = &setup.running.metrics().process.config_reloads;
     eventually("the change is in force", async || {
         (reloads[ReloadOutcome::Applied].get() == 1).then_some(())
     })
@@ -714,11 +715,11 @@ async fn a_password_file_that_changes_is_read_again() {
     let password = directory.path().join("password");
     fs::write(&password, "sesame").unwrap();
     let file = format!("watch_config = true\nlocal_password_file = {password:?}");
-    let house = House::start(&emulator, &file).await;
-    house.running.reload_on(house.reloader, None);
+    let setup = Setup::start(&emulator, &file).await;
+    setup.running.reload_on(setup.reloader, None);
     fs::write(&password, "open").unwrap();
     eventually("the new one is known", async || {
-        let known = house.running.target().await.unwrap().password.unwrap();
+        let known = setup.running.target().await.unwrap().password.unwrap();
         (secrecy::ExposeSecret::expose_secret(&known) == "open").then_some(())
     })
     .await;

@@ -2,7 +2,7 @@
 
 use crate::harness::{
     self, Proxy, backends, eventually, superuser,
-    wire::{Said, Wire, message, text},
+    wire::{Reply, Wire, message, text},
 };
 
 async fn may_replicate(role: &str) {
@@ -12,7 +12,7 @@ async fn may_replicate(role: &str) {
 
 async fn walsender(proxy: &Proxy) -> Wire {
     let mut wire = proxy.dial().await;
-    // An encoding would be mended by a SET, which a walsender does not take.
+    // An encoding would be set by a SET, which a walsender refuses.
     wire.startup(&[
         ("user", "anyone"),
         ("replication", "true"),
@@ -33,9 +33,9 @@ async fn replication_passes_and_the_servers_answer_is_shown() {
     let refusal = wire.refusal().await;
     assert_eq!(refusal.code, "42501", "{refusal:?}");
     // In the words of Postgres 15, and of later ones.
-    let said = ["superuser or replication role", "start WAL sender"];
+    let reply = ["superuser or replication role", "start WAL sender"];
     assert!(
-        said.iter().any(|words| refusal.message.contains(words)),
+        reply.iter().any(|words| refusal.message.contains(words)),
         "{refusal:?}"
     );
 
@@ -88,13 +88,13 @@ async fn the_log_streams_both_ways_until_either_side_ends_it() {
         .unwrap();
     let mut log = Vec::new();
     while !log.windows(10).any(|window| window == b"in the log") {
-        let said = wire.next().await;
-        assert_eq!(said.tag, 'd');
-        if said.body[0] == b'w' {
-            log.extend_from_slice(&said.body[25..]);
+        let reply = wire.next().await;
+        assert_eq!(reply.tag, 'd');
+        if reply.body[0] == b'w' {
+            log.extend_from_slice(&reply.body[25..]);
         }
     }
-    // A status update that asks for an answer gets one.
+    // A status update that requests an answer gets one.
     let mut status = vec![b'r'];
     status.extend_from_slice(&[0; 32]);
     status.push(1);
@@ -103,7 +103,7 @@ async fn the_log_streams_both_ways_until_either_side_ends_it() {
     // The client ends the stream, not the session.
     wire.send(&message('c', b"")).await;
     let end = wire.until('Z').await;
-    assert!(end.iter().any(|said| said.tag == 'c'), "{end:?}");
+    assert!(end.iter().any(|reply| reply.tag == 'c'), "{end:?}");
     wire.send(&text('Q', "IDENTIFY_SYSTEM")).await;
     assert_eq!(wire.tags().await, "TDCZ");
 
@@ -124,7 +124,7 @@ async fn the_log_streams_both_ways_until_either_side_ends_it() {
 }
 
 /// A DataRow's columns, as text.
-fn columns(row: &Said) -> Vec<String> {
+fn columns(row: &Reply) -> Vec<String> {
     use bytes::Buf;
 
     let mut body = row.body.clone();

@@ -1,6 +1,6 @@
-//! No secret leaves by any door: logs at TRACE, errors, metrics, health, the notes page, what the kernel shows.
+//! No secret is disclosed: logs at TRACE, errors, metrics, health, the notes page, what the kernel shows.
 //!
-//! The secrets looked for are those really used, heard by a tap between the proxy and the workspace. The workspace and
+//! The secrets searched for are those really used, recorded by a tap between the proxy and the workspace. The workspace and
 //! the endpoint repeat them to the proxy in every way we could think of.
 
 mod search;
@@ -32,16 +32,16 @@ const FLAGS: [&str; 4] = [
     "--log-filter=trace",
 ];
 const NOTES: [&str; 2] = ["--notes=true", "--notes-port=0"];
-/// For a client that cannot be served: it is to be told now.
+/// For a client that cannot be served: it gets its error at once.
 const HURRY: &str = "--connect-timeout=1s";
 
 fn flags(more: &[&'static str]) -> Vec<&'static str> {
     FLAGS.iter().chain(more).copied().collect()
 }
-/// Stands in for what an app keeps in its statements, which are nobody's business either.
+/// Stands in for what an app keeps in its statements, which are confidential, too.
 const STATEMENT: &str = "statement-5f0c1a77e9b34d";
 const PARAMETER: &str = "parameter-e1d20b9946ac88";
-/// What a client may send as a password, asked or not.
+/// What a client may send as a password, requested or not.
 const CLIENT_PASSWORD: &str = "hunter2-is-what-the-client-sent";
 
 fn truth(_: &Call) -> Option<Untruth> {
@@ -65,7 +65,7 @@ fn variables(emulator: &Emulator, tap: &Tap, changes: &[(&str, &str)]) -> Vec<(S
     variables
 }
 
-/// Everything a stranger can ask of a running proxy, and what the kernel shows of it.
+/// All public answers of a running proxy, and what the kernel shows of it.
 async fn gather(proxy: &Process) -> String {
     let mut all = String::new();
     let http = proxy.address("serving health and metrics").await;
@@ -79,7 +79,7 @@ async fn gather(proxy: &Process) -> String {
     ] {
         all += &web::get(http, path).await.body;
     }
-    if proxy.said().contains("serving the notes page") {
+    if proxy.reply().contains("serving the notes page") {
         let notes = proxy.address("serving the notes page").await;
         for path in ["/", "/healthz", "/nothing"] {
             all += &web::get(notes, path).await.body;
@@ -95,7 +95,7 @@ async fn gather(proxy: &Process) -> String {
     all
 }
 
-/// Connects, says `more` behind the StartupMessage, and returns all that comes back until the proxy closes.
+/// Connects, sends `more` behind the StartupMessage, and returns all that comes back until the proxy closes.
 async fn raw(address: SocketAddr, bytes: &[u8]) -> String {
     let mut stream = TcpStream::connect(address).await.unwrap();
     stream.write_all(bytes).await.unwrap();
@@ -122,7 +122,7 @@ fn message(tag: u8, body: &str) -> Vec<u8> {
     [&[tag][..], &length.to_be_bytes(), body.as_bytes(), b"\0"].concat()
 }
 
-/// A client that runs one statement and leaves; it sends a password that nobody asked for.
+/// A client that runs one statement and leaves; it sends an unrequested password.
 fn whole_visit() -> Vec<u8> {
     let statement = format!("SELECT 'answer', '{STATEMENT}'");
     [
@@ -185,16 +185,16 @@ async fn a_session_s_whole_life_at_trace_shows_no_secret() {
             assert!(log.contains(part), "no {part:?} in the log:\n{log}");
         }
         let mut secrets = Secrets::default();
-        tap.tell(&mut secrets);
+        tap.add_to(&mut secrets);
         assert!(
             secrets.count >= 10,
-            "only {} secrets were heard",
+            "only {} secrets were seen",
             secrets.count
         );
         secrets.add("a client's password", CLIENT_PASSWORD);
         secrets.add("a client's statement", STATEMENT);
         secrets.add("a client's parameter", PARAMETER);
-        assert_none(&secrets, "what is asked for", &seen);
+        assert_none(&secrets, "the requests", &seen);
         assert_none(&secrets, "the log", &log);
     }
     emulator.stop().await;
@@ -433,7 +433,7 @@ const TWISTS: &[(&str, Twist)] = &[
 async fn a_workspace_that_repeats_secrets_is_not_repeated() {
     let emulator = Emulator::start(EmulatorOptions::default()).await.unwrap();
     let pat = emulator.identities().user.pat.clone().unwrap();
-    // The first is for service principals, the second for people, with less configured: then more is asked.
+    // The first is for service principals, the second for people, with less configured, so that more is looked up.
     let principal: &[(&str, &str)] = &[];
     let person = [
         ("DATABRICKS_TOKEN", pat.expose_secret()),
@@ -485,10 +485,10 @@ async fn repeats(
         (seen, proxy.end().await.1)
     };
     let mut secrets = Secrets::default();
-    tap.tell(&mut secrets);
+    tap.add_to(&mut secrets);
     assert!(
         secrets.count >= 1,
-        "{name}: only {} secrets were heard",
+        "{name}: only {} secrets were seen",
         secrets.count
     );
     secrets.add("a client's password", CLIENT_PASSWORD);
@@ -500,7 +500,7 @@ async fn repeats(
             "{name} did no harm:\n{log}"
         );
     }
-    [(&seen, "what is asked for"), (&log, "the log")]
+    [(&seen, "the requests"), (&log, "the log")]
         .iter()
         .filter_map(|(text, what)| complaint(&secrets, &format!("{name}: {what}"), text))
         .collect()
@@ -545,20 +545,23 @@ async fn an_endpoint_that_repeats_the_credential_is_not_repeated() {
     let mut seen = String::new();
     for action in answers {
         emulator.faults().always(Site::Password, action.clone());
-        let told = raw(postgres, &whole_visit()).await;
-        assert!(told.starts_with('E'), "{action:?} did no harm: {told}");
-        seen += &told;
+        let reported = raw(postgres, &whole_visit()).await;
+        assert!(
+            reported.starts_with('E'),
+            "{action:?} did no harm: {reported}"
+        );
+        seen += &reported;
         emulator.faults().clear();
     }
-    // The notes page and readiness, while there is something to tell.
+    // The notes page and readiness, while there is a failure to show.
     emulator
         .faults()
         .always(Site::Password, Action::Answer(credential));
     seen += &gather(&proxy).await;
     let (_, log) = proxy.end().await;
     let mut secrets = Secrets::default();
-    tap.tell(&mut secrets);
-    assert_none(&secrets, "what is asked for", &seen);
+    tap.add_to(&mut secrets);
+    assert_none(&secrets, "the requests", &seen);
     assert_none(&secrets, "the log", &log);
     emulator.stop().await;
 }
@@ -598,10 +601,10 @@ async fn a_configuration_that_cannot_work_is_refused_without_its_secrets() {
             variables.push(("DATABRICKS_TOKEN", SECRET));
         }
         let proxy = Process::spawn(PROGRAM, variables, &flags(&[HURRY]));
-        let (status, said) = proxy.ended().await;
-        assert_eq!(status.code(), Some(1), "{name}: {said}");
+        let (status, reply) = proxy.ended().await;
+        assert_eq!(status.code(), Some(1), "{name}: {reply}");
         let mut secrets = Secrets::default();
         secrets.add("the secret", SECRET);
-        assert_none(&secrets, &format!("the refusal of {name}"), &said);
+        assert_none(&secrets, &format!("the refusal of {name}"), &reply);
     }
 }

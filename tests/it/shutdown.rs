@@ -7,7 +7,7 @@ use tokio::time::Instant;
 
 use crate::{
     harness::{
-        self, PATIENCE,
+        self, TIMEOUT,
         binary::{Binary, command},
         until_running,
         wire::{Wire, cancel, terminate, text},
@@ -26,13 +26,13 @@ async fn session(binary: &Binary) -> Wire {
 /// Waits until the endpoint has nothing of ours any more.
 async fn until_gone(emulator: &Emulator) {
     emulator
-        .wait_for(PATIENCE, |counts| counts.connections == 0)
+        .wait_for(TIMEOUT, |counts| counts.connections == 0)
         .await
         .expect("every upstream connection is closed");
 }
 
 #[tokio::test]
-async fn the_exit_code_tells_the_signal() {
+async fn the_exit_code_shows_the_signal() {
     let emulator = harness::emulator().await;
     for (signal, flags, code) in [
         ("TERM", &[][..], 143),
@@ -53,7 +53,7 @@ async fn the_exit_code_tells_the_signal() {
 }
 
 #[tokio::test]
-async fn work_under_way_may_finish_while_others_are_sent_away() {
+async fn work_under_way_may_finish_while_new_clients_are_refused() {
     let emulator = harness::emulator().await;
     let mut binary = Binary::serve(&emulator, &["--max-sigterm-delay", "60s"]).await;
     let mut idle = session(&binary).await;
@@ -80,9 +80,9 @@ async fn work_under_way_may_finish_while_others_are_sent_away() {
     assert_eq!(get(binary.http, "/readiness").await.status, 503);
     assert_eq!(get(binary.http, "/liveness").await.status, 200);
 
-    let goodbye = idle.refusal().await;
-    assert_eq!(goodbye.code, "57P01");
-    assert!(goodbye.message.contains("shutting down"), "{goodbye:?}");
+    let error = idle.refusal().await;
+    assert_eq!(error.code, "57P01");
+    assert!(error.message.contains("shutting down"), "{error:?}");
 
     let mut late = Wire::dial(binary.postgres).await;
     late.startup(&[("user", "anyone")]).await;
@@ -105,7 +105,7 @@ async fn work_under_way_may_finish_while_others_are_sent_away() {
     assert!(
         error
             .iter()
-            .any(|said| said.tag == 'E' && said.error().code == "57014")
+            .any(|reply| reply.tag == 'E' && reply.error().code == "57014")
     );
     assert_eq!(waiting.refusal().await.code, "57P01");
 
@@ -131,8 +131,8 @@ async fn the_grace_time_is_the_end_of_it() {
         began.elapsed()
     );
     // The server has sent the beginning of an answer, and then nothing.
-    let said = query.until('E').await;
-    assert_eq!(said.last().unwrap().error().code, "57P01");
+    let reply = query.until('E').await;
+    assert_eq!(reply.last().unwrap().error().code, "57P01");
     assert_eq!(binary.exit_code().await, Some(130));
     assert!(
         began.elapsed() < Duration::from_secs(8),
@@ -141,7 +141,7 @@ async fn the_grace_time_is_the_end_of_it() {
     );
     // A server notices that its client is gone when it next reads: the query's session stays until then.
     emulator
-        .wait_for(PATIENCE, |counts| counts.sessions <= 1)
+        .wait_for(TIMEOUT, |counts| counts.sessions <= 1)
         .await
         .expect("the transaction's session ends");
     emulator.terminate_sessions().await;
@@ -172,7 +172,7 @@ async fn a_second_signal_ends_it_at_once() {
 }
 
 #[tokio::test]
-async fn clients_that_wait_for_a_wake_are_sent_away() {
+async fn clients_waiting_for_a_wake_are_refused() {
     let emulator = harness::emulator().await;
     let mut binary = Binary::serve(&emulator, &[]).await;
     emulator.faults().always(
@@ -182,7 +182,7 @@ async fn clients_that_wait_for_a_wake_are_sent_away() {
     let mut held = Wire::dial(binary.postgres).await;
     held.startup(&[("user", "anyone")]).await;
     emulator
-        .wait_for(PATIENCE, |counts| counts.dials >= 2)
+        .wait_for(TIMEOUT, |counts| counts.dials >= 2)
         .await
         .unwrap();
     binary.signal("TERM");
@@ -207,7 +207,7 @@ async fn a_client_that_leaves_in_time_spares_the_rest_of_the_grace() {
 #[tokio::test]
 async fn a_signal_during_the_start_is_not_lost() {
     let emulator = harness::emulator().await;
-    // Without PGHOST it has to ask the workspace, which does not answer.
+    // Without PGHOST it has to look it up in the workspace, which does not answer.
     emulator.faults().always(Site::Lookup, Action::Stall);
     let mut child = command(&["--port", "0", "--http-port", "none"])
         .envs(
@@ -219,9 +219,9 @@ async fn a_signal_during_the_start_is_not_lost() {
         .spawn()
         .unwrap();
     emulator
-        .wait_for(PATIENCE, |counts| counts.lookups > 0)
+        .wait_for(TIMEOUT, |counts| counts.lookups > 0)
         .await
-        .expect("it asks for the host");
+        .expect("it looks up the host");
     let id = child.id().unwrap().to_string();
     assert!(
         std::process::Command::new("kill")

@@ -43,7 +43,7 @@ async fn packets_may_come_byte_by_byte_or_all_at_once() {
     }
     assert_eq!(wire.tags().await, "TDCZ");
 
-    // StartupMessage, query and goodbye in one segment.
+    // StartupMessage, query and Terminate in one segment.
     wire = proxy.dial().await;
     let all = [
         startup(PROTOCOL_3_0, &[("user", "anyone")]),
@@ -59,7 +59,7 @@ async fn packets_may_come_byte_by_byte_or_all_at_once() {
 }
 
 #[tokio::test]
-async fn what_begins_no_connection_is_turned_away_and_never_reaches_the_endpoint() {
+async fn invalid_first_messages_are_refused_and_never_reach_the_endpoint() {
     let emulator = harness::emulator().await;
     let proxy = Proxy::with(&emulator, |settings| {
         settings.client_login_timeout = Some(harness::millis(700));
@@ -85,7 +85,7 @@ async fn what_begins_no_connection_is_turned_away_and_never_reaches_the_endpoint
     wire.send(&SSL_REQUEST).await;
     assert_eq!(wire.byte().await, 'N');
     wire.send(&SSL_REQUEST).await;
-    assert_eq!(wire.refusal().await.code, "08P01", "asked for twice");
+    assert_eq!(wire.refusal().await.code, "08P01", "requested twice");
 
     assert_eq!(refused(&packet(2 << 16, b"\0")).await.code, "0A000");
     assert_eq!(
@@ -170,7 +170,7 @@ async fn a_startup_message_as_long_as_the_edge_takes_passes_and_a_longer_one_is_
 }
 
 #[tokio::test]
-async fn newer_clients_are_told_what_is_spoken_here() {
+async fn newer_clients_get_a_version_negotiation() {
     let emulator = harness::emulator().await;
     let proxy = Proxy::start(&emulator).await;
     let mut wire = proxy.dial().await;
@@ -211,7 +211,7 @@ async fn any_user_and_any_password_will_do() {
         "",
     ] {
         let mut wire = proxy.dial().await;
-        // A password that nobody asked for, in two segments, behind it a query.
+        // An unrequested password, in two segments, behind it a query.
         let startup = startup(
             PROTOCOL_3_0,
             &[("user", user), ("password", "in the startup")][..1],
@@ -395,16 +395,16 @@ async fn the_client_encoding_is_in_force() {
         .await;
     assert_eq!(wire.welcome().await.parameters["client_encoding"], "LATIN1");
     wire.send(&message('Q', b"select 'caf\xe9'\0")).await;
-    let said = wire.until('Z').await;
-    assert_eq!(&said[1].body[6..], b"caf\xe9");
+    let reply = wire.until('Z').await;
+    assert_eq!(&reply[1].body[6..], b"caf\xe9");
     assert_eq!(wire.value("select length('caf' || chr(233))").await, "4");
 
-    // The edge forces UTF8 as the value to begin with, so that is what a reset leads to; the client is told so.
+    // The edge forces UTF8 as the value to begin with, so a reset leads to that; the client gets a ParameterStatus.
     wire.send(&text('Q', "reset client_encoding")).await;
-    let told = wire.until('Z').await;
-    let status = told
+    let reported = wire.until('Z').await;
+    let status = reported
         .iter()
-        .find(|said| said.tag == 'S')
+        .find(|reply| reply.tag == 'S')
         .expect("a ParameterStatus");
     assert_eq!(&status.body[..], b"client_encoding\0UTF8\0");
 
@@ -418,7 +418,7 @@ async fn the_client_encoding_is_in_force() {
 }
 
 #[tokio::test]
-async fn what_the_server_says_about_a_setting_reaches_the_client() {
+async fn the_servers_notice_about_a_setting_reaches_the_client() {
     let emulator = harness::emulator().await;
     let proxy = Proxy::start(&emulator).await;
     for (name, value, code) in [
@@ -441,7 +441,7 @@ async fn what_the_server_says_about_a_setting_reaches_the_client() {
 /// pgx, postgres.js and asyncpg send the words of a connection string that they do not know as startup parameters. The
 /// edge drops them, so that the string works without the proxy.
 #[tokio::test]
-async fn words_left_over_in_a_connection_string_are_dropped_and_settings_kept() {
+async fn unknown_parameters_are_dropped_and_settings_kept() {
     let emulator = harness::emulator().await;
     let proxy = Proxy::start(&emulator).await;
     let parameters = [
@@ -514,7 +514,7 @@ async fn localhost_reaches_it_by_either_family() {
 }
 
 #[tokio::test]
-async fn clients_that_look_in_and_leave_cost_nothing() {
+async fn clients_that_connect_and_leave_cost_nothing() {
     let emulator = harness::emulator().await;
     let proxy = Proxy::with(&emulator, |settings| {
         settings.http_port = Some(PortSetting::None);

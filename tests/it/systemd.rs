@@ -1,4 +1,4 @@
-//! What the service manager hears, at a real socket, and the units that make it listen.
+//! The notifications to the service manager, at a real socket, and the units.
 
 use std::{path::Path, time::Duration};
 
@@ -37,9 +37,9 @@ impl Manager {
     /// The next datagram that is of interest, signs of life left out.
     async fn next(&self) -> String {
         loop {
-            let said = self.anything().await;
-            if said != "WATCHDOG=1" {
-                return said;
+            let reply = self.anything().await;
+            if reply != "WATCHDOG=1" {
+                return reply;
             }
         }
     }
@@ -54,11 +54,11 @@ impl Manager {
     async fn until(&self, wanted: &str) -> Vec<String> {
         let mut before = Vec::new();
         loop {
-            let said = self.next().await;
-            if said.starts_with(wanted) {
+            let reply = self.next().await;
+            if reply.starts_with(wanted) {
                 return before;
             }
-            before.push(said);
+            before.push(reply);
         }
     }
 
@@ -72,13 +72,13 @@ impl Manager {
 }
 
 #[tokio::test]
-async fn it_is_told_of_the_start_each_reload_each_credential_and_the_end() {
+async fn the_service_manager_is_notified_of_start_reload_credential_and_end() {
     let emulator = harness::emulator().await;
     let manager = Manager::new();
     let mut binary = manager.serve(&emulator, &[]).await;
     // The status may come before the start is over, or after.
     let mut before = manager.until("READY=1").await;
-    while !before.iter().any(|said| said.contains("valid until")) {
+    while !before.iter().any(|reply| reply.contains("valid until")) {
         before.push(manager.next().await);
     }
     let last = before.last().unwrap();
@@ -140,8 +140,11 @@ async fn with_a_connection_test_it_is_ready_only_after_it() {
     .env("NOTIFY_SOCKET", &manager.path)
     .spawn()
     .unwrap();
-    let said = manager.until("STOPPING=1").await;
-    assert!(!said.iter().any(|said| said.contains("READY")), "{said:?}");
+    let reply = manager.until("STOPPING=1").await;
+    assert!(
+        !reply.iter().any(|reply| reply.contains("READY")),
+        "{reply:?}"
+    );
     let status = within("the end", child.wait()).await.unwrap();
     assert_eq!(status.code(), Some(1));
 }
@@ -172,7 +175,7 @@ async fn it_is_ready_without_its_workspace_and_the_status_has_the_reason() {
 }
 
 #[tokio::test]
-async fn a_socket_that_is_not_there_is_no_reason_not_to_serve() {
+async fn a_missing_notify_socket_does_not_prevent_serving() {
     let emulator = harness::emulator().await;
     let variables = [("NOTIFY_SOCKET", "/nowhere/at/all")];
     let mut binary = Binary::serve_with(&emulator, &[], &variables).await;
@@ -204,7 +207,7 @@ async fn systemd_opens_the_socket_and_the_first_client_starts_it() {
         .stderr(std::process::Stdio::null())
         .kill_on_drop(true);
     let mut activated = activate.spawn().unwrap();
-    let client = eventually("somebody listens", async || {
+    let client = eventually("the port is open", async || {
         tokio::net::TcpStream::connect(address).await.ok()
     })
     .await;
@@ -231,14 +234,14 @@ async fn analyze(arguments: &[&str]) -> Option<String> {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return None,
         Err(error) => panic!("{error}"),
     };
-    let said = [&output.stdout[..], &output.stderr[..]].concat();
-    let said = String::from_utf8_lossy(&said).into_owned();
-    assert!(output.status.success(), "{arguments:?}: {said}");
-    Some(said)
+    let reply = [&output.stdout[..], &output.stderr[..]].concat();
+    let reply = String::from_utf8_lossy(&reply).into_owned();
+    assert!(output.status.success(), "{arguments:?}: {reply}");
+    Some(reply)
 }
 
 #[tokio::test]
-async fn the_units_are_valid_and_give_little_away() {
+async fn the_units_are_valid_and_hardened() {
     // The program need not be installed to look at the unit.
     let directory = tempfile::tempdir().unwrap();
     let copy = |name: &str| {
@@ -252,10 +255,10 @@ async fn the_units_are_valid_and_give_little_away() {
         copy("lakebase-proxy.service"),
         copy("lakebase-proxy.socket"),
     );
-    let Some(said) = analyze(&["verify", "--man=no", &service, &socket]).await else {
+    let Some(reply) = analyze(&["verify", "--man=no", &service, &socket]).await else {
         return;
     };
-    // It says nothing when all is well, and some systems' own units are not.
-    assert!(!said.contains("lakebase-proxy"), "{said}");
+    // It prints nothing without problems, and some systems' own units have some.
+    assert!(!reply.contains("lakebase-proxy"), "{reply}");
     analyze(&["security", "--offline=true", "--threshold=20", &service]).await;
 }

@@ -29,7 +29,7 @@ use crate::{
 };
 
 /// A user that owns nothing here.
-const NOBODY: u32 = 65_534;
+const OTHER_UID: u32 = 65_534;
 
 fn socket(directory: &TempDir, port: u16) -> PathBuf {
     directory.path().join(format!(".s.PGSQL.{port}"))
@@ -75,10 +75,11 @@ async fn libpq_finds_it_beside_tcp_and_it_goes_with_the_proxy() {
     let mut cancel = dial(&path).await;
     cancel.send(&cancel_request(key)).await;
     cancel.closed().await;
-    let said = wire.until('Z').await;
+    let reply = wire.until('Z').await;
     assert!(
-        said.iter()
-            .any(|said| said.tag == 'E' && said.error().code == "57014")
+        reply
+            .iter()
+            .any(|reply| reply.tag == 'E' && reply.error().code == "57014")
     );
     drop(wire);
 
@@ -90,7 +91,7 @@ async fn libpq_finds_it_beside_tcp_and_it_goes_with_the_proxy() {
 }
 
 #[tokio::test]
-async fn it_may_be_the_only_way_in_for_a_child_and_for_the_notes_page_too() {
+async fn it_may_be_the_only_listener_for_a_child_and_the_notes_page() {
     let emulator = harness::emulator().await;
     let directory = TempDir::new().unwrap();
     let place = directory.path().to_str().unwrap();
@@ -124,17 +125,17 @@ async fn it_may_be_the_only_way_in_for_a_child_and_for_the_notes_page_too() {
         .stdout(std::process::Stdio::piped())
         .envs(emulator.environment());
     let output = within("exec ends", exec.output()).await.unwrap();
-    let said = String::from_utf8(output.stdout).unwrap();
+    let reply = String::from_utf8(output.stdout).unwrap();
     let log = String::from_utf8_lossy(&output.stderr);
     assert!(
-        said.starts_with(&format!("{place} 5432 postgresql://")),
-        "{said}{log}"
+        reply.starts_with(&format!("{place} 5432 postgresql://")),
+        "{reply}{log}"
     );
-    assert!(said.ends_with("\n42\n49\n"), "{said}{log}");
+    assert!(reply.ends_with("\n42\n49\n"), "{reply}{log}");
 }
 
 #[tokio::test]
-async fn what_was_left_behind_is_replaced_and_what_lives_is_not() {
+async fn a_stale_socket_is_replaced_and_a_live_one_is_not() {
     let emulator = harness::emulator().await;
     let directory = TempDir::new().unwrap();
     let place = directory.path().to_str().unwrap();
@@ -153,10 +154,10 @@ async fn what_was_left_behind_is_replaced_and_what_lives_is_not() {
         assert_eq!(output.status.code(), Some(1));
         String::from_utf8(output.stderr).unwrap()
     };
-    let said = refused(place).await;
+    let reply = refused(place).await;
     assert!(
-        said.contains("--unix-socket") && said.contains("\nhint: "),
-        "{said}"
+        reply.contains("--unix-socket") && reply.contains("\nhint: "),
+        "{reply}"
     );
     assert!(
         UnixStream::connect(&path).await.is_ok(),
@@ -179,7 +180,7 @@ async fn what_was_left_behind_is_replaced_and_what_lives_is_not() {
 
 /// By a cleaner of /tmp, or with its directory: the proxy listened on, and no client found it.
 #[tokio::test]
-async fn a_socket_that_is_removed_is_made_again_and_readiness_says_so_until_then() {
+async fn a_removed_socket_is_recreated_and_fails_readiness_until_then() {
     let emulator = harness::emulator().await;
     let parent = TempDir::new().unwrap();
     let directory = parent.path().join("sockets");
@@ -210,7 +211,7 @@ async fn a_socket_that_is_removed_is_made_again_and_readiness_says_so_until_then
 
     fs::remove_dir_all(&directory).unwrap();
     let words = format!("the Unix socket `{}` is gone", path.display());
-    eventually("readiness says so", async || {
+    eventually("readiness fails", async || {
         let answer = readiness().await;
         (answer.status == 503 && answer.body.contains(&words)).then_some(())
     })
@@ -261,13 +262,13 @@ async fn every_endpoint_has_a_socket_of_its_own_number() {
 }
 
 #[tokio::test]
-async fn the_kernel_says_which_user_connects() {
+async fn the_user_is_identified_by_the_kernel() {
     if !is_root() {
-        // Only root can connect as somebody else.
+        // Only root can connect as another user.
         return;
     }
     let emulator = harness::emulator().await;
-    let as_nobody = async |directory: &TempDir| {
+    let as_other = async |directory: &TempDir| {
         fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o755)).unwrap();
         let mut psql = tokio::process::Command::new("psql");
         psql.args(["-XAtc", "select 42", "-p", "5432", "-h"])
@@ -275,8 +276,8 @@ async fn the_kernel_says_which_user_connects() {
             .env("PGUSER", "anyone")
             .env("PGCONNECT_TIMEOUT", "30")
             .current_dir("/")
-            .uid(NOBODY)
-            .gid(NOBODY);
+            .uid(OTHER_UID)
+            .gid(OTHER_UID);
         let output = within("psql ends", psql.output()).await.unwrap();
         String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned()
     };
@@ -290,10 +291,10 @@ async fn the_kernel_says_which_user_connects() {
     };
 
     let directory = TempDir::new().unwrap();
-    let proxy = with(&directory, Some(vec![NOBODY - 1])).await;
-    let said = as_nobody(&directory).await;
-    assert!(said.contains("the user with uid 65534 may not"), "{said}");
-    assert!(said.contains("--unix-socket-allowed-uids"), "{said}");
+    let proxy = with(&directory, Some(vec![OTHER_UID - 1])).await;
+    let reply = as_other(&directory).await;
+    assert!(reply.contains("the user with uid 65534 may not"), "{reply}");
+    assert!(reply.contains("--unix-socket-allowed-uids"), "{reply}");
     let refused = &proxy.metrics().clients_refused[Reason::LocalAuth];
     assert_eq!(refused.get(), 1);
     assert_eq!(emulator.counts().dials, 0);
@@ -303,17 +304,17 @@ async fn the_kernel_says_which_user_connects() {
     wire.welcome().await;
 
     let directory = TempDir::new().unwrap();
-    let _proxy = with(&directory, Some(vec![NOBODY])).await;
-    assert_eq!(as_nobody(&directory).await, "42\n");
+    let _proxy = with(&directory, Some(vec![OTHER_UID])).await;
+    assert_eq!(as_other(&directory).await, "42\n");
 
     let directory = TempDir::new().unwrap();
     let _proxy = with(&directory, None).await;
-    let said = as_nobody(&directory).await;
-    assert!(said.contains("Permission denied"), "0600: {said}");
+    let reply = as_other(&directory).await;
+    assert!(reply.contains("Permission denied"), "0600: {reply}");
 }
 
 fn is_root() -> bool {
     // Only root may give a file away.
     let file = tempfile::NamedTempFile::new().unwrap();
-    chown(file.path(), Some(NOBODY), None).is_ok()
+    chown(file.path(), Some(OTHER_UID), None).is_ok()
 }

@@ -1,4 +1,4 @@
-//! A small HTTP/1.1 client that sends just what a test says, and reads one answer.
+//! A small HTTP/1.1 client that sends exactly a test's bytes, and reads one answer.
 
 use std::net::SocketAddr;
 
@@ -24,7 +24,7 @@ impl Answer {
     }
 }
 
-/// `GET path` as a tool on this machine would ask.
+/// `GET path` as a tool on this machine would send it.
 pub(crate) async fn get(address: SocketAddr, path: &str) -> Answer {
     request(address, "GET", path, &[("Host", &address.to_string())]).await
 }

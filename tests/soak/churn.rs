@@ -20,7 +20,7 @@ const CLIENTS: u32 = 5000;
 const AT_ONCE: usize = 100;
 /// Clients that are through before memory is first looked at.
 const WARM_UP: u32 = 1000;
-/// Five seconds of query, five of relay patience, and a busy machine.
+/// Five seconds of query, five of the relay's timeout, and a busy machine.
 const SETTLE: Duration = Duration::from_mins(1);
 
 /// How a client leaves.
@@ -122,13 +122,13 @@ async fn visit(address: std::net::SocketAddr, client: u32) -> std::io::Result<()
     match manner {
         Manner::Undecided => {}
         Manner::Orderly => {
-            let answer = wire.ask("SELECT 'here'").await?;
+            let answer = wire.query("SELECT 'here'").await?;
             assert!(answer.unwrap().ends_with(b"here"));
             wire.terminate().await?;
         }
-        Manner::Careless => drop(wire.ask("SELECT 1").await?),
+        Manner::Careless => drop(wire.query("SELECT 1").await?),
         Manner::Torn => {
-            wire.ask("BEGIN; SELECT 1").await?.unwrap();
+            wire.query("BEGIN; SELECT 1").await?.unwrap();
             wire.reset();
         }
         Manner::Cancelling => {
@@ -142,7 +142,7 @@ async fn visit(address: std::net::SocketAddr, client: u32) -> std::io::Result<()
             wire.body(length).await?;
             let mut requester = Wire::open(address).await?;
             requester.send(&cancel_request(&wire.key)).await?;
-            // Closed once the server has been told.
+            // Closed once the server has received it.
             while requester.stream.read(&mut [0; 16]).await? > 0 {}
             let answer = loop {
                 let (tag, length) = wire.header().await?;

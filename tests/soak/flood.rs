@@ -1,4 +1,4 @@
-//! Logins beside a flood of handshakes that come to nothing: clients that stay silent, and wrong passwords.
+//! Logins beside a flood of failing handshakes: silent clients, and wrong passwords.
 
 use std::{
     io::{self, Write as _},
@@ -33,7 +33,7 @@ const RUN_UP: Duration = Duration::from_secs(4);
 const LOGINS: usize = 5;
 /// What a login beside the flood may take.
 const PROMPT: Duration = Duration::from_secs(2);
-const PATIENCE: Duration = Duration::from_mins(1);
+const TIMEOUT: Duration = Duration::from_mins(1);
 
 /// Connects, sends nothing, and waits for the end.
 async fn silent(address: SocketAddr) -> io::Result<()> {
@@ -99,7 +99,7 @@ async fn logins(postgres: SocketAddr, what: &str) -> Duration {
     let mut took = Vec::with_capacity(LOGINS);
     for _ in 0..LOGINS {
         let began = Instant::now();
-        let login = timeout(PATIENCE, config.connect(tokio_postgres::NoTls)).await;
+        let login = timeout(TIMEOUT, config.connect(tokio_postgres::NoTls)).await;
         let (client, connection) = login.expect("a login in time").unwrap();
         took.push(began.elapsed());
         drop((client, connection));
@@ -138,8 +138,8 @@ pub(crate) async fn beside_logins(program: &Path) {
         println!("   {refused} of them refused in {:?}", began.elapsed());
         assert!(longest < PROMPT, "a login takes {longest:?}");
         drop(tasks);
-        let (status, said) = proxy.end().await;
-        assert_eq!(status.code(), Some(143), "{said}");
+        let (status, reply) = proxy.end().await;
+        assert_eq!(status.code(), Some(143), "{reply}");
     }
     emulator.stop().await;
 }

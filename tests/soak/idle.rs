@@ -24,7 +24,7 @@ pub(crate) async fn sessions(stage: &Stage) {
     let mut clients = Vec::new();
     for _ in 0..SESSIONS {
         let mut client = Wire::connect(stage.postgres).await.unwrap();
-        client.ask("SELECT 1").await.unwrap().unwrap();
+        client.query("SELECT 1").await.unwrap().unwrap();
         clients.push(client);
     }
     let after = status(process, "VmRSS");
@@ -48,7 +48,7 @@ pub(crate) async fn calls(stage: &Stage) {
     let mut client = Wire::connect(stage.postgres).await.unwrap();
     let round_trips = async |client: &mut Wire| {
         for _ in 0..QUERIES {
-            client.ask("SELECT 1").await.unwrap().unwrap();
+            client.query("SELECT 1").await.unwrap().unwrap();
         }
     };
     round_trips(&mut client).await;
@@ -78,16 +78,16 @@ pub(crate) async fn calls(stage: &Stage) {
     lines.read_line(&mut attached).await.unwrap();
     if !attached.contains("attached") {
         println!(
-            "   system calls: not counted, strace says: {}",
+            "   system calls: not counted, strace reports: {}",
             attached.trim()
         );
         return client.terminate().await.unwrap();
     }
     round_trips(&mut client).await;
-    let asked = Command::new("kill")
+    let requested = Command::new("kill")
         .args(["-INT", &tracer.id().unwrap().to_string()])
         .status();
-    assert!(asked.await.unwrap().success());
+    assert!(requested.await.unwrap().success());
     let mut table = String::new();
     lines.read_to_string(&mut table).await.unwrap();
     tracer.wait().await.unwrap();

@@ -84,11 +84,11 @@ impl Stage {
     /// Ends the proxy, which it does at once where no session is left.
     async fn strike(self) {
         let began = Instant::now();
-        let (status, said) = self.proxy.end().await;
-        assert_eq!(status.code(), Some(143), "{said}");
+        let (status, reply) = self.proxy.end().await;
+        assert_eq!(status.code(), Some(143), "{reply}");
         assert!(
-            said.contains("complete=true"),
-            "a session did not end:\n{said}"
+            reply.contains("complete=true"),
+            "a session did not end:\n{reply}"
         );
         assert!(
             began.elapsed().as_secs() < 5,
@@ -129,11 +129,11 @@ fn main() -> ExitCode {
             .nth(1)
             .map_or(program, PathBuf::from);
     }
-    let asked: Vec<String> = arguments
+    let requested: Vec<String> = arguments
         .into_iter()
         .filter(|name| !name.starts_with('-'))
         .collect();
-    if let Some(unknown) = asked
+    if let Some(unknown) = requested
         .iter()
         .find(|name| !SCENARIOS.contains(&name.as_str()))
     {
@@ -148,7 +148,7 @@ fn main() -> ExitCode {
         .build()
         .unwrap();
     for name in SCENARIOS {
-        if !asked.is_empty() && !asked.iter().any(|wanted| wanted == name) {
+        if !requested.is_empty() && !requested.iter().any(|wanted| wanted == name) {
             continue;
         }
         let began = Instant::now();

@@ -1,4 +1,4 @@
-//! What the kernel and the proxy's own metrics say about it.
+//! Measurements of the kernel and of the proxy's own metrics.
 
 use std::{fs, net::SocketAddr, time::Duration};
 
@@ -62,7 +62,7 @@ pub(crate) async fn metric(http: SocketAddr, name: &str) -> f64 {
     values.iter().sum()
 }
 
-/// Waits until `reached` says nothing against it any more.
+/// Waits until `reached` has no objection left.
 pub(crate) async fn eventually(within: Duration, mut against: impl AsyncFnMut() -> Option<String>) {
     let deadline = Instant::now() + within;
     while let Some(complaint) = against().await {

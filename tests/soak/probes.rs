@@ -1,4 +1,4 @@
-//! Probes beside thousands of clients, in front of a server that only says its lines.
+//! Probes beside thousands of clients, in front of a scripted server.
 
 use std::{io::Write as _, net::SocketAddr, path::Path, time::Duration};
 
@@ -12,19 +12,19 @@ use tokio::{
 use crate::{process::Process, wire::Wire};
 
 const CLIENTS: usize = 3000;
-/// As many ask all the time.
+/// Clients that query all the time.
 const BUSY: usize = 100;
 const PROBES: usize = 100;
 /// What a probe may take.
 const PROMPT: Duration = Duration::from_millis(100);
-const PATIENCE: Duration = Duration::from_mins(1);
+const TIMEOUT: Duration = Duration::from_mins(1);
 
 /// AuthenticationOk, a cancel key, ReadyForQuery.
 const WELCOME: &[u8] = b"R\0\0\0\x08\0\0\0\0K\0\0\0\x0c\0\0\0\x07\0\0\0\x09Z\0\0\0\x05I";
-/// An empty answer to whatever is asked.
+/// An empty answer to every query.
 const ANSWER: &[u8] = b"C\0\0\0\x0dSELECT 0\0Z\0\0\0\x05I";
 
-/// A server that welcomes whoever comes and answers each message that arrives.
+/// A server that accepts every client and answers each message.
 async fn server(listener: TcpListener) {
     let mut sessions = JoinSet::new();
     while let Ok((mut stream, _)) = listener.accept().await {
@@ -66,7 +66,7 @@ async fn probe(http: SocketAddr, path: &str) -> Duration {
         stream.read_to_string(&mut answer).await.unwrap();
         assert!(answer.starts_with("HTTP/1.1 200 "), "{path}: {answer}");
     };
-    timeout(PATIENCE, exchange)
+    timeout(TIMEOUT, exchange)
         .await
         .expect("a probe is answered");
     began.elapsed()
@@ -106,7 +106,7 @@ pub(crate) async fn beside_thousands(program: &Path) {
         clients.push(Wire::connect(postgres).await.unwrap());
     }
     for mut client in clients.split_off(CLIENTS - BUSY) {
-        background.spawn(async move { while let Ok(Ok(_)) = client.ask("SELECT 1").await {} });
+        background.spawn(async move { while let Ok(Ok(_)) = client.query("SELECT 1").await {} });
     }
     for path in ["/liveness", "/readiness", "/metrics"] {
         let mut took = Vec::with_capacity(PROBES);
@@ -122,6 +122,6 @@ pub(crate) async fn beside_thousands(program: &Path) {
     }
     drop(clients);
     background.shutdown().await;
-    let (status, said) = proxy.end().await;
-    assert_eq!(status.code(), Some(143), "{said}");
+    let (status, reply) = proxy.end().await;
+    assert_eq!(status.code(), Some(143), "{reply}");
 }

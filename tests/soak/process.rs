@@ -1,4 +1,4 @@
-//! The program as a process of its own: what it says, where it listens, and how it ends.
+//! The program as a separate process: its output, addresses and end.
 
 use std::{
     ffi::OsStr,
@@ -16,13 +16,13 @@ use tokio::{
 use tokio_util::task::TaskTracker;
 
 /// The machine may be busy with other tests.
-const PATIENCE: Duration = Duration::from_mins(1);
+const TIMEOUT: Duration = Duration::from_mins(1);
 
 /// A running `lakebase-proxy`; killed when dropped.
 pub(crate) struct Process {
     child: Child,
     id: u32,
-    said: watch::Receiver<Vec<u8>>,
+    reply: watch::Receiver<Vec<u8>>,
     readers: TaskTracker,
 }
 
@@ -46,15 +46,15 @@ impl Process {
             .kill_on_drop(true)
             .spawn()
             .unwrap();
-        let (heard, said) = watch::channel(Vec::new());
+        let (output, reply) = watch::channel(Vec::new());
         let readers = TaskTracker::new();
-        readers.spawn(listen(child.stdout.take().unwrap(), heard.clone()));
-        readers.spawn(listen(child.stderr.take().unwrap(), heard));
+        readers.spawn(listen(child.stdout.take().unwrap(), output.clone()));
+        readers.spawn(listen(child.stderr.take().unwrap(), output));
         readers.close();
         Self {
             id: child.id().unwrap(),
             child,
-            said,
+            reply,
             readers,
         }
     }
@@ -64,26 +64,26 @@ impl Process {
     }
 
     /// Everything it has written so far.
-    pub(crate) fn said(&self) -> String {
-        String::from_utf8_lossy(&self.said.borrow()).into_owned()
+    pub(crate) fn reply(&self) -> String {
+        String::from_utf8_lossy(&self.reply.borrow()).into_owned()
     }
 
     /// Waits until it has written `text`, and returns the rest of that line.
     pub(crate) async fn line(&self, text: &str) -> String {
-        let mut said = self.said.clone();
-        let after = |said: &Vec<u8>| {
-            let said = String::from_utf8_lossy(said).into_owned();
-            let (_, rest) = said.split_once(text)?;
+        let mut reply = self.reply.clone();
+        let after = |reply: &Vec<u8>| {
+            let reply = String::from_utf8_lossy(reply).into_owned();
+            let (_, rest) = reply.split_once(text)?;
             Some(rest.split_once('\n')?.0.to_owned())
         };
-        let found = timeout(PATIENCE, said.wait_for(|said| after(said).is_some())).await;
+        let found = timeout(TIMEOUT, reply.wait_for(|reply| after(reply).is_some())).await;
         match found {
-            Ok(Ok(said)) => after(&said).unwrap(),
-            _ => panic!("it never said {text:?}, only:\n{}", self.said()),
+            Ok(Ok(reply)) => after(&reply).unwrap(),
+            _ => panic!("it never printed {text:?}, only:\n{}", self.reply()),
         }
     }
 
-    /// The loopback address in the line that says `text`.
+    /// The loopback address in the line with `text`.
     pub(crate) async fn address(&self, text: &str) -> SocketAddr {
         let line = self.line(text).await;
         let (_, rest) = line
@@ -93,27 +93,27 @@ impl Process {
         SocketAddr::from(([127, 0, 0, 1], port.parse().unwrap()))
     }
 
-    /// Asks it to end, waits until it has, and returns all that it ever wrote.
+    /// Ends it, waits for the exit, and returns all of its output.
     pub(crate) async fn end(self) -> (ExitStatus, String) {
-        let asked = Command::new("kill")
+        let requested = Command::new("kill")
             .args(["-TERM", &self.id.to_string()])
             .status();
-        assert!(asked.await.unwrap().success());
+        assert!(requested.await.unwrap().success());
         self.ended().await
     }
 
     /// Waits until it ends by itself.
     pub(crate) async fn ended(mut self) -> (ExitStatus, String) {
-        let ended = timeout(PATIENCE, self.child.wait()).await;
+        let ended = timeout(TIMEOUT, self.child.wait()).await;
         let status = ended.expect("it ends").unwrap();
         self.readers.wait().await;
-        (status, self.said())
+        (status, self.reply())
     }
 }
 
-async fn listen(mut pipe: impl AsyncRead + Unpin, heard: watch::Sender<Vec<u8>>) {
+async fn listen(mut pipe: impl AsyncRead + Unpin, output: watch::Sender<Vec<u8>>) {
     let mut chunk = vec![0; 64 * 1024];
     while let Ok(read @ 1..) = pipe.read(&mut chunk).await {
-        heard.send_modify(|said| said.extend_from_slice(&chunk[..read]));
+        output.send_modify(|reply| reply.extend_from_slice(&chunk[..read]));
     }
 }

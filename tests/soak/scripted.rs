@@ -1,4 +1,4 @@
-//! Sessions by the thousand, in front of a server that only says its lines: what the proxy itself takes, and gives back.
+//! Sessions by the thousand, in front of a scripted server: what the proxy itself takes, and gives back.
 
 use std::{net::SocketAddr, path::Path, time::Duration};
 
@@ -74,7 +74,7 @@ pub(crate) async fn thousands(program: &Path) {
     }
     println!("   once they have left: {idle} descriptors as before, {after} kB");
     assert!(each <= MOST_EACH_KB, "{each:.2} kB for a session");
-    // Helpers look after themselves once in a while; sessions need nobody.
+    // Helper tasks run once in a while; sessions need none.
     assert!(used <= WATCH / 200, "waiting costs {used:?}");
     assert!(
         after <= before + LEFT_OVER_KB,
@@ -82,7 +82,7 @@ pub(crate) async fn thousands(program: &Path) {
     );
 }
 
-/// 50,000 that come, ask and go.
+/// 50,000 that connect, query and leave.
 pub(crate) async fn visits(program: &Path) {
     let directory = tempfile::tempdir().unwrap();
     let (_upstream, proxy) = start(program, directory.path());

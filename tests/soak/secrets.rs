@@ -24,7 +24,7 @@ const REFRESHES: f64 = 5.0;
 /// At once, so that the allocator has copies in more than one thread's cache.
 const LOGINS: usize = 20;
 
-/// The claims that tell the emulator's tokens apart.
+/// The claims that distinguish the emulator's tokens.
 #[derive(Deserialize)]
 struct Claims {
     aud: String,

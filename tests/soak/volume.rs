@@ -1,4 +1,4 @@
-//! Large things pass in constant memory, and at the pace of whoever reads them.
+//! Large things pass in constant memory, and at the pace of their reader.
 
 use std::time::Duration;
 
@@ -51,7 +51,7 @@ pub(crate) async fn copy_out(stage: &Stage) {
 pub(crate) async fn copy_in(stage: &Stage) {
     let mut client = Wire::connect(stage.postgres).await.unwrap();
     client
-        .ask("CREATE TEMP TABLE sink (line text)")
+        .query("CREATE TEMP TABLE sink (line text)")
         .await
         .unwrap()
         .unwrap();

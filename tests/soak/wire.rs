@@ -38,7 +38,7 @@ impl Wire {
         }
     }
 
-    /// Connects and says nothing.
+    /// Connects without a message.
     pub(crate) async fn open(address: SocketAddr) -> io::Result<Self> {
         let stream = TcpStream::connect(address).await?;
         stream.set_nodelay(true)?;
@@ -90,7 +90,7 @@ impl Wire {
     }
 
     /// Runs a small query; the body of the first row or of the error.
-    pub(crate) async fn ask(&mut self, sql: &str) -> io::Result<Result<Bytes, String>> {
+    pub(crate) async fn query(&mut self, sql: &str) -> io::Result<Result<Bytes, String>> {
         self.send(&query(sql)).await?;
         let mut answer = Ok(Bytes::new());
         loop {

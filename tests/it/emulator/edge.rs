@@ -11,7 +11,7 @@ use tokio::{
 };
 use tokio_rustls::{TlsConnector, client::TlsStream};
 
-use crate::harness::emulator::{PATIENCE, connect, credential, start, start_with};
+use crate::harness::emulator::{TIMEOUT, connect, credential, start, start_with};
 
 const SSL_REQUEST: &[u8] = &[0, 0, 0, 8, 4, 210, 22, 47];
 const CANCEL_REQUEST: u32 = 80_877_102;
@@ -30,10 +30,10 @@ impl Refusal {
     }
 }
 
-/// Reads to the end and takes the last message for an `ErrorResponse`; `None` if nothing was said.
+/// Reads to the end and takes the last message for an `ErrorResponse`; `None` without a message.
 pub(super) async fn refusal<S: AsyncRead + Unpin>(stream: &mut S) -> Option<Refusal> {
     let mut bytes = Vec::new();
-    let _ = timeout(PATIENCE, stream.read_to_end(&mut bytes))
+    let _ = timeout(TIMEOUT, stream.read_to_end(&mut bytes))
         .await
         .expect("an end in time");
     let start = bytes.iter().position(|byte| *byte == b'E')?;
@@ -165,7 +165,7 @@ async fn direct_tls_is_never_answered_and_ends_with_the_timer() {
 }
 
 #[tokio::test]
-async fn a_client_that_sends_no_startup_is_told_so_by_the_timer() {
+async fn a_client_without_a_startup_message_times_out_with_an_error() {
     let emulator = start_with(|settings| settings.handshake_timeout = Duration::from_secs(1)).await;
     let mut tls = dial_tls(&emulator, Some("localhost")).await;
     let refusal = refusal(&mut tls).await.unwrap();
@@ -311,7 +311,7 @@ async fn send_query(tls: &mut TlsStream<TcpStream>, sql: &str) {
 async fn answer(tls: &mut TlsStream<TcpStream>) -> Result<String, String> {
     let mut result = Ok(String::new());
     loop {
-        let (kind, body) = timeout(PATIENCE, message(tls))
+        let (kind, body) = timeout(TIMEOUT, message(tls))
             .await
             .expect("an answer")
             .unwrap();
@@ -357,8 +357,8 @@ async fn replication_is_passed_on_and_refused_by_postgres_itself() {
     let refusal = refusal(&mut tls).await.unwrap();
     assert_eq!(refusal.field('C'), "42501");
     // In the words of Postgres 15, and of later ones.
-    let said = refusal.field('M');
-    assert!(said.contains("walsender") || said.contains("WAL sender"));
+    let reply = refusal.field('M');
+    assert!(reply.contains("walsender") || reply.contains("WAL sender"));
 }
 
 #[tokio::test]
@@ -385,7 +385,7 @@ async fn cancel_keys_are_the_edges_own_and_work_in_plain_text_and_inside_tls() {
     }
     assert!(
         answer(&mut bystander).await.is_ok(),
-        "somebody else's query was cancelled"
+        "another session's query was cancelled"
     );
     assert_eq!(emulator.counts().cancels_forwarded, 2);
 }
@@ -417,7 +417,7 @@ async fn a_cancel_of_the_wrong_length_is_refused() {
     );
 }
 
-/// Asks Postgres, past the edge, until a query of this session runs.
+/// Polls Postgres, past the edge, until a query of this session runs.
 trait Watch {
     async fn wait_until_running(&self, pid: i32);
 }
@@ -439,7 +439,7 @@ impl Watch for Emulator {
                 }
             }
         };
-        timeout(PATIENCE, running).await.expect("the query to run");
+        timeout(TIMEOUT, running).await.expect("the query to run");
     }
 }
 

@@ -1,4 +1,4 @@
-//! Faults: each place, each manner, as often as asked.
+//! Faults: each site, each action, each number of times.
 
 use std::{io::ErrorKind, time::Duration};
 
@@ -15,11 +15,11 @@ use super::{
     edge::dial,
     workspace::{basic_token, mint, port, token},
 };
-use crate::harness::emulator::{PATIENCE, config, connect, connect_as, http, start};
+use crate::harness::emulator::{TIMEOUT, config, connect, connect_as, http, start};
 
 /// What a driver's failure comes down to.
 async fn failure(emulator: &Emulator) -> Error {
-    timeout(PATIENCE, connect(emulator))
+    timeout(TIMEOUT, connect(emulator))
         .await
         .expect("an end in time")
         .expect_err("the fault to strike")
@@ -37,7 +37,7 @@ fn io_kind(error: &Error) -> Option<ErrorKind> {
 }
 
 #[tokio::test]
-async fn a_connection_ends_wherever_it_is_told_to() {
+async fn a_connection_ends_at_the_site_of_the_fault() {
     let emulator = start().await;
     for site in [
         Site::Accept,
@@ -90,7 +90,7 @@ async fn a_stalled_connection_stays_until_the_fault_is_cleared() {
             None
         );
         emulator
-            .wait_for(PATIENCE, |counts| counts.connections == 0)
+            .wait_for(TIMEOUT, |counts| counts.connections == 0)
             .await
             .expect("the connection to end");
     }
@@ -106,7 +106,7 @@ async fn a_client_that_gives_up_on_a_stall_leaves_nothing_behind() {
             .is_err()
     );
     emulator
-        .wait_for(PATIENCE, |counts| counts.connections == 0)
+        .wait_for(TIMEOUT, |counts| counts.connections == 0)
         .await
         .expect("the connection to end");
 }
@@ -179,7 +179,7 @@ async fn delays_come_before_what_follows_them() {
 }
 
 #[tokio::test]
-async fn a_session_breaks_after_as_many_bytes_as_asked() {
+async fn a_session_breaks_after_the_requested_number_of_bytes() {
     let emulator = start().await;
     let fault = Fault::new(Site::Session, Action::Reset);
     emulator
@@ -226,14 +226,14 @@ async fn a_lost_network_path_shows_neither_an_answer_nor_an_end() {
         assert!(waited.is_err(), "{site:?}: it ended");
         assert_eq!(emulator.counts().connections, 1, "{site:?}");
         emulator.faults().clear();
-        let error = timeout(PATIENCE, login).await.unwrap().unwrap_err();
+        let error = timeout(TIMEOUT, login).await.unwrap().unwrap_err();
         assert_eq!(
             io_kind(&error),
             Some(ErrorKind::ConnectionReset),
             "{site:?}"
         );
         emulator
-            .wait_for(PATIENCE, |counts| counts.connections == 0)
+            .wait_for(TIMEOUT, |counts| counts.connections == 0)
             .await
             .unwrap();
     }
@@ -262,7 +262,7 @@ async fn lost_packets_are_not_acknowledged() {
             }
         }
     };
-    let ended = timeout(PATIENCE, unacknowledged).await.unwrap();
+    let ended = timeout(TIMEOUT, unacknowledged).await.unwrap();
     assert_eq!(ended.unwrap_err().kind(), ErrorKind::TimedOut);
 }
 
@@ -279,7 +279,7 @@ async fn a_session_loses_its_path_in_the_middle_of_a_query_and_gets_it_back() {
     assert!(waited.is_err(), "an answer came through");
     assert_eq!(emulator.counts().sessions, 1);
     emulator.disrupt_sessions(Disruption::None);
-    timeout(PATIENCE, query).await.unwrap().unwrap();
+    timeout(TIMEOUT, query).await.unwrap().unwrap();
 
     let fault = Fault::new(Site::Session, Action::Blackhole).after_bytes(1000);
     let struck = emulator.faults().add(fault).unwrap();
@@ -291,7 +291,7 @@ async fn a_session_loses_its_path_in_the_middle_of_a_query_and_gets_it_back() {
     let waited = timeout(Duration::from_millis(300), &mut query).await;
     assert!(waited.is_err(), "an answer came through");
     emulator.faults().clear();
-    timeout(PATIENCE, query).await.unwrap().unwrap_err();
+    timeout(TIMEOUT, query).await.unwrap().unwrap_err();
 }
 
 #[tokio::test]
@@ -308,20 +308,20 @@ async fn the_workspace_can_be_lost_too() {
     let waited = timeout(Duration::from_millis(200), &mut minted).await;
     assert!(waited.is_err(), "it ended");
     emulator.faults().clear();
-    let error = timeout(PATIENCE, minted).await.unwrap().unwrap_err();
+    let error = timeout(TIMEOUT, minted).await.unwrap().unwrap_err();
     assert_eq!(error.kind(), ErrorKind::ConnectionReset);
 }
 
 #[tokio::test]
-async fn a_session_ends_with_the_error_that_was_asked_for() {
+async fn a_session_ends_with_the_requested_error() {
     let emulator = start().await;
-    let said = ServerError::fatal(
+    let reply = ServerError::fatal(
         "57P01",
         "terminating connection due to administrator command",
     );
-    emulator.faults().once(Site::Session, Action::Error(said));
+    emulator.faults().once(Site::Session, Action::Error(reply));
     let client = connect(&emulator).await.unwrap();
-    let error = timeout(PATIENCE, client.simple_query("select 1")).await;
+    let error = timeout(TIMEOUT, client.simple_query("select 1")).await;
     let error = error.unwrap().unwrap_err();
     assert!(
         error.is_closed() || error.code().is_some_and(|code| code.code() == "57P01"),
@@ -333,7 +333,7 @@ async fn a_session_ends_with_the_error_that_was_asked_for() {
 async fn faults_choose_user_database_and_age_of_the_credential() {
     let emulator = start().await;
     let app = emulator.identities().app.name.clone();
-    let refused = |code: &str| Action::Error(ServerError::fatal(code, "as asked"));
+    let refused = |code: &str| Action::Error(ServerError::fatal(code, "as scripted"));
     let faults = emulator.faults();
     let add = |fault: Fault| faults.add(fault).unwrap();
     let other_user = add(Fault::new(Site::Startup, refused("28000")).user("ada"));
@@ -390,7 +390,7 @@ async fn real_answers_can_be_bent() {
 
 /// `"time": 1` was taken for a fault that strikes for ever, and `no_tls` at the mint for a closed connection.
 #[tokio::test]
-async fn scripts_that_cannot_happen_are_refused_and_change_nothing() {
+async fn impossible_faults_are_refused_and_change_nothing() {
     let emulator = start().await;
     let port = port(&emulator);
     let before = emulator.faults().once(Site::Lookup, Action::Close);
@@ -424,7 +424,7 @@ async fn scripts_that_cannot_happen_are_refused_and_change_nothing() {
 }
 
 #[tokio::test]
-async fn people_see_what_struck_and_who_logged_in() {
+async fn the_state_shows_faults_and_logins() {
     let emulator = start().await;
     let port = port(&emulator);
     let app = emulator.identities().app.name.clone();
@@ -475,7 +475,7 @@ async fn running_sessions_stall_move_again_and_end() {
     query.await.unwrap();
     emulator.disrupt_sessions(Disruption::Reset);
     emulator
-        .wait_for(PATIENCE, |counts| counts.sessions == 0)
+        .wait_for(TIMEOUT, |counts| counts.sessions == 0)
         .await
         .unwrap();
     assert!(client.simple_query("select 3").await.is_err());
@@ -505,10 +505,10 @@ async fn the_port_can_be_closed_and_opened_again() {
             }
         }
     };
-    timeout(PATIENCE, refused).await.expect("the port to close");
+    timeout(TIMEOUT, refused).await.expect("the port to close");
     emulator.configure(|settings| settings.is_listening = true);
     let back = async { while connect(&emulator).await.is_err() {} };
-    timeout(PATIENCE, back).await.expect("the port to open");
+    timeout(TIMEOUT, back).await.expect("the port to open");
 }
 
 #[tokio::test]
@@ -635,7 +635,7 @@ async fn web_pages_of_other_sites_get_nothing() {
 
 /// Every fault of the guide can be set, and every site and action is in it.
 #[tokio::test]
-async fn the_guide_shows_what_can_be_set() {
+async fn the_guide_lists_all_settings() {
     let guide = include_str!("../../../deploy/guides/emulator.md");
     for site in Site::ALL {
         for name in [&[site.name()], site.actions(), site.conditions()].concat() {

@@ -14,7 +14,7 @@ use lakebase_proxy::emulator::{
 
 use crate::harness::{
     binary::PROGRAM,
-    emulator::{PATIENCE, connect, start},
+    emulator::{TIMEOUT, connect, start},
     eventually,
 };
 
@@ -163,7 +163,7 @@ async fn a_postgres_named_by_url_is_used_and_left_as_it_was() {
 }
 
 #[tokio::test]
-async fn a_machine_without_postgres_is_told_what_to_install() {
+async fn a_missing_postgres_is_reported_with_the_package_to_install() {
     let empty = tempfile::tempdir().unwrap();
     let options = LocalPostgresOptions {
         bin_dir: Some(empty.path().to_owned()),
@@ -191,11 +191,11 @@ async fn a_taken_port_is_named() {
 }
 
 #[tokio::test]
-async fn two_emulators_on_one_postgres_keep_out_of_each_others_way() {
+async fn two_emulators_on_one_postgres_do_not_conflict() {
     let (one, two) = (start().await, start().await);
     let (first, second) = (connect(&one).await.unwrap(), connect(&two).await.unwrap());
     one.suspend().await;
-    one.wait_for(PATIENCE, |counts| counts.sessions == 0)
+    one.wait_for(TIMEOUT, |counts| counts.sessions == 0)
         .await
         .unwrap();
     assert!(first.simple_query("select 1").await.is_err());
@@ -207,10 +207,7 @@ async fn it_answers_on_both_loopback_addresses() {
     let emulator = start().await;
     let has_v6 = tokio::net::TcpListener::bind("[::1]:0").await.is_ok();
     for address in ["127.0.0.1", "::1"] {
-        let dialled = tokio::net::TcpStream::connect((address, emulator.pg_port())).await;
-        assert!(
-            dialled.is_ok() || (address == "::1" && !has_v6),
-            "{address}"
-        );
+        let dialed = tokio::net::TcpStream::connect((address, emulator.pg_port())).await;
+        assert!(dialed.is_ok() || (address == "::1" && !has_v6), "{address}");
     }
 }

@@ -152,7 +152,7 @@ async fn a_token_opens_its_owners_role_and_no_other() {
 }
 
 #[tokio::test]
-async fn a_service_principal_without_a_role_is_told_that_it_does_not_exist() {
+async fn a_service_principal_without_a_role_gets_role_does_not_exist() {
     let emulator = start().await;
     let stranger = &emulator.identities().stranger;
     let token = credential_of(&emulator, stranger);
@@ -206,7 +206,7 @@ async fn connect_user(emulator: &Emulator) -> tokio_postgres::Client {
 }
 
 #[tokio::test]
-async fn the_owner_makes_oauth_roles_as_the_tutorial_says() {
+async fn the_owner_creates_oauth_roles_as_in_the_tutorial() {
     let emulator = start().await;
     let owner = connect_user(&emulator).await;
     let stranger = emulator.identities().stranger.clone();
@@ -293,7 +293,7 @@ async fn a_member_logs_in_under_the_role_of_its_group() {
     assert_eq!(
         attempt(&emulator, &group, &credential(&emulator)).await.0,
         "28000",
-        "not a member, and yet let in"
+        "accepted without membership"
     );
 }
 
@@ -338,10 +338,10 @@ async fn native_login_is_scram_with_postgres_where_it_is_switched_on() {
 }
 
 #[tokio::test]
-async fn the_counts_tell_dials_from_logins() {
+async fn the_counts_distinguish_dials_from_logins() {
     let emulator = start().await;
     let client = connect(&emulator).await.unwrap();
-    let _ = attempt(&emulator, "nobody", "nothing").await;
+    let _ = attempt(&emulator, "unknown", "nothing").await;
     let counts = emulator.counts();
     assert_eq!(
         (
@@ -354,7 +354,7 @@ async fn the_counts_tell_dials_from_logins() {
     );
     drop(client);
     let counts = emulator
-        .wait_for(crate::harness::emulator::PATIENCE, |counts| {
+        .wait_for(crate::harness::emulator::TIMEOUT, |counts| {
             counts.connections == 0
         })
         .await;

@@ -1,4 +1,4 @@
-//! The emulator keeps Lakebase's rules, and does wrong what it is asked to do wrong.
+//! The emulator follows Lakebase's rules, except for the scripted faults.
 
 mod edge;
 mod faults;

@@ -6,7 +6,7 @@ use lakebase_proxy::emulator::{Emulator, OnSuspend, WhileAsleep};
 use tokio_postgres::{Client, Error, SimpleQueryMessage};
 
 use super::workspace::{get, token};
-use crate::harness::emulator::{PATIENCE, config, connect, connect_as, start_with};
+use crate::harness::emulator::{TIMEOUT, config, connect, connect_as, start_with};
 
 /// A suspend time short enough for a test and long enough for a login on a busy machine.
 const SOON: Duration = Duration::from_millis(1500);
@@ -24,7 +24,7 @@ async fn connect_until_awake(emulator: &Emulator) -> Client {
             }
         }
     };
-    tokio::time::timeout(PATIENCE, attempts)
+    tokio::time::timeout(TIMEOUT, attempts)
         .await
         .expect("the compute to wake")
 }
@@ -60,7 +60,7 @@ async fn a_silent_session_does_not_keep_it_awake_and_gets_57p01() {
     let emulator = start_with(|settings| settings.suspend_after = SOON).await;
     let client = connect(&emulator).await.unwrap();
     emulator
-        .wait_for(PATIENCE, |counts| {
+        .wait_for(TIMEOUT, |counts| {
             counts.suspensions == 1 && counts.sessions == 0
         })
         .await
@@ -88,7 +88,7 @@ async fn an_open_transaction_keeps_it_awake_also_while_it_is_idle() {
     client.simple_query("commit").await.expect("the session");
     assert_eq!(emulator.counts().suspensions, 0);
     emulator
-        .wait_for(PATIENCE, |counts| counts.suspensions == 1)
+        .wait_for(TIMEOUT, |counts| counts.suspensions == 1)
         .await
         .expect("nothing keeps it awake any more");
 }
@@ -106,7 +106,7 @@ async fn refused_logins_do_not_keep_it_awake() {
     };
     tokio::select! {
         () = refused => {}
-        suspended = emulator.wait_for(PATIENCE, |counts| counts.suspensions == 1) => {
+        suspended = emulator.wait_for(TIMEOUT, |counts| counts.suspensions == 1) => {
             suspended.expect("it to be suspended");
         }
     }
@@ -118,7 +118,7 @@ async fn sessions_see_the_administrators_command() {
     let client = connect(&emulator).await.unwrap();
     let (ended, ()) = tokio::join!(client.simple_query("select pg_sleep(60)"), async {
         emulator
-            .wait_for(PATIENCE, |counts| counts.sessions == 1)
+            .wait_for(TIMEOUT, |counts| counts.sessions == 1)
             .await
             .unwrap();
         emulator.suspend().await;
@@ -127,22 +127,22 @@ async fn sessions_see_the_administrators_command() {
 }
 
 #[tokio::test]
-async fn sessions_are_reset_or_closed_where_asked() {
+async fn sessions_are_reset_or_closed_on_request() {
     for manner in [OnSuspend::Reset, OnSuspend::Close] {
         let emulator = start_with(|settings| settings.on_suspend = manner).await;
         let client = connect(&emulator).await.unwrap();
         emulator.suspend().await;
         emulator
-            .wait_for(PATIENCE, |counts| counts.sessions == 0)
+            .wait_for(TIMEOUT, |counts| counts.sessions == 0)
             .await
             .unwrap();
         let error = client.simple_query("select 1").await.unwrap_err();
-        assert_eq!(error.code(), None, "{manner:?}: a word was said");
+        assert_eq!(error.code(), None, "{manner:?}: a message was sent");
     }
 }
 
 #[tokio::test]
-async fn what_is_met_while_asleep_is_as_set() {
+async fn a_sleeping_endpoint_behaves_as_configured() {
     let emulator = start_with(|settings| settings.wake_delay = Duration::from_hours(1)).await;
     emulator.suspend().await;
     for (manner, expected) in [
@@ -177,7 +177,7 @@ async fn a_held_connection_goes_on_once_the_compute_is_up() {
 }
 
 #[tokio::test]
-async fn a_disabled_endpoint_says_so_and_does_not_wake() {
+async fn a_disabled_endpoint_reports_that_and_does_not_wake() {
     let emulator = start_with(|settings| settings.is_disabled = true).await;
     emulator.suspend().await;
     let error = connect(&emulator).await.unwrap_err();

@@ -22,7 +22,7 @@ fn secret(identity: &Identity) -> &str {
     identity.client_secret.as_ref().unwrap().expose_secret()
 }
 
-/// Asks for a workspace token as the tutorial's recipe does.
+/// Requests a workspace token as in the tutorial.
 pub(super) async fn basic_token(emulator: &Emulator) -> HttpAnswer {
     token_of(emulator, &emulator.identities().app).await
 }
@@ -539,7 +539,7 @@ async fn an_endpoint_made_again_under_its_old_name_is_listed_but_not_found() {
 }
 
 #[tokio::test]
-async fn lists_come_in_pages_of_the_size_asked_for() {
+async fn lists_come_in_pages_of_the_requested_size() {
     let emulator = start().await;
     let token = token(&emulator).await;
     let mut names = Vec::new();

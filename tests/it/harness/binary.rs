@@ -117,7 +117,7 @@ impl Binary {
         let is_it = |line: &&Value| {
             line["message"]
                 .as_str()
-                .is_some_and(|said| said.contains(message))
+                .is_some_and(|reply| reply.contains(message))
         };
         match self.lines.iter().find(is_it) {
             Some(line) => line.clone(),
@@ -131,10 +131,10 @@ impl Binary {
             let line = self
                 .line()
                 .await
-                .unwrap_or_else(|| panic!("it ended without saying: {message}"));
+                .unwrap_or_else(|| panic!("it ended without logging: {message}"));
             if line["message"]
                 .as_str()
-                .is_some_and(|said| said.contains(message))
+                .is_some_and(|reply| reply.contains(message))
             {
                 return line;
             }
@@ -143,8 +143,8 @@ impl Binary {
 
     /// The line with this message, logged already or next.
     pub(crate) async fn logged(&mut self, message: &str) -> Value {
-        let said = |line: &&Value| line["message"] == message;
-        match self.lines.iter().find(said) {
+        let reply = |line: &&Value| line["message"] == message;
+        match self.lines.iter().find(reply) {
             Some(line) => line.clone(),
             None => self.until(message).await,
         }

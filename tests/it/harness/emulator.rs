@@ -23,7 +23,7 @@ use tokio_util::task::TaskTracker;
 pub(crate) use tls::Tls;
 
 /// Longer than anything a test waits for should take, also on a busy machine.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
+pub(crate) const TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Ends with the process: its watchdog sees to that.
 static SERVER: OnceCell<Arc<LocalPostgres>> = OnceCell::const_new();
@@ -64,7 +64,7 @@ pub(crate) fn credential_of(emulator: &Emulator, identity: &Identity) -> String 
         .unwrap()
 }
 
-/// How a driver is told to connect as the app.
+/// A driver's configuration to connect as the app.
 pub(crate) fn config(emulator: &Emulator) -> Config {
     let mut config = Config::new();
     config
@@ -82,7 +82,7 @@ pub(crate) async fn connect(emulator: &Emulator) -> Result<Client, Error> {
     connect_as(emulator, &config(emulator)).await
 }
 
-/// Connects straight to the edge as `config` says.
+/// Connects straight to the edge with `config`.
 pub(crate) async fn connect_as(emulator: &Emulator, config: &Config) -> Result<Client, Error> {
     let (client, connection) = config.connect(trust(emulator)).await?;
     TaskTracker::new().spawn(async move {
@@ -148,7 +148,5 @@ pub(crate) async fn http(port: u16, head: &str, body: &str) -> std::io::Result<H
             body: body.to_owned(),
         })
     };
-    timeout(PATIENCE, exchange)
-        .await
-        .expect("an answer in time")
+    timeout(TIMEOUT, exchange).await.expect("an answer in time")
 }

@@ -6,7 +6,7 @@ use tokio::{
     net::TcpStream,
 };
 
-/// Asks the emulator, whose answers have a `Content-Length`.
+/// Sends a request to the emulator, whose answers have a `Content-Length`.
 pub(crate) async fn forward(
     emulator: &str,
     head: &str,

@@ -29,7 +29,7 @@ use tokio_util::task::TaskTracker;
 use self::wire::Wire;
 
 /// What nothing here takes unless it hangs, on a busy machine too.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
+pub(crate) const TIMEOUT: Duration = Duration::from_secs(30);
 
 /// The emulator's default database.
 pub(crate) const DATABASE: &str = "databricks_postgres";
@@ -94,19 +94,19 @@ pub(crate) fn millis(count: u64) -> DurationSetting {
 
 /// `future`, which must end in reasonable time.
 pub(crate) async fn within<T>(what: &str, future: impl Future<Output = T>) -> T {
-    let ended = timeout(PATIENCE, future).await;
-    ended.unwrap_or_else(|_| panic!("{what}: still waiting after {PATIENCE:?}"))
+    let ended = timeout(TIMEOUT, future).await;
+    ended.unwrap_or_else(|_| panic!("{what}: still waiting after {TIMEOUT:?}"))
 }
 
 /// Looks again and again until there is something to see.
 pub(crate) async fn eventually<T>(what: &str, mut look: impl AsyncFnMut() -> Option<T>) -> T {
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + TIMEOUT;
     let mut pause = Duration::from_millis(2);
     loop {
         if let Some(seen) = look().await {
             return seen;
         }
-        assert!(Instant::now() < deadline, "{what}: not after {PATIENCE:?}");
+        assert!(Instant::now() < deadline, "{what}: not after {TIMEOUT:?}");
         sleep(pause).await;
         pause = (pause * 2).min(Duration::from_millis(50));
     }
@@ -184,7 +184,7 @@ impl Proxy {
     pub(crate) async fn warm(&self) {
         self.running
             .credentials()
-            .get(Instant::now() + PATIENCE)
+            .get(Instant::now() + TIMEOUT)
             .await
             .unwrap();
     }
@@ -260,7 +260,7 @@ impl Proxy {
         (client, receiver)
     }
 
-    /// A bare connection, nothing said yet.
+    /// A bare connection, before any message.
     pub(crate) async fn dial(&self) -> Wire {
         Wire::dial(self.address()).await
     }
@@ -274,7 +274,7 @@ impl Proxy {
         wire
     }
 
-    /// What a client is told that gets no session.
+    /// The error of a refused client.
     pub(crate) async fn refusal(&self) -> ErrorFields {
         let mut wire = self.dial().await;
         wire.startup(&[("user", "anyone"), ("database", DATABASE)])

@@ -11,7 +11,7 @@ use tokio::{
 };
 use tokio_rustls::{TlsConnector, client::TlsStream};
 
-use super::{PATIENCE, within};
+use super::{TIMEOUT, within};
 
 pub(crate) const SSL_REQUEST: [u8; 8] = [0, 0, 0, 8, 4, 210, 22, 47];
 pub(crate) const GSSENC_REQUEST: [u8; 8] = [0, 0, 0, 8, 4, 210, 22, 48];
@@ -20,12 +20,12 @@ pub(crate) const PROTOCOL_3_2: u32 = (3 << 16) + 2;
 
 /// A message, type and body.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Said {
+pub(crate) struct Reply {
     pub(crate) tag: char,
     pub(crate) body: Bytes,
 }
 
-impl Said {
+impl Reply {
     pub(crate) fn error(&self) -> ErrorFields {
         assert!(matches!(self.tag, 'E' | 'N'), "{self:?}");
         ErrorFields::parse(&self.body)
@@ -41,7 +41,7 @@ impl Said {
     }
 }
 
-/// What a server says up to the first ReadyForQuery.
+/// The messages of a server up to the first ReadyForQuery.
 #[derive(Debug, Default)]
 pub(crate) struct Welcome {
     pub(crate) parameters: HashMap<String, String>,
@@ -137,7 +137,7 @@ impl Wire {
     /// A session at the emulator without the proxy, logged in with a credential as the tutorial's app does.
     pub(crate) async fn direct(emulator: &Emulator) -> Wire<TlsStream<TcpStream>> {
         let app = emulator.identities().app.clone();
-        let token = emulator.credential_for(&app, PATIENCE * 2).unwrap();
+        let token = emulator.credential_for(&app, TIMEOUT * 2).unwrap();
         let mut stream = TcpStream::connect(("127.0.0.1", emulator.pg_port()))
             .await
             .unwrap();
@@ -198,13 +198,13 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Wire<S> {
     }
 
     /// The next message; `None` at the end of the connection.
-    pub(crate) async fn try_next(&mut self) -> std::io::Result<Option<Said>> {
+    pub(crate) async fn try_next(&mut self) -> std::io::Result<Option<Reply>> {
         loop {
             if let Some(&[tag, a, b, c, d]) = self.buffer.first_chunk() {
                 let length = usize::try_from(u32::from_be_bytes([a, b, c, d])).unwrap();
                 if self.buffer.len() > length {
                     let body = self.buffer.split_to(length + 1).freeze().slice(5..);
-                    return Ok(Some(Said {
+                    return Ok(Some(Reply {
                         tag: tag.into(),
                         body,
                     }));
@@ -221,7 +221,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Wire<S> {
         }
     }
 
-    pub(crate) async fn next(&mut self) -> Said {
+    pub(crate) async fn next(&mut self) -> Reply {
         self.try_next()
             .await
             .unwrap()
@@ -229,48 +229,55 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Wire<S> {
     }
 
     /// Messages up to and with the next of this type.
-    pub(crate) async fn until(&mut self, tag: char) -> Vec<Said> {
-        let mut said = Vec::new();
+    pub(crate) async fn until(&mut self, tag: char) -> Vec<Reply> {
+        let mut reply = Vec::new();
         loop {
-            said.push(self.next().await);
-            if said.last().unwrap().tag == tag {
-                return said;
+            reply.push(self.next().await);
+            if reply.last().unwrap().tag == tag {
+                return reply;
             }
         }
     }
 
     /// The types of the messages up to the next ReadyForQuery.
     pub(crate) async fn tags(&mut self) -> String {
-        self.until('Z').await.iter().map(|said| said.tag).collect()
+        self.until('Z')
+            .await
+            .iter()
+            .map(|reply| reply.tag)
+            .collect()
     }
 
     /// Everything up to the first ReadyForQuery.
     pub(crate) async fn welcome(&mut self) -> Welcome {
         let mut welcome = Welcome::default();
         loop {
-            let said = self.next().await;
-            match said.tag {
-                'R' => assert_eq!(&said.body[..], [0, 0, 0, 0], "no password is asked for"),
+            let reply = self.next().await;
+            match reply.tag {
+                'R' => assert_eq!(&reply.body[..], [0, 0, 0, 0], "no password is required"),
                 'S' => {
-                    let mut strings = said.body.split(|&byte| byte == 0);
+                    let mut strings = reply.body.split(|&byte| byte == 0);
                     let mut string =
                         || String::from_utf8(strings.next().unwrap().to_vec()).unwrap();
                     welcome.parameters.insert(string(), string());
                 }
-                'K' => welcome.key = said.body[..].try_into().expect("a key of eight bytes"),
-                'N' => welcome.notices.push(said.error()),
-                'v' => welcome.negotiation = Some(said.body),
+                'K' => welcome.key = reply.body[..].try_into().expect("a key of eight bytes"),
+                'N' => welcome.notices.push(reply.error()),
+                'v' => welcome.negotiation = Some(reply.body),
                 'Z' => return welcome,
-                _ => panic!("instead of a welcome: {:?}", ErrorFields::parse(&said.body)),
+                _ => panic!(
+                    "instead of a welcome: {:?}",
+                    ErrorFields::parse(&reply.body)
+                ),
             }
         }
     }
 
     /// A FATAL error, and the end of the connection after it.
     pub(crate) async fn refusal(&mut self) -> ErrorFields {
-        let said = self.next().await;
-        assert_eq!(said.tag, 'E', "a refusal and nothing before it: {said:?}");
-        let error = said.error();
+        let reply = self.next().await;
+        assert_eq!(reply.tag, 'E', "a refusal and nothing before it: {reply:?}");
+        let error = reply.error();
         assert_eq!(error.severity, "FATAL", "{error:?}");
         assert_eq!(
             self.try_next().await.unwrap(),
@@ -282,21 +289,22 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Wire<S> {
 
     /// The end of the connection and nothing before it.
     pub(crate) async fn closed(&mut self) {
-        if let Ok(Some(said)) = self.try_next().await {
-            panic!("instead of the end: {said:?}");
+        if let Ok(Some(reply)) = self.try_next().await {
+            panic!("instead of the end: {reply:?}");
         }
     }
 
     /// A simple query's rows, each its first column.
     pub(crate) async fn query(&mut self, query: &str) -> Vec<String> {
         self.send(&text('Q', query)).await;
-        let said = self.until('Z').await;
-        if let Some(error) = said.iter().find(|said| said.tag == 'E') {
+        let reply = self.until('Z').await;
+        if let Some(error) = reply.iter().find(|reply| reply.tag == 'E') {
             panic!("{query}: {:?}", error.error());
         }
-        said.iter()
-            .filter(|said| said.tag == 'D')
-            .map(Said::value)
+        reply
+            .iter()
+            .filter(|reply| reply.tag == 'D')
+            .map(Reply::value)
             .collect()
     }
 

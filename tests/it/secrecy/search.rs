@@ -61,7 +61,7 @@ impl Secrets {
 
     fn add_form(&mut self, name: &str, form: &str) {
         for piece in form.as_bytes().windows(PIECE) {
-            if is_telling(piece) {
+            if is_significant(piece) {
                 self.pieces
                     .entry(piece.to_vec())
                     .or_insert_with(|| name.to_owned());
@@ -83,7 +83,7 @@ impl Secrets {
 }
 
 /// Not mere filling, such as a run of one character.
-fn is_telling(piece: &[u8]) -> bool {
+fn is_significant(piece: &[u8]) -> bool {
     let mut seen = piece.to_vec();
     seen.sort_unstable();
     seen.dedup();
@@ -107,7 +107,7 @@ fn a_piece_is_found_in_every_form() {
         assert!(secrets.find(&text).is_some(), "{text}");
     }
     assert_eq!(
-        secrets.find("a log that says nothing of note 0123456789 abcdefghijkl"),
+        secrets.find("a log without any secrets of note 0123456789 abcdefghijkl"),
         None
     );
     assert_eq!(secrets.find(&secret[..15]), None);

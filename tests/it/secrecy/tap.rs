@@ -1,4 +1,4 @@
-//! Between the proxy and the emulated workspace: hears every secret, and can answer as no API should, by repeating them.
+//! Between the proxy and the emulated workspace: records every secret, and can answer as no API should, by repeating them.
 
 use std::{
     net::SocketAddr,
@@ -29,7 +29,7 @@ pub(super) struct Call {
 }
 
 impl Call {
-    /// The token asked for, if one was given.
+    /// The requested token, if one was issued.
     pub(super) fn token(&self) -> &str {
         ["access_token", "token"]
             .iter()
@@ -58,11 +58,11 @@ pub(super) type Twist = fn(&Call) -> Option<Untruth>;
 
 pub(super) struct Tap {
     pub(super) address: SocketAddr,
-    heard: Arc<Heard>,
+    record: Arc<Record>,
     tasks: TaskTracker,
 }
 
-struct Heard {
+struct Record {
     address: String,
     emulator: String,
     twist: Twist,
@@ -74,7 +74,7 @@ impl Tap {
     pub(super) async fn open(emulator: &str, twist: Twist) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
-        let heard = Arc::new(Heard {
+        let record = Arc::new(Record {
             address: address.to_string(),
             emulator: emulator.strip_prefix("http://").unwrap().to_owned(),
             twist,
@@ -83,10 +83,10 @@ impl Tap {
         });
         let tap = Self {
             address,
-            heard: Arc::clone(&heard),
+            record: Arc::clone(&record),
             tasks: TaskTracker::new(),
         };
-        let app = Router::new().fallback(answer).with_state(heard);
+        let app = Router::new().fallback(answer).with_state(record);
         tap.tasks
             .spawn(async move { axum::serve(listener, app).await });
         tap
@@ -94,7 +94,7 @@ impl Tap {
 
     /// The token issued last.
     pub(super) fn latest(&self) -> String {
-        self.heard
+        self.record
             .tokens
             .lock()
             .unwrap()
@@ -104,12 +104,12 @@ impl Tap {
     }
 
     pub(super) fn tokens(&self) -> usize {
-        self.heard.tokens.lock().unwrap().len()
+        self.record.tokens.lock().unwrap().len()
     }
 
-    /// Hands over all that was heard.
-    pub(super) fn tell(&self, secrets: &mut Secrets) {
-        for authorization in &*self.heard.authorizations.lock().unwrap() {
+    /// Adds all recorded secrets.
+    pub(super) fn add_to(&self, secrets: &mut Secrets) {
+        for authorization in &*self.record.authorizations.lock().unwrap() {
             if let Some(basic) = authorization.strip_prefix("Basic ") {
                 let pair = String::from_utf8(STANDARD.decode(basic).unwrap()).unwrap();
                 let (id, secret) = pair.split_once(':').unwrap();
@@ -125,13 +125,13 @@ impl Tap {
                 }
             }
         }
-        for token in &*self.heard.tokens.lock().unwrap() {
+        for token in &*self.record.tokens.lock().unwrap() {
             secrets.add_token("a token issued", token);
         }
     }
 }
 
-async fn answer(State(heard): State<Arc<Heard>>, request: Request) -> Response {
+async fn answer(State(record): State<Arc<Record>>, request: Request) -> Response {
     let (parts, body) = request.into_parts();
     let body = to_bytes(body, 1 << 20).await.unwrap();
     let mut message = format!("{} {} HTTP/1.1\r\n", parts.method, parts.uri);
@@ -141,10 +141,10 @@ async fn answer(State(heard): State<Arc<Heard>>, request: Request) -> Response {
         }
     }
     message += "connection: close\r\n\r\n";
-    let (status, headers, reply) = forward(&heard.emulator, &message, &body).await;
+    let (status, headers, reply) = forward(&record.emulator, &message, &body).await;
     // The discovery document names addresses: they are to lead here.
     let reply = match String::from_utf8(reply) {
-        Ok(text) => text.replace(&heard.emulator, &heard.address).into_bytes(),
+        Ok(text) => text.replace(&record.emulator, &record.address).into_bytes(),
         Err(binary) => binary.into_bytes(),
     };
     let authorization = parts.headers.get("authorization");
@@ -152,7 +152,7 @@ async fn answer(State(heard): State<Arc<Heard>>, request: Request) -> Response {
         .map_or("", |value| value.to_str().unwrap())
         .to_owned();
     if !authorization.is_empty() {
-        let mut all = heard.authorizations.lock().unwrap();
+        let mut all = record.authorizations.lock().unwrap();
         if !all.contains(&authorization) {
             all.push(authorization.clone());
         }
@@ -164,10 +164,10 @@ async fn answer(State(heard): State<Arc<Heard>>, request: Request) -> Response {
         reply: serde_json::from_slice(&reply).unwrap_or_default(),
     };
     if !call.token().is_empty() {
-        heard.tokens.lock().unwrap().push(call.token().to_owned());
+        record.tokens.lock().unwrap().push(call.token().to_owned());
     }
     let mut answer = Response::builder();
-    match (heard.twist)(&call) {
+    match (record.twist)(&call) {
         Some((status, header, body)) => {
             if let Some((name, value)) = header {
                 answer = answer.header(name, value);
