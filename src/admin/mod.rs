@@ -4,7 +4,6 @@
 //! here touches the database unless a probe asks for that in so many words ([`deep`]), so that none keeps an endpoint
 //! awake. What health means is in [`crate::status::Health`].
 
-pub mod client;
 pub mod deep;
 mod log_filter;
 mod probes;

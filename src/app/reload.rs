@@ -1,4 +1,4 @@
-//! Changing the settings of a program that serves: read and checked first, then put in force, or not at all.
+//! Reloads settings: everything that can fail is prepared first, then all of it is applied, or nothing.
 
 use std::{sync::Arc, time::Duration};
 
@@ -25,10 +25,10 @@ use crate::{
     upstream::{Endpoint, Security},
 };
 
-/// How long a listener that was told to close may take.
+/// Limit for a listener to close.
 const CLOSES_WITHIN: Duration = Duration::from_secs(1);
 
-/// Puts settings in force while the program runs.
+/// Applies new settings while the program runs.
 pub struct Reloader {
     shared: Arc<Shared>,
     ending: watch::Sender<Ending>,
@@ -38,34 +38,34 @@ pub struct Reloader {
     notifier: Notifier,
 }
 
-/// What a reload has done.
+/// The outcome of a reload.
 #[derive(Clone, Debug)]
 pub enum Reloaded {
-    /// What could be put in force is.
+    /// The changes were applied.
     Applied(Box<Change>),
-    /// Nothing, since nothing is new.
+    /// There was no change.
     Unchanged,
 }
 
-/// Why the settings stay as they are.
+/// A refused reload; the settings in force stay.
 #[derive(Debug, thiserror::Error)]
 pub enum RefusedReload {
-    /// They cannot be meant.
+    /// The settings are invalid.
     #[error(transparent)]
     Config(#[from] ConfigError),
-    /// The log filter cannot be meant.
+    /// The log filter is invalid.
     #[error(transparent)]
     Log(#[from] LogError),
-    /// It is too late.
+    /// The proxy is shutting down.
     #[error("the proxy is shutting down")]
     ShuttingDown,
-    /// They cannot be carried out.
+    /// They cannot be applied.
     #[error(transparent)]
     Start(#[from] StartError),
 }
 
 impl RefusedReload {
-    /// What to do about it.
+    /// What the user can do.
     pub fn hint(&self) -> Option<String> {
         match self {
             Self::Config(error) => error.hint().map(str::to_owned),
@@ -75,7 +75,7 @@ impl RefusedReload {
     }
 }
 
-/// Everything that could fail has been done.
+/// A change for which everything that can fail is done.
 struct Prepared {
     added: Vec<Gate>,
     back: Vec<Arc<Served>>,
@@ -84,7 +84,7 @@ struct Prepared {
 }
 
 impl Running {
-    /// What changes this program's settings, which are `config` now.
+    /// The reloader of this program, whose settings are `config`.
     pub fn reloader(&self, source: Source, config: Config) -> Reloader {
         Reloader {
             shared: Arc::clone(&self.shared),
@@ -96,7 +96,7 @@ impl Running {
         }
     }
 
-    /// Reloads at each hangup and, with `--watch-config`, when a file changes, from now to the end.
+    /// Reloads at each SIGHUP and, with `--watch-config`, when a file changes.
     pub fn reload_on(&self, mut reloader: Reloader, mut hangup: Option<Hangup>) {
         let stop = self.shared.stop.clone();
         let is_watching = reloader.config.settings.watch_config();
@@ -104,7 +104,7 @@ impl Running {
             let files = |reloader: &Reloader| reloader.source.files(&reloader.config);
             let mut watch = FileWatch::new(files(&reloader));
             watch.mark().await;
-            // Between their first reading and this a start may have taken long.
+            // The files may have changed during the start.
             if is_watching && reloader.is_out_of_date().await {
                 let _ = reloader.reload().await;
             }
@@ -113,10 +113,10 @@ impl Running {
                     () = next(&mut hangup) => {}
                     () = watch.changed(), if is_watching => {}
                 }
-                // From before it is read, so that no later change is missed.
+                // Before reading, so that no later change is missed.
                 watch = FileWatch::new(files(&reloader));
                 watch.mark().await;
-                // Told to the log and the metrics.
+                // The log and the metrics have the result.
                 let _ = reloader.reload().await;
             }
         };
@@ -127,7 +127,7 @@ impl Running {
 }
 
 impl Reloader {
-    /// Reads the settings again and puts in force what differs. Not cancel safe.
+    /// Loads the settings again and applies what differs. Not cancel safe.
     pub async fn reload(&mut self) -> Result<Reloaded, RefusedReload> {
         let notifier = self.notifier.clone();
         let _reloading = notifier.reloading();
@@ -135,15 +135,15 @@ impl Reloader {
         let metrics = &self.shared.metrics.process;
         let label = match &outcome {
             Ok(Reloaded::Applied(change)) => {
-                told(change);
+                log_change(change);
                 ReloadOutcome::Applied
             }
             Ok(Reloaded::Unchanged) => {
-                tracing::info!("settings read again; nothing has changed");
+                tracing::info!("settings reloaded; nothing has changed");
                 ReloadOutcome::Unchanged
             }
             Err(error) => {
-                tracing::error!(error = %chain(error), hint = error.hint(), "settings not reloaded, the old ones stay in force");
+                tracing::error!(error = %chain(error), hint = error.hint(), "settings not reloaded; the old ones stay in force");
                 ReloadOutcome::Refused
             }
         };
@@ -159,7 +159,7 @@ impl Reloader {
         blocking(move || source.load_again()).await
     }
 
-    /// Whether a reload would find something to do, or to complain of.
+    /// Whether a reload would apply or report anything.
     async fn is_out_of_date(&self) -> bool {
         let Ok(new) = self.load().await else {
             return true;
@@ -189,7 +189,7 @@ impl Reloader {
         Ok(Reloaded::Applied(Box::new(change)))
     }
 
-    /// Binds, reads and checks; nothing is in force after a failure.
+    /// Binds, reads and checks. A failure leaves the settings in force as they are.
     async fn prepare(&self, change: &Change) -> Result<Prepared, StartError> {
         let before = Arc::clone(&self.shared.process.config.load_full().access);
         let (old, new) = (self.config.clone(), change.config.clone());
@@ -241,9 +241,9 @@ impl Reloader {
                 prepared.back.push(Arc::clone(before));
                 continue;
             }
-            let in_the_way = leaving()
+            let conflicting = leaving()
                 .filter(|served| served.config.listen.conflict(&endpoint.listen).is_some());
-            let listener = bind(in_the_way, endpoint).await?;
+            let listener = bind(conflicting, endpoint).await?;
             let metrics = self.shared.metrics.of_another(endpoint.called())?;
             let gate = self
                 .shared
@@ -254,7 +254,7 @@ impl Reloader {
         Ok(())
     }
 
-    /// Gives the sockets of endpoints that stay the permissions of `new`.
+    /// Changes the permissions of Unix sockets of endpoints that stay.
     fn set_modes(&self, new: &Config, narrower: Narrower) {
         let unix = |endpoint: &EndpointConfig| endpoint.listen.unix.clone();
         for served in self.shared.endpoints.now().iter() {
@@ -271,7 +271,7 @@ impl Reloader {
             for path in &served.bound.unix {
                 if let Err(error) = listener::set_socket_mode(&served.config.listen, path, new.mode)
                 {
-                    tracing::warn!(socket = %path.display(), %error, "the permissions of a socket cannot be changed");
+                    tracing::warn!(socket = %path.display(), %error, "cannot change the permissions of a socket");
                 }
             }
         }
@@ -288,12 +288,12 @@ impl Reloader {
             && change.config.settings.log_filter() != self.config.settings.log_filter()
             && let Err(error) = log.set_filter(&change.config.settings.log_filter())
         {
-            tracing::warn!(error = %chain(&error), "the log filter cannot be changed");
+            tracing::warn!(error = %chain(&error), "cannot change the log filter");
         }
-        let is_exposed_otherwise = ["client_tls", "local_auth", "unix_socket_allowed_uids"]
+        let changes_exposure = ["client_tls", "local_auth", "unix_socket_allowed_uids"]
             .iter()
             .any(|setting| change.applied.contains(setting));
-        // Never is a socket open to somebody whom neither the old nor the new settings let in.
+        // Narrowing before and widening after: a socket is never open to users that neither the old nor the new settings allow.
         self.set_modes(&change.config, Narrower::Only);
         self.shared.apply(&change.config, access);
         self.set_modes(&change.config, Narrower::Not);
@@ -319,10 +319,10 @@ impl Reloader {
             }
         }
         for served in back {
-            // Whose last session has gone in this very moment is missed at the next reload, and bound anew.
+            // If its last session ends at this moment, the next reload binds it again.
             served.sessions.registry.resume();
         }
-        if is_exposed_otherwise {
+        if changes_exposure {
             for served in self.shared.endpoints.now().iter() {
                 gate::warn_of_exposure(served, &self.shared.process.config.load_full().access);
             }
@@ -335,20 +335,20 @@ impl Reloader {
     }
 }
 
-/// Which permissions of sockets are changed.
+/// The sockets whose permissions are changed.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Narrower {
     Only,
     Not,
 }
 
-/// Binds an endpoint's listener, where need be after endpoints that are no longer named but still listen there.
+/// Binds an endpoint's listener, if necessary after closing removed endpoints that still listen on its address.
 async fn bind(
-    in_the_way: impl Iterator<Item = &Arc<Served>>,
+    conflicting: impl Iterator<Item = &Arc<Served>>,
     endpoint: &EndpointConfig,
 ) -> Result<Listener, StartError> {
     let mut shut = false;
-    for before in in_the_way {
+    for before in conflicting {
         before.sessions.registry.close();
         shut = true;
     }
@@ -364,8 +364,8 @@ async fn bind(
     }
 }
 
-/// One line about what has changed, and one about what has not.
-fn told(change: &Change) {
+/// Logs what was applied, and what needs a restart.
+fn log_change(change: &Change) {
     let names = |endpoints: &[EndpointConfig]| {
         let names: Vec<&str> = endpoints.iter().map(EndpointConfig::called).collect();
         (!names.is_empty()).then(|| names.join(", "))
@@ -378,7 +378,7 @@ fn told(change: &Change) {
     if !change.restart.is_empty() {
         tracing::warn!(
             settings = change.restart.join(", "),
-            "settings have changed that need a restart; they stay as they were"
+            "changed settings need a restart; their old values stay in force"
         );
     }
 }

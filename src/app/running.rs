@@ -164,8 +164,8 @@ impl Running {
         self.outlook.found().await
     }
 
-    /// Returns when the program was asked to end otherwise than by a signal. Cancel safe.
-    pub async fn asked_to_end(&self) {
+    /// Completes when a shutdown is requested otherwise than by a signal. Cancel safe.
+    pub async fn shutdown_requested(&self) {
         self.asked.cancelled().await;
     }
 

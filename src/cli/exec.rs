@@ -52,7 +52,7 @@ Exit codes:
 
 /// Log filter in a terminal, whose screen belongs to the program.
 const QUIET_FILTER: &str = "warn";
-/// The interval of requests for a credential while the workspace asks to wait.
+/// The interval of requests for a credential while the workspace requests a wait.
 const RETRY_INTERVAL: Duration = Duration::from_secs(1);
 
 #[derive(Args, Debug)]
@@ -117,7 +117,7 @@ pub(super) async fn run(
         "program started"
     );
     let grace = running.grace();
-    let exit = exec::supervise(child, grace, running.asked_to_end(), &mut signals).await;
+    let exit = exec::supervise(child, grace, running.shutdown_requested(), &mut signals).await;
     tracing::info!(command = program.name(), code = exit.code, "program ended");
     let second_signal = async {
         signals.ending().await;
@@ -159,7 +159,7 @@ async fn start(
     loop {
         match running.credentials().get(deadline).await {
             Ok(_) => break,
-            // A client would be refused early if the workspace asks to wait for long.
+            // A client would be refused early if the workspace requests a wait for long.
             Err(CredentialError::Failed(error))
                 if error.kind.is_transient() && Instant::now() + RETRY_INTERVAL < deadline =>
             {

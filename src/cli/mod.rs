@@ -1,5 +1,6 @@
 //! The command line: one file per subcommand, each thin.
 
+mod client;
 #[cfg(feature = "demo")]
 mod demo;
 mod error;

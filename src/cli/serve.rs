@@ -89,7 +89,7 @@ async fn until_shutdown(running: &Running) -> Result<Cause, StartError> {
         }
     };
     tokio::select! {
-        () = running.asked_to_end() => Ok(Cause::Request),
+        () = running.shutdown_requested() => Ok(Cause::Request),
         error = failed => Err(error),
     }
 }

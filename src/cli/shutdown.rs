@@ -4,9 +4,8 @@ use std::{path::PathBuf, process::ExitCode};
 
 use clap::Args;
 
-use super::{CommandError, wait::address};
+use super::{CommandError, client::request, wait::address};
 use crate::{
-    admin::client::ask,
     config::{LOCALHOST, PortSetting, Settings},
     telemetry,
 };
@@ -31,7 +30,7 @@ pub(super) async fn run(arguments: ShutdownArgs) -> Result<ExitCode, CommandErro
     }
     .with_file()?;
     let address = address(settings.admin_port(), LOCALHOST, "admin-port")?;
-    let message = match ask(address, "POST", "/quitquitquit").await {
+    let message = match request(address, "POST", "/quitquitquit").await {
         Ok(answer) if answer.status == 200 => return Ok(ExitCode::SUCCESS),
         Ok(answer) => format!(
             "the admin port answered {}: {}",

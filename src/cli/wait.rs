@@ -10,9 +10,8 @@ use std::{
 use clap::Args;
 use tokio::time::{MissedTickBehavior, interval, timeout};
 
-use super::CommandError;
+use super::{CommandError, client::request};
 use crate::{
-    admin::client::ask,
     config::{DurationSetting, LOCALHOST, PortSetting, Settings},
     telemetry,
 };
@@ -53,7 +52,7 @@ pub(super) async fn run(arguments: WaitArgs) -> Result<ExitCode, CommandError> {
     let started = async {
         loop {
             ticks.tick().await;
-            match ask(address, "GET", "/startup").await {
+            match request(address, "GET", "/startup").await {
                 Ok(answer) if answer.status == 200 => return,
                 Ok(answer) => last = answer.body.trim().replace('\n', ": "),
                 Err(error) => last = telemetry::chain(&error).to_string(),

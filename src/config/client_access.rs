@@ -101,7 +101,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pair_of_files_turns_tls_on_and_half_a_pair_is_an_error() {
+    fn certificate_and_key_enable_tls_and_one_alone_is_an_error() {
         let tls = |file: &str| client_tls(&settings(file));
         assert_eq!(tls("").unwrap(), ClientTls::Off);
         assert_eq!(
@@ -120,22 +120,25 @@ mod tests {
     }
 
     #[test]
-    fn a_password_is_asked_for_where_there_is_one_and_missed_where_there_is_none() {
+    fn a_configured_password_enables_authentication() {
         let file = tempfile::NamedTempFile::new().unwrap();
-        let ask = |file: &str, variable: &str| {
+        let resolve = |file: &str, variable: &str| {
             let variables = [(PASSWORD_VARIABLE.to_owned(), variable.to_owned())];
             password(&settings(file), &Environment::from_variables(variables))
                 .map(|found| found.map(|found| found.expose_secret().to_owned()))
         };
         let named = format!("local_password_file = {:?}", file.path());
-        assert_eq!(ask("", "").unwrap(), None);
-        assert_eq!(ask("", " v ").unwrap().as_deref(), Some(" v "));
-        assert_eq!(ask("local_auth = \"trust\"", "v").unwrap(), None);
-        assert!(ask("local_auth = \"password\"", "").is_err());
-        assert!(ask(&named, "v").is_err(), "an empty file is no password");
+        assert_eq!(resolve("", "").unwrap(), None);
+        assert_eq!(resolve("", " v ").unwrap().as_deref(), Some(" v "));
+        assert_eq!(resolve("local_auth = \"trust\"", "v").unwrap(), None);
+        assert!(resolve("local_auth = \"password\"", "").is_err());
+        assert!(resolve(&named, "v").is_err(), "an empty file");
         fs::write(&file, "from the file\r\n").unwrap();
-        assert_eq!(ask(&named, "v").unwrap().as_deref(), Some("from the file"));
-        let error = ask("local_password_file = \"/no/such\"", "v").unwrap_err();
+        assert_eq!(
+            resolve(&named, "v").unwrap().as_deref(),
+            Some("from the file")
+        );
+        let error = resolve("local_password_file = \"/no/such\"", "v").unwrap_err();
         assert!(error.hint().is_some());
     }
 }

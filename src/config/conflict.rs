@@ -1,16 +1,15 @@
-//! Sockets of one process that would be in each other's way: the system only says that an address is taken, and not
-//! that it is by ourselves.
+//! Conflicts between the listeners of this process, which the kernel would report only as an address in use.
 
 use std::net::SocketAddr;
 
 use super::{ConfigError, EndpointConfig, addresses_conflict};
 
-/// Refuses sockets that cannot all be bound. `others` are those beside the endpoints', each with the flag of its port.
+/// Refuses listeners that cannot all be bound. `others` are those of no endpoint, each with the flag of its port.
 pub(super) fn check(
     endpoints: &[EndpointConfig],
     others: &[(&str, Option<SocketAddr>)],
 ) -> Result<(), ConfigError> {
-    let clash = |one: String, other: &str, place: String| ConfigError::Clash {
+    let conflict = |one: String, other: &str, place: String| ConfigError::Conflict {
         one,
         other: other.to_owned(),
         place,
@@ -20,16 +19,16 @@ pub(super) fn check(
         for other in endpoints.iter().skip(index.saturating_add(1)) {
             if let Some(place) = endpoint.listen.conflict(&other.listen) {
                 let other = format!("the endpoint `{}`", other.called());
-                return Err(clash(called, &other, place));
+                return Err(conflict(called, &other, place));
             }
         }
         for (flag, address) in others {
-            let taken = |address: &SocketAddr| {
+            let conflicts = |address: &SocketAddr| {
                 let mut tcp = endpoint.listen.tcp.iter();
                 tcp.any(|ours| addresses_conflict(*ours, *address))
             };
-            if let Some(address) = address.filter(taken) {
-                return Err(clash(called, flag, address.to_string()));
+            if let Some(address) = address.filter(conflicts) {
+                return Err(conflict(called, flag, address.to_string()));
             }
         }
     }
@@ -38,7 +37,7 @@ pub(super) fn check(
             if let Some((ours, theirs)) = address.zip(*theirs)
                 && addresses_conflict(ours, theirs)
             {
-                return Err(clash((*flag).to_owned(), other, ours.to_string()));
+                return Err(conflict((*flag).to_owned(), other, ours.to_string()));
             }
         }
     }
@@ -57,7 +56,7 @@ mod tests {
     }
 
     #[test]
-    fn sockets_of_ours_that_are_in_each_others_way_are_named() {
+    fn conflicting_listeners_are_named() {
         let endpoint =
             |listen: &str| format!("[[endpoint]]\nname = \"{listen}\"\nlisten = \"{listen}\"\n");
         let both = |one, other| endpoint(one) + &endpoint(other);
@@ -84,9 +83,9 @@ mod tests {
             ),
         ] {
             let error = resolve(&file).unwrap_err();
-            let said = error.to_string();
+            let message = error.to_string();
             for word in words {
-                assert!(said.contains(word), "{word}: {said}");
+                assert!(message.contains(word), "{word}: {message}");
             }
             assert!(error.hint().is_some());
         }

@@ -152,7 +152,7 @@ impl EndpointConfig {
 
     /// Whether both serve the same clients: they listen on the same addresses.
     pub fn is_same(&self, other: &Self) -> bool {
-        // Any free port is the same as any other, so that only the name tells them apart.
+        // Any free port is the same as any other, so that only the name identifies them.
         let is_any_port = self.listen.port == 0;
         self.listen.is_same(&other.listen)
             && (!is_any_port

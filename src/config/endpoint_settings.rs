@@ -1,4 +1,4 @@
-//! Endpoints as somebody wrote them: `[[endpoint]]` tables and `--endpoint` flags.
+//! Endpoints as configured: `[[endpoint]]` tables and `--endpoint` flags.
 
 use std::{
     net::{IpAddr, SocketAddr},
@@ -17,37 +17,37 @@ use super::values::scalar;
 pub struct EndpointSettings {
     /// `projects/P/branches/B/endpoints/E`, or an instance's name.
     pub name: Option<String>,
-    /// Its host, where it need not be looked up.
+    /// Its host, if not looked up.
     pub host: Option<String>,
-    /// The addresses to dial, where the host's name should not be resolved.
+    /// The addresses to dial, if the host is not to be resolved.
     pub host_address: Option<HostAddressSetting>,
     /// Its port.
     pub port: Option<NonZeroU16>,
     /// The role to log in as.
     pub user: Option<String>,
-    /// The database for clients that name none.
+    /// The default database.
     pub database: Option<String>,
-    /// Where clients of this endpoint connect: an address with a port, or a port.
+    /// The listener: an address with a port, or a port.
     pub listen: Option<ListenSetting>,
-    /// Whether its read-only host is meant.
+    /// Whether to use the read-only host.
     pub read_only: bool,
-    /// Where its credential comes from, if not from the workspace.
+    /// The source of its credential, if not the workspace.
     pub credential: Option<CredentialSetting>,
 }
 
-/// Where a credential comes from that Lakebase's workspace does not mint.
+/// The source of a credential that the workspace does not mint.
 #[derive(Clone, Debug, Deserialize, PartialEq, Eq)]
 #[serde(rename_all = "snake_case")]
 pub enum CredentialSetting {
-    /// A program that prints JSON: a token and, if it likes, its expiry.
+    /// A program that prints JSON: a token and optionally its expiry.
     Command(Vec<String>),
     /// A variable that holds a password.
     PasswordEnv(String),
-    /// A file that holds a password; read again when it changes.
+    /// A file that holds a password; reloaded when it changes.
     PasswordFile(PathBuf),
 }
 
-/// IP addresses with commas between them, as libpq's `hostaddr`.
+/// IP addresses separated by commas, as in libpq's `hostaddr`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HostAddressSetting(pub Vec<IpAddr>);
 
@@ -74,7 +74,7 @@ impl<'de> Deserialize<'de> for HostAddressSetting {
 /// `127.0.0.1:5433`, or a port alone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ListenSetting {
-    /// The address, where given.
+    /// The address, if given.
     pub address: Option<IpAddr>,
     /// The port; 0 is any free one.
     pub port: u16,
@@ -112,12 +112,12 @@ impl<'de> Deserialize<'de> for ListenSetting {
 impl FromStr for EndpointSettings {
     type Err = String;
 
-    /// The form that Cloud SQL Auth Proxy's users know: `port` and `address` are the listener's.
+    /// The syntax of Cloud SQL Auth Proxy: `port` and `address` are the listener's.
     fn from_str(text: &str) -> Result<Self, String> {
         let (place, query) = text.split_once('?').unwrap_or((text, ""));
         let place = place.trim();
         let mut settings = Self::default();
-        // A host has dots, a resource name or an instance's has none.
+        // Only hosts contain dots; resource names and instance names do not.
         if place.contains('.') && !place.contains('/') {
             settings.host = Some(place.to_owned());
         } else if !place.is_empty() {

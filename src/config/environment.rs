@@ -1,4 +1,4 @@
-//! The variables that the tutorial, libpq, the Databricks SDKs and Databricks Apps have already given names to.
+//! The variables of the tutorial, libpq, the Databricks SDKs and Databricks Apps.
 
 use std::{ffi::OsString, time::Duration};
 
@@ -6,7 +6,7 @@ use secrecy::SecretString;
 
 use super::{ConfigError, Variables, WorkspaceSettings, client_access::PASSWORD_VARIABLE};
 
-/// Variables that are read here, whole names and beginnings of names. (Those of flags are the command line's business.)
+/// The variables that are read here, besides those of flags: names and prefixes of names.
 const READ: [&str; 10] = [
     "ENDPOINT_NAME",
     "LAKEBASE_ENDPOINT",
@@ -21,12 +21,12 @@ const READ: [&str; 10] = [
 ];
 const READ_FAMILIES: [&str; 3] = ["DATABRICKS_", "ARM_", "ACTIONS_ID_TOKEN_"];
 
-/// What the environment says, read once. An empty or blank variable counts as unset.
+/// The environment, read once. An empty or blank variable counts as unset.
 #[derive(Clone, Debug, Default)]
 pub struct Environment {
     /// `ENDPOINT_NAME`.
     pub endpoint_name: Option<String>,
-    /// `LAKEBASE_ENDPOINT`, the same thing by another name.
+    /// `LAKEBASE_ENDPOINT`, an alias of the former.
     pub lakebase_endpoint: Option<String>,
     /// `PGHOST`.
     pub host: Option<String>,
@@ -42,34 +42,34 @@ pub struct Environment {
     pub sslmode: Option<String>,
     /// `PGSSLROOTCERT`.
     pub sslrootcert: Option<String>,
-    /// `DATABRICKS_APP_NAME`, or `PGAPPNAME`, which an app with a database is given as well.
+    /// `DATABRICKS_APP_NAME`, or `PGAPPNAME`, which Databricks Apps sets for apps with a database.
     pub app_name: Option<String>,
     /// `DATABRICKS_APP_PORT`.
     pub app_port: Option<String>,
     /// `TOKIO_WORKER_THREADS`.
     pub threads: Option<String>,
-    /// `DATABRICKS_HOST` and what authenticates us there.
+    /// `DATABRICKS_HOST` and the variables that authenticate to it.
     pub workspace: WorkspaceSettings,
-    /// `NOTIFY_SOCKET` and its kin, as systemd sets them.
+    /// `NOTIFY_SOCKET` and `WATCHDOG_*`, as set by systemd.
     pub service_manager: ServiceManager,
 }
 
-/// Where the service manager listens, as it says in the environment.
+/// The service manager that has started this process.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ServiceManager {
     /// `NOTIFY_SOCKET`: a path, or an abstract name behind an `@`.
     pub socket: Option<OsString>,
-    /// `WATCHDOG_USEC`: without a sign of life for this long we are restarted. `None` where `WATCHDOG_PID` is another's.
+    /// `WATCHDOG_USEC`: the process is restarted after this time without a notification. `None` if `WATCHDOG_PID` names another process.
     pub watchdog: Option<Duration>,
 }
 
 impl Environment {
-    /// Of this process.
+    /// The environment of this process.
     pub fn of_process() -> Self {
         Self::from_variables(Self::variables_of_process())
     }
 
-    /// The variables of this process that are text.
+    /// The variables of this process that are valid UTF-8.
     pub fn variables_of_process() -> Vec<(String, String)> {
         let text = |(name, value): (OsString, OsString)| {
             Some((name.into_string().ok()?, value.into_string().ok()?))
@@ -77,8 +77,8 @@ impl Environment {
         Self::inherited().into_iter().filter_map(text).collect()
     }
 
-    /// Refuses variables of this process that are read here and are no text: they must not count as unset. A password
-    /// for clients would not be asked for.
+    /// Refuses variables that are read here but are not valid UTF-8. Counting them as unset would, for example, disable the local
+    /// password.
     pub fn check_process() -> Result<(), ConfigError> {
         match unreadable(Self::inherited()) {
             Some(variable) => Err(ConfigError::NotText { variable }),
@@ -86,12 +86,12 @@ impl Environment {
         }
     }
 
-    /// All variables of this process, as a child would have them.
+    /// All variables of this process.
     pub fn inherited() -> Vec<(OsString, OsString)> {
         std::env::vars_os().collect()
     }
 
-    /// Of these variables.
+    /// An environment of these variables.
     pub fn from_variables(variables: impl IntoIterator<Item = (String, String)>) -> Self {
         let variables: Variables = variables.into_iter().collect();
         let get = |name: &str| variables.get(name).map(str::to_owned);
@@ -116,14 +116,14 @@ impl Environment {
         }
     }
 
-    /// The value of the variable that a setting names; kept as it is, since a password may begin with a blank.
+    /// The value of a variable that a setting names, not trimmed, since a password may start with a blank.
     pub fn secret(&self, name: &str) -> Option<SecretString> {
         let value = self.workspace.variables.raw(name)?;
         (!value.is_empty()).then(|| SecretString::from(value))
     }
 }
 
-/// The first of these variables that is read here and is no text.
+/// The first of these variables that is read here and is not valid UTF-8.
 fn unreadable(variables: Vec<(OsString, OsString)>) -> Option<String> {
     let is_read = |name: &str| {
         READ.contains(&name) || READ_FAMILIES.iter().any(|family| name.starts_with(family))
@@ -134,7 +134,7 @@ fn unreadable(variables: Vec<(OsString, OsString)>) -> Option<String> {
     })
 }
 
-/// Meant for us only where it is for nobody else.
+/// The watchdog interval, unless it is for another process.
 fn watchdog(microseconds: Option<String>, process: Option<String>) -> Option<Duration> {
     if process.is_some_and(|id| id.parse() != Ok(std::process::id())) {
         return None;
@@ -150,7 +150,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_variable_that_is_no_text_is_found_where_it_is_read() {
+    fn a_variable_that_is_read_must_be_valid_utf_8() {
         let found = |name: &str, value: &[u8]| {
             let value = OsString::from_vec(value.to_vec());
             unreadable(vec![(OsString::from(name), value)])
@@ -163,7 +163,7 @@ mod tests {
     }
 
     #[test]
-    fn a_watchdog_is_ours_unless_it_is_said_to_be_anothers() {
+    fn a_watchdog_of_another_process_is_ignored() {
         let of = |id: &str| watchdog(Some("3000000".to_owned()), Some(id.to_owned()));
         let ours = std::process::id();
         assert_eq!(of(&ours.to_string()), Some(Duration::from_secs(3)));

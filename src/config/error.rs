@@ -1,59 +1,59 @@
-//! What can be wrong with settings.
+//! Errors of settings.
 
 use std::{net::IpAddr, path::PathBuf};
 
-/// What is wrong with the settings. Display is one line, [`hint`](Self::hint) says how to mend it.
+/// An error of the settings. Its text is one line; [`hint`](Self::hint) describes the fix.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     /// The file cannot be read.
     #[error("cannot read the configuration file `{}`", path.display())]
     File {
-        /// Which.
+        /// The file.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         #[source]
         source: std::io::Error,
     },
-    /// The file is not what it should be.
+    /// The file is invalid.
     #[error("in the configuration file `{}`, line {line}: {message}", path.display())]
     Parse {
-        /// Which.
+        /// The file.
         path: PathBuf,
-        /// Where, counted from 1.
+        /// Counted from 1.
         line: usize,
-        /// Why.
+        /// The cause.
         message: String,
     },
     /// A credential names a variable that is not set.
     #[error("the endpoint `{endpoint}` takes its password from {variable}, which is not set")]
     NoPassword {
-        /// Which endpoint.
+        /// The endpoint.
         endpoint: String,
-        /// Which variable.
+        /// The variable.
         variable: String,
     },
-    /// A credential without an identity.
-    #[error("the endpoint `{endpoint}` has a credential of its own, but no user")]
+    /// A credential without a user.
+    #[error("the endpoint `{endpoint}` has a credential but no user")]
     NoUser {
-        /// Which endpoint.
+        /// The endpoint.
         endpoint: String,
     },
-    /// A credential without a host, so that there is nobody to present it to.
-    #[error("the endpoint `{endpoint}` has a credential of its own, but no host")]
+    /// A credential without a host.
+    #[error("the endpoint `{endpoint}` has a credential but no host")]
     NoHost {
-        /// Which endpoint.
+        /// The endpoint.
         endpoint: String,
     },
     /// An empty command.
-    #[error("the endpoint `{endpoint}` takes its credential from a command that is empty")]
+    #[error("the endpoint `{endpoint}` has an empty credential command")]
     NoCommand {
-        /// Which endpoint.
+        /// The endpoint.
         endpoint: String,
     },
     /// No endpoint is named.
     #[error("no endpoint is named: neither ENDPOINT_NAME nor LAKEBASE_ENDPOINT is set")]
     NoEndpoint,
-    /// Both variables name one, and not the same.
+    /// Two variables name different endpoints.
     #[error("ENDPOINT_NAME is `{endpoint_name}` but LAKEBASE_ENDPOINT is `{lakebase_endpoint}`")]
     TwoEndpoints {
         /// `ENDPOINT_NAME`.
@@ -61,85 +61,85 @@ pub enum ConfigError {
         /// `LAKEBASE_ENDPOINT`.
         lakebase_endpoint: String,
     },
-    /// A variable holds bytes that are no text.
+    /// A variable is not valid UTF-8.
     #[error("{variable} is not valid UTF-8")]
     NotText {
-        /// Which.
+        /// The variable.
         variable: String,
     },
-    /// A variable holds something it cannot.
+    /// The value of a variable is invalid.
     #[error("{variable} is `{value}`, which is not {expected}")]
     Variable {
-        /// Which.
+        /// The variable.
         variable: &'static str,
-        /// What it holds.
+        /// Its value.
         value: String,
-        /// What it should.
+        /// What it should be.
         expected: &'static str,
     },
-    /// The host is one of Neon's own service.
+    /// The host belongs to Neon.
     #[error("PGHOST `{host}` is a host of Neon, not of Databricks Lakebase")]
     Neon {
         /// The host.
         host: String,
     },
-    /// TLS off towards another machine.
+    /// TLS is off for another machine.
     #[error("PGSSLMODE is `disable`, but `{host}` is not this machine")]
     PlainRemote {
         /// The host.
         host: String,
     },
-    /// Listening where others could connect, without having been told to.
+    /// A listener that other machines can reach, without --allow-remote.
     #[error("--address {address} can be reached from other machines")]
     Remote {
         /// The address.
         address: IpAddr,
     },
-    /// TLS for clients that is set only by half, or twice.
+    /// Settings of TLS for clients that are incomplete or contradict each other.
     #[error("{0}")]
     ClientTls(&'static str),
-    /// No password, where clients must know one.
-    #[error("clients must know a password (--local-auth), but there is none")]
+    /// No password, although clients need one.
+    #[error("--local-auth requires a password, but none is set")]
     NoLocalPassword,
     /// The password cannot be read.
     #[error("cannot read the password from `{}` (--local-password-file)", path.display())]
     LocalPasswordFile {
         /// The file.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         #[source]
         source: std::io::Error,
     },
-    /// Two sockets for one place.
+    /// Two listeners with the same address.
     #[error("{one} and {other} would both listen on {place}")]
-    Clash {
-        /// Whose the one is.
+    Conflict {
+        /// One listener.
         one: String,
-        /// Whose the other is.
+        /// The other.
         other: String,
-        /// Where.
+        /// The address.
         place: String,
     },
-    /// Nothing to do.
-    #[error("--port is `none`, and there is no other way in")]
+    /// No listener.
+    #[error("--port is `none`, and there is no Unix socket")]
     NoListener,
 }
 
 impl ConfigError {
-    /// What to do about it.
+    /// What the user can do.
     pub fn hint(&self) -> Option<&'static str> {
         Some(match self {
             Self::File { source, .. } if source.kind() == std::io::ErrorKind::InvalidData => {
                 "it must be a text file in UTF-8, of 1 MiB at most; config/lakebase-proxy.toml shows every setting"
             }
             Self::File { source, .. } if source.kind() == std::io::ErrorKind::Unsupported => {
-                "name a file, not a pipe or a device, where the settings are to be reloaded"
+                "reloading needs a regular file, not a pipe or a device"
             }
             Self::File { .. } => {
-                "check the path, or leave --config-file out: every setting has a flag and a variable"
+                "check the path, or omit --config-file: every setting has a flag and a variable"
             }
             Self::Parse { .. } => "config/lakebase-proxy.toml shows every setting",
-            Self::NoPassword { .. } => "set it where the proxy is started",
+            Self::NoPassword { .. } => "set it in the environment of the proxy",
             Self::NoUser { .. } => "add `user` to its table: the role that the password belongs to",
             Self::NoHost { .. } => "add `host` to its table",
             Self::NoCommand { .. } => {
@@ -152,27 +152,21 @@ impl ConfigError {
             Self::NotText { .. } => "set it in UTF-8, or unset it",
             Self::Variable { .. } => return None,
             Self::Neon { .. } => {
-                "a Databricks workspace mints no credential for it: set PGHOST to the Lakebase endpoint's host, or give the endpoint a password of its own (`credential`)"
+                "a Databricks workspace mints no credential for it: set PGHOST to the Lakebase endpoint's host, or configure a password for the endpoint (`credential`)"
             }
             Self::PlainRemote { .. } => {
-                "leave PGSSLMODE out, or set it to `require`: certificates are always verified"
+                "unset PGSSLMODE, or set it to `require`: certificates are always verified"
             }
             Self::Remote { .. } => {
-                "whoever reaches it is the service principal; if that is meant, add --allow-remote"
+                "every client that reaches it acts as the service principal; if that is intended, add --allow-remote"
             }
             Self::ClientTls(_) => {
-                "give both --client-tls-cert and --client-tls-key, or --client-tls=self-signed"
+                "set both --client-tls-cert and --client-tls-key, or --client-tls=self-signed"
             }
-            Self::NoLocalPassword => {
-                "put it into the file that --local-password-file names, or into LAKEBASE_PROXY_LOCAL_PASSWORD"
-            }
-            Self::LocalPasswordFile { .. } => {
-                "it must be a text file that the proxy's user may read"
-            }
-            Self::Clash { .. } => "give each a port of its own (0 = any free one)",
-            Self::NoListener => {
-                "give it a port, or a directory for a Unix socket with --unix-socket"
-            }
+            Self::NoLocalPassword => "set --local-password-file or LAKEBASE_PROXY_LOCAL_PASSWORD",
+            Self::LocalPasswordFile { .. } => "it must be a text file that the proxy can read",
+            Self::Conflict { .. } => "set a different port for each (0 = any free one)",
+            Self::NoListener => "set --port, or a directory for a Unix socket with --unix-socket",
         })
     }
 }

@@ -1,4 +1,4 @@
-//! The file of settings.
+//! The configuration file.
 
 use std::{
     fs::File,
@@ -8,11 +8,11 @@ use std::{
 
 use super::{ConfigError, Origin, Settings};
 
-/// Longest file that is read, in bytes: a device, or the wrong file, must not fill the memory.
-const LONGEST: u64 = 1024 * 1024;
+/// In bytes, so that a device or the wrong file does not exhaust memory.
+const MAX_LEN: u64 = 1024 * 1024;
 
 impl Settings {
-    /// These settings, and the file's where they say nothing.
+    /// These settings, and those of the file for what they do not set.
     pub fn with_file(mut self) -> Result<Self, ConfigError> {
         self.originate(&Origin::Flag);
         match self.config_file.take() {
@@ -26,7 +26,7 @@ impl Settings {
     }
 }
 
-/// Reads a file of settings.
+/// Reads a configuration file.
 pub fn read(path: &Path) -> Result<Settings, ConfigError> {
     let text = text(path).map_err(|source| ConfigError::File {
         path: path.to_owned(),
@@ -35,7 +35,7 @@ pub fn read(path: &Path) -> Result<Settings, ConfigError> {
     parse(path, &text)
 }
 
-/// Reads the text of a file of settings.
+/// Parses the text of a configuration file.
 pub(super) fn parse(path: &Path, text: &str) -> Result<Settings, ConfigError> {
     toml::from_str(text).map_err(|error| ConfigError::Parse {
         path: path.to_owned(),
@@ -44,22 +44,22 @@ pub(super) fn parse(path: &Path, text: &str) -> Result<Settings, ConfigError> {
     })
 }
 
-/// What a file holds, if that is text and not too much of it.
+/// Reads a text file of limited length.
 pub(super) fn text(path: &Path) -> io::Result<String> {
     let mut text = String::new();
     let read = File::open(path)?
-        .take(LONGEST.saturating_add(1))
+        .take(MAX_LEN.saturating_add(1))
         .read_to_string(&mut text)?;
-    if u64::try_from(read).is_ok_and(|read| read > LONGEST) {
+    if u64::try_from(read).is_ok_and(|read| read > MAX_LEN) {
         return Err(io::Error::new(
             io::ErrorKind::InvalidData,
-            "longer than a file of settings is",
+            "longer than 1 MiB",
         ));
     }
     Ok(text)
 }
 
-/// Whether a file can be read again and again: a pipe would be waited for, or be empty the second time.
+/// Refuses files that cannot be read again: reading a pipe would block, or return nothing the second time.
 pub(super) fn check_lasting(path: &Path) -> Result<(), ConfigError> {
     let failed = |source| ConfigError::File {
         path: path.to_owned(),
@@ -75,25 +75,27 @@ pub(super) fn check_lasting(path: &Path) -> Result<(), ConfigError> {
 }
 
 fn line_of(text: &str, error: &toml::de::Error) -> usize {
-    let begins = error.span().map_or(0, |span| span.start);
-    let before = text.get(..begins).unwrap_or_default();
+    let start = error.span().map_or(0, |span| span.start);
+    let before = text.get(..start).unwrap_or_default();
     before.matches('\n').count().saturating_add(1)
 }
 
-/// One line: the setting, where the message does not name it, and no list of all the settings that there are.
+/// The message in one line, with the key if it lacks it, and without the list of all keys.
 fn message_of(text: &str, error: &toml::de::Error) -> String {
     let message = error.message();
-    let said = message.split(", expected one of").next().unwrap_or(message);
-    let said = said.replace('\n', "; ");
-    let said = match said.rsplit_once(", expected ") {
-        Some((said, "usize" | "u16" | "u32" | "u64")) => format!("{said}, expected a whole number"),
-        _ => said,
+    let short = message.split(", expected one of").next().unwrap_or(message);
+    let short = short.replace('\n', "; ");
+    let short = match short.rsplit_once(", expected ") {
+        Some((short, "usize" | "u16" | "u32" | "u64")) => {
+            format!("{short}, expected a whole number")
+        }
+        _ => short,
     };
     let line = text.lines().nth(line_of(text, error).saturating_sub(1));
     let key = line.and_then(|line| line.split_once('='));
     match key.map(|(key, _)| key.trim()) {
-        Some(key) if !key.is_empty() && !said.contains(key) => format!("{key}: {said}"),
-        _ => said,
+        Some(key) if !key.is_empty() && !short.contains(key) => format!("{key}: {short}"),
+        _ => short,
     }
 }
 
@@ -106,7 +108,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_file_is_text_and_not_endless() {
+    fn a_file_is_text_of_limited_length() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("p.toml");
         fs::write(&path, b"# \xff\n").unwrap();
@@ -119,10 +121,10 @@ mod tests {
     }
 
     #[test]
-    fn a_mistake_is_said_in_one_line_with_its_place() {
+    fn an_error_is_one_line_with_its_position() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("p.toml");
-        for (text, said) in [
+        for (text, expected) in [
             ("port = 1\n\nprot = 2\n", "line 3: unknown field `prot`"),
             (
                 "max_connections = -1",
@@ -140,7 +142,7 @@ mod tests {
         ] {
             fs::write(&path, text).unwrap();
             let error = read(&path).unwrap_err().to_string();
-            assert!(error.contains(said), "{error}");
+            assert!(error.contains(expected), "{error}");
             assert!(
                 error.contains("p.toml`, line ") && error.len() < 300 && !error.contains('\n'),
                 "{error}"
@@ -149,7 +151,7 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever is wrong is reported in one line, at a line that there is.
+        /// Every error is one line and names a line of the file.
         #[test]
         fn no_file_makes_it_panic(text in "(port|http_port|connect_timeout|\\[\\[endpoint\\]\\]|name|=|\"|'|[0-9a-z]{1,4}|[\\[\\]{}.,#-]|\n| |\\PC){0,20}") {
             if let Err(ConfigError::Parse { line, message, .. }) = parse(Path::new("f"), &text) {

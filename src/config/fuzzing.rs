@@ -1,10 +1,10 @@
-//! Opened to tests/fuzz: a file of settings and the flag `--endpoint`.
+//! Entry points for tests/fuzz: the configuration file and the flag `--endpoint`.
 
 use std::path::Path;
 
 use super::{ConfigError, EndpointSettings, file};
 
-/// A mistake is reported in one line, at a line that exists.
+/// Every error is one line and names a line of the file.
 pub fn settings_file(text: &str) {
     if let Err(ConfigError::Parse { line, message, .. }) = file::parse(Path::new("f"), text) {
         assert!(!message.contains('\n'), "{message:?}");
@@ -15,7 +15,7 @@ pub fn settings_file(text: &str) {
     }
 }
 
-/// What is accepted has a name or a host.
+/// An accepted endpoint has a name or a host.
 pub fn endpoint_flag(text: &str) {
     if let Ok(settings) = text.parse::<EndpointSettings>() {
         assert!(settings.name.is_some() || settings.host.is_some());

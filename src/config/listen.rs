@@ -1,4 +1,4 @@
-//! From the settings of listening to the places where each endpoint's clients connect.
+//! The listen addresses of each endpoint.
 
 use std::{
     fmt,
@@ -11,15 +11,15 @@ use super::{
     resolve::POSTGRES_PORT,
 };
 
-/// How the names of Unix sockets begin, as libpq looks for them; the port follows.
+/// The prefix of socket names that libpq looks for; the port follows.
 pub(crate) const SOCKET_NAME: &str = ".s.PGSQL.";
 
 /// The addresses that one endpoint listens on.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ListenAddresses {
-    /// The port, of TCP sockets and in the names of Unix sockets; 0 is any that is free.
+    /// The port of TCP sockets and in the names of Unix sockets; 0 is any free one.
     pub port: u16,
-    /// Addresses to listen on, each with that port; none is no TCP.
+    /// TCP addresses, each with that port.
     pub tcp: Vec<SocketAddr>,
     /// A Unix socket.
     pub unix: Option<UnixSocket>,
@@ -32,7 +32,7 @@ impl ListenAddresses {
             .tcp
             .iter()
             .flat_map(|ours| other.tcp.iter().map(move |theirs| (*ours, *theirs)));
-        // 127.0.0.1 brings ::1 with it.
+        // 127.0.0.1 includes ::1.
         let localhost = |address: SocketAddr| match address.ip() {
             IpAddr::V4(Ipv4Addr::LOCALHOST) => IpAddr::V6(Ipv6Addr::LOCALHOST),
             ip => ip,
@@ -231,8 +231,8 @@ mod tests {
         let any = places(0, &["127.0.0.1"], Some("/s"));
         assert_eq!(any.conflict(&any), None, "any free port");
         let unix = places(7, &[], Some("/s"));
-        let said = unix.conflict(&places(7, &["127.0.0.2"], Some("/s")));
-        assert_eq!(said.as_deref(), Some("/s/.s.PGSQL.7"));
+        let conflict = unix.conflict(&places(7, &["127.0.0.2"], Some("/s")));
+        assert_eq!(conflict.as_deref(), Some("/s/.s.PGSQL.7"));
         assert_eq!(unix.conflict(&places(7, &[], Some("/t"))), None);
     }
 

@@ -1,4 +1,4 @@
-//! The kinds of values that settings have, each readable from a flag, the environment and the file alike.
+//! The types of settings, each parsed alike from a flag, a variable and the file.
 
 use std::{
     borrow::Cow,
@@ -12,12 +12,12 @@ use std::{
 use jiff::SignedDuration;
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
-/// A port to listen on, or none.
+/// A port to listen on, or `none`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PortSetting {
     /// Do not listen.
     None,
-    /// This one; 0 means any that is free.
+    /// This port; 0 is any free one.
     Port(u16),
 }
 
@@ -59,10 +59,10 @@ impl Serialize for PortSetting {
     }
 }
 
-/// The longest time that can be set: 100 years, which no timer adds up to more than it can hold.
+/// 100 years: adding it to the time overflows no timer.
 const MAX_DURATION: Duration = Duration::from_hours(876_600);
 
-/// A length of time: `90s`, `1m 30s`, or a plain number of seconds.
+/// A duration: `90s`, `1m 30s`, or a plain number of seconds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DurationSetting(pub Duration);
 
@@ -105,7 +105,7 @@ impl<'de> Deserialize<'de> for DurationSetting {
     }
 }
 
-/// An address to listen on; an IPv6 address may be in brackets, as it is before a port.
+/// An address to listen on; an IPv6 address may be in brackets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct AddressSetting(pub IpAddr);
 
@@ -133,7 +133,7 @@ impl<'de> Deserialize<'de> for AddressSetting {
     }
 }
 
-/// Permissions of a file, in octal as `chmod` takes them.
+/// File permissions in octal, as for `chmod`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ModeSetting(pub u32);
 
@@ -152,43 +152,42 @@ impl FromStr for ModeSetting {
 
 impl<'de> Deserialize<'de> for ModeSetting {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        // A bare 660 would be decimal in TOML, and is no permission that anybody means.
+        // A bare 660 would be decimal in TOML.
         let text = String::deserialize(deserializer)?;
         text.parse().map_err(de::Error::custom)
     }
 }
 
-/// Whether clients are offered TLS, where no certificate is given.
+/// TLS for clients.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, clap::ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum ClientTlsSetting {
-    /// No.
+    /// Off.
     Off,
-    /// With the certificate of --client-tls-cert, or one of our own making; other machines must use it.
+    /// With the certificate of --client-tls-cert or a self-signed one; mandatory for other machines
     Required,
-    /// With a certificate of our own making.
+    /// With a self-signed certificate
     SelfSigned,
 }
 
-/// Whether TCP clients must know a password.
+/// Authentication of TCP clients.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, clap::ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum LocalAuth {
-    /// Whoever reaches us is let in.
+    /// None
     Trust,
-    /// By SCRAM-SHA-256.
+    /// SCRAM-SHA-256
     Password,
 }
 
-/// What the database name a client sends means.
+/// The mapping of the database name that a client sends.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, clap::ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum DatabaseMapping {
-    /// Itself; if it is the client's user name, which libpq sends when none is given, and does not exist, the configured
-    /// one.
+    /// That database; if it does not exist and is named like the user, as libpq sends by default, the configured one
     #[default]
     Default,
-    /// Always itself.
+    /// Always that database
     Exact,
 }
 
@@ -203,7 +202,7 @@ impl DatabaseMapping {
         let Some(database) = database.or(user) else {
             return (default.to_owned(), None);
         };
-        // Many applications name user and database alike, so such a database may be meant.
+        // Many applications name user and database alike, so such a database may exist.
         let may_be_default = self == Self::Default && Some(database) == user && database != default;
         (
             database.to_owned(),
@@ -224,7 +223,7 @@ impl Serialize for ModeSetting {
     }
 }
 
-/// Reads one value or a list of them.
+/// Deserializes one value or a list of them.
 pub(super) fn one_or_many<'de, D, T>(deserializer: D) -> Result<Option<Vec<T>>, D::Error>
 where
     D: Deserializer<'de>,
@@ -248,7 +247,7 @@ impl Serialize for DurationSetting {
     }
 }
 
-/// What was given as an address, without a user's name and password before the host.
+/// An address without a user name and password before the host.
 pub(crate) fn without_userinfo(address: &str) -> Cow<'_, str> {
     match address.rsplit_once('@') {
         Some((_, host)) => format!("...@{host}").into(),
@@ -256,14 +255,14 @@ pub(crate) fn without_userinfo(address: &str) -> Cow<'_, str> {
     }
 }
 
-/// The upstream's port: never 0.
+/// Parses the port of the endpoint, which is never 0.
 pub(super) fn upstream_port(text: &str) -> Result<NonZeroU16, String> {
     text.trim()
         .parse()
         .map_err(|_| format!("`{text}` is not a port (1 to 65535)"))
 }
 
-/// Reads a string or a number of the file as the same text a flag would hold.
+/// Deserializes a string or a number of the file as the text of a flag.
 pub(super) fn scalar<'de, D, T>(deserializer: D) -> Result<T, D::Error>
 where
     D: Deserializer<'de>,
@@ -321,7 +320,7 @@ mod tests {
         }
     }
 
-    /// Added to the time, a longer one ended each session in a panic.
+    /// A longer one, added to the time, caused a panic in each session.
     #[test]
     fn no_duration_is_too_long_to_add_to_the_time() {
         for text in ["1e19", "10000000000", "9223372036854775807s", "876601h"] {

@@ -178,7 +178,7 @@ async fn times_change_for_the_next_client() {
 
     // No client is connected, and the time starts with the reload.
     setup.change("exit_when_idle = 0.05").await;
-    within("the end", setup.running.asked_to_end()).await;
+    within("the end", setup.running.shutdown_requested()).await;
 }
 
 #[tokio::test]

@@ -1,4 +1,4 @@
-//! Asking a running proxy: one request over HTTP, one answer.
+//! One HTTP request to a running proxy.
 
 use std::{io, net::SocketAddr, time::Duration};
 
@@ -8,48 +8,51 @@ use tokio::{
     time::timeout,
 };
 
-/// How long one answer may take.
-const PATIENCE: Duration = Duration::from_secs(5);
-/// More than any answer of ours has.
+const TIMEOUT: Duration = Duration::from_secs(5);
+/// More than any answer of the proxy.
 const ANSWER_LIMIT: u64 = 64 * 1024;
 
-/// What was answered.
+/// The answer.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Answer {
+pub(super) struct Answer {
     /// The HTTP status.
-    pub status: u16,
+    pub(super) status: u16,
     /// The body.
-    pub body: String,
+    pub(super) body: String,
 }
 
-/// Why there is no answer.
+/// A request without an answer.
 #[derive(Debug, thiserror::Error)]
-pub enum AskError {
-    /// Nobody listens there, or the connection broke.
+pub(super) enum RequestError {
+    /// The connection failed.
     #[error("cannot reach {address}")]
     Io {
-        /// Where.
+        /// The address.
         address: SocketAddr,
-        /// Why not.
+        /// The cause.
         #[source]
         source: io::Error,
     },
-    /// Something else listens there.
+    /// The answer is not HTTP.
     #[error("what listens on {address} does not speak HTTP")]
     NotHttp {
-        /// Where.
+        /// The address.
         address: SocketAddr,
     },
-    /// The answer takes too long.
-    #[error("no answer from {address} within {} s", PATIENCE.as_secs())]
+    /// The timeout is over.
+    #[error("no answer from {address} within {} s", TIMEOUT.as_secs())]
     TimedOut {
-        /// Where.
+        /// The address.
         address: SocketAddr,
     },
 }
 
 /// Sends `method path` and reads the answer.
-pub async fn ask(address: SocketAddr, method: &str, path: &str) -> Result<Answer, AskError> {
+pub(super) async fn request(
+    address: SocketAddr,
+    method: &str,
+    path: &str,
+) -> Result<Answer, RequestError> {
     let exchange = async {
         let mut stream = TcpStream::connect(address).await?;
         let request = format!(
@@ -60,11 +63,11 @@ pub async fn ask(address: SocketAddr, method: &str, path: &str) -> Result<Answer
         stream.take(ANSWER_LIMIT).read_to_end(&mut answer).await?;
         Ok(answer)
     };
-    let answer = timeout(PATIENCE, exchange)
+    let answer = timeout(TIMEOUT, exchange)
         .await
-        .map_err(|_| AskError::TimedOut { address })?
-        .map_err(|source| AskError::Io { address, source })?;
-    parse(&String::from_utf8_lossy(&answer)).ok_or(AskError::NotHttp { address })
+        .map_err(|_| RequestError::TimedOut { address })?
+        .map_err(|source| RequestError::Io { address, source })?;
+    parse(&String::from_utf8_lossy(&answer)).ok_or(RequestError::NotHttp { address })
 }
 
 fn parse(answer: &str) -> Option<Answer> {
