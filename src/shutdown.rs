@@ -1,4 +1,4 @@
-//! The end: what sets it off, and the phases every session goes by.
+//! Shutdown: the signals that start it, and its phases.
 
 use std::{
     fs::File,
@@ -15,36 +15,36 @@ use std::{
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
-/// How far the end has come.
+/// The phase of the shutdown.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Phase {
-    /// Not at all.
+    /// No shutdown.
     Serving,
-    /// New clients are refused and idle sessions ended; work under way may finish.
+    /// New clients are refused and idle sessions are ended; running queries may finish.
     Draining,
-    /// Whatever still runs is ended.
+    /// The grace time is over: all sessions are ended.
     Cutting,
 }
 
-/// What all tasks watch; cheap to clone.
+/// The phase, for tasks to wait on; cheap to clone.
 #[derive(Clone, Debug, Default)]
 pub struct Shutdown(Arc<Inner>);
 
 #[derive(Debug, Default)]
 struct Inner {
-    /// The phase once more as a number: sessions look at it for every message, where a token's lock would be felt.
+    /// The phase as a number: sessions read it for every message, where the lock of a token would cost too much.
     phase: AtomicU8,
     drain: CancellationToken,
     cut: CancellationToken,
 }
 
 impl Shutdown {
-    /// Nothing is ending yet.
+    /// In phase [`Serving`](Phase::Serving).
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// The phase now.
+    /// The current phase.
     #[inline]
     pub fn phase(&self) -> Phase {
         match self.0.phase.load(Ordering::Acquire) {
@@ -54,20 +54,20 @@ impl Shutdown {
         }
     }
 
-    /// Begins to drain.
+    /// Starts draining.
     pub fn drain(&self) {
         self.0.phase.fetch_max(1, Ordering::AcqRel);
         self.0.drain.cancel();
     }
 
-    /// Ends whatever still runs.
+    /// Ends all sessions.
     pub fn cut(&self) {
         self.0.phase.fetch_max(2, Ordering::AcqRel);
         self.0.drain.cancel();
         self.0.cut.cancel();
     }
 
-    /// Cancelled when draining begins.
+    /// Cancelled when draining starts.
     pub fn draining(&self) -> &CancellationToken {
         &self.0.drain
     }
@@ -78,21 +78,21 @@ impl Shutdown {
     }
 }
 
-/// Why the program ends, which decides its exit code.
+/// The cause of a shutdown, which decides the exit code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Cause {
-    /// The terminal that it was started from has gone.
+    /// The controlling terminal is gone.
     Hangup,
     /// SIGINT.
     Interrupt,
-    /// It was asked to over its own interface.
+    /// A request over HTTP, or the idle exit.
     Request,
     /// SIGTERM.
     Terminate,
 }
 
 impl Cause {
-    /// 0 after a request, 129 after the terminal's end, 130 after SIGINT, 143 after SIGTERM unless zero was asked for.
+    /// 0 after a request, 129 after SIGHUP, 130 after SIGINT, 143 after SIGTERM unless `zero_on_sigterm`.
     pub fn exit_code(self, zero_on_sigterm: bool) -> ExitCode {
         ExitCode::from(match self {
             Self::Hangup => 129,
@@ -104,8 +104,8 @@ impl Cause {
     }
 }
 
-/// Signals that mean nothing to us and would end the process: those that others take to reopen logs or to turn up debugging,
-/// timers', and that of a file that has reached its size limit, which is an error of the write.
+/// Signals without a meaning for the proxy that would end the process: those that other programs use to reopen logs or to
+/// raise the log level, those of timers, and that of a file at its size limit, which is also an error of the write.
 pub(crate) const MEANINGLESS: [rustix::process::Signal; 8] = {
     use rustix::process::Signal;
     [
@@ -120,11 +120,10 @@ pub(crate) const MEANINGLESS: [rustix::process::Signal; 8] = {
     ]
 };
 
-/// What tells the program to end: SIGTERM, SIGINT, and SIGHUP where it says that the terminal has gone. Caught from the
-/// moment this is made.
+/// The signals that end the program: SIGTERM, SIGINT, and SIGHUP when the terminal is gone. Caught from its creation on.
 #[derive(Debug)]
 pub struct Signals {
-    /// Where there is a terminal that can go.
+    /// Present if there is a controlling terminal.
     hangup: Option<Signal>,
     interrupt: Signal,
     terminate: Signal,
@@ -132,7 +131,7 @@ pub struct Signals {
 }
 
 impl Signals {
-    /// Catches them.
+    /// Starts to catch them.
     pub fn catch() -> io::Result<Self> {
         Ok(Self {
             hangup: has_terminal()
@@ -184,12 +183,12 @@ impl Signals {
     }
 }
 
-/// SIGHUP as servers take it: the settings are to be read again. Caught from the moment this is made.
+/// SIGHUP as a server uses it: the settings are read again. Caught from its creation on.
 #[derive(Debug)]
 pub struct Hangup(Signal);
 
 impl Hangup {
-    /// Catches it.
+    /// Starts to catch it.
     pub fn catch() -> io::Result<Self> {
         Ok(Self(signal(SignalKind::hangup())?))
     }
@@ -200,7 +199,7 @@ impl Hangup {
     }
 }
 
-/// Whether we have a terminal, be it in the background.
+/// Whether there is a controlling terminal, also in the background.
 pub(crate) fn has_terminal() -> bool {
     File::open("/dev/tty").is_ok()
 }

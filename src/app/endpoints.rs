@@ -17,7 +17,7 @@ pub struct Served {
     /// Where its clients connect.
     pub bound: Bound,
     /// What its sessions share: the way there, the counts.
-    pub sessions: Arc<EndpointContext>,
+    pub(crate) sessions: Arc<EndpointContext>,
     /// Its credential.
     pub credentials: CredentialCell,
     /// The roots that its certificate was last verified by.

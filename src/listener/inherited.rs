@@ -1,4 +1,4 @@
-//! Sockets that a service manager has opened for us (`LISTEN_FDS`); they take the place of those in the settings.
+//! Sockets inherited from a service manager (`LISTEN_FDS`, sd_listen_fds(3)); they replace those in the settings.
 
 use std::{
     io,
@@ -9,7 +9,7 @@ use std::{
 use listenfd::ListenFd;
 use socket2::SockRef;
 
-/// The sockets that were passed and not claimed yet.
+/// Inherited sockets that belong to no endpoint yet.
 #[derive(Debug, Default)]
 pub struct Inherited(Vec<Passed>);
 
@@ -19,36 +19,36 @@ struct Passed {
     socket: InheritedSocket,
 }
 
-/// A listening socket that somebody else made.
+/// An inherited listening socket.
 #[derive(Debug)]
-pub enum InheritedSocket {
+pub(crate) enum InheritedSocket {
     /// TCP.
     Tcp(TcpListener),
     /// Unix.
     Unix(UnixListener),
 }
 
-/// What is wrong with what was passed.
+/// Why inherited sockets cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum InheritedError {
-    /// Not something that clients connect to.
+    /// Not a listening stream socket.
     #[error(
         "the service manager passed descriptor number {number}, which is not a listening TCP or Unix socket"
     )]
     Unusable {
-        /// Counted from 1.
+        /// The position, counted from 1.
         number: usize,
-        /// Why not.
+        /// The cause.
         #[source]
         source: io::Error,
     },
     /// More sockets than endpoints.
     #[error("the service manager passed a socket {name}that belongs to no endpoint")]
     Unclaimed {
-        /// Its name, quoted, and a blank; or nothing.
+        /// Its name in backticks and a space; or nothing.
         name: String,
     },
-    /// Open to other machines, without having been told to.
+    /// Reachable from other machines without `--allow-remote`.
     #[error(
         "the service manager passed a socket on {address}, which can be reached from other machines"
     )]
@@ -59,7 +59,7 @@ pub enum InheritedError {
 }
 
 impl InheritedError {
-    /// What to do about it.
+    /// How to fix it.
     pub fn hint(&self) -> &'static str {
         match self {
             Self::Unusable { .. } => "the socket unit needs ListenStream= and Accept=no",
@@ -67,15 +67,15 @@ impl InheritedError {
                 "FileDescriptorName= of a socket unit is an endpoint's name; without one each takes the next endpoint"
             }
             Self::Remote { .. } => {
-                "whoever reaches it is the service principal; if that is meant, add --allow-remote"
+                "every client that reaches it is the service principal; if that is intended, add --allow-remote"
             }
         }
     }
 }
 
 impl Inherited {
-    /// Takes what the environment says was passed, and the variables that say so with it: our children get neither.
-    /// `names` is `LISTEN_FDNAMES`. Call it once, before there are threads.
+    /// Takes the sockets and removes the variables that announce them, so that child processes inherit neither. `names` is
+    /// `LISTEN_FDNAMES`. To be called once, before there are threads.
     pub fn take(names: Option<&str>) -> Result<Self, InheritedError> {
         let mut passed = ListenFd::from_env();
         let mut names = names.unwrap_or_default().split(':');
@@ -103,8 +103,8 @@ impl Inherited {
         Ok(Self(sockets))
     }
 
-    /// Shares the sockets out: to a single endpoint all; else to each those that bear its name, and of the rest, in
-    /// their order, one to each endpoint that has none yet.
+    /// Assigns the sockets: all to a single endpoint; else to each endpoint those with its name, and of the rest one, in
+    /// order, to each endpoint that has none yet.
     pub(crate) fn claim(
         self,
         endpoints: &[&str],
@@ -154,7 +154,7 @@ impl InheritedSocket {
         Ok(())
     }
 
-    /// Its address, where other machines may reach it.
+    /// Its address, if other machines may reach it.
     fn remote(&self) -> Option<SocketAddr> {
         match self {
             Self::Tcp(socket) => socket
@@ -184,7 +184,7 @@ mod tests {
     }
 
     #[test]
-    fn sockets_are_shared_out_by_name_and_then_by_order() {
+    fn sockets_are_assigned_by_name_and_then_by_order() {
         assert_eq!(counts(&[], &["a"]), Some(vec![0]));
         assert_eq!(
             counts(&[None, Some("x")], &["a"]),
@@ -201,7 +201,7 @@ mod tests {
     }
 
     #[test]
-    fn a_socket_for_other_machines_needs_to_be_meant() {
+    fn a_socket_for_other_machines_needs_allow_remote() {
         let one = || Inherited(vec![passed(None, "0.0.0.0:0")]);
         assert!(matches!(
             one().claim(&["a"], false),

@@ -1,4 +1,6 @@
-//! The sockets clients connect to: bound together, accepted from for ever.
+//! The sockets that clients connect to: binding, accepting, and placing each client on a runtime.
+//!
+//! Knows nothing of Postgres.
 
 mod inherited;
 mod runtimes;
@@ -21,10 +23,10 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{Instrument, Span, field::Empty};
 
 use self::unix::ListeningUnix;
+pub(crate) use self::{inherited::InheritedSocket, runtimes::Runtimes, unix::AbsentSockets};
 pub use self::{
-    inherited::{Inherited, InheritedError, InheritedSocket},
-    runtimes::Runtimes,
-    unix::{AbsentSockets, UnixError},
+    inherited::{Inherited, InheritedError},
+    unix::UnixError,
 };
 use crate::{
     config::{Keepalive, ListenAddresses, socket_path},
@@ -34,7 +36,7 @@ use crate::{
     telemetry::Metrics,
 };
 
-/// As many as the kernel allows; a burst must not meet a full queue.
+/// The kernel caps it; a burst of clients must not find the queue full.
 const BACKLOG: i32 = 4096;
 const ACCEPT_BACKOFF: Backoff = Backoff::new(Duration::from_millis(5), Duration::from_secs(1));
 
@@ -46,16 +48,16 @@ pub(crate) fn set_socket_mode(listen: &ListenAddresses, path: &Path, mode: u32) 
     }
 }
 
-/// Where one endpoint's clients can connect.
+/// The addresses that one endpoint listens on.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Bound {
-    /// By TCP, in the order of the settings. ::1 is not mentioned where it came with 127.0.0.1.
+    /// TCP addresses, in the order of the settings; without the ::1 that accompanies 127.0.0.1.
     pub tcp: Vec<SocketAddr>,
-    /// By Unix sockets with these paths.
+    /// Paths of Unix sockets.
     pub unix: Vec<PathBuf>,
 }
 
-/// What a Postgres client on this machine is given as host and port.
+/// Host and port for a Postgres client on this machine.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Way {
     /// TCP.
@@ -76,7 +78,7 @@ impl From<SocketAddr> for Way {
 }
 
 impl Way {
-    /// What `PGHOST` would be.
+    /// The value for `PGHOST`.
     pub fn host(&self) -> String {
         match self {
             Self::Tcp(address) => address.ip().to_string(),
@@ -84,7 +86,7 @@ impl Way {
         }
     }
 
-    /// What `PGPORT` would be.
+    /// The value for `PGPORT`.
     pub fn port(&self) -> u16 {
         match self {
             Self::Tcp(address) => address.port(),
@@ -94,7 +96,7 @@ impl Way {
 }
 
 impl Bound {
-    /// Each of them, as people write it.
+    /// The addresses as text.
     pub fn words(&self) -> Vec<String> {
         let unix = self.unix.iter().map(|path| path.display().to_string());
         self.tcp
@@ -104,7 +106,7 @@ impl Bound {
             .collect()
     }
 
-    /// How a client on this machine gets in: by TCP where it can. A Unix socket that libpq would not find is no way.
+    /// The address for a client on this machine: TCP if possible, else a Unix socket that libpq finds.
     pub fn way(&self) -> Option<Way> {
         let tcp = self.tcp.first().copied().map(Way::from);
         tcp.or_else(|| {
@@ -114,7 +116,7 @@ impl Bound {
     }
 }
 
-/// Where a client on this machine reaches a listener, also one on every address.
+/// The address at which a client on this machine reaches a listener, also one on all addresses.
 fn reachable(listener: SocketAddr) -> SocketAddr {
     let ip = match listener.ip() {
         IpAddr::V4(ip) if ip.is_unspecified() => IpAddr::V4(Ipv4Addr::LOCALHOST),
@@ -124,7 +126,7 @@ fn reachable(listener: SocketAddr) -> SocketAddr {
     SocketAddr::new(ip, listener.port())
 }
 
-/// Why an endpoint has no sockets.
+/// Why an endpoint's sockets cannot be bound.
 #[derive(Debug, thiserror::Error)]
 pub enum ListenError {
     /// An address cannot be bound.
@@ -136,22 +138,22 @@ pub enum ListenError {
         #[source]
         source: io::Error,
     },
-    /// A Unix socket cannot be made.
+    /// A Unix socket cannot be created.
     #[error(transparent)]
     Unix(#[from] UnixError),
 }
 
-/// Bound sockets that have not been accepted from yet.
+/// Bound sockets, not accepting yet.
 #[derive(Debug)]
-pub struct Listener {
+pub(crate) struct Listener {
     tcp: Vec<TcpListener>,
     unix: Vec<ListeningUnix>,
     bound: Bound,
 }
 
 impl Listener {
-    /// Binds every one of `places`.
-    pub fn bind(places: &ListenAddresses) -> Result<Self, ListenError> {
+    /// Binds all addresses.
+    pub(crate) fn bind(places: &ListenAddresses) -> Result<Self, ListenError> {
         let (tcp, addresses) = tcp::bind_all(&places.tcp)?;
         let mut bound = Bound {
             tcp: addresses,
@@ -171,8 +173,8 @@ impl Listener {
         })
     }
 
-    /// Takes over sockets that somebody else has bound.
-    pub fn inherit(sockets: Vec<InheritedSocket>) -> io::Result<Self> {
+    /// Takes over inherited sockets.
+    pub(crate) fn inherit(sockets: Vec<InheritedSocket>) -> io::Result<Self> {
         let mut listener = Self {
             tcp: Vec::new(),
             unix: Vec::new(),
@@ -196,14 +198,14 @@ impl Listener {
         Ok(listener)
     }
 
-    /// Where it can be reached.
-    pub fn bound(&self) -> &Bound {
+    /// The addresses bound.
+    pub(crate) fn bound(&self) -> &Bound {
         &self.bound
     }
 
     /// Accepts until the endpoint closes. Sessions are among `clients` to their end and run on `runtimes`; the loops that
     /// accept them are among `helpers`.
-    pub fn spawn(
+    pub(crate) fn spawn(
         self,
         endpoint: &Arc<EndpointContext>,
         runtimes: &Arc<Runtimes>,
@@ -329,8 +331,8 @@ impl Acceptor {
     }
 }
 
-/// Whether an error of `accept` is that of the connection, so that the next may follow at once: aborted, refused by a firewall,
-/// or a network error that Linux passes on, see accept(2).
+/// Whether an error of `accept` belongs to one connection, so that the next is accepted at once: aborted, refused by a
+/// firewall, or a network error that Linux passes on, see accept(2).
 fn concerns_one_connection(error: &io::Error) -> bool {
     use rustix::io::Errno;
     const OF_ONE: [Errno; 11] = [
@@ -380,7 +382,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_error_of_one_connection_is_no_lack_of_descriptors() {
+    fn errors_of_one_connection_are_distinguished_from_a_lack_of_descriptors() {
         use rustix::io::Errno;
         let concerns_one = |errno: Errno| concerns_one_connection(&io::Error::from(errno));
         for errno in [
@@ -404,7 +406,7 @@ mod tests {
     }
 
     #[test]
-    fn local_clients_come_by_tcp_where_they_can() {
+    fn local_clients_use_tcp_if_possible() {
         let tcp = |address: &str| Bound {
             tcp: vec![address.parse().unwrap()],
             unix: vec!["/run/.s.PGSQL.7".into()],

@@ -21,7 +21,7 @@ use tokio::{
 
 /// The threads; they end when this is dropped, and their sessions with them.
 #[derive(Debug)]
-pub struct Runtimes(Vec<SessionThread>);
+pub(crate) struct Runtimes(Vec<SessionThread>);
 
 #[derive(Debug)]
 struct SessionThread {
@@ -34,7 +34,7 @@ struct SessionThread {
 
 impl Runtimes {
     /// Starts `count` threads. Fails when the system provides no thread or no epoll set.
-    pub fn start(count: NonZeroUsize) -> io::Result<Self> {
+    pub(crate) fn start(count: NonZeroUsize) -> io::Result<Self> {
         // Those that run already end with it when a later one fails.
         let mut threads = Self(Vec::with_capacity(count.get()));
         for number in 0..count.get() {
@@ -44,7 +44,7 @@ impl Runtimes {
     }
 
     /// Runs `session` on the thread with the fewest tasks.
-    pub fn spawn(&self, session: impl Future<Output = ()> + Send + 'static) {
+    pub(crate) fn spawn(&self, session: impl Future<Output = ()> + Send + 'static) {
         let tasks = |thread: &&SessionThread| thread.runtime.load().metrics().num_alive_tasks();
         if let Some(thread) = self.0.iter().min_by_key(tasks) {
             drop(thread.runtime.load().spawn(session));
@@ -52,7 +52,7 @@ impl Runtimes {
     }
 
     /// Returns once every thread has run a task. Cancel safe.
-    pub async fn all_respond(&self) {
+    pub(crate) async fn all_respond(&self) {
         for thread in &self.0 {
             // Cancelled when its runtime dies meanwhile: then its successor is to respond.
             while thread.runtime.load().spawn(async {}).await.is_err() {

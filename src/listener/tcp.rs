@@ -1,4 +1,4 @@
-//! TCP: the sockets of one endpoint, all with one port.
+//! The TCP sockets of one endpoint, which share a port.
 
 use std::{
     io,
@@ -15,7 +15,7 @@ use crate::{
     status::Peer,
 };
 
-/// Ports that are tried where any will do, but must be free on several addresses.
+/// Attempts to find a port that is free on several addresses.
 const FREE_PORT_ATTEMPTS: usize = 16;
 
 impl ListeningSocket for TcpListener {
@@ -31,8 +31,8 @@ impl ListeningSocket for TcpListener {
     }
 }
 
-/// Binds all of `addresses`; returns the sockets and the addresses they have, in that order. 127.0.0.1 brings ::1 with
-/// it where that exists, behind the others and unmentioned, since `localhost` may mean either.
+/// Binds all of `addresses`; returns the sockets and their addresses, in that order. 127.0.0.1 is accompanied by ::1 where
+/// that exists, behind the others and not among the addresses, since `localhost` may mean either.
 pub(super) fn bind_all(
     addresses: &[SocketAddr],
 ) -> Result<(Vec<TcpListener>, Vec<SocketAddr>), ListenError> {
@@ -81,7 +81,7 @@ fn bind_each(
                 address = %companion,
                 "another program listens on this address: clients that connect to `localhost` may reach it instead of the proxy; hint: end it, choose another --port, or let clients connect to 127.0.0.1"
             ),
-            // A machine without IPv6: then `localhost` is IPv4.
+            // Without IPv6, `localhost` is IPv4.
             Err(error) => tracing::debug!(address = %companion, %error, "not listening"),
         }
     }
@@ -99,7 +99,7 @@ fn bind(address: SocketAddr) -> io::Result<TcpListener> {
         socket.set_only_v6(true)?;
     }
     socket.set_nonblocking(true)?;
-    // Clients' sockets have it from this one.
+    // Accepted sockets inherit it from this one.
     unpace(&SockRef::from(&socket), address);
     socket.bind(&address.into())?;
     socket.listen(BACKLOG)?;
@@ -119,7 +119,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn localhost_means_both_families() {
+    async fn localhost_is_served_on_both_families() {
         let (_sockets, bound) = bind_all(&[loopback(0)]).unwrap();
         let port = bound[0].port();
         assert!(TcpStream::connect(("127.0.0.1", port)).await.is_ok());
@@ -130,7 +130,7 @@ mod tests {
 
     #[cfg(target_os = "linux")]
     #[tokio::test]
-    async fn clients_on_this_machine_are_not_paced() {
+    async fn local_clients_are_not_paced() {
         let (sockets, bound) = bind_all(&[loopback(0)]).unwrap();
         let _client = TcpStream::connect(bound[0]).await.unwrap();
         let (accepted, _) = sockets[0].accept().await.unwrap();

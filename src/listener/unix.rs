@@ -1,4 +1,4 @@
-//! Unix sockets, named as libpq looks for them: `.s.PGSQL.<port>` in a directory.
+//! Unix sockets with the name that libpq expects: `.s.PGSQL.<port>` in a directory.
 
 use std::{
     collections::BTreeSet,
@@ -30,15 +30,15 @@ use crate::{
     telemetry::chain,
 };
 
-/// Between two looks at a socket's file, each of one system call.
-const LOOK_EVERY: Duration = Duration::from_secs(2);
+/// Between two checks of a socket's file, each of one system call.
+const CHECK_INTERVAL: Duration = Duration::from_secs(2);
 /// Read, write and execute of owner, group and others.
 const PERMISSIONS: u32 = 0o777;
 
-/// Why there is no Unix socket.
+/// Why a Unix socket cannot be created.
 #[derive(Debug, thiserror::Error)]
 pub enum UnixError {
-    /// The kernel takes no name that long.
+    /// Longer than the kernel's `sun_path`.
     #[error(
         "the socket path `{}` is {} bytes long, which is more than a socket's address holds (--unix-socket)",
         path.display(), path.as_os_str().len()
@@ -47,31 +47,31 @@ pub enum UnixError {
         /// The path.
         path: PathBuf,
     },
-    /// Somebody answers there.
+    /// Another server accepts connections there.
     #[error("another server listens on `{}` (--unix-socket)", path.display())]
     Taken {
         /// The path.
         path: PathBuf,
     },
-    /// Something else is there.
+    /// Another kind of file exists there.
     #[error("`{}` exists and is not a socket (--unix-socket)", path.display())]
     NotASocket {
         /// The path.
         path: PathBuf,
     },
-    /// It cannot be made.
+    /// It cannot be bound.
     #[error("cannot listen on `{}` (--unix-socket)", path.display())]
     Bind {
         /// The path.
         path: PathBuf,
-        /// Why not.
+        /// The cause.
         #[source]
         source: io::Error,
     },
 }
 
 impl UnixError {
-    /// What to do about it.
+    /// How to fix it.
     pub fn hint(&self) -> Option<&'static str> {
         match self {
             Self::TooLong { .. } => Some("choose a shorter directory, such as /run/lakebase-proxy"),
@@ -91,11 +91,11 @@ impl UnixError {
     }
 }
 
-/// A socket that clients of this machine connect to.
+/// A Unix socket that accepts clients.
 #[derive(Debug)]
 pub(super) struct ListeningUnix {
     pub(super) socket: UnixListener,
-    /// What to remove at the end; not for a socket that a service manager has passed.
+    /// The file to remove at the end; none for an inherited socket.
     pub(super) file: Option<SocketFile>,
 }
 
@@ -115,13 +115,13 @@ impl ListeningSocket for UnixListener {
     fn tune(_client: &UnixStream, _keepalive: &Keepalive) {}
 }
 
-/// Unix sockets whose files are gone for now; cheap to clone.
+/// Unix sockets whose files are missing for now; cheap to clone.
 #[derive(Clone, Debug, Default)]
-pub struct AbsentSockets(Arc<Mutex<BTreeSet<PathBuf>>>);
+pub(crate) struct AbsentSockets(Arc<Mutex<BTreeSet<PathBuf>>>);
 
 impl AbsentSockets {
     /// Fails with a sentence that names one of them, where there is one.
-    pub fn check(&self) -> Result<(), String> {
+    pub(crate) fn check(&self) -> Result<(), String> {
         let gone = |path: &PathBuf| format!("the Unix socket `{}` is gone", path.display());
         self.paths().first().map_or(Ok(()), |path| Err(gone(path)))
     }
@@ -169,7 +169,7 @@ impl SocketFile {
     pub(super) async fn replacement(&self, absent: &AbsentSockets) -> ListeningUnix {
         let mut mark = None;
         loop {
-            sleep(LOOK_EVERY).await;
+            sleep(CHECK_INTERVAL).await;
             if let Ok(found) = tokio::fs::symlink_metadata(&self.path).await
                 && self.is(&found)
             {
@@ -184,12 +184,12 @@ impl SocketFile {
             let is_new = mark.is_none();
             mark.get_or_insert_with(|| absent.mark(&self.path));
             match bind(&place, self.port) {
-                Ok(door) => {
+                Ok(listening) => {
                     tracing::warn!(
                         socket = %self.path.display(),
                         "the Unix socket was removed, and has been made again; hint: keep cleaners of temporary files away from it"
                     );
-                    return door;
+                    return listening;
                 }
                 Err(error) if is_new => {
                     tracing::error!(
@@ -249,7 +249,7 @@ pub(super) fn parse(path: &Path) -> Option<(PathBuf, u16)> {
     Some((path.parent()?.to_owned(), port))
 }
 
-/// Makes the socket, in the place of one that nobody listens on any more.
+/// Creates the socket, in place of one that no process listens on any more.
 pub(super) fn bind(place: &UnixSocket, port: u16) -> Result<ListeningUnix, UnixError> {
     let path = socket_path(&place.directory, port);
     let Ok(address) = SockAddr::unix(&path) else {
@@ -278,7 +278,7 @@ pub(super) fn bind(place: &UnixSocket, port: u16) -> Result<ListeningUnix, UnixE
         inode: found.ino(),
         mode: AtomicU32::new(place.mode),
     };
-    // What the umask took away. Until `listen` nobody is let in.
+    // Restores what the umask removed. No client can connect before `listen`.
     set_mode(&path, place.mode).map_err(failed)?;
     socket.listen(BACKLOG).map_err(failed)?;
     socket.set_nonblocking(true).map_err(failed)?;
@@ -334,21 +334,21 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_socket_is_its_owners_and_goes_with_the_proxy() {
+    async fn a_socket_belongs_to_its_owner_and_is_removed_with_the_proxy() {
         let directory = TempDir::new().unwrap();
-        let door = bind(&place(&directory), 7000).unwrap();
+        let listening = bind(&place(&directory), 7000).unwrap();
         let path = directory.path().join(".s.PGSQL.7000");
         let mode = fs::metadata(&path).unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o600);
         assert_eq!(parse(&path), Some((directory.path().to_owned(), 7000)));
         let client = UnixStream::connect(&path).await.unwrap();
-        let (_, peer) = ListeningSocket::accept(&door.socket).await.unwrap();
+        let (_, peer) = ListeningSocket::accept(&listening.socket).await.unwrap();
         let us = rustix::process::geteuid().as_raw();
         assert!(
             matches!(peer, Peer::Unix { uid, pid: Some(_) } if uid == us),
             "{peer:?}"
         );
-        drop((client, door));
+        drop((client, listening));
         assert!(!path.exists());
     }
 
@@ -361,7 +361,7 @@ mod tests {
         let mut place = place(&directory);
         for wanted in [0o600, 0o660, 0o666, 0o777] {
             place.mode = wanted;
-            let _door = bind(&place, 1).unwrap();
+            let _listening = bind(&place, 1).unwrap();
             assert_eq!(mode(&path), wanted, "whatever the umask");
             set_mode(&path, 0o640).unwrap();
             assert_eq!(mode(&path), 0o640);
@@ -378,17 +378,17 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_a_killed_server_left_behind_is_replaced() {
+    async fn the_socket_of_a_killed_server_is_replaced() {
         let directory = TempDir::new().unwrap();
         let path = socket_path(directory.path(), 1);
         // Dropping a listener of std leaves the file, as a kill does.
         drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
-        let _door = bind(&place(&directory), 1).unwrap();
+        let _listening = bind(&place(&directory), 1).unwrap();
         assert!(UnixStream::connect(&path).await.is_ok());
     }
 
     #[tokio::test]
-    async fn a_living_server_is_left_alone_and_so_is_what_is_no_socket() {
+    async fn the_socket_of_a_running_server_and_other_files_are_kept() {
         let directory = TempDir::new().unwrap();
         let place = place(&directory);
         let _first = bind(&place, 1).unwrap();
@@ -411,7 +411,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_path_that_is_too_long_and_a_missing_directory_are_told() {
+    async fn a_path_that_is_too_long_and_a_missing_directory_are_reported() {
         let directory = TempDir::new().unwrap();
         let mut long = place(&directory);
         long.directory.push("x".repeat(100));

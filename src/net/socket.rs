@@ -87,7 +87,7 @@ impl Socket {
         #[cfg(not(target_os = "linux"))]
         let half = PollFlags::empty();
         let mut polled = [PollFd::from_borrowed_fd(socket, half)];
-        // A failure says nothing about the peer; the next read or write will.
+        // A failure reveals nothing about the peer; the next read or write does.
         if poll(&mut polled, Some(&Timespec::default())).is_err() {
             return HangUp::None;
         }

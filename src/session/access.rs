@@ -34,20 +34,20 @@ use crate::{
 #[derive(Debug, Default)]
 pub struct AccessPolicy {
     /// The users that may use Unix sockets, besides our own and root; `None` leaves that to the file's permissions.
-    pub allowed_uids: Option<Vec<u32>>,
+    pub(crate) allowed_uids: Option<Vec<u32>>,
     /// The certificate shown to clients, where TLS is offered.
-    pub certificate: Option<Arc<ServerCertificate>>,
+    pub(crate) certificate: Option<Arc<ServerCertificate>>,
     /// Whether TCP clients of other machines must use TLS.
-    pub requires_tls: bool,
+    pub(crate) requires_tls: bool,
     /// The password of TCP clients.
-    pub password: Option<Arc<LocalPassword>>,
+    pub(crate) password: Option<Arc<LocalPassword>>,
     /// Which warnings have been logged.
-    pub logged: Arc<LoggedOnce>,
+    pub(crate) logged: Arc<LoggedOnce>,
 }
 
 /// Warnings that are logged once per process.
 #[derive(Debug, Default)]
-pub struct LoggedOnce {
+pub(crate) struct LoggedOnce {
     tls_required_by_client: AtomicBool,
     tls_handshake_failure: AtomicBool,
 }

@@ -79,7 +79,7 @@ pub(super) struct Target {
 
 /// The cancel keys of an endpoint's sessions.
 #[derive(Debug)]
-pub struct CancelKeys {
+pub(crate) struct CancelKeys {
     by_process_id: Mutex<HashMap<u32, Vec<(u32, Target)>>>,
     guesses: Mutex<(Instant, u32)>,
 }

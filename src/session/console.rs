@@ -30,7 +30,7 @@ use crate::{
 const PROBE_MESSAGE_LIMIT: usize = 1024;
 
 /// A server of `SHOW` commands.
-pub trait Console: Send + Sync {
+pub(crate) trait Console: Send + Sync {
     /// Whether a client that sent `startup` connects to the console.
     fn accepts(&self, peer: Peer, startup: &StartupMessage) -> bool;
 
@@ -51,17 +51,17 @@ pub trait Console: Send + Sync {
 }
 
 /// A client of the console.
-pub struct ConsoleRequest<'a> {
+pub(crate) struct ConsoleRequest<'a> {
     /// Its connection.
-    pub client: &'a mut dyn Transport,
+    pub(crate) client: &'a mut dyn Transport,
     /// Received behind the startup message.
-    pub received: BytesMut,
+    pub(crate) received: BytesMut,
     /// A NegotiateProtocolVersion to send before the greeting, or nothing.
-    pub negotiation: BytesMut,
+    pub(crate) negotiation: BytesMut,
     /// Its startup message.
-    pub startup: &'a StartupMessage,
+    pub(crate) startup: &'a StartupMessage,
     /// Cancelled when the proxy shuts down.
-    pub draining: &'a CancellationToken,
+    pub(crate) draining: &'a CancellationToken,
 }
 
 /// A client of the console that has passed the access checks.
@@ -113,8 +113,8 @@ impl Probe<'_> {
             && startup.parameter("replication").is_none()
     }
 
-    /// Answers with the proxy's readiness, before any password: the exit code of `pg_isready` tells acceptance from 57P03,
-    /// and takes every other error for acceptance. Nothing is sent upstream, so that a health check wakes no endpoint.
+    /// Answers with the proxy's readiness, before any password: the exit code of `pg_isready` distinguishes
+    /// acceptance from 57P03, and counts every other error as acceptance. Nothing is sent upstream, so that a health check wakes no endpoint.
     pub(super) async fn answer<S: Transport>(self, client: &mut Client<S>) -> Closing {
         let session = self.handshake.session;
         let process = &session.endpoint.process;

@@ -14,29 +14,29 @@ use crate::{
 };
 
 /// Shared by all sessions of the process.
-pub struct ProcessContext {
+pub(crate) struct ProcessContext {
     /// The configuration in force.
-    pub config: SharedConfig,
+    pub(crate) config: SharedConfig,
     /// The phase of the shutdown.
-    pub shutdown: Shutdown,
+    pub(crate) shutdown: Shutdown,
     /// The admin console.
-    pub console: Option<Arc<dyn Console>>,
+    pub(crate) console: Option<Arc<dyn Console>>,
 }
 
 /// Shared by all sessions of one endpoint.
-pub struct EndpointContext {
+pub(crate) struct EndpointContext {
     /// The process.
-    pub process: Arc<ProcessContext>,
+    pub(crate) process: Arc<ProcessContext>,
     /// Leads to the endpoint once that has been found.
-    pub route: Route,
+    pub(crate) route: Route,
     /// The endpoint's sessions in the registry.
-    pub registry: EndpointSessions,
+    pub(crate) registry: EndpointSessions,
     /// The cancel keys of its sessions.
-    pub cancel_keys: Arc<CancelKeys>,
+    pub(crate) cancel_keys: Arc<CancelKeys>,
     /// Its metrics.
-    pub metrics: Arc<Metrics>,
+    pub(crate) metrics: Arc<Metrics>,
     /// Logs the sessions that it ends.
-    pub lost_sessions: Arc<LostSessions>,
+    pub(crate) lost_sessions: Arc<LostSessions>,
 }
 
 impl EndpointContext {

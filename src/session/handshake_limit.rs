@@ -1,8 +1,8 @@
-//! Limits the limiter handshakes of one endpoint, without letting a flood of them delay a client that finishes its own.
+//! Limits the unfinished handshakes of one endpoint, without letting a flood of them delay a client that completes its own.
 //!
-//! A connection is always accepted and given its chance at once; what gives way is the oldest limiter handshake of the
-//! source (address or uid) that has the most. A client that sends its startup message right after it has connected, as all
-//! drivers do, is therefore served whatever number of others send nothing.
+//! A connection is always accepted at once; evicted is the oldest unfinished handshake of the source (address or uid) that
+//! has the most. A client that sends its startup message right after it has connected, as all drivers do, is therefore
+//! served, however many others send nothing.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -22,21 +22,21 @@ use crate::{
     status::Peer,
 };
 
-/// HandshakeLimiter handshakes that only the login timeout ends.
+/// Up to this number, only the login timeout ends unfinished handshakes.
 const UNDISTURBED: usize = 256;
 /// Beyond [`UNDISTURBED`] a handshake is never evicted before this.
 const MIN_TIME: Duration = Duration::from_secs(2);
 /// The same when three quarters of the capacity are used: at least 1,000 handshakes a second are begun then.
 const MIN_TIME_UNDER_PRESSURE: Duration = Duration::from_millis(250);
-/// What an evicted client may still send: after a standstill of the machine all handshakes are old, and their startup
-/// messages wait to be read.
+/// Time for an evicted client whose startup message waits to be read: after a standstill of the machine all handshakes
+/// are old.
 const LAST_CHANCE: Duration = Duration::from_millis(10);
-/// Between two log lines about evictions.
+/// The interval of log lines about evictions.
 const LOG_EVERY: Duration = Duration::from_secs(10);
 
-/// The limiter handshakes of one endpoint; cheap to clone.
+/// The unfinished handshakes of one endpoint; cheap to clone.
 #[derive(Clone, Debug)]
-pub struct HandshakeLimiter(Arc<Inner>);
+pub(crate) struct HandshakeLimiter(Arc<Inner>);
 
 #[derive(Debug)]
 struct Inner {
@@ -63,14 +63,14 @@ struct Handshake {
     evicted: CancellationToken,
 }
 
-/// What the log has not been told of evictions yet.
+/// Evictions that are not logged yet.
 #[derive(Debug, Default)]
 struct Evicted {
     count: u64,
     logged: Option<Instant>,
 }
 
-/// What shares a fate when handshakes are evicted.
+/// The unit that evictions are balanced between.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Source {
     /// An IPv4 address, or the network of an IPv6 address that one host may choose from.
@@ -109,7 +109,7 @@ impl HandshakeLimiter {
 
     /// A permit for one more handshake. Waits only while the capacity is used up by handshakes too young to be evicted.
     /// Cancel safe.
-    pub async fn enter(&self, peer: Peer) -> HandshakePermit {
+    pub(crate) async fn enter(&self, peer: Peer) -> HandshakePermit {
         loop {
             let freed = self.0.freed.notified();
             let (permit, next_eviction) = self.try_enter(peer.into());
@@ -211,7 +211,7 @@ impl State {
 }
 
 impl Evicted {
-    /// Counts it; says so now and then.
+    /// Counts it; logs at most one line per interval.
     fn one_more(&mut self, now: Instant) {
         self.count += 1;
         if self
@@ -230,9 +230,9 @@ impl Evicted {
     }
 }
 
-/// A handshake's place among the limiter ones, given back when dropped.
+/// The permit of an unfinished handshake, returned when dropped.
 #[derive(Debug)]
-pub struct HandshakePermit {
+pub(crate) struct HandshakePermit {
     limiter: HandshakeLimiter,
     source: Source,
     number: u64,
@@ -325,7 +325,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn the_source_with_the_most_gives_way() {
+    async fn handshakes_of_the_largest_source_are_evicted() {
         let limiter = HandshakeLimiter::with_capacity(CAPACITY);
         let honest = enter(&limiter, 1, 10).await;
         advance(Duration::from_millis(1)).await;
@@ -337,7 +337,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn every_permit_is_given_back() {
+    async fn every_permit_is_returned() {
         let limiter = HandshakeLimiter::with_capacity(2);
         let permits = enter(&limiter, 1, 2).await;
         let entering = limiter.enter(peer(1));

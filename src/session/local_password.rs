@@ -37,7 +37,7 @@ const FAILURE_DELAY: std::ops::Range<f64> = 0.75..1.25;
 
 /// The password that every TCP client must prove to know.
 #[derive(Debug)]
-pub struct LocalPassword {
+pub(crate) struct LocalPassword {
     verifier: Verifier,
     attempts: Arc<Semaphore>,
 }
@@ -95,7 +95,7 @@ impl From<Refusal> for PasswordFailure {
 
 impl LocalPassword {
     /// Takes some milliseconds. `None` only for a defect.
-    pub fn new(password: &SecretString) -> Option<Self> {
+    pub(crate) fn new(password: &SecretString) -> Option<Self> {
         Some(Self {
             verifier: Verifier::new(password)?,
             attempts: Arc::new(Semaphore::new(ATTEMPTS)),
@@ -173,7 +173,7 @@ fn refusal(error: ScramError, startup: &StartupMessage) -> Refusal {
                         "password authentication failed for user \"{user}\": lakebase-proxy has a password of its own"
                     ),
                 )
-                .with_detail("lakebase-proxy itself asks for this password, not Lakebase.")
+                .with_detail("This password is required by lakebase-proxy itself, not by Lakebase.")
                 .with_hint(
                     "It is the one in --local-password-file, or LAKEBASE_PROXY_LOCAL_PASSWORD; any user name will do.",
                 ),
@@ -189,7 +189,7 @@ fn refusal(error: ScramError, startup: &StartupMessage) -> Refusal {
 fn out_of_order(expected: &str) -> Refusal {
     bad_startup(Report::new(
         sqlstate::PROTOCOL_VIOLATION,
-        format!("the client sent no {expected} when asked for its password"),
+        format!("the client sent no {expected} in the password exchange"),
     ))
 }
 

@@ -7,13 +7,14 @@ use tokio::{
 };
 
 use super::{
-    Session, TERMINATE,
+    Session,
     cancel::Registration,
     client::{CLOSE_TIMEOUT, Client},
     relay::{Answers, End, Observers, Relay, Side},
 };
 use crate::{
-    net::socket::Transport,
+    net::{message::write_and_flush, socket::Transport},
+    protocol::startup::terminate,
     status::SessionEntry,
     telemetry::{GaugeGuard, labels::Direction},
     upstream::Stream,
@@ -82,8 +83,7 @@ impl LoggedIn<'_> {
                     let server = &mut self.server;
                     let terminating = async {
                         if orderly {
-                            server.write_all(&TERMINATE).await?;
-                            server.flush().await?;
+                            write_and_flush(server, &terminate()).await?;
                         }
                         server.shutdown().await
                     };

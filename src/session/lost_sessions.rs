@@ -14,7 +14,7 @@ const WINDOW: Duration = Duration::from_secs(1);
 
 /// The sessions that the endpoint has ended and that are not logged yet.
 #[derive(Debug)]
-pub struct LostSessions {
+pub(crate) struct LostSessions {
     endpoint: Label,
     unlogged: Mutex<Unlogged>,
 }

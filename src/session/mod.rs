@@ -32,14 +32,19 @@ use std::sync::Arc;
 use tokio::time::Instant;
 
 pub use self::{
-    access::{AccessPolicy, LoggedOnce},
+    access::AccessPolicy,
+    context::{SessionConfig, SharedConfig},
+    local_password::KnownPassword,
+    server_certificate::ClientTlsError,
+};
+pub(crate) use self::{
     cancel::CancelKeys,
     console::{Console, ConsoleRequest},
-    context::{EndpointContext, ProcessContext, SessionConfig, SharedConfig},
+    context::{EndpointContext, ProcessContext},
     handshake_limit::{HandshakeLimiter, HandshakePermit},
-    local_password::{KnownPassword, LocalPassword},
+    local_password::LocalPassword,
     lost_sessions::LostSessions,
-    server_certificate::{ClientTlsError, ServerCertificate},
+    server_certificate::ServerCertificate,
 };
 use self::{
     client::Client,
@@ -51,19 +56,16 @@ use crate::{
     telemetry::{CountOnDrop, GaugeGuard},
 };
 
-/// Terminate: the orderly end of a session towards the server.
-pub(crate) const TERMINATE: [u8; 5] = [b'X', 0, 0, 0, 4];
-
 /// A client that has just been accepted.
-pub struct Accepted<S> {
+pub(crate) struct Accepted<S> {
     /// The session id, which refusals and the log show.
-    pub id: u64,
+    pub(crate) id: u64,
     /// The client's address or process.
-    pub peer: Peer,
+    pub(crate) peer: Peer,
     /// Its connection.
-    pub stream: S,
-    /// Its place among the unfinished handshakes.
-    pub permit: HandshakePermit,
+    pub(crate) stream: S,
+    /// The permit of its handshake.
+    pub(crate) permit: HandshakePermit,
 }
 
 /// What the phases of one session have in common.
@@ -77,7 +79,7 @@ struct Session<'a> {
 }
 
 /// Serves one client from accept to close.
-pub async fn serve<S: Transport>(endpoint: Arc<EndpointContext>, accepted: Accepted<S>) {
+pub(crate) async fn serve<S: Transport>(endpoint: Arc<EndpointContext>, accepted: Accepted<S>) {
     let _active = GaugeGuard::new(&endpoint.metrics.clients_active);
     let _closed = CountOnDrop::new(&endpoint.metrics.clients_closed);
     let session = Session {

@@ -1,6 +1,4 @@
-//! TLS between clients and us: the certificate that we show, and its renewal.
-//!
-//! Whoever serves a client asks for the configuration at each handshake; nothing watches the files in between.
+//! The server certificate for TLS with clients, and its renewal: files are checked at a handshake, not in between.
 
 use std::{
     fs, io,
@@ -34,8 +32,8 @@ use crate::{
     telemetry::chain,
 };
 
-/// How often the files are looked at, at most.
-const LOOK_EVERY: Duration = Duration::from_secs(1);
+/// The shortest interval between two checks of the files.
+const CHECK_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Why TLS cannot be offered.
 #[derive(Debug, thiserror::Error)]
@@ -68,7 +66,7 @@ pub enum ClientTlsError {
 }
 
 impl ClientTlsError {
-    /// What to do about it.
+    /// How to fix it.
     pub fn hint(&self) -> Option<&'static str> {
         match self {
             Self::File { .. } | Self::Empty { .. } => {
@@ -80,27 +78,27 @@ impl ClientTlsError {
     }
 }
 
-/// What is shown to clients now.
-pub struct ServerCertificate {
+/// The certificate in use.
+pub(crate) struct ServerCertificate {
     current: ArcSwap<ServerConfig>,
     files: Option<Files>,
 }
 
-/// The files, and what was known of them when they were last looked at.
+/// The files, and their state at the last check.
 struct Files {
     certificate: PathBuf,
     key: PathBuf,
-    looked: Mutex<Looked>,
-    /// Whether what they hold is no good, and that has been said.
-    complained: AtomicBool,
+    checked: Mutex<Checked>,
+    /// Whether a failed renewal has been logged.
+    failure_logged: AtomicBool,
 }
 
-struct Looked {
+struct Checked {
     at: Instant,
     state: State,
 }
 
-/// By what a change is noticed: a ConfigMap's new version is another file, an editor's the same one with another time.
+/// Identity, time and length: a new version of a ConfigMap is another file, that of an editor has another time.
 type State = [Option<(u64, u64, i64, i64, u64)>; 2];
 
 impl std::fmt::Debug for ServerCertificate {
@@ -110,8 +108,8 @@ impl std::fmt::Debug for ServerCertificate {
 }
 
 impl ServerCertificate {
-    /// What the settings say, ready to be shown; `None` when TLS is off.
-    pub fn new(settings: &ClientTls) -> Result<Option<Self>, ClientTlsError> {
+    /// The certificate of the settings; `None` when TLS is off.
+    pub(crate) fn new(settings: &ClientTls) -> Result<Option<Self>, ClientTlsError> {
         Ok(match settings {
             ClientTls::Off => None,
             ClientTls::SelfSigned => Some(Self {
@@ -122,15 +120,15 @@ impl ServerCertificate {
                 let files = Files {
                     certificate: certificate.clone(),
                     key: key.clone(),
-                    looked: Mutex::new(Looked {
+                    checked: Mutex::new(Checked {
                         at: Instant::now(),
                         state: State::default(),
                     }),
-                    complained: AtomicBool::new(false),
+                    failure_logged: AtomicBool::new(false),
                 };
-                // Before they are read: a change in between is then seen later.
+                // Before they are read, so that a change in between is noticed later.
                 let state = files.state();
-                files.looked().state = state;
+                files.checked().state = state;
                 Some(Self {
                     current: ArcSwap::new(files.read()?),
                     files: Some(files),
@@ -139,11 +137,11 @@ impl ServerCertificate {
         })
     }
 
-    /// The configuration for one more handshake. New files are taken up first; bad ones change nothing.
+    /// The configuration for a handshake, from new files if they have changed and are valid.
     pub(super) async fn config(self: &Arc<Self>) -> Arc<ServerConfig> {
         if self.is_due() {
             let this = Arc::clone(self);
-            // A disk may take its time. Others meanwhile get what there is.
+            // A disk may be slow. Other handshakes meanwhile get the certificate in use.
             let _ = tokio::task::spawn_blocking(move || this.renew()).await;
         }
         self.current.load_full()
@@ -153,10 +151,10 @@ impl ServerCertificate {
         let Some(files) = &self.files else {
             return false;
         };
-        let mut looked = files.looked();
-        let due = looked.at.elapsed() >= LOOK_EVERY;
+        let mut checked = files.checked();
+        let due = checked.at.elapsed() >= CHECK_INTERVAL;
         if due {
-            looked.at = Instant::now();
+            checked.at = Instant::now();
         }
         due
     }
@@ -165,24 +163,24 @@ impl ServerCertificate {
     fn renew(&self) {
         let Some(files) = &self.files else { return };
         let state = files.state();
-        if std::mem::replace(&mut files.looked().state, state) == state {
+        if std::mem::replace(&mut files.checked().state, state) == state {
             return;
         }
         match files.read() {
             Ok(config) => {
                 self.current.store(config);
-                files.complained.store(false, Ordering::Relaxed);
+                files.failure_logged.store(false, Ordering::Relaxed);
                 tracing::info!(
                     certificate = %files.certificate.display(),
-                    "new certificate for clients taken up"
+                    "new certificate for clients in use"
                 );
             }
             Err(error) => {
-                if !files.complained.swap(true, Ordering::Relaxed) {
+                if !files.failure_logged.swap(true, Ordering::Relaxed) {
                     tracing::warn!(
                         error = %chain(&error),
                         hint = error.hint(),
-                        "new certificate for clients is no good; the old one stays"
+                        "new certificate for clients cannot be used; the old one stays"
                     );
                 }
             }
@@ -191,8 +189,8 @@ impl ServerCertificate {
 }
 
 impl Files {
-    fn looked(&self) -> std::sync::MutexGuard<'_, Looked> {
-        self.looked.lock().unwrap_or_else(PoisonError::into_inner)
+    fn checked(&self) -> std::sync::MutexGuard<'_, Checked> {
+        self.checked.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn state(&self) -> State {
@@ -250,13 +248,13 @@ fn config(
         .with_single_cert(chain, key)
         .map_err(ClientTlsError::Unusable)?;
     config.alpn_protocols = vec![ALPN_POSTGRESQL.to_vec()];
-    // As PostgreSQL has it: no session is remembered, so none can be stolen; and a ticket is 200 bytes for nothing.
+    // No session resumption, as with PostgreSQL: no ticket can be stolen, and none costs 200 bytes.
     config.session_storage = Arc::new(rustls::server::NoServerSessionStorage {});
     config.send_tls13_tickets = 0;
     Ok(Arc::new(config))
 }
 
-/// A certificate of this process alone, for the names that a client on this machine uses.
+/// A self-signed certificate for the names that a client on this machine uses.
 fn self_signed() -> Result<Arc<ServerConfig>, ClientTlsError> {
     let mut params =
         CertificateParams::new(vec!["localhost".to_owned()]).map_err(ClientTlsError::SelfSigned)?;
@@ -313,12 +311,12 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn new_files_are_taken_up_and_bad_ones_are_not() {
+    async fn changed_files_are_used_unless_they_are_invalid() {
         let directory = TempDir::new().unwrap();
         let settings = write(&directory);
         let certificate = Arc::new(ServerCertificate::new(&settings).unwrap().unwrap());
         let first = certificate.config().await;
-        advance(LOOK_EVERY).await;
+        advance(CHECK_INTERVAL).await;
         assert!(
             is_same(&first, &certificate.config().await),
             "nothing has changed"
@@ -329,26 +327,26 @@ mod tests {
             is_same(&first, &certificate.config().await),
             "not looked at again yet"
         );
-        advance(LOOK_EVERY).await;
+        advance(CHECK_INTERVAL).await;
         let second = certificate.config().await;
         assert!(!is_same(&first, &second));
 
         // Another key than the certificate's, then no file at all.
         let key = directory.path().join("key");
         fs::write(&key, KeyPair::generate().unwrap().serialize_pem()).unwrap();
-        advance(LOOK_EVERY).await;
+        advance(CHECK_INTERVAL).await;
         assert!(is_same(&second, &certificate.config().await));
         fs::remove_file(&key).unwrap();
-        advance(LOOK_EVERY).await;
+        advance(CHECK_INTERVAL).await;
         assert!(is_same(&second, &certificate.config().await));
 
         write(&directory);
-        advance(LOOK_EVERY).await;
+        advance(CHECK_INTERVAL).await;
         assert!(!is_same(&second, &certificate.config().await));
     }
 
     #[tokio::test]
-    async fn what_cannot_be_used_at_the_start_is_an_error() {
+    async fn an_unusable_certificate_at_the_start_is_an_error() {
         let directory = TempDir::new().unwrap();
         assert!(ServerCertificate::new(&ClientTls::Off).unwrap().is_none());
         let ClientTls::Files { certificate, key } = write(&directory) else {

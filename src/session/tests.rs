@@ -21,7 +21,7 @@ use crate::{
     protocol::{
         error::ErrorFields,
         frame::{Message, take_message},
-        startup::{CancelKey, encode_startup},
+        startup::{CancelKey, encode_startup, terminate},
     },
     shutdown::Shutdown,
     status::{EndpointSessions, Label, Registry},
@@ -112,8 +112,8 @@ async fn message(stream: &mut (impl AsyncRead + Unpin), buffer: &mut BytesMut) -
     }
 }
 
-/// A server that logs one client in; gives back its connection once it is welcomed.
-async fn welcome_one(listener: &TcpListener) -> tokio::net::TcpStream {
+/// A server that logs one client in; returns its connection after ReadyForQuery.
+async fn accept_login(listener: &TcpListener) -> tokio::net::TcpStream {
     let (mut stream, _) = listener.accept().await.unwrap();
     let length = stream.read_u32().await.unwrap();
     stream
@@ -121,12 +121,12 @@ async fn welcome_one(listener: &TcpListener) -> tokio::net::TcpStream {
         .await
         .unwrap();
     let status = [&b"S\0\0\0\x30a\0"[..], &[b'b'; 41], &[0]].concat();
-    let said = [
+    let answer = [
         &b"R\0\0\0\x08\0\0\0\0"[..],
         &status,
         b"K\0\0\0\x0c\0\0\0\x07\0\0\0\x09Z\0\0\0\x05I",
     ];
-    stream.write_all(&said.concat()).await.unwrap();
+    stream.write_all(&answer.concat()).await.unwrap();
     stream
 }
 
@@ -141,13 +141,13 @@ async fn listen() -> (TcpListener, SocketAddr) {
 }
 
 #[tokio::test]
-async fn a_session_is_welcomed_relayed_and_ended_with_its_client() {
+async fn a_session_is_logged_in_relayed_and_ended_with_its_client() {
     let (listener, address) = listen().await;
     let sessions = sessions(address, LONG);
     let mut tasks = JoinSet::new();
     let mut client = client(&sessions, 64 * 1024, &mut tasks).await;
     client.write_all(&startup()).await.unwrap();
-    let mut server = welcome_one(&listener).await;
+    let mut server = accept_login(&listener).await;
     let (mut buffer, mut tags) = (BytesMut::new(), Vec::new());
     let mut key = None;
     while tags.last() != Some(&b'Z') {
@@ -172,11 +172,11 @@ async fn a_session_is_welcomed_relayed_and_ended_with_its_client() {
     assert_eq!(ErrorFields::parse(refusal.body()).code, "53300");
     drop(second);
 
-    client.write_all(&TERMINATE).await.unwrap();
+    client.write_all(&terminate()).await.unwrap();
     drop(client);
-    let mut heard = Vec::new();
-    server.read_to_end(&mut heard).await.unwrap();
-    assert_eq!(heard, TERMINATE);
+    let mut received = Vec::new();
+    server.read_to_end(&mut received).await.unwrap();
+    assert_eq!(received, terminate());
     drop(server);
     timeout(LONG, tasks.join_all()).await.unwrap();
     assert_eq!(sessions.cancel_keys.find(key), None);
@@ -186,20 +186,20 @@ async fn a_session_is_welcomed_relayed_and_ended_with_its_client() {
 }
 
 #[tokio::test]
-async fn a_client_that_does_not_take_its_welcome_holds_its_session_no_longer_than_a_login() {
+async fn a_client_that_does_not_read_its_login_answer_is_closed_after_the_login_timeout() {
     let (listener, address) = listen().await;
     let sessions = sessions(address, Duration::from_millis(100));
     let mut tasks = JoinSet::new();
     let mut client = client(&sessions, 32, &mut tasks).await;
     client.write_all(&startup()).await.unwrap();
-    let mut server = welcome_one(&listener).await;
+    let mut server = accept_login(&listener).await;
     timeout(LONG, tasks.join_all()).await.unwrap();
     assert_eq!(server.read(&mut [0; 1]).await.unwrap_or(0), 0);
     assert_eq!(sessions.registry.counts().all, 0);
 }
 
 #[tokio::test]
-async fn a_client_that_hangs_up_ends_its_own_wait() {
+async fn a_client_that_hangs_up_while_waiting_ends_its_session() {
     let (listener, address) = listen().await;
     let sessions = sessions(address, LONG);
     let mut tasks = JoinSet::new();
@@ -208,13 +208,13 @@ async fn a_client_that_hangs_up_ends_its_own_wait() {
     let (mut server, _) = listener.accept().await.unwrap();
     drop(client);
     timeout(LONG, tasks.join_all()).await.unwrap();
-    let mut heard = Vec::new();
-    server.read_to_end(&mut heard).await.unwrap_or_default();
+    let mut received = Vec::new();
+    server.read_to_end(&mut received).await.unwrap_or_default();
     assert_eq!(sessions.registry.counts().all, 0);
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_client_that_says_nothing_does_not_hold_up_the_end() {
+async fn a_silent_client_does_not_delay_shutdown() {
     let sessions = sessions(SocketAddr::from(([127, 0, 0, 1], 1)), LONG);
     let mut tasks = JoinSet::new();
     let silent = client(&sessions, 1024, &mut tasks).await;

@@ -1,7 +1,7 @@
 //! One direction of a session.
 //!
-//! A session that waits holds no buffer: both directions read into one buffer of the worker's, and only what the other
-//! side does not take at once is kept, at most one bufferful a direction. While something is kept nothing more is read,
+//! An idle session holds no buffer: both directions read into one buffer of the thread's, and only what the other side
+//! does not accept at once is kept, at most one buffer per direction. While something is kept nothing more is read,
 //! so a slow reader slows its sender down.
 
 use std::{
@@ -20,7 +20,7 @@ use tokio::{
 
 use crate::protocol::frame::{Scanner, Seen};
 
-/// What is read at a time: four TLS records of the longest. From 16 KiB to 1 MiB a bulk transfer takes as much processor
+/// Bytes per read: four TLS records of maximum length. From 16 KiB to 1 MiB a bulk transfer takes as much processor
 /// time for a byte.
 pub(super) const BUFFER_LEN: usize = 64 * 1024;
 
@@ -29,7 +29,7 @@ pub(super) const BUFFER_LEN: usize = 64 * 1024;
 const TURN: usize = 8;
 
 thread_local! {
-    /// Borrowed for the length of a poll, never across one.
+    /// Borrowed during a poll, never across polls.
     static BUFFER: RefCell<Box<[u8]>> = RefCell::new(vec![0; BUFFER_LEN].into_boxed_slice());
 }
 
@@ -50,21 +50,21 @@ pub(super) enum PipeState {
     Open,
     /// The source has ended; what was kept is still to be written.
     Ending,
-    /// The source has ended and the sink was told.
+    /// The source has ended and the sink is closed.
     Closed,
-    /// The sink takes no more.
+    /// The sink accepts no more.
     Refused,
 }
 
 /// One direction.
 pub(super) struct Pipe {
-    /// Read, but not yet taken by the other side.
+    /// Read, but not yet written to the sink.
     pub(super) kept: BytesMut,
     scanner: Scanner,
     pub(super) state: PipeState,
     unflushed: bool,
     pub(super) total: u64,
-    /// As much of it as the counter knows.
+    /// The part of it that the counter includes.
     counted: u64,
     pub(super) counter: IntCounter,
 }
@@ -93,7 +93,7 @@ impl Pipe {
         }
     }
 
-    /// Tells the counter; done once a poll, since it is shared by all sessions.
+    /// Updates the counter, once per poll because all sessions share it.
     pub(super) fn count(&mut self) {
         if self.counted != self.total {
             self.counter.inc_by(self.total.wrapping_sub(self.counted));
@@ -152,7 +152,7 @@ impl Pipe {
         self.poll_rest(cx, sink)
     }
 
-    /// Nothing to read for now: lets what was written go out.
+    /// Flushes, as there is nothing to read for now.
     fn poll_rest<W: AsyncWrite + Unpin>(
         &mut self,
         cx: &mut Context<'_>,
@@ -162,7 +162,7 @@ impl Pipe {
         Poll::Pending
     }
 
-    /// Writes straight from the worker's buffer and keeps what the sink does not take.
+    /// Writes straight from the thread's buffer and keeps what the sink does not accept.
     fn poll_write<W: AsyncWrite + Unpin>(
         &mut self,
         cx: &mut Context<'_>,
@@ -195,7 +195,7 @@ impl Pipe {
                 Ok(0) | Err(_) => return Poll::Ready(Err(Broken::Sink)),
             }
             if self.kept.is_empty() {
-                // A session that waits holds no buffer.
+                // An idle session holds no buffer.
                 self.kept = BytesMut::new();
             }
         }

@@ -1,4 +1,4 @@
-//! Sessions over in-memory streams with a paused clock: what passes, what pushes back, how each side's end ends the other.
+//! Relays over in-memory streams with a paused clock: traffic, backpressure, and the end of each side.
 
 use std::{
     io,
@@ -107,20 +107,20 @@ impl Session {
         }
     }
 
-    /// One query on its way, of which the server has heard.
-    async fn ask(&mut self) {
+    /// Relays one query to the server.
+    async fn query(&mut self) {
         self.client.write_all(&query()).await.unwrap();
-        let mut heard = vec![0; query().len()];
-        self.server.read_exact(&mut heard).await.unwrap();
-        assert_eq!(heard, query());
+        let mut received = vec![0; query().len()];
+        self.server.read_exact(&mut received).await.unwrap();
+        assert_eq!(received, query());
     }
 
-    /// The server says this, and the client hears it.
-    async fn answer(&mut self, bytes: &[u8]) {
+    /// Relays `bytes` from the server to the client.
+    async fn reply(&mut self, bytes: &[u8]) {
         self.server.write_all(bytes).await.unwrap();
-        let mut heard = vec![0; bytes.len()];
-        self.client.read_exact(&mut heard).await.unwrap();
-        assert_eq!(heard, bytes);
+        let mut received = vec![0; bytes.len()];
+        self.client.read_exact(&mut received).await.unwrap();
+        assert_eq!(received, bytes);
     }
 
     async fn ended(&mut self) -> End {
@@ -132,8 +132,8 @@ impl Session {
             .unwrap()
     }
 
-    /// The end, and all that the client hears until then.
-    async fn last_words(&mut self) -> (End, Vec<u8>) {
+    /// The end, and what the client receives until then.
+    async fn until_end(&mut self) -> (End, Vec<u8>) {
         let mut words = Vec::new();
         let client = &mut self.client;
         let end = tokio::join!(self.relay.join_next(), client.read_to_end(&mut words)).0;
@@ -283,7 +283,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
 
     #[test]
-    fn whatever_is_said_arrives_as_it_was_said(
+    fn bytes_arrive_unchanged_in_both_directions(
         passwords in prop::collection::vec(prop::collection::vec(any::<u8>(), 0..300), 0..3),
         from_client in messages(),
         from_server in messages(),
@@ -292,14 +292,14 @@ proptest! {
         pieces in prop::collection::vec(1..9000_usize, 1..20),
         room in 1..9000_usize,
     ) {
-        // Asked for nothing, a client may send passwords first; anything else first ends that.
+        // Without a request, passwords are dropped at the start only; any other message ends that.
         let mut expected = query();
         expected.extend_from_slice(&from_client);
         let mut sent: Vec<u8> = passwords.iter().flat_map(|password| frame(b'p', password)).collect();
         sent.extend_from_slice(&expected);
         let (early, sent) = sent.split_at(early.index(sent.len() + 1).min(9000));
         let (leftover, answers) = from_server.split_at(leftover.index(from_server.len() + 1));
-        let (heard_by_server, heard_by_client, end) = run_paused(async {
+        let (server_received, client_received, end) = run_paused(async {
             let Session { mut client, mut server, mut relay, .. } = Session::with((room, room), early, leftover);
             let (mut client_reads, mut client_writes) = tokio::io::split(&mut client);
             let (mut server_reads, mut server_writes) = tokio::io::split(&mut server);
@@ -320,14 +320,14 @@ proptest! {
             client_reads.read_to_end(&mut by_client).await.unwrap();
             (by_server, by_client, relay.join_next().await.unwrap().unwrap())
         });
-        prop_assert!(heard_by_server == expected, "the server heard something else");
-        prop_assert!(heard_by_client == from_server, "the client heard something else");
-        // What is said may happen to be a goodbye.
+        prop_assert!(server_received == expected, "the server received something else");
+        prop_assert!(client_received == from_server, "the client received something else");
+        // The bytes may happen to contain a Terminate.
         prop_assert!(matches!(end, End::Server | End::Client));
     }
 
     #[test]
-    fn no_part_of_an_unasked_password_is_passed_on(
+    fn no_part_of_an_unsolicited_password_is_relayed(
         password in prop::collection::vec(any::<u8>(), 0..100),
         cuts in prop::collection::vec(any::<prop::sample::Index>(), 0..6),
     ) {
@@ -347,13 +347,13 @@ proptest! {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_password_whose_length_is_nonsense_is_not_passed_on_either() {
+async fn an_unsolicited_password_with_an_invalid_length_is_not_relayed_either() {
     let mut session = Session::with((ROOM, ROOM), b"p\0\0", b"");
     session.client.write_all(b"\0\x02").await.unwrap();
-    session.ask().await;
+    session.query().await;
 }
 
-/// A reader that stops reading: of what the other side goes on to say, only a bufferful is taken in.
+/// Of what the other side sends to a reader that stops reading, only one buffer is read.
 #[tokio::test(start_paused = true)]
 async fn a_slow_reader_slows_its_sender_in_either_direction() {
     const SMALL: usize = 512;
@@ -382,11 +382,11 @@ async fn a_slow_reader_slows_its_sender_in_either_direction() {
             taken > ROOM + BUFFER_LEN / 2,
             "only {taken} bytes were taken in"
         );
-        let mut heard = vec![0; taken];
-        receiver.read_exact(&mut heard).await.unwrap();
+        let mut delivered = vec![0; taken];
+        receiver.read_exact(&mut delivered).await.unwrap();
         sender.write_all(&message).await.unwrap();
         receiver
-            .read_exact(&mut heard[..message.len()])
+            .read_exact(&mut delivered[..message.len()])
             .await
             .unwrap();
     }
@@ -397,14 +397,14 @@ async fn a_slow_reader_slows_its_sender_in_either_direction() {
 async fn a_message_is_not_held_until_it_is_whole() {
     let mut session = Session::begin();
     let header = [b'D', 0x3f, 0xff, 0xff, 0xff];
-    session.answer(&header).await;
+    session.reply(&header).await;
     for _ in 0..64 {
-        session.answer(&[1; 16 * 1024]).await;
+        session.reply(&[1; 16 * 1024]).await;
     }
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_session_that_waits_holds_no_buffer() {
+async fn an_idle_session_holds_no_buffer() {
     let (mut client, mut our_client) = duplex(100);
     let (mut server, mut our_server) = duplex(100);
     let shutdown = Shutdown::new();
@@ -425,9 +425,9 @@ async fn a_session_that_waits_holds_no_buffer() {
     let mut cx = Context::from_waker(Waker::noop());
     let reply = frame(b'D', &[0; 500]);
     let mut rest = &reply[..];
-    let mut heard = Vec::new();
+    let mut received = Vec::new();
     let mut held = 0;
-    while heard.len() < reply.len() {
+    while received.len() < reply.len() {
         if let Ok(written) = timeout(Duration::ZERO, server.write(rest)).await {
             rest = &rest[written.unwrap()..];
         }
@@ -435,7 +435,7 @@ async fn a_session_that_waits_holds_no_buffer() {
         held = held.max(relay.to_client.kept.len());
         let mut piece = [0; 30];
         if let Ok(read) = timeout(Duration::ZERO, client.read(&mut piece)).await {
-            heard.extend_from_slice(&piece[..read.unwrap()]);
+            received.extend_from_slice(&piece[..read.unwrap()]);
         }
     }
     assert!(relay.poll(&mut cx, Phase::Serving, &mut None).is_pending());
@@ -450,36 +450,36 @@ async fn a_session_that_waits_holds_no_buffer() {
 #[tokio::test(start_paused = true)]
 async fn replies_drain_after_a_client_has_closed_its_half() {
     let mut session = Session::begin();
-    session.ask().await;
+    session.query().await;
     session.client.shutdown().await.unwrap();
     assert_eq!(
         session.server.read(&mut [0; 1]).await.unwrap(),
         0,
-        "the server is told"
+        "the server's half is closed"
     );
     for _ in 0..5 {
         sleep(Duration::from_secs(4)).await;
-        session.answer(&frame(b'D', b"row")).await;
+        session.reply(&frame(b'D', b"row")).await;
     }
-    session.answer(&ready(b'I')).await;
+    session.reply(&ready(b'I')).await;
     drop(session.server);
     let mut rest = Vec::new();
     session.client.read_to_end(&mut rest).await.unwrap();
-    assert!(rest.is_empty(), "the client has asked for this end");
+    assert!(rest.is_empty(), "the client expects this end");
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_answer_is_waited_for_after_the_client_has_closed_its_half() {
+async fn an_owed_reply_is_awaited_after_the_client_has_closed_its_half() {
     let mut session = Session::begin();
-    session.ask().await;
+    session.query().await;
     session.client.shutdown().await.unwrap();
     sleep(Duration::from_hours(1)).await;
-    session.answer(&frame(b'D', b"row")).await;
-    session.answer(&ready(b'I')).await;
+    session.reply(&frame(b'D', b"row")).await;
+    session.reply(&ready(b'I')).await;
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_server_that_owes_nothing_and_stays_is_not_waited_for_long() {
+async fn a_server_that_owes_no_reply_has_limited_time_to_close() {
     let mut session = Session::begin();
     let began = Instant::now();
     drop(session.client);
@@ -494,7 +494,7 @@ async fn a_server_that_owes_nothing_and_stays_is_not_waited_for_long() {
 #[tokio::test(start_paused = true)]
 async fn a_client_that_resets_ends_its_server_at_once() {
     let mut session = Session::begin();
-    session.ask().await;
+    session.query().await;
     let began = Instant::now();
     session.breaks.client.reset();
     assert_eq!(session.ended().await, End::Client);
@@ -503,9 +503,9 @@ async fn a_client_that_resets_ends_its_server_at_once() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_client_that_takes_no_more_ends_its_server_at_once() {
+async fn a_client_that_accepts_no_more_ends_its_server_at_once() {
     let mut session = Session::begin();
-    session.ask().await;
+    session.query().await;
     session.breaks.client.refuse_writes();
     session
         .server
@@ -516,13 +516,13 @@ async fn a_client_that_takes_no_more_ends_its_server_at_once() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_client_that_dies_in_the_middle_of_a_message_gets_none_made_up_for_it() {
+async fn a_message_that_the_client_leaves_unfinished_is_not_completed() {
     let mut session = Session::begin();
     session.client.write_all(&query()[..9]).await.unwrap();
     drop(session.client);
-    let mut heard = Vec::new();
-    session.server.read_to_end(&mut heard).await.unwrap();
-    assert_eq!(heard, &query()[..9]);
+    let mut received = Vec::new();
+    session.server.read_to_end(&mut received).await.unwrap();
+    assert_eq!(received, &query()[..9]);
 }
 
 // The server's end.
@@ -530,7 +530,7 @@ async fn a_client_that_dies_in_the_middle_of_a_message_gets_none_made_up_for_it(
 #[tokio::test(start_paused = true)]
 async fn a_fatal_error_is_delivered_and_nothing_follows_it() {
     let mut session = Session::begin();
-    session.ask().await;
+    session.query().await;
     session
         .server
         .write_all(&frame(b'D', b"row"))
@@ -538,7 +538,7 @@ async fn a_fatal_error_is_delivered_and_nothing_follows_it() {
         .unwrap();
     session.server.write_all(&fatal()).await.unwrap();
     session.breaks.server.reset();
-    let (end, words) = session.last_words().await;
+    let (end, words) = session.until_end().await;
     assert_eq!(end, End::Server);
     assert_eq!(words, [frame(b'D', b"row"), fatal()].concat());
 }
@@ -547,7 +547,7 @@ async fn a_fatal_error_is_delivered_and_nothing_follows_it() {
 async fn a_fatal_error_right_behind_the_login_counts_too() {
     let mut session = Session::with((ROOM, ROOM), b"", &fatal());
     session.breaks.server.reset();
-    let (end, words) = session.last_words().await;
+    let (end, words) = session.until_end().await;
     assert_eq!((end, words), (End::Server, fatal()));
 }
 
@@ -587,54 +587,54 @@ async fn a_fatal_error_waits_for_a_client_that_reads_slowly_but_not_for_ever() {
 async fn a_server_lost_between_two_messages_is_explained() {
     for reset in [true, false] {
         let mut session = Session::begin();
-        session.ask().await;
-        session.answer(&frame(b'D', b"row")).await;
+        session.query().await;
+        session.reply(&frame(b'D', b"row")).await;
         if reset {
             session.breaks.server.reset();
         } else {
             session.server.shutdown().await.unwrap();
         }
-        let (end, words) = session.last_words().await;
+        let (end, words) = session.until_end().await;
         assert_eq!(end, End::Server);
         assert_eq!(errors(&words), ["08006"]);
     }
 }
 
 #[tokio::test(start_paused = true)]
-async fn nothing_is_put_inside_a_message_that_the_server_leaves_unfinished() {
+async fn no_error_is_sent_inside_a_message_that_the_server_leaves_unfinished() {
     for cut in 1..9 {
         let mut session = Session::begin();
-        session.ask().await;
-        session.answer(&frame(b'D', b"row!")[..cut]).await;
+        session.query().await;
+        session.reply(&frame(b'D', b"row!")[..cut]).await;
         session.breaks.server.reset();
-        let (end, words) = session.last_words().await;
+        let (end, words) = session.until_end().await;
         assert_eq!((end, words), (End::Server, Vec::new()), "{cut}");
     }
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_client_that_has_said_goodbye_is_told_nothing() {
+async fn a_client_that_has_sent_terminate_is_sent_no_error() {
     let mut session = Session::begin();
     session.client.write_all(&frame(b'X', b"")).await.unwrap();
     session.server.read_exact(&mut [0; 5]).await.unwrap();
     session.breaks.server.reset();
-    let (end, words) = session.last_words().await;
+    let (end, words) = session.until_end().await;
     assert_eq!((end, words), (End::Client, Vec::new()));
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_server_that_takes_no_more_is_heard_out() {
+async fn a_server_that_accepts_no_more_is_read_to_its_end() {
     let mut session = Session::begin();
     session.breaks.server.refuse_writes();
     session.client.write_all(&query()).await.unwrap();
-    session.answer(&fatal()).await;
+    session.reply(&fatal()).await;
     session.server.shutdown().await.unwrap();
-    let (end, words) = session.last_words().await;
+    let (end, words) = session.until_end().await;
     assert_eq!((end, words), (End::Server, Vec::new()));
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_server_that_takes_no_more_and_says_nothing_is_explained() {
+async fn the_loss_of_a_server_that_accepts_no_more_and_sends_no_error_is_explained() {
     for reset in [true, false] {
         let mut session = Session::begin();
         session.breaks.server.refuse_writes();
@@ -643,7 +643,7 @@ async fn a_server_that_takes_no_more_and_says_nothing_is_explained() {
         }
         let began = Instant::now();
         session.client.write_all(&query()).await.unwrap();
-        let (end, words) = session.last_words().await;
+        let (end, words) = session.until_end().await;
         assert_eq!(end, End::Server);
         assert_eq!(errors(&words), ["08006"]);
         let waited = if reset {
@@ -662,11 +662,11 @@ const ORDERLY: End = End::Shutdown { orderly: true };
 #[tokio::test(start_paused = true)]
 async fn draining_ends_an_idle_session_at_once() {
     let mut session = Session::begin();
-    session.ask().await;
-    session.answer(&ready(b'I')).await;
+    session.query().await;
+    session.reply(&ready(b'I')).await;
     let began = Instant::now();
     session.shutdown.drain();
-    let (end, words) = session.last_words().await;
+    let (end, words) = session.until_end().await;
     assert_eq!((end, began.elapsed()), (ORDERLY, Duration::ZERO));
     assert_eq!(errors(&words), ["57P01"]);
 }
@@ -674,15 +674,15 @@ async fn draining_ends_an_idle_session_at_once() {
 #[tokio::test(start_paused = true)]
 async fn draining_lets_a_transaction_finish() {
     let mut session = Session::begin();
-    session.ask().await;
+    session.query().await;
     session.shutdown.drain();
-    session.answer(&ready(b'T')).await;
+    session.reply(&ready(b'T')).await;
     assert!(session.is_waiting().await, "in a transaction");
-    session.ask().await;
-    session.answer(&frame(b'C', b"COMMIT\0")).await;
+    session.query().await;
+    session.reply(&frame(b'C', b"COMMIT\0")).await;
     assert!(session.is_waiting().await, "the answer is not complete");
     session.server.write_all(&ready(b'I')).await.unwrap();
-    let (end, words) = session.last_words().await;
+    let (end, words) = session.until_end().await;
     assert_eq!(end, ORDERLY);
     assert!(words.starts_with(&ready(b'I')));
     assert_eq!(errors(&words), ["57P01"]);
@@ -702,36 +702,36 @@ async fn draining_waits_for_the_end_of_a_request() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn draining_adds_nothing_to_what_the_server_said_last() {
+async fn draining_adds_nothing_behind_an_error_of_the_server() {
     let mut session = Session::begin();
-    session.answer(&fatal()).await;
+    session.reply(&fatal()).await;
     session.shutdown.drain();
-    let (_, words) = session.last_words().await;
+    let (_, words) = session.until_end().await;
     assert!(words.is_empty());
 }
 
 #[tokio::test(start_paused = true)]
 async fn the_cut_ends_every_session_between_two_messages() {
     let mut session = Session::begin();
-    session.ask().await;
-    session.answer(&frame(b'D', b"row")).await;
+    session.query().await;
+    session.reply(&frame(b'D', b"row")).await;
     session.shutdown.drain();
     assert!(session.is_waiting().await);
     session.shutdown.cut();
-    let (end, words) = session.last_words().await;
+    let (end, words) = session.until_end().await;
     assert_eq!(end, ORDERLY);
     assert_eq!(errors(&words), ["57P01"]);
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_cut_says_nothing_inside_a_message_to_either_side() {
+async fn the_cut_sends_nothing_inside_a_message_to_either_side() {
     let mut session = Session::begin();
-    session.ask().await;
-    session.answer(&frame(b'D', b"row")[..6]).await;
+    session.query().await;
+    session.reply(&frame(b'D', b"row")[..6]).await;
     session.client.write_all(&query()[..6]).await.unwrap();
     session.server.read_exact(&mut [0; 6]).await.unwrap();
     session.shutdown.cut();
-    let (end, words) = session.last_words().await;
+    let (end, words) = session.until_end().await;
     assert_eq!(
         end,
         End::Shutdown { orderly: false },
@@ -742,7 +742,7 @@ async fn the_cut_says_nothing_inside_a_message_to_either_side() {
 
 #[tokio::test(start_paused = true)]
 async fn the_cut_waits_for_no_client_that_does_not_read() {
-    // One that has yet to hear that its server is gone, and one whose server still talks.
+    // One that has not read that its server is gone, and one whose server still sends.
     for gone in [true, false] {
         let mut session = Session::with((16, ROOM), b"", b"");
         let reply = frame(b'D', &[0; 11]);
@@ -858,7 +858,7 @@ async fn no_change_of_phase_is_missed() {
 
 /// Linux would end a server that waits for a lock in the middle of a COPY, alive as it is, when the limit is over.
 #[test]
-fn the_path_is_watched_for_loss_only_while_little_waits_for_an_answer() {
+fn the_loss_timeout_is_in_force_only_while_few_bytes_await_an_answer() {
     let timeout = Some(Duration::from_secs(80));
     let mut loss = PathLoss {
         timeout,
@@ -875,23 +875,23 @@ fn the_path_is_watched_for_loss_only_while_little_waits_for_an_answer() {
 }
 
 #[test]
-fn the_last_words_are_those_of_a_fatal_error_at_the_end() {
-    let said = |chunks: &[&[u8]]| {
-        let mut words = TrailingError::default();
+fn the_server_error_is_a_fatal_error_at_the_end() {
+    let error_of = |chunks: &[&[u8]]| {
+        let mut kept = TrailingError::default();
         for chunk in chunks {
-            words.keep(chunk, true);
+            kept.keep(chunk, true);
         }
-        words.fatal()
+        kept.fatal()
     };
     let fatal = fatal();
     let expected = Some(ErrorFields::parse(&fatal[5..]).message);
-    assert_eq!(said(&[&fatal]), expected);
-    assert_eq!(said(&[&[7; 3000], &fatal[..9], &fatal[9..]]), expected);
+    assert_eq!(error_of(&[&fatal]), expected);
+    assert_eq!(error_of(&[&[7; 3000], &fatal[..9], &fatal[9..]]), expected);
     let error = Report::new("42P01", "select secret").encode_error();
-    assert_eq!(said(&[&error]), None);
-    assert_eq!(said(&[b"x"]), None);
-    let mut words = TrailingError::default();
-    words.keep(&fatal, true);
-    words.keep(&ready(b'I'), false);
-    assert_eq!(words.fatal(), None);
+    assert_eq!(error_of(&[&error]), None);
+    assert_eq!(error_of(&[b"x"]), None);
+    let mut kept = TrailingError::default();
+    kept.keep(&fatal, true);
+    kept.keep(&ready(b'I'), false);
+    assert_eq!(kept.fatal(), None);
 }
