@@ -121,6 +121,7 @@ pub(super) async fn check(
             steps
                 .check(step::SELECT, select_1(&mut session, limit))
                 .await;
+            // With Terminate, so that the server logs no lost connection.
             let _ = timeout(STEP_TIMEOUT, session.end()).await;
         }
     }

@@ -66,6 +66,7 @@ pub(super) async fn check(steps: &mut Steps<'_>, examined: &Examined<'_>) {
     let addresses = steps
         .check(step::ENDPOINT_DNS, examined.resolve(&found))
         .await;
+    // Names are resolved even if nothing may be dialed: that wakes nothing.
     let Some(addresses) = addresses else {
         steps.skip_rest(step::OF_ENDPOINT, "the endpoint's host cannot be used");
         return;

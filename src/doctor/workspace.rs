@@ -92,6 +92,7 @@ async fn reach(
         Host::Ipv4(address) => address.to_string(),
         Host::Ipv6(address) => address.to_string(),
     };
+    // A direct connection would prove nothing: calls use the proxy.
     if !workspace.host().is_loopback()
         && let Some(proxy) = proxy(&host, variables)
     {

@@ -248,6 +248,7 @@ impl Api {
         if let Some(proxy) = proxy.proxy.filter(|_| !host.is_loopback()) {
             http = http.proxy(proxy);
         }
+        // Without https_only: Azure's instance metadata and local services are plain http.
         let local = bounded(tls).timeout(LOCAL_TIMEOUT);
         Ok(Self {
             http: http.build().map_err(WorkspaceError::Client)?,
@@ -347,6 +348,7 @@ impl Api {
 
         let known = || KnownSecrets::new(self.secrets.iter().chain(&call.secrets));
         let date = text(&headers, &DATE).and_then(http_date);
+        // A redirect to a login page would otherwise look like a success (Private Link denies access in this form).
         if status.is_redirection() {
             let location = text(&headers, &LOCATION);
             return Err(ApiError::Redirect {
@@ -466,6 +468,7 @@ fn bounded(tls: rustls::ClientConfig) -> ClientBuilder {
         .pool_idle_timeout(POOL_IDLE_TIMEOUT)
         .pool_max_idle_per_host(1)
         .referer(false)
+        // Proxies come from `ProxySetting`, which reads the variables of `config` and not of the process.
         .no_proxy()
 }
 

@@ -146,6 +146,7 @@ impl ResolvedSettings {
         let Some(rest) = path.strip_prefix('~') else {
             return Some(PathBuf::from(path));
         };
+        // As in the SDKs, `~` is expanded here and not by the shell.
         let home = self.variables.get("HOME");
         let home = home.or_else(|| self.variables.get("USERPROFILE"))?;
         Some(PathBuf::from(format!("{home}{rest}")))

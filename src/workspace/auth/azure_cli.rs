@@ -202,6 +202,7 @@ impl AzureCli {
                 ));
             }
         };
+        // The CLI has no codes of its own; those of Entra ID (AADSTS…) stand in its messages.
         let words = output.stderr;
         let has = |parts: &[&str]| parts.iter().any(|part| words.contains(part));
         let (message, hint) = if has(&["AADSTS50173", "AADSTS700082", "AADSTS70043", "expired"]) {

@@ -160,6 +160,7 @@ impl TokenCache {
         if self.is_settled() {
             return self.source().token(api, freshness).await;
         }
+        // As in the SDK for Go, the order decides, and the first source that works is kept.
         let mut failures = Vec::new();
         for (index, source) in self.sources.iter().enumerate() {
             let kind = source.kind().label();

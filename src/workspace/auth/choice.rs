@@ -128,11 +128,13 @@ fn available(
             Err(
                 error @ (WorkspaceError::NoCommand { .. } | WorkspaceError::NoServingToken { .. }),
             ) => notes.push(error.to_string()),
+            // Reported only if no other source is left: the variables may be meant for something else.
             Err(error @ WorkspaceError::Incomplete { .. }) => incomplete = Some(error),
             Err(error) => return Err(error),
         }
     }
     let first = sources.first().map(|source| source.kind());
+    // Only after they are made, so that an invalid setting is reported instead of the group.
     sources.retain(|source| may_use(settings, source.kind()));
     if !sources.is_empty() {
         return Ok(sources);

@@ -144,6 +144,7 @@ impl DatabricksCli {
         if !output.is_success {
             return Err(self.failed(&output, version));
         }
+        // The parser's message is left out: it could quote the token.
         let answer: TokenAnswer = serde_json::from_slice(&output.stdout).map_err(|_| {
             CallError::malformed(
                 "`databricks auth token` did not print a token",
@@ -200,6 +201,7 @@ impl DatabricksCli {
     }
 
     fn failed(&self, output: &Output, version: Option<Version>) -> CallError {
+        // The CLI has one exit code for all failures, so its messages are matched (`cmd/auth/token.go`).
         let words = output.stderr.to_ascii_lowercase();
         let has = |parts: &[&str]| parts.iter().any(|part| words.contains(part));
         let detail = Some(output.stderr.clone()).filter(|words| !words.is_empty());

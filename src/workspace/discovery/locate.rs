@@ -73,6 +73,7 @@ impl Workspace {
     pub async fn locate(&self, wanted: &Wanted, within: Duration) -> Result<Located, LocateError> {
         let mut host: Option<HostName> = wanted.host.as_deref().map(str::parse).transpose()?;
         let reference: Option<Reference> = wanted.name.as_deref().map(str::parse).transpose()?;
+        // `ENDPOINT_NAME` may hold a host, which is then dialed as it is.
         if let (None, Some(Reference::Host(named))) = (&host, &reference)
             && named.is_complete()
         {
@@ -405,6 +406,7 @@ impl Search<'_> {
                 .branches(&project.name)
                 .await
                 .unwrap_or_default();
+            // The default branch first: most hosts are found there, with fewer calls.
             branches.sort_by_key(|branch| branch.name != project.status.default_branch);
             for branch in branches.iter().filter_map(branch_name) {
                 if self.lookup.is_spent() {

@@ -203,6 +203,7 @@ impl<'a> Lookup<'a> {
                 }
                 _ => break,
             };
+            // A server that repeats its token would never end.
             if next == page_path {
                 break;
             }
