@@ -124,14 +124,7 @@ impl CredentialCell {
             }
         }
         let status = self.0.status.subscribe();
-        {
-            let status = status.borrow();
-            if let Some(error) = status.refusal()
-                && !status.is_open_by(deadline)
-            {
-                return Err(CredentialError::Failed(Arc::clone(error)));
-            }
-        }
+        status.borrow().check(deadline)?;
         self.wait(status, 0, deadline).await
     }
 
@@ -151,6 +144,7 @@ impl CredentialCell {
             }
             status.settled
         };
+        // The demand makes the refresher attempt now; without it a lazy one does nothing.
         let _waiting = self.0.demand.add();
         let attempted = status.wait_for(|status| status.settled > settled);
         let _ = timeout_at(deadline, attempted).await;
@@ -173,20 +167,18 @@ impl CredentialCell {
         }
         let (opens_at, in_flight) = {
             let status = status.borrow();
-            if let Some(error) = status.refusal()
-                && !status.is_open_by(deadline)
-            {
-                return Err(CredentialError::Failed(Arc::clone(error)));
-            }
+            status.check(deadline)?;
             (status.opens_at, status.in_flight)
         };
         {
             let now = Instant::now();
             let mut forced = self.forced();
             forced.reject(rejected_generation, cause);
+            // The pace of all attempts applies to forced ones too.
             let allowed_at = forced
                 .allowed_at(cause)
                 .map_or(opens_at, |at| at.max(opens_at));
+            // An attempt in progress serves this client whatever the rate limit allows next.
             if !in_flight && allowed_at > deadline.min(now + HOLD) {
                 return Err(CredentialError::RateLimited {
                     retry_in: allowed_at.saturating_duration_since(now),
@@ -440,6 +432,16 @@ impl CredentialStatus {
         self.last_error
             .as_ref()
             .filter(|error| !is_held_for(error.kind, error.retry_after))
+    }
+
+    /// Refuses a client at once if the last failure lasts and no attempt is possible soon.
+    fn check(&self, deadline: Instant) -> Result<(), CredentialError> {
+        match self.refusal() {
+            Some(error) if !self.is_open_by(deadline) => {
+                Err(CredentialError::Failed(Arc::clone(error)))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Whether an attempt is in progress, or possible soon enough for a client to wait.

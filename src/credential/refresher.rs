@@ -67,6 +67,7 @@ impl Refresher {
                     () = stop.cancelled() => return,
                     () = self.attempt(is_changed) => {}
                 }
+                // A change during the attempt completes `changed` again.
                 is_changed = false;
                 continue;
             }
@@ -185,6 +186,8 @@ impl Refresher {
 
     /// Publishes the new credential if it is better than the current one.
     fn accept(&mut self, minted: Minted, now: Instant, is_changed: bool) {
+        // A source may return what it has cached. A valid credential is replaced only by a longer-lived one, unless a server
+        // has rejected it.
         let is_better = self.cell.latest().is_none_or(|current| {
             self.cell.is_rejected(current.generation)
                 || lasts_longer(minted.expires_at, current.expires_at)

@@ -164,6 +164,7 @@ fn startup_message(version: u32, mut body: &[u8]) -> Result<StartupMessage, Star
             break;
         }
         let value = take_string(&mut body)?;
+        // Reserved for protocol extensions since PostgreSQL 11; a server negotiates them down.
         if name.starts_with("_pq_.") {
             message.protocol_options.push(name.to_owned());
         } else {

@@ -143,6 +143,7 @@ impl Upstream {
         let endpoint = self.endpoint();
         let startup = settings.startup(&endpoint.user, |name| endpoint.dropped.contains(name));
         let startup = startup.map_err(|too_long| self.refusal(&too_long.into()))?;
+        // An endpoint that did not wake within a whole budget is likely down: later clients fail sooner.
         let budget = if self.wake.has_spent_budget() {
             limits.connect_timeout.min(self.failing_budget)
         } else {
@@ -366,6 +367,7 @@ impl<'a> Connect<'a> {
             credential,
             slot,
         } = admission;
+        // The lead and the slot are held through the attempt, so that the next client starts with its result.
         let mut held = Some((lead, slot));
         let endpoint = upstream.endpoint();
         let progress = Progress::default();
@@ -408,6 +410,7 @@ impl<'a> Connect<'a> {
         };
         match &result {
             Ok(_) => observe_wake(upstream.wake.logged_in()),
+            // A client's own settings must not make the endpoint count as waking for all.
             Err(failure) if failure.is_inconclusive => {}
             Err(failure) if failure.class == Class::Waking => {
                 let is_leading = held.as_ref().is_some_and(|(lead, _)| lead.is_some());
@@ -432,6 +435,7 @@ impl<'a> Connect<'a> {
             Reaction::WaitForWake => self.was_held = true,
             Reaction::Renew => self.renew(&failure, generation).await?,
             Reaction::WaitForCapacity => {
+                // Once: the first refusal for capacity starts the time limit.
                 if !self.was_full {
                     self.was_full = true;
                     let capacity_timeout = self.terms.limits.capacity_timeout;
