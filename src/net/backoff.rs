@@ -2,35 +2,43 @@
 
 use std::time::Duration;
 
-/// Waits between attempts: the first, then twice the last up to a maximum, each spread over half to one and a half times
-/// its length so that many clients do not retry in step.
+/// Waits between attempts: the first, then a multiple of the last up to a maximum, each partly random so that many clients
+/// do not retry in step.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Backoff {
     first: Duration,
     most: Duration,
+    growth: f64,
     failures: u32,
 }
 
 impl Backoff {
+    /// Each wait is twice the last.
     pub(crate) const fn new(first: Duration, most: Duration) -> Self {
         Self {
             first,
             most,
+            growth: 2.0,
             failures: 0,
         }
     }
 
-    /// The wait before the next attempt.
+    /// Each wait is `growth` times the last.
+    pub(crate) const fn with_growth(self, growth: f64) -> Self {
+        Self { growth, ..self }
+    }
+
+    /// The wait before the next attempt: half to all of its length, since a longer one can miss the end of a short budget.
     pub(crate) fn next(&mut self) -> Duration {
         self.failures = self.failures.saturating_add(1);
-        self.nth(self.failures, jitter())
+        self.nth(self.failures, -jitter().abs())
     }
 
     /// The wait after the `n`th failure in a row, counted from 1; `jitter` is in -1..=1.
     pub(crate) fn nth(&self, n: u32, jitter: f64) -> Duration {
-        // Beyond 2^16 the maximum has been reached or the first wait is a mistake.
-        let doublings = n.saturating_sub(1).min(16);
-        let wait = self.first.saturating_mul(1 << doublings).min(self.most);
+        // Bounded, so that the product stays in range; every maximum is reached before.
+        let steps = i32::try_from(n.saturating_sub(1).min(16)).unwrap_or(16);
+        let wait = self.first.mul_f64(self.growth.powi(steps)).min(self.most);
         spread(wait, jitter)
     }
 
@@ -83,6 +91,21 @@ mod tests {
         let last = (0..9).map(|_| backoff.next()).last().unwrap();
         assert!(last >= Duration::from_millis(500) && !backoff.is_fresh());
         backoff.reset();
-        assert!(backoff.next() <= Duration::from_millis(150));
+        assert!(backoff.next() <= Duration::from_millis(100));
+    }
+
+    #[test]
+    fn growth_is_configurable() {
+        let backoff = BACKOFF.with_growth(1.5);
+        let waits: Vec<_> = (1..=4).map(|n| backoff.nth(n, 0.0).as_micros()).collect();
+        assert_eq!(waits, [100_000, 150_000, 225_000, 337_500]);
+    }
+
+    #[test]
+    fn the_next_wait_is_never_longer_than_its_length() {
+        for _ in 0..1000 {
+            let wait = { BACKOFF }.next();
+            assert!((50..=100).contains(&wait.as_millis()), "{wait:?}");
+        }
     }
 }
