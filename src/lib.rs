@@ -31,7 +31,6 @@
 //! | [`admin`] | health, metrics and the status page over HTTP |
 //! | [`console`] | `SHOW CLIENTS` and its kin, for psql |
 //! | [`status`] | the registry of sessions; recent refusals and wakes |
-//! | [`overview`] | what can be said of the running program, for those two |
 //! | [`exec`] | the proxy as the parent of one program |
 //! | [`systemd`] | what a service manager is told |
 //! | `notes` | the notes page: a client of our own listener |
@@ -54,7 +53,6 @@ pub mod listener;
 pub mod net;
 #[cfg(feature = "notes")]
 pub mod notes;
-pub mod overview;
 pub mod protocol;
 pub mod session;
 pub mod shutdown;

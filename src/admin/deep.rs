@@ -1,7 +1,7 @@
-//! `/readiness?deep=1`: one real login at the endpoint, because somebody asked.
+//! `/readiness?deep=1`: one real login at the endpoint.
 //!
-//! It wakes an endpoint that sleeps, so that no probe that comes by itself should ask for it. Each endpoint is logged in
-//! at once in `EVERY` at most, whoever asks and how often; all who ask meanwhile share the answer.
+//! It wakes a sleeping endpoint, so that periodic probes should not request it. There is at most one login per endpoint
+//! in [`INTERVAL`]; requests in between share its result.
 
 use std::{
     collections::HashMap,
@@ -16,31 +16,41 @@ use tokio::{
 };
 use tokio_util::task::TaskTracker;
 
-use crate::{
-    overview::{Overview, Place},
-    upstream::Terms,
-};
+use crate::upstream::{Route, Terms};
 
 /// Time between two logins at an endpoint.
-const EVERY: Duration = Duration::from_secs(10);
-/// How long one login may take; an endpoint that needs longer is not ready.
-const LIMIT: Duration = Duration::from_secs(15);
+const INTERVAL: Duration = Duration::from_secs(10);
+/// A login that takes longer counts as failed.
+const LOGIN_TIMEOUT: Duration = Duration::from_secs(15);
 
-/// What came of a login.
+/// An endpoint to log in at.
+pub struct LoginTarget {
+    /// Its name in the status page.
+    pub name: String,
+    /// The route to it.
+    pub route: Route,
+    /// The limits of a login.
+    pub terms: Terms,
+}
+
+/// Lists the endpoints of this moment.
+pub type LoginTargets = Arc<dyn Fn() -> Vec<LoginTarget> + Send + Sync>;
+
+/// The result of a login.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Checked {
-    /// Where.
+    /// The endpoint.
     pub endpoint: String,
-    /// Whether it worked.
+    /// Whether it succeeded.
     pub ok: bool,
-    /// How long it took, in milliseconds.
+    /// Its duration in milliseconds.
     pub took_ms: u64,
-    /// How long ago that was, in milliseconds.
+    /// Its age in milliseconds.
     pub age_ms: u64,
-    /// SQLSTATE of the refusal.
+    /// The SQLSTATE of the error.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub sqlstate: Option<String>,
-    /// Why it was refused.
+    /// The error.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub message: Option<String>,
     /// What to do about it.
@@ -62,25 +72,28 @@ struct Login {
 }
 
 impl DeepCheck {
-    /// Logs in at the endpoint of that name, or at all of them; `None` if there is none of that name.
-    pub async fn check(&self, overview: &Overview, name: Option<&str>) -> Option<Vec<Checked>> {
-        let mut places = overview.places();
+    /// Logs in at the endpoint with this name, or at all; `None` without such an endpoint.
+    pub async fn check(
+        &self,
+        mut targets: Vec<LoginTarget>,
+        name: Option<&str>,
+    ) -> Option<Vec<Checked>> {
         if let Some(name) = name {
-            places.retain(|place| place.name == name || place.route.label().name() == name);
-            if places.is_empty() {
+            targets.retain(|target| target.name == name || target.route.label().name() == name);
+            if targets.is_empty() {
                 return None;
             }
         }
-        // All begin before the first is waited for.
-        let logins: Vec<_> = places
-            .iter()
-            .map(|place| self.login(place, overview.session_config().terms))
+        // All start before the first is awaited.
+        let logins: Vec<_> = targets
+            .into_iter()
+            .map(|target| (target.name.clone(), self.login(target)))
             .collect();
         let mut checked = Vec::with_capacity(logins.len());
-        for (place, mut login) in places.iter().zip(logins) {
+        for (name, mut login) in logins {
             let outcome = login.outcome.wait_for(Option::is_some).await;
             let outcome = outcome.ok().and_then(|outcome| outcome.clone());
-            let (ended, outcome) = outcome.unwrap_or_else(|| (Instant::now(), broken_off(place)));
+            let (ended, outcome) = outcome.unwrap_or_else(|| (Instant::now(), interrupted(name)));
             checked.push(Checked {
                 age_ms: millis(ended.elapsed()),
                 ..outcome
@@ -89,13 +102,13 @@ impl DeepCheck {
         Some(checked)
     }
 
-    /// The login under way, the last one if it is recent, or a new one.
-    fn login(&self, place: &Arc<Place>, terms: Terms) -> Login {
+    /// The login in progress, the last one if it is recent, or a new one.
+    fn login(&self, target: LoginTarget) -> Login {
         let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(login) = last.get(&place.name) {
-            let is_under_way =
+        if let Some(login) = last.get(&target.name) {
+            let is_running =
                 login.outcome.borrow().is_none() && login.outcome.has_changed().is_ok();
-            if is_under_way || login.began.elapsed() < EVERY {
+            if is_running || login.began.elapsed() < INTERVAL {
                 return login.clone();
             }
         }
@@ -104,23 +117,22 @@ impl DeepCheck {
             began: Instant::now(),
             outcome,
         };
-        last.insert(place.name.clone(), login.clone());
-        let place = Arc::clone(place);
+        last.insert(target.name.clone(), login.clone());
         self.logins.spawn(async move {
-            let checked = log_in(&place, &terms).await;
+            let checked = log_in(target).await;
             done.send_replace(Some((Instant::now(), checked)));
         });
         login
     }
 }
 
-async fn log_in(place: &Place, terms: &Terms) -> Checked {
+async fn log_in(target: LoginTarget) -> Checked {
     let began = Instant::now();
-    let outcome = timeout(LIMIT, place.route.log_in_once(terms)).await;
+    let outcome = timeout(LOGIN_TIMEOUT, target.route.log_in_once(&target.terms)).await;
     let mut checked = Checked {
         ok: matches!(outcome, Ok(Ok(()))),
         took_ms: millis(began.elapsed()),
-        ..broken_off(place)
+        ..interrupted(target.name)
     };
     match outcome {
         Ok(Ok(())) => checked.message = None,
@@ -130,20 +142,20 @@ async fn log_in(place: &Place, terms: &Terms) -> Checked {
             checked.hint = refusal.report.hint;
         }
         Err(_elapsed) => {
-            checked.message = Some(format!("no login within {} s", LIMIT.as_secs()));
+            checked.message = Some(format!("no login within {} s", LOGIN_TIMEOUT.as_secs()));
         }
     }
     checked
 }
 
-fn broken_off(place: &Place) -> Checked {
+fn interrupted(endpoint: String) -> Checked {
     Checked {
-        endpoint: place.name.clone(),
+        endpoint,
         ok: false,
         took_ms: 0,
         age_ms: 0,
         sqlstate: None,
-        message: Some("the login was broken off".to_owned()),
+        message: Some("the login was interrupted".to_owned()),
         hint: None,
     }
 }

@@ -1,8 +1,7 @@
 //! Health, metrics and the status page over HTTP; and, at a port of its own, the request to end.
 //!
-//! Runs on a thread and a runtime of its own: `/liveness` has to answer just when the other runtime does not. Nothing
-//! here touches the database unless a probe asks for that in so many words ([`deep`]), so that none keeps an endpoint
-//! awake. What health means is in [`crate::status::Health`].
+//! Runs on a thread and a runtime of its own: `/liveness` has to answer when the other runtimes do not. Nothing here
+//! connects to the database except a [`deep`] check, so that probes keep no endpoint awake. What health means is in [`crate::status::Health`].
 
 pub mod deep;
 mod log_filter;
@@ -21,13 +20,26 @@ use tokio::{net::TcpListener, sync::oneshot};
 use tokio_util::sync::CancellationToken;
 use tracing::error;
 
-use self::{probes::Probes, status::Status};
+use self::{deep::LoginTargets, probes::Probes};
 use crate::{
     net::http::{self, Limits},
-    overview::Overview,
-    status::Health,
+    status::{Health, TakeSnapshot},
     telemetry::{LogHandle, Metrics, metrics},
 };
+
+/// What the admin server serves.
+pub struct AdminState {
+    /// The metrics of the first endpoint, which render those of all.
+    pub metrics: Arc<Metrics>,
+    /// The probes.
+    pub health: Arc<Health>,
+    /// For the status page.
+    pub snapshot: TakeSnapshot,
+    /// For deep checks.
+    pub logins: LoginTargets,
+    /// The log filter, if it can change.
+    pub log: Option<LogHandle>,
+}
 
 /// The admin server, running until its token is cancelled.
 #[derive(Debug)]
@@ -36,13 +48,10 @@ pub struct Admin {
 }
 
 impl Admin {
-    /// Starts serving on `listener`, on a thread of its own, until `stop`.
+    /// Serves `state` on `listener`, on a thread of its own, until `stop`.
     pub fn spawn(
         listener: TcpListener,
-        metrics: Arc<Metrics>,
-        health: Arc<Health>,
-        overview: Arc<Overview>,
-        log: Option<LogHandle>,
+        state: AdminState,
         stop: CancellationToken,
     ) -> Result<Self, AdminError> {
         // A socket belongs to the runtime that it was registered with.
@@ -54,7 +63,7 @@ impl Admin {
             .build()
             .map_err(|source| AdminError::Runtime { source })?;
         let (done, ended) = oneshot::channel();
-        let app = router(metrics, health, overview, log);
+        let app = router(state);
         thread::Builder::new()
             .name("admin".to_owned())
             .spawn(move || {
@@ -63,7 +72,7 @@ impl Admin {
                     http::serve(listener, app, Limits::default(), stop).await
                 });
                 if let Err(error) = served {
-                    error!(%error, "the http server for health and metrics ended");
+                    error!(%error, "the HTTP server for health and metrics ended");
                 }
                 done.send(()).ok();
             })
@@ -71,7 +80,7 @@ impl Admin {
         Ok(Self { ended })
     }
 
-    /// Waits until the server has ended, which takes a few seconds at most after the token was cancelled.
+    /// Returns when the server has ended, a few seconds after the token is cancelled at most.
     pub async fn ended(self) {
         self.ended.await.ok();
     }
@@ -80,41 +89,39 @@ impl Admin {
 /// Why the admin server could not start.
 #[derive(Debug, thiserror::Error)]
 pub enum AdminError {
-    /// The socket could not be moved to the server's own runtime.
+    /// The socket cannot move to the server's own runtime.
     #[error("cannot use the listener for health and metrics")]
     Socket {
-        /// What the system says.
+        /// The system's error.
         #[source]
         source: io::Error,
     },
-    /// No thread, or no event loop for it.
+    /// The thread or its runtime cannot start.
     #[error("cannot start the thread for health and metrics")]
     Runtime {
-        /// What the system says.
+        /// The system's error.
         #[source]
         source: io::Error,
     },
 }
 
 /// The admin server's routes, without the guard that [`http::serve`] puts before them.
-fn router(
-    metrics: Arc<Metrics>,
-    health: Arc<Health>,
-    overview: Arc<Overview>,
-    log: Option<LogHandle>,
-) -> Router {
-    let status = Status {
-        health: Arc::clone(&health),
-        overview: Arc::clone(&overview),
-    };
+fn router(state: AdminState) -> Router {
+    let AdminState {
+        metrics,
+        health,
+        snapshot,
+        logins,
+        log,
+    } = state;
     let probes = Probes {
         health,
-        overview,
+        logins,
         deep: Arc::default(),
     };
     let metrics = get(async move || ([(CONTENT_TYPE, metrics::CONTENT_TYPE)], metrics.render()));
     Router::new()
-        .merge(status::router(status))
+        .merge(status::router(snapshot))
         .merge(probes::router(probes))
         .route("/metrics", metrics)
         .merge(log.map(log_filter::routes).unwrap_or_default())

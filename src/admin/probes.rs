@@ -1,4 +1,4 @@
-//! `/startup`, `/liveness` and `/readiness`: a status for whoever probes, reasons for whoever reads.
+//! `/startup`, `/liveness` and `/readiness`: a status code for probes, reasons for people.
 
 use std::sync::Arc;
 
@@ -15,24 +15,23 @@ use axum::{
 };
 use serde::Deserialize;
 
-use super::deep::{Checked, DeepCheck};
+use super::deep::{Checked, DeepCheck, LoginTargets};
 use crate::{
     net::http::check_intent,
-    overview::Overview,
     status::{Health, Verdict},
 };
 
-/// What the probes are answered from.
+/// The state behind the probes.
 #[derive(Clone)]
 pub(super) struct Probes {
     pub(super) health: Arc<Health>,
-    pub(super) overview: Arc<Overview>,
+    pub(super) logins: LoginTargets,
     pub(super) deep: Arc<DeepCheck>,
 }
 
-/// What a probe may ask for beside the path.
+/// The query of a probe.
 #[derive(Debug, Default, Deserialize)]
-struct Asked {
+struct ProbeQuery {
     format: Option<String>,
     deep: Option<String>,
     endpoint: Option<String>,
@@ -40,16 +39,16 @@ struct Asked {
 
 pub(super) fn router(probes: Probes) -> Router {
     let startup = get(
-        |State(probes): State<Probes>, Query(asked): Query<Asked>, headers: HeaderMap| async move {
-            answer(&asked, &headers, &probes.health.startup(), None)
+        |State(probes): State<Probes>, Query(query): Query<ProbeQuery>, headers: HeaderMap| async move {
+            answer(&query, &headers, &probes.health.startup(), None)
         },
     );
     let liveness = get(
-        |State(probes): State<Probes>, Query(asked): Query<Asked>, headers: HeaderMap| async move {
-            answer(&asked, &headers, &probes.health.liveness(), None)
+        |State(probes): State<Probes>, Query(query): Query<ProbeQuery>, headers: HeaderMap| async move {
+            answer(&query, &headers, &probes.health.liveness(), None)
         },
     );
-    // POST is for what has an effect, a login.
+    // POST for the deep check, since a login has an effect.
     let readiness = get(readiness).post(readiness);
     Router::new()
         .route("/startup", startup.clone())
@@ -64,33 +63,33 @@ pub(super) fn router(probes: Probes) -> Router {
 
 async fn readiness(
     State(probes): State<Probes>,
-    Query(asked): Query<Asked>,
+    Query(query): Query<ProbeQuery>,
     request: Parts,
 ) -> Response {
     let headers = &request.headers;
-    let is_deep = matches!(asked.deep.as_deref(), Some("1" | "true"));
+    let is_deep = matches!(query.deep.as_deref(), Some("1" | "true"));
     if is_deep && let Err(refused) = check_intent(&request) {
         return refused;
     }
     let mut verdict = probes.health.readiness();
-    // What is not ready anyway is not worth a login.
+    // A proxy that is not ready needs no login to fail.
     if !is_deep || !verdict.is_ok() {
-        return answer(&asked, headers, &verdict, None);
+        return answer(&query, headers, &verdict, None);
     }
-    let endpoint = asked.endpoint.as_deref();
-    let Some(checked) = probes.deep.check(&probes.overview, endpoint).await else {
-        return (StatusCode::NOT_FOUND, "no endpoint of that name\n").into_response();
+    let endpoint = query.endpoint.as_deref();
+    let Some(checked) = probes.deep.check((probes.logins)(), endpoint).await else {
+        return (StatusCode::NOT_FOUND, "no endpoint has this name\n").into_response();
     };
     for failed in checked.iter().filter(|checked| !checked.ok) {
         let why = failed.message.as_deref().unwrap_or_default();
         let reason = format!("{}: {why}", failed.endpoint);
         verdict.reasons.push(reason.into());
     }
-    answer(&asked, headers, &verdict, Some(&checked))
+    answer(&query, headers, &verdict, Some(&checked))
 }
 
 fn answer(
-    asked: &Asked,
+    query: &ProbeQuery,
     headers: &HeaderMap,
     verdict: &Verdict,
     deep: Option<&[Checked]>,
@@ -100,7 +99,7 @@ fn answer(
     } else {
         (StatusCode::SERVICE_UNAVAILABLE, "error")
     };
-    if asked.format.as_deref() == Some("json") || wants_json(headers) {
+    if query.format.as_deref() == Some("json") || wants_json(headers) {
         let mut body = serde_json::json!({ "status": word, "reasons": verdict.reasons });
         if let (Some(deep), Some(body)) = (deep, body.as_object_mut()) {
             body.insert("deep".to_owned(), serde_json::json!(deep));
@@ -126,7 +125,7 @@ fn wants_json(headers: &HeaderMap) -> bool {
     accepts(headers, "application/json")
 }
 
-/// Whether a kind of answer is named in so many words.
+/// Whether the Accept header names this media type.
 pub(super) fn accepts(headers: &HeaderMap, wanted: &str) -> bool {
     headers
         .get_all(ACCEPT)

@@ -6,8 +6,16 @@ use arc_swap::ArcSwap;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    config::EndpointConfig, credential::CredentialCell, listener::Bound, net::tls::Fingerprint,
-    overview::Place, session::EndpointContext,
+    config::EndpointConfig,
+    credential::CredentialCell,
+    credential::MintError,
+    listener::Bound,
+    net::tls::Fingerprint,
+    session::EndpointContext,
+    status::{
+        CredentialSnapshot, EndpointSnapshot, RefreshAttempt, RefreshError, UpstreamSnapshot,
+    },
+    upstream::Security,
 };
 
 /// One endpoint that is served.
@@ -35,22 +43,63 @@ impl Served {
             .map_or_else(String::new, |why| format!(": {why}"))
     }
 
-    /// For those who look.
-    pub(super) fn place(&self) -> Arc<Place> {
+    /// The name in the status page and the console.
+    pub(super) fn shown_name(&self) -> String {
         let read_only = if self.config.read_only {
             " (read-only)"
         } else {
             ""
         };
-        Arc::new(Place {
-            name: format!("{}{read_only}", self.config.called()),
+        format!("{}{read_only}", self.config.called())
+    }
+
+    pub(super) fn snapshot(&self) -> EndpointSnapshot {
+        let status = self.credentials.status();
+        let upstream = self.sessions.route.found().map(|upstream| {
+            let endpoint = upstream.endpoint();
+            UpstreamSnapshot {
+                host: endpoint.host.clone(),
+                port: endpoint.port,
+                user: endpoint.user.clone(),
+                database: endpoint.database.clone(),
+                is_encrypted: matches!(endpoint.security, Security::Tls { .. }),
+                missing_databases: upstream.missing_databases(),
+            }
+        });
+        let attempts = self.credentials.attempts().into_iter();
+        let attempts = attempts.map(|attempt| RefreshAttempt {
+            at: attempt.at,
+            took: attempt.took,
+            outcome: attempt.outcome.map_err(|error| refresh_error(&error)),
+        });
+        EndpointSnapshot {
+            name: self.shown_name(),
             listening: self.bound.words(),
-            route: self.sessions.route.clone(),
             sessions: self.sessions.registry.clone(),
-            credentials: self.credentials.clone(),
-            source: self.config.credential.label(),
             metrics: Arc::clone(&self.sessions.metrics),
-        })
+            upstream,
+            credential: CredentialSnapshot {
+                source: self.config.credential.label(),
+                state: status.state,
+                generation: status.generation,
+                minted_at: status.minted_at,
+                due_at: status.due_at(),
+                urgent_at: status.urgent_at(),
+                expires_at: status.expires_at,
+                next_attempt: status.next_attempt,
+                last_error: status.last_error.as_deref().map(refresh_error),
+                attempts: attempts.collect(),
+            },
+        }
+    }
+}
+
+fn refresh_error(error: &MintError) -> RefreshError {
+    RefreshError {
+        kind: error.kind.into(),
+        message: error.message.clone(),
+        detail: error.detail.clone(),
+        hint: error.hint.clone(),
     }
 }
 

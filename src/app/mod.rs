@@ -5,6 +5,7 @@ mod endpoints;
 mod error;
 mod gate;
 mod locate;
+mod observer;
 mod outlook;
 mod reload;
 mod running;

@@ -3,6 +3,8 @@
 use std::sync::{Arc, OnceLock};
 
 use arc_swap::ArcSwap;
+use jiff::Timestamp;
+use tokio::time::Instant;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use super::{
@@ -10,6 +12,7 @@ use super::{
     endpoints::{Endpoints, Served},
     gate::{self, Gate},
     locate::Access,
+    observer::Observer,
 };
 use crate::{
     clock::Clock,
@@ -18,7 +21,6 @@ use crate::{
     credential::CredentialCell,
     listener::{AbsentSockets, Listener, Runtimes},
     net::{blocking, descriptors, tls},
-    overview::Overview,
     session::{
         AccessPolicy, EndpointContext, KnownPassword, LocalPassword, ProcessContext,
         ServerCertificate, SessionConfig, SharedConfig,
@@ -36,7 +38,7 @@ pub(super) struct Shared {
     /// Shared by all sessions.
     pub(super) process: Arc<ProcessContext>,
     pub(super) registry: Registry,
-    pub(super) overview: Arc<Overview>,
+    pub(super) observer: Arc<Observer>,
     pub(super) health: Arc<Health>,
     pub(super) absent: AbsentSockets,
     console: Arc<Console>,
@@ -116,13 +118,6 @@ impl Shared {
             Arc::clone(&access),
         )));
         let served = endpoints.clone();
-        let overview = Arc::new(Overview::new(
-            registry.clone(),
-            shutdown.clone(),
-            Arc::clone(&session_config),
-            move || served.now().iter().map(|served| served.place()).collect(),
-        ));
-        let served = endpoints.clone();
         let absent = AbsentSockets::default();
         let gone = absent.clone();
         let health = Arc::new(Health::new(move || {
@@ -131,7 +126,20 @@ impl Shared {
                 (gone, credential) => gone.and(credential),
             }
         }));
-        let console = Arc::new(Console::new(Arc::clone(&overview), Arc::clone(&health)));
+        let observer = Arc::new(Observer {
+            started: Timestamp::now(),
+            origin: Instant::now(),
+            endpoints: endpoints.clone(),
+            config: Arc::clone(&session_config),
+            registry: registry.clone(),
+            shutdown: shutdown.clone(),
+            health: Arc::clone(&health),
+            settings: ArcSwap::default(),
+            http: OnceLock::new(),
+        });
+        let of_console = Arc::clone(&observer);
+        let snapshot = Arc::new(move || of_console.snapshot());
+        let console = Arc::new(Console::new(snapshot, Arc::clone(&health)));
         let shared = Self {
             endpoints,
             process: Arc::new(ProcessContext {
@@ -140,7 +148,7 @@ impl Shared {
                 console: Some(Arc::clone(&console) as _),
             }),
             registry,
-            overview,
+            observer,
             health,
             absent,
             console,
@@ -169,7 +177,8 @@ impl Shared {
         ))
         .unwrap_or(i64::MAX);
         self.metrics.process.clients_limit.set(limit);
-        self.overview.set_settings(config.settings.shown());
+        let settings = config.settings.shown();
+        self.observer.settings.store(Arc::new(settings));
         self.console.set_over_tcp(config.settings.admin_console());
     }
 

@@ -7,8 +7,8 @@ use tokio_util::sync::CancellationToken;
 
 use super::{App, Ending, Running, StartError, outlook::Outlook};
 use crate::{
-    admin::{self, Admin},
-    status::Registry,
+    admin::{self, Admin, AdminState},
+    status::{HttpListener, Registry},
 };
 
 impl App {
@@ -31,15 +31,16 @@ impl App {
         };
         let (helpers, stop) = (&shared.helpers, &shared.stop);
         let health = Arc::clone(&shared.health);
-        for (purpose, address) in [
+        let http_listeners = [
             ("health and metrics", addresses.http),
             ("notes page", addresses.notes),
             ("/quitquitquit", addresses.admin),
-        ] {
-            if let Some(address) = address {
-                shared.overview.listens(purpose, address);
-            }
-        }
+        ];
+        let http_listener = |(purpose, address): (_, Option<_>)| {
+            address.map(|address| HttpListener { purpose, address })
+        };
+        let http_listeners = http_listeners.into_iter().filter_map(http_listener);
+        shared.observer.http.set(http_listeners.collect()).ok();
         let heart = (
             Arc::clone(&health),
             stop.clone(),
@@ -55,14 +56,16 @@ impl App {
         });
         let http = http
             .map(|listener| {
-                Admin::spawn(
-                    listener,
-                    Arc::clone(&shared.metrics),
-                    Arc::clone(&health),
-                    Arc::clone(&shared.overview),
-                    log.clone(),
-                    stop.clone(),
-                )
+                let (snapshots, logins) =
+                    (Arc::clone(&shared.observer), Arc::clone(&shared.observer));
+                let state = AdminState {
+                    metrics: Arc::clone(&shared.metrics),
+                    health: Arc::clone(&health),
+                    snapshot: Arc::new(move || snapshots.snapshot()),
+                    logins: Arc::new(move || logins.login_targets()),
+                    log: log.clone(),
+                };
+                Admin::spawn(listener, state, stop.clone())
             })
             .transpose()?;
         if let Some(interval) = notifier.watchdog_interval() {

@@ -4,7 +4,10 @@ use std::collections::HashMap;
 
 use bytes::{Buf, BytesMut};
 
-use super::statement::{self, Show, Statement};
+use super::{
+    statement::{self, Statement},
+    tables::{Rows, Table},
+};
 use crate::protocol::{
     backend::{
         BindComplete, CloseComplete, EmptyQueryResponse, NoData, ParameterDescription,
@@ -23,17 +26,6 @@ const PORTALS: usize = 10;
 /// Statements in one query, whose answers are made at once.
 const AT_ONCE: usize = 16;
 
-/// The rows of a table.
-pub(super) type Rows = Vec<Vec<Value>>;
-
-/// Where the tables come from.
-pub(super) trait Tables {
-    /// Which columns a table has.
-    fn columns(&self, show: Show) -> &'static [Column];
-    /// Its rows as they are now.
-    fn rows(&self, show: Show) -> Rows;
-}
-
 /// Whether there is more to say.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Next {
@@ -44,8 +36,9 @@ pub(super) enum Next {
 }
 
 /// One client's conversation.
-pub(super) struct Dialogue<T> {
-    tables: T,
+pub(super) struct Dialogue<R> {
+    /// Reads the rows of a table.
+    rows: R,
     statements: HashMap<String, Option<Statement>>,
     portals: HashMap<String, Portal>,
     transaction: TransactionStatus,
@@ -60,10 +53,10 @@ struct Portal {
     left: Option<std::vec::IntoIter<Vec<Value>>>,
 }
 
-impl<T: Tables> Dialogue<T> {
-    pub(super) fn new(tables: T) -> Self {
+impl<R: Fn(&Table) -> Rows> Dialogue<R> {
+    pub(super) fn new(rows: R) -> Self {
         Self {
-            tables,
+            rows,
             statements: HashMap::new(),
             portals: HashMap::new(),
             transaction: TransactionStatus::Idle,
@@ -123,11 +116,11 @@ impl<T: Tables> Dialogue<T> {
             let Some(statement) = statement::parse(part)? else {
                 continue;
             };
-            if let Statement::Show(show) = statement {
+            if let Statement::Show(table) = statement {
                 self.check_transaction(statement)?;
                 let formats = Formats::default();
-                row_description(out, self.tables.columns(show), &formats);
-                for row in self.tables.rows(show) {
+                row_description(out, table.columns, &formats);
+                for row in (self.rows)(table) {
                     data_row(out, &row, &formats);
                 }
             }
@@ -216,7 +209,7 @@ impl<T: Tables> Dialogue<T> {
         let formats = (0..short(body)?)
             .map(|_| short(body).map(u16::cast_signed))
             .collect::<Result<Vec<_>, _>>()?;
-        let formats = Formats::new(&formats, self.columns(statement).len()).ok_or_else(|| {
+        let formats = Formats::new(&formats, columns(statement).len()).ok_or_else(|| {
             Report::new(
                 sqlstate::PROTOCOL_VIOLATION,
                 "bind message asks for result formats that the columns do not have",
@@ -243,7 +236,7 @@ impl<T: Tables> Dialogue<T> {
             encode(&ParameterDescription::new(Vec::new()), out);
             (statement, Formats::default())
         };
-        match self.columns(statement) {
+        match columns(statement) {
             [] => encode(&NoData::new(), out),
             columns => row_description(out, columns, &formats),
         }
@@ -256,9 +249,9 @@ impl<T: Tables> Dialogue<T> {
             encode(&EmptyQueryResponse::new(), out);
             return Ok(());
         };
-        if let Statement::Show(show) = statement {
+        if let Statement::Show(table) = statement {
             self.check_transaction(statement)?;
-            let rows = || self.tables.rows(show).into_iter();
+            let rows = || (self.rows)(table).into_iter();
             if let Some(portal) = self.portals.get_mut(name) {
                 let left = portal.left.get_or_insert_with(rows);
                 let most = if most == 0 { usize::MAX } else { most };
@@ -274,13 +267,6 @@ impl<T: Tables> Dialogue<T> {
         let complete = self.complete(statement)?;
         command_complete(out, complete);
         Ok(())
-    }
-
-    fn columns(&self, statement: Option<Statement>) -> &'static [Column] {
-        match statement {
-            Some(Statement::Show(show)) => self.tables.columns(show),
-            _ => &[],
-        }
     }
 
     fn check_transaction(&self, statement: Statement) -> Result<(), Report> {
@@ -316,7 +302,12 @@ impl<T: Tables> Dialogue<T> {
     }
 }
 
-// Message types that nobody but a server sends, named as in the protocol documentation.
+fn columns(statement: Option<Statement>) -> &'static [Column] {
+    match statement {
+        Some(Statement::Show(table)) => table.columns,
+        _ => &[],
+    }
+}
 
 fn keep<V>(
     kept: &mut HashMap<String, V>,
@@ -379,24 +370,12 @@ mod tests {
     use crate::protocol::{
         error::ErrorFields,
         frame::{frame, take_message},
-        rows::Kind,
     };
 
-    struct Fixed;
+    type Fixed = fn(&Table) -> Rows;
 
-    impl Tables for Fixed {
-        fn columns(&self, _show: Show) -> &'static [Column] {
-            const {
-                &[Column {
-                    name: "n",
-                    kind: Kind::Number,
-                }]
-            }
-        }
-
-        fn rows(&self, _show: Show) -> Rows {
-            (1..=3).map(|n| vec![Value::Number(n)]).collect()
-        }
+    fn fixed() -> Dialogue<Fixed> {
+        Dialogue::new(|_| (1..=3).map(|n| vec![Value::Number(n)]).collect())
     }
 
     fn say(dialogue: &mut Dialogue<Fixed>, said: &[(u8, &[u8])]) -> (String, Vec<ErrorFields>) {
@@ -423,7 +402,7 @@ mod tests {
 
     #[test]
     fn a_simple_query_may_hold_several_statements_and_stops_at_the_first_error() {
-        let mut dialogue = Dialogue::new(Fixed);
+        let mut dialogue = fixed();
         let (tags, _) = say(&mut dialogue, &[(b'Q', b"SHOW STATS; show version;\0")]);
         assert_eq!(tags, "TDDDCTDDDCZ");
         let (tags, errors) = say(&mut dialogue, &[(b'Q', b"SHOW STATS; no; SHOW STATS\0")]);
@@ -434,7 +413,7 @@ mod tests {
 
     #[test]
     fn one_query_and_one_client_can_only_ask_for_so_much() {
-        let mut dialogue = Dialogue::new(Fixed);
+        let mut dialogue = fixed();
         let query = |count: usize| format!("{}\0", "SHOW STATS;".repeat(count)).into_bytes();
         let (tags, _) = say(&mut dialogue, &[(b'Q', &query(AT_ONCE))]);
         assert_eq!(tags.matches('C').count(), AT_ONCE);
@@ -451,7 +430,7 @@ mod tests {
 
     #[test]
     fn a_statement_can_be_prepared_described_and_run_in_pieces() {
-        let mut dialogue = Dialogue::new(Fixed);
+        let mut dialogue = fixed();
         let (tags, errors) = say(
             &mut dialogue,
             &[
@@ -470,7 +449,7 @@ mod tests {
 
     #[test]
     fn after_an_error_everything_is_passed_over_up_to_the_sync() {
-        let mut dialogue = Dialogue::new(Fixed);
+        let mut dialogue = fixed();
         let (tags, errors) = say(
             &mut dialogue,
             &[
@@ -488,7 +467,7 @@ mod tests {
 
     #[test]
     fn transactions_are_followed_as_drivers_expect() {
-        let mut dialogue = Dialogue::new(Fixed);
+        let mut dialogue = fixed();
         let mut status = |query: &[u8]| {
             let mut input = BytesMut::new();
             input.extend_from_slice(&frame(b'Q', query));
@@ -519,7 +498,7 @@ mod tests {
             ((b'?', b""), "08P01"),
             ((b'F', b""), "0A000"),
         ] {
-            let mut dialogue = Dialogue::new(Fixed);
+            let mut dialogue = fixed();
             let (tags, errors) = say(&mut dialogue, &[PARSE, said, SYNC]);
             assert_eq!(tags, "1EZ", "{said:?}");
             assert_eq!(errors[0].code, code, "{said:?}");
@@ -528,7 +507,7 @@ mod tests {
 
     #[test]
     fn a_client_cannot_fill_the_memory_with_statements() {
-        let mut dialogue = Dialogue::new(Fixed);
+        let mut dialogue = fixed();
         let mut last = Vec::new();
         for number in 0..=STATEMENTS {
             let body = format!("s{number}\0SHOW STATS\0\0\0");
@@ -540,7 +519,7 @@ mod tests {
     proptest! {
         #[test]
         fn no_bytes_make_it_panic(messages in prop::collection::vec((any::<u8>(), prop::collection::vec(any::<u8>(), 0..40)), 0..20)) {
-            let mut dialogue = Dialogue::new(Fixed);
+            let mut dialogue = fixed();
             let mut out = BytesMut::new();
             for (tag, body) in messages {
                 let mut input = BytesMut::new();

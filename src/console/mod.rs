@@ -41,10 +41,8 @@ use tokio_util::sync::CancellationToken;
 use self::{
     clients::{CLIENTS, Clients},
     dialogue::{Dialogue, Next},
-    tables::Sources,
 };
 use crate::{
-    overview::{Overview, VERSION},
     protocol::{
         backend::{parameter_status, welcome},
         error::{Report, sqlstate},
@@ -52,7 +50,7 @@ use crate::{
         startup::{CancelKey, StartupMessage},
     },
     session,
-    status::{Health, Peer},
+    status::{Health, Peer, TakeSnapshot, VERSION},
 };
 
 /// The databases that mean the console.
@@ -66,16 +64,18 @@ const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// The console of one process.
 pub struct Console {
-    sources: Sources,
+    snapshot: TakeSnapshot,
+    health: Arc<Health>,
     clients: Clients,
     over_tcp: AtomicBool,
 }
 
 impl Console {
-    /// A console that shows these, for the Unix socket.
-    pub fn new(overview: Arc<Overview>, health: Arc<Health>) -> Self {
+    /// A console for clients of the Unix socket.
+    pub fn new(snapshot: TakeSnapshot, health: Arc<Health>) -> Self {
         Self {
-            sources: Sources { overview, health },
+            snapshot,
+            health,
             clients: Clients::default(),
             over_tcp: AtomicBool::new(false),
         }
@@ -83,7 +83,7 @@ impl Console {
 
     /// What keeps the proxy from being ready, if anything does.
     pub fn readiness(&self) -> Result<(), String> {
-        let verdict = self.sources.health.readiness();
+        let verdict = self.health.readiness();
         if verdict.is_ok() {
             return Ok(());
         }
@@ -129,7 +129,7 @@ impl Console {
         hello.extend_from_slice(&greeting(startup));
         write(client, &hello).await?;
         drop(hello);
-        let mut dialogue = Dialogue::new(&self.sources);
+        let mut dialogue = Dialogue::new(|table| table.rows(&(self.snapshot)()));
         let mut out = BytesMut::new();
         loop {
             let message = match take_message(&mut received, MESSAGE_LIMIT) {
@@ -291,19 +291,10 @@ mod tests {
     use std::net::SocketAddr;
 
     use super::*;
-    use crate::{session::SessionConfig, shutdown::Shutdown, status::Registry, upstream::Terms};
-
     #[test]
     fn it_is_for_our_own_user_and_root_and_by_tcp_for_this_machine_where_that_is_asked_for() {
-        let config = Arc::new(arc_swap::ArcSwap::from_pointee(SessionConfig {
-            access: Arc::default(),
-            database_mapping: crate::config::DatabaseMapping::Default,
-            client_login_timeout: Duration::from_secs(1),
-            max_connections: 1,
-            terms: Terms::default(),
-        }));
-        let overview = Overview::new(Registry::default(), Shutdown::new(), config, Vec::new);
-        let console = Console::new(Arc::new(overview), Arc::new(Health::new(|| Ok(()))));
+        let health = Arc::new(Health::new(|| Ok(())));
+        let console = Console::new(Arc::new(|| unreachable!()), health);
         let unix = |uid| Peer::Unix { uid, pid: None };
         let ours = rustix::process::geteuid().as_raw();
         assert!(console.is_open_to(unix(0)) && console.is_open_to(unix(ours)));

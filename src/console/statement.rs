@@ -1,62 +1,21 @@
 //! What can be said to the console, and what it answers to the rest.
 
+use super::tables::Table;
 use crate::protocol::error::{Report, sqlstate};
 
 /// As much of a statement as an error repeats.
 const QUOTED: usize = 40;
 
-/// Declares what can be shown: a name, and what it is for.
-macro_rules! shows {
-    ($($name:ident = $word:literal, $help:literal;)+) => {
-        /// What can be shown.
-        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-        pub(super) enum Show { $($name),+ }
-
-        impl Show {
-            pub(super) const ALL: &[Self] = &[$(Self::$name),+];
-
-            /// Its name, in lower case.
-            pub(super) fn word(self) -> &'static str {
-                match self { $(Self::$name => $word),+ }
-            }
-
-            /// What it shows.
-            pub(super) fn help(self) -> &'static str {
-                match self { $(Self::$name => $help),+ }
-            }
-        }
-    };
-}
-
-shows! {
-    Help = "help", "this list";
-    Clients = "clients", "connections from clients: who, what they do and since when";
-    Config = "config", "settings in force, and their defaults";
-    Databases = "databases", "endpoints, as PgBouncer's monitoring asks";
-    Endpoints = "endpoints", "what clients are connected to, and where they connect";
-    Failures = "failures", "why clients were refused lately, with the mend";
-    Lists = "lists", "how many there are of what, as PgBouncer's monitoring asks";
-    Pools = "pools", "who waits for endpoints, and for how long, as PgBouncer's monitoring asks";
-    Refreshes = "refreshes", "the last attempts to get a credential";
-    Servers = "servers", "connections to the endpoints";
-    State = "state", "whether the proxy serves, and if not, why";
-    Stats = "stats", "totals of each endpoint since the start";
-    StatsTotals = "stats_totals", "totals, as PgBouncer's monitoring asks";
-    Tokens = "tokens", "credentials: how long they live, never what they are";
-    Version = "version", "the version of this program";
-    Wakes = "wakes", "how long endpoints took to wake";
-}
-
 /// A statement that is understood.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug)]
 pub(super) enum Statement {
-    /// The rows of a table.
-    Show(Show),
-    /// Drivers begin and end transactions around whatever they ask.
+    /// SHOW with a table.
+    Show(&'static Table),
+    /// Drivers put transactions around their queries.
     Begin,
     Commit,
     Rollback,
-    /// What drivers say by habit and what changes nothing here, by its command tag.
+    /// A statement that drivers send by default and that has no effect here, with its command tag.
     Accepted(&'static str),
 }
 
@@ -185,10 +144,7 @@ pub(super) fn parse(statement: &str) -> Result<Option<Statement>, Report> {
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
     let understood = match words[..] {
         [] => return Ok(None),
-        ["show", what] => {
-            let show = Show::ALL.iter().find(|show| show.word() == what);
-            Statement::Show(*show.ok_or_else(|| unknown(statement))?)
-        }
+        ["show", what] => Statement::Show(Table::named(what).ok_or_else(|| unknown(statement))?),
         ["begin", ..] | ["start", "transaction", ..] => Statement::Begin,
         ["commit" | "end", ..] => Statement::Commit,
         ["rollback" | "abort", ..] => Statement::Rollback,
@@ -333,9 +289,9 @@ mod tests {
         ] {
             let split = split(statement);
             assert_eq!(split.len(), 1, "{statement}: {split:?}");
-            assert_eq!(
-                parse(split[0]),
-                Ok(Some(Statement::Show(Show::Clients))),
+            let parsed = parse(split[0]);
+            assert!(
+                matches!(parsed, Ok(Some(Statement::Show(table))) if table.name == "clients"),
                 "{statement}"
             );
         }
@@ -403,22 +359,23 @@ mod tests {
 
     #[test]
     fn what_drivers_say_by_habit_is_let_pass() {
-        for (statement, understood) in [
-            ("BEGIN", Statement::Begin),
-            ("START TRANSACTION READ ONLY", Statement::Begin),
-            ("COMMIT", Statement::Commit),
-            ("ROLLBACK", Statement::Rollback),
-            ("SET extra_float_digits = 3", Statement::Accepted("SET")),
-            ("SET application_name='x'", Statement::Accepted("SET")),
+        for (statement, parsed) in [
+            ("BEGIN", "Begin"),
+            ("START TRANSACTION READ ONLY", "Begin"),
+            ("COMMIT", "Commit"),
+            ("ROLLBACK", "Rollback"),
+            ("SET extra_float_digits = 3", "Accepted(\"SET\")"),
+            ("SET application_name='x'", "Accepted(\"SET\")"),
             (
                 "SET SESSION CHARACTERISTICS AS TRANSACTION READ ONLY",
-                Statement::Accepted("SET"),
+                "Accepted(\"SET\")",
             ),
-            ("DISCARD ALL", Statement::Accepted("DISCARD ALL")),
+            ("DISCARD ALL", "Accepted(\"DISCARD ALL\")"),
         ] {
-            assert_eq!(parse(statement), Ok(Some(understood)), "{statement}");
+            let statement = parse(statement).unwrap().unwrap();
+            assert_eq!(format!("{statement:?}"), parsed);
         }
-        assert_eq!(parse(" -- nothing"), Ok(None));
+        assert!(parse(" -- nothing").unwrap().is_none());
     }
 
     proptest! {

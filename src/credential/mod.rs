@@ -25,6 +25,7 @@ use jiff::Timestamp;
 use secrecy::{ExposeSecret as _, SecretString};
 use zeroize::Zeroizing;
 
+pub use crate::status::CredentialState;
 pub use cell::{CredentialCell, CredentialStatus};
 pub(crate) use demand::Demand;
 pub use forced::Cause;
@@ -109,39 +110,6 @@ pub trait Mint: Send + Sync + 'static {
 /// requests a longer wait than [`HOLD`].
 pub(crate) fn is_held_for(kind: MintErrorKind, retry_after: Option<Duration>) -> bool {
     kind.is_transient() && retry_after.is_none_or(|wait| wait <= HOLD)
-}
-
-/// The states of a credential's life.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum CredentialState {
-    /// Nothing has been minted yet.
-    None,
-    /// In the first half of its life.
-    Fresh,
-    /// Past half of its life: to be replaced soon.
-    Due,
-    /// About to expire.
-    Urgent,
-    /// Expired: no login works with it.
-    Expired,
-}
-
-impl CredentialState {
-    /// The name for status pages and logs.
-    pub fn label(self) -> &'static str {
-        match self {
-            Self::None => "none",
-            Self::Fresh => "fresh",
-            Self::Due => "due",
-            Self::Urgent => "urgent",
-            Self::Expired => "expired",
-        }
-    }
-
-    /// Whether logins can work.
-    pub fn is_valid(self) -> bool {
-        matches!(self, Self::Fresh | Self::Due | Self::Urgent)
-    }
 }
 
 /// Why there is no credential for a client, which is refused with SQLSTATE 28000.

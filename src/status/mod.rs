@@ -9,6 +9,7 @@ mod label;
 mod peer;
 mod recent;
 mod registry;
+mod snapshot;
 
 pub use self::{
     activity::{Activity, ActivityRecord},
@@ -18,4 +19,8 @@ pub use self::{
     peer::{Encrypted, Peer},
     recent::{Recent, RecentFailure, RecentWake},
     registry::{ClientInfo, Counts, Registry, Server, SessionEntry, SessionInfo},
+    snapshot::{
+        CredentialSnapshot, CredentialState, EndpointSnapshot, HttpListener, RefreshAttempt,
+        RefreshError, Snapshot, TakeSnapshot, UpstreamSnapshot, VERSION,
+    },
 };

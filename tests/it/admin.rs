@@ -12,15 +12,11 @@ use std::{
 };
 
 use lakebase_proxy::{
-    admin::Admin,
-    config::DatabaseMapping,
+    admin::{Admin, AdminState},
     net::http::{self, Limits},
-    overview::Overview,
-    session::SessionConfig,
-    shutdown::Shutdown,
-    status::{Health, Registry},
+    shutdown::Phase,
+    status::{Health, Registry, Snapshot},
     telemetry::Metrics,
-    upstream::Terms,
 };
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -56,27 +52,28 @@ async fn start() -> Running {
     }));
     let metrics = Metrics::new().unwrap();
     let stop = CancellationToken::new();
-    let config = Arc::new(arc_swap::ArcSwap::from_pointee(SessionConfig {
-        access: Arc::default(),
-        database_mapping: DatabaseMapping::Default,
-        client_login_timeout: Duration::from_secs(15),
-        max_connections: 100,
-        terms: Terms::default(),
-    }));
-    let admin = Admin::spawn(
-        listener,
-        Arc::clone(&metrics),
-        Arc::clone(&health),
-        Arc::new(Overview::new(
-            Registry::default(),
-            Shutdown::new(),
-            config,
-            Vec::new,
-        )),
-        None,
-        stop.clone(),
-    )
-    .unwrap();
+    let state = AdminState {
+        metrics: Arc::clone(&metrics),
+        health: Arc::clone(&health),
+        snapshot: Arc::new({
+            let health = Arc::clone(&health);
+            move || Snapshot {
+                started: jiff::Timestamp::now(),
+                uptime: Duration::ZERO,
+                phase: Phase::Serving,
+                is_started: true,
+                readiness: health.readiness(),
+                max_connections: 100,
+                settings: Vec::new(),
+                http: Vec::new(),
+                registry: Registry::default(),
+                endpoints: Vec::new(),
+            }
+        }),
+        logins: Arc::new(Vec::new),
+        log: None,
+    };
+    let admin = Admin::spawn(listener, state, stop.clone()).unwrap();
     Running {
         address,
         metrics,

@@ -142,7 +142,7 @@ async fn a_deep_probe_logs_in_once_in_a_while_and_a_plain_one_never() {
     let unknown = post(http, "/readiness?deep=1&endpoint=nowhere").await;
     assert_eq!(
         (unknown.status, unknown.body.as_str()),
-        (404, "no endpoint of that name\n")
+        (404, "no endpoint has this name\n")
     );
     let text = post(
         http,
@@ -285,7 +285,7 @@ async fn on_an_address_that_others_reach_the_page_is_not_for_them() {
     let page = request(here, "GET", "/", &rebound).await;
     assert_eq!(
         (page.status, page.body.as_str()),
-        (403, "this is for visitors of this machine only\n")
+        (403, "only this machine may request this\n")
     );
     assert_eq!(
         request(here, "GET", "/liveness", &[("Host", "rebound.example")])

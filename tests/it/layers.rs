@@ -25,7 +25,7 @@ const OF_EMULATOR: &[&str] = &["net", "protocol", "telemetry", "clock", "shutdow
 /// Imports that are still to go, with who removes them.
 const PENDING: &[(&str, &str, &str)] = &[];
 /// Modules that are still to go, with who moves them.
-const LEAVING: &[(&str, &str)] = &[("overview", "status")];
+const LEAVING: &[(&str, &str)] = &[];
 
 /// What each module imports, each with a file that does.
 type Imports = BTreeMap<(String, String), String>;

@@ -1,14 +1,12 @@
-//! The status page: what the proxy knows of itself, for whoever sits at this machine.
+//! The status page.
 //!
-//! Written by the server, brought up to date by a small script of our own while somebody looks, and every ten seconds
-//! where scripts are off. It shows who is connected and what went wrong, so that it answers this machine alone.
+//! Rendered by the server; a small script refreshes it while it is visible, and without scripts it reloads every ten
+//! seconds. It shows clients and errors, so that only this machine may request it.
 
+mod credential;
 mod escape;
-mod life;
+mod format;
 mod view;
-mod words;
-
-use std::sync::Arc;
 
 use axum::{
     Router,
@@ -23,15 +21,13 @@ use axum::{
 };
 
 use super::probes::accepts;
-use crate::{
-    net::http::is_from_this_machine, overview::Overview, status::Health, telemetry::chain,
-};
+use crate::{net::http::is_from_this_machine, status::TakeSnapshot, telemetry::chain};
 
-/// Script, style, image and the page itself come from us; nothing inline, nothing else.
+/// Allows our own script, style, image and page; nothing inline and no other origin.
 const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; \
                       base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
 
-/// For whoever does not ask for HTML.
+/// For clients that do not accept HTML.
 const INDEX: &str = "\
 lakebase-proxy
 
@@ -41,19 +37,12 @@ lakebase-proxy
 /readiness  200 while clients can be served     also /readyz
             POST ?deep=1 logs in once at the endpoint, and wakes it if it sleeps
 /metrics    counters, in Prometheus text format
-/log-filter what is logged; PUT another one to change it, from this machine
+/log-filter the log filter; PUT another one to change it, from this machine
 
 The probes answer in JSON, with reasons, to Accept: application/json or ?format=json.
 ";
 
-/// What the page is written from.
-#[derive(Clone)]
-pub(super) struct Status {
-    pub(super) health: Arc<Health>,
-    pub(super) overview: Arc<Overview>,
-}
-
-pub(super) fn router(status: Status) -> Router {
+pub(super) fn router(snapshot: TakeSnapshot) -> Router {
     let file =
         |kind: &'static str, text: &'static str| get(async move || ([(CONTENT_TYPE, kind)], text));
     Router::new()
@@ -68,29 +57,29 @@ pub(super) fn router(status: Status) -> Router {
         )
         .route("/icon.svg", file("image/svg+xml", include_str!("icon.svg")))
         .layer(middleware::from_fn(only_here))
-        .with_state(status)
+        .with_state(snapshot)
 }
 
-/// Lets nobody through but visitors of this machine.
+/// Refuses requests from other machines.
 pub(super) async fn only_here(request: Request, next: Next) -> Response {
     let (parts, body) = request.into_parts();
     if is_from_this_machine(&parts) {
         return next.run(Request::from_parts(parts, body)).await;
     }
-    let refused = "this is for visitors of this machine only\n";
+    let refused = "only this machine may request this\n";
     (StatusCode::FORBIDDEN, refused).into_response()
 }
 
-async fn page(State(status): State<Status>, request: Request) -> Response {
+async fn page(State(snapshot): State<TakeSnapshot>, request: Request) -> Response {
     if !accepts(request.headers(), "text/html") {
         return ([(VARY, "accept")], INDEX).into_response();
     }
-    let mut response = match view::render(&status.overview, &status.health) {
+    let mut response = match view::render(&snapshot()) {
         Ok(page) => ([(VARY, "accept")], Html(page)).into_response(),
         Err(error) => {
-            tracing::error!(error = %chain(&error), "the status page could not be written");
-            let sorry = "the page could not be written\n";
-            (StatusCode::INTERNAL_SERVER_ERROR, sorry).into_response()
+            tracing::error!(error = %chain(&error), "cannot render the status page");
+            let message = "cannot render the page\n";
+            (StatusCode::INTERNAL_SERVER_ERROR, message).into_response()
         }
     };
     let policy = HeaderValue::from_static(POLICY);

@@ -1,24 +1,25 @@
-//! What the status page says, in words and numbers; the template puts them in their places and escapes them.
+//! The values on the status page; the template places and escapes them.
 
-use std::{cmp::Reverse, sync::Arc, time::Duration};
+use std::{cmp::Reverse, time::Duration};
 
 use askama::Template;
 use jiff::Timestamp;
 
 use super::{
-    life::CredentialView,
-    words::{ago, between, bytes, clock, datetime, grouped, short_span, span},
+    credential::CredentialView,
+    format::{ago, between, bytes, clock, datetime, grouped, short_span, span},
 };
 use crate::{
-    credential::{CredentialState, CredentialStatus, MintAttempt},
-    overview::{Overview, Place, VERSION},
     shutdown::Phase,
-    status::{Activity, Counts, Health, RecentFailure, RecentWake, SessionInfo},
+    status::{
+        Activity, Counts, CredentialSnapshot, CredentialState, EndpointSnapshot, RecentFailure,
+        RecentWake, RefreshAttempt, SessionInfo, Snapshot, VERSION,
+    },
     telemetry::total,
 };
 
-/// Sessions looked at; the rest is a number.
-const LOOKED_AT: usize = 2000;
+/// Sessions considered for the list.
+const CONSIDERED: usize = 2000;
 /// Sessions shown.
 const SHOWN: usize = 50;
 /// Failures shown.
@@ -26,20 +27,20 @@ const FAILURES: usize = 10;
 /// Wakes and refreshes shown.
 const EVENTS: usize = 8;
 
-/// The page as it is now.
-pub(super) fn render(overview: &Overview, health: &Health) -> Result<String, askama::Error> {
-    Page::new(overview, health, Timestamp::now()).render()
+/// The page for a snapshot.
+pub(super) fn render(snapshot: &Snapshot) -> Result<String, askama::Error> {
+    Page::new(snapshot, Timestamp::now()).render()
 }
 
-/// How well something is, told by a sign and by a word, the colour being a third.
+/// Severity, shown by a sign and a word besides the color.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Mood {
+pub(super) enum Severity {
     Good,
     Warn,
     Bad,
 }
 
-impl Mood {
+impl Severity {
     fn class(self) -> &'static str {
         match self {
             Self::Good => "good",
@@ -74,13 +75,13 @@ struct Page {
 }
 
 struct State {
-    mood: Mood,
+    severity: Severity,
     word: &'static str,
     sentence: &'static str,
     reasons: Vec<String>,
 }
 
-/// A name and what it amounts to.
+/// A name with its value.
 pub(super) struct Figure {
     name: String,
     value: String,
@@ -141,45 +142,36 @@ struct RefreshView {
     when: String,
     datetime: String,
     endpoint: String,
-    mood: Mood,
+    severity: Severity,
     outcome: String,
     took: String,
 }
 
 impl Page {
-    fn new(overview: &Overview, health: &Health, now: Timestamp) -> Self {
-        let places = overview.places();
-        let all = overview.registry().counts();
-        let mut sessions = overview.registry().list(LOOKED_AT);
-        sessions.sort_by_key(|seen| (urgency(seen.activity), Reverse(seen.lasting)));
+    fn new(snapshot: &Snapshot, now: Timestamp) -> Self {
+        let registry = &snapshot.registry;
+        let all = registry.counts();
+        let mut sessions = registry.list(CONSIDERED);
+        sessions.sort_by_key(|session| (urgency(session.activity), Reverse(session.lasting)));
         sessions.truncate(SHOWN);
-        let recent = overview.registry().recent();
-        let listeners = places
-            .iter()
-            .flat_map(|place| {
-                place
-                    .listening
-                    .iter()
-                    .map(|address| Figure::new("Postgres clients", address))
-            })
-            .chain(
-                overview
-                    .also_listening()
-                    .into_iter()
-                    .map(|(purpose, address)| {
-                        let mut purpose = purpose.to_owned();
-                        purpose.get_mut(..1).map(str::make_ascii_uppercase);
-                        Figure::new(purpose, address.to_string())
-                    }),
-            )
-            .collect();
+        let recent = registry.recent();
+        let postgres = snapshot.endpoints.iter().flat_map(|endpoint| {
+            let addresses = endpoint.listening.iter();
+            addresses.map(|address| Figure::new("Postgres clients", address))
+        });
+        let http = snapshot.http.iter().map(|listener| {
+            let mut purpose = listener.purpose.to_owned();
+            purpose.get_mut(..1).map(str::make_ascii_uppercase);
+            Figure::new(purpose, listener.address.to_string())
+        });
         Self {
             version: VERSION,
-            state: State::new(overview, health),
-            figures: figures(overview, &places, all),
-            endpoints: places
+            state: State::new(snapshot),
+            figures: figures(snapshot, all),
+            endpoints: snapshot
+                .endpoints
                 .iter()
-                .map(|place| EndpointView::new(place, now))
+                .map(|endpoint| EndpointView::new(endpoint, now))
                 .collect(),
             failures: recent
                 .failures()
@@ -195,44 +187,49 @@ impl Page {
                 .take(EVENTS)
                 .map(|wake| WakeView::new(&wake, now))
                 .collect(),
-            refreshes: refreshes(&places, now),
-            listeners,
-            started: clock(overview.started(), now),
+            refreshes: snapshot
+                .refreshes()
+                .into_iter()
+                .take(EVENTS)
+                .map(|(endpoint, attempt)| RefreshView::new(endpoint, attempt, now))
+                .collect(),
+            listeners: postgres.chain(http).collect(),
+            started: clock(snapshot.started, now),
         }
     }
 }
 
 impl State {
-    fn new(overview: &Overview, health: &Health) -> Self {
-        let ready = health.readiness();
+    fn new(snapshot: &Snapshot) -> Self {
+        let ready = &snapshot.readiness;
         let reasons = ready.reasons.iter().map(ToString::to_string).collect();
-        let (mood, word, sentence) = match overview.phase() {
+        let (severity, word, sentence) = match snapshot.phase {
             Phase::Draining | Phase::Cutting => (
-                Mood::Warn,
+                Severity::Warn,
                 "Shutting down",
                 "New clients are refused; work under way may finish.",
             ),
             Phase::Serving if !ready.is_ok() => (
-                Mood::Bad,
+                Severity::Bad,
                 "Not ready",
-                "Clients are held or refused until this is mended:",
+                "Clients wait or are refused until this is fixed:",
             ),
             Phase::Serving
-                if overview
-                    .places()
+                if snapshot
+                    .endpoints
                     .iter()
-                    .any(|place| worries(&place.credentials.status())) =>
+                    .any(|endpoint| is_degraded(&endpoint.credential)) =>
             {
                 (
-                    Mood::Warn,
-                    "Ready, with a worry",
-                    "Clients are served, but not every endpoint's credential is in order.",
+                    Severity::Warn,
+                    "Ready, with a warning",
+                    "Clients are served, but not every endpoint has a fresh credential.",
                 )
             }
-            Phase::Serving => (Mood::Good, "Ready", "Clients are served."),
+            Phase::Serving => (Severity::Good, "Ready", "Clients are served."),
         };
         Self {
-            mood,
+            severity,
             word,
             sentence,
             reasons,
@@ -240,16 +237,17 @@ impl State {
     }
 }
 
-fn worries(status: &CredentialStatus) -> bool {
+fn is_degraded(status: &CredentialSnapshot) -> bool {
     !matches!(status.state, CredentialState::Fresh | CredentialState::Due)
         || status.last_error.is_some()
 }
 
-fn figures(overview: &Overview, places: &[Arc<Place>], all: Counts) -> Vec<Figure> {
+fn figures(snapshot: &Snapshot, all: Counts) -> Vec<Figure> {
     let count = |count: usize| grouped(u64::try_from(count).unwrap_or(u64::MAX));
-    let upstream: i64 = places
+    let upstream: i64 = snapshot
+        .endpoints
         .iter()
-        .map(|place| place.metrics.upstream_active.get())
+        .map(|endpoint| endpoint.metrics.upstream_active.get())
         .sum();
     vec![
         Figure::new("Sessions", count(all.all)),
@@ -261,29 +259,26 @@ fn figures(overview: &Overview, places: &[Arc<Place>], all: Counts) -> Vec<Figur
             "To Lakebase",
             grouped(u64::try_from(upstream).unwrap_or_default()),
         ),
-        Figure::new("Up for", span(overview.uptime())),
+        Figure::new("Up for", span(snapshot.uptime)),
     ]
 }
 
 impl EndpointView {
-    fn new(place: &Place, now: Timestamp) -> Self {
-        let path = match place.route.found() {
-            Some(upstream) => {
-                let endpoint = upstream.endpoint();
-                format!(
-                    "{}:{}, as {}, database {}",
-                    endpoint.host, endpoint.port, endpoint.user, endpoint.database
-                )
-            }
+    fn new(endpoint: &EndpointSnapshot, now: Timestamp) -> Self {
+        let path = match &endpoint.upstream {
+            Some(upstream) => format!(
+                "{}:{}, as {}, database {}",
+                upstream.host, upstream.port, upstream.user, upstream.database
+            ),
             None => "not found yet".to_owned(),
         };
-        let metrics = &place.metrics;
+        let metrics = &endpoint.metrics;
         let logins = &metrics.upstream_connects;
-        let sessions = u64::try_from(place.sessions.counts().all).unwrap_or(u64::MAX);
+        let sessions = u64::try_from(endpoint.sessions.counts().all).unwrap_or(u64::MAX);
         Self {
-            name: place.name.clone(),
+            name: endpoint.name.clone(),
             path,
-            credential: CredentialView::new(place, now),
+            credential: CredentialView::new(&endpoint.credential, now),
             totals: vec![
                 Figure::new("Sessions now", grouped(sessions)),
                 Figure::new(
@@ -292,7 +287,7 @@ impl EndpointView {
                 ),
                 Figure::new("Clients refused", grouped(total(&metrics.clients_refused))),
                 Figure::new("Logins", grouped(logins.ok.get())),
-                Figure::new("Login attempts that failed", grouped(total(&logins.failed))),
+                Figure::new("Failed login attempts", grouped(total(&logins.failed))),
             ],
         }
     }
@@ -323,7 +318,7 @@ impl FailureView {
     }
 }
 
-/// What somebody who looks for trouble wants to see first.
+/// The order of sessions: those that may need attention first.
 fn urgency(activity: Activity) -> u8 {
     match activity {
         Activity::Waiting => 0,
@@ -335,35 +330,35 @@ fn urgency(activity: Activity) -> u8 {
 }
 
 impl SessionView {
-    fn new(seen: SessionInfo) -> Self {
-        let (class, sign) = match seen.activity {
+    fn new(session: SessionInfo) -> Self {
+        let (class, sign) = match session.activity {
             Activity::Waiting => ("warn", "◷"),
             Activity::Active => ("good", "▶"),
             Activity::IdleInTransaction => ("good", "◐"),
             Activity::IdleInFailedTransaction => ("bad", "▲"),
             Activity::Idle => ("quiet", "○"),
         };
-        let application = match (seen.application.as_str(), seen.user.as_str()) {
+        let application = match (session.application.as_str(), session.user.as_str()) {
             ("", user) => format!("({user})"),
             (application, _) => application.to_owned(),
         };
-        let server = seen.server;
-        let database = match (&server, seen.database) {
+        let server = session.server;
+        let database = match (&server, session.database) {
             (Some(server), _) => server.database.to_string(),
-            (None, asked) => asked,
+            (None, requested) => requested,
         };
         let process = server.and_then(|server| server.process_id);
         Self {
-            id: seen.id,
-            peer: seen.peer.to_string(),
+            id: session.id,
+            peer: session.peer.to_string(),
             application,
             database,
-            state: seen.activity.label(),
+            state: session.activity.label(),
             class,
             sign,
-            lasting: span(seen.lasting),
-            sent: bytes(seen.from_client),
-            received: bytes(seen.from_server),
+            lasting: span(session.lasting),
+            sent: bytes(session.from_client),
+            received: bytes(session.from_server),
             process: process.map_or_else(|| "–".to_owned(), |process| process.to_string()),
         }
     }
@@ -381,30 +376,19 @@ impl WakeView {
     }
 }
 
-fn refreshes(places: &[Arc<Place>], now: Timestamp) -> Vec<RefreshView> {
-    let mut attempts: Vec<(&str, MintAttempt)> = places
-        .iter()
-        .flat_map(|place| {
-            let attempts = place.credentials.attempts();
-            attempts
-                .into_iter()
-                .map(|attempt| (place.name.as_str(), attempt))
-        })
-        .collect();
-    attempts.sort_by_key(|(_, attempt)| Reverse(attempt.at));
-    let view = |(name, attempt): (&str, MintAttempt)| {
-        let (mood, outcome) = match &attempt.outcome {
-            Ok(_) => (Mood::Good, "new credential".to_owned()),
-            Err(error) => (Mood::Bad, error.kind.label().replace('_', " ")),
+impl RefreshView {
+    fn new(endpoint: &str, attempt: &RefreshAttempt, now: Timestamp) -> Self {
+        let (severity, outcome) = match &attempt.outcome {
+            Ok(_) => (Severity::Good, "new credential".to_owned()),
+            Err(error) => (Severity::Bad, error.kind.as_str().replace('_', " ")),
         };
-        RefreshView {
+        Self {
             when: clock(attempt.at, now),
             datetime: datetime(attempt.at),
-            endpoint: name.to_owned(),
-            mood,
+            endpoint: endpoint.to_owned(),
+            severity,
             outcome,
             took: short_span(attempt.took),
         }
-    };
-    attempts.into_iter().take(EVENTS).map(view).collect()
+    }
 }

@@ -1,34 +1,31 @@
-//! The life of a credential, as the page shows it.
+//! The lifetime of a credential on the page.
 
 use jiff::Timestamp;
 
 use super::{
-    view::{Figure, Mood},
-    words::{ago, between, clock, span},
+    format::{ago, between, clock, span},
+    view::{Figure, Severity},
 };
-use crate::{
-    credential::{CredentialState, CredentialStatus},
-    overview::Place,
-};
+use crate::status::{CredentialSnapshot, CredentialState, RefreshError};
 
-/// A credential as it is now.
+/// A credential.
 pub(super) struct CredentialView {
-    pub(super) mood: Mood,
+    pub(super) severity: Severity,
     pub(super) state: &'static str,
     pub(super) source: String,
     pub(super) left: String,
     pub(super) bar: Option<Bar>,
     pub(super) moments: Vec<Figure>,
-    pub(super) trouble: Option<Trouble>,
+    pub(super) error: Option<ErrorView>,
 }
 
 /// Why the last attempt failed.
-pub(super) struct Trouble {
+pub(super) struct ErrorView {
     pub(super) message: String,
     pub(super) hint: Option<String>,
 }
 
-/// The life of a credential from left to right, in per cent of its length.
+/// The lifetime of a credential from left to right, in percent.
 #[derive(Debug, PartialEq)]
 pub(super) struct Bar {
     pub(super) due: f64,
@@ -36,23 +33,22 @@ pub(super) struct Bar {
     pub(super) urgent: f64,
     pub(super) urgent_width: f64,
     pub(super) now: f64,
-    pub(super) words: String,
+    pub(super) label: String,
 }
 
 impl CredentialView {
-    pub(super) fn new(place: &Place, now: Timestamp) -> Self {
-        let status = place.credentials.status();
-        let (mood, state) = match status.state {
-            CredentialState::None => (Mood::Bad, "missing"),
-            CredentialState::Fresh => (Mood::Good, "fresh"),
-            CredentialState::Due => (Mood::Good, "due for a refresh"),
-            CredentialState::Urgent => (Mood::Warn, "about to expire"),
-            CredentialState::Expired => (Mood::Bad, "expired"),
+    pub(super) fn new(status: &CredentialSnapshot, now: Timestamp) -> Self {
+        let (severity, state) = match status.state {
+            CredentialState::None => (Severity::Bad, "missing"),
+            CredentialState::Fresh => (Severity::Good, "fresh"),
+            CredentialState::Due => (Severity::Good, "due for a refresh"),
+            CredentialState::Urgent => (Severity::Warn, "about to expire"),
+            CredentialState::Expired => (Severity::Bad, "expired"),
         };
-        let mood = if status.last_error.is_some() && mood == Mood::Good {
-            Mood::Warn
+        let severity = if status.last_error.is_some() && severity == Severity::Good {
+            Severity::Warn
         } else {
-            mood
+            severity
         };
         let left = match (status.state, status.expires_at) {
             (CredentialState::None, _) => String::new(),
@@ -62,8 +58,8 @@ impl CredentialView {
         };
         let moments = [
             ("Minted", status.minted_at),
-            ("Refresh due", status.due_at()),
-            ("Urgent from", status.urgent_at()),
+            ("Refresh due", status.due_at),
+            ("Urgent from", status.urgent_at),
             ("Expires", status.expires_at),
             (
                 "Next attempt",
@@ -71,35 +67,41 @@ impl CredentialView {
             ),
         ];
         Self {
-            mood,
+            severity,
             state,
-            source: format!("from the {}", place.source),
+            source: format!("from the {}", status.source),
             left,
-            bar: Bar::new(&status, now),
+            bar: Bar::new(status, now),
             moments: moments
                 .into_iter()
                 .filter_map(|(name, at)| Some(Figure::new(name, clock(at?, now))))
                 .collect(),
-            trouble: status.last_error.map(|error| Trouble {
-                message: match &error.detail {
-                    Some(detail) => format!("{} ({detail})", error.message),
-                    None => error.message.clone(),
-                },
-                hint: error.hint.clone(),
-            }),
+            error: status.last_error.as_ref().map(ErrorView::new),
+        }
+    }
+}
+
+impl ErrorView {
+    fn new(error: &RefreshError) -> Self {
+        Self {
+            message: match &error.detail {
+                Some(detail) => format!("{} ({detail})", error.message),
+                None => error.message.clone(),
+            },
+            hint: error.hint.clone(),
         }
     }
 }
 
 impl Bar {
-    fn new(status: &CredentialStatus, now: Timestamp) -> Option<Self> {
+    fn new(status: &CredentialSnapshot, now: Timestamp) -> Option<Self> {
         let (minted, expires) = (status.minted_at?, status.expires_at?);
-        let (due, urgent) = (status.due_at()?, status.urgent_at()?);
+        let (due, urgent) = (status.due_at?, status.urgent_at?);
         let whole = between(minted, expires).as_secs_f64();
         if whole <= 0.0 {
             return None;
         }
-        // A tenth of a per cent is less than a pixel of most screens.
+        // A tenth of a percent is less than a pixel of most screens.
         let share = |at| {
             (between(minted, at).as_secs_f64() / whole * 1000.0)
                 .round()
@@ -114,8 +116,8 @@ impl Bar {
             urgent,
             urgent_width: round(100.0 - urgent),
             now: now_at,
-            words: format!(
-                "{now_at:.0} % of the credential's life is over; it is due for a refresh at {due:.0} %, urgent at {urgent:.0} %"
+            label: format!(
+                "{now_at:.0} % of the credential's lifetime has passed; a refresh is due at {due:.0} %, urgent at {urgent:.0} %"
             ),
         })
     }

@@ -1,4 +1,4 @@
-//! Numbers as people read them.
+//! Numbers and times in readable form.
 
 use std::time::Duration;
 
@@ -62,12 +62,12 @@ pub(super) fn clock(at: Timestamp, now: Timestamp) -> String {
     }
 }
 
-/// For machines.
+/// The format of `<time datetime>`.
 pub(super) fn datetime(at: Timestamp) -> String {
     at.strftime("%Y-%m-%dT%H:%M:%SZ").to_string()
 }
 
-/// `2 min 05 s ago`; `now` for what is to come.
+/// `2 min 05 s ago`; `just now` for a time to come.
 pub(super) fn ago(at: Timestamp, now: Timestamp) -> String {
     match between(at, now).as_secs() {
         0 => "just now".to_owned(),
@@ -75,7 +75,7 @@ pub(super) fn ago(at: Timestamp, now: Timestamp) -> String {
     }
 }
 
-/// From one time to a later one; nothing where it is not later.
+/// From one time to a later one; zero if it is not later.
 pub(super) fn between(from: Timestamp, to: Timestamp) -> Duration {
     Duration::try_from(to.duration_since(from)).unwrap_or_default()
 }
