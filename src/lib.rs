@@ -1,42 +1,64 @@
 //! lakebase-proxy: any Postgres client reaches Databricks Lakebase on localhost, with no password and no token code.
 //!
-//! # The way of a connection
+//! # A connection
 //!
 //! ```text
-//!  app ──plain Postgres──▶ listener ─▶ session ────────────────────────────▶ endpoint
-//!                  (TCP, Unix, TLS)     handshake   who is asking, for what      ▲
-//!                                       login ──▶ upstream  dial, TLS, log in ───┤
+//!  app ──plain Postgres──▶ listener ─▶ session ─────────────────────────────▶ endpoint
+//!                  (TCP, Unix, TLS)     handshake   startup message, limits      ▲
+//!                                       access      uid, password, TLS           │
+//!                                       connect ─▶ upstream  dial, TLS, login ───┤
 //!                                       relay       bytes both ways ─────────────┘
-//!                                       cancel      key of ours ▶ key of theirs
+//!                                       cancel      our key ▶ the server's key
 //!                                          │
 //!  workspace API ◀── Mint ── refresher ─▶ cell (ArcSwap, read without a lock)
 //! ```
 //!
-//! # The rooms
+//! # Layers
 //!
-//! | room | owns |
+//! Imports go downwards only: `tests/it/layers.rs` reads every source file and fails on an import upwards or in a cycle.
+//!
+//! | layer | module | owns |
+//! |---|---|---|
+//! | 1 | `cli` | the command line, one file per subcommand |
+//! | 2 | `app` | the composition root: build, run, reload, shut down |
+//! | 3 | `listener` | TCP, Unix and inherited sockets; the runtimes of sessions |
+//! | | `admin` | health, metrics and the status page over HTTP |
+//! | | `console` | SHOW commands over the Postgres protocol |
+//! | | `notes` | the notes page, a client of our own listener |
+//! | | `exec` | the parent process of an application |
+//! | | `doctor` | diagnosis of each step from the settings to `SELECT 1` |
+//! | 4 | `session` | one client from accept to close |
+//! | 5 | `upstream` | the route to the endpoint: connect, TLS, login, failure classes |
+//! | 6 | `credential` | the lifetime of the database credential |
+//! | 7 | `workspace` | the REST API of the Databricks workspace |
+//! | 8 | `status` | the registry of sessions, health, and the snapshot that admin and console render |
+//! | 9 | `net` | sockets, TLS configuration, backoff, files, the HTTP server |
+//! | | `protocol` | the Postgres wire protocol without I/O |
+//! | | `telemetry` | logs, metrics, redaction |
+//! | | `systemd` | notifications to the service manager |
+//! | 10 | `config` | settings, each declared once |
+//! | | `clock`, `shutdown` | time, and the phases of the shutdown |
+//!
+//! Besides, `emulator` stands in for the workspace, the edge and Postgres; it imports only leaves of the proxy.
+//!
+//! # Glossary
+//!
+//! | term | meaning |
 //! |---|---|
-//! | [`app`] | the composition root: `build` binds everything, `run` drives it |
-//! | [`cli`], [`config`] | flag > environment > file > default, resolved once |
-//! | [`listener`] | TCP, Unix and inherited sockets, bounded handshakes, accept errors that back off |
-//! | [`session`] | one client from accept to close |
-//! | [`net`] | sockets of clients and servers |
-//! | [`upstream`] | reaching the endpoint: dial, TLS, login, failure classes, holding while it wakes |
-//! | [`credential`] | the life of the database credential |
-//! | [`workspace`] | everything said to the Databricks workspace over HTTPS |
-//! | [`protocol`] | the Postgres wire protocol without I/O; the only room that knows `pgwire` |
-//! | [`telemetry`] | logs and metrics; a leaf that all may use |
-//! | [`net::http`] | what our HTTP servers share: bounds, and the guard against other origins' pages |
-//! | [`doctor`] | each step from the settings to `SELECT 1`, checked alone, with its mend |
-//! | [`admin`] | health, metrics and the status page over HTTP |
-//! | [`console`] | `SHOW CLIENTS` and its kin, for psql |
-//! | [`status`] | the registry of sessions; recent refusals and wakes |
-//! | [`exec`] | the proxy as the parent of one program |
-//! | [`systemd`] | what a service manager is told |
-//! | `notes` | the notes page: a client of our own listener |
-//! | `emulator` | a Lakebase for one machine; the proxy never imports it |
-//!
-//! Arrows go downwards only; `credential` knows the workspace through the trait [`credential::Mint`] alone.
+//! | client | a connection from the application to the proxy |
+//! | server (connection) | a logged-in connection from the proxy to the endpoint |
+//! | upstream | everything on the far side of the proxy: the endpoint, its edge, its Postgres |
+//! | session | one client from accept to close |
+//! | handshake | everything up to and including the startup message |
+//! | login | the exchange with the server up to ReadyForQuery |
+//! | relay | copying bytes between a client and a server |
+//! | endpoint | a Lakebase compute, and the host that it answers on |
+//! | edge | what answers on the endpoint's port 5432 in front of Postgres |
+//! | workspace | the Databricks workspace and its REST API; a workspace token authenticates to it |
+//! | credential | a token that the server accepts as password, with its expiry; to mint one is to request it from the workspace |
+//! | registry | the sessions of the process, one entry each |
+//! | snapshot | the state of the proxy as plain values, for display |
+//! | permit, limit, draining, eviction, timeout, backoff | in their usual senses |
 
 pub mod admin;
 pub mod app;

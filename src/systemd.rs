@@ -1,7 +1,7 @@
-//! What a service manager is told: ready, reloading, stopping, alive, and how things stand (`sd_notify`'s protocol, a
-//! datagram each). Without a service manager all of it does nothing.
+//! Notifications to the service manager: ready, reloading, stopping, watchdog and status (`sd_notify`'s protocol, one
+//! datagram each). Without a service manager they do nothing.
 //!
-//! It knows nothing of what is told; a datagram that cannot be sent is not worth ending anything for.
+//! A datagram that cannot be sent is logged at debug level and ends nothing.
 
 use std::{
     io,
@@ -23,10 +23,10 @@ use sd_notify::NotifyState;
 
 use crate::config::ServiceManager;
 
-/// A status is cut here, in bytes; a datagram has room for more, `systemctl status` has not.
+/// Maximum length of a status in bytes: `systemctl status` shows no more.
 const STATUS_LIMIT: usize = 400;
 
-/// Tells the service manager; cheap to clone.
+/// The connection to the service manager; cheap to clone.
 #[derive(Clone, Debug, Default)]
 pub struct Notifier(Option<Arc<Inner>>);
 
@@ -39,10 +39,7 @@ struct Inner {
 }
 
 impl Notifier {
-    /// Connects to what the environment names; nothing is said to anybody where it names nothing.
-    ///
-    /// # Errors
-    /// When there is no such socket.
+    /// Connects to the socket of the settings, if they have one.
     pub fn connect(manager: &ServiceManager) -> io::Result<Self> {
         let Some(name) = &manager.socket else {
             return Ok(Self::default());
@@ -53,7 +50,7 @@ impl Notifier {
         };
         let socket = UnixDatagram::unbound()?;
         socket.connect_addr(&address)?;
-        // A manager that does not read must hold nobody up.
+        // A manager that does not read must not block us.
         socket.set_nonblocking(true)?;
         Ok(Self(Some(Arc::new(Inner {
             socket,
@@ -63,18 +60,18 @@ impl Notifier {
         }))))
     }
 
-    /// Whether anybody listens.
+    /// Whether there is a service manager.
     pub fn is_connected(&self) -> bool {
         self.0.is_some()
     }
 
-    /// How often a sign of life is due: thrice in the time that the manager gives.
+    /// The interval of watchdog notifications: a third of the timeout, so that one may be late.
     pub fn watchdog_interval(&self) -> Option<Duration> {
         let watchdog = self.0.as_ref()?.watchdog?;
         Some((watchdog / 3).max(Duration::from_millis(1)))
     }
 
-    /// The start, or a reload, is over.
+    /// Reports the end of the start or of a reload.
     pub fn ready(&self) {
         if let Some(inner) = &self.0 {
             inner.is_ready.store(true, Ordering::Release);
@@ -82,13 +79,13 @@ impl Notifier {
         self.send(&[NotifyState::Ready]);
     }
 
-    /// A reload, which is one only after the start; when what is returned is dropped, it is over, whatever became of it.
+    /// Reports a reload, which ends when the guard is dropped. `None` before [`ready`](Self::ready).
     pub fn reloading(&self) -> Option<Reloading<'_>> {
         let inner = self.0.as_ref()?;
         if !inner.is_ready.load(Ordering::Acquire) {
             return None;
         }
-        // The manager tells by the time which of its requests is meant.
+        // The manager matches the notification to its request by the time.
         match NotifyState::monotonic_usec_now() {
             Ok(now) => self.send(&[NotifyState::Reloading, now]),
             Err(error) => tracing::debug!(%error, "no monotonic clock"),
@@ -96,7 +93,7 @@ impl Notifier {
         Some(Reloading(self))
     }
 
-    /// The end begins.
+    /// Reports the start of the shutdown.
     pub fn stopping(&self) {
         self.send(&[
             NotifyState::Stopping,
@@ -104,12 +101,12 @@ impl Notifier {
         ]);
     }
 
-    /// A sign of life.
+    /// Sends a watchdog notification.
     pub fn alive(&self) {
         self.send(&[NotifyState::Watchdog]);
     }
 
-    /// How things stand, in one line; said if it is new.
+    /// Sends a status of one line, if it has changed.
     pub fn status(&self, line: &str) {
         let Some(inner) = &self.0 else { return };
         let line = cut(line);
@@ -127,12 +124,12 @@ impl Notifier {
         let Some(inner) = &self.0 else { return };
         let lines: Vec<String> = states.iter().map(ToString::to_string).collect();
         if let Err(error) = inner.socket.send(lines.join("\n").as_bytes()) {
-            tracing::debug!(%error, "the service manager cannot be told");
+            tracing::debug!(%error, "cannot notify the service manager");
         }
     }
 }
 
-/// A reload that the service manager has been told of.
+/// A reload that was reported to the service manager.
 #[derive(Debug)]
 pub struct Reloading<'a>(&'a Notifier);
 
@@ -163,7 +160,7 @@ mod tests {
         }
     }
 
-    fn heard(socket: &UnixDatagram) -> String {
+    fn received(socket: &UnixDatagram) -> String {
         let mut buffer = [0; 4096];
         let length = socket.recv(&mut buffer).unwrap();
         String::from_utf8(buffer[..length].to_vec()).unwrap()
@@ -177,22 +174,22 @@ mod tests {
         assert_eq!(notifier.watchdog_interval(), Some(Duration::from_secs(10)));
         assert!(notifier.reloading().is_none(), "it has not started");
         notifier.ready();
-        assert_eq!(heard(&socket), "READY=1");
+        assert_eq!(received(&socket), "READY=1");
         let reloading = notifier.reloading();
-        let said = heard(&socket);
-        let time = said.strip_prefix("RELOADING=1\nMONOTONIC_USEC=").unwrap();
+        let reload = received(&socket);
+        let time = reload.strip_prefix("RELOADING=1\nMONOTONIC_USEC=").unwrap();
         assert!(time.parse::<u64>().unwrap() > 0);
         drop(reloading);
-        assert_eq!(heard(&socket), "READY=1");
+        assert_eq!(received(&socket), "READY=1");
         notifier.status("all is well\nREADY=0");
         notifier.status("all is well");
         notifier.status("it is not");
-        assert_eq!(heard(&socket), "STATUS=all is well");
-        assert_eq!(heard(&socket), "STATUS=it is not");
+        assert_eq!(received(&socket), "STATUS=all is well");
+        assert_eq!(received(&socket), "STATUS=it is not");
         notifier.alive();
-        assert_eq!(heard(&socket), "WATCHDOG=1");
+        assert_eq!(received(&socket), "WATCHDOG=1");
         notifier.stopping();
-        assert!(heard(&socket).starts_with("STOPPING=1\nSTATUS="));
+        assert!(received(&socket).starts_with("STOPPING=1\nSTATUS="));
     }
 
     #[test]

@@ -1,6 +1,6 @@
-//! What is logged, shown and changed while the program runs: `curl -X PUT -d debug localhost:9090/log-filter`.
+//! Shows and changes the log filter at run time: `curl -X PUT -d debug localhost:9090/log-filter`.
 //!
-//! Only for visitors from this machine: a log at `trace` costs time and shows more than a stranger should switch on.
+//! For this machine only: logging at `trace` costs time and reveals more than a remote client should be able to enable.
 
 use axum::{
     Router,
@@ -13,15 +13,15 @@ use axum::{
 use super::status::only_here;
 use crate::telemetry::{LogHandle, chain};
 
-/// Longest filter taken, in bytes.
-const LONGEST: usize = 4096;
+/// Maximum length of a filter in bytes.
+const MAX_FILTER: usize = 4096;
 
 type Answer = (StatusCode, String);
 
 pub(super) fn routes<S: Clone + Send + Sync + 'static>(log: LogHandle) -> Router<S> {
     Router::new()
         .route("/log-filter", get(show).put(change))
-        .layer(DefaultBodyLimit::max(LONGEST))
+        .layer(DefaultBodyLimit::max(MAX_FILTER))
         .layer(middleware::from_fn(only_here))
         .with_state(log)
 }
@@ -33,11 +33,11 @@ async fn show(State(log): State<LogHandle>) -> Answer {
 async fn change(State(log): State<LogHandle>, filter: String) -> Answer {
     let filter = filter.trim();
     if filter.is_empty() {
-        return bad("the body is to be a filter, such as `debug` or `warn,lakebase_proxy=debug`");
+        return bad("the body must be a filter, such as `debug` or `warn,lakebase_proxy=debug`");
     }
     match log.set_filter(filter) {
         Ok(()) => {
-            tracing::warn!(filter, "what is logged has been changed at /log-filter");
+            tracing::warn!(filter, "log filter changed at /log-filter");
             (StatusCode::OK, format!("{}\n", log.filter()))
         }
         Err(error) => bad(&chain(&error).to_string()),

@@ -1,6 +1,6 @@
-//! /quitquitquit: ends the program on request, for jobs whose main container cannot signal its neighbour.
+//! `/quitquitquit`: shuts the proxy down on request, for jobs whose main container cannot send signals to its sidecar.
 //!
-//! Bound to loopback always. Knows nothing of how the program ends, only whom to tell.
+//! Always bound to loopback.
 
 use axum::{
     Router,
@@ -14,22 +14,22 @@ use tokio_util::sync::CancellationToken;
 
 use crate::net::http::{self, Limits};
 
-/// Serves until `stop`; a request cancels `asked`.
-pub async fn serve(listener: TcpListener, asked: CancellationToken, stop: CancellationToken) {
+/// Serves until `stop`; a request cancels `requested`.
+pub async fn serve(listener: TcpListener, requested: CancellationToken, stop: CancellationToken) {
     let app = Router::new()
         .route("/quitquitquit", any(quit))
         .fallback(async || (StatusCode::NOT_FOUND, "not found\n"))
-        .with_state(asked);
+        .with_state(requested);
     if let Err(error) = http::serve(listener, app, Limits::default(), stop).await {
-        tracing::error!(%error, "the admin port has ended");
+        tracing::error!(%error, "the server of the admin port failed");
     }
 }
 
-async fn quit(State(asked): State<CancellationToken>, request: Parts) -> Response {
+async fn quit(State(requested): State<CancellationToken>, request: Parts) -> Response {
     if let Err(refused) = http::check_intent(&request) {
         return refused;
     }
-    tracing::info!("asked to end by /quitquitquit");
-    asked.cancel();
+    tracing::info!("shutdown requested by /quitquitquit");
+    requested.cancel();
     "shutting down\n".into_response()
 }

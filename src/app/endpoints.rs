@@ -1,4 +1,4 @@
-//! The endpoints of this process, as they are now: a reload adds some and takes others away.
+//! The endpoints that the process serves; a reload adds and removes some.
 
 use std::{net::SocketAddr, sync::Arc};
 
@@ -18,24 +18,24 @@ use crate::{
     upstream::Security,
 };
 
-/// One endpoint that is served.
+/// The running state of one endpoint.
 pub struct Served {
-    /// What the settings say of it.
+    /// Its configuration.
     pub config: EndpointConfig,
-    /// Where its clients connect.
+    /// The addresses that its clients connect to.
     pub bound: Bound,
-    /// What its sessions share: the way there, the counts.
+    /// The context of its sessions.
     pub(crate) sessions: Arc<EndpointContext>,
     /// Its credential.
     pub credentials: CredentialCell,
-    /// The roots that its certificate was last verified by.
+    /// The fingerprint of the roots in use.
     pub(super) roots: ArcSwap<Option<Fingerprint>>,
-    /// Ends what is done for it in the background.
+    /// Ends its background tasks.
     pub(super) stop: CancellationToken,
 }
 
 impl Served {
-    /// Why there is no credential, where that is known: `: reason`.
+    /// The reason why there is no credential as `: reason`; empty if it is not known.
     fn why_not_ready(&self) -> String {
         let error = self.credentials.status().last_error;
         let why = error.map(|error| error.to_string());
@@ -103,23 +103,22 @@ fn refresh_error(error: &MintError) -> RefreshError {
     }
 }
 
-/// All that are served, in the order of the settings; cheap to clone. One that the settings no longer name is among them
-/// until its last session has gone.
+/// The endpoints in the order of the settings; cheap to clone. A removed one is among them until its last session ends.
 #[derive(Clone, Default)]
 pub struct Endpoints(Arc<ArcSwap<Vec<Arc<Served>>>>);
 
 impl Endpoints {
-    /// Those of this moment; takes no lock.
+    /// The endpoints now; takes no lock.
     pub fn now(&self) -> Arc<Vec<Arc<Served>>> {
         self.0.load_full()
     }
 
-    /// The first.
+    /// The first endpoint.
     pub fn first(&self) -> Option<Arc<Served>> {
         self.now().first().map(Arc::clone)
     }
 
-    /// Whether logins can work anywhere, and if not, why.
+    /// Fails if no endpoint has a valid credential.
     pub fn any_ready(&self) -> Result<(), String> {
         let mut why = String::new();
         for served in &*self.now() {
@@ -133,14 +132,14 @@ impl Endpoints {
         Err(format!("no valid database credential{why}"))
     }
 
-    /// Every address this process takes Postgres clients at.
+    /// Every TCP address that accepts Postgres clients.
     pub(super) fn addresses(&self) -> Vec<SocketAddr> {
         let now = self.now();
         let addresses = now.iter().flat_map(|served| served.bound.tcp.iter());
         addresses.copied().collect()
     }
 
-    /// How the credentials stand, in one line.
+    /// A status line for the service manager.
     pub(super) fn summary(&self) -> String {
         let now = self.now();
         let count = match now.len() {

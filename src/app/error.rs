@@ -1,4 +1,4 @@
-//! Why the program cannot start.
+//! Errors that keep the program from starting.
 
 use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
@@ -12,7 +12,7 @@ use crate::{
     workspace::{LocateError, WorkspaceError},
 };
 
-/// Why the program cannot start. Display is one line, [`hint`](Self::hint) says how to mend it.
+/// Why the program cannot start. Display is one line; [`hint`](Self::hint) is the fix.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
     /// The health port cannot be served.
@@ -35,19 +35,19 @@ pub enum StartError {
         /// What was given.
         host: String,
     },
-    /// Clients cannot be offered TLS.
+    /// TLS for clients cannot be set up.
     #[error(transparent)]
     ClientTls(#[from] ClientTlsError),
-    /// The password cannot be made ready for checking; a defect.
+    /// The password verifier cannot be derived; a defect.
     #[error("cannot derive a verifier from the password for clients")]
     LocalPassword,
-    /// What the service manager passed cannot be listened on.
+    /// A passed socket cannot be listened on.
     #[error("cannot listen on the sockets that the service manager passed")]
     Inherit(#[source] io::Error),
-    /// What the service manager passed cannot be used.
+    /// A passed socket cannot be used.
     #[error(transparent)]
     Inherited(#[from] InheritedError),
-    /// No endpoint can be used, and waiting does not cure it; the first one's reason.
+    /// No endpoint can be used, and retries do not help; the first one's error.
     #[error(transparent)]
     Endpoint(Arc<StartError>),
     /// The endpoint could not be found.
@@ -126,7 +126,7 @@ impl StartError {
                 "PGSSLROOTCERT is a PEM file of trusted roots, or `system`"
             }
             Self::Tls(TlsError::Unusable(_)) => {
-                // The workspace is verified against them, too, whatever PGSSLROOTCERT says of the endpoint.
+                // The workspace is verified against them, too, whatever PGSSLROOTCERT is for the endpoint.
                 "install the system's root certificates (Debian: ca-certificates), or name a PEM file of them in SSL_CERT_FILE"
             }
             Self::Test(report) => return report.hint.clone(),
@@ -146,13 +146,13 @@ impl StartError {
         Some(hint.to_owned())
     }
 
-    /// What kind of failure a look-up met, which decides the pace of retries, and how long the workspace asked to wait.
+    /// The kind of a discovery failure, which decides the pace of retries, and the wait that the workspace requested.
     pub(super) fn kind(&self) -> (MintErrorKind, Option<Duration>) {
         match self {
             Self::Endpoint(error) => error.kind(),
             Self::Locate(error) => match &**error {
                 LocateError::Call { source, .. } => (source.kind, source.retry_after),
-                // It has no host while it is being created.
+                // An endpoint that is being created has no host yet.
                 LocateError::NoHost { kind: "", .. } | LocateError::TooLong { .. } => {
                     (MintErrorKind::Unavailable, None)
                 }

@@ -1,12 +1,13 @@
-//! The composition root: [`build`](App::build) binds everything, [`start`](App::start) serves and looks up what the
-//! settings leave open, a [`Reloader`] changes it while it runs.
+//! The composition root: [`build`](App::build) binds every port, [`start`](App::start) serves, a [`Reloader`] applies
+//! changed settings.
 
+mod discovery;
+mod endpoint;
 mod endpoints;
 mod error;
-mod gate;
 mod locate;
 mod observer;
-mod outlook;
+mod outcomes;
 mod reload;
 mod running;
 mod shared;
@@ -38,10 +39,10 @@ use crate::{
     workspace::Workspace,
 };
 
-/// Where a started program can be reached.
+/// The addresses of the program.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Addresses {
-    /// Postgres: the first endpoint, where it listens by TCP.
+    /// Postgres: the first TCP address of the first endpoint.
     pub postgres: Option<SocketAddr>,
     /// Postgres: every endpoint, in the order of the settings.
     pub endpoints: Vec<Bound>,
@@ -53,9 +54,9 @@ pub struct Addresses {
     pub admin: Option<SocketAddr>,
 }
 
-/// Bound, but not serving yet.
+/// A program that is bound but not serving yet.
 pub struct App {
-    gates: Vec<gate::Gate>,
+    bound: Vec<endpoint::BoundEndpoint>,
     http: Option<TcpListener>,
     notes: Option<TcpListener>,
     admin: Option<TcpListener>,
@@ -67,14 +68,14 @@ pub struct App {
     notifier: Notifier,
 }
 
-/// How the program ends.
+/// The settings of the shutdown.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Ending {
-    /// How long clients are still accepted after SIGTERM.
+    /// How long clients are accepted after SIGTERM.
     delay: Duration,
-    /// How long work under way may go on.
+    /// How long active work may continue.
     grace: Duration,
-    /// After how long without a client it ends of itself.
+    /// The time without a session after which the program ends.
     when_idle: Option<Duration>,
     /// Whether SIGTERM leads to exit code 0.
     zero_on_sigterm: bool,
@@ -100,12 +101,12 @@ impl fmt::Debug for App {
 }
 
 impl App {
-    /// Binds every port; sends nothing to the workspace yet. Fails if no endpoint's settings can be meant.
+    /// Binds every port; sends nothing to the workspace yet. Fails if every endpoint's settings are invalid.
     pub async fn build(config: Config) -> Result<Self, StartError> {
         Self::build_with(config, Inherited::default()).await
     }
 
-    /// As [`build`](Self::build), with sockets that a service manager has passed in the place of those in the settings.
+    /// As [`build`](Self::build), with sockets from the service manager instead of those in the settings.
     pub async fn build_with(config: Config, inherited: Inherited) -> Result<Self, StartError> {
         descriptors::raise(config.settings.max_connections());
         let http = bind(config.http, "http-port").await?;
@@ -144,27 +145,27 @@ impl App {
 
         let shared = Arc::new(Shared::new(&config)?);
         let ending = Ending::new(&config.settings);
-        let mut gates = Vec::with_capacity(listeners.len());
+        let mut bound = Vec::with_capacity(listeners.len());
         for (endpoint, listener) in config.endpoints.into_iter().zip(listeners) {
-            let metrics = if gates.is_empty() {
+            let metrics = if bound.is_empty() {
                 Arc::clone(&shared.metrics)
             } else {
                 shared.metrics.of_another(endpoint.called())?
             };
-            let gate = shared.gate(endpoint, listener, metrics).await?;
-            shared.endpoints.add(&gate.served);
-            gates.push(gate);
+            let bound_endpoint = shared.bound_endpoint(endpoint, listener, metrics).await?;
+            shared.endpoints.add(&bound_endpoint.served);
+            bound.push(bound_endpoint);
         }
-        let mut checks = gates
+        let mut checks = bound
             .iter()
-            .map(|gate| locate::check(&gate.served.config, &gate.access));
+            .map(|endpoint| locate::check(&endpoint.served.config, &endpoint.access));
         if let Some(Err(error)) = checks.next()
             && checks.all(|check| check.is_err())
         {
             return Err(error);
         }
         Ok(Self {
-            gates,
+            bound,
             http,
             notes,
             admin,
@@ -177,7 +178,7 @@ impl App {
         })
     }
 
-    /// Lets the program change what is logged, and count what of it is lost.
+    /// Lets the program change the log filter and count dropped lines.
     #[must_use]
     pub fn with_log(mut self, log: LogHandle) -> Self {
         log.count_dropped(&self.shared.metrics.process.log_lines_dropped);
@@ -185,23 +186,23 @@ impl App {
         self
     }
 
-    /// Tells a service manager how things stand.
+    /// Reports the state to a service manager.
     #[must_use]
     pub fn with_notifier(mut self, notifier: Notifier) -> Self {
         self.notifier = notifier;
         self
     }
 
-    /// Where it will be reached.
+    /// The bound addresses.
     pub fn addresses(&self) -> &Addresses {
         &self.addresses
     }
 }
 
-/// What one question of [`mint_once`] to the workspace may cost.
-const LOOK_UP_PATIENCE: Duration = Duration::from_mins(1);
+/// Budget of one request of [`mint_once`] to the workspace.
+const MINT_ONCE_BUDGET: Duration = Duration::from_mins(1);
 
-/// Looks the first endpoint up and mints one credential for it, without listening anywhere.
+/// Discovers the first endpoint and mints one credential for it, without listening.
 pub async fn mint_once(
     config: Config,
 ) -> Result<(Endpoint, Result<Minted, MintError>), StartError> {
@@ -218,7 +219,7 @@ pub async fn mint_once(
         )?)
     };
     let access = Access::new(&endpoint.credential, workspace)?;
-    let located = locate(endpoint, &access, LOOK_UP_PATIENCE).await?;
+    let located = locate(endpoint, &access, MINT_ONCE_BUDGET).await?;
     let minted = located.mint.mint().await;
     Ok((located.endpoint, minted))
 }

@@ -9,7 +9,7 @@ use tokio::{
 
 use super::{
     Ending, Served, StartError,
-    gate::{self, Gate},
+    endpoint::{self, BoundEndpoint},
     locate::security,
     running::Running,
     shared::{self, Shared},
@@ -77,7 +77,7 @@ impl RefusedReload {
 
 /// A change for which everything that can fail is done.
 struct Prepared {
-    added: Vec<Gate>,
+    added: Vec<BoundEndpoint>,
     back: Vec<Arc<Served>>,
     roots: Vec<(Arc<Served>, Option<Fingerprint>, Security)>,
     access: Arc<AccessPolicy>,
@@ -201,8 +201,8 @@ impl Reloader {
             access: Arc::new(access),
         };
         if let Err(error) = self.fill(change, &mut prepared).await {
-            for gate in &prepared.added {
-                gate.served.sessions.metrics.retire();
+            for endpoint in &prepared.added {
+                endpoint.served.sessions.metrics.retire();
             }
             return Err(error);
         }
@@ -215,11 +215,11 @@ impl Reloader {
             .iter()
             .filter(|one| !one.sessions.registry.is_draining())
         {
-            if !gate::has_roots_of_its_own(&served.config) {
+            if !endpoint::has_roots_file(&served.config) {
                 continue;
             }
             let config = served.config.clone();
-            let roots = blocking(move || gate::roots(&config)).await;
+            let roots = blocking(move || endpoint::roots(&config)).await;
             if roots == **served.roots.load() {
                 continue;
             }
@@ -245,11 +245,13 @@ impl Reloader {
                 .filter(|served| served.config.listen.conflict(&endpoint.listen).is_some());
             let listener = bind(conflicting, endpoint).await?;
             let metrics = self.shared.metrics.of_another(endpoint.called())?;
-            let gate = self
+            let bound = self
                 .shared
-                .gate(endpoint.clone(), listener, Arc::clone(&metrics))
+                .bound_endpoint(endpoint.clone(), listener, Arc::clone(&metrics))
                 .await;
-            prepared.added.push(gate.inspect_err(|_| metrics.retire())?);
+            prepared
+                .added
+                .push(bound.inspect_err(|_| metrics.retire())?);
         }
         Ok(())
     }
@@ -324,12 +326,12 @@ impl Reloader {
         }
         if changes_exposure {
             for served in self.shared.endpoints.now().iter() {
-                gate::warn_of_exposure(served, &self.shared.process.config.load_full().access);
+                endpoint::warn_of_exposure(served, &self.shared.process.config.load_full().access);
             }
         }
-        for gate in added {
-            self.shared.endpoints.add(&gate.served);
-            gate.start(&self.shared, &self.notifier, None);
+        for endpoint in added {
+            self.shared.endpoints.add(&endpoint.served);
+            endpoint.start(&self.shared, &self.notifier, None);
         }
         self.config = change.config.clone();
     }

@@ -1,4 +1,4 @@
-//! A program that serves, up to its end.
+//! A serving program, up to its shutdown.
 
 use std::{fmt, future::pending, pin::pin, sync::Arc, time::Duration};
 
@@ -9,7 +9,7 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use super::{Addresses, Ending, Endpoints, Served, StartError, outlook::Outlook, shared::Shared};
+use super::{Addresses, Ending, Endpoints, Served, StartError, outcomes::Outcomes, shared::Shared};
 use crate::{
     admin::Admin,
     credential::CredentialCell,
@@ -22,13 +22,13 @@ use crate::{
     upstream::Refusal,
 };
 
-/// How long helpers (the health port, the notes page) may take to end once no client is left.
-const HELPERS_END: Duration = Duration::from_secs(2);
+/// Timeout for helpers (the health port, the notes page) to end after the last client.
+const HELPERS_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// How often an endpoint is asked for by what waits longer than a client.
-const ASK_EVERY: Duration = Duration::from_secs(1);
-/// How long a service manager waits for the first result of the look-ups.
-const KNOWN_WITHIN: Duration = Duration::from_secs(5);
+/// Pause between attempts of a caller that waits longer than a client.
+const RETRY_PAUSE: Duration = Duration::from_secs(1);
+/// Timeout of a service manager's wait for the first outcome of discovery.
+const DISCOVERY_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// A program that serves.
 pub struct Running {
@@ -38,9 +38,9 @@ pub struct Running {
     pub(super) first: Arc<Served>,
     pub(super) health: Arc<Health>,
     pub(super) http: Option<Admin>,
-    pub(super) asked: CancellationToken,
+    pub(super) end_requested: CancellationToken,
     pub(super) ending: watch::Sender<Ending>,
-    pub(super) outlook: Outlook,
+    pub(super) outcomes: Outcomes,
     pub(super) run_connection_test: bool,
     pub(super) log: Option<LogHandle>,
     pub(super) notifier: Notifier,
@@ -75,12 +75,12 @@ impl Running {
         &self.shared.endpoints
     }
 
-    /// The tasks that run now: sessions, and everything else.
+    /// The numbers of running tasks: clients, and helpers.
     pub fn tasks(&self) -> (usize, usize) {
         (self.shared.clients.len(), self.shared.helpers.len())
     }
 
-    /// How long work under way may go on at the end.
+    /// How long active work may continue in a shutdown.
     pub fn grace(&self) -> Duration {
         self.ending.borrow().grace
     }
@@ -90,12 +90,12 @@ impl Running {
         self.ending.borrow().zero_on_sigterm
     }
 
-    /// The first endpoint, for clients on this machine; waits for its look-up as long as `connect_timeout`, also where a
-    /// client would be refused earlier. Cancel safe.
+    /// The first endpoint, for clients on this machine. Waits for its discovery for `connect_timeout`, also if a client
+    /// would be refused earlier. Cancel safe.
     pub async fn target(&self) -> Result<Target, Refusal> {
         let way = self.addresses.endpoints.first().and_then(Bound::way);
         let way = way.ok_or_else(no_way)?;
-        let patience = self
+        let budget = self
             .shared
             .process
             .config
@@ -103,13 +103,13 @@ impl Running {
             .terms
             .limits
             .connect_timeout;
-        let deadline = Instant::now() + patience;
+        let deadline = Instant::now() + budget;
         let upstream = loop {
             let rest = deadline.saturating_duration_since(Instant::now());
             match self.first.sessions.route.upstream(rest).await {
                 Ok(upstream) => break upstream,
-                Err(refusal) if refusal.reason == Reason::Waking && rest > ASK_EVERY => {
-                    sleep(ASK_EVERY).await;
+                Err(refusal) if refusal.reason == Reason::Waking && rest > RETRY_PAUSE => {
+                    sleep(RETRY_PAUSE).await;
                 }
                 Err(refusal) => return Err(refusal),
             }
@@ -126,21 +126,21 @@ impl Running {
         })
     }
 
-    /// Waits until it is known whether waiting for the endpoints makes sense; fails if none of them can be used.
+    /// Waits for the first outcome of discovery; fails if no endpoint can be used.
     ///
-    /// With `--run-connection-test`: logs in once at every endpoint, as a client would, and counts as started only then.
-    /// An endpoint that wakes is waited for, as long as a client waits.
+    /// With `--run-connection-test`: logs in once at every endpoint, waiting for a wake as long as a client does, and
+    /// reports startup only then.
     pub async fn ready(&self) -> Result<(), StartError> {
         if !self.run_connection_test {
-            // A workspace that does not answer must not make the service manager wait: clients are served.
-            if let Ok(known) = timeout(KNOWN_WITHIN, self.outlook.known()).await {
+            // A workspace that does not respond must not delay the service manager: clients are served.
+            if let Ok(known) = timeout(DISCOVERY_TIMEOUT, self.outcomes.known()).await {
                 known?;
             }
             self.notifier.ready();
             return Ok(());
         }
         let mut terms = self.shared.process.config.load_full().terms;
-        // The reason is not needed early, as a client needs it.
+        // Unlike a client, the test can wait for the whole time.
         terms.limits.credential_timeout = terms.limits.connect_timeout;
         let mut logins = JoinSet::new();
         for served in &*self.shared.endpoints.now() {
@@ -159,23 +159,23 @@ impl Running {
         Ok(())
     }
 
-    /// Waits until an endpoint is found; fails if none can be used, which is then why the program ends. Cancel safe.
+    /// Waits until an endpoint is found; fails if none can be used, which ends the program. Cancel safe.
     pub async fn found(&self) -> Result<(), StartError> {
-        self.outlook.found().await
+        self.outcomes.found().await
     }
 
     /// Completes when a shutdown is requested otherwise than by a signal. Cancel safe.
     pub async fn shutdown_requested(&self) {
-        self.asked.cancelled().await;
+        self.end_requested.cancelled().await;
     }
 
-    /// As [`end`](Self::end), but accepts clients for `--min-sigterm-delay` before.
+    /// As [`end`](Self::end), after accepting clients for `--min-sigterm-delay`.
     pub async fn end_after_delay(self, hurry: impl Future<Output = ()>) {
         let mut hurry = pin!(hurry);
         self.notifier.stopping();
         let delay = self.ending.borrow().delay;
         if !delay.is_zero() {
-            tracing::info!(?delay, "told to end; accepting clients a while longer");
+            tracing::info!(?delay, "SIGTERM received; accepting clients for the delay");
             tokio::select! {
                 () = sleep(delay) => {}
                 () = &mut hurry => return self.end_within(Duration::ZERO, pending()).await,
@@ -184,7 +184,7 @@ impl Running {
         self.end(hurry).await;
     }
 
-    /// Refuses new clients, lets work under way finish within the grace time or until `hurry`, then ends what is left.
+    /// Refuses new clients, lets active work finish within the grace time or until `hurry`, then ends the rest.
     pub async fn end(self, hurry: impl Future<Output = ()>) {
         let grace = self.grace();
         self.end_within(grace, hurry).await;
@@ -200,7 +200,7 @@ impl Running {
         self.notifier.stopping();
         self.health.set_draining();
         self.shared.process.shutdown.drain();
-        // The accept loops run until the cut, so that late clients are told why they are refused.
+        // The accept loops run until the cut, so that late clients receive the reason.
         self.shared.clients.close();
         tokio::select! {
             () = self.shared.clients.wait() => {}
@@ -208,7 +208,7 @@ impl Running {
             () = hurry => {}
         }
         self.shared.process.shutdown.cut();
-        let cut = timeout(HELPERS_END, self.shared.clients.wait()).await;
+        let cut = timeout(HELPERS_TIMEOUT, self.shared.clients.wait()).await;
         self.shared.stop.cancel();
         self.shared.helpers.close();
         let http = async {
@@ -217,7 +217,7 @@ impl Running {
             }
         };
         let helpers = async { tokio::join!(self.shared.helpers.wait(), http) };
-        let _ = timeout(HELPERS_END, helpers).await;
+        let _ = timeout(HELPERS_TIMEOUT, helpers).await;
         tracing::info!(complete = cut.is_ok(), "shut down");
     }
 }

@@ -1,4 +1,4 @@
-//! What all endpoints of the process have in common, and the making of one more.
+//! State that all endpoints of the process share.
 
 use std::sync::{Arc, OnceLock};
 
@@ -9,8 +9,8 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use super::{
     StartError,
+    endpoint::{self, BoundEndpoint},
     endpoints::{Endpoints, Served},
-    gate::{self, Gate},
     locate::Access,
     observer::Observer,
 };
@@ -44,18 +44,18 @@ pub(super) struct Shared {
     console: Arc<Console>,
     /// Of the first endpoint; it renders the others with it.
     pub(super) metrics: Arc<Metrics>,
-    /// Run the sessions.
+    /// The runtimes of sessions.
     pub(super) runtimes: Arc<Runtimes>,
-    /// The sessions, and what comes before them.
+    /// Tasks of clients, from accept on.
     pub(super) clients: TaskTracker,
-    /// Everything else.
+    /// All other tasks.
     pub(super) helpers: TaskTracker,
     /// Ends the helpers.
     pub(super) stop: CancellationToken,
     clock: Clock,
-    /// Whether credentials are refreshed only for a client that needs one.
+    /// Whether credentials are refreshed on demand only.
     is_lazy: bool,
-    /// The password that clients must know, for those of our own.
+    /// The password of clients, for our own.
     pub(super) known_password: KnownPassword,
     workspace: OnceLock<Workspace>,
     workspace_settings: WorkspaceSettings,
@@ -167,7 +167,7 @@ impl Shared {
         Ok(shared)
     }
 
-    /// Puts the settings in force that sessions go by.
+    /// Applies the settings of sessions.
     pub(super) fn apply(&self, config: &Config, access: Arc<AccessPolicy>) {
         let session_config = session_config(&config.settings, access);
         self.process.config.store(Arc::new(session_config));
@@ -182,16 +182,16 @@ impl Shared {
         self.console.set_over_tcp(config.settings.admin_console());
     }
 
-    /// One more endpoint, with its listener bound.
-    pub(super) async fn gate(
+    /// Builds an endpoint around its bound listener.
+    pub(super) async fn bound_endpoint(
         &self,
         config: EndpointConfig,
         listener: Listener,
         metrics: Arc<Metrics>,
-    ) -> Result<Gate, StartError> {
+    ) -> Result<BoundEndpoint, StartError> {
         let access = Access::new(&config.credential, || self.workspace())?;
         let its = config.clone();
-        let roots = blocking(move || gate::roots(&its)).await;
+        let roots = blocking(move || endpoint::roots(&its)).await;
         let label = Label::new(config.called());
         let (finder, route) = Route::to(label.clone());
         let closed = self.process.shutdown.cutting().child_token();
@@ -210,7 +210,7 @@ impl Shared {
             },
             stop: self.stop.child_token(),
         };
-        Ok(Gate {
+        Ok(BoundEndpoint {
             served: Arc::new(served),
             access,
             listener,
@@ -218,7 +218,7 @@ impl Shared {
         })
     }
 
-    /// The workspace, which is opened where an endpoint needs one.
+    /// The workspace, opened for the first endpoint that needs it.
     fn workspace(&self) -> Result<Workspace, StartError> {
         if let Some(workspace) = self.workspace.get() {
             return Ok(workspace.clone());

@@ -1,11 +1,11 @@
-//! Setting a bound program going.
+//! Starting a bound program.
 
 use std::{future::pending, sync::Arc, time::Duration};
 
 use tokio::{sync::watch, time::sleep};
 use tokio_util::sync::CancellationToken;
 
-use super::{App, Ending, Running, StartError, outlook::Outlook};
+use super::{App, Ending, Running, StartError, outcomes::Outcomes};
 use crate::{
     admin::{self, Admin, AdminState},
     status::{HttpListener, Registry},
@@ -15,7 +15,7 @@ impl App {
     /// Starts everything.
     pub fn start(self) -> Result<Running, StartError> {
         let Self {
-            gates,
+            bound,
             http,
             notes,
             admin,
@@ -26,7 +26,7 @@ impl App {
             log,
             notifier,
         } = self;
-        let Some(first) = gates.first().map(|gate| Arc::clone(&gate.served)) else {
+        let Some(first) = bound.first().map(|endpoint| Arc::clone(&endpoint.served)) else {
             return Err(StartError::NoEndpoint);
         };
         let (helpers, stop) = (&shared.helpers, &shared.stop);
@@ -41,18 +41,14 @@ impl App {
         };
         let http_listeners = http_listeners.into_iter().filter_map(http_listener);
         shared.observer.http.set(http_listeners.collect()).ok();
-        let heart = (
-            Arc::clone(&health),
-            stop.clone(),
-            Arc::clone(&shared.runtimes),
-        );
+        let (beating, beat_stop) = (Arc::clone(&health), stop.clone());
+        let runtimes = Arc::clone(&shared.runtimes);
         helpers.spawn(async move {
-            let (health, stop, runtimes) = heart;
             let all_respond = || {
                 let runtimes = Arc::clone(&runtimes);
                 async move { runtimes.all_respond().await }
             };
-            health.beat(&stop, all_respond).await;
+            beating.beat(&beat_stop, all_respond).await;
         });
         let http = http
             .map(|listener| {
@@ -71,7 +67,7 @@ impl App {
         if let Some(interval) = notifier.watchdog_interval() {
             let (health, notifier) = (Arc::clone(&health), notifier.clone());
             helpers.spawn(stop.clone().run_until_cancelled_owned(async move {
-                // On the runtime that serves the clients: where that stands still, this does, too.
+                // On the main runtime, so that it stops when that blocks.
                 loop {
                     if health.liveness().is_ok() {
                         notifier.alive();
@@ -86,9 +82,9 @@ impl App {
                 stop.run_until_cancelled(log.summarize()).await;
             });
         }
-        let (reporters, outlook) = Outlook::of(gates.len());
-        for (gate, reporter) in gates.into_iter().zip(reporters) {
-            gate.start(&shared, &notifier, Some(reporter));
+        let (reporters, outcomes) = Outcomes::of(bound.len());
+        for (endpoint, reporter) in bound.into_iter().zip(reporters) {
+            endpoint.start(&shared, &notifier, Some(reporter));
         }
         #[cfg(feature = "notes")]
         if let Some(listener) = notes {
@@ -102,27 +98,34 @@ impl App {
                     options.password = shared.known_password.clone();
                     helpers.spawn(async move {
                         if let Err(error) = crate::notes::serve(listener, options, stop).await {
-                            tracing::error!(%error, "the notes page has ended");
+                            tracing::error!(%error, "the server of the notes page failed");
                         }
                     });
                 }
                 None => tracing::error!(
-                    "the notes page has no way in; hint: name the inherited Unix socket .s.PGSQL.<port>"
+                    "the notes page has no address to connect to; hint: name the inherited Unix socket .s.PGSQL.<port>"
                 ),
             }
         }
         #[cfg(not(feature = "notes"))]
         drop(notes);
-        let asked = CancellationToken::new();
+        let end_requested = CancellationToken::new();
         if let Some(listener) = admin {
-            helpers.spawn(admin::quit::serve(listener, asked.clone(), stop.clone()));
+            helpers.spawn(admin::quit::serve(
+                listener,
+                end_requested.clone(),
+                stop.clone(),
+            ));
         }
         let ending = watch::Sender::new(ending);
-        let (idle, over) = (asked.clone(), stop.clone());
+        let (idle, over) = (end_requested.clone(), stop.clone());
         let until_idle = until_idle(shared.registry.clone(), ending.subscribe());
         helpers.spawn(async move {
             if let Some(time) = over.run_until_cancelled(until_idle).await {
-                tracing::info!(?time, "no client for this long; ending (--exit-when-idle)");
+                tracing::info!(
+                    ?time,
+                    "no client for this time; shutting down (--exit-when-idle)"
+                );
                 idle.cancel();
             }
         });
@@ -144,9 +147,9 @@ impl App {
             first,
             health,
             http,
-            asked,
+            end_requested,
             ending,
-            outlook,
+            outcomes,
             run_connection_test,
             log,
             notifier,
@@ -154,7 +157,7 @@ impl App {
     }
 }
 
-/// Returns when there has been no client for as long as the settings say, if they do. Cancel safe.
+/// Returns after the idle time of the settings without a session; never without one. Cancel safe.
 async fn until_idle(registry: Registry, mut ending: watch::Receiver<Ending>) -> Duration {
     loop {
         let when_idle = ending.borrow_and_update().when_idle;

@@ -55,10 +55,10 @@ pub(super) async fn request(
 ) -> Result<Answer, RequestError> {
     let exchange = async {
         let mut stream = TcpStream::connect(address).await?;
-        let request = format!(
+        let head = format!(
             "{method} {path} HTTP/1.1\r\nhost: {address}\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
         );
-        stream.write_all(request.as_bytes()).await?;
+        stream.write_all(head.as_bytes()).await?;
         let mut answer = Vec::new();
         stream.take(ANSWER_LIMIT).read_to_end(&mut answer).await?;
         Ok(answer)
@@ -87,7 +87,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_an_http_answer_is_one() {
+    fn only_an_http_response_is_parsed() {
         let answer = parse("HTTP/1.1 503 Service Unavailable\r\nvary: accept\r\n\r\nerror\n");
         assert_eq!(
             answer,

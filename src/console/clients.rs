@@ -1,4 +1,4 @@
-//! Bounds the console's clients without letting idle ones lock out others.
+//! Limits the console's clients; idle ones give way.
 
 use std::{
     collections::BTreeMap,
@@ -8,7 +8,7 @@ use std::{
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-/// Clients at a time; one more takes the place of the one that has been idle the longest.
+/// Maximum number of clients; one more evicts the one that has been idle longest.
 pub(super) const CLIENTS: usize = 32;
 
 /// The console's clients; cheap to clone.
@@ -18,26 +18,26 @@ pub(super) struct Clients(Arc<Mutex<State>>);
 #[derive(Debug, Default)]
 struct State {
     next: u64,
-    places: BTreeMap<u64, (Instant, CancellationToken)>,
+    permits: BTreeMap<u64, (Instant, CancellationToken)>,
 }
 
-/// A client's place, given back when dropped.
+/// A client's permit, returned when dropped.
 #[derive(Debug)]
-pub(super) struct Place {
+pub(super) struct ClientPermit {
     clients: Clients,
     number: u64,
-    /// Cancelled when another client takes the place.
+    /// Cancelled when another client evicts this one.
     pub(super) evicted: CancellationToken,
 }
 
 impl Clients {
-    /// A place for one more.
-    pub(super) fn enter(&self) -> Place {
+    /// A permit for one more client.
+    pub(super) fn enter(&self) -> ClientPermit {
         let mut state = self.state();
-        if state.places.len() >= CLIENTS {
-            let idle = state.places.iter().min_by_key(|(_, (seen, _))| *seen);
+        if state.permits.len() >= CLIENTS {
+            let idle = state.permits.iter().min_by_key(|(_, (seen, _))| *seen);
             let idle = idle.map(|(number, _)| *number);
-            if let Some((_, evicted)) = idle.and_then(|number| state.places.remove(&number)) {
+            if let Some((_, evicted)) = idle.and_then(|number| state.permits.remove(&number)) {
                 evicted.cancel();
             }
         }
@@ -45,9 +45,9 @@ impl Clients {
         state.next = number.wrapping_add(1);
         let evicted = CancellationToken::new();
         state
-            .places
+            .permits
             .insert(number, (Instant::now(), evicted.clone()));
-        Place {
+        ClientPermit {
             clients: self.clone(),
             number,
             evicted,
@@ -59,18 +59,18 @@ impl Clients {
     }
 }
 
-impl Place {
-    /// The client has sent something.
+impl ClientPermit {
+    /// Records a message of the client.
     pub(super) fn touch(&self) {
-        if let Some((seen, _)) = self.clients.state().places.get_mut(&self.number) {
+        if let Some((seen, _)) = self.clients.state().permits.get_mut(&self.number) {
             *seen = Instant::now();
         }
     }
 }
 
-impl Drop for Place {
+impl Drop for ClientPermit {
     fn drop(&mut self) {
-        self.clients.state().places.remove(&self.number);
+        self.clients.state().permits.remove(&self.number);
     }
 }
 
@@ -83,19 +83,19 @@ mod tests {
     use super::*;
 
     #[tokio::test(start_paused = true)]
-    async fn one_more_takes_the_place_of_the_one_idle_longest() {
+    async fn one_more_client_evicts_the_one_idle_longest() {
         let clients = Clients::default();
-        let mut places = Vec::new();
+        let mut permits = Vec::new();
         for _ in 0..CLIENTS {
-            places.push(clients.enter());
+            permits.push(clients.enter());
             advance(Duration::from_secs(1)).await;
         }
-        places[0].touch();
+        permits[0].touch();
         let one_more = clients.enter();
-        let evicted = |place: &Place| place.evicted.is_cancelled();
-        assert!(evicted(&places[1]), "the second has been idle the longest");
-        assert_eq!(places.iter().filter(|place| evicted(place)).count(), 1);
-        drop((places, one_more));
-        assert!(clients.state().places.is_empty());
+        let evicted = |place: &ClientPermit| place.evicted.is_cancelled();
+        assert!(evicted(&permits[1]), "the second has been idle the longest");
+        assert_eq!(permits.iter().filter(|place| evicted(place)).count(), 1);
+        drop((permits, one_more));
+        assert!(clients.state().permits.is_empty());
     }
 }

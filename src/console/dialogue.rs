@@ -1,4 +1,4 @@
-//! The console's side of the protocol, simple and extended, without I/O: a message in, answers out.
+//! The simple and the extended protocol of the console, without I/O: takes a message, appends the responses.
 
 use std::collections::HashMap;
 
@@ -19,37 +19,36 @@ use crate::protocol::{
     rows::{Column, Formats, Value, data_row, row_description},
 };
 
-/// Prepared statements that one client may keep.
+/// Prepared statements per client.
 const STATEMENTS: usize = 100;
-/// Portals, each of which may hold a row for every session.
+/// Portals per client; each may hold a row for every session.
 const PORTALS: usize = 10;
-/// Statements in one query, whose answers are made at once.
+/// Statements per query, whose responses are built together.
 const AT_ONCE: usize = 16;
 
-/// Whether there is more to say.
+/// Whether the connection continues.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Next {
-    /// The client has said goodbye.
+    /// The client has sent Terminate.
     End,
-    /// It may go on.
-    Listen,
+    Continue,
 }
 
-/// One client's conversation.
+/// The protocol state of one client.
 pub(super) struct Dialogue<R> {
     /// Reads the rows of a table.
     rows: R,
     statements: HashMap<String, Option<Statement>>,
     portals: HashMap<String, Portal>,
     transaction: TransactionStatus,
-    /// After an error everything up to the next Sync is passed over.
+    /// After an error, messages up to the next Sync are skipped.
     skipping: bool,
 }
 
 struct Portal {
     statement: Option<Statement>,
     formats: Formats,
-    /// What is left to send, once it has been executed.
+    /// The rows left to send, after the first Execute.
     left: Option<std::vec::IntoIter<Vec<Value>>>,
 }
 
@@ -64,9 +63,9 @@ impl<R: Fn(&Table) -> Rows> Dialogue<R> {
         }
     }
 
-    /// Answers one message.
-    pub(super) fn hear(&mut self, said: &Message, out: &mut BytesMut) -> Next {
-        match said.tag {
+    /// Appends the responses to one message.
+    pub(super) fn handle(&mut self, message: &Message, out: &mut BytesMut) -> Next {
+        match message.tag {
             tag::TERMINATE => return Next::End,
             tag::SYNC => {
                 self.skipping = false;
@@ -77,20 +76,20 @@ impl<R: Fn(&Table) -> Rows> Dialogue<R> {
             }
             _ if self.skipping => {}
             tag::QUERY => {
-                if let Err(report) = self.simple(said.body(), out) {
+                if let Err(report) = self.simple(message.body(), out) {
                     self.fail(&report, out);
                 }
                 self.portals.remove("");
                 ready_for_query(out, self.transaction);
             }
             _ => {
-                if let Err(report) = self.extended(said, out) {
+                if let Err(report) = self.extended(message, out) {
                     self.fail(&report, out);
                     self.skipping = true;
                 }
             }
         }
-        Next::Listen
+        Next::Continue
     }
 
     fn fail(&mut self, report: &Report, out: &mut BytesMut) {
@@ -130,9 +129,9 @@ impl<R: Fn(&Table) -> Rows> Dialogue<R> {
         Ok(())
     }
 
-    fn extended(&mut self, said: &Message, out: &mut BytesMut) -> Result<(), Report> {
-        let mut body = said.body();
-        match said.tag {
+    fn extended(&mut self, message: &Message, out: &mut BytesMut) -> Result<(), Report> {
+        let mut body = message.body();
+        match message.tag {
             b'P' => {
                 let name = string(&mut body)?.to_owned();
                 let query = string(&mut body)?;
@@ -171,8 +170,7 @@ impl<R: Fn(&Table) -> Rows> Dialogue<R> {
                 }
                 encode(&CloseComplete::new(), out);
             }
-            // Flush: everything said is sent at once anyway. And what is left of a COPY, or a password that nobody
-            // asked for: Postgres passes over them, too.
+            // Flush: responses are sent at once anyway. Postgres skips leftovers of a COPY and unexpected passwords too.
             b'H' | b'd' | tag::COPY_DONE | tag::COPY_FAIL | tag::PASSWORD => {}
             tag::FUNCTION_CALL => {
                 return Err(Report::new(
@@ -212,7 +210,7 @@ impl<R: Fn(&Table) -> Rows> Dialogue<R> {
         let formats = Formats::new(&formats, columns(statement).len()).ok_or_else(|| {
             Report::new(
                 sqlstate::PROTOCOL_VIOLATION,
-                "bind message asks for result formats that the columns do not have",
+                "bind message requests result formats that the columns do not have",
             )
         })?;
         let bound = Portal {
@@ -280,7 +278,7 @@ impl<R: Fn(&Table) -> Rows> Dialogue<R> {
         Ok(())
     }
 
-    /// The command tag of a statement that is done, and what becomes of the transaction.
+    /// Completes a statement: its command tag, and its effect on the transaction.
     fn complete(&mut self, statement: Statement) -> Result<&'static str, Report> {
         self.check_transaction(statement)?;
         Ok(match statement {
@@ -378,13 +376,16 @@ mod tests {
         Dialogue::new(|_| (1..=3).map(|n| vec![Value::Number(n)]).collect())
     }
 
-    fn say(dialogue: &mut Dialogue<Fixed>, said: &[(u8, &[u8])]) -> (String, Vec<ErrorFields>) {
+    fn send(
+        dialogue: &mut Dialogue<Fixed>,
+        messages: &[(u8, &[u8])],
+    ) -> (String, Vec<ErrorFields>) {
         let (mut input, mut out) = (BytesMut::new(), BytesMut::new());
-        for (tag, body) in said {
+        for (tag, body) in messages {
             input.extend_from_slice(&frame(*tag, body));
         }
         while let Some(message) = take_message(&mut input, 100_000).unwrap() {
-            assert_eq!(dialogue.hear(&message, &mut out), Next::Listen);
+            assert_eq!(dialogue.handle(&message, &mut out), Next::Continue);
         }
         let (mut tags, mut errors) = (String::new(), Vec::new());
         while let Some(message) = take_message(&mut out, 100_000).unwrap() {
@@ -403,27 +404,27 @@ mod tests {
     #[test]
     fn a_simple_query_may_hold_several_statements_and_stops_at_the_first_error() {
         let mut dialogue = fixed();
-        let (tags, _) = say(&mut dialogue, &[(b'Q', b"SHOW STATS; show version;\0")]);
+        let (tags, _) = send(&mut dialogue, &[(b'Q', b"SHOW STATS; show version;\0")]);
         assert_eq!(tags, "TDDDCTDDDCZ");
-        let (tags, errors) = say(&mut dialogue, &[(b'Q', b"SHOW STATS; no; SHOW STATS\0")]);
+        let (tags, errors) = send(&mut dialogue, &[(b'Q', b"SHOW STATS; no; SHOW STATS\0")]);
         assert_eq!(tags, "TDDDCEZ");
         assert_eq!(errors[0].severity, "ERROR");
-        assert_eq!(say(&mut dialogue, &[(b'Q', b" ; \0")]).0, "IZ");
+        assert_eq!(send(&mut dialogue, &[(b'Q', b" ; \0")]).0, "IZ");
     }
 
     #[test]
-    fn one_query_and_one_client_can_only_ask_for_so_much() {
+    fn statements_of_a_query_and_portals_of_a_client_are_limited() {
         let mut dialogue = fixed();
         let query = |count: usize| format!("{}\0", "SHOW STATS;".repeat(count)).into_bytes();
-        let (tags, _) = say(&mut dialogue, &[(b'Q', &query(AT_ONCE))]);
+        let (tags, _) = send(&mut dialogue, &[(b'Q', &query(AT_ONCE))]);
         assert_eq!(tags.matches('C').count(), AT_ONCE);
-        let (tags, errors) = say(&mut dialogue, &[(b'Q', &query(AT_ONCE + 1))]);
+        let (tags, errors) = send(&mut dialogue, &[(b'Q', &query(AT_ONCE + 1))]);
         assert_eq!((tags.as_str(), errors[0].code.as_str()), ("EZ", "54000"));
 
-        say(&mut dialogue, &[(b'Q', b"BEGIN\0"), PARSE]);
+        send(&mut dialogue, &[(b'Q', b"BEGIN\0"), PARSE]);
         for portal in 0..=PORTALS {
             let bind = format!("p{portal}\0s\0\0\0\0\0\0\0").into_bytes();
-            let (tags, _) = say(&mut dialogue, &[(b'B', &bind), SYNC]);
+            let (tags, _) = send(&mut dialogue, &[(b'B', &bind), SYNC]);
             assert_eq!(tags, if portal < PORTALS { "2Z" } else { "EZ" });
         }
     }
@@ -431,7 +432,7 @@ mod tests {
     #[test]
     fn a_statement_can_be_prepared_described_and_run_in_pieces() {
         let mut dialogue = fixed();
-        let (tags, errors) = say(
+        let (tags, errors) = send(
             &mut dialogue,
             &[
                 PARSE,
@@ -448,9 +449,9 @@ mod tests {
     }
 
     #[test]
-    fn after_an_error_everything_is_passed_over_up_to_the_sync() {
+    fn after_an_error_messages_are_skipped_up_to_sync() {
         let mut dialogue = fixed();
-        let (tags, errors) = say(
+        let (tags, errors) = send(
             &mut dialogue,
             &[
                 (b'P', b"\0SELECT 1\0\0\0"),
@@ -473,7 +474,7 @@ mod tests {
             input.extend_from_slice(&frame(b'Q', query));
             let message = take_message(&mut input, 1000).unwrap().unwrap();
             let mut out = BytesMut::new();
-            dialogue.hear(&message, &mut out);
+            dialogue.handle(&message, &mut out);
             char::from(*out.last().unwrap())
         };
         assert_eq!(status(b"BEGIN\0"), 'T');
@@ -485,8 +486,8 @@ mod tests {
     }
 
     #[test]
-    fn what_does_not_exist_or_makes_no_sense_is_said() {
-        for (said, code) in [
+    fn invalid_messages_are_reported() {
+        for (message, code) in [
             ((b'B', &b"\0t\0\0\0\0\0\0\0"[..]), "26000"),
             ((b'E', b"p\0\0\0\0\0"), "34000"),
             ((b'D', b"Pp\0"), "34000"),
@@ -499,33 +500,33 @@ mod tests {
             ((b'F', b""), "0A000"),
         ] {
             let mut dialogue = fixed();
-            let (tags, errors) = say(&mut dialogue, &[PARSE, said, SYNC]);
-            assert_eq!(tags, "1EZ", "{said:?}");
-            assert_eq!(errors[0].code, code, "{said:?}");
+            let (tags, errors) = send(&mut dialogue, &[PARSE, message, SYNC]);
+            assert_eq!(tags, "1EZ", "{message:?}");
+            assert_eq!(errors[0].code, code, "{message:?}");
         }
     }
 
     #[test]
-    fn a_client_cannot_fill_the_memory_with_statements() {
+    fn prepared_statements_of_a_client_are_limited() {
         let mut dialogue = fixed();
         let mut last = Vec::new();
         for number in 0..=STATEMENTS {
             let body = format!("s{number}\0SHOW STATS\0\0\0");
-            last = say(&mut dialogue, &[(b'P', body.as_bytes()), SYNC]).1;
+            last = send(&mut dialogue, &[(b'P', body.as_bytes()), SYNC]).1;
         }
         assert_eq!(last[0].code, "54000");
     }
 
     proptest! {
         #[test]
-        fn no_bytes_make_it_panic(messages in prop::collection::vec((any::<u8>(), prop::collection::vec(any::<u8>(), 0..40)), 0..20)) {
+        fn arbitrary_messages_cause_no_panic(messages in prop::collection::vec((any::<u8>(), prop::collection::vec(any::<u8>(), 0..40)), 0..20)) {
             let mut dialogue = fixed();
             let mut out = BytesMut::new();
             for (tag, body) in messages {
                 let mut input = BytesMut::new();
                 input.extend_from_slice(&frame(tag, &body));
                 if let Ok(Some(message)) = take_message(&mut input, 10_000) {
-                    dialogue.hear(&message, &mut out);
+                    dialogue.handle(&message, &mut out);
                 }
             }
         }

@@ -1,4 +1,4 @@
-//! Opened to tests/fuzz: one client's conversation with the console.
+//! For tests/fuzz: the protocol of one client of the console.
 
 use bytes::BytesMut;
 
@@ -16,7 +16,7 @@ pub fn conversation(data: &[u8]) {
     let mut input = BytesMut::from(data);
     while let Ok(Some(message)) = take_message(&mut input, 10_000) {
         let mut out = BytesMut::new();
-        if dialogue.hear(&message, &mut out) == Next::End {
+        if dialogue.handle(&message, &mut out) == Next::End {
             assert_eq!(message.tag, tag::TERMINATE);
             return;
         }

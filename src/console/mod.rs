@@ -1,17 +1,17 @@
-//! The console: the proxy answers `SHOW CLIENTS` and its kin as if it were a database, to psql or any driver.
+//! The console: answers SHOW commands over the Postgres protocol, for psql, drivers and PgBouncer's exporter.
 //!
-//! `psql lakebase_proxy`, or `pgbouncer` for those whose scripts say so. It only shows, for ever: whatever can be changed
-//! is changed in the configuration or by a signal. It reads what the process knows of itself and asks nobody, so that it
-//! works while the endpoint sleeps and while no credential can be had, which is when it is needed.
+//! `psql lakebase_proxy`, or `pgbouncer` for scripts written for that. The console is read-only: changes belong in the
+//! configuration or are made by a signal. It reads the process's own state and sends nothing, so that it works while the
+//! endpoint sleeps and while no credential can be minted.
 //!
-//! | who | may |
+//! | client | access |
 //! |---|---|
-//! | a Unix-socket client of our own user, or of root | always |
-//! | a TCP client on this machine | with `--admin-console` |
-//! | anybody else | not; the name is then a database of the endpoint, like any other |
+//! | Unix socket, of our own user or root | always |
+//! | TCP from this machine | with `--admin-console` |
+//! | any other | none; the name is then a database of the endpoint |
 //!
-//! Its clients need no permit (it must answer when all are taken, and is bounded by itself), are in no list, and do not
-//! keep the program from ending when idle.
+//! Its clients have a limit of their own, since it must answer when all connections are used; they are in no list and do
+//! not count as activity for the idle exit.
 
 mod clients;
 mod dialogue;
@@ -33,10 +33,9 @@ use std::{
 
 use bytes::BytesMut;
 use tokio::{
-    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
+    io::{AsyncReadExt, AsyncWrite, AsyncWriteExt},
     time::timeout,
 };
-use tokio_util::sync::CancellationToken;
 
 use self::{
     clients::{CLIENTS, Clients},
@@ -49,17 +48,17 @@ use crate::{
         frame::{FrameError, take_message},
         startup::{CancelKey, StartupMessage},
     },
-    session,
+    session::{self, ConsoleRequest},
     status::{Health, Peer, TakeSnapshot, VERSION},
 };
 
 /// The databases that mean the console.
 const NAMES: [&str; 2] = ["lakebase_proxy", "pgbouncer"];
-/// Longest message, header included; more is nothing that is typed here.
+/// Maximum length of a message, header included.
 const MESSAGE_LIMIT: usize = 64 * 1024;
-/// Answers are written out beyond this, also if more has been asked.
-const ANSWER_CHUNK: usize = 64 * 1024;
-/// How long a client may leave answers unread.
+/// Responses are written when they exceed this, even with further messages to process.
+const RESPONSE_CHUNK: usize = 64 * 1024;
+/// Timeout of one write to a client that does not read.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// The console of one process.
@@ -81,25 +80,9 @@ impl Console {
         }
     }
 
-    /// What keeps the proxy from being ready, if anything does.
-    pub fn readiness(&self) -> Result<(), String> {
-        let verdict = self.health.readiness();
-        if verdict.is_ok() {
-            return Ok(());
-        }
-        Err(verdict.reasons.join("; "))
-    }
-
-    /// Opens it to TCP clients on this machine, or closes it to those that come from now on.
+    /// Enables or disables new TCP clients from this machine.
     pub fn set_over_tcp(&self, open: bool) {
         self.over_tcp.store(open, Ordering::Relaxed);
-    }
-
-    /// Whether that client means the console and may have it. A database that is called like the user is the default of
-    /// a client that names none, and means no console.
-    pub fn is_for(&self, peer: Peer, startup: &StartupMessage) -> bool {
-        let database = startup.parameter("database");
-        is_name(database) && database != startup.parameter("user") && self.is_open_to(peer)
     }
 
     fn is_open_to(&self, peer: Peer) -> bool {
@@ -111,23 +94,18 @@ impl Console {
         }
     }
 
-    /// Answers one client until it leaves or `ending` is cancelled. `received` is what it has sent already, `hello` what
-    /// it is told before its welcome.
-    ///
     /// Not cancel safe.
-    pub async fn serve<S>(
-        &self,
-        client: &mut S,
-        (mut received, mut hello): (BytesMut, BytesMut),
-        startup: &StartupMessage,
-        ending: &CancellationToken,
-    ) -> io::Result<()>
-    where
-        S: AsyncRead + AsyncWrite + Unpin,
-    {
-        let place = self.clients.enter();
+    async fn respond(&self, request: ConsoleRequest<'_>) -> io::Result<()> {
+        let ConsoleRequest {
+            mut client,
+            mut received,
+            negotiation: mut hello,
+            startup,
+            draining,
+        } = request;
+        let permit = self.clients.enter();
         hello.extend_from_slice(&greeting(startup));
-        write(client, &hello).await?;
+        write(&mut client, &hello).await?;
         drop(hello);
         let mut dialogue = Dialogue::new(|table| table.rows(&(self.snapshot)()));
         let mut out = BytesMut::new();
@@ -136,38 +114,38 @@ impl Console {
                 Ok(message) => message,
                 Err(error) => {
                     out.extend_from_slice(&unreadable(&error).encode_fatal());
-                    return write(client, &out).await;
+                    return write(&mut client, &out).await;
                 }
             };
             if let Some(message) = message {
-                place.touch();
-                if dialogue.hear(&message, &mut out) == Next::End {
+                permit.touch();
+                if dialogue.handle(&message, &mut out) == Next::End {
                     return Ok(());
                 }
-                if out.len() < ANSWER_CHUNK {
+                if out.len() < RESPONSE_CHUNK {
                     continue;
                 }
             }
             if !out.is_empty() {
-                write(client, &out).await?;
+                write(&mut client, &out).await?;
                 out.clear();
                 continue;
             }
             let read = tokio::select! {
                 read = client.read_buf(&mut received) => read?,
-                () = place.evicted.cancelled() => {
+                () = permit.evicted.cancelled() => {
                     let report = Report::new(
                         sqlstate::IDLE_SESSION_TIMEOUT,
                         format!("terminating the console connection that has been idle longest of {CLIENTS}"),
                     );
-                    return write(client, &report.encode_fatal()).await;
+                    return write(&mut client, &report.encode_fatal()).await;
                 }
-                () = ending.cancelled() => {
+                () = draining.cancelled() => {
                     let report = Report::new(
                         sqlstate::ADMIN_SHUTDOWN,
                         "terminating connection because lakebase-proxy is shutting down",
                     );
-                    return write(client, &report.encode_fatal()).await;
+                    return write(&mut client, &report.encode_fatal()).await;
                 }
             };
             if read == 0 {
@@ -177,16 +155,11 @@ impl Console {
     }
 }
 
-/// Whether a database of that name would be the console, for whoever may have it.
-pub fn is_name(database: Option<&str>) -> bool {
-    database.is_some_and(|database| NAMES.contains(&database))
-}
-
-/// Everything up to the first question.
-pub(crate) fn greeting(startup: &StartupMessage) -> BytesMut {
+/// AuthenticationOk to ReadyForQuery.
+fn greeting(startup: &StartupMessage) -> BytesMut {
     let mut status = BytesMut::new();
     for (name, value) in [
-        // As old a server as every psql speaks to without a warning about it.
+        // Every psql accepts a server this old without a warning.
         ("server_version", format!("10.0 (lakebase-proxy {VERSION})")),
         ("server_encoding", "UTF8".to_owned()),
         ("client_encoding", "UTF8".to_owned()),
@@ -210,7 +183,7 @@ pub(crate) fn greeting(startup: &StartupMessage) -> BytesMut {
     ] {
         parameter_status(&mut status, name, &value);
     }
-    // There is nothing to cancel.
+    // Random: there is nothing to cancel.
     let key = CancelKey {
         process_id: rand::random(),
         secret: rand::random(),
@@ -223,7 +196,7 @@ fn unreadable(error: &FrameError) -> Report {
         FrameError::TooLong { .. } => Report::new(
             sqlstate::PROGRAM_LIMIT,
             format!(
-                "the console of lakebase-proxy takes statements of {} kB",
+                "the console of lakebase-proxy accepts statements of up to {} kB",
                 MESSAGE_LIMIT / 1024
             ),
         ),
@@ -244,16 +217,23 @@ async fn write<S: AsyncWrite + Unpin>(stream: &mut S, bytes: &[u8]) -> io::Resul
 }
 
 impl session::Console for Console {
+    /// libpq sends the user as database when none is given, which does not select the console.
     fn accepts(&self, peer: Peer, startup: &StartupMessage) -> bool {
-        self.is_for(peer, startup)
+        let database = startup.parameter("database");
+        self.is_named(startup) && database != startup.parameter("user") && self.is_open_to(peer)
     }
 
     fn is_named(&self, startup: &StartupMessage) -> bool {
-        is_name(startup.parameter("database"))
+        let database = startup.parameter("database");
+        database.is_some_and(|database| NAMES.contains(&database))
     }
 
     fn readiness(&self) -> Result<(), String> {
-        self.readiness()
+        let verdict = self.health.readiness();
+        if verdict.is_ok() {
+            return Ok(());
+        }
+        Err(verdict.reasons.join("; "))
     }
 
     fn greeting(&self, startup: &StartupMessage) -> BytesMut {
@@ -262,19 +242,9 @@ impl session::Console for Console {
 
     fn serve<'a>(
         &'a self,
-        request: session::ConsoleRequest<'a>,
+        request: ConsoleRequest<'a>,
     ) -> Pin<Box<dyn Future<Output = io::Result<()>> + Send + 'a>> {
-        let session::ConsoleRequest {
-            mut client,
-            received,
-            negotiation,
-            startup,
-            draining,
-        } = request;
-        Box::pin(async move {
-            self.serve(&mut client, (received, negotiation), startup, draining)
-                .await
-        })
+        Box::pin(self.respond(request))
     }
 }
 
@@ -291,8 +261,9 @@ mod tests {
     use std::net::SocketAddr;
 
     use super::*;
+
     #[test]
-    fn it_is_for_our_own_user_and_root_and_by_tcp_for_this_machine_where_that_is_asked_for() {
+    fn access_is_for_our_user_and_root_and_for_local_tcp_if_enabled() {
         let health = Arc::new(Health::new(|| Ok(())));
         let console = Console::new(Arc::new(|| unreachable!()), health);
         let unix = |uid| Peer::Unix { uid, pid: None };

@@ -1,12 +1,12 @@
-//! What can be said to the console, and what it answers to the rest.
+//! The statements of the console, and the errors for all others.
 
 use super::tables::Table;
 use crate::protocol::error::{Report, sqlstate};
 
-/// As much of a statement as an error repeats.
+/// Characters of a statement that an error quotes.
 const QUOTED: usize = 40;
 
-/// A statement that is understood.
+/// A statement of the console.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Statement {
     /// SHOW with a table.
@@ -19,7 +19,7 @@ pub(super) enum Statement {
     Accepted(&'static str),
 }
 
-/// Settings of a session that drivers set by habit; they are of no effect here.
+/// Session settings that drivers set by default; they have no effect here.
 const SESSION_SETTINGS: &[&str] = &[
     "application_name",
     "bytea_output",
@@ -42,7 +42,7 @@ const SESSION_SETTINGS: &[&str] = &[
     "transaction",
 ];
 
-/// What PgBouncer's console does and this one never will, each with the way to it.
+/// Commands of PgBouncer's console that this one does not have, each with an alternative.
 const COMMANDS: &[(&str, &str)] = &[
     (
         "disable",
@@ -62,7 +62,7 @@ const COMMANDS: &[(&str, &str)] = &[
     ),
     (
         "pause",
-        "Clients are held by themselves while the endpoint is away.",
+        "Clients wait by themselves while the endpoint is unavailable.",
     ),
     (
         "reconnect",
@@ -78,7 +78,7 @@ const COMMANDS: &[(&str, &str)] = &[
     ("wait_close", "Nothing is ever paused."),
 ];
 
-/// Statements of Postgres that somebody may take the console for.
+/// SQL statements, which get a hint of their own.
 const SQL: &[&str] = &[
     "alter",
     "analyze",
@@ -118,7 +118,7 @@ const SQL: &[&str] = &[
     "with",
 ];
 
-/// The statements in a query string, comments included; those between nothing and nothing are left out.
+/// Splits a query string into statements, comments included; empty ones are left out.
 pub(super) fn split(query: &str) -> Vec<&str> {
     let mut parts = Vec::new();
     let (mut begin, mut state) = (0, Lexer::Plain);
@@ -138,7 +138,7 @@ pub(super) fn split(query: &str) -> Vec<&str> {
     parts
 }
 
-/// Reads one statement; `None` for one that says nothing.
+/// Parses one statement; `None` for an empty one.
 pub(super) fn parse(statement: &str) -> Result<Option<Statement>, Report> {
     let words = words(statement);
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
@@ -154,7 +154,7 @@ pub(super) fn parse(statement: &str) -> Result<Option<Statement>, Report> {
         ["set", "session" | "local", name, ..] | ["set", name, ..] => {
             if !SESSION_SETTINGS.contains(&name) {
                 return Err(read_only("SET").with_hint(
-                    "Change the setting where the proxy has it from (SHOW CONFIG names them) and reload.",
+                    "Change the setting at its source (SHOW CONFIG shows it) and reload.",
                 ));
             }
             Statement::Accepted("SET")
@@ -169,7 +169,7 @@ pub(super) fn parse(statement: &str) -> Result<Option<Statement>, Report> {
                     format!("the console of lakebase-proxy runs no SQL: `{}`", quoted(statement)),
                 )
                 .with_hint(
-                    "SHOW HELP lists what there is. For SQL, connect to a database of the endpoint, as in `psql -d databricks_postgres`.",
+                    "SHOW HELP lists the commands. For SQL, connect to a database of the endpoint, as in `psql -d databricks_postgres`.",
                 ));
             }
             return Err(unknown(statement));
@@ -186,7 +186,7 @@ fn unknown(statement: &str) -> Report {
             quoted(statement)
         ),
     )
-    .with_hint("SHOW HELP lists what there is.")
+    .with_hint("SHOW HELP lists the commands.")
 }
 
 fn read_only(what: &str) -> Report {
@@ -205,7 +205,7 @@ fn quoted(statement: &str) -> String {
     }
 }
 
-/// The words of a statement in lower case, without comments; quotes and signs count as ends of words.
+/// The words of a statement in lower case, without comments.
 fn words(statement: &str) -> Vec<String> {
     let mut words = vec![String::new()];
     let (mut state, mut previous) = (Lexer::Plain, ' ');
@@ -214,7 +214,7 @@ fn words(statement: &str) -> Vec<String> {
         state = state.next(previous, character);
         previous = character;
         let is_code = before == Lexer::Plain && state == Lexer::Plain;
-        // The first character of a comment has been taken for code.
+        // The first character of a comment was taken for code.
         if matches!(state, Lexer::Line | Lexer::Block)
             && before == Lexer::Plain
             && let Some(word) = words.last_mut()
@@ -242,7 +242,7 @@ fn words(statement: &str) -> Vec<String> {
     words
 }
 
-/// Where in a statement we are.
+/// The lexical state within a statement.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Lexer {
     Plain,
@@ -279,7 +279,7 @@ mod tests {
     }
 
     #[test]
-    fn a_show_is_understood_however_it_is_written() {
+    fn a_show_is_recognized_in_any_notation() {
         for statement in [
             "SHOW CLIENTS",
             "show clients;",
@@ -298,7 +298,7 @@ mod tests {
     }
 
     #[test]
-    fn several_statements_are_told_apart() {
+    fn several_statements_are_split() {
         assert_eq!(
             split("SHOW STATS; -- a;b\n SHOW ';' ;; SHOW \"a;b\""),
             ["SHOW STATS", " -- a;b\n SHOW ';' ", " SHOW \"a;b\""]
@@ -328,7 +328,7 @@ mod tests {
     }
 
     #[test]
-    fn sql_is_refused_and_says_where_it_belongs() {
+    fn sql_is_refused_with_a_hint() {
         let report = refused("SELECT pg_catalog.pg_get_userbyid(relowner)\nFROM pg_class");
         assert_eq!(report.sqlstate, "0A000");
         let message = &report.message;
@@ -340,7 +340,7 @@ mod tests {
     }
 
     #[test]
-    fn what_makes_no_sense_is_a_syntax_error() {
+    fn an_unknown_statement_is_a_syntax_error() {
         for statement in [
             "SHOW",
             "SHOW POODLES",
@@ -352,13 +352,13 @@ mod tests {
             assert_eq!(report.sqlstate, "42601", "{statement}");
             assert_eq!(
                 report.hint.as_deref(),
-                Some("SHOW HELP lists what there is.")
+                Some("SHOW HELP lists the commands.")
             );
         }
     }
 
     #[test]
-    fn what_drivers_say_by_habit_is_let_pass() {
+    fn default_statements_of_drivers_are_accepted() {
         for (statement, parsed) in [
             ("BEGIN", "Begin"),
             ("START TRANSACTION READ ONLY", "Begin"),
@@ -380,7 +380,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_text_makes_it_panic(text: String) {
+        fn arbitrary_text_causes_no_panic(text: String) {
             for part in split(&text) {
                 let _ = parse(part);
             }

@@ -646,7 +646,7 @@ async fn a_hundred_hangups_under_load_leave_no_descriptor_behind() {
         );
         reload(&mut binary, &format!("max_connections = 50\n{base}")).await;
         if round == 0 {
-            binary.until("its last session has gone").await;
+            binary.until("after its last session ended").await;
             before = descriptors(binary.process());
         }
     }

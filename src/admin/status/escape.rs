@@ -1,4 +1,4 @@
-//! How the page's template escapes what it is given: as HTML, and what is hidden or reorders the text is spelt out.
+//! Escaping in the page's template: HTML, and characters that are invisible or reorder text.
 
 use std::fmt;
 

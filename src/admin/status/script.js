@@ -1,10 +1,10 @@
 "use strict";
 
-// Brings the page up to date every two seconds while somebody looks: fetches it anew and changes what differs, so that
-// focus, selection and scroll stay where they are.
+// Refreshes the page every two seconds while it is visible: fetches it and changes what differs, which keeps focus,
+// selection and scroll position.
 (() => {
   const PAUSE = 2000;
-  const PATIENCE = 5000;
+  const TIMEOUT = 5000;
   const live = document.getElementById("live");
   let timer;
 
@@ -31,7 +31,7 @@
     before.slice(after.length).forEach((node) => node.remove());
   };
 
-  const say = (state, text) => {
+  const show = (state, text) => {
     live.dataset.state = state;
     if (live.textContent !== text) live.textContent = text;
   };
@@ -43,16 +43,16 @@
       const answer = await fetch("/", {
         cache: "no-store",
         headers: { accept: "text/html" },
-        signal: AbortSignal.timeout(PATIENCE),
+        signal: AbortSignal.timeout(TIMEOUT),
       });
       if (!answer.ok) throw new Error(answer.statusText);
       const page = new DOMParser().parseFromString(await answer.text(), "text/html");
       morph(document.getElementById("page"), page.getElementById("page"));
       document.title = page.title;
-      say("live", "Live");
+      show("live", "Live");
     } catch {
       if (live.dataset.state !== "lost") {
-        say("lost", `No answer since ${new Date().toISOString().slice(11, 19)} UTC`);
+        show("lost", `No answer since ${new Date().toISOString().slice(11, 19)} UTC`);
       }
     }
     timer = setTimeout(refresh, PAUSE);
@@ -61,6 +61,6 @@
   document.addEventListener("visibilitychange", () => {
     if (!document.hidden && timer === undefined) refresh();
   });
-  say("live", "Live");
+  show("live", "Live");
   timer = setTimeout(refresh, PAUSE);
 })();

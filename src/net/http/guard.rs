@@ -1,11 +1,10 @@
-//! Keeps other people's web pages away from our ports.
+//! Refuses requests that web pages of other origins cause.
 //!
-//! A browser on this machine can reach loopback, and any page that it shows may try. Three things tell such a request
-//! apart, none of which a page can forge: a `Host` that is not this machine's (DNS rebinding needs a name), an `Origin`
-//! that is not ours, and the fetch metadata that browsers add, but not to requests for an address such as 0.0.0.0, which
-//! leads to loopback as well.
+//! A browser on this machine reaches loopback, and so does any page in it. Three properties that a page cannot forge
+//! identify such a request: a `Host` that does not name this machine (DNS rebinding needs a name), an `Origin` that is not
+//! ours, and fetch metadata, which browsers omit for addresses such as 0.0.0.0 that lead to loopback too.
 //!
-//! That protects what is read. A request with an effect must show its intent as well, see [`check_intent`].
+//! This protects reads. A request with an effect must show its intent as well, see [`check_intent`].
 
 use std::net::IpAddr;
 
@@ -26,7 +25,7 @@ use axum::{
 
 use super::server::Visitor;
 
-/// No scripts, no frames, no forms; styles and images from us alone. A page that needs more says so itself.
+/// No scripts, no frames, no forms; styles and images from us alone. A page that needs more sets its own policy.
 const POLICY: &str = "default-src 'none'; style-src 'self'; img-src 'self'; base-uri 'none'; form-action 'none'; \
                       frame-ancestors 'none'";
 
@@ -73,16 +72,16 @@ pub fn check_intent(request: &Parts) -> Result<(), Response> {
         Method::GET if headers.contains_key(INTENT) && is_rebound() => Err(foreign.into_response()),
         Method::GET if headers.contains_key(INTENT) => Ok(()),
         _ => {
-            let words =
+            let message =
                 "this has an effect: send a POST, or a GET with the header X-Requested-With\n";
-            let refused = (StatusCode::METHOD_NOT_ALLOWED, words);
+            let refused = (StatusCode::METHOD_NOT_ALLOWED, message);
             Err(([(ALLOW, "POST")], refused).into_response())
         }
     }
 }
 
-/// Whether a link or a script of another site leads a browser here, on a listener that only this machine reaches. Elsewhere
-/// a link is how people come, through a reverse proxy that knows them.
+/// Whether a link or a script of another site leads a browser here, on a loopback listener. On others links are normal:
+/// people come through a reverse proxy that authenticates them.
 pub fn is_led_from_another_site(request: &Parts) -> bool {
     let is_local = request.extensions.get() == Some(&Reach::Loopback);
     let site = request.headers.get("sec-fetch-site");
@@ -90,7 +89,7 @@ pub fn is_led_from_another_site(request: &Parts) -> bool {
 }
 
 /// Whether a request was made on this machine, and by a name or address of this machine's. On a listener that others
-/// reach, a page that had its name rebound to a loopback address would else be let in by the address it comes from.
+/// reach, a page that had its name rebound to a loopback address would otherwise be accepted for the address it comes from.
 pub fn is_from_this_machine(request: &Parts) -> bool {
     request
         .extensions
@@ -173,7 +172,7 @@ fn host(request: &Parts) -> Result<Option<Authority>, Refusal> {
 }
 
 /// `localhost` or a loopback address. Other addresses may lead here too, 0.0.0.0 does, but nothing of ours names them, and
-/// browsers do not say whose page asks.
+/// browsers do not send the origin of the page.
 fn is_local(host: &Authority) -> bool {
     match literal(host) {
         Some(ip) => ip.to_canonical().is_loopback(),
@@ -181,7 +180,7 @@ fn is_local(host: &Authority) -> bool {
     }
 }
 
-/// A name that whoever owns it may lead here.
+/// A DNS name, which its owner can point at this machine.
 fn is_name(host: &Authority) -> bool {
     literal(host).is_none() && !host.host().eq_ignore_ascii_case("localhost")
 }
@@ -194,7 +193,7 @@ fn literal(host: &Authority) -> Option<IpAddr> {
     inner.unwrap_or(name).parse().ok()
 }
 
-/// True without an `Origin`, and for one that names the host asked. `null` (sandboxed frames, files) is foreign.
+/// True without an `Origin`, and for one that names the requested host. `null` (sandboxed frames, files) is foreign.
 fn origin_is_ours(headers: &HeaderMap, host: Option<&Authority>) -> bool {
     headers.get_all(ORIGIN).iter().all(|origin| {
         let Ok(origin) = origin.to_str() else {
@@ -210,14 +209,14 @@ fn origin_is_ours(headers: &HeaderMap, host: Option<&Authority>) -> bool {
 }
 
 /// Another site's page (or another port of this machine, which browsers call same-site) making a request of its own.
-/// A link that somebody follows is a navigation and passes, since its page cannot read the answer.
+/// Following a link is a navigation and passes, since the page with the link cannot read the response.
 fn embeds_us(method: &Method, headers: &HeaderMap) -> bool {
-    let says = |name: &str, value: &str| headers.get(name).is_some_and(|field| field == value);
-    if !says("sec-fetch-site", "cross-site") && !says("sec-fetch-site", "same-site") {
+    let has = |name: &str, value: &str| headers.get(name).is_some_and(|field| field == value);
+    if !has("sec-fetch-site", "cross-site") && !has("sec-fetch-site", "same-site") {
         return false;
     }
     let reads = method == Method::GET || method == Method::HEAD;
-    !(reads && says("sec-fetch-mode", "navigate") && says("sec-fetch-dest", "document"))
+    !(reads && has("sec-fetch-mode", "navigate") && has("sec-fetch-dest", "document"))
 }
 
 #[cfg(test)]

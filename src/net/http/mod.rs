@@ -1,6 +1,4 @@
-//! What all of our HTTP servers have in common: bounds, and a guard against pages of other origins.
-//!
-//! Knows nothing of what is served.
+//! The HTTP server for the admin surface and the notes page: limits, and a guard against pages of other origins.
 
 mod guard;
 mod server;

@@ -27,7 +27,7 @@ const ACCEPT_BACKOFF: Backoff = Backoff::new(Duration::from_millis(20), Duration
 /// Bounds of one server.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
-    /// Connections at a time; for one more the oldest is closed, so that connections that say nothing keep no probe out.
+    /// Connections at a time; for one more the oldest is closed, so that idle connections exclude no probe.
     pub max_connections: usize,
     /// A request's head must be complete within this time, counted from the connection or the answer before.
     pub header_read_timeout: Duration,
@@ -51,7 +51,7 @@ impl Default for Limits {
     }
 }
 
-/// Who is asking; an extension of each request.
+/// The address of the client; an extension of each request.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Visitor(SocketAddr);
 
@@ -147,14 +147,14 @@ async fn connection(stream: TcpStream, app: Router, limits: Limits, stop: Cancel
     }
 }
 
-/// The connections that are open, the oldest first, each by what closes it; some have closed by themselves.
+/// The tokens that close the open connections, the oldest first; some have closed already.
 #[derive(Default)]
 struct Open(VecDeque<CancellationToken>);
 
 impl Open {
     fn add(&mut self) -> CancellationToken {
         let token = CancellationToken::new();
-        // Now and then, so that each costs little.
+        // Amortized: only when the queue would grow.
         if self.0.len() == self.0.capacity() {
             self.0.retain(|open| !open.is_cancelled());
         }

@@ -1,0 +1,146 @@
+//! The discovery of an endpoint: looks up what its settings leave open, until that succeeds.
+
+use std::{net::SocketAddr, sync::Arc, time::Duration};
+
+use tokio::time::{Instant, sleep_until};
+
+use super::{
+    StartError,
+    endpoints::{Endpoints, Served},
+    locate::{Access, Target, locate},
+    outcomes::Reporter,
+};
+use crate::{
+    config::EndpointConfig,
+    credential::{Pace, is_held_for},
+    net::{backoff::jitter, tcp::is_loopback},
+    protocol::error::{Report, sqlstate},
+    telemetry::{chain, labels::Reason},
+    upstream::{Problem, Refusal, RouteFinder},
+};
+
+/// Budget of one request to the workspace, retries included. Short, since the pace of attempts retries as well.
+const REQUEST_BUDGET: Duration = Duration::from_secs(2);
+
+/// The discovery of one endpoint.
+pub(super) struct Discovery {
+    pub(super) served: Arc<Served>,
+    pub(super) access: Access,
+    pub(super) endpoints: Endpoints,
+    pub(super) finder: RouteFinder,
+    pub(super) reporter: Option<Reporter>,
+}
+
+impl Discovery {
+    /// Tries until the endpoint is found. Retries follow the pace of credential requests, which fail for the same reasons.
+    pub(super) async fn run(&self) -> Target {
+        let mut pace = Pace::new(Instant::now());
+        let mut logged = None;
+        loop {
+            let error = match self.attempt().await {
+                Ok(located) => return located,
+                Err(error) => error,
+            };
+            let (kind, retry_after) = error.kind();
+            pace.failed(Instant::now(), kind, retry_after, jitter);
+            self.finder.failed(Problem {
+                refusal: refusal(&self.served.config, &error),
+                is_held_for: is_held_for(kind, retry_after),
+                opens_at: pace.awaited(),
+            });
+            self.log(&error, &mut logged);
+            if let Some(reporter) = &self.reporter {
+                reporter.failed(error);
+            }
+            loop {
+                let next = pace.next_without(self.finder.demand().exists());
+                tokio::select! {
+                    () = sleep_until(next) => break,
+                    () = self.finder.demand().added() => {}
+                }
+            }
+        }
+    }
+
+    async fn attempt(&self) -> Result<Target, StartError> {
+        let located = locate(&self.served.config, &self.access, REQUEST_BUDGET).await?;
+        refuse_loop(&located, &self.endpoints).await?;
+        Ok(located)
+    }
+
+    /// Logs each error once, except the one that ends the program.
+    fn log(&self, error: &StartError, logged: &mut Option<String>) {
+        let text = chain(error).to_string();
+        if logged.as_ref() == Some(&text) {
+            return;
+        }
+        let endpoint = self.served.config.called();
+        if error.kind().0.is_transient() {
+            tracing::warn!(
+                endpoint,
+                error = text,
+                hint = error.hint(),
+                "cannot look up the endpoint, retrying"
+            );
+        } else if self.reporter.as_ref().is_none_or(Reporter::has_others) {
+            tracing::error!(
+                endpoint,
+                error = text,
+                hint = error.hint(),
+                "endpoint cannot be used for now; others are served"
+            );
+        }
+        *logged = Some(text);
+    }
+}
+
+fn refusal(config: &EndpointConfig, error: &StartError) -> Refusal {
+    let mut report = Report::new(
+        sqlstate::CANNOT_CONNECT,
+        format!(
+            "Lakebase endpoint `{}` cannot be used: {}",
+            config.called(),
+            chain(error)
+        ),
+    );
+    report.hint = error.hint();
+    Refusal {
+        report,
+        reason: if error.kind().0.is_transient() {
+            Reason::Waking
+        } else {
+            Reason::Other
+        },
+    }
+}
+
+/// Refuses an upstream that is one of our own listeners: each connection would open another.
+async fn refuse_loop(located: &Target, endpoints: &Endpoints) -> Result<(), StartError> {
+    let endpoint = &located.endpoint;
+    let ours = endpoints.addresses();
+    if !ours.iter().any(|ours| ours.port() == endpoint.port) {
+        return Ok(());
+    }
+    // A name that does not resolve yet passes; the login reports the error.
+    let resolved = match endpoint.addresses.as_fixed() {
+        Some(fixed) => fixed.to_vec(),
+        None => tokio::net::lookup_host((endpoint.host.as_str(), endpoint.port))
+            .await
+            .map(Iterator::collect)
+            .unwrap_or_default(),
+    };
+    let is_ours = |address: SocketAddr| {
+        ours.iter().any(|ours| {
+            let same_machine =
+                is_loopback(address.ip()) && (is_loopback(ours.ip()) || ours.ip().is_unspecified());
+            address.port() == ours.port() && (address.ip() == ours.ip() || same_machine)
+        })
+    };
+    if resolved.into_iter().any(is_ours) {
+        return Err(StartError::Loop {
+            host: endpoint.host.clone(),
+            port: endpoint.port,
+        });
+    }
+    Ok(())
+}
