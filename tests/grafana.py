@@ -26,7 +26,7 @@ def main():
     variables = {variable["name"] for variable in dashboard["templating"]["list"]}
     for panel in dashboard["panels"]:
         if panel["type"] != "row" and not panel.get("description"):
-            wrong.append(f"panel `{panel['title']}` does not say what it shows")
+            wrong.append(f"panel `{panel['title']}` has no description")
         for target in panel.get("targets", []):
             used = {name for name in re.findall(r"\$(\w+)", target["expr"]) if not name.startswith("__")}
             if unknown := used - variables:

@@ -29,7 +29,7 @@ DASHBOARD = ROOT / "deploy/grafana/lakebase-proxy.json"
 
 def main():
     metrics = os.environ["HTTP_URL"]
-    # Something to count: a session, a refusal by the server, and one that comes to nothing.
+    # Something to count: a session, a refusal by the server, and one that fails.
     subprocess.run(["psql", "-U", "anyone", "-c", "select 1"], check=True, stdout=subprocess.DEVNULL)
     subprocess.run(["psql", "-d", "no_such_database", "-c", "select 1"], check=False, stderr=subprocess.DEVNULL)
 
@@ -44,12 +44,12 @@ def main():
     for path in (RULES, RULES_TEST, DASHBOARD, ROOT / "tests/prometheus.py"):
         used = {re.sub("_(bucket|count|sum)$", "", name) for name in re.findall(r"lakebase_proxy_\w+", path.read_text())}
         if missing := {name for name in used if name not in names}:
-            raise SystemExit(f"{path} asks for metrics that there are not: {', '.join(sorted(missing))}")
+            raise SystemExit(f"{path} uses unknown metrics: {', '.join(sorted(missing))}")
 
     with tempfile.TemporaryDirectory() as directory:
-        # The shipped configuration, but for the port and the patience.
+        # The shipped configuration, but for the port and the timeout.
         config = CONFIG.read_text()
-        # Alerts are evaluated once a minute unless told, at a second of the minute that is Prometheus' own choice.
+        # Alerts are evaluated once a minute by default, at a second of the minute that is Prometheus' own choice.
         faster = "scrape_interval: 1s\n  evaluation_interval: 1s"
         for found, wanted in (("localhost:9090", metrics.removeprefix("http://")), ("scrape_interval: 15s", faster), ("scrape_timeout: 10s", "scrape_timeout: 1s")):
             if config.count(found) != 1:
@@ -123,9 +123,9 @@ def drawn(prometheus):
                 raise SystemExit(f"panel `{title}` is empty: {shown}")
             time.sleep(0.2)
     for variable in dashboard["templating"]["list"]:
-        if asked := re.fullmatch(r"label_values\((.+), (\w+)\)", variable["query"]):
-            series = re.sub(r"\$(job|instance)\b", ".*", asked[1])
-            if not all(asked[2] in found["metric"] for found in vector(prometheus, series) or [{"metric": {}}]):
+        if requested := re.fullmatch(r"label_values\((.+), (\w+)\)", variable["query"]):
+            series = re.sub(r"\$(job|instance)\b", ".*", requested[1])
+            if not all(requested[2] in found["metric"] for found in vector(prometheus, series) or [{"metric": {}}]):
                 raise SystemExit(f"variable `{variable['name']}` has no value")
     print(f"{len(queries)} queries of the dashboard have answers")
 

@@ -130,7 +130,7 @@ def listening(port):
 
 
 def until(what, check, process):
-    """Waits until `check` has something to say, for as long as the process lives."""
+    """Waits until `check` returns a value, for as long as the process lives."""
     deadline = time.monotonic() + START_LIMIT
     while time.monotonic() < deadline:
         if (found := check()) is not None:
@@ -146,7 +146,7 @@ def tail(process):
 
 
 def start(stack, name, command, environment, **more):
-    """A program for as long as the stack lives; it must end by itself when asked to."""
+    """A program for as long as the stack lives; it must end by itself on request."""
     LOGS.mkdir(parents=True, exist_ok=True)
     log = LOGS / f"{name}.log"
     with log.open("w") as out:

@@ -1,4 +1,4 @@
-"""What the kernel says about processes, and about who else uses the machine."""
+"""The kernel's measurements of processes, and of other users of the machine."""
 
 import os
 import time

@@ -36,7 +36,7 @@ LINES = [
     ("idle", "cpu_ms_minute", "  processor time of them all in a minute", "ms", 1, True),
     ("idle 8000", "kb", "memory per idle session, of 8,000", "KB", 2, True),
     ("start", "ms", "start to listening", "ms", 1, True),
-    ("start", "resident_mb", "resident memory, nobody connected", "MB", 1, True),
+    ("start", "resident_mb", "resident memory, no client", "MB", 1, True),
 ]
 
 # The lines that are promised: the figure, of whom the reference is, and at most (or, for rates, at least) how much of it.
@@ -130,7 +130,7 @@ PICTURE = [
     ("SELECT 1", "p50_us"), ("SELECT 1", "cpu_us"), ("connect", "p50_ms"), ("-S simple 64", "tps"),
     ("COPY out 65536", "cpu_us_mb"), ("COPY in 65536", "cpu_us_mb"), ("idle", "kb"), ("exact", "instructions"),
 ]
-COLOURS = {"lakebase-proxy": "#1f6f6b", "PgBouncer": "#b3561f", "stunnel": "#8a6fae", "Go relay": "#4f83b8", "direct TLS": "#7d8590"}
+COLORS = {"lakebase-proxy": "#1f6f6b", "PgBouncer": "#b3561f", "stunnel": "#8a6fae", "Go relay": "#4f83b8", "direct TLS": "#7d8590"}
 
 
 def picture(results, ways):
@@ -156,7 +156,7 @@ def picture(results, ways):
         for way, value in bars:
             length = max(1, value / longest * width)
             parts.append(f'<text x="{left - 8}" y="{y + 13}" text-anchor="end">{way}</text>'
-                         f'<rect x="{left}" y="{y}" width="{length:.1f}" height="{bar - 4}" rx="2" fill="{COLOURS.get(way, "#444")}"/>'
+                         f'<rect x="{left}" y="{y}" width="{length:.1f}" height="{bar - 4}" rx="2" fill="{COLORS.get(way, "#444")}"/>'
                          f'<text x="{left + length + 6:.1f}" y="{y + 12}">{value:,.{digits}f}</text>')
             y += bar
         y += gap

@@ -54,8 +54,8 @@ def wait_for_port(port, process, log, seconds=30):
             if process.poll() is not None:
                 break
             time.sleep(0.001)
-    with open(log) as said:
-        raise RuntimeError(f"nothing listens on port {port}:\n{said.read()[-2000:]}")
+    with open(log) as output:
+        raise RuntimeError(f"nothing listens on port {port}:\n{output.read()[-2000:]}")
 
 
 class Process:
@@ -83,7 +83,7 @@ class Process:
 
 
 class Postgres:
-    """The server: an RSA certificate, cleartext passwords over TLS as the endpoint asks them, room for a thousand."""
+    """The server: an RSA certificate, cleartext passwords over TLS as the endpoint requires them, room for a thousand."""
 
     def __init__(self, directory):
         self.port, self.directory = free_port(), os.path.join(directory, "postgres")
@@ -229,7 +229,7 @@ class Go(Way):
 
 
 class ScriptedServer:
-    """Thousands of sessions of a server that only says its lines, in a process of its own."""
+    """Thousands of sessions of a scripted server, in a separate process."""
 
     def __init__(self, program, directory):
         self.directory = os.path.join(directory, "scripted")

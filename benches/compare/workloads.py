@@ -40,7 +40,7 @@ class Cost:
 
 
 def started(way):
-    """How long it took to listen, and what it has when the start is over and nobody has come."""
+    """Time until it listens, and its memory after the start, without clients."""
     time.sleep(1)
     return {"ms": way.process.start_seconds * 1e3, "resident_mb": machine.status_kb(way.process.pid, "VmRSS") / 1024}
 
@@ -67,14 +67,14 @@ def round_trips(way, count):
 
 def pgbench(way, mode, clients, seconds):
     with Cost(way) as cost:
-        said = run(tool("pgbench"), "-n", "-S", "-M", mode, "-c", clients, "-j", min(clients, 2), "-T", seconds, way.conninfo())
-    count, tps = _pgbench_said(said)
+        output = run(tool("pgbench"), "-n", "-S", "-M", mode, "-c", clients, "-j", min(clients, 2), "-T", seconds, way.conninfo())
+    count, tps = _pgbench_output(output)
     return {"tps": tps, "cpu_us": cost.per(count)}
 
 
-def _pgbench_said(said):
-    count = re.search(r"transactions actually processed: (\d+)", said)
-    tps = re.search(r"tps = ([\d.]+)", said)
+def _pgbench_output(output):
+    count = re.search(r"transactions actually processed: (\d+)", output)
+    tps = re.search(r"tps = ([\d.]+)", output)
     # Its time begins before its clients have connected.
     if not count or not tps:
         raise RuntimeError("pgbench came to no transaction in its time")
@@ -84,8 +84,8 @@ def _pgbench_said(said):
 def many_connects(way, count):
     """Eight clients that connect for every transaction."""
     with Cost(way) as cost:
-        said = run(tool("pgbench"), "-n", "-S", "-C", "-c", 8, "-j", 2, "-t", count // 8, way.conninfo())
-    return {"per_second": _pgbench_said(said)[1], "cpu_us": cost.per(count)}
+        output = run(tool("pgbench"), "-n", "-S", "-C", "-c", 8, "-j", 2, "-t", count // 8, way.conninfo())
+    return {"per_second": _pgbench_output(output)[1], "cpu_us": cost.per(count)}
 
 
 def copy_out(way, megabytes, row):
@@ -120,7 +120,7 @@ def rows_file(directory, megabytes, row):
 
 
 def idle_sessions(way, count, watch_seconds):
-    """Opens sessions that have asked once, and looks at the process while they do nothing."""
+    """Opens sessions that have sent one query, and measures the process while they are idle."""
     pid = way.process.pid
     few = max(count // 10, 1)
     crowd = Crowd(way)
@@ -141,7 +141,7 @@ def idle_sessions(way, count, watch_seconds):
 
 
 class Crowd:
-    """Many sessions in one thread, without a library: startup, password where asked, one query."""
+    """Many sessions in one thread, without a library: startup, password on request, one query."""
 
     def __init__(self, way):
         self._port = way.process.port
@@ -156,34 +156,34 @@ class Crowd:
                 body = struct.pack("!I", 196608) + f"user\0{ROLE}\0database\0{DATABASE}\0\0".encode()
                 session.sendall(struct.pack("!I", len(body) + 4) + body)
                 session.setblocking(False)
-                selector.register(session, selectors.EVENT_READ, {"heard": b"", "asked": False})
+                selector.register(session, selectors.EVENT_READ, {"received": b"", "sent": False})
                 self._sessions.append(session)
                 opening += 1
             for key, _ in selector.select(5):
-                opening -= self._hear(selector, key)
+                opening -= self._receive(selector, key)
             if time.monotonic() > deadline:
                 raise TimeoutError(f"{to} sessions were not open within five minutes")
         selector.close()
 
-    def _hear(self, selector, key):
-        heard = key.fileobj.recv(16384)
-        if not heard:
+    def _receive(self, selector, key):
+        received = key.fileobj.recv(16384)
+        if not received:
             raise ConnectionError("a session was closed")
-        key.data["heard"] += heard
-        while len(said := key.data["heard"]) >= 5:
-            tag, length = said[:1], struct.unpack("!I", said[1:5])[0]
-            if len(said) < length + 1:
+        key.data["received"] += received
+        while len(output := key.data["received"]) >= 5:
+            tag, length = output[:1], struct.unpack("!I", output[1:5])[0]
+            if len(output) < length + 1:
                 break
-            body, key.data["heard"] = said[5 : length + 1], said[length + 1 :]
+            body, key.data["received"] = output[5 : length + 1], output[length + 1 :]
             if tag == b"E":
                 raise ConnectionError(body.replace(b"\0", b" ").decode(errors="replace"))
             if tag == b"R" and body[:4] == b"\0\0\0\3":
                 key.fileobj.sendall(b"p" + struct.pack("!I", len(TOKEN) + 5) + TOKEN.encode() + b"\0")
-            if tag == b"Z" and key.data["asked"]:
+            if tag == b"Z" and key.data["sent"]:
                 selector.unregister(key.fileobj)
                 return 1
             if tag == b"Z":
-                key.data["asked"] = True
+                key.data["sent"] = True
                 key.fileobj.sendall(b"Q\0\0\0\x0dSELECT 1\0")
         return 0
 
@@ -194,7 +194,7 @@ class Crowd:
 
 
 def room_for(sessions):
-    """Whether one process may have so many descriptors, after asking for them."""
+    """Whether one process may have so many descriptors, after raising the limit."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     return hard == resource.RLIM_INFINITY or hard > 2 * sessions + 200

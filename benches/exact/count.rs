@@ -60,7 +60,7 @@ fn round_trips(client: &mut Client, count: u32) {
     }
 }
 
-/// MB of a process that nobody has come to, as it is started by everybody: with a worker for each core.
+/// MB of a process without clients, with default settings: one runtime per core.
 fn resident(program: &Path, upstream: &Upstream) -> f64 {
     let proxy = Proxy::start(program, &[], upstream);
     std::thread::sleep(Duration::from_secs(1));
@@ -98,9 +98,10 @@ fn system_calls(program: &Path, upstream: &Upstream, directory: &Path) -> f64 {
         .spawn()
         .expect("strace starts");
     let mut attached = String::new();
-    let mut said = BufReader::new(tracer.stderr.take().expect("it is piped"));
-    said.read_line(&mut attached)
-        .expect("strace says something");
+    let mut output = BufReader::new(tracer.stderr.take().expect("it is piped"));
+    output
+        .read_line(&mut attached)
+        .expect("strace prints a line");
     assert!(attached.contains("attached"), "strace: {attached}");
     round_trips(&mut client, ROUND_TRIPS);
     run("kill", &["-INT", &tracer.id().to_string()]);
@@ -144,10 +145,10 @@ fn instructions(program: &Path, upstream: &Upstream, directory: &Path) -> (f64, 
 }
 
 /// How often the allocator was called, in a file of callgrind's: `cfn=(id) name` names the callee, where it is named for
-/// the first time, and the next line says how many calls there were.
+/// the first time, and the next line has the number of calls.
 fn allocations(counts: &str) -> f64 {
     // Those of C, which jemalloc answers to as well, and those of its own that Rust's allocations of some alignment and
-    // reallocations go by.
+    // reallocations are counted.
     const ENTRIES: [&str; 7] = [
         "malloc",
         "calloc",

@@ -7,7 +7,7 @@ use std::{
 };
 
 /// More than any answer takes, also under valgrind.
-const PATIENCE: Duration = Duration::from_mins(1);
+const TIMEOUT: Duration = Duration::from_mins(1);
 const SELECT_1: &[u8] = b"Q\0\0\0\x0dSELECT 1\0";
 
 /// A session.
@@ -20,7 +20,7 @@ impl Client {
     pub(crate) fn connect(address: SocketAddr) -> io::Result<Self> {
         let stream = TcpStream::connect(address)?;
         stream.set_nodelay(true)?;
-        stream.set_read_timeout(Some(PATIENCE))?;
+        stream.set_read_timeout(Some(TIMEOUT))?;
         let mut client = Self { stream };
         let body = b"\0\x03\0\0user\0measure\0application_name\0measure\0\0";
         let length = u32::try_from(body.len() + 4).unwrap_or_default();
@@ -37,7 +37,7 @@ impl Client {
         self.until_ready()
     }
 
-    /// Says goodbye and waits until the other side has closed, too.
+    /// Sends Terminate and waits until the other side has closed, too.
     pub(crate) fn terminate(mut self) -> io::Result<()> {
         self.stream.write_all(b"X\0\0\0\x04")?;
         let mut rest = [0; 512];
@@ -47,18 +47,20 @@ impl Client {
 
     /// Every answer of the scripted server ends with a ReadyForQuery, alone or with what comes before it.
     fn until_ready(&mut self) -> io::Result<()> {
-        let mut heard = [0; 4096];
+        let mut received = [0; 4096];
         let mut have = 0;
         loop {
-            let room = heard.get_mut(have..).filter(|room| !room.is_empty());
+            let room = received.get_mut(have..).filter(|room| !room.is_empty());
             let room = room.ok_or_else(|| io::Error::other("the answer is too long"))?;
             match self.stream.read(room)? {
                 0 => return Err(io::ErrorKind::UnexpectedEof.into()),
                 read => have += read,
             }
-            match heard.get(..have) {
-                Some(said) if said.first() == Some(&b'E') => {
-                    return Err(io::Error::other(String::from_utf8_lossy(said).into_owned()));
+            match received.get(..have) {
+                Some(reply) if reply.first() == Some(&b'E') => {
+                    return Err(io::Error::other(
+                        String::from_utf8_lossy(reply).into_owned(),
+                    ));
                 }
                 Some([.., b'Z', 0, 0, 0, 5, _]) => return Ok(()),
                 _ => {}

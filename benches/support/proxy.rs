@@ -48,21 +48,21 @@ impl Proxy {
             .spawn()
             .unwrap_or_else(|error| panic!("cannot start {}: {error}", words[0]));
         let mut lines = BufReader::new(child.stderr.take().expect("it is piped")).lines();
-        let mut said = String::new();
+        let mut output = String::new();
         let address = loop {
             let Some(Ok(line)) = lines.next() else {
                 let _ = child.kill();
-                panic!("the proxy did not start:\n{said}");
+                panic!("the proxy did not start:\n{output}");
             };
             if line.contains("listening for Postgres clients") {
                 let (_, rest) = line.split_once("127.0.0.1:").expect("an address");
                 let port: String = rest.chars().take_while(char::is_ascii_digit).collect();
                 break SocketAddr::from(([127, 0, 0, 1], port.parse().expect("a port")));
             }
-            said.push_str(&line);
-            said.push('\n');
+            output.push_str(&line);
+            output.push('\n');
         };
-        // Whatever it says later must not fill the pipe.
+        // Later output must not fill the pipe.
         std::thread::spawn(move || lines.for_each(drop));
         Self { child, address }
     }

@@ -3,7 +3,7 @@
     clippy::expect_used,
     clippy::print_stdout,
     dead_code,
-    reason = "it is no part of the program: it fails by panicking and says its port on standard output"
+    reason = "it is no part of the program: it fails by panicking and prints its port on standard output"
 )]
 
 mod upstream;

@@ -1,7 +1,7 @@
-//! A Postgres server that only says its lines, over TLS: thousands of sessions cost it little, and none of it is random.
+//! A scripted Postgres server, over TLS: thousands of sessions cost it little, and none of it is random.
 //!
 //! It runs as a process of its own, started from the program that includes this module with [`WORD`] as its argument, so
-//! that neither its memory nor its system calls are taken for somebody else's.
+//! that neither its memory nor its system calls are counted for the proxy.
 
 use std::{
     io::{BufRead, BufReader, Read},
@@ -66,7 +66,7 @@ impl Upstream {
         let mut line = String::new();
         BufReader::new(child.stdout.take().expect("it is piped"))
             .read_line(&mut line)
-            .expect("the scripted upstream says its port");
+            .expect("the scripted upstream prints its port");
         Self {
             port: line.trim().parse().expect("a port"),
             authority: directory.join("ca.pem"),
@@ -82,7 +82,7 @@ impl Drop for Upstream {
     }
 }
 
-/// Is the server until standard input ends, which it does with whoever started it.
+/// Is the server until standard input ends, which it does with its parent.
 pub(crate) fn serve(directory: &Path) -> ExitCode {
     let _ = rlimit::increase_nofile_limit(u64::MAX);
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -181,13 +181,13 @@ fn frame(tag: u8, body: &[u8]) -> Vec<u8> {
 }
 
 fn greeting() -> Vec<u8> {
-    let mut said = frame(b'R', &[0; 4]);
+    let mut reply = frame(b'R', &[0; 4]);
     for (name, value) in PARAMETERS {
-        said.extend(frame(b'S', format!("{name}\0{value}\0").as_bytes()));
+        reply.extend(frame(b'S', format!("{name}\0{value}\0").as_bytes()));
     }
-    said.extend(frame(b'K', &[0, 0, 0, 7, 0, 0, 0, 9]));
-    said.extend(frame(b'Z', b"I"));
-    said
+    reply.extend(frame(b'K', &[0, 0, 0, 7, 0, 0, 0, 9]));
+    reply.extend(frame(b'Z', b"I"));
+    reply
 }
 
 /// What Postgres answers to `SELECT 1`.

@@ -10,7 +10,7 @@ import time
 
 
 class BrowserError(Exception):
-    """The browser said no, or nothing in time."""
+    """The browser refused, or did not answer in time."""
 
 
 class Chromium:

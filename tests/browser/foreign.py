@@ -22,7 +22,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 from chromium import Chromium
 from stage import ROOT, TARGET, clean_environment, free_port
 
-PATIENCE = 30  # seconds
+TIMEOUT = 30  # seconds
 
 # What a page can send without being allowed to; each is over when the browser has an answer, or none.
 EMBEDDED = """
@@ -79,10 +79,10 @@ def main():
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         answers = None
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + TIMEOUT
         while answers is None and time.monotonic() < deadline:
             try:
-                answers = urllib.request.urlopen(f"http://127.0.0.1:{admin}/", timeout=PATIENCE)
+                answers = urllib.request.urlopen(f"http://127.0.0.1:{admin}/", timeout=TIMEOUT)
             except urllib.error.HTTPError as error:
                 answers = error.code
             except OSError:
@@ -105,8 +105,8 @@ def main():
                     raise SystemExit(f"{attempt} in a page has ended the proxy at {url}: {proxy.returncode}")
             print(f"no page ends it at {host}")
         request = urllib.request.Request(f"http://127.0.0.1:{admin}/quitquitquit", method="POST")
-        urllib.request.urlopen(request, timeout=PATIENCE).close()
-        if (code := proxy.wait(PATIENCE)) != 0:
+        urllib.request.urlopen(request, timeout=TIMEOUT).close()
+        if (code := proxy.wait(TIMEOUT)) != 0:
             raise SystemExit(f"a tool's POST has not ended it: {code}")
         print("a tool's POST does")
     finally:

@@ -22,15 +22,15 @@ DEVICES = {"phone": (390, 844, 2), "wide": (1440, 900, 1)}
 # Every piece of text with the contrast that WCAG 2 computes for it.
 CONTRASTS = """
 (() => {
-  const parse = (colour) => (colour.match(/[\\d.]+/g) || []).map(Number);
+  const parse = (color) => (color.match(/[\\d.]+/g) || []).map(Number);
   const light = ([r, g, b]) => {
     const part = (value) => { value /= 255; return value <= 0.03928 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4; };
     return 0.2126 * part(r) + 0.7152 * part(g) + 0.0722 * part(b);
   };
   const ground = (element) => {
     for (; element; element = element.parentElement) {
-      const colour = parse(getComputedStyle(element).backgroundColor);
-      if (colour.length === 3 || colour[3] > 0) return colour;
+      const color = parse(getComputedStyle(element).backgroundColor);
+      if (color.length === 3 || color[3] > 0) return color;
     }
     return [255, 255, 255];
   };
@@ -147,9 +147,9 @@ def check_page(browser, url, checks, screenshots):
             # A status of 503 is itself reported as an error of the network.
             entries = [entry["entry"] for entry in browser.named("Log.entryAdded")]
             entries = [entry["text"] for entry in entries if entry["source"] != "network"]
-            checks.expect(not entries, f"{where}: the console says {entries}")
-            asked = {urllib.parse.urlsplit(event["request"]["url"]) for event in browser.named("Network.requestWillBeSent")}
-            checks.expect({part.netloc for part in asked} == {own}, f"{where}: asked others: {asked}")
+            checks.expect(not entries, f"{where}: the console shows {entries}")
+            requested = {urllib.parse.urlsplit(event["request"]["url"]) for event in browser.named("Network.requestWillBeSent")}
+            checks.expect({part.netloc for part in requested} == {own}, f"{where}: requested others: {requested}")
             grounds.setdefault(scheme, set()).add(facts["ground"])
     checks.expect(not grounds["light"] & grounds["dark"], f"{url}: dark looks like light: {grounds}")
 

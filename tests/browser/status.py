@@ -25,7 +25,7 @@ from notes import CONTRASTS, Checks
 from stage import ROOT, TARGET, clean_environment, free_port
 
 DEVICES = {"wide": (1280, 900, 1), "phone": (390, 844, 2), "narrow": (320, 640, 2)}
-PATIENCE = 30  # seconds
+TIMEOUT = 30  # seconds
 
 FACTS = """
 ({
@@ -34,7 +34,7 @@ FACTS = """
   live: document.querySelector('#live')?.textContent ?? '',
   h1: document.querySelectorAll('h1').length,
   landmarks: ['header', 'main', 'footer'].map((name) => document.querySelectorAll(name).length),
-  unlabelled: [...document.querySelectorAll('section')].filter((e) => {
+  unlabeled: [...document.querySelectorAll('section')].filter((e) => {
     const by = e.getAttribute('aria-labelledby');
     return !e.getAttribute('aria-label') && !(by && document.getElementById(by)?.textContent);
   }).length,
@@ -55,7 +55,7 @@ FACTS = """
 
 
 def look(browser, url, name, checks, screenshots):
-    """The page in every shape; returns what it says."""
+    """The page in every shape; returns its content."""
     grounds, facts = {}, None
     for device, (width, height, scale) in DEVICES.items():
         for scheme in ("light", "dark"):
@@ -69,7 +69,7 @@ def look(browser, url, name, checks, screenshots):
                 browser.screenshot(str(screenshots / f"status-{name}-{device}-{scheme}.png"))
             checks.expect(status == 200, f"{where}: status {status}")
             checks.expect(facts["h1"] == 1 and facts["landmarks"] == [1, 1, 1], f"{where}: landmarks {facts}")
-            checks.expect(facts["unlabelled"] == 0, f"{where}: sections without a name")
+            checks.expect(facts["unlabeled"] == 0, f"{where}: sections without a name")
             checks.expect(facts["status"] == "polite", f"{where}: no live region")
             checks.expect(facts["overflow"] <= 0, f"{where}: {facts['overflow']} px too wide")
             checks.expect(facts["inline"] == 0, f"{where}: inline style or script")
@@ -78,17 +78,17 @@ def look(browser, url, name, checks, screenshots):
             for text, contrast in browser.evaluate(CONTRASTS):
                 checks.expect(contrast >= 4.5, f"{where}: contrast {contrast:.2f} of {text!r}")
             entries = [entry["entry"]["text"] for entry in browser.named("Log.entryAdded")]
-            checks.expect(not entries, f"{where}: the console says {entries}")
-            asked = {event["request"]["url"] for event in browser.named("Network.requestWillBeSent")}
-            checks.expect(all(address.startswith(url) for address in asked), f"{where}: asked others: {asked}")
+            checks.expect(not entries, f"{where}: the console shows {entries}")
+            requested = {event["request"]["url"] for event in browser.named("Network.requestWillBeSent")}
+            checks.expect(all(address.startswith(url) for address in requested), f"{where}: requested others: {requested}")
             grounds.setdefault(scheme, set()).add(facts["ground"])
     checks.expect(not grounds["light"] & grounds["dark"], f"{name}: dark looks like light: {grounds}")
     return facts
 
 
 def until(browser, what, condition, checks):
-    """Waits until the page says so of itself, without being loaded again."""
-    deadline = time.monotonic() + PATIENCE
+    """Waits until the page updates itself, without a reload."""
+    deadline = time.monotonic() + TIMEOUT
     while time.monotonic() < deadline:
         if condition(browser.evaluate(FACTS)):
             return
@@ -97,7 +97,7 @@ def until(browser, what, condition, checks):
 
 
 def psql(script):
-    """A session that stays until it is told to end."""
+    """A session that stays until stopped."""
     client = subprocess.Popen(
         ["psql", "-X", "-q", "-d", "databricks_postgres", "-U", "operator"],
         env=os.environ | {"PGAPPNAME": "<b>night shift</b>"},
@@ -119,9 +119,9 @@ def check_well(browser, url, checks, screenshots):
     checks.expect(facts["title"].startswith("Ready"), f"title {facts['title']!r}")
     checks.expect(len(facts["bars"]) == 1 and "credential" in facts["bars"][0], f"bars {facts['bars']}")
     checks.expect(facts["refreshes"] >= 1, "no refresh is shown")
-    told = [(row["Application"], row["State"].split(" ", 1)[-1].strip()) for row in facts["sessions"]]
-    checks.expect(("<b>night shift</b>", "idle in transaction") == (told or [("", "")])[0], f"sessions {told}")
-    checks.expect(len(told) == 3, f"{len(told)} sessions")
+    result = [(row["Application"], row["State"].split(" ", 1)[-1].strip()) for row in facts["sessions"]]
+    checks.expect(("<b>night shift</b>", "idle in transaction") == (result or [("", "")])[0], f"sessions {result}")
+    checks.expect(len(result) == 3, f"{len(result)} sessions")
 
     # Live, without a reload: what is focused stays so, and what is gone goes.
     browser.look(1280, 900, "light")
@@ -133,18 +133,18 @@ def check_well(browser, url, checks, screenshots):
     until(browser, "that the sessions have gone", lambda facts: not facts["sessions"], checks)
     kept = browser.evaluate("document.activeElement === window.same && document.querySelector('#sessions').kept === 1")
     checks.expect(kept, "an update took the focus away, or loaded the page again")
-    checks.expect(browser.evaluate("document.querySelector('#live').textContent") == "Live", "the page does not say that it is live")
+    checks.expect(browser.evaluate("document.querySelector('#live').textContent") == "Live", "the page does not show that it is live")
 
     # With scripts off it is whole, and comes again by itself.
     browser.call("Emulation.setScriptExecutionDisabled", value=True)
     status = browser.open(url)
     browser.call("Emulation.setScriptExecutionDisabled", value=False)
-    with urllib.request.urlopen(urllib.request.Request(url, headers={"Accept": "text/html"}), timeout=PATIENCE) as answer:
+    with urllib.request.urlopen(urllib.request.Request(url, headers={"Accept": "text/html"}), timeout=TIMEOUT) as answer:
         text, policy = answer.read().decode(), answer.headers["Content-Security-Policy"]
     checks.expect(status == 200 and "<noscript><meta http-equiv=\"refresh\"" in text, "without scripts it does not come again")
     checks.expect("unsafe" not in policy and "default-src 'none'" in policy, f"policy {policy}")
     try:
-        urllib.request.urlopen(urllib.request.Request(url, headers={"Accept": "text/html", "Host": "rebound.example"}), timeout=PATIENCE)
+        urllib.request.urlopen(urllib.request.Request(url, headers={"Accept": "text/html", "Host": "rebound.example"}), timeout=TIMEOUT)
         checks.expect(False, "a rebound name is answered")
     except urllib.error.HTTPError as error:
         checks.expect(error.code == 421, f"a rebound name gets {error.code}")
@@ -166,10 +166,10 @@ def check_failing(browser, checks, screenshots):
     proxy = subprocess.Popen(command, env=clean_environment() | variables, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT)
     try:
         url = f"http://127.0.0.1:{http}/"
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + TIMEOUT
         while time.monotonic() < deadline:
             try:
-                urllib.request.urlopen(url, timeout=PATIENCE).close()
+                urllib.request.urlopen(url, timeout=TIMEOUT).close()
                 break
             except OSError:
                 time.sleep(0.1)
@@ -182,10 +182,10 @@ def check_failing(browser, checks, screenshots):
         checks.expect("28000" in facts["failures"][0], f"failures {facts['failures']}")
         checks.expect(len(facts["hints"]) >= 2, f"hints {facts['hints']}")
         checks.expect(not facts["bars"], "a credential that is not there has a life")
-        # Left open, the page says that nobody answers any more.
+        # An open page shows that there is no answer any more.
         proxy.terminate()
-        proxy.wait(PATIENCE)
-        until(browser, "that nobody answers", lambda facts: facts["live"].startswith("No answer since"), checks)
+        proxy.wait(TIMEOUT)
+        until(browser, "that there is no answer", lambda facts: facts["live"].startswith("No answer since"), checks)
     finally:
         proxy.kill()
         proxy.wait()

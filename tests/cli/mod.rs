@@ -144,9 +144,12 @@ fn every_flag_has_a_help_text_and_a_variable() {
                 program.arg("bash");
             }
             let output = program.env(&variable, "\u{1f418}").output().unwrap();
-            let said = text(&output.stderr);
-            assert_eq!(output.status.code(), Some(1), "{variable}: {said}");
-            assert!(said.contains(&format!("--{long}")), "{variable}: {said}");
+            let stderr = text(&output.stderr);
+            assert_eq!(output.status.code(), Some(1), "{variable}: {stderr}");
+            assert!(
+                stderr.contains(&format!("--{long}")),
+                "{variable}: {stderr}"
+            );
         }
     }
 }
@@ -177,10 +180,10 @@ fn a_variable_that_is_not_utf_8_is_an_error() {
             .env(variable, OsStr::from_bytes(b"p\xe4ss"))
             .output()
             .unwrap();
-        let said = text(&output.stderr);
-        assert_eq!(output.status.code(), Some(1), "{variable}: {said}");
+        let stderr = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{variable}: {stderr}");
         let expected = format!("lakebase-proxy: {variable} is not valid UTF-8\nhint: ");
-        assert!(said.starts_with(&expected), "{said}");
+        assert!(stderr.starts_with(&expected), "{stderr}");
     }
 }
 
@@ -191,10 +194,10 @@ fn an_invalid_number_of_threads_is_an_error() {
             .env("TOKIO_WORKER_THREADS", nonsense)
             .output()
             .unwrap();
-        let said = text(&output.stderr);
-        assert_eq!(output.status.code(), Some(1), "{said}");
+        let stderr = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{stderr}");
         let expected = format!("lakebase-proxy: TOKIO_WORKER_THREADS is `{nonsense}`");
-        assert!(said.starts_with(&expected), "{said}");
+        assert!(stderr.starts_with(&expected), "{stderr}");
     }
 }
 
@@ -205,8 +208,11 @@ fn variables_of_a_kubernetes_service_are_not_settings() {
         .env("LAKEBASE_PROXY_HTTP_PORT", "tcp://10.96.0.7:9090")
         .output()
         .unwrap();
-    let said = text(&output.stderr);
-    assert!(said.contains("127.0.0.1:9090 has not started"), "{said}");
+    let stderr = text(&output.stderr);
+    assert!(
+        stderr.contains("127.0.0.1:9090 has not started"),
+        "{stderr}"
+    );
 }
 
 #[test]
@@ -227,11 +233,11 @@ fn a_taken_port_names_the_flag_to_change() {
             ])
             .output()
             .unwrap();
-        let said = text(&output.stderr);
-        assert_eq!(output.status.code(), Some(1), "{taken}: {said}");
+        let stderr = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{taken}: {stderr}");
         assert!(
-            said.contains(taken) && said.contains(&port),
-            "{taken}: {said}"
+            stderr.contains(taken) && stderr.contains(&port),
+            "{taken}: {stderr}"
         );
     }
 }
@@ -250,11 +256,11 @@ fn an_error_in_the_file_names_its_line() {
         let mut path = tempfile::NamedTempFile::new().unwrap();
         path.write_all(file.as_bytes()).unwrap();
         let output = run(&["serve", "--config-file", path.path().to_str().unwrap()]);
-        let said = text(&output.stderr);
+        let stderr = text(&output.stderr);
         assert_eq!(output.status.code(), Some(1), "{file}");
-        assert!(said.contains(path.path().to_str().unwrap()), "{said}");
+        assert!(stderr.contains(path.path().to_str().unwrap()), "{stderr}");
         for word in words {
-            assert!(said.contains(word), "{file}: {word} is not in {said}");
+            assert!(stderr.contains(word), "{file}: {word} is not in {stderr}");
         }
     }
 }

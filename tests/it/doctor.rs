@@ -105,7 +105,7 @@ impl<'a> Setup<'a> {
         assert!(!shown.contains("eyJ"), "a token: {shown}");
     }
 
-    /// The first trouble is this step, and its fix says this.
+    /// The first problem is this step, and its fix contains this.
     async fn fails_at(&self, step: &str, fix: &str) -> Report {
         let report = self.report().await;
         let text = anstream::adapter::strip_str(&report.text()).to_string();

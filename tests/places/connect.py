@@ -67,13 +67,13 @@ def main():
                 generate(text)
                 continue
             began = time.monotonic()
-            said = run(number, language, text)
-            if said == "3":
+            printed = run(number, language, text)
+            if printed == "3":
                 passed += 1
                 print(f"{heading:<45} passed ({time.monotonic() - began:.1f} s)", flush=True)
             else:
                 failed.append(heading)
-                print(f"{heading:<45} FAILED: {said[-1500:]}", flush=True)
+                print(f"{heading:<45} FAILED: {printed[-1500:]}", flush=True)
         expect(proxy.poll() is None, f"the proxy ended; see {proxy.log}")
     print(f"\nconnect: {passed} passed, {len(failed)} failed")
     return 1 if failed else 0

@@ -31,7 +31,7 @@ OPTIONAL = {"skipped": 0}
 
 
 class Wrong(Exception):
-    """What a checker says."""
+    """The error of a checker."""
 
 
 # A file may be so wrong that it is no YAML, or lacks what a check looks into.
@@ -128,7 +128,7 @@ def pod_specs(thing):
 
 
 def sidecar(spec):
-    """What no schema says: that names fit together, and that the program takes these flags."""
+    """Not covered by a schema: that names fit together, and that the program takes these flags."""
     (proxy,) = [container for container in spec["initContainers"] if container["name"] == "lakebase-proxy"]
     volumes = {volume["name"] for volume in spec.get("volumes", ())}
     for mount in proxy["volumeMounts"]:
@@ -177,7 +177,7 @@ def one_version(deploy):
 
 
 DEPLOYMENTS = {
-    # Bare; one with init containers and volumes of its own; one that says nothing of labels and has two containers.
+    # Bare; one with init containers and volumes of its own; one without labels and with two containers.
     "bare": {"containers": [{"name": "web", "image": "web:1"}]},
     "full": {
         "initContainers": [{"name": "migrate", "image": "web:1", "command": ["migrate"]}],
@@ -230,9 +230,9 @@ def rendered(component):
 
 
 def dockerfile(file):
-    said = run(BINARIES / "hadolint", "--strict-labels", "--require-label", "org.opencontainers.image.title:text", "--require-label", "org.opencontainers.image.description:text", "--require-label", "org.opencontainers.image.licenses:text", file)
-    if said.strip():
-        raise Wrong(said)
+    printed = run(BINARIES / "hadolint", "--strict-labels", "--require-label", "org.opencontainers.image.title:text", "--require-label", "org.opencontainers.image.description:text", "--require-label", "org.opencontainers.image.licenses:text", file)
+    if printed.strip():
+        raise Wrong(printed)
     text = file.read_text()
     last = text[text.rindex("\nFROM ") :]
     if "FROM scratch" not in last or not re.search(r"^USER \d+:\d+$", last, re.MULTILINE) or "RUN " in last:
@@ -246,9 +246,9 @@ def dockerfile(file):
 
 
 def compose(file):
-    said = run(BINARIES / "check-jsonschema", "--builtin-schema", "vendor.compose-spec", file)
-    if "ok" not in said:
-        raise Wrong(said)
+    printed = run(BINARIES / "check-jsonschema", "--builtin-schema", "vendor.compose-spec", file)
+    if "ok" not in printed:
+        raise Wrong(printed)
     services = yaml.safe_load(file.read_text())["services"]
     for name, service in services.items():
         for volume in service.get("volumes", ()):
@@ -342,8 +342,8 @@ def unit(file):
         # The program need not be installed for its unit to be right.
         for other in file.parent.glob("*.*"):
             (scratch / other.name).write_text(re.sub(r"^(Exec\w+=[-+!@:]*)/\S+", r"\1/bin/true", other.read_text(), flags=re.MULTILINE))
-        said = run("systemd-analyze", "verify", "--man=no", scratch / file.name)
-    if ours := [line for line in said.splitlines() if file.stem.split("@")[0] in line]:
+        printed = run("systemd-analyze", "verify", "--man=no", scratch / file.name)
+    if ours := [line for line in printed.splitlines() if file.stem.split("@")[0] in line]:
         raise Wrong("\n".join(ours))
 
 
@@ -376,7 +376,7 @@ BITES = (
 
 
 def bite():
-    """One byte or so wrong, in a copy, must be told."""
+    """A small mistake in a copy must be reported."""
     for path, right, wrong in BITES:
         with tempfile.TemporaryDirectory() as scratch:
             deploy = pathlib.Path(scratch) / "a/deploy"
@@ -387,17 +387,17 @@ def bite():
                 raise SystemExit(f"{path} has no {right!r}")
             (deploy / path).write_text(text.replace(right, wrong, 1))
             folder = path.split("/")[0]
-            told = None
+            result = None
             for what, check in checks(deploy):
                 if not str(what).startswith(folder):
                     continue
                 try:
                     check()
                 except NOTICED as error:
-                    told = told or f"{what}: {(str(error).splitlines() or [''])[0][:110]}"
-            if told is None:
+                    result = result or f"{what}: {(str(error).splitlines() or [''])[0][:110]}"
+            if result is None:
                 raise SystemExit(f"{path}: {right!r} as {wrong!r} is not noticed")
-            print(f"noticed: {right.strip()!r} as {wrong.strip()!r}\n         {told}")
+            print(f"noticed: {right.strip()!r} as {wrong.strip()!r}\n         {result}")
     return len(BITES)
 
 

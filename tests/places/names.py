@@ -1,4 +1,4 @@
-"""A name server for one test: what it is told, over UDP and TCP, on port 53 of a network of its own."""
+"""A name server for one test: configured answers, over UDP and TCP, on port 53 of a network of its own."""
 
 import contextlib
 import ipaddress
@@ -38,8 +38,8 @@ def over_tcp(server, names):
             client, _ = server.accept()
             with client, contextlib.suppress(ConnectionError):
                 while len(length := client.recv(2, socket.MSG_WAITALL)) == 2:
-                    said = answer(client.recv(*struct.unpack("!H", length), socket.MSG_WAITALL), names, ())
-                    client.sendall(struct.pack("!H", len(said)) + said)
+                    reply = answer(client.recv(*struct.unpack("!H", length), socket.MSG_WAITALL), names, ())
+                    client.sendall(struct.pack("!H", len(reply)) + reply)
 
 
 def answer(query, names, only_tcp):

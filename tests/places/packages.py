@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The wheel and the npm package, as somebody gets them who has nothing else; then the three Databricks Apps.
+"""The wheel and the npm package, as installed on an empty machine; then the three Databricks Apps.
 
     tests/places/packages.py [--dist DIR] [--screenshots DIR]
 
@@ -89,8 +89,8 @@ def npm(place, dist):
     place.run("npm", "install", "--ignore-scripts", "--no-audit", "--no-fund", "--offline", *copies, cwd=project)
     version = place.run("node_modules/.bin/lakebase-proxy", "--version", cwd=project).split()
     expect(version == ["lakebase-proxy", project_version()], f"the package's program is {version}")
-    told = place.run("node_modules/.bin/lakebase-proxy", "--no-such-flag", cwd=project, code=1)
-    expect("--no-such-flag" in told, told)
+    result = place.run("node_modules/.bin/lakebase-proxy", "--no-such-flag", cwd=project, code=1)
+    expect("--no-such-flag" in result, result)
     with contextlib.ExitStack() as stack:
         # A flag that node would take for its own, and a process that node is not part of.
         env_file = project / "emulator.env"
@@ -105,8 +105,8 @@ def npm(place, dist):
 def notices_a_missing_platform(place):
     project = place.folder / "npm-project"
     place.run("rm", "-r", project / "node_modules/lakebase-proxy-linux-x64")
-    told = place.run("node_modules/.bin/lakebase-proxy", "--version", cwd=project, code=1)
-    expect("is not installed" in told and "hint:" in told, told)
+    result = place.run("node_modules/.bin/lakebase-proxy", "--version", cwd=project, code=1)
+    expect("is not installed" in result and "hint:" in result, result)
     return 1
 
 
@@ -176,7 +176,7 @@ def install(place, folder):
 
 
 def app_yaml(file, variant):
-    """`command` and `env`, with the tutorial's variables or, as its last lines say, the resource's."""
+    """`command` and `env`, with the tutorial's variables or, as in its last lines, the resource's."""
     import yaml
 
     text = file.read_text()

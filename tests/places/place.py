@@ -1,6 +1,6 @@
 """A place to run an app in, like Databricks Apps': a user without rights, a clean environment, no shell.
 
-Root becomes `nobody` for whatever is run here; anybody else stays who they are.
+Root runs these programs as an unprivileged user; other users run them as themselves.
 """
 
 import ctypes
@@ -23,7 +23,7 @@ from stage import ROOT, TARGET, free_port, start, until
 WORK = TARGET / "places"
 NOTES = ("Welcome to Lakebase Autoscaling!", "This app connects to Postgres", "Data fetched from your database")
 KILLED_AFTER = 15  # seconds that Databricks Apps gives an app to end
-NOBODY = 65534
+UNPRIVILEGED = 65534
 
 
 class Place:
@@ -34,8 +34,8 @@ class Place:
         stack.callback(shutil.rmtree, self.folder, ignore_errors=True)
         self.user = {}
         if os.geteuid() == 0:
-            os.chown(self.folder, NOBODY, NOBODY)
-            self.user = {"user": NOBODY, "group": NOBODY, "extra_groups": []}
+            os.chown(self.folder, UNPRIVILEGED, UNPRIVILEGED)
+            self.user = {"user": UNPRIVILEGED, "group": UNPRIVILEGED, "extra_groups": []}
 
     def environment(self, path=""):
         """All that is there: nothing of the machine's own."""
@@ -50,13 +50,13 @@ class Place:
             shutil.copy(source, to)
         for path in (to, *to.rglob("*")):
             if self.user:
-                os.chown(path, NOBODY, NOBODY)
+                os.chown(path, UNPRIVILEGED, UNPRIVILEGED)
         return to
 
     def write(self, path, text):
         path.write_text(text)
         if self.user:
-            os.chown(path, NOBODY, NOBODY)
+            os.chown(path, UNPRIVILEGED, UNPRIVILEGED)
 
     def run(self, *command, path="", cwd=None, more=None, code=0):
         """What a command prints, which must end with this code."""

@@ -3,8 +3,8 @@
 
     tests/places/tarball.py --dist DIR
 
-DIR is what `deploy/build` made. Needs root for the chroot; says so and passes over it otherwise. In each the program must
-serve clients over verified TLS, refuse a certificate it cannot trust, say what to do where no roots are installed, and
+DIR is what `deploy/build` made. Needs root for the chroot; prints that and skips it otherwise. In each the program must
+serve clients over verified TLS, refuse a certificate it cannot trust, print a hint if no roots are installed, and
 resolve names as the machine would. A release's tarball gets a root with not even a C library in it.
 """
 
@@ -140,8 +140,8 @@ def tried(what, root, program, variables):
         return subprocess.run([program, *map(str, arguments)], env=environment or {}, preexec_fn=jail, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=limit)
 
     passed = 0
-    told = run("--version")
-    expect(told.returncode == 0 and told.stdout.startswith("lakebase-proxy "), told.stdout)
+    result = run("--version")
+    expect(result.returncode == 0 and result.stdout.startswith("lakebase-proxy "), result.stdout)
     passed += 1
 
     roots = root / "etc/ssl/certs/ca-certificates.crt"
@@ -157,8 +157,8 @@ def tried(what, root, program, variables):
     passed += 1
 
     for host, addresses in RESOLVED.items():
-        told = run("doctor", environment=base | named | {"PGSSLROOTCERT": "/authority.pem", "PGHOST": host}).stdout
-        line = next((line for line in told.splitlines() if "endpoint DNS" in line), told)
+        result = run("doctor", environment=base | named | {"PGSSLROOTCERT": "/authority.pem", "PGHOST": host}).stdout
+        line = next((line for line in result.splitlines() if "endpoint DNS" in line), result)
         expect(" ok " in line and set(line.partition(f"{host} is ")[2].replace(",", " ").split()) == set(addresses), f"{what}: {host}: {line}")
         passed += 1
 
@@ -167,14 +167,14 @@ def tried(what, root, program, variables):
         roots.write_bytes(pathlib.Path("/etc/ssl/certs/ca-certificates.crt").read_bytes())
     # The emulator's authority is none that the world trusts.
     with serving(what, program, base, jail) as (port, _):
-        code, said = psql(port)
-        expect(code == 2 and "certificate" in said and "HINT" in said, f"{what}: a certificate that is not trusted: {said}")
+        code, printed = psql(port)
+        expect(code == 2 and "certificate" in printed and "HINT" in printed, f"{what}: a certificate that is not trusted: {printed}")
         passed += 1
 
     roots.unlink()
-    told = run("serve", "--port", "0", "--http-port", "none", environment=base)
-    expect(told.returncode == 1 and "ca-certificates" in told.stdout and "SSL_CERT_FILE" in told.stdout, f"{what}: without roots: {told.returncode}\n{told.stdout}")
-    print(f"{what}: without roots it says\n  " + "\n  ".join(told.stdout.strip().splitlines()[-2:]))
+    result = run("serve", "--port", "0", "--http-port", "none", environment=base)
+    expect(result.returncode == 1 and "ca-certificates" in result.stdout and "SSL_CERT_FILE" in result.stdout, f"{what}: without roots: {result.returncode}\n{result.stdout}")
+    print(f"{what}: without roots it prints\n  " + "\n  ".join(result.stdout.strip().splitlines()[-2:]))
     passed += 1
     expect(files(root) - {roots, *roots.parents} <= before, f"{what}: it wrote {files(root) - before}")
     size = sum(path.stat().st_size for path in root.rglob("*") if path.is_file() and not path.is_symlink())

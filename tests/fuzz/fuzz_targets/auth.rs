@@ -21,9 +21,9 @@ fuzz_target!(|data: &[u8]| {
         let Some(request) = AuthenticationRequest::parse(body) else {
             continue;
         };
-        let asked = request.clone();
+        let requested = request.clone();
         let answer = authenticator.answer(request);
-        match (&asked, &answer) {
+        match (&requested, &answer) {
             (AuthenticationRequest::Sasl(_), Ok(_)) => begun = true,
             (AuthenticationRequest::SaslFinal(_), Ok(_)) => proved = true,
             (AuthenticationRequest::Ok, Ok(_)) => assert!(proved || !begun),

@@ -1,4 +1,4 @@
-//! An ErrorResponse: any bytes are read without a panic, and what was read can be told to a client and read back.
+//! An ErrorResponse: any bytes are read without a panic, and the result can be encoded for a client and read back.
 #![no_main]
 
 use lakebase_proxy::{
@@ -33,7 +33,7 @@ fuzz_target!(|data: &[u8]| {
         );
     }
     let failure = Failure::server(fields, []);
-    let told = failure.report(&Label::new("e"));
-    assert!(!told.sqlstate.is_empty());
-    assert!(!told.encode_fatal().is_empty());
+    let report = failure.report(&Label::new("e"));
+    assert!(!report.sqlstate.is_empty());
+    assert!(!report.encode_fatal().is_empty());
 });

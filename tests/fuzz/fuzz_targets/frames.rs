@@ -1,5 +1,5 @@
 //! A stream of messages: the scanner, which holds nothing, and the reader of whole messages see the same, and the scanner
-//! sees it however the stream is split. The first byte says how.
+//! sees it however the stream is split. The first byte selects how.
 #![no_main]
 
 use bytes::BytesMut;

@@ -1,4 +1,4 @@
-//! A login at a server that sends anything, in pieces of any size. The first byte says how it is done: two bits for what is
+//! A login at a server that sends anything, in pieces of any size. The first byte selects how it is done: two bits for what is
 //! configured, the others for the size of the pieces.
 #![no_main]
 

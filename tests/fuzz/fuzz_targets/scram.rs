@@ -1,5 +1,5 @@
-//! A client that is asked for its password, in SCRAM-SHA-256: whatever it says, nothing panics, our answer carries its
-//! nonce, and nobody is believed who does not know the password. The input is the client's two messages, separated by a
+//! SCRAM-SHA-256 with a client: no message causes a panic, our answer contains its
+//! nonce, and authentication needs the password. The input is the client's two messages, separated by a
 //! zero byte; in the second `%` stands for the nonce of the exchange.
 #![no_main]
 

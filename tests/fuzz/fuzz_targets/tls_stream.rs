@@ -1,5 +1,5 @@
-//! Our side of TLS in front of a server of rustls's own, over a wire that gives and takes as many bytes as the input says,
-//! stalls where it says so, and breaks one byte if it says so. What is echoed is what was sent; of a broken wire nothing
+//! Our side of TLS in front of a server of rustls's own, over a wire that gives and takes as many bytes as the input selects,
+//! stalls and breaks one byte where it selects that. What is echoed is what was sent; of a broken wire nothing
 //! wrong is read. The input: two bytes for what is done, two for how much is sent, four for the byte that breaks, the
 //! rest is the wire's manner.
 #![no_main]
@@ -22,9 +22,9 @@ use rustls::{
 use tls_stream::TlsStream;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
 
-// It is nobody's business but the upstream's, so it is not reached through the library.
+// It is private to the upstream, so it is not reached through the library.
 #[path = "../../../src/upstream/tls_stream.rs"]
-#[allow(dead_code, reason = "what is asked of a stream is not all asked here")]
+#[allow(dead_code, reason = "not all of a stream is used here")]
 mod tls_stream;
 
 struct Configs {
@@ -100,12 +100,12 @@ impl Wire<'_> {
         if let Ok(state) = &state
             && state.plaintext_bytes_to_read() > 0
         {
-            let mut said = vec![0; state.plaintext_bytes_to_read()];
-            self.server.reader().read_exact(&mut said)?;
+            let mut reply = vec![0; state.plaintext_bytes_to_read()];
+            self.server.reader().read_exact(&mut reply)?;
             if self.updates {
                 let _ = self.server.refresh_traffic_keys();
             }
-            self.server.writer().write_all(&said)?;
+            self.server.writer().write_all(&reply)?;
         }
         while self.server.wants_write() {
             self.server.write_tls(&mut self.coming)?;
@@ -124,7 +124,7 @@ impl AsyncRead for Wire<'_> {
         let Poll::Ready(allowed) = this.allowed(cx) else {
             return Poll::Pending;
         };
-        // A server that has nothing to say when it is waited for has gone: nobody else could end the wait.
+        // A server without output has gone: nothing else could end the wait.
         let now = allowed.min(buf.remaining()).min(this.coming.len());
         let mut passing: Vec<u8> = this.coming.drain(..now).collect();
         if let Some(at) = this.breaks.and_then(|at| at.checked_sub(this.come))

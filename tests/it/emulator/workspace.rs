@@ -157,7 +157,7 @@ async fn an_app_with_several_databases_finds_the_first_in_its_environment() {
     let answer = http(port(&emulator), "PATCH /emulator/settings", body).await;
     assert_eq!(answer.unwrap().status, 200);
     assert_eq!(emulator.settings().app_resources.len(), 1);
-    let body = r#"{"app_resources":[{"postgres":{"key":"k","branch":"b","databse":"d"}}]}"#;
+    let body = r#"{"app_resources":[{"postgres":{"key":"k","branch":"b","data_base":"d"}}]}"#;
     let answer = http(port(&emulator), "PATCH /emulator/settings", body).await;
     assert_eq!(answer.unwrap().status, 400);
 }
