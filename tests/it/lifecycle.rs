@@ -137,7 +137,7 @@ async fn the_shutdown_command_ends_a_proxy_that_allows_it() {
     let (code, reply) = run(&["shutdown", "--admin-port", &port]).await;
     assert_eq!(code, Some(1));
     assert!(
-        reply.starts_with("lakebase-proxy: cannot ask the proxy to end: cannot reach 127.0.0.1:")
+        reply.starts_with("lakebase-proxy: cannot request the shutdown: cannot reach 127.0.0.1:")
             && reply.contains("\nhint: start the proxy with --quitquitquit"),
         "{reply}"
     );

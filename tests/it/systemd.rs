@@ -180,7 +180,7 @@ async fn a_missing_notify_socket_does_not_prevent_serving() {
     let variables = [("NOTIFY_SOCKET", "/nowhere/at/all")];
     let mut binary = Binary::serve_with(&emulator, &[], &variables).await;
     binary
-        .find("the socket in NOTIFY_SOCKET cannot be used")
+        .find("cannot connect to NOTIFY_SOCKET")
         .await;
 }
 
