@@ -199,7 +199,7 @@ async fn min_sigterm_delay_goes_on_accepting_and_stays_ready() {
     let emulator = harness::emulator().await;
     let mut binary = Binary::serve(&emulator, &["--min-sigterm-delay", "1h"]).await;
     binary.signal("TERM");
-    binary.until("accepting clients a while longer").await;
+    binary.until("accepting clients for the delay").await;
     assert_eq!(get(binary.http, "/readiness").await.status, 200);
     let mut config = tokio_postgres::Config::new();
     config

@@ -109,7 +109,7 @@ async fn the_log_filter_can_change_at_runtime() {
         (200, "lakebase_proxy=debug,warn")
     );
     connect(&proxy, "databricks_postgres").await.unwrap();
-    proxy.until("what is logged has been changed").await;
+    proxy.until("log filter changed").await;
     assert!(
         !proxy
             .lines
