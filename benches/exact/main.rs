@@ -42,8 +42,8 @@ const FIGURES: [(Figure, &str, f64, f64); 5] = [
         Figure::Instructions,
         "instructions per SELECT 1",
         // An executor of our own took 6,973 against 10,641 of tokio's; per SELECT 1 that is no measurable time (CPU 0.99 of
-        // it, throughput 1.03), and 980 lines.
-        11_000.0,
+        // it, throughput 1.03), and 980 lines. Overwriting freed memory (.cargo/config.toml) adds 450.
+        11_500.0,
         6_000.0,
     ),
     (Figure::Allocations, "allocations per SELECT 1", 3.0, 0.0),

@@ -22,10 +22,11 @@ use tokio::runtime::{Builder, Runtime};
 
 pub use self::{error::CommandError, flags::command};
 use self::{exec::ExecArgs, shutdown::ShutdownArgs, token::TokenArgs, wait::WaitArgs};
+#[cfg(feature = "demo")]
+use crate::shutdown::Signals;
 use crate::{
     config::{Environment, LogOptions, Settings},
     listener::Inherited,
-    shutdown::Signals,
     telemetry::{self, LogGuard, LogHandle},
 };
 

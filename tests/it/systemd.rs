@@ -179,9 +179,7 @@ async fn a_missing_notify_socket_does_not_prevent_serving() {
     let emulator = harness::emulator().await;
     let variables = [("NOTIFY_SOCKET", "/nowhere/at/all")];
     let mut binary = Binary::serve_with(&emulator, &[], &variables).await;
-    binary
-        .find("cannot connect to NOTIFY_SOCKET")
-        .await;
+    binary.find("cannot connect to NOTIFY_SOCKET").await;
 }
 
 #[tokio::test]
