@@ -22,7 +22,7 @@ import org.postgresql.util.PSQLException;
 import org.postgresql.util.ServerErrorMessage;
 
 /**
- * The PostgreSQL JDBC driver: one broad job over one server, told as `key = value` lines.
+ * The PostgreSQL JDBC driver: one broad job over one server, reported as `key = value` lines.
  *
  * <p>The server is named by libpq's own variables alone (the driver does not read them, so this does), and the same
  * program runs direct and through the proxy.
@@ -35,31 +35,31 @@ public class Driver {
         void on(Connection connection) throws Exception;
     }
 
-    private static void say(String key, Object value) {
+    private static void report(String key, Object value) {
         System.out.println(key + " = " + value);
     }
 
-    /** The number of a backend's temporary schema is nobody's business. */
+    /** The number of a backend's temporary schema may differ. */
     private static String settled(String text) {
         return text.replaceAll("pg_temp_\\d+", "pg_temp_N");
     }
 
     private static void failure(String key, SQLException error) {
-        say(key + ".sqlstate", error.getSQLState());
+        report(key + ".sqlstate", error.getSQLState());
         ServerErrorMessage server = error instanceof PSQLException ? ((PSQLException) error).getServerErrorMessage() : null;
         if (server == null) {
             return;
         }
-        say(key + ".severity", server.getSeverity());
-        say(key + ".message", settled(server.getMessage()));
-        say(key + ".detail", server.getDetail());
-        say(key + ".hint", server.getHint());
-        say(key + ".position", server.getPosition());
-        say(key + ".where", server.getWhere());
-        say(key + ".table", server.getTable());
-        say(key + ".column", server.getColumn());
-        say(key + ".constraint", server.getConstraint());
-        say(key + ".routine", server.getRoutine());
+        report(key + ".severity", server.getSeverity());
+        report(key + ".message", settled(server.getMessage()));
+        report(key + ".detail", server.getDetail());
+        report(key + ".hint", server.getHint());
+        report(key + ".position", server.getPosition());
+        report(key + ".where", server.getWhere());
+        report(key + ".table", server.getTable());
+        report(key + ".column", server.getColumn());
+        report(key + ".constraint", server.getConstraint());
+        report(key + ".routine", server.getRoutine());
     }
 
     private static String environment(String name, String otherwise) {
@@ -114,30 +114,30 @@ public class Driver {
         // The driver sends TimeZone, DateStyle, client_encoding and extra_float_digits as startup parameters by itself.
         try (Connection connection = connect("ApplicationName", "jdbc's job", "options", "-c statement_timeout=54321", "currentSchema", "public,pg_catalog", "readOnly", "true", "preferQueryMode", "simple")) {
             PGConnection postgres = connection.unwrap(PGConnection.class);
-            say("startup.pid is pg_backend_pid", backend(connection) == postgres.getBackendPID());
-            say("startup.server", connection.getMetaData().getDatabaseProductVersion());
-            new TreeMap<>(postgres.getParameterStatuses()).forEach((name, value) -> say("startup.status." + name, value));
+            report("startup.pid is pg_backend_pid", backend(connection) == postgres.getBackendPID());
+            report("startup.server", connection.getMetaData().getDatabaseProductVersion());
+            new TreeMap<>(postgres.getParameterStatuses()).forEach((name, value) -> report("startup.status." + name, value));
             for (String name : settings) {
-                say("startup.show." + name, one(connection, "show " + name));
+                report("startup.show." + name, one(connection, "show " + name));
             }
             run(connection, "set application_name = 'changed'");
             run(connection, "reset all");
             for (String name : settings) {
-                say("startup.after RESET ALL." + name, one(connection, "show " + name));
+                report("startup.after RESET ALL." + name, one(connection, "show " + name));
             }
             run(connection, "set timezone = 'Asia/Tokyo'");
             run(connection, "discard all");
             for (String name : settings) {
-                say("startup.after DISCARD ALL." + name, one(connection, "show " + name));
+                report("startup.after DISCARD ALL." + name, one(connection, "show " + name));
             }
-            say("startup.current", one(connection, "select (current_database(), current_user)::text"));
+            report("startup.current", one(connection, "select (current_database(), current_user)::text"));
         }
         String[][] wrong = {{"startup.no such database", "database", "no_such_database"}, {"startup.bad option", "options", "-c no_such_setting=1"}};
         for (String[] one : wrong) {
             try (Connection connection = connect(one[1], one[2])) {
-                say(one[0], "connected");
+                report(one[0], "connected");
             } catch (SQLException error) {
-                say(one[0], error.getSQLState());
+                report(one[0], error.getSQLState());
             }
         }
     }
@@ -156,7 +156,7 @@ public class Driver {
                         Object value = row.getObject(column);
                         all.append(row.getMetaData().getColumnTypeName(column)).append(':').append(value instanceof byte[] ? Arrays.toString((byte[]) value) : value).append(' ');
                     }
-                    say("types." + round, all);
+                    report("types." + round, all);
                 }
             }
         }
@@ -172,7 +172,7 @@ public class Driver {
                 statement.setBigDecimal(8, new java.math.BigDecimal("1e-10"));
                 try (ResultSet row = statement.executeQuery()) {
                     row.next();
-                    say("types.round trip." + round, row.getLong(1) + " " + Arrays.toString(row.getBytes(2)) + " " + row.getString(3) + " " + row.getArray(4) + " " + row.getString(5)
+                    report("types.round trip." + round, row.getLong(1) + " " + Arrays.toString(row.getBytes(2)) + " " + row.getString(3) + " " + row.getArray(4) + " " + row.getString(5)
                         + " " + row.getObject(6, OffsetDateTime.class).toInstant() + " " + row.getObject(7, LocalDate.class) + " " + row.getBigDecimal(8).toPlainString());
                 }
             }
@@ -185,7 +185,7 @@ public class Driver {
             statement.setString(1, text);
             try (ResultSet row = statement.executeQuery()) {
                 row.next();
-                say("large", row.getString(1) + " " + row.getString(2).equals(text));
+                report("large", row.getString(1) + " " + row.getString(2).equals(text));
             }
         }
     }
@@ -198,7 +198,7 @@ public class Driver {
                 statement.setString(2, "row " + n);
                 statement.addBatch();
             }
-            say("batch.counts", Arrays.stream(statement.executeBatch()).sum());
+            report("batch.counts", Arrays.stream(statement.executeBatch()).sum());
         }
         try (PreparedStatement statement = connection.prepareStatement("insert into batched values (?, 'x')")) {
             for (int n : new int[] {9000, 9001, 1, 9002}) {
@@ -207,14 +207,14 @@ public class Driver {
             }
             statement.executeBatch();
         } catch (BatchUpdateException error) {
-            say("batch.error", error.getSQLState() + " " + Arrays.toString(error.getUpdateCounts()));
+            report("batch.error", error.getSQLState() + " " + Arrays.toString(error.getUpdateCounts()));
             failure("batch.error", (SQLException) error.getCause());
         }
-        say("batch.left", one(connection, "select count(*) from batched"));
+        report("batch.left", one(connection, "select count(*) from batched"));
         try (Statement statement = connection.createStatement()) {
             statement.addBatch("delete from batched where n < 100");
             statement.addBatch("update batched set t = 'y' where n >= 2900");
-            say("batch.statements", Arrays.toString(statement.executeBatch()));
+            report("batch.statements", Arrays.toString(statement.executeBatch()));
         }
     }
 
@@ -243,17 +243,17 @@ public class Driver {
         try {
             run(connection, "select 1 / 0");
         } catch (SQLException error) {
-            say("errors.inside", error.getSQLState());
+            report("errors.inside", error.getSQLState());
         }
         try {
             run(connection, "select 1");
         } catch (SQLException error) {
-            say("errors.in failed transaction", error.getSQLState());
+            report("errors.in failed transaction", error.getSQLState());
         }
         connection.rollback(savepoint);
         connection.commit();
         connection.setAutoCommit(true);
-        say("errors.kept", one(connection, "select string_agg(label, ',') from strict"));
+        report("errors.kept", one(connection, "select string_agg(label, ',') from strict"));
     }
 
     private static void copy(Connection connection) throws Exception {
@@ -263,10 +263,10 @@ public class Driver {
         for (int n = 0; n < 20000; n++) {
             rows.append(n).append("\trow ").append(n).append(" \u017c\u00f3\u0142\u0107\n");
         }
-        say("copy.in", manager.copyIn("copy copied from stdin", new StringReader(rows.toString())));
+        report("copy.in", manager.copyIn("copy copied from stdin", new StringReader(rows.toString())));
         ByteArrayOutputStream out = new ByteArrayOutputStream();
-        say("copy.out", manager.copyOut("copy (select * from copied order by id) to stdout", out) + " " + out.size());
-        say("copy.checksum", one(connection, "select md5(string_agg(t, ',' order by id)) from copied"));
+        report("copy.out", manager.copyOut("copy (select * from copied order by id) to stdout", out) + " " + out.size());
+        report("copy.checksum", one(connection, "select md5(string_agg(t, ',' order by id)) from copied"));
         try {
             manager.copyIn("copy copied from stdin", new StringReader("not a number\tx\n"));
         } catch (SQLException error) {
@@ -278,9 +278,9 @@ public class Driver {
         try {
             manager.copyOut("copy (select 1 / (50000 - g) from generate_series(1, 60000) g) to stdout", new ByteArrayOutputStream());
         } catch (SQLException error) {
-            say("copy.out fails midway", error.getSQLState());
+            report("copy.out fails midway", error.getSQLState());
         }
-        say("copy.left", one(connection, "select count(*) from copied"));
+        report("copy.left", one(connection, "select count(*) from copied"));
     }
 
     private static void notifications() throws Exception {
@@ -289,14 +289,14 @@ public class Driver {
             run(speaker, "notify drivers_jdbc, 'one'");
             run(speaker, "select pg_notify('drivers_jdbc', 'two \ud83d\udc18')");
             int pid = backend(speaker);
-            int heard = 0;
-            while (heard < 2) {
+            int received = 0;
+            while (received < 2) {
                 PGNotification[] some = listener.unwrap(PGConnection.class).getNotifications(WAIT * 1000);
                 if (some == null || some.length == 0) {
                     break;
                 }
                 for (PGNotification one : some) {
-                    say("notify." + heard++, one.getName() + " " + one.getParameter() + " " + (one.getPID() == pid));
+                    report("notify." + received++, one.getName() + " " + one.getParameter() + " " + (one.getPID() == pid));
                 }
             }
         }
@@ -307,7 +307,7 @@ public class Driver {
             statement.execute("do $$ begin raise notice 'first'; raise warning 'second' using hint = 'h'; raise notice '%', repeat('x', 70000); end $$");
             for (SQLWarning warning = statement.getWarnings(); warning != null; warning = warning.getNextWarning()) {
                 String text = warning.getMessage();
-                say("notices", warning.getSQLState() + " " + text.substring(0, Math.min(20, text.length())) + " " + text.length());
+                report("notices", warning.getSQLState() + " " + text.substring(0, Math.min(20, text.length())) + " " + text.length());
             }
         }
     }
@@ -347,10 +347,10 @@ public class Driver {
             statement.setQueryTimeout(1);
             statement.execute("select pg_sleep(60)");
         } catch (SQLException error) {
-            say("cancel.query timeout", error.getSQLState());
+            report("cancel.query timeout", error.getSQLState());
         }
-        say("cancel.prompt", System.nanoTime() - began < WAIT * 1_000_000_000L);
-        say("cancel.usable", one(connection, "select 1"));
+        report("cancel.prompt", System.nanoTime() - began < WAIT * 1_000_000_000L);
+        report("cancel.usable", one(connection, "select 1"));
     }
 
     private static void cursors(Connection connection) throws Exception {
@@ -362,13 +362,13 @@ public class Driver {
                 while (rows.next()) {
                     sum += rows.getInt(1);
                 }
-                say("cursors.sum", sum);
+                report("cursors.sum", sum);
             }
         }
         try (Statement statement = connection.createStatement(ResultSet.TYPE_SCROLL_INSENSITIVE, ResultSet.CONCUR_READ_ONLY); ResultSet rows = statement.executeQuery("select generate_series(1, 100)")) {
             rows.absolute(50);
             rows.relative(-10);
-            say("cursors.scrolled", rows.getInt(1));
+            report("cursors.scrolled", rows.getInt(1));
         }
         connection.commit();
         connection.setAutoCommit(true);
@@ -381,9 +381,9 @@ public class Driver {
                 if (rows) {
                     ResultSet set = statement.getResultSet();
                     set.next();
-                    say("results.rows", set.getString(1));
+                    report("results.rows", set.getString(1));
                 } else {
-                    say("results.count", statement.getUpdateCount());
+                    report("results.count", statement.getUpdateCount());
                 }
                 rows = statement.getMoreResults();
             }
@@ -391,14 +391,14 @@ public class Driver {
         try {
             run(connection, "insert into third values (6); select 1 / 0; select 3");
         } catch (SQLException error) {
-            say("results.error", error.getSQLState());
+            report("results.error", error.getSQLState());
         }
-        say("results.undone", one(connection, "select count(*) from third"));
+        report("results.undone", one(connection, "select count(*) from third"));
         try (var call = connection.prepareCall("{? = call upper(?)}")) {
             call.registerOutParameter(1, Types.VARCHAR);
             call.setString(2, "abc");
             call.execute();
-            say("results.called", call.getString(1));
+            report("results.called", call.getString(1));
         }
         // The function call protocol, which the driver still speaks for large objects.
         connection.setAutoCommit(false);
@@ -407,14 +407,14 @@ public class Driver {
         try (var object = objects.open(id)) {
             object.write(new byte[200_000]);
             object.seek(100_000);
-            say("results.large object", object.size() + " " + object.read(200_000).length);
+            report("results.large object", object.size() + " " + object.read(200_000).length);
         }
         objects.delete(id);
         connection.commit();
         connection.setAutoCommit(true);
     }
 
-    /** A backend that is ended from outside: the server's own last words arrive. */
+    /** The client receives the server's own error when its backend is terminated. */
     private static void ended() throws Exception {
         try (Connection victim = connect(); Connection killer = connect()) {
             int pid = backend(victim);
@@ -447,6 +447,6 @@ public class Driver {
         }
         notifications();
         ended();
-        say("end", "of the job");
+        report("end", "of the job");
     }
 }

@@ -1,4 +1,4 @@
-"""libpq's own tools (psql, pg_dump, pgbench): one broad job over one server, told as `key = value` lines.
+"""libpq's own tools (psql, pg_dump, pgbench): one broad job over one server, reported as `key = value` lines.
 
 The server is named by libpq's own variables alone, so the same script runs direct and through the proxy.
 """
@@ -26,7 +26,7 @@ os.environ["PAGER"] = ""
 os.environ["TERM"] = "dumb"
 
 
-def say(key, value):
+def report(key, value):
     print(f"{key} = {value}", flush=True)
 
 
@@ -40,12 +40,12 @@ def settled(text):
 def run(key, *command, stdin="", env=None, lines=True):
     began = time.monotonic()
     done = subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=4 * WAIT, env={**os.environ, **(env or {})})
-    say(f"{key}.exit", done.returncode)
+    report(f"{key}.exit", done.returncode)
     if lines:
         for line in done.stdout.splitlines():
-            say(f"{key}.out", settled(line))
+            report(f"{key}.out", settled(line))
     for line in done.stderr.splitlines():
-        say(f"{key}.err", settled(line))
+        report(f"{key}.err", settled(line))
     return done.stdout, time.monotonic() - began
 
 
@@ -76,7 +76,7 @@ def startup():
                              ("bad option", "options='-c no_such_setting=1'", "no_such_setting"),
                              ("replication", "replication=database", "walsender")):
         done = subprocess.run(["psql", "-X", "-A", "-t", "-d", wrong, "-c", "select 1"], capture_output=True, text=True, timeout=WAIT)
-        say(f"startup.{key}", (done.returncode, "FATAL" in done.stderr, word in done.stderr, done.stdout))
+        report(f"startup.{key}", (done.returncode, "FATAL" in done.stderr, word in done.stderr, done.stdout))
 
 
 def session():
@@ -134,28 +134,28 @@ def copy(directory):
         select 'still here', count(*) from copied;
     """)
     with open(rows, "rb") as one, open(back, "rb") as other:
-        say("copy.same file", one.read() == other.read())
+        report("copy.same file", one.read() == other.read())
 
 
 def pgbench():
     env = {"PGOPTIONS": "-c client_min_messages=warning"}
     done = subprocess.run(["pgbench", "-i", "-s", "1", "-q"], capture_output=True, text=True, timeout=4 * WAIT, env={**os.environ, **env})
-    say("pgbench.init", done.returncode)
+    report("pgbench.init", done.returncode)
     for mode in ("simple", "extended", "prepared"):
         for what, options in (("tpcb", []), ("select", ["-S"]), ("connect", ["-S", "-C"])):
             count = 10 if what == "connect" else 50
             done = subprocess.run(["pgbench", "-n", "-M", mode, "-c", "4", "-j", "2", "-t", str(count), *options], capture_output=True, text=True, timeout=4 * WAIT)
             found = re.search(r"number of transactions actually processed: (.*)", done.stdout)
             failed = re.search(r"number of failed transactions: (.*)", done.stdout)
-            say(f"pgbench.{mode}.{what}", (done.returncode, found and found[1], failed and failed[1]))
+            report(f"pgbench.{mode}.{what}", (done.returncode, found and found[1], failed and failed[1]))
             if done.returncode != 0:
-                say(f"pgbench.{mode}.{what}.err", done.stderr)
+                report(f"pgbench.{mode}.{what}.err", done.stderr)
     script = "\\startpipeline\nselect 1;\nselect 2;\nselect :client_id;\n\\endpipeline\n"
     with tempfile.NamedTemporaryFile("w", suffix=".sql") as file:
         file.write(script)
         file.flush()
         done = subprocess.run(["pgbench", "-n", "-M", "prepared", "-c", "2", "-t", "50", "-f", file.name], capture_output=True, text=True, timeout=4 * WAIT)
-        say("pgbench.pipeline", (done.returncode, re.findall(r"actually processed: (.*)", done.stdout)))
+        report("pgbench.pipeline", (done.returncode, re.findall(r"actually processed: (.*)", done.stdout)))
     psql("pgbench.sum", "select sum(abalance) = (select sum(tbalance) from pgbench_tellers), (select count(*) from pgbench_history) from pgbench_accounts;")
 
 
@@ -168,10 +168,10 @@ def dump(directory):
         create index dumped_t on dumped (t); comment on table dumped is 'for pg_dump';
     """, "-q", env={"PGOPTIONS": "-c client_min_messages=warning"})
     text, _ = run("dump.plain", "pg_dump", "-t", "public.dumped", "--no-owner", "--no-privileges", lines=False)
-    say("dump.plain.size", len(text))
+    report("dump.plain.size", len(text))
     # Newer pg_dumps write a random key into \restrict.
     text = re.sub(r"(?m)^\\(un)?restrict .*$", "", text)
-    say("dump.plain.md5", hashlib.md5(text.encode()).hexdigest())
+    report("dump.plain.md5", hashlib.md5(text.encode()).hexdigest())
     parallel = os.path.join(directory, "dump")
     run("dump.parallel", "pg_dump", "-t", "public.dumped", "-t", "public.pgbench_*", "-F", "d", "-j", "3", "-f", parallel)
     run("dump.schema", "pg_dump", "-s", "-t", "public.pgbench_*", "--no-owner", "--no-privileges", "-f", os.path.join(directory, "schema.sql"))
@@ -221,12 +221,12 @@ def ctrl_c():
             time.sleep(0.02)
         began = time.monotonic()
         terminal.type("\x03")
-        say(f"ctrl-c.{attempt}.answer", terminal.until(r"ERROR:  [^\r\n]*")[0])
-        say(f"ctrl-c.{attempt}.prompt", time.monotonic() - began < 5)
+        report(f"ctrl-c.{attempt}.answer", terminal.until(r"ERROR:  [^\r\n]*")[0])
+        report(f"ctrl-c.{attempt}.prompt", time.monotonic() - began < 5)
         terminal.type("select 'alive ' || 6 * 7, pg_backend_pid();\n")
-        say(f"ctrl-c.{attempt}.same session", terminal.until(r"alive 42\|(\d+)")[1] == pid)
+        report(f"ctrl-c.{attempt}.same session", terminal.until(r"alive 42\|(\d+)")[1] == pid)
     terminal.type("\\q\n")
-    say("ctrl-c.exit", terminal.exit_code())
+    report("ctrl-c.exit", terminal.exit_code())
 
 
 def main():
@@ -239,7 +239,7 @@ def main():
         dump(directory)
         ctrl_c()
         psql("end.cleaned", "drop table pgbench_accounts, pgbench_branches, pgbench_history, pgbench_tellers;", "-q")
-        say("end", "of the job")
+        report("end", "of the job")
     finally:
         shutil.rmtree(directory)
 

@@ -1,4 +1,4 @@
-// node-postgres: one broad job over one server, told as `key = value` lines.
+// node-postgres: one broad job over one server, reported as `key = value` lines.
 //
 // The server is named by libpq's own variables alone, so the same script runs direct and through the proxy.
 import { readFileSync } from 'node:fs';
@@ -11,12 +11,12 @@ import { from as copyFrom, to as copyTo } from 'pg-copy-streams';
 
 const WAIT = 20_000; // ms that anything here may take before it counts as hung
 
-const say = (key, value) => console.log(`${key} = ${typeof value === 'string' ? value : JSON.stringify(value)}`);
+const report = (key, value) => console.log(`${key} = ${typeof value === 'string' ? value : JSON.stringify(value)}`);
 
 const failure = (key, error) => {
   for (const field of ['severity', 'code', 'message', 'detail', 'hint', 'position', 'schema', 'table', 'column', 'constraint', 'where', 'routine']) {
-    // The number of a backend's temporary schema is nobody's business.
-    if (error[field] !== undefined) say(`${key}.${field}`, String(error[field]).replace(/pg_temp_\d+/, 'pg_temp_N'));
+    // The number of a backend's temporary schema may differ.
+    if (error[field] !== undefined) report(`${key}.${field}`, String(error[field]).replace(/pg_temp_\d+/, 'pg_temp_N'));
   }
 };
 
@@ -45,11 +45,11 @@ async function startup() {
   client.connection.on('parameterStatus', ({ parameterName, parameterValue }) => { statuses[parameterName] = parameterValue; });
   await client.connect();
   // pg learns the process id for its own cancel and compares it with nothing; we do.
-  say('startup.pid is pg_backend_pid', (await backend(client)) === client.processID);
-  for (const name of Object.keys(statuses).sort()) say(`startup.status.${name}`, statuses[name]);
+  report('startup.pid is pg_backend_pid', (await backend(client)) === client.processID);
+  for (const name of Object.keys(statuses).sort()) report(`startup.status.${name}`, statuses[name]);
   const show = async (key) => {
     for (const name of ['application_name', 'statement_timeout', 'lock_timeout', 'search_path', 'geqo', 'client_encoding', 'TimeZone']) {
-      say(`${key}.${name}`, await value(client, `show ${name}`));
+      report(`${key}.${name}`, await value(client, `show ${name}`));
     }
   };
   await show('startup.show');
@@ -59,13 +59,13 @@ async function startup() {
   await client.query("set timezone = 'Asia/Tokyo'; set lock_timeout = 1");
   await client.query('discard all');
   await show('startup.after DISCARD ALL');
-  say('startup.current', (await client.query('select current_database(), current_user')).rows);
+  report('startup.current', (await client.query('select current_database(), current_user')).rows);
   await client.end();
   for (const [key, wrong] of [['startup.no such database', { database: 'no_such_database' }], ['startup.bad option', { options: '-c no_such_setting=1' }]]) {
     try {
-      await withClient(wrong, async () => say(key, 'connected'));
+      await withClient(wrong, async () => report(key, 'connected'));
     } catch (error) {
-      say(key, error.code);
+      report(key, error.code);
     }
   }
 }
@@ -78,29 +78,29 @@ async function types(client) {
       timestamptz '2026-02-28 12:34:56+00', interval '1 day 02:03:04', '{"a": [1, null]}'::jsonb, array[1, null, 3],
       array[['a', 'b'], ['c', 'd']], int4range(1, 5), 'infinity'::float8, null::int4, point(1, 2)`,
   });
-  row.forEach((one, n) => say(`types.${String(n).padStart(2, '0')}.${fields[n].dataTypeID}`, one ?? null));
+  row.forEach((one, n) => report(`types.${String(n).padStart(2, '0')}.${fields[n].dataTypeID}`, one ?? null));
   const sent = ['naïve – 漢字 🐘', Buffer.from([0, 1, 255]), [1, null, 2], { deep: ['x', null] }, null, true, new Date(Date.UTC(2026, 1, 28))];
   const back = (await client.query({ rowMode: 'array', text: 'select $1::text, $2::bytea, $3::int[], $4::jsonb, $5::text, $6::bool, $7::timestamptz', values: sent })).rows[0];
-  say('types.round trip', isDeepStrictEqual(back, sent));
-  say('types.binary', (await client.query({ text: 'select 7::int4 as n, $1::bytea as b', values: [Buffer.from('ab')], binary: true })).rows);
-  say('types.empty query', (await client.query('')).rows);
-  say('types.1600 columns', (await client.query({ rowMode: 'array', text: `select ${[...Array(1600).keys()].join(',')}` })).rows[0].length);
+  report('types.round trip', isDeepStrictEqual(back, sent));
+  report('types.binary', (await client.query({ text: 'select 7::int4 as n, $1::bytea as b', values: [Buffer.from('ab')], binary: true })).rows);
+  report('types.empty query', (await client.query('')).rows);
+  report('types.1600 columns', (await client.query({ rowMode: 'array', text: `select ${[...Array(1600).keys()].join(',')}` })).rows[0].length);
 }
 
 async function large(client) {
   const text = '0123456789abcdef'.repeat(1 << 20);
-  say('large.sent', (await client.query('select md5($1::text), length($1::text)', [text])).rows[0]);
-  say('large.received', (await value(client, "select repeat('0123456789abcdef', 1 << 20)")) === text);
+  report('large.sent', (await client.query('select md5($1::text), length($1::text)', [text])).rows[0]);
+  report('large.received', (await value(client, "select repeat('0123456789abcdef', 1 << 20)")) === text);
   const { rows } = await client.query('select g, md5(g::text) from generate_series(1, 100000) g');
-  say('large.rows', [rows.length, rows.at(-1)]);
+  report('large.rows', [rows.length, rows.at(-1)]);
 }
 
 async function prepared(client) {
-  for (let n = 0; n < 5; n += 1) say(`prepared.${n}`, await value(client, { name: 'doubled', text: 'select $1::int * 2' }, [n]));
-  say('prepared.known to the server', await value(client, "select count(*) from pg_prepared_statements where name = 'doubled'"));
+  for (let n = 0; n < 5; n += 1) report(`prepared.${n}`, await value(client, { name: 'doubled', text: 'select $1::int * 2' }, [n]));
+  report('prepared.known to the server', await value(client, "select count(*) from pg_prepared_statements where name = 'doubled'"));
   // Queued without awaiting one another, answered in order.
   const many = await Promise.all([...Array(200).keys()].map((n) => value(client, 'select $1::int', [n])));
-  say('prepared.queued', many.reduce((a, b) => a + b));
+  report('prepared.queued', many.reduce((a, b) => a + b));
 }
 
 async function errors(client) {
@@ -117,16 +117,16 @@ async function errors(client) {
   };
   for (const [key, text] of Object.entries(statements)) {
     await client.query(text).catch((error) => failure(`errors.${key}`, error));
-    await client.query({ text, values: [], name: `error ${key}` }).catch((error) => say(`errors.${key}.extended`, error.code));
+    await client.query({ text, values: [], name: `error ${key}` }).catch((error) => report(`errors.${key}.extended`, error.code));
   }
   await client.query('begin');
   await client.query("insert into strict values (1, 1, 'kept')");
   await client.query('savepoint inner_point');
-  await client.query('select 1 / 0').catch((error) => say('errors.inside', error.code));
-  await client.query('select 1').catch((error) => say('errors.in failed transaction', error.code));
+  await client.query('select 1 / 0').catch((error) => report('errors.inside', error.code));
+  await client.query('select 1').catch((error) => report('errors.in failed transaction', error.code));
   await client.query('rollback to savepoint inner_point');
-  say('errors.commit', (await client.query('commit')).command);
-  say('errors.kept', (await client.query('select id, label from strict')).rows);
+  report('errors.commit', (await client.query('commit')).command);
+  report('errors.kept', (await client.query('select id, label from strict')).rows);
 }
 
 async function copy(client) {
@@ -136,36 +136,36 @@ async function copy(client) {
   };
   const incoming = client.query(copyFrom('copy copied from stdin'));
   await flow(Readable.from(rows()), incoming);
-  say('copy.in', incoming.rowCount);
+  report('copy.in', incoming.rowCount);
   let bytes = 0;
   const outgoing = client.query(copyTo('copy (select * from copied order by id) to stdout'));
   for await (const chunk of outgoing) bytes += chunk.length;
-  say('copy.out', [outgoing.rowCount, bytes]);
-  say('copy.checksum', await value(client, "select md5(string_agg(t, ',' order by id)) from copied"));
+  report('copy.out', [outgoing.rowCount, bytes]);
+  report('copy.checksum', await value(client, "select md5(string_agg(t, ',' order by id)) from copied"));
   await flow(Readable.from(['not a number\tx\n']), client.query(copyFrom('copy copied from stdin'))).catch((error) => failure('copy.bad row', error));
   await flow(Readable.from((function* gone() { yield '1\tx\n'; throw new Error('changed my mind'); })()), client.query(copyFrom('copy copied from stdin')))
-    .catch((error) => say('copy.given up', error.message));
+    .catch((error) => report('copy.given up', error.message));
   await (async () => {
     for await (const chunk of client.query(copyTo('copy (select 1 / (50000 - g) from generate_series(1, 60000) g) to stdout'))) bytes += chunk.length;
-  })().catch((error) => say('copy.out fails midway', error.code));
-  say('copy.left', await value(client, 'select count(*) from copied'));
+  })().catch((error) => report('copy.out fails midway', error.code));
+  report('copy.left', await value(client, 'select count(*) from copied'));
 }
 
 async function notifications() {
   await withClient({}, (listener) => withClient({}, async (speaker) => {
-    const heard = [];
+    const received = [];
     const pid = await backend(speaker);
     const both = new Promise((resolve) => {
       listener.on('notification', ({ channel, payload, processId }) => {
-        heard.push([channel, payload, processId === pid]);
-        if (heard.length === 2) resolve();
+        received.push([channel, payload, processId === pid]);
+        if (received.length === 2) resolve();
       });
     });
     await listener.query('listen drivers_node');
     await speaker.query("notify drivers_node, 'one'");
     await speaker.query("select pg_notify('drivers_node', $1)", ['two 🐘']);
     await both;
-    say('notify.heard', heard);
+    report('notify.received', received);
   }));
 }
 
@@ -173,7 +173,7 @@ async function notices(client) {
   const seen = [];
   client.on('notice', ({ severity, code, message }) => seen.push([severity, code, message.slice(0, 40), message.length]));
   await client.query("do $$ begin raise notice 'first'; raise warning 'second' using hint = 'h'; raise notice '%', repeat('x', 70000); end $$");
-  say('notices', seen);
+  report('notices', seen);
 }
 
 async function untilAsleep(pid) {
@@ -198,40 +198,40 @@ async function cancel() {
     // node-postgres sends a CancelRequest from a client that was never connected.
     new pg.Client(config()).cancel(client, query);
     failure('cancel', await ended);
-    say('cancel.prompt', Date.now() - began < WAIT);
-    say('cancel.usable', await value(client, 'select 1'));
+    report('cancel.prompt', Date.now() - began < WAIT);
+    report('cancel.usable', await value(client, 'select 1'));
   });
 }
 
 async function cursors(client) {
   const cursor = client.query(new Cursor('select g from generate_series(1, 10000) g where g <> $1', [5]));
-  say('cursors.first', await cursor.read(3));
+  report('cursors.first', await cursor.read(3));
   let total = 3;
   for (let rows = await cursor.read(700); rows.length > 0; rows = await cursor.read(700)) total += rows.length;
-  say('cursors.total', total);
+  report('cursors.total', total);
   await cursor.close();
   const abandoned = client.query(new Cursor('select generate_series(1, 1000000)'));
   await abandoned.read(10);
   await abandoned.close();
-  say('cursors.abandoned', await value(client, 'select 1'));
+  report('cursors.abandoned', await value(client, 'select 1'));
 }
 
 async function results(client) {
   const all = await client.query("select 1 as a; select 'two' as b, 2 as c; create temp table third (n int); insert into third select generate_series(1, 5); select count(*) from third");
-  for (const one of all) say('results', [one.command, one.rowCount, one.rows]);
-  await client.query('insert into third values (6); select 1 / 0; select 3').catch((error) => say('results.error', error.code));
-  say('results.undone', await value(client, 'select count(*) from third'));
+  for (const one of all) report('results', [one.command, one.rowCount, one.rows]);
+  await client.query('insert into third values (6); select 1 / 0; select 3').catch((error) => report('results.error', error.code));
+  report('results.undone', await value(client, 'select count(*) from third'));
 }
 
 async function pool() {
   const pooled = new pg.Pool(config({ max: 6, application_name: 'pooled' }));
   const values = await Promise.all([...Array(100).keys()].map(async (n) => (await pooled.query('select $1::int as n', [n])).rows[0].n));
-  say('pool.sum', values.reduce((a, b) => a + b));
-  say('pool.application_name', await value(pooled, 'show application_name'));
+  report('pool.sum', values.reduce((a, b) => a + b));
+  report('pool.application_name', await value(pooled, 'show application_name'));
   await pooled.end();
 }
 
-// A backend that is ended from outside: the server's own last words arrive.
+// The client receives the server's own error when its backend is terminated.
 async function ended() {
   const victim = new pg.Client(config());
   victim.on('error', () => {});
@@ -251,4 +251,4 @@ await cancel();
 await notifications();
 await pool();
 await ended();
-say('end', 'of the job');
+report('end', 'of the job');

@@ -1,4 +1,4 @@
-"""psycopg 3 (libpq): one broad job over one server, told as a transcript of `key = value` lines.
+"""psycopg 3 (libpq): one broad job over one server, reported as a transcript of `key = value` lines.
 
 The server is named by libpq's own variables alone, so the same script runs direct and through the proxy.
 """
@@ -21,7 +21,7 @@ os.environ["PGOPTIONS"] = r"-c search_path=public,pg_catalog -c statement_timeou
 WAIT = 20  # seconds that anything here may take before it counts as hung
 
 
-def say(key, value):
+def report(key, value):
     print(f"{key} = {value!r}" if not isinstance(value, str) else f"{key} = {value}", flush=True)
 
 
@@ -32,8 +32,8 @@ def failure(key, error):
                   "context", "source_function"):
         value = getattr(diag, field)
         if value is not None:
-            # The number of a backend's temporary schema is nobody's business.
-            say(f"{key}.{field}", re.sub(r"pg_temp_\d+", "pg_temp_N", value))
+            # The number of a backend's temporary schema may differ.
+            report(f"{key}.{field}", re.sub(r"pg_temp_\d+", "pg_temp_N", value))
 
 
 def connect(**parameters):
@@ -43,39 +43,39 @@ def connect(**parameters):
 def startup():
     with connect() as conn:
         info = conn.info
-        say("startup.server_version", info.server_version)
-        say("startup.pid is pg_backend_pid", conn.execute("select pg_backend_pid()").fetchone()[0] == info.backend_pid)
+        report("startup.server_version", info.server_version)
+        report("startup.pid is pg_backend_pid", conn.execute("select pg_backend_pid()").fetchone()[0] == info.backend_pid)
         for name in ("server_encoding", "client_encoding", "DateStyle", "TimeZone", "IntervalStyle", "application_name",
                      "integer_datetimes", "standard_conforming_strings", "is_superuser", "session_authorization",
                      "default_transaction_read_only", "in_hot_standby"):
-            say(f"startup.status.{name}", info.parameter_status(name))
-        say("startup.current_database", conn.execute("select current_database()").fetchone()[0])
-        say("startup.current_user", conn.execute("select current_user, session_user").fetchone())
+            report(f"startup.status.{name}", info.parameter_status(name))
+        report("startup.current_database", conn.execute("select current_database()").fetchone()[0])
+        report("startup.current_user", conn.execute("select current_user, session_user").fetchone())
     shown = ("application_name", "TimeZone", "DateStyle", "client_encoding", "search_path", "statement_timeout", "extra_float_digits")
     with connect(client_encoding="LATIN1", autocommit=True) as conn:
         def show(key):
             for name in shown:
-                say(f"{key}.{name}", conn.execute(f"show {name}").fetchone()[0])
+                report(f"{key}.{name}", conn.execute(f"show {name}").fetchone()[0])
         show("startup.show")
         conn.execute("set application_name = 'changed'; set timezone = 'UTC'; set search_path = pg_catalog")
-        say("startup.status after SET", conn.info.parameter_status("application_name"))
+        report("startup.status after SET", conn.info.parameter_status("application_name"))
         conn.execute("reset all")
         show("startup.after RESET ALL")
         conn.execute("set datestyle = 'ISO'; set statement_timeout = 1")
         conn.execute("discard all")
         show("startup.after DISCARD ALL")
     with connect(application_name="it's a \\ 'quoted' name, with  spaces", options="-c geqo=off -c work_mem=1234kB") as conn:
-        say("startup.odd application_name", conn.execute("show application_name").fetchone()[0])
-        say("startup.geqo", conn.execute("show geqo").fetchone()[0])
-        say("startup.work_mem", conn.execute("show work_mem").fetchone()[0])
+        report("startup.odd application_name", conn.execute("show application_name").fetchone()[0])
+        report("startup.geqo", conn.execute("show geqo").fetchone()[0])
+        report("startup.work_mem", conn.execute("show work_mem").fetchone()[0])
     for key, wrong in (("startup.no such database", {"dbname": "no_such_database"}),
                        ("startup.bad option", {"options": "-c no_such_setting=1"})):
         try:
             connect(**wrong).close()
-            say(key, "connected")
+            report(key, "connected")
         except psycopg.OperationalError as error:
             text = str(error)
-            say(key, "does not exist" in text or "no_such_setting" in text)
+            report(key, "does not exist" in text or "no_such_setting" in text)
 
 
 def types(conn):
@@ -87,42 +87,42 @@ def types(conn):
                   int4range(1, 5), '10.0.0.0/8'::cidr, 'a0eebc99-9c0b-4ef8-bb6d-6bb9bd380a11'::uuid, 'infinity'::float8, null::int4"""
     ).fetchone()
     for number, value in enumerate(row):
-        say(f"types.{number:02}", value)
+        report(f"types.{number:02}", value)
     with conn.cursor(binary=True) as cur:
         cur.execute("select %b::int8, %b::bytea, %b::text, %b::uuid, %b::float8[]",
                     (1 << 40, b"\0\x01\xff", "naïve – 漢字 🐘", uuid.UUID(int=7), [1.5, None, float("inf")]))
-        say("types.binary", cur.fetchone())
-    say("types.nulls", conn.execute("select null::text, ''::text, array[null]::text[]").fetchone())
-    say("types.unicode", conn.execute("select %s, length(%s)", ("żółć 🐘\t\n'\"\\", "👩‍👩‍👧‍👦")).fetchone())
-    say("types.empty query", conn.execute("").description)
-    say("types.no columns", conn.execute("select").fetchall())
-    say("types.1600 columns", sum(conn.execute("select " + ",".join(str(n) for n in range(1600))).fetchone()))
+        report("types.binary", cur.fetchone())
+    report("types.nulls", conn.execute("select null::text, ''::text, array[null]::text[]").fetchone())
+    report("types.unicode", conn.execute("select %s, length(%s)", ("żółć 🐘\t\n'\"\\", "👩‍👩‍👧‍👦")).fetchone())
+    report("types.empty query", conn.execute("").description)
+    report("types.no columns", conn.execute("select").fetchall())
+    report("types.1600 columns", sum(conn.execute("select " + ",".join(str(n) for n in range(1600))).fetchone()))
 
 
 def large(conn):
     text = "0123456789abcdef" * (1 << 20)
-    say("large.sent", conn.execute("select md5(%s), length(%s)", (text, text)).fetchone())
+    report("large.sent", conn.execute("select md5(%s), length(%s)", (text, text)).fetchone())
     received = conn.execute("select repeat('0123456789abcdef', 1 << 20)").fetchone()[0]
-    say("large.received", received == text)
-    say("large.binary", len(conn.execute("select decode(repeat('ff', 1 << 23), 'hex')").fetchone()[0]))
+    report("large.received", received == text)
+    report("large.binary", len(conn.execute("select decode(repeat('ff', 1 << 23), 'hex')").fetchone()[0]))
     rows = conn.execute("select g, md5(g::text) from generate_series(1, 100000) g").fetchall()
-    say("large.rows", (len(rows), rows[-1]))
-    say("large.long statement", conn.execute("select length('" + "x" * 3_000_000 + "')").fetchone())
+    report("large.rows", (len(rows), rows[-1]))
+    report("large.long statement", conn.execute("select length('" + "x" * 3_000_000 + "')").fetchone())
 
 
 def prepared(conn):
     for number in range(7):
         row = conn.execute("select %s::int * 2, (select count(*) from pg_prepared_statements)", (number,), prepare=True).fetchone()
-        say(f"prepared.{number}", row)
+        report(f"prepared.{number}", row)
     conn.execute("prepare by_hand as select $1::int + 1")
-    say("prepared.by hand", conn.execute("execute by_hand(41)").fetchone())
+    report("prepared.by hand", conn.execute("execute by_hand(41)").fetchone())
     conn.execute("deallocate by_hand")
 
 
 def pipeline(conn):
     with conn.pipeline():
         cursors = [conn.execute("select %s::int", (number,)) for number in range(50)]
-        say("pipeline.sum", sum(cur.fetchone()[0] for cur in cursors))
+        report("pipeline.sum", sum(cur.fetchone()[0] for cur in cursors))
     try:
         with conn.pipeline() as pipe:
             conn.execute("select 1")
@@ -132,14 +132,14 @@ def pipeline(conn):
     except psycopg.Error as error:
         failure("pipeline.error", error)
     conn.rollback()
-    say("pipeline.usable", conn.execute("select 'yes'").fetchone())
+    report("pipeline.usable", conn.execute("select 'yes'").fetchone())
     conn.rollback()
     with conn.cursor() as cur:
         cur.execute("create temp table pipelined (n int primary key, t text)")
         cur.executemany("insert into pipelined values (%s, %s) returning n", [(n, f"row {n}") for n in range(200)], returning=True)
-        say("pipeline.executemany", cur.fetchone())
+        report("pipeline.executemany", cur.fetchone())
         cur.execute("select count(*), sum(n) from pipelined")
-        say("pipeline.inserted", cur.fetchone())
+        report("pipeline.inserted", cur.fetchone())
     conn.rollback()
 
 
@@ -161,11 +161,11 @@ def errors(conn):
             conn.execute(statement)
         except psycopg.Error as error:
             failure(f"errors.{key}", error)
-        say(f"errors.{key}.state", conn.info.transaction_status.name)
+        report(f"errors.{key}.state", conn.info.transaction_status.name)
         try:
             conn.execute("select 1")
         except psycopg.Error as error:
-            say(f"errors.{key}.after", error.sqlstate)
+            report(f"errors.{key}.after", error.sqlstate)
         conn.rollback()
     with conn.transaction():
         conn.execute("insert into strict values (1, 1, 'kept')")
@@ -175,9 +175,9 @@ def errors(conn):
                 raise psycopg.Rollback("inner_point")
         except psycopg.Rollback:
             pass
-    say("errors.savepoint", conn.execute("select id, label from strict").fetchall())
+    report("errors.savepoint", conn.execute("select id, label from strict").fetchall())
     conn.commit()
-    say("errors.idle", conn.info.transaction_status.name)
+    report("errors.idle", conn.info.transaction_status.name)
 
 
 def copy(conn):
@@ -186,16 +186,16 @@ def copy(conn):
         with cur.copy("copy copied from stdin") as copy_in:
             for number in range(20000):
                 copy_in.write_row((number, f"row {number} żółć\t\\", bytes([number % 256]) * 3))
-        say("copy.in", cur.statusmessage)
+        report("copy.in", cur.statusmessage)
         digest = 0
         with cur.copy("copy (select * from copied order by id) to stdout") as copy_out:
             for block in copy_out:
                 digest += len(block)
-        say("copy.out bytes", digest)
+        report("copy.out bytes", digest)
         with cur.copy("copy copied to stdout (format binary)") as copy_out:
             copy_out.set_types(["int4", "text", "bytea"])
-            say("copy.binary rows", sum(1 for _ in copy_out.rows()))
-        say("copy.checksum", cur.execute("select md5(string_agg(t, ',' order by id)) from copied").fetchone())
+            report("copy.binary rows", sum(1 for _ in copy_out.rows()))
+        report("copy.checksum", cur.execute("select md5(string_agg(t, ',' order by id)) from copied").fetchone())
         conn.commit()
         try:
             with cur.copy("copy copied from stdin") as copy_in:
@@ -208,16 +208,16 @@ def copy(conn):
                 copy_in.write("1\tx\t\\\\x00\n")
                 raise RuntimeError("changed my mind")
         except RuntimeError:
-            say("copy.given up", conn.info.transaction_status.name)
+            report("copy.given up", conn.info.transaction_status.name)
         conn.rollback()
         try:
             with cur.copy("copy (select 1 / (50000 - g) from generate_series(1, 60000) g) to stdout") as copy_out:
                 for _ in copy_out:
                     pass
         except psycopg.Error as error:
-            say("copy.out fails midway", error.sqlstate)
+            report("copy.out fails midway", error.sqlstate)
         conn.rollback()
-        say("copy.left", cur.execute("select count(*) from copied").fetchone())
+        report("copy.left", cur.execute("select count(*) from copied").fetchone())
     conn.rollback()
 
 
@@ -227,11 +227,11 @@ def notifications():
         speaker.execute("notify drivers_psycopg, 'one'")
         speaker.execute("select pg_notify('drivers_psycopg', %s)", ("two 🐘",))
         pid = backend(speaker)
-        heard = [(n.channel, n.payload, n.pid == pid) for n in listener.notifies(timeout=WAIT, stop_after=2)]
-        say("notify.heard", heard)
+        received = [(n.channel, n.payload, n.pid == pid) for n in listener.notifies(timeout=WAIT, stop_after=2)]
+        report("notify.received", received)
         listener.execute("unlisten *")
         speaker.execute("notify drivers_psycopg")
-        say("notify.after UNLISTEN", [n.payload for n in listener.notifies(timeout=0.2)])
+        report("notify.after UNLISTEN", [n.payload for n in listener.notifies(timeout=0.2)])
 
 
 def notices(conn):
@@ -239,7 +239,7 @@ def notices(conn):
     conn.add_notice_handler(lambda diag: seen.append((diag.severity, diag.sqlstate, diag.message_primary)))
     conn.execute("do $$ begin raise notice 'first'; raise warning 'second' using hint = 'h'; raise notice '%', repeat('x', 70000); end $$")
     conn.execute("drop table if exists no_such_table")
-    say("notices", [(severity, state, text[:40], len(text)) for severity, state, text in seen])
+    report("notices", [(severity, state, text[:40], len(text)) for severity, state, text in seen])
     conn.rollback()
 
 
@@ -259,7 +259,7 @@ class Striker(threading.Thread):
         try:
             wait_until_active(self.pid)
             self.strike()
-        except Exception as error:  # told by whoever joins
+        except Exception as error:  # reported after the join
             self.error = error
 
     def done(self):
@@ -289,9 +289,9 @@ def cancel(conn):
         except psycopg.errors.QueryCanceled as error:
             failure(key, error)
         striker.done()
-        say(f"{key}.prompt", time.monotonic() - began < WAIT)
+        report(f"{key}.prompt", time.monotonic() - began < WAIT)
         conn.rollback()
-        say(f"{key}.usable", conn.execute("select 1").fetchone())
+        report(f"{key}.usable", conn.execute("select 1").fetchone())
         conn.rollback()
 
 
@@ -299,43 +299,43 @@ def cursors(conn):
     with conn.cursor("server_side", row_factory=dict_row) as cur:
         cur.itersize = 1000
         cur.execute("select g as n from generate_series(1, 10000) g")
-        say("cursors.first", cur.fetchone())
-        say("cursors.many", len(cur.fetchmany(500)))
-        say("cursors.rest", sum(1 for _ in cur))
+        report("cursors.first", cur.fetchone())
+        report("cursors.many", len(cur.fetchmany(500)))
+        report("cursors.rest", sum(1 for _ in cur))
     with conn.cursor("scrolling", scrollable=True) as cur:
         cur.execute("select generate_series(1, 100)")
         cur.scroll(49)
-        say("cursors.scrolled", cur.fetchone())
+        report("cursors.scrolled", cur.fetchone())
         cur.scroll(-10)
-        say("cursors.scrolled back", cur.fetchone())
+        report("cursors.scrolled back", cur.fetchone())
     conn.commit()
     with conn.cursor("holding", withhold=True) as cur:
         cur.execute("select generate_series(1, 10)")
         conn.commit()
-        say("cursors.held", cur.fetchall())
+        report("cursors.held", cur.fetchall())
     conn.commit()
-    say("cursors.stream", sum(row[0] for row in conn.cursor().stream("select generate_series(1, 2000)")))
+    report("cursors.stream", sum(row[0] for row in conn.cursor().stream("select generate_series(1, 2000)")))
     conn.rollback()
 
 
 def results(conn):
     cur = conn.execute("select 1; select 'two', 2; create temp table third (n int); insert into third select generate_series(1, 5); select count(*) from third")
     while True:
-        say("results", (cur.statusmessage, cur.fetchall() if cur.description else None))
+        report("results", (cur.statusmessage, cur.fetchall() if cur.description else None))
         if not cur.nextset():
             break
     conn.rollback()
     try:
         conn.execute("select 1; select 1 / 0; select 3")
     except psycopg.Error as error:
-        say("results.error", error.sqlstate)
+        report("results.error", error.sqlstate)
     conn.rollback()
-    say("results.function", conn.execute(sql.SQL("select {}(%s)").format(sql.Identifier("upper")), ("abc",)).fetchone())
+    report("results.function", conn.execute(sql.SQL("select {}(%s)").format(sql.Identifier("upper")), ("abc",)).fetchone())
     conn.rollback()
 
 
 def ended():
-    """A backend that is ended from outside: the server's own last words arrive."""
+    """The client receives the server's own error when its backend is terminated."""
     with connect(autocommit=True) as victim:
         pid = backend(victim)
 
@@ -349,7 +349,7 @@ def ended():
         except psycopg.OperationalError as error:
             failure("ended", error)
         striker.done()
-        say("ended.closed", victim.closed)
+        report("ended.closed", victim.closed)
 
 
 def main():
@@ -360,7 +360,7 @@ def main():
             conn.rollback()
     notifications()
     ended()
-    say("end", "of the job")
+    report("end", "of the job")
 
 
 main()

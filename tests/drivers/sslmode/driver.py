@@ -1,7 +1,7 @@
 """What becomes of a connection by each sslmode, with psycopg's own libpq; and the certificate that it is tried with.
 
     driver.py certificate DIRECTORY     an authority, and a certificate of it for `localhost`
-    driver.py connect < CASES           a JSON list of connection parameters; says a JSON list of what became of each
+    driver.py connect < CASES           a JSON list of connection parameters; prints a JSON list of the outcomes
 """
 
 import datetime

@@ -1,4 +1,4 @@
-//! tokio-postgres: one broad job over one server, told as `key = value` lines.
+//! tokio-postgres: one broad job over one server, reported as `key = value` lines.
 //!
 //! The server is named by libpq's own variables alone, so the same program runs direct and through the proxy.
 
@@ -53,28 +53,28 @@ async fn main() -> anyhow::Result<()> {
     cancel(&mut server).await?;
     notifications(&mut server).await?;
     ended(&mut server).await?;
-    say("end", "of the job");
+    report("end", "of the job");
     Ok(())
 }
 
-fn say(key: impl Display, value: impl Display) {
+fn report(key: impl Display, value: impl Display) {
     println!("{key} = {value}");
 }
 
-fn say_debug(key: impl Display, value: impl Debug) {
-    say(key, format_args!("{value:?}"));
+fn report_debug(key: impl Display, value: impl Debug) {
+    report(key, format_args!("{value:?}"));
 }
 
 fn failure(key: &str, error: &tokio_postgres::Error) {
     let Some(error) = error.as_db_error() else {
-        return say(
+        return report(
             key,
             format_args!("no word of the server's: {}", chain(error)),
         );
     };
-    say(format_args!("{key}.sqlstate"), error.code().code());
-    say(format_args!("{key}.severity"), error.severity());
-    say(format_args!("{key}.message"), error.message());
+    report(format_args!("{key}.sqlstate"), error.code().code());
+    report(format_args!("{key}.severity"), error.severity());
+    report(format_args!("{key}.message"), error.message());
     for (field, value) in [
         ("detail", error.detail()),
         ("hint", error.hint()),
@@ -85,7 +85,7 @@ fn failure(key: &str, error: &tokio_postgres::Error) {
         ("routine", error.routine()),
     ] {
         if let Some(value) = value {
-            say(format_args!("{key}.{field}"), value);
+            report(format_args!("{key}.{field}"), value);
         }
     }
 }
@@ -154,7 +154,7 @@ impl Server {
         self.connections.spawn(async move {
             while let Some(Ok(message)) = poll_fn(|context| connection.poll_message(context)).await
             {
-                // A receiver that has gone has heard enough; the connection is driven all the same.
+                // A receiver that has gone has received enough; the connection is driven all the same.
                 let _ = sender.send(message);
             }
         });
@@ -194,7 +194,7 @@ async fn startup(server: &mut Server) -> anyhow::Result<()> {
             "DateStyle",
         ] {
             let row = client.query_one(&format!("show {name}"), &[]).await?;
-            say(format_args!("{key}.{name}"), row.get::<_, &str>(0));
+            report(format_args!("{key}.{name}"), row.get::<_, &str>(0));
         }
         Ok(())
     };
@@ -214,7 +214,7 @@ async fn startup(server: &mut Server) -> anyhow::Result<()> {
             &[],
         )
         .await?;
-    say_debug(
+    report_debug(
         "startup.current",
         (
             row.get::<_, &str>(0),
@@ -243,7 +243,7 @@ async fn startup(server: &mut Server) -> anyhow::Result<()> {
         ),
     ];
     for (key, error) in refused {
-        say_debug(
+        report_debug(
             key,
             error.and_then(|error| error.code().map(|code| code.code().to_owned())),
         );
@@ -259,7 +259,7 @@ async fn types(client: &Client) -> anyhow::Result<()> {
             &[],
         )
         .await?;
-    say_debug(
+    report_debug(
         "types.numbers",
         (
             row.get::<_, i16>(0),
@@ -269,7 +269,7 @@ async fn types(client: &Client) -> anyhow::Result<()> {
             row.get::<_, f64>(4),
         ),
     );
-    say_debug(
+    report_debug(
         "types.texts",
         (
             row.get::<_, bool>(5),
@@ -278,8 +278,8 @@ async fn types(client: &Client) -> anyhow::Result<()> {
             row.get::<_, Vec<Option<i32>>>(8),
         ),
     );
-    say_debug("types.null", row.get::<_, Option<&str>>(9));
-    say_debug(
+    report_debug("types.null", row.get::<_, Option<&str>>(9));
+    report_debug(
         "types.times",
         (
             row.get::<_, jiff::civil::Date>(10),
@@ -293,14 +293,14 @@ async fn types(client: &Client) -> anyhow::Result<()> {
         .iter()
         .map(|column| column.type_().name())
         .collect();
-    say_debug("types.names", names);
+    report_debug("types.names", names);
     client
         .batch_execute("create type pg_temp.mood as enum ('sad', 'happy 🐘')")
         .await?;
     let statement = client
         .prepare("select $1::pg_temp.mood, $2::int4[], $3::bytea, $4::text")
         .await?;
-    say_debug(
+    report_debug(
         "types.looked up",
         statement
             .params()
@@ -312,8 +312,8 @@ async fn types(client: &Client) -> anyhow::Result<()> {
     let wide = client
         .query_one(&format!("select {}", columns.join(",")), &[])
         .await?;
-    say("types.1600 columns", wide.len());
-    say_debug("types.empty query", client.simple_query("").await?.len());
+    report("types.1600 columns", wide.len());
+    report_debug("types.empty query", client.simple_query("").await?.len());
     Ok(())
 }
 
@@ -325,7 +325,7 @@ async fn large(client: &Client) -> anyhow::Result<()> {
             &[&text],
         )
         .await?;
-    say_debug(
+    report_debug(
         "large",
         (row.get::<_, &str>(0), row.get::<_, &str>(1) == text),
     );
@@ -342,22 +342,22 @@ async fn large(client: &Client) -> anyhow::Result<()> {
         count += 1;
         last = row.get(1);
     }
-    say_debug("large.rows", (count, last));
+    report_debug("large.rows", (count, last));
     Ok(())
 }
 
 async fn prepared(client: &Client) -> anyhow::Result<()> {
     let doubled = client.prepare("select $1::int4 * 2").await?;
     for n in 0..3 {
-        say(
+        report(
             format_args!("prepared.{n}"),
             client.query_one(&doubled, &[&n]).await?.get::<_, i32>(0),
         );
     }
-    // The driver pipelines whatever is asked at the same time.
+    // The driver pipelines concurrent queries.
     let sums =
         try_join_all((0..300).map(async |n: i32| client.query_one(&doubled, &[&n]).await)).await?;
-    say(
+    report(
         "prepared.pipelined",
         sums.iter().map(|row| row.get::<_, i32>(0)).sum::<i32>(),
     );
@@ -367,7 +367,7 @@ async fn prepared(client: &Client) -> anyhow::Result<()> {
         client.query_one("select 2", &[]),
     )
     .await;
-    say_debug(
+    report_debug(
         "prepared.mixed",
         (
             mixed.0.is_ok(),
@@ -381,7 +381,7 @@ async fn prepared(client: &Client) -> anyhow::Result<()> {
             &[],
         )
         .await?;
-    say("prepared.known to the server", known.get::<_, i64>(0));
+    report("prepared.known to the server", known.get::<_, i64>(0));
     drop((doubled, sums)); // rows, too, hold on to their statement
     // A dropped statement is closed behind the scenes, ahead of the next query.
     let known = client
@@ -390,7 +390,7 @@ async fn prepared(client: &Client) -> anyhow::Result<()> {
             &[],
         )
         .await?;
-    say("prepared.closed", known.get::<_, i64>(0));
+    report("prepared.closed", known.get::<_, i64>(0));
     Ok(())
 }
 
@@ -417,11 +417,11 @@ async fn errors(client: &Client) -> anyhow::Result<()> {
         ),
     ] {
         match client.execute(sql, &[]).await {
-            Ok(count) => say(key, count),
+            Ok(count) => report(key, count),
             Err(error) => failure(key, &error),
         }
         if let Err(error) = client.batch_execute(sql).await {
-            say_debug(
+            report_debug(
                 format_args!("{key}.simple"),
                 error.as_db_error().map(DbError::code),
             );
@@ -445,7 +445,7 @@ async fn transactions(server: &mut Server) -> anyhow::Result<()> {
         .await?;
     let inner = transaction.savepoint("inner_point").await?;
     inner.execute("insert into kept values (2)", &[]).await?;
-    say_debug(
+    report_debug(
         "transactions.inside",
         inner
             .query_one("select 1 / 0", &[])
@@ -453,7 +453,7 @@ async fn transactions(server: &mut Server) -> anyhow::Result<()> {
             .err()
             .and_then(|error| error.code().cloned()),
     );
-    say_debug(
+    report_debug(
         "transactions.failed",
         inner
             .query_one("select 1", &[])
@@ -467,16 +467,16 @@ async fn transactions(server: &mut Server) -> anyhow::Result<()> {
     let portal = transaction
         .bind("select generate_series(1, 10)", &[])
         .await?;
-    say(
+    report(
         "transactions.portal",
         transaction.query_portal(&portal, 3).await?.len(),
     );
-    say(
+    report(
         "transactions.rest",
         transaction.query_portal(&portal, 0).await?.len(),
     );
     drop(transaction); // rolls back
-    say(
+    report(
         "transactions.kept",
         client
             .query_one("select sum(n) from kept", &[])
@@ -495,7 +495,7 @@ async fn copy(client: &Client) -> anyhow::Result<()> {
         sink.feed(Bytes::from(format!("{n}\trow {n} żółć 🐘\n")))
             .await?;
     }
-    say("copy.in", sink.as_mut().finish().await?);
+    report("copy.in", sink.as_mut().finish().await?);
     let mut stream = pin!(
         client
             .copy_out("copy (select * from copied order by id) to stdout")
@@ -505,7 +505,7 @@ async fn copy(client: &Client) -> anyhow::Result<()> {
     while let Some(block) = stream.try_next().await? {
         bytes += block.len();
     }
-    say("copy.out", bytes);
+    report("copy.out", bytes);
     let mut sink = pin!(client.copy_in("copy copied from stdin").await?);
     sink.send(Bytes::from_static(b"not a number\tx\n")).await?;
     if let Err(error) = sink.as_mut().finish().await {
@@ -521,7 +521,7 @@ async fn copy(client: &Client) -> anyhow::Result<()> {
             .copy_out("copy (select 1 / (50000 - g) from generate_series(1, 60000) g) to stdout")
             .await?
     );
-    // The driver repeats its error for as long as it is asked, so the first one ends the loop.
+    // The driver repeats its error at each call, so the first one ends the loop.
     let failed = loop {
         match stream.next().await {
             Some(Ok(_)) => {}
@@ -529,11 +529,11 @@ async fn copy(client: &Client) -> anyhow::Result<()> {
             None => break None,
         }
     };
-    say_debug(
+    report_debug(
         "copy.out fails midway",
         failed.and_then(|error| error.code().cloned()),
     );
-    say(
+    report(
         "copy.left",
         client
             .query_one("select count(*) from copied", &[])
@@ -552,7 +552,7 @@ async fn notices(
         .await?;
     for _ in 0..3 {
         if let Some(AsyncMessage::Notice(notice)) = timeout(WAIT, messages.recv()).await? {
-            say_debug(
+            report_debug(
                 "notices",
                 (
                     notice.severity(),
@@ -572,24 +572,24 @@ async fn results(client: &Client) -> anyhow::Result<()> {
         .await?;
     for message in messages {
         match message {
-            SimpleQueryMessage::Row(row) => say_debug(
+            SimpleQueryMessage::Row(row) => report_debug(
                 "results.row",
                 (0..row.len()).map(|n| row.get(n)).collect::<Vec<_>>(),
             ),
-            SimpleQueryMessage::CommandComplete(count) => say("results.complete", count),
-            SimpleQueryMessage::RowDescription(columns) => say("results.columns", columns.len()),
-            _ => say("results", "something else"),
+            SimpleQueryMessage::CommandComplete(count) => report("results.complete", count),
+            SimpleQueryMessage::RowDescription(columns) => report("results.columns", columns.len()),
+            _ => report("results", "something else"),
         }
     }
     let error = client
         .batch_execute("insert into third values (6); select 1 / 0; select 3")
         .await
         .err();
-    say_debug(
+    report_debug(
         "results.error",
         error.and_then(|error| error.code().cloned()),
     );
-    say(
+    report(
         "results.undone",
         client
             .query_one("select count(*) from third", &[])
@@ -618,8 +618,8 @@ async fn cancel(server: &mut Server) -> anyhow::Result<()> {
     if let Err(error) = answer {
         failure("cancel", &error);
     }
-    say("cancel.prompt", began.elapsed() < WAIT);
-    say(
+    report("cancel.prompt", began.elapsed() < WAIT);
+    report(
         "cancel.usable",
         client.query_one("select 1", &[]).await?.get::<_, i32>(0),
     );
@@ -638,17 +638,21 @@ async fn notifications(server: &mut Server) -> anyhow::Result<()> {
         .batch_execute("notify drivers_tokio, 'one'; notify drivers_tokio, 'two 🐘'")
         .await?;
     for _ in 0..2 {
-        if let Some(AsyncMessage::Notification(heard)) = timeout(WAIT, messages.recv()).await? {
-            say_debug(
+        if let Some(AsyncMessage::Notification(received)) = timeout(WAIT, messages.recv()).await? {
+            report_debug(
                 "notify",
-                (heard.channel(), heard.payload(), heard.process_id() == pid),
+                (
+                    received.channel(),
+                    received.payload(),
+                    received.process_id() == pid,
+                ),
             );
         }
     }
     Ok(())
 }
 
-/// A backend that is ended from outside: the server's own last words arrive.
+/// The client receives the server's own error when its backend is terminated.
 async fn ended(server: &mut Server) -> anyhow::Result<()> {
     let (victim, _messages) = server.connect().await?;
     let (killer, _more) = server.connect().await?;

@@ -1,4 +1,4 @@
-//! What tokio-postgres asks of a TLS library, over rustls: name and chain verified against one file of roots.
+//! The TLS interface of tokio-postgres, over rustls: name and chain verified against one file of roots.
 
 use std::{
     future::Future,
