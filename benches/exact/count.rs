@@ -77,8 +77,8 @@ fn memory(program: &Path, upstream: &Upstream) -> f64 {
             client.select_1().expect("an answer");
             clients.push(client);
         }
-        // Whatever a session gives back after its last answer.
-        std::thread::sleep(Duration::from_millis(200));
+        // The allocator returns freed pages after a second (`dirty_decay_ms` in .cargo/config.toml).
+        std::thread::sleep(Duration::from_secs(2));
         written_memory(proxy.id())
     };
     let (few, many) = (grown_to(SESSIONS.0), grown_to(SESSIONS.1));
