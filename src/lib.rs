@@ -4,8 +4,8 @@
 //!
 //! ```text
 //!  app ──plain Postgres──▶ listener ─▶ session ─────────────────────────────▶ endpoint
-//!                  (TCP, Unix, TLS)     handshake   startup message, limits      ▲
-//!                                       access      uid, password, TLS           │
+//!                  (TCP, Unix)          handshake   TLS, startup message         ▲
+//!                                       access      uid, password, limits        │
 //!                                       connect ─▶ upstream  dial, TLS, login ───┤
 //!                                       relay       bytes both ways ─────────────┘
 //!                                       cancel      our key ▶ the server's key
@@ -39,6 +39,14 @@
 //! | 10 | `config` | settings, each declared once |
 //! | | `clock`, `shutdown` | time, and the phases of the shutdown |
 //!
+//! The limits of clients, in the order in which a client meets them:
+//!
+//! | limit | enforced by | size |
+//! |---|---|---|
+//! | handshakes per endpoint | `session::handshake_limit`, taken by `listener` before a client is served | an eighth of the descriptor limit |
+//! | connections of the process | `status::Registry::enter`, called by `session::connect` | `max_connections` |
+//! | logins per endpoint | `upstream::connect`; one at a time while the endpoint wakes (`upstream::wake`) | 32 |
+//!
 //! Besides, `emulator` stands in for the workspace, the edge and Postgres; it imports only leaves of the proxy.
 //!
 //! # Glossary
@@ -49,16 +57,21 @@
 //! | server (connection) | a logged-in connection from the proxy to the endpoint |
 //! | upstream | everything on the far side of the proxy: the endpoint, its edge, its Postgres |
 //! | session | one client from accept to close |
-//! | handshake | everything up to and including the startup message |
+//! | handshake | from accept to the end of the access checks: client TLS, startup message, local password |
 //! | login | the exchange with the server up to ReadyForQuery |
 //! | relay | copying bytes between a client and a server |
 //! | endpoint | a Lakebase compute, and the host that it answers on |
 //! | edge | what answers on the endpoint's port 5432 in front of Postgres |
 //! | workspace | the Databricks workspace and its REST API; a workspace token authenticates to it |
 //! | credential | a token that the server accepts as password, with its expiry; to mint one is to request it from the workspace |
+//! | cell | holds the current credential; read without a lock |
+//! | refresher | the task that mints credentials and is the only writer of the cell |
+//! | generation | the number of a credential in its cell; a rejection names it, so that one refresh serves all |
+//! | forced refresh | a refresh because the endpoint rejected the credential |
+//! | waking | the endpoint does not answer yet; one client's attempts lead and the others wait for their result |
+//! | route | where the sessions of an endpoint find it: known, being looked up, or why it cannot be found |
 //! | registry | the sessions of the process, one entry each |
 //! | snapshot | the state of the proxy as plain values, for display |
-//! | permit, limit, draining, eviction, timeout, backoff | in their usual senses |
 
 pub mod admin;
 pub mod app;
