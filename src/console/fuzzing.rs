@@ -2,7 +2,7 @@
 
 use bytes::BytesMut;
 
-use super::dialogue::{Dialogue, Next};
+use super::dialogue::Dialogue;
 use crate::protocol::{
     frame::{tag, take_message},
     rows::Value,
@@ -15,11 +15,11 @@ pub fn conversation(data: &[u8]) {
     let mut is_skipping = false;
     let mut input = BytesMut::from(data);
     while let Ok(Some(message)) = take_message(&mut input, 10_000) {
-        let mut out = BytesMut::new();
-        if dialogue.handle(&message, &mut out) == Next::End {
-            assert_eq!(message.tag, tag::TERMINATE);
+        if message.tag == tag::TERMINATE {
             return;
         }
+        let mut out = BytesMut::new();
+        dialogue.handle(&message, &mut out);
         let mut answers = Vec::new();
         while let Some(answer) = take_message(&mut out, usize::MAX).expect("a frame") {
             answers.push(answer.tag);

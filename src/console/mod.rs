@@ -17,8 +17,8 @@ mod clients;
 mod dialogue;
 #[cfg(fuzzing)]
 pub mod fuzzing;
-mod pgbouncer;
 mod statement;
+mod table;
 mod tables;
 
 use std::{
@@ -32,20 +32,18 @@ use std::{
 };
 
 use bytes::BytesMut;
-use tokio::{
-    io::{AsyncReadExt, AsyncWrite, AsyncWriteExt},
-    time::timeout,
-};
+use tokio::{io::AsyncWrite, time::timeout};
 
 use self::{
     clients::{CLIENTS, Clients},
-    dialogue::{Dialogue, Next},
+    dialogue::Dialogue,
 };
 use crate::{
+    net::message::{ReadError, read_message, write_and_flush},
     protocol::{
         backend::{parameter_status, welcome},
         error::{Report, sqlstate},
-        frame::{FrameError, take_message},
+        frame::{FrameError, tag},
         startup::{CancelKey, StartupMessage},
     },
     session::{self, ConsoleRequest},
@@ -56,8 +54,6 @@ use crate::{
 const NAMES: [&str; 2] = ["lakebase_proxy", "pgbouncer"];
 /// Maximum length of a message, header included.
 const MESSAGE_LIMIT: usize = 64 * 1024;
-/// Responses are written when they exceed this, even with further messages to process.
-const RESPONSE_CHUNK: usize = 64 * 1024;
 /// Timeout of one write to a client that does not read.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
 
@@ -99,59 +95,44 @@ impl Console {
         let ConsoleRequest {
             mut client,
             mut received,
-            negotiation: mut hello,
+            negotiation,
             startup,
             draining,
         } = request;
         let permit = self.clients.enter();
-        hello.extend_from_slice(&greeting(startup));
-        write(&mut client, &hello).await?;
-        drop(hello);
+        let mut out = negotiation;
+        out.unsplit(greeting(startup));
+        write(&mut client, &out).await?;
         let mut dialogue = Dialogue::new(|table| table.rows(&(self.snapshot)()));
-        let mut out = BytesMut::new();
-        loop {
-            let message = match take_message(&mut received, MESSAGE_LIMIT) {
-                Ok(message) => message,
-                Err(error) => {
-                    out.extend_from_slice(&unreadable(&error).encode_fatal());
-                    return write(&mut client, &out).await;
-                }
-            };
-            if let Some(message) = message {
-                permit.touch();
-                if dialogue.handle(&message, &mut out) == Next::End {
-                    return Ok(());
-                }
-                if out.len() < RESPONSE_CHUNK {
-                    continue;
-                }
-            }
-            if !out.is_empty() {
-                write(&mut client, &out).await?;
-                out.clear();
-                continue;
-            }
-            let read = tokio::select! {
-                read = client.read_buf(&mut received) => read?,
+        let report = loop {
+            out.clear();
+            let message = tokio::select! {
+                message = read_message(&mut client, &mut received, MESSAGE_LIMIT) => message,
                 () = permit.evicted.cancelled() => {
-                    let report = Report::new(
+                    break Report::new(
                         sqlstate::IDLE_SESSION_TIMEOUT,
                         format!("terminating the console connection that has been idle longest of {CLIENTS}"),
                     );
-                    return write(&mut client, &report.encode_fatal()).await;
                 }
                 () = draining.cancelled() => {
-                    let report = Report::new(
+                    break Report::new(
                         sqlstate::ADMIN_SHUTDOWN,
                         "terminating connection because lakebase-proxy is shutting down",
                     );
-                    return write(&mut client, &report.encode_fatal()).await;
                 }
             };
-            if read == 0 {
-                return Ok(());
+            match message {
+                Ok(message) if message.tag == tag::TERMINATE => return Ok(()),
+                Ok(message) => {
+                    permit.touch();
+                    dialogue.handle(&message, &mut out);
+                    write(&mut client, &out).await?;
+                }
+                Err(ReadError::Io(error)) => return Err(error),
+                Err(ReadError::Frame(error)) => break unreadable(&error),
             }
-        }
+        };
+        write(&mut client, &report.encode_fatal()).await
     }
 }
 
@@ -207,11 +188,7 @@ fn unreadable(error: &FrameError) -> Report {
 }
 
 async fn write<S: AsyncWrite + Unpin>(stream: &mut S, bytes: &[u8]) -> io::Result<()> {
-    let writing = async {
-        stream.write_all(bytes).await?;
-        stream.flush().await
-    };
-    timeout(WRITE_TIMEOUT, writing)
+    timeout(WRITE_TIMEOUT, write_and_flush(stream, bytes))
         .await
         .unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
 }

@@ -1,7 +1,10 @@
 //! The statements of the console, and the errors for all others.
 
-use super::tables::Table;
-use crate::protocol::error::{Report, sqlstate};
+use super::{table::Table, tables};
+use crate::protocol::{
+    backend::TransactionStatus,
+    error::{Report, sqlstate},
+};
 
 /// Characters of a statement that an error quotes.
 const QUOTED: usize = 40;
@@ -11,12 +14,11 @@ const QUOTED: usize = 40;
 pub(super) enum Statement {
     /// SHOW with a table.
     Show(&'static Table),
-    /// Drivers put transactions around their queries.
-    Begin,
-    Commit,
-    Rollback,
-    /// A statement that drivers send by default and that has no effect here, with its command tag.
-    Accepted(&'static str),
+    /// A statement that drivers send around their queries; it changes the transaction status at most.
+    Accepted {
+        tag: &'static str,
+        transaction: Option<TransactionStatus>,
+    },
 }
 
 /// Session settings that drivers set by default; they have no effect here.
@@ -42,140 +44,107 @@ const SESSION_SETTINGS: &[&str] = &[
     "transaction",
 ];
 
-/// Commands of PgBouncer's console that this one does not have, each with an alternative.
-const COMMANDS: &[(&str, &str)] = &[
-    (
-        "disable",
-        "Stop the proxy, or take the endpoint out of the configuration.",
-    ),
-    (
-        "enable",
-        "Put the endpoint into the configuration and reload.",
-    ),
-    (
-        "kill",
-        "End the session where it runs: pg_terminate_backend() with the remote_pid of SHOW SERVERS.",
-    ),
-    (
-        "kill_client",
-        "End the session where it runs: pg_terminate_backend() with the remote_pid of SHOW SERVERS.",
-    ),
-    (
-        "pause",
-        "Clients wait by themselves while the endpoint is unavailable.",
-    ),
-    (
-        "reconnect",
-        "Sessions end with the connections that they have; new ones connect anew.",
-    ),
-    ("reload", "Send SIGHUP."),
-    ("resume", "Nothing is ever paused."),
-    (
-        "shutdown",
-        "Send SIGTERM, or run `lakebase-proxy shutdown`.",
-    ),
-    ("suspend", "Nothing is ever suspended."),
-    ("wait_close", "Nothing is ever paused."),
-];
-
-/// SQL statements, which get a hint of their own.
-const SQL: &[&str] = &[
-    "alter",
-    "analyze",
-    "call",
-    "checkpoint",
-    "close",
-    "cluster",
-    "comment",
-    "copy",
-    "create",
-    "declare",
-    "delete",
-    "do",
-    "drop",
-    "execute",
-    "explain",
-    "fetch",
-    "grant",
-    "insert",
-    "listen",
-    "lock",
-    "merge",
-    "move",
-    "notify",
-    "prepare",
-    "refresh",
-    "reindex",
-    "revoke",
-    "savepoint",
-    "select",
-    "table",
-    "truncate",
-    "unlisten",
-    "update",
-    "vacuum",
-    "values",
-    "with",
-];
-
-/// Splits a query string into statements, comments included; empty ones are left out.
-pub(super) fn split(query: &str) -> Vec<&str> {
-    let mut parts = Vec::new();
-    let (mut begin, mut state) = (0, Lexer::Plain);
-    let mut previous = ' ';
-    for (at, character) in query.char_indices() {
-        if state == Lexer::Plain && character == ';' {
-            parts.push(query.get(begin..at).unwrap_or_default());
-            begin = at.saturating_add(1);
-            previous = ' ';
-            continue;
+/// Splits a query into its statements, without comments; empty ones are left out.
+pub(super) fn split(query: &str) -> Vec<String> {
+    let mut statements = vec![String::new()];
+    let mut rest = query;
+    while let Some(first) = rest.chars().next() {
+        let up_to = |start: usize, end: &str| {
+            let at = rest.get(start..).and_then(|body| body.find(end));
+            at.map_or(rest.len(), |at| start + at + end.len())
+        };
+        // A semicolon separates nothing within quotes or a comment.
+        let (length, is_comment) = match first {
+            '\'' => (up_to(1, "'"), false),
+            '"' => (up_to(1, "\""), false),
+            _ if rest.starts_with("--") => (up_to(2, "\n"), true),
+            _ if rest.starts_with("/*") => (up_to(2, "*/"), true),
+            _ => (first.len_utf8(), false),
+        };
+        let (token, behind) = rest.split_at_checked(length).unwrap_or((rest, ""));
+        rest = behind;
+        match statements.last_mut() {
+            Some(statement) if token != ";" => {
+                statement.push_str(if is_comment { " " } else { token });
+            }
+            _ => statements.push(String::new()),
         }
-        state = state.next(previous, character);
-        previous = character;
     }
-    parts.push(query.get(begin..).unwrap_or_default());
-    parts.retain(|part| !words(part).is_empty());
-    parts
+    statements.retain(|statement| !statement.trim().is_empty());
+    statements
 }
 
-/// Parses one statement; `None` for an empty one.
-pub(super) fn parse(statement: &str) -> Result<Option<Statement>, Report> {
-    let words = words(statement);
-    let words: Vec<&str> = words.iter().map(String::as_str).collect();
-    let understood = match words[..] {
-        [] => return Ok(None),
-        ["show", what] => Statement::Show(Table::named(what).ok_or_else(|| unknown(statement))?),
-        ["begin", ..] | ["start", "transaction", ..] => Statement::Begin,
-        ["commit" | "end", ..] => Statement::Commit,
-        ["rollback" | "abort", ..] => Statement::Rollback,
-        ["reset", ..] => Statement::Accepted("RESET"),
-        ["discard", "all"] => Statement::Accepted("DISCARD ALL"),
-        ["deallocate", ..] => Statement::Accepted("DEALLOCATE"),
-        ["set", "session" | "local", name, ..] | ["set", name, ..] => {
-            if !SESSION_SETTINGS.contains(&name) {
-                return Err(read_only("SET").with_hint(
-                    "Change the setting at its source (SHOW CONFIG shows it) and reload.",
-                ));
-            }
-            Statement::Accepted("SET")
+/// Parses one statement of [`split`].
+pub(super) fn parse(statement: &str) -> Result<Statement, Report> {
+    let lower = statement.to_lowercase();
+    let words: Vec<&str> = lower
+        .split(|c: char| c.is_whitespace() || c == '=')
+        .filter(|word| !word.is_empty())
+        .collect();
+    let (tag, transaction) = match words[..] {
+        ["show", ref name @ ..] => {
+            let table = match name {
+                [name] => tables::named(name),
+                _ => None,
+            };
+            return table.map(Statement::Show).ok_or_else(|| unknown(statement));
         }
-        [first, ..] => {
-            if let Some((command, hint)) = COMMANDS.iter().find(|(command, _)| *command == first) {
-                return Err(read_only(&command.to_uppercase()).with_hint(*hint));
-            }
-            if SQL.contains(&first) {
-                return Err(Report::new(
-                    sqlstate::FEATURE_NOT_SUPPORTED,
-                    format!("the console of lakebase-proxy runs no SQL: `{}`", quoted(statement)),
-                )
-                .with_hint(
-                    "SHOW HELP lists the commands. For SQL, connect to a database of the endpoint, as in `psql -d databricks_postgres`.",
-                ));
-            }
-            return Err(unknown(statement));
+        ["begin", ..] | ["start", "transaction", ..] => {
+            ("BEGIN", Some(TransactionStatus::Transaction))
+        }
+        ["commit" | "end", ..] => ("COMMIT", Some(TransactionStatus::Idle)),
+        ["rollback" | "abort", ..] => ("ROLLBACK", Some(TransactionStatus::Idle)),
+        ["reset", ..] => ("RESET", None),
+        ["discard", "all"] => ("DISCARD ALL", None),
+        ["deallocate", ..] => ("DEALLOCATE", None),
+        ["set", "session" | "local", name, ..] | ["set", name, ..]
+            if SESSION_SETTINGS.contains(&name) =>
+        {
+            ("SET", None)
+        }
+        _ => {
+            return Err(refusal(
+                words.first().copied().unwrap_or_default(),
+                statement,
+            ));
         }
     };
-    Ok(Some(understood))
+    Ok(Statement::Accepted { tag, transaction })
+}
+
+/// The error for a statement that begins with `command`.
+fn refusal(command: &str, statement: &str) -> Report {
+    // Commands of PgBouncer's console, each with an alternative.
+    let hint = match command {
+        "disable" => "Stop the proxy, or take the endpoint out of the configuration.",
+        "enable" => "Put the endpoint into the configuration and reload.",
+        "kill" | "kill_client" => {
+            "End the session where it runs: pg_terminate_backend() with the remote_pid of SHOW SERVERS."
+        }
+        "pause" => "Clients wait by themselves while the endpoint is unavailable.",
+        "reconnect" => "Sessions end with the connections that they have; new ones connect anew.",
+        "reload" => "Send SIGHUP.",
+        "resume" | "suspend" | "wait_close" => "Nothing is ever paused.",
+        "set" => "Change the setting at its source (SHOW CONFIG shows it) and reload.",
+        "shutdown" => "Send SIGTERM, or run `lakebase-proxy shutdown`.",
+        _ => {
+            return Report::new(
+                sqlstate::FEATURE_NOT_SUPPORTED,
+                format!("the console of lakebase-proxy runs no SQL: `{}`", quoted(statement)),
+            )
+            .with_hint(
+                "SHOW HELP lists the commands. For SQL, connect to a database of the endpoint, as in `psql -d databricks_postgres`.",
+            );
+        }
+    };
+    Report::new(
+        sqlstate::FEATURE_NOT_SUPPORTED,
+        format!(
+            "the console of lakebase-proxy is read-only: {} is not possible",
+            command.to_uppercase()
+        ),
+    )
+    .with_hint(hint)
 }
 
 fn unknown(statement: &str) -> Report {
@@ -189,82 +158,12 @@ fn unknown(statement: &str) -> Report {
     .with_hint("SHOW HELP lists the commands.")
 }
 
-fn read_only(what: &str) -> Report {
-    Report::new(
-        sqlstate::FEATURE_NOT_SUPPORTED,
-        format!("the console of lakebase-proxy is read-only: {what} is not possible"),
-    )
-}
-
 /// The beginning of a statement, in one line.
 fn quoted(statement: &str) -> String {
     let line = statement.split_whitespace().collect::<Vec<_>>().join(" ");
     match line.char_indices().nth(QUOTED) {
         Some((end, _)) => format!("{}…", line.get(..end).unwrap_or_default()),
         None => line,
-    }
-}
-
-/// The words of a statement in lower case, without comments.
-fn words(statement: &str) -> Vec<String> {
-    let mut words = vec![String::new()];
-    let (mut state, mut previous) = (Lexer::Plain, ' ');
-    for character in statement.chars() {
-        let before = state;
-        state = state.next(previous, character);
-        previous = character;
-        let is_code = before == Lexer::Plain && state == Lexer::Plain;
-        // The first character of a comment was taken for code.
-        if matches!(state, Lexer::Line | Lexer::Block)
-            && before == Lexer::Plain
-            && let Some(word) = words.last_mut()
-        {
-            word.pop();
-        }
-        match words.last_mut() {
-            Some(word)
-                if is_code
-                    && !character.is_whitespace()
-                    && !matches!(character, '=' | ',' | ';') =>
-            {
-                word.extend(character.to_lowercase());
-            }
-            Some(word)
-                if matches!(before, Lexer::Single | Lexer::Double)
-                    || matches!(state, Lexer::Single | Lexer::Double) =>
-            {
-                word.push(character);
-            }
-            _ => words.push(String::new()),
-        }
-    }
-    words.retain(|word| !word.is_empty());
-    words
-}
-
-/// The lexical state within a statement.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Lexer {
-    Plain,
-    Single,
-    Double,
-    Line,
-    Block,
-}
-
-impl Lexer {
-    fn next(self, previous: char, character: char) -> Self {
-        match (self, previous, character) {
-            (Self::Plain, _, '\'') => Self::Single,
-            (Self::Plain, _, '"') => Self::Double,
-            (Self::Plain, '-', '-') => Self::Line,
-            (Self::Plain, '/', '*') => Self::Block,
-            (Self::Single, _, '\'')
-            | (Self::Double, _, '"')
-            | (Self::Line, _, '\n')
-            | (Self::Block, '*', '/') => Self::Plain,
-            (same, ..) => same,
-        }
     }
 }
 
@@ -289,9 +188,9 @@ mod tests {
         ] {
             let split = split(statement);
             assert_eq!(split.len(), 1, "{statement}: {split:?}");
-            let parsed = parse(split[0]);
+            let parsed = parse(&split[0]);
             assert!(
-                matches!(parsed, Ok(Some(Statement::Show(table))) if table.name == "clients"),
+                matches!(parsed, Ok(Statement::Show(table)) if table.name == "clients"),
                 "{statement}"
             );
         }
@@ -301,7 +200,7 @@ mod tests {
     fn several_statements_are_split() {
         assert_eq!(
             split("SHOW STATS; -- a;b\n SHOW ';' ;; SHOW \"a;b\""),
-            ["SHOW STATS", " -- a;b\n SHOW ';' ", " SHOW \"a;b\""]
+            ["SHOW STATS", "   SHOW ';' ", " SHOW \"a;b\""]
         );
         assert!(split(" ; -- nothing\n;").is_empty());
     }
@@ -310,7 +209,7 @@ mod tests {
     fn nothing_can_be_changed_from_here() {
         for statement in [
             "PAUSE",
-            "resume;",
+            "resume",
             "KILL db",
             "SHUTDOWN WAIT_FOR_CLIENTS",
             "RELOAD",
@@ -341,13 +240,7 @@ mod tests {
 
     #[test]
     fn an_unknown_statement_is_a_syntax_error() {
-        for statement in [
-            "SHOW",
-            "SHOW POODLES",
-            "SHOW 'clients'",
-            "hello",
-            "show clients now",
-        ] {
+        for statement in ["SHOW", "SHOW POODLES", "SHOW 'clients'", "show clients now"] {
             let report = refused(statement);
             assert_eq!(report.sqlstate, "42601", "{statement}");
             assert_eq!(
@@ -359,30 +252,32 @@ mod tests {
 
     #[test]
     fn default_statements_of_drivers_are_accepted() {
-        for (statement, parsed) in [
-            ("BEGIN", "Begin"),
-            ("START TRANSACTION READ ONLY", "Begin"),
-            ("COMMIT", "Commit"),
-            ("ROLLBACK", "Rollback"),
-            ("SET extra_float_digits = 3", "Accepted(\"SET\")"),
-            ("SET application_name='x'", "Accepted(\"SET\")"),
+        for (statement, expected) in [
+            ("BEGIN", "BEGIN"),
+            ("START TRANSACTION READ ONLY", "BEGIN"),
+            ("COMMIT", "COMMIT"),
+            ("ROLLBACK", "ROLLBACK"),
+            ("SET extra_float_digits = 3", "SET"),
+            ("SET application_name='x'", "SET"),
             (
                 "SET SESSION CHARACTERISTICS AS TRANSACTION READ ONLY",
-                "Accepted(\"SET\")",
+                "SET",
             ),
-            ("DISCARD ALL", "Accepted(\"DISCARD ALL\")"),
+            ("DISCARD ALL", "DISCARD ALL"),
         ] {
-            let statement = parse(statement).unwrap().unwrap();
-            assert_eq!(format!("{statement:?}"), parsed);
+            let parsed = parse(statement).unwrap();
+            assert!(
+                matches!(parsed, Statement::Accepted { tag, .. } if tag == expected),
+                "{parsed:?}"
+            );
         }
-        assert!(parse(" -- nothing").unwrap().is_none());
     }
 
     proptest! {
         #[test]
         fn arbitrary_text_causes_no_panic(text: String) {
             for part in split(&text) {
-                let _ = parse(part);
+                let _ = parse(&part);
             }
         }
     }

@@ -1,264 +1,345 @@
-//! The tables of the console. Columns have PgBouncer's names where they mean the same.
+//! The tables of the console.
+//!
+//! Columns have PgBouncer's names where they mean the same. `POOLS`, `LISTS`, `DATABASES` and `STATS_TOTALS` are for
+//! PgBouncer's exporter for Prometheus: without pooling a "pool" is an endpoint, each of whose clients has a connection of
+//! its own. Columns without a meaning here are left out, except those that dashboards add up.
 
-use std::{borrow::Cow, time::Duration};
+use std::{collections::BTreeSet, iter::once, net::SocketAddr, time::Duration};
 
 use jiff::Timestamp;
 
-use super::pgbouncer;
+use super::table::{Table, table};
 use crate::{
     protocol::rows::{Column, Kind, Value},
     shutdown::Phase,
     status::{
-        EndpointSnapshot, Peer, RefreshError, SessionInfo, Snapshot, UpstreamSnapshot, VERSION,
+        Counts, EndpointSnapshot, Peer, RefreshAttempt, RefreshError, Server, SessionInfo,
+        Snapshot, UpstreamSnapshot, VERSION,
     },
-    telemetry::{escape, labels::Direction, total},
+    telemetry::{Metrics, labels::Direction, total},
 };
 
-/// The rows of a table.
-pub(super) type Rows = Vec<Vec<Value>>;
+/// PgBouncer's name for a server connection that a client keeps.
+const POOL_MODE: &str = "session";
 
-/// A table that SHOW displays.
-#[derive(Debug)]
-pub(super) struct Table {
-    /// Its name, in lower case.
-    pub(super) name: &'static str,
-    help: &'static str,
-    pub(super) columns: &'static [Column],
-    rows: fn(&Snapshot) -> Rows,
-}
-
-impl Table {
-    /// The table with this name, in lower case.
-    pub(super) fn named(name: &str) -> Option<&'static Self> {
-        TABLES.iter().find(|table| table.name == name)
-    }
-
-    /// The rows of a snapshot.
-    pub(super) fn rows(&self, snapshot: &Snapshot) -> Rows {
-        let mut rows = (self.rows)(snapshot);
-        // Clients choose names and servers send messages: their control characters must not reach a terminal.
-        for value in rows.iter_mut().flatten() {
-            if let Value::Text(text) = value
-                && let Cow::Owned(escaped) = escape(text)
-            {
-                *text = escaped;
-            }
-        }
-        rows
-    }
-}
-
-/// Columns of text, unless marked as numbers.
-macro_rules! columns {
-    ($($name:ident $($kind:ident)?),+ $(,)?) => {
-        &[$(Column { name: stringify!($name), kind: columns!(@ $($kind)?) }),+]
-    };
-    (@) => { Kind::Text };
-    (@ number) => { Kind::Number };
+/// The table with this name, in lower case.
+pub(super) fn named(name: &str) -> Option<&'static Table> {
+    TABLES.iter().find(|table| table.name == name)
 }
 
 /// Every table, in alphabetical order.
 static TABLES: &[Table] = &[
-    Table {
-        name: "clients",
-        help: "client connections: peer, activity and its duration",
-        columns: columns![
-            type, user, database, state, addr, port number, connect_time, request_time, wait number, wait_us number,
-            link number, remote_pid number, tls, application_name, id number, endpoint, state_seconds number,
-            bytes_received number, bytes_sent number,
-        ],
-        rows: |snapshot| {
-            snapshot
-                .registry
-                .list(usize::MAX)
-                .iter()
-                .map(client)
-                .collect()
-        },
-    },
-    Table {
-        name: "config",
-        help: "settings in force, and their defaults",
-        columns: columns![key, value, default, changeable, source],
-        rows: config,
-    },
-    Table {
-        name: "databases",
-        help: "endpoints, as PgBouncer's monitoring requests them",
-        columns: columns![
-            name, host, port number, database, force_user, pool_mode, max_connections number,
-            current_connections number, paused number, disabled number,
-        ],
-        rows: pgbouncer::databases,
-    },
-    Table {
-        name: "endpoints",
-        help: "endpoints, their addresses and sessions",
-        columns: columns![
-            name, listen, host, port number, user, database, tls, credential, cl_active number, cl_waiting number,
-            cl_idle number, cl_in_transaction number, sv_active number,
-        ],
-        rows: |snapshot| snapshot.endpoints.iter().map(endpoint).collect(),
-    },
-    Table {
-        name: "failures",
-        help: "recently refused clients, with the reason and a hint",
-        columns: columns![
-            last_time, first_time, count number, endpoint, reason, sqlstate, message, detail, hint, id number,
-        ],
-        rows: failures,
-    },
-    Table {
-        name: "help",
-        help: "this list",
-        columns: columns![command, shows],
-        rows: |_| {
-            let row = |table: &Table| {
-                let command = format!("SHOW {}", table.name.to_uppercase());
-                vec![text(command), text(table.help)]
-            };
-            TABLES.iter().map(row).collect()
-        },
-    },
-    Table {
-        name: "lists",
-        help: "numbers of clients and servers, as PgBouncer's monitoring requests them",
-        columns: columns![list, items number],
-        rows: pgbouncer::lists,
-    },
-    Table {
-        name: "pools",
-        help: "waiting clients by endpoint, as PgBouncer's monitoring requests them",
-        columns: columns![
-            database, user, cl_active number, cl_waiting number, sv_active number, sv_idle number, sv_used number,
-            sv_tested number, sv_login number, maxwait number, maxwait_us number, pool_mode,
-        ],
-        rows: pgbouncer::pools,
-    },
-    Table {
-        name: "refreshes",
-        help: "recent refreshes of credentials",
-        columns: columns![time, endpoint, outcome, ms number, expires, error, hint],
-        rows: refreshes,
-    },
-    Table {
-        name: "servers",
-        help: "connections to the endpoints",
-        columns: columns![
-            type, user, database, state, addr, port number, connect_time, request_time, link number,
-            remote_pid number, tls, application_name, id number, endpoint,
-        ],
-        rows: servers,
-    },
-    Table {
-        name: "state",
-        help: "readiness of the proxy, and the reasons against it",
-        columns: columns![key, value],
-        rows: state,
-    },
-    Table {
-        name: "stats",
-        help: "totals of each endpoint since the start",
-        columns: columns![
-            database, total_xact_count number, total_query_count number, total_server_assignment_count number,
-            total_received number, total_sent number, total_wait_time number, total_client_login_count number,
-            total_refused_count number, total_login_failure_count number, total_cancel_count number,
-        ],
-        rows: |snapshot| snapshot.endpoints.iter().map(stats).collect(),
-    },
-    Table {
-        name: "stats_totals",
-        help: "totals, as PgBouncer's monitoring requests them",
-        columns: columns![
-            database, xact_count number, query_count number, server_assignment_count number, bytes_received number,
-            bytes_sent number, wait_time number,
-        ],
-        rows: pgbouncer::stats_totals,
-    },
-    Table {
-        name: "tokens",
-        help: "credentials: state and lifetime, never the secret",
-        columns: columns![
-            endpoint, state, source, generation number, minted, expires, seconds_left number, refresh_due,
-            next_attempt, last_error, hint,
-        ],
-        rows: |snapshot| snapshot.endpoints.iter().map(token).collect(),
-    },
-    Table {
-        name: "version",
-        help: "the version of this program",
-        columns: columns![version],
-        rows: |_| vec![vec![text(format!("lakebase-proxy {VERSION}"))]],
-    },
-    Table {
-        name: "wakes",
-        help: "recent wakes of endpoints and their duration",
-        columns: columns![time, endpoint, seconds, clients number],
-        rows: wakes,
-    },
+    table!(clients "client connections: peer, activity and its duration"
+        |snapshot| snapshot.registry.list(usize::MAX), |session| {
+        type: Text = "C";
+        user: Text = session.user.as_str();
+        database: Text = session.database.as_str();
+        state: Text = session.activity.label();
+        addr: Text = tcp_address(session.peer).map_or_else(|| "unix".to_owned(), |address| address.ip().to_string());
+        port: Number = tcp_address(session.peer).map_or(0, |address| address.port());
+        connect_time: Text = session.began;
+        request_time: Text = session.since;
+        wait: Number = waited(&session).as_secs();
+        wait_us: Number = waited(&session).subsec_micros();
+        link: Number = session.server.as_ref().map(|_| session.id);
+        remote_pid: Number = process(session.peer);
+        tls: Text = session.encryption.label();
+        application_name: Text = session.application.as_str();
+        id: Number = session.id;
+        endpoint: Text = session.endpoint.label().name();
+        state_seconds: Number = session.lasting.as_secs();
+        bytes_received: Number = session.from_client;
+        bytes_sent: Number = session.from_server;
+    }),
+    table!(config "settings in force, and their defaults"
+        |snapshot| &snapshot.settings, |setting| {
+        key: Text = setting.key.as_str();
+        value: Text = setting.value.as_str();
+        default: Text = setting.default.as_str();
+        changeable: Text = yes_no(setting.changeable);
+        source: Text = setting.origin.to_string();
+    }),
+    table!(databases "endpoints, as PgBouncer's monitoring requests them"
+        |snapshot| databases(snapshot), |(name, endpoint, upstream)| {
+        name: Text = name;
+        host: Text = upstream.map(|upstream| upstream.host.as_str());
+        port: Number = upstream.map(|upstream| upstream.port);
+        database: Text = upstream.map(|upstream| upstream.database.as_str());
+        force_user: Text = upstream.map(|upstream| upstream.user.as_str());
+        pool_mode: Text = POOL_MODE;
+        max_connections: Number = snapshot.max_connections;
+        current_connections: Number = endpoint.metrics.upstream_active.get();
+        paused: Number = 0;
+        disabled: Number = 0;
+    }),
+    table!(endpoints "endpoints, their addresses and sessions"
+        |snapshot| endpoints(snapshot), |(endpoint, upstream, counts)| {
+        name: Text = endpoint.name.as_str();
+        listen: Text = endpoint.listening.join(", ");
+        host: Text = upstream.map(|upstream| upstream.host.as_str());
+        port: Number = upstream.map(|upstream| upstream.port);
+        user: Text = upstream.map(|upstream| upstream.user.as_str());
+        database: Text = upstream.map(|upstream| upstream.database.as_str());
+        tls: Text = upstream.map(tls);
+        credential: Text = endpoint.credential.state.label();
+        cl_active: Number = counts.active;
+        cl_waiting: Number = counts.waiting;
+        cl_idle: Number = counts.idle;
+        cl_in_transaction: Number = counts.in_transaction;
+        sv_active: Number = endpoint.metrics.upstream_active.get();
+    }),
+    table!(failures "recently refused clients, with the reason and a hint"
+        |snapshot| snapshot.registry.recent().failures(), |failure| {
+        last_time: Text = failure.at;
+        first_time: Text = failure.first;
+        count: Number = failure.count;
+        endpoint: Text = failure.endpoint.name();
+        reason: Text = failure.reason.as_str();
+        sqlstate: Text = failure.report.sqlstate;
+        message: Text = failure.report.message;
+        detail: Text = failure.report.detail;
+        hint: Text = failure.report.hint;
+        id: Number = failure.session;
+    }),
+    table!(help "this list"
+        |_| TABLES, |table| {
+        command: Text = format!("SHOW {}", table.name.to_uppercase());
+        shows: Text = table.help;
+    }),
+    table!(lists "numbers of clients and servers, as PgBouncer's monitoring requests them"
+        |snapshot| lists(snapshot), |(list, items)| {
+        list: Text = list;
+        items: Number = items;
+    }),
+    table!(pools "waiting clients by endpoint, as PgBouncer's monitoring requests them"
+        |snapshot| endpoints(snapshot), |(endpoint, upstream, counts)| {
+        database: Text = endpoint.name.as_str();
+        user: Text = upstream.map(|upstream| upstream.user.as_str());
+        cl_active: Number = counts.all.saturating_sub(counts.waiting);
+        cl_waiting: Number = counts.waiting;
+        sv_active: Number = endpoint.metrics.upstream_active.get();
+        sv_idle: Number = 0;
+        sv_used: Number = 0;
+        sv_tested: Number = 0;
+        // A waiting client is being logged in, or waits for that.
+        sv_login: Number = counts.waiting;
+        maxwait: Number = counts.max_wait.as_secs();
+        maxwait_us: Number = counts.max_wait.subsec_micros();
+        pool_mode: Text = POOL_MODE;
+    }),
+    table!(refreshes "recent refreshes of credentials"
+        |snapshot| refreshes(snapshot), |(endpoint, attempt, error)| {
+        time: Text = attempt.at;
+        endpoint: Text = endpoint;
+        outcome: Text = error.map_or("success", |error| error.kind.as_str());
+        ms: Number = attempt.took.as_millis();
+        expires: Text = attempt.outcome.as_ref().ok().map(|at| or_never(*at));
+        error: Text = error.map(|error| error.message.as_str());
+        hint: Text = error.and_then(|error| error.hint.as_deref());
+    }),
+    table!(servers "connections to the endpoints"
+        |snapshot| servers(snapshot), |(session, server, upstream)| {
+        type: Text = "S";
+        user: Text = upstream.map_or("", |upstream| upstream.user.as_str());
+        database: Text = &*server.database;
+        state: Text = session.activity.label();
+        addr: Text = server.address.ip().to_canonical().to_string();
+        port: Number = server.address.port();
+        connect_time: Text = session.began;
+        request_time: Text = session.since;
+        link: Number = session.id;
+        remote_pid: Number = server.process_id;
+        tls: Text = upstream.map_or("", tls);
+        application_name: Text = session.application.as_str();
+        id: Number = session.id;
+        endpoint: Text = session.endpoint.label().name();
+    }),
+    table!(state "readiness of the proxy, and the reasons against it"
+        |snapshot| state(snapshot), |(key, value)| {
+        key: Text = key;
+        value: Text = value;
+    }),
+    table!(stats "totals of each endpoint since the start"
+        |snapshot| &snapshot.endpoints, |endpoint| {
+        database: Text = endpoint.name.as_str();
+        total_xact_count: Number = endpoint.metrics.transactions.get();
+        total_query_count: Number = endpoint.metrics.queries.get();
+        total_server_assignment_count: Number = endpoint.metrics.upstream_connects.ok.get();
+        total_received: Number = endpoint.metrics.relay_bytes[Direction::FromClient].get();
+        total_sent: Number = endpoint.metrics.relay_bytes[Direction::FromServer].get();
+        total_wait_time: Number = wait_time(&endpoint.metrics);
+        total_client_login_count: Number = endpoint.metrics.clients_opened.get();
+        total_refused_count: Number = total(&endpoint.metrics.clients_refused);
+        total_login_failure_count: Number = total(&endpoint.metrics.upstream_connects.failed);
+        total_cancel_count: Number = total(&endpoint.metrics.cancels);
+    }),
+    table!(stats_totals "totals, as PgBouncer's monitoring requests them"
+        |snapshot| &snapshot.endpoints, |endpoint| {
+        database: Text = endpoint.name.as_str();
+        xact_count: Number = endpoint.metrics.transactions.get();
+        query_count: Number = endpoint.metrics.queries.get();
+        server_assignment_count: Number = endpoint.metrics.upstream_connects.ok.get();
+        bytes_received: Number = endpoint.metrics.relay_bytes[Direction::FromClient].get();
+        bytes_sent: Number = endpoint.metrics.relay_bytes[Direction::FromServer].get();
+        wait_time: Number = wait_time(&endpoint.metrics);
+    }),
+    table!(tokens "credentials: state and lifetime, never the secret"
+        |snapshot| &snapshot.endpoints, |endpoint| {
+        endpoint: Text = endpoint.name.as_str();
+        state: Text = endpoint.credential.state.label();
+        source: Text = endpoint.credential.source;
+        generation: Number = endpoint.credential.generation;
+        minted: Text = endpoint.credential.minted_at;
+        expires: Text = (endpoint.credential.generation > 0).then(|| or_never(endpoint.credential.expires_at));
+        seconds_left: Number = endpoint.credential.expires_at.map(seconds_left);
+        refresh_due: Text = endpoint.credential.due_at;
+        next_attempt: Text = endpoint.credential.next_attempt;
+        last_error: Text = endpoint.credential.last_error.as_ref().map(|error| error.message.as_str());
+        hint: Text = endpoint.credential.last_error.as_ref().and_then(|error| error.hint.as_deref());
+    }),
+    table!(version "the version of this program"
+        |_| once(()), |()| {
+        version: Text = format!("lakebase-proxy {VERSION}");
+    }),
+    table!(wakes "recent wakes of endpoints and their duration"
+        |snapshot| snapshot.registry.recent().wakes(), |wake| {
+        time: Text = wake.at;
+        endpoint: Text = wake.endpoint.name();
+        seconds: Text = format!("{:.3}", wake.longest.as_secs_f64());
+        clients: Number = wake.clients;
+    }),
 ];
 
-fn client(session: &SessionInfo) -> Vec<Value> {
-    let (address, port, process) = match session.peer {
-        Peer::Tcp(address) => (address.ip().to_string(), address.port(), None),
-        Peer::Unix { pid, .. } => ("unix".to_owned(), 0, pid),
-    };
-    let is_connected = session.server.is_some();
-    let waited = if is_connected {
-        Duration::ZERO
-    } else {
-        session.age
-    };
-    vec![
-        text("C"),
-        text(&*session.user),
-        text(&*session.database),
-        text(session.activity.label()),
-        text(address),
-        number(port),
-        time(session.began),
-        time(session.since),
-        number(waited.as_secs()),
-        number(waited.subsec_micros()),
-        or_null(is_connected.then_some(session.id), number),
-        or_null(process, number),
-        text(session.encryption.label()),
-        text(&*session.application),
-        number(session.id),
-        text(session.endpoint.label().name()),
-        number(session.lasting.as_secs()),
-        number(session.from_client),
-        number(session.from_server),
-    ]
+type Endpoint<'a> = (&'a EndpointSnapshot, Option<&'a UpstreamSnapshot>, Counts);
+
+fn endpoints(snapshot: &Snapshot) -> impl Iterator<Item = Endpoint<'_>> {
+    let endpoints = snapshot.endpoints.iter();
+    endpoints.map(|endpoint| {
+        let upstream = endpoint.upstream.as_ref();
+        (endpoint, upstream, endpoint.sessions.counts())
+    })
 }
 
-fn servers(snapshot: &Snapshot) -> Rows {
-    let mut rows = Vec::new();
-    for session in snapshot.registry.list(usize::MAX) {
-        let Some(server) = &session.server else {
-            continue;
-        };
+/// Besides the endpoints, the names that clients send by default and that the endpoints do not have.
+fn databases(
+    snapshot: &Snapshot,
+) -> impl Iterator<Item = (&str, &EndpointSnapshot, Option<&UpstreamSnapshot>)> {
+    snapshot.endpoints.iter().flat_map(|endpoint| {
+        let upstream = endpoint.upstream.as_ref();
+        let missing = upstream.map_or(&[][..], |upstream| &upstream.missing_databases);
+        let names = once(&endpoint.name).chain(missing);
+        names.map(move |name| (name.as_str(), endpoint, upstream))
+    })
+}
+
+fn servers(
+    snapshot: &Snapshot,
+) -> impl Iterator<Item = (SessionInfo, Server, Option<&UpstreamSnapshot>)> {
+    let row = |session: SessionInfo| {
         let mut endpoints = snapshot.endpoints.iter();
         let endpoint = endpoints.find(|endpoint| endpoint.sessions == session.endpoint);
         let upstream = endpoint.and_then(|endpoint| endpoint.upstream.as_ref());
-        rows.push(vec![
-            text("S"),
-            text(upstream.map_or("", |upstream| upstream.user.as_str())),
-            text(&*server.database),
-            text(session.activity.label()),
-            text(server.address.ip().to_canonical().to_string()),
-            number(server.address.port()),
-            time(session.began),
-            time(session.since),
-            number(session.id),
-            or_null(server.process_id, number),
-            text(upstream.map_or("", tls)),
-            text(&*session.application),
-            number(session.id),
-            text(session.endpoint.label().name()),
-        ]);
+        Some((session.clone(), session.server?, upstream))
+    };
+    snapshot
+        .registry
+        .list(usize::MAX)
+        .into_iter()
+        .filter_map(row)
+}
+
+fn refreshes(
+    snapshot: &Snapshot,
+) -> impl Iterator<Item = (&str, &RefreshAttempt, Option<&RefreshError>)> {
+    let refreshes = snapshot.refreshes().into_iter();
+    refreshes.map(|(endpoint, attempt)| (endpoint, attempt, attempt.outcome.as_ref().err()))
+}
+
+fn state(snapshot: &Snapshot) -> [(&'static str, Value); 11] {
+    let phase = match snapshot.phase {
+        Phase::Serving => "serving",
+        Phase::Draining => "draining",
+        Phase::Cutting => "ending",
+    };
+    [
+        ("active", yes_no(snapshot.phase == Phase::Serving).into()),
+        // For scripts written for PgBouncer, which can be paused.
+        ("paused", yes_no(false).into()),
+        ("suspended", yes_no(false).into()),
+        ("phase", phase.into()),
+        ("started", yes_no(snapshot.is_started).into()),
+        ("ready", yes_no(snapshot.readiness.is_ok()).into()),
+        ("reasons", snapshot.readiness.reasons.join("; ").into()),
+        ("start_time", snapshot.started.into()),
+        (
+            "uptime_seconds",
+            snapshot.uptime.as_secs().to_string().into(),
+        ),
+        (
+            "sessions",
+            snapshot.registry.counts().all.to_string().into(),
+        ),
+        (
+            "max_connections",
+            snapshot.max_connections.to_string().into(),
+        ),
+    ]
+}
+
+fn lists(snapshot: &Snapshot) -> [(&'static str, Value); 8] {
+    let endpoints = &snapshot.endpoints;
+    let sessions = snapshot.registry.counts().all;
+    let upstreams = endpoints
+        .iter()
+        .filter_map(|endpoint| endpoint.upstream.as_ref());
+    let users: BTreeSet<&str> = upstreams.map(|upstream| upstream.user.as_str()).collect();
+    let sum = |gauge: fn(&Metrics) -> i64| -> i64 {
+        endpoints
+            .iter()
+            .map(|endpoint| gauge(&endpoint.metrics))
+            .sum()
+    };
+    let clients = sum(|metrics| metrics.clients_active.get());
+    // Clients in the handshake, and those of the console.
+    let logins = clients.saturating_sub_unsigned(u64::try_from(sessions).unwrap_or(u64::MAX));
+    [
+        ("databases", endpoints.len().into()),
+        ("users", users.len().into()),
+        ("pools", endpoints.len().into()),
+        (
+            "free_clients",
+            snapshot.max_connections.saturating_sub(sessions).into(),
+        ),
+        ("used_clients", sessions.into()),
+        ("login_clients", logins.max(0).into()),
+        ("free_servers", 0.into()),
+        (
+            "used_servers",
+            sum(|metrics| metrics.upstream_active.get()).into(),
+        ),
+    ]
+}
+
+fn tcp_address(peer: Peer) -> Option<SocketAddr> {
+    match peer {
+        Peer::Tcp(address) => Some(address),
+        Peer::Unix { .. } => None,
     }
-    rows
+}
+
+fn process(peer: Peer) -> Option<i32> {
+    match peer {
+        Peer::Tcp(_) => None,
+        Peer::Unix { pid, .. } => pid,
+    }
+}
+
+/// The time that a client has waited for its server connection; zero once it has one.
+fn waited(session: &SessionInfo) -> Duration {
+    match session.server {
+        Some(_) => Duration::ZERO,
+        None => session.age,
+    }
 }
 
 fn tls(upstream: &UpstreamSnapshot) -> &'static str {
@@ -269,183 +350,19 @@ fn tls(upstream: &UpstreamSnapshot) -> &'static str {
     }
 }
 
-fn config(snapshot: &Snapshot) -> Rows {
-    let rows = snapshot.settings.iter().map(|setting| {
-        let changeable = if setting.changeable { "yes" } else { "no" };
-        vec![
-            text(&*setting.key),
-            text(&*setting.value),
-            text(&*setting.default),
-            text(changeable),
-            text(setting.origin.to_string()),
-        ]
-    });
-    rows.collect()
+fn wait_time(metrics: &Metrics) -> u128 {
+    let waited = Duration::try_from_secs_f64(metrics.hold_seconds.get_sample_sum());
+    waited.unwrap_or_default().as_micros()
 }
 
-fn endpoint(endpoint: &EndpointSnapshot) -> Vec<Value> {
-    let counts = endpoint.sessions.counts();
-    let upstream = endpoint.upstream.as_ref();
-    vec![
-        text(&*endpoint.name),
-        text(endpoint.listening.join(", ")),
-        or_null(upstream, |upstream| text(&*upstream.host)),
-        or_null(upstream, |upstream| number(upstream.port)),
-        or_null(upstream, |upstream| text(&*upstream.user)),
-        or_null(upstream, |upstream| text(&*upstream.database)),
-        or_null(upstream, |upstream| text(tls(upstream))),
-        text(endpoint.credential.state.label()),
-        number(counts.active),
-        number(counts.waiting),
-        number(counts.idle),
-        number(counts.in_transaction),
-        number(endpoint.metrics.upstream_active.get()),
-    ]
+fn seconds_left(expires: Timestamp) -> i64 {
+    expires.duration_since(Timestamp::now()).as_secs().max(0)
 }
 
-fn failures(snapshot: &Snapshot) -> Rows {
-    let failures = snapshot.registry.recent().failures().into_iter();
-    let rows = failures.map(|failure| {
-        vec![
-            time(failure.at),
-            time(failure.first),
-            number(failure.count),
-            text(failure.endpoint.name()),
-            text(failure.reason.as_str()),
-            text(failure.report.sqlstate),
-            text(failure.report.message),
-            or_null(failure.report.detail, Value::Text),
-            or_null(failure.report.hint, Value::Text),
-            number(failure.session),
-        ]
-    });
-    rows.collect()
-}
-
-fn refreshes(snapshot: &Snapshot) -> Rows {
-    let rows = snapshot.refreshes().into_iter().map(|(name, attempt)| {
-        let error = attempt.outcome.as_ref().err();
-        vec![
-            time(attempt.at),
-            text(name),
-            text(error.map_or("success", |error| error.kind.as_str())),
-            number(attempt.took.as_millis()),
-            attempt
-                .outcome
-                .as_ref()
-                .map_or(Value::Null, |at| or_never(*at)),
-            or_null(error, |error| text(&*error.message)),
-            or_null(error.and_then(|error| error.hint.as_deref()), text),
-        ]
-    });
-    rows.collect()
-}
-
-fn state(snapshot: &Snapshot) -> Rows {
-    let phase = match snapshot.phase {
-        Phase::Serving => "serving",
-        Phase::Draining => "draining",
-        Phase::Cutting => "ending",
-    };
-    let yes_no = |fact: bool| if fact { "yes" } else { "no" }.to_owned();
-    [
-        ("active", yes_no(snapshot.phase == Phase::Serving)),
-        // For scripts written for PgBouncer, which can be paused.
-        ("paused", yes_no(false)),
-        ("suspended", yes_no(false)),
-        ("phase", phase.to_owned()),
-        ("started", yes_no(snapshot.is_started)),
-        ("ready", yes_no(snapshot.readiness.is_ok())),
-        ("reasons", snapshot.readiness.reasons.join("; ")),
-        ("start_time", format_time(snapshot.started)),
-        ("uptime_seconds", snapshot.uptime.as_secs().to_string()),
-        ("sessions", snapshot.registry.counts().all.to_string()),
-        ("max_connections", snapshot.max_connections.to_string()),
-    ]
-    .into_iter()
-    .map(|(key, value)| vec![text(key), text(value)])
-    .collect()
-}
-
-pub(super) fn stats(endpoint: &EndpointSnapshot) -> Vec<Value> {
-    let metrics = &endpoint.metrics;
-    let waited =
-        Duration::try_from_secs_f64(metrics.hold_seconds.get_sample_sum()).unwrap_or_default();
-    vec![
-        text(&*endpoint.name),
-        number(metrics.transactions.get()),
-        number(metrics.queries.get()),
-        number(metrics.upstream_connects.ok.get()),
-        number(metrics.relay_bytes[Direction::FromClient].get()),
-        number(metrics.relay_bytes[Direction::FromServer].get()),
-        number(waited.as_micros()),
-        number(metrics.clients_opened.get()),
-        number(total(&metrics.clients_refused)),
-        number(total(&metrics.upstream_connects.failed)),
-        number(total(&metrics.cancels)),
-    ]
-}
-
-fn token(endpoint: &EndpointSnapshot) -> Vec<Value> {
-    let credential = &endpoint.credential;
-    let error: Option<&RefreshError> = credential.last_error.as_ref();
-    let expires = if credential.generation == 0 {
-        Value::Null
-    } else {
-        or_never(credential.expires_at)
-    };
-    vec![
-        text(&*endpoint.name),
-        text(credential.state.label()),
-        text(credential.source),
-        number(credential.generation),
-        or_null(credential.minted_at, time),
-        expires,
-        or_null(credential.expires_at, |at| {
-            number(at.duration_since(Timestamp::now()).as_secs().max(0))
-        }),
-        or_null(credential.due_at, time),
-        or_null(credential.next_attempt, time),
-        or_null(error, |error| text(&*error.message)),
-        or_null(error.and_then(|error| error.hint.as_deref()), text),
-    ]
-}
-
-fn wakes(snapshot: &Snapshot) -> Rows {
-    let wakes = snapshot.registry.recent().wakes().into_iter();
-    let rows = wakes.map(|wake| {
-        vec![
-            time(wake.at),
-            text(wake.endpoint.name()),
-            text(format!("{:.3}", wake.longest.as_secs_f64())),
-            number(wake.clients),
-        ]
-    });
-    rows.collect()
-}
-
-pub(super) fn text(text: impl Into<String>) -> Value {
-    Value::Text(text.into())
-}
-
-/// A number, at most `i64::MAX`.
-pub(super) fn number(number: impl TryInto<i64>) -> Value {
-    Value::Number(number.try_into().unwrap_or(i64::MAX))
-}
-
-pub(super) fn or_null<T>(value: Option<T>, show: impl FnOnce(T) -> Value) -> Value {
-    value.map_or(Value::Null, show)
-}
-
-fn time(at: Timestamp) -> Value {
-    Value::Text(format_time(at))
+fn yes_no(fact: bool) -> &'static str {
+    if fact { "yes" } else { "no" }
 }
 
 fn or_never(at: Option<Timestamp>) -> Value {
-    at.map_or_else(|| text("never"), time)
-}
-
-/// PgBouncer's format of times.
-fn format_time(at: Timestamp) -> String {
-    at.strftime("%Y-%m-%d %H:%M:%S UTC").to_string()
+    at.map_or_else(|| "never".into(), Value::from)
 }

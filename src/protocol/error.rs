@@ -27,8 +27,6 @@ pub mod sqlstate {
     pub const UNDEFINED_STATEMENT: &str = "26000";
     /// The portal does not exist.
     pub const UNDEFINED_CURSOR: &str = "34000";
-    /// The transaction has failed and can only end.
-    pub const FAILED_TRANSACTION: &str = "25P02";
     /// A limit of the program is exceeded.
     pub const PROGRAM_LIMIT: &str = "54000";
     /// The database does not exist.

@@ -1,6 +1,7 @@
 //! Result rows of the console, encoded by `pgwire`.
 
 use bytes::{BufMut, BytesMut};
+use jiff::Timestamp;
 use pgwire::messages::data::{DataRow, FieldDescription, RowDescription};
 
 use super::backend::encode;
@@ -38,6 +39,43 @@ pub(crate) enum Value {
     Null,
     Number(i64),
     Text(String),
+}
+
+impl From<&str> for Value {
+    fn from(text: &str) -> Self {
+        Self::Text(text.to_owned())
+    }
+}
+
+impl From<String> for Value {
+    fn from(text: String) -> Self {
+        Self::Text(text)
+    }
+}
+
+/// Declares the conversion of integers; beyond `i64::MAX` they are that.
+macro_rules! integers {
+    ($($integer:ty),+) => {
+        $(impl From<$integer> for Value {
+            fn from(number: $integer) -> Self {
+                Self::Number(number.try_into().unwrap_or(i64::MAX))
+            }
+        })+
+    };
+}
+integers!(i32, i64, u16, u32, u64, u128, usize);
+
+impl From<Timestamp> for Value {
+    /// In PgBouncer's format.
+    fn from(at: Timestamp) -> Self {
+        Self::Text(at.strftime("%Y-%m-%d %H:%M:%S UTC").to_string())
+    }
+}
+
+impl<V: Into<Value>> From<Option<V>> for Value {
+    fn from(value: Option<V>) -> Self {
+        value.map_or(Self::Null, Into::into)
+    }
 }
 
 /// Text or binary format of each result column, as Bind requests it.
