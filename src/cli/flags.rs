@@ -68,7 +68,7 @@ pub(super) fn usage(error: clap::Error) -> CommandError {
     if error.kind() == ErrorKind::InvalidUtf8
         && let Some(variable) = Environment::inherited().into_iter().find_map(unreadable)
     {
-        return ConfigError::NotText { variable }.into();
+        return ConfigError::not_text(&variable).into();
     }
     error.into()
 }

@@ -27,6 +27,13 @@ pub enum ClientTls {
 /// The variable that may hold the password. There is no flag, as other users can read command lines.
 pub(crate) const PASSWORD_VARIABLE: &str = "LAKEBASE_PROXY_LOCAL_PASSWORD";
 
+fn incomplete(message: &str) -> ConfigError {
+    ConfigError::new(
+        message,
+        "set both --client-tls-cert and --client-tls-key, or --client-tls=self-signed",
+    )
+}
+
 /// Resolves TLS for clients. Certificate files enable it, unless it is explicitly off.
 pub(super) fn client_tls(settings: &Settings) -> Result<ClientTls, ConfigError> {
     let files = match (&settings.client_tls_cert, &settings.client_tls_key) {
@@ -36,12 +43,12 @@ pub(super) fn client_tls(settings: &Settings) -> Result<ClientTls, ConfigError> 
         }),
         (None, None) => None,
         (Some(_), None) => {
-            return Err(ConfigError::ClientTls(
+            return Err(incomplete(
                 "--client-tls-cert is set, but not --client-tls-key",
             ));
         }
         (None, Some(_)) => {
-            return Err(ConfigError::ClientTls(
+            return Err(incomplete(
                 "--client-tls-key is set, but not --client-tls-cert",
             ));
         }
@@ -50,7 +57,7 @@ pub(super) fn client_tls(settings: &Settings) -> Result<ClientTls, ConfigError> 
         (Some(ClientTlsSetting::Required | ClientTlsSetting::SelfSigned), None) => {
             Ok(ClientTls::SelfSigned)
         }
-        (Some(ClientTlsSetting::SelfSigned), Some(_)) => Err(ConfigError::ClientTls(
+        (Some(ClientTlsSetting::SelfSigned), Some(_)) => Err(incomplete(
             "--client-tls is `self-signed`, but there is --client-tls-cert, too",
         )),
         (None | Some(ClientTlsSetting::Required), Some(files)) => Ok(files),
@@ -67,25 +74,34 @@ pub(super) fn password(
         return Ok(None);
     }
     if let Some(path) = &settings.local_password_file {
-        let text = file::text(path).map_err(|source| ConfigError::LocalPasswordFile {
-            path: path.clone(),
-            source,
+        let text = file::text(path).map_err(|source| {
+            let message = format!(
+                "cannot read the password from `{}` (--local-password-file)",
+                path.display()
+            );
+            ConfigError::new(message, "it must be a text file that the proxy can read")
+                .caused_by(source)
         })?;
         let text = Zeroizing::new(text);
         // One line, as written by `echo` and editors.
         let line = text.strip_suffix('\n').unwrap_or(&text);
         let line = line.strip_suffix('\r').unwrap_or(line);
         if line.is_empty() {
-            return Err(ConfigError::NoLocalPassword);
+            return Err(no_password());
         }
         return Ok(Some(SecretString::from(line)));
     }
     match environment.secret(PASSWORD_VARIABLE) {
-        None if settings.local_auth == Some(LocalAuth::Password) => {
-            Err(ConfigError::NoLocalPassword)
-        }
+        None if settings.local_auth == Some(LocalAuth::Password) => Err(no_password()),
         password => Ok(password),
     }
+}
+
+fn no_password() -> ConfigError {
+    ConfigError::new(
+        "--local-auth requires a password, but none is set",
+        "set --local-password-file or LAKEBASE_PROXY_LOCAL_PASSWORD",
+    )
 }
 
 #[cfg(test)]

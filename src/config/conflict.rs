@@ -9,17 +9,18 @@ pub(super) fn check(
     endpoints: &[EndpointConfig],
     others: &[(&str, Option<SocketAddr>)],
 ) -> Result<(), ConfigError> {
-    let conflict = |one: String, other: &str, place: String| ConfigError::Conflict {
-        one,
-        other: other.to_owned(),
-        place,
+    let conflict = |one: &str, other: &str, place: String| {
+        ConfigError::new(
+            format!("{one} and {other} would both listen on {place}"),
+            "set a different port for each (0 = any free one)",
+        )
     };
     for (index, endpoint) in endpoints.iter().enumerate() {
         let called = format!("the endpoint `{}`", endpoint.called());
         for other in endpoints.iter().skip(index.saturating_add(1)) {
             if let Some(place) = endpoint.listen.conflict(&other.listen) {
                 let other = format!("the endpoint `{}`", other.called());
-                return Err(conflict(called, &other, place));
+                return Err(conflict(&called, &other, place));
             }
         }
         for (flag, address) in others {
@@ -28,7 +29,7 @@ pub(super) fn check(
                 tcp.any(|ours| addresses_conflict(*ours, *address))
             };
             if let Some(address) = address.filter(conflicts) {
-                return Err(conflict(called, flag, address.to_string()));
+                return Err(conflict(&called, flag, address.to_string()));
             }
         }
     }
@@ -37,7 +38,7 @@ pub(super) fn check(
             if let Some((ours, theirs)) = address.zip(*theirs)
                 && addresses_conflict(ours, theirs)
             {
-                return Err(conflict((*flag).to_owned(), other, ours.to_string()));
+                return Err(conflict(flag, other, ours.to_string()));
             }
         }
     }

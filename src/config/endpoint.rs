@@ -1,13 +1,12 @@
 //! Endpoints as resolved, from `[[endpoint]]` tables, flags, or the variables of Postgres and Databricks.
 
-use std::{net::IpAddr, num::NonZeroU16, path::PathBuf};
+use std::{net::IpAddr, num::NonZeroU16, path::PathBuf, str::FromStr};
 
 use secrecy::{ExposeSecret, SecretString};
 
 use super::{
     ConfigError, CredentialSetting, DEFAULT_DATABASE, EndpointSettings, Environment,
-    HostAddressSetting, ListenAddresses, listen::AddressAssigner, resolve::POSTGRES_PORT, values,
-    without_userinfo,
+    HostAddressSetting, ListenAddresses, POSTGRES_PORT, without_userinfo,
 };
 
 /// The configuration of one endpoint.
@@ -73,24 +72,33 @@ impl EndpointConfig {
     /// Validates one table and completes it from the environment.
     pub(super) fn resolve(
         table: EndpointSettings,
-        addresses: &mut AddressAssigner,
+        listen: ListenAddresses,
         environment: &Environment,
     ) -> Result<Self, ConfigError> {
-        let listen = addresses.next(table.listen)?;
         // Databricks Apps names an app's database only by its host.
         let app = match &table.name {
             Some(_) => None,
-            None => environment.app_name.clone(),
+            // PGAPPNAME: set by Databricks Apps for apps with a database.
+            None => environment
+                .get("DATABRICKS_APP_NAME")
+                .or(environment.get("PGAPPNAME"))
+                .map(str::to_owned),
         };
         // Without a name, a workspace may have a single endpoint.
         if environment.workspace.host.is_none() && [&table.name, &table.host, &app] == [&None; 3] {
-            return Err(ConfigError::NoEndpoint);
+            return Err(ConfigError::new(
+                "no endpoint is named: neither ENDPOINT_NAME nor LAKEBASE_ENDPOINT is set",
+                "set ENDPOINT_NAME=projects/<project>/branches/<branch>/endpoints/<endpoint>; `databricks postgres list-endpoints projects/<project>/branches/<branch>` shows it. To try without an account: lakebase-proxy demo",
+            ));
         }
         let endpoint = called([&table.name, &table.host, &app]).to_owned();
         let credential = match &table.credential {
             None => CredentialSource::Workspace,
             Some(CredentialSetting::Command(command)) if command.is_empty() => {
-                return Err(ConfigError::NoCommand { endpoint });
+                return Err(ConfigError::new(
+                    format!("the endpoint `{endpoint}` has an empty credential command"),
+                    "write it as `credential = { command = [\"program\", \"argument\"] }`",
+                ));
             }
             Some(CredentialSetting::Command(command)) => CredentialSource::Command(command.clone()),
             Some(CredentialSetting::PasswordFile(path)) => {
@@ -99,29 +107,36 @@ impl EndpointConfig {
             Some(CredentialSetting::PasswordEnv(variable)) => match environment.secret(variable) {
                 Some(password) => CredentialSource::Password(password),
                 None => {
-                    let variable = variable.clone();
-                    return Err(ConfigError::NoPassword { endpoint, variable });
+                    return Err(ConfigError::new(
+                        format!(
+                            "the endpoint `{endpoint}` takes its password from {variable}, which is not set"
+                        ),
+                        "set it in the environment of the proxy",
+                    ));
                 }
             },
         };
         if let CredentialSource::Workspace = credential {
             let is_neon = |host: &&String| host.to_ascii_lowercase().ends_with(".neon.tech");
             if let Some(host) = table.host.as_ref().filter(is_neon) {
-                return Err(ConfigError::Neon {
-                    host: without_userinfo(host).into_owned(),
-                });
+                let host = without_userinfo(host);
+                return Err(ConfigError::new(
+                    format!("PGHOST `{host}` is a host of Neon, not of Databricks Lakebase"),
+                    "a Databricks workspace mints no credential for it: set PGHOST to the Lakebase endpoint's host, or configure a password for the endpoint (`credential`)",
+                ));
             }
         } else if table.host.is_none() {
-            return Err(ConfigError::NoHost { endpoint });
+            return Err(ConfigError::new(
+                format!("the endpoint `{endpoint}` has a credential but no host"),
+                "add `host` to its table",
+            ));
         } else if table.user.is_none() {
-            return Err(ConfigError::NoUser { endpoint });
+            return Err(ConfigError::new(
+                format!("the endpoint `{endpoint}` has a credential but no user"),
+                "add `user` to its table: the role that the password belongs to",
+            ));
         }
-        let tls = tls_mode(
-            environment.sslmode.as_deref(),
-            environment.sslrootcert.as_deref(),
-            table.host.as_deref(),
-            table.host_address.as_ref(),
-        )?;
+        let tls = tls_mode(environment, &table)?;
         Ok(Self {
             listen,
             name: table.name,
@@ -224,75 +239,80 @@ pub(super) fn of_environment(
     environment: &Environment,
     read_only: bool,
 ) -> Result<EndpointSettings, ConfigError> {
-    let name = match (&environment.endpoint_name, &environment.lakebase_endpoint) {
-        (Some(endpoint_name), Some(lakebase_endpoint)) if endpoint_name != lakebase_endpoint => {
-            return Err(ConfigError::TwoEndpoints {
-                endpoint_name: endpoint_name.clone(),
-                lakebase_endpoint: lakebase_endpoint.clone(),
-            });
+    let name = match (
+        environment.get("ENDPOINT_NAME"),
+        environment.get("LAKEBASE_ENDPOINT"),
+    ) {
+        (Some(one), Some(other)) if one != other => {
+            return Err(ConfigError::new(
+                format!("ENDPOINT_NAME is `{one}` but LAKEBASE_ENDPOINT is `{other}`"),
+                "unset one of them",
+            ));
         }
-        (Some(name), _) | (None, Some(name)) => Some(name.clone()),
-        (None, None) => None,
+        (name, alias) => name.or(alias),
     };
-    let port = environment.port.as_ref().map(|text| {
-        values::upstream_port(text).map_err(|_| ConfigError::Variable {
-            variable: "PGPORT",
-            value: without_userinfo(text).into_owned(),
-            expected: "a port (1 to 65535)",
-        })
-    });
-    let host_address = environment.host_address.as_ref().map(|text| {
-        text.parse().map_err(|_| ConfigError::Variable {
-            variable: "PGHOSTADDR",
-            value: without_userinfo(text).into_owned(),
-            expected: "an IP address, or several with commas between them",
-        })
-    });
+    let text = |variable: &str| environment.get(variable).map(str::to_owned);
     Ok(EndpointSettings {
-        name,
-        host: environment.host.clone(),
-        host_address: host_address.transpose()?,
-        port: port.transpose()?,
-        user: environment.user.clone(),
-        database: environment.database.clone(),
+        name: name.map(str::to_owned),
+        host: text("PGHOST"),
+        host_address: parsed(
+            environment,
+            "PGHOSTADDR",
+            "an IP address, or several with commas between them",
+        )?,
+        port: parsed(environment, "PGPORT", "a port (1 to 65535)")?,
+        user: text("PGUSER"),
+        database: text("PGDATABASE"),
         read_only,
         ..EndpointSettings::default()
     })
 }
 
-fn tls_mode(
-    sslmode: Option<&str>,
-    sslrootcert: Option<&str>,
-    host: Option<&str>,
-    host_address: Option<&HostAddressSetting>,
-) -> Result<TlsMode, ConfigError> {
-    let roots = match sslrootcert {
-        None | Some("system") => Roots::System,
-        Some(path) => Roots::File(path.into()),
+fn parsed<T: FromStr>(
+    environment: &Environment,
+    variable: &str,
+    expected: &str,
+) -> Result<Option<T>, ConfigError> {
+    let text = environment.get(variable);
+    text.map(|text| {
+        let value = text.parse();
+        value.map_err(|_| ConfigError::variable(variable, text, expected))
+    })
+    .transpose()
+}
+
+fn tls_mode(environment: &Environment, table: &EndpointSettings) -> Result<TlsMode, ConfigError> {
+    let plain_remote = |host: &str| {
+        ConfigError::new(
+            format!("PGSSLMODE is `disable`, but `{host}` is not this machine"),
+            "unset PGSSLMODE, or set it to `require`: certificates are always verified",
+        )
     };
-    if sslmode == Some("disable")
-        && let Some(HostAddressSetting(addresses)) = host_address
-        && let Some(remote) = addresses
-            .iter()
-            .find(|address| !address.to_canonical().is_loopback())
-    {
-        return Err(ConfigError::PlainRemote {
-            host: remote.to_string(),
-        });
-    }
-    match (sslmode, host) {
-        (None | Some("allow" | "prefer" | "require" | "verify-ca" | "verify-full"), _) => {
-            Ok(TlsMode::Verified(roots))
+    match environment.get("PGSSLMODE") {
+        None | Some("allow" | "prefer" | "require" | "verify-ca" | "verify-full") => {
+            Ok(TlsMode::Verified(match environment.get("PGSSLROOTCERT") {
+                None | Some("system") => Roots::System,
+                Some(path) => Roots::File(path.into()),
+            }))
         }
-        (Some("disable"), Some(host)) if is_loopback(host) => Ok(TlsMode::Disabled),
-        (Some("disable"), host) => Err(ConfigError::PlainRemote {
-            host: without_userinfo(host.unwrap_or("the endpoint")).into_owned(),
-        }),
-        (Some(other), _) => Err(ConfigError::Variable {
-            variable: "PGSSLMODE",
-            value: without_userinfo(other).into_owned(),
-            expected: "one of disable, allow, prefer, require, verify-ca, verify-full",
-        }),
+        Some("disable") => {
+            let addresses = table.host_address.iter().flat_map(|it| &it.0);
+            let is_remote = |address: &&IpAddr| !address.to_canonical().is_loopback();
+            if let Some(remote) = addresses.clone().find(is_remote) {
+                return Err(plain_remote(&remote.to_string()));
+            }
+            match table.host.as_deref() {
+                Some(host) if is_loopback(host) => Ok(TlsMode::Disabled),
+                host => Err(plain_remote(&without_userinfo(
+                    host.unwrap_or("the endpoint"),
+                ))),
+            }
+        }
+        Some(other) => Err(ConfigError::variable(
+            "PGSSLMODE",
+            other,
+            "one of disable, allow, prefer, require, verify-ca, verify-full",
+        )),
     }
 }
 

@@ -24,31 +24,7 @@ const READ_FAMILIES: [&str; 3] = ["DATABRICKS_", "ARM_", "ACTIONS_ID_TOKEN_"];
 /// The environment, read once. An empty or blank variable counts as unset.
 #[derive(Clone, Debug, Default)]
 pub struct Environment {
-    /// `ENDPOINT_NAME`.
-    pub endpoint_name: Option<String>,
-    /// `LAKEBASE_ENDPOINT`, an alias of the former.
-    pub lakebase_endpoint: Option<String>,
-    /// `PGHOST`.
-    pub host: Option<String>,
-    /// `PGHOSTADDR`.
-    pub host_address: Option<String>,
-    /// `PGPORT`.
-    pub port: Option<String>,
-    /// `PGDATABASE`.
-    pub database: Option<String>,
-    /// `PGUSER`.
-    pub user: Option<String>,
-    /// `PGSSLMODE`.
-    pub sslmode: Option<String>,
-    /// `PGSSLROOTCERT`.
-    pub sslrootcert: Option<String>,
-    /// `DATABRICKS_APP_NAME`, or `PGAPPNAME`, which Databricks Apps sets for apps with a database.
-    pub app_name: Option<String>,
-    /// `DATABRICKS_APP_PORT`.
-    pub app_port: Option<String>,
-    /// `TOKIO_WORKER_THREADS`.
-    pub threads: Option<String>,
-    /// `DATABRICKS_HOST` and the variables that authenticate to it.
+    /// `DATABRICKS_HOST`, the variables that authenticate to it, and all others.
     pub workspace: WorkspaceSettings,
     /// `NOTIFY_SOCKET` and `WATCHDOG_*`, as set by systemd.
     pub service_manager: ServiceManager,
@@ -81,7 +57,7 @@ impl Environment {
     /// password.
     pub fn check_process() -> Result<(), ConfigError> {
         match unreadable(Self::inherited()) {
-            Some(variable) => Err(ConfigError::NotText { variable }),
+            Some(variable) => Err(ConfigError::not_text(&variable)),
             None => Ok(()),
         }
     }
@@ -96,24 +72,17 @@ impl Environment {
         let variables: Variables = variables.into_iter().collect();
         let get = |name: &str| variables.get(name).map(str::to_owned);
         Self {
-            endpoint_name: get("ENDPOINT_NAME"),
-            lakebase_endpoint: get("LAKEBASE_ENDPOINT"),
-            host: get("PGHOST"),
-            host_address: get("PGHOSTADDR"),
-            port: get("PGPORT"),
-            database: get("PGDATABASE"),
-            user: get("PGUSER"),
-            sslmode: get("PGSSLMODE"),
-            sslrootcert: get("PGSSLROOTCERT"),
-            app_name: get("DATABRICKS_APP_NAME").or_else(|| get("PGAPPNAME")),
-            app_port: get("DATABRICKS_APP_PORT"),
-            threads: get("TOKIO_WORKER_THREADS"),
             service_manager: ServiceManager {
                 socket: get("NOTIFY_SOCKET").map(OsString::from),
                 watchdog: watchdog(get("WATCHDOG_USEC"), get("WATCHDOG_PID")),
             },
-            workspace: WorkspaceSettings::from_variables(variables.clone()),
+            workspace: WorkspaceSettings::from_variables(variables),
         }
+    }
+
+    /// The value of a variable, trimmed.
+    pub(super) fn get(&self, name: &str) -> Option<&str> {
+        self.workspace.variables.get(name)
     }
 
     /// The value of a variable that a setting names, not trimmed, since a password may start with a blank.

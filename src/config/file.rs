@@ -28,19 +28,31 @@ impl Settings {
 
 /// Reads a configuration file.
 pub fn read(path: &Path) -> Result<Settings, ConfigError> {
-    let text = text(path).map_err(|source| ConfigError::File {
-        path: path.to_owned(),
-        source,
-    })?;
+    let text = text(path).map_err(|source| unreadable(path, source))?;
     parse(path, &text)
+}
+
+fn unreadable(path: &Path, source: io::Error) -> ConfigError {
+    let hint = match source.kind() {
+        io::ErrorKind::InvalidData => {
+            "it must be a text file in UTF-8, of 1 MiB at most; config/lakebase-proxy.toml shows every setting"
+        }
+        io::ErrorKind::Unsupported => "reloading needs a regular file, not a pipe or a device",
+        _ => "check the path, or omit --config-file: every setting has a flag and a variable",
+    };
+    let message = format!("cannot read the configuration file `{}`", path.display());
+    ConfigError::new(message, hint).caused_by(source)
 }
 
 /// Parses the text of a configuration file.
 pub(super) fn parse(path: &Path, text: &str) -> Result<Settings, ConfigError> {
-    toml::from_str(text).map_err(|error| ConfigError::Parse {
-        path: path.to_owned(),
-        line: line_of(text, &error),
-        message: message_of(text, &error),
+    toml::from_str(text).map_err(|error| {
+        let (line, message) = (line_of(text, &error), message_of(text, &error));
+        let path = path.display();
+        ConfigError::new(
+            format!("in the configuration file `{path}`, line {line}: {message}"),
+            "config/lakebase-proxy.toml shows every setting",
+        )
     })
 }
 
@@ -61,17 +73,12 @@ pub(super) fn text(path: &Path) -> io::Result<String> {
 
 /// Refuses files that cannot be read again: reading a pipe would block, or return nothing the second time.
 pub(super) fn check_lasting(path: &Path) -> Result<(), ConfigError> {
-    let failed = |source| ConfigError::File {
-        path: path.to_owned(),
-        source,
-    };
-    if std::fs::metadata(path).map_err(failed)?.is_file() {
+    let is_file = std::fs::metadata(path).map(|metadata| metadata.is_file());
+    if is_file.map_err(|error| unreadable(path, error))? {
         return Ok(());
     }
-    Err(failed(io::Error::new(
-        io::ErrorKind::Unsupported,
-        "not a regular file",
-    )))
+    let error = io::Error::new(io::ErrorKind::Unsupported, "not a regular file");
+    Err(unreadable(path, error))
 }
 
 fn line_of(text: &str, error: &toml::de::Error) -> usize {
@@ -154,8 +161,11 @@ mod tests {
         /// Every error is one line and names a line of the file.
         #[test]
         fn no_file_makes_it_panic(text in "(port|http_port|connect_timeout|\\[\\[endpoint\\]\\]|name|=|\"|'|[0-9a-z]{1,4}|[\\[\\]{}.,#-]|\n| |\\PC){0,20}") {
-            if let Err(ConfigError::Parse { line, message, .. }) = parse(Path::new("f"), &text) {
+            if let Err(error) = parse(Path::new("f"), &text) {
+                let message = error.to_string();
                 prop_assert!(!message.contains('\n'), "{:?}", message);
+                let line = message.strip_prefix("in the configuration file `f`, line ");
+                let line: usize = line.and_then(|rest| rest.split_once(':')).unwrap().0.parse().unwrap();
                 prop_assert!((1..=text.matches('\n').count() + 1).contains(&line));
             }
         }

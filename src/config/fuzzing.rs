@@ -2,15 +2,18 @@
 
 use std::path::Path;
 
-use super::{ConfigError, EndpointSettings, file};
+use super::{EndpointSettings, file};
 
 /// Every error is one line and names a line of the file.
 pub fn settings_file(text: &str) {
-    if let Err(ConfigError::Parse { line, message, .. }) = file::parse(Path::new("f"), text) {
+    if let Err(error) = file::parse(Path::new("f"), text) {
+        let message = error.to_string();
         assert!(!message.contains('\n'), "{message:?}");
+        let line = message.strip_prefix("in the configuration file `f`, line ");
+        let line = line.and_then(|rest| rest.split_once(':')?.0.parse().ok());
         assert!(
-            (1..=text.matches('\n').count() + 1).contains(&line),
-            "{line}"
+            line.is_some_and(|line| (1..=text.matches('\n').count() + 1).contains(&line)),
+            "{message}"
         );
     }
 }

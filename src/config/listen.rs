@@ -7,8 +7,8 @@ use std::{
 };
 
 use super::{
-    AddressSetting, ConfigError, LOCALHOST, ListenSetting, ModeSetting, PortSetting, Settings,
-    resolve::POSTGRES_PORT,
+    AddressSetting, ConfigError, LOCALHOST, ListenSetting, ModeSetting, POSTGRES_PORT, PortSetting,
+    Settings,
 };
 
 /// The prefix of socket names that libpq looks for; the port follows.
@@ -177,13 +177,20 @@ impl AddressAssigner {
             unix: self.unix.clone(),
         };
         if places.tcp.is_empty() && places.unix.is_none() {
-            return Err(ConfigError::NoListener);
+            return Err(ConfigError::new(
+                "--port is `none`, and there is no Unix socket",
+                "set --port, or a directory for a Unix socket with --unix-socket",
+            ));
         }
         let remote = |address: &&SocketAddr| !address.ip().to_canonical().is_loopback();
         match places.tcp.iter().find(remote) {
-            Some(address) if !self.allow_remote => Err(ConfigError::Remote {
-                address: address.ip(),
-            }),
+            Some(address) if !self.allow_remote => Err(ConfigError::new(
+                format!(
+                    "--address {} can be reached from other machines",
+                    address.ip()
+                ),
+                "every client that reaches it acts as the service principal; if that is intended, add --allow-remote",
+            )),
             _ => Ok(places),
         }
     }
@@ -271,7 +278,8 @@ mod tests {
     #[test]
     fn without_tcp_there_must_be_a_unix_socket() {
         let lonely = maker("port = \"none\"").next(None);
-        assert!(matches!(lonely, Err(ConfigError::NoListener)));
+        let lonely = lonely.unwrap_err().to_string();
+        assert!(lonely.contains("there is no Unix socket"), "{lonely}");
         let mut maker = maker("port = \"none\"\nunix_socket = \"/s\"");
         assert_eq!(maker.next(None).unwrap().to_string(), "/s/.s.PGSQL.5432");
         let own = Some("6000".parse().unwrap());
@@ -281,9 +289,10 @@ mod tests {
     #[test]
     fn any_address_that_others_reach_must_be_meant() {
         let file = "address = [\"127.0.0.1\", \"0.0.0.0\"]";
-        let refused = maker(file).next(None);
-        assert!(
-            matches!(refused, Err(ConfigError::Remote { address }) if address.is_unspecified())
+        let refused = maker(file).next(None).unwrap_err().to_string();
+        assert_eq!(
+            refused,
+            "--address 0.0.0.0 can be reached from other machines"
         );
         let meant = format!("{file}\nallow_remote = true");
         assert!(maker(&meant).next(None).is_ok());

@@ -33,6 +33,7 @@ use std::{net::SocketAddr, num::NonZeroUsize};
 
 use secrecy::SecretString;
 
+use self::values::POSTGRES_PORT;
 pub use self::{
     change::Change,
     client_access::ClientTls,
@@ -45,13 +46,12 @@ pub use self::{
     log::{DEFAULT_FILTER, LogOptions},
     origin::{Origin, Origins},
     reference::ShownSetting,
-    resolve::DEFAULT_DATABASE,
     settings::Settings,
     source::Source,
     timeouts::{Keepalive, Timeouts},
     values::{
-        AddressSetting, ClientTlsSetting, DatabaseMapping, DurationSetting, LocalAuth, ModeSetting,
-        PortSetting,
+        AddressSetting, ClientTlsSetting, DEFAULT_DATABASE, DatabaseMapping, DurationSetting,
+        LocalAuth, ModeSetting, PortSetting,
     },
     workspace::{Attribute, Services, Variables, WorkspaceSettings},
 };
@@ -61,8 +61,7 @@ pub(crate) use self::{
     listen::{SOCKET_NAME, addresses_conflict, socket_path},
     origin::{VARIABLE_PREFIX, variable},
     reference::text,
-    resolve::LOCALHOST,
-    values::without_userinfo,
+    values::{LOCALHOST, without_userinfo},
     workspace::AuthFamily,
 };
 

@@ -6,26 +6,20 @@ use std::{
 };
 
 use super::{
-    Config, ConfigError, CredentialSetting, EndpointConfig, Environment, PortSetting, Settings,
-    client_access, conflict, endpoint, listen::AddressAssigner, without_userinfo,
+    Config, ConfigError, CredentialSetting, EndpointConfig, Environment, LOCALHOST, PortSetting,
+    Settings, client_access, conflict, endpoint, listen::AddressAssigner,
 };
 
-pub(super) const POSTGRES_PORT: u16 = 5432;
-/// The address of every listener unless set.
-pub(crate) const LOCALHOST: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 const NOTES_PORT: u16 = 8000;
-/// What Lakebase calls the database of a new project.
-pub const DEFAULT_DATABASE: &str = "databricks_postgres";
-
 const MAX_THREADS: usize = 1024;
 
 impl Config {
     /// Merges the layers and validates the result.
     pub fn resolve(settings: Settings, environment: Environment) -> Result<Self, ConfigError> {
         let settings = settings.with_file()?;
-        let threads = threads(environment.threads.as_deref())?;
+        let threads = threads(environment.get("TOKIO_WORKER_THREADS"))?;
         let http = settings.http_port().at(settings.http_address());
-        let notes = notes(&settings, environment.app_port.as_deref())?;
+        let notes = notes(&settings, environment.get("DATABRICKS_APP_PORT"))?;
         let notes = notes.filter(|_| settings.notes());
         let admin = settings.admin_port().at(LOCALHOST);
         let admin = admin.filter(|_| settings.quitquitquit());
@@ -47,7 +41,10 @@ impl Config {
         let mut addresses = AddressAssigner::new(&settings);
         let endpoints = tables
             .into_iter()
-            .map(|table| EndpointConfig::resolve(table, &mut addresses, &environment))
+            .map(|table| {
+                let listen = addresses.next(table.listen)?;
+                EndpointConfig::resolve(table, listen, &environment)
+            })
             .collect::<Result<Vec<_>, _>>()?;
         conflict::check(
             &endpoints,
@@ -77,11 +74,10 @@ impl Config {
 fn notes(settings: &Settings, app_port: Option<&str>) -> Result<Option<SocketAddr>, ConfigError> {
     let app_port: Option<u16> = match app_port {
         None => None,
-        Some(text) => Some(text.parse().map_err(|_| ConfigError::Variable {
-            variable: "DATABRICKS_APP_PORT",
-            value: without_userinfo(text).into_owned(),
-            expected: "a port",
-        })?),
+        Some(text) => Some(
+            text.parse()
+                .map_err(|_| ConfigError::variable("DATABRICKS_APP_PORT", text, "a port"))?,
+        ),
     };
     // Databricks Apps routes requests to every address of the container.
     let address = match app_port {
@@ -101,10 +97,9 @@ fn threads(variable: Option<&str>) -> Result<NonZeroUsize, ConfigError> {
     let threads = value.parse().ok();
     threads
         .filter(|threads: &NonZeroUsize| threads.get() <= MAX_THREADS)
-        .ok_or_else(|| ConfigError::Variable {
-            variable: "TOKIO_WORKER_THREADS",
-            value: value.to_owned(),
-            expected: "a number of threads (1 to 1024)",
+        .ok_or_else(|| {
+            let expected = "a number of threads (1 to 1024)";
+            ConfigError::variable("TOKIO_WORKER_THREADS", value, expected)
         })
 }
 

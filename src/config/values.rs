@@ -2,15 +2,20 @@
 
 use std::{
     borrow::Cow,
-    fmt,
-    net::{IpAddr, SocketAddr},
-    num::NonZeroU16,
+    net::{IpAddr, Ipv4Addr, SocketAddr},
     str::FromStr,
     time::Duration,
 };
 
 use jiff::SignedDuration;
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
+
+/// Postgres' port.
+pub(super) const POSTGRES_PORT: u16 = 5432;
+/// The address of every listener unless set.
+pub(crate) const LOCALHOST: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
+/// What Lakebase calls the database of a new project.
+pub const DEFAULT_DATABASE: &str = "databricks_postgres";
 
 /// A port to listen on, or `none`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -255,42 +260,21 @@ pub(crate) fn without_userinfo(address: &str) -> Cow<'_, str> {
     }
 }
 
-/// Parses the port of the endpoint, which is never 0.
-pub(super) fn upstream_port(text: &str) -> Result<NonZeroU16, String> {
-    text.trim()
-        .parse()
-        .map_err(|_| format!("`{text}` is not a port (1 to 65535)"))
-}
-
 /// Deserializes a string or a number of the file as the text of a flag.
 pub(super) fn scalar<'de, D, T>(deserializer: D) -> Result<T, D::Error>
 where
     D: Deserializer<'de>,
     T: FromStr<Err = String>,
 {
-    struct Scalar;
-    impl de::Visitor<'_> for Scalar {
-        type Value = String;
-        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-            f.write_str("a string or a number")
+    let text = match toml::Value::deserialize(deserializer)? {
+        toml::Value::String(text) => text,
+        number @ (toml::Value::Integer(_) | toml::Value::Float(_)) => number.to_string(),
+        other => {
+            let found = de::Unexpected::Other(other.type_str());
+            return Err(de::Error::invalid_type(found, &"a string or a number"));
         }
-        fn visit_str<E: de::Error>(self, text: &str) -> Result<String, E> {
-            Ok(text.to_owned())
-        }
-        fn visit_i64<E: de::Error>(self, number: i64) -> Result<String, E> {
-            Ok(number.to_string())
-        }
-        fn visit_u64<E: de::Error>(self, number: u64) -> Result<String, E> {
-            Ok(number.to_string())
-        }
-        fn visit_f64<E: de::Error>(self, number: f64) -> Result<String, E> {
-            Ok(number.to_string())
-        }
-    }
-    deserializer
-        .deserialize_any(Scalar)?
-        .parse()
-        .map_err(de::Error::custom)
+    };
+    text.parse().map_err(de::Error::custom)
 }
 
 #[cfg(test)]
