@@ -6,14 +6,14 @@ use tokio::time::{Instant, sleep_until};
 
 use super::{
     StartError,
-    endpoints::{Endpoints, Served},
-    locate::{Access, Target, locate},
+    endpoint::{Endpoints, Served},
+    locate::{Access, Discovered, locate},
     outcomes::Reporter,
 };
 use crate::{
-    config::EndpointConfig,
+    config::{EndpointConfig, leads_to},
     credential::{Pace, is_held_for},
-    net::{backoff::jitter, tcp::is_loopback},
+    net::backoff::jitter,
     protocol::error::{Report, sqlstate},
     telemetry::{chain, labels::Reason},
     upstream::{Problem, Refusal, RouteFinder},
@@ -33,7 +33,7 @@ pub(super) struct Discovery {
 
 impl Discovery {
     /// Tries until the endpoint is found. Retries follow the pace of credential requests, which fail for the same reasons.
-    pub(super) async fn run(&self) -> Target {
+    pub(super) async fn run(&self) -> Discovered {
         let mut pace = Pace::new(Instant::now());
         let mut logged = None;
         loop {
@@ -62,7 +62,7 @@ impl Discovery {
         }
     }
 
-    async fn attempt(&self) -> Result<Target, StartError> {
+    async fn attempt(&self) -> Result<Discovered, StartError> {
         let located = locate(&self.served.config, &self.access, REQUEST_BUDGET).await?;
         refuse_loop(&located, &self.endpoints).await?;
         Ok(located)
@@ -115,7 +115,7 @@ fn refusal(config: &EndpointConfig, error: &StartError) -> Refusal {
 }
 
 /// Refuses an upstream that is one of our own listeners: each connection would open another.
-async fn refuse_loop(located: &Target, endpoints: &Endpoints) -> Result<(), StartError> {
+async fn refuse_loop(located: &Discovered, endpoints: &Endpoints) -> Result<(), StartError> {
     let endpoint = &located.endpoint;
     let ours = endpoints.addresses();
     if !ours.iter().any(|ours| ours.port() == endpoint.port) {
@@ -129,13 +129,7 @@ async fn refuse_loop(located: &Target, endpoints: &Endpoints) -> Result<(), Star
             .map(Iterator::collect)
             .unwrap_or_default(),
     };
-    let is_ours = |address: SocketAddr| {
-        ours.iter().any(|ours| {
-            let same_machine =
-                is_loopback(address.ip()) && (is_loopback(ours.ip()) || ours.ip().is_unspecified());
-            address.port() == ours.port() && (address.ip() == ours.ip() || same_machine)
-        })
-    };
+    let is_ours = |address: SocketAddr| ours.iter().any(|ours| leads_to(address, *ours));
     if resolved.into_iter().any(is_ours) {
         return Err(StartError::Loop {
             host: endpoint.host.clone(),

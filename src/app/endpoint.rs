@@ -1,199 +1,177 @@
-//! An endpoint with its listener bound: it discovers the upstream, serves clients and drains.
+//! The endpoints that the process serves; a reload adds and removes some.
 
-use std::{os::unix::fs::PermissionsExt, sync::Arc};
+use std::{net::SocketAddr, sync::Arc};
 
-use super::{
-    discovery::Discovery,
-    endpoints::{Endpoints, Served},
-    locate::Access,
-    outcomes::Reporter,
-    shared::Shared,
-};
+use arc_swap::ArcSwap;
+use tokio_util::sync::CancellationToken;
+
 use crate::{
-    config::{EndpointConfig, Roots, TlsMode},
-    credential::Refresher,
-    listener::Listener,
-    net::tls::{self, Fingerprint},
-    session::{AccessPolicy, SessionConfig},
-    systemd::Notifier,
-    upstream::{RouteFinder, Upstream},
+    config::EndpointConfig,
+    credential::{CredentialCell, MintError},
+    listener::Bound,
+    net::tls::Fingerprint,
+    session::EndpointContext,
+    status::{
+        CredentialSnapshot, EndpointSnapshot, RefreshAttempt, RefreshError, UpstreamSnapshot,
+    },
+    upstream::Security,
 };
 
-/// An endpoint with its listener bound.
-pub(super) struct BoundEndpoint {
-    pub(super) served: Arc<Served>,
-    pub(super) access: Access,
-    pub(super) listener: Listener,
-    pub(super) finder: RouteFinder,
+/// The running state of one endpoint.
+pub struct Served {
+    /// Its configuration.
+    pub config: EndpointConfig,
+    /// The addresses that its clients connect to.
+    pub bound: Bound,
+    /// The context of its sessions.
+    pub(crate) sessions: Arc<EndpointContext>,
+    /// Its credential.
+    pub credentials: CredentialCell,
+    /// The fingerprint of the roots in use.
+    pub(super) roots: ArcSwap<Option<Fingerprint>>,
+    /// Ends its background tasks.
+    pub(super) stop: CancellationToken,
 }
 
-impl BoundEndpoint {
-    /// Serves clients until the endpoint is removed from the settings and its last session has ended. The `reporter`
-    /// reports discovery where the start of the program depends on it.
-    pub(super) fn start(
-        self,
-        shared: &Arc<Shared>,
-        notifier: &Notifier,
-        reporter: Option<Reporter>,
-    ) {
-        let served = Arc::clone(&self.served);
-        let sessions = &served.sessions;
-        announce(&served, &shared.process.config.load_full());
-        let Self {
-            access,
-            listener,
-            finder,
-            ..
-        } = self;
-        listener.spawn(
-            sessions,
-            &shared.runtimes,
-            &shared.clients,
-            &shared.helpers,
-            &shared.absent,
-        );
-        let discovery = Discovery {
-            served: Arc::clone(&served),
-            access,
-            endpoints: shared.endpoints.clone(),
-            finder,
-            reporter,
+impl Served {
+    /// The reason why there is no credential as `: reason`; empty if it is not known.
+    fn why_not_ready(&self) -> String {
+        let error = self.credentials.status().last_error;
+        let why = error.map(|error| error.to_string());
+        why.or_else(|| self.sessions.route.problem())
+            .map_or_else(String::new, |why| format!(": {why}"))
+    }
+
+    /// The name in the status page and the console.
+    pub(super) fn shown_name(&self) -> String {
+        let read_only = if self.config.read_only {
+            " (read-only)"
+        } else {
+            ""
         };
-        shared
-            .helpers
-            .spawn(discover_and_refresh(discovery, Arc::clone(shared)));
-        if notifier.is_connected() {
-            let reporting = report_status(
-                Arc::clone(&served),
-                shared.endpoints.clone(),
-                notifier.clone(),
-            );
-            shared
-                .helpers
-                .spawn(served.stop.clone().run_until_cancelled_owned(reporting));
-        }
-        let draining = {
-            let shared = Arc::clone(shared);
-            async move {
-                let drained = served.sessions.registry.drained();
-                if served.stop.run_until_cancelled(drained).await.is_some() {
-                    served.stop.cancel();
-                    shared.endpoints.remove(&served);
-                    served.sessions.metrics.retire();
-                    tracing::info!(
-                        endpoint = served.config.called(),
-                        "endpoint removed after its last session ended"
-                    );
-                }
+        format!("{}{read_only}", self.config.called())
+    }
+
+    pub(super) fn snapshot(&self) -> EndpointSnapshot {
+        let status = self.credentials.status();
+        let upstream = self.sessions.route.found().map(|upstream| {
+            let endpoint = upstream.endpoint();
+            UpstreamSnapshot {
+                host: endpoint.host.clone(),
+                port: endpoint.port,
+                user: endpoint.user.clone(),
+                database: endpoint.database.clone(),
+                is_encrypted: matches!(endpoint.security, Security::Tls { .. }),
+                missing_databases: upstream.missing_databases(),
             }
+        });
+        let attempts = self.credentials.attempts().into_iter();
+        let attempts = attempts.map(|attempt| RefreshAttempt {
+            at: attempt.at,
+            took: attempt.took,
+            outcome: attempt.outcome.map_err(|error| refresh_error(&error)),
+        });
+        EndpointSnapshot {
+            name: self.shown_name(),
+            listening: self.bound.words(),
+            sessions: self.sessions.registry.clone(),
+            metrics: Arc::clone(&self.sessions.metrics),
+            upstream,
+            credential: CredentialSnapshot {
+                source: self.config.credential.label(),
+                state: status.state,
+                generation: status.generation,
+                minted_at: status.minted_at,
+                due_at: status.due_at(),
+                urgent_at: status.urgent_at(),
+                expires_at: status.expires_at,
+                next_attempt: status.next_attempt,
+                last_error: status.last_error.as_deref().map(refresh_error),
+                attempts: attempts.collect(),
+            },
+        }
+    }
+}
+
+fn refresh_error(error: &MintError) -> RefreshError {
+    RefreshError {
+        kind: error.kind.into(),
+        message: error.message.clone(),
+        detail: error.detail.clone(),
+        hint: error.hint.clone(),
+    }
+}
+
+/// The endpoints in the order of the settings; cheap to clone. A removed one is among them until its last session ends.
+#[derive(Clone, Default)]
+pub struct Endpoints(Arc<ArcSwap<Vec<Arc<Served>>>>);
+
+impl Endpoints {
+    /// The endpoints now; takes no lock.
+    pub fn now(&self) -> Arc<Vec<Arc<Served>>> {
+        self.0.load_full()
+    }
+
+    /// The first endpoint.
+    pub fn first(&self) -> Option<Arc<Served>> {
+        self.now().first().map(Arc::clone)
+    }
+
+    /// Fails if no endpoint has a valid credential.
+    pub fn any_ready(&self) -> Result<(), String> {
+        let mut why = String::new();
+        for served in &*self.now() {
+            if served.credentials.status().is_ready() {
+                return Ok(());
+            }
+            if why.is_empty() {
+                why = served.why_not_ready();
+            }
+        }
+        Err(format!("no valid database credential{why}"))
+    }
+
+    /// Every TCP address that accepts Postgres clients.
+    pub(super) fn addresses(&self) -> Vec<SocketAddr> {
+        let now = self.now();
+        let addresses = now.iter().flat_map(|served| served.bound.tcp.iter());
+        addresses.copied().collect()
+    }
+
+    /// A status line for the service manager.
+    pub(super) fn summary(&self) -> String {
+        let now = self.now();
+        let count = match now.len() {
+            1 => String::new(),
+            count => format!("{count} endpoints, "),
         };
-        shared.helpers.spawn(draining);
-    }
-}
-
-/// Reports the result of discovery and each new credential to the service manager.
-async fn report_status(served: Arc<Served>, endpoints: Endpoints, notifier: Notifier) {
-    let mut status = served.credentials.subscribe();
-    let mut route = served.sessions.route.clone();
-    drop(served);
-    loop {
-        notifier.status(&endpoints.summary());
-        tokio::select! {
-            () = route.changed() => {}
-            changed = status.changed() => if changed.is_err() {
-                return;
-            }
+        let mut states = now
+            .iter()
+            .map(|served| (served, served.credentials.status()));
+        if let Some((served, _)) = states.find(|(_, status)| !status.is_ready()) {
+            let why = served.why_not_ready();
+            return format!("serving; {count}no valid database credential{why}");
+        }
+        let states = now.iter().map(|served| served.credentials.status());
+        match states.filter_map(|status| status.expires_at).min() {
+            Some(at) => format!("serving; {count}database credential valid until {at:.0}"),
+            None => format!("serving; {count}database credential without an end"),
         }
     }
-}
 
-/// Logs the addresses of an endpoint, with warnings about exposed ones.
-fn announce(served: &Served, session_config: &SessionConfig) {
-    let endpoint = served.config.called();
-    let max_connections = session_config.max_connections;
-    for address in &served.bound.tcp {
-        tracing::info!(%address, endpoint, max_connections, "listening for Postgres clients");
+    pub(super) fn add(&self, served: &Arc<Served>) {
+        self.0.rcu(|list| {
+            let mut list = Vec::clone(list);
+            list.push(Arc::clone(served));
+            list
+        });
     }
-    for path in &served.bound.unix {
-        let socket = path.display();
-        tracing::info!(%socket, endpoint, max_connections, "listening for Postgres clients");
-    }
-    warn_of_exposure(served, &session_config.access);
-}
 
-/// Warns about addresses that other users or machines reach without authentication.
-pub(super) fn warn_of_exposure(served: &Served, access: &AccessPolicy) {
-    for address in &served.bound.tcp {
-        if address.ip().to_canonical().is_loopback() {
-            continue;
-        }
-        if access.password.is_none() {
-            tracing::warn!(
-                %address,
-                "anyone who reaches this address is the Lakebase identity; hint: bind loopback unless that is intended, or require a password with --local-auth"
-            );
-        } else if access.certificate.is_none() {
-            tracing::warn!(
-                %address,
-                "connections to this address are not encrypted; hint: offer TLS with --client-tls"
-            );
-        }
+    pub(super) fn remove(&self, served: &Arc<Served>) {
+        self.0.rcu(|list| {
+            let mut list = Vec::clone(list);
+            list.retain(|other| !Arc::ptr_eq(other, served));
+            list
+        });
     }
-    for path in &served.bound.unix {
-        let socket = path.display();
-        let is_open = std::fs::metadata(path).is_ok_and(|it| it.permissions().mode() & 0o002 != 0);
-        if is_open && access.allowed_uids.is_none() {
-            tracing::warn!(
-                %socket,
-                "any user of this machine who reaches this socket is the Lakebase identity; hint: list the users with --unix-socket-allowed-uids"
-            );
-        }
-    }
-}
-
-/// Discovers the upstream, then refreshes its credential.
-async fn discover_and_refresh(discovery: Discovery, shared: Arc<Shared>) {
-    let stop = discovery.served.stop.clone();
-    let Some(located) = stop.run_until_cancelled(discovery.run()).await else {
-        return;
-    };
-    let Discovery {
-        served,
-        finder,
-        reporter,
-        ..
-    } = discovery;
-    let metrics = Arc::clone(&served.sessions.metrics);
-    let credentials = served.credentials.clone();
-    let route = Upstream::new(located.endpoint, credentials.clone(), Arc::clone(&metrics));
-    let endpoint = route.endpoint();
-    tracing::info!(
-        endpoint = %endpoint.label,
-        host = endpoint.host,
-        user = endpoint.user,
-        database = endpoint.database,
-        "endpoint found"
-    );
-    finder.found(Arc::new(route));
-    if let Some(reporter) = reporter {
-        reporter.found();
-    }
-    // The refresher outlives a removed endpoint's entry, not its `stop`.
-    drop((endpoint, served, shared));
-    Refresher::new(located.mint, credentials, metrics)
-        .run(stop)
-        .await;
-}
-
-/// The fingerprint of the trusted roots.
-pub(super) fn roots(config: &EndpointConfig) -> Option<Fingerprint> {
-    match &config.tls {
-        TlsMode::Disabled => None,
-        TlsMode::Verified(roots) => tls::fingerprint(roots),
-    }
-}
-
-/// Whether the trusted roots come from a file, which may change.
-pub(super) fn has_roots_file(config: &EndpointConfig) -> bool {
-    matches!(&config.tls, TlsMode::Verified(Roots::File(_)))
 }

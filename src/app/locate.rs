@@ -15,9 +15,9 @@ use crate::{
 };
 
 /// An endpoint that can be dialed, and the source of its credentials.
-pub(super) struct Target {
-    pub(super) endpoint: Endpoint,
-    pub(super) mint: Arc<dyn Mint>,
+pub(crate) struct Discovered {
+    pub(crate) endpoint: Endpoint,
+    pub(crate) mint: Arc<dyn Mint>,
 }
 
 /// What mints an endpoint's credentials.
@@ -45,7 +45,7 @@ impl Access {
 /// Checks what needs no network: names, and the trusted roots.
 pub(super) fn check(config: &EndpointConfig, access: &Access) -> Result<(), StartError> {
     if let Access::Workspace(_) = access {
-        wanted(config)
+        Wanted::from(config)
             .check()
             .map_err(|error| StartError::Locate(Box::new(error.into())))?;
     }
@@ -55,23 +55,12 @@ pub(super) fn check(config: &EndpointConfig, access: &Access) -> Result<(), Star
     }
 }
 
-fn wanted(config: &EndpointConfig) -> Wanted {
-    Wanted {
-        name: config.name.clone(),
-        host: config.host.clone(),
-        app: config.app.clone(),
-        read_only: config.read_only,
-        user: config.user.clone(),
-        database: config.database.clone(),
-    }
-}
-
 /// Looks up host and user where they are not set; `timeout` is the limit of one request to the workspace, with retries.
 pub(super) async fn locate(
     config: &EndpointConfig,
     access: &Access,
     timeout: Duration,
-) -> Result<Target, StartError> {
+) -> Result<Discovered, StartError> {
     let workspace = match access {
         Access::Workspace(workspace) => workspace,
         Access::Own(mint) => {
@@ -80,14 +69,14 @@ pub(super) async fn locate(
             let user = config.user.clone().unwrap_or_default();
             let database = config.database_or_default().to_owned();
             let label = Label::new(config.called());
-            return Ok(Target {
+            return Ok(Discovered {
                 endpoint: endpoint(config, label, host, user, database).await?,
                 mint: Arc::clone(mint),
             });
         }
     };
     let located = workspace
-        .locate(&wanted(config), timeout)
+        .locate(&config.into(), timeout)
         .await
         .map_err(Box::new)?;
     let direct = located.host.parse::<HostName>().ok();
@@ -109,7 +98,7 @@ pub(super) async fn locate(
     let database = located
         .database
         .unwrap_or_else(|| DEFAULT_DATABASE.to_owned());
-    Ok(Target {
+    Ok(Discovered {
         endpoint: endpoint(config, label, located.host, located.user, database).await?,
         mint: Arc::new(CredentialMinter::new(workspace.clone(), located.target)),
     })

@@ -3,13 +3,12 @@
 
 mod discovery;
 mod endpoint;
-mod endpoints;
 mod error;
 mod locate;
-mod observer;
 mod outcomes;
 mod reload;
 mod running;
+mod serve;
 mod shared;
 mod start;
 
@@ -18,24 +17,23 @@ use std::{fmt, net::SocketAddr, sync::Arc, time::Duration};
 use tokio::net::TcpListener;
 
 pub use self::{
-    endpoints::{Endpoints, Served},
+    endpoint::{Endpoints, Served},
     error::StartError,
     reload::{RefusedReload, Reloaded, Reloader},
     running::Running,
 };
 use self::{
-    locate::{Access, locate},
+    locate::{Access, Discovered, locate},
+    serve::BoundEndpoint,
     shared::Shared,
 };
 use crate::{
     clock::Clock,
-    config::{Config, EndpointConfig, Roots, Settings},
-    credential::{MintError, Minted},
+    config::{Config, EndpointConfig, Roots},
     listener::{Bound, Inherited, Listener},
     net::{descriptors, tls},
     systemd::Notifier,
     telemetry::{LogHandle, Metrics},
-    upstream::Endpoint,
     workspace::Workspace,
 };
 
@@ -56,40 +54,12 @@ pub struct Addresses {
 
 /// A program that is bound but not serving yet.
 pub struct App {
-    bound: Vec<endpoint::BoundEndpoint>,
+    bound: Vec<BoundEndpoint>,
     http: Option<TcpListener>,
     notes: Option<TcpListener>,
     admin: Option<TcpListener>,
     addresses: Addresses,
-    shared: Arc<Shared>,
-    ending: Ending,
-    run_connection_test: bool,
-    log: Option<LogHandle>,
-    notifier: Notifier,
-}
-
-/// The settings of the shutdown.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Ending {
-    /// How long clients are accepted after SIGTERM.
-    delay: Duration,
-    /// How long active work may continue.
-    grace: Duration,
-    /// The time without a session after which the program ends.
-    when_idle: Option<Duration>,
-    /// Whether SIGTERM leads to exit code 0.
-    zero_on_sigterm: bool,
-}
-
-impl Ending {
-    fn new(settings: &Settings) -> Self {
-        Self {
-            delay: settings.min_sigterm_delay().0,
-            grace: settings.max_sigterm_delay().0,
-            when_idle: Some(settings.exit_when_idle().0).filter(|time| !time.is_zero()),
-            zero_on_sigterm: settings.exit_zero_on_sigterm(),
-        }
-    }
+    shared: Shared,
 }
 
 impl fmt::Debug for App {
@@ -143,8 +113,7 @@ impl App {
             endpoints,
         };
 
-        let shared = Arc::new(Shared::new(&config)?);
-        let ending = Ending::new(&config.settings);
+        let shared = Shared::new(&config)?;
         let mut bound = Vec::with_capacity(listeners.len());
         for (endpoint, listener) in config.endpoints.into_iter().zip(listeners) {
             let metrics = if bound.is_empty() {
@@ -152,9 +121,9 @@ impl App {
             } else {
                 shared.metrics.of_another(endpoint.called())?
             };
-            let bound_endpoint = shared.bound_endpoint(endpoint, listener, metrics).await?;
-            shared.endpoints.add(&bound_endpoint.served);
-            bound.push(bound_endpoint);
+            let endpoint = BoundEndpoint::new(&shared, endpoint, listener, metrics).await?;
+            shared.endpoints.add(&endpoint.served);
+            bound.push(endpoint);
         }
         let mut checks = bound
             .iter()
@@ -171,10 +140,6 @@ impl App {
             admin,
             addresses,
             shared,
-            ending,
-            run_connection_test: config.settings.run_connection_test(),
-            log: None,
-            notifier: Notifier::default(),
         })
     }
 
@@ -182,14 +147,14 @@ impl App {
     #[must_use]
     pub fn with_log(mut self, log: LogHandle) -> Self {
         log.count_dropped(&self.shared.metrics.process.log_lines_dropped);
-        self.log = Some(log);
+        self.shared.log = Some(log);
         self
     }
 
     /// Reports the state to a service manager.
     #[must_use]
     pub fn with_notifier(mut self, notifier: Notifier) -> Self {
-        self.notifier = notifier;
+        self.shared.notifier = notifier;
         self
     }
 
@@ -199,13 +164,11 @@ impl App {
     }
 }
 
-/// Budget of one request of [`mint_once`] to the workspace.
-const MINT_ONCE_BUDGET: Duration = Duration::from_mins(1);
+/// Budget of one request of [`locate_first`] to the workspace.
+const LOCATE_BUDGET: Duration = Duration::from_mins(1);
 
-/// Discovers the first endpoint and mints one credential for it, without listening.
-pub async fn mint_once(
-    config: Config,
-) -> Result<(Endpoint, Result<Minted, MintError>), StartError> {
+/// Locates the first endpoint and the source of its credentials, without listening.
+pub(crate) async fn locate_first(config: Config) -> Result<Discovered, StartError> {
     let [endpoint, ..] = &config.endpoints[..] else {
         return Err(StartError::NoEndpoint);
     };
@@ -219,9 +182,7 @@ pub async fn mint_once(
         )?)
     };
     let access = Access::new(&endpoint.credential, workspace)?;
-    let located = locate(endpoint, &access, MINT_ONCE_BUDGET).await?;
-    let minted = located.mint.mint().await;
-    Ok((located.endpoint, minted))
+    locate(endpoint, &access, LOCATE_BUDGET).await
 }
 
 async fn bind(
@@ -231,12 +192,10 @@ async fn bind(
     let Some(address) = address else {
         return Ok(None);
     };
-    match TcpListener::bind(address).await {
-        Ok(listener) => Ok(Some(listener)),
-        Err(source) => Err(StartError::Bind {
-            address,
-            flag,
-            source,
-        }),
-    }
+    let listener = TcpListener::bind(address).await;
+    listener.map(Some).map_err(|source| StartError::Bind {
+        address,
+        flag,
+        source,
+    })
 }

@@ -2,16 +2,13 @@
 
 use std::{sync::Arc, time::Duration};
 
-use tokio::{
-    sync::watch,
-    time::{Instant, sleep},
-};
+use tokio::time::{Instant, sleep};
 
 use super::{
-    Ending, Served, StartError,
-    endpoint::{self, BoundEndpoint},
+    Served, StartError,
     locate::security,
     running::Running,
+    serve::{self, BoundEndpoint},
     shared::{self, Shared},
 };
 use crate::{
@@ -20,8 +17,7 @@ use crate::{
     net::{FileWatch, blocking, tls::Fingerprint},
     session::AccessPolicy,
     shutdown::{Hangup, Phase},
-    systemd::Notifier,
-    telemetry::{LogError, LogHandle, chain, labels::ReloadOutcome, logging::check_filter},
+    telemetry::{LogError, chain, labels::ReloadOutcome, logging::check_filter},
     upstream::{Endpoint, Security},
 };
 
@@ -31,11 +27,8 @@ const CLOSES_WITHIN: Duration = Duration::from_secs(1);
 /// Applies new settings while the program runs.
 pub struct Reloader {
     shared: Arc<Shared>,
-    ending: watch::Sender<Ending>,
     source: Source,
     config: Config,
-    log: Option<LogHandle>,
-    notifier: Notifier,
 }
 
 /// The outcome of a reload.
@@ -88,11 +81,8 @@ impl Running {
     pub fn reloader(&self, source: Source, config: Config) -> Reloader {
         Reloader {
             shared: Arc::clone(&self.shared),
-            ending: self.ending.clone(),
             source,
             config,
-            log: self.log.clone(),
-            notifier: self.notifier.clone(),
         }
     }
 
@@ -129,7 +119,7 @@ impl Running {
 impl Reloader {
     /// Loads the settings again and applies what differs. Not cancel safe.
     pub async fn reload(&mut self) -> Result<Reloaded, RefusedReload> {
-        let notifier = self.notifier.clone();
+        let notifier = self.shared.notifier.clone();
         let _reloading = notifier.reloading();
         let outcome = self.attempt().await;
         let metrics = &self.shared.metrics.process;
@@ -215,11 +205,11 @@ impl Reloader {
             .iter()
             .filter(|one| !one.sessions.registry.is_draining())
         {
-            if !endpoint::has_roots_file(&served.config) {
+            if !serve::has_roots_file(&served.config) {
                 continue;
             }
             let config = served.config.clone();
-            let roots = blocking(move || endpoint::roots(&config)).await;
+            let roots = blocking(move || serve::roots(&config)).await;
             if roots == **served.roots.load() {
                 continue;
             }
@@ -245,10 +235,13 @@ impl Reloader {
                 .filter(|served| served.config.listen.conflict(&endpoint.listen).is_some());
             let listener = bind(conflicting, endpoint).await?;
             let metrics = self.shared.metrics.of_another(endpoint.called())?;
-            let bound = self
-                .shared
-                .bound_endpoint(endpoint.clone(), listener, Arc::clone(&metrics))
-                .await;
+            let bound = BoundEndpoint::new(
+                &self.shared,
+                endpoint.clone(),
+                listener,
+                Arc::clone(&metrics),
+            )
+            .await;
             prepared
                 .added
                 .push(bound.inspect_err(|_| metrics.retire())?);
@@ -286,7 +279,7 @@ impl Reloader {
             roots,
             access,
         } = prepared;
-        if let Some(log) = &self.log
+        if let Some(log) = &self.shared.log
             && change.config.settings.log_filter() != self.config.settings.log_filter()
             && let Err(error) = log.set_filter(&change.config.settings.log_filter())
         {
@@ -299,8 +292,6 @@ impl Reloader {
         self.set_modes(&change.config, Narrower::Only);
         self.shared.apply(&change.config, access);
         self.set_modes(&change.config, Narrower::Not);
-        self.ending
-            .send_replace(Ending::new(&change.config.settings));
         for (served, fingerprint, security) in roots {
             if let Some(upstream) = served.sessions.route.found() {
                 let endpoint = Endpoint::clone(&upstream.endpoint());
@@ -326,12 +317,12 @@ impl Reloader {
         }
         if changes_exposure {
             for served in self.shared.endpoints.now().iter() {
-                endpoint::warn_of_exposure(served, &self.shared.process.config.load_full().access);
+                serve::warn_of_exposure(served, &self.shared.process.config.load_full().access);
             }
         }
         for endpoint in added {
             self.shared.endpoints.add(&endpoint.served);
-            endpoint.start(&self.shared, &self.notifier, None);
+            endpoint.start(&self.shared, None);
         }
         self.config = change.config.clone();
     }

@@ -3,22 +3,19 @@
 use std::{fmt, future::pending, pin::pin, sync::Arc, time::Duration};
 
 use tokio::{
-    sync::watch,
     task::JoinSet,
     time::{Instant, sleep, timeout},
 };
 use tokio_util::sync::CancellationToken;
 
-use super::{Addresses, Ending, Endpoints, Served, StartError, outcomes::Outcomes, shared::Shared};
+use super::{Addresses, Endpoints, Served, StartError, outcomes::Outcomes, shared::Shared};
 use crate::{
     admin::Admin,
     credential::CredentialCell,
     exec::Target,
     listener::{Bound, Way},
     protocol::error::{Report, sqlstate},
-    status::Health,
-    systemd::Notifier,
-    telemetry::{LogHandle, Metrics, labels::Reason},
+    telemetry::{Metrics, labels::Reason},
     upstream::Refusal,
 };
 
@@ -36,14 +33,9 @@ pub struct Running {
     pub(super) shared: Arc<Shared>,
     /// The endpoint that was the first at the start.
     pub(super) first: Arc<Served>,
-    pub(super) health: Arc<Health>,
     pub(super) http: Option<Admin>,
     pub(super) end_requested: CancellationToken,
-    pub(super) ending: watch::Sender<Ending>,
     pub(super) outcomes: Outcomes,
-    pub(super) run_connection_test: bool,
-    pub(super) log: Option<LogHandle>,
-    pub(super) notifier: Notifier,
 }
 
 impl fmt::Debug for Running {
@@ -82,12 +74,12 @@ impl Running {
 
     /// How long active work may continue in a shutdown.
     pub fn grace(&self) -> Duration {
-        self.ending.borrow().grace
+        self.shared.settings().max_sigterm_delay().0
     }
 
     /// Whether SIGTERM leads to exit code 0.
     pub fn is_zero_on_sigterm(&self) -> bool {
-        self.ending.borrow().zero_on_sigterm
+        self.shared.settings().exit_zero_on_sigterm()
     }
 
     /// The first endpoint, for clients on this machine. Waits for its discovery for `connect_timeout`, also if a client
@@ -131,12 +123,12 @@ impl Running {
     /// With `--run-connection-test`: logs in once at every endpoint, waiting for a wake as long as a client does, and
     /// reports startup only then.
     pub async fn ready(&self) -> Result<(), StartError> {
-        if !self.run_connection_test {
+        if !self.shared.settings().run_connection_test() {
             // A workspace that does not respond must not delay the service manager: clients are served.
             if let Ok(known) = timeout(DISCOVERY_TIMEOUT, self.outcomes.known()).await {
                 known?;
             }
-            self.notifier.ready();
+            self.shared.notifier.ready();
             return Ok(());
         }
         let mut terms = self.shared.process.config.load_full().terms;
@@ -154,8 +146,8 @@ impl Running {
             }
         }
         tracing::info!("connection test passed");
-        self.health.set_started();
-        self.notifier.ready();
+        self.shared.health.set_started();
+        self.shared.notifier.ready();
         Ok(())
     }
 
@@ -172,8 +164,8 @@ impl Running {
     /// As [`end`](Self::end), after accepting clients for `--min-sigterm-delay`.
     pub async fn end_after_delay(self, hurry: impl Future<Output = ()>) {
         let mut hurry = pin!(hurry);
-        self.notifier.stopping();
-        let delay = self.ending.borrow().delay;
+        self.shared.notifier.stopping();
+        let delay = self.shared.settings().min_sigterm_delay().0;
         if !delay.is_zero() {
             tracing::info!(?delay, "SIGTERM received; accepting clients for the delay");
             tokio::select! {
@@ -197,8 +189,8 @@ impl Running {
             ?grace,
             "shutting down"
         );
-        self.notifier.stopping();
-        self.health.set_draining();
+        self.shared.notifier.stopping();
+        self.shared.health.set_draining();
         self.shared.process.shutdown.drain();
         // The accept loops run until the cut, so that late clients receive the reason.
         self.shared.clients.close();

@@ -4,31 +4,29 @@ use std::sync::{Arc, OnceLock};
 
 use arc_swap::ArcSwap;
 use jiff::Timestamp;
-use tokio::time::Instant;
+use tokio::{sync::watch, time::Instant};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use super::{
     StartError,
-    endpoint::{self, BoundEndpoint},
-    endpoints::{Endpoints, Served},
-    locate::Access,
-    observer::Observer,
+    endpoint::{Endpoints, Served},
 };
 use crate::{
+    admin::deep::LoginTarget,
     clock::Clock,
     config::{ClientTlsSetting, Config, EndpointConfig, Roots, Settings, WorkspaceSettings},
     console::Console,
-    credential::CredentialCell,
-    listener::{AbsentSockets, Listener, Runtimes},
-    net::{blocking, descriptors, tls},
+    listener::{AbsentSockets, Runtimes},
+    net::{descriptors, tls},
     session::{
-        AccessPolicy, EndpointContext, KnownPassword, LocalPassword, ProcessContext,
-        ServerCertificate, SessionConfig, SharedConfig,
+        AccessPolicy, KnownPassword, LocalPassword, ProcessContext, ServerCertificate,
+        SessionConfig, SharedConfig,
     },
     shutdown::Shutdown,
-    status::{EndpointSessions, Health, Label, Registry},
-    telemetry::Metrics,
-    upstream::{Route, Terms},
+    status::{Health, HttpListener, Registry, Snapshot},
+    systemd::Notifier,
+    telemetry::{LogHandle, Metrics},
+    upstream::Terms,
     workspace::Workspace,
 };
 
@@ -52,11 +50,11 @@ pub(super) struct Shared {
     pub(super) helpers: TaskTracker,
     /// Ends the helpers.
     pub(super) stop: CancellationToken,
-    clock: Clock,
-    /// Whether credentials are refreshed on demand only.
-    is_lazy: bool,
+    pub(super) clock: Clock,
     /// The password of clients, for our own.
     pub(super) known_password: KnownPassword,
+    pub(super) log: Option<LogHandle>,
+    pub(super) notifier: Notifier,
     workspace: OnceLock<Workspace>,
     workspace_settings: WorkspaceSettings,
 }
@@ -134,7 +132,7 @@ impl Shared {
             registry: registry.clone(),
             shutdown: shutdown.clone(),
             health: Arc::clone(&health),
-            settings: ArcSwap::default(),
+            settings: watch::Sender::new(config.settings.clone()),
             http: OnceLock::new(),
         });
         let of_console = Arc::clone(&observer);
@@ -158,13 +156,19 @@ impl Shared {
             helpers: TaskTracker::new(),
             stop: CancellationToken::new(),
             clock: Clock::system(),
-            is_lazy: config.settings.lazy_refresh(),
             known_password: KnownPassword::default(),
+            log: None,
+            notifier: Notifier::default(),
             workspace: OnceLock::new(),
             workspace_settings: config.workspace.clone(),
         };
         shared.apply(config, access);
         Ok(shared)
+    }
+
+    /// The settings in force.
+    pub(super) fn settings(&self) -> watch::Ref<'_, Settings> {
+        self.observer.settings.borrow()
     }
 
     /// Applies the settings of sessions.
@@ -177,49 +181,12 @@ impl Shared {
         ))
         .unwrap_or(i64::MAX);
         self.metrics.process.clients_limit.set(limit);
-        let settings = config.settings.shown();
-        self.observer.settings.store(Arc::new(settings));
+        self.observer.settings.send_replace(config.settings.clone());
         self.console.set_over_tcp(config.settings.admin_console());
     }
 
-    /// Builds an endpoint around its bound listener.
-    pub(super) async fn bound_endpoint(
-        &self,
-        config: EndpointConfig,
-        listener: Listener,
-        metrics: Arc<Metrics>,
-    ) -> Result<BoundEndpoint, StartError> {
-        let access = Access::new(&config.credential, || self.workspace())?;
-        let its = config.clone();
-        let roots = blocking(move || endpoint::roots(&its)).await;
-        let label = Label::new(config.called());
-        let (finder, route) = Route::to(label.clone());
-        let closed = self.process.shutdown.cutting().child_token();
-        let registry = EndpointSessions::new(&self.registry, label, &metrics, closed);
-        let process = Arc::clone(&self.process);
-        let sessions = Arc::new(EndpointContext::new(process, route, registry, metrics));
-        let served = Served {
-            bound: listener.bound().clone(),
-            roots: ArcSwap::from_pointee(roots),
-            config,
-            sessions,
-            credentials: if self.is_lazy {
-                CredentialCell::lazy(self.clock.clone())
-            } else {
-                CredentialCell::new(self.clock.clone())
-            },
-            stop: self.stop.child_token(),
-        };
-        Ok(BoundEndpoint {
-            served: Arc::new(served),
-            access,
-            listener,
-            finder,
-        })
-    }
-
     /// The workspace, opened for the first endpoint that needs it.
-    fn workspace(&self) -> Result<Workspace, StartError> {
+    pub(super) fn workspace(&self) -> Result<Workspace, StartError> {
         if let Some(workspace) = self.workspace.get() {
             return Ok(workspace.clone());
         }
@@ -231,5 +198,49 @@ impl Shared {
             Arc::clone(&self.metrics),
         )?;
         Ok(self.workspace.get_or_init(|| workspace).clone())
+    }
+}
+
+/// The state that a snapshot is taken of.
+pub(super) struct Observer {
+    started: Timestamp,
+    origin: Instant,
+    endpoints: Endpoints,
+    config: SharedConfig,
+    registry: Registry,
+    shutdown: Shutdown,
+    health: Arc<Health>,
+    /// The settings in force.
+    pub(super) settings: watch::Sender<Settings>,
+    pub(super) http: OnceLock<Vec<HttpListener>>,
+}
+
+impl Observer {
+    pub(super) fn snapshot(&self) -> Snapshot {
+        let endpoints = self.endpoints.now();
+        Snapshot {
+            started: self.started,
+            uptime: self.origin.elapsed(),
+            phase: self.shutdown.phase(),
+            is_started: self.health.startup().is_ok(),
+            readiness: self.health.readiness(),
+            max_connections: self.config.load().max_connections,
+            settings: self.settings.borrow().shown(),
+            http: self.http.get().cloned().unwrap_or_default(),
+            registry: self.registry.clone(),
+            endpoints: endpoints.iter().map(|served| served.snapshot()).collect(),
+        }
+    }
+
+    /// The endpoints, for deep checks.
+    pub(super) fn login_targets(&self) -> Vec<LoginTarget> {
+        let terms = self.config.load().terms;
+        let endpoints = self.endpoints.now();
+        let target = |served: &Arc<Served>| LoginTarget {
+            name: served.shown_name(),
+            route: served.sessions.route.clone(),
+            terms,
+        };
+        endpoints.iter().map(target).collect()
     }
 }

@@ -1,13 +1,14 @@
 //! Starting a bound program.
 
-use std::{future::pending, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Duration};
 
 use tokio::{sync::watch, time::sleep};
 use tokio_util::sync::CancellationToken;
 
-use super::{App, Ending, Running, StartError, outcomes::Outcomes};
+use super::{App, Running, StartError, outcomes::Outcomes};
 use crate::{
     admin::{self, Admin, AdminState},
+    config::{DurationSetting, Settings},
     status::{HttpListener, Registry},
 };
 
@@ -21,11 +22,8 @@ impl App {
             admin,
             addresses,
             shared,
-            ending,
-            run_connection_test,
-            log,
-            notifier,
         } = self;
+        let shared = Arc::new(shared);
         let Some(first) = bound.first().map(|endpoint| Arc::clone(&endpoint.served)) else {
             return Err(StartError::NoEndpoint);
         };
@@ -59,13 +57,13 @@ impl App {
                     health: Arc::clone(&health),
                     snapshot: Arc::new(move || snapshots.snapshot()),
                     logins: Arc::new(move || logins.login_targets()),
-                    log: log.clone(),
+                    log: shared.log.clone(),
                 };
                 Admin::spawn(listener, state, stop.clone())
             })
             .transpose()?;
-        if let Some(interval) = notifier.watchdog_interval() {
-            let (health, notifier) = (Arc::clone(&health), notifier.clone());
+        if let Some(interval) = shared.notifier.watchdog_interval() {
+            let (health, notifier) = (Arc::clone(&health), shared.notifier.clone());
             helpers.spawn(stop.clone().run_until_cancelled_owned(async move {
                 // On the main runtime, so that it stops when that blocks.
                 loop {
@@ -76,7 +74,7 @@ impl App {
                 }
             }));
         }
-        if let Some(log) = log.clone() {
+        if let Some(log) = shared.log.clone() {
             let stop = stop.clone();
             helpers.spawn(async move {
                 stop.run_until_cancelled(log.summarize()).await;
@@ -84,7 +82,7 @@ impl App {
         }
         let (reporters, outcomes) = Outcomes::of(bound.len());
         for (endpoint, reporter) in bound.into_iter().zip(reporters) {
-            endpoint.start(&shared, &notifier, Some(reporter));
+            endpoint.start(&shared, Some(reporter));
         }
         #[cfg(feature = "notes")]
         if let Some(listener) = notes {
@@ -117,9 +115,11 @@ impl App {
                 stop.clone(),
             ));
         }
-        let ending = watch::Sender::new(ending);
         let (idle, over) = (end_requested.clone(), stop.clone());
-        let until_idle = until_idle(shared.registry.clone(), ending.subscribe());
+        let until_idle = until_idle(
+            shared.registry.clone(),
+            shared.observer.settings.subscribe(),
+        );
         helpers.spawn(async move {
             if let Some(time) = over.run_until_cancelled(until_idle).await {
                 tracing::info!(
@@ -138,41 +138,28 @@ impl App {
         if let Some(address) = addresses.notes {
             tracing::info!(%address, "serving the notes page");
         }
-        if !run_connection_test {
+        if !shared.settings().run_connection_test() {
             health.set_started();
         }
         Ok(Running {
             addresses,
             shared: Arc::clone(&shared),
             first,
-            health,
             http,
             end_requested,
-            ending,
             outcomes,
-            run_connection_test,
-            log,
-            notifier,
         })
     }
 }
 
 /// Returns after the idle time of the settings without a session; never without one. Cancel safe.
-async fn until_idle(registry: Registry, mut ending: watch::Receiver<Ending>) -> Duration {
+async fn until_idle(registry: Registry, mut settings: watch::Receiver<Settings>) -> Duration {
     loop {
-        let when_idle = ending.borrow_and_update().when_idle;
-        let idle = async {
-            match when_idle {
-                Some(time) => {
-                    registry.idle_for(time).await;
-                    time
-                }
-                None => pending().await,
-            }
-        };
+        let DurationSetting(limit) = settings.borrow_and_update().exit_when_idle();
+        let is_changed = |settings: &Settings| settings.exit_when_idle().0 != limit;
         tokio::select! {
-            time = idle => return time,
-            Ok(_) = ending.wait_for(|ending| ending.when_idle != when_idle) => {}
+            () = registry.idle_for(limit), if !limit.is_zero() => return limit,
+            Ok(_) = settings.wait_for(is_changed) => {}
         }
     }
 }

@@ -10,7 +10,7 @@ use tokio::time::timeout;
 
 use super::{CommandError, start_log};
 use crate::{
-    app,
+    app::{self, StartError},
     config::{Config, Environment, Settings},
     telemetry::LogGuard,
 };
@@ -52,8 +52,12 @@ pub(super) async fn run(
             Some(hint.to_owned()),
         )
     };
-    let minting = timeout(TIMEOUT, app::mint_once(config)).await;
-    let (endpoint, minted) = minting.map_err(|_| timed_out())??;
+    let minting = async {
+        let located = app::locate_first(config).await?;
+        let minted = located.mint.mint().await;
+        Ok::<_, StartError>((located.endpoint, minted))
+    };
+    let (endpoint, minted) = timeout(TIMEOUT, minting).await.map_err(|_| timed_out())??;
     let minted = minted.map_err(|error| {
         let hint = error.hint.clone();
         CommandError::new(

@@ -77,6 +77,14 @@ pub(crate) fn addresses_conflict(one: SocketAddr, other: SocketAddr) -> bool {
         && (one.ip() == other.ip() || one.ip().is_unspecified() || other.ip().is_unspecified())
 }
 
+/// Whether a connection to `address` would reach a socket that listens on `listener`.
+pub(crate) fn leads_to(address: SocketAddr, listener: SocketAddr) -> bool {
+    let is_local = |address: SocketAddr| address.ip().to_canonical().is_loopback();
+    let is_same_machine =
+        is_local(address) && (is_local(listener) || listener.ip().is_unspecified());
+    address.port() == listener.port() && (address.ip() == listener.ip() || is_same_machine)
+}
+
 impl fmt::Display for ListenAddresses {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut comma = "";

@@ -14,9 +14,8 @@ use super::{
 };
 use crate::{
     clock::Clock,
-    config::{CredentialSource, EndpointConfig, Timeouts},
+    config::{CredentialSource, EndpointConfig, Timeouts, leads_to},
     credential::{self, Credential},
-    net::tcp::is_loopback,
     telemetry::Metrics,
     upstream::probe,
     workspace::{
@@ -127,14 +126,7 @@ async fn locate(steps: &mut Steps<'_>, examined: &Examined<'_>) -> Option<Found>
 impl Examined<'_> {
     async fn locate(&self, workspace: &Workspace) -> Result<(Located, Finding), Finding> {
         let config = self.config;
-        let wanted = Wanted {
-            name: config.name.clone(),
-            host: config.host.clone(),
-            app: config.app.clone(),
-            read_only: config.read_only,
-            user: config.user.clone(),
-            database: config.database.clone(),
-        };
+        let wanted = Wanted::from(config);
         // Without the host, so that a wrong name shows.
         let without_host = Wanted {
             host: wanted.host.clone().filter(|_| wanted.name.is_none()),
@@ -209,7 +201,11 @@ impl Examined<'_> {
         } else {
             (fixed, " (PGHOSTADDR or `host_address`)")
         };
-        if is_ourselves(&addresses, &self.config.listen.tcp) {
+        let is_ours = |address: &SocketAddr| {
+            let mut listeners = self.config.listen.tcp.iter();
+            listeners.any(|listener| leads_to(*address, *listener))
+        };
+        if addresses.iter().any(is_ours) {
             let message = format!("`{host}` with port {port} is this proxy itself");
             let fix = "set PGHOST and PGPORT to the endpoint; --address and --port are where the proxy listens";
             return Err(Finding::failed(message).fix(fix));
@@ -336,18 +332,6 @@ fn other_host(host: &str, info: &EndpointInfo) -> Option<String> {
     let own = hosts.clone().next()?;
     let is_its_own = hosts.any(|known| label(known) == label(host));
     (!is_its_own).then(|| own.clone())
-}
-
-fn is_ourselves(addresses: &[SocketAddr], listen: &[SocketAddr]) -> bool {
-    let is_ours = |address: &SocketAddr, listen: &SocketAddr| {
-        address.port() == listen.port()
-            && (address == listen
-                || (is_loopback(address.ip())
-                    && (is_loopback(listen.ip()) || listen.ip().is_unspecified())))
-    };
-    addresses
-        .iter()
-        .any(|address| listen.iter().any(|listen| is_ours(address, listen)))
 }
 
 #[cfg(test)]

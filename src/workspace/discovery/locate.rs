@@ -9,9 +9,12 @@ use super::{
     bodies::{AppDatabase, AppPostgres, Branch, Resource},
     lookup::Lookup,
 };
-use crate::workspace::{
-    BranchName, CallError, EndpointName, HostName, InstanceName, NameError, ProjectName, Reference,
-    Target, Workspace, names::HostKind,
+use crate::{
+    config::EndpointConfig,
+    workspace::{
+        BranchName, CallError, EndpointName, HostName, InstanceName, NameError, ProjectName,
+        Reference, Target, Workspace, names::HostKind,
+    },
 };
 
 /// The ids of a new project's branch and endpoint.
@@ -35,6 +38,19 @@ pub struct Wanted {
     pub user: Option<String>,
     /// The database, by its name in Postgres or its resource id (`PGDATABASE`).
     pub database: Option<String>,
+}
+
+impl From<&EndpointConfig> for Wanted {
+    fn from(config: &EndpointConfig) -> Self {
+        Self {
+            name: config.name.clone(),
+            host: config.host.clone(),
+            app: config.app.clone(),
+            read_only: config.read_only,
+            user: config.user.clone(),
+            database: config.database.clone(),
+        }
+    }
 }
 
 impl Wanted {
