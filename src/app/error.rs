@@ -122,7 +122,7 @@ impl StartError {
             Self::Endpoint(error) => return error.hint(),
             Self::Locate(error) => return error.hint(),
             Self::Socket(error) => return error.hint().map(str::to_owned),
-            Self::Tls(TlsError::Roots { .. } | TlsError::NoRoots { .. }) => {
+            Self::Tls(TlsError::Roots { .. }) => {
                 "PGSSLROOTCERT is a PEM file of trusted roots, or `system`"
             }
             Self::Tls(TlsError::Unusable(_)) => {

@@ -143,6 +143,7 @@ impl Shared {
             process: Arc::new(ProcessContext {
                 config: session_config,
                 shutdown,
+                max_handshakes: descriptors::max_handshakes(),
                 console: Some(Arc::clone(&console) as _),
             }),
             registry,

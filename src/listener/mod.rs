@@ -217,7 +217,7 @@ impl Listener {
             endpoint: Arc::clone(endpoint),
             runtimes: Arc::clone(runtimes),
             clients: clients.clone(),
-            handshakes: HandshakeLimiter::default(),
+            handshakes: HandshakeLimiter::new(endpoint.process.max_handshakes),
         };
         for socket in self.tcp {
             let (acceptor, closed) = (acceptor.clone(), endpoint.registry.closed().clone());

@@ -42,7 +42,11 @@ fn sessions(limit: u64) -> usize {
 }
 
 /// The limit of unfinished handshakes per endpoint: an eighth of the descriptor limit, between 256 and 2,048.
-pub fn handshakes(limit: u64) -> usize {
+pub(crate) fn max_handshakes() -> usize {
+    handshakes(DescriptorLimit::now().hard())
+}
+
+fn handshakes(limit: u64) -> usize {
     usize::try_from(limit / 8)
         .unwrap_or(usize::MAX)
         .clamp(256, 2048)

@@ -65,9 +65,9 @@ pub(crate) fn text(bytes: &[u8]) -> io::Result<&str> {
         .map_err(|_| io::Error::new(io::ErrorKind::InvalidData, "not UTF-8 text"))
 }
 
-/// The state of the file; `None` if it is missing.
-pub(crate) async fn stamp(path: &Path) -> Option<Stamp> {
-    let metadata = tokio::fs::metadata(path).await.ok()?;
+/// The state of the file; `None` if it is missing. Blocks.
+pub(crate) fn stamp(path: &Path) -> Option<Stamp> {
+    let metadata = path.metadata().ok()?;
     Some([
         metadata.dev().cast_signed(),
         metadata.ino().cast_signed(),

@@ -11,6 +11,6 @@ pub(crate) mod message;
 pub mod socket;
 pub(crate) mod tcp;
 pub mod tls;
-mod watch;
+pub(crate) mod watch;
 
 pub(crate) use self::{file::blocking, watch::FileWatch};

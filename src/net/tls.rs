@@ -43,7 +43,7 @@ pub(crate) fn fingerprint(roots: &Roots) -> Option<Fingerprint> {
 /// Why no TLS configuration could be made.
 #[derive(Debug, thiserror::Error)]
 pub enum TlsError {
-    /// The file of roots cannot be read or holds something else.
+    /// The file of roots cannot be read or holds no certificate.
     #[error("cannot read certificates from `{}`", path.display())]
     Roots {
         /// The file.
@@ -51,12 +51,6 @@ pub enum TlsError {
         /// Why.
         #[source]
         source: pem::Error,
-    },
-    /// The file of roots holds none.
-    #[error("`{}` holds no certificate", path.display())]
-    NoRoots {
-        /// The file.
-        path: PathBuf,
     },
     /// A root that cannot be one, or no usable system roots.
     #[error("the trusted root certificates cannot be used")]
@@ -102,23 +96,25 @@ pub(crate) fn verifier(roots: &Roots) -> Result<Arc<dyn ServerCertVerifier>, Tls
 }
 
 fn read_roots(path: &Path) -> Result<RootCertStore, TlsError> {
-    let unreadable = |source| TlsError::Roots {
+    let certificates = read_certificates(path).map_err(|source| TlsError::Roots {
         path: path.to_owned(),
         source,
-    };
+    })?;
     let mut store = RootCertStore::empty();
-    let bytes = file::read(path, MAX_PEM).map_err(|error| unreadable(pem::Error::Io(error)))?;
-    for certificate in CertificateDer::pem_slice_iter(&bytes) {
-        store
-            .add(certificate.map_err(unreadable)?)
-            .map_err(TlsError::Unusable)?;
-    }
-    if store.is_empty() {
-        return Err(TlsError::NoRoots {
-            path: path.to_owned(),
-        });
+    for certificate in certificates {
+        store.add(certificate).map_err(TlsError::Unusable)?;
     }
     Ok(store)
+}
+
+/// The certificates of a PEM file, of which there must be one. Blocks.
+pub(crate) fn read_certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, pem::Error> {
+    let bytes = file::read(path, MAX_PEM).map_err(pem::Error::Io)?;
+    let certificates: Vec<_> = CertificateDer::pem_slice_iter(&bytes).collect::<Result<_, _>>()?;
+    if certificates.is_empty() {
+        return Err(pem::Error::NoItemsFound);
+    }
+    Ok(certificates)
 }
 
 #[cfg(test)]
@@ -130,7 +126,9 @@ mod tests {
         let file = tempfile::NamedTempFile::new().unwrap();
         let error =
             client_config(&Roots::File(file.path().to_owned()), ALPN_POSTGRESQL).unwrap_err();
-        assert!(matches!(error, TlsError::NoRoots { .. }));
+        assert!(
+            matches!(error, TlsError::Roots { source, .. } if source.to_string() == "no items found")
+        );
         let missing =
             client_config(&Roots::File("/nowhere/ca.pem".into()), ALPN_POSTGRESQL).unwrap_err();
         assert!(matches!(missing, TlsError::Roots { .. }));

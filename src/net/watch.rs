@@ -3,53 +3,80 @@
 
 use std::{
     path::PathBuf,
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
 use tokio::time::{Instant, sleep_until};
 
-use super::file::{Stamp, stamp};
+use super::file::{Stamp, blocking, stamp};
 
-const INTERVAL: Duration = Duration::from_secs(1);
+pub(crate) const INTERVAL: Duration = Duration::from_secs(1);
 
 /// Files to watch for changes.
 #[derive(Debug)]
 pub(crate) struct FileWatch {
-    files: Vec<PathBuf>,
+    files: Arc<[PathBuf]>,
     state: Mutex<State>,
 }
 
 #[derive(Debug)]
 struct State {
     /// The files as they were when they were read.
-    known: Vec<Option<Stamp>>,
+    known: Stamps,
     /// The files at the last look.
-    last: Vec<Option<Stamp>>,
+    last: Stamps,
     next: Instant,
 }
+
+/// One per file; `None` for a missing one.
+type Stamps = Vec<Option<Stamp>>;
 
 impl FileWatch {
     /// Watches these files; before the first [`mark`](Self::mark), any existing file counts as changed.
     pub(crate) fn new(files: Vec<PathBuf>) -> Self {
         let none = vec![None; files.len()];
+        Self::of(files, none)
+    }
+
+    /// Watches these files and takes their present state for the known one. Blocks.
+    pub(crate) fn marked(files: Vec<PathBuf>) -> Self {
+        let known = look(&files);
+        Self::of(files, known)
+    }
+
+    fn of(files: Vec<PathBuf>, known: Stamps) -> Self {
         let state = State {
-            known: none.clone(),
-            last: none,
+            last: known.clone(),
+            known,
             next: Instant::now(),
         };
         Self {
-            files,
+            files: files.into(),
             state: Mutex::new(state),
         }
     }
 
     /// Takes the present state for the known one. Call it before reading the files, so that a change meanwhile is noticed.
     pub(crate) async fn mark(&self) {
-        let now = self.look(&[]).await;
+        let now = self.look().await;
         let mut state = self.state();
         state.known.clone_from(&now);
         state.last = now;
+    }
+
+    /// Whether a file differs from its known state, missing files included. Looks once per interval at most, and returns
+    /// `false` in between. Cancel safe.
+    pub(crate) async fn is_changed(&self) -> bool {
+        {
+            let mut state = self.state();
+            if Instant::now() < state.next {
+                return false;
+            }
+            state.next = Instant::now() + INTERVAL;
+        }
+        let now = self.look().await;
+        now != self.state().known
     }
 
     /// Completes when a file differs from its known state and has been stable for one interval, so that it is not read
@@ -58,9 +85,11 @@ impl FileWatch {
         loop {
             let next = self.state().next;
             sleep_until(next).await;
-            let known = self.state().known.clone();
-            let now = self.look(&known).await;
+            let mut now = self.look().await;
             let mut state = self.state();
+            for (now, known) in now.iter_mut().zip(&state.known) {
+                *now = now.or(*known);
+            }
             state.next = Instant::now() + INTERVAL;
             let is_stable = now == state.last;
             let is_changed = now != state.known;
@@ -71,19 +100,18 @@ impl FileWatch {
         }
     }
 
-    /// One stamp per file; that in `before` for a missing one.
-    async fn look(&self, before: &[Option<Stamp>]) -> Vec<Option<Stamp>> {
-        let mut stamps = Vec::with_capacity(self.files.len());
-        for (index, file) in self.files.iter().enumerate() {
-            let before = before.get(index).copied().flatten();
-            stamps.push(stamp(file).await.or(before));
-        }
-        stamps
+    async fn look(&self) -> Stamps {
+        let files = Arc::clone(&self.files);
+        blocking(move || look(&files)).await
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+fn look(files: &[PathBuf]) -> Stamps {
+    files.iter().map(|file| stamp(file)).collect()
 }
 
 #[cfg(test)]

@@ -19,6 +19,8 @@ pub(crate) struct ProcessContext {
     pub(crate) config: SharedConfig,
     /// The phase of the shutdown.
     pub(crate) shutdown: Shutdown,
+    /// Maximum unfinished handshakes per endpoint.
+    pub(crate) max_handshakes: usize,
     /// The admin console.
     pub(crate) console: Option<Arc<dyn Console>>,
 }

@@ -17,10 +17,7 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use crate::{
-    net::descriptors::{self, DescriptorLimit},
-    status::Peer,
-};
+use crate::status::Peer;
 
 /// Up to this number, only the login timeout ends unfinished handshakes.
 const UNDISTURBED: usize = 256;
@@ -91,15 +88,9 @@ impl From<Peer> for Source {
     }
 }
 
-impl Default for HandshakeLimiter {
-    /// As many as the limit of open files has room for.
-    fn default() -> Self {
-        Self::with_capacity(descriptors::handshakes(DescriptorLimit::now().hard()))
-    }
-}
-
 impl HandshakeLimiter {
-    fn with_capacity(capacity: usize) -> Self {
+    /// A limiter of `capacity` unfinished handshakes.
+    pub(crate) fn new(capacity: usize) -> Self {
         Self(Arc::new(Inner {
             capacity,
             state: Mutex::default(),
@@ -286,7 +277,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_newer_handshake_evicts_the_oldest_and_not_before_its_time() {
-        let limiter = HandshakeLimiter::with_capacity(CAPACITY);
+        let limiter = HandshakeLimiter::new(CAPACITY);
         let first = enter(&limiter, 1, UNDISTURBED).await;
         advance(MIN_TIME * 10).await;
         let _second = enter(&limiter, 1, 1).await;
@@ -294,7 +285,7 @@ mod tests {
         let _third = enter(&limiter, 1, 1).await;
         assert!(first[0].evicted.is_cancelled() && evicted(&first) == 1);
 
-        let limiter = HandshakeLimiter::with_capacity(CAPACITY);
+        let limiter = HandshakeLimiter::new(CAPACITY);
         let began = Instant::now();
         let permits = enter(&limiter, 1, UNDISTURBED * 2).await;
         assert_eq!((evicted(&permits), began.elapsed()), (0, Duration::ZERO));
@@ -311,7 +302,7 @@ mod tests {
     /// A flood that fills the capacity over and over holds the next one up for a moment only.
     #[tokio::test(start_paused = true)]
     async fn under_pressure_handshakes_end_sooner() {
-        let limiter = HandshakeLimiter::with_capacity(CAPACITY);
+        let limiter = HandshakeLimiter::new(CAPACITY);
         let flood = enter(&limiter, 1, CAPACITY).await;
         let began = Instant::now();
         let leaving = async {
@@ -326,7 +317,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn handshakes_of_the_largest_source_are_evicted() {
-        let limiter = HandshakeLimiter::with_capacity(CAPACITY);
+        let limiter = HandshakeLimiter::new(CAPACITY);
         let honest = enter(&limiter, 1, 10).await;
         advance(Duration::from_millis(1)).await;
         let flood = enter(&limiter, 2, UNDISTURBED * 2).await;
@@ -338,7 +329,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn every_permit_is_returned() {
-        let limiter = HandshakeLimiter::with_capacity(2);
+        let limiter = HandshakeLimiter::new(2);
         let permits = enter(&limiter, 1, 2).await;
         let entering = limiter.enter(peer(1));
         assert!(timeout(MIN_TIME / 100, entering).await.is_err());

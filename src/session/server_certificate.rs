@@ -1,15 +1,13 @@
 //! The server certificate for TLS with clients, and its renewal: files are checked at a handshake, not in between.
 
 use std::{
-    fs, io,
+    fmt,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
-    os::unix::fs::MetadataExt,
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc,
         atomic::{AtomicBool, Ordering},
     },
-    time::Duration,
 };
 
 use arc_swap::ArcSwap;
@@ -21,19 +19,15 @@ use rustls::{
         pem::{self, PemObject},
     },
 };
-use tokio::time::Instant;
 
 use crate::{
     config::ClientTls,
     net::{
-        file,
-        tls::{ALPN_POSTGRESQL, MAX_PEM, provider},
+        FileWatch, blocking, file,
+        tls::{ALPN_POSTGRESQL, MAX_PEM, provider, read_certificates},
     },
     telemetry::chain,
 };
-
-/// The shortest interval between two checks of the files.
-const CHECK_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Why TLS cannot be offered.
 #[derive(Debug, thiserror::Error)]
@@ -51,12 +45,6 @@ pub enum ClientTlsError {
         #[source]
         source: pem::Error,
     },
-    /// There is a file, but no certificate in it.
-    #[error("`{}` holds no certificate (--client-tls-cert)", path.display())]
-    Empty {
-        /// The file.
-        path: PathBuf,
-    },
     /// Key and certificate do not belong together, or cannot be used.
     #[error("certificate and key for clients cannot be used (--client-tls-cert, --client-tls-key)")]
     Unusable(#[source] rustls::Error),
@@ -69,9 +57,7 @@ impl ClientTlsError {
     /// How to fix it.
     pub fn hint(&self) -> Option<&'static str> {
         match self {
-            Self::File { .. } | Self::Empty { .. } => {
-                Some("both are PEM files that the proxy's user may read")
-            }
+            Self::File { .. } => Some("both are PEM files that the proxy's user may read"),
             Self::Unusable(_) => Some("the key must be the one that the certificate was made for"),
             Self::SelfSigned(_) => None,
         }
@@ -84,31 +70,23 @@ pub(crate) struct ServerCertificate {
     files: Option<Files>,
 }
 
-/// The files, and their state at the last check.
+/// The files of a certificate that may be renewed.
 struct Files {
     certificate: PathBuf,
     key: PathBuf,
-    checked: Mutex<Checked>,
+    watch: FileWatch,
     /// Whether a failed renewal has been logged.
     failure_logged: AtomicBool,
 }
 
-struct Checked {
-    at: Instant,
-    state: State,
-}
-
-/// Identity, time and length: a new version of a ConfigMap is another file, that of an editor has another time.
-type State = [Option<(u64, u64, i64, i64, u64)>; 2];
-
-impl std::fmt::Debug for ServerCertificate {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+impl fmt::Debug for ServerCertificate {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("ServerCertificate").finish_non_exhaustive()
     }
 }
 
 impl ServerCertificate {
-    /// The certificate of the settings; `None` when TLS is off.
+    /// The certificate of the settings; `None` when TLS is off. Blocks.
     pub(crate) fn new(settings: &ClientTls) -> Result<Option<Self>, ClientTlsError> {
         Ok(match settings {
             ClientTls::Off => None,
@@ -117,56 +95,36 @@ impl ServerCertificate {
                 files: None,
             }),
             ClientTls::Files { certificate, key } => {
-                let files = Files {
-                    certificate: certificate.clone(),
-                    key: key.clone(),
-                    checked: Mutex::new(Checked {
-                        at: Instant::now(),
-                        state: State::default(),
-                    }),
-                    failure_logged: AtomicBool::new(false),
-                };
-                // Before they are read, so that a change in between is noticed later.
-                let state = files.state();
-                files.checked().state = state;
+                // Before the files are read, so that a change in between is noticed later.
+                let watch = FileWatch::marked(vec![certificate.clone(), key.clone()]);
                 Some(Self {
-                    current: ArcSwap::new(files.read()?),
-                    files: Some(files),
+                    current: ArcSwap::new(read(certificate, key)?),
+                    files: Some(Files {
+                        certificate: certificate.clone(),
+                        key: key.clone(),
+                        watch,
+                        failure_logged: AtomicBool::new(false),
+                    }),
                 })
             }
         })
     }
 
     /// The configuration for a handshake, from new files if they have changed and are valid.
-    pub(super) async fn config(self: &Arc<Self>) -> Arc<ServerConfig> {
-        if self.is_due() {
-            let this = Arc::clone(self);
-            // A disk may be slow. Other handshakes meanwhile get the certificate in use.
-            let _ = tokio::task::spawn_blocking(move || this.renew()).await;
+    pub(super) async fn config(&self) -> Arc<ServerConfig> {
+        if let Some(files) = &self.files
+            && files.watch.is_changed().await
+        {
+            self.renew(files).await;
         }
         self.current.load_full()
     }
 
-    fn is_due(&self) -> bool {
-        let Some(files) = &self.files else {
-            return false;
-        };
-        let mut checked = files.checked();
-        let due = checked.at.elapsed() >= CHECK_INTERVAL;
-        if due {
-            checked.at = Instant::now();
-        }
-        due
-    }
-
-    /// Blocks.
-    fn renew(&self) {
-        let Some(files) = &self.files else { return };
-        let state = files.state();
-        if std::mem::replace(&mut files.checked().state, state) == state {
-            return;
-        }
-        match files.read() {
+    async fn renew(&self, files: &Files) {
+        files.watch.mark().await;
+        let (certificate, key) = (files.certificate.clone(), files.key.clone());
+        // Another thread reads, as a disk may be slow. Other handshakes meanwhile get the certificate in use.
+        match blocking(move || read(&certificate, &key)).await {
             Ok(config) => {
                 self.current.store(config);
                 files.failure_logged.store(false, Ordering::Relaxed);
@@ -188,53 +146,23 @@ impl ServerCertificate {
     }
 }
 
-impl Files {
-    fn checked(&self) -> std::sync::MutexGuard<'_, Checked> {
-        self.checked.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn state(&self) -> State {
-        let of = |path: &PathBuf| -> io::Result<_> {
-            let found = fs::metadata(path)?;
-            Ok((
-                found.dev(),
-                found.ino(),
-                found.mtime(),
-                found.mtime_nsec(),
-                found.len(),
-            ))
-        };
-        [of(&self.certificate).ok(), of(&self.key).ok()]
-    }
-
-    fn read(&self) -> Result<Arc<ServerConfig>, ClientTlsError> {
-        let bad_certificate = |source| ClientTlsError::File {
-            what: "certificate",
-            flag: "cert",
-            path: self.certificate.clone(),
+fn read(certificate: &Path, key: &Path) -> Result<Arc<ServerConfig>, ClientTlsError> {
+    let chain = read_certificates(certificate).map_err(|source| ClientTlsError::File {
+        what: "certificate",
+        flag: "cert",
+        path: certificate.to_owned(),
+        source,
+    })?;
+    let key = file::read(key, MAX_PEM)
+        .map_err(pem::Error::Io)
+        .and_then(|bytes| PrivateKeyDer::from_pem_slice(&bytes))
+        .map_err(|source| ClientTlsError::File {
+            what: "private key",
+            flag: "key",
+            path: key.to_owned(),
             source,
-        };
-        let bytes = file::read(&self.certificate, MAX_PEM)
-            .map_err(|error| bad_certificate(pem::Error::Io(error)))?;
-        let chain: Vec<_> = CertificateDer::pem_slice_iter(&bytes)
-            .collect::<Result<_, _>>()
-            .map_err(bad_certificate)?;
-        if chain.is_empty() {
-            return Err(ClientTlsError::Empty {
-                path: self.certificate.clone(),
-            });
-        }
-        let key = file::read(&self.key, MAX_PEM)
-            .map_err(pem::Error::Io)
-            .and_then(|bytes| PrivateKeyDer::from_pem_slice(&bytes))
-            .map_err(|source| ClientTlsError::File {
-                what: "private key",
-                flag: "key",
-                path: self.key.clone(),
-                source,
-            })?;
-        config(chain, key)
-    }
+        })?;
+    config(chain, key)
 }
 
 fn config(
@@ -258,12 +186,10 @@ fn config(
 fn self_signed() -> Result<Arc<ServerConfig>, ClientTlsError> {
     let mut params =
         CertificateParams::new(vec!["localhost".to_owned()]).map_err(ClientTlsError::SelfSigned)?;
-    for address in [
-        IpAddr::V4(Ipv4Addr::LOCALHOST),
-        IpAddr::V6(Ipv6Addr::LOCALHOST),
-    ] {
-        params.subject_alt_names.push(SanType::IpAddress(address));
-    }
+    let addresses: [IpAddr; 2] = [Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()];
+    params
+        .subject_alt_names
+        .extend(addresses.map(SanType::IpAddress));
     params
         .distinguished_name
         .push(DnType::CommonName, "lakebase-proxy (self-signed)");
@@ -282,7 +208,7 @@ fn self_signed() -> Result<Arc<ServerConfig>, ClientTlsError> {
 /// As `openssl x509 -fingerprint -sha256` prints it.
 fn fingerprint(certificate: &[u8]) -> String {
     let digest = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, certificate);
-    let bytes: Vec<String> = digest
+    let bytes: Vec<_> = digest
         .as_ref()
         .iter()
         .map(|byte| format!("{byte:02X}"))
@@ -292,10 +218,13 @@ fn fingerprint(certificate: &[u8]) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use tempfile::TempDir;
     use tokio::time::advance;
 
     use super::*;
+    use crate::net::watch::INTERVAL;
 
     /// A pair as files; returns the settings that name them.
     fn write(directory: &TempDir) -> ClientTls {
@@ -316,7 +245,7 @@ mod tests {
         let settings = write(&directory);
         let certificate = Arc::new(ServerCertificate::new(&settings).unwrap().unwrap());
         let first = certificate.config().await;
-        advance(CHECK_INTERVAL).await;
+        advance(INTERVAL).await;
         assert!(
             is_same(&first, &certificate.config().await),
             "nothing has changed"
@@ -327,21 +256,21 @@ mod tests {
             is_same(&first, &certificate.config().await),
             "not looked at again yet"
         );
-        advance(CHECK_INTERVAL).await;
+        advance(INTERVAL).await;
         let second = certificate.config().await;
         assert!(!is_same(&first, &second));
 
         // Another key than the certificate's, then no file at all.
         let key = directory.path().join("key");
         fs::write(&key, KeyPair::generate().unwrap().serialize_pem()).unwrap();
-        advance(CHECK_INTERVAL).await;
+        advance(INTERVAL).await;
         assert!(is_same(&second, &certificate.config().await));
         fs::remove_file(&key).unwrap();
-        advance(CHECK_INTERVAL).await;
+        advance(INTERVAL).await;
         assert!(is_same(&second, &certificate.config().await));
 
         write(&directory);
-        advance(CHECK_INTERVAL).await;
+        advance(INTERVAL).await;
         assert!(!is_same(&second, &certificate.config().await));
     }
 
@@ -368,7 +297,13 @@ mod tests {
             error(&certificate, &missing),
             ClientTlsError::File { flag: "key", .. }
         ));
-        assert!(matches!(error(&key, &key), ClientTlsError::Empty { .. }));
+        assert!(matches!(
+            error(&key, &key),
+            ClientTlsError::File {
+                source: pem::Error::NoItemsFound,
+                ..
+            }
+        ));
         fs::write(&key, KeyPair::generate().unwrap().serialize_pem()).unwrap();
         assert!(matches!(
             error(&certificate, &key),

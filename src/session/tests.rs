@@ -57,6 +57,7 @@ fn sessions(upstream: SocketAddr, client_login_timeout: Duration) -> Arc<Endpoin
     let (finder, route) = Route::to(Label::new("e"));
     finder.found(Arc::new(upstream));
     let process = ProcessContext {
+        max_handshakes: 256,
         config: Arc::new(ArcSwap::from_pointee(SessionConfig {
             access: Arc::default(),
             database_mapping: DatabaseMapping::Default,
@@ -99,7 +100,7 @@ async fn accepted(endpoint: &EndpointContext, stream: DuplexStream) -> Accepted<
         id: endpoint.registry.registry().next_id(),
         peer,
         stream,
-        permit: HandshakeLimiter::default().enter(peer).await,
+        permit: HandshakeLimiter::new(256).enter(peer).await,
     }
 }
 
