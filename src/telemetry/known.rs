@@ -3,7 +3,7 @@
 //!
 //! [`redact`] recognizes only the form of a token, and hexadecimal has the form of a request id.
 
-use std::{collections::HashSet, fmt::Write as _};
+use std::collections::HashSet;
 
 use base64::{
     Engine as _,
@@ -23,13 +23,9 @@ const VARIETY: usize = 5;
 /// Longer texts are truncated: a message has a few hundred characters.
 const MAX_TEXT: usize = 16 * 1024;
 
-/// Every form of some secrets; wiped when dropped.
+/// Every form of some secrets, in lower case since digits of hexadecimal have either; wiped when dropped.
 #[derive(Default)]
-pub(crate) struct KnownSecrets {
-    forms: Vec<Zeroizing<String>>,
-    /// In lower case, for case-insensitive forms.
-    folded: Vec<Zeroizing<String>>,
-}
+pub(crate) struct KnownSecrets(Vec<Zeroizing<String>>);
 
 impl KnownSecrets {
     pub(crate) fn new<'a>(secrets: impl IntoIterator<Item = &'a SecretString>) -> Self {
@@ -45,20 +41,24 @@ impl KnownSecrets {
         if bytes.len() < SHORTEST {
             return;
         }
-        let mut add = |form: String| self.forms.push(Zeroizing::new(form));
-        add(secret.to_owned());
+        let mut add = |form: &str| self.0.push(Zeroizing::new(form.to_ascii_lowercase()));
+        add(secret);
         // A base64 digit holds bits of two bytes: what precedes the secret shifts it by 0 to 2 bytes.
         for skipped in bytes.iter().enumerate().take(3).map(|(at, _)| &bytes[at..]) {
-            let whole = skipped.len() / 3 * 3;
-            add(STANDARD_NO_PAD.encode(&skipped[..whole]));
-            add(URL_SAFE_NO_PAD.encode(&skipped[..whole]));
+            let whole = &skipped[..skipped.len() / 3 * 3];
+            add(&Zeroizing::new(STANDARD_NO_PAD.encode(whole)));
+            add(&Zeroizing::new(URL_SAFE_NO_PAD.encode(whole)));
         }
         let json = Zeroizing::new(serde_json::to_string(secret).unwrap_or_default());
         let json = json.trim_matches('"');
-        add(json.to_owned());
-        add(json.replace('/', "\\/"));
-        add(html(secret));
-        let mut fold = |form: String| self.folded.push(Zeroizing::new(form.to_ascii_lowercase()));
+        add(json);
+        add(&Zeroizing::new(json.replace('/', "\\/")));
+        add(&Zeroizing::new(html(secret)));
+        let mut each = |form: &dyn Fn(u8) -> String| {
+            let form: Zeroizing<String> =
+                Zeroizing::new(bytes.iter().map(|byte| form(*byte)).collect());
+            add(&form);
+        };
         // Digits are hexadecimal in these: `6461`, `%64%61`, `\x64\x61`, `\u0064\u0061`, `64:61`, `64 61`, `0x64, 0x61`.
         for (before, between) in [
             ("", ""),
@@ -71,33 +71,28 @@ impl KnownSecrets {
             ("", ", "),
             ("0x", ", "),
         ] {
-            let mut form = String::with_capacity(bytes.len() * (2 + before.len() + between.len()));
-            for byte in bytes {
-                let _ = write!(form, "{before}{byte:02x}{between}");
-            }
-            fold(form);
+            each(&|byte| format!("{before}{byte:02x}{between}"));
         }
         for separator in [", ", ",", " "] {
-            let mut form = String::with_capacity(bytes.len() * 5);
-            for byte in bytes {
-                let _ = write!(form, "{byte}{separator}");
-            }
-            fold(form);
+            each(&|byte| format!("{byte}{separator}"));
         }
-        fold(percent(secret, |byte| b"-_.~".contains(&byte)));
-        // As HTML forms and browsers encode them.
-        fold(percent(secret, |byte| b"-_.*".contains(&byte)).replace("%20", "+"));
-        fold(percent(secret, |byte| b"-_.~!*'()/:@,;=".contains(&byte)));
+        // As RFC 3986 has it; as HTML forms do; as browsers do.
+        for (kept, space) in [("-_.~", "%20"), ("-_.*", "+"), ("-_.~!*'()/:@,;=", "%20")] {
+            each(&|byte| match byte {
+                b' ' => space.to_owned(),
+                _ if byte.is_ascii_alphanumeric() || kept.as_bytes().contains(&byte) => {
+                    char::from(byte).to_string()
+                }
+                _ => format!("%{byte:02x}"),
+            });
+        }
     }
 
     /// `text` without these secrets and without anything like a token.
     pub(crate) fn redact(&self, text: &str) -> String {
         // By form first: removing a part of a token would leave a rest without a recognizable form.
         let text = &redact(&text[..text.floor_char_boundary(MAX_TEXT)]);
-        let mut is_secret = vec![false; text.len()];
-        mark(text, &self.forms, &mut is_secret);
-        let lower = Zeroizing::new(text.to_ascii_lowercase());
-        mark(&lower, &self.folded, &mut is_secret);
+        let is_secret = self.mark(&Zeroizing::new(text.to_ascii_lowercase()));
         let mut clean = String::with_capacity(text.len());
         let mut was_secret = false;
         for (at, character) in text.char_indices() {
@@ -110,31 +105,23 @@ impl KnownSecrets {
         }
         clean
     }
-}
 
-/// Marks the occurrences of `forms` in `text`.
-fn mark(text: &str, forms: &[Zeroizing<String>], is_secret: &mut [bool]) {
-    let text = text.as_bytes();
-    let mut pieces: HashSet<&[u8]> = HashSet::new();
-    let mut lengths: HashSet<usize> = HashSet::new();
-    for form in forms {
-        let length = form.len().min(PIECE);
-        if length < SHORTEST {
-            continue;
+    /// The bytes of `text` that repeat a form.
+    fn mark(&self, text: &str) -> Vec<bool> {
+        let mut is_secret = vec![false; text.len()];
+        let mut pieces: HashSet<&[u8]> = HashSet::new();
+        for form in self.0.iter().filter(|form| form.len() >= SHORTEST) {
+            let windows = form.as_bytes().windows(form.len().min(PIECE));
+            pieces.extend(windows.filter(|piece| varies(piece)));
         }
-        lengths.insert(length);
-        pieces.extend(
-            form.as_bytes()
-                .windows(length)
-                .filter(|piece| varies(piece)),
-        );
-    }
-    for length in lengths {
-        for (at, piece) in text.windows(length).enumerate() {
-            if pieces.contains(piece) {
-                is_secret[at..at + length].fill(true);
+        for length in SHORTEST..=PIECE {
+            for (at, piece) in text.as_bytes().windows(length).enumerate() {
+                if pieces.contains(piece) {
+                    is_secret[at..at + length].fill(true);
+                }
             }
         }
+        is_secret
     }
 }
 
@@ -144,18 +131,6 @@ fn varies(piece: &[u8]) -> bool {
         seen.insert(byte);
         seen.len() >= VARIETY
     })
-}
-
-fn percent(text: &str, is_kept: impl Fn(u8) -> bool) -> String {
-    let mut form = String::with_capacity(text.len() * 3);
-    for byte in text.bytes() {
-        if byte.is_ascii_alphanumeric() || is_kept(byte) {
-            form.push(char::from(byte));
-        } else {
-            let _ = write!(form, "%{byte:02X}");
-        }
-    }
-    form
 }
 
 fn html(text: &str) -> String {

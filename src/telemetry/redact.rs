@@ -47,16 +47,9 @@ fn looks_secret(run: &str) -> bool {
         return true;
     }
     // A slash is a base64 digit, too: parts between slashes may be random only as a whole.
-    let mut all = Mixture::default();
-    for part in run.split(['.', '/', '%']).map(Mixture::of) {
-        if part.is_random() {
-            return true;
-        }
-        if !part.is_an_id() {
-            all.add(&part);
-        }
-    }
-    all.is_random()
+    let parts = || run.split(['.', '/', '%']);
+    let names: Vec<&str> = parts().filter(|part| !is_an_id(part)).collect();
+    parts().any(is_random) || is_random(&names.join("/"))
 }
 
 /// Letters, digits and the separators of JWTs; names of hosts and resources contain dots or slashes earlier.
@@ -65,84 +58,45 @@ fn is_plain(part: &str) -> bool {
         .all(|byte| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte))
 }
 
-/// Counts of a run's characters by kind.
-#[derive(Default)]
-struct Mixture {
-    length: usize,
-    capitals: usize,
-    smalls: usize,
-    digits: usize,
-    /// Adjacent characters that differ in kind: in base64 some 60 %, in names chosen by people some 15 %.
-    changes: usize,
+/// Whether it is a UUID or hexadecimal: one case only.
+fn is_an_id(part: &str) -> bool {
+    let has = |case: fn(&u8) -> bool| part.bytes().any(|byte| case(&byte));
+    part.len() >= SHORTEST && !(has(u8::is_ascii_uppercase) && has(u8::is_ascii_lowercase))
 }
 
-impl Mixture {
-    fn of(part: &str) -> Self {
-        let mut mixture = Self {
-            length: part.len(),
-            ..Self::default()
-        };
-        let mut before = Kind::Other;
-        for byte in part.bytes() {
-            let kind = Kind::of(byte);
-            match kind {
-                Kind::Capital => mixture.capitals += 1,
-                Kind::Small => mixture.smalls += 1,
-                Kind::Digit => mixture.digits += 1,
-                Kind::Other => {}
-            }
-            let both = before != Kind::Other && kind != Kind::Other;
-            mixture.changes += usize::from(both && before != kind);
-            before = kind;
-        }
-        mixture
+/// Whether characters are mixed as at random. The longer the text, the weaker the criterion: of 64 characters of base64
+/// it misses fewer than one in a million.
+fn is_random(text: &str) -> bool {
+    let count = |kind: fn(&u8) -> bool| text.bytes().filter(kind).count();
+    let length = count(|byte| *byte != b'/');
+    let (capitals, smalls) = (count(u8::is_ascii_uppercase), count(u8::is_ascii_lowercase));
+    let has_digits = count(u8::is_ascii_digit) > 0;
+    let rarer_case = capitals.min(smalls);
+    if length < SHORTEST || rarer_case == 0 {
+        return false;
     }
-
-    fn add(&mut self, other: &Self) {
-        self.length += other.length;
-        self.capitals += other.capitals;
-        self.smalls += other.smalls;
-        self.digits += other.digits;
-        self.changes += other.changes;
+    // Adjacent characters that differ in kind: in base64 some 60 %, in names chosen by people some 15 %.
+    let pairs = text.as_bytes().windows(2);
+    let changes = pairs.filter(|pair| match (kind(pair[0]), kind(pair[1])) {
+        (Some(one), Some(other)) => one != other,
+        _ => false,
+    });
+    let changes = changes.count();
+    if length < 2 * SHORTEST {
+        return has_digits && changes * 3 >= length;
     }
-
-    /// Whether the mixture is random. The longer the text, the weaker the criterion: of 64 characters of base64 it
-    /// misses fewer than one in a million.
-    fn is_random(&self) -> bool {
-        let rarer_case = self.capitals.min(self.smalls);
-        if self.length < SHORTEST || rarer_case == 0 {
-            return false;
-        }
-        if self.length < 2 * SHORTEST {
-            return self.digits > 0 && self.changes * 3 >= self.length;
-        }
-        // Of names run together, SuchAsThis, only the first letters of words are capitals.
-        let mixed = self.digits > 0 || rarer_case * 4 > self.capitals + self.smalls;
-        mixed && self.changes * 4 >= self.length
-    }
-
-    /// Whether it is a UUID or hexadecimal: one case only.
-    fn is_an_id(&self) -> bool {
-        self.length >= SHORTEST && (self.capitals == 0 || self.smalls == 0)
-    }
+    // Of names run together, SuchAsThis, only the first letters of words are capitals.
+    let is_mixed = has_digits || rarer_case * 4 > capitals + smalls;
+    is_mixed && changes * 4 >= length
 }
 
-#[derive(Clone, Copy, PartialEq)]
-enum Kind {
-    Capital,
-    Digit,
-    Small,
-    Other,
-}
-
-impl Kind {
-    fn of(byte: u8) -> Self {
-        match byte {
-            b'A'..=b'Z' => Self::Capital,
-            b'a'..=b'z' => Self::Small,
-            b'0'..=b'9' => Self::Digit,
-            _ => Self::Other,
-        }
+/// A representative of the byte's kind: capitals, small letters, digits.
+fn kind(byte: u8) -> Option<char> {
+    match byte {
+        b'A'..=b'Z' => Some('A'),
+        b'a'..=b'z' => Some('a'),
+        b'0'..=b'9' => Some('0'),
+        _ => None,
     }
 }
 

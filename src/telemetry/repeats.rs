@@ -50,14 +50,6 @@ struct Kind {
     message: String,
 }
 
-/// Lines that were held back.
-#[derive(Debug, PartialEq, Eq)]
-struct Summary {
-    times: u64,
-    level: Level,
-    message: String,
-}
-
 impl Repeats {
     /// Logs what has been held back, a [`INTERVAL`] after it began; for ever.
     pub(super) async fn summarize(&self) {
@@ -67,10 +59,11 @@ impl Repeats {
                 continue;
             };
             sleep_until(due).await;
-            for Summary {
-                times,
+            for Kind {
+                held_back: times,
                 level,
                 message,
+                ..
             } in self.take(Instant::now())
             {
                 if level == Level::ERROR {
@@ -119,21 +112,13 @@ impl Repeats {
         counted.map(|kind| kind.since + INTERVAL).min()
     }
 
-    /// The counts that are due; their kinds begin anew.
-    fn take(&self, now: Instant) -> Vec<Summary> {
-        let mut due = Vec::new();
-        self.kinds().retain(|_, kind| {
-            let over = now - kind.since >= INTERVAL;
-            if over && kind.held_back > 0 {
-                due.push(Summary {
-                    times: kind.held_back,
-                    level: kind.level,
-                    message: std::mem::take(&mut kind.message),
-                });
-            }
-            !over
-        });
-        due
+    /// The kinds whose interval is over and that were held back; all such begin anew.
+    fn take(&self, now: Instant) -> Vec<Kind> {
+        let mut kinds = self.kinds();
+        let over = kinds.extract_if(|_, kind| now - kind.since >= INTERVAL);
+        over.map(|(_, kind)| kind)
+            .filter(|kind| kind.held_back > 0)
+            .collect()
     }
 
     fn kinds(&self) -> MutexGuard<'_, HashMap<u64, Kind>> {
@@ -206,13 +191,14 @@ mod tests {
         assert_eq!(passed, PASS as usize);
         assert!(log(&repeats, 2, now), "another kind is not held back");
         assert_eq!(repeats.due(), Some(now + INTERVAL));
-        assert_eq!(repeats.take(now + INTERVAL / 2), []);
-        let counted = Summary {
-            times: 100 - u64::from(PASS),
-            level: Level::WARN,
-            message: "line 1".to_owned(),
-        };
-        assert_eq!(repeats.take(now + INTERVAL), [counted]);
+        assert!(repeats.take(now + INTERVAL / 2).is_empty());
+        let counted = repeats.take(now + INTERVAL);
+        assert_eq!(counted.len(), 1);
+        assert_eq!(counted[0].held_back, 100 - u64::from(PASS));
+        assert_eq!(
+            (counted[0].level, counted[0].message.as_str()),
+            (Level::WARN, "line 1")
+        );
         assert!(log(&repeats, 1, now + INTERVAL), "it begins anew");
         assert_eq!(repeats.due(), None);
     }
