@@ -7,7 +7,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     config::EndpointConfig,
-    credential::{CredentialCell, MintError},
+    credential::{CallError, CredentialCell},
     listener::Bound,
     net::tls::Fingerprint,
     session::EndpointContext,
@@ -93,7 +93,7 @@ impl Served {
     }
 }
 
-fn refresh_error(error: &MintError) -> RefreshError {
+fn refresh_error(error: &CallError) -> RefreshError {
     RefreshError {
         kind: error.kind.into(),
         message: error.message.clone(),

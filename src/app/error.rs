@@ -4,7 +4,7 @@ use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
 use crate::{
     admin::AdminError,
-    credential::MintErrorKind,
+    credential::CallErrorKind,
     listener::{InheritedError, ListenError, UnixError},
     net::tls::TlsError,
     protocol::error::Report,
@@ -147,18 +147,18 @@ impl StartError {
     }
 
     /// The kind of a discovery failure, which decides the pace of retries, and the wait that the workspace requested.
-    pub(super) fn kind(&self) -> (MintErrorKind, Option<Duration>) {
+    pub(super) fn kind(&self) -> (CallErrorKind, Option<Duration>) {
         match self {
             Self::Endpoint(error) => error.kind(),
             Self::Locate(error) => match &**error {
                 LocateError::Call { source, .. } => (source.kind, source.retry_after),
                 // An endpoint that is being created has no host yet.
                 LocateError::NoHost { kind: "", .. } | LocateError::TooLong { .. } => {
-                    (MintErrorKind::Unavailable, None)
+                    (CallErrorKind::Unavailable, None)
                 }
-                _ => (MintErrorKind::Refused, None),
+                _ => (CallErrorKind::Refused, None),
             },
-            _ => (MintErrorKind::Refused, None),
+            _ => (CallErrorKind::Refused, None),
         }
     }
 }

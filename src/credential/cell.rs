@@ -4,6 +4,7 @@
 //! status, and the refresher waits on their demand.
 
 use std::{
+    collections::VecDeque,
     fmt,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
@@ -17,11 +18,13 @@ use tokio::{
 };
 
 use super::{
-    Cause, Credential, CredentialError, CredentialState, Demand, HOLD, MintAttempt, MintError,
-    Minted, Probe, forced::Forced, history::History, is_held_for, propagation::Propagation,
-    schedule::Lifetime,
+    CallError, Cause, Credential, CredentialError, CredentialState, Demand, HOLD, Minted, Probe,
+    forced::Forced, is_held_for, propagation::Propagation, schedule::Lifetime,
 };
 use crate::clock::Clock;
+
+/// Attempts kept for the status page and the console.
+const MAX_ATTEMPTS: usize = 30;
 
 /// The current database credential of one endpoint and identity; cheap to clone.
 #[derive(Clone)]
@@ -33,9 +36,21 @@ struct Inner {
     current: ArcSwapOption<Credential>,
     status: watch::Sender<CredentialStatus>,
     forced: Mutex<Forced>,
-    history: Mutex<History>,
+    /// Newest first.
+    history: Mutex<VecDeque<MintAttempt>>,
     propagation: Propagation,
     demand: Demand,
+}
+
+/// One attempt to mint.
+#[derive(Clone, Debug)]
+pub struct MintAttempt {
+    /// When it ended.
+    pub at: Timestamp,
+    /// How long it took.
+    pub took: Duration,
+    /// The expiry of the new credential (`None`: never), or the error.
+    pub outcome: Result<Option<Timestamp>, Arc<CallError>>,
 }
 
 /// The published state of the credential; holds no secret.
@@ -52,7 +67,7 @@ pub struct CredentialStatus {
     /// Whether a new one is minted on demand only.
     pub is_lazy: bool,
     /// Why the last attempt failed; `None` after a success.
-    pub last_error: Option<Arc<MintError>>,
+    pub last_error: Option<Arc<CallError>>,
     /// When the next attempt is planned.
     pub next_attempt: Option<Timestamp>,
     /// The milestones of the current credential.
@@ -267,15 +282,17 @@ impl CredentialCell {
 
     /// The latest attempts to mint, newest first.
     pub fn attempts(&self) -> Vec<MintAttempt> {
-        self.history().latest()
+        self.history().iter().cloned().collect()
     }
 
     /// Adds an attempt to [`attempts`](Self::attempts).
     pub(super) fn remember(&self, attempt: MintAttempt) {
-        self.history().push(attempt);
+        let mut history = self.history();
+        history.push_front(attempt);
+        history.truncate(MAX_ATTEMPTS);
     }
 
-    fn history(&self) -> MutexGuard<'_, History> {
+    fn history(&self) -> MutexGuard<'_, VecDeque<MintAttempt>> {
         self.0
             .history
             .lock()
@@ -311,7 +328,7 @@ impl CredentialCell {
     }
 
     /// Publishes the outcome of an attempt. `opens_at`: the earliest attempt that a waiting client can cause.
-    pub(super) fn attempt_ended(&self, opens_at: Instant, error: Option<Arc<MintError>>) {
+    pub(super) fn attempt_ended(&self, opens_at: Instant, error: Option<Arc<CallError>>) {
         self.0.status.send_modify(|status| {
             status.in_flight = false;
             status.settled += 1;
@@ -428,7 +445,7 @@ impl CredentialStatus {
     }
 
     /// The last error, if no client waits for the attempt after it.
-    fn refusal(&self) -> Option<&Arc<MintError>> {
+    fn refusal(&self) -> Option<&Arc<CallError>> {
         self.last_error
             .as_ref()
             .filter(|error| !is_held_for(error.kind, error.retry_after))

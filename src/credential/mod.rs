@@ -6,7 +6,6 @@
 mod cell;
 mod demand;
 mod forced;
-mod history;
 mod propagation;
 mod refresher;
 mod schedule;
@@ -20,22 +19,20 @@ use std::{
     time::Duration,
 };
 
-use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
+use crate::workspace::claim;
 use jiff::Timestamp;
 use secrecy::{ExposeSecret as _, SecretString};
-use zeroize::Zeroizing;
 
 pub use crate::status::CredentialState;
-pub use cell::{CredentialCell, CredentialStatus};
+pub use cell::{CredentialCell, CredentialStatus, MintAttempt};
 pub(crate) use demand::Demand;
 pub use forced::Cause;
-pub use history::MintAttempt;
 pub(crate) use propagation::Probe;
 pub use refresher::Refresher;
 pub(crate) use schedule::Pace;
 pub(crate) use sources::of_settings;
 
-pub use crate::workspace::{MintError, MintErrorKind, Minted};
+pub use crate::workspace::{CallError, CallErrorKind, Minted};
 
 /// How long a client waits for an attempt that the pace does not allow yet. If the attempt is further off, the client is
 /// refused at once. Equal to the shortest interval between two mints.
@@ -64,23 +61,15 @@ impl Credential {
 
     /// The identity that the token names, if it does. Not verified: for messages only.
     pub fn identity(&self) -> Option<String> {
-        let payload = self.secret.expose_secret().split('.').nth(1)?;
-        let payload = Zeroizing::new(URL_SAFE_NO_PAD.decode(payload).ok()?);
-        let claims: Claims = serde_json::from_slice(&payload).ok()?;
-        let identity = claims.sub.or(claims.client_id)?;
+        let token = self.secret.expose_secret();
+        // Users and service principals alike by `sub`, else by `client_id`.
+        let identity = claim(token, "sub").or_else(|| claim(token, "client_id"))?;
         let is_a_name = (1..=256).contains(&identity.len())
             && !identity
                 .chars()
                 .any(|character| character.is_control() || character == '`');
         is_a_name.then_some(identity)
     }
-}
-
-/// The claims that name the identity: users and service principals alike by `sub`, else by `client_id`.
-#[derive(serde::Deserialize)]
-struct Claims {
-    sub: Option<String>,
-    client_id: Option<String>,
 }
 
 impl fmt::Debug for Credential {
@@ -98,7 +87,7 @@ pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
 /// A source of credentials: the workspace, a password, a password file, a command.
 pub trait Mint: Send + Sync + 'static {
     /// Requests a new credential. The implementation limits the time that takes.
-    fn mint(&self) -> BoxFuture<'_, Result<Minted, MintError>>;
+    fn mint(&self) -> BoxFuture<'_, Result<Minted, CallError>>;
 
     /// Completes when the source holds another credential, which is then minted at once. Cancel safe.
     fn changed(&self) -> BoxFuture<'_, ()> {
@@ -108,7 +97,7 @@ pub trait Mint: Send + Sync + 'static {
 
 /// Whether a client waits for the next attempt after such a failure: not if waiting does not help, nor if the other side
 /// requests a longer wait than [`HOLD`].
-pub(crate) fn is_held_for(kind: MintErrorKind, retry_after: Option<Duration>) -> bool {
+pub(crate) fn is_held_for(kind: CallErrorKind, retry_after: Option<Duration>) -> bool {
     kind.is_transient() && retry_after.is_none_or(|wait| wait <= HOLD)
 }
 
@@ -120,7 +109,7 @@ pub enum CredentialError {
     Expired,
     /// The last attempt to mint failed.
     #[error("cannot obtain a database credential")]
-    Failed(#[source] Arc<MintError>),
+    Failed(#[source] Arc<CallError>),
     /// No credential was ever minted.
     #[error("no database credential was minted in time")]
     Missing,

@@ -14,8 +14,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
 
 use super::{
-    CredentialCell, CredentialState, CredentialStatus, Mint, MintAttempt, MintError, MintErrorKind,
-    Minted,
+    CallError, CredentialCell, CredentialState, CredentialStatus, Mint, MintAttempt, Minted,
     schedule::{Need, Pace},
 };
 use crate::{
@@ -132,16 +131,11 @@ impl Refresher {
         self.cell.attempt_begins(began);
         let outcome = match timeout(MINT_TIMEOUT, self.mint.mint()).await {
             Ok(outcome) => outcome.and_then(|minted| self.checked(minted)),
-            Err(_) => Err(MintError {
-                message: format!(
-                    "the request for a database credential did not end within {} s",
-                    MINT_TIMEOUT.as_secs()
-                ),
-                detail: None,
-                hint: Some("check that the workspace can be reached from here".to_owned()),
-                kind: MintErrorKind::Unavailable,
-                retry_after: None,
-            }),
+            Err(_) => Err(CallError::unavailable(format!(
+                "the request for a database credential did not end within {} s",
+                MINT_TIMEOUT.as_secs()
+            ))
+            .with_hint("check that the workspace can be reached from here")),
         };
         let label = outcome
             .as_ref()
@@ -170,16 +164,13 @@ impl Refresher {
     }
 
     /// An expired credential is an error: published, it would be minted again at once, without end.
-    fn checked(&self, minted: Minted) -> Result<Minted, MintError> {
+    fn checked(&self, minted: Minted) -> Result<Minted, CallError> {
         match minted.expires_at {
-            Some(expires_at) if expires_at <= self.cell.clock().now() => Err(MintError {
-                message: "the workspace returned a database credential that has already expired"
-                    .to_owned(),
-                detail: Some(format!("it expired at {expires_at}")),
-                hint: Some("check this machine's clock".to_owned()),
-                kind: MintErrorKind::Malformed,
-                retry_after: None,
-            }),
+            Some(expires_at) if expires_at <= self.cell.clock().now() => Err(CallError::malformed(
+                "the workspace returned a database credential that has already expired",
+            )
+            .with_detail(format!("it expired at {expires_at}"))
+            .with_hint("check this machine's clock")),
             _ => Ok(minted),
         }
     }
@@ -228,7 +219,7 @@ impl Refresher {
     }
 
     /// Logs each error once, and again when the credential expires, which clients notice.
-    fn report(&mut self, error: &MintError) {
+    fn report(&mut self, error: &CallError) {
         let state = self.cell.status().state;
         let reported = Reported {
             message: error.message.clone(),

@@ -7,7 +7,7 @@ use std::time::Duration;
 use jiff::{SignedDuration, Timestamp};
 use tokio::time::Instant;
 
-use super::{CredentialState, MintErrorKind};
+use super::{CallErrorKind, CredentialState};
 use crate::net::backoff::{Backoff, spread};
 
 /// Least time between two successful mints, whatever the lifetime.
@@ -152,7 +152,7 @@ impl Pace {
     pub(crate) fn failed(
         &mut self,
         now: Instant,
-        kind: MintErrorKind,
+        kind: CallErrorKind,
         retry_after: Option<Duration>,
         mut jitter: impl FnMut() -> f64,
     ) {
@@ -271,7 +271,7 @@ mod tests {
     async fn a_refusal_is_retried_slowly_and_sooner_with_a_waiting_client() {
         let now = Instant::now();
         let mut pace = Pace::new(now);
-        pace.failed(now, MintErrorKind::Refused, None, || 0.0);
+        pace.failed(now, CallErrorKind::Refused, None, || 0.0);
         let idle = Need {
             state: CredentialState::None,
             due_in: None,
@@ -291,7 +291,7 @@ mod tests {
             Some(now + Duration::from_secs(5))
         );
         for _ in 0..20 {
-            pace.failed(now, MintErrorKind::Refused, None, || 0.0);
+            pace.failed(now, CallErrorKind::Refused, None, || 0.0);
         }
         assert_eq!(
             pace.next_attempt(now, &idle),
@@ -316,7 +316,7 @@ mod tests {
         let start = Instant::now();
         let (mut now, mut pace) = (start, Pace::new(start));
         let mut attempt = |now: &mut Instant| {
-            pace.failed(*now, MintErrorKind::Unavailable, None, || 1.0);
+            pace.failed(*now, CallErrorKind::Unavailable, None, || 1.0);
             let wait = pace.next_without(false) - *now;
             *now += wait;
             wait
@@ -380,9 +380,9 @@ mod tests {
                 match kind {
                     0 => pace.succeeded(now),
                     1 => pace.unchanged(now, || jitter),
-                    2 => pace.failed(now, MintErrorKind::Unavailable, None, || jitter),
-                    3 => pace.failed(now, MintErrorKind::RateLimited, Some(retry_after), || jitter),
-                    _ => pace.failed(now, MintErrorKind::Refused, None, || jitter),
+                    2 => pace.failed(now, CallErrorKind::Unavailable, None, || jitter),
+                    3 => pace.failed(now, CallErrorKind::RateLimited, Some(retry_after), || jitter),
+                    _ => pace.failed(now, CallErrorKind::Refused, None, || jitter),
                 }
                 let need = Need { state, due_in: None, forced_at: Some(now), awaited };
                 let next = pace.next_attempt(now, &need).unwrap();

@@ -1,22 +1,30 @@
 //! The sources of credentials: a password, a password file, a command, and the workspace.
 
-use std::{future::ready, io, path::PathBuf, process::Stdio, sync::Arc, time::Duration};
+use std::{
+    future::ready,
+    io,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 
 use secrecy::SecretString;
 use serde::Deserialize;
-use tokio::{io::AsyncReadExt, process::Command, time::timeout};
-use zeroize::Zeroizing;
 
-use super::{BoxFuture, Mint, MintError, MintErrorKind, Minted};
+use super::{BoxFuture, CallError, Mint, Minted};
 use crate::{
     config::CredentialSource,
     net::{FileWatch, file},
-    workspace::{CredentialMinter, expiry::Moment},
+    workspace::{
+        CredentialMinter,
+        command::{self, CommandError},
+        expiry::Moment,
+    },
 };
 
 /// How long a command may take.
 const COMMAND_TIMEOUT: Duration = Duration::from_secs(30);
-/// The longest file or answer, in bytes; tokens have one or two thousand.
+/// The longest file, in bytes; tokens have one or two thousand.
 const MAX_LEN: u64 = 64 * 1024;
 
 /// The source that the settings of an endpoint name; `None`: the workspace, which needs a target.
@@ -33,7 +41,7 @@ pub(crate) fn of_settings(setting: &CredentialSource) -> Option<Arc<dyn Mint>> {
 struct Password(SecretString);
 
 impl Mint for Password {
-    fn mint(&self) -> BoxFuture<'_, Result<Minted, MintError>> {
+    fn mint(&self) -> BoxFuture<'_, Result<Minted, CallError>> {
         let secret = self.0.clone();
         Box::pin(ready(Ok(Minted {
             secret,
@@ -54,11 +62,10 @@ impl PasswordFile {
         Self { path, watch }
     }
 
-    async fn read(&self) -> Result<Minted, MintError> {
+    async fn read(&self) -> Result<Minted, CallError> {
         let path = self.path.display();
         let refused = |message: String| {
-            refused(
-                message,
+            CallError::refused(message).with_hint(
                 "check the path in `credential = { password_file = ... }` and that the proxy may read it",
             )
         };
@@ -81,7 +88,7 @@ impl PasswordFile {
 }
 
 impl Mint for PasswordFile {
-    fn mint(&self) -> BoxFuture<'_, Result<Minted, MintError>> {
+    fn mint(&self) -> BoxFuture<'_, Result<Minted, CallError>> {
         Box::pin(self.read())
     }
 
@@ -107,57 +114,32 @@ struct Printed {
 }
 
 impl CredentialCommand {
-    async fn run(&self) -> Result<Minted, MintError> {
+    async fn run(&self) -> Result<Minted, CallError> {
         let [program, arguments @ ..] = &self.0[..] else {
-            return Err(refused(
-                "the credential command is empty".to_owned(),
-                "write it as a list",
-            ));
+            return Err(CallError::refused("the credential command is empty")
+                .with_hint("write it as a list"));
         };
         let hint = "run it by hand: it must print JSON with `token` and optionally `expires_at`, and exit with 0";
-        let mut child = Command::new(program)
-            .args(arguments)
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::null())
-            .kill_on_drop(true)
-            .spawn()
-            .map_err(|error| {
-                refused(
-                    format!("cannot run the credential command `{program}`: {error}"),
-                    hint,
-                )
-            })?;
-        let mut printed = Zeroizing::new(Vec::new());
-        let run = async {
-            if let Some(output) = child.stdout.take() {
-                output.take(MAX_LEN).read_to_end(&mut printed).await?;
-            }
-            child.wait().await
-        };
-        let failed = |what: String, kind| MintError {
-            message: format!("the credential command `{program}` {what}"),
-            detail: None,
-            hint: Some(hint.to_owned()),
-            kind,
-            retry_after: None,
-        };
-        let status = timeout(COMMAND_TIMEOUT, run)
+        let failed = |what: &str| format!("the credential command `{program}` {what}");
+        let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+        let output = command::run(Path::new(program), &arguments, COMMAND_TIMEOUT)
             .await
-            .map_err(|_| failed("did not end in time".to_owned(), MintErrorKind::Unavailable))?
-            .map_err(|error| failed(format!("broke: {error}"), MintErrorKind::Unavailable))?;
-        if !status.success() {
-            return Err(failed(
-                format!("ended with {status}"),
-                MintErrorKind::Unavailable,
-            ));
+            .map_err(|error| match error {
+                CommandError::Start(error) => CallError::refused(format!(
+                    "cannot run the credential command `{program}`: {error}"
+                )),
+                CommandError::Broken(_) | CommandError::Timeout(_) | CommandError::TooMuch => {
+                    CallError::unavailable(failed(&format!("failed: {error}")))
+                }
+            })
+            .map_err(|error| error.with_hint(hint))?;
+        if !output.status.success() {
+            let message = failed(&format!("ended with {}", output.status));
+            return Err(CallError::unavailable(message).with_hint(hint));
         }
         // The parser's error could quote the output, and with it the token.
-        let answer: Printed = serde_json::from_slice(&printed).map_err(|_| {
-            failed(
-                "did not print JSON with a token".to_owned(),
-                MintErrorKind::Malformed,
-            )
+        let answer: Printed = serde_json::from_slice(&output.stdout).map_err(|_| {
+            CallError::malformed(failed("did not print JSON with a token")).with_hint(hint)
         })?;
         Ok(Minted {
             secret: answer.token,
@@ -167,24 +149,14 @@ impl CredentialCommand {
 }
 
 impl Mint for CredentialCommand {
-    fn mint(&self) -> BoxFuture<'_, Result<Minted, MintError>> {
+    fn mint(&self) -> BoxFuture<'_, Result<Minted, CallError>> {
         Box::pin(self.run())
     }
 }
 
 impl Mint for CredentialMinter {
-    fn mint(&self) -> BoxFuture<'_, Result<Minted, MintError>> {
+    fn mint(&self) -> BoxFuture<'_, Result<Minted, CallError>> {
         Box::pin(Self::mint(self))
-    }
-}
-
-fn refused(message: String, hint: &str) -> MintError {
-    MintError {
-        message,
-        detail: None,
-        hint: Some(hint.to_owned()),
-        kind: MintErrorKind::Refused,
-        retry_after: None,
     }
 }
 
@@ -201,7 +173,7 @@ mod tests {
     use super::*;
     use crate::{
         clock::Clock,
-        credential::{CredentialCell, Refresher},
+        credential::{CallErrorKind, CredentialCell, Refresher},
         telemetry::Metrics,
     };
 
@@ -235,14 +207,14 @@ mod tests {
         let error = shell("echo hush-hush; exit 3").mint().await.err().unwrap();
         assert!(error.message.contains("exit status: 3") && error.kind.is_transient());
         let error = shell("echo hush-hush").mint().await.err().unwrap();
-        assert_eq!(error.kind, MintErrorKind::Malformed);
+        assert_eq!(error.kind, CallErrorKind::Malformed);
         assert!(!format!("{error:?}").contains("hush"));
         let error = CredentialCommand(vec!["/nowhere/at/all".to_owned()])
             .mint()
             .await
             .err()
             .unwrap();
-        assert_eq!(error.kind, MintErrorKind::Refused);
+        assert_eq!(error.kind, CallErrorKind::Refused);
     }
 
     /// Runs a refresher with this file.
@@ -304,7 +276,7 @@ mod tests {
     async fn a_device_or_pipe_as_password_file_is_refused_at_once() {
         for path in ["/dev/zero", "/dev/tty", "/proc"] {
             let error = PasswordFile::new(path.into()).mint().await.err().unwrap();
-            assert_eq!(error.kind, MintErrorKind::Refused, "{path}");
+            assert_eq!(error.kind, CallErrorKind::Refused, "{path}");
         }
     }
 
@@ -319,12 +291,12 @@ mod tests {
                 .err()
                 .unwrap()
                 .kind,
-            MintErrorKind::Refused
+            CallErrorKind::Refused
         );
         std::fs::write(&path, "\n").unwrap();
         assert_eq!(
             PasswordFile::new(path).mint().await.err().unwrap().kind,
-            MintErrorKind::Refused
+            CallErrorKind::Refused
         );
     }
 }

@@ -33,7 +33,7 @@ enum Step {
     GivesAfter(Duration, Duration),
     /// The same credential as ever: it expires this long after the start.
     GivesUntil(Duration),
-    Fails(MintErrorKind),
+    Fails(CallErrorKind),
     RequestsWait(Duration),
     Hangs,
 }
@@ -51,25 +51,22 @@ struct Scripted {
 }
 
 impl Mint for Scripted {
-    fn mint(&self) -> BoxFuture<'_, Result<Minted, MintError>> {
+    fn mint(&self) -> BoxFuture<'_, Result<Minted, CallError>> {
         Box::pin(self.step())
     }
 }
 
 impl Scripted {
-    async fn step(&self) -> Result<Minted, MintError> {
+    async fn step(&self) -> Result<Minted, CallError> {
         let elapsed = self.started.elapsed();
         let n = {
             let mut calls = self.calls.lock().unwrap();
             calls.push(elapsed);
             calls.len() - 1
         };
-        let fails = |kind, retry_after| MintError {
-            message: format!("scripted failure {n}"),
-            detail: None,
-            hint: Some("fix the script".to_owned()),
-            kind,
+        let fails = |kind, retry_after| CallError {
             retry_after,
+            ..CallError::new(kind, format!("scripted failure {n}")).with_hint("fix the script")
         };
         let expires_at = match (self.script)(n, elapsed) {
             Step::Gives(lifetime) => {
@@ -82,7 +79,7 @@ impl Scripted {
             }
             Step::GivesUntil(until) => Some(self.origin + SignedDuration::try_from(until).unwrap()),
             Step::Fails(kind) => return Err(fails(kind, None)),
-            Step::RequestsWait(wait) => return Err(fails(MintErrorKind::RateLimited, Some(wait))),
+            Step::RequestsWait(wait) => return Err(fails(CallErrorKind::RateLimited, Some(wait))),
             Step::Hangs => pending().await,
         };
         Ok(Minted {
@@ -231,7 +228,7 @@ async fn a_valid_credential_outlives_failed_refreshes() {
         if n == 0 {
             Step::Gives(HOUR)
         } else {
-            Step::Fails(MintErrorKind::Unavailable)
+            Step::Fails(CallErrorKind::Unavailable)
         }
     });
     rig.first().await;
@@ -263,7 +260,7 @@ async fn a_valid_credential_outlives_failed_refreshes() {
 async fn the_first_success_after_an_outage_is_taken_at_once() {
     let rig = Rig::start(|n, at| {
         if n > 0 && at < 2 * HOUR {
-            Step::Fails(MintErrorKind::Unavailable)
+            Step::Fails(CallErrorKind::Unavailable)
         } else {
             Step::Gives(HOUR)
         }
@@ -281,13 +278,13 @@ async fn the_first_success_after_an_outage_is_taken_at_once() {
 
 #[tokio::test(start_paused = true)]
 async fn clients_wait_for_their_budget_and_then_get_the_reason() {
-    let rig = Rig::start(|_, _| Step::Fails(MintErrorKind::Unavailable));
+    let rig = Rig::start(|_, _| Step::Fails(CallErrorKind::Unavailable));
     let error = rig.cell.get(within(MINUTE)).await.unwrap_err();
     assert_eq!(rig.mint.started.elapsed(), MINUTE);
     let CredentialError::Failed(cause) = &error else {
         panic!("{error:?}")
     };
-    assert_eq!(cause.kind, MintErrorKind::Unavailable);
+    assert_eq!(cause.kind, CallErrorKind::Unavailable);
     assert!(
         error
             .message()
@@ -305,7 +302,7 @@ async fn clients_wait_for_their_budget_and_then_get_the_reason() {
 
 #[tokio::test(start_paused = true)]
 async fn a_client_does_not_wait_for_what_only_a_person_can_fix() {
-    let rig = Rig::start(|_, _| Step::Fails(MintErrorKind::Refused));
+    let rig = Rig::start(|_, _| Step::Fails(CallErrorKind::Refused));
     let started = Instant::now();
     let error = rig.cell.get(within(MINUTE)).await.unwrap_err();
     assert!(
@@ -314,7 +311,7 @@ async fn a_client_does_not_wait_for_what_only_a_person_can_fix() {
         started.elapsed()
     );
     assert!(
-        matches!(error, CredentialError::Failed(cause) if cause.kind == MintErrorKind::Refused)
+        matches!(error, CredentialError::Failed(cause) if cause.kind == CallErrorKind::Refused)
     );
 
     // Clients that come back again and again hasten the retries, within bounds.
@@ -334,7 +331,7 @@ async fn a_client_does_not_wait_for_what_only_a_person_can_fix() {
 
 #[tokio::test(start_paused = true)]
 async fn a_refusal_that_no_client_waits_for_is_retried_every_minute() {
-    let rig = Rig::start(|_, _| Step::Fails(MintErrorKind::Refused));
+    let rig = Rig::start(|_, _| Step::Fails(CallErrorKind::Refused));
     sleep(6 * HOUR).await;
     let calls = rig.calls();
     assert!(
@@ -374,7 +371,7 @@ async fn a_long_retry_after_is_reported_at_once_and_tried_earlier_for_a_client_w
         match rig.cell.get(within(MINUTE)).await {
             Ok(_) => break,
             Err(CredentialError::Failed(error)) => {
-                assert_eq!(error.kind, MintErrorKind::RateLimited);
+                assert_eq!(error.kind, CallErrorKind::RateLimited);
             }
             Err(other) => panic!("{other:?}"),
         }
@@ -400,7 +397,7 @@ async fn an_outage_before_the_first_credential_ends_within_seconds_without_a_wai
         let outage = MINUTE * minutes;
         let rig = Rig::start(move |_, elapsed| {
             if elapsed < outage {
-                Step::Fails(MintErrorKind::Unavailable)
+                Step::Fails(CallErrorKind::Unavailable)
             } else {
                 Step::Gives(HOUR)
             }
@@ -470,8 +467,8 @@ fn outages(seed: u64) -> Vec<(Duration, Duration, Step)> {
         let kind = match random(5) {
             0 => Step::Hangs,
             1 => Step::RequestsWait(Duration::from_secs(1 + random(60))),
-            2 => Step::Fails(MintErrorKind::Malformed),
-            _ => Step::Fails(MintErrorKind::Unavailable),
+            2 => Step::Fails(CallErrorKind::Malformed),
+            _ => Step::Fails(CallErrorKind::Unavailable),
         };
         outages.push((from, until, kind));
         at = until + 10 * MINUTE;
@@ -713,7 +710,7 @@ async fn a_credential_that_has_already_expired_is_a_failure() {
 
 #[tokio::test(start_paused = true)]
 async fn a_client_that_hangs_up_leaves_nothing_behind() {
-    let rig = Rig::start(|_, _| Step::Fails(MintErrorKind::Unavailable));
+    let rig = Rig::start(|_, _| Step::Fails(CallErrorKind::Unavailable));
     for _ in 0..50 {
         tokio::select! {
             biased;
@@ -728,7 +725,7 @@ async fn a_client_that_hangs_up_leaves_nothing_behind() {
 async fn followers_see_each_refresh_and_the_metrics_count_it() {
     let rig = Rig::start(|n, _| {
         if n == 1 {
-            Step::Fails(MintErrorKind::RateLimited)
+            Step::Fails(CallErrorKind::RateLimited)
         } else {
             Step::Gives(MINUTE)
         }
@@ -812,9 +809,9 @@ proptest! {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().unwrap();
         runtime.block_on(async move {
             let rig = Rig::start(move |n, _| match outcomes[n % outcomes.len()] {
-                0 => Step::Fails(MintErrorKind::Unavailable),
-                1 => Step::Fails(MintErrorKind::Refused),
-                2 => Step::Fails(MintErrorKind::Malformed),
+                0 => Step::Fails(CallErrorKind::Unavailable),
+                1 => Step::Fails(CallErrorKind::Refused),
+                2 => Step::Fails(CallErrorKind::Malformed),
                 3 => Step::RequestsWait(Duration::from_secs(7)),
                 _ => Step::Gives(Duration::from_secs(lifetime)),
             });
@@ -862,7 +859,7 @@ async fn a_lazy_credential_that_cannot_be_replaced_is_used_as_long_as_it_is_vali
     let rig = Rig::lazy(|n, _| match n {
         0 | 3.. => Step::Gives(HOUR),
         1 => Step::Hangs,
-        _ => Step::Fails(MintErrorKind::Refused),
+        _ => Step::Fails(CallErrorKind::Refused),
     });
     rig.first().await;
     sleep(57 * MINUTE).await;
@@ -888,7 +885,7 @@ async fn a_lazy_credential_that_cannot_be_replaced_is_used_as_long_as_it_is_vali
 async fn a_missing_credential_is_retried_even_with_refresh_on_demand() {
     let rig = Rig::lazy(|_, elapsed| {
         if elapsed < MINUTE {
-            Step::Fails(MintErrorKind::Unavailable)
+            Step::Fails(CallErrorKind::Unavailable)
         } else {
             Step::Gives(HOUR)
         }
@@ -927,4 +924,19 @@ async fn a_lazy_credential_that_is_rejected_is_replaced_at_once() {
         .await
         .unwrap();
     assert_eq!(second.generation, 2);
+}
+
+#[test]
+fn the_newest_attempt_is_first_and_old_ones_are_dropped() {
+    let cell = CredentialCell::new(Clock::system());
+    for second in 0..100 {
+        cell.remember(MintAttempt {
+            at: Timestamp::from_second(second).unwrap(),
+            took: Duration::ZERO,
+            outcome: Ok(None),
+        });
+    }
+    let latest = cell.attempts();
+    assert_eq!(latest.len(), 30);
+    assert_eq!(latest[0].at.as_second(), 99);
 }

@@ -24,9 +24,8 @@ use url::{Url, form_urlencoded};
 use zeroize::Zeroizing;
 
 use super::{
-    WorkspaceError,
+    CallError, WorkspaceError,
     auth::AuthKind,
-    diagnosis::CallError,
     error_body::{self, ErrorBody},
     host::Host,
 };
@@ -66,43 +65,29 @@ pub(super) struct Api {
     secrets: Vec<SecretString>,
 }
 
-/// The HTTP proxy, by the usual variables.
-#[derive(Clone, Debug, Default)]
-pub(super) struct ProxySetting {
-    proxy: Option<Proxy>,
-}
-
-impl ProxySetting {
-    /// `HTTPS_PROXY` or `ALL_PROXY`, but not for what `NO_PROXY` lists; each in lower case too.
-    pub(super) fn from_variables(variables: &Variables) -> Result<Self, WorkspaceError> {
-        let either = |name: &'static str| {
-            variables
-                .get(name)
-                .or_else(|| variables.get(&name.to_ascii_lowercase()))
-                .map(|value| (name, value))
-        };
-        let Some((name, address)) = either("HTTPS_PROXY").or_else(|| either("ALL_PROXY")) else {
-            return Ok(Self::default());
-        };
-        let address = if address.contains("://") {
-            address.to_owned()
-        } else {
-            format!("http://{address}")
-        };
-        let wrong = |problem| WorkspaceError::InvalidValue {
-            name: format!("`{name}`"),
-            problem,
-        };
-        let url = Url::parse(&address).map_err(|_| wrong("is not the address of a proxy"))?;
-        if !matches!(url.scheme(), "http" | "https") {
-            return Err(wrong("names a proxy that speaks neither http nor https"));
-        }
-        let except = either("NO_PROXY").and_then(|(_, list)| NoProxy::from_string(list));
-        let proxy = Proxy::all(url).map_err(|_| wrong("is not the address of a proxy"))?;
-        Ok(Self {
-            proxy: Some(proxy.no_proxy(except)),
-        })
+/// The HTTP proxy: `HTTPS_PROXY` or `ALL_PROXY`, but not for what `NO_PROXY` lists; each in lower case too.
+fn proxy(variables: &Variables) -> Result<Option<Proxy>, WorkspaceError> {
+    let either = |name: &'static str| {
+        let value = variables.get(name);
+        let value = value.or_else(|| variables.get(&name.to_ascii_lowercase()));
+        value.map(|value| (name, value))
+    };
+    let Some((name, address)) = either("HTTPS_PROXY").or_else(|| either("ALL_PROXY")) else {
+        return Ok(None);
+    };
+    let address = if address.contains("://") {
+        address.to_owned()
+    } else {
+        format!("http://{address}")
+    };
+    let wrong = |problem: &str| WorkspaceError::new(format!("`{name}` {problem}"));
+    let url = Url::parse(&address).map_err(|_| wrong("is not the address of a proxy"))?;
+    if !matches!(url.scheme(), "http" | "https") {
+        return Err(wrong("names a proxy that speaks neither http nor https"));
     }
+    let except = either("NO_PROXY").and_then(|(_, list)| NoProxy::from_string(list));
+    let proxy = Proxy::all(url).map_err(|_| wrong("is not the address of a proxy"))?;
+    Ok(Some(proxy.no_proxy(except)))
 }
 
 /// A request and the client that sends it: calls to this machine must not use the https-only client and its proxy.
@@ -228,31 +213,28 @@ impl Api {
         host: Host,
         workspace_id: Option<&str>,
         mut tls: rustls::ClientConfig,
-        proxy: ProxySetting,
+        variables: &Variables,
         clock: Clock,
         secrets: Vec<SecretString>,
     ) -> Result<Self, WorkspaceError> {
         let workspace_id = match workspace_id {
             None => OnceLock::new(),
             Some(id) => HeaderValue::from_str(id)
-                .map_err(|_| WorkspaceError::InvalidValue {
-                    name: "`DATABRICKS_WORKSPACE_ID`".to_owned(),
-                    problem: "holds characters that cannot be sent",
-                })?
+                .map_err(|_| WorkspaceError::unsendable("`DATABRICKS_WORKSPACE_ID`"))?
                 .into(),
         };
         tls.alpn_protocols = vec![ALPN_HTTP_1_1.to_vec()];
         let mut http = bounded(tls.clone())
             .https_only(!host.is_loopback())
             .timeout(CALL_TIMEOUT);
-        if let Some(proxy) = proxy.proxy.filter(|_| !host.is_loopback()) {
+        if let Some(proxy) = proxy(variables)?.filter(|_| !host.is_loopback()) {
             http = http.proxy(proxy);
         }
         // Without https_only: Azure's instance metadata and local services are plain http.
         let local = bounded(tls).timeout(LOCAL_TIMEOUT);
         Ok(Self {
-            http: http.build().map_err(WorkspaceError::Client)?,
-            local: local.build().map_err(WorkspaceError::Client)?,
+            http: http.build().map_err(no_client)?,
+            local: local.build().map_err(no_client)?,
             host,
             workspace_id,
             clock,
@@ -456,6 +438,10 @@ fn text<'a>(headers: &'a HeaderMap, name: &HeaderName) -> Option<&'a str> {
     headers.get(name)?.to_str().ok()
 }
 
+fn no_client(error: reqwest::Error) -> WorkspaceError {
+    WorkspaceError::new("cannot set up HTTPS towards the workspace").with_source(error)
+}
+
 /// The common settings of the clients.
 fn bounded(tls: rustls::ClientConfig) -> ClientBuilder {
     let mut headers = HeaderMap::new();
@@ -468,7 +454,7 @@ fn bounded(tls: rustls::ClientConfig) -> ClientBuilder {
         .pool_idle_timeout(POOL_IDLE_TIMEOUT)
         .pool_max_idle_per_host(1)
         .referer(false)
-        // Proxies come from `ProxySetting`, which reads the variables of `config` and not of the process.
+        // Proxies come from `proxy`, which reads the variables of `config` and not of the process.
         .no_proxy()
 }
 

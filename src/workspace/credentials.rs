@@ -2,17 +2,41 @@
 //!
 //! <https://docs.databricks.com/aws/en/oltp/projects/external-apps-manual-api>
 
+use std::fmt;
+
+use jiff::Timestamp;
 use reqwest::Method;
 use secrecy::{ExposeSecret, SecretString};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use tokio::time::Instant;
+use uuid::Builder;
 
-use super::{CallError, MintError, Minted, Target, Workspace, diagnosis::Purpose, expiry::Moment};
+use super::{
+    CallError, Target, Workspace,
+    diagnosis::{self, Purpose},
+    expiry::Moment,
+};
 use crate::telemetry::labels;
 
 const AUTOSCALING: &str = "/api/2.0/postgres/credentials";
 const PROVISIONED: &str = "/api/2.0/database/credentials";
+
+/// A new database credential.
+pub struct Minted {
+    /// The token.
+    pub secret: SecretString,
+    /// Expiry by the local wall clock (the source corrects for skew); `None`: never.
+    pub expires_at: Option<Timestamp>,
+}
+
+impl fmt::Debug for Minted {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Minted")
+            .field("expires_at", &self.expires_at)
+            .finish_non_exhaustive()
+    }
+}
 
 /// Mints credentials for one target.
 #[derive(Clone, Debug)]
@@ -39,14 +63,17 @@ impl CredentialMinter {
         match &self.target {
             Target::Endpoint(name) => (AUTOSCALING, json!({ "endpoint": name.as_str() })),
             Target::Instance(name) => {
-                let body = json!({ "instance_names": [name.as_str()], "request_id": request_id() });
+                let request_id = Builder::from_random_bytes(rand::random())
+                    .into_uuid()
+                    .to_string();
+                let body = json!({ "instance_names": [name.as_str()], "request_id": request_id });
                 (PROVISIONED, body)
             }
         }
     }
 
     /// Requests a new credential.
-    pub async fn mint(&self) -> Result<Minted, MintError> {
+    pub async fn mint(&self) -> Result<Minted, CallError> {
         let purpose = Purpose::Credential(self.target.as_str());
         let (path, body) = self.request();
         // Before the call for the credential, so that each step is timed alone.
@@ -61,11 +88,8 @@ impl CredentialMinter {
         let Response { token, expire_time } = answer.value;
         // The endpoint decides about the token's form; a password message must be able to carry it.
         if token.expose_secret().is_empty() || token.expose_secret().contains('\0') {
-            return Err(CallError::malformed_by(
-                self.workspace.host(),
-                "its token is empty or holds a NUL",
-            )
-            .into());
+            let reason = "its token is empty or holds a NUL".to_owned();
+            return Err(diagnosis::malformed(self.workspace.host(), reason));
         }
         let Moment(expires_at) = expire_time;
         // The expiry is by the workspace's clock, and compared with ours.
@@ -78,34 +102,5 @@ impl CredentialMinter {
             secret: token,
             expires_at: Some(expires_at),
         })
-    }
-}
-
-/// A random UUID (RFC 9562, version 4).
-fn request_id() -> String {
-    let bits: u128 = rand::random();
-    let bits = (bits & !(0xf << 76) & !(0b11 << 62)) | (4 << 76) | (0b10 << 62);
-    let hex = format!("{bits:032x}");
-    [
-        &hex[..8],
-        &hex[8..12],
-        &hex[12..16],
-        &hex[16..20],
-        &hex[20..],
-    ]
-    .join("-")
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_request_id_is_a_random_uuid() {
-        let id = request_id();
-        assert_eq!(id.len(), 36);
-        assert_eq!(&id[14..15], "4");
-        assert!("89ab".contains(&id[19..20]), "{id}");
-        assert_ne!(id, request_id());
     }
 }

@@ -7,11 +7,11 @@
 /// A mistake in a `.databrickscfg`. Never quotes the text, which holds secrets.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{reason} in line {line}")]
-pub struct SyntaxError {
+pub(super) struct SyntaxError {
     /// Counted from 1.
-    pub line: usize,
+    pub(super) line: usize,
     /// The mistake.
-    pub reason: &'static str,
+    pub(super) reason: &'static str,
 }
 
 /// One section, in the order of the file.

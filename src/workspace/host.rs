@@ -14,6 +14,8 @@ const ACCOUNT_CONSOLES: [&str; 3] = [
     "accounts.gcp.databricks.com",
 ];
 
+pub(super) const SET_HOST: &str = "set `DATABRICKS_HOST` to the workspace's address, such as `https://dbc-1234.cloud.databricks.com`, or name a profile of ~/.databrickscfg with --profile";
+
 /// The address of a workspace: scheme, host and port, nothing else.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Host {
@@ -31,30 +33,31 @@ impl Host {
         } else {
             format!("https://{text}")
         };
-        let invalid = |source| WorkspaceError::InvalidHost {
-            host: without_userinfo(text).into_owned(),
-            source,
+        let invalid = || {
+            let shown = without_userinfo(text);
+            WorkspaceError::new(format!("`DATABRICKS_HOST` is not an address: `{shown}`"))
+                .with_hint(SET_HOST)
         };
-        let mut url = Url::parse(&with_scheme).map_err(|source| invalid(Some(source)))?;
-        let Some(name) = url.host_str().map(str::to_owned) else {
-            return Err(invalid(None));
-        };
+        let mut url = Url::parse(&with_scheme).map_err(|source| invalid().with_source(source))?;
+        let name = url.host_str().map(str::to_owned).ok_or_else(invalid)?;
         if !url.username().is_empty() || url.password().is_some() {
-            return Err(invalid(None));
+            return Err(invalid());
         }
         if ACCOUNT_CONSOLES.contains(&name.as_str()) {
-            return Err(WorkspaceError::AccountConsole { host: name });
+            let message = format!("`{name}` is an account console, not a workspace");
+            return Err(WorkspaceError::new(message).with_hint(SET_HOST));
         }
         let is_loopback = is_loopback(&name);
         match url.scheme() {
             "https" => {}
             "http" if is_loopback => {}
             "http" => {
-                return Err(WorkspaceError::NotHttps {
-                    host: text.to_owned(),
-                });
+                return Err(WorkspaceError::new(format!(
+                    "`DATABRICKS_HOST` must be https: `{text}`"
+                ))
+                .with_hint("only an address on this machine's loopback may be http"));
             }
-            _ => return Err(invalid(None)),
+            _ => return Err(invalid()),
         }
         let workspace_id = url
             .query_pairs()
@@ -163,6 +166,10 @@ mod tests {
         assert_eq!(Host::parse("https://a.example/?o=x'y").unwrap().1, None);
     }
 
+    fn refusal(text: &str) -> String {
+        Host::parse(text).unwrap_err().to_string()
+    }
+
     #[test]
     fn plain_http_is_for_loopback_alone() {
         for text in [
@@ -170,21 +177,12 @@ mod tests {
             "http://localhost.example.com",
             "http://10.0.0.1",
         ] {
-            assert!(
-                matches!(Host::parse(text), Err(WorkspaceError::NotHttps { .. })),
-                "{text}"
-            );
+            assert!(refusal(text).contains("must be https"), "{text}");
         }
         for text in ["ftp://localhost", "", "https://", "https://a b"] {
-            assert!(
-                matches!(Host::parse(text), Err(WorkspaceError::InvalidHost { .. })),
-                "{text}"
-            );
+            assert!(refusal(text).contains("is not an address"), "{text}");
         }
-        assert!(matches!(
-            Host::parse("https://accounts.cloud.databricks.com"),
-            Err(WorkspaceError::AccountConsole { .. })
-        ));
+        assert!(refusal("https://accounts.cloud.databricks.com").contains("account console"));
     }
 
     #[test]

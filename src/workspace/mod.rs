@@ -4,6 +4,7 @@
 
 mod api;
 mod auth;
+pub(crate) mod command;
 mod credentials;
 mod databrickscfg;
 mod diagnosis;
@@ -15,7 +16,6 @@ pub(crate) mod expiry;
 pub mod fuzzing;
 mod host;
 mod inspect;
-mod mint;
 mod names;
 mod settings;
 #[cfg(test)]
@@ -37,24 +37,22 @@ use tokio::time::Instant;
 use tracing::warn;
 
 pub use auth::AuthKind;
-pub use credentials::CredentialMinter;
-pub use databrickscfg::SyntaxError;
-pub use diagnosis::CallError;
+pub use credentials::{CredentialMinter, Minted};
 pub use discovery::{
     AppDatabases, EndpointInfo, EndpointState, EndpointType, Known, LocateError, Located, Profile,
     Role, Wanted,
 };
-pub use error::WorkspaceError;
+pub use error::{CallError, CallErrorKind, WorkspaceError};
 pub use host::Host;
 pub use inspect::TokenFacts;
-pub use mint::{MintError, MintErrorKind, Minted};
 pub use names::{
     BranchName, EndpointName, HostName, InstanceName, NameError, ProjectName, Reference, Target,
 };
 pub use settings::ResolvedSettings;
 pub(crate) use settings::secret_variables;
 
-use api::{Api, ApiError, ProxySetting, Reply};
+use api::{Api, ApiError, Reply};
+pub(crate) use auth::claim;
 use auth::{CachedToken, TokenCache};
 use diagnosis::{Purpose, diagnose};
 
@@ -101,7 +99,7 @@ impl Workspace {
             host,
             workspace_id.as_deref(),
             tls.clone(),
-            ProxySetting::from_variables(&settings.variables)?,
+            &settings.variables,
             clock.clone(),
             settings.secrets(),
         )?;
@@ -121,7 +119,7 @@ impl Workspace {
 
     /// The kind of authentication that worked, or the one that is tried first.
     pub fn auth_kind(&self) -> AuthKind {
-        self.0.tokens.source().kind()
+        self.0.tokens.source().kind
     }
 
     /// The service principal's application id, which is also its Postgres role, if it is known without a call.
@@ -201,7 +199,7 @@ impl Workspace {
     }
 
     fn diagnosed(&self, purpose: Purpose<'_>, error: ApiError) -> CallError {
-        diagnose(purpose, &self.0.tokens.signed_in(), self.host(), error)
+        diagnose(purpose, self.0.tokens.source(), self.host(), error)
     }
 
     /// Logs once that the clocks differ, which explains times of expiry in the log.

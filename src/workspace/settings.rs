@@ -15,7 +15,7 @@ use super::{
     WorkspaceError,
     auth::{self, AuthKind},
     databrickscfg::{DEFAULT, Profiles},
-    host::Host,
+    host::{Host, SET_HOST},
 };
 use crate::{
     config::{Attribute, Origin, WorkspaceSettings},
@@ -99,29 +99,32 @@ impl ResolvedSettings {
             self.missing = selected.map(|profile| (profile, path));
             return Ok(());
         };
-        let profiles = Profiles::parse(&text).map_err(|source| WorkspaceError::FileSyntax {
-            path: path.clone(),
-            source,
+        let file = path.display();
+        let profiles = Profiles::parse(&text).map_err(|source| {
+            WorkspaceError::new(format!("cannot understand the profiles in `{file}`"))
+                .with_hint("a profile is a line `[name]` and lines `key = value` below it")
+                .with_source(source)
         })?;
         let reserved = profiles.get(RESERVED);
         let default = reserved.and_then(|section| section.get("default_profile"));
         let selected = selected.or_else(|| default.map(str::to_owned));
         let name = selected.as_deref().unwrap_or(DEFAULT);
         if name == RESERVED {
-            return Err(WorkspaceError::ReservedProfile);
+            let message = format!("`{RESERVED}` is a reserved name, not a profile");
+            return Err(WorkspaceError::new(message).with_hint("name a profile that holds a host"));
         }
         let Some(section) = profiles.get(name) else {
-            let names = profiles.names().filter(|name| *name != RESERVED);
-            let known = names.map(str::to_owned).collect();
+            let names: Vec<&str> = profiles.names().filter(|name| *name != RESERVED).collect();
             return selected.map_or(Ok(()), |profile| {
-                Err(WorkspaceError::NoProfile {
-                    profile,
-                    known,
-                    path,
-                })
+                let message = format!("`{file}` has no profile `{profile}`");
+                Err(WorkspaceError::new(message).with_hint(if names.is_empty() {
+                    "the file has no profile at all: run `databricks auth login`".to_owned()
+                } else {
+                    format!("it has {}", listed(&names))
+                }))
             });
         };
-        debug!(profile = name, file = %path.display(), "reading a profile");
+        debug!(profile = name, %file, "reading a profile");
         for &attribute in Attribute::ALL {
             let is_pointer = matches!(attribute, Attribute::Profile | Attribute::ConfigFile);
             if is_pointer || self.text(attribute).is_some() {
@@ -161,7 +164,7 @@ impl ResolvedSettings {
     pub fn auth_kinds(&self) -> Result<Vec<AuthKind>, WorkspaceError> {
         let (host, _) = self.address()?;
         let sources = auth::choose(self, &host)?;
-        Ok(sources.iter().map(|source| source.kind()).collect())
+        Ok(sources.iter().map(|source| source.kind).collect())
     }
 
     /// The workspace's address, and the workspace id in it.
@@ -170,17 +173,23 @@ impl ResolvedSettings {
             return Host::parse(host);
         }
         self.check_profile_file()?;
-        Err(WorkspaceError::NoHost {
-            resource_id: self.azure_workspace_resource_id.is_some(),
-        })
+        let hint = match self.azure_workspace_resource_id {
+            None => SET_HOST,
+            Some(_) => {
+                "`DATABRICKS_AZURE_RESOURCE_ID` alone is not enough: set `DATABRICKS_HOST`, which `az databricks workspace show --ids RESOURCE_ID --query workspaceUrl` prints"
+            }
+        };
+        Err(WorkspaceError::new("`DATABRICKS_HOST` is not set").with_hint(hint))
     }
 
     /// Fails if the file of the selected profile does not exist.
     pub(super) fn check_profile_file(&self) -> Result<(), WorkspaceError> {
-        match self.missing.clone() {
-            Some((profile, path)) => Err(WorkspaceError::MissingFile { profile, path }),
-            None => Ok(()),
-        }
+        let Some((profile, path)) = &self.missing else {
+            return Ok(());
+        };
+        let path = path.display();
+        let message = format!("the profile `{profile}` is selected, but `{path}` does not exist");
+        Err(WorkspaceError::new(message).with_hint("run `databricks auth login`, which writes it, or set `DATABRICKS_HOST` and unset `DATABRICKS_CONFIG_PROFILE`"))
     }
 
     /// The values of all secret settings.
@@ -230,11 +239,22 @@ fn read(path: &Path) -> Result<Option<String>, WorkspaceError> {
     match read.and_then(|bytes| file::text(&bytes).map(str::to_owned)) {
         Ok(text) => Ok(Some(text)),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(source) => Err(WorkspaceError::File {
-            path: path.to_owned(),
-            source,
-        }),
+        Err(source) => {
+            let message = format!("cannot read the profiles in `{}`", path.display());
+            Err(WorkspaceError::new(message)
+                .with_hint("check the file's permissions, or `DATABRICKS_CONFIG_FILE`")
+                .with_source(source))
+        }
     }
+}
+
+/// Names in backticks, up to a number.
+pub(super) fn listed(names: &[&str]) -> String {
+    const MAX: usize = 12;
+    let quoted = names.iter().take(MAX).map(|name| format!("`{name}`"));
+    let more = names.len().saturating_sub(MAX);
+    let more = (more > 0).then(|| format!("{more} more"));
+    quoted.chain(more).collect::<Vec<_>>().join(", ")
 }
 
 #[cfg(test)]

@@ -138,7 +138,7 @@ fn workspace(settings: WorkspaceSettings, clock: Clock) -> Workspace {
     Workspace::new(settings, &tls, clock, Metrics::new().unwrap()).unwrap()
 }
 
-async fn mint(settings: WorkspaceSettings) -> Result<Minted, MintError> {
+async fn mint(settings: WorkspaceSettings) -> Result<Minted, CallError> {
     minter(&workspace(settings, Clock::system())).mint().await
 }
 
@@ -473,7 +473,7 @@ async fn a_refusal_of_a_new_workspace_token_is_final() {
     let minter = minter(&workspace(fake.m2m(), Clock::system()));
     // The first mint gets a token and must not get another for the refusal; the second may, once.
     let error = minter.mint().await.unwrap_err();
-    assert_eq!(error.kind, MintErrorKind::Refused);
+    assert_eq!(error.kind, CallErrorKind::Refused);
     assert_eq!(
         (fake.calls(TOKEN).len(), fake.calls(CREDENTIALS).len()),
         (1, 1)
@@ -502,7 +502,7 @@ async fn wrong_client_credentials_are_reported() {
     })
     .await;
     let error = mint(fake.m2m()).await.unwrap_err();
-    assert_eq!(error.kind, MintErrorKind::Refused);
+    assert_eq!(error.kind, CallErrorKind::Refused);
     assert!(
         error.message.contains("client id or its secret"),
         "{error:?}"
@@ -513,9 +513,9 @@ async fn wrong_client_credentials_are_reported() {
 
 #[tokio::test]
 async fn each_bad_answer_is_a_failure_of_its_kind_and_repeats_no_secret() {
-    use MintErrorKind::{Malformed, RateLimited, Refused, Unavailable};
+    use CallErrorKind::{Malformed, RateLimited, Refused, Unavailable};
     let leak = format!("the token {JWT} and the secret {CLIENT_SECRET}");
-    let cases: Vec<(&str, Response, MintErrorKind)> = vec![
+    let cases: Vec<(&str, Response, CallErrorKind)> = vec![
         (
             "json",
             answer(
@@ -621,7 +621,7 @@ async fn a_redirect_is_reported_with_its_reason_and_not_followed() {
     })
     .await;
     let error = mint(fake.pat()).await.unwrap_err();
-    assert_eq!(error.kind, MintErrorKind::Refused);
+    assert_eq!(error.kind, CallErrorKind::Refused);
     assert!(error.hint.unwrap().contains("PrivateLink"));
     assert!(!error.detail.unwrap().contains("secret"));
 }
@@ -676,7 +676,7 @@ async fn a_workspace_that_cannot_be_reached_is_unavailable() {
         ..WorkspaceSettings::default()
     };
     let error = mint(settings).await.unwrap_err();
-    assert_eq!(error.kind, MintErrorKind::Unavailable);
+    assert_eq!(error.kind, CallErrorKind::Unavailable);
     assert!(error.detail.unwrap().to_lowercase().contains("refused"));
 }
 

@@ -13,7 +13,7 @@ use jiff::{SignedDuration, Timestamp, Zoned};
 use lakebase_proxy::{
     clock::Clock,
     config::{Roots, WorkspaceSettings},
-    credential::{MintError, MintErrorKind},
+    credential::{CallError, CallErrorKind},
     emulator::{Action, Emulator, Identity, Response, Site},
     net::tls,
     telemetry::Metrics,
@@ -24,7 +24,7 @@ use tempfile::TempDir;
 
 use crate::harness;
 
-use MintErrorKind::{Malformed, RateLimited, Refused, Unavailable};
+use CallErrorKind::{Malformed, RateLimited, Refused, Unavailable};
 
 const HOUR: Duration = Duration::from_hours(1);
 
@@ -69,7 +69,7 @@ impl Stage {
         workspace(self.with(variables))
     }
 
-    async fn mint(&self, workspace: &Workspace) -> Result<(), MintError> {
+    async fn mint(&self, workspace: &Workspace) -> Result<(), CallError> {
         let target = Target::Endpoint(self.emulator.endpoint_name().parse().unwrap());
         let minter = CredentialMinter::new(workspace.clone(), target);
         minter.mint().await.map(drop)
@@ -86,7 +86,7 @@ impl Stage {
     }
 
     /// Fails with an error that contains all of these words and none of the secrets.
-    async fn fails(&self, variables: &[(&str, &str)], kind: MintErrorKind, words: &[&str]) {
+    async fn fails(&self, variables: &[(&str, &str)], kind: CallErrorKind, words: &[&str]) {
         let error = self.mint(&self.workspace(variables)).await.unwrap_err();
         let reported = format!(
             "{} | {} | {}",

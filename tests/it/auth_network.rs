@@ -6,7 +6,7 @@ use axum::Router;
 use lakebase_proxy::{
     clock::Clock,
     config::{Roots, WorkspaceSettings},
-    credential::{MintError, MintErrorKind},
+    credential::{CallError, CallErrorKind},
     net::tls,
     telemetry::Metrics,
     workspace::{CredentialMinter, Target, Workspace},
@@ -59,7 +59,7 @@ async fn mint(
     host: &str,
     variables: &[(&str, &str)],
     authority: Option<&Path>,
-) -> Result<(), MintError> {
+) -> Result<(), CallError> {
     let base = [
         ("DATABRICKS_HOST", host),
         ("DATABRICKS_TOKEN", "dapi-hunter2"),
@@ -79,7 +79,7 @@ async fn mint_with(
     settings: WorkspaceSettings,
     tls: &rustls::ClientConfig,
     endpoint: &str,
-) -> Result<(), MintError> {
+) -> Result<(), CallError> {
     let metrics = Metrics::new().unwrap();
     let workspace = Workspace::new(settings, tls, Clock::system(), metrics).unwrap();
     let target = Target::Endpoint(endpoint.parse().unwrap());
@@ -127,7 +127,7 @@ async fn the_workspace_is_reached_through_the_proxy_that_the_environment_names()
         let error = mint(NAME, &variables, authority).await.unwrap_err();
         assert_eq!(
             error.kind,
-            MintErrorKind::Unavailable,
+            CallErrorKind::Unavailable,
             "{except}: {error:?}"
         );
     }

@@ -6,7 +6,7 @@ use jiff::{SignedDuration, Timestamp};
 use lakebase_proxy::{
     clock::Clock,
     config::{Roots, WorkspaceSettings},
-    credential::{Cause, CredentialCell, MintErrorKind, Refresher},
+    credential::{CallErrorKind, Cause, CredentialCell, Refresher},
     emulator::{Action, Emulator, EmulatorOptions, Identity, Response, Site},
     net::tls,
     telemetry::Metrics,
@@ -132,7 +132,7 @@ async fn each_identity_gets_its_credential_or_refusal() {
             .mint()
             .await
             .unwrap_err();
-        assert_eq!(error.kind, MintErrorKind::Refused, "{error:?}");
+        assert_eq!(error.kind, CallErrorKind::Refused, "{error:?}");
         assert!(
             error.hint.as_deref().unwrap_or_default().contains(fix),
             "{error:?}"

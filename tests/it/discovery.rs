@@ -92,7 +92,7 @@ async fn api(emulator: &Emulator, path: &str) -> Value {
         .send()
         .await
         .unwrap();
-    answer.json().await.unwrap()
+    serde_json::from_slice(&answer.bytes().await.unwrap()).unwrap()
 }
 
 fn endpoint(located: &Located) -> &str {

@@ -18,7 +18,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use super::*;
 use crate::{
     clock::Clock,
-    credential::{BoxFuture, Mint, MintError, Minted, Refresher},
+    credential::{BoxFuture, CallError, Mint, Minted, Refresher},
     protocol::frame::frame,
     status::Label,
     upstream::{Addresses, DroppedParameters, Security},
@@ -158,7 +158,7 @@ async fn serve(
 struct Counting(Arc<AtomicUsize>);
 
 impl Mint for Counting {
-    fn mint(&self) -> BoxFuture<'_, Result<Minted, MintError>> {
+    fn mint(&self) -> BoxFuture<'_, Result<Minted, CallError>> {
         let number = self.0.fetch_add(1, Ordering::SeqCst) + 2;
         Box::pin(ready(Ok(minted(number))))
     }

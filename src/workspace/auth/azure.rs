@@ -4,14 +4,15 @@ use reqwest::header::{HeaderName, HeaderValue};
 use secrecy::{ExposeSecret, SecretString};
 use tracing::debug;
 
-use super::{AuthKind, WorkspaceToken};
+use super::{AuthKind, WorkspaceToken, invalid};
 use crate::{
-    config::{Attribute, WorkspaceSettings},
+    config::Attribute,
     workspace::{
         CallError, WorkspaceError,
         api::{Api, ApiError},
         diagnosis,
         host::Host,
+        settings::ResolvedSettings,
     },
 };
 
@@ -50,7 +51,7 @@ const CHINA: Cloud = Cloud {
 };
 
 /// Whether the workspace is in Azure.
-pub(super) fn is_azure(settings: &WorkspaceSettings, host: &Host) -> bool {
+pub(super) fn is_azure(settings: &ResolvedSettings, host: &Host) -> bool {
     let cloud = settings.cloud.as_deref().unwrap_or_default();
     settings.azure_workspace_resource_id.is_some()
         || cloud.eq_ignore_ascii_case("azure")
@@ -58,7 +59,7 @@ pub(super) fn is_azure(settings: &WorkspaceSettings, host: &Host) -> bool {
 }
 
 /// The cloud, from the workspace's address, else from `ARM_ENVIRONMENT`.
-pub(super) fn cloud(settings: &WorkspaceSettings, host: &Host) -> Result<Cloud, WorkspaceError> {
+pub(super) fn cloud(settings: &ResolvedSettings, host: &Host) -> Result<Cloud, WorkspaceError> {
     if host.name().ends_with(".databricks.azure.us") {
         return Ok(US_GOVERNMENT);
     }
@@ -70,24 +71,23 @@ pub(super) fn cloud(settings: &WorkspaceSettings, host: &Host) -> Result<Cloud, 
         "public" | "azurepubliccloud" => Ok(PUBLIC),
         "usgovernment" | "azureusgovernmentcloud" => Ok(US_GOVERNMENT),
         "china" | "azurechinacloud" => Ok(CHINA),
-        _ => Err(WorkspaceError::InvalidValue {
-            name: settings.named(Attribute::AzureEnvironment),
-            problem: "is none of Azure's clouds (public, usgovernment, china)",
-        }),
+        _ => Err(invalid(
+            settings,
+            Attribute::AzureEnvironment,
+            "is none of Azure's clouds (public, usgovernment, china)",
+        )),
     }
 }
 
 /// The workspace's resource id as a header, if it is set.
 pub(super) fn resource_id(
-    settings: &WorkspaceSettings,
+    settings: &ResolvedSettings,
 ) -> Result<Option<HeaderValue>, WorkspaceError> {
     let Some(id) = &settings.azure_workspace_resource_id else {
         return Ok(None);
     };
-    let value = HeaderValue::from_str(id).map_err(|_| WorkspaceError::InvalidValue {
-        name: settings.named(Attribute::AzureWorkspaceResourceId),
-        problem: "holds characters that cannot be sent",
-    })?;
+    let name = settings.named(Attribute::AzureWorkspaceResourceId);
+    let value = HeaderValue::from_str(id).map_err(|_| WorkspaceError::unsendable(&name))?;
     Ok(Some(value))
 }
 
@@ -107,9 +107,11 @@ pub(super) async fn tenant(api: &Api, kind: AuthKind) -> Result<String, CallErro
             debug!(tenant, "found the tenant of the workspace");
             Ok(tenant.to_owned())
         }
-        None => Err(CallError::refused(
-            format!("the workspace {} does not name its tenant", api.host()),
-            None,
+        None => Err(CallError::refused(format!(
+            "the workspace {} does not name its tenant",
+            api.host()
+        ))
+        .with_hint(
             "set `ARM_TENANT_ID`, and check that `DATABRICKS_HOST` is a workspace in Azure",
         )),
     }
@@ -177,12 +179,16 @@ pub(super) fn hint(message: &str, settings: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::WorkspaceSettings;
 
-    fn settings(environment: Option<&str>) -> WorkspaceSettings {
-        WorkspaceSettings {
+    fn settings(environment: Option<&str>) -> ResolvedSettings {
+        // A host, so that no file is read.
+        ResolvedSettings::new(WorkspaceSettings {
+            host: Some("adb-1.2.azuredatabricks.net".to_owned()),
             azure_environment: environment.map(str::to_owned),
             ..WorkspaceSettings::default()
-        }
+        })
+        .unwrap()
     }
 
     #[test]

@@ -10,22 +10,21 @@ use tokio::sync::OnceCell;
 use tracing::debug;
 
 use super::{
-    AuthKind, Boxed, Expiry, Freshness, Kind, TokenSource, WorkspaceToken,
+    AuthKind, Boxed, Expiry, Freshness, Kind, Source, TokenSource, WorkspaceToken,
     azure::{self, Cloud},
-    command::{self, CommandError},
 };
 use crate::{
     config::AuthFamily,
     workspace::{
-        CallError, WorkspaceError,
+        CallError, CallErrorKind, WorkspaceError,
         api::Api,
+        command::{self, CommandError, Failure},
         expiry::{self, Number},
         host::Host,
         settings::ResolvedSettings,
     },
 };
 
-const COMMAND: &str = "az";
 /// It starts slowly, and may renew its own token over the network.
 const TIMEOUT: Duration = Duration::from_secs(30);
 
@@ -33,8 +32,55 @@ pub(super) const KIND: Kind = Kind {
     family: Some(AuthFamily::Azure),
     is_selected: |_| false,
     is_available: |settings, host| azure::is_azure(settings, host),
-    ..Kind::new(|settings, host| Ok(Box::new(AzureCli::new(settings, host)?)))
+    has_cache: true,
+    ..Kind::new(|settings, host| {
+        let hint = "check with `az account show` that the right account is logged in, and that it is a user of this workspace";
+        Ok(Source::new(
+            AuthKind::AzureCli,
+            hint,
+            AzureCli::new(settings, host)?,
+        ))
+    })
 };
+
+/// Failures of the CLI, which has no codes of its own: those of Entra ID (AADSTS…) stand in its messages.
+const FAILURES: [Failure; 5] = [
+    (
+        &["AADSTS50173", "AADSTS700082", "AADSTS70043", "expired"],
+        CallErrorKind::Refused,
+        "the Azure CLI's login has expired",
+        "run `az login`",
+    ),
+    (
+        &["az login", "No subscription found"],
+        CallErrorKind::Refused,
+        "the Azure CLI is not logged in",
+        "run `az login`",
+    ),
+    (
+        &["AADSTS50076", "AADSTS50079", "interaction"],
+        CallErrorKind::Refused,
+        "the Azure CLI's login needs another factor",
+        "run `az login --scope 2ff814a6-3304-4ab8-85cb-cd0e6f879c1d/.default`",
+    ),
+    (
+        &[
+            "Failed to resolve",
+            "Connection",
+            "Max retries exceeded",
+            "timed out",
+        ],
+        CallErrorKind::Unavailable,
+        "the Azure CLI does not reach Microsoft Entra ID",
+        "check that this machine reaches login.microsoftonline.com, and the proxy variables (`HTTPS_PROXY`, `NO_PROXY`)",
+    ),
+    (
+        &[""],
+        CallErrorKind::Refused,
+        "the Azure CLI returned no token",
+        "run `az account get-access-token --resource 2ff814a6-3304-4ab8-85cb-cd0e6f879c1d` by hand",
+    ),
+];
 
 struct AzureCli {
     program: PathBuf,
@@ -82,11 +128,10 @@ struct Answer {
 
 impl AzureCli {
     fn new(settings: &ResolvedSettings, host: &Host) -> Result<Self, WorkspaceError> {
-        let mut programs = command::find(COMMAND, &settings.variables).into_iter();
-        let program = programs.next().ok_or_else(|| WorkspaceError::NoCommand {
-            kind: AuthKind::AzureCli.label(),
-            command: COMMAND.to_owned(),
-            problem: "is not installed",
+        let mut programs = command::find("az", &settings.variables).into_iter();
+        let program = programs.next().ok_or_else(|| {
+            WorkspaceError::absent("azure-cli needs the command `az`, which is not installed")
+                .with_hint("install the Azure CLI (https://learn.microsoft.com/cli/azure) and run `az login`")
         })?;
         let id = settings.azure_workspace_resource_id.as_deref();
         // /subscriptions/SUBSCRIPTION/resourceGroups/...
@@ -131,9 +176,8 @@ impl AzureCli {
 
     async fn login(&self) -> Result<Login, CallError> {
         let stdout = self.run(&["account", "show", "--output", "json"]).await?;
-        let account: Account = serde_json::from_slice(&stdout).map_err(|_| {
-            CallError::malformed("`az account show` did not print an account", None)
-        })?;
+        let account: Account = serde_json::from_slice(&stdout)
+            .map_err(|_| CallError::malformed("`az account show` did not print an account"))?;
         let AccountUser { name, kind } = account.user;
         Ok(match (kind.as_str(), name.as_str()) {
             ("servicePrincipal", "systemAssignedIdentity" | "userAssignedIdentity") => {
@@ -176,7 +220,7 @@ impl AzureCli {
             _ => self.run(&arguments).await?,
         };
         let malformed =
-            || CallError::malformed("`az account get-access-token` did not print a token", None);
+            || CallError::malformed("`az account get-access-token` did not print a token");
         let answer: Answer = serde_json::from_slice(&stdout).map_err(|_| malformed())?;
         let epoch = answer.expires_on.as_ref().and_then(Number::timestamp);
         let at = epoch.or_else(|| expiry::from_text(answer.local.as_deref()?, &TimeZone::system()));
@@ -184,76 +228,27 @@ impl AzureCli {
     }
 
     async fn run(&self, arguments: &[&str]) -> Result<zeroize::Zeroizing<Vec<u8>>, CallError> {
+        let by_hand = |error: CallError, problem: &CommandError| {
+            error
+                .with_detail(problem.to_string())
+                .with_hint("run `az account get-access-token` by hand")
+        };
+        let message = "the Azure CLI returned no token";
         let output = match command::run(&self.program, arguments, TIMEOUT).await {
-            Ok(output) if output.is_success => return Ok(output.stdout),
+            Ok(output) if output.status.success() => return Ok(output.stdout),
             Ok(output) => output,
-            Err(error @ CommandError::Timeout(_)) => {
-                return Err(CallError::unavailable(
-                    "the Azure CLI returned no token".to_owned(),
-                    Some(error.to_string()),
-                    "run `az account get-access-token` by hand".to_owned(),
-                ));
+            Err(problem @ CommandError::Timeout(_)) => {
+                return Err(by_hand(CallError::unavailable(message), &problem));
             }
-            Err(error) => {
-                return Err(CallError::refused(
-                    "the Azure CLI returned no token",
-                    Some(error.to_string()),
-                    "run `az account get-access-token` by hand",
-                ));
-            }
+            Err(problem) => return Err(by_hand(CallError::refused(message), &problem)),
         };
-        // The CLI has no codes of its own; those of Entra ID (AADSTS…) stand in its messages.
-        let words = output.stderr;
-        let has = |parts: &[&str]| parts.iter().any(|part| words.contains(part));
-        let (message, hint) = if has(&["AADSTS50173", "AADSTS700082", "AADSTS70043", "expired"]) {
-            ("the Azure CLI's login has expired", "run `az login`")
-        } else if has(&["az login", "No subscription found"]) {
-            ("the Azure CLI is not logged in", "run `az login`")
-        } else if has(&["AADSTS50076", "AADSTS50079", "interaction"]) {
-            (
-                "the Azure CLI's login needs another factor",
-                "run `az login --scope 2ff814a6-3304-4ab8-85cb-cd0e6f879c1d/.default`",
-            )
-        } else if has(&[
-            "Failed to resolve",
-            "Connection",
-            "Max retries exceeded",
-            "timed out",
-        ]) {
-            return Err(CallError::unavailable(
-                "the Azure CLI does not reach Microsoft Entra ID".to_owned(),
-                Some(words),
-                "check that this machine reaches login.microsoftonline.com, and the proxy variables (`HTTPS_PROXY`, `NO_PROXY`)".to_owned(),
-            ));
-        } else {
-            (
-                "the Azure CLI returned no token",
-                "run `az account get-access-token --resource 2ff814a6-3304-4ab8-85cb-cd0e6f879c1d` by hand",
-            )
-        };
-        Err(CallError::refused(
-            message,
-            Some(words).filter(|words| !words.is_empty()),
-            hint,
-        ))
+        Err(command::explain(&FAILURES, &output.stderr))
     }
 }
 
 impl TokenSource for AzureCli {
-    fn kind(&self) -> AuthKind {
-        AuthKind::AzureCli
-    }
-
     fn token<'a>(&'a self, api: &'a Api, _: Freshness) -> Boxed<'a, WorkspaceToken> {
         Box::pin(self.token(api))
-    }
-
-    fn hint(&self) -> String {
-        "check with `az account show` that the right account is logged in, and that it is a user of this workspace".to_owned()
-    }
-
-    fn has_cache(&self) -> bool {
-        true
     }
 }
 

@@ -8,9 +8,9 @@ use tokio::sync::OnceCell;
 use url::Url;
 
 use super::{
-    AuthKind, Boxed, Freshness, Kind, TokenSource, WorkspaceToken,
+    AuthKind, Boxed, Freshness, Kind, Source, TokenSource, WorkspaceToken,
     azure::{self, Cloud},
-    required, required_secret, token,
+    invalid, required, required_secret, token,
 };
 use crate::{
     config::{Attribute, AuthFamily},
@@ -26,7 +26,13 @@ use crate::{
 pub(super) const KIND: Kind = Kind {
     family: Some(AuthFamily::Azure),
     is_selected: |settings| settings.azure_client_secret.is_some(),
-    ..Kind::new(|settings, host| Ok(Box::new(AzureClientSecret::new(settings, host)?)))
+    ..Kind::new(|settings, host| {
+        let tokens = AzureClientSecret::new(settings, host)?;
+        // The workspace keeps the ids of Entra ID's applications.
+        let id = tokens.client_id.clone();
+        let source = Source::new(AuthKind::AzureClientSecret, azure::ADD_IDENTITY, tokens);
+        Ok(source.of_service_principal(Some(id)))
+    })
 };
 
 struct AzureClientSecret {
@@ -49,10 +55,8 @@ impl AzureClientSecret {
             .as_deref()
             .is_some_and(|tenant| !azure::is_tenant(tenant))
         {
-            return Err(WorkspaceError::InvalidValue {
-                name: settings.named(Attribute::AzureTenantId),
-                problem: "is not a tenant's id or domain",
-            });
+            let problem = "is not a tenant's id or domain";
+            return Err(invalid(settings, Attribute::AzureTenantId, problem));
         }
         let used = [
             Attribute::AzureClientId,
@@ -85,26 +89,22 @@ impl AzureClientSecret {
         ]);
         let explain = |error: ApiError| {
             let hint = azure::hint(error.message(), &self.settings);
-            diagnosis::service("Microsoft Entra ID", Some(hint), error)
+            diagnosis::service("Microsoft Entra ID", &hint, error)
         };
         token::request(api, call, explain).await
     }
 }
 
 impl TokenSource for AzureClientSecret {
-    fn kind(&self) -> AuthKind {
-        AuthKind::AzureClientSecret
-    }
-
     fn token<'a>(&'a self, api: &'a Api, _: Freshness) -> Boxed<'a, WorkspaceToken> {
         Box::pin(async move {
             let tenant = self
                 .tenant
-                .get_or_try_init(|| azure::tenant(api, self.kind()));
+                .get_or_try_init(|| azure::tenant(api, AuthKind::AzureClientSecret));
             let url = format!("{}{}/oauth2/token", self.entra_id, tenant.await?);
             let url = Url::parse(&url).map_err(|_| {
-                let message = "the address of Entra ID is malformed";
-                CallError::refused(message, None, "check `ARM_TENANT_ID`")
+                CallError::refused("the address of Entra ID is malformed")
+                    .with_hint("check `ARM_TENANT_ID`")
             })?;
             let mut token = self.request(api, &url, azure::DATABRICKS).await?;
             let management = self.request(api, &url, self.cloud.management).await?;
@@ -115,14 +115,5 @@ impl TokenSource for AzureClientSecret {
             );
             Ok(token)
         })
-    }
-
-    fn hint(&self) -> String {
-        azure::ADD_IDENTITY.to_owned()
-    }
-
-    // The workspace keeps the ids of Entra ID's applications.
-    fn service_principal(&self) -> Option<&str> {
-        Some(&self.client_id)
     }
 }

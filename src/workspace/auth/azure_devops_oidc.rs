@@ -53,31 +53,24 @@ impl AzureDevOpsToken {
         required(settings, Attribute::ClientId, because)?;
         let variable = |missing: &'static str| {
             let value = settings.variables.get(missing);
-            value.ok_or_else(|| WorkspaceError::Incomplete {
-                missing,
-                because: match missing {
+            value.ok_or_else(|| {
+                let because = match missing {
                     ACCESS_TOKEN => {
-                        format!("azure-devops-oidc shows it to Azure DevOps: {MAPPING}")
+                        &format!("azure-devops-oidc shows it to Azure DevOps: {MAPPING}")
                     }
-                    _ => "azure-devops-oidc runs in Azure Pipelines alone, which set it".to_owned(),
-                },
+                    _ => "azure-devops-oidc runs in Azure Pipelines alone, which set it",
+                };
+                WorkspaceError::incomplete(missing, because)
             })
-        };
-        let invalid = |name: &str, problem| WorkspaceError::InvalidValue {
-            name: format!("`{name}`"),
-            problem,
         };
         let token = variable(ACCESS_TOKEN)?;
         if token.chars().any(|c| !c.is_ascii_graphic()) {
-            return Err(invalid(
-                ACCESS_TOKEN,
-                "holds characters that cannot be sent",
-            ));
+            return Err(WorkspaceError::unsendable(&format!("`{ACCESS_TOKEN}`")));
         }
-        let mut url = Url::parse(variable(COLLECTION)?)
-            .map_err(|_| invalid(COLLECTION, "is not an address"))?;
+        let invalid = || WorkspaceError::new(format!("`{COLLECTION}` is not an address"));
+        let mut url = Url::parse(variable(COLLECTION)?).map_err(|_| invalid())?;
         url.path_segments_mut()
-            .map_err(|()| invalid(COLLECTION, "is not an address"))?
+            .map_err(|()| invalid())?
             .pop_if_empty()
             .push(variable("SYSTEM_TEAMPROJECTID")?)
             .extend(["_apis", "distributedtask", "hubs"])
@@ -105,7 +98,7 @@ impl IdentitySource for AzureDevOpsToken {
                 .bearer(&self.token);
             let explain = |error| {
                 let hint = format!("{MAPPING}; the access token lives only as long as the job");
-                diagnosis::service("Azure DevOps", Some(hint), error)
+                diagnosis::service("Azure DevOps", &hint, error)
             };
             Ok(api.json::<Answer>(call, explain).await?.token)
         })

@@ -6,8 +6,9 @@ use reqwest::header::{HeaderName, HeaderValue};
 use url::Url;
 
 use super::{
-    AuthKind, Boxed, Freshness, Kind, TokenResponse, TokenSource, WorkspaceToken,
+    AuthKind, Boxed, Freshness, Kind, Source, TokenResponse, TokenSource, WorkspaceToken,
     azure::{self, Cloud},
+    invalid,
 };
 use crate::{
     config::{Attribute, AuthFamily},
@@ -29,7 +30,12 @@ const VERSION: &str = "2018-02-01";
 pub(super) const KIND: Kind = Kind {
     family: Some(AuthFamily::Azure),
     is_selected: is_enabled,
-    ..Kind::new(|settings, host| Ok(Box::new(AzureMsi::new(settings, host)?)))
+    has_cache: true,
+    ..Kind::new(|settings, host| {
+        let tokens = AzureMsi::new(settings, host)?;
+        let source = Source::new(AuthKind::AzureMsi, azure::ADD_IDENTITY, tokens);
+        Ok(source.of_service_principal(settings.azure_client_id.clone()))
+    })
 };
 
 /// Whether `ARM_USE_MSI` is on.
@@ -53,10 +59,8 @@ impl AzureMsi {
         let base = base.unwrap_or(INSTANCE_METADATA);
         let url = Url::parse(&format!("{base}/metadata/identity/oauth2/token"));
         Ok(Self {
-            url: url.map_err(|_| WorkspaceError::InvalidValue {
-                name: settings.named(Attribute::AzureUseMsi),
-                problem: "leads to no address",
-            })?,
+            url: url
+                .map_err(|_| invalid(settings, Attribute::AzureUseMsi, "leads to no address"))?,
             client_id: settings.azure_client_id.clone(),
             cloud: azure::cloud(settings, host)?,
             resource_id: azure::resource_id(settings)?,
@@ -80,7 +84,7 @@ impl AzureMsi {
                 (_, Some(id)) => format!("assign the managed identity `{id}` (`ARM_CLIENT_ID`) to this machine"),
                 (_, None) => "assign a managed identity to this machine; if it has several, choose with `ARM_CLIENT_ID`".to_owned(),
             };
-            diagnosis::service("Azure's instance metadata service", Some(hint), error)
+            diagnosis::service("Azure's instance metadata service", &hint, error)
         };
         let mut response: TokenResponse = api.json(call, explain).await?;
         // The service caches tokens, but sends their whole lifetime: the time of expiry counts.
@@ -92,10 +96,6 @@ impl AzureMsi {
 }
 
 impl TokenSource for AzureMsi {
-    fn kind(&self) -> AuthKind {
-        AuthKind::AzureMsi
-    }
-
     fn token<'a>(&'a self, api: &'a Api, _: Freshness) -> Boxed<'a, WorkspaceToken> {
         Box::pin(async move {
             let mut token = self.request(api, azure::DATABRICKS).await?;
@@ -107,17 +107,5 @@ impl TokenSource for AzureMsi {
             );
             Ok(token)
         })
-    }
-
-    fn hint(&self) -> String {
-        azure::ADD_IDENTITY.to_owned()
-    }
-
-    fn service_principal(&self) -> Option<&str> {
-        self.client_id.as_deref()
-    }
-
-    fn has_cache(&self) -> bool {
-        true
     }
 }

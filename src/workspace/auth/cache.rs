@@ -6,14 +6,10 @@ use jiff::{SignedDuration, Timestamp};
 use tokio::sync::Mutex;
 use tracing::{debug, info};
 
-use super::{Expiry, Freshness, TokenSource, WorkspaceToken};
+use super::{Expiry, Freshness, Source, WorkspaceToken};
 use crate::{
     clock::Clock,
-    workspace::{
-        MintErrorKind,
-        api::Api,
-        diagnosis::{CallError, SignedIn},
-    },
+    workspace::{CallError, CallErrorKind, api::Api},
 };
 
 /// A token is renewed this long before its expiry, or after half of its life if that is later (as the Databricks SDKs do).
@@ -25,7 +21,7 @@ const COOL_DOWN: SignedDuration = SignedDuration::from_mins(1);
 
 pub(in crate::workspace) struct TokenCache {
     /// At least one.
-    sources: Vec<Box<dyn TokenSource>>,
+    sources: Vec<Source>,
     /// The index of the source that worked; the others are not tried any more.
     settled: OnceLock<usize>,
     clock: Clock,
@@ -50,7 +46,7 @@ struct Held {
 
 impl TokenCache {
     /// `sources` holds at least one.
-    pub(in crate::workspace) fn new(sources: Vec<Box<dyn TokenSource>>, clock: Clock) -> Self {
+    pub(in crate::workspace) fn new(sources: Vec<Source>, clock: Clock) -> Self {
         Self {
             sources,
             settled: OnceLock::new(),
@@ -60,26 +56,18 @@ impl TokenCache {
     }
 
     /// The source that worked, or the one that is tried first.
-    pub(in crate::workspace) fn source(&self) -> &dyn TokenSource {
-        &*self.sources[self.settled.get().copied().unwrap_or_default()]
+    pub(in crate::workspace) fn source(&self) -> &Source {
+        &self.sources[self.settled.get().copied().unwrap_or_default()]
     }
 
     fn is_settled(&self) -> bool {
         self.sources.len() == 1 || self.settled.get().is_some()
     }
 
-    /// The authentication, for errors.
-    pub(in crate::workspace) fn signed_in(&self) -> SignedIn {
-        SignedIn {
-            kind: self.source().kind(),
-            hint: self.source().hint(),
-        }
-    }
-
     /// The service principal's application id, if it is known without a request.
     pub(in crate::workspace) fn service_principal(&self) -> Option<&str> {
         let source = self.is_settled().then(|| self.source());
-        source.and_then(|source| source.service_principal())
+        source.and_then(|source| source.service_principal.as_deref())
     }
 
     /// A token that should work. Cancel safe.
@@ -109,7 +97,7 @@ impl TokenCache {
         api: &Api,
         refused: &CachedToken,
     ) -> Option<Result<CachedToken, CallError>> {
-        if refused.is_new || !self.source().is_renewable() {
+        if refused.is_new || !self.source().kind.rules().is_renewable {
             return None;
         }
         let mut held = self.held.lock().await;
@@ -150,7 +138,7 @@ impl TokenCache {
         });
         Ok(CachedToken {
             // A source with a cache may return an old token.
-            is_new: freshness == Freshness::New || !self.source().has_cache(),
+            is_new: freshness == Freshness::New || !self.source().kind.rules().has_cache,
             ..token
         })
     }
@@ -158,20 +146,20 @@ impl TokenCache {
     /// Requests a token from the source that worked, or from each in turn.
     async fn request(&self, api: &Api, freshness: Freshness) -> Result<WorkspaceToken, CallError> {
         if self.is_settled() {
-            return self.source().token(api, freshness).await;
+            return self.source().tokens.token(api, freshness).await;
         }
         // As in the SDK for Go, the order decides, and the first source that works is kept.
         let mut failures = Vec::new();
         for (index, source) in self.sources.iter().enumerate() {
-            let kind = source.kind().label();
-            match source.token(api, freshness).await {
+            let kind = source.kind.label();
+            match source.tokens.token(api, freshness).await {
                 Ok(token) => {
                     let _ = self.settled.set(index);
                     info!(kind, "authenticated to the workspace");
                     return Ok(token);
                 }
                 // The next source may have another identity, which a short outage must not select.
-                Err(error) if error.kind != MintErrorKind::Refused => return Err(error),
+                Err(error) if error.kind != CallErrorKind::Refused => return Err(error),
                 Err(error) => {
                     debug!(kind, %error, "this kind of authentication failed");
                     failures.push((kind, error));
@@ -190,9 +178,10 @@ fn none_works(failures: &[(&'static str, CallError)]) -> CallError {
         None => format!("{kind}: {error}"),
     });
     let hints = failures.iter().filter_map(|(_, error)| error.hint.clone());
-    CallError::refused(
-        format!("none of the ways to sign in works: {}", kinds.join(", ")),
-        Some(details.collect::<Vec<_>>().join("; ")),
-        hints.collect::<Vec<_>>().join(", or "),
-    )
+    CallError::refused(format!(
+        "none of the ways to sign in works: {}",
+        kinds.join(", ")
+    ))
+    .with_detail(details.collect::<Vec<_>>().join("; "))
+    .with_hint(hints.collect::<Vec<_>>().join(", or "))
 }

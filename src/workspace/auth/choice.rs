@@ -5,22 +5,29 @@
 
 use std::collections::BTreeMap;
 
-use super::{AuthKind, TokenSource, refused};
+use super::{AuthKind, Source, invalid, refused};
 use crate::{
     config::{Attribute, AuthFamily},
-    workspace::{WorkspaceError, host::Host, settings::ResolvedSettings},
+    workspace::{
+        WorkspaceError,
+        error::Problem,
+        host::Host,
+        settings::{ResolvedSettings, listed},
+    },
 };
 
 /// The sources to try, in order; at least one.
 pub(in crate::workspace) fn choose(
     settings: &ResolvedSettings,
     host: &Host,
-) -> Result<Vec<Box<dyn TokenSource>>, WorkspaceError> {
+) -> Result<Vec<Source>, WorkspaceError> {
     if let Some(label) = &settings.auth_type {
         let kind = AuthKind::of_label(label).ok_or_else(|| {
-            refused::by_label(label).unwrap_or_else(|| WorkspaceError::UnknownAuthType {
-                setting: settings.named(Attribute::AuthType),
-                auth_type: label.clone(),
+            refused::by_label(label).unwrap_or_else(|| {
+                let known: Vec<&str> = AuthKind::ALL.iter().map(|kind| kind.label()).collect();
+                let problem = format!("is `{label}`, which is no way to authenticate");
+                invalid(settings, Attribute::AuthType, &problem)
+                    .with_hint(format!("one of {}", listed(&known)))
             })
         })?;
         if !may_use(settings, kind) {
@@ -56,10 +63,15 @@ fn may_use(settings: &ResolvedSettings, kind: AuthKind) -> bool {
 }
 
 fn no_group(settings: &ResolvedSettings, kind: AuthKind) -> WorkspaceError {
-    WorkspaceError::Group {
-        kind: kind.label(),
-        setting: settings.named(Attribute::GroupId),
-    }
+    let setting = settings.named(Attribute::GroupId);
+    // The message of the Databricks SDKs.
+    WorkspaceError::new(format!(
+        "auth type \"{}\" does not support group role assumption. Use Databricks OAuth authentication",
+        kind.label()
+    ))
+    .with_hint(format!(
+        "unset {setting}, or sign in as a service principal (oauth-m2m, or one of the oidc kinds)"
+    ))
 }
 
 /// The family whose settings are present; settings of two are refused, as in the SDKs.
@@ -76,15 +88,17 @@ fn configured_family(settings: &ResolvedSettings) -> Result<Option<AuthFamily>, 
             .chain(refused::labels(*family).iter().copied())
     });
     let choices: Vec<&str> = choices.collect();
-    Err(WorkspaceError::Ambiguous {
-        families: families
-            .iter()
-            .map(|(family, &attribute)| {
-                format!("{} ({})", family.label(), settings.named(attribute))
-            })
-            .collect(),
-        choices: choices.join("`, `"),
-    })
+    let families = families
+        .iter()
+        .map(|(family, &attribute)| format!("{} ({})", family.label(), settings.named(attribute)));
+    Err(WorkspaceError::new(format!(
+        "more than one way to authenticate is configured: {}",
+        families.collect::<Vec<_>>().join(" and ")
+    ))
+    .with_hint(format!(
+        "remove all but one, or choose with `DATABRICKS_AUTH_TYPE` (`{}`)",
+        choices.join("`, `")
+    )))
 }
 
 /// The families whose settings are present, each with a setting of it.
@@ -115,27 +129,24 @@ fn families(settings: &ResolvedSettings) -> BTreeMap<AuthFamily, Attribute> {
 }
 
 /// The sources that need no setting to select them.
-fn available(
-    settings: &ResolvedSettings,
-    host: &Host,
-) -> Result<Vec<Box<dyn TokenSource>>, WorkspaceError> {
+fn available(settings: &ResolvedSettings, host: &Host) -> Result<Vec<Source>, WorkspaceError> {
     let (mut sources, mut notes) = (Vec::new(), Vec::new());
     let mut incomplete = None;
     let kinds = AuthKind::ALL.iter();
     for kind in kinds.filter(|kind| (kind.rules().is_available)(settings, host)) {
         match (kind.rules().create)(settings, host) {
             Ok(source) => sources.push(source),
-            Err(
-                error @ (WorkspaceError::NoCommand { .. } | WorkspaceError::NoServingToken { .. }),
-            ) => notes.push(error.to_string()),
-            // Reported only if no other source is left: the variables may be meant for something else.
-            Err(error @ WorkspaceError::Incomplete { .. }) => incomplete = Some(error),
-            Err(error) => return Err(error),
+            Err(error) => match error.problem {
+                Problem::Absent => notes.push(error.to_string()),
+                // Reported only if no other source is left: the variables may be meant for something else.
+                Problem::Incomplete => incomplete = Some(error),
+                Problem::Other => return Err(error),
+            },
         }
     }
-    let first = sources.first().map(|source| source.kind());
+    let first = sources.first().map(|source| source.kind);
     // Only after they are made, so that an invalid setting is reported instead of the group.
-    sources.retain(|source| may_use(settings, source.kind()));
+    sources.retain(|source| may_use(settings, source.kind));
     if !sources.is_empty() {
         return Ok(sources);
     }
@@ -146,19 +157,23 @@ fn available(
         return Err(error);
     }
     if settings.client_id.is_some() {
-        return Err(WorkspaceError::Incomplete {
-            missing: "DATABRICKS_CLIENT_SECRET",
-            because: format!(
-                "{} is, and there is no other way to authenticate",
-                settings.named(Attribute::ClientId)
-            ),
-        });
+        let because = format!(
+            "{} is, and there is no other way to authenticate",
+            settings.named(Attribute::ClientId)
+        );
+        return Err(WorkspaceError::incomplete(
+            "DATABRICKS_CLIENT_SECRET",
+            &because,
+        ));
     }
     settings.check_profile_file()?;
-    Err(WorkspaceError::NoAuthentication {
-        notes,
-        host: host.to_string(),
-    })
+    let mut hints = vec![
+        format!("on a laptop: `databricks auth login --host {host}`"),
+        "elsewhere: set `DATABRICKS_CLIENT_ID` and `DATABRICKS_CLIENT_SECRET` of a service principal".to_owned(),
+    ];
+    hints.append(&mut notes);
+    let message = "no way to authenticate to the workspace is configured";
+    Err(WorkspaceError::new(message).with_hint(hints.join("; ")))
 }
 
 #[cfg(test)]

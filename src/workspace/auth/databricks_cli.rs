@@ -13,13 +13,13 @@ use tokio::sync::OnceCell;
 use tracing::{debug, warn};
 
 use super::{
-    AuthKind, Boxed, Expiry, Freshness, Kind, TokenSource, WorkspaceToken,
-    command::{self, CommandError, Output},
+    AuthKind, Boxed, Expiry, Freshness, Kind, Source, TokenSource, WorkspaceToken,
     token::DEFAULT_LIFETIME,
 };
 use crate::workspace::{
-    CallError, WorkspaceError,
+    CallError, CallErrorKind, WorkspaceError,
     api::Api,
+    command::{self, CommandError, Failure},
     expiry::{Moment, Number},
     host::Host,
     settings::ResolvedSettings,
@@ -43,17 +43,92 @@ const FORCE_SINCE: Version = (0, 296, 0);
 /// `0001-01-01T00:00:00Z`.
 const ZERO_TIME: i64 = -62_135_596_800;
 
+/// The problem of an old CLI.
+const OLD: &str = "is the old one";
+
 type Version = (u64, u64, u64);
 
 pub(super) const KIND: Kind = Kind {
     is_available: |_, _| true,
-    ..Kind::new(|settings, host| Ok(Box::new(DatabricksCli::new(settings, host)?)))
+    has_cache: true,
+    ..Kind::new(|settings, host| {
+        let tokens = DatabricksCli::new(settings, host)?;
+        Ok(Source::new(
+            AuthKind::DatabricksCli,
+            tokens.hint.clone(),
+            tokens,
+        ))
+    })
 };
+
+/// Failures of `auth token` by its messages (`cmd/auth/token.go`), since the CLI has one exit code for all. `HOST`, `LOGIN`
+/// and `VERSION` stand for the workspace, the command that logs in, and the CLI's version.
+const FAILURES: [Failure; 5] = [
+    (
+        &["unknown command", "unknown flag", "unknown shorthand"],
+        CallErrorKind::Refused,
+        "the Databricks CLI is VERSION",
+        "install the current one (https://docs.databricks.com/dev-tools/cli/install)",
+    ),
+    (
+        &[
+            "refresh token is invalid",
+            "invalid_grant",
+            "reauthenticate",
+            "has expired",
+            "token is expired",
+        ],
+        CallErrorKind::Refused,
+        EXPIRED,
+        "run `LOGIN`",
+    ),
+    (
+        &[
+            "dial tcp",
+            "no such host",
+            "timeout",
+            "deadline exceeded",
+            "connection re",
+            "temporarily",
+            "status 5",
+            "status code 5",
+        ],
+        CallErrorKind::Unavailable,
+        "the Databricks CLI does not reach the workspace",
+        "check that this machine reaches the workspace, and the proxy variables (`HTTPS_PROXY`, `NO_PROXY`)",
+    ),
+    (
+        &[
+            "databricks oauth is not",
+            "no configuration file found",
+            "not logged in",
+            "no cached",
+            "token not found",
+            "cache: ",
+            "try logging in",
+            "has no",
+        ],
+        CallErrorKind::Refused,
+        "the Databricks CLI is not logged in to HOST",
+        "run `LOGIN`",
+    ),
+    (
+        &[""],
+        CallErrorKind::Refused,
+        "`databricks auth token` failed",
+        "run `LOGIN`, or use a service principal",
+    ),
+];
+const EXPIRED: &str = "the Databricks CLI's login to HOST has expired";
 
 struct DatabricksCli {
     program: PathBuf,
     host: String,
     profile: Option<String>,
+    /// The command that logs in.
+    login: String,
+    /// Names that command.
+    hint: String,
     version: OnceCell<Option<Version>>,
 }
 
@@ -95,7 +170,7 @@ impl DatabricksCli {
         let program = all.iter().find(|path| match is_old(path) {
             Ok(false) => true,
             Ok(true) => {
-                problem = "is the old one";
+                problem = OLD;
                 false
             }
             Err(_) => {
@@ -104,25 +179,27 @@ impl DatabricksCli {
             }
         });
         let Some(program) = program else {
-            return Err(WorkspaceError::NoCommand {
-                kind: AuthKind::DatabricksCli.label(),
-                command: command.to_owned(),
-                problem,
-            });
+            let hint = if problem == OLD {
+                "install the current Databricks CLI (https://docs.databricks.com/dev-tools/cli/install); the old one came from pip"
+            } else {
+                "install the Databricks CLI (https://docs.databricks.com/dev-tools/cli/install), or set `DATABRICKS_CLI_PATH` to it"
+            };
+            return Err(WorkspaceError::absent(format!(
+                "databricks-cli needs the command `{command}`, which {problem}"
+            ))
+            .with_hint(hint));
         };
+        let profile = settings.profile_name();
+        let flag = profile.map_or(String::new(), |profile| format!(" --profile {profile}"));
+        let login = format!("databricks auth login --host {host}{flag}");
         Ok(Self {
             program: program.clone(),
             host: host.to_string(),
-            profile: settings.profile_name().map(str::to_owned),
+            profile: profile.map(str::to_owned),
+            hint: format!("run `{login}`"),
+            login,
             version: OnceCell::new(),
         })
-    }
-
-    /// The command that logs in.
-    fn login(&self) -> String {
-        let profile = self.profile.as_ref();
-        let profile = profile.map_or(String::new(), |profile| format!(" --profile {profile}"));
-        format!("databricks auth login --host {}{profile}", self.host)
     }
 
     async fn token(&self, api: &Api, freshness: Freshness) -> Result<WorkspaceToken, CallError> {
@@ -141,15 +218,13 @@ impl DatabricksCli {
         let output = command::run(&self.program, &arguments, TOKEN_LIMIT)
             .await
             .map_err(|error| self.broken(&error))?;
-        if !output.is_success {
-            return Err(self.failed(&output, version));
+        if !output.status.success() {
+            return Err(self.failed(&output.stderr, version));
         }
         // The parser's message is left out: it could quote the token.
         let answer: TokenAnswer = serde_json::from_slice(&output.stdout).map_err(|_| {
-            CallError::malformed(
-                "`databricks auth token` did not print a token",
-                Some("its output is not the expected JSON with an expiry".to_owned()),
-            )
+            CallError::malformed("`databricks auth token` did not print a token")
+                .with_detail("its output is not the expected JSON with an expiry")
         })?;
         let expiry = match answer.expiry {
             None => Expiry::In(DEFAULT_LIFETIME),
@@ -158,7 +233,9 @@ impl DatabricksCli {
             Some(Moment(at)) => Expiry::At(at),
         };
         if matches!(expiry, Expiry::At(at) if at <= api.clock().now()) {
-            return Err(self.expired("it printed a token that has expired"));
+            return Err(CallError::refused(EXPIRED.replace("HOST", &self.host))
+                .with_detail("it printed a token that has expired")
+                .with_hint(&*self.hint));
         }
         WorkspaceToken::new(answer.access_token, expiry)
     }
@@ -175,7 +252,7 @@ impl DatabricksCli {
             Ok::<_, CommandError>(
                 serde_json::from_slice::<VersionAnswer>(&answer.stdout)
                     .ok()
-                    .filter(|_| answer.is_success)
+                    .filter(|_| answer.status.success())
                     .and_then(|version| version.version()),
             )
         };
@@ -189,104 +266,32 @@ impl DatabricksCli {
     }
 
     fn broken(&self, error: &CommandError) -> CallError {
-        CallError::unavailable(
-            "the Databricks CLI returned no token".to_owned(),
-            Some(error.to_string()),
-            format!(
+        CallError::unavailable("the Databricks CLI returned no token")
+            .with_detail(error.to_string())
+            .with_hint(format!(
                 "run `{} auth token --host {}` by hand: it may wait for the keyring to be unlocked",
                 self.program.display(),
                 self.host
-            ),
-        )
+            ))
     }
 
-    fn failed(&self, output: &Output, version: Option<Version>) -> CallError {
-        // The CLI has one exit code for all failures, so its messages are matched (`cmd/auth/token.go`).
-        let words = output.stderr.to_ascii_lowercase();
-        let has = |parts: &[&str]| parts.iter().any(|part| words.contains(part));
-        let detail = Some(output.stderr.clone()).filter(|words| !words.is_empty());
-        if has(&["unknown command", "unknown flag", "unknown shorthand"]) {
-            let version = version.map_or("too old".to_owned(), |(major, minor, patch)| {
-                format!("{major}.{minor}.{patch}, which is too old")
-            });
-            return CallError::refused(
-                format!("the Databricks CLI is {version}"),
-                detail,
-                "install the current one (https://docs.databricks.com/dev-tools/cli/install)",
-            );
+    fn failed(&self, stderr: &str, version: Option<Version>) -> CallError {
+        let version = version.map_or("too old".to_owned(), |(major, minor, patch)| {
+            format!("{major}.{minor}.{patch}, which is too old")
+        });
+        let error = command::explain(&FAILURES, stderr);
+        let message = error.message.replace("HOST", &self.host);
+        CallError {
+            message: message.replace("VERSION", &version),
+            hint: error.hint.map(|hint| hint.replace("LOGIN", &self.login)),
+            ..error
         }
-        if has(&[
-            "refresh token is invalid",
-            "invalid_grant",
-            "reauthenticate",
-            "has expired",
-            "token is expired",
-        ]) {
-            return self.expired(&output.stderr);
-        }
-        if has(&[
-            "dial tcp",
-            "no such host",
-            "timeout",
-            "deadline exceeded",
-            "connection re",
-            "temporarily",
-            "status 5",
-            "status code 5",
-        ]) {
-            return CallError::unavailable(
-                "the Databricks CLI does not reach the workspace".to_owned(),
-                detail,
-                "check that this machine reaches the workspace, and the proxy variables (`HTTPS_PROXY`, `NO_PROXY`)".to_owned(),
-            );
-        }
-        if has(&[
-            "databricks oauth is not",
-            "no configuration file found",
-            "not logged in",
-            "no cached",
-            "token not found",
-            "cache: ",
-            "try logging in",
-            "has no",
-        ]) {
-            return CallError::refused(
-                format!("the Databricks CLI is not logged in to {}", self.host),
-                detail,
-                self.hint(),
-            );
-        }
-        CallError::refused(
-            "`databricks auth token` failed",
-            detail,
-            format!("run `{}`, or use a service principal", self.login()),
-        )
-    }
-
-    fn expired(&self, detail: &str) -> CallError {
-        CallError::refused(
-            format!("the Databricks CLI's login to {} has expired", self.host),
-            Some(detail.to_owned()),
-            self.hint(),
-        )
     }
 }
 
 impl TokenSource for DatabricksCli {
-    fn kind(&self) -> AuthKind {
-        AuthKind::DatabricksCli
-    }
-
     fn token<'a>(&'a self, api: &'a Api, freshness: Freshness) -> Boxed<'a, WorkspaceToken> {
         Box::pin(self.token(api, freshness))
-    }
-
-    fn hint(&self) -> String {
-        format!("run `{}`", self.login())
-    }
-
-    fn has_cache(&self) -> bool {
-        true
     }
 }
 

@@ -33,17 +33,14 @@ impl EnvToken {
         }
         Err(match variable {
             // The name is the user's own.
-            Some(name) => WorkspaceError::InvalidValue {
-                name: format!(
-                    "`{name}` is not set, but {}",
-                    settings.named(Attribute::OidcTokenEnv)
-                ),
-                problem: "names it as the variable of the identity token",
-            },
-            None => WorkspaceError::Incomplete {
-                missing: DEFAULT_VARIABLE,
-                because: "env-oidc needs an identity token there".to_owned(),
-            },
+            Some(name) => WorkspaceError::new(format!(
+                "`{name}` is not set, but {} names it as the variable of the identity token",
+                settings.named(Attribute::OidcTokenEnv)
+            )),
+            None => WorkspaceError::incomplete(
+                DEFAULT_VARIABLE,
+                "env-oidc needs an identity token there",
+            ),
         })
     }
 }

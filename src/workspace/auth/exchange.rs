@@ -5,7 +5,7 @@
 use secrecy::{ExposeSecret, SecretString};
 
 use super::{
-    AuthKind, Boxed, CHECK_ASSIGNMENT, Freshness, TokenSource, WorkspaceToken,
+    AuthKind, Boxed, CHECK_ASSIGNMENT, Freshness, Source, TokenSource, WorkspaceToken,
     oidc::{Grant, Oidc},
     token::{self, claim},
 };
@@ -40,15 +40,17 @@ impl Exchange {
         kind: AuthKind,
         settings: &ResolvedSettings,
         identity: impl IdentitySource + 'static,
-    ) -> Result<Box<dyn TokenSource>, WorkspaceError> {
-        Ok(Box::new(Self {
+    ) -> Result<Source, WorkspaceError> {
+        let client_id = settings.client_id.clone();
+        let exchange = Self {
             kind,
             identity: Box::new(identity),
-            client_id: settings.client_id.clone(),
+            client_id: client_id.clone(),
             audience: settings.token_audience.clone(),
             oidc: Oidc::new(settings)?,
             grant: Grant::new(settings),
-        }))
+        };
+        Ok(Source::new(kind, CHECK_ASSIGNMENT, exchange).of_service_principal(client_id))
     }
 
     /// What to check when the identity token is refused. The claims that a federation policy compares are no secret.
@@ -71,10 +73,6 @@ impl Exchange {
 }
 
 impl TokenSource for Exchange {
-    fn kind(&self) -> AuthKind {
-        self.kind
-    }
-
     fn token<'a>(&'a self, api: &'a Api, _: Freshness) -> Boxed<'a, WorkspaceToken> {
         Box::pin(async move {
             let endpoint = self.oidc.endpoint(api, self.kind).await;
@@ -99,13 +97,5 @@ impl TokenSource for Exchange {
             };
             token::request(api, call, explain).await
         })
-    }
-
-    fn hint(&self) -> String {
-        CHECK_ASSIGNMENT.to_owned()
-    }
-
-    fn service_principal(&self) -> Option<&str> {
-        self.client_id.as_deref()
     }
 }

@@ -50,19 +50,18 @@ impl IdentitySource for FileToken {
             match self.read().await {
                 Ok(token) if !token.is_empty() => Ok(token.into()),
                 // Unavailable, not refused: it may be replaced at this moment.
-                Ok(_) => Err(CallError::unavailable(
-                    format!("the file of the identity token, `{path}`, is empty"),
-                    None,
-                    format!("check {} and what writes that file", self.setting),
-                )),
-                Err(error) => Err(CallError::unavailable(
-                    format!("cannot read the identity token in `{path}`"),
-                    Some(error.to_string()),
-                    format!(
-                        "check {}: in Kubernetes, a projected service account token must be mounted there",
-                        self.setting
-                    ),
-                )),
+                Ok(_) => Err(CallError::unavailable(format!(
+                    "the file of the identity token, `{path}`, is empty"
+                ))
+                .with_hint(format!("check {} and what writes that file", self.setting))),
+                Err(error) => Err(CallError::unavailable(format!(
+                    "cannot read the identity token in `{path}`"
+                ))
+                .with_detail(error.to_string())
+                .with_hint(format!(
+                    "check {}: in Kubernetes, a projected service account token must be mounted there",
+                    self.setting
+                ))),
             }
         })
     }

@@ -9,14 +9,13 @@ use url::Url;
 use super::{
     AuthKind, Boxed, Kind,
     exchange::{Exchange, IdentitySource},
-    required, required_secret,
+    invalid, required, required_secret,
 };
 use crate::{
     config::Attribute,
     workspace::{WorkspaceError, api::Api, diagnosis, settings::ResolvedSettings},
 };
 
-const SERVICE: &str = "GitHub's identity service";
 const PERMISSION: &str = "give the job `permissions: id-token: write`";
 
 pub(super) const KIND: Kind = Kind {
@@ -49,13 +48,10 @@ impl GithubToken {
         required(settings, Attribute::ClientId, because)?;
         let because = format!("github-oidc runs in GitHub Actions alone; there, {PERMISSION}");
         let attribute = Attribute::ActionsIdTokenRequestUrl;
-        let url = required(settings, attribute, because.as_str())?;
+        let url = required(settings, attribute, &because)?;
         Ok(Self {
-            url: Url::parse(&url).map_err(|_| WorkspaceError::InvalidValue {
-                name: settings.named(attribute),
-                problem: "is not an address",
-            })?,
-            token: required_secret(settings, Attribute::ActionsIdTokenRequestToken, because)?,
+            url: Url::parse(&url).map_err(|_| invalid(settings, attribute, "is not an address"))?,
+            token: required_secret(settings, Attribute::ActionsIdTokenRequestToken, &because)?,
         })
     }
 }
@@ -68,7 +64,7 @@ impl IdentitySource for GithubToken {
             let call = api.get(AuthKind::GithubOidc, url).bearer(&self.token);
             let explain = |error| {
                 let hint = format!("{PERMISSION}; its request token lives only as long as the job");
-                diagnosis::service(SERVICE, Some(hint), error)
+                diagnosis::service("GitHub's identity service", &hint, error)
             };
             Ok(api.json::<Answer>(call, explain).await?.value)
         })

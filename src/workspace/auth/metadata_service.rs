@@ -5,7 +5,9 @@
 use reqwest::header::{HeaderName, HeaderValue};
 use url::Url;
 
-use super::{AuthKind, Boxed, Freshness, Kind, TokenSource, WorkspaceToken, required, token};
+use super::{
+    AuthKind, Boxed, Freshness, Kind, Source, TokenSource, WorkspaceToken, invalid, required, token,
+};
 use crate::{
     config::{Attribute, AuthFamily},
     workspace::{
@@ -22,7 +24,12 @@ const HOST: HeaderName = HeaderName::from_static("x-databricks-host");
 
 pub(super) const KIND: Kind = Kind {
     family: Some(AuthFamily::MetadataService),
-    ..Kind::new(|settings, host| Ok(Box::new(MetadataService::new(settings, host)?)))
+    has_cache: true,
+    ..Kind::new(|settings, host| {
+        let hint = "restart the tool that set `DATABRICKS_METADATA_SERVICE_URL`";
+        let tokens = MetadataService::new(settings, host)?;
+        Ok(Source::new(AuthKind::MetadataService, hint, tokens))
+    })
 };
 
 struct MetadataService {
@@ -38,31 +45,21 @@ impl MetadataService {
             attribute,
             "metadata-service requests tokens there",
         )?;
-        let invalid = |attribute, problem| WorkspaceError::InvalidValue {
-            name: settings.named(attribute),
-            problem,
-        };
-        let url = Url::parse(&text).map_err(|_| invalid(attribute, "is not an address"))?;
+        let wrong = |problem| invalid(settings, attribute, problem);
+        let url = Url::parse(&text).map_err(|_| wrong("is not an address"))?;
         if !url.host_str().is_some_and(is_loopback) || !matches!(url.scheme(), "http" | "https") {
-            return Err(invalid(
-                attribute,
-                "must be an address of this machine (localhost)",
-            ));
+            return Err(wrong("must be an address of this machine (localhost)"));
         }
         let host = HeaderValue::from_str(&host.to_string())
-            .map_err(|_| invalid(Attribute::Host, "holds characters that cannot be sent"))?;
+            .map_err(|_| WorkspaceError::unsendable(&settings.named(Attribute::Host)))?;
         Ok(Self { url, host })
     }
 }
 
 impl TokenSource for MetadataService {
-    fn kind(&self) -> AuthKind {
-        AuthKind::MetadataService
-    }
-
     fn token<'a>(&'a self, api: &'a Api, _: Freshness) -> Boxed<'a, WorkspaceToken> {
         let call = api
-            .local(self.kind(), self.url.clone())
+            .local(AuthKind::MetadataService, self.url.clone())
             .with_secret_path()
             .header(VERSION, HeaderValue::from_static("1"))
             .header(HOST, self.host.clone());
@@ -77,16 +74,8 @@ impl TokenSource for MetadataService {
                 _ => "start the tool that set `DATABRICKS_METADATA_SERVICE_URL` again, or unset it"
                     .to_owned(),
             };
-            diagnosis::service("the local metadata service", Some(hint), error)
+            diagnosis::service("the local metadata service", &hint, error)
         };
         Box::pin(token::request(api, call, explain))
-    }
-
-    fn hint(&self) -> String {
-        "restart the tool that set `DATABRICKS_METADATA_SERVICE_URL`".to_owned()
-    }
-
-    fn has_cache(&self) -> bool {
-        true
     }
 }

@@ -1,7 +1,9 @@
 //! Authentication to the workspace: one file per kind, and the table of kinds.
 //!
-//! A kind gets workspace tokens; the cache keeps one and renews it before it expires. To add a kind, write a file with its
-//! [`TokenSource`] and its [`Kind`], and add a line to the table below.
+//! A kind gets workspace tokens; the cache keeps one and renews it before it expires. To add a kind, write one file and add
+//! one line to the table below. The file holds a const `KIND`, which states when the kind is used and makes its [`Source`],
+//! and a type with the one method of [`TokenSource`]; a kind that exchanges another issuer's identity token implements
+//! [`exchange::IdentitySource`] instead. Settings of a new kind are attributes in `config`.
 
 mod azure;
 mod azure_cli;
@@ -10,7 +12,6 @@ mod azure_devops_oidc;
 mod azure_msi;
 mod cache;
 mod choice;
-mod command;
 mod databricks_cli;
 mod env_oidc;
 mod exchange;
@@ -30,16 +31,15 @@ use std::pin::Pin;
 
 use secrecy::{ExposeSecret, SecretString};
 
-use super::{
-    WorkspaceError, api::Api, diagnosis::CallError, host::Host, settings::ResolvedSettings,
-};
+use super::{CallError, WorkspaceError, api::Api, host::Host, settings::ResolvedSettings};
 use crate::config::{Attribute, AuthFamily};
 
 pub(super) use cache::{CachedToken, TokenCache};
 pub(super) use choice::choose;
 pub(super) use model_serving::host as serving_host;
-pub(super) use token::claim;
-use token::{Expiry, TokenResponse, WorkspaceToken};
+pub(super) use token::WorkspaceToken;
+pub(crate) use token::claim;
+use token::{Expiry, TokenResponse};
 
 macro_rules! kinds {
     ($($(#[$doc:meta])* $kind:ident = $label:literal in $file:ident;)+) => {
@@ -95,7 +95,7 @@ kinds! {
     ModelServing = "model-serving" in model_serving;
 }
 
-/// When a kind is used, and how its source is made.
+/// When a kind is used, how its source is made, and what its tokens are like.
 struct Kind {
     /// The family of settings that select it.
     family: Option<AuthFamily>,
@@ -105,10 +105,14 @@ struct Kind {
     is_available: fn(&ResolvedSettings, &Host) -> bool,
     /// Whether its tokens can assume the rights of a group (`DATABRICKS_GROUP_ID`).
     takes_group: bool,
+    /// Whether it may return a token that it returned before.
+    has_cache: bool,
+    /// Whether another call can return another token.
+    is_renewable: bool,
     create: Constructor,
 }
 
-type Constructor = fn(&ResolvedSettings, &Host) -> Result<Box<dyn TokenSource>, WorkspaceError>;
+type Constructor = fn(&ResolvedSettings, &Host) -> Result<Source, WorkspaceError>;
 
 impl Kind {
     /// A kind that nothing selects but its name.
@@ -118,37 +122,51 @@ impl Kind {
             is_selected: |_| true,
             is_available: |_, _| false,
             takes_group: false,
+            has_cache: false,
+            is_renewable: true,
             create,
         }
     }
 }
 
 /// A future, boxed for use in trait objects.
-type Boxed<'a, T> = Pin<Box<dyn Future<Output = Result<T, CallError>> + Send + 'a>>;
+pub(super) type Boxed<'a, T> = Pin<Box<dyn Future<Output = Result<T, CallError>> + Send + 'a>>;
 
-/// A source of workspace tokens.
-pub(super) trait TokenSource: Send + Sync {
-    fn kind(&self) -> AuthKind;
-
-    fn token<'a>(&'a self, api: &'a Api, freshness: Freshness) -> Boxed<'a, WorkspaceToken>;
-
-    /// What to check when the workspace refuses the token: a setting, or a command to run.
-    fn hint(&self) -> String;
-
+/// A kind with its settings.
+pub(super) struct Source {
+    pub(super) kind: AuthKind,
+    /// What to check when the workspace refuses its token: a setting, or a command to run.
+    pub(super) hint: String,
     /// The service principal's application id, which is also its Postgres role, if it is known.
-    fn service_principal(&self) -> Option<&str> {
-        None
+    service_principal: Option<String>,
+    tokens: Box<dyn TokenSource>,
+}
+
+impl Source {
+    pub(super) fn new(
+        kind: AuthKind,
+        hint: impl Into<String>,
+        tokens: impl TokenSource + 'static,
+    ) -> Self {
+        Self {
+            kind,
+            hint: hint.into(),
+            service_principal: None,
+            tokens: Box::new(tokens),
+        }
     }
 
-    /// Whether it may return a token that it returned before.
-    fn has_cache(&self) -> bool {
-        false
+    fn of_service_principal(self, id: Option<String>) -> Self {
+        Self {
+            service_principal: id,
+            ..self
+        }
     }
+}
 
-    /// Whether another call can return another token.
-    fn is_renewable(&self) -> bool {
-        true
-    }
+/// Gets workspace tokens.
+pub(super) trait TokenSource: Send + Sync {
+    fn token<'a>(&'a self, api: &'a Api, freshness: Freshness) -> Boxed<'a, WorkspaceToken>;
 }
 
 /// How new a token has to be.
@@ -167,28 +185,28 @@ const CHECK_ASSIGNMENT: &str = "check that the service principal is assigned to 
 fn required(
     settings: &ResolvedSettings,
     attribute: Attribute,
-    because: impl Into<String>,
+    because: &str,
 ) -> Result<String, WorkspaceError> {
     let value = settings.text(attribute).map(str::to_owned);
-    value.ok_or_else(|| WorkspaceError::Incomplete {
-        missing: attribute.variables().first().copied().unwrap_or_default(),
-        because: because.into(),
-    })
+    let missing = attribute.variables().first().copied().unwrap_or_default();
+    value.ok_or_else(|| WorkspaceError::incomplete(missing, because))
+}
+
+/// The value of a setting is of no use.
+fn invalid(settings: &ResolvedSettings, attribute: Attribute, problem: &str) -> WorkspaceError {
+    WorkspaceError::new(format!("{} {problem}", settings.named(attribute)))
 }
 
 /// A required secret that a header or a form can carry.
 fn required_secret(
     settings: &ResolvedSettings,
     attribute: Attribute,
-    because: impl Into<String>,
+    because: &str,
 ) -> Result<SecretString, WorkspaceError> {
     let secret = SecretString::from(required(settings, attribute, because)?);
     let text = secret.expose_secret();
     if text.chars().any(|c| !c.is_ascii_graphic() && c != ' ') {
-        return Err(WorkspaceError::InvalidValue {
-            name: settings.named(attribute),
-            problem: "holds characters that cannot be sent",
-        });
+        return Err(WorkspaceError::unsendable(&settings.named(attribute)));
     }
     Ok(secret)
 }

@@ -8,7 +8,7 @@ use secrecy::SecretString;
 use serde::Deserialize;
 use tokio::time::sleep;
 
-use super::{AuthKind, Boxed, Expiry, Freshness, Kind, TokenSource, WorkspaceToken};
+use super::{AuthKind, Boxed, Expiry, Freshness, Kind, Source, TokenSource, WorkspaceToken};
 use crate::{
     config::Variables,
     net::file,
@@ -38,7 +38,12 @@ const MAX_FILE: u64 = 64 * 1024;
 
 pub(super) const KIND: Kind = Kind {
     is_available: |settings, _| is_serving(&settings.variables),
-    ..Kind::new(|settings, _| Ok(Box::new(ModelServing::new(&settings.variables)?)))
+    has_cache: true,
+    ..Kind::new(|settings, _| {
+        let hint = "check that the model was logged with the resources that it uses, and that `DATABRICKS_HOST`, if set, is their workspace";
+        let tokens = ModelServing::new(&settings.variables)?;
+        Ok(Source::new(AuthKind::ModelServing, hint, tokens))
+    })
 };
 
 struct ModelServing {
@@ -72,16 +77,17 @@ pub(in crate::workspace) fn host(variables: &Variables) -> Option<(&'static str,
 impl ModelServing {
     fn new(variables: &Variables) -> Result<Self, WorkspaceError> {
         if !is_serving(variables) {
-            return Err(WorkspaceError::Incomplete {
-                missing: "IS_IN_DATABRICKS_MODEL_SERVING_ENV",
-                because: "model-serving works in Databricks Model Serving alone, which sets it"
-                    .to_owned(),
-            });
+            let because = "model-serving works in Databricks Model Serving alone, which sets it";
+            return Err(WorkspaceError::incomplete(IS_SERVING[1], because));
         }
         let directory = variables.get(DIRECTORY).unwrap_or(CLASSIC_DIRECTORY);
         let path = PathBuf::from(directory).join(FILE);
         if !path.is_file() {
-            return Err(WorkspaceError::NoServingToken { path });
+            let path = path.display();
+            return Err(WorkspaceError::absent(format!(
+                "model-serving needs the token in `{path}`, which does not exist"
+            ))
+            .with_hint("log the model with the resources that it uses, so that Model Serving gives it a token, or set `DATABRICKS_CLIENT_ID` and `DATABRICKS_CLIENT_SECRET`"));
         }
         Ok(Self { path })
     }
@@ -106,32 +112,18 @@ impl ModelServing {
     }
 
     fn unreadable(&self, error: &io::Error) -> CallError {
-        CallError::unavailable(
-            format!(
-                "cannot read the token of model-serving in `{}`",
-                self.path.display()
-            ),
-            Some(error.to_string()),
-            "check that Model Serving still keeps the file; the proxy reads it again".to_owned(),
-        )
+        let path = self.path.display();
+        CallError::unavailable(format!(
+            "cannot read the token of model-serving in `{path}`"
+        ))
+        .with_detail(error.to_string())
+        .with_hint("check that Model Serving still keeps the file; the proxy reads it again")
     }
 }
 
 impl TokenSource for ModelServing {
-    fn kind(&self) -> AuthKind {
-        AuthKind::ModelServing
-    }
-
     fn token<'a>(&'a self, _: &'a Api, _: Freshness) -> Boxed<'a, WorkspaceToken> {
         Box::pin(self.token())
-    }
-
-    fn hint(&self) -> String {
-        "check that the model was logged with the resources that it uses, and that `DATABRICKS_HOST`, if set, is their workspace".to_owned()
-    }
-
-    fn has_cache(&self) -> bool {
-        true
     }
 }
 

@@ -3,7 +3,7 @@
 use secrecy::SecretString;
 
 use super::{
-    AuthKind, Boxed, CHECK_ASSIGNMENT, Freshness, Kind, TokenSource, WorkspaceToken,
+    AuthKind, Boxed, CHECK_ASSIGNMENT, Freshness, Kind, Source, TokenSource, WorkspaceToken,
     oidc::{Grant, Oidc},
     required, required_secret, token,
 };
@@ -16,7 +16,12 @@ pub(super) const KIND: Kind = Kind {
     family: Some(AuthFamily::OAuth),
     is_selected: |settings| settings.client_secret.is_some(),
     takes_group: true,
-    ..Kind::new(|settings, _| Ok(Box::new(OAuthM2m::new(settings)?)))
+    ..Kind::new(|settings, _| {
+        let tokens = OAuthM2m::new(settings)?;
+        let id = tokens.client_id.clone();
+        let source = Source::new(AuthKind::OAuthM2m, CHECK_ASSIGNMENT, tokens);
+        Ok(source.of_service_principal(Some(id)))
+    })
 };
 
 struct OAuthM2m {
@@ -35,10 +40,8 @@ impl OAuthM2m {
         let client_secret = required_secret(settings, Attribute::ClientSecret, because)?;
         // RFC 7617: a colon would end the id early.
         if client_id.contains(':') || client_id.chars().any(char::is_control) {
-            return Err(WorkspaceError::InvalidValue {
-                name: settings.named(Attribute::ClientId),
-                problem: "holds characters that cannot be sent",
-            });
+            let name = settings.named(Attribute::ClientId);
+            return Err(WorkspaceError::unsendable(&name));
         }
         Ok(Self {
             client_id,
@@ -55,15 +58,11 @@ impl OAuthM2m {
 }
 
 impl TokenSource for OAuthM2m {
-    fn kind(&self) -> AuthKind {
-        AuthKind::OAuthM2m
-    }
-
     fn token<'a>(&'a self, api: &'a Api, _: Freshness) -> Boxed<'a, WorkspaceToken> {
         Box::pin(async move {
-            let endpoint = self.oidc.endpoint(api, self.kind()).await;
+            let endpoint = self.oidc.endpoint(api, AuthKind::OAuthM2m).await;
             let call = api
-                .post(self.kind(), endpoint.url)
+                .post(AuthKind::OAuthM2m, endpoint.url)
                 .basic(&self.client_id, &self.client_secret)
                 .form(&self.grant.form("client_credentials", []));
             let explain = |error| {
@@ -72,13 +71,5 @@ impl TokenSource for OAuthM2m {
             };
             token::request(api, call, explain).await
         })
-    }
-
-    fn hint(&self) -> String {
-        CHECK_ASSIGNMENT.to_owned()
-    }
-
-    fn service_principal(&self) -> Option<&str> {
-        Some(&self.client_id)
     }
 }

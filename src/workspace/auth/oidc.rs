@@ -7,12 +7,13 @@ use tokio::sync::OnceCell;
 use tracing::debug;
 use url::Url;
 
-use super::AuthKind;
+use super::{AuthKind, invalid};
 use crate::{
-    config::{Attribute, WorkspaceSettings},
+    config::Attribute,
     workspace::{
         WorkspaceError,
         api::{Api, ApiError},
+        settings::ResolvedSettings,
     },
 };
 
@@ -78,17 +79,13 @@ enum Found<T> {
 }
 
 impl Oidc {
-    pub(super) fn new(settings: &WorkspaceSettings) -> Result<Self, WorkspaceError> {
-        let wrong = || WorkspaceError::InvalidValue {
-            name: settings.named(Attribute::DiscoveryUrl),
-            problem: "is not an https address",
-        };
-        let discovery_url = match &settings.discovery_url {
-            None => None,
-            Some(text) => Some(Url::parse(text).map_err(|_| wrong())?),
-        };
+    pub(super) fn new(settings: &ResolvedSettings) -> Result<Self, WorkspaceError> {
+        let url = settings.discovery_url.as_deref().map(Url::parse);
+        let problem = "is not an https address";
         Ok(Self {
-            discovery_url,
+            discovery_url: url
+                .transpose()
+                .map_err(|_| invalid(settings, Attribute::DiscoveryUrl, problem))?,
             account_id: settings.account_id.clone(),
             endpoint: OnceCell::new(),
         })
@@ -192,7 +189,7 @@ pub(super) struct Grant {
 }
 
 impl Grant {
-    pub(super) fn new(settings: &WorkspaceSettings) -> Self {
+    pub(super) fn new(settings: &ResolvedSettings) -> Self {
         let scopes = settings.scopes.as_deref().unwrap_or_default();
         let mut scopes: Vec<&str> = scopes
             .split([',', ' '])

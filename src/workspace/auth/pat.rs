@@ -3,7 +3,7 @@
 use secrecy::SecretString;
 
 use super::{
-    AuthKind, Boxed, Expiry, Freshness, Kind, TokenSource, WorkspaceToken, required_secret,
+    AuthKind, Boxed, Expiry, Freshness, Kind, Source, TokenSource, WorkspaceToken, required_secret,
 };
 use crate::{
     config::{Attribute, AuthFamily},
@@ -12,43 +12,28 @@ use crate::{
 
 pub(super) const KIND: Kind = Kind {
     family: Some(AuthFamily::Pat),
+    is_renewable: false,
     ..Kind::new(|settings, _| {
         let because = "a personal access token is to be used";
-        Ok(Box::new(Pat {
-            token: required_secret(settings, Attribute::Token, because)?,
-            setting: settings.named(Attribute::Token),
-        }))
+        let token = required_secret(settings, Attribute::Token, because)?;
+        let hint = format!(
+            "check {}: it may have expired, been revoked, or belong to another workspace",
+            settings.named(Attribute::Token)
+        );
+        Ok(Source::new(AuthKind::Pat, hint, Pat(token)))
     })
 };
 
-struct Pat {
-    token: SecretString,
-    setting: String,
-}
+struct Pat(SecretString);
 
 impl TokenSource for Pat {
-    fn kind(&self) -> AuthKind {
-        AuthKind::Pat
-    }
-
     fn token<'a>(&'a self, _: &'a Api, _: Freshness) -> Boxed<'a, WorkspaceToken> {
         let token = WorkspaceToken {
-            secret: self.token.clone(),
+            secret: self.0.clone(),
             expiry: Expiry::Unknown,
             scopes: None,
             headers: Vec::new(),
         };
         Box::pin(async { Ok(token) })
-    }
-
-    fn hint(&self) -> String {
-        format!(
-            "check {}: it may have expired, been revoked, or belong to another workspace",
-            self.setting
-        )
-    }
-
-    fn is_renewable(&self) -> bool {
-        false
     }
 }

@@ -33,7 +33,8 @@ const KINDS: &[(&str, &str)] = &[
 /// The refusal of the kind with this name.
 pub(super) fn by_label(label: &str) -> Option<WorkspaceError> {
     let (kind, instead) = KINDS.iter().copied().find(|(known, _)| *known == label)?;
-    Some(WorkspaceError::Refused { kind, instead })
+    let message = format!("signing in with {kind} is not supported");
+    Some(WorkspaceError::new(message).with_hint(instead))
 }
 
 /// The refusal of the kind that these settings of a family select.

@@ -8,6 +8,7 @@ use reqwest::header::{HeaderName, HeaderValue};
 use secrecy::{ExposeSecret, SecretString};
 use serde::Deserialize;
 use serde_json::Value;
+use zeroize::Zeroizing;
 
 use crate::workspace::{
     CallError,
@@ -43,10 +44,7 @@ impl WorkspaceToken {
     pub(super) fn new(secret: SecretString, expiry: Expiry) -> Result<Self, CallError> {
         let token = secret.expose_secret();
         if token.is_empty() || token.chars().any(|c| !c.is_ascii_graphic()) {
-            return Err(CallError::malformed(
-                "the workspace token is not a token",
-                None,
-            ));
+            return Err(CallError::malformed("the workspace token is not a token"));
         }
         let scopes = claim(token, "scope").or_else(|| claim(token, "scp"));
         Ok(Self {
@@ -101,8 +99,9 @@ fn seconds(seconds: f64) -> Option<Duration> {
 }
 
 /// A claim of a JWT, unverified: for messages, never for a decision about access.
-pub(in crate::workspace) fn claim(token: &str, name: &str) -> Option<String> {
+pub(crate) fn claim(token: &str, name: &str) -> Option<String> {
     let payload = URL_SAFE_NO_PAD.decode(token.split('.').nth(1)?).ok()?;
+    let payload = Zeroizing::new(payload);
     let claims: Value = serde_json::from_slice(&payload).ok()?;
     match claims.get(name)? {
         Value::String(text) => Some(text.clone()),

@@ -1,14 +1,26 @@
 //! The kind and the hint for each answer of the workspace.
 
+use std::future::pending;
+
 use super::*;
+use crate::workspace::{
+    api::Api,
+    auth::{Boxed, Freshness, TokenSource, WorkspaceToken},
+};
 
 const NAME: &str = "projects/p/branches/production/endpoints/primary";
 
-fn signed_in(kind: AuthKind) -> SignedIn {
-    SignedIn {
-        kind,
-        hint: "the service principal is assigned to this workspace".to_owned(),
+struct NoTokens;
+
+impl TokenSource for NoTokens {
+    fn token<'a>(&'a self, _: &'a Api, _: Freshness) -> Boxed<'a, WorkspaceToken> {
+        Box::pin(pending())
     }
+}
+
+fn signed_in(kind: AuthKind) -> Source {
+    let hint = "the service principal is assigned to this workspace";
+    Source::new(kind, hint, NoTokens)
 }
 
 /// Without a purpose: an answer of the token endpoint.
@@ -38,7 +50,7 @@ fn diagnosed(purpose: Option<Purpose<'_>>, status: u16, code: &str, message: &st
 
 #[test]
 fn each_known_refusal_has_its_own_hint() {
-    use MintErrorKind::{RateLimited, Refused, Unavailable};
+    use CallErrorKind::{RateLimited, Refused, Unavailable};
     let credential = Some(Purpose::Credential(NAME));
     let token = None;
     for (purpose, status, code, text, kind, hint) in [
@@ -228,7 +240,7 @@ fn a_private_workspace_is_recognized_by_its_redirect() {
     assert!(private.hint.unwrap().contains("PrivateLink"));
     let other = redirected("https://www.databricks.com/");
     assert!(other.hint.unwrap().contains("DATABRICKS_HOST"));
-    assert_eq!(other.kind, MintErrorKind::Refused);
+    assert_eq!(other.kind, CallErrorKind::Refused);
 }
 
 /// A permission that was granted a moment ago, or a compute that restarts, answers with a status of 403 or 409.
@@ -244,7 +256,7 @@ fn temporary_codes_are_retried_with_any_status() {
         for status in [400, 403, 404, 409, 503] {
             for purpose in [Some(Purpose::Credential(NAME)), None] {
                 let error = diagnosed(purpose, status, code, "not now");
-                assert_eq!(error.kind, MintErrorKind::Unavailable, "{code} {status}");
+                assert_eq!(error.kind, CallErrorKind::Unavailable, "{code} {status}");
                 assert!(!error.is_forbidden(), "{code} {status}");
             }
         }

@@ -21,7 +21,7 @@ use super::{
 use crate::{
     net::backoff::Backoff,
     workspace::{
-        Answer, CallError, EndpointName, InstanceName, MintErrorKind, ProjectName, Target,
+        Answer, CallError, CallErrorKind, EndpointName, InstanceName, ProjectName, Target,
         Workspace, diagnosis::Purpose,
     },
 };
@@ -229,7 +229,7 @@ impl<'a> Lookup<'a> {
             let pause = error.retry_after.unwrap_or_default().max(backoff.next());
             let is_temporary = matches!(
                 error.kind,
-                MintErrorKind::RateLimited | MintErrorKind::Unavailable
+                CallErrorKind::RateLimited | CallErrorKind::Unavailable
             );
             if !is_temporary || Instant::now() + pause >= deadline {
                 return Err(error);

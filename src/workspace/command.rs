@@ -1,10 +1,10 @@
-//! Runs a command-line tool for its output: found on `PATH`, bounded in time and size, never through a shell.
+//! Runs a program for its output: found on `PATH`, bounded in time and size, never through a shell.
 
 use std::{
     env::split_paths,
     io,
     path::{Path, PathBuf},
-    process::Stdio,
+    process::{ExitStatus, Stdio},
     time::Duration,
 };
 
@@ -15,24 +15,27 @@ use tokio::{
 };
 use zeroize::Zeroizing;
 
-use crate::{config::Variables, workspace::diagnosis::clean};
+use super::{CallError, CallErrorKind, diagnosis::clean};
+use crate::config::Variables;
 
 /// The largest output that is read, of each kind.
 const MAX_OUTPUT: u64 = 1024 * 1024;
 
 /// The output of a program that ended.
-pub(super) struct Output {
-    pub(super) is_success: bool,
-    pub(super) stdout: Zeroizing<Vec<u8>>,
+pub(crate) struct Output {
+    pub(crate) status: ExitStatus,
+    pub(crate) stdout: Zeroizing<Vec<u8>>,
     /// One line, fit to be shown.
-    pub(super) stderr: String,
+    pub(crate) stderr: String,
 }
 
 /// Why a program has no usable output.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum CommandError {
+pub(crate) enum CommandError {
     #[error("it does not start: {0}")]
     Start(#[source] io::Error),
+    #[error("its output cannot be read: {0}")]
+    Broken(#[source] io::Error),
     #[error("it did not end within {} seconds", .0.as_secs())]
     Timeout(Duration),
     #[error("it printed more than 1 MiB")]
@@ -40,7 +43,7 @@ pub(super) enum CommandError {
 }
 
 /// Runs to the end, or kills. Cancel safe: the program is killed.
-pub(super) async fn run(
+pub(crate) async fn run(
     program: &Path,
     arguments: &[&str],
     limit: Duration,
@@ -58,12 +61,12 @@ pub(super) async fn run(
     let (stdout, stderr, status) = timeout(limit, all)
         .await
         .map_err(|_| CommandError::Timeout(limit))?
-        .map_err(CommandError::Start)?;
+        .map_err(CommandError::Broken)?;
     if stdout.len() as u64 > MAX_OUTPUT {
         return Err(CommandError::TooMuch);
     }
     Ok(Output {
-        is_success: status.success(),
+        status,
         stdout,
         stderr: clean(&String::from_utf8_lossy(&stderr)),
     })
@@ -78,6 +81,27 @@ async fn read(pipe: Option<impl AsyncRead + Unpin>) -> io::Result<Zeroizing<Vec<
     }
     Ok(bytes)
 }
+
+/// A row of a table of failures: parts of the program's messages, and the kind, message and hint of the error.
+pub(super) type Failure = (
+    &'static [&'static str],
+    CallErrorKind,
+    &'static str,
+    &'static str,
+);
+
+/// The error of the first row with a part in what the program printed, in any case. The last row has the part "".
+pub(super) fn explain(failures: &[Failure], stderr: &str) -> CallError {
+    let words = stderr.to_ascii_lowercase();
+    let has = |part: &&str| words.contains(&part.to_ascii_lowercase());
+    let row = failures.iter().find(|(parts, ..)| parts.iter().any(has));
+    let (_, kind, message, hint) = row.copied().unwrap_or(UNEXPLAINED);
+    CallError::new(kind, message)
+        .with_detail(stderr)
+        .with_hint(hint)
+}
+
+const UNEXPLAINED: Failure = (&[], CallErrorKind::Refused, "the command failed", "");
 
 /// Every program of this name, by `PATH`; a name with a slash is a path already.
 pub(super) fn find(name: &str, variables: &Variables) -> Vec<PathBuf> {
@@ -126,7 +150,7 @@ mod tests {
             .unwrap();
         assert_eq!(output.stdout.as_slice(), b"out\n");
         assert_eq!(output.stderr, "bad [removed]");
-        assert!(!output.is_success);
+        assert_eq!(output.status.code(), Some(3));
     }
 
     #[tokio::test]
