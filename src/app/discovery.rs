@@ -7,7 +7,7 @@ use tokio::time::{Instant, sleep_until};
 use super::{
     StartError,
     endpoint::{Endpoints, Served},
-    locate::{Access, Discovered, locate},
+    locate::{EndpointSource, LocatedEndpoint, locate},
     outcomes::Reporter,
 };
 use crate::{
@@ -25,7 +25,7 @@ const REQUEST_BUDGET: Duration = Duration::from_secs(2);
 /// The discovery of one endpoint.
 pub(super) struct Discovery {
     pub(super) served: Arc<Served>,
-    pub(super) access: Access,
+    pub(super) source: EndpointSource,
     pub(super) endpoints: Endpoints,
     pub(super) finder: RouteFinder,
     pub(super) reporter: Option<Reporter>,
@@ -33,7 +33,7 @@ pub(super) struct Discovery {
 
 impl Discovery {
     /// Tries until the endpoint is found. Retries follow the pace of credential requests, which fail for the same reasons.
-    pub(super) async fn run(&self) -> Discovered {
+    pub(super) async fn run(&self) -> LocatedEndpoint {
         let mut pace = Pace::new(Instant::now());
         let mut logged = None;
         loop {
@@ -62,8 +62,8 @@ impl Discovery {
         }
     }
 
-    async fn attempt(&self) -> Result<Discovered, StartError> {
-        let located = locate(&self.served.config, &self.access, REQUEST_BUDGET).await?;
+    async fn attempt(&self) -> Result<LocatedEndpoint, StartError> {
+        let located = locate(&self.served.config, &self.source, REQUEST_BUDGET).await?;
         refuse_loop(&located, &self.endpoints).await?;
         Ok(located)
     }
@@ -115,7 +115,7 @@ fn refusal(config: &EndpointConfig, error: &StartError) -> Refusal {
 }
 
 /// Refuses an upstream that is one of our own listeners: each connection would open another.
-async fn refuse_loop(located: &Discovered, endpoints: &Endpoints) -> Result<(), StartError> {
+async fn refuse_loop(located: &LocatedEndpoint, endpoints: &Endpoints) -> Result<(), StartError> {
     let endpoint = &located.endpoint;
     let ours = endpoints.addresses();
     if !ours.iter().any(|ours| ours.port() == endpoint.port) {

@@ -24,7 +24,7 @@ pub struct Served {
     /// The addresses that its clients connect to.
     pub bound: Bound,
     /// The context of its sessions.
-    pub(crate) sessions: Arc<EndpointContext>,
+    pub(crate) context: Arc<EndpointContext>,
     /// Its credential.
     pub credentials: CredentialCell,
     /// The fingerprint of the roots in use.
@@ -38,7 +38,7 @@ impl Served {
     fn why_not_ready(&self) -> String {
         let error = self.credentials.status().last_error;
         let why = error.map(|error| error.to_string());
-        why.or_else(|| self.sessions.route.problem())
+        why.or_else(|| self.context.route.problem())
             .map_or_else(String::new, |why| format!(": {why}"))
     }
 
@@ -54,7 +54,7 @@ impl Served {
 
     pub(super) fn snapshot(&self) -> EndpointSnapshot {
         let status = self.credentials.status();
-        let upstream = self.sessions.route.found().map(|upstream| {
+        let upstream = self.context.route.found().map(|upstream| {
             let endpoint = upstream.endpoint();
             UpstreamSnapshot {
                 host: endpoint.host.clone(),
@@ -73,9 +73,9 @@ impl Served {
         });
         EndpointSnapshot {
             name: self.shown_name(),
-            listening: self.bound.words(),
-            sessions: self.sessions.registry.clone(),
-            metrics: Arc::clone(&self.sessions.metrics),
+            listening: self.bound.to_strings(),
+            sessions: self.context.registry.clone(),
+            metrics: Arc::clone(&self.context.metrics),
             upstream,
             credential: CredentialSnapshot {
                 source: self.config.credential.label(),

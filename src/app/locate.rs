@@ -15,21 +15,21 @@ use crate::{
 };
 
 /// An endpoint that can be dialed, and the source of its credentials.
-pub(crate) struct Discovered {
+pub(crate) struct LocatedEndpoint {
     pub(crate) endpoint: Endpoint,
     pub(crate) mint: Arc<dyn Mint>,
 }
 
-/// What mints an endpoint's credentials.
+/// Where an endpoint's host and credentials come from.
 #[derive(Clone)]
-pub(super) enum Access {
+pub(super) enum EndpointSource {
     /// A source that the settings name.
     Own(Arc<dyn Mint>),
     /// The workspace, which can complete the settings too.
     Workspace(Workspace),
 }
 
-impl Access {
+impl EndpointSource {
     /// `workspace` is called only if the settings name no other source.
     pub(super) fn new<E>(
         source: &CredentialSource,
@@ -43,8 +43,8 @@ impl Access {
 }
 
 /// Checks what needs no network: names, and the trusted roots.
-pub(super) fn check(config: &EndpointConfig, access: &Access) -> Result<(), StartError> {
-    if let Access::Workspace(_) = access {
+pub(super) fn check(config: &EndpointConfig, source: &EndpointSource) -> Result<(), StartError> {
+    if let EndpointSource::Workspace(_) = source {
         Wanted::from(config)
             .check()
             .map_err(|error| StartError::Locate(Box::new(error.into())))?;
@@ -58,18 +58,18 @@ pub(super) fn check(config: &EndpointConfig, access: &Access) -> Result<(), Star
 /// Looks up host and user where they are not set; `timeout` is the limit of one request to the workspace, with retries.
 pub(super) async fn locate(
     config: &EndpointConfig,
-    access: &Access,
+    source: &EndpointSource,
     timeout: Duration,
-) -> Result<Discovered, StartError> {
-    let workspace = match access {
-        Access::Workspace(workspace) => workspace,
-        Access::Own(mint) => {
+) -> Result<LocatedEndpoint, StartError> {
+    let workspace = match source {
+        EndpointSource::Workspace(workspace) => workspace,
+        EndpointSource::Own(mint) => {
             // The settings have been checked: such an endpoint has a host and a user.
             let host = config.host.clone().unwrap_or_default();
             let user = config.user.clone().unwrap_or_default();
             let database = config.database_or_default().to_owned();
             let label = Label::new(config.called());
-            return Ok(Discovered {
+            return Ok(LocatedEndpoint {
                 endpoint: endpoint(config, label, host, user, database).await?,
                 mint: Arc::clone(mint),
             });
@@ -98,7 +98,7 @@ pub(super) async fn locate(
     let database = located
         .database
         .unwrap_or_else(|| DEFAULT_DATABASE.to_owned());
-    Ok(Discovered {
+    Ok(LocatedEndpoint {
         endpoint: endpoint(config, label, located.host, located.user, database).await?,
         mint: Arc::new(CredentialMinter::new(workspace.clone(), located.target)),
     })

@@ -23,7 +23,7 @@ pub use self::{
     running::Running,
 };
 use self::{
-    locate::{Access, Discovered, locate},
+    locate::{EndpointSource, LocatedEndpoint, locate},
     serve::BoundEndpoint,
     shared::Shared,
 };
@@ -71,7 +71,10 @@ impl fmt::Debug for App {
 }
 
 impl App {
-    /// Binds every port; sends nothing to the workspace yet. Fails if every endpoint's settings are invalid.
+    /// Binds every port; sends nothing to the workspace yet.
+    ///
+    /// Fails if the settings of the workspace are invalid where an endpoint needs it, or those of all endpoints: with one that
+    /// works, the others are reported and refused to clients.
     pub async fn build(config: Config) -> Result<Self, StartError> {
         Self::build_with(config, Inherited::default()).await
     }
@@ -127,7 +130,7 @@ impl App {
         }
         let mut checks = bound
             .iter()
-            .map(|endpoint| locate::check(&endpoint.served.config, &endpoint.access));
+            .map(|endpoint| locate::check(&endpoint.served.config, &endpoint.source));
         if let Some(Err(error)) = checks.next()
             && checks.all(|check| check.is_err())
         {
@@ -168,7 +171,7 @@ impl App {
 const LOCATE_BUDGET: Duration = Duration::from_mins(1);
 
 /// Locates the first endpoint and the source of its credentials, without listening.
-pub(crate) async fn locate_first(config: Config) -> Result<Discovered, StartError> {
+pub(crate) async fn locate_first(config: Config) -> Result<LocatedEndpoint, StartError> {
     let [endpoint, ..] = &config.endpoints[..] else {
         return Err(StartError::NoEndpoint);
     };
@@ -181,8 +184,8 @@ pub(crate) async fn locate_first(config: Config) -> Result<Discovered, StartErro
             Metrics::new()?,
         )?)
     };
-    let access = Access::new(&endpoint.credential, workspace)?;
-    locate(endpoint, &access, LOCATE_BUDGET).await
+    let source = EndpointSource::new(&endpoint.credential, workspace)?;
+    locate(endpoint, &source, LOCATE_BUDGET).await
 }
 
 async fn bind(

@@ -71,7 +71,7 @@ impl RefusedReload {
 /// A change for which everything that can fail is done.
 struct Prepared {
     added: Vec<BoundEndpoint>,
-    back: Vec<Arc<Served>>,
+    resumed: Vec<Arc<Served>>,
     roots: Vec<(Arc<Served>, Option<Fingerprint>, Security)>,
     access: Arc<AccessPolicy>,
 }
@@ -183,16 +183,16 @@ impl Reloader {
     async fn prepare(&self, change: &Change) -> Result<Prepared, StartError> {
         let before = Arc::clone(&self.shared.process.config.load_full().access);
         let (old, new) = (self.config.clone(), change.config.clone());
-        let access = blocking(move || shared::access(&new, Some((&old, &before)))).await?;
+        let access = blocking(move || shared::access_policy(&new, Some((&old, &before)))).await?;
         let mut prepared = Prepared {
             added: Vec::new(),
-            back: Vec::new(),
+            resumed: Vec::new(),
             roots: Vec::new(),
             access: Arc::new(access),
         };
         if let Err(error) = self.fill(change, &mut prepared).await {
             for endpoint in &prepared.added {
-                endpoint.served.sessions.metrics.retire();
+                endpoint.served.context.metrics.retire();
             }
             return Err(error);
         }
@@ -203,7 +203,7 @@ impl Reloader {
         let served = self.shared.endpoints.now();
         for served in served
             .iter()
-            .filter(|one| !one.sessions.registry.is_draining())
+            .filter(|one| !one.context.registry.is_draining())
         {
             if !serve::has_roots_file(&served.config) {
                 continue;
@@ -213,25 +213,26 @@ impl Reloader {
             if roots == **served.roots.load() {
                 continue;
             }
-            if let Some(upstream) = served.sessions.route.found() {
+            if let Some(upstream) = served.context.route.found() {
                 let (tls, endpoint) = (served.config.tls.clone(), upstream.endpoint());
                 let security = blocking(move || security(&tls, &endpoint.host)).await?;
                 prepared.roots.push((Arc::clone(served), roots, security));
             }
         }
         for endpoint in &change.added {
-            let leaving = || {
+            let draining = || {
                 let served = served.iter();
-                served.filter(|served| served.sessions.registry.is_draining())
+                served.filter(|served| served.context.registry.is_draining())
             };
-            if let Some(before) = leaving().find(|served| served.config.is_same(endpoint))
-                && before.config.is_equal(endpoint)
-                && !before.sessions.registry.closed().is_cancelled()
+            if let Some(before) =
+                draining().find(|served| served.config.has_same_listener(endpoint))
+                && before.config.has_same_config(endpoint)
+                && !before.context.registry.closed().is_cancelled()
             {
-                prepared.back.push(Arc::clone(before));
+                prepared.resumed.push(Arc::clone(before));
                 continue;
             }
-            let conflicting = leaving()
+            let conflicting = draining()
                 .filter(|served| served.config.listen.conflict(&endpoint.listen).is_some());
             let listener = bind(conflicting, endpoint).await?;
             let metrics = self.shared.metrics.of_another(endpoint.called())?;
@@ -250,17 +251,17 @@ impl Reloader {
     }
 
     /// Changes the permissions of Unix sockets of endpoints that stay.
-    fn set_modes(&self, new: &Config, narrower: Narrower) {
+    fn set_modes(&self, new: &Config, change: ModeChange) {
         let unix = |endpoint: &EndpointConfig| endpoint.listen.unix.clone();
         for served in self.shared.endpoints.now().iter() {
-            let is_it = |endpoint: &&EndpointConfig| endpoint.is_same(&served.config);
+            let is_it = |endpoint: &&EndpointConfig| endpoint.has_same_listener(&served.config);
             let old = self.config.endpoints.iter().find(is_it).and_then(unix);
             let new = new.endpoints.iter().find(is_it).and_then(unix);
             let Some((old, new)) = old.zip(new) else {
                 continue;
             };
-            let narrows = new.mode & !old.mode == 0;
-            if old.mode == new.mode || narrows != (narrower == Narrower::Only) {
+            let tightens = new.mode & !old.mode == 0;
+            if old.mode == new.mode || tightens != (change == ModeChange::Tighten) {
                 continue;
             }
             for path in &served.bound.unix {
@@ -275,7 +276,7 @@ impl Reloader {
     fn commit(&mut self, change: &Change, prepared: Prepared) {
         let Prepared {
             added,
-            back,
+            resumed,
             roots,
             access,
         } = prepared;
@@ -289,11 +290,11 @@ impl Reloader {
             .iter()
             .any(|setting| change.applied.contains(setting));
         // Narrowing before and widening after: a socket is never open to users that neither the old nor the new settings allow.
-        self.set_modes(&change.config, Narrower::Only);
+        self.set_modes(&change.config, ModeChange::Tighten);
         self.shared.apply(&change.config, access);
-        self.set_modes(&change.config, Narrower::Not);
+        self.set_modes(&change.config, ModeChange::Widen);
         for (served, fingerprint, security) in roots {
-            if let Some(upstream) = served.sessions.route.found() {
+            if let Some(upstream) = served.context.route.found() {
                 let endpoint = Endpoint::clone(&upstream.endpoint());
                 upstream.redirect(Endpoint {
                     security,
@@ -306,14 +307,14 @@ impl Reloader {
         for endpoint in &change.removed {
             let mut staying = served
                 .iter()
-                .filter(|served| !served.sessions.registry.is_draining());
-            if let Some(served) = staying.find(|served| served.config.is_same(endpoint)) {
-                served.sessions.registry.drain();
+                .filter(|served| !served.context.registry.is_draining());
+            if let Some(served) = staying.find(|served| served.config.has_same_listener(endpoint)) {
+                served.context.registry.drain();
             }
         }
-        for served in back {
+        for served in resumed {
             // If its last session ends at this moment, the next reload binds it again.
-            served.sessions.registry.resume();
+            served.context.registry.resume();
         }
         if changes_exposure {
             for served in self.shared.endpoints.now().iter() {
@@ -328,11 +329,11 @@ impl Reloader {
     }
 }
 
-/// The sockets whose permissions are changed.
+/// The direction in which the permissions of sockets change.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Narrower {
-    Only,
-    Not,
+enum ModeChange {
+    Tighten,
+    Widen,
 }
 
 /// Binds an endpoint's listener, if necessary after closing removed endpoints that still listen on its address.
@@ -342,7 +343,7 @@ async fn bind(
 ) -> Result<Listener, StartError> {
     let mut shut = false;
     for before in conflicting {
-        before.sessions.registry.close();
+        before.context.registry.close();
         shut = true;
     }
     if !shut {

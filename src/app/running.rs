@@ -12,8 +12,8 @@ use super::{Addresses, Endpoints, Served, StartError, outcomes::Outcomes, shared
 use crate::{
     admin::Admin,
     credential::CredentialCell,
-    exec::Target,
-    listener::{Bound, Way},
+    exec::ProxyAddress,
+    listener::{Bound, ClientAddress},
     protocol::error::{Report, sqlstate},
     telemetry::{Metrics, labels::Reason},
     upstream::Refusal,
@@ -47,7 +47,7 @@ impl fmt::Debug for Running {
 }
 
 impl Running {
-    /// Where it is reached.
+    /// The bound addresses.
     pub fn addresses(&self) -> &Addresses {
         &self.addresses
     }
@@ -57,7 +57,7 @@ impl Running {
         &self.first.credentials
     }
 
-    /// What is counted for the first endpoint; it renders the others with it.
+    /// The metrics of the first endpoint; rendering them includes all endpoints.
     pub fn metrics(&self) -> &Arc<Metrics> {
         &self.shared.metrics
     }
@@ -84,9 +84,13 @@ impl Running {
 
     /// The first endpoint, for clients on this machine. Waits for its discovery for `connect_timeout`, also if a client
     /// would be refused earlier. Cancel safe.
-    pub async fn target(&self) -> Result<Target, Refusal> {
-        let way = self.addresses.endpoints.first().and_then(Bound::way);
-        let way = way.ok_or_else(no_way)?;
+    pub async fn proxy_address(&self) -> Result<ProxyAddress, Refusal> {
+        let address = self
+            .addresses
+            .endpoints
+            .first()
+            .and_then(Bound::client_address);
+        let address = address.ok_or_else(no_address)?;
         let budget = self
             .shared
             .process
@@ -98,7 +102,7 @@ impl Running {
         let deadline = Instant::now() + budget;
         let upstream = loop {
             let rest = deadline.saturating_duration_since(Instant::now());
-            match self.first.sessions.route.upstream(rest).await {
+            match self.first.context.route.upstream(rest).await {
                 Ok(upstream) => break upstream,
                 Err(refusal) if refusal.reason == Reason::Waking && rest > RETRY_PAUSE => {
                     sleep(RETRY_PAUSE).await;
@@ -107,12 +111,12 @@ impl Running {
             }
         };
         let endpoint = upstream.endpoint();
-        Ok(Target {
-            password: match way {
-                Way::Tcp(_) => self.shared.known_password.now(),
-                Way::Unix { .. } => None,
+        Ok(ProxyAddress {
+            password: match address {
+                ClientAddress::Tcp(_) => self.shared.known_password.now(),
+                ClientAddress::Unix { .. } => None,
             },
-            way,
+            address,
             user: endpoint.user.clone(),
             database: endpoint.database.clone(),
         })
@@ -136,7 +140,7 @@ impl Running {
         terms.limits.credential_timeout = terms.limits.connect_timeout;
         let mut logins = JoinSet::new();
         for served in &*self.shared.endpoints.now() {
-            let route = served.sessions.route.clone();
+            let route = served.context.route.clone();
             logins.spawn(async move { route.log_in_once(&terms).await });
         }
         while let Some(login) = logins.join_next().await {
@@ -162,28 +166,28 @@ impl Running {
     }
 
     /// As [`end`](Self::end), after accepting clients for `--min-sigterm-delay`.
-    pub async fn end_after_delay(self, hurry: impl Future<Output = ()>) {
-        let mut hurry = pin!(hurry);
+    pub async fn end_after_delay(self, second_signal: impl Future<Output = ()>) {
+        let mut second_signal = pin!(second_signal);
         self.shared.notifier.stopping();
         let delay = self.shared.settings().min_sigterm_delay().0;
         if !delay.is_zero() {
             tracing::info!(?delay, "SIGTERM received; accepting clients for the delay");
             tokio::select! {
                 () = sleep(delay) => {}
-                () = &mut hurry => return self.end_within(Duration::ZERO, pending()).await,
+                () = &mut second_signal => return self.end_within(Duration::ZERO, pending()).await,
             }
         }
-        self.end(hurry).await;
+        self.end(second_signal).await;
     }
 
-    /// Refuses new clients, lets active work finish within the grace time or until `hurry`, then ends the rest.
-    pub async fn end(self, hurry: impl Future<Output = ()>) {
+    /// Refuses new clients, lets active work finish within the grace time or until `second_signal`, then ends the rest.
+    pub async fn end(self, second_signal: impl Future<Output = ()>) {
         let grace = self.grace();
-        self.end_within(grace, hurry).await;
+        self.end_within(grace, second_signal).await;
     }
 
     /// As [`end`](Self::end), with another grace time.
-    pub async fn end_within(self, grace: Duration, hurry: impl Future<Output = ()>) {
+    pub async fn end_within(self, grace: Duration, second_signal: impl Future<Output = ()>) {
         tracing::info!(
             sessions = self.shared.clients.len(),
             ?grace,
@@ -197,7 +201,7 @@ impl Running {
         tokio::select! {
             () = self.shared.clients.wait() => {}
             () = sleep(grace) => {}
-            () = hurry => {}
+            () = second_signal => {}
         }
         self.shared.process.shutdown.cut();
         let cut = timeout(HELPERS_TIMEOUT, self.shared.clients.wait()).await;
@@ -214,7 +218,7 @@ impl Running {
     }
 }
 
-fn no_way() -> Refusal {
+fn no_address() -> Refusal {
     Refusal {
         report: Report::new(
             sqlstate::CANNOT_CONNECT,

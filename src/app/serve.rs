@@ -8,7 +8,7 @@ use super::{
     StartError,
     discovery::Discovery,
     endpoint::{Endpoints, Served},
-    locate::Access,
+    locate::EndpointSource,
     outcomes::Reporter,
     shared::Shared,
 };
@@ -30,7 +30,7 @@ use crate::{
 /// An endpoint with its listener bound.
 pub(super) struct BoundEndpoint {
     pub(super) served: Arc<Served>,
-    pub(super) access: Access,
+    pub(super) source: EndpointSource,
     pub(super) listener: Listener,
     pub(super) finder: RouteFinder,
 }
@@ -43,7 +43,7 @@ impl BoundEndpoint {
         listener: Listener,
         metrics: Arc<Metrics>,
     ) -> Result<Self, StartError> {
-        let access = Access::new(&config.credential, || shared.workspace())?;
+        let source = EndpointSource::new(&config.credential, || shared.workspace())?;
         let its = config.clone();
         let roots = blocking(move || roots(&its)).await;
         let label = Label::new(config.called());
@@ -51,12 +51,12 @@ impl BoundEndpoint {
         let closed = shared.process.shutdown.cutting().child_token();
         let registry = EndpointSessions::new(&shared.registry, label, &metrics, closed);
         let process = Arc::clone(&shared.process);
-        let sessions = Arc::new(EndpointContext::new(process, route, registry, metrics));
+        let context = Arc::new(EndpointContext::new(process, route, registry, metrics));
         let served = Served {
             bound: listener.bound().clone(),
             roots: ArcSwap::from_pointee(roots),
             config,
-            sessions,
+            context,
             credentials: if shared.settings().lazy_refresh() {
                 CredentialCell::lazy(shared.clock.clone())
             } else {
@@ -66,26 +66,26 @@ impl BoundEndpoint {
         };
         Ok(Self {
             served: Arc::new(served),
-            access,
+            source,
             listener,
             finder,
         })
     }
 
-    /// Serves clients until the endpoint is removed from the settings and its last session has ended. The `reporter`
-    /// reports discovery where the start of the program depends on it.
+    /// Starts the tasks that serve clients until the endpoint is removed from the settings and its last session has ended. The
+    /// `reporter` reports discovery where the start of the program depends on it.
     pub(super) fn start(self, shared: &Arc<Shared>, reporter: Option<Reporter>) {
         let served = Arc::clone(&self.served);
-        let sessions = &served.sessions;
+        let context = &served.context;
         announce(&served, &shared.process.config.load_full());
         let Self {
-            access,
+            source,
             listener,
             finder,
             ..
         } = self;
         listener.spawn(
-            sessions,
+            context,
             &shared.runtimes,
             &shared.clients,
             &shared.helpers,
@@ -93,7 +93,7 @@ impl BoundEndpoint {
         );
         let discovery = Discovery {
             served: Arc::clone(&served),
-            access,
+            source,
             endpoints: shared.endpoints.clone(),
             finder,
             reporter,
@@ -115,11 +115,11 @@ impl BoundEndpoint {
         let draining = {
             let shared = Arc::clone(shared);
             async move {
-                let drained = served.sessions.registry.drained();
+                let drained = served.context.registry.drained();
                 if served.stop.run_until_cancelled(drained).await.is_some() {
                     served.stop.cancel();
                     shared.endpoints.remove(&served);
-                    served.sessions.metrics.retire();
+                    served.context.metrics.retire();
                     tracing::info!(
                         endpoint = served.config.called(),
                         "endpoint removed after its last session ended"
@@ -134,7 +134,7 @@ impl BoundEndpoint {
 /// Reports the result of discovery and each new credential to the service manager.
 async fn report_status(served: Arc<Served>, endpoints: Endpoints, notifier: Notifier) {
     let mut status = served.credentials.subscribe();
-    let mut route = served.sessions.route.clone();
+    let mut route = served.context.route.clone();
     drop(served);
     loop {
         notifier.status(&endpoints.summary());
@@ -203,7 +203,7 @@ async fn discover_and_refresh(discovery: Discovery, shared: Arc<Shared>) {
         reporter,
         ..
     } = discovery;
-    let metrics = Arc::clone(&served.sessions.metrics);
+    let metrics = Arc::clone(&served.context.metrics);
     let credentials = served.credentials.clone();
     let route = Upstream::new(located.endpoint, credentials.clone(), Arc::clone(&metrics));
     let endpoint = route.endpoint();
@@ -218,7 +218,7 @@ async fn discover_and_refresh(discovery: Discovery, shared: Arc<Shared>) {
     if let Some(reporter) = reporter {
         reporter.found();
     }
-    // The refresher outlives a removed endpoint's entry, not its `stop`.
+    // The refresher runs until `stop` is cancelled, and must keep nothing of a removed endpoint alive.
     drop((endpoint, served, shared));
     Refresher::new(located.mint, credentials, metrics)
         .run(stop)

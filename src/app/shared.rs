@@ -40,7 +40,7 @@ pub(super) struct Shared {
     pub(super) health: Arc<Health>,
     pub(super) absent: AbsentSockets,
     console: Arc<Console>,
-    /// Of the first endpoint; it renders the others with it.
+    /// The metrics of the first endpoint; rendering them includes all endpoints.
     pub(super) metrics: Arc<Metrics>,
     /// The runtimes of sessions.
     pub(super) runtimes: Arc<Runtimes>,
@@ -75,7 +75,7 @@ fn session_config(settings: &Settings, access: Arc<AccessPolicy>) -> SessionConf
 
 /// The access policy of the configuration. What has not changed since `before` is kept: a self-signed certificate, the
 /// count of password attempts, the record of warnings.
-pub(super) fn access(
+pub(super) fn access_policy(
     config: &Config,
     before: Option<(&Config, &AccessPolicy)>,
 ) -> Result<AccessPolicy, StartError> {
@@ -110,11 +110,9 @@ impl Shared {
         let first = config.endpoints.first();
         let endpoints = Endpoints::default();
         let (registry, shutdown) = (Registry::default(), Shutdown::new());
-        let access = Arc::new(access(config, None)?);
-        let session_config: SharedConfig = Arc::new(ArcSwap::from_pointee(session_config(
-            &config.settings,
-            Arc::clone(&access),
-        )));
+        let access = Arc::new(access_policy(config, None)?);
+        let session_config = session_config(&config.settings, access);
+        let session_config: SharedConfig = Arc::new(ArcSwap::from_pointee(session_config));
         let served = endpoints.clone();
         let absent = AbsentSockets::default();
         let gone = absent.clone();
@@ -163,7 +161,7 @@ impl Shared {
             workspace: OnceLock::new(),
             workspace_settings: config.workspace.clone(),
         };
-        shared.apply(config, access);
+        shared.announce(config);
         Ok(shared)
     }
 
@@ -172,15 +170,18 @@ impl Shared {
         self.observer.settings.borrow()
     }
 
-    /// Applies the settings of sessions.
+    /// Applies the settings that a reload changes.
     pub(super) fn apply(&self, config: &Config, access: Arc<AccessPolicy>) {
         let session_config = session_config(&config.settings, access);
         self.process.config.store(Arc::new(session_config));
+        self.announce(config);
+    }
+
+    /// Passes the settings on to everything but sessions.
+    fn announce(&self, config: &Config) {
         self.known_password.set(config.local_password.clone());
-        let limit = i64::try_from(descriptors::max_connections(
-            config.settings.max_connections(),
-        ))
-        .unwrap_or(i64::MAX);
+        let limit = self.process.config.load().max_connections;
+        let limit = i64::try_from(limit).unwrap_or(i64::MAX);
         self.metrics.process.clients_limit.set(limit);
         self.observer.settings.send_replace(config.settings.clone());
         self.console.set_over_tcp(config.settings.admin_console());
@@ -239,9 +240,71 @@ impl Observer {
         let endpoints = self.endpoints.now();
         let target = |served: &Arc<Served>| LoginTarget {
             name: served.shown_name(),
-            route: served.sessions.route.clone(),
+            route: served.context.route.clone(),
             terms,
         };
         endpoints.iter().map(target).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{Environment, Setting};
+
+    /// Read from the settings in force at each use, or applied by a step of the reload.
+    const READ_AT_USE: [&str; 8] = [
+        "admin_console",
+        "allow_remote",
+        "exit_when_idle",
+        "exit_zero_on_sigterm",
+        "log_filter",
+        "max_sigterm_delay",
+        "min_sigterm_delay",
+        "unix_socket_mode",
+    ];
+    /// Resolved into `Config::client_tls` and `Config::local_password`, of which [`access_policy`] is made.
+    const RESOLVED: [&str; 5] = [
+        "client_tls",
+        "client_tls_cert",
+        "client_tls_key",
+        "local_auth",
+        "local_password_file",
+    ];
+
+    fn session_config_of(file: &str) -> String {
+        let name = ("ENDPOINT_NAME", "projects/p/branches/b/endpoints/e");
+        let environment = Environment::from_variables([(name.0.to_owned(), name.1.to_owned())]);
+        let config = Config::resolve(toml::from_str(file).unwrap(), environment).unwrap();
+        let access = access_policy(&config, None).unwrap();
+        format!("{:?}", session_config(&config.settings, Arc::new(access)))
+    }
+
+    fn another_value(setting: &Setting) -> String {
+        match (setting.key, &setting.default) {
+            ("database_mapping", _) => "\"exact\"".to_owned(),
+            (_, Some(toml::Value::Boolean(value))) => (!value).to_string(),
+            (_, Some(toml::Value::Integer(_))) => "7".to_owned(),
+            (_, Some(_)) => "\"7s\"".to_owned(),
+            (_, None) => setting.example.unwrap().to_owned(),
+        }
+    }
+
+    #[test]
+    fn a_live_setting_reaches_the_next_session() {
+        let default = session_config_of("");
+        for setting in Settings::declared() {
+            let is_applied_elsewhere =
+                READ_AT_USE.contains(&setting.key) || RESOLVED.contains(&setting.key);
+            if !setting.is_live() || is_applied_elsewhere {
+                continue;
+            }
+            let file = format!("{} = {}", setting.key, another_value(&setting));
+            assert_ne!(
+                session_config_of(&file),
+                default,
+                "{file} reaches no session; carry it, or add it to READ_AT_USE"
+            );
+        }
     }
 }

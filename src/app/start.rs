@@ -86,12 +86,12 @@ impl App {
         }
         #[cfg(feature = "notes")]
         if let Some(listener) = notes {
-            let way = addresses
+            let address = addresses
                 .endpoints
                 .first()
-                .and_then(crate::listener::Bound::way);
+                .and_then(crate::listener::Bound::client_address);
             let stop = stop.clone();
-            match way.map(crate::notes::NotesOptions::new) {
+            match address.map(crate::notes::NotesOptions::new) {
                 Some(mut options) => {
                     options.password = shared.known_password.clone();
                     helpers.spawn(async move {

@@ -119,10 +119,10 @@ async fn serve(
         cause = signals.next() => cause,
         () = print_refreshes(&proxy) => Cause::Request,
     };
-    let hurry = async {
+    let second_signal = async {
         signals.next().await;
     };
-    proxy.end(hurry).await;
+    proxy.end(second_signal).await;
     Ok(cause)
 }
 

@@ -152,8 +152,8 @@ async fn start(
         let message = format!("`{}` was not started: {reason}", program.name());
         CommandError::new(message, hint)
     };
-    let target = running
-        .target()
+    let proxy = running
+        .proxy_address()
         .await
         .map_err(|refusal| not_started(refusal.report.line(), refusal.report.hint.clone()))?;
     loop {
@@ -168,5 +168,5 @@ async fn start(
             Err(error) => return Err(not_started(chain(&error).to_string(), error.hint())),
         }
     }
-    Ok(program.spawn(&target)?)
+    Ok(program.spawn(&proxy)?)
 }

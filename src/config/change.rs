@@ -94,7 +94,7 @@ impl Config {
         // Endpoints at the same addresses are matched first, so that a conflicting one cannot claim them.
         let same: Vec<_> = new
             .iter()
-            .map(|endpoint| take(&|old| old.is_same(endpoint)))
+            .map(|endpoint| take(&|old| old.has_same_listener(endpoint)))
             .collect();
         change.config.endpoints.clear();
         for (endpoint, same) in new.into_iter().zip(same) {

@@ -5,7 +5,7 @@
 pub(crate) enum Reload {
     /// Applies it.
     Live,
-    /// Compares what follows from it endpoint by endpoint.
+    /// Adds and removes endpoints, as far as its change affects them.
     Endpoint,
     /// Leaves it as it is until a restart.
     Restart,
@@ -22,6 +22,13 @@ pub(crate) struct Setting {
     /// A value for the annotated file, for settings without a default.
     pub(crate) example: Option<&'static str>,
     pub(crate) reload: Reload,
+}
+
+impl Setting {
+    /// Whether a reload applies it.
+    pub(crate) fn is_live(&self) -> bool {
+        self.reload == Reload::Live
+    }
 }
 
 /// Declares `Settings`: one layer of settings, whose fields are `None` where the layer does not set them, and for each field

@@ -166,17 +166,17 @@ impl EndpointConfig {
     }
 
     /// Whether both serve the same clients: they listen on the same addresses.
-    pub fn is_same(&self, other: &Self) -> bool {
+    pub fn has_same_listener(&self, other: &Self) -> bool {
         // Any free port is the same as any other, so that only the name identifies them.
         let is_any_port = self.listen.port == 0;
-        self.listen.is_same(&other.listen)
+        self.listen.has_same_addresses(&other.listen)
             && (!is_any_port
                 || (self.called() == other.called() && self.read_only == other.read_only))
     }
 
     /// Whether both are configured alike.
-    pub fn is_equal(&self, other: &Self) -> bool {
-        self.is_same(other) && self.differences(other).is_empty()
+    pub fn has_same_config(&self, other: &Self) -> bool {
+        self.has_same_listener(other) && self.differences(other).is_empty()
     }
 
     /// Whether their listeners cannot be open at once.

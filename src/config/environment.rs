@@ -6,7 +6,7 @@ use secrecy::SecretString;
 
 use super::{ConfigError, Variables, WorkspaceSettings, client_access::PASSWORD_VARIABLE};
 
-/// The variables that are read here, besides those of flags: names and prefixes of names.
+/// The variables whose value must be valid UTF-8, besides those of flags: names and prefixes of names.
 const READ: [&str; 10] = [
     "ENDPOINT_NAME",
     "LAKEBASE_ENDPOINT",
@@ -53,8 +53,8 @@ impl Environment {
         Self::inherited().into_iter().filter_map(text).collect()
     }
 
-    /// Refuses variables that are read here but are not valid UTF-8. Counting them as unset would, for example, disable the local
-    /// password.
+    /// Refuses variables of the endpoint and the workspace that are not valid UTF-8. Counting them as unset would, for example,
+    /// disable the local password.
     pub fn check_process() -> Result<(), ConfigError> {
         match unreadable(Self::inherited()) {
             Some(variable) => Err(ConfigError::not_text(&variable)),
@@ -92,7 +92,7 @@ impl Environment {
     }
 }
 
-/// The first of these variables that is read here and is not valid UTF-8.
+/// The first of these variables that must be valid UTF-8 and is not.
 fn unreadable(variables: Vec<(OsString, OsString)>) -> Option<String> {
     let is_read = |name: &str| {
         READ.contains(&name) || READ_FAMILIES.iter().any(|family| name.starts_with(family))

@@ -57,7 +57,7 @@ impl ListenAddresses {
     }
 
     /// Whether the addresses are the same; the permissions of the socket, which a reload changes, are not compared.
-    pub(crate) fn is_same(&self, other: &Self) -> bool {
+    pub(crate) fn has_same_addresses(&self, other: &Self) -> bool {
         let directory =
             |addresses: &Self| addresses.unix.as_ref().map(|unix| unix.directory.clone());
         self.port == other.port && self.tcp == other.tcp && directory(self) == directory(other)
@@ -176,7 +176,7 @@ impl AddressAssigner {
             _ if self.tcp => &self.addresses,
             _ => &[],
         };
-        let places = ListenAddresses {
+        let addresses = ListenAddresses {
             port,
             tcp: addresses
                 .iter()
@@ -184,14 +184,14 @@ impl AddressAssigner {
                 .collect(),
             unix: self.unix.clone(),
         };
-        if places.tcp.is_empty() && places.unix.is_none() {
+        if addresses.tcp.is_empty() && addresses.unix.is_none() {
             return Err(ConfigError::new(
                 "--port is `none`, and there is no Unix socket",
                 "set --port, or a directory for a Unix socket with --unix-socket",
             ));
         }
         let remote = |address: &&SocketAddr| !address.ip().to_canonical().is_loopback();
-        match places.tcp.iter().find(remote) {
+        match addresses.tcp.iter().find(remote) {
             Some(address) if !self.allow_remote => Err(ConfigError::new(
                 format!(
                     "--address {} can be reached from other machines",
@@ -199,7 +199,7 @@ impl AddressAssigner {
                 ),
                 "every client that reaches it acts as the service principal; if that is intended, add --allow-remote",
             )),
-            _ => Ok(places),
+            _ => Ok(addresses),
         }
     }
 }
@@ -208,7 +208,7 @@ impl AddressAssigner {
 mod tests {
     use super::*;
 
-    fn places(port: u16, addresses: &[&str], directory: Option<&str>) -> ListenAddresses {
+    fn addresses(port: u16, addresses: &[&str], directory: Option<&str>) -> ListenAddresses {
         let address = |ip: &&str| SocketAddr::new(ip.parse().unwrap(), port);
         ListenAddresses {
             port,
@@ -223,8 +223,8 @@ mod tests {
     #[test]
     fn addresses_that_cannot_be_bound_together_conflict() {
         let conflict = |one: &[&str], other: &[&str]| {
-            places(7, one, None)
-                .conflict(&places(7, other, None))
+            addresses(7, one, None)
+                .conflict(&addresses(7, other, None))
                 .is_some()
         };
         for (one, other, expected) in [
@@ -241,14 +241,14 @@ mod tests {
             assert_eq!(conflict(&[other], &[one]), expected, "{other} {one}");
         }
         assert!(conflict(&["127.0.0.1"], &["192.0.2.1", "127.0.0.1"]));
-        let local = places(7, &["127.0.0.1"], None);
-        assert_eq!(local.conflict(&places(8, &["127.0.0.1"], None)), None);
-        let any = places(0, &["127.0.0.1"], Some("/s"));
+        let local = addresses(7, &["127.0.0.1"], None);
+        assert_eq!(local.conflict(&addresses(8, &["127.0.0.1"], None)), None);
+        let any = addresses(0, &["127.0.0.1"], Some("/s"));
         assert_eq!(any.conflict(&any), None, "any free port");
-        let unix = places(7, &[], Some("/s"));
-        let conflict = unix.conflict(&places(7, &["127.0.0.2"], Some("/s")));
+        let unix = addresses(7, &[], Some("/s"));
+        let conflict = unix.conflict(&addresses(7, &["127.0.0.2"], Some("/s")));
         assert_eq!(conflict.as_deref(), Some("/s/.s.PGSQL.7"));
-        assert_eq!(unix.conflict(&places(7, &[], Some("/t"))), None);
+        assert_eq!(unix.conflict(&addresses(7, &[], Some("/t"))), None);
     }
 
     fn maker(settings: &str) -> AddressAssigner {

@@ -1,8 +1,8 @@
 //! Settings, resolved once: flags override `LAKEBASE_PROXY_*`, these the configuration file, and that the variables of
 //! Postgres and Databricks and the defaults.
 //!
-//! [`settings`] declares each setting. This module holds plain values, imports no other module of the crate, and is the only
-//! one to read the environment.
+//! [`settings`] declares each setting. This module holds plain values, imports no other module of the crate, and reads the
+//! environment, except for the variables of flags (clap) and `LISTEN_FDNAMES` (`cli`).
 
 #[macro_use]
 mod declare;

@@ -70,7 +70,7 @@ impl Settings {
         let shown = |setting: super::declare::Setting| ShownSetting {
             value: text(given.get(setting.key).or(setting.default.as_ref())),
             default: text(setting.default.as_ref()),
-            changeable: setting.reload == Reload::Live,
+            changeable: setting.is_live(),
             origin: self.origins.of(setting.key).clone(),
             key: setting.key.to_owned(),
         };

@@ -3,8 +3,12 @@
 //! From a declaration come the flag, the variable `LAKEBASE_PROXY_*`, the key in the configuration file, the order of
 //! precedence, the effect of a reload, `SHOW CONFIG`, the annotated `config/lakebase-proxy.toml` and the settings page of
 //! the guides. The first paragraph of a comment is the text of `--help`; the others are added in the annotated file. To add a
-//! setting, declare it here, run `UPDATE=1 cargo test --lib config::reference` and `deploy/guides/generate`, and use
-//! `config.settings.<key>()`.
+//! setting, declare it here, run `UPDATE=1 cargo test --lib config::reference` and `deploy/guides/generate`, and use it:
+//!
+//! - `Restart`: `config.settings.<key>()`, at the start.
+//! - `Live`: `shared.settings().<key>()` at each use, or for sessions a field of `SessionConfig`, `Timeouts`, `Keepalive` or
+//!   `AccessPolicy`. A test in `app::shared` fails for a setting that none of them has.
+//! - `Endpoint`: a part of `EndpointConfig` or `ListenAddresses`, which a reload compares.
 
 use std::{net::IpAddr, path::PathBuf};
 

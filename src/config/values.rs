@@ -196,26 +196,6 @@ pub enum DatabaseMapping {
     Exact,
 }
 
-impl DatabaseMapping {
-    /// The database to open for a client, and the one to open if that does not exist; `default` is the endpoint's.
-    pub(crate) fn choose(
-        self,
-        user: Option<&str>,
-        database: Option<&str>,
-        default: &str,
-    ) -> (String, Option<String>) {
-        let Some(database) = database.or(user) else {
-            return (default.to_owned(), None);
-        };
-        // Many applications name user and database alike, so such a database may exist.
-        let may_be_default = self == Self::Default && Some(database) == user && database != default;
-        (
-            database.to_owned(),
-            may_be_default.then(|| default.to_owned()),
-        )
-    }
-}
-
 impl Serialize for AddressSetting {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         serializer.collect_str(&self.0)
@@ -348,25 +328,6 @@ mod tests {
         let given = "postgres://me:p@ss@db.example:5432/x";
         assert_eq!(without_userinfo(given), "...@db.example:5432/x");
         assert_eq!(without_userinfo("db.example"), "db.example");
-    }
-
-    #[test]
-    fn a_database_named_like_the_user_falls_back_to_the_default() {
-        use DatabaseMapping::{Default, Exact};
-        const FALLBACK: Option<&str> = Some("main");
-        for (mapping, user, database, name, fallback) in [
-            (Default, Some("app"), None, "app", FALLBACK),
-            (Default, Some("app"), Some("app"), "app", FALLBACK),
-            (Default, Some("app"), Some("other"), "other", None),
-            (Default, Some("main"), Some("main"), "main", None),
-            (Default, None, None, "main", None),
-            (Exact, Some("app"), Some("app"), "app", None),
-            (Exact, Some("app"), None, "app", None),
-        ] {
-            let chosen = mapping.choose(user, database, "main");
-            let expected = (name.to_owned(), fallback.map(str::to_owned));
-            assert_eq!(chosen, expected, "{mapping:?} {user:?} {database:?}");
-        }
     }
 
     proptest! {

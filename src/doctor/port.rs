@@ -15,10 +15,10 @@ const LISTEN: &str = "0A";
 const OURSELVES: &str = "lakebase-proxy";
 
 /// Binds the addresses for a moment. Must run on a runtime.
-pub(super) async fn check(places: &ListenAddresses) -> Finding {
-    match Listener::bind(places) {
-        Ok(_bound) if places.port == 0 => Finding::ok("any free port will do"),
-        Ok(_bound) => Finding::ok(format!("{places} is free")),
+pub(super) async fn check(addresses: &ListenAddresses) -> Finding {
+    match Listener::bind(addresses) {
+        Ok(_bound) if addresses.port == 0 => Finding::ok("any free port will do"),
+        Ok(_bound) => Finding::ok(format!("{addresses} is free")),
         Err(ListenError::Tcp { address, source }) => check_tcp(address, &source).await,
         Err(ListenError::Unix(error)) => check_unix(error).await,
     }
@@ -210,7 +210,7 @@ mod tests {
         assert_eq!(owner(proc.path(), 80), None);
     }
 
-    fn places(address: SocketAddr) -> ListenAddresses {
+    fn addresses(address: SocketAddr) -> ListenAddresses {
         ListenAddresses {
             port: address.port(),
             tcp: vec![address],
@@ -221,7 +221,7 @@ mod tests {
     #[tokio::test]
     async fn a_unix_socket_in_use_is_reported_and_left_alone() {
         let directory = TempDir::new().unwrap();
-        let places = ListenAddresses {
+        let addresses = ListenAddresses {
             port: 7,
             tcp: Vec::new(),
             unix: Some(UnixSocket {
@@ -229,11 +229,11 @@ mod tests {
                 mode: 0o600,
             }),
         };
-        assert_eq!(check(&places).await.outcome, Outcome::Ok);
+        assert_eq!(check(&addresses).await.outcome, Outcome::Ok);
         let path = directory.path().join(".s.PGSQL.7");
         assert!(!path.exists(), "it was bound for a moment only");
         let _taken = std::os::unix::net::UnixListener::bind(&path).unwrap();
-        let finding = check(&places).await;
+        let finding = check(&addresses).await;
         assert_eq!(finding.outcome, Outcome::Failed);
         assert!(finding.message.contains("--unix-socket"));
         assert!(path.exists());
@@ -243,15 +243,15 @@ mod tests {
     async fn a_taken_port_names_its_owner_and_a_free_one_is_free() {
         let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let address = taken.local_addr().unwrap();
-        let finding = check(&places(address)).await;
+        let finding = check(&addresses(address)).await;
         assert_eq!(finding.outcome, Outcome::Failed);
         let pid = format!("pid {}", std::process::id());
         assert!(finding.message.contains(&pid), "{}", finding.message);
         assert!(finding.fix.unwrap().contains("--port"));
 
-        let free = check(&places("127.0.0.1:0".parse().unwrap())).await;
+        let free = check(&addresses("127.0.0.1:0".parse().unwrap())).await;
         assert_eq!(free.outcome, Outcome::Ok);
-        let elsewhere = check(&places("192.0.2.1:0".parse().unwrap())).await;
+        let elsewhere = check(&addresses("192.0.2.1:0".parse().unwrap())).await;
         assert!(elsewhere.fix.unwrap().contains("--address"));
     }
 }

@@ -4,7 +4,7 @@ use std::ffi::{OsStr, OsString};
 
 use secrecy::{ExposeSecret, SecretString};
 
-use crate::listener::Way;
+use crate::listener::ClientAddress;
 
 /// Variables that would lead a client elsewhere, or require what a local connection does not have.
 const REMOVED: [&str; 16] = [
@@ -36,9 +36,9 @@ const DATABASE_URL: &str = "DATABASE_URL";
 
 /// The proxy's listener for clients on this machine.
 #[derive(Clone, Debug)]
-pub struct Target {
+pub struct ProxyAddress {
     /// Its address.
-    pub way: Way,
+    pub address: ClientAddress,
     /// The local password, if there is one.
     pub password: Option<SecretString>,
     /// The role at the endpoint.
@@ -60,15 +60,15 @@ pub(crate) enum Secrets {
 /// The child's variables.
 pub(super) fn variables(
     inherited: impl IntoIterator<Item = (OsString, OsString)>,
-    target: &Target,
+    proxy: &ProxyAddress,
     secrets: &Secrets,
 ) -> Vec<(OsString, OsString)> {
     let ours = [
-        ("PGHOST", target.way.host()),
-        ("PGPORT", target.way.port().to_string()),
+        ("PGHOST", proxy.address.host()),
+        ("PGPORT", proxy.address.port().to_string()),
         ("PGSSLMODE", "disable".to_owned()),
-        ("PGUSER", target.user.clone()),
-        ("PGDATABASE", target.database.clone()),
+        ("PGUSER", proxy.user.clone()),
+        ("PGDATABASE", proxy.database.clone()),
     ];
     let replaced = |name: &OsStr| ours.iter().any(|(ours, _)| name == *ours);
     let inherited: Vec<(OsString, OsString)> = inherited.into_iter().collect();
@@ -91,11 +91,11 @@ pub(super) fn variables(
         ours.into_iter()
             .map(|(name, value)| (name.into(), value.into())),
     );
-    if let Some(password) = &target.password {
+    if let Some(password) = &proxy.password {
         variables.push(("PGPASSWORD".into(), password.expose_secret().into()));
     }
     if !has_url {
-        variables.push((DATABASE_URL.into(), url(target).into()));
+        variables.push((DATABASE_URL.into(), url(proxy).into()));
     }
     variables
 }
@@ -131,18 +131,20 @@ fn contains(value: &OsStr, secret: &[u8]) -> bool {
         .any(|part| part == secret)
 }
 
-fn url(target: &Target) -> String {
-    let mut user = percent_encoded(&target.user);
-    if let Some(password) = &target.password {
+fn url(proxy: &ProxyAddress) -> String {
+    let mut user = percent_encoded(&proxy.user);
+    if let Some(password) = &proxy.password {
         user.push(':');
         user.push_str(&percent_encoded(password.expose_secret()));
     }
-    let database = percent_encoded(&target.database);
-    match &target.way {
+    let database = percent_encoded(&proxy.database);
+    match &proxy.address {
         // SocketAddr writes IPv6 addresses in brackets, as URLs need.
-        Way::Tcp(address) => format!("postgresql://{user}@{address}/{database}?sslmode=disable"),
-        Way::Unix { port, .. } => {
-            let host = percent_encoded(&target.way.host());
+        ClientAddress::Tcp(address) => {
+            format!("postgresql://{user}@{address}/{database}?sslmode=disable")
+        }
+        ClientAddress::Unix { port, .. } => {
+            let host = percent_encoded(&proxy.address.host());
             format!("postgresql://{user}@/{database}?host={host}&port={port}&sslmode=disable")
         }
     }
@@ -167,8 +169,8 @@ mod tests {
     use super::*;
 
     fn child(inherited: &[(&str, &str)], secrets: &Secrets) -> BTreeMap<String, String> {
-        let target = Target {
-            way: Way::Tcp("127.0.0.1:6000".parse().unwrap()),
+        let proxy = ProxyAddress {
+            address: ClientAddress::Tcp("127.0.0.1:6000".parse().unwrap()),
             password: None,
             user: "me@example.com".to_owned(),
             database: "a/b ü".to_owned(),
@@ -176,7 +178,7 @@ mod tests {
         let inherited = inherited
             .iter()
             .map(|&(name, value)| (name.into(), value.into()));
-        let variables = variables(inherited, &target, secrets);
+        let variables = variables(inherited, &proxy, secrets);
         let count = variables.len();
         let text = |text: OsString| text.into_string().unwrap();
         let variables: BTreeMap<_, _> = variables
@@ -215,14 +217,14 @@ mod tests {
 
     #[test]
     fn the_child_gets_the_local_password() {
-        let target = Target {
-            way: Way::Tcp("127.0.0.1:6000".parse().unwrap()),
+        let proxy = ProxyAddress {
+            address: ClientAddress::Tcp("127.0.0.1:6000".parse().unwrap()),
             password: Some("p@ss".into()),
             user: "me".to_owned(),
             database: "d".to_owned(),
         };
         let theirs = [("PGPASSWORD".into(), "another".into())];
-        let variables = variables(theirs, &target, &Secrets::Kept);
+        let variables = variables(theirs, &proxy, &Secrets::Kept);
         let passwords = variables.iter().filter(|(name, _)| name == "PGPASSWORD");
         assert_eq!(
             passwords.map(|(_, value)| value).collect::<Vec<_>>(),
@@ -234,8 +236,8 @@ mod tests {
 
     #[test]
     fn a_unix_socket_is_given_as_its_directory() {
-        let target = Target {
-            way: Way::Unix {
+        let proxy = ProxyAddress {
+            address: ClientAddress::Unix {
                 directory: "/run/my app".into(),
                 port: 5432,
             },
@@ -243,7 +245,7 @@ mod tests {
             user: "me".to_owned(),
             database: "d".to_owned(),
         };
-        let variables = variables([], &target, &Secrets::Kept);
+        let variables = variables([], &proxy, &Secrets::Kept);
         let has = |name: &str, value: &str| variables.contains(&(name.into(), value.into()));
         assert!(has("PGHOST", "/run/my app") && has("PGPORT", "5432"));
         assert!(has(

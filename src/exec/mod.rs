@@ -15,7 +15,7 @@ use std::{ffi::OsString, io, process::ExitCode};
 use rustix::process::Signal;
 
 use self::child::{Reap, killed_by};
-pub use self::environment::Target;
+pub use self::environment::ProxyAddress;
 pub(crate) use self::{child::Child, environment::Secrets, signals::Signals, supervise::supervise};
 use crate::net::descriptors::DescriptorLimit;
 
@@ -56,13 +56,13 @@ impl Program {
         name.map_or_else(String::new, |name| name.to_string_lossy().into_owned())
     }
 
-    /// Starts it as a client of `target`. Call it on the main thread, whose end the kernel takes for the parent's.
-    pub(crate) fn spawn(&self, target: &Target) -> Result<Child, SpawnError> {
+    /// Starts it as a client of `proxy`. Call it on the main thread, whose end the kernel takes for the parent's.
+    pub(crate) fn spawn(&self, proxy: &ProxyAddress) -> Result<Child, SpawnError> {
         let mut command = launch::command(&self.command, &self.descriptors);
         let inherited = self.inherited.iter().cloned();
         command
             .env_clear()
-            .envs(environment::variables(inherited, target, &self.secrets));
+            .envs(environment::variables(inherited, proxy, &self.secrets));
         Child::spawn(&mut command, Reap::Own).map_err(|source| SpawnError {
             command: self.name(),
             source,

@@ -59,7 +59,7 @@ pub struct Bound {
 
 /// Host and port for a Postgres client on this machine.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Way {
+pub enum ClientAddress {
     /// TCP.
     Tcp(SocketAddr),
     /// A Unix socket.
@@ -71,13 +71,13 @@ pub enum Way {
     },
 }
 
-impl From<SocketAddr> for Way {
+impl From<SocketAddr> for ClientAddress {
     fn from(listener: SocketAddr) -> Self {
         Self::Tcp(reachable(listener))
     }
 }
 
-impl Way {
+impl ClientAddress {
     /// The value for `PGHOST`.
     pub fn host(&self) -> String {
         match self {
@@ -97,7 +97,7 @@ impl Way {
 
 impl Bound {
     /// The addresses as text.
-    pub fn words(&self) -> Vec<String> {
+    pub fn to_strings(&self) -> Vec<String> {
         let unix = self.unix.iter().map(|path| path.display().to_string());
         self.tcp
             .iter()
@@ -107,11 +107,11 @@ impl Bound {
     }
 
     /// The address for a client on this machine: TCP if possible, else a Unix socket that libpq finds.
-    pub fn way(&self) -> Option<Way> {
-        let tcp = self.tcp.first().copied().map(Way::from);
+    pub fn client_address(&self) -> Option<ClientAddress> {
+        let tcp = self.tcp.first().copied().map(ClientAddress::from);
         tcp.or_else(|| {
             let (directory, port) = self.unix.iter().find_map(|path| unix::parse(path))?;
-            Some(Way::Unix { directory, port })
+            Some(ClientAddress::Unix { directory, port })
         })
     }
 }
@@ -153,15 +153,15 @@ pub(crate) struct Listener {
 
 impl Listener {
     /// Binds all addresses.
-    pub(crate) fn bind(places: &ListenAddresses) -> Result<Self, ListenError> {
-        let (tcp, addresses) = tcp::bind_all(&places.tcp)?;
+    pub(crate) fn bind(listen: &ListenAddresses) -> Result<Self, ListenError> {
+        let (tcp, addresses) = tcp::bind_all(&listen.tcp)?;
         let mut bound = Bound {
             tcp: addresses,
             unix: Vec::new(),
         };
         let mut unix_sockets = Vec::new();
-        if let Some(place) = &places.unix {
-            let port = bound.tcp.first().map_or(places.port, SocketAddr::port);
+        if let Some(place) = &listen.unix {
+            let port = bound.tcp.first().map_or(listen.port, SocketAddr::port);
             let socket = unix::bind(place, port)?;
             bound.unix = vec![socket_path(&place.directory, port)];
             unix_sockets.push(socket);
@@ -271,7 +271,7 @@ impl Acceptor {
                     self.endpoint.metrics.clients_opened.inc();
                     let config = self.endpoint.process.config.load();
                     L::tune(&client, &config.terms.keepalive);
-                    self.place(Accepted {
+                    self.spawn_session(Accepted {
                         id: self.endpoint.registry.registry().next_id(),
                         peer,
                         stream: client.into(),
@@ -313,7 +313,7 @@ impl Acceptor {
     }
 
     /// Serves a client on the runtime with the fewest tasks.
-    fn place(&self, mut accepted: Accepted<Socket>) {
+    fn spawn_session(&self, mut accepted: Accepted<Socket>) {
         let span = session_span(&accepted);
         let endpoint = Arc::clone(&self.endpoint);
         let session = async move {
@@ -411,15 +411,21 @@ mod tests {
             tcp: vec![address.parse().unwrap()],
             unix: vec!["/run/.s.PGSQL.7".into()],
         };
-        let way = tcp("0.0.0.0:7").way().unwrap();
-        assert_eq!((way.host(), way.port()), ("127.0.0.1".to_owned(), 7));
-        assert_eq!(tcp("[::]:7").way().unwrap().host(), "::1");
+        let address = tcp("0.0.0.0:7").client_address().unwrap();
+        assert_eq!(
+            (address.host(), address.port()),
+            ("127.0.0.1".to_owned(), 7)
+        );
+        assert_eq!(tcp("[::]:7").client_address().unwrap().host(), "::1");
         let unix = |path: &str| Bound {
             tcp: Vec::new(),
             unix: vec![path.into()],
         };
-        let way = unix("/run/x/.s.PGSQL.6000").way().unwrap();
-        assert_eq!((way.host(), way.port()), ("/run/x".to_owned(), 6000));
-        assert_eq!(unix("/run/x/socket").way(), None);
+        let address = unix("/run/x/.s.PGSQL.6000").client_address().unwrap();
+        assert_eq!(
+            (address.host(), address.port()),
+            ("/run/x".to_owned(), 6000)
+        );
+        assert_eq!(unix("/run/x/socket").client_address(), None);
     }
 }

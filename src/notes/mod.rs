@@ -32,7 +32,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use crate::{
-    listener::Way,
+    listener::ClientAddress,
     net::http::{self, Limits},
     session::KnownPassword,
     telemetry::chain,
@@ -47,7 +47,7 @@ use self::{
 #[derive(Clone, Debug)]
 pub struct NotesOptions {
     /// Our own Postgres listener.
-    pub upstream: Way,
+    pub upstream: ClientAddress,
     /// The database; `None` leaves the choice to the proxy.
     pub database: Option<String>,
     /// The user; the proxy replaces it.
@@ -64,7 +64,7 @@ pub struct NotesOptions {
 
 impl NotesOptions {
     /// The defaults, reading through the listener `upstream`.
-    pub fn new(upstream: impl Into<Way>) -> Self {
+    pub fn new(upstream: impl Into<ClientAddress>) -> Self {
         Self {
             upstream: upstream.into(),
             database: None,

@@ -12,6 +12,7 @@ use super::{
     cancel::{Registration, Target},
     client::Client,
     close::{Closing, shutting_down},
+    database,
     logged_in::LoggedIn,
 };
 use crate::{
@@ -152,7 +153,8 @@ impl Access<'_> {
         let limits = config.terms.limits;
         let budget = limits.connect_timeout.min(limits.credential_timeout);
         let upstream = endpoint.route.upstream(budget).await?;
-        let (database, fallback) = config.database_mapping.choose(
+        let (database, fallback) = database::choose(
+            config.database_mapping,
             self.startup.parameter("user"),
             self.startup.parameter("database"),
             &upstream.endpoint().database,

@@ -19,6 +19,7 @@ mod close;
 mod connect;
 mod console;
 mod context;
+mod database;
 mod handshake;
 mod handshake_limit;
 mod local_password;

@@ -1,5 +1,5 @@
-//! The registry of sessions: one entry per session from admission to its end. It answers the connection limit, counts,
-//! lists, the drain of an endpoint and the idle exit.
+//! The registry of sessions: one entry per session from admission to its end. It enforces the connection
+//! limit, and serves counts, lists, the drain of an endpoint and the idle exit.
 //!
 //! Its lock is taken when a session starts, when it ends and for lists, never for a message: what the relay
 //! updates are the atomics of [`ActivityRecord`].

@@ -44,7 +44,7 @@ pub struct Failure {
     pub class: Class,
     /// Whether the host name could not be resolved, which is retried for less time than a sleeping endpoint.
     pub is_dns: bool,
-    /// Whether the client's own settings may be the cause: then it does not count as a state of the endpoint.
+    /// Whether the client's own settings may be the cause: then the endpoint's state is not changed.
     pub is_inconclusive: bool,
     origin: Origin,
     hint: Option<Cow<'static, str>>,

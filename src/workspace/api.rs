@@ -1,6 +1,7 @@
 //! HTTPS to the workspace and to token services: bounded calls without redirects, and their answers.
 //!
-//! Secrets in headers, forms and answers are wiped after use. It knows the rules of all calls and none of the calls.
+//! Secrets in headers, forms and answers are wiped after use. It holds the rules that apply to
+//! every call, and no particular call.
 
 use std::{error::Error, sync::OnceLock, time::Duration};
 

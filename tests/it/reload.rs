@@ -407,7 +407,13 @@ async fn changed_client_access_applies_to_the_next_client() {
         assert!(setup.change(&file).await.applied.contains(&"local_auth"));
         assert!(connect(Some(word)).await);
         assert!(!connect(None).await && !connect(Some("wrong")).await);
-        let known = setup.running.target().await.unwrap().password.unwrap();
+        let known = setup
+            .running
+            .proxy_address()
+            .await
+            .unwrap()
+            .password
+            .unwrap();
         assert_eq!(secrecy::ExposeSecret::expose_secret(&known), word);
     }
     assert_eq!(before.value("select 1").await, "1");
@@ -719,7 +725,13 @@ async fn a_password_file_that_changes_is_read_again() {
     setup.running.reload_on(setup.reloader, None);
     fs::write(&password, "open").unwrap();
     eventually("the new one is known", async || {
-        let known = setup.running.target().await.unwrap().password.unwrap();
+        let known = setup
+            .running
+            .proxy_address()
+            .await
+            .unwrap()
+            .password
+            .unwrap();
         (secrecy::ExposeSecret::expose_secret(&known) == "open").then_some(())
     })
     .await;
