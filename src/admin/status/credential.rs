@@ -2,10 +2,7 @@
 
 use jiff::Timestamp;
 
-use super::{
-    format::{ago, between, clock, span},
-    view::{Figure, Severity},
-};
+use super::format::{Figure, Severity, ago, between, clock, span};
 use crate::status::{CredentialSnapshot, CredentialState, RefreshError};
 
 /// A credential.

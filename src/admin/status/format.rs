@@ -1,8 +1,49 @@
-//! Numbers and times in readable form.
+//! Numbers, times and severities in readable form.
 
 use std::time::Duration;
 
 use jiff::Timestamp;
+
+/// Severity, shown by a sign and a word besides the color.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Severity {
+    Good,
+    Warn,
+    Bad,
+}
+
+impl Severity {
+    pub(super) fn class(self) -> &'static str {
+        match self {
+            Self::Good => "good",
+            Self::Warn => "warn",
+            Self::Bad => "bad",
+        }
+    }
+
+    pub(super) fn sign(self) -> &'static str {
+        match self {
+            Self::Good => "●",
+            Self::Warn => "◆",
+            Self::Bad => "▲",
+        }
+    }
+}
+
+/// A name with its value.
+pub(super) struct Figure {
+    pub(super) name: String,
+    pub(super) value: String,
+}
+
+impl Figure {
+    pub(super) fn new(name: impl Into<String>, value: impl Into<String>) -> Self {
+        Self {
+            name: name.into(),
+            value: value.into(),
+        }
+    }
+}
 
 /// `12 s`, `3 min 05 s`, `2 h 10 min`, `4 d 3 h`.
 pub(super) fn span(time: Duration) -> String {

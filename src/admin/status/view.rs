@@ -7,7 +7,7 @@ use jiff::Timestamp;
 
 use super::{
     credential::CredentialView,
-    format::{ago, between, bytes, clock, datetime, grouped, short_span, span},
+    format::{Figure, Severity, ago, between, bytes, clock, datetime, grouped, short_span, span},
 };
 use crate::{
     shutdown::Phase,
@@ -32,44 +32,19 @@ pub(super) fn render(snapshot: &Snapshot) -> Result<String, askama::Error> {
     Page::new(snapshot, Timestamp::now()).render()
 }
 
-/// Severity, shown by a sign and a word besides the color.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Severity {
-    Good,
-    Warn,
-    Bad,
-}
-
-impl Severity {
-    fn class(self) -> &'static str {
-        match self {
-            Self::Good => "good",
-            Self::Warn => "warn",
-            Self::Bad => "bad",
-        }
-    }
-
-    fn sign(self) -> &'static str {
-        match self {
-            Self::Good => "●",
-            Self::Warn => "◆",
-            Self::Bad => "▲",
-        }
-    }
-}
-
 #[derive(Template)]
 #[template(path = "page.html", config = "src/admin/status/askama.toml")]
-struct Page {
+struct Page<'a> {
     version: &'static str,
+    now: Timestamp,
     state: State,
     figures: Vec<Figure>,
     endpoints: Vec<EndpointView>,
-    failures: Vec<FailureView>,
+    failures: Vec<RecentFailure>,
     sessions: Vec<SessionView>,
     more: usize,
-    wakes: Vec<WakeView>,
-    refreshes: Vec<RefreshView>,
+    wakes: Vec<RecentWake>,
+    refreshes: Vec<(&'a str, &'a RefreshAttempt)>,
     listeners: Vec<Figure>,
     started: String,
 }
@@ -81,39 +56,11 @@ struct State {
     reasons: Vec<String>,
 }
 
-/// A name with its value.
-pub(super) struct Figure {
-    name: String,
-    value: String,
-}
-
-impl Figure {
-    pub(super) fn new(name: impl Into<String>, value: impl Into<String>) -> Self {
-        Self {
-            name: name.into(),
-            value: value.into(),
-        }
-    }
-}
-
 struct EndpointView {
     name: String,
     path: String,
     credential: CredentialView,
     totals: Vec<Figure>,
-}
-
-struct FailureView {
-    message: String,
-    when: String,
-    datetime: String,
-    count: String,
-    sqlstate: String,
-    reason: String,
-    endpoint: String,
-    session: u64,
-    detail: Option<String>,
-    hint: Option<String>,
 }
 
 struct SessionView {
@@ -130,31 +77,19 @@ struct SessionView {
     process: String,
 }
 
-struct WakeView {
-    when: String,
-    datetime: String,
-    endpoint: String,
-    took: String,
-    clients: String,
-}
-
-struct RefreshView {
-    when: String,
-    datetime: String,
-    endpoint: String,
-    severity: Severity,
-    outcome: String,
-    took: String,
-}
-
-impl Page {
-    fn new(snapshot: &Snapshot, now: Timestamp) -> Self {
+impl<'a> Page<'a> {
+    fn new(snapshot: &'a Snapshot, now: Timestamp) -> Self {
         let registry = &snapshot.registry;
         let all = registry.counts();
         let mut sessions = registry.list(CONSIDERED);
         sessions.sort_by_key(|session| (urgency(session.activity), Reverse(session.lasting)));
         sessions.truncate(SHOWN);
-        let recent = registry.recent();
+        let mut failures = registry.recent().failures();
+        failures.truncate(FAILURES);
+        let mut wakes = registry.recent().wakes();
+        wakes.truncate(EVENTS);
+        let mut refreshes = snapshot.refreshes();
+        refreshes.truncate(EVENTS);
         let postgres = snapshot.endpoints.iter().flat_map(|endpoint| {
             let addresses = endpoint.listening.iter();
             addresses.map(|address| Figure::new("Postgres clients", address))
@@ -166,6 +101,7 @@ impl Page {
         });
         Self {
             version: VERSION,
+            now,
             state: State::new(snapshot),
             figures: figures(snapshot, all),
             endpoints: snapshot
@@ -173,29 +109,22 @@ impl Page {
                 .iter()
                 .map(|endpoint| EndpointView::new(endpoint, now))
                 .collect(),
-            failures: recent
-                .failures()
-                .into_iter()
-                .take(FAILURES)
-                .map(|failure| FailureView::new(failure, now))
-                .collect(),
+            failures,
             more: all.all.saturating_sub(sessions.len()),
             sessions: sessions.into_iter().map(SessionView::new).collect(),
-            wakes: recent
-                .wakes()
-                .into_iter()
-                .take(EVENTS)
-                .map(|wake| WakeView::new(&wake, now))
-                .collect(),
-            refreshes: snapshot
-                .refreshes()
-                .into_iter()
-                .take(EVENTS)
-                .map(|(endpoint, attempt)| RefreshView::new(endpoint, attempt, now))
-                .collect(),
+            wakes,
+            refreshes,
             listeners: postgres.chain(http).collect(),
             started: clock(snapshot.started, now),
         }
+    }
+
+    fn clock(&self, at: &Timestamp) -> String {
+        clock(*at, self.now)
+    }
+
+    fn ago(&self, at: &Timestamp) -> String {
+        ago(*at, self.now)
     }
 }
 
@@ -293,29 +222,13 @@ impl EndpointView {
     }
 }
 
-impl FailureView {
-    fn new(failure: RecentFailure, now: Timestamp) -> Self {
-        let count = match failure.count {
-            1 => "once".to_owned(),
-            count => format!(
-                "{} times in {}",
-                grouped(count),
-                span(between(failure.first, failure.at).max(Duration::from_secs(1)))
-            ),
-        };
-        Self {
-            message: failure.report.message,
-            when: ago(failure.at, now),
-            datetime: datetime(failure.at),
-            count,
-            sqlstate: failure.report.sqlstate,
-            reason: failure.reason.as_str().replace('_', " "),
-            endpoint: failure.endpoint.name().to_owned(),
-            session: failure.session,
-            detail: failure.report.detail,
-            hint: failure.report.hint,
-        }
+/// How often clients were refused: `once`, `3 times in 2 min 05 s`.
+fn times(failure: &RecentFailure) -> String {
+    if failure.count == 1 {
+        return "once".to_owned();
     }
+    let lasting = between(failure.first, failure.at).max(Duration::from_secs(1));
+    format!("{} times in {}", grouped(failure.count), span(lasting))
 }
 
 /// The order of sessions: those that may need attention first.
@@ -360,35 +273,6 @@ impl SessionView {
             sent: bytes(session.from_client),
             received: bytes(session.from_server),
             process: process.map_or_else(|| "–".to_owned(), |process| process.to_string()),
-        }
-    }
-}
-
-impl WakeView {
-    fn new(wake: &RecentWake, now: Timestamp) -> Self {
-        Self {
-            when: clock(wake.at, now),
-            datetime: datetime(wake.at),
-            endpoint: wake.endpoint.name().to_owned(),
-            took: short_span(wake.longest),
-            clients: grouped(wake.clients),
-        }
-    }
-}
-
-impl RefreshView {
-    fn new(endpoint: &str, attempt: &RefreshAttempt, now: Timestamp) -> Self {
-        let (severity, outcome) = match &attempt.outcome {
-            Ok(_) => (Severity::Good, "new credential".to_owned()),
-            Err(error) => (Severity::Bad, error.kind.as_str().replace('_', " ")),
-        };
-        Self {
-            when: clock(attempt.at, now),
-            datetime: datetime(attempt.at),
-            endpoint: endpoint.to_owned(),
-            severity,
-            outcome,
-            took: short_span(attempt.took),
         }
     }
 }
