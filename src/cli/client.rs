@@ -8,6 +8,8 @@ use tokio::{
     time::timeout,
 };
 
+use crate::telemetry::chain;
+
 const TIMEOUT: Duration = Duration::from_secs(5);
 /// More than any answer of the proxy.
 const ANSWER_LIMIT: u64 = 64 * 1024;
@@ -21,38 +23,12 @@ pub(super) struct Answer {
     pub(super) body: String,
 }
 
-/// A request without an answer.
-#[derive(Debug, thiserror::Error)]
-pub(super) enum RequestError {
-    /// The connection failed.
-    #[error("cannot reach {address}")]
-    Io {
-        /// The address.
-        address: SocketAddr,
-        /// The cause.
-        #[source]
-        source: io::Error,
-    },
-    /// The answer is not HTTP.
-    #[error("what listens on {address} does not speak HTTP")]
-    NotHttp {
-        /// The address.
-        address: SocketAddr,
-    },
-    /// The timeout is over.
-    #[error("no answer from {address} within {} s", TIMEOUT.as_secs())]
-    TimedOut {
-        /// The address.
-        address: SocketAddr,
-    },
-}
-
-/// Sends `method path` and reads the answer.
+/// Sends `method path` and reads the answer; the error is its text.
 pub(super) async fn request(
     address: SocketAddr,
     method: &str,
     path: &str,
-) -> Result<Answer, RequestError> {
+) -> Result<Answer, String> {
     let exchange = async {
         let mut stream = TcpStream::connect(address).await?;
         let head = format!(
@@ -61,13 +37,14 @@ pub(super) async fn request(
         stream.write_all(head.as_bytes()).await?;
         let mut answer = Vec::new();
         stream.take(ANSWER_LIMIT).read_to_end(&mut answer).await?;
-        Ok(answer)
+        Ok::<_, io::Error>(answer)
     };
     let answer = timeout(TIMEOUT, exchange)
         .await
-        .map_err(|_| RequestError::TimedOut { address })?
-        .map_err(|source| RequestError::Io { address, source })?;
-    parse(&String::from_utf8_lossy(&answer)).ok_or(RequestError::NotHttp { address })
+        .map_err(|_| format!("no answer from {address} within {} s", TIMEOUT.as_secs()))?
+        .map_err(|error| format!("cannot reach {address}: {}", chain(&error)))?;
+    parse(&String::from_utf8_lossy(&answer))
+        .ok_or_else(|| format!("what listens on {address} does not speak HTTP"))
 }
 
 fn parse(answer: &str) -> Option<Answer> {

@@ -5,7 +5,6 @@
 
 use std::{
     io::{self, Write},
-    net::SocketAddr,
     path::PathBuf,
     time::Duration,
 };
@@ -14,10 +13,11 @@ use anstyle::Style;
 use jiff::{SignedDuration, Timestamp, tz::TimeZone};
 use secrecy::SecretString;
 
+use super::CommandError;
 use crate::{
     app::{Addresses, App, Running, StartError},
     config::{Config, ConfigError, Environment, LogOptions, PortSetting, Settings},
-    emulator::{self, Emulator, EmulatorError, EmulatorOptions, PostgresSource},
+    emulator::{self, Emulator, EmulatorOptions, PostgresSource},
     shutdown::{Cause, Signals},
 };
 
@@ -53,31 +53,6 @@ pub(super) struct DemoArgs {
     pub postgres_bin_dir: Option<PathBuf>,
 }
 
-/// Why there is no demo.
-#[derive(Debug, thiserror::Error)]
-pub enum DemoError {
-    /// The emulator's settings do not do for the proxy; a defect.
-    #[error(transparent)]
-    Config(#[from] ConfigError),
-    /// The emulator cannot start.
-    #[error(transparent)]
-    Emulator(#[from] EmulatorError),
-    /// The proxy cannot start.
-    #[error(transparent)]
-    Start(#[from] StartError),
-}
-
-impl DemoError {
-    /// What to do about it.
-    pub fn hint(&self) -> Option<String> {
-        match self {
-            Self::Config(error) => error.hint().map(str::to_owned),
-            Self::Emulator(_) => None,
-            Self::Start(error) => error.hint(),
-        }
-    }
-}
-
 /// Warnings only: the panel shows normal events.
 pub(super) fn log_options() -> LogOptions {
     LogOptions {
@@ -87,7 +62,7 @@ pub(super) fn log_options() -> LogOptions {
 }
 
 /// Runs the demo until a signal, and takes everything away again.
-pub(super) async fn run(arguments: DemoArgs, signals: &mut Signals) -> Result<Cause, DemoError> {
+pub(super) async fn run(arguments: DemoArgs, signals: &mut Signals) -> Result<Cause, CommandError> {
     let start = Emulator::start(options(&arguments));
     tokio::pin!(start);
     let emulator = tokio::select! {
@@ -109,7 +84,7 @@ async fn serve(
     arguments: &DemoArgs,
     emulator: &Emulator,
     signals: &mut Signals,
-) -> Result<Cause, DemoError> {
+) -> Result<Cause, CommandError> {
     let proxy = tokio::select! {
         proxy = start_proxy(arguments, emulator) => proxy?,
         cause = signals.next() => return Ok(cause),
@@ -146,36 +121,32 @@ struct Ports {
 }
 
 /// Starts the proxy on the requested ports, else on the default ones, else on free ones.
-async fn start_proxy(arguments: &DemoArgs, emulator: &Emulator) -> Result<Running, DemoError> {
+async fn start_proxy(arguments: &DemoArgs, emulator: &Emulator) -> Result<Running, CommandError> {
     let mut ports = Ports {
         postgres: arguments.port.unwrap_or(PORTS.postgres),
         http: arguments.http_port.unwrap_or(PORTS.http),
         notes: arguments.notes_port.unwrap_or(PORTS.notes),
     };
     loop {
-        match App::build(config(ports, emulator)?).await {
+        let error = match App::build(config(ports, emulator)?).await {
             Ok(app) => return Ok(app.start()?),
-            Err(StartError::Bind { flag, source, .. })
-                if source.kind() == io::ErrorKind::AddrInUse =>
-            {
-                let (port, requested) = match flag {
+            Err(error) => error,
+        };
+        let (port, requested) = match &error {
+            StartError::Bind { flag, source, .. } if source.kind() == io::ErrorKind::AddrInUse => {
+                match *flag {
                     "http-port" => (&mut ports.http, arguments.http_port),
                     "notes-port" => (&mut ports.notes, arguments.notes_port),
                     _ => (&mut ports.postgres, arguments.port),
-                };
-                if requested.is_some() || *port == 0 {
-                    let address = SocketAddr::from(([127, 0, 0, 1], *port));
-                    return Err(StartError::Bind {
-                        address,
-                        flag,
-                        source,
-                    }
-                    .into());
                 }
-                *port = 0;
             }
-            Err(error) => return Err(error.into()),
+            _ => return Err(error.into()),
+        };
+        // Only a default port may be replaced; another free one cannot be taken.
+        if requested.is_some() || *port == 0 {
+            return Err(error.into());
         }
+        *port = 0;
     }
 }
 

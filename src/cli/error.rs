@@ -80,8 +80,6 @@ macro_rules! from_errors {
 }
 
 from_errors!(ConfigError, StartError);
-#[cfg(feature = "demo")]
-from_errors!(super::demo::DemoError);
 
 impl From<telemetry::LogError> for CommandError {
     fn from(error: telemetry::LogError) -> Self {

@@ -5,10 +5,7 @@ use std::{path::PathBuf, process::ExitCode};
 use clap::Args;
 
 use super::{CommandError, client::request, wait::address};
-use crate::{
-    config::{LOCALHOST, PortSetting, Settings},
-    telemetry,
-};
+use crate::config::{LOCALHOST, PortSetting, Settings};
 
 const HINT: &str = "start the proxy with --quitquitquit, and use the same --admin-port for both";
 
@@ -37,7 +34,7 @@ pub(super) async fn run(arguments: ShutdownArgs) -> Result<ExitCode, CommandErro
             answer.status,
             answer.body.trim()
         ),
-        Err(error) => format!("cannot request the shutdown: {}", telemetry::chain(&error)),
+        Err(error) => format!("cannot request the shutdown: {error}"),
     };
     Err(CommandError::new(message, Some(HINT.to_owned())))
 }

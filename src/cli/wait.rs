@@ -11,10 +11,7 @@ use clap::Args;
 use tokio::time::{MissedTickBehavior, interval, timeout};
 
 use super::{CommandError, client::request};
-use crate::{
-    config::{DurationSetting, LOCALHOST, PortSetting, Settings},
-    telemetry,
-};
+use crate::config::{DurationSetting, LOCALHOST, PortSetting, Settings};
 
 /// The interval of Cloud SQL Auth Proxy's `wait`.
 const INTERVAL: Duration = Duration::from_secs(1);
@@ -55,7 +52,7 @@ pub(super) async fn run(arguments: WaitArgs) -> Result<ExitCode, CommandError> {
             match request(address, "GET", "/startup").await {
                 Ok(answer) if answer.status == 200 => return,
                 Ok(answer) => last = answer.body.trim().replace('\n', ": "),
-                Err(error) => last = telemetry::chain(&error).to_string(),
+                Err(error) => last = error,
             }
         }
     };

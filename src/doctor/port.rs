@@ -6,6 +6,7 @@ use super::report::Finding;
 use crate::{
     config::ListenAddresses,
     listener::{ListenError, Listener, UnixError},
+    net::blocking,
     telemetry::chain,
 };
 
@@ -30,16 +31,13 @@ async fn check_unix(error: UnixError) -> Finding {
         return failed;
     };
     let name = path.display().to_string();
-    let owner = tokio::task::spawn_blocking(move || {
+    let owner = blocking(move || {
         let proc = Path::new("/proc");
         let table = fs::read_to_string(proc.join("net/unix")).ok()?;
         owner_of(proc, &listening_unix(&table, path.to_str()?))
     });
-    match owner.await.ok().flatten() {
-        Some(owner) if owner.name == OURSELVES => Finding::ok(format!(
-            "{name} is served by a lakebase-proxy already (pid {})",
-            owner.pid
-        )),
+    match owner.await {
+        Some(owner) if owner.name == OURSELVES => owner.is_serving(&name),
         _ => failed,
     }
 }
@@ -48,13 +46,9 @@ async fn check_tcp(listen: SocketAddr, error: &io::Error) -> Finding {
     let flag = "choose another port with --port (0 = any free one)";
     match error.kind() {
         io::ErrorKind::AddrInUse => {
-            let owner =
-                tokio::task::spawn_blocking(move || owner(Path::new("/proc"), listen.port()));
-            match owner.await.ok().flatten() {
-                Some(owner) if owner.name == OURSELVES => Finding::ok(format!(
-                    "{listen} is served by a lakebase-proxy already (pid {})",
-                    owner.pid
-                )),
+            let port = listen.port();
+            match blocking(move || owner(Path::new("/proc"), port)).await {
+                Some(owner) if owner.name == OURSELVES => owner.is_serving(&listen.to_string()),
                 Some(Owner { pid, name }) => {
                     Finding::failed(format!("{listen} is taken by `{name}` (pid {pid})"))
                         .fix(format!("stop it (`kill {pid}`), or {flag}"))
@@ -63,8 +57,7 @@ async fn check_tcp(listen: SocketAddr, error: &io::Error) -> Finding {
                     "{listen} is taken by a process that this user may not see"
                 ))
                 .fix(format!(
-                    "find it with `sudo ss -ltnp 'sport = :{}'`, or {flag}",
-                    listen.port()
+                    "find it with `sudo ss -ltnp 'sport = :{port}'`, or {flag}"
                 )),
             }
         }
@@ -82,6 +75,15 @@ async fn check_tcp(listen: SocketAddr, error: &io::Error) -> Finding {
 struct Owner {
     pid: u32,
     name: String,
+}
+
+impl Owner {
+    fn is_serving(&self, address: &str) -> Finding {
+        let pid = self.pid;
+        Finding::ok(format!(
+            "{address} is served by a lakebase-proxy already (pid {pid})"
+        ))
+    }
 }
 
 /// The process that listens on `port`, if it is visible. Blocks.
@@ -119,28 +121,30 @@ fn owner_of(proc: &Path, inodes: &[String]) -> Option<Owner> {
 /// The inodes of the sockets that listen on `port`, from a table in `/proc/net`.
 fn listening(table: &str, port: u16) -> Vec<String> {
     let suffix = format!(":{port:04X}");
-    table
-        .lines()
-        .skip(1)
-        .filter_map(|line| {
-            let columns: Vec<&str> = line.split_ascii_whitespace().collect();
-            let (local, state, inode) = (columns.get(1)?, columns.get(3)?, columns.get(9)?);
-            (local.ends_with(&suffix) && *state == LISTEN).then(|| (*inode).to_owned())
-        })
-        .collect()
+    inodes(table, |columns| {
+        let (local, state) = (columns.get(1)?, columns.get(3)?);
+        let is_it = local.ends_with(&suffix) && *state == LISTEN;
+        columns.get(9).filter(|_| is_it)
+    })
 }
 
 /// The inodes of the Unix sockets with this path.
 fn listening_unix(table: &str, path: &str) -> Vec<String> {
-    table
-        .lines()
-        .skip(1)
-        .filter_map(|line| {
-            let columns: Vec<&str> = line.split_ascii_whitespace().collect();
-            let (inode, found) = (columns.get(6)?, columns.get(7)?);
-            (*found == path).then(|| (*inode).to_owned())
-        })
-        .collect()
+    inodes(table, |columns| {
+        columns.get(6).filter(|_| columns.get(7) == Some(&path))
+    })
+}
+
+/// The column that `find` returns for each line behind the heading.
+fn inodes<'t>(
+    table: &'t str,
+    find: impl for<'c> Fn(&'c [&'t str]) -> Option<&'c &'t str>,
+) -> Vec<String> {
+    let inode = |line: &'t str| {
+        let columns: Vec<&str> = line.split_ascii_whitespace().collect();
+        find(&columns).map(|inode| (*inode).to_owned())
+    };
+    table.lines().skip(1).filter_map(inode).collect()
 }
 
 fn holds(process: &Path, inodes: &[String]) -> bool {

@@ -1,12 +1,12 @@
 //! The report: steps with their time, outcome and fix, as text and as JSON.
 
-use std::{fmt::Write, time::Duration};
+use std::{error::Error, fmt::Write, time::Duration};
 
 use anstyle::{AnsiColor, Style};
 use serde::Serialize;
 use tokio::time::Instant;
 
-use crate::telemetry::{escape, escape_json};
+use crate::telemetry::{chain, escape, escape_json};
 
 /// Width of the steps' names.
 const NAME_WIDTH: usize = 20;
@@ -103,6 +103,12 @@ impl Finding {
     pub(super) fn detail(mut self, detail: impl Into<Option<String>>) -> Self {
         self.detail = detail.into();
         self
+    }
+
+    /// The causes of an error as the detail.
+    #[must_use]
+    pub(super) fn cause(self, error: &dyn Error) -> Self {
+        self.detail(error.source().map(|source| chain(source).to_string()))
     }
 
     #[must_use]

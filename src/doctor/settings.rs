@@ -7,7 +7,8 @@ use url::Url;
 use super::report::{Finding, Setting};
 use crate::{
     config::{
-        Attribute, Config, ConfigError, EndpointConfig, Origin, Settings, ShownSetting, TlsMode,
+        Attribute, Config, ConfigError, EndpointConfig, Origin, PASSWORD_VARIABLE, Settings,
+        ShownSetting, TlsMode, VARIABLE_PREFIX, variable,
     },
     net::tls,
     workspace::{ResolvedSettings, Workspace},
@@ -77,9 +78,6 @@ fn workspace_variables() -> impl Iterator<Item = (&'static str, Kind, &'static s
     })
 }
 
-/// The prefix of the proxy's own variables.
-const PREFIX: &str = "LAKEBASE_PROXY_";
-
 /// The settings of the addresses for clients.
 const LISTENING: [&str; 4] = ["address", "endpoint", "port", "unix_socket"];
 
@@ -95,105 +93,83 @@ pub(super) fn list(
     config: Option<&Config>,
 ) -> Vec<Setting> {
     let mut list = Vec::new();
+    let mut add = |name: &str, value: String, source: String| {
+        let name = name.to_owned();
+        list.push(Setting {
+            name,
+            value,
+            source,
+        });
+    };
     // An invalid profile is the first step's finding.
     let resolved = config.and_then(|config| ResolvedSettings::new(config.workspace.clone()).ok());
-    let profile = resolved.iter().flat_map(|settings| {
-        Attribute::ALL.iter().filter_map(|&attribute| {
-            let (value, origin) = (settings.text(attribute)?, settings.origin(attribute));
-            let setting = Setting {
-                name: attribute.keys().first().copied()?.to_owned(),
-                value: shown(Kind::of(attribute), value),
-                source: origin.to_string(),
-            };
-            (!matches!(origin, Origin::Variable(_))).then_some((attribute, setting))
-        })
-    });
-    let profile: Vec<(Attribute, Setting)> = profile.collect();
-    let is_in_profile = |variable: &str| {
-        let mut variables = profile.iter().flat_map(|(name, _)| name.variables());
-        variables.any(|name| *name == variable)
+    let of_profile = |attribute: Attribute| {
+        let settings = resolved.as_ref()?;
+        let (value, origin) = (settings.text(attribute)?, settings.origin(attribute));
+        (!matches!(origin, Origin::Variable(_))).then_some((value, origin))
     };
+    let profile: Vec<Attribute> = Attribute::ALL
+        .iter()
+        .copied()
+        .filter(|attribute| of_profile(*attribute).is_some())
+        .collect();
     for (name, kind, unset) in VARIABLES.iter().copied().chain(workspace_variables()) {
-        let set = variables
-            .iter()
-            .find(|(known, value)| known == name && !value.trim().is_empty());
-        match set {
-            Some((_, value)) => list.push(Setting {
-                name: name.to_owned(),
-                value: shown(kind, value),
-                source: "environment".to_owned(),
-            }),
-            None if unset.is_empty() || is_in_profile(name) => {}
-            None => list.push(Setting {
-                name: name.to_owned(),
-                value: unset.to_owned(),
-                source: "not set".to_owned(),
-            }),
+        let is_set = |(known, value): &&(String, String)| known == name && !value.trim().is_empty();
+        let is_in_profile = profile.iter().any(|it| it.variables().contains(&name));
+        match variables.iter().find(is_set) {
+            Some((_, value)) => add(name, shown(kind, value), "environment".to_owned()),
+            None if unset.is_empty() || is_in_profile => {}
+            None => add(name, unset.to_owned(), "not set".to_owned()),
         }
     }
-    list.extend(profile.into_iter().map(|(_, setting)| setting));
-    let in_force = config.map_or_else(Vec::new, |config| config.settings.shown());
-    for setting in &in_force {
-        if setting.origin != Origin::Default {
-            list.push(Setting {
-                name: flag(&setting.key),
-                value: shown(Kind::Plain, &setting.value),
-                source: setting.origin.to_string(),
-            });
+    for attribute in profile {
+        if let (Some((value, origin)), [key, ..]) = (of_profile(attribute), attribute.keys()) {
+            add(key, shown(Kind::of(attribute), value), origin.to_string());
         }
+    }
+    let in_force = config.map_or_else(Vec::new, |config| config.settings.shown());
+    let given = || in_force.iter().filter(|it| it.origin != Origin::Default);
+    for setting in given() {
+        let value = shown(Kind::Plain, &setting.value);
+        add(&flag(&setting.key), value, setting.origin.to_string());
     }
     let mut own: Vec<_> = variables
         .iter()
-        .filter(|(name, value)| name.starts_with(PREFIX) && !value.is_empty())
+        .filter(|(name, value)| name.starts_with(VARIABLE_PREFIX) && !value.is_empty())
         .collect();
     own.sort_unstable();
     for (name, value) in own {
-        let is_it = |setting: &&ShownSetting| {
-            name.strip_prefix(PREFIX)
-                .is_some_and(|name| name.eq_ignore_ascii_case(&setting.key))
-        };
-        let (kind, source) = match (name.as_str(), in_force.iter().find(is_it)) {
-            ("LAKEBASE_PROXY_LOCAL_PASSWORD", _) => (Kind::Secret, "environment".to_owned()),
+        let is_it = |setting: &&ShownSetting| name.eq_ignore_ascii_case(&variable(&setting.key));
+        let environment = || "environment".to_owned();
+        match in_force.iter().find(is_it).map(|it| (it, &it.origin)) {
+            _ if name == PASSWORD_VARIABLE => add(name, shown(Kind::Secret, value), environment()),
             // In the list already.
-            (_, Some(setting)) if matches!(setting.origin, Origin::Variable(_)) => continue,
-            (_, Some(setting)) => {
-                let by = format!(
-                    "not in force: {} is from the {}",
-                    flag(&setting.key),
-                    setting.origin
-                );
-                (Kind::Plain, by)
+            Some((_, Origin::Variable(_))) => {}
+            Some((setting, origin)) => {
+                let source = format!("not in force: {} is from the {origin}", flag(&setting.key));
+                add(name, shown(Kind::Plain, value), source);
             }
-            (_, None) => (Kind::Plain, "environment".to_owned()),
-        };
-        list.push(Setting {
-            name: name.clone(),
-            value: shown(kind, value),
-            source,
-        });
+            None => add(name, shown(Kind::Plain, value), environment()),
+        }
     }
     if let Some(path) = &flags.config_file {
-        list.push(Setting {
-            name: "--config-file".to_owned(),
-            value: shown(Kind::Plain, &path.display().to_string()),
-            source: flags.origins.of("config_file").to_string(),
-        });
+        let path = shown(Kind::Plain, &path.display().to_string());
+        add(
+            "--config-file",
+            path,
+            flags.origins.of("config_file").to_string(),
+        );
     }
     for endpoint in config.iter().flat_map(|config| &config.endpoints) {
-        let mut sources: Vec<String> = in_force
-            .iter()
+        let mut sources: Vec<String> = given()
             .filter(|setting| LISTENING.contains(&setting.key.as_str()))
-            .filter(|setting| setting.origin != Origin::Default)
             .map(|setting| format!("{} from the {}", flag(&setting.key), setting.origin))
             .collect();
         if sources.is_empty() {
             sources.push(Origin::Default.to_string());
         }
-        list.push(Setting {
-            name: "listen".to_owned(),
-            value: format!("{} for {}", endpoint.listen, called(endpoint)),
-            source: sources.join(", "),
-        });
+        let value = format!("{} for {}", endpoint.listen, called(endpoint));
+        add("listen", value, sources.join(", "));
     }
     list
 }
@@ -212,10 +188,7 @@ pub(super) fn check(
         Ok(config) => config,
         Err(error) => {
             return Finding::failed(error.to_string())
-                .detail(
-                    std::error::Error::source(error)
-                        .map(|source| crate::telemetry::chain(source).to_string()),
-                )
+                .cause(error)
                 .hint(error.hint());
         }
     };
@@ -239,10 +212,7 @@ fn unusable(endpoint: &EndpointConfig) -> Option<Finding> {
     if let Err(error) = tls::verifier(roots) {
         return Some(
             Finding::failed(error.to_string())
-                .detail(
-                    std::error::Error::source(&error)
-                        .map(|source| crate::telemetry::chain(source).to_string()),
-                )
+                .cause(&error)
                 .fix("set PGSSLROOTCERT to a PEM file of trusted roots, or unset it to use the system's (Debian: apt install ca-certificates)"),
         );
     }
@@ -269,17 +239,8 @@ fn shown(kind: Kind, value: &str) -> String {
         Kind::Url => without_secrets(value),
         Kind::Plain | Kind::Secret => value.to_owned(),
     };
-    let mut shown: String = value
-        .chars()
-        .map(|character| {
-            if character.is_control() {
-                ' '
-            } else {
-                character
-            }
-        })
-        .take(MAX_VALUE)
-        .collect();
+    let mut shown: String = value.chars().take(MAX_VALUE).collect();
+    shown = shown.replace(char::is_control, " ");
     if value.chars().count() > MAX_VALUE {
         shown.push_str("...");
     }
