@@ -26,7 +26,6 @@ use crate::{
     status::{Health, HttpListener, Registry, Snapshot},
     systemd::Notifier,
     telemetry::{LogHandle, Metrics},
-    upstream::Terms,
     workspace::Workspace,
 };
 
@@ -57,20 +56,6 @@ pub(super) struct Shared {
     pub(super) notifier: Notifier,
     workspace: OnceLock<Workspace>,
     workspace_settings: WorkspaceSettings,
-}
-
-/// The part of the configuration that sessions use.
-fn session_config(settings: &Settings, access: Arc<AccessPolicy>) -> SessionConfig {
-    SessionConfig {
-        access,
-        database_mapping: settings.database_mapping(),
-        client_login_timeout: settings.client_login_timeout().0,
-        max_connections: descriptors::max_connections(settings.max_connections()),
-        terms: Terms {
-            limits: settings.timeouts(),
-            keepalive: settings.keepalive(),
-        },
-    }
 }
 
 /// The access policy of the configuration. What has not changed since `before` is kept: a self-signed certificate, the
@@ -111,7 +96,7 @@ impl Shared {
         let endpoints = Endpoints::default();
         let (registry, shutdown) = (Registry::default(), Shutdown::new());
         let access = Arc::new(access_policy(config, None)?);
-        let session_config = session_config(&config.settings, access);
+        let session_config = SessionConfig::new(&config.settings, access);
         let session_config: SharedConfig = Arc::new(ArcSwap::from_pointee(session_config));
         let served = endpoints.clone();
         let absent = AbsentSockets::default();
@@ -172,7 +157,7 @@ impl Shared {
 
     /// Applies the settings that a reload changes.
     pub(super) fn apply(&self, config: &Config, access: Arc<AccessPolicy>) {
-        let session_config = session_config(&config.settings, access);
+        let session_config = SessionConfig::new(&config.settings, access);
         self.process.config.store(Arc::new(session_config));
         self.announce(config);
     }
@@ -277,7 +262,10 @@ mod tests {
         let environment = Environment::from_variables([(name.0.to_owned(), name.1.to_owned())]);
         let config = Config::resolve(toml::from_str(file).unwrap(), environment).unwrap();
         let access = access_policy(&config, None).unwrap();
-        format!("{:?}", session_config(&config.settings, Arc::new(access)))
+        format!(
+            "{:?}",
+            SessionConfig::new(&config.settings, Arc::new(access))
+        )
     }
 
     fn another_value(setting: &Setting) -> String {

@@ -6,7 +6,8 @@ use arc_swap::ArcSwap;
 
 use super::{AccessPolicy, CancelKeys, Console, LostSessions};
 use crate::{
-    config::DatabaseMapping,
+    config::{DatabaseMapping, Settings},
+    net::descriptors,
     shutdown::Shutdown,
     status::EndpointSessions,
     telemetry::Metrics,
@@ -73,6 +74,22 @@ pub struct SessionConfig {
     pub max_connections: usize,
     /// Timeouts and keepalive towards the endpoint.
     pub terms: Terms,
+}
+
+impl SessionConfig {
+    /// The settings that sessions use.
+    pub(crate) fn new(settings: &Settings, access: Arc<AccessPolicy>) -> Self {
+        Self {
+            access,
+            database_mapping: settings.database_mapping(),
+            client_login_timeout: settings.client_login_timeout().0,
+            max_connections: descriptors::max_connections(settings.max_connections()),
+            terms: Terms {
+                limits: settings.timeouts(),
+                keepalive: settings.keepalive(),
+            },
+        }
+    }
 }
 
 /// The configuration in force; loading it takes no lock.

@@ -16,7 +16,7 @@ use tokio_util::sync::CancellationToken;
 use super::{client::CLOSE_TIMEOUT, *};
 use crate::{
     clock::Clock,
-    config::DatabaseMapping,
+    config::Settings,
     credential::{CredentialCell, Minted},
     protocol::{
         error::ErrorFields,
@@ -26,7 +26,7 @@ use crate::{
     shutdown::Shutdown,
     status::{EndpointSessions, Label, Registry},
     telemetry::Metrics,
-    upstream::{Addresses, DroppedParameters, Endpoint, Route, Security, Terms, Upstream},
+    upstream::{Addresses, DroppedParameters, Endpoint, Route, Security, Upstream},
 };
 
 /// More than any of these tests takes when all is well.
@@ -59,11 +59,9 @@ fn sessions(upstream: SocketAddr, client_login_timeout: Duration) -> Arc<Endpoin
     let process = ProcessContext {
         max_handshakes: 256,
         config: Arc::new(ArcSwap::from_pointee(SessionConfig {
-            access: Arc::default(),
-            database_mapping: DatabaseMapping::Default,
             client_login_timeout,
             max_connections: 1,
-            terms: Terms::default(),
+            ..SessionConfig::new(&Settings::default(), Arc::default())
         })),
         shutdown: Shutdown::new(),
         console: None,
