@@ -1,12 +1,12 @@
 //! Endpoints as resolved, from `[[endpoint]]` tables, flags, or the variables of Postgres and Databricks.
 
-use std::{net::IpAddr, num::NonZeroU16, path::PathBuf, str::FromStr};
+use std::{net::IpAddr, num::NonZeroU16, path::PathBuf};
 
 use secrecy::{ExposeSecret, SecretString};
 
 use super::{
     ConfigError, CredentialSetting, DEFAULT_DATABASE, EndpointSettings, Environment,
-    HostAddressSetting, ListenAddresses, POSTGRES_PORT, without_userinfo,
+    ListenAddresses, POSTGRES_PORT, values::host_addresses, without_userinfo,
 };
 
 /// The configuration of one endpoint.
@@ -141,10 +141,7 @@ impl EndpointConfig {
             listen,
             name: table.name,
             host: table.host,
-            host_addresses: table
-                .host_address
-                .map(|HostAddressSetting(addresses)| addresses)
-                .unwrap_or_default(),
+            host_addresses: table.host_address,
             port: table.port.map_or(POSTGRES_PORT, NonZeroU16::get),
             user: table.user,
             database: table.database,
@@ -252,33 +249,26 @@ pub(super) fn of_environment(
         (name, alias) => name.or(alias),
     };
     let text = |variable: &str| environment.get(variable).map(str::to_owned);
+    let host_address = environment
+        .get("PGHOSTADDR")
+        .map_or(Ok(Vec::new()), |text| {
+            let expected = "an IP address, or several with commas between them";
+            host_addresses(text).map_err(|_| ConfigError::variable("PGHOSTADDR", text, expected))
+        });
+    let port = environment.get("PGPORT").map(|text| {
+        let port = text.parse();
+        port.map_err(|_| ConfigError::variable("PGPORT", text, "a port (1 to 65535)"))
+    });
     Ok(EndpointSettings {
         name: name.map(str::to_owned),
         host: text("PGHOST"),
-        host_address: parsed(
-            environment,
-            "PGHOSTADDR",
-            "an IP address, or several with commas between them",
-        )?,
-        port: parsed(environment, "PGPORT", "a port (1 to 65535)")?,
+        host_address: host_address?,
+        port: port.transpose()?,
         user: text("PGUSER"),
         database: text("PGDATABASE"),
         read_only,
         ..EndpointSettings::default()
     })
-}
-
-fn parsed<T: FromStr>(
-    environment: &Environment,
-    variable: &str,
-    expected: &str,
-) -> Result<Option<T>, ConfigError> {
-    let text = environment.get(variable);
-    text.map(|text| {
-        let value = text.parse();
-        value.map_err(|_| ConfigError::variable(variable, text, expected))
-    })
-    .transpose()
 }
 
 fn tls_mode(environment: &Environment, table: &EndpointSettings) -> Result<TlsMode, ConfigError> {
@@ -296,9 +286,9 @@ fn tls_mode(environment: &Environment, table: &EndpointSettings) -> Result<TlsMo
             }))
         }
         Some("disable") => {
-            let addresses = table.host_address.iter().flat_map(|it| &it.0);
+            let mut addresses = table.host_address.iter();
             let is_remote = |address: &&IpAddr| !address.to_canonical().is_loopback();
-            if let Some(remote) = addresses.clone().find(is_remote) {
+            if let Some(remote) = addresses.find(is_remote) {
                 return Err(plain_remote(&remote.to_string()));
             }
             match table.host.as_deref() {

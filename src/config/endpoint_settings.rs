@@ -9,7 +9,7 @@ use std::{
 
 use serde::Deserialize;
 
-use super::values::scalar;
+use super::values::{host_addresses, scalar};
 
 /// One `[[endpoint]]` table, or one `--endpoint NAME?key=value&...` flag.
 #[derive(Clone, Debug, Default, Deserialize, PartialEq, Eq)]
@@ -20,7 +20,8 @@ pub struct EndpointSettings {
     /// Its host, if not looked up.
     pub host: Option<String>,
     /// The addresses to dial, if the host is not to be resolved.
-    pub host_address: Option<HostAddressSetting>,
+    #[serde(deserialize_with = "host_address")]
+    pub host_address: Vec<IpAddr>,
     /// Its port.
     pub port: Option<NonZeroU16>,
     /// The role to log in as.
@@ -45,30 +46,6 @@ pub enum CredentialSetting {
     PasswordEnv(String),
     /// A file that holds a password; reloaded when it changes.
     PasswordFile(PathBuf),
-}
-
-/// IP addresses separated by commas, as in libpq's `hostaddr`.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct HostAddressSetting(pub Vec<IpAddr>);
-
-impl FromStr for HostAddressSetting {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let addresses = text.split(',').map(|address| {
-            address
-                .trim()
-                .parse()
-                .map_err(|_| format!("`{}` is not an IP address", address.trim()))
-        });
-        addresses.collect::<Result<_, _>>().map(Self)
-    }
-}
-
-impl<'de> Deserialize<'de> for HostAddressSetting {
-    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        scalar(deserializer)
-    }
 }
 
 /// `127.0.0.1:5433`, or a port alone.
@@ -109,6 +86,12 @@ impl<'de> Deserialize<'de> for ListenSetting {
     }
 }
 
+fn host_address<'de, D: serde::Deserializer<'de>>(
+    deserializer: D,
+) -> Result<Vec<IpAddr>, D::Error> {
+    host_addresses(&String::deserialize(deserializer)?).map_err(serde::de::Error::custom)
+}
+
 impl FromStr for EndpointSettings {
     type Err = String;
 
@@ -133,7 +116,7 @@ impl FromStr for EndpointSettings {
                 "database" => settings.database = Some(value.into_owned()),
                 "host" => settings.host = Some(value.into_owned()),
                 "host_address" | "host-address" => {
-                    settings.host_address = Some(value.parse().map_err(|_| wrong())?);
+                    settings.host_address = host_addresses(&value).map_err(|_| wrong())?;
                 }
                 "read_only" | "read-only" => {
                     settings.read_only = match &*value {
@@ -199,14 +182,11 @@ mod tests {
             .unwrap();
         assert_eq!(
             through.host_address,
-            Some(HostAddressSetting(vec![
-                "10.0.0.7".parse().unwrap(),
-                "::1".parse().unwrap()
-            ]))
+            ["10.0.0.7", "::1"].map(|address| address.parse::<IpAddr>().unwrap())
         );
         let table: EndpointSettings =
             toml::from_str("host = \"h\"\nhost_address = \"10.0.0.7\"").unwrap();
-        assert!(table.host_address.is_some());
+        assert_eq!(table.host_address.len(), 1);
         for wrong in [
             "",
             "?port=1",

@@ -7,8 +7,7 @@ use std::{
 };
 
 use super::{
-    AddressSetting, ConfigError, LOCALHOST, ListenSetting, ModeSetting, POSTGRES_PORT, PortSetting,
-    Settings,
+    ConfigError, LOCALHOST, ListenSetting, ModeSetting, POSTGRES_PORT, PortSetting, Settings,
 };
 
 /// The prefix of socket names that libpq looks for; the port follows.
@@ -127,7 +126,7 @@ pub(super) struct AddressAssigner {
 impl AddressAssigner {
     pub(super) fn new(settings: &Settings) -> Self {
         let mut unique: Vec<IpAddr> = Vec::new();
-        for AddressSetting(address) in settings.address() {
+        for address in settings.address() {
             if !unique.contains(&address) {
                 unique.push(address);
             }

@@ -38,7 +38,7 @@ pub use self::{
     change::Change,
     client_access::ClientTls,
     endpoint::{CredentialSource, EndpointConfig, Roots, TlsMode},
-    endpoint_settings::{CredentialSetting, EndpointSettings, HostAddressSetting, ListenSetting},
+    endpoint_settings::{CredentialSetting, EndpointSettings, ListenSetting},
     environment::{Environment, ServiceManager},
     error::ConfigError,
     file::read,
@@ -50,8 +50,8 @@ pub use self::{
     source::Source,
     timeouts::{Keepalive, Timeouts},
     values::{
-        AddressSetting, ClientTlsSetting, DEFAULT_DATABASE, DatabaseMapping, DurationSetting,
-        LocalAuth, ModeSetting, PortSetting,
+        ClientTlsSetting, DEFAULT_DATABASE, DatabaseMapping, DurationSetting, LocalAuth,
+        ModeSetting, PortSetting,
     },
     workspace::{Attribute, Services, Variables, WorkspaceSettings},
 };

@@ -13,8 +13,8 @@
 use std::{net::IpAddr, path::PathBuf};
 
 use super::{
-    AddressSetting, ClientTlsSetting, DEFAULT_FILTER, DatabaseMapping, DurationSetting, LOCALHOST,
-    LocalAuth, ModeSetting, PortSetting, values::one_or_many,
+    ClientTlsSetting, DEFAULT_FILTER, DatabaseMapping, DurationSetting, LOCALHOST, LocalAuth,
+    ModeSetting, PortSetting, values,
 };
 
 settings! {
@@ -22,9 +22,9 @@ settings! {
         /// IP address to listen on for Postgres clients (repeatable); 127.0.0.1 includes ::1 where it exists
         ///
         /// Several are a list: `["127.0.0.1", "::1", "10.0.0.7"]`.
-        #[arg(value_name = "IP", value_delimiter = ',')]
-        #[serde(deserialize_with = "one_or_many")]
-        address: Vec<AddressSetting> = vec![AddressSetting(LOCALHOST)] => Endpoint;
+        #[arg(value_name = "IP", value_delimiter = ',', value_parser = values::address)]
+        #[serde(deserialize_with = "values::addresses")]
+        address: Vec<IpAddr> = vec![LOCALHOST] => Endpoint;
 
         /// Port to listen on for Postgres clients; 0 = any free port, `none` = Unix sockets only
         ///

@@ -110,32 +110,47 @@ impl<'de> Deserialize<'de> for DurationSetting {
     }
 }
 
-/// An address to listen on; an IPv6 address may be in brackets.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct AddressSetting(pub IpAddr);
-
-impl FromStr for AddressSetting {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let text = text.trim();
-        let bare = text
-            .strip_prefix('[')
-            .and_then(|rest| rest.strip_suffix(']'));
-        let address = match bare {
-            Some(bare) => bare.parse().map(IpAddr::V6),
-            None => text.parse(),
-        };
-        address.map(Self).map_err(|_| {
-            format!("`{text}` is not an IP address such as `127.0.0.1`, `::1` or `[::1]`; the port is another setting")
-        })
-    }
+/// Parses an IP address; an IPv6 address may be in brackets.
+pub(super) fn address(text: &str) -> Result<IpAddr, String> {
+    let text = text.trim();
+    let bare = text
+        .strip_prefix('[')
+        .and_then(|rest| rest.strip_suffix(']'));
+    let address = match bare {
+        Some(bare) => bare.parse().map(IpAddr::V6),
+        None => text.parse(),
+    };
+    address.map_err(|_| {
+        format!("`{text}` is not an IP address such as `127.0.0.1`, `::1` or `[::1]`; the port is another setting")
+    })
 }
 
-impl<'de> Deserialize<'de> for AddressSetting {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        scalar(deserializer)
+/// Deserializes an address, or a list of them.
+pub(super) fn addresses<'de, D: Deserializer<'de>>(
+    deserializer: D,
+) -> Result<Option<Vec<IpAddr>>, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged, expecting = "a value, or a list of values")]
+    enum OneOrMany {
+        One(String),
+        Many(Vec<String>),
     }
+    let texts = match OneOrMany::deserialize(deserializer)? {
+        OneOrMany::One(text) => vec![text],
+        OneOrMany::Many(texts) => texts,
+    };
+    let addresses: Result<_, _> = texts.iter().map(|text| address(text)).collect();
+    addresses.map(Some).map_err(de::Error::custom)
+}
+
+/// Parses IP addresses separated by commas, as in libpq's `hostaddr`.
+pub(super) fn host_addresses(text: &str) -> Result<Vec<IpAddr>, String> {
+    let address = |text: &str| {
+        let text = text.trim();
+        text.parse()
+            .map_err(|_| format!("`{text}` is not an IP address"))
+    };
+    text.split(',').map(address).collect()
 }
 
 /// File permissions in octal, as for `chmod`.
@@ -196,34 +211,10 @@ pub enum DatabaseMapping {
     Exact,
 }
 
-impl Serialize for AddressSetting {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_str(&self.0)
-    }
-}
-
 impl Serialize for ModeSetting {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         serializer.collect_str(&format_args!("{:04o}", self.0))
     }
-}
-
-/// Deserializes one value or a list of them.
-pub(super) fn one_or_many<'de, D, T>(deserializer: D) -> Result<Option<Vec<T>>, D::Error>
-where
-    D: Deserializer<'de>,
-    T: Deserialize<'de>,
-{
-    #[derive(Deserialize)]
-    #[serde(untagged, expecting = "a value, or a list of values")]
-    enum OneOrMany<T> {
-        One(T),
-        Many(Vec<T>),
-    }
-    Ok(Some(match OneOrMany::deserialize(deserializer)? {
-        OneOrMany::One(value) => vec![value],
-        OneOrMany::Many(values) => values,
-    }))
 }
 
 impl Serialize for DurationSetting {
@@ -298,10 +289,10 @@ mod tests {
     #[test]
     fn addresses_may_be_in_brackets() {
         for (text, address) in [("127.0.0.1", "127.0.0.1"), ("[::1]", "::1"), ("::", "::")] {
-            assert_eq!(text.parse(), Ok(AddressSetting(address.parse().unwrap())));
+            assert_eq!(super::address(text), Ok(address.parse().unwrap()));
         }
         for text in ["", "localhost", "[127.0.0.1]", "[::1", "127.0.0.1:5432"] {
-            assert!(text.parse::<AddressSetting>().is_err(), "{text}");
+            assert!(address(text).is_err(), "{text}");
         }
     }
 
@@ -339,7 +330,8 @@ mod tests {
             if let Ok(mode) = text.parse::<ModeSetting>() {
                 prop_assert!(mode.0 <= 0o777);
             }
-            let _ = text.parse::<AddressSetting>();
+            let _ = address(&text);
+            let _ = host_addresses(&text);
             let _ = text.parse::<PortSetting>();
         }
 
@@ -348,7 +340,7 @@ mod tests {
             let expected = DurationSetting(Duration::from_secs(seconds.into()));
             prop_assert_eq!(seconds.to_string().parse(), Ok(expected));
             prop_assert_eq!(format!("{seconds}s").parse(), Ok(expected));
-            prop_assert_eq!(address.to_string().parse(), Ok(AddressSetting(address)));
+            prop_assert_eq!(super::address(&address.to_string()), Ok(address));
         }
     }
 }
