@@ -14,32 +14,68 @@ pub mod tag {
     pub const AUTHENTICATION: u8 = b'R';
     /// Cancel key.
     pub const BACKEND_KEY_DATA: u8 = b'K';
+    /// A statement is bound to a portal (the client's `B`).
+    pub const BIND: u8 = b'B';
+    /// A Bind is complete.
+    pub const BIND_COMPLETE: u8 = b'2';
+    /// A statement or portal is closed (the client's `C`).
+    pub const CLOSE: u8 = b'C';
+    /// A Close is complete.
+    pub const CLOSE_COMPLETE: u8 = b'3';
     /// End of a command.
     pub const COMMAND_COMPLETE: u8 = b'C';
-    /// End of a COPY IN by the client.
+    /// Both sides may send COPY data, as in replication.
+    pub const COPY_BOTH_RESPONSE: u8 = b'W';
+    /// COPY data, of either side.
+    pub const COPY_DATA: u8 = b'd';
+    /// End of the COPY data of either side.
     pub const COPY_DONE: u8 = b'c';
     /// COPY IN given up by the client.
     pub const COPY_FAIL: u8 = b'f';
     /// The server accepts COPY data.
     pub const COPY_IN_RESPONSE: u8 = b'G';
+    /// The server sends COPY data.
+    pub const COPY_OUT_RESPONSE: u8 = b'H';
     /// One row.
     pub const DATA_ROW: u8 = b'D';
+    /// A description is requested (the client's `D`).
+    pub const DESCRIBE: u8 = b'D';
+    /// The answer to an empty query.
+    pub const EMPTY_QUERY_RESPONSE: u8 = b'I';
     /// Error.
     pub const ERROR_RESPONSE: u8 = b'E';
     /// Execute a portal (the client's `E`).
     pub const EXECUTE: u8 = b'E';
+    /// The server is to send what it holds (the client's `H`).
+    pub const FLUSH: u8 = b'H';
     /// Function call (the client's).
     pub const FUNCTION_CALL: u8 = b'F';
+    /// The result of a function call.
+    pub const FUNCTION_CALL_RESPONSE: u8 = b'V';
+    /// There are no rows to describe.
+    pub const NO_DATA: u8 = b'n';
     /// Notice.
     pub const NOTICE_RESPONSE: u8 = b'N';
+    /// A notification of LISTEN.
+    pub const NOTIFICATION_RESPONSE: u8 = b'A';
+    /// The types of a statement's parameters.
+    pub const PARAMETER_DESCRIPTION: u8 = b't';
     /// The value of a run-time parameter.
     pub const PARAMETER_STATUS: u8 = b'S';
+    /// A statement is prepared (the client's `P`).
+    pub const PARSE: u8 = b'P';
+    /// A Parse is complete.
+    pub const PARSE_COMPLETE: u8 = b'1';
     /// Password, or a SASL message (the client's).
     pub const PASSWORD: u8 = b'p';
+    /// An Execute has returned as many rows as requested.
+    pub const PORTAL_SUSPENDED: u8 = b's';
     /// Simple query.
     pub const QUERY: u8 = b'Q';
     /// The server accepts the next request.
     pub const READY_FOR_QUERY: u8 = b'Z';
+    /// The columns of a result.
+    pub const ROW_DESCRIPTION: u8 = b'T';
     /// End of an extended-protocol request (the client's `S`).
     pub const SYNC: u8 = b'S';
     /// Orderly end of the connection (the client's).

@@ -10,7 +10,7 @@ pub(crate) mod backend;
 pub mod error;
 pub mod frame;
 pub mod options;
-pub mod progress;
+pub mod requests;
 pub(crate) mod rows;
 pub mod scram;
 pub mod startup;

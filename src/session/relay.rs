@@ -41,7 +41,7 @@ use crate::{
     protocol::{
         error::{ErrorFields, Report, sqlstate},
         frame::{HEADER_LEN, tag},
-        progress::{Answered, Progress},
+        requests::{Answered, Requests},
     },
     shutdown::{Phase, Shutdown},
     status::ActivityRecord,
@@ -108,7 +108,7 @@ pub(super) struct Relay<'a, C, U> {
     shutdown: &'a Shutdown,
     to_server: Pipe,
     to_client: Pipe,
-    progress: Progress,
+    requests: Requests,
     unsolicited: UnsolicitedPasswords,
     activity: Option<&'a ActivityRecord>,
     answers: Option<Answers>,
@@ -131,7 +131,7 @@ impl<'a, C: Transport, U: Transport> Relay<'a, C, U> {
             shutdown,
             to_server: Pipe::new(client.bytes),
             to_client: Pipe::new(server.bytes),
-            progress: Progress::new(),
+            requests: Requests::new(),
             unsolicited: UnsolicitedPasswords::default(),
             activity: observers.activity,
             answers: observers.answers,
@@ -146,11 +146,11 @@ impl<'a, C: Transport, U: Transport> Relay<'a, C, U> {
         relay.unsolicited.strip(&mut from_client);
         relay
             .to_server
-            .take_in(from_client, |seen| relay.progress.from_client(seen));
+            .take_in(from_client, |seen| relay.requests.from_client(seen));
         relay.to_server.kept.extend_from_slice(from_client);
         relay
             .to_client
-            .take_in(&server.received, |seen| relay.progress.from_server(seen));
+            .take_in(&server.received, |seen| relay.requests.from_server(seen));
         relay.to_client.kept.extend_from_slice(&server.received);
         relay
     }
@@ -191,9 +191,14 @@ impl<'a, C: Transport, U: Transport> Relay<'a, C, U> {
         timer: &mut Option<ProgressTimeout>,
     ) -> Poll<End> {
         let before = (self.to_client.total, self.to_client.kept.len());
+        let was_full = self.requests.is_full();
         let broken = self.poll_from_client(cx).is_err() || self.poll_from_server(cx).is_err();
+        if was_full && !self.requests.is_full() {
+            // The client was not read from, so that it cannot wake this task.
+            cx.waker().wake_by_ref();
+        }
         self.count();
-        let owed = self.progress.is_owed();
+        let owed = self.requests.is_owed();
         if self.loss.update(self.to_server.total, owed)
             && let Some(socket) = self.server.socket()
         {
@@ -203,7 +208,7 @@ impl<'a, C: Transport, U: Transport> Relay<'a, C, U> {
             return Poll::Ready(End::Client);
         }
         if let Some(record) = self.activity {
-            let activity = (&self.progress).into();
+            let activity = (&self.requests).into();
             record.record(activity, self.to_server.total, self.to_client.total);
         }
         self.apply(phase);
@@ -250,14 +255,14 @@ impl<'a, C: Transport, U: Transport> Relay<'a, C, U> {
 
     /// Whether the client has closed its half and the server still owes it a reply.
     fn awaits_last_reply(&self) -> bool {
-        self.to_server.state == PipeState::Closed && self.progress.is_owed()
+        self.to_server.state == PipeState::Closed && self.requests.is_owed()
     }
 
     fn count(&mut self) {
         self.to_server.count();
         self.to_client.count();
         if let Some(answers) = &self.answers {
-            answers.count(self.progress.take_answered());
+            answers.count(self.requests.take_answered());
         }
     }
 
@@ -267,15 +272,19 @@ impl<'a, C: Transport, U: Transport> Relay<'a, C, U> {
         if over || self.end.is_some() {
             return Ok(());
         }
-        let (progress, unsolicited) = (&mut self.progress, &mut self.unsolicited);
-        let pumped = self.to_server.poll_pump(
-            cx,
-            self.client,
-            self.server,
-            |chunk| unsolicited.strip(chunk),
-            |seen| progress.from_client(seen),
-            |_| {},
-        );
+        let (requests, unsolicited) = (&mut self.requests, &mut self.unsolicited);
+        let pumped = if requests.is_full() {
+            self.to_server.poll_hold(cx, self.server)
+        } else {
+            self.to_server.poll_pump(
+                cx,
+                self.client,
+                self.server,
+                |chunk| unsolicited.strip(chunk),
+                |seen| requests.from_client(seen),
+                |_| {},
+            )
+        };
         match pumped {
             Poll::Ready(Err(broken @ (Broken::Source | Broken::Silent))) => return Err(broken),
             // The server accepts no more, but may have sent the reason: reading from it continues.
@@ -295,16 +304,16 @@ impl<'a, C: Transport, U: Transport> Relay<'a, C, U> {
         if self.end.is_some() {
             return Ok(());
         }
-        let (progress, server_error) = (&mut self.progress, &mut self.server_error);
-        let ends_in_error = Cell::new(progress.is_explained());
+        let (requests, server_error) = (&mut self.requests, &mut self.server_error);
+        let ends_in_error = Cell::new(requests.is_explained());
         let pumped = self.to_client.poll_pump(
             cx,
             self.server,
             self.client,
             |_| {},
             |seen| {
-                progress.from_server(seen);
-                ends_in_error.set(progress.is_explained());
+                requests.from_server(seen);
+                ends_in_error.set(requests.is_explained());
             },
             |chunk| server_error.keep(chunk, ends_in_error.get()),
         );
@@ -323,7 +332,7 @@ impl<'a, C: Transport, U: Transport> Relay<'a, C, U> {
     /// Ends the session because the server sends no more, with an error for the client unless the server has sent one.
     fn server_is_lost(&mut self) {
         // A server that closes after a Terminate does what the client has requested.
-        self.end = Some(if self.progress.is_terminated() {
+        self.end = Some(if self.requests.is_terminated() {
             End::Client
         } else {
             End::Server
@@ -350,7 +359,7 @@ impl<'a, C: Transport, U: Transport> Relay<'a, C, U> {
         let may_end = match phase {
             Phase::Serving => false,
             Phase::Draining => {
-                self.progress.is_idle()
+                self.requests.is_idle()
                     && self.to_server.is_between_messages()
                     && self.to_client.is_between_messages()
             }
@@ -373,7 +382,7 @@ impl<'a, C: Transport, U: Transport> Relay<'a, C, U> {
 
     /// Sends an error to the client, where it is understood as one.
     fn append_error(&mut self, report: &Report) {
-        if !self.progress.is_terminated() && !self.progress.is_explained() {
+        if !self.requests.is_terminated() && !self.requests.is_explained() {
             self.to_client.append(&report.encode_fatal());
         }
     }

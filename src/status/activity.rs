@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use tokio::time::{Duration, Instant};
 
-use crate::protocol::progress::{Progress, TransactionStatus};
+use crate::protocol::requests::{Requests, TransactionStatus};
 
 /// What a session is doing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -54,13 +54,13 @@ impl Activity {
     }
 }
 
-impl From<&Progress> for Activity {
+impl From<&Requests> for Activity {
     #[inline]
-    fn from(progress: &Progress) -> Self {
-        if progress.is_owed() {
+    fn from(requests: &Requests) -> Self {
+        if requests.is_owed() {
             return Self::Active;
         }
-        match progress.status() {
+        match requests.status() {
             TransactionStatus::Idle => Self::Idle,
             TransactionStatus::InTransaction => Self::IdleInTransaction,
             TransactionStatus::Failed => Self::IdleInFailedTransaction,
@@ -130,19 +130,19 @@ mod tests {
     use crate::protocol::frame::Seen as Frame;
 
     #[test]
-    fn activity_follows_from_the_progress_of_the_protocol() {
-        let mut progress = Progress::new();
-        assert_eq!(Activity::from(&progress), Activity::Idle);
-        progress.from_client(Frame::Message { tag: b'P' });
-        assert_eq!(Activity::from(&progress), Activity::Active);
-        progress.from_client(Frame::Message { tag: b'S' });
+    fn activity_follows_from_the_requests_in_flight() {
+        let mut requests = Requests::new();
+        assert_eq!(Activity::from(&requests), Activity::Idle);
+        requests.from_client(Frame::Message { tag: b'P' });
+        assert_eq!(Activity::from(&requests), Activity::Active);
+        requests.from_client(Frame::Message { tag: b'S' });
         for (status, activity) in [
             (b'T', Activity::IdleInTransaction),
             (b'E', Activity::IdleInFailedTransaction),
             (b'I', Activity::Idle),
         ] {
-            progress.from_server(Frame::Status(status));
-            assert_eq!(Activity::from(&progress), activity);
+            requests.from_server(Frame::Status(status));
+            assert_eq!(Activity::from(&requests), activity);
         }
     }
 }

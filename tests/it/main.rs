@@ -49,6 +49,7 @@ mod refresh;
 mod relay;
 mod reload;
 mod replication;
+mod requests;
 mod secrecy;
 mod shutdown;
 mod startup;

@@ -152,6 +152,16 @@ impl Pipe {
         self.poll_rest(cx, sink)
     }
 
+    /// Writes what is kept while nothing more is to be read.
+    pub(super) fn poll_hold<W: AsyncWrite + Unpin>(
+        &mut self,
+        cx: &mut Context<'_>,
+        sink: &mut W,
+    ) -> Poll<Result<(), Broken>> {
+        ready!(self.poll_write_kept(cx, sink))?;
+        self.poll_rest(cx, sink)
+    }
+
     /// Flushes, as there is nothing to read for now.
     fn poll_rest<W: AsyncWrite + Unpin>(
         &mut self,

@@ -392,6 +392,41 @@ async fn a_slow_reader_slows_its_sender_in_either_direction() {
     }
 }
 
+/// The queue of requests is bounded, even for a client that pipelines without end before a server that answers nothing.
+#[tokio::test(start_paused = true)]
+async fn a_client_with_too_many_requests_in_flight_is_not_read_from_until_some_are_answered() {
+    const PAIRS: usize = 200_000;
+    let session = Session::begin();
+    let (mut from_relay, mut to_relay) = tokio::io::split(session.server);
+    let (mut replies, mut client) = tokio::io::split(session.client);
+    let requests = [frame(b'S', b""), frame(b'Q', b"\0")]
+        .concat()
+        .repeat(PAIRS);
+    let answers = [ready(b'I'), frame(b'C', b"\0"), ready(b'I')]
+        .concat()
+        .repeat(PAIRS);
+    let mut tasks = JoinSet::new();
+    tasks.spawn(async move { tokio::io::copy(&mut from_relay, &mut tokio::io::sink()).await });
+    let mut sent = 0;
+    while let Ok(written) = timeout(Duration::from_secs(1), client.write(&requests[sent..])).await {
+        sent += written.unwrap();
+    }
+    assert!(sent < requests.len() / 2, "{sent} bytes were taken in");
+    let mut received = vec![0; answers.len()];
+    let all = async {
+        tokio::try_join!(
+            client.write_all(&requests[sent..]),
+            to_relay.write_all(&answers),
+            replies.read_exact(&mut received),
+        )
+    };
+    timeout(Duration::from_hours(1), all)
+        .await
+        .unwrap()
+        .unwrap();
+    assert!(received == answers);
+}
+
 /// One gigabyte would take minutes here; what matters is that a message beyond any buffer is passed on as it comes.
 #[tokio::test(start_paused = true)]
 async fn a_message_is_not_held_until_it_is_whole() {
@@ -699,6 +734,29 @@ async fn draining_waits_for_the_end_of_a_request() {
     assert!(session.is_waiting().await, "a query was sent");
     session.server.write_all(&ready(b'I')).await.unwrap();
     assert_eq!(session.ended().await, ORDERLY);
+}
+
+/// The server discards the query behind extended messages of which one has failed, up to the Sync.
+#[tokio::test(start_paused = true)]
+async fn draining_does_not_wait_for_a_query_that_the_server_discards() {
+    for with_sync in [false, true] {
+        let mut session = Session::begin();
+        let mut request = [frame(b'P', b"\0\0\0\0"), query()].concat();
+        let mut reply = frame(b'E', b"SERROR\0\0");
+        if with_sync {
+            request.extend(frame(b'S', b""));
+            reply.extend(ready(b'I'));
+        }
+        session.client.write_all(&request).await.unwrap();
+        let mut received = vec![0; request.len()];
+        session.server.read_exact(&mut received).await.unwrap();
+        session.shutdown.drain();
+        assert!(session.is_waiting().await, "not failed yet");
+        session.server.write_all(&reply).await.unwrap();
+        let (end, words) = session.until_end().await;
+        assert_eq!(end, ORDERLY);
+        assert!(words.starts_with(&reply));
+    }
 }
 
 #[tokio::test(start_paused = true)]

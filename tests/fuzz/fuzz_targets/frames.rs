@@ -5,7 +5,7 @@
 use bytes::BytesMut;
 use lakebase_proxy::protocol::{
     frame::{Scanner, Seen, take_message},
-    progress::Progress,
+    requests::Requests,
 };
 use libfuzzer_sys::fuzz_target;
 
@@ -43,9 +43,9 @@ fuzz_target!(|data: &[u8]| {
     assert_eq!(lost, end.is_err());
     assert_eq!(at_boundary, end.is_ok() && buffer.is_empty());
 
-    let mut progress = Progress::new();
+    let mut requests = Requests::new();
     for event in seen {
-        progress.from_client(event);
-        progress.from_server(event);
+        requests.from_client(event);
+        requests.from_server(event);
     }
 });
