@@ -28,7 +28,7 @@ pub struct LoginTarget {
     /// Its name in the status page.
     pub name: String,
     /// The route to it.
-    pub route: Route,
+    pub(crate) route: Route,
     /// The limits of a login.
     pub terms: Terms,
 }

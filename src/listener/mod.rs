@@ -97,7 +97,7 @@ impl ClientAddress {
 
 impl Bound {
     /// The addresses as text.
-    pub fn to_strings(&self) -> Vec<String> {
+    pub(crate) fn to_strings(&self) -> Vec<String> {
         let unix = self.unix.iter().map(|path| path.display().to_string());
         self.tcp
             .iter()
@@ -107,7 +107,7 @@ impl Bound {
     }
 
     /// The address for a client on this machine: TCP if possible, else a Unix socket that libpq finds.
-    pub fn client_address(&self) -> Option<ClientAddress> {
+    pub(crate) fn client_address(&self) -> Option<ClientAddress> {
         let tcp = self.tcp.first().copied().map(ClientAddress::from);
         tcp.or_else(|| {
             let (directory, port) = self.unix.iter().find_map(|path| unix::parse(path))?;

@@ -189,7 +189,6 @@ impl<'a> Connected<'a> {
         let endpoint = session.endpoint;
         let Connection {
             stream,
-            leftover,
             mut greeting,
             address,
             gauge,
@@ -220,7 +219,7 @@ impl<'a> Connected<'a> {
         Ok(LoggedIn {
             session,
             server: stream,
-            leftover,
+            leftover: greeting.leftover,
             began: self.began,
             entry: self.entry,
             connected: gauge,

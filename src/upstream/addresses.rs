@@ -43,7 +43,7 @@ struct Answer {
 
 impl Addresses {
     /// Always these, without resolution; resolution if there are none.
-    pub fn fixed(addresses: impl IntoIterator<Item = SocketAddr>) -> Self {
+    pub(crate) fn fixed(addresses: impl IntoIterator<Item = SocketAddr>) -> Self {
         Self {
             fixed: addresses.into_iter().collect(),
             ..Self::default()
@@ -51,7 +51,7 @@ impl Addresses {
     }
 
     /// The configured addresses.
-    pub fn as_fixed(&self) -> Option<&[SocketAddr]> {
+    pub(crate) fn as_fixed(&self) -> Option<&[SocketAddr]> {
         (!self.fixed.is_empty()).then_some(&*self.fixed)
     }
 

@@ -19,10 +19,10 @@ use super::{
     dial,
     endpoint::Endpoint,
     failure::{Class, Failure, Reaction, consequence},
-    login::{Connection, log_in},
+    login::{Connection, Login},
     names::RecentNames,
-    phases::{Progress, record_waits},
-    wake::{Lead, RETRY, Wake},
+    phases::Phases,
+    wake::{Place, RETRY, Wake},
 };
 use crate::{
     config::{Keepalive, Timeouts},
@@ -111,22 +111,22 @@ impl Upstream {
             failing_budget: FAILING_BUDGET,
             logins: Semaphore::new(CONCURRENT_LOGINS),
             cancels: Semaphore::new(CONCURRENT_CANCELS),
-            wake: Wake::new(),
+            wake: Wake::default(),
         }
     }
 
     /// The endpoint.
-    pub fn endpoint(&self) -> Arc<Endpoint> {
+    pub(crate) fn endpoint(&self) -> Arc<Endpoint> {
         self.endpoint.load_full()
     }
 
     /// Replaces the endpoint, for example by one with other roots.
-    pub fn redirect(&self, endpoint: Endpoint) {
+    pub(crate) fn redirect(&self, endpoint: Endpoint) {
         self.endpoint.store(Arc::new(endpoint));
     }
 
     /// Database names that clients send by default and that do not exist; these clients get the configured database.
-    pub fn missing_databases(&self) -> Vec<String> {
+    pub(crate) fn missing_databases(&self) -> Vec<String> {
         self.missing_databases.list()
     }
 
@@ -160,8 +160,7 @@ impl Upstream {
             was_held: false,
             was_full: false,
             was_renewed: false,
-            queued: Duration::ZERO,
-            credential_wait: Duration::ZERO,
+            phases: Phases::new(&self.metrics),
             probe: None,
         };
         connect.run().await
@@ -170,7 +169,7 @@ impl Upstream {
     /// Sends the server's own cancel key to the address that gave it, over a fresh connection.
     ///
     /// Returns when the server has closed that connection, which it does after sending the signal.
-    pub async fn cancel(
+    pub(crate) async fn cancel(
         &self,
         address: SocketAddr,
         key: CancelKey,
@@ -244,8 +243,7 @@ struct Connect<'a> {
     was_held: bool,
     was_full: bool,
     was_renewed: bool,
-    queued: Duration,
-    credential_wait: Duration,
+    phases: Phases<'a>,
     /// Held while a rejected credential is tried again.
     probe: Option<Probe<'a>>,
 }
@@ -253,7 +251,7 @@ struct Connect<'a> {
 /// The prerequisites of an attempt.
 struct Admission<'a> {
     /// Present while the endpoint wakes.
-    lead: Option<Lead<'a>>,
+    lead: Option<Place<'a>>,
     credential: Arc<Credential>,
     slot: SemaphorePermit<'a>,
 }
@@ -265,7 +263,7 @@ impl<'a> Connect<'a> {
             let generation = admission.credential.generation;
             match self.attempt(admission).await {
                 Ok(connection) => {
-                    record_waits(self.queued, self.credential_wait);
+                    self.phases.record();
                     self.upstream.credentials.accepted(generation, self.cause());
                     return Ok(Connected {
                         connection,
@@ -304,14 +302,12 @@ impl<'a> Connect<'a> {
                 .get(self.credential_by())
                 .await
                 .map_err(|error| upstream.no_credential(&error))?;
-            self.credential_wait +=
-                dial::observe(&upstream.metrics, LoginPhase::Credential, requested);
             let ready = Instant::now();
+            self.phases
+                .observe(LoginPhase::Credential, ready - requested);
             let slot = self.login_slot().await?;
             let queued = (requested - began) + ready.elapsed();
-            upstream.metrics.upstream_connect_seconds[LoginPhase::Queue]
-                .observe(queued.as_secs_f64());
-            self.queued += queued;
+            self.phases.observe(LoginPhase::Queue, queued);
             // Clients ahead of this one may have found the endpoint waking.
             if lead.is_none() && upstream.wake.is_waking() {
                 continue;
@@ -370,28 +366,21 @@ impl<'a> Connect<'a> {
         // The lead and the slot are held through the attempt, so that the next client starts with its result.
         let mut held = Some((lead, slot));
         let endpoint = upstream.endpoint();
-        let progress = Progress::default();
-        let login = log_in(
-            &endpoint,
-            &credential,
-            &self.settings,
-            self.startup.take(),
-            &self.terms.keepalive,
-            &upstream.metrics,
-            &progress,
-        );
+        let startup = self.startup.take();
+        let login = Login::new(&endpoint.user, &credential, &self.settings);
+        let attempt = login.run(&endpoint, startup, &self.terms.keepalive, &self.phases);
         let whole = Instant::now() + self.terms.limits.server_connect_timeout;
         let ends_at = self.budget.ends_at().min(whole);
-        let mut login = pin!(timeout_at(ends_at, login));
+        let mut attempt = pin!(timeout_at(ends_at, attempt));
         let slow = async {
-            progress.password_requested.wait().await;
+            login.password_requested.wait().await;
             sleep(SLOW_LOGIN).await;
         };
         let result = tokio::select! {
-            result = &mut login => result,
+            result = &mut attempt => result,
             () = slow => {
                 held = None;
-                login.await
+                attempt.await
             }
         };
         // An attempt that the budget cuts short has no result of its own.
@@ -399,8 +388,8 @@ impl<'a> Connect<'a> {
         let result = result.unwrap_or_else(|_| {
             Err(match cut_short {
                 Some(previous) => previous.clone(),
-                None if progress.password_requested.initialized() => Failure::slow_login(),
-                None => Failure::timed_out_in(progress.phase(), &endpoint),
+                None if login.password_requested.initialized() => Failure::slow_login(),
+                None => Failure::timed_out_in(self.phases.current(), &endpoint),
             })
         });
         let observe_wake = |woke_after: Option<Duration>| {
@@ -408,23 +397,21 @@ impl<'a> Connect<'a> {
                 upstream.metrics.wake_seconds.observe(waking.as_secs_f64());
             }
         };
-        match &result {
-            Ok(_) => observe_wake(upstream.wake.logged_in()),
-            // A client's own settings must not make the endpoint count as waking for all.
-            Err(failure) if failure.is_inconclusive => {}
-            Err(failure) if failure.class == Class::Waking => {
-                let is_leading = held.as_ref().is_some_and(|(lead, _)| lead.is_some());
-                upstream.wake.failed(failure, is_leading);
-            }
-            Err(_) => observe_wake(upstream.wake.answered()),
-        }
         let logins = &upstream.metrics.upstream_connects;
-        match &result {
-            Ok(_) => logins.ok.inc(),
-            Err(failure) => logins.failed[failure.class].inc(),
-        }
-        if let Err(failure) = &result {
-            tracing::debug!(endpoint = %upstream.label, class = failure.class.as_str(), error = %failure, "upstream login failed");
+        let Err(failure) = &result else {
+            logins.ok.inc();
+            observe_wake(upstream.wake.logged_in());
+            return result;
+        };
+        logins.failed[failure.class].inc();
+        tracing::debug!(endpoint = %upstream.label, class = failure.class.as_str(), error = %failure, "upstream login failed");
+        if failure.is_inconclusive {
+            // A client's own settings must not make the endpoint count as waking for all.
+        } else if failure.class == Class::Waking {
+            let is_leading = held.as_ref().is_some_and(|(lead, _)| lead.is_some());
+            upstream.wake.failed(failure, is_leading);
+        } else {
+            observe_wake(upstream.wake.answered());
         }
         result
     }

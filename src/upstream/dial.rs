@@ -6,20 +6,18 @@ use std::{
     pin::Pin,
     sync::Arc,
     task::{Context, Poll},
-    time::Duration,
 };
 
 use bytes::BytesMut;
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf},
     net::{TcpStream, lookup_host},
-    time::Instant,
 };
 
 use super::{
     endpoint::{Endpoint, Security},
     failure::{Class, Failure},
-    phases::{Phases, Progress},
+    phases::Phases,
     tls_stream::TlsStream,
 };
 use crate::{
@@ -67,37 +65,29 @@ impl Transport for Stream {
     }
 }
 
-/// Resolves, connects and negotiates TLS; returns the address and the duration of each phase too.
+/// Resolves, connects and negotiates TLS; returns the server's address too.
 ///
 /// Not cancel safe, and need not be: dropping it drops the connection.
 pub(super) async fn dial(
     endpoint: &Endpoint,
     keepalive: &Keepalive,
-    metrics: &Metrics,
-    progress: &Progress,
-) -> Result<(Stream, SocketAddr, Phases), Failure> {
-    let mut phases = Phases::default();
-    progress.enter(LoginPhase::Resolve);
-    let started = Instant::now();
+    phases: &Phases<'_>,
+) -> Result<(Stream, SocketAddr), Failure> {
     let looking_up = resolve(&endpoint.host, endpoint.port);
-    let addresses = endpoint.addresses.get(looking_up).await?;
-    phases.resolve = observe(metrics, LoginPhase::Resolve, started);
-
-    progress.enter(LoginPhase::Dial);
-    let started = Instant::now();
-    let connected = connect(addresses).await;
+    let looking_up = endpoint.addresses.get(looking_up);
+    let addresses = phases.run(LoginPhase::Resolve, looking_up).await?;
+    let connected = phases.run(LoginPhase::Dial, connect(addresses)).await;
     let (tcp, address) = connected.inspect_err(|_| endpoint.addresses.forget())?;
-    phases.dial = observe(metrics, LoginPhase::Dial, started);
-
-    progress.enter(LoginPhase::Tls);
-    let started = Instant::now();
-    let stream = secure(tcp, endpoint, keepalive, metrics).await?;
-    phases.tls = started.elapsed();
-    Ok((stream, address, phases))
+    let securing = secure(tcp, endpoint, keepalive, phases.metrics);
+    let stream = match endpoint.security {
+        Security::Plain => securing.await?,
+        Security::Tls { .. } => phases.run(LoginPhase::Tls, securing).await?,
+    };
+    Ok((stream, address))
 }
 
 /// The addresses of a host, in the resolver's order.
-pub(super) async fn resolve(host: &str, port: u16) -> Result<Vec<SocketAddr>, Failure> {
+pub(crate) async fn resolve(host: &str, port: u16) -> Result<Vec<SocketAddr>, Failure> {
     match lookup_host((host, port)).await {
         Ok(addresses) => Ok(addresses.collect()),
         // RFC 6761: such a name is the loopback address, which not every resolver knows.
@@ -145,7 +135,6 @@ pub(super) async fn secure(
     let Security::Tls { config, name } = &endpoint.security else {
         return Ok(Stream::Plain(tcp));
     };
-    let started = Instant::now();
     tcp.write_all(&ssl_request())
         .await
         .map_err(|error| Failure::broken(&error))?;
@@ -167,7 +156,6 @@ pub(super) async fn secure(
     let stream = TlsStream::connect(Arc::clone(config), name.clone(), tcp)
         .await
         .map_err(|error| Failure::tls(&error))?;
-    observe(metrics, LoginPhase::Tls, started);
     let kind = if stream.is_resumed() {
         TlsHandshake::Resumed
     } else {
@@ -190,13 +178,6 @@ async fn read_plain_error(mut tcp: Socket) -> Failure {
         }
         Err(error) => error.into(),
     }
-}
-
-/// Observes a phase of a login that ends now; returns its duration.
-pub(super) fn observe(metrics: &Metrics, phase: LoginPhase, started: Instant) -> Duration {
-    let took = started.elapsed();
-    metrics.upstream_connect_seconds[phase].observe(took.as_secs_f64());
-    took
 }
 
 impl AsyncRead for Stream {

@@ -13,7 +13,7 @@ pub(super) use classes::{Reaction, consequence};
 
 use classes::INTERNAL_ERROR;
 
-pub use crate::telemetry::labels::FailureClass as Class;
+pub(crate) use crate::telemetry::labels::FailureClass as Class;
 
 use super::{dropped, endpoint::Endpoint};
 use crate::{
@@ -105,7 +105,7 @@ impl Failure {
     }
 
     /// The host name could not be resolved.
-    pub fn resolve(host: &str, error: &io::Error) -> Self {
+    pub(crate) fn resolve(host: &str, error: &io::Error) -> Self {
         let message = format!("cannot resolve host name `{host}`: {}", chain(error));
         let mut failure =
             Self::ours(Class::Waking, sqlstate::CANNOT_CONNECT, message).with_hint(NO_NAME);
@@ -114,7 +114,7 @@ impl Failure {
     }
 
     /// No address accepted the connection.
-    pub fn dial(error: &io::Error) -> Self {
+    pub(crate) fn dial(error: &io::Error) -> Self {
         let (reason, hint) = match error.kind() {
             io::ErrorKind::ConnectionRefused => ("connection refused".to_owned(), REFUSED),
             _ => (chain(error).to_string(), NO_ANSWER),
@@ -124,7 +124,7 @@ impl Failure {
     }
 
     /// An established connection failed before the login was complete.
-    pub fn broken(error: &io::Error) -> Self {
+    pub(crate) fn broken(error: &io::Error) -> Self {
         let message = match error.kind() {
             io::ErrorKind::UnexpectedEof => {
                 "the server closed the connection unexpectedly".to_owned()
@@ -135,21 +135,21 @@ impl Failure {
     }
 
     /// An attempt took longer than its limit.
-    pub fn timed_out(phase: &str) -> Self {
+    pub(crate) fn timed_out(phase: &str) -> Self {
         let message = format!("the server did not answer in time ({phase})");
         Self::ours(Class::Waking, sqlstate::CONNECTION_FAILURE, message)
     }
 
     /// The server requested the password and did not finish the login in time. The endpoint may be waking behind its edge,
     /// but a client's own settings (`post_auth_delay`) can have the same effect.
-    pub fn slow_login() -> Self {
+    pub(crate) fn slow_login() -> Self {
         let mut failure = Self::timed_out("login, after the password was sent");
         failure.is_inconclusive = true;
         failure
     }
 
     /// An attempt took longer than its limit in this phase.
-    pub fn timed_out_in(phase: LoginPhase, endpoint: &Endpoint) -> Self {
+    pub(crate) fn timed_out_in(phase: LoginPhase, endpoint: &Endpoint) -> Self {
         let Endpoint { host, port, .. } = endpoint;
         let (sqlstate, message, hint) = match phase {
             LoginPhase::Resolve => (
@@ -175,13 +175,13 @@ impl Failure {
     }
 
     /// The client's budget ended before it had one of the slots for concurrent logins.
-    pub fn crowded() -> Self {
+    pub(crate) fn crowded() -> Self {
         let message = "timed out waiting for a login slot";
         Self::ours(Class::Capacity, sqlstate::TOO_MANY_CONNECTIONS, message).with_hint(CROWDED)
     }
 
     /// The TLS handshake failed: the certificate, or the network under it.
-    pub fn tls(error: &io::Error) -> Self {
+    pub(crate) fn tls(error: &io::Error) -> Self {
         let tls = error
             .get_ref()
             .and_then(|inner| inner.downcast_ref::<rustls::Error>());
@@ -194,7 +194,7 @@ impl Failure {
     }
 
     /// The peer violates the Postgres protocol.
-    pub fn protocol(message: impl Into<String>) -> Self {
+    pub(crate) fn protocol(message: impl Into<String>) -> Self {
         Self::ours(Class::Protocol, sqlstate::PROTOCOL_VIOLATION, message)
     }
 
@@ -231,12 +231,12 @@ impl Failure {
     }
 
     /// Whether the server reports that the database does not exist.
-    pub fn is_missing_database(&self) -> bool {
+    pub(crate) fn is_missing_database(&self) -> bool {
         matches!(&self.origin, Origin::Server(error) if error.code == sqlstate::UNDEFINED_DATABASE)
     }
 
     /// What a person can do.
-    pub fn hint(&self) -> Option<&str> {
+    pub(crate) fn hint(&self) -> Option<&str> {
         self.hint.as_deref().or(consequence(self.class).hint)
     }
 

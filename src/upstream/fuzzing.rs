@@ -21,7 +21,7 @@ pub async fn log_in<S: AsyncRead + AsyncWrite + Unpin>(
         ..SessionSettings::default()
     };
     match exchange_with(&mut stream, TOKEN, &settings, may_send_cleartext).await {
-        Ok((greeting, _)) => {
+        Ok(greeting) => {
             check(greeting.parameter_status, b'S');
             check(greeting.notices, b'N');
         }

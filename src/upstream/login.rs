@@ -6,6 +6,7 @@ use bytes::BytesMut;
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     runtime::Handle,
+    sync::SetOnce,
     time::Instant,
 };
 
@@ -13,12 +14,15 @@ use super::{
     dial::{self, Stream},
     endpoint::Endpoint,
     failure::Failure,
-    phases::Progress,
+    phases::Phases,
 };
 use crate::{
     config::Keepalive,
     credential::Credential,
-    net::message::{read_message, write_and_flush},
+    net::{
+        blocking,
+        message::{read_message, write_and_flush},
+    },
     protocol::{
         auth::{AuthError, AuthenticationRequest, Authenticator, Derivation, Derived},
         error::ErrorFields,
@@ -26,19 +30,19 @@ use crate::{
         options::SessionSettings,
         startup::{CancelKey, query},
     },
-    telemetry::{GaugeGuard, Metrics, labels::LoginPhase},
+    telemetry::{GaugeGuard, labels::LoginPhase},
 };
 
 /// Upper limit of all messages at login, in bytes: parameters and notices are buffered until the client's welcome.
 const LOGIN_LIMIT: usize = 1024 * 1024;
+/// How often a login is repeated because the server refuses a parameter.
+const MAX_DROPS: usize = 8;
 
 /// A logged-in connection, independent of the client that caused it.
 #[derive(Debug)]
-pub struct Connection<S = Stream> {
+pub struct Connection {
     /// The byte stream.
-    pub stream: S,
-    /// Bytes that the server sent behind its ReadyForQuery.
-    pub leftover: BytesMut,
+    pub stream: Stream,
     /// The server's messages for the client's welcome.
     pub greeting: Greeting,
     /// The server's address, where a CancelRequest must go.
@@ -48,7 +52,7 @@ pub struct Connection<S = Stream> {
 }
 
 /// The server's messages at login.
-#[derive(Clone, Debug, Default)]
+#[derive(Debug, Default)]
 pub struct Greeting {
     /// ParameterStatus frames.
     pub parameter_status: BytesMut,
@@ -56,96 +60,171 @@ pub struct Greeting {
     pub notices: BytesMut,
     /// The server's cancel key, if it sent one.
     pub key: Option<CancelKey>,
+    /// Bytes that the server sent behind its ReadyForQuery.
+    pub leftover: BytesMut,
     client_encoding: Option<String>,
 }
 
-/// How often a login is repeated because the server refuses a parameter.
-const MAX_DROPS: usize = 8;
+/// One login: who logs in, with which parameters.
+pub(super) struct Login<'a> {
+    pub(super) user: &'a str,
+    pub(super) credential: &'a Credential,
+    pub(super) settings: &'a SessionSettings,
+    /// Set when the server has requested the password.
+    pub(super) password_requested: SetOnce<()>,
+}
 
-/// Dials and logs in, without the parameters that the server refuses by name. Not cancel safe, and need not be: dropping
-/// it drops the connection.
-pub(super) async fn log_in(
-    endpoint: &Endpoint,
-    credential: &Credential,
-    settings: &SessionSettings,
-    mut startup: Option<BytesMut>,
-    keepalive: &Keepalive,
-    metrics: &Metrics,
-    progress: &Progress,
-) -> Result<Connection, Failure> {
-    for name in &settings.unusable {
-        endpoint.dropped.insert(name, "it cannot be a setting");
+impl<'a> Login<'a> {
+    pub(super) fn new(
+        user: &'a str,
+        credential: &'a Credential,
+        settings: &'a SessionSettings,
+    ) -> Self {
+        Self {
+            user,
+            credential,
+            settings,
+            password_requested: SetOnce::new(),
+        }
     }
-    let mut dropped: Vec<&str> = Vec::new();
-    loop {
-        let is_dropped = |name: &str| dropped.contains(&name) || endpoint.dropped.contains(name);
-        let startup = match startup.take() {
-            Some(startup) => startup,
-            None => settings.startup(&endpoint.user, is_dropped)?,
-        };
-        let attempt = log_in_once(
-            endpoint, credential, settings, &startup, keepalive, metrics, progress,
-        );
-        let failure = match attempt.await {
-            Ok(connection) => return Ok(connection),
-            Err(failure) => failure,
-        };
-        match failure.refused_parameter(&settings.folded) {
-            Some(name) if dropped.len() < MAX_DROPS && !dropped.contains(&name) => {
-                endpoint.dropped.insert(name, &failure.to_string());
-                dropped.push(name);
+
+    /// Dials and logs in, without the parameters that the server refuses by name. `startup` is the first startup message,
+    /// where that has been encoded. Not cancel safe, and need not be: dropping it drops the connection.
+    pub(super) async fn run(
+        &self,
+        endpoint: &Endpoint,
+        mut startup: Option<BytesMut>,
+        keepalive: &Keepalive,
+        phases: &Phases<'_>,
+    ) -> Result<Connection, Failure> {
+        for name in &self.settings.unusable {
+            endpoint.dropped.insert(name, "it cannot be a setting");
+        }
+        let mut dropped: Vec<&str> = Vec::new();
+        loop {
+            let is_dropped =
+                |name: &str| dropped.contains(&name) || endpoint.dropped.contains(name);
+            let startup = match startup.take() {
+                Some(startup) => startup,
+                None => self.settings.startup(self.user, is_dropped)?,
+            };
+            let began = Instant::now();
+            let attempt = async {
+                let (mut stream, address) = dial::dial(endpoint, keepalive, phases).await?;
+                let may_send_cleartext = stream.is_private();
+                let exchange = self.exchange(&mut stream, &startup, may_send_cleartext);
+                let greeting = phases.run(LoginPhase::Login, exchange).await?;
+                Ok(Connection {
+                    stream,
+                    greeting,
+                    address,
+                    gauge: GaugeGuard::new(&phases.metrics.upstream_active),
+                })
+            };
+            let failure: Failure = match attempt.await {
+                Ok(connection) => {
+                    phases.observe(LoginPhase::Total, began.elapsed());
+                    return Ok(connection);
+                }
+                Err(failure) => failure,
+            };
+            match failure.refused_parameter(&self.settings.folded) {
+                Some(name) if dropped.len() < MAX_DROPS && !dropped.contains(&name) => {
+                    endpoint.dropped.insert(name, &failure.to_string());
+                    dropped.push(name);
+                }
+                _ => return Err(failure.explain(endpoint, self.credential, self.settings)),
             }
-            _ => return Err(failure.explain(endpoint, credential, settings)),
+        }
+    }
+
+    /// All messages between TLS and ReadyForQuery.
+    pub(super) async fn exchange<S: AsyncRead + AsyncWrite + Unpin>(
+        &self,
+        stream: &mut S,
+        startup: &[u8],
+        may_send_cleartext: bool,
+    ) -> Result<Greeting, Failure> {
+        let settings = self.settings;
+        let mut wire = Wire {
+            stream,
+            settings,
+            buffer: BytesMut::with_capacity(2048),
+            read: 0,
+        };
+        wire.send(startup).await?;
+        self.authenticate(&mut wire, may_send_cleartext).await?;
+        let mut greeting = Greeting::default();
+        wire.until_ready(&mut greeting, Until::LoggedIn).await?;
+        if let Some(wanted) = &settings.client_encoding
+            && !settings.replication
+            && !greeting
+                .client_encoding
+                .as_ref()
+                .is_some_and(|is| same_encoding(is, wanted))
+            // A startup parameter holds no zero byte.
+            && let Some(query) = set_encoding(wanted)
+        {
+            // The edge forces an encoding of its own.
+            wire.send(&query).await?;
+            wire.until_ready(&mut greeting, Until::Queried).await?;
+        }
+        greeting.leftover = wire.buffer;
+        Ok(greeting)
+    }
+
+    /// Proves the credential, up to AuthenticationOk.
+    async fn authenticate<S: AsyncRead + AsyncWrite + Unpin>(
+        &self,
+        wire: &mut Wire<'_, S>,
+        may_send_cleartext: bool,
+    ) -> Result<(), Failure> {
+        let mut authenticator = Authenticator::new(self.user, &self.credential.secret);
+        loop {
+            let message = wire.message().await?;
+            match message.tag {
+                tag::AUTHENTICATION => {}
+                tag::ERROR_RESPONSE => return Err(wire.refused(&message)),
+                // Not authenticated yet, so the client does not get it.
+                tag::NOTICE_RESPONSE => continue,
+                // NegotiateProtocolVersion cannot follow a 3.0 startup.
+                other => return Err(unexpected(other)),
+            }
+            let request = AuthenticationRequest::parse(message.body())
+                .ok_or_else(|| Failure::protocol("malformed authentication request"))?;
+            let response = match request {
+                AuthenticationRequest::Cleartext if !may_send_cleartext => {
+                    return Err(Failure::protocol(
+                        "the server requests the password in cleartext without TLS",
+                    ));
+                }
+                AuthenticationRequest::Ok => {
+                    authenticator.answer(request)?;
+                    return Ok(());
+                }
+                AuthenticationRequest::SaslContinue(data) => {
+                    let derivation = authenticator.derivation(data)?;
+                    Some(authenticator.derived(off_runtime(derivation).await?)?)
+                }
+                request => authenticator.answer(request)?,
+            };
+            if let Some(response) = response {
+                // Already set when the exchange takes more than one message.
+                let _ = self.password_requested.set(());
+                wire.send(&response).await?;
+            }
         }
     }
 }
 
-async fn log_in_once(
-    endpoint: &Endpoint,
-    credential: &Credential,
-    settings: &SessionSettings,
-    startup: &[u8],
-    keepalive: &Keepalive,
-    metrics: &Metrics,
-    progress: &Progress,
-) -> Result<Connection, Failure> {
-    let whole = Instant::now();
-    let (mut stream, address, mut phases) =
-        dial::dial(endpoint, keepalive, metrics, progress).await?;
-    progress.enter(LoginPhase::Login);
-    let started = Instant::now();
-    let may_send_cleartext = stream.is_private();
-    let (greeting, leftover) = exchange(
-        &mut stream,
-        &endpoint.user,
-        credential,
-        settings,
-        startup,
-        may_send_cleartext,
-        progress,
-    )
-    .await?;
-    phases.login = dial::observe(metrics, LoginPhase::Login, started);
-    dial::observe(metrics, LoginPhase::Total, whole);
-    phases.record();
-    let gauge = GaugeGuard::new(&metrics.upstream_active);
-    Ok(Connection {
-        stream,
-        leftover,
-        greeting,
-        address,
-        gauge,
-    })
-}
-
-/// [`exchange`] with a fixed credential, for tests and fuzzing.
+/// [`Login::exchange`] with a fixed credential, for tests and fuzzing.
 #[cfg(any(test, fuzzing))]
 pub(super) async fn exchange_with<S: AsyncRead + AsyncWrite + Unpin>(
     stream: &mut S,
     secret: &str,
     settings: &SessionSettings,
     may_send_cleartext: bool,
-) -> Result<(Greeting, BytesMut), Failure> {
+) -> Result<Greeting, Failure> {
     let credential = Credential {
         secret: secret.into(),
         expires_at: None,
@@ -153,101 +232,17 @@ pub(super) async fn exchange_with<S: AsyncRead + AsyncWrite + Unpin>(
         generation: 1,
     };
     let startup = settings.startup("me", |_| false).unwrap_or_default();
-    exchange(
-        stream,
-        "me",
-        &credential,
-        settings,
-        &startup,
-        may_send_cleartext,
-        &Progress::default(),
-    )
-    .await
+    let login = Login::new("me", &credential, settings);
+    login.exchange(stream, &startup, may_send_cleartext).await
 }
 
 /// Derives a key on a blocking thread: a server may request up to a million iterations.
 async fn off_runtime(derivation: Derivation) -> Result<Derived, AuthError> {
     // The fuzzer has no runtime.
-    let Ok(runtime) = Handle::try_current() else {
+    if Handle::try_current().is_err() {
         return derivation.run();
-    };
-    match runtime.spawn_blocking(move || derivation.run()).await {
-        Ok(derived) => derived,
-        // Only a runtime that shuts down drops it.
-        Err(_) => std::future::pending().await,
     }
-}
-
-/// All messages between TLS and ReadyForQuery; sets `progress.password_requested`.
-pub(super) async fn exchange<S: AsyncRead + AsyncWrite + Unpin>(
-    stream: &mut S,
-    user: &str,
-    credential: &Credential,
-    settings: &SessionSettings,
-    startup: &[u8],
-    may_send_cleartext: bool,
-    progress: &Progress,
-) -> Result<(Greeting, BytesMut), Failure> {
-    let mut wire = Wire {
-        stream,
-        settings,
-        buffer: BytesMut::with_capacity(2048),
-        read: 0,
-    };
-    wire.send(startup).await?;
-
-    let mut authenticator = Authenticator::new(user, &credential.secret);
-    loop {
-        let message = wire.message().await?;
-        match message.tag {
-            tag::AUTHENTICATION => {
-                let request = AuthenticationRequest::parse(message.body())
-                    .ok_or_else(|| Failure::protocol("malformed authentication request"))?;
-                if request == AuthenticationRequest::Cleartext && !may_send_cleartext {
-                    return Err(Failure::protocol(
-                        "the server requests the password in cleartext without TLS",
-                    ));
-                }
-                let done = request == AuthenticationRequest::Ok;
-                let response = match request {
-                    AuthenticationRequest::SaslContinue(data) => {
-                        let derivation = authenticator.derivation(data)?;
-                        Some(authenticator.derived(off_runtime(derivation).await?)?)
-                    }
-                    request => authenticator.answer(request)?,
-                };
-                if let Some(response) = response {
-                    // Already set when the exchange takes more than one message.
-                    let _ = progress.password_requested.set(());
-                    wire.send(&response).await?;
-                }
-                if done {
-                    break;
-                }
-            }
-            tag::ERROR_RESPONSE => return Err(wire.refused(&message)),
-            // Notices before authentication are not authenticated; NegotiateProtocolVersion cannot follow a 3.0 startup.
-            tag::NOTICE_RESPONSE => {}
-            other => return Err(unexpected(other)),
-        }
-    }
-
-    let mut greeting = Greeting::default();
-    wire.until_ready(&mut greeting, Until::LoggedIn).await?;
-    if let Some(wanted) = &settings.client_encoding
-        && !settings.replication
-        && !greeting
-            .client_encoding
-            .as_ref()
-            .is_some_and(|is| same_encoding(is, wanted))
-    {
-        // A startup parameter holds no zero byte.
-        if let Some(query) = set_encoding(wanted) {
-            wire.send(&query).await?;
-            wire.until_ready(&mut greeting, Until::Queried).await?;
-        }
-    }
-    Ok((greeting, wire.buffer))
+    blocking(move || derivation.run()).await
 }
 
 fn unexpected(tag: u8) -> Failure {
@@ -404,7 +399,7 @@ mod tests {
         };
         let login = exchange_with(&mut ours, "token", &settings, true);
         let (result, received) = tokio::join!(login, server);
-        (result.map(|(greeting, _)| greeting), received)
+        (result, received)
     }
 
     fn password_request() -> Vec<u8> {
@@ -551,8 +546,11 @@ mod tests {
         let login = exchange_with(&mut server, "token", &settings, true);
         let done = login.now_or_never().expect("the server never waits");
         let left = server.data;
-        done.map(|(greeting, leftover)| (greeting, [&leftover[..], left].concat()))
-            .map_err(|failure| format!("{failure:?}"))
+        done.map(|greeting| {
+            let left = [&greeting.leftover[..], left].concat();
+            (greeting, left)
+        })
+        .map_err(|failure| format!("{failure:?}"))
     }
 
     fn message() -> impl Strategy<Value = Vec<u8>> {

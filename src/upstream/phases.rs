@@ -1,64 +1,80 @@
-//! The duration of each phase of a login, recorded in the session's span, whose fields the listener declares.
+//! The phases of a client's login: the current one, for the error of a timeout, and the duration of each, for the metrics
+//! and the session's span, whose fields the listener declares.
 
 use std::{
-    sync::atomic::{AtomicUsize, Ordering},
+    sync::{
+        Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::Duration,
 };
 
-use enum_map::Enum;
-use tokio::sync::SetOnce;
+use enum_map::{Enum, EnumMap};
+use tokio::time::Instant;
 use tracing::{Span, field::debug};
 
-use crate::telemetry::labels::LoginPhase;
+use super::failure::Failure;
+use crate::telemetry::{Metrics, labels::LoginPhase};
 
-/// The current phase of an attempt, for the error of a timeout.
-#[derive(Debug, Default)]
-pub(super) struct Progress {
-    phase: AtomicUsize,
-    /// Set when the server has requested the password.
-    pub(super) password_requested: SetOnce<()>,
+/// The phases of one client's login, over all of its attempts.
+pub(super) struct Phases<'a> {
+    pub(super) metrics: &'a Metrics,
+    current: AtomicUsize,
+    durations: Mutex<EnumMap<LoginPhase, Duration>>,
 }
 
-impl Progress {
-    pub(super) fn enter(&self, phase: LoginPhase) {
-        self.phase.store(phase.into_usize(), Ordering::Relaxed);
+impl<'a> Phases<'a> {
+    pub(super) fn new(metrics: &'a Metrics) -> Self {
+        Self {
+            metrics,
+            current: AtomicUsize::default(),
+            durations: Mutex::default(),
+        }
     }
 
-    pub(super) fn phase(&self) -> LoginPhase {
-        LoginPhase::from_usize(self.phase.load(Ordering::Relaxed))
+    /// Runs a phase of an attempt; only its success is observed.
+    pub(super) async fn run<T>(
+        &self,
+        phase: LoginPhase,
+        step: impl Future<Output = Result<T, Failure>>,
+    ) -> Result<T, Failure> {
+        self.current.store(phase.into_usize(), Ordering::Relaxed);
+        let started = Instant::now();
+        let done = step.await?;
+        self.observe(phase, started.elapsed());
+        Ok(done)
     }
-}
 
-/// The duration of each phase of one attempt.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct Phases {
-    /// Host name to addresses.
-    pub(super) resolve: Duration,
-    /// TCP connect.
-    pub(super) dial: Duration,
-    /// `SSLRequest` and TLS handshake.
-    pub(super) tls: Duration,
-    /// Startup message up to `ReadyForQuery`.
-    pub(super) login: Duration,
-}
+    /// Observes a phase that took this long.
+    pub(super) fn observe(&self, phase: LoginPhase, took: Duration) {
+        self.metrics.upstream_connect_seconds[phase].observe(took.as_secs_f64());
+        let mut durations = self.durations();
+        // A client may wait before each attempt; of the attempts, the last one's phases count.
+        let before = match phase {
+            LoginPhase::Queue | LoginPhase::Credential => durations[phase],
+            _ => Duration::ZERO,
+        };
+        durations[phase] = before + took;
+    }
 
-impl Phases {
+    /// The phase that is running.
+    pub(super) fn current(&self) -> LoginPhase {
+        LoginPhase::from_usize(self.current.load(Ordering::Relaxed))
+    }
+
+    /// Records the durations in the session's span.
     pub(super) fn record(&self) {
         let span = Span::current();
         if !span.is_disabled() {
-            span.record("resolve", debug(self.resolve));
-            span.record("dial", debug(self.dial));
-            span.record("tls", debug(self.tls));
-            span.record("login", debug(self.login));
+            for (phase, took) in &*self.durations() {
+                span.record(phase.as_str(), debug(took));
+            }
         }
     }
-}
 
-/// Records a client's waits over all attempts: for its turn, and for a credential.
-pub(super) fn record_waits(queue: Duration, credential: Duration) {
-    let span = Span::current();
-    if !span.is_disabled() {
-        span.record("queue", debug(queue));
-        span.record("credential", debug(credential));
+    fn durations(&self) -> MutexGuard<'_, EnumMap<LoginPhase, Duration>> {
+        self.durations
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 }

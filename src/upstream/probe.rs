@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use bytes::{Buf, BytesMut};
 use tokio::{io::AsyncWriteExt, net::TcpStream};
 
-use super::{dial, endpoint::Endpoint, failure::Failure, login, phases::Progress};
+use super::{dial, endpoint::Endpoint, failure::Failure, login::Login};
 use crate::{
     config::Keepalive,
     credential::Credential,
@@ -19,23 +19,18 @@ use crate::{
     telemetry::Metrics,
 };
 
-pub use super::dial::Stream;
+pub(crate) use super::dial::{Stream, resolve};
 
 /// Upper limit of one query's response; doctor's queries return a few rows.
 const RESPONSE_LIMIT: usize = 64 * 1024;
 
-/// The endpoint's addresses.
-pub async fn resolve(host: &str, port: u16) -> Result<Vec<SocketAddr>, Failure> {
-    dial::resolve(host, port).await
-}
-
 /// Connects to the first address that accepts.
-pub async fn connect(addresses: Vec<SocketAddr>) -> Result<TcpStream, Failure> {
+pub(crate) async fn connect(addresses: Vec<SocketAddr>) -> Result<TcpStream, Failure> {
     dial::connect(addresses).await.map(|(tcp, _)| tcp)
 }
 
 /// Negotiates verified TLS.
-pub async fn secure(
+pub(crate) async fn secure(
     tcp: TcpStream,
     endpoint: &Endpoint,
     metrics: &Metrics,
@@ -45,17 +40,17 @@ pub async fn secure(
 
 /// A logged-in connection for small queries.
 #[derive(Debug)]
-pub struct Session {
+pub(crate) struct Session {
     stream: Stream,
     buffer: BytesMut,
 }
 
 /// One result row, as text.
-pub type Row = Vec<Option<String>>;
+pub(crate) type Row = Vec<Option<String>>;
 
 impl Session {
     /// Logs in.
-    pub async fn log_in(
+    pub(crate) async fn log_in(
         mut stream: Stream,
         endpoint: &Endpoint,
         credential: &Credential,
@@ -63,24 +58,19 @@ impl Session {
     ) -> Result<Self, Failure> {
         let may_send_cleartext = stream.is_private();
         let startup = settings.startup(&endpoint.user, |_| false)?;
-        let progress = Progress::default();
-        let exchange = login::exchange(
-            &mut stream,
-            &endpoint.user,
-            credential,
-            settings,
-            &startup,
-            may_send_cleartext,
-            &progress,
-        );
-        let (_, buffer) = exchange
+        let login = Login::new(&endpoint.user, credential, settings);
+        let greeting = login
+            .exchange(&mut stream, &startup, may_send_cleartext)
             .await
             .map_err(|failure| failure.explain(endpoint, credential, settings))?;
-        Ok(Self { stream, buffer })
+        Ok(Self {
+            stream,
+            buffer: greeting.leftover,
+        })
     }
 
     /// Runs one query by the simple protocol. Not cancel safe.
-    pub async fn query(&mut self, sql: &str) -> Result<Vec<Row>, Failure> {
+    pub(crate) async fn query(&mut self, sql: &str) -> Result<Vec<Row>, Failure> {
         let query = query(sql).ok_or_else(|| Failure::protocol("zero byte in a query"))?;
         self.send(&query).await?;
         let mut rows = Vec::new();
@@ -108,7 +98,7 @@ impl Session {
     }
 
     /// Ends the session; errors no longer matter.
-    pub async fn end(mut self) {
+    pub(crate) async fn end(mut self) {
         let _ = self.send(&terminate()).await;
         let _ = self.stream.shutdown().await;
     }

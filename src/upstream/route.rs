@@ -35,32 +35,32 @@ enum State {
 }
 
 /// The error of the last look-up.
-pub struct Problem {
+pub(crate) struct Problem {
     /// The refusal for clients.
-    pub refusal: Refusal,
+    pub(crate) refusal: Refusal,
     /// Whether clients wait for the next attempt, because the failure is transient.
-    pub is_held_for: bool,
+    pub(crate) is_held_for: bool,
     /// The earliest attempt that a waiting client can cause.
-    pub opens_at: Instant,
+    pub(crate) opens_at: Instant,
 }
 
 /// The look-up's result as sessions see it; cheap to clone.
 #[derive(Clone)]
-pub struct Route {
+pub(crate) struct Route {
     label: Label,
     state: watch::Receiver<State>,
     demand: Arc<Demand>,
 }
 
 /// The look-up's result as the task that makes it publishes it.
-pub struct RouteFinder {
+pub(crate) struct RouteFinder {
     state: watch::Sender<State>,
     demand: Arc<Demand>,
 }
 
 impl Route {
     /// A route before its first look-up.
-    pub fn to(label: Label) -> (RouteFinder, Self) {
+    pub(crate) fn to(label: Label) -> (RouteFinder, Self) {
         let (sender, state) = watch::channel(State::Looking);
         let demand = Arc::<Demand>::default();
         let finder = RouteFinder {
@@ -76,12 +76,12 @@ impl Route {
     }
 
     /// The endpoint's name in the settings, for messages.
-    pub fn label(&self) -> &Label {
+    pub(crate) fn label(&self) -> &Label {
         &self.label
     }
 
     /// The upstream, once the look-up has succeeded.
-    pub fn found(&self) -> Option<Arc<Upstream>> {
+    pub(crate) fn found(&self) -> Option<Arc<Upstream>> {
         match &*self.state.borrow() {
             State::Found(upstream) => Some(Arc::clone(upstream)),
             State::Failing(_) | State::Looking => None,
@@ -89,7 +89,7 @@ impl Route {
     }
 
     /// The error of the last attempt, until one succeeds.
-    pub fn problem(&self) -> Option<String> {
+    pub(crate) fn problem(&self) -> Option<String> {
         match &*self.state.borrow() {
             State::Failing(problem) => Some(problem.refusal.report.message.clone()),
             State::Found(_) | State::Looking => None,
@@ -97,7 +97,7 @@ impl Route {
     }
 
     /// Completes when the result changes. Cancel safe.
-    pub async fn changed(&mut self) {
+    pub(crate) async fn changed(&mut self) {
         // Without a finder the result no longer changes.
         if self.state.changed().await.is_err() {
             std::future::pending::<()>().await;
@@ -108,7 +108,7 @@ impl Route {
     ///
     /// Transient failures are waited out. Any other is returned as soon as an attempt during the wait meets it, or at once if
     /// the next attempt is more than [`HOLD`] away.
-    pub async fn upstream(&self, limit: Duration) -> Result<Arc<Upstream>, Refusal> {
+    pub(crate) async fn upstream(&self, limit: Duration) -> Result<Arc<Upstream>, Refusal> {
         let deadline = Instant::now() + limit;
         let mut state = self.state.clone();
         let mut waiting = None;
@@ -144,7 +144,7 @@ impl Route {
     }
 
     /// One login as for a client, and an orderly end. Cancel safe: dropping it drops the connection.
-    pub async fn log_in_once(&self, terms: &Terms) -> Result<(), Refusal> {
+    pub(crate) async fn log_in_once(&self, terms: &Terms) -> Result<(), Refusal> {
         let upstream = self.upstream(terms.limits.connect_timeout).await?;
         let settings = SessionSettings {
             database: upstream.endpoint().database.clone(),
@@ -167,12 +167,12 @@ impl Route {
 
 impl RouteFinder {
     /// Publishes the upstream.
-    pub fn found(&self, upstream: Arc<Upstream>) {
+    pub(crate) fn found(&self, upstream: Arc<Upstream>) {
         self.state.send_replace(State::Found(upstream));
     }
 
     /// Publishes the error of an attempt.
-    pub fn failed(&self, problem: Problem) {
+    pub(crate) fn failed(&self, problem: Problem) {
         self.state.send_replace(State::Failing(Arc::new(problem)));
     }
 

@@ -4,10 +4,10 @@
 //! A client whose attempt failed goes to the end of the queue: if its own settings make its logins fail, the others lose one
 //! attempt, not their whole budget.
 
-use std::{pin::pin, time::Duration};
+use std::{collections::BTreeSet, time::Duration};
 
 use tokio::{
-    sync::{Mutex, MutexGuard, watch},
+    sync::watch,
     time::{Instant, sleep_until},
 };
 
@@ -18,21 +18,21 @@ use crate::net::backoff::Backoff;
 pub(super) const RETRY: Backoff =
     Backoff::new(Duration::from_millis(100), Duration::from_secs(2)).with_growth(1.5);
 /// After this long without an attempt the waits start over: a new client should not pay for old failures.
-const STALE: Duration = Duration::from_secs(30);
+const RESET_AFTER: Duration = Duration::from_secs(30);
 
-/// The wake state of one endpoint.
-pub(super) struct Wake {
-    state: watch::Sender<State>,
-    /// Held by the client whose attempt is next. tokio's mutex is fair: first come, first served.
-    lead: Mutex<()>,
-}
+/// The wake state of one endpoint; waiting clients follow its changes.
+#[derive(Default)]
+pub(super) struct Wake(watch::Sender<WakeState>);
 
 #[derive(Default)]
-struct State {
+struct WakeState {
     /// Present while the endpoint does not respond.
     waking: Option<Waking>,
     /// A client spent its whole budget without success, and no login has succeeded since.
     has_spent_budget: bool,
+    /// The clients that wait, by the order of their coming; the next attempt is the first one's.
+    queue: BTreeSet<u64>,
+    next_place: u64,
 }
 
 struct Waking {
@@ -42,30 +42,35 @@ struct Waking {
     next_attempt: Instant,
 }
 
-/// The right to make the next attempt, until it is dropped.
-pub(super) struct Lead<'a>(#[expect(dead_code, reason = "held, not read")] MutexGuard<'a, ()>);
+/// A place in the queue until it is dropped. The first place is the right to make the next attempt.
+pub(super) struct Place<'a> {
+    wake: &'a Wake,
+    number: u64,
+}
+
+impl Drop for Place<'_> {
+    fn drop(&mut self) {
+        self.wake.0.send_if_modified(|state| {
+            let was_first = state.queue.first() == Some(&self.number);
+            state.queue.remove(&self.number);
+            was_first
+        });
+    }
+}
 
 impl Wake {
-    pub(super) fn new() -> Self {
-        Self {
-            state: watch::Sender::default(),
-            lead: Mutex::default(),
-        }
-    }
-
     pub(super) fn is_waking(&self) -> bool {
-        self.state.borrow().waking.is_some()
+        self.0.borrow().waking.is_some()
     }
 
     /// Whether a client spent its whole budget without success, and no login has succeeded since.
     pub(super) fn has_spent_budget(&self) -> bool {
-        self.state.borrow().has_spent_budget
+        self.0.borrow().has_spent_budget
     }
 
     /// Records that a client spent its whole budget without success.
     pub(super) fn spend_budget(&self) {
-        self.state
-            .send_modify(|state| state.has_spent_budget = true);
+        self.0.send_modify(|state| state.has_spent_budget = true);
     }
 
     /// Waits until the endpoint responds (then `None`) or until the next attempt is this client's.
@@ -74,12 +79,14 @@ impl Wake {
     ///
     /// # Errors
     /// The last failure of any client's attempt, once no further attempt fits into the budget.
-    pub(super) async fn turn(&self, budget: &mut Budget) -> Result<Option<Lead<'_>>, Failure> {
-        let mut state = self.state.subscribe();
-        let mut queue = pin!(self.lead.lock());
-        let mut lead = None;
+    pub(super) async fn turn(&self, budget: &mut Budget) -> Result<Option<Place<'_>>, Failure> {
+        if !self.is_waking() {
+            return Ok(None);
+        }
+        let mut state = self.0.subscribe();
+        let place = self.enter();
         loop {
-            let next_attempt = {
+            let (is_first, next_attempt) = {
                 let state = state.borrow_and_update();
                 let Some(waking) = &state.waking else {
                     return Ok(None);
@@ -90,33 +97,36 @@ impl Wake {
                     return Err(waking.last_failure.clone());
                 }
                 // A budget shorter than the wait still allows one attempt.
-                if is_in_time { waking.next_attempt } else { now }
+                let next_attempt = if is_in_time { waking.next_attempt } else { now };
+                (state.queue.first() == Some(&place.number), next_attempt)
             };
             tokio::select! {
                 // Cannot fail: the sender lives as long as `self`.
                 _ = state.changed() => {}
-                guard = &mut queue, if lead.is_none() => lead = Some(Lead(guard)),
-                () = sleep_until(next_attempt), if lead.is_some() => return Ok(lead),
+                () = sleep_until(next_attempt), if is_first => return Ok(Some(place)),
                 () = sleep_until(budget.ends_at()) => {}
             }
         }
     }
 
-    /// Records an attempt that found the endpoint waking. Attempts already in progress when the first one failed do not lead,
-    /// and do not lengthen the wait.
+    /// The last place of the queue. No other client's place changes, so none is notified.
+    fn enter(&self) -> Place<'_> {
+        let mut number = 0;
+        self.0.send_if_modified(|state| {
+            number = state.next_place;
+            state.next_place += 1;
+            state.queue.insert(number);
+            false
+        });
+        Place { wake: self, number }
+    }
+
+    /// Records an attempt that found the endpoint waking. Attempts already in progress when the first one failed have no
+    /// place, and do not lengthen the wait.
     pub(super) fn failed(&self, failure: &Failure, is_leading: bool) {
         let now = Instant::now();
-        self.state.send_modify(|state| match &mut state.waking {
-            Some(waking) => {
-                waking.last_failure = failure.clone();
-                if is_leading {
-                    if now > waking.next_attempt + STALE {
-                        waking.backoff.reset();
-                    }
-                    waking.next_attempt = now + waking.backoff.next();
-                }
-            }
-            None => {
+        self.0.send_modify(|state| {
+            let Some(waking) = &mut state.waking else {
                 let mut backoff = RETRY;
                 state.waking = Some(Waking {
                     since: now,
@@ -124,6 +134,14 @@ impl Wake {
                     next_attempt: now + backoff.next(),
                     backoff,
                 });
+                return;
+            };
+            waking.last_failure = failure.clone();
+            if is_leading {
+                if now > waking.next_attempt + RESET_AFTER {
+                    waking.backoff.reset();
+                }
+                waking.next_attempt = now + waking.backoff.next();
             }
         });
     }
@@ -131,7 +149,7 @@ impl Wake {
     /// Records that the endpoint responds; returns how long it was waking, if it was.
     pub(super) fn answered(&self) -> Option<Duration> {
         let mut since = None;
-        self.state.send_if_modified(|state| {
+        self.0.send_if_modified(|state| {
             since = state.waking.take().map(|waking| waking.since);
             since.is_some()
         });
@@ -141,8 +159,7 @@ impl Wake {
     /// Records a successful login; returns how long the endpoint was waking, if it was.
     pub(super) fn logged_in(&self) -> Option<Duration> {
         if self.has_spent_budget() {
-            self.state
-                .send_modify(|state| state.has_spent_budget = false);
+            self.0.send_modify(|state| state.has_spent_budget = false);
         }
         self.answered()
     }
@@ -150,7 +167,7 @@ impl Wake {
 
 #[cfg(test)]
 mod tests {
-    use std::io;
+    use std::{io, pin::pin};
 
     use tokio::{task::yield_now, time::timeout};
 
@@ -172,7 +189,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_failed_attempt_passes_the_lead_to_the_next_client() {
-        let wake = Wake::new();
+        let wake = Wake::default();
         wake.failed(&refused(), false);
         let (mut first, mut second) = (budget(), budget());
         let lead = wake.turn(&mut first).await.unwrap().expect("leads");
@@ -185,7 +202,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_response_releases_all_waiting_clients() {
-        let wake = Wake::new();
+        let wake = Wake::default();
         wake.failed(&refused(), false);
         let (mut first, mut second) = (budget(), budget());
         let release = async {
@@ -200,7 +217,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_name_that_does_not_resolve_fails_waiting_clients_within_its_own_budget() {
-        let wake = Wake::new();
+        let wake = Wake::default();
         wake.failed(&unresolved(), false);
         let began = Instant::now();
         let (mut first, mut second) = (budget(), budget());
@@ -212,7 +229,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_spent_budget_is_remembered_until_a_login_succeeds() {
-        let wake = Wake::new();
+        let wake = Wake::default();
         wake.failed(&refused(), false);
         wake.spend_budget();
         wake.answered();
@@ -223,15 +240,15 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn waits_start_over_after_a_long_time_without_an_attempt() {
-        let wake = Wake::new();
+        let wake = Wake::default();
         let wait = || {
             wake.failed(&refused(), true);
-            let state = wake.state.borrow();
+            let state = wake.0.borrow();
             state.waking.as_ref().unwrap().next_attempt - Instant::now()
         };
         let last = (0..20).map(|_| wait()).fold(Duration::ZERO, |_, wait| wait);
         assert!(last >= Duration::from_secs(1), "{last:?}");
-        tokio::time::advance(STALE + 2 * last).await;
+        tokio::time::advance(RESET_AFTER + 2 * last).await;
         assert!(wait() <= Duration::from_millis(100));
     }
 }

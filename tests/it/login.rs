@@ -108,6 +108,6 @@ async fn all_password_methods_of_the_server_work() {
             reported.contains("client_encoding\0LATIN1\0"),
             "{user}: {reported}"
         );
-        assert!(connection.leftover.is_empty());
+        assert!(connection.greeting.leftover.is_empty());
     }
 }
