@@ -16,7 +16,7 @@ use tokio::{
 };
 use tokio_util::task::TaskTracker;
 
-use crate::upstream::{Route, Terms};
+use crate::upstream::{ConnectSettings, Route};
 
 /// Time between two logins at an endpoint.
 const INTERVAL: Duration = Duration::from_secs(10);
@@ -29,8 +29,8 @@ pub struct LoginTarget {
     pub name: String,
     /// The route to it.
     pub(crate) route: Route,
-    /// The limits of a login.
-    pub terms: Terms,
+    /// Timeouts and keepalive of a login.
+    pub connect: ConnectSettings,
 }
 
 /// Lists the endpoints of this moment.
@@ -128,7 +128,7 @@ impl DeepCheck {
 
 async fn log_in(target: LoginTarget) -> Checked {
     let began = Instant::now();
-    let outcome = timeout(LOGIN_TIMEOUT, target.route.log_in_once(&target.terms)).await;
+    let outcome = timeout(LOGIN_TIMEOUT, target.route.test_login(&target.connect)).await;
     let mut checked = Checked {
         ok: matches!(outcome, Ok(Ok(()))),
         took_ms: millis(began.elapsed()),

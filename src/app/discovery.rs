@@ -16,7 +16,7 @@ use crate::{
     net::backoff::jitter,
     protocol::error::{Report, sqlstate},
     telemetry::{chain, labels::Reason},
-    upstream::{Problem, Refusal, RouteFinder},
+    upstream::{Problem, Refusal, RoutePublisher},
 };
 
 /// Budget of one request to the workspace, retries included. Short, since the pace of attempts retries as well.
@@ -27,7 +27,7 @@ pub(super) struct Discovery {
     pub(super) served: Arc<Served>,
     pub(super) source: EndpointSource,
     pub(super) endpoints: Endpoints,
-    pub(super) finder: RouteFinder,
+    pub(super) finder: RoutePublisher,
     pub(super) reporter: Option<Reporter>,
 }
 

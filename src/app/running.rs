@@ -96,8 +96,8 @@ impl Running {
             .process
             .config
             .load_full()
-            .terms
-            .limits
+            .connect
+            .timeouts
             .connect_timeout;
         let deadline = Instant::now() + budget;
         let upstream = loop {
@@ -135,13 +135,13 @@ impl Running {
             self.shared.notifier.ready();
             return Ok(());
         }
-        let mut terms = self.shared.process.config.load_full().terms;
+        let mut connect = self.shared.process.config.load_full().connect;
         // Unlike a client, the test can wait for the whole time.
-        terms.limits.credential_timeout = terms.limits.connect_timeout;
+        connect.timeouts.credential_timeout = connect.timeouts.connect_timeout;
         let mut logins = JoinSet::new();
         for served in &*self.shared.endpoints.now() {
             let route = served.context.route.clone();
-            logins.spawn(async move { route.log_in_once(&terms).await });
+            logins.spawn(async move { route.test_login(&connect).await });
         }
         while let Some(login) = logins.join_next().await {
             // A panic is counted and logged where it happens.

@@ -24,7 +24,7 @@ use crate::{
     status::{EndpointSessions, Label},
     systemd::Notifier,
     telemetry::Metrics,
-    upstream::{Route, RouteFinder, Upstream},
+    upstream::{Route, RoutePublisher, Upstream},
 };
 
 /// An endpoint with its listener bound.
@@ -32,7 +32,7 @@ pub(super) struct BoundEndpoint {
     pub(super) served: Arc<Served>,
     pub(super) source: EndpointSource,
     pub(super) listener: Listener,
-    pub(super) finder: RouteFinder,
+    pub(super) finder: RoutePublisher,
 }
 
 impl BoundEndpoint {
@@ -47,7 +47,7 @@ impl BoundEndpoint {
         let its = config.clone();
         let roots = blocking(move || roots(&its)).await;
         let label = Label::new(config.called());
-        let (finder, route) = Route::to(label.clone());
+        let (finder, route) = Route::channel(label.clone());
         let closed = shared.process.shutdown.cutting().child_token();
         let registry = EndpointSessions::new(&shared.registry, label, &metrics, closed);
         let process = Arc::clone(&shared.process);

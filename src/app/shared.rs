@@ -19,7 +19,7 @@ use crate::{
     listener::{AbsentSockets, Runtimes},
     net::{descriptors, tls},
     session::{
-        AccessPolicy, KnownPassword, LocalPassword, ProcessContext, ServerCertificate,
+        AccessPolicy, KnownPassword, ListenerCertificate, LocalPassword, ProcessContext,
         SessionConfig, SharedConfig,
     },
     shutdown::Shutdown,
@@ -66,7 +66,7 @@ pub(super) fn access_policy(
 ) -> Result<AccessPolicy, StartError> {
     let certificate = match before {
         Some((old, access)) if old.client_tls == config.client_tls => access.certificate.clone(),
-        _ => ServerCertificate::new(&config.client_tls)?.map(Arc::new),
+        _ => ListenerCertificate::new(&config.client_tls)?.map(Arc::new),
     };
     let password = match (before, &config.local_password) {
         (_, None) => None,
@@ -221,12 +221,12 @@ impl Observer {
 
     /// The endpoints, for deep checks.
     pub(super) fn login_targets(&self) -> Vec<LoginTarget> {
-        let terms = self.config.load().terms;
+        let connect = self.config.load().connect;
         let endpoints = self.endpoints.now();
         let target = |served: &Arc<Served>| LoginTarget {
             name: served.shown_name(),
             route: served.context.route.clone(),
-            terms,
+            connect,
         };
         endpoints.iter().map(target).collect()
     }

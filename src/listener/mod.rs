@@ -270,13 +270,13 @@ impl Acceptor {
                     backoff.reset();
                     self.endpoint.metrics.clients_opened.inc();
                     let config = self.endpoint.process.config.load();
-                    L::tune(&client, &config.terms.keepalive);
-                    self.spawn_session(Accepted {
+                    L::tune(&client, &config.connect.keepalive);
+                    self.spawn_session(Box::new(Accepted {
                         id: self.endpoint.registry.registry().next_id(),
                         peer,
                         stream: client.into(),
                         permit,
-                    });
+                    }));
                 }
                 Err(error) if concerns_one_connection(&error) => {
                     tracing::debug!(%error, "a connection broke before it was accepted");
@@ -313,7 +313,7 @@ impl Acceptor {
     }
 
     /// Serves a client on the runtime with the fewest tasks.
-    fn spawn_session(&self, mut accepted: Accepted<Socket>) {
+    fn spawn_session(&self, mut accepted: Box<Accepted<Socket>>) {
         let span = session_span(&accepted);
         let endpoint = Arc::clone(&self.endpoint);
         let session = async move {

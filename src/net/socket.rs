@@ -23,7 +23,7 @@ pub trait Transport: AsyncRead + AsyncWrite + Unpin + Send {
     fn socket(&self) -> Option<&Socket>;
 
     /// How far the peer has hung up, also behind bytes that have not been read. Takes a system call.
-    fn hang_up(&self) -> HangUp {
+    fn hang_up_state(&self) -> HangUp {
         self.socket().map_or(HangUp::None, Socket::poll_hang_up)
     }
 }

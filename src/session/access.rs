@@ -12,7 +12,7 @@ use bytes::BytesMut;
 use rustix::process::geteuid;
 
 use super::{
-    LocalPassword, ServerCertificate, Session,
+    ListenerCertificate, LocalPassword, Session,
     client::Client,
     close::{Closing, shutting_down},
     handshake::{Handshake, HandshakeError, Tls},
@@ -36,7 +36,7 @@ pub struct AccessPolicy {
     /// The users that may use Unix sockets, besides our own and root; `None` leaves that to the file's permissions.
     pub(crate) allowed_uids: Option<Vec<u32>>,
     /// The certificate shown to clients, where TLS is offered.
-    pub(crate) certificate: Option<Arc<ServerCertificate>>,
+    pub(crate) certificate: Option<Arc<ListenerCertificate>>,
     /// Whether TCP clients of other machines must use TLS.
     pub(crate) requires_tls: bool,
     /// The password of TCP clients.

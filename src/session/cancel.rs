@@ -40,7 +40,7 @@ impl CancelRequest<'_> {
                     drop(self.handshake);
                     match endpoint.route.found() {
                         Some(upstream) => {
-                            let keepalive = &session.config.terms.keepalive;
+                            let keepalive = &session.config.connect.keepalive;
                             match upstream.cancel(target.address, target.key, keepalive).await {
                                 Ok(()) => CancelOutcome::Forwarded,
                                 Err(error) => {
@@ -70,7 +70,7 @@ impl CancelRequest<'_> {
 
 /// The destination of a cancel request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Target {
+pub(super) struct CancelTarget {
     /// The server's address.
     pub(super) address: SocketAddr,
     /// The server's own key.
@@ -80,7 +80,7 @@ pub(super) struct Target {
 /// The cancel keys of an endpoint's sessions.
 #[derive(Debug)]
 pub(crate) struct CancelKeys {
-    by_process_id: Mutex<HashMap<u32, Vec<(u32, Target)>>>,
+    by_process_id: Mutex<HashMap<u32, Vec<(u32, CancelTarget)>>>,
     guesses: Mutex<(Instant, u32)>,
 }
 
@@ -95,7 +95,7 @@ impl Default for CancelKeys {
 
 impl CancelKeys {
     /// Creates a key for a session, valid until the registration is dropped.
-    pub(super) fn register(self: &Arc<Self>, target: Target) -> Registration {
+    pub(super) fn register(self: &Arc<Self>, target: CancelTarget) -> Registration {
         let key = CancelKey {
             process_id: target.key.process_id,
             secret: rand::random(),
@@ -119,7 +119,7 @@ impl CancelKeys {
     }
 
     /// The destination of requests with `key`.
-    pub(super) fn find(&self, key: CancelKey) -> Option<Target> {
+    pub(super) fn find(&self, key: CancelKey) -> Option<CancelTarget> {
         let keys = self.keys();
         // Secrets are single words, so that comparing them takes constant time.
         let (_, target) = keys
@@ -145,7 +145,7 @@ impl CancelKeys {
         }
     }
 
-    fn keys(&self) -> MutexGuard<'_, HashMap<u32, Vec<(u32, Target)>>> {
+    fn keys(&self) -> MutexGuard<'_, HashMap<u32, Vec<(u32, CancelTarget)>>> {
         self.by_process_id
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
@@ -182,8 +182,8 @@ impl Drop for Registration {
 mod tests {
     use super::*;
 
-    fn target(process_id: u32, port: u16) -> Target {
-        Target {
+    fn target(process_id: u32, port: u16) -> CancelTarget {
+        CancelTarget {
             address: SocketAddr::from(([127, 0, 0, 1], port)),
             key: CancelKey {
                 process_id,

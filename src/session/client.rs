@@ -46,7 +46,7 @@ pub(super) enum ClientStream<S> {
     Plain(S),
     /// A box, as clients without TLS need no room for it.
     Tls(Box<TlsStream<Rewind<S>>>),
-    /// The TLS handshake failed.
+    /// Taken for, or lost in, a TLS handshake.
     Closed,
 }
 
@@ -122,7 +122,7 @@ impl<S: Transport> Client<S> {
     }
 
     /// Returns when the client hangs up; buffers what it sends meanwhile. Cancel safe.
-    pub(super) async fn hang_up(&mut self) {
+    pub(super) async fn wait_for_hang_up(&mut self) {
         while self.received.len() < EARLY_LIMIT {
             let space = EARLY_LIMIT - self.received.len();
             let mut buffer = (&mut self.received).limit(space);
@@ -130,7 +130,7 @@ impl<S: Transport> Client<S> {
                 return;
             }
         }
-        while self.stream.hang_up() == HangUp::None {
+        while self.stream.hang_up_state() == HangUp::None {
             sleep(HANG_UP_CHECK).await;
         }
     }

@@ -9,7 +9,7 @@ use tokio::time::{Instant, timeout};
 use super::{
     CancelKeys, Session,
     access::Access,
-    cancel::{Registration, Target},
+    cancel::{CancelTarget, Registration},
     client::Client,
     close::{Closing, shutting_down},
     database,
@@ -44,7 +44,7 @@ pub(super) struct Connected<'a> {
     negotiation: BytesMut,
     entry: SessionEntry,
     connection: Connection,
-    /// How long the client waited because the endpoint was waking.
+    /// How long the whole connect took, if the endpoint was waking in it.
     woke_after: Option<Duration>,
     began: Instant,
 }
@@ -109,7 +109,7 @@ impl<'a> Admitted<'a> {
         let endpoint = session.endpoint;
         let connected = tokio::select! {
             connected = access.connect() => connected,
-            () = client.hang_up() => {
+            () = client.wait_for_hang_up() => {
                 tracing::debug!(session = session.id, "client left while it was being logged in");
                 return Err(Closing::Silent);
             }
@@ -150,8 +150,8 @@ impl Access<'_> {
         let Session {
             endpoint, config, ..
         } = self.session;
-        let limits = config.terms.limits;
-        let budget = limits.connect_timeout.min(limits.credential_timeout);
+        let timeouts = config.connect.timeouts;
+        let budget = timeouts.connect_timeout.min(timeouts.credential_timeout);
         let upstream = endpoint.route.upstream(budget).await?;
         let (database, fallback) = database::choose(
             config.database_mapping,
@@ -161,7 +161,7 @@ impl Access<'_> {
         );
         let mut settings = SessionSettings::new(&self.startup, database);
         settings.fallback_database = fallback;
-        upstream.connect(&settings, &config.terms).await
+        upstream.connect(&settings, &config.connect).await
     }
 
     /// The client may have meant the console, which does not accept it.
@@ -195,7 +195,7 @@ impl<'a> Connected<'a> {
         } = self.connection;
         let registration = greeting
             .key
-            .map(|key| endpoint.cancel_keys.register(Target { address, key }));
+            .map(|key| endpoint.cancel_keys.register(CancelTarget { address, key }));
         let key = registration
             .as_ref()
             .map_or_else(CancelKeys::unused_key, Registration::key);
@@ -222,7 +222,7 @@ impl<'a> Connected<'a> {
             leftover: greeting.leftover,
             began: self.began,
             entry: self.entry,
-            connected: gauge,
+            active_gauge: gauge,
             registration,
         })
     }

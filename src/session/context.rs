@@ -11,7 +11,7 @@ use crate::{
     shutdown::Shutdown,
     status::EndpointSessions,
     telemetry::Metrics,
-    upstream::{Route, Terms},
+    upstream::{ConnectSettings, Route},
 };
 
 /// Shared by all sessions of the process.
@@ -73,7 +73,7 @@ pub struct SessionConfig {
     /// Maximum concurrent sessions of the process.
     pub max_connections: usize,
     /// Timeouts and keepalive towards the endpoint.
-    pub terms: Terms,
+    pub connect: ConnectSettings,
 }
 
 impl SessionConfig {
@@ -84,8 +84,8 @@ impl SessionConfig {
             database_mapping: settings.database_mapping(),
             client_login_timeout: settings.client_login_timeout().0,
             max_connections: descriptors::max_connections(settings.max_connections()),
-            terms: Terms {
-                limits: settings.timeouts(),
+            connect: ConnectSettings {
+                timeouts: settings.timeouts(),
                 keepalive: settings.keepalive(),
             },
         }

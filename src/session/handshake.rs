@@ -100,12 +100,15 @@ impl<'a> Handshake<'a> {
         client: &mut Client<S>,
     ) -> Result<Request<'a>, Closing> {
         let tls = self.session.config.access.tls(self.session.peer);
-        let mut opening = self.in_time(receive(client, tls)).await;
+        let mut opening = self.in_time(receive_opening(client, tls)).await;
         if let Ok(Opening::Encrypt { direct }) = opening {
             // A box, as clients without TLS need no room for it.
             let accepted = Box::pin(self.accept_tls(client, direct)).await;
             opening = match accepted {
-                Ok(()) => self.in_time(receive(client, Tls::Established)).await,
+                Ok(()) => {
+                    self.in_time(receive_opening(client, Tls::Established))
+                        .await
+                }
                 Err(error) => Err(error),
             };
         }
@@ -187,7 +190,7 @@ impl<'a> Handshake<'a> {
             // The step first: a client that has sent what it should is served.
             biased;
             done = timeout(left, step) => done.unwrap_or(Err(HandshakeError::Timeout)),
-            () = self.permit.evicted() => Err(HandshakeError::Evicted),
+            () = self.permit.evicted_after_grace() => Err(HandshakeError::Evicted),
             () = shutdown => Err(HandshakeError::ShuttingDown),
         }
     }
@@ -271,7 +274,7 @@ impl HandshakeError {
 /// Receives packets up to the one that carries the request; bytes behind that stay buffered.
 ///
 /// Not cancel safe. The caller sets the deadline.
-async fn receive<S: Transport>(
+async fn receive_opening<S: Transport>(
     client: &mut Client<S>,
     tls: Tls,
 ) -> Result<Opening, HandshakeError> {
@@ -338,7 +341,7 @@ mod tests {
                 .await
                 .unwrap();
         };
-        let (opening, ()) = tokio::join!(receive(&mut client, Tls::Refused), conversation);
+        let (opening, ()) = tokio::join!(receive_opening(&mut client, Tls::Refused), conversation);
         assert!(
             matches!(opening, Ok(Opening::Session(message)) if message.parameter("user") == Some("me"))
         );
@@ -353,8 +356,10 @@ mod tests {
     async fn a_startup_message_may_come_byte_by_byte() {
         let (mut peer, mut client) = pair(1);
         let startup = encode_startup(&[("user", "me"), ("database", "d")]).unwrap();
-        let (opening, written) =
-            tokio::join!(receive(&mut client, Tls::Refused), peer.write_all(&startup));
+        let (opening, written) = tokio::join!(
+            receive_opening(&mut client, Tls::Refused),
+            peer.write_all(&startup)
+        );
         written.unwrap();
         assert!(matches!(opening, Ok(Opening::Session(_))));
     }
@@ -365,7 +370,9 @@ mod tests {
         peer.write_all(&[&ssl_request()[..], b"x"].concat())
             .await
             .unwrap();
-        let error = receive(&mut client, Tls::Refused).await.unwrap_err();
+        let error = receive_opening(&mut client, Tls::Refused)
+            .await
+            .unwrap_err();
         assert!(matches!(error, HandshakeError::EarlyData("SSLRequest")));
         assert_eq!(error.report().unwrap().sqlstate, "08P01");
     }
@@ -378,7 +385,7 @@ mod tests {
             assert_eq!(next(&mut peer).await, b'N');
             peer.write_all(&ssl_request()).await.unwrap();
         };
-        let (error, ()) = tokio::join!(receive(&mut client, Tls::Refused), conversation);
+        let (error, ()) = tokio::join!(receive_opening(&mut client, Tls::Refused), conversation);
         assert!(matches!(error, Err(HandshakeError::Repeated("SSLRequest"))));
     }
 
@@ -387,7 +394,7 @@ mod tests {
         let (peer, mut client) = pair(16);
         drop(peer);
         assert!(matches!(
-            receive(&mut client, Tls::Refused).await,
+            receive_opening(&mut client, Tls::Refused).await,
             Ok(Opening::Gone {
                 insisted_on_tls: false
             })
@@ -399,7 +406,7 @@ mod tests {
         let (mut peer, mut client) = pair(16);
         peer.write_all(&ssl_request()).await.unwrap();
         peer.shutdown().await.unwrap();
-        let opening = receive(&mut client, Tls::Refused).await;
+        let opening = receive_opening(&mut client, Tls::Refused).await;
         assert!(matches!(
             opening,
             Ok(Opening::Gone {
@@ -414,7 +421,7 @@ mod tests {
         let open = async |bytes: &[u8], tls| {
             let (mut peer, mut client) = pair(64);
             peer.write_all(bytes).await.unwrap();
-            let opening = receive(&mut client, tls).await;
+            let opening = receive_opening(&mut client, tls).await;
             let received = client.received.to_vec();
             drop(client);
             let mut answer = Vec::new();

@@ -1,7 +1,7 @@
 //! Limits the unfinished handshakes of one endpoint, without letting a flood of them delay a client that completes its own.
 //!
-//! A connection is always accepted at once; evicted is the oldest unfinished handshake of the source (address or uid) that
-//! has the most. A client that sends its startup message right after it has connected, as all drivers do, is therefore
+//! A new connection waits only while all permits are held by handshakes too young to be evicted. Evicted is the oldest
+//! unfinished handshake of the source (address or uid) that has the most. A client that sends its startup message right after it has connected, as all drivers do, is therefore
 //! served, however many others send nothing.
 
 use std::{
@@ -20,14 +20,14 @@ use tokio_util::sync::CancellationToken;
 use crate::status::Peer;
 
 /// Up to this number, only the login timeout ends unfinished handshakes.
-const UNDISTURBED: usize = 256;
-/// Beyond [`UNDISTURBED`] a handshake is never evicted before this.
+const MAX_WITHOUT_EVICTION: usize = 256;
+/// Beyond [`MAX_WITHOUT_EVICTION`] a handshake is never evicted before this.
 const MIN_TIME: Duration = Duration::from_secs(2);
 /// The same when three quarters of the capacity are used: at least 1,000 handshakes a second are begun then.
 const MIN_TIME_UNDER_PRESSURE: Duration = Duration::from_millis(250);
 /// Time for an evicted client whose startup message waits to be read: after a standstill of the machine all handshakes
 /// are old.
-const LAST_CHANCE: Duration = Duration::from_millis(10);
+const EVICTION_GRACE: Duration = Duration::from_millis(10);
 /// The interval of log lines about evictions.
 const LOG_EVERY: Duration = Duration::from_secs(10);
 
@@ -50,19 +50,19 @@ struct State {
     /// Handshakes that have not been evicted.
     remaining: usize,
     /// Those by source, the oldest first.
-    sources: HashMap<Source, BTreeMap<u64, Handshake>>,
-    evicted: Evicted,
+    sources: HashMap<Source, BTreeMap<u64, UnfinishedHandshake>>,
+    unlogged: UnloggedEvictions,
 }
 
 #[derive(Debug)]
-struct Handshake {
+struct UnfinishedHandshake {
     since: Instant,
     evicted: CancellationToken,
 }
 
 /// Evictions that are not logged yet.
 #[derive(Debug, Default)]
-struct Evicted {
+struct UnloggedEvictions {
     count: u64,
     logged: Option<Instant>,
 }
@@ -127,7 +127,7 @@ impl HandshakeLimiter {
         state.held += 1;
         state.remaining += 1;
         let evicted = CancellationToken::new();
-        let handshake = Handshake {
+        let handshake = UnfinishedHandshake {
             since: now,
             evicted: evicted.clone(),
         };
@@ -156,7 +156,7 @@ impl State {
         loop {
             let min_time = if self.remaining > capacity / 4 * 3 {
                 MIN_TIME_UNDER_PRESSURE
-            } else if self.remaining > UNDISTURBED {
+            } else if self.remaining > MAX_WITHOUT_EVICTION {
                 MIN_TIME
             } else {
                 // Those evicted already are about to end.
@@ -178,7 +178,7 @@ impl State {
             }
             if let Some(handshake) = self.remove(source, number) {
                 handshake.evicted.cancel();
-                self.evicted.one_more(now);
+                self.unlogged.one_more(now);
             }
         }
     }
@@ -190,7 +190,7 @@ impl State {
     }
 
     /// Takes a handshake out of those that may be evicted, if it is among them.
-    fn remove(&mut self, source: Source, number: u64) -> Option<Handshake> {
+    fn remove(&mut self, source: Source, number: u64) -> Option<UnfinishedHandshake> {
         let those = self.sources.get_mut(&source)?;
         let handshake = those.remove(&number)?;
         if those.is_empty() {
@@ -201,7 +201,7 @@ impl State {
     }
 }
 
-impl Evicted {
+impl UnloggedEvictions {
     /// Counts it; logs at most one line per interval.
     fn one_more(&mut self, now: Instant) {
         self.count += 1;
@@ -232,9 +232,9 @@ pub(crate) struct HandshakePermit {
 
 impl HandshakePermit {
     /// Returns once the handshake is to end in favor of newer ones. Cancel safe.
-    pub(super) async fn evicted(&self) {
+    pub(super) async fn evicted_after_grace(&self) {
         self.evicted.cancelled().await;
-        sleep(LAST_CHANCE).await;
+        sleep(EVICTION_GRACE).await;
     }
 }
 
@@ -278,7 +278,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_newer_handshake_evicts_the_oldest_and_not_before_its_time() {
         let limiter = HandshakeLimiter::new(CAPACITY);
-        let first = enter(&limiter, 1, UNDISTURBED).await;
+        let first = enter(&limiter, 1, MAX_WITHOUT_EVICTION).await;
         advance(MIN_TIME * 10).await;
         let _second = enter(&limiter, 1, 1).await;
         assert_eq!(evicted(&first), 0, "not one too many");
@@ -287,7 +287,7 @@ mod tests {
 
         let limiter = HandshakeLimiter::new(CAPACITY);
         let began = Instant::now();
-        let permits = enter(&limiter, 1, UNDISTURBED * 2).await;
+        let permits = enter(&limiter, 1, MAX_WITHOUT_EVICTION * 2).await;
         assert_eq!((evicted(&permits), began.elapsed()), (0, Duration::ZERO));
         advance(MIN_TIME / 2).await;
         let late = enter(&limiter, 1, 1).await;
@@ -295,7 +295,10 @@ mod tests {
         advance(MIN_TIME / 2).await;
         let _later = enter(&limiter, 1, 1).await;
         // Down to the number that is left alone, the newest of all not among them yet.
-        assert_eq!((evicted(&permits), evicted(&late)), (UNDISTURBED + 1, 0));
+        assert_eq!(
+            (evicted(&permits), evicted(&late)),
+            (MAX_WITHOUT_EVICTION + 1, 0)
+        );
         drop((permits, late));
     }
 
@@ -306,7 +309,7 @@ mod tests {
         let flood = enter(&limiter, 1, CAPACITY).await;
         let began = Instant::now();
         let leaving = async {
-            flood[0].evicted().await;
+            flood[0].evicted_after_grace().await;
             drop(flood);
         };
         let (_permit, ()) = tokio::join!(limiter.enter(peer(1)), leaving);
@@ -320,11 +323,11 @@ mod tests {
         let limiter = HandshakeLimiter::new(CAPACITY);
         let honest = enter(&limiter, 1, 10).await;
         advance(Duration::from_millis(1)).await;
-        let flood = enter(&limiter, 2, UNDISTURBED * 2).await;
+        let flood = enter(&limiter, 2, MAX_WITHOUT_EVICTION * 2).await;
         advance(MIN_TIME).await;
         let _newer = enter(&limiter, 3, 1).await;
         assert_eq!(evicted(&honest), 0);
-        assert_eq!(evicted(&flood), UNDISTURBED + 10);
+        assert_eq!(evicted(&flood), MAX_WITHOUT_EVICTION + 10);
     }
 
     #[tokio::test(start_paused = true)]

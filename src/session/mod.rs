@@ -7,10 +7,11 @@
 //!                                                    └─▶ Admitted ─▶ Connected ─▶ LoggedIn: relay ─▶ close
 //! ```
 //!
-//! Each phase is a type that consumes the last, and may end in a `Closing` instead. Nothing is sent to the client before
-//! AuthenticationOk but the answers to its requests for encryption: libpq takes a notice there for an error.
+//! Each phase is a type that consumes the last, and may end in a `Closing` instead. No notice is sent to the client before
+//! AuthenticationOk: libpq takes one there for an error.
 //!
-//! Knows neither sockets nor threads; streams are generic, so that tests use `tokio::io::duplex`.
+//! Streams are generic, so that tests use `tokio::io::duplex`. A session runs as one task on the thread that the listener
+//! has chosen.
 
 mod access;
 mod cancel;
@@ -22,11 +23,11 @@ mod context;
 mod database;
 mod handshake;
 mod handshake_limit;
+mod listener_certificate;
 mod local_password;
 mod logged_in;
 mod lost_sessions;
 mod relay;
-mod server_certificate;
 
 use std::sync::Arc;
 
@@ -35,17 +36,17 @@ use tokio::time::Instant;
 pub use self::{
     access::AccessPolicy,
     context::{SessionConfig, SharedConfig},
+    listener_certificate::ClientTlsError,
     local_password::KnownPassword,
-    server_certificate::ClientTlsError,
 };
 pub(crate) use self::{
     cancel::CancelKeys,
     console::{Console, ConsoleRequest},
     context::{EndpointContext, ProcessContext},
     handshake_limit::{HandshakeLimiter, HandshakePermit},
+    listener_certificate::ListenerCertificate,
     local_password::LocalPassword,
     lost_sessions::LostSessions,
-    server_certificate::ServerCertificate,
 };
 use self::{
     client::Client,
@@ -80,21 +81,34 @@ struct Session<'a> {
 }
 
 /// Serves one client from accept to close.
-pub(crate) async fn serve<S: Transport>(endpoint: Arc<EndpointContext>, accepted: Accepted<S>) {
+pub(crate) async fn serve<S: Transport>(
+    endpoint: Arc<EndpointContext>,
+    accepted: Box<Accepted<S>>,
+) {
+    // A task keeps its arguments to its end, so this one is a box and is freed here.
+    let Accepted {
+        id,
+        peer,
+        stream,
+        permit,
+    } = {
+        let accepted = accepted;
+        *accepted
+    };
     let _active = GaugeGuard::new(&endpoint.metrics.clients_active);
     let _closed = CountOnDrop::new(&endpoint.metrics.clients_closed);
     let session = Session {
         endpoint: &endpoint,
         config: endpoint.process.config.load_full(),
-        id: accepted.id,
-        peer: accepted.peer,
+        id,
+        peer,
         accepted_at: Instant::now(),
     };
     tracing::trace!(peer = %session.peer, "client accepted");
-    let mut client = Client::new(accepted.stream);
+    let mut client = Client::new(stream);
     // A box, as the task lives as long as the relay and should not keep the memory of a login.
     let logged_in = Box::pin(async {
-        let handshake = Handshake::new(&session, accepted.permit);
+        let handshake = Handshake::new(&session, permit);
         let request = match handshake.receive(&mut client).await? {
             Request::Cancel(cancel) => return Err(cancel.forward(&mut client).await),
             Request::Probe(probe) => return Err(probe.answer(&mut client).await),
@@ -108,10 +122,11 @@ pub(crate) async fn serve<S: Transport>(endpoint: Arc<EndpointContext>, accepted
         let connected = admitted.connect(&mut client).await?;
         connected.welcome(&mut client).await
     });
-    match logged_in.await {
-        Ok(logged_in) => logged_in.relay(client).await,
-        Err(closing) => Box::pin(session.close(&mut client, closing)).await,
-    }
+    let mut logged_in = match logged_in.await {
+        Ok(logged_in) => logged_in,
+        Err(closing) => return Box::pin(session.close(&mut client, closing)).await,
+    };
+    logged_in.relay(&mut client).await;
 }
 
 #[cfg(test)]

@@ -231,7 +231,7 @@ impl<'a, C: Transport, U: Transport> Relay<'a, C, U> {
                 }
                 // As on a direct connection: a query ends with its answer, or with its client.
                 None if self.awaits_last_reply() => {
-                    if self.client.hang_up() == HangUp::Full {
+                    if self.client.hang_up_state() == HangUp::Full {
                         return Poll::Ready(End::Client);
                     }
                     HANG_UP_CHECK

@@ -15,7 +15,7 @@ use super::failure::Failure;
 /// How long resolved addresses are fresh.
 const FRESH: Duration = Duration::from_secs(5);
 /// How long stale addresses may be used; RFC 8767 allows days.
-const STALE: Duration = Duration::from_hours(1);
+const MAX_AGE: Duration = Duration::from_hours(1);
 /// How long resolution may take while there are stale addresses; RFC 8767 proposes 1.8 s.
 const STALE_TIMEOUT: Duration = Duration::from_millis(1800);
 
@@ -71,7 +71,7 @@ impl Addresses {
         {
             return Err(failure.clone());
         }
-        answer.take_if(|answer| answer.since.elapsed() >= STALE);
+        answer.take_if(|answer| answer.since.elapsed() >= MAX_AGE);
         if let Some(answer) = answer {
             if Instant::now() >= answer.fresh_until {
                 match timeout(STALE_TIMEOUT, look_up).await {
@@ -184,7 +184,7 @@ mod tests {
             answer(1),
             "not resolved again at once"
         );
-        advance(STALE).await;
+        advance(MAX_AGE).await;
         assert!(known.get(async { Err(failure()) }).await.is_err());
     }
 

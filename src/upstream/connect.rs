@@ -58,9 +58,9 @@ const CANCEL_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// The settings of connecting to an endpoint.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Terms {
+pub struct ConnectSettings {
     /// Time limits.
-    pub limits: Timeouts,
+    pub timeouts: Timeouts,
     /// Detection of dead peers.
     pub keepalive: Keepalive,
 }
@@ -81,7 +81,7 @@ pub struct Connected {
     pub connection: Connection,
     /// Its database.
     pub database: String,
-    /// How long the client waited for a waking endpoint.
+    /// How long the whole connect took, if the endpoint was waking in it.
     pub woke_after: Option<Duration>,
 }
 
@@ -100,7 +100,7 @@ pub struct Upstream {
 }
 
 impl Upstream {
-    /// Connects to `endpoint` with the credentials of `credentials`.
+    /// An endpoint to connect to, with the credentials of `credentials`.
     pub fn new(endpoint: Endpoint, credentials: CredentialCell, metrics: Arc<Metrics>) -> Self {
         Self {
             label: endpoint.label.clone(),
@@ -136,22 +136,22 @@ impl Upstream {
     pub async fn connect(
         &self,
         settings: &SessionSettings,
-        terms: &Terms,
+        connect: &ConnectSettings,
     ) -> Result<Connected, Refusal> {
-        let limits = &terms.limits;
+        let timeouts = &connect.timeouts;
         // Encoded once, before any wait: a message that is too long is refused at once.
         let endpoint = self.endpoint();
         let startup = settings.startup(&endpoint.user, |name| endpoint.dropped.contains(name));
         let startup = startup.map_err(|too_long| self.refusal(&too_long.into()))?;
         // An endpoint that did not wake within a whole budget is likely down: later clients fail sooner.
         let budget = if self.wake.has_spent_budget() {
-            limits.connect_timeout.min(self.failing_budget)
+            timeouts.connect_timeout.min(self.failing_budget)
         } else {
-            limits.connect_timeout
+            timeouts.connect_timeout
         };
-        let connect = Connect {
+        let attempts = Attempts {
             upstream: self,
-            terms,
+            connect,
             settings: Cow::Borrowed(settings),
             startup: Some(startup),
             budget: Budget::new(budget),
@@ -163,7 +163,7 @@ impl Upstream {
             phases: Phases::new(&self.metrics),
             probe: None,
         };
-        connect.run().await
+        attempts.run().await
     }
 
     /// Sends the server's own cancel key to the address that gave it, over a fresh connection.
@@ -228,10 +228,10 @@ impl Upstream {
     }
 }
 
-/// One client's connect: its budget, and the results of its attempts so far.
-struct Connect<'a> {
+/// One client's attempts: its budget, and their results so far.
+struct Attempts<'a> {
     upstream: &'a Upstream,
-    terms: &'a Terms,
+    connect: &'a ConnectSettings,
     settings: Cow<'a, SessionSettings>,
     /// The startup message for the first attempt.
     startup: Option<BytesMut>,
@@ -249,19 +249,19 @@ struct Connect<'a> {
 }
 
 /// The prerequisites of an attempt.
-struct Admission<'a> {
+struct Prerequisites<'a> {
     /// Present while the endpoint wakes.
     lead: Option<Place<'a>>,
     credential: Arc<Credential>,
     slot: SemaphorePermit<'a>,
 }
 
-impl<'a> Connect<'a> {
+impl<'a> Attempts<'a> {
     async fn run(mut self) -> Result<Connected, Refusal> {
         loop {
-            let admission = self.admission().await?;
-            let generation = admission.credential.generation;
-            match self.attempt(admission).await {
+            let prerequisites = self.prerequisites().await?;
+            let generation = prerequisites.credential.generation;
+            match self.attempt(prerequisites).await {
                 Ok(connection) => {
                     self.phases.record();
                     self.upstream.credentials.accepted(generation, self.cause());
@@ -277,7 +277,7 @@ impl<'a> Connect<'a> {
     }
 
     /// Waits for this client's turn, a credential and a login slot.
-    async fn admission(&mut self) -> Result<Admission<'a>, Refusal> {
+    async fn prerequisites(&mut self) -> Result<Prerequisites<'a>, Refusal> {
         let upstream = self.upstream;
         loop {
             let began = Instant::now();
@@ -312,7 +312,7 @@ impl<'a> Connect<'a> {
             if lead.is_none() && upstream.wake.is_waking() {
                 continue;
             }
-            return Ok(Admission {
+            return Ok(Prerequisites {
                 lead,
                 // A newer one may have been minted during the wait for the slot.
                 credential: upstream.credentials.current().unwrap_or(credential),
@@ -323,7 +323,7 @@ impl<'a> Connect<'a> {
 
     /// The deadline of the wait for a credential.
     fn credential_by(&self) -> Instant {
-        let timeout = self.terms.limits.credential_timeout;
+        let timeout = self.connect.timeouts.credential_timeout;
         self.budget.ends_at().min(Instant::now() + timeout)
     }
 
@@ -347,7 +347,7 @@ impl<'a> Connect<'a> {
     }
 
     /// One login; its result updates the wake state.
-    async fn attempt(&mut self, admission: Admission<'a>) -> Result<Connection, Failure> {
+    async fn attempt(&mut self, prerequisites: Prerequisites<'a>) -> Result<Connection, Failure> {
         let upstream = self.upstream;
         self.budget.attempt();
         if self.settings.fallback_database.is_some()
@@ -358,18 +358,18 @@ impl<'a> Connect<'a> {
         if let Some(previous) = &self.previous {
             upstream.metrics.upstream_retries[previous.class].inc();
         }
-        let Admission {
+        let Prerequisites {
             lead,
             credential,
             slot,
-        } = admission;
+        } = prerequisites;
         // The lead and the slot are held through the attempt, so that the next client starts with its result.
         let mut held = Some((lead, slot));
         let endpoint = upstream.endpoint();
         let startup = self.startup.take();
         let login = Login::new(&endpoint.user, &credential, &self.settings);
-        let attempt = login.run(&endpoint, startup, &self.terms.keepalive, &self.phases);
-        let whole = Instant::now() + self.terms.limits.server_connect_timeout;
+        let attempt = login.run(&endpoint, startup, &self.connect.keepalive, &self.phases);
+        let whole = Instant::now() + self.connect.timeouts.server_connect_timeout;
         let ends_at = self.budget.ends_at().min(whole);
         let mut attempt = pin!(timeout_at(ends_at, attempt));
         let slow = async {
@@ -425,7 +425,7 @@ impl<'a> Connect<'a> {
                 // Once: the first refusal for capacity starts the time limit.
                 if !self.was_full {
                     self.was_full = true;
-                    let capacity_timeout = self.terms.limits.capacity_timeout;
+                    let capacity_timeout = self.connect.timeouts.capacity_timeout;
                     self.budget.shorten(self.budget.spent() + capacity_timeout);
                 }
                 self.previous = Some(failure);

@@ -45,7 +45,7 @@ pub enum Stream {
 
 impl Stream {
     /// Whether a password may be sent in cleartext.
-    pub(super) fn is_private(&self) -> bool {
+    pub(super) fn may_send_cleartext(&self) -> bool {
         match self {
             Self::Plain(socket) => {
                 let peer = socket.peer_addr();

@@ -111,7 +111,7 @@ impl<'a> Login<'a> {
             let began = Instant::now();
             let attempt = async {
                 let (mut stream, address) = dial::dial(endpoint, keepalive, phases).await?;
-                let may_send_cleartext = stream.is_private();
+                let may_send_cleartext = stream.may_send_cleartext();
                 let exchange = self.exchange(&mut stream, &startup, may_send_cleartext);
                 let greeting = phases.run(LoginPhase::Login, exchange).await?;
                 Ok(Connection {

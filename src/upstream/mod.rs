@@ -22,11 +22,11 @@ mod tls_stream;
 mod wake;
 
 pub use addresses::Addresses;
-pub use connect::{Connected, Refusal, Terms, Upstream};
+pub use connect::{ConnectSettings, Connected, Refusal, Upstream};
 pub use dial::Stream;
 pub use dropped::DroppedParameters;
 pub use endpoint::{Endpoint, Security};
 pub(crate) use failure::Class;
 pub use failure::Failure;
 pub use login::{Connection, Greeting};
-pub(crate) use route::{Problem, Route, RouteFinder};
+pub(crate) use route::{Problem, Route, RoutePublisher};

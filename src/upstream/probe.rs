@@ -56,7 +56,7 @@ impl Session {
         credential: &Credential,
         settings: &SessionSettings,
     ) -> Result<Self, Failure> {
-        let may_send_cleartext = stream.is_private();
+        let may_send_cleartext = stream.may_send_cleartext();
         let startup = settings.startup(&endpoint.user, |_| false)?;
         let login = Login::new(&endpoint.user, credential, settings);
         let greeting = login

@@ -8,7 +8,7 @@ use tokio::{
     time::{Instant, timeout, timeout_at},
 };
 
-use super::{Refusal, Terms, Upstream};
+use super::{ConnectSettings, Refusal, Upstream};
 use crate::{
     credential::{Demand, HOLD},
     net::message::write_and_flush,
@@ -53,17 +53,17 @@ pub(crate) struct Route {
 }
 
 /// The look-up's result as the task that makes it publishes it.
-pub(crate) struct RouteFinder {
+pub(crate) struct RoutePublisher {
     state: watch::Sender<State>,
     demand: Arc<Demand>,
 }
 
 impl Route {
     /// A route before its first look-up.
-    pub(crate) fn to(label: Label) -> (RouteFinder, Self) {
+    pub(crate) fn channel(label: Label) -> (RoutePublisher, Self) {
         let (sender, state) = watch::channel(State::Looking);
         let demand = Arc::<Demand>::default();
-        let finder = RouteFinder {
+        let finder = RoutePublisher {
             state: sender,
             demand: Arc::clone(&demand),
         };
@@ -144,8 +144,8 @@ impl Route {
     }
 
     /// One login as for a client, and an orderly end. Cancel safe: dropping it drops the connection.
-    pub(crate) async fn log_in_once(&self, terms: &Terms) -> Result<(), Refusal> {
-        let upstream = self.upstream(terms.limits.connect_timeout).await?;
+    pub(crate) async fn test_login(&self, connect: &ConnectSettings) -> Result<(), Refusal> {
+        let upstream = self.upstream(connect.timeouts.connect_timeout).await?;
         let settings = SessionSettings {
             database: upstream.endpoint().database.clone(),
             fallback_database: None,
@@ -154,7 +154,7 @@ impl Route {
             replication: false,
             ..SessionSettings::default()
         };
-        let mut connection = upstream.connect(&settings, terms).await?.connection;
+        let mut connection = upstream.connect(&settings, connect).await?.connection;
         let close = async {
             write_and_flush(&mut connection.stream, &terminate()).await?;
             connection.stream.shutdown().await
@@ -165,7 +165,7 @@ impl Route {
     }
 }
 
-impl RouteFinder {
+impl RoutePublisher {
     /// Publishes the upstream.
     pub(crate) fn found(&self, upstream: Arc<Upstream>) {
         self.state.send_replace(State::Found(upstream));

@@ -10,7 +10,8 @@ use lakebase_proxy::{
     status::Label,
     telemetry::{Metrics, labels::Reason},
     upstream::{
-        Addresses, Connection, DroppedParameters, Endpoint, Refusal, Security, Terms, Upstream,
+        Addresses, ConnectSettings, Connection, DroppedParameters, Endpoint, Refusal, Security,
+        Upstream,
     },
 };
 use secrecy::SecretString;
@@ -37,8 +38,8 @@ async fn log_in(front: SocketAddr, user: &str, password: &str) -> Result<Connect
         security: Security::Plain,
         dropped: DroppedParameters::default(),
     };
-    let terms = Terms {
-        limits: Timeouts {
+    let connect = ConnectSettings {
+        timeouts: Timeouts {
             connect_timeout: Duration::from_secs(10),
             ..Timeouts::default()
         },
@@ -54,7 +55,7 @@ async fn log_in(front: SocketAddr, user: &str, password: &str) -> Result<Connect
         replication: false,
         ..SessionSettings::default()
     };
-    let connected = upstream.connect(&settings, &terms).await?;
+    let connected = upstream.connect(&settings, &connect).await?;
     assert!(connected.woke_after.is_none());
     Ok(connected.connection)
 }

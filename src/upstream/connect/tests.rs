@@ -173,7 +173,7 @@ fn minted(number: usize) -> Minted {
 
 struct Fixture {
     upstream: Upstream,
-    terms: Terms,
+    connect: ConnectSettings,
     mints: Arc<AtomicUsize>,
     _stop: DropGuard,
     _refresher: JoinSet<()>,
@@ -215,8 +215,8 @@ fn fixture(server: &Server, limits: Timeouts) -> Arc<Fixture> {
     upstream.failing_budget = Duration::from_millis(150);
     Arc::new(Fixture {
         upstream,
-        terms: Terms {
-            limits,
+        connect: ConnectSettings {
+            timeouts: limits,
             keepalive: Keepalive::default(),
         },
         mints,
@@ -235,7 +235,7 @@ impl Fixture {
             replication: false,
             ..SessionSettings::default()
         };
-        timeout(LONG * 2, self.upstream.connect(&settings, &self.terms))
+        timeout(LONG * 2, self.upstream.connect(&settings, &self.connect))
             .await
             .expect("neither session nor refusal")
     }
@@ -537,7 +537,7 @@ async fn a_cancel_reaches_the_address_that_gave_the_key() {
         secret: 9,
     };
     let address = SocketAddr::from(([127, 0, 0, 1], server.port));
-    let keepalive = &fixture.terms.keepalive;
+    let keepalive = &fixture.connect.keepalive;
     fixture
         .upstream
         .cancel(address, key, keepalive)

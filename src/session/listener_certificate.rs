@@ -65,7 +65,7 @@ impl ClientTlsError {
 }
 
 /// The certificate in use.
-pub(crate) struct ServerCertificate {
+pub(crate) struct ListenerCertificate {
     current: ArcSwap<ServerConfig>,
     files: Option<Files>,
 }
@@ -79,13 +79,14 @@ struct Files {
     failure_logged: AtomicBool,
 }
 
-impl fmt::Debug for ServerCertificate {
+impl fmt::Debug for ListenerCertificate {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("ServerCertificate").finish_non_exhaustive()
+        f.debug_struct("ListenerCertificate")
+            .finish_non_exhaustive()
     }
 }
 
-impl ServerCertificate {
+impl ListenerCertificate {
     /// The certificate of the settings; `None` when TLS is off. Blocks.
     pub(crate) fn new(settings: &ClientTls) -> Result<Option<Self>, ClientTlsError> {
         Ok(match settings {
@@ -243,7 +244,7 @@ mod tests {
     async fn changed_files_are_used_unless_they_are_invalid() {
         let directory = TempDir::new().unwrap();
         let settings = write(&directory);
-        let certificate = Arc::new(ServerCertificate::new(&settings).unwrap().unwrap());
+        let certificate = Arc::new(ListenerCertificate::new(&settings).unwrap().unwrap());
         let first = certificate.config().await;
         advance(INTERVAL).await;
         assert!(
@@ -277,7 +278,7 @@ mod tests {
     #[tokio::test]
     async fn an_unusable_certificate_at_the_start_is_an_error() {
         let directory = TempDir::new().unwrap();
-        assert!(ServerCertificate::new(&ClientTls::Off).unwrap().is_none());
+        assert!(ListenerCertificate::new(&ClientTls::Off).unwrap().is_none());
         let ClientTls::Files { certificate, key } = write(&directory) else {
             panic!("files");
         };
@@ -286,7 +287,7 @@ mod tests {
                 certificate: certificate.clone(),
                 key: key.clone(),
             };
-            ServerCertificate::new(&settings).unwrap_err()
+            ListenerCertificate::new(&settings).unwrap_err()
         };
         let missing = directory.path().join("missing");
         assert!(matches!(
