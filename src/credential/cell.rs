@@ -131,7 +131,7 @@ impl CredentialCell {
     /// wait meets it, or at once if the next attempt is more than [`HOLD`] away.
     pub async fn get(&self, deadline: Instant) -> Result<Arc<Credential>, CredentialError> {
         if let Some(credential) = self.current() {
-            if !self.is_stale() {
+            if !self.is_lazy_due() {
                 return Ok(credential);
             }
             if let Some(credential) = self.renewed(credential, deadline).await {
@@ -139,13 +139,13 @@ impl CredentialCell {
             }
         }
         let status = self.0.status.subscribe();
-        status.borrow().check(deadline)?;
+        status.borrow().refuse_if_hopeless(deadline)?;
         self.wait(status, 0, deadline).await
     }
 
     /// Whether a client must wait for a new credential although the current one is valid.
-    fn is_stale(&self) -> bool {
-        self.0.is_lazy && self.0.status.borrow().is_stale_at(self.0.clock.now())
+    fn is_lazy_due(&self) -> bool {
+        self.0.is_lazy && self.0.status.borrow().is_lazy_due_at(self.0.clock.now())
     }
 
     /// Waits for one attempt to replace a credential that is about to expire; falls back on it while it is valid.
@@ -170,7 +170,7 @@ impl CredentialCell {
     ///
     /// All clients with the same rejected generation share one mint. Forced mints are rate-limited per cause, and the
     /// interval doubles while their credentials are rejected too, until [`accepted`](Self::accepted) is called for the cause.
-    pub async fn replace(
+    pub async fn wait_for_newer(
         &self,
         rejected_generation: u64,
         cause: Cause,
@@ -182,7 +182,7 @@ impl CredentialCell {
         }
         let (opens_at, in_flight) = {
             let status = status.borrow();
-            status.check(deadline)?;
+            status.refuse_if_hopeless(deadline)?;
             (status.opens_at, status.in_flight)
         };
         {
@@ -233,8 +233,8 @@ impl CredentialCell {
 
     /// Records that the role belongs to another identity than the credential. Returns whether a new credential is worth
     /// trying: one is, until a login is accepted, because each belongs to the same identity.
-    pub(crate) fn mismatch(&self) -> bool {
-        self.forced().mismatch()
+    pub(crate) fn note_mismatch(&self) -> bool {
+        self.forced().note_mismatch()
     }
 
     /// The status by the wall clock now.
@@ -422,8 +422,9 @@ impl CredentialStatus {
     }
 
     /// Whether a login must wait for a new one, where credentials are minted on demand only.
-    pub(super) fn is_stale_at(&self, now: Timestamp) -> bool {
-        self.lifetime.is_some_and(|lifetime| now >= lifetime.stale)
+    pub(super) fn is_lazy_due_at(&self, now: Timestamp) -> bool {
+        self.lifetime
+            .is_some_and(|lifetime| now >= lifetime.lazy_due)
     }
 
     /// When its refresh is due; `None` if it never expires.
@@ -452,7 +453,7 @@ impl CredentialStatus {
     }
 
     /// Refuses a client at once if the last failure lasts and no attempt is possible soon.
-    fn check(&self, deadline: Instant) -> Result<(), CredentialError> {
+    fn refuse_if_hopeless(&self, deadline: Instant) -> Result<(), CredentialError> {
         match self.refusal() {
             Some(error) if !self.is_open_by(deadline) => {
                 Err(CredentialError::Failed(Arc::clone(error)))

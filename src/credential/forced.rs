@@ -21,7 +21,7 @@ use tokio::time::Instant;
 const FIRST_INTERVAL: Duration = Duration::from_secs(5);
 /// Upper limit of the interval.
 const LAST_INTERVAL: Duration = Duration::from_mins(5);
-/// Causes with a budget of their own; beyond it, the oldest is removed.
+/// Causes with an interval of their own; beyond it, the oldest is removed.
 const MAX_CAUSES: usize = 64;
 
 /// What logins that the same mismatch rejects have in common: role, database, and whether they are for replication, which
@@ -45,18 +45,18 @@ pub(super) struct Forced {
     /// The latest generation that a login was rejected with; 0: none.
     rejected: u64,
     /// Causes that have had a login accepted.
-    proven: HashMap<Cause, Budget>,
+    proven: HashMap<Cause, ForcedInterval>,
     /// The same, in the order in which they were added.
     order: VecDeque<Cause>,
     /// All other causes.
-    unproven: Budget,
+    unproven: ForcedInterval,
     /// A login was rejected because its role belongs to another identity, and none was accepted since.
     mismatched: bool,
 }
 
 /// The forced refreshes of one cause.
 #[derive(Debug)]
-struct Budget {
+struct ForcedInterval {
     /// The latest generation that was rejected for this cause; 0: none.
     rejected: u64,
     /// The generation to replace; `None`: no refresh is due.
@@ -65,34 +65,34 @@ struct Budget {
     minted: u64,
     /// When the latest attempt for this cause began.
     last: Option<Instant>,
-    interval: Duration,
+    length: Duration,
 }
 
-impl Default for Budget {
+impl Default for ForcedInterval {
     fn default() -> Self {
         Self {
             rejected: 0,
             wanted: None,
             minted: 0,
             last: None,
-            interval: FIRST_INTERVAL,
+            length: FIRST_INTERVAL,
         }
     }
 }
 
-impl Budget {
+impl ForcedInterval {
     fn reject(&mut self, generation: u64) {
         if generation <= self.rejected {
             return;
         }
         self.rejected = generation;
         if generation == self.minted {
-            self.interval = self.interval.saturating_mul(2).min(LAST_INTERVAL);
+            self.length = self.length.saturating_mul(2).min(LAST_INTERVAL);
         }
     }
 
     fn allowed_at(&self) -> Option<Instant> {
-        self.last.map(|last| last + self.interval)
+        self.last.map(|last| last + self.length)
     }
 }
 
@@ -100,12 +100,12 @@ impl Forced {
     /// Records a rejected login. Any number of rejections of one generation counts once.
     pub(super) fn reject(&mut self, generation: u64, cause: Cause) {
         self.rejected = self.rejected.max(generation);
-        self.budget(cause).reject(generation);
+        self.interval(cause).reject(generation);
     }
 
     pub(super) fn want(&mut self, generation: u64, cause: Cause) {
-        let budget = self.budget(cause);
-        budget.wanted = budget.wanted.max(Some(generation));
+        let interval = self.interval(cause);
+        interval.wanted = interval.wanted.max(Some(generation));
     }
 
     pub(super) fn rejected(&self) -> u64 {
@@ -114,47 +114,47 @@ impl Forced {
 
     /// When this cause may force the next refresh; `None`: at once.
     pub(super) fn allowed_at(&mut self, cause: Cause) -> Option<Instant> {
-        self.budget(cause).allowed_at()
+        self.interval(cause).allowed_at()
     }
 
     /// When the next due refresh may start; `None`: none is due.
     pub(super) fn due_at(&self, now: Instant) -> Option<Instant> {
-        self.budgets()
-            .filter(|budget| budget.wanted.is_some())
-            .map(|budget| budget.allowed_at().unwrap_or(now))
+        self.intervals()
+            .filter(|interval| interval.wanted.is_some())
+            .map(|interval| interval.allowed_at().unwrap_or(now))
             .min()
     }
 
     /// Records the start of an attempt, whatever its reason; it serves every cause with a refresh due.
     pub(super) fn attempt(&mut self, now: Instant) {
-        for budget in self.budgets_mut() {
-            if budget.wanted.is_some() {
-                budget.last = Some(now);
+        for interval in self.intervals_mut() {
+            if interval.wanted.is_some() {
+                interval.last = Some(now);
             }
         }
     }
 
     /// Records a published generation.
     pub(super) fn minted(&mut self, generation: u64) {
-        for budget in self.budgets_mut() {
-            let was_wanted = budget.wanted.take_if(|wanted| *wanted < generation);
+        for interval in self.intervals_mut() {
+            let was_wanted = interval.wanted.take_if(|wanted| *wanted < generation);
             if was_wanted.is_some() {
-                budget.minted = generation;
+                interval.minted = generation;
             }
         }
     }
 
-    /// See [`CredentialCell::mismatch`](super::CredentialCell::mismatch).
-    pub(super) fn mismatch(&mut self) -> bool {
+    /// See [`CredentialCell::note_mismatch`](super::CredentialCell::note_mismatch).
+    pub(super) fn note_mismatch(&mut self) -> bool {
         !std::mem::replace(&mut self.mismatched, true)
     }
 
     /// Records an accepted login. A generation older than a later rejection leaves the interval as it is.
     pub(super) fn accept(&mut self, generation: u64, cause: Cause) {
         self.mismatched = false;
-        if let Some(budget) = self.proven.get_mut(&cause) {
-            if generation >= budget.rejected {
-                budget.interval = FIRST_INTERVAL;
+        if let Some(interval) = self.proven.get_mut(&cause) {
+            if generation >= interval.rejected {
+                interval.length = FIRST_INTERVAL;
             }
             return;
         }
@@ -164,18 +164,18 @@ impl Forced {
             self.proven.remove(&first);
         }
         self.order.push_back(cause);
-        self.proven.insert(cause, Budget::default());
+        self.proven.insert(cause, ForcedInterval::default());
     }
 
-    fn budget(&mut self, cause: Cause) -> &mut Budget {
+    fn interval(&mut self, cause: Cause) -> &mut ForcedInterval {
         self.proven.get_mut(&cause).unwrap_or(&mut self.unproven)
     }
 
-    fn budgets(&self) -> impl Iterator<Item = &Budget> {
+    fn intervals(&self) -> impl Iterator<Item = &ForcedInterval> {
         self.proven.values().chain([&self.unproven])
     }
 
-    fn budgets_mut(&mut self) -> impl Iterator<Item = &mut Budget> {
+    fn intervals_mut(&mut self) -> impl Iterator<Item = &mut ForcedInterval> {
         self.proven.values_mut().chain([&mut self.unproven])
     }
 }

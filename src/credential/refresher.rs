@@ -110,7 +110,7 @@ impl Refresher {
             CredentialState::None => true,
             CredentialState::Expired => awaited || status.last_error.is_some(),
             CredentialState::Fresh | CredentialState::Due | CredentialState::Urgent => {
-                awaited && status.is_stale_at(self.cell.clock().now())
+                awaited && status.is_lazy_due_at(self.cell.clock().now())
             }
         };
         Need {

@@ -52,7 +52,7 @@ pub(super) struct Lifetime {
     pub(super) due: Timestamp,
     pub(super) urgent: Timestamp,
     /// With refresh on demand: from when on a login waits for a new one.
-    pub(super) stale: Timestamp,
+    pub(super) lazy_due: Timestamp,
     pub(super) expires: Timestamp,
 }
 
@@ -65,11 +65,11 @@ impl Lifetime {
         let urgent = before(expires, (whole / URGENT_SHARE).min(URGENT_WINDOW_MS));
         // `due` is before `urgent` for any lifetime (0.55 < 5/6); `min` keeps it so if the constants change.
         let due = before(expires, whole - (half.saturating_add(shift))).min(urgent);
-        let stale = before(expires, (whole / LAZY_SHARE).min(LAZY_WINDOW_MS));
+        let lazy_due = before(expires, (whole / LAZY_SHARE).min(LAZY_WINDOW_MS));
         Self {
             due,
             urgent,
-            stale,
+            lazy_due,
             expires,
         }
     }
@@ -254,7 +254,7 @@ mod tests {
         assert_eq!((hour.due, hour.urgent), (at(1800), at(3300)));
         let minute = Lifetime::new(at(0), at(60), 0.0);
         assert_eq!((minute.due, minute.urgent), (at(30), at(50)));
-        assert_eq!((hour.stale, minute.stale), (at(3360), at(30)));
+        assert_eq!((hour.lazy_due, minute.lazy_due), (at(3360), at(30)));
         assert_eq!(minute.state(at(29)), CredentialState::Fresh);
         assert_eq!(minute.state(at(30)), CredentialState::Due);
         assert_eq!(minute.state(at(50)), CredentialState::Urgent);

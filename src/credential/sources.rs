@@ -156,7 +156,7 @@ impl Mint for CredentialCommand {
 
 impl Mint for CredentialMinter {
     fn mint(&self) -> BoxFuture<'_, Result<Minted, CallError>> {
-        Box::pin(Self::mint(self))
+        Box::pin(self.request_credential())
     }
 }
 

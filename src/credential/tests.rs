@@ -542,7 +542,7 @@ async fn a_hundred_rejected_clients_share_one_mint() {
     for _ in 0..100 {
         let cell = rig.cell.clone();
         clients.spawn(async move {
-            cell.replace(1, cause(), within(MINUTE))
+            cell.wait_for_newer(1, cause(), within(MINUTE))
                 .await
                 .unwrap()
                 .generation
@@ -555,7 +555,7 @@ async fn a_hundred_rejected_clients_share_one_mint() {
     // One that comes late with the old generation is given the new one without a mint.
     assert_eq!(
         rig.cell
-            .replace(1, cause(), within(MINUTE))
+            .wait_for_newer(1, cause(), within(MINUTE))
             .await
             .unwrap()
             .generation,
@@ -571,7 +571,7 @@ async fn a_rejected_credential_is_replaced_even_by_one_that_expires_earlier() {
     sleep(MINUTE).await;
     assert_eq!(
         rig.cell
-            .replace(1, cause(), within(MINUTE))
+            .wait_for_newer(1, cause(), within(MINUTE))
             .await
             .unwrap()
             .generation,
@@ -597,7 +597,11 @@ async fn a_permanent_mismatch_does_not_hammer_the_workspace() {
     let mut refused_at_once = 0;
     while started.elapsed() < 2 * HOUR {
         let started = Instant::now();
-        match rig.cell.replace(generation, cause(), within(MINUTE)).await {
+        match rig
+            .cell
+            .wait_for_newer(generation, cause(), within(MINUTE))
+            .await
+        {
             Ok(credential) => generation = credential.generation,
             Err(CredentialError::RateLimited { retry_in }) => {
                 assert!(retry_in > Duration::from_secs(5));
@@ -620,7 +624,7 @@ async fn a_permanent_mismatch_does_not_hammer_the_workspace() {
     let started = Instant::now();
     let credential = rig
         .cell
-        .replace(generation, cause(), within(MINUTE))
+        .wait_for_newer(generation, cause(), within(MINUTE))
         .await
         .unwrap();
     assert!(credential.generation > generation);
@@ -645,7 +649,10 @@ async fn a_database_that_refuses_beside_one_that_accepts_does_not_hammer_the_wor
         let started = Instant::now();
         while started.elapsed() < Duration::from_secs(90) {
             let generation = rig.first().await.generation;
-            let _ = rig.cell.replace(generation, bad, within(MINUTE)).await;
+            let _ = rig
+                .cell
+                .wait_for_newer(generation, bad, within(MINUTE))
+                .await;
             rig.cell.accepted(rig.first().await.generation, good);
             sleep(Duration::from_millis(500)).await;
         }
@@ -655,7 +662,10 @@ async fn a_database_that_refuses_beside_one_that_accepts_does_not_hammer_the_wor
         // The credential is revoked: the database that accepted it has a budget of its own.
         let started = Instant::now();
         let generation = rig.first().await.generation;
-        let fresh = rig.cell.replace(generation, good, within(MINUTE)).await;
+        let fresh = rig
+            .cell
+            .wait_for_newer(generation, good, within(MINUTE))
+            .await;
         assert!(fresh.unwrap().generation > generation);
         let took = started.elapsed();
         assert!(took <= Duration::from_secs(6), "{took:?}");
@@ -671,14 +681,20 @@ async fn a_client_that_is_refused_in_ever_other_databases_does_not_use_up_the_bu
     for attempt in 0..600 {
         let generation = rig.first().await.generation;
         let cause = Cause::login("me", &format!("d{attempt}"), false);
-        let _ = rig.cell.replace(generation, cause, within(MINUTE)).await;
+        let _ = rig
+            .cell
+            .wait_for_newer(generation, cause, within(MINUTE))
+            .await;
         sleep(Duration::from_millis(500)).await;
     }
     let mints = rig.calls().len();
     assert!(mints <= 10, "{mints} mints in five minutes");
     let started = Instant::now();
     let generation = rig.first().await.generation;
-    let fresh = rig.cell.replace(generation, good, within(MINUTE)).await;
+    let fresh = rig
+        .cell
+        .wait_for_newer(generation, good, within(MINUTE))
+        .await;
     assert!(fresh.unwrap().generation > generation);
     let took = started.elapsed();
     assert!(took <= Duration::from_secs(6), "{took:?}");
@@ -691,7 +707,10 @@ async fn a_static_credential_is_minted_once_unless_it_is_rejected() {
     sleep(100 * HOUR).await;
     assert_eq!(rig.calls().len(), 1);
     assert_eq!(rig.cell.status().state, CredentialState::Fresh);
-    rig.cell.replace(1, cause(), within(MINUTE)).await.unwrap();
+    rig.cell
+        .wait_for_newer(1, cause(), within(MINUTE))
+        .await
+        .unwrap();
     sleep(100 * HOUR).await;
     assert_eq!(rig.calls().len(), 2);
 }
@@ -920,7 +939,7 @@ async fn a_lazy_credential_that_is_rejected_is_replaced_at_once() {
     let first = rig.first().await;
     let second = rig
         .cell
-        .replace(first.generation, cause(), within(MINUTE))
+        .wait_for_newer(first.generation, cause(), within(MINUTE))
         .await
         .unwrap();
     assert_eq!(second.generation, 2);

@@ -161,7 +161,7 @@ impl Examined<'_> {
             (Some(own), ..) => own.mint().await,
             (None, Some(workspace), Some(target)) => {
                 let minter = CredentialMinter::new(workspace.clone(), target.clone());
-                minter.mint().await
+                minter.request_credential().await
             }
             (None, ..) => return Err(Finding::skipped("no workspace")),
         };

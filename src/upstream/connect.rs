@@ -465,13 +465,13 @@ impl<'a> Attempts<'a> {
             if self.probe.is_some() {
                 return Ok(());
             }
-        } else if !upstream.credentials.mismatch() {
+        } else if !upstream.credentials.note_mismatch() {
             return Err(upstream.refusal(failure));
         }
         self.was_renewed = true;
         let fresh = upstream
             .credentials
-            .replace(generation, self.cause(), self.credential_by())
+            .wait_for_newer(generation, self.cause(), self.credential_by())
             .await;
         match fresh {
             Ok(_) => Ok(()),

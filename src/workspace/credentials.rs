@@ -73,7 +73,7 @@ impl CredentialMinter {
     }
 
     /// Requests a new credential.
-    pub async fn mint(&self) -> Result<Minted, CallError> {
+    pub async fn request_credential(&self) -> Result<Minted, CallError> {
         let purpose = Purpose::Credential(self.target.as_str());
         let (path, body) = self.request();
         // Before the call for the credential, so that each step is timed alone.

@@ -139,7 +139,9 @@ fn workspace(settings: WorkspaceSettings, clock: Clock) -> Workspace {
 }
 
 async fn mint(settings: WorkspaceSettings) -> Result<Minted, CallError> {
-    minter(&workspace(settings, Clock::system())).mint().await
+    minter(&workspace(settings, Clock::system()))
+        .request_credential()
+        .await
 }
 
 fn minter(workspace: &Workspace) -> CredentialMinter {
@@ -255,8 +257,8 @@ async fn the_token_endpoint_is_discovered_once() {
     })
     .await;
     let minter = minter(&workspace(fake.m2m(), Clock::system()));
-    minter.mint().await.unwrap();
-    minter.mint().await.unwrap();
+    minter.request_credential().await.unwrap();
+    minter.request_credential().await.unwrap();
     assert_eq!(fake.calls(DISCOVERY).len(), 1);
     assert_eq!(
         fake.calls("/elsewhere").len(),
@@ -374,7 +376,7 @@ async fn a_provisioned_instance_has_its_own_path_and_field() {
     .await;
     let target = Target::Instance("my-instance".parse().unwrap());
     let minted = CredentialMinter::new(workspace(fake.pat(), Clock::system()), target)
-        .mint()
+        .request_credential()
         .await
         .unwrap();
     assert_eq!(minted.expires_at, Some(EXPIRY.parse().unwrap()));
@@ -391,7 +393,7 @@ async fn many_at_once_share_one_workspace_token() {
     let mut mints = JoinSet::new();
     for _ in 0..20 {
         let minter = minter(&workspace);
-        mints.spawn(async move { minter.mint().await.map(drop) });
+        mints.spawn(async move { minter.request_credential().await.map(drop) });
     }
     while let Some(minted) = mints.join_next().await {
         minted.unwrap().unwrap();
@@ -417,21 +419,21 @@ async fn the_workspace_token_is_renewed_early_and_kept_if_that_fails() {
             .to_owned()
     };
 
-    minter.mint().await.unwrap();
+    minter.request_credential().await.unwrap();
     clock.jump(SignedDuration::from_mins(39));
-    minter.mint().await.unwrap();
+    minter.request_credential().await.unwrap();
     assert_eq!(fake.calls(TOKEN).len(), 1, "still fresh");
     clock.jump(SignedDuration::from_mins(2));
-    minter.mint().await.unwrap();
+    minter.request_credential().await.unwrap();
     assert_eq!(
         (fake.calls(TOKEN).len(), bearer().as_str()),
         (2, "Bearer workspace-token-0"),
         "renewal failed"
     );
-    minter.mint().await.unwrap();
+    minter.request_credential().await.unwrap();
     assert_eq!(fake.calls(TOKEN).len(), 2, "not tried again at once");
     clock.jump(SignedDuration::from_mins(2));
-    minter.mint().await.unwrap();
+    minter.request_credential().await.unwrap();
     assert_eq!(
         (fake.calls(TOKEN).len(), bearer().as_str()),
         (3, "Bearer workspace-token-2")
@@ -452,8 +454,8 @@ async fn an_old_workspace_token_that_is_refused_is_replaced_once() {
         )
         .await;
     let minter = minter(&workspace(fake.m2m(), Clock::system()));
-    minter.mint().await.unwrap();
-    minter.mint().await.unwrap();
+    minter.request_credential().await.unwrap();
+    minter.request_credential().await.unwrap();
     assert_eq!(
         (fake.calls(TOKEN).len(), fake.calls(CREDENTIALS).len()),
         (2, 3)
@@ -472,13 +474,13 @@ async fn a_refusal_of_a_new_workspace_token_is_final() {
     .await;
     let minter = minter(&workspace(fake.m2m(), Clock::system()));
     // The first mint gets a token and must not get another for the refusal; the second may, once.
-    let error = minter.mint().await.unwrap_err();
+    let error = minter.request_credential().await.unwrap_err();
     assert_eq!(error.kind, CallErrorKind::Refused);
     assert_eq!(
         (fake.calls(TOKEN).len(), fake.calls(CREDENTIALS).len()),
         (1, 1)
     );
-    minter.mint().await.unwrap_err();
+    minter.request_credential().await.unwrap_err();
     assert_eq!(
         (fake.calls(TOKEN).len(), fake.calls(CREDENTIALS).len()),
         (2, 3)
@@ -655,7 +657,7 @@ async fn the_expiry_is_corrected_to_our_clock() {
     })
     .await;
     let minted = minter(&workspace(fake.pat(), Clock::simulated(ours)))
-        .mint()
+        .request_credential()
         .await
         .unwrap();
     let corrected = minted.expires_at.unwrap().duration_since(ours);
@@ -786,8 +788,8 @@ async fn temporary_failures_of_look_ups_are_retried() {
 async fn minting_is_timed_by_step() {
     let fake = FakeWorkspace::start(good).await;
     let workspace = workspace(fake.m2m(), Clock::system());
-    minter(&workspace).mint().await.unwrap();
-    minter(&workspace).mint().await.unwrap();
+    minter(&workspace).request_credential().await.unwrap();
+    minter(&workspace).request_credential().await.unwrap();
     let count = |step: MintStep| workspace.0.metrics.process.mint_seconds[step].get_sample_count();
     assert_eq!(
         (count(MintStep::WorkspaceToken), count(MintStep::Credential)),
@@ -837,7 +839,7 @@ async fn an_expiry_above_the_range_is_far_away() {
         .await;
         let minter = minter(&workspace(fake.m2m(), Clock::system()));
         for _ in 0..2 {
-            minter.mint().await.unwrap();
+            minter.request_credential().await.unwrap();
         }
         assert_eq!(fake.calls(TOKEN).len(), 1, "{lifetime}");
     }

@@ -72,7 +72,7 @@ impl Stage {
     async fn mint(&self, workspace: &Workspace) -> Result<(), CallError> {
         let target = Target::Endpoint(self.emulator.endpoint_name().parse().unwrap());
         let minter = CredentialMinter::new(workspace.clone(), target);
-        minter.mint().await.map(drop)
+        minter.request_credential().await.map(drop)
     }
 
     /// Signs in and is who it should be.

@@ -84,7 +84,9 @@ async fn mint_with(
     let workspace = Workspace::new(settings, tls, Clock::system(), metrics).unwrap();
     let target = Target::Endpoint(endpoint.parse().unwrap());
     let minter = CredentialMinter::new(workspace, target);
-    within("a mint", minter.mint()).await.map(drop)
+    within("a mint", minter.request_credential())
+        .await
+        .map(drop)
 }
 
 #[tokio::test(flavor = "multi_thread")]

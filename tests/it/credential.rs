@@ -50,7 +50,7 @@ async fn each_identity_gets_its_credential_or_refusal() {
     assert_eq!(info.host.as_deref(), Some("localhost"));
     assert_eq!(info.state, EndpointState::Active);
     let minted = CredentialMinter::new(app.clone(), endpoint(&emulator))
-        .mint()
+        .request_credential()
         .await
         .unwrap();
     assert_eq!(minted.secret.expose_secret().split('.').count(), 3);
@@ -68,7 +68,7 @@ async fn each_identity_gets_its_credential_or_refusal() {
     // The same through the older product's API.
     let instance = Target::Instance(emulator.instance_name().parse().unwrap());
     CredentialMinter::new(app.clone(), instance.clone())
-        .mint()
+        .request_credential()
         .await
         .unwrap();
     assert!(app.describe(&instance).await.unwrap().host.is_some());
@@ -85,14 +85,14 @@ async fn each_identity_gets_its_credential_or_refusal() {
         identities.user.name
     );
     CredentialMinter::new(person, endpoint(&emulator))
-        .mint()
+        .request_credential()
         .await
         .unwrap();
 
     // A workspace whose clock is ahead does not shorten or lengthen what we count.
     emulator.configure(|settings| settings.clock_skew_seconds = 600);
     let minted = CredentialMinter::new(app.clone(), endpoint(&emulator))
-        .mint()
+        .request_credential()
         .await
         .unwrap();
     let left = remaining(minted.expires_at);
@@ -106,7 +106,7 @@ async fn each_identity_gets_its_credential_or_refusal() {
     let issued = emulator.counts().tokens_issued;
     emulator.revoke_workspace_tokens();
     CredentialMinter::new(app.clone(), endpoint(&emulator))
-        .mint()
+        .request_credential()
         .await
         .unwrap();
     assert_eq!(emulator.counts().tokens_issued, issued + 1);
@@ -129,7 +129,7 @@ async fn each_identity_gets_its_credential_or_refusal() {
         (m2m(&emulator, &identities.app), unknown, "ENDPOINT_NAME"),
     ] {
         let error = CredentialMinter::new(workspace(settings), target)
-            .mint()
+            .request_credential()
             .await
             .unwrap_err();
         assert_eq!(error.kind, CallErrorKind::Refused, "{error:?}");
@@ -171,7 +171,12 @@ async fn a_refresher_survives_an_outage_and_serves_all_rejected_clients_with_one
     let mut clients = JoinSet::new();
     for _ in 0..20 {
         let cell = cell.clone();
-        clients.spawn(async move { cell.replace(1, cause, deadline).await.unwrap().generation });
+        clients.spawn(async move {
+            cell.wait_for_newer(1, cause, deadline)
+                .await
+                .unwrap()
+                .generation
+        });
     }
     while let Some(generation) = clients.join_next().await {
         assert_eq!(generation.unwrap(), 2);

@@ -193,7 +193,9 @@ async fn an_old_credential_is_dropped_after_a_refresh_with_open_sessions() {
     let cell = proxy.credentials();
     let old = std::sync::Arc::downgrade(&cell.get(Instant::now() + TIMEOUT).await.unwrap());
     let cause = Cause::login("app", "databricks_postgres", false);
-    let new = cell.replace(1, cause, Instant::now() + TIMEOUT).await;
+    let new = cell
+        .wait_for_newer(1, cause, Instant::now() + TIMEOUT)
+        .await;
     assert_eq!(new.unwrap().generation, 2);
     // Dropped is wiped: the secret's type sees to that.
     eventually("the old credential is dropped", async || {

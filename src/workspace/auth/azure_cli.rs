@@ -10,7 +10,7 @@ use tokio::sync::OnceCell;
 use tracing::debug;
 
 use super::{
-    AuthKind, Boxed, Expiry, Freshness, Kind, Source, TokenSource, WorkspaceToken,
+    AuthKind, AuthRules, Boxed, Expiry, Freshness, Source, TokenSource, WorkspaceToken,
     azure::{self, Cloud},
 };
 use crate::{
@@ -28,12 +28,12 @@ use crate::{
 /// It starts slowly, and may renew its own token over the network.
 const TIMEOUT: Duration = Duration::from_secs(30);
 
-pub(super) const KIND: Kind = Kind {
+pub(super) const RULES: AuthRules = AuthRules {
     family: Some(AuthFamily::Azure),
     is_selected: |_| false,
     is_available: |settings, host| azure::is_azure(settings, host),
     has_cache: true,
-    ..Kind::new(|settings, host| {
+    ..AuthRules::new(|settings, host| {
         let hint = "check with `az account show` that the right account is logged in, and that it is a user of this workspace";
         Ok(Source::new(
             AuthKind::AzureCli,

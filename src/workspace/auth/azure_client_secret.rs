@@ -8,7 +8,7 @@ use tokio::sync::OnceCell;
 use url::Url;
 
 use super::{
-    AuthKind, Boxed, Freshness, Kind, Source, TokenSource, WorkspaceToken,
+    AuthKind, AuthRules, Boxed, Freshness, Source, TokenSource, WorkspaceToken,
     azure::{self, Cloud},
     invalid, required, required_secret, token,
 };
@@ -23,10 +23,10 @@ use crate::{
     },
 };
 
-pub(super) const KIND: Kind = Kind {
+pub(super) const RULES: AuthRules = AuthRules {
     family: Some(AuthFamily::Azure),
     is_selected: |settings| settings.azure_client_secret.is_some(),
-    ..Kind::new(|settings, host| {
+    ..AuthRules::new(|settings, host| {
         let tokens = AzureClientSecret::new(settings, host)?;
         // The workspace keeps the ids of Entra ID's applications.
         let id = tokens.client_id.clone();

@@ -8,7 +8,7 @@ use serde::Deserialize;
 use url::Url;
 
 use super::{
-    AuthKind, Boxed, Kind,
+    AuthKind, AuthRules, Boxed,
     exchange::{Exchange, IdentitySource},
     required,
 };
@@ -24,12 +24,12 @@ const ACCESS_TOKEN: &str = "SYSTEM_ACCESSTOKEN";
 const VERSION: &str = "7.2-preview.1";
 const MAPPING: &str = "give the step `env: SYSTEM_ACCESSTOKEN: $(System.AccessToken)`";
 
-pub(super) const KIND: Kind = Kind {
+pub(super) const RULES: AuthRules = AuthRules {
     is_available: |settings, _| {
         settings.variables.get(COLLECTION).is_some() && settings.client_id.is_some()
     },
-    takes_group: true,
-    ..Kind::new(|settings, _| {
+    can_assume_group: true,
+    ..AuthRules::new(|settings, _| {
         let token = AzureDevOpsToken::new(settings)?;
         Exchange::create(AuthKind::AzureDevOpsOidc, settings, token)
     })

@@ -6,7 +6,7 @@ use reqwest::header::{HeaderName, HeaderValue};
 use url::Url;
 
 use super::{
-    AuthKind, Boxed, Freshness, Kind, Source, TokenResponse, TokenSource, WorkspaceToken,
+    AuthKind, AuthRules, Boxed, Freshness, Source, TokenResponse, TokenSource, WorkspaceToken,
     azure::{self, Cloud},
     invalid,
 };
@@ -27,11 +27,11 @@ const INSTANCE_METADATA: &str = "http://169.254.169.254";
 const METADATA: HeaderName = HeaderName::from_static("metadata");
 const VERSION: &str = "2018-02-01";
 
-pub(super) const KIND: Kind = Kind {
+pub(super) const RULES: AuthRules = AuthRules {
     family: Some(AuthFamily::Azure),
     is_selected: is_enabled,
     has_cache: true,
-    ..Kind::new(|settings, host| {
+    ..AuthRules::new(|settings, host| {
         let tokens = AzureMsi::new(settings, host)?;
         let source = Source::new(AuthKind::AzureMsi, azure::ADD_IDENTITY, tokens);
         Ok(source.of_service_principal(settings.azure_client_id.clone()))

@@ -13,9 +13,9 @@ use crate::{
 };
 
 /// A token is renewed this long before its expiry, or after half of its life if that is later (as the Databricks SDKs do).
-const STALE: SignedDuration = SignedDuration::from_mins(20);
+const RENEW_BEFORE: SignedDuration = SignedDuration::from_mins(20);
 /// A token is not used this shortly before its expiry, since a call takes time (as the Databricks SDKs do).
-const EXPIRED: SignedDuration = SignedDuration::from_secs(40);
+const UNUSABLE_BEFORE: SignedDuration = SignedDuration::from_secs(40);
 /// After a failed renewal of a token that still works, the next waits this long (as the Databricks SDKs do).
 const COOL_DOWN: SignedDuration = SignedDuration::from_mins(1);
 
@@ -124,7 +124,7 @@ impl TokenCache {
             Expiry::Unknown => None,
         };
         let expires_at = lifetime.and_then(|lifetime| now.checked_add(lifetime).ok());
-        let stale = lifetime.map(|lifetime| (lifetime / 2).min(STALE));
+        let stale = lifetime.map(|lifetime| (lifetime / 2).min(RENEW_BEFORE));
         let token = CachedToken {
             token: Arc::new(new),
             expires_at,
@@ -134,7 +134,7 @@ impl TokenCache {
         *held = Some(Held {
             token: token.clone(),
             renew_at: renew_at.and_then(|(at, stale)| at.checked_sub(stale).ok()),
-            useless_at: expires_at.and_then(|at| at.checked_sub(EXPIRED).ok()),
+            useless_at: expires_at.and_then(|at| at.checked_sub(UNUSABLE_BEFORE).ok()),
         });
         Ok(CachedToken {
             // A source with a cache may return an old token.

@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 
-use super::{AuthKind, Source, invalid, refused};
+use super::{AuthKind, Source, invalid, unsupported};
 use crate::{
     config::{Attribute, AuthFamily},
     workspace::{
@@ -23,7 +23,7 @@ pub(in crate::workspace) fn choose(
 ) -> Result<Vec<Source>, WorkspaceError> {
     if let Some(label) = &settings.auth_type {
         let kind = AuthKind::of_label(label).ok_or_else(|| {
-            refused::by_label(label).unwrap_or_else(|| {
+            unsupported::by_label(label).unwrap_or_else(|| {
                 let known: Vec<&str> = AuthKind::ALL.iter().map(|kind| kind.label()).collect();
                 let problem = format!("is `{label}`, which is no way to authenticate");
                 invalid(settings, Attribute::AuthType, &problem)
@@ -51,7 +51,7 @@ pub(in crate::workspace) fn choose(
             available(settings, host).map_err(|_| no_group(settings, kind))
         }
         Some(kind) => Ok(vec![(kind.rules().create)(settings, host)?]),
-        None => match refused::by_family(family, settings) {
+        None => match unsupported::by_family(family, settings) {
             Some(refusal) => Err(refusal),
             None => available(settings, host),
         },
@@ -59,7 +59,7 @@ pub(in crate::workspace) fn choose(
 }
 
 fn may_use(settings: &ResolvedSettings, kind: AuthKind) -> bool {
-    settings.group_id.is_none() || kind.rules().takes_group
+    settings.group_id.is_none() || kind.rules().can_assume_group
 }
 
 fn no_group(settings: &ResolvedSettings, kind: AuthKind) -> WorkspaceError {
@@ -85,7 +85,7 @@ fn configured_family(settings: &ResolvedSettings) -> Result<Option<AuthFamily>, 
         let kinds = kinds.filter(|kind| kind.rules().family == Some(*family));
         kinds
             .map(|kind| kind.label())
-            .chain(refused::labels(*family).iter().copied())
+            .chain(unsupported::labels(*family).iter().copied())
     });
     let choices: Vec<&str> = choices.collect();
     let families = families
@@ -153,7 +153,7 @@ fn available(settings: &ResolvedSettings, host: &Host) -> Result<Vec<Source>, Wo
     if let Some(kind) = first {
         return Err(no_group(settings, kind));
     }
-    if let Some(error) = refused::github_azure(settings).or(incomplete) {
+    if let Some(error) = unsupported::github_azure(settings).or(incomplete) {
         return Err(error);
     }
     if settings.client_id.is_some() {

@@ -13,7 +13,7 @@ use tokio::sync::OnceCell;
 use tracing::{debug, warn};
 
 use super::{
-    AuthKind, Boxed, Expiry, Freshness, Kind, Source, TokenSource, WorkspaceToken,
+    AuthKind, AuthRules, Boxed, Expiry, Freshness, Source, TokenSource, WorkspaceToken,
     token::DEFAULT_LIFETIME,
 };
 use crate::workspace::{
@@ -48,10 +48,10 @@ const OLD: &str = "is the old one";
 
 type Version = (u64, u64, u64);
 
-pub(super) const KIND: Kind = Kind {
+pub(super) const RULES: AuthRules = AuthRules {
     is_available: |_, _| true,
     has_cache: true,
-    ..Kind::new(|settings, host| {
+    ..AuthRules::new(|settings, host| {
         let tokens = DatabricksCli::new(settings, host)?;
         Ok(Source::new(
             AuthKind::DatabricksCli,

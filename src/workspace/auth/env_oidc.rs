@@ -3,7 +3,7 @@
 use secrecy::SecretString;
 
 use super::{
-    AuthKind, Boxed, Kind,
+    AuthKind, AuthRules, Boxed,
     exchange::{Exchange, IdentitySource},
 };
 use crate::{
@@ -13,11 +13,11 @@ use crate::{
 
 const DEFAULT_VARIABLE: &str = "DATABRICKS_OIDC_TOKEN";
 
-pub(super) const KIND: Kind = Kind {
+pub(super) const RULES: AuthRules = AuthRules {
     family: Some(AuthFamily::EnvOidc),
     is_available: |settings, _| EnvToken::new(settings).is_ok(),
-    takes_group: true,
-    ..Kind::new(|settings, _| {
+    can_assume_group: true,
+    ..AuthRules::new(|settings, _| {
         Exchange::create(AuthKind::EnvOidc, settings, EnvToken::new(settings)?)
     })
 };

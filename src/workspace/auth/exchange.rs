@@ -6,8 +6,8 @@ use secrecy::{ExposeSecret, SecretString};
 
 use super::{
     AuthKind, Boxed, CHECK_ASSIGNMENT, Freshness, Source, TokenSource, WorkspaceToken,
-    oidc::{Grant, Oidc},
     token::{self, claim},
+    token_endpoint::{Grant, TokenEndpointDiscovery},
 };
 use crate::workspace::{
     WorkspaceError,
@@ -31,7 +31,7 @@ pub(super) struct Exchange {
     /// Absent for account-wide federation.
     client_id: Option<String>,
     audience: Option<String>,
-    oidc: Oidc,
+    discovery: TokenEndpointDiscovery,
     grant: Grant,
 }
 
@@ -47,7 +47,7 @@ impl Exchange {
             identity: Box::new(identity),
             client_id: client_id.clone(),
             audience: settings.token_audience.clone(),
-            oidc: Oidc::new(settings)?,
+            discovery: TokenEndpointDiscovery::new(settings)?,
             grant: Grant::new(settings),
         };
         Ok(Source::new(kind, CHECK_ASSIGNMENT, exchange).of_service_principal(client_id))
@@ -75,7 +75,7 @@ impl Exchange {
 impl TokenSource for Exchange {
     fn token<'a>(&'a self, api: &'a Api, _: Freshness) -> Boxed<'a, WorkspaceToken> {
         Box::pin(async move {
-            let endpoint = self.oidc.endpoint(api, self.kind).await;
+            let endpoint = self.discovery.find(api, self.kind).await;
             let audience = self.audience.as_ref().or(endpoint.audience.as_ref());
             let audience = audience.map_or(endpoint.url.as_str(), String::as_str);
             let identity = self.identity.identity_token(api, audience).await?;

@@ -5,7 +5,7 @@ use std::{io, path::PathBuf};
 use secrecy::SecretString;
 
 use super::{
-    AuthKind, Boxed, Kind,
+    AuthKind, AuthRules, Boxed,
     exchange::{Exchange, IdentitySource},
     required,
 };
@@ -18,10 +18,10 @@ use crate::{
 /// Far above any real token.
 const MAX_TOKEN: u64 = 64 * 1024;
 
-pub(super) const KIND: Kind = Kind {
+pub(super) const RULES: AuthRules = AuthRules {
     family: Some(AuthFamily::FileOidc),
-    takes_group: true,
-    ..Kind::new(|settings, _| {
+    can_assume_group: true,
+    ..AuthRules::new(|settings, _| {
         let because = "file-oidc reads a file";
         let token = FileToken {
             path: required(settings, Attribute::OidcTokenFilepath, because)?.into(),

@@ -7,7 +7,7 @@ use serde::Deserialize;
 use url::Url;
 
 use super::{
-    AuthKind, Boxed, Kind,
+    AuthKind, AuthRules, Boxed,
     exchange::{Exchange, IdentitySource},
     invalid, required, required_secret,
 };
@@ -18,10 +18,10 @@ use crate::{
 
 const PERMISSION: &str = "give the job `permissions: id-token: write`";
 
-pub(super) const KIND: Kind = Kind {
+pub(super) const RULES: AuthRules = AuthRules {
     is_available: |settings, _| is_job(settings) && settings.client_id.is_some(),
-    takes_group: true,
-    ..Kind::new(|settings, _| {
+    can_assume_group: true,
+    ..AuthRules::new(|settings, _| {
         Exchange::create(AuthKind::GithubOidc, settings, GithubToken::new(settings)?)
     })
 };

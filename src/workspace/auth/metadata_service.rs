@@ -6,7 +6,8 @@ use reqwest::header::{HeaderName, HeaderValue};
 use url::Url;
 
 use super::{
-    AuthKind, Boxed, Freshness, Kind, Source, TokenSource, WorkspaceToken, invalid, required, token,
+    AuthKind, AuthRules, Boxed, Freshness, Source, TokenSource, WorkspaceToken, invalid, required,
+    token,
 };
 use crate::{
     config::{Attribute, AuthFamily},
@@ -22,10 +23,10 @@ use crate::{
 const VERSION: HeaderName = HeaderName::from_static("x-databricks-metadata-version");
 const HOST: HeaderName = HeaderName::from_static("x-databricks-host");
 
-pub(super) const KIND: Kind = Kind {
+pub(super) const RULES: AuthRules = AuthRules {
     family: Some(AuthFamily::MetadataService),
     has_cache: true,
-    ..Kind::new(|settings, host| {
+    ..AuthRules::new(|settings, host| {
         let hint = "restart the tool that set `DATABRICKS_METADATA_SERVICE_URL`";
         let tokens = MetadataService::new(settings, host)?;
         Ok(Source::new(AuthKind::MetadataService, hint, tokens))

@@ -1,7 +1,7 @@
 //! Authentication to the workspace: one file per kind, and the table of kinds.
 //!
 //! A kind gets workspace tokens; the cache keeps one and renews it before it expires. To add a kind, write one file and add
-//! one line to the table below. The file holds a const `KIND`, which states when the kind is used and makes its [`Source`],
+//! one line to the table below. The file holds a const `RULES`, which states when the kind is used and makes its [`Source`],
 //! and a type with the one method of [`TokenSource`]; a kind that exchanges another issuer's identity token implements
 //! [`exchange::IdentitySource`] instead. Settings of a new kind are attributes in `config`.
 
@@ -22,10 +22,10 @@ mod github_oidc;
 mod metadata_service;
 mod model_serving;
 mod oauth_m2m;
-mod oidc;
 mod pat;
-mod refused;
 mod token;
+mod token_endpoint;
+mod unsupported;
 
 use std::pin::Pin;
 
@@ -60,8 +60,8 @@ macro_rules! kinds {
                 match label { $($label => Some(Self::$kind),)+ _ => None }
             }
 
-            fn rules(self) -> &'static Kind {
-                match self { $(Self::$kind => &$file::KIND,)+ }
+            fn rules(self) -> &'static AuthRules {
+                match self { $(Self::$kind => &$file::RULES,)+ }
             }
         }
     };
@@ -96,7 +96,7 @@ kinds! {
 }
 
 /// When a kind is used, how its source is made, and what its tokens are like.
-struct Kind {
+struct AuthRules {
     /// The family of settings that select it.
     family: Option<AuthFamily>,
     /// Whether it is the one of its family.
@@ -104,7 +104,7 @@ struct Kind {
     /// Whether it is tried without a setting that selects it.
     is_available: fn(&ResolvedSettings, &Host) -> bool,
     /// Whether its tokens can assume the rights of a group (`DATABRICKS_GROUP_ID`).
-    takes_group: bool,
+    can_assume_group: bool,
     /// Whether it may return a token that it returned before.
     has_cache: bool,
     /// Whether another call can return another token.
@@ -114,14 +114,14 @@ struct Kind {
 
 type Constructor = fn(&ResolvedSettings, &Host) -> Result<Source, WorkspaceError>;
 
-impl Kind {
+impl AuthRules {
     /// A kind that nothing selects but its name.
     const fn new(create: Constructor) -> Self {
         Self {
             family: None,
             is_selected: |_| true,
             is_available: |_, _| false,
-            takes_group: false,
+            can_assume_group: false,
             has_cache: false,
             is_renewable: true,
             create,

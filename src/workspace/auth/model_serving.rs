@@ -8,7 +8,7 @@ use secrecy::SecretString;
 use serde::Deserialize;
 use tokio::time::sleep;
 
-use super::{AuthKind, Boxed, Expiry, Freshness, Kind, Source, TokenSource, WorkspaceToken};
+use super::{AuthKind, AuthRules, Boxed, Expiry, Freshness, Source, TokenSource, WorkspaceToken};
 use crate::{
     config::Variables,
     net::file,
@@ -36,10 +36,10 @@ const RETRY: Duration = Duration::from_millis(500);
 /// Far above any real token.
 const MAX_FILE: u64 = 64 * 1024;
 
-pub(super) const KIND: Kind = Kind {
+pub(super) const RULES: AuthRules = AuthRules {
     is_available: |settings, _| is_serving(&settings.variables),
     has_cache: true,
-    ..Kind::new(|settings, _| {
+    ..AuthRules::new(|settings, _| {
         let hint = "check that the model was logged with the resources that it uses, and that `DATABRICKS_HOST`, if set, is their workspace";
         let tokens = ModelServing::new(&settings.variables)?;
         Ok(Source::new(AuthKind::ModelServing, hint, tokens))

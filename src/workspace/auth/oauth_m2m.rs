@@ -3,20 +3,20 @@
 use secrecy::SecretString;
 
 use super::{
-    AuthKind, Boxed, CHECK_ASSIGNMENT, Freshness, Kind, Source, TokenSource, WorkspaceToken,
-    oidc::{Grant, Oidc},
+    AuthKind, AuthRules, Boxed, CHECK_ASSIGNMENT, Freshness, Source, TokenSource, WorkspaceToken,
     required, required_secret, token,
+    token_endpoint::{Grant, TokenEndpointDiscovery},
 };
 use crate::{
     config::{Attribute, AuthFamily},
     workspace::{WorkspaceError, api::Api, diagnosis, settings::ResolvedSettings},
 };
 
-pub(super) const KIND: Kind = Kind {
+pub(super) const RULES: AuthRules = AuthRules {
     family: Some(AuthFamily::OAuth),
     is_selected: |settings| settings.client_secret.is_some(),
-    takes_group: true,
-    ..Kind::new(|settings, _| {
+    can_assume_group: true,
+    ..AuthRules::new(|settings, _| {
         let tokens = OAuthM2m::new(settings)?;
         let id = tokens.client_id.clone();
         let source = Source::new(AuthKind::OAuthM2m, CHECK_ASSIGNMENT, tokens);
@@ -27,7 +27,7 @@ pub(super) const KIND: Kind = Kind {
 struct OAuthM2m {
     client_id: String,
     client_secret: SecretString,
-    oidc: Oidc,
+    discovery: TokenEndpointDiscovery,
     grant: Grant,
     /// What to check when the token endpoint refuses id or secret.
     hint: String,
@@ -46,7 +46,7 @@ impl OAuthM2m {
         Ok(Self {
             client_id,
             client_secret,
-            oidc: Oidc::new(settings)?,
+            discovery: TokenEndpointDiscovery::new(settings)?,
             grant: Grant::new(settings),
             hint: format!(
                 "check {} and {}: the secret may have expired, or belong to another service principal",
@@ -60,7 +60,7 @@ impl OAuthM2m {
 impl TokenSource for OAuthM2m {
     fn token<'a>(&'a self, api: &'a Api, _: Freshness) -> Boxed<'a, WorkspaceToken> {
         Box::pin(async move {
-            let endpoint = self.oidc.endpoint(api, AuthKind::OAuthM2m).await;
+            let endpoint = self.discovery.find(api, AuthKind::OAuthM2m).await;
             let call = api
                 .post(AuthKind::OAuthM2m, endpoint.url)
                 .basic(&self.client_id, &self.client_secret)

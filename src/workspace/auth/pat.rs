@@ -3,17 +3,18 @@
 use secrecy::SecretString;
 
 use super::{
-    AuthKind, Boxed, Expiry, Freshness, Kind, Source, TokenSource, WorkspaceToken, required_secret,
+    AuthKind, AuthRules, Boxed, Expiry, Freshness, Source, TokenSource, WorkspaceToken,
+    required_secret,
 };
 use crate::{
     config::{Attribute, AuthFamily},
     workspace::api::Api,
 };
 
-pub(super) const KIND: Kind = Kind {
+pub(super) const RULES: AuthRules = AuthRules {
     family: Some(AuthFamily::Pat),
     is_renewable: false,
-    ..Kind::new(|settings, _| {
+    ..AuthRules::new(|settings, _| {
         let because = "a personal access token is to be used";
         let token = required_secret(settings, Attribute::Token, because)?;
         let hint = format!(

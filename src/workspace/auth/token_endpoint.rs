@@ -25,7 +25,7 @@ const DISCOVERY: &str = "/oidc/.well-known/oauth-authorization-server";
 const TOKEN_ENDPOINT: &str = "/oidc/v1/token";
 
 /// The token endpoint, discovered at the first use.
-pub(super) struct Oidc {
+pub(super) struct TokenEndpointDiscovery {
     discovery_url: Option<Url>,
     account_id: Option<String>,
     endpoint: OnceCell<TokenEndpoint>,
@@ -78,7 +78,7 @@ enum Found<T> {
     Unknown,
 }
 
-impl Oidc {
+impl TokenEndpointDiscovery {
     pub(super) fn new(settings: &ResolvedSettings) -> Result<Self, WorkspaceError> {
         let url = settings.discovery_url.as_deref().map(Url::parse);
         let problem = "is not an https address";
@@ -92,7 +92,7 @@ impl Oidc {
     }
 
     /// The token endpoint. Cancel safe.
-    pub(super) async fn endpoint(&self, api: &Api, kind: AuthKind) -> TokenEndpoint {
+    pub(super) async fn find(&self, api: &Api, kind: AuthKind) -> TokenEndpoint {
         let found = self
             .endpoint
             .get_or_try_init(|| async { self.discover(api, kind).await });
