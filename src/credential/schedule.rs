@@ -115,37 +115,32 @@ pub(crate) struct Pace {
 
 impl Pace {
     pub(crate) fn new(now: Instant) -> Self {
+        Self::all(0, now)
+    }
+
+    fn all(failures: u32, at: Instant) -> Self {
         Self {
-            failures: 0,
-            relaxed: now,
-            missing: now,
-            urgent: now,
-            awaited: now,
+            failures,
+            relaxed: at,
+            missing: at,
+            urgent: at,
+            awaited: at,
         }
     }
 
     /// Records a mint whose credential was published.
     pub(super) fn succeeded(&mut self, now: Instant) {
-        let next = now + MIN_BETWEEN_MINTS;
-        *self = Self {
-            failures: 0,
-            relaxed: next,
-            missing: next,
-            urgent: next,
-            awaited: next,
-        };
+        *self = Self::all(0, now + MIN_BETWEEN_MINTS);
     }
 
     /// Records a mint whose credential is no better than the current one. `jitter` yields values in -1..=1.
     pub(super) fn unchanged(&mut self, now: Instant, mut jitter: impl FnMut() -> f64) {
-        self.failures = self.failures.saturating_add(1);
-        let wait = UNCHANGED
-            .nth(self.failures, jitter())
-            .max(MIN_BETWEEN_MINTS);
-        self.relaxed = now + wait;
-        self.missing = now + wait;
-        self.urgent = now + wait;
-        self.awaited = now + MIN_BETWEEN_MINTS;
+        let failures = self.failures.saturating_add(1);
+        let wait = UNCHANGED.nth(failures, jitter()).max(MIN_BETWEEN_MINTS);
+        *self = Self {
+            awaited: now + MIN_BETWEEN_MINTS,
+            ..Self::all(failures, now + wait)
+        };
     }
 
     /// Records a failed mint. `jitter` yields values in -1..=1.

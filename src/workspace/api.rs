@@ -99,9 +99,6 @@ pub(super) struct Call {
     secrets: Vec<SecretString>,
 }
 
-/// The fields of a form that are secrets.
-const SECRET_FIELDS: [&str; 2] = ["client_secret", "subject_token"];
-
 impl Call {
     fn new(client: &Client, kind: AuthKind, method: Method, url: Url) -> Self {
         let agent = user_agent(kind.label());
@@ -155,17 +152,19 @@ impl Call {
         self
     }
 
-    pub(super) fn form(mut self, fields: &[(&str, &str)]) -> Self {
-        let secrets = fields
-            .iter()
-            .filter(|(name, _)| SECRET_FIELDS.contains(name));
-        self.secrets.extend(secrets.map(|&(_, value)| value.into()));
+    /// A form of open fields and one that is a secret, if it has one.
+    pub(super) fn form(
+        mut self,
+        fields: &[(&str, &str)],
+        secret: Option<(&str, &SecretString)>,
+    ) -> Self {
+        self.secrets.extend(secret.map(|(_, value)| value.clone()));
+        let secret = secret.map(|(name, value)| (name, value.expose_secret()));
+        let fields = || fields.iter().copied().chain(secret);
         // Enough for the longest encoding: a buffer that grows leaves copies of secrets behind.
-        let lengths = fields
-            .iter()
-            .map(|(name, value)| name.len() + 3 * value.len() + 2);
+        let lengths = fields().map(|(name, value)| name.len() + 3 * value.len() + 2);
         let mut body = Zeroizing::new(String::with_capacity(lengths.sum()));
-        form_urlencoded::Serializer::new(&mut *body).extend_pairs(fields);
+        form_urlencoded::Serializer::new(&mut *body).extend_pairs(fields());
         self.body("application/x-www-form-urlencoded", Bytes::from_owner(body))
     }
 

@@ -4,6 +4,8 @@
 //! its `#` or `;`, since secrets contain those; one pair of quotes around a value is removed; a backslash joins lines at
 //! their end and has no meaning elsewhere.
 
+use std::collections::BTreeMap;
+
 /// A mistake in a `.databrickscfg`. Never quotes the text, which holds secrets.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{reason} in line {line}")]
@@ -14,37 +16,21 @@ pub(super) struct SyntaxError {
     pub(super) reason: &'static str,
 }
 
-/// One section, in the order of the file.
-#[derive(Clone)]
-pub(super) struct Section {
-    pub(super) name: String,
-    entries: Vec<(String, String)>,
-}
+/// The entries of one section; of a repeated key, the last value.
+pub(super) type Section = BTreeMap<String, String>;
 
-/// All sections.
-#[derive(Clone)]
-pub(super) struct Profiles(Vec<Section>);
+/// All sections by name.
+#[derive(Clone, Default)]
+pub(super) struct Profiles(BTreeMap<String, Section>);
 
 /// The section of entries above the first header.
 pub(super) const DEFAULT: &str = "DEFAULT";
-
-impl Section {
-    /// The last value of a key; an empty one is absent.
-    pub(super) fn get(&self, key: &str) -> Option<&str> {
-        self.entries
-            .iter()
-            .rev()
-            .find(|(name, _)| name == key)
-            .map(|(_, value)| value.as_str())
-            .filter(|value| !value.is_empty())
-    }
-}
 
 impl Profiles {
     /// Parses the text of a file.
     pub(super) fn parse(text: &str) -> Result<Self, SyntaxError> {
         let text = text.strip_prefix('\u{feff}').unwrap_or(text);
-        let mut profiles = Self(Vec::new());
+        let mut profiles = Self::default();
         let mut section = DEFAULT.to_owned();
         let mut lines = text.split('\n').enumerate();
         while let Some((index, line)) = lines.next() {
@@ -57,54 +43,35 @@ impl Profiles {
                 continue;
             }
             if let Some(rest) = line.strip_prefix('[') {
-                let (name, _) = rest
-                    .rsplit_once(']')
-                    .ok_or_else(|| error("a section is not closed with `]`"))?;
+                let name = rest.rsplit_once(']');
+                let (name, _) = name.ok_or_else(|| error("a section is not closed with `]`"))?;
                 name.clone_into(&mut section);
-                profiles.section(&section);
                 continue;
             }
             let (key, value) = key(line)
                 .map_err(error)?
                 .ok_or_else(|| error("neither `key = value` nor `[profile]`"))?;
             let value = value_of(value, &mut lines).map_err(error)?;
-            profiles
-                .section(&section)
-                .entries
-                .push((key.to_owned(), value));
+            // A later header of the same name continues the section.
+            let entries = profiles.0.entry(section.clone()).or_default();
+            // An empty value is absent.
+            if value.is_empty() {
+                entries.remove(key);
+            } else {
+                entries.insert(key.to_owned(), value);
+            }
         }
         Ok(profiles)
     }
 
     /// The section with this name, if it is not empty.
     pub(super) fn get(&self, name: &str) -> Option<&Section> {
-        self.0
-            .iter()
-            .find(|section| section.name == name && !section.entries.is_empty())
+        self.0.get(name)
     }
 
     /// The names of sections that are not empty.
     pub(super) fn names(&self) -> impl Iterator<Item = &str> {
-        self.0
-            .iter()
-            .filter(|section| !section.entries.is_empty())
-            .map(|section| section.name.as_str())
-    }
-
-    /// A section, which a later header of the same name continues.
-    fn section(&mut self, name: &str) -> &mut Section {
-        let index = self
-            .0
-            .iter()
-            .position(|section| section.name == name)
-            .unwrap_or(self.0.len());
-        if index == self.0.len() {
-            self.0.push(Section {
-                name: name.to_owned(),
-                entries: Vec::new(),
-            });
-        }
-        &mut self.0[index]
+        self.0.keys().map(String::as_str)
     }
 }
 
@@ -187,7 +154,7 @@ mod tests {
         Profiles::parse(text)
             .unwrap()
             .get(section)
-            .and_then(|section| section.get(key).map(str::to_owned))
+            .and_then(|section| section.get(key).cloned())
     }
 
     #[test]
@@ -243,7 +210,7 @@ mod tests {
         assert!(profiles.get("empty").is_none());
         assert_eq!(
             profiles.names().collect::<Vec<_>>(),
-            ["DEFAULT", "A", "a", "x]y"]
+            ["A", "DEFAULT", "a", "x]y"]
         );
         assert_eq!(read("[p]\ntoken =\n", "p", "token"), None);
         assert_eq!(read("[p]\nToken = x\n", "p", "token"), None);

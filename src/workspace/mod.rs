@@ -39,8 +39,8 @@ use tracing::warn;
 pub use auth::AuthKind;
 pub use credentials::{CredentialMinter, Minted};
 pub use discovery::{
-    AppDatabases, EndpointInfo, EndpointState, EndpointType, Known, LocateError, Located, Profile,
-    Role, Wanted,
+    AppDatabases, EndpointInfo, EndpointState, EndpointType, LocateError, Located, Profile, Role,
+    Wanted,
 };
 pub use error::{CallError, CallErrorKind, WorkspaceError};
 pub use host::Host;

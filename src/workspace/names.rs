@@ -17,43 +17,46 @@ const READ_ONLY: &str = "-ro";
 
 /// A name that cannot be used.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum NameError {
-    /// Not the name of an endpoint.
-    #[error("`{0}` is not of the form `projects/PROJECT/branches/BRANCH/endpoints/ENDPOINT`")]
-    Endpoint(String),
-    /// Not a host name.
-    #[error("`{0}` is not a host name")]
-    Host(String),
-    /// Not the name of a database instance.
-    #[error("`{0}` is not the name of a database instance")]
-    Instance(String),
-    /// A host of Neon's own service.
-    #[error("`{0}` is a host of Neon, not of Databricks Lakebase")]
-    Neon(String),
-    /// Not the name of anything that has an endpoint.
-    #[error("`{0}` names no endpoint, branch, project, instance or host")]
-    Reference(String),
+#[error("`{name}` {problem}")]
+pub struct NameError {
+    name: String,
+    problem: &'static str,
+    hint: &'static str,
 }
 
 impl NameError {
+    fn new(name: &str, problem: &'static str, hint: &'static str) -> Self {
+        // A connection string in place of a name may hold a password.
+        let name = without_userinfo(name).into_owned();
+        Self {
+            name,
+            problem,
+            hint,
+        }
+    }
+
+    /// A host of Neon's own service.
+    pub(super) fn neon(host: &HostName) -> Self {
+        Self::new(
+            host.as_str(),
+            "is a host of Neon, not of Databricks Lakebase",
+            "a Databricks workspace mints no credential for it: name a Lakebase endpoint (`ep-...database...databricks.com`), or give the endpoint a password of its own (`credential`)",
+        )
+    }
+
+    /// Names nothing that has an endpoint.
+    fn reference(name: &str) -> Self {
+        Self::new(
+            name,
+            "names no endpoint, branch, project, instance or host",
+            "write `projects/PROJECT/branches/BRANCH/endpoints/ENDPOINT`, `projects/PROJECT/branches/BRANCH`, \
+             `projects/PROJECT`, the endpoint's host, or the name of a database instance",
+        )
+    }
+
     /// A correct form.
     pub fn hint(&self) -> &'static str {
-        match self {
-            Self::Endpoint(_) => {
-                "the form is `projects/PROJECT/branches/BRANCH/endpoints/ENDPOINT`"
-            }
-            Self::Host(_) => {
-                "a host is named as in `ep-cool-breeze-1.database.us-east-1.cloud.databricks.com`"
-            }
-            Self::Instance(_) => "an instance is named by letters, digits and hyphens",
-            Self::Neon(_) => {
-                "a Databricks workspace mints no credential for it: name a Lakebase endpoint (`ep-...database...databricks.com`), or give the endpoint a password of its own (`credential`)"
-            }
-            Self::Reference(_) => {
-                "write `projects/PROJECT/branches/BRANCH/endpoints/ENDPOINT`, `projects/PROJECT/branches/BRANCH`, \
-                 `projects/PROJECT`, the endpoint's host, or the name of a database instance"
-            }
-        }
+        self.hint
     }
 }
 
@@ -118,23 +121,27 @@ impl From<&InstanceName> for ProjectName {
     }
 }
 
+/// Whether this is a path of these collections, with an id after each.
+fn is_path(text: &str, collections: &[&str]) -> bool {
+    let parts: Vec<&str> = text.split('/').collect();
+    let mut pairs = parts.chunks(2).zip(collections);
+    parts.len() == 2 * collections.len()
+        && pairs.all(|(pair, name)| matches!(pair, [part, id] if part == name && is_id(id)))
+}
+
 impl FromStr for EndpointName {
     type Err = NameError;
 
     fn from_str(text: &str) -> Result<Self, NameError> {
         let text = text.trim();
-        let parts: Vec<&str> = text.split('/').collect();
-        match parts[..] {
-            [
-                "projects",
-                project,
-                "branches",
-                branch,
-                "endpoints",
-                endpoint,
-            ] if [project, branch, endpoint].into_iter().all(is_id) => Ok(Self(text.to_owned())),
-            _ => Err(NameError::Endpoint(text.to_owned())),
+        if is_path(text, &["projects", "branches", "endpoints"]) {
+            return Ok(Self(text.to_owned()));
         }
+        Err(NameError::new(
+            text,
+            "is not of the form `projects/PROJECT/branches/BRANCH/endpoints/ENDPOINT`",
+            "the form is `projects/PROJECT/branches/BRANCH/endpoints/ENDPOINT`",
+        ))
     }
 }
 
@@ -144,7 +151,7 @@ impl FromStr for BranchName {
     fn from_str(text: &str) -> Result<Self, NameError> {
         match text.parse()? {
             Reference::Branch(name) => Ok(name),
-            _ => Err(NameError::Reference(text.to_owned())),
+            _ => Err(NameError::reference(text)),
         }
     }
 }
@@ -153,12 +160,15 @@ impl FromStr for InstanceName {
     type Err = NameError;
 
     fn from_str(text: &str) -> Result<Self, NameError> {
-        let name = text.trim().to_owned();
-        if is_id(&name) {
-            Ok(Self(name))
-        } else {
-            Err(NameError::Instance(name))
+        let name = text.trim();
+        if is_id(name) {
+            return Ok(Self(name.to_owned()));
         }
+        Err(NameError::new(
+            name,
+            "is not the name of a database instance",
+            "an instance is named by letters, digits and hyphens",
+        ))
     }
 }
 
@@ -182,23 +192,24 @@ impl FromStr for Reference {
 
     fn from_str(text: &str) -> Result<Self, NameError> {
         let text = text.trim();
-        let unknown = || NameError::Reference(without_userinfo(text).into_owned());
-        let parts: Vec<&str> = text.split('/').collect();
-        match parts[..] {
-            ["projects", project] if is_id(project) => {
-                Ok(Self::Project(ProjectName(text.to_owned())))
-            }
-            ["projects", project, "branches", branch] if is_id(project) && is_id(branch) => {
-                Ok(Self::Branch(BranchName(text.to_owned())))
-            }
-            ["projects", _, "branches", _, "endpoints", _] => Ok(Self::Endpoint(text.parse()?)),
-            // An endpoint's uid, the first label of its host, leads to it as well.
-            [word] if word.contains('.') || word.starts_with("ep-") => {
-                Ok(Self::Host(word.parse()?))
-            }
-            [word] => word.parse().map(Self::Instance).map_err(|_| unknown()),
-            _ => Err(unknown()),
+        if is_path(text, &["projects"]) {
+            return Ok(Self::Project(ProjectName(text.to_owned())));
         }
+        if is_path(text, &["projects", "branches"]) {
+            return Ok(Self::Branch(BranchName(text.to_owned())));
+        }
+        if text.starts_with("projects/") && text.contains("/endpoints/") {
+            return Ok(Self::Endpoint(text.parse()?));
+        }
+        if text.contains('/') {
+            return Err(NameError::reference(text));
+        }
+        // An endpoint's uid, the first label of its host, leads to it as well.
+        if text.contains('.') || text.starts_with("ep-") {
+            return Ok(Self::Host(text.parse()?));
+        }
+        let instance = text.parse().map(Self::Instance);
+        instance.map_err(|_| NameError::reference(text))
     }
 }
 
@@ -280,8 +291,11 @@ impl FromStr for HostName {
                 .bytes()
                 .all(|byte| byte.is_ascii_alphanumeric() || b"-._:[]".contains(&byte));
         if !is_host {
-            let shown = without_userinfo(text.trim()).into_owned();
-            return Err(NameError::Host(shown));
+            return Err(NameError::new(
+                text.trim(),
+                "is not a host name",
+                "a host is named as in `ep-cool-breeze-1.database.us-east-1.cloud.databricks.com`",
+            ));
         }
         let label = name.split('.').next().unwrap_or_default();
         let label = label.strip_suffix(POOLER).unwrap_or(label);

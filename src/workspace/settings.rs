@@ -28,7 +28,8 @@ const DEFAULT_FILE: &str = "~/.databrickscfg";
 /// Far above any real file.
 const MAX_FILE: u64 = 1024 * 1024;
 
-/// Secrets beside the settings of the SDKs: identity tokens, and access to managed identities on Azure's hosts.
+/// Secrets of related tools, beside attributes and the variables of a kind: access to managed identities on Azure's hosts, and
+/// settings of other SDKs.
 const SECRET_VARIABLES: &[&str] = &[
     "ARM_CLIENT_CERTIFICATE_PASSWORD",
     "ARM_OIDC_REQUEST_TOKEN",
@@ -37,10 +38,8 @@ const SECRET_VARIABLES: &[&str] = &[
     "AZURE_CLIENT_SECRET",
     "AZURE_PASSWORD",
     "DATABRICKS_GOOGLE_CREDENTIALS",
-    "DATABRICKS_OIDC_TOKEN",
     "IDENTITY_HEADER",
     "MSI_SECRET",
-    "SYSTEM_ACCESSTOKEN",
 ];
 
 /// Addresses of HTTP proxies, which may hold a password; each is read in lower case too.
@@ -107,7 +106,7 @@ impl ResolvedSettings {
         })?;
         let reserved = profiles.get(RESERVED);
         let default = reserved.and_then(|section| section.get("default_profile"));
-        let selected = selected.or_else(|| default.map(str::to_owned));
+        let selected = selected.or_else(|| default.cloned());
         let name = selected.as_deref().unwrap_or(DEFAULT);
         if name == RESERVED {
             let message = format!("`{RESERVED}` is a reserved name, not a profile");
@@ -130,8 +129,11 @@ impl ResolvedSettings {
             if is_pointer || self.text(attribute).is_some() {
                 continue;
             }
-            let value = attribute.keys().iter().find_map(|key| section.get(key));
-            if let Some(value) = value.map(str::trim).filter(|value| !value.is_empty()) {
+            let value = attribute.keys().iter().find_map(|&key| section.get(key));
+            if let Some(value) = value
+                .map(|value| value.trim())
+                .filter(|value| !value.is_empty())
+            {
                 let origin = Origin::Profile {
                     profile: name.to_owned(),
                     file: path.clone(),
@@ -210,7 +212,9 @@ pub(crate) fn secret_variables(settings: &WorkspaceSettings) -> Vec<String> {
     let names = attributes.flat_map(|attribute| attribute.variables());
     let mut names: Vec<String> = names
         .chain(SECRET_VARIABLES)
-        .map(|&name| name.to_owned())
+        .copied()
+        .chain(auth::secret_variables())
+        .map(str::to_owned)
         .collect();
     // A profile may name one, too; one that cannot be read ends the start anyway.
     match ResolvedSettings::new(settings.clone()) {
@@ -249,7 +253,7 @@ fn read(path: &Path) -> Result<Option<String>, WorkspaceError> {
 }
 
 /// Names in backticks, up to a number.
-pub(super) fn listed(names: &[&str]) -> String {
+fn listed(names: &[&str]) -> String {
     const MAX: usize = 12;
     let quoted = names.iter().take(MAX).map(|name| format!("`{name}`"));
     let more = names.len().saturating_sub(MAX);
@@ -395,7 +399,7 @@ host = https://other.example
         };
         let missing = message(Some(FILE), "Work");
         assert!(
-            missing.contains("no profile `Work` / it has `DEFAULT`, `work`, `half`, `other`"),
+            missing.contains("no profile `Work` / it has `DEFAULT`, `half`, `other`, `work`"),
             "{missing}"
         );
         assert!(message(Some(FILE), "__settings__").contains("reserved"));
@@ -442,7 +446,6 @@ host = https://other.example
             "ARM_CLIENT_SECRET",
             "DATABRICKS_CLIENT_SECRET",
             "DATABRICKS_METADATA_SERVICE_URL",
-            "DATABRICKS_OIDC_TOKEN",
             "DATABRICKS_PASSWORD",
             "DATABRICKS_TOKEN",
             "GOOGLE_CREDENTIALS",
@@ -450,7 +453,6 @@ host = https://other.example
             "IDENTITY_HEADER",
             "MSI_SECRET",
             "MY_OIDC",
-            "SYSTEM_ACCESSTOKEN",
             "http_proxy",
         ] {
             assert!(names.iter().any(|known| known == name), "{name}");

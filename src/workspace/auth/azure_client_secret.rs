@@ -3,7 +3,7 @@
 //! <https://docs.databricks.com/azure/dev-tools/auth/azure-sp>
 
 use reqwest::header::HeaderValue;
-use secrecy::{ExposeSecret, SecretString};
+use secrecy::SecretString;
 use tokio::sync::OnceCell;
 use url::Url;
 
@@ -81,12 +81,14 @@ impl AzureClientSecret {
         url: &Url,
         resource: &str,
     ) -> Result<WorkspaceToken, CallError> {
-        let call = api.post(AuthKind::AzureClientSecret, url.clone()).form(&[
+        let form = [
             ("grant_type", "client_credentials"),
             ("client_id", self.client_id.as_str()),
-            ("client_secret", self.client_secret.expose_secret()),
             ("resource", resource),
-        ]);
+        ];
+        let call = api
+            .post(AuthKind::AzureClientSecret, url.clone())
+            .form(&form, Some(("client_secret", &self.client_secret)));
         let explain = |error: ApiError| {
             let hint = azure::hint(error.message(), &self.settings);
             diagnosis::service("Microsoft Entra ID", &hint, error)

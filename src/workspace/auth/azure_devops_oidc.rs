@@ -29,6 +29,7 @@ pub(super) const RULES: AuthRules = AuthRules {
         settings.variables.get(COLLECTION).is_some() && settings.client_id.is_some()
     },
     can_assume_group: true,
+    secret_variables: &[ACCESS_TOKEN],
     ..AuthRules::new(|settings, _| {
         let token = AzureDevOpsToken::new(settings)?;
         Exchange::create(AuthKind::AzureDevOpsOidc, settings, token)

@@ -8,12 +8,7 @@ use std::collections::BTreeMap;
 use super::{AuthKind, Source, invalid, unsupported};
 use crate::{
     config::{Attribute, AuthFamily},
-    workspace::{
-        WorkspaceError,
-        error::Problem,
-        host::Host,
-        settings::{ResolvedSettings, listed},
-    },
+    workspace::{WorkspaceError, error::Problem, host::Host, settings::ResolvedSettings},
 };
 
 /// The sources to try, in order; at least one.
@@ -27,7 +22,7 @@ pub(in crate::workspace) fn choose(
                 let known: Vec<&str> = AuthKind::ALL.iter().map(|kind| kind.label()).collect();
                 let problem = format!("is `{label}`, which is no way to authenticate");
                 invalid(settings, Attribute::AuthType, &problem)
-                    .with_hint(format!("one of {}", listed(&known)))
+                    .with_hint(format!("one of `{}`", known.join("`, `")))
             })
         })?;
         if !may_use(settings, kind) {

@@ -17,6 +17,7 @@ pub(super) const RULES: AuthRules = AuthRules {
     family: Some(AuthFamily::EnvOidc),
     is_available: |settings, _| EnvToken::new(settings).is_ok(),
     can_assume_group: true,
+    secret_variables: &[DEFAULT_VARIABLE],
     ..AuthRules::new(|settings, _| {
         Exchange::create(AuthKind::EnvOidc, settings, EnvToken::new(settings)?)
     })

@@ -79,20 +79,15 @@ impl TokenSource for Exchange {
             let audience = self.audience.as_ref().or(endpoint.audience.as_ref());
             let audience = audience.map_or(endpoint.url.as_str(), String::as_str);
             let identity = self.identity.identity_token(api, audience).await?;
-            let identity = identity.expose_secret();
-            let mut form = vec![
-                ("subject_token_type", TOKEN_TYPE),
-                ("subject_token", identity),
-            ];
-            if let Some(client_id) = &self.client_id {
-                form.push(("client_id", client_id));
-            }
+            let client_id = self.client_id.as_deref().map(|id| ("client_id", id));
+            let form = [("subject_token_type", TOKEN_TYPE)].into_iter();
+            let form = self.grant.form(GRANT_TYPE, form.chain(client_id));
             let call = api
                 .post(self.kind, endpoint.url.clone())
-                .form(&self.grant.form(GRANT_TYPE, form));
+                .form(&form, Some(("subject_token", &identity)));
             let explain = |error| {
                 let refused = format!("did not accept the identity token ({})", self.kind.label());
-                let hint = self.policy_hint(identity);
+                let hint = self.policy_hint(identity.expose_secret());
                 diagnosis::token_endpoint(api.host(), &refused, &hint, error)
             };
             token::request(api, call, explain).await

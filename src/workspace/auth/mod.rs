@@ -1,9 +1,17 @@
 //! Authentication to the workspace: one file per kind, and the table of kinds.
 //!
-//! A kind gets workspace tokens; the cache keeps one and renews it before it expires. To add a kind, write one file and add
-//! one line to the table below. The file holds a const `RULES`, which states when the kind is used and makes its [`Source`],
-//! and a type with the one method of [`TokenSource`]; a kind that exchanges another issuer's identity token implements
-//! [`exchange::IdentitySource`] instead. Settings of a new kind are attributes in `config`.
+//! A kind gets workspace tokens; `cache` keeps one and renews it before it expires. `choice` picks the kind.
+//! No kinds: `azure`, `exchange`, `token` and `token_endpoint` (shared by kinds), and `unsupported` (kinds of the SDKs only).
+//!
+//! To add a kind:
+//! 1. Its file, with a const `RULES` ([`AuthRules`]: when it is used, its secret variables, and a function that makes its
+//!    [`Source`]), and a type with the one method of [`TokenSource`]. If it exchanges another issuer's identity token, the
+//!    type implements [`exchange::IdentitySource`] instead. Secrets of its calls go through [`Call`](super::api::Call),
+//!    which masks them in errors.
+//! 2. Here, a `mod` line and a row of the table `kinds!`, in the order in which kinds are tried.
+//! 3. If it has settings of its own: a row of `attributes!` for each in `config::workspace`, and an `AuthFamily` if they
+//!    select the kind. A setting whose presence is not its value is a case in `choice::families`.
+//! 4. If it was refused so far, its row in `unsupported` goes. Tests: `choice`, `tests/it/auth.rs`; guides: `operations.md`.
 
 mod azure;
 mod azure_cli;
@@ -105,6 +113,8 @@ struct AuthRules {
     is_available: fn(&ResolvedSettings, &Host) -> bool,
     /// Whether its tokens can assume the rights of a group (`DATABRICKS_GROUP_ID`).
     can_assume_group: bool,
+    /// Variables that it reads and that are secrets, beside secret attributes; `exec` can keep them from its command.
+    secret_variables: &'static [&'static str],
     /// Whether it may return a token that it returned before.
     has_cache: bool,
     /// Whether another call can return another token.
@@ -122,11 +132,18 @@ impl AuthRules {
             is_selected: |_| true,
             is_available: |_, _| false,
             can_assume_group: false,
+            secret_variables: &[],
             has_cache: false,
             is_renewable: true,
             create,
         }
     }
+}
+
+/// The secret variables of all kinds.
+pub(super) fn secret_variables() -> impl Iterator<Item = &'static str> {
+    let kinds = AuthKind::ALL.iter();
+    kinds.flat_map(|kind| kind.rules().secret_variables.iter().copied())
 }
 
 /// A future, boxed for use in trait objects.

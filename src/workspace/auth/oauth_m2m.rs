@@ -64,7 +64,7 @@ impl TokenSource for OAuthM2m {
             let call = api
                 .post(AuthKind::OAuthM2m, endpoint.url)
                 .basic(&self.client_id, &self.client_secret)
-                .form(&self.grant.form("client_credentials", []));
+                .form(&self.grant.form("client_credentials", []), None);
             let explain = |error| {
                 let refused = "refused the client id or its secret";
                 diagnosis::token_endpoint(api.host(), refused, &self.hint, error)

@@ -8,7 +8,7 @@ use super::{EndpointInfo, EndpointState, EndpointType};
 use crate::workspace::{error_body::proto_duration, expiry::Number, names::HostName};
 
 /// A resource of Lakebase Autoscaling.
-#[derive(Deserialize)]
+#[derive(Default, Deserialize)]
 #[serde(default)]
 pub(super) struct Resource<S> {
     pub(super) name: String,
@@ -16,21 +16,11 @@ pub(super) struct Resource<S> {
     pub(super) status: S,
 }
 
-impl<S: Default> Default for Resource<S> {
-    fn default() -> Self {
-        Self {
-            name: String::new(),
-            uid: String::new(),
-            status: S::default(),
-        }
-    }
-}
-
 #[derive(Default, Deserialize)]
 #[serde(default)]
 pub(super) struct Endpoint {
     #[serde(rename = "endpoint_type")]
-    kind: String,
+    kind: EndpointType,
     current_state: String,
     disabled: bool,
     suspend_timeout_duration: Option<Number>,
@@ -55,11 +45,7 @@ impl Resource<Endpoint> {
             read_only_host: host(status.hosts.read_only_host),
             state: EndpointState::parse(&status.current_state),
             disabled: status.disabled,
-            endpoint_type: match status.kind.as_str() {
-                "ENDPOINT_TYPE_READ_WRITE" => EndpointType::ReadWrite,
-                "ENDPOINT_TYPE_READ_ONLY" => EndpointType::ReadOnly,
-                _ => EndpointType::Unknown,
-            },
+            endpoint_type: status.kind,
             suspend_timeout: suspend_timeout.and_then(proto_duration),
         }
     }

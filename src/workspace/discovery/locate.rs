@@ -4,11 +4,7 @@ use std::time::Duration;
 
 use tokio::time::timeout;
 
-use super::{
-    AppDatabases, EndpointInfo, EndpointType, Known, LocateError,
-    bodies::{AppDatabase, AppPostgres, Branch, Resource},
-    lookup::Lookup,
-};
+use super::{AppDatabases, EndpointInfo, EndpointType, LocateError, error::known, lookup::Lookup};
 use crate::{
     config::EndpointConfig,
     workspace::{
@@ -96,7 +92,7 @@ impl Workspace {
             host = Some(named.clone());
         }
         if let Some(host) = host.as_ref().filter(|host| host.is_neon()) {
-            return Err(NameError::Neon(host.to_string()).into());
+            return Err(NameError::neon(host).into());
         }
         let search = Search {
             lookup: Lookup::new(self, within),
@@ -144,10 +140,10 @@ impl Found {
         Self::new(Target::Endpoint(branch.endpoint(DEFAULT_ENDPOINT)), None)
     }
 
-    fn of_app(self, database: &str, app_databases: Option<AppDatabases>) -> Self {
+    fn of_app(self, resource: FirstDatabase) -> Self {
         Self {
-            database: Some(database.to_owned()).filter(|name| !name.is_empty()),
-            app_databases,
+            database: Some(resource.database).filter(|name| !name.is_empty()),
+            app_databases: resource.all,
             ..self
         }
     }
@@ -155,14 +151,18 @@ impl Found {
 
 /// The first database of an app.
 struct FirstDatabase {
-    kind: DatabaseKind,
+    place: DatabasePlace,
+    /// A name in Postgres, or a resource name; may be empty.
+    database: String,
     /// Set if there are several.
     all: Option<AppDatabases>,
 }
 
-enum DatabaseKind {
-    Postgres(AppPostgres),
-    Instance(AppDatabase),
+enum DatabasePlace {
+    /// By its full name, unchecked.
+    Branch(String),
+    /// By its name, unchecked.
+    Instance(String),
 }
 
 /// The search for one endpoint.
@@ -278,7 +278,7 @@ impl Search<'_> {
             }
         };
         let names = endpoints.iter().map(|info| info.name.clone());
-        let known = Known::new(format!("endpoints of {branch}"), names);
+        let known = known(&format!("endpoints of {branch}"), names);
         let of_type = |wanted| endpoints.iter().find(|info| info.endpoint_type == wanted);
         let read_write = of_type(EndpointType::ReadWrite);
         let chosen = if self.wanted.read_only {
@@ -347,17 +347,12 @@ impl Search<'_> {
     }
 
     async fn by_app(&self, app: &str) -> Result<Found, LocateError> {
-        let FirstDatabase { kind, all } = self.app_database(app).await?;
-        match kind {
-            DatabaseKind::Postgres(resource) => {
-                let found = self.by_branch(&resource.branch.parse()?).await?;
-                Ok(found.of_app(&resource.database, all))
-            }
-            DatabaseKind::Instance(resource) => {
-                let found = self.by_instance(resource.instance_name.parse()?).await?;
-                Ok(found.of_app(&resource.database_name, all))
-            }
-        }
+        let resource = self.app_database(app).await?;
+        let found = match &resource.place {
+            DatabasePlace::Branch(name) => self.by_branch(&name.parse()?).await?,
+            DatabasePlace::Instance(name) => self.by_instance(name.parse()?).await?,
+        };
+        Ok(found.of_app(resource))
     }
 
     /// The first database of an app: the one that the platform sets variables for.
@@ -368,7 +363,7 @@ impl Search<'_> {
         if app.is_empty() || !app.bytes().all(is_name) {
             return Err(LocateError::NotFound {
                 what,
-                known: Known::default(),
+                known: String::new(),
                 source: None,
             });
         }
@@ -377,26 +372,27 @@ impl Search<'_> {
             Err(error) => return Err(self.failed(what, "", error).await),
         };
         let names = body.resources.iter().map(|resource| resource.name.clone());
-        let known = Known::new("its resources", names);
+        let known = known("its resources", names);
         let mut databases = body.resources.into_iter().filter_map(|resource| {
-            let kind = match (resource.postgres, resource.database) {
-                (Some(postgres), _) => DatabaseKind::Postgres(postgres),
-                (None, Some(database)) => DatabaseKind::Instance(database),
+            let (place, database) = match (resource.postgres, resource.database) {
+                (Some(it), _) => (DatabasePlace::Branch(it.branch), it.database),
+                (None, Some(it)) => (DatabasePlace::Instance(it.instance_name), it.database_name),
                 (None, None) => return None,
             };
-            Some((resource.name, kind))
+            Some((resource.name, place, database))
         });
-        let Some((taken, kind)) = databases.next() else {
-            let app = app.to_owned();
+        let app = app.to_owned();
+        let Some((taken, place, database)) = databases.next() else {
             return Err(LocateError::NoResource { app, known });
         };
-        let others: Vec<String> = databases.map(|(name, _)| name).collect();
-        let all = (!others.is_empty()).then(|| AppDatabases {
-            app: app.to_owned(),
-            taken,
-            others,
-        });
-        Ok(FirstDatabase { kind, all })
+        let others: Vec<String> = databases.map(|(name, ..)| name).collect();
+        let has_others = !others.is_empty();
+        let all = has_others.then_some(AppDatabases { app, taken, others });
+        Ok(FirstDatabase {
+            place,
+            database,
+            all,
+        })
     }
 
     /// By the app's resource, by uid, and finally by a search of the whole workspace.
@@ -424,7 +420,11 @@ impl Search<'_> {
                 .unwrap_or_default();
             // The default branch first: most hosts are found there, with fewer calls.
             branches.sort_by_key(|branch| branch.name != project.status.default_branch);
-            for branch in branches.iter().filter_map(branch_name) {
+            for branch in &branches {
+                // Only a valid name can stand in a path.
+                let Ok(branch) = branch.name.parse::<BranchName>() else {
+                    continue;
+                };
                 if self.lookup.is_spent() {
                     let what = host.to_string();
                     return Err(LocateError::TooLong { what });
@@ -453,36 +453,37 @@ impl Search<'_> {
         }
         Err(LocateError::NotFound {
             what: format!("endpoint that answers on `{host}`"),
-            known: Known::new("endpoints", seen),
+            known: known("endpoints", seen),
             source: None,
         })
     }
 
     /// The app's database if this is its host; an app may have access to nothing else.
     async fn by_host_of_app(&self, host: &HostName, app: &str) -> Option<Found> {
-        let FirstDatabase { kind, all } = self.app_database(app).await.ok()?;
-        match kind {
-            DatabaseKind::Postgres(resource) => {
-                let branch: BranchName = resource.branch.parse().ok()?;
-                let found = match self.lookup.endpoints(branch.as_str()).await {
+        let resource = self.app_database(app).await.ok()?;
+        let found = match &resource.place {
+            DatabasePlace::Branch(name) => {
+                let branch: BranchName = name.parse().ok()?;
+                match self.lookup.endpoints(branch.as_str()).await {
                     Ok(endpoints) => {
                         let mut endpoints = endpoints.into_iter();
                         Found::endpoint(endpoints.find(|info| info.answers_to(host))?)?
                     }
                     Err(error) if error.is_forbidden() => Found::default_endpoint(&branch),
                     Err(_) => return None,
-                };
-                Some(found.of_app(&resource.database, all))
+                }
             }
-            DatabaseKind::Instance(resource) => {
-                let name: InstanceName = resource.instance_name.parse().ok()?;
+            DatabasePlace::Instance(name) => {
+                let name: InstanceName = name.parse().ok()?;
                 let info = self.lookup.instance(&name).await.ok();
                 let info = info.filter(|info| info.has_host(host));
-                let is_its_host = info.is_some() || matches!(host.kind, HostKind::Instance(_));
-                let found = Found::new(Target::Instance(name), info);
-                is_its_host.then(|| found.of_app(&resource.database_name, all))
+                if info.is_none() && !matches!(host.kind, HostKind::Instance(_)) {
+                    return None;
+                }
+                Found::new(Target::Instance(name), info)
             }
-        }
+        };
+        Some(found.of_app(resource))
     }
 
     async fn by_instance_uid(&self, host: &HostName, uid: &str) -> Result<Found, LocateError> {
@@ -523,7 +524,7 @@ impl Search<'_> {
             source: None,
         };
         if is_resource && branch.parse::<BranchName>().is_err() {
-            return Err(not_found(Known::default()));
+            return Err(not_found(String::new()));
         }
         let databases = match self.lookup.databases(branch).await {
             Ok(databases) => databases,
@@ -545,7 +546,7 @@ impl Search<'_> {
         match mapped.map(|database| database.status.postgres_database.clone()) {
             Some(name) if !name.is_empty() => Ok(name),
             _ if !is_resource => Ok(text),
-            _ => Err(not_found(Known::new("databases", names.cloned()))),
+            _ => Err(not_found(known("databases", names.cloned()))),
         }
     }
 
@@ -566,9 +567,9 @@ impl Search<'_> {
     }
 
     /// The resources that exist near a name: on its branch, else in its project, else at all.
-    async fn near(&self, name: &str) -> Known {
+    async fn near(&self, name: &str) -> String {
         if name.is_empty() {
-            return Known::default();
+            return String::new();
         }
         let mut parts = name.split('/');
         let (kind, project, branch) = (parts.next(), parts.next(), parts.nth(1));
@@ -576,30 +577,30 @@ impl Search<'_> {
             let branch = format!("projects/{project}/branches/{branch}");
             if let Ok(endpoints) = self.lookup.endpoints(&branch).await {
                 let names = endpoints.into_iter().map(|info| info.name);
-                return Known::new(format!("endpoints of {branch}"), names);
+                return known(&format!("endpoints of {branch}"), names);
             }
         }
         if let Some(project) = project {
             let project = format!("projects/{project}");
             if let Ok(branches) = self.lookup.branches(&project).await {
                 let names = branches.into_iter().map(|branch| branch.name);
-                return Known::new(format!("branches of {project}"), names);
+                return known(&format!("branches of {project}"), names);
             }
         }
         let projects = self.lookup.projects().await.unwrap_or_default();
         let projects = projects.into_iter().map(|project| project.name);
         if kind != Some("instances") {
-            return Known::new("projects", projects);
+            return known("projects", projects);
         }
         let instances = self.lookup.instances().await.unwrap_or_default();
         let instances = instances.into_iter().map(|info| info.name);
-        Known::new("instances and projects", instances.chain(projects))
+        known("instances and projects", instances.chain(projects))
     }
 
     /// The other endpoints of the branch that are not disabled.
-    async fn siblings(&self, target: &Target) -> Known {
+    async fn siblings(&self, target: &Target) -> String {
         let Target::Endpoint(name) = target else {
-            return Known::default();
+            return String::new();
         };
         let endpoints = self
             .lookup
@@ -610,11 +611,6 @@ impl Search<'_> {
             .into_iter()
             .filter(|info| info.name != name.as_str() && !info.disabled)
             .map(|info| info.name);
-        Known::new(format!("others of {}", name.branch()), others)
+        known(&format!("others of {}", name.branch()), others)
     }
-}
-
-/// A branch's name, if it can stand in a path.
-fn branch_name(branch: &Resource<Branch>) -> Option<BranchName> {
-    branch.name.parse().ok()
 }

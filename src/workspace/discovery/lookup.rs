@@ -21,8 +21,8 @@ use super::{
 use crate::{
     net::backoff::Backoff,
     workspace::{
-        Answer, CallError, CallErrorKind, EndpointName, InstanceName, ProjectName, Target,
-        Workspace, diagnosis::Purpose,
+        Answer, CallError, CallErrorKind, EndpointName, InstanceName, ProjectName, Workspace,
+        diagnosis::Purpose,
     },
 };
 
@@ -54,13 +54,6 @@ impl<'a> Lookup<'a> {
     /// Whether a search has used up its calls.
     pub(super) fn is_spent(&self) -> bool {
         self.calls.load(Ordering::Relaxed) >= MAX_CALLS
-    }
-
-    pub(super) async fn target(&self, target: &Target) -> Result<EndpointInfo, CallError> {
-        match target {
-            Target::Endpoint(name) => self.endpoint(name).await,
-            Target::Instance(name) => self.instance(name).await,
-        }
     }
 
     pub(super) async fn endpoint(&self, name: &EndpointName) -> Result<EndpointInfo, CallError> {

@@ -7,13 +7,15 @@ mod lookup;
 
 use std::{fmt, time::Duration};
 
+use serde::Deserialize;
+
 use super::{
     CallError, EndpointName, Target, Workspace,
     diagnosis::clean,
     names::{HostKind, HostName},
 };
 
-pub use error::{Known, LocateError};
+pub use error::LocateError;
 pub use locate::{Located, Wanted};
 pub(super) use lookup::Lookup;
 
@@ -115,14 +117,17 @@ impl fmt::Display for EndpointState {
 }
 
 /// Whether an endpoint takes writes.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq)]
 pub enum EndpointType {
     /// Reads only.
+    #[serde(rename = "ENDPOINT_TYPE_READ_ONLY")]
     ReadOnly,
     /// Reads and writes.
+    #[serde(rename = "ENDPOINT_TYPE_READ_WRITE")]
     ReadWrite,
     /// Absent or unknown.
     #[default]
+    #[serde(other)]
     Unknown,
 }
 
@@ -180,27 +185,33 @@ pub struct Role {
 impl Workspace {
     /// Our identity. Without retries.
     pub async fn profile(&self) -> Result<Profile, CallError> {
-        Lookup::new(self, Duration::ZERO).profile().await
+        self.lookup().profile().await
+    }
+
+    /// Without retries.
+    fn lookup(&self) -> Lookup<'_> {
+        Lookup::new(self, Duration::ZERO)
     }
 
     /// Looks up an endpoint or an instance. Without retries.
     pub async fn describe(&self, target: &Target) -> Result<EndpointInfo, CallError> {
-        Lookup::new(self, Duration::ZERO).target(target).await
+        match target {
+            Target::Endpoint(name) => self.lookup().endpoint(name).await,
+            Target::Instance(name) => self.lookup().instance(name).await,
+        }
     }
 
     /// The roles on an endpoint's branch. Without retries.
     pub async fn roles(&self, endpoint: &EndpointName) -> Result<Vec<Role>, CallError> {
-        Lookup::new(self, Duration::ZERO)
-            .roles(endpoint.branch())
-            .await
+        self.lookup().roles(endpoint.branch()).await
     }
 
     /// The names in Postgres of the databases on an endpoint's branch. Without retries.
     pub async fn databases(&self, endpoint: &EndpointName) -> Result<Vec<String>, CallError> {
-        let lookup = Lookup::new(self, Duration::ZERO);
-        let databases = lookup.databases(endpoint.branch()).await?.into_iter();
-        Ok(databases
-            .map(|database| database.status.postgres_database)
-            .collect())
+        let databases = self.lookup().databases(endpoint.branch()).await?;
+        let names = databases
+            .into_iter()
+            .map(|found| found.status.postgres_database);
+        Ok(names.collect())
     }
 }
