@@ -16,7 +16,7 @@ use crate::{
     clock::Clock,
     config::{ClientTlsSetting, Config, EndpointConfig, Roots, Settings, WorkspaceSettings},
     console::Console,
-    listener::{AbsentSockets, Runtimes},
+    listener::{AbsentSockets, SessionThreads},
     net::{descriptors, tls},
     session::{
         AccessPolicy, KnownPassword, ListenerCertificate, LocalPassword, ProcessContext,
@@ -42,7 +42,7 @@ pub(super) struct Shared {
     /// The metrics of the first endpoint; rendering them includes all endpoints.
     pub(super) metrics: Arc<Metrics>,
     /// The runtimes of sessions.
-    pub(super) runtimes: Arc<Runtimes>,
+    pub(super) runtimes: Arc<SessionThreads>,
     /// Tasks of clients, from accept on.
     pub(super) clients: TaskTracker,
     /// All other tasks.
@@ -135,7 +135,9 @@ impl Shared {
             absent,
             console,
             metrics: Metrics::of_endpoint(first.map_or("", EndpointConfig::called))?,
-            runtimes: Arc::new(Runtimes::start(config.threads).map_err(StartError::Runtimes)?),
+            runtimes: Arc::new(
+                SessionThreads::start(config.threads).map_err(StartError::Runtimes)?,
+            ),
             clients: TaskTracker::new(),
             helpers: TaskTracker::new(),
             stop: CancellationToken::new(),

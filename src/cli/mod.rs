@@ -197,7 +197,7 @@ fn completions(arguments: &CompletionsArgs) -> ExitCode {
     ExitCode::SUCCESS
 }
 
-/// The runtime of everything but sessions, which have threads of their own (`listener::Runtimes`).
+/// The runtime of everything but sessions, which have threads of their own (`listener::SessionThreads`).
 pub fn runtime() -> Result<Runtime, CommandError> {
     let runtime = Builder::new_current_thread().enable_all().build();
     runtime.map_err(CommandError::runtime)

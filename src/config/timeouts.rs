@@ -7,7 +7,7 @@ use super::Settings;
 /// Timeouts of connecting a client to the endpoint.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Timeouts {
-    /// From the client's request to its session or refusal.
+    /// From the end of the endpoint's look-up to the client's session or refusal.
     pub connect_timeout: Duration,
     /// One connection attempt.
     pub server_connect_timeout: Duration,

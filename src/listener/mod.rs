@@ -1,9 +1,9 @@
 //! The sockets that clients connect to: binding, accepting, and placing each client on a runtime.
 //!
-//! Knows nothing of Postgres.
+//! Reads and writes nothing of the protocol: the session does, from the first byte on.
 
 mod inherited;
-mod runtimes;
+mod session_threads;
 mod tcp;
 mod unix;
 
@@ -23,7 +23,9 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{Instrument, Span, field::Empty};
 
 use self::unix::ListeningUnix;
-pub(crate) use self::{inherited::InheritedSocket, runtimes::Runtimes, unix::AbsentSockets};
+pub(crate) use self::{
+    inherited::InheritedSocket, session_threads::SessionThreads, unix::AbsentSockets,
+};
 pub use self::{
     inherited::{Inherited, InheritedError},
     unix::UnixError,
@@ -203,19 +205,19 @@ impl Listener {
         &self.bound
     }
 
-    /// Accepts until the endpoint closes. Sessions are among `clients` to their end and run on `runtimes`; the loops that
+    /// Accepts until the endpoint closes. Sessions are among `clients` to their end and run on `threads`; the loops that
     /// accept them are among `helpers`.
     pub(crate) fn spawn(
         self,
         endpoint: &Arc<EndpointContext>,
-        runtimes: &Arc<Runtimes>,
+        threads: &Arc<SessionThreads>,
         clients: &TaskTracker,
         helpers: &TaskTracker,
         absent: &AbsentSockets,
     ) {
         let acceptor = Acceptor {
             endpoint: Arc::clone(endpoint),
-            runtimes: Arc::clone(runtimes),
+            threads: Arc::clone(threads),
             clients: clients.clone(),
             handshakes: HandshakeLimiter::new(endpoint.process.max_handshakes),
         };
@@ -242,11 +244,11 @@ trait ListeningSocket: Send + Sync + 'static {
     fn tune(client: &Self::Client, keepalive: &Keepalive);
 }
 
-/// Accepts the clients of one endpoint and places their sessions on runtimes.
+/// Accepts the clients of one endpoint and places their sessions on threads.
 #[derive(Clone)]
 struct Acceptor {
     endpoint: Arc<EndpointContext>,
-    runtimes: Arc<Runtimes>,
+    threads: Arc<SessionThreads>,
     clients: TaskTracker,
     handshakes: HandshakeLimiter,
 }
@@ -312,7 +314,7 @@ impl Acceptor {
         }
     }
 
-    /// Serves a client on the runtime with the fewest tasks.
+    /// Serves a client on the thread with the fewest tasks.
     fn spawn_session(&self, mut accepted: Box<Accepted<Socket>>) {
         let span = session_span(&accepted);
         let endpoint = Arc::clone(&self.endpoint);
@@ -326,7 +328,7 @@ impl Acceptor {
             }
             session::serve(endpoint, accepted).await;
         };
-        self.runtimes
+        self.threads
             .spawn(self.clients.track_future(session.instrument(span)));
     }
 }

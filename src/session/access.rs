@@ -58,7 +58,7 @@ pub(super) struct SessionRequest<'a> {
     pub(super) startup: StartupMessage,
 }
 
-/// A client that has passed the access checks.
+/// A client that has passed the access checks. `connect.rs` admits and connects it; `console.rs` takes those of the console.
 pub(super) struct Access<'a> {
     pub(super) session: &'a Session<'a>,
     pub(super) startup: StartupMessage,
@@ -79,6 +79,7 @@ impl<'a> SessionRequest<'a> {
         access.check_uid(session.peer)?;
         let encryption = client.encryption();
         access.check_encryption(session.peer, encryption)?;
+        // Last, as it takes round trips: a client that is refused anyway is refused before it sends a password.
         let Some(password) = access.password(session.peer) else {
             return Ok(Access {
                 session,

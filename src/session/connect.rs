@@ -55,6 +55,7 @@ impl<'a> Access<'a> {
         let Session {
             endpoint, config, ..
         } = self.session;
+        // Before the limit, as a client may retry at another host during a shutdown.
         if endpoint.process.shutdown.phase() != Phase::Serving {
             return Err(shutting_down().into());
         }
@@ -211,6 +212,7 @@ impl<'a> Connected<'a> {
         let mut message = self.negotiation;
         let status = &greeting.parameter_status;
         message.extend_from_slice(&welcome(status, key, &greeting.notices));
+        // A client that does not read would otherwise keep its server connection.
         let sent = timeout(session.config.client_login_timeout, client.send(&message)).await;
         if !matches!(sent, Ok(Ok(()))) {
             tracing::debug!(session = session.id, "client did not take its welcome");

@@ -1,4 +1,4 @@
-//! The time limit of one client, from its request to its session or refusal.
+//! The time limit of one client's connect, from the end of the endpoint's look-up to a session or a refusal.
 
 use std::time::Duration;
 

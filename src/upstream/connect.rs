@@ -419,6 +419,7 @@ impl<'a> Attempts<'a> {
     /// Does what the failure's class requires before the next attempt, or refuses the client.
     async fn recover(&mut self, failure: Failure, generation: u64) -> Result<(), Refusal> {
         match consequence(failure.class).reaction {
+            // The next turn waits, and counts the failure against the budget.
             Reaction::WaitForWake => self.was_held = true,
             Reaction::Renew => self.renew(&failure, generation).await?,
             Reaction::WaitForCapacity => {
@@ -468,6 +469,7 @@ impl<'a> Attempts<'a> {
         } else if !upstream.credentials.note_mismatch() {
             return Err(upstream.refusal(failure));
         }
+        // Once: a client whose second credential is rejected too has another problem.
         self.was_renewed = true;
         let fresh = upstream
             .credentials
@@ -497,6 +499,7 @@ impl<'a> Attempts<'a> {
             let settings = self.settings.to_mut();
             settings.database = fallback;
             settings.fallback_database = None;
+            // It names the other database.
             self.startup = None;
         }
     }

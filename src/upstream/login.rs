@@ -313,6 +313,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Wire<'_, S> {
                     }
                     greeting.parameter_status.extend_from_slice(&message.frame);
                 }
+                // Protocol 3.0 keys have four bytes; any other length is of no use to a 3.0 client.
                 tag::BACKEND_KEY_DATA => greeting.key = cancel_key(message.body()),
                 tag::NOTICE_RESPONSE => greeting.notices.extend_from_slice(&message.frame),
                 tag::ERROR_RESPONSE => {

@@ -1,6 +1,7 @@
 //! Connections to the endpoint: resolve, dial, TLS, login; failure classes; retries while it wakes.
 //!
-//! Knows nothing of the client: [`SessionSettings`] in, a logged-in [`Connection`] out.
+//! Sends and receives nothing of the client: [`SessionSettings`] in, a logged-in [`Connection`] out, or the [`Refusal`] for
+//! the client.
 //!
 //! [`SessionSettings`]: crate::protocol::options::SessionSettings
 

@@ -21,7 +21,7 @@ use tokio::{
 
 /// The threads; they end when this is dropped, and their sessions with them.
 #[derive(Debug)]
-pub(crate) struct Runtimes(Vec<SessionThread>);
+pub(crate) struct SessionThreads(Vec<SessionThread>);
 
 #[derive(Debug)]
 struct SessionThread {
@@ -32,10 +32,10 @@ struct SessionThread {
     control: mpsc::Sender<()>,
 }
 
-impl Runtimes {
+impl SessionThreads {
     /// Starts `count` threads. Fails when the system provides no thread or no epoll set.
     pub(crate) fn start(count: NonZeroUsize) -> io::Result<Self> {
-        // Those that run already end with it when a later one fails.
+        // Dropping `threads` ends the ones already started.
         let mut threads = Self(Vec::with_capacity(count.get()));
         for number in 0..count.get() {
             threads.0.push(SessionThread::start(number)?);
@@ -125,17 +125,17 @@ mod tests {
     /// More than any of these tests takes when all is well.
     const LONG: Duration = Duration::from_secs(30);
 
-    fn start(count: usize) -> Runtimes {
-        Runtimes::start(NonZeroUsize::new(count).unwrap()).unwrap()
+    fn start(count: usize) -> SessionThreads {
+        SessionThreads::start(NonZeroUsize::new(count).unwrap()).unwrap()
     }
 
     /// The result of `job`; `None` when it panicked or was dropped.
-    async fn run<J>(runtimes: &Runtimes, job: J) -> Option<J::Output>
+    async fn run<J>(threads: &SessionThreads, job: J) -> Option<J::Output>
     where
         J: Future<Output: Send> + Send + 'static,
     {
         let (sender, result) = oneshot::channel();
-        runtimes.spawn(async move {
+        threads.spawn(async move {
             let _ = sender.send(job.await);
         });
         timeout(LONG, result).await.unwrap().ok()
