@@ -82,6 +82,7 @@ impl App {
     /// As [`build`](Self::build), with sockets from the service manager instead of those in the settings.
     pub async fn build_with(config: Config, inherited: Inherited) -> Result<Self, StartError> {
         descriptors::raise(config.settings.max_connections());
+        // Before any thread or task is started, so that a port in use only ends this function.
         let http = bind(config.http, "http-port").await?;
         let notes = bind(config.notes, "notes-port").await?;
         let admin = bind(config.admin, "admin-port").await?;
@@ -119,6 +120,7 @@ impl App {
         let shared = Shared::new(&config)?;
         let mut bound = Vec::with_capacity(listeners.len());
         for (endpoint, listener) in config.endpoints.into_iter().zip(listeners) {
+            // Metrics of the process are registered once, with the first endpoint.
             let metrics = if bound.is_empty() {
                 Arc::clone(&shared.metrics)
             } else {

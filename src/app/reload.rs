@@ -167,6 +167,7 @@ impl Reloader {
             return Err(RefusedReload::ShuttingDown);
         }
         let mut change = self.config.change_to(self.load().await?);
+        // Before anything is bound: commit cannot fail any more.
         check_filter(&change.config.settings.log_filter())?;
         let prepared = self.prepare(&change).await?;
         if !prepared.roots.is_empty() {
@@ -191,6 +192,7 @@ impl Reloader {
             access: Arc::new(access),
         };
         if let Err(error) = self.fill(change, &mut prepared).await {
+            // The labels of endpoints that were never served must not stay in the metrics.
             for endpoint in &prepared.added {
                 endpoint.served.context.metrics.retire();
             }
@@ -205,6 +207,7 @@ impl Reloader {
             .iter()
             .filter(|one| !one.context.registry.is_draining())
         {
+            // The system's roots are read at the start only.
             if !serve::has_roots_file(&served.config) {
                 continue;
             }
@@ -224,6 +227,7 @@ impl Reloader {
                 let served = served.iter();
                 served.filter(|served| served.context.registry.is_draining())
             };
+            // A removed endpoint that comes back while its sessions drain still has its listener: it serves again.
             if let Some(before) =
                 draining().find(|served| served.config.has_same_listener(endpoint))
                 && before.config.has_same_config(endpoint)

@@ -65,6 +65,7 @@ pub(super) fn access_policy(
     before: Option<(&Config, &AccessPolicy)>,
 ) -> Result<AccessPolicy, StartError> {
     let certificate = match before {
+        // A new self-signed certificate would have another fingerprint than the one logged at startup.
         Some((old, access)) if old.client_tls == config.client_tls => access.certificate.clone(),
         _ => ListenerCertificate::new(&config.client_tls)?.map(Arc::new),
     };

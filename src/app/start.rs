@@ -39,6 +39,7 @@ impl App {
         };
         let http_listeners = http_listeners.into_iter().filter_map(http_listener);
         shared.observer.http.set(http_listeners.collect()).ok();
+        // Liveness checks every runtime: a blocked one serves no client, whatever the main runtime does.
         let (beating, beat_stop) = (Arc::clone(&health), stop.clone());
         let runtimes = Arc::clone(&shared.runtimes);
         helpers.spawn(async move {
@@ -138,6 +139,7 @@ impl App {
         if let Some(address) = addresses.notes {
             tracing::info!(%address, "serving the notes page");
         }
+        // With the connection test, `ready` reports startup once it has passed.
         if !shared.settings().run_connection_test() {
             health.set_started();
         }

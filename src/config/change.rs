@@ -75,6 +75,7 @@ impl Config {
         }
         let restarts = change.restart.len();
         self.change_endpoints(new.endpoints, &mut change);
+        // An endpoint that keeps its old addresses keeps the settings from which they follow, so that SHOW CONFIG stays true.
         if change.restart.len() == restarts {
             change.config.settings.take(&new.settings, Reload::Endpoint);
         }

@@ -117,6 +117,7 @@ impl EndpointConfig {
             },
         };
         if let CredentialSource::Workspace = credential {
+            // Neon's hosts begin with `ep-` as well, but no workspace mints a credential for them.
             let is_neon = |host: &&String| host.to_ascii_lowercase().ends_with(".neon.tech");
             if let Some(host) = table.host.as_ref().filter(is_neon) {
                 let host = without_userinfo(host);

@@ -20,6 +20,7 @@ impl Config {
         let threads = threads(environment.get("TOKIO_WORKER_THREADS"))?;
         let http = settings.http_port().at(settings.http_address());
         let notes = notes(&settings, environment.get("DATABRICKS_APP_PORT"))?;
+        // Validated even if the page is off, so that an invalid port is reported before it matters.
         let notes = notes.filter(|_| settings.notes());
         let admin = settings.admin_port().at(LOCALHOST);
         let admin = admin.filter(|_| settings.quitquitquit());
