@@ -1,7 +1,15 @@
 //! The life of the database credential: one task mints it and publishes it through a cell that clients read without a lock.
 //!
-//! A walk through it: `sources` mints, `refresher` decides when by `schedule` and publishes into `cell`, where `upstream`
-//! reads it at a login and reports rejections (`forced`, `propagation`). Knows nothing of clients or servers.
+//! | step | where |
+//! |---|---|
+//! | setting of the source | `config::CredentialSource` |
+//! | the source | [`Mint`]: a password, a file or a command by [`of_settings`]; else `workspace::CredentialMinter`, made with the look-up of its target in `app` |
+//! | the workspace token that it needs | `workspace::auth`: a `TokenSource`, chosen by `choice`, kept by `cache` |
+//! | when to mint | [`Refresher`], by `schedule`; sooner for waiting clients (`demand`) and rejected logins (`forced`) |
+//! | publication | [`CredentialCell`], which `upstream` reads at a login |
+//! | verdict of the endpoint | `forced` (a new credential) and `propagation` (the same one again while it is young) |
+//!
+//! Imports nothing of sessions or of the connection to the endpoint.
 
 mod cell;
 mod demand;

@@ -16,7 +16,7 @@ pub struct WorkspaceError {
     source: Option<Box<dyn Error + Send + Sync>>,
 }
 
-/// Problems that the choice among the kinds of authentication tells apart.
+/// Problems that the choice among the kinds of authentication distinguishes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Problem {
     /// The machine lacks a program or a file; another kind may work.

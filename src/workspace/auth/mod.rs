@@ -10,7 +10,7 @@
 //!    which masks them in errors.
 //! 2. Here, a `mod` line and a row of the table `kinds!`, in the order in which kinds are tried.
 //! 3. If it has settings of its own: a row of `attributes!` for each in `config::workspace`, and an `AuthFamily` if they
-//!    select the kind. A setting whose presence is not its value is a case in `choice::families`.
+//!    select the kind. A setting that counts only with a certain value is a case in `choice::families`.
 //! 4. If it was refused so far, its row in `unsupported` goes. Tests: `choice`, `tests/it/auth.rs`; guides: `operations.md`.
 
 mod azure;
