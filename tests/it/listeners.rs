@@ -6,7 +6,10 @@ use std::{
     process::Stdio,
 };
 
-use lakebase_proxy::{config::PortSetting, emulator::Emulator};
+use lakebase_proxy::{
+    config::{PortSetting, Settings},
+    emulator::Emulator,
+};
 use tempfile::TempDir;
 use tokio::{
     net::UnixStream,
@@ -63,10 +66,9 @@ async fn every_address_is_listened_on_at_one_port() {
     if has_ipv6() {
         addresses.push("[::1]");
     }
-    let proxy = Proxy::with(&emulator, |settings| {
-        settings.address = Some(addresses.iter().map(|it| it.parse().unwrap()).collect());
-    })
-    .await;
+    // As in a file, where an IPv6 address may be in brackets.
+    let listed: Settings = toml::from_str(&format!("address = {addresses:?}")).unwrap();
+    let proxy = Proxy::with(&emulator, |settings| settings.address = listed.address).await;
     let port = proxy.address().port();
     for address in addresses {
         is_served(format!("{address}:{port}").parse().unwrap()).await;
