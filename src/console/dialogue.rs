@@ -208,11 +208,17 @@ impl<R: Fn(&Table) -> Rows> Dialogue<R> {
 
     fn named(&self, kind: u8, name: &str) -> Result<&Prepared, Report> {
         self.prepared.get(&(kind, name.to_owned())).ok_or_else(|| {
-            let (sqlstate, noun) = match kind {
-                STATEMENT => (sqlstate::UNDEFINED_STATEMENT, "prepared statement"),
-                _ => (sqlstate::UNDEFINED_CURSOR, "portal"),
-            };
-            Report::new(sqlstate, format!("{noun} \"{name}\" does not exist"))
+            if kind == STATEMENT {
+                Report::new(
+                    sqlstate::UNDEFINED_STATEMENT,
+                    format!("prepared statement \"{name}\" does not exist"),
+                )
+            } else {
+                Report::new(
+                    sqlstate::UNDEFINED_CURSOR,
+                    format!("portal \"{name}\" does not exist"),
+                )
+            }
         })
     }
 

@@ -226,7 +226,7 @@ async fn a_connection_that_the_server_ended_costs_the_reader_nothing() {
     for round in 1..=5 {
         assert_eq!(get(site.address, "/").await.status, 200, "round {round}");
         let ended = admin
-            .query("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name LIKE '%notes'", &[])
+            .query("SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE application_name LIKE '%notes'", &[])
             .await;
         assert_eq!(ended.unwrap().len(), 1);
     }
