@@ -8,7 +8,7 @@ use tokio::time::{Instant, sleep, timeout};
 
 use super::{
     certificates::{Certificate, Recorder},
-    endpoint::{Examined, Found},
+    endpoint::{Examined, Found, Ready},
     grants::{self, bind_role, create_extension, identifier},
     report::{Finding, Outcome, Steps, spoken},
     step,
@@ -55,13 +55,13 @@ impl Attempt {
 }
 
 /// Connects, with retries while the endpoint wakes, and reports the last attempt.
-pub(super) async fn check(
-    steps: &mut Steps<'_>,
-    examined: &Examined<'_>,
-    found: &Found,
-    addresses: Vec<SocketAddr>,
-    credential: Option<Credential>,
-) {
+pub(super) async fn check(steps: &mut Steps<'_>, examined: &Examined<'_>, ready: Ready) {
+    let Ready {
+        found,
+        addresses,
+        credential,
+    } = ready;
+    let found = &found;
     let connection = match Connection::new(examined, found, addresses, credential) {
         Ok(connection) => connection,
         Err(why) => {

@@ -6,7 +6,6 @@ use jiff::SignedDuration;
 use tokio::time::timeout;
 
 use super::{
-    connection,
     grants::{create_role, identifier},
     report::{Finding, Outcome, Steps, spoken},
     step,
@@ -46,10 +45,18 @@ pub(super) struct Found {
     state: Option<EndpointState>,
 }
 
-pub(super) async fn check(steps: &mut Steps<'_>, examined: &Examined<'_>) {
+/// An endpoint whose checks so far allow a connection.
+pub(super) struct Ready {
+    pub(super) found: Found,
+    pub(super) addresses: Vec<SocketAddr>,
+    pub(super) credential: Option<Credential>,
+}
+
+/// Checks everything before a connection; `None` if that must not or cannot be made.
+pub(super) async fn check(steps: &mut Steps<'_>, examined: &Examined<'_>) -> Option<Ready> {
     let Some(found) = locate(steps, examined).await else {
         steps.skip_rest(step::OF_ENDPOINT, "the endpoint is unknown");
-        return;
+        return None;
     };
     let credential = match (&examined.config.credential, examined.workspace) {
         (CredentialSource::Workspace, None) => {
@@ -68,7 +75,7 @@ pub(super) async fn check(steps: &mut Steps<'_>, examined: &Examined<'_>) {
     // Names are resolved even if nothing may be dialed: that wakes nothing.
     let Some(addresses) = addresses else {
         steps.skip_rest(step::OF_ENDPOINT, "the endpoint's host cannot be used");
-        return;
+        return None;
     };
     if let Some(why) = examined.reason_not_to_dial(&found) {
         steps.skip(&[step::ENDPOINT_TCP, step::EDGE_TLS, step::LOGIN], why);
@@ -78,10 +85,13 @@ pub(super) async fn check(steps: &mut Steps<'_>, examined: &Examined<'_>) {
         };
         steps.check(step::GRANTS, role).await;
         steps.skip_rest(step::OF_ENDPOINT, why);
-        return;
+        return None;
     }
-    connection::check(steps, examined, &found, addresses, credential).await;
-    steps.skip_rest(step::OF_ENDPOINT, "an earlier check failed");
+    Some(Ready {
+        found,
+        addresses,
+        credential,
+    })
 }
 
 async fn locate(steps: &mut Steps<'_>, examined: &Examined<'_>) -> Option<Found> {

@@ -185,7 +185,10 @@ pub async fn run(
             connect: inputs.connect,
             is_usable,
         };
-        endpoint::check(&mut steps, &examined).await;
+        if let Some(ready) = endpoint::check(&mut steps, &examined).await {
+            connection::check(&mut steps, &examined, ready).await;
+            steps.skip_rest(step::OF_ENDPOINT, "an earlier check failed");
+        }
         let started = Instant::now();
         let finding = port::check(&endpoint.listen).await;
         steps.note(step::PORT, started.elapsed(), finding);

@@ -22,7 +22,7 @@ use tokio_postgres::{Client, Config, NoTls, config::SslMode, error::SqlState};
 use tokio_util::task::TaskTracker;
 use tracing::debug;
 
-use super::{NotesOptions, page::Note};
+use super::NotesOptions;
 use crate::session::KnownPassword;
 
 /// Longest note that is shown whole; a longer one is cut by the server, so that a page stays a page.
@@ -31,6 +31,30 @@ const NOTE_CHARS: usize = 2_000;
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 /// Required by the pool; checking a pooled connection sends nothing.
 const RECYCLE_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// One row.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct Note {
+    /// Its text, of any content.
+    pub(super) content: String,
+    /// When it was made, where that is known and makes sense.
+    pub(super) created_at: Option<Timestamp>,
+}
+
+impl Note {
+    /// For machines.
+    pub(super) fn datetime(&self) -> Option<String> {
+        self.created_at
+            .map(|at| at.strftime("%Y-%m-%dT%H:%M:%SZ").to_string())
+    }
+
+    /// For people.
+    pub(super) fn when(&self) -> String {
+        self.created_at
+            .map(|at| at.strftime("%-d %B %Y, %H:%M UTC").to_string())
+            .unwrap_or_default()
+    }
+}
 
 /// Why there are no rows to show.
 #[derive(Debug, thiserror::Error)]

@@ -106,7 +106,7 @@ struct Site {
 }
 
 impl Site {
-    async fn notes(&self) -> Result<Vec<page::Note>, Problem> {
+    async fn notes(&self) -> Result<Vec<database::Note>, Problem> {
         let deadline = Instant::now() + self.request_timeout;
         let outcome = match timeout_at(deadline, self.database.newest()).await {
             Ok(outcome) => outcome,

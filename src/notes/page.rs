@@ -1,33 +1,8 @@
 //! The pages, written by one template that escapes whatever it is given.
 
 use askama::Template;
-use jiff::Timestamp;
 
-use super::problem::Problem;
-
-/// One row.
-#[derive(Clone, Debug, PartialEq)]
-pub(super) struct Note {
-    /// Its text, of any content.
-    pub(super) content: String,
-    /// When it was made, where that is known and makes sense.
-    pub(super) created_at: Option<Timestamp>,
-}
-
-impl Note {
-    /// For machines.
-    fn datetime(&self) -> Option<String> {
-        self.created_at
-            .map(|at| at.strftime("%Y-%m-%dT%H:%M:%SZ").to_string())
-    }
-
-    /// For people.
-    fn when(&self) -> String {
-        self.created_at
-            .map(|at| at.strftime("%-d %B %Y, %H:%M UTC").to_string())
-            .unwrap_or_default()
-    }
-}
+use super::{database::Note, problem::Problem};
 
 /// The page with the notes.
 pub(super) fn notes(notes: &[Note]) -> Result<String, askama::Error> {

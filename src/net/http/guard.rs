@@ -6,7 +6,7 @@
 //!
 //! This protects reads. A request with an effect must show its intent as well, see [`check_intent`].
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use axum::{
     extract::{Request, State},
@@ -22,8 +22,6 @@ use axum::{
     middleware::Next,
     response::{IntoResponse, Response},
 };
-
-use super::server::Visitor;
 
 /// No scripts, no frames, no forms; styles and images from us alone. A page that needs more sets its own policy.
 const POLICY: &str = "default-src 'none'; style-src 'self'; img-src 'self'; base-uri 'none'; form-action 'none'; \
@@ -96,6 +94,17 @@ pub fn is_from_this_machine(request: &Parts) -> bool {
         .get()
         .is_some_and(|visitor: &Visitor| visitor.is_local())
         && host(request).is_ok_and(|host| host.is_none_or(|host| is_local(&host)))
+}
+
+/// The address of the client; an extension of each request.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Visitor(pub(super) SocketAddr);
+
+impl Visitor {
+    /// Whether the request comes from this machine.
+    fn is_local(self) -> bool {
+        self.0.ip().to_canonical().is_loopback()
+    }
 }
 
 /// Who may be expected at a listener.

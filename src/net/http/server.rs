@@ -2,7 +2,7 @@
 //!
 //! `axum::serve` has no limit on connections and none on the time a head may take; this loop has both.
 
-use std::{collections::VecDeque, io, net::SocketAddr, pin::pin, sync::Arc, time::Duration};
+use std::{collections::VecDeque, io, pin::pin, sync::Arc, time::Duration};
 
 use axum::{Extension, Router, middleware};
 use hyper::server::conn::http1;
@@ -18,7 +18,7 @@ use tokio::{
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{debug, warn};
 
-use super::guard::{Reach, guard};
+use super::guard::{Reach, Visitor, guard};
 use crate::net::backoff::Backoff;
 
 /// Between attempts to accept, mostly for lack of descriptors: short, so that one set free is used soon.
@@ -48,17 +48,6 @@ impl Default for Limits {
             drain: Duration::from_secs(5),
             max_head: 16 * 1024,
         }
-    }
-}
-
-/// The address of the client; an extension of each request.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Visitor(SocketAddr);
-
-impl Visitor {
-    /// Whether the request comes from this machine.
-    pub(super) fn is_local(self) -> bool {
-        self.0.ip().to_canonical().is_loopback()
     }
 }
 
