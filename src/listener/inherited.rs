@@ -86,6 +86,7 @@ impl Inherited {
                 number: index + 1,
                 source,
             };
+            // A descriptor that is no TCP socket is left in its place, for the second attempt.
             let socket = match passed.take_tcp_listener(index) {
                 Ok(socket) => socket.map(InheritedSocket::Tcp),
                 Err(_) => passed
@@ -114,6 +115,7 @@ impl Inherited {
         shares.resize_with(endpoints.len(), Vec::new);
         let mut rest = Vec::new();
         for passed in self.0 {
+            // As for the addresses in the settings: every client that reaches it acts as the service principal.
             if let (false, Some(address)) = (allow_remote, passed.socket.remote()) {
                 return Err(InheritedError::Remote { address });
             }
@@ -147,6 +149,7 @@ impl InheritedSocket {
             Self::Unix(socket) => SockRef::from(socket),
         };
         socket.set_nonblocking(true)?;
+        // With Accept=yes systemd passes connections (systemd.socket(5)); only Linux has an option that shows this.
         #[cfg(target_os = "linux")]
         if !socket.is_listener()? {
             return Err(io::Error::other("a connection, not a listener"));

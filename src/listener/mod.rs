@@ -163,6 +163,7 @@ impl Listener {
         };
         let mut unix_sockets = Vec::new();
         if let Some(place) = &listen.unix {
+            // With port 0 the system has chosen the TCP port; a client uses the same PGPORT for both.
             let port = bound.tcp.first().map_or(listen.port, SocketAddr::port);
             let socket = unix::bind(place, port)?;
             bound.unix = vec![socket_path(&place.directory, port)];
@@ -191,8 +192,10 @@ impl Listener {
                 InheritedSocket::Unix(socket) => {
                     let address = socket.local_addr()?;
                     let path = address.as_pathname().map(PathBuf::from);
+                    // A socket in Linux's abstract namespace has no path.
                     listener.bound.unix.extend(path);
                     let socket = UnixListener::from_std(socket)?;
+                    // The file stays: the service manager listens on it while the proxy restarts.
                     listener.unix.push(ListeningUnix { socket, file: None });
                 }
             }
@@ -260,9 +263,11 @@ impl Acceptor {
         loop {
             let next = async {
                 let (client, peer) = socket.accept().await?;
+                // Clients that find no permit stay in the kernel's queue, where they take no descriptor.
                 let permit = self.handshakes.enter(peer).await;
                 Ok::<_, io::Error>((client, peer, permit))
             };
+            // Cancel safe: a client that waits for its permit is closed with the listener.
             let accepted = tokio::select! {
                 accepted = next => accepted,
                 () = end.cancelled() => return,
@@ -299,8 +304,10 @@ impl Acceptor {
         let closed = self.endpoint.registry.closed();
         loop {
             let ListeningUnix { socket, file } = listening;
+            // A child, so that a replacement ends this loop and not the endpoint.
             let end = closed.child_token();
             let accepting = self.run(socket, end.clone());
+            // An inherited socket is not replaced: only the service manager can make it again.
             let Some(file) = file else {
                 return accepting.await;
             };
@@ -320,6 +327,7 @@ impl Acceptor {
         let endpoint = Arc::clone(&self.endpoint);
         let session = async move {
             let _counter = PanicCounter(Arc::clone(&endpoint.metrics));
+            // Accepted in the main runtime: without this its epoll set would wake this thread for every message.
             match accepted.stream.move_here() {
                 Ok(stream) => accepted.stream = stream,
                 Err(error) => {

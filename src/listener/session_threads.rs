@@ -47,6 +47,7 @@ impl SessionThreads {
     pub(crate) fn spawn(&self, session: impl Future<Output = ()> + Send + 'static) {
         let tasks = |thread: &&SessionThread| thread.runtime.load().metrics().num_alive_tasks();
         if let Some(thread) = self.0.iter().min_by_key(tasks) {
+            // Dropping the handle detaches the task; the tracker of clients waits for it.
             drop(thread.runtime.load().spawn(session));
         }
     }
@@ -88,6 +89,7 @@ fn run(mut runtime: Runtime, current: &ArcSwap<Handle>, mut control: mpsc::Recei
     let until_dropped = async |control: &mut mpsc::Receiver<()>| {
         assert!(control.recv().await.is_none(), "killed by a test");
     };
+    // Unwind safe: a runtime that has panicked is only shut down.
     while catch_unwind(AssertUnwindSafe(|| {
         runtime.block_on(until_dropped(&mut control));
     }))
@@ -104,6 +106,7 @@ fn run(mut runtime: Runtime, current: &ArcSwap<Handle>, mut control: mpsc::Recei
             }
         };
         tracing::error!("a session thread has died with its sessions and is replaced");
+        // Before the shutdown: a session that is placed meanwhile must not be dropped with the dead runtime.
         current.store(Arc::new(successor.handle().clone()));
         std::mem::replace(&mut runtime, successor).shutdown_background();
     }

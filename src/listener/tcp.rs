@@ -37,6 +37,7 @@ pub(super) fn bind_all(
     addresses: &[SocketAddr],
 ) -> Result<(Vec<TcpListener>, Vec<SocketAddr>), ListenError> {
     let any_port = addresses.iter().all(|address| address.port() == 0);
+    // The port that the system chooses for the first address may be taken on another: then all are chosen again.
     let mut attempts = if any_port && addresses.len() > 1 {
         FREE_PORT_ATTEMPTS
     } else {
@@ -60,6 +61,7 @@ fn bind_each(
     let mut bound: Vec<SocketAddr> = Vec::with_capacity(addresses.len());
     for &(mut address) in addresses {
         if let (true, Some(first)) = (any_port, bound.first()) {
+            // One port for all addresses, as a client has one PGPORT.
             address.set_port(first.port());
         }
         let failed = |source| ListenError::Tcp { address, source };
@@ -94,10 +96,13 @@ fn bind(address: SocketAddr) -> io::Result<TcpListener> {
         Type::STREAM,
         Some(Protocol::TCP),
     )?;
+    // A restart succeeds while connections of the last run are in TIME_WAIT, as with PostgreSQL.
     socket.set_reuse_address(true)?;
     if address.is_ipv6() {
+        // As PostgreSQL does: `[::]` would otherwise take the port from 0.0.0.0.
         socket.set_only_v6(true)?;
     }
+    // Tokio requires it.
     socket.set_nonblocking(true)?;
     // Accepted sockets inherit it from this one.
     unpace(&SockRef::from(&socket), address);

@@ -104,6 +104,7 @@ impl ListeningSocket for UnixListener {
 
     async fn accept(&self) -> io::Result<(UnixStream, Peer)> {
         let (client, _) = self.accept().await?;
+        // The kernel's record of connect(2) (SO_PEERCRED, unix(7)): the client cannot choose it.
         let credentials = client.peer_cred()?;
         let peer = Peer::Unix {
             uid: credentials.uid(),
@@ -170,10 +171,12 @@ impl SocketFile {
         let mut mark = None;
         loop {
             sleep(CHECK_INTERVAL).await;
+            // A link in the place of the socket is not followed: it may lead to another server.
             if let Ok(found) = tokio::fs::symlink_metadata(&self.path).await
                 && self.is(&found)
             {
                 self.mode.store(permissions(&found), Ordering::Relaxed);
+                // Moved away and back.
                 mark = None;
                 continue;
             }
@@ -199,6 +202,7 @@ impl SocketFile {
                         "the Unix socket is gone, and cannot be made again for now"
                     );
                 }
+                // Logged once; readiness reports the socket until it is bound.
                 Err(_) => {}
             }
         }
@@ -252,6 +256,7 @@ pub(super) fn parse(path: &Path) -> Option<(PathBuf, u16)> {
 /// Creates the socket, in place of one that no process listens on any more.
 pub(super) fn bind(place: &UnixSocket, port: u16) -> Result<ListeningUnix, UnixError> {
     let path = socket_path(&place.directory, port);
+    // Fails only for the length: `sun_path` holds 108 bytes on Linux, 104 on macOS.
     let Ok(address) = SockAddr::unix(&path) else {
         return Err(UnixError::TooLong { path });
     };
@@ -270,6 +275,7 @@ pub(super) fn bind(place: &UnixSocket, port: u16) -> Result<ListeningUnix, UnixE
         socket.bind(&address).map_err(failed)?;
     }
     let found = fs::symlink_metadata(&path).map_err(failed)?;
+    // From here on an error removes the file again.
     let file = SocketFile {
         place: place.clone(),
         port,
@@ -301,6 +307,7 @@ fn remove_stale(path: &Path, address: &SockAddr) -> Result<(), UnixError> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         Err(error) => return Err(failed(error)),
     };
+    // A file of another kind was not left behind by a server; removing it could lose data.
     if !found.file_type().is_socket() {
         return Err(UnixError::NotASocket {
             path: path.to_owned(),
@@ -314,6 +321,7 @@ fn remove_stale(path: &Path, address: &SockAddr) -> Result<(), UnixError> {
             fs::remove_file(path).map_err(failed)
         }
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        // Any other error, such as a full queue or a lack of permission, may be that of a live server.
         Ok(()) | Err(_) => Err(UnixError::Taken {
             path: path.to_owned(),
         }),
