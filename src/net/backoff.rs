@@ -55,6 +55,7 @@ impl Backoff {
 
 /// Half to one and a half times `wait`; never zero, so that no loop can spin.
 pub(crate) fn spread(wait: Duration, jitter: f64) -> Duration {
+    // `clamp` keeps a NaN, and `mul_f64` panics on it.
     let jitter = if jitter.is_finite() { jitter } else { 0.0 };
     wait.mul_f64(1.0 + 0.5 * jitter.clamp(-1.0, 1.0))
 }

@@ -38,6 +38,7 @@ pub struct BulkTcp {
     socket: TcpStream,
     flow: Flow,
     /// When to read although no batch has arrived.
+    // A box, as most sessions never need the timer.
     batch_deadline: Option<Pin<Box<Sleep>>>,
 }
 
@@ -66,6 +67,7 @@ impl BulkTcp {
             .batch_deadline
             .get_or_insert_with(|| Box::pin(sleep(MAX_PAUSE)));
         deadline.as_mut().reset(Instant::now() + MAX_PAUSE);
+        // A timer that is due already has not kept the waker.
         if deadline.as_mut().poll(cx).is_ready() {
             cx.waker().wake_by_ref();
         }
@@ -133,6 +135,7 @@ impl AsyncWrite for BulkTcp {
         cx: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
+        // Before the write: the answer may arrive at once, and be shorter than a batch.
         self.note_write();
         Pin::new(&mut self.socket).poll_write(cx, bytes)
     }
@@ -210,6 +213,7 @@ fn wake_for(socket: &TcpStream, bytes: Option<usize>) {
     let _ = (socket, bytes);
 }
 
+// None of nix, rustix and socket2 offers this option.
 #[cfg(target_os = "linux")]
 mod low_water_mark {
     use nix::{libc, setsockopt_impl, sys::socket::sockopt::SetUsize};

@@ -23,6 +23,7 @@ pub(crate) type Stamp = [i64; 6];
 pub(crate) fn read(path: &Path, limit: u64) -> io::Result<Zeroizing<Vec<u8>>> {
     let file = open(path)?;
     let metadata = file.metadata()?;
+    // Of the open descriptor: the path may lead to another file by now.
     if !metadata.is_file() {
         return Err(io::Error::new(
             io::ErrorKind::InvalidInput,
@@ -32,6 +33,7 @@ pub(crate) fn read(path: &Path, limit: u64) -> io::Result<Zeroizing<Vec<u8>>> {
     // One allocation with space to detect the end: growing would leave copies of a secret behind.
     let capacity = usize::try_from(metadata.len().min(limit)).unwrap_or_default();
     let mut bytes = Zeroizing::new(Vec::with_capacity(capacity.saturating_add(32)));
+    // One byte more than allowed reveals a longer file, also one that has grown since.
     file.take(limit.saturating_add(1)).read_to_end(&mut bytes)?;
     if u64::try_from(bytes.len()).is_ok_and(|length| length <= limit) {
         return Ok(bytes);
@@ -74,6 +76,7 @@ pub(crate) fn stamp(path: &Path) -> Option<Stamp> {
         metadata.len().cast_signed(),
         metadata.mtime(),
         metadata.mtime_nsec(),
+        // `cp -p` and `rsync -t` restore the time of modification, but not this one.
         metadata.ctime_nsec(),
     ])
 }

@@ -26,6 +26,7 @@ pub(crate) async fn read_message<S: AsyncRead + Unpin>(
     limit: usize,
 ) -> Result<Message, ReadError> {
     loop {
+        // First, as the peer may have sent it together with the last message.
         if let Some(message) = take_message(buffer, limit)? {
             return Ok(message);
         }

@@ -88,6 +88,7 @@ impl Socket {
         let half = PollFlags::empty();
         let mut polled = [PollFd::from_borrowed_fd(socket, half)];
         // A failure reveals nothing about the peer; the next read or write does.
+        // Zero: returns at once.
         if poll(&mut polled, Some(&Timespec::default())).is_err() {
             return HangUp::None;
         }

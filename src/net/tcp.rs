@@ -25,6 +25,7 @@ pub(crate) async fn connect(address: SocketAddr) -> io::Result<TcpStream> {
     } else {
         TcpSocket::new_v6()?
     };
+    // Before the connect: a paced socket stays paced.
     unpace(&SockRef::from(&socket), address);
     socket.connect(address).await
 }
@@ -48,6 +49,7 @@ pub(crate) async fn connect_any(addresses: Vec<SocketAddr>) -> io::Result<(TcpSt
                 None => more = false,
             }
         }
+        // `join_next` is cancel safe: attempts that exceed their head start go on in the set.
         let finished = if more {
             match timeout(HAPPY_EYEBALLS_DELAY, attempts.join_next()).await {
                 Ok(finished) => finished,
@@ -57,7 +59,9 @@ pub(crate) async fn connect_any(addresses: Vec<SocketAddr>) -> io::Result<(TcpSt
             attempts.join_next().await
         };
         match finished {
+            // Dropping the set ends the other attempts.
             Some(Ok(Ok(connected))) => return Ok(connected),
+            // RFC 8305, 5: after a failure the next attempt starts at once.
             Some(Ok(Err(error))) => last_error = error,
             Some(Err(lost)) => last_error = io::Error::other(lost),
             None if more => {}
@@ -108,6 +112,7 @@ fn interleave(addresses: Vec<SocketAddr>) -> Vec<SocketAddr> {
 
 /// Sets nodelay and keepalive. Errors are ignored: the connection works without.
 pub(crate) fn tune(socket: &TcpStream, keepalive: &Keepalive) {
+    // As libpq and PostgreSQL do: Nagle's algorithm would hold back the end of a message until an acknowledgement.
     let _ = socket.set_nodelay(true);
     let socket = SockRef::from(socket);
     if !keepalive.idle.is_zero() {
@@ -117,6 +122,7 @@ pub(crate) fn tune(socket: &TcpStream, keepalive: &Keepalive) {
             .with_retries(keepalive.count);
         let _ = socket.set_tcp_keepalive(&probes);
     }
+    // Zero by default: Linux also ends a peer that is alive and does not read, such as a COPY that waits for a lock.
     #[cfg(target_os = "linux")]
     if !keepalive.user_timeout.is_zero() {
         let _ = socket.set_tcp_user_timeout(Some(keepalive.user_timeout));

@@ -59,6 +59,7 @@ pub enum TlsError {
 
 /// The crypto provider of the whole process.
 pub fn provider() -> Arc<CryptoProvider> {
+    // Not rustls's process default, which depends on the features that all crates together enable.
     Arc::new(aws_lc_rs::default_provider())
 }
 
@@ -89,6 +90,7 @@ pub(crate) fn verifier(roots: &Roots) -> Result<Arc<dyn ServerCertVerifier>, Tls
         Roots::File(path) => {
             let store = Arc::new(read_roots(path)?);
             WebPkiServerVerifier::builder_with_provider(store, provider())
+                // The roots of the file only: with a private authority the system's must not be accepted as well.
                 .build()
                 .map_err(|error| TlsError::Unusable(rustls::Error::General(error.to_string())))?
         }

@@ -73,6 +73,7 @@ impl FileWatch {
             if Instant::now() < state.next {
                 return false;
             }
+            // Set before the look: handshakes at the same time cause one, and no lock is held across it.
             state.next = Instant::now() + INTERVAL;
         }
         let now = self.look().await;
@@ -88,6 +89,7 @@ impl FileWatch {
             let mut now = self.look().await;
             let mut state = self.state();
             for (now, known) in now.iter_mut().zip(&state.known) {
+                // A file is missing for a moment while it is replaced.
                 *now = now.or(*known);
             }
             state.next = Instant::now() + INTERVAL;

@@ -61,6 +61,7 @@ pub fn check_intent(request: &Parts) -> Result<(), Response> {
         StatusCode::FORBIDDEN,
         "requests from other origins are refused\n",
     );
+    // `same-site` is foreign as well: it includes every other port of this machine.
     if !matches!(site, None | Some(b"none" | b"same-origin")) {
         return Err(foreign.into_response());
     }
@@ -127,6 +128,7 @@ pub(super) async fn guard(State(reach): State<Reach>, request: Request, next: Ne
     for (name, value) in HARDENING {
         response
             .headers_mut()
+            // A page may have set its own policy.
             .entry(name)
             .or_insert(HeaderValue::from_static(value));
     }
@@ -163,6 +165,7 @@ fn host(request: &Parts) -> Result<Option<Authority>, Refusal> {
     let bad = (StatusCode::BAD_REQUEST, "one valid Host header is needed\n");
     let mut fields = request.headers.get_all(HOST).iter();
     let field = fields.next();
+    // RFC 9112, 3.2: 400 for more than one, and for HTTP/1.1 without.
     if fields.next().is_some() || (field.is_none() && request.version == Version::HTTP_11) {
         return Err(bad);
     }
@@ -173,6 +176,7 @@ fn host(request: &Parts) -> Result<Option<Authority>, Refusal> {
     let host = request.uri.authority().cloned().or(field);
     if host
         .as_ref()
+        // RFC 9110, 4.2.4: userinfo in an http URI is treated as an error.
         .is_some_and(|host| host.as_str().contains('@'))
     {
         return Err(bad);
@@ -196,6 +200,7 @@ fn is_name(host: &Authority) -> bool {
 
 fn literal(host: &Authority) -> Option<IpAddr> {
     let name = host.host();
+    // The brackets of an IPv6 literal (RFC 3986, 3.2.2).
     let inner = name
         .strip_prefix('[')
         .and_then(|name| name.strip_suffix(']'));

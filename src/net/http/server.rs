@@ -89,6 +89,7 @@ pub async fn serve(
                         connections.spawn(async move {
                             let served = connection(stream, app, limits, stop);
                             closed.run_until_cancelled(served).await;
+                            // Marks the token for `Open`, which forgets closed connections.
                             closed.cancel();
                             drop(permit);
                         });
@@ -104,6 +105,7 @@ pub async fn serve(
             }
         })
         .await;
+    // Before the answers finish: a new client is refused at once instead of waiting in the queue.
     drop(listener);
     connections.close();
     connections.wait().await;
@@ -115,8 +117,10 @@ async fn connection(stream: TcpStream, app: Router, limits: Limits, stop: Cancel
     // Only a latency matter; a stream that cannot take it is about to fail anyway.
     stream.set_nodelay(true).ok();
     let served = http1::Builder::new()
+        // Without a timer hyper panics for `header_read_timeout`.
         .timer(TokioTimer::new())
         .header_read_timeout(limits.header_read_timeout)
+        // hyper panics below 8 kB.
         .max_buf_size(limits.max_head)
         .serve_connection(TokioIo::new(stream), TowerToHyperService::new(app));
     let mut served = pin!(served);
