@@ -53,6 +53,7 @@ impl AuthenticationRequest {
 
 fn mechanisms(list: &[u8]) -> Option<Vec<String>> {
     list.split(|&byte| byte == 0)
+        // An empty name ends the list (AuthenticationSASL in "Message Formats").
         .take_while(|name| !name.is_empty())
         .map(|name| String::from_utf8(name.to_vec()).ok())
         .collect()
@@ -108,6 +109,7 @@ impl<'a> Authenticator<'a> {
     /// # Errors
     /// A message out of order, and more iterations than the limit.
     pub fn derivation(&mut self, server_first: Vec<u8>) -> Result<Derivation, AuthError> {
+        // Read before the exchange sees the message: the library derives the key while it parses.
         let iterations = iterations(&server_first);
         if iterations > MAX_SCRAM_ITERATIONS {
             return Err(AuthError::TooCostly(iterations));

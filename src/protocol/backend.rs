@@ -68,6 +68,7 @@ fn authentication(request: &Authentication) -> BytesMut {
 /// `parameter_status` and `notices` are whole frames as the server sent them.
 pub(crate) fn welcome(parameter_status: &[u8], key: CancelKey, notices: &[u8]) -> BytesMut {
     let mut out = BytesMut::with_capacity(parameter_status.len() + notices.len() + 64);
+    // Before everything else: libpq takes a notice ahead of AuthenticationOk for an error.
     encode(&Authentication::Ok, &mut out);
     out.extend_from_slice(parameter_status);
     let secret = SecretKey::I32(key.secret.cast_signed());

@@ -70,8 +70,10 @@ impl ErrorFields {
                 .unwrap_or(rest.len());
             let (value, rest) = rest.split_at(end);
             body = rest.get(1..).unwrap_or_default();
+            // Before a login is complete the server may use any encoding.
             let value = String::from_utf8_lossy(value).into_owned();
             match kind {
+                // `S` may be translated (lc_messages); `V`, since PostgreSQL 9.6, never is, and wins in either order.
                 b'S' if fields.severity.is_empty() => fields.severity = value,
                 b'V' => fields.severity = value,
                 b'C' => fields.code = value,

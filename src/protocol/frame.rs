@@ -137,6 +137,7 @@ pub fn take_message(buffer: &mut BytesMut, limit: usize) -> Result<Option<Messag
         Ok(length) if length >= 4 => length.saturating_add(1),
         _ => return Err(FrameError::InvalidLength { tag, length }),
     };
+    // Before the body has arrived: a length alone must not make the buffer grow.
     if total > limit {
         return Err(FrameError::TooLong {
             tag,
@@ -200,6 +201,7 @@ impl Scanner {
         while !self.lost {
             if self.body_left > 0 {
                 if self.status_next {
+                    // The status byte may arrive in a later chunk than the header.
                     let Some(&status) = chunk.first() else { return };
                     self.status_next = false;
                     visit(Seen::Status(status));
@@ -226,6 +228,7 @@ impl Scanner {
             match usize::try_from(i32::from_be_bytes([a, b, c, d])) {
                 Ok(length) if length >= 4 => {
                     self.body_left = length - 4;
+                    // A client's stream has no `Z`, so that one scanner serves both directions.
                     self.status_next = tag == tag::READY_FOR_QUERY && self.body_left > 0;
                     visit(Seen::Message { tag });
                 }

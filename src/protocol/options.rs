@@ -59,6 +59,7 @@ impl SessionSettings {
         };
         for (name, value) in &message.parameters {
             match name.as_str() {
+                // The user is the role of the credential. Of several `options` the last counts (ProcessStartupPacket()).
                 "user" | "database" | OPTIONS => {}
                 known if FORWARDED.contains(&known) => {
                     settings.parameters.push((name.clone(), value.clone()));
@@ -99,6 +100,7 @@ impl SessionSettings {
 
     /// The client's own options, followed by the folded parameters.
     fn options(&self, is_dropped: impl Fn(&str) -> bool) -> Cow<'_, str> {
+        // First, as process_startup_options() has it: a later value wins, and parameters follow the options there.
         let own = self.parameters.iter().find(|(name, _)| name == OPTIONS);
         let mut options = Cow::Borrowed(own.map_or("", |(_, options)| options));
         for (name, value) in &self.folded {

@@ -55,6 +55,7 @@ impl Verifier {
     pub fn new(password: &SecretString) -> Option<Self> {
         // SCRAM-SHA-256$<iterations>:<salt>$<stored key>:<server key>
         let text = Zeroizing::new(scram_sha_256(password.expose_secret().as_bytes()));
+        // The library offers the keys only as the text that PostgreSQL stores in pg_authid.
         let (costs, keys) = text
             .strip_prefix(SCRAM_SHA_256)?
             .strip_prefix('$')?
@@ -102,11 +103,13 @@ impl<'a> Exchange<'a> {
             binding if binding.starts_with("p=") => return Err(ScramError::Unsupported),
             _ => return Err(ScramError::Malformed),
         }
+        // An authorization identity, which PostgreSQL refuses as well.
         if !identity.is_empty() {
             return Err(ScramError::Unsupported);
         }
         let mut attributes = bare.split(',');
         let user = attributes.next().unwrap_or_default();
+        // RFC 5802, 5.1: a mandatory extension that is not known must fail the authentication.
         if user.starts_with("m=") {
             return Err(ScramError::Unsupported);
         }
@@ -118,6 +121,7 @@ impl<'a> Exchange<'a> {
             .and_then(|attribute| attribute.strip_prefix("r="))
             .filter(|nonce| !nonce.is_empty() && nonce.bytes().all(|byte| byte.is_ascii_graphic()))
             .ok_or(ScramError::Malformed)?;
+        // The user name is not compared: every client logs in as the role of the credential.
         let nonce = format!("{client_nonce}{our_nonce}");
         let answer = format!("r={nonce},{}", verifier.parameters);
         let exchange = Self {
@@ -132,10 +136,12 @@ impl<'a> Exchange<'a> {
     /// Verifies the client's final message; returns the server's final message with its own proof.
     pub fn finish(mut self, last: &[u8]) -> Result<String, ScramError> {
         let last = std::str::from_utf8(last).map_err(|_| ScramError::Malformed)?;
+        // RFC 5802, 5.1: the proof is the last attribute and signs all before it.
         let (unproved, proof) = last.rsplit_once(",p=").ok_or(ScramError::Malformed)?;
         let mut attributes = unproved.split(',');
         let channel = attributes.next().and_then(|it| it.strip_prefix("c="));
         let nonce = attributes.next().and_then(|it| it.strip_prefix("r="));
+        // RFC 5802, 6: the repeated header reveals a party in between that removed channel binding.
         if channel != Some(STANDARD.encode(&self.header).as_str())
             || nonce != Some(self.nonce.as_str())
         {
@@ -148,6 +154,7 @@ impl<'a> Exchange<'a> {
             .ok_or(ScramError::Malformed)?;
         self.transcript.push_str(unproved);
 
+        // RFC 5802, 3: ClientProof XOR ClientSignature is the ClientKey, whose digest is the StoredKey.
         let signature = sign(&self.verifier.stored_key, &self.transcript);
         let mut client_key = proof;
         for (byte, signed) in client_key.iter_mut().zip(signature.as_ref()) {
@@ -157,6 +164,7 @@ impl<'a> Exchange<'a> {
         client_key.zeroize();
         verify_slices_are_equal(found.as_ref(), &self.verifier.stored_key)
             .map_err(|_| ScramError::Wrong)?;
+        // Only after the client's proof: the server's proof would let a guess be checked offline.
         let ours = sign(&self.verifier.server_key, &self.transcript);
         Ok(format!("v={}", STANDARD.encode(ours)))
     }

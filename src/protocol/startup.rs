@@ -74,11 +74,13 @@ impl StartupMessage {
     /// The last value sent for `name`, unless that is empty.
     pub fn parameter(&self, name: &str) -> Option<&str> {
         let (_, value) = self.parameters.iter().rev().find(|(key, _)| key == name)?;
+        // As for PostgreSQL, where an empty database name means the user's.
         (!value.is_empty()).then_some(value.as_str())
     }
 
     /// Whether the client requests more than protocol 3.0 without options.
     pub fn needs_negotiation(&self) -> bool {
+        // The edge refuses every minor version but 0 and sends no NegotiateProtocolVersion itself.
         self.minor > 0 || !self.protocol_options.is_empty()
     }
 }
@@ -116,6 +118,7 @@ pub enum StartupError {
 /// # Errors
 /// As soon as the bytes cannot be the start of a first packet.
 pub fn take_initial_packet(buffer: &mut BytesMut) -> Result<Option<InitialPacket>, StartupError> {
+    // Ahead of the length, of which it is the first byte: direct TLS is reported with a hint, other protocols are not.
     if buffer.first() == Some(&TLS_HANDSHAKE) {
         return Err(StartupError::TlsHandshake);
     }
@@ -123,6 +126,7 @@ pub fn take_initial_packet(buffer: &mut BytesMut) -> Result<Option<InitialPacket
         return Ok(None);
     };
     let length = usize::try_from(u32::from_be_bytes(length)).unwrap_or(usize::MAX);
+    // Before the bytes have arrived: those of another protocol read as a large length (`GET ` is 1.2 GB).
     if !(8..=MAX_STARTUP_LEN).contains(&length) {
         return Err(StartupError::InvalidLength);
     }
@@ -135,6 +139,7 @@ pub fn take_initial_packet(buffer: &mut BytesMut) -> Result<Option<InitialPacket
     match code {
         SSL_REQUEST if length == 8 => Ok(Some(InitialPacket::Ssl)),
         GSSENC_REQUEST if length == 8 => Ok(Some(InitialPacket::GssEnc)),
+        // Longer keys belong to protocol 3.2, which is never agreed on.
         CANCEL_REQUEST if length == CANCEL_REQUEST_LEN => {
             Ok(Some(InitialPacket::Cancel(CancelKey {
                 process_id: packet.get_u32(),
@@ -171,6 +176,7 @@ fn startup_message(version: u32, mut body: &[u8]) -> Result<StartupMessage, Star
             message.parameters.push((name.to_owned(), value.to_owned()));
         }
     }
+    // Trailing bytes are refused, as by ProcessStartupPacket().
     if body.is_empty() {
         Ok(message)
     } else {
