@@ -59,7 +59,7 @@ impl SessionSettings {
         };
         for (name, value) in &message.parameters {
             match name.as_str() {
-                // The user is the role of the credential. Of several `options` the last counts (ProcessStartupPacket()).
+                // The user is the credential's role. Of several `options` the last counts (ProcessStartupPacket()).
                 "user" | "database" | OPTIONS => {}
                 known if FORWARDED.contains(&known) => {
                     settings.parameters.push((name.clone(), value.clone()));
