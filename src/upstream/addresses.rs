@@ -63,7 +63,10 @@ impl Addresses {
         if let Some(fixed) = self.as_fixed() {
             return Ok(fixed.to_vec());
         }
+        // Before the lock: a failure that was met while this client waited for it counts for this client as well.
+        // Two hundred clients of a name that does not resolve would otherwise look it up one after the other.
         let started = Instant::now();
+        // Held across the look-up on purpose: clients that come meanwhile share its result.
         let mut known = self.known.lock().await;
         let Known { answer, failure } = &mut *known;
         if let Some((at, failure)) = failure

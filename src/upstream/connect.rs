@@ -178,7 +178,9 @@ impl Upstream {
         let endpoint = self.endpoint();
         let exchange = async {
             // The semaphore is never closed.
+            // Within the time limit: requests that wait for a permit are bounded as well.
             let _permit = self.cancels.acquire().await;
+            // No look-up: another server behind the same name does not know the key.
             let mut stream = dial::redial(address, &endpoint, keepalive, &self.metrics).await?;
             write_and_flush(&mut stream, &key.request())
                 .await
@@ -282,9 +284,11 @@ impl<'a> Attempts<'a> {
         loop {
             let began = Instant::now();
             self.was_held |= upstream.wake.is_waking();
+            // The turn, then the credential, then the slot: a client that waits for those holds no slot.
             let lead = match upstream.wake.turn(&mut self.budget).await {
                 Ok(lead) => lead,
                 Err(failure) => {
+                    // A budget that a name or capacity has shortened does not show that the endpoint is down.
                     if self.budget.is_whole() {
                         upstream.wake.spend_budget();
                     }
@@ -355,6 +359,7 @@ impl<'a> Attempts<'a> {
         {
             self.open_fallback_database();
         }
+        // Counted here, so that a client that gives up before another attempt adds no retry.
         if let Some(previous) = &self.previous {
             upstream.metrics.upstream_retries[previous.class].inc();
         }
@@ -366,9 +371,11 @@ impl<'a> Attempts<'a> {
         // The lead and the slot are held through the attempt, so that the next client starts with its result.
         let mut held = Some((lead, slot));
         let endpoint = upstream.endpoint();
+        // For the first attempt only: dropped parameters may change the next message.
         let startup = self.startup.take();
         let login = Login::new(&endpoint.user, &credential, &self.settings);
         let attempt = login.run(&endpoint, startup, &self.connect.keepalive, &self.phases);
+        // One attempt is bounded as well: a load balancer may accept a connection and not pass it on.
         let whole = Instant::now() + self.connect.timeouts.server_connect_timeout;
         let ends_at = self.budget.ends_at().min(whole);
         let mut attempt = pin!(timeout_at(ends_at, attempt));
@@ -379,6 +386,7 @@ impl<'a> Attempts<'a> {
         let result = tokio::select! {
             result = &mut attempt => result,
             () = slow => {
+                // The next client starts without this result; the login goes on until its own limit.
                 held = None;
                 attempt.await
             }
@@ -430,6 +438,7 @@ impl<'a> Attempts<'a> {
                     self.budget.shorten(self.budget.spent() + capacity_timeout);
                 }
                 self.previous = Some(failure);
+                // The endpoint responds: only this client waits, outside the queue of `Wake`.
                 return self.pause().await;
             }
             Reaction::Refuse
@@ -467,6 +476,7 @@ impl<'a> Attempts<'a> {
                 return Ok(());
             }
         } else if !upstream.credentials.note_mismatch() {
+            // Tried once per accepted login: each new credential belongs to the same identity.
             return Err(upstream.refusal(failure));
         }
         // Once: a client whose second credential is rejected too has another problem.

@@ -48,6 +48,7 @@ impl Stream {
     pub(super) fn may_send_cleartext(&self) -> bool {
         match self {
             Self::Plain(socket) => {
+                // The address in use, not the configured host: a name may lead elsewhere.
                 let peer = socket.peer_addr();
                 peer.is_some_and(|address| tcp::is_loopback(address.ip()))
             }
@@ -76,6 +77,7 @@ pub(super) async fn dial(
     let looking_up = resolve(&endpoint.host, endpoint.port);
     let looking_up = endpoint.addresses.get(looking_up);
     let addresses = phases.run(LoginPhase::Resolve, looking_up).await?;
+    // Stale addresses may be the cause of a failure: the next attempt resolves anew.
     let connected = phases.run(LoginPhase::Dial, connect(addresses)).await;
     let (tcp, address) = connected.inspect_err(|_| endpoint.addresses.forget())?;
     let securing = secure(tcp, endpoint, keepalive, phases.metrics);
@@ -135,6 +137,8 @@ pub(super) async fn secure(
     let Security::Tls { config, name } = &endpoint.security else {
         return Ok(Stream::Plain(tcp));
     };
+    // No direct TLS: the edge takes a ClientHello for a long packet and never answers it.
+    // The ClientHello follows the answer only: the edge refuses bytes that are sent with an SSLRequest.
     tcp.write_all(&ssl_request())
         .await
         .map_err(|error| Failure::broken(&error))?;
@@ -145,6 +149,7 @@ pub(super) async fn secure(
         .map_err(|error| Failure::broken(&error))?;
     match answer {
         b'S' => {}
+        // No fallback to plaintext: the credential would be readable on the network.
         b'N' => return Err(Failure::protocol("the server does not offer TLS")),
         b'E' => return Err(read_plain_error(tcp).await),
         other => {
@@ -153,6 +158,7 @@ pub(super) async fn secure(
             )));
         }
     }
+    // The name also for a configured address: the edge finds the endpoint by SNI.
     let stream = TlsStream::connect(Arc::clone(config), name.clone(), tcp)
         .await
         .map_err(|error| Failure::tls(&error))?;

@@ -69,6 +69,7 @@ pub(super) fn refused<'a>(
     let names = parameters.iter().map(|(name, _)| name.as_str());
     let is_refused = |name: &&str| {
         sentences.iter().any(|(before, after)| {
+            // The whole sentence, so that a name in a client's own text cannot match.
             let quoted = error
                 .message
                 .strip_prefix(before)

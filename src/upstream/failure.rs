@@ -108,6 +108,7 @@ impl Failure {
     pub(crate) fn resolve(host: &str, error: &io::Error) -> Self {
         let message = format!("cannot resolve host name `{host}`: {}", chain(error));
         let mut failure =
+            // Retried: a sidecar may start before its network and resolver do.
             Self::ours(Class::Waking, sqlstate::CANNOT_CONNECT, message).with_hint(NO_NAME);
         failure.is_dns = true;
         failure
@@ -186,9 +187,11 @@ impl Failure {
             .get_ref()
             .and_then(|inner| inner.downcast_ref::<rustls::Error>());
         let Some(tls) = tls else {
+            // Retried: the network, or an edge that closes while the endpoint wakes.
             return Self::broken(error);
         };
         let message = format!("TLS failed: {tls}");
+        // Not retried: what does not verify now does not verify after a wait either.
         let hint = matches!(tls, rustls::Error::InvalidCertificate(_)).then_some(UNTRUSTED);
         Self::ours(Class::Protocol, sqlstate::CANNOT_CONNECT, message).with_hint(hint)
     }
@@ -245,6 +248,7 @@ impl Failure {
         let mut report = match &self.origin {
             Origin::Server(error) => {
                 let sqlstate = match error.code.as_str() {
+                    // Drivers and pools decide on a retry by SQLSTATE, for which the catch-all is of no use.
                     "" | INTERNAL_ERROR => consequence(self.class).sqlstate,
                     code => code,
                 };

@@ -100,6 +100,7 @@ impl<'a> Login<'a> {
         for name in &self.settings.unusable {
             endpoint.dropped.insert(name, "it cannot be a setting");
         }
+        // Besides the shared list, from which other clients' names may push out this client's.
         let mut dropped: Vec<&str> = Vec::new();
         loop {
             let is_dropped =
@@ -110,6 +111,7 @@ impl<'a> Login<'a> {
             };
             let began = Instant::now();
             let attempt = async {
+                // Anew for each try: the server closes the connection with its error.
                 let (mut stream, address) = dial::dial(endpoint, keepalive, phases).await?;
                 let may_send_cleartext = stream.may_send_cleartext();
                 let exchange = self.exchange(&mut stream, &startup, may_send_cleartext);
@@ -179,6 +181,7 @@ impl<'a> Login<'a> {
         wire: &mut Wire<'_, S>,
         may_send_cleartext: bool,
     ) -> Result<(), Failure> {
+        // Lakebase's documentation: a token is a plaintext password, hence TLS only; native roles use SCRAM-SHA-256.
         let mut authenticator = Authenticator::new(self.user, &self.credential.secret);
         loop {
             let message = wire.message().await?;
@@ -304,6 +307,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Wire<'_, S> {
         loop {
             let message = match self.message().await {
                 Ok(message) => message,
+                // The server's own error explains the end of the stream.
                 Err(broken) => return Err(error.unwrap_or(broken)),
             };
             match message.tag {
@@ -321,6 +325,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Wire<'_, S> {
                     if until == Until::LoggedIn {
                         return Err(failure);
                     }
+                    // ReadyForQuery still follows the error of a query.
                     error = Some(failure);
                 }
                 tag::COMMAND_COMPLETE if until == Until::Queried => {}

@@ -19,6 +19,7 @@ use crate::telemetry::{Metrics, labels::LoginPhase};
 /// The phases of one client's login, over all of its attempts.
 pub(super) struct Phases<'a> {
     pub(super) metrics: &'a Metrics,
+    // Atomic, as the mutex below: a login's future holds a reference to this and must be Send. Only one task uses it.
     current: AtomicUsize,
     durations: Mutex<EnumMap<LoginPhase, Duration>>,
 }

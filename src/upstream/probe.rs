@@ -57,6 +57,7 @@ impl Session {
         settings: &SessionSettings,
     ) -> Result<Self, Failure> {
         let may_send_cleartext = stream.may_send_cleartext();
+        // doctor sends parameters of its own only, none of which a server refuses.
         let startup = settings.startup(&endpoint.user, |_| false)?;
         let login = Login::new(&endpoint.user, credential, settings);
         let greeting = login
@@ -116,6 +117,7 @@ fn row(mut body: &[u8]) -> Option<Row> {
     let mut row = Vec::new();
     for _ in 0..columns {
         let length = body.try_get_i32().ok()?;
+        // -1 stands for NULL.
         let Ok(length) = usize::try_from(length) else {
             row.push(None);
             continue;

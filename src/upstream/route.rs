@@ -113,6 +113,7 @@ impl Route {
         let mut state = self.state.clone();
         let mut waiting = None;
         loop {
+            // Marks the value as seen, so that `changed` returns for any later one.
             let problem = match &*state.borrow_and_update() {
                 State::Found(upstream) => return Ok(Arc::clone(upstream)),
                 State::Failing(problem) => Some(Arc::clone(problem)),

@@ -149,6 +149,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> TlsStream<S> {
                 self.state = State::Failed;
                 return Poll::Ready(Err(io::ErrorKind::UnexpectedEof.into()));
             }
+            // After the read: a wake-up that finds no bytes copies nothing.
             front.copy_from_slice(&self.partial);
             let records = incoming.get_mut(..kept + read).unwrap_or_default();
             let done = match self.advance(records, out) {
@@ -186,6 +187,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> TlsStream<S> {
                 Ok(ConnectionState::EncodeTlsData(data)) => encode(data, &mut self.encrypted)?,
                 // Encrypted bytes are sent in order.
                 Ok(ConnectionState::TransmitTlsData(data)) => data.done(),
+                // TLS 1.3 closes each direction on its own (RFC 8446, 6.1): the client's last bytes can still be sent.
                 Ok(ConnectionState::PeerClosed) => self.state = State::PeerClosed,
                 Ok(ConnectionState::WriteTraffic(_)) => {
                     if self.state == State::Handshaking {
@@ -326,6 +328,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for TlsStream<S> {
                     Poll::Ready(Ok(written)) => rest.advance(written),
                     Poll::Ready(Err(error)) => return Poll::Ready(Err(error)),
                     Poll::Pending => {
+                        // The chunk counts as written: a sealed record cannot be taken back, only sent later.
                         this.encrypted.extend_from_slice(rest);
                         break;
                     }
@@ -368,6 +371,7 @@ fn encode<D>(mut data: EncodeTlsData<'_, D>, sealed: &mut BytesMut) -> io::Resul
     let mut room = 0;
     loop {
         sealed.resize(at + room, 0);
+        // The first call has no space and returns the size.
         match data.encode(sealed.get_mut(at..).unwrap_or_default()) {
             Ok(written) => {
                 sealed.truncate(at + written);

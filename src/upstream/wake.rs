@@ -51,6 +51,7 @@ pub(super) struct Place<'a> {
 impl Drop for Place<'_> {
     fn drop(&mut self) {
         self.wake.0.send_if_modified(|state| {
+            // Wakes the others only if one of them may go next.
             let was_first = state.queue.first() == Some(&self.number);
             state.queue.remove(&self.number);
             was_first
@@ -158,6 +159,7 @@ impl Wake {
 
     /// Records a successful login; returns how long the endpoint was waking, if it was.
     pub(super) fn logged_in(&self) -> Option<Duration> {
+        // Checked first: `send_modify` wakes every waiting client.
         if self.has_spent_budget() {
             self.0.send_modify(|state| state.has_spent_budget = false);
         }

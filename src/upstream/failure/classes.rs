@@ -28,6 +28,7 @@ pub(in crate::upstream) struct Consequence {
 
 pub(in crate::upstream) fn consequence(class: Class) -> Consequence {
     let (reaction, sqlstate, hint) = match class {
+        // Other clients close connections within seconds: a short wait often succeeds.
         Class::Capacity => (
             Reaction::WaitForCapacity,
             sqlstate::TOO_MANY_CONNECTIONS,
@@ -35,6 +36,7 @@ pub(in crate::upstream) fn consequence(class: Class) -> Consequence {
                 "The endpoint has no connection left: use fewer or smaller pools, or raise the compute's size.",
             ),
         ),
+        // Expired, revoked, or not known at the endpoint yet: another credential may be accepted.
         Class::Identity => (
             Reaction::Renew,
             sqlstate::INVALID_AUTHORIZATION,
@@ -43,6 +45,7 @@ pub(in crate::upstream) fn consequence(class: Class) -> Consequence {
             ),
         ),
         Class::Other => (Reaction::Refuse, INTERNAL_ERROR, None),
+        // Only a person can change the cause.
         Class::Permission => (
             Reaction::Refuse,
             sqlstate::INVALID_AUTHORIZATION,
@@ -62,6 +65,7 @@ pub(in crate::upstream) fn consequence(class: Class) -> Consequence {
                 "The endpoint did not answer in time. Retry; if it lasts, check that the compute is not disabled and that the network reaches it.",
             ),
         ),
+        // Once until a login is accepted, see `CredentialCell::note_mismatch`.
         Class::WrongIdentity => (
             Reaction::Renew,
             sqlstate::INVALID_AUTHORIZATION,
@@ -69,6 +73,7 @@ pub(in crate::upstream) fn consequence(class: Class) -> Consequence {
                 "The login is as `{user}` (PGUSER), and the credential belongs to `{identity}`. If these are two, unset PGUSER; if they are one, bind the role to it, as its owner: SECURITY LABEL FOR databricks_auth ON ROLE {role} IS 'id=<numeric id of the identity in the workspace>,type={kind}';",
             ),
         ),
+        // The next credential is of the same kind.
         Class::WrongKind => (
             Reaction::Refuse,
             sqlstate::INVALID_AUTHORIZATION,

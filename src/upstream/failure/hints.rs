@@ -23,6 +23,7 @@ impl Failure {
         };
         let user = &endpoint.user;
         let identity = credential.identity();
+        // A role for a group differs from the identity of its members, so the hint names that case as well.
         let is_another = identity
             .as_ref()
             .is_some_and(|identity| !identity.eq_ignore_ascii_case(user));
@@ -61,6 +62,7 @@ impl Failure {
                 |host| format!("`{host}`"),
             );
             let role = format!("\"{}\"", user.replace('"', "\"\""));
+            // Users are named by e-mail address, service principals by application id.
             let kind = if user.contains('@') {
                 "USER"
             } else {

@@ -35,6 +35,7 @@ const fn rule(class: Class, text: &'static str, hint: Option<&'static str>) -> R
 
 /// The first rule that matches wins.
 const RULES: &[Rule] = &[
+    // First: the edge hides these causes in the detail of its transient `External authorization failed`.
     rule(Permission, "blocked by databricks ip acl", Some(IP_ACCESS)),
     rule(
         Permission,
@@ -50,9 +51,11 @@ const RULES: &[Rule] = &[
     rule(Permission, "lakebase_runtime", Some(NETWORK_POLICY)),
     rule(WrongIdentity, "did not match the security label", None),
     rule(WrongIdentity, "no security label", None),
+    // Neon's proxy, in front of autoscaling endpoints: a personal access token or a native password.
     rule(WrongKind, "not a valid jwt encoding", None),
     rule(WrongKind, "failed to decode token for role", None),
     rule(WrongKind, "sasl authentication failed", None),
+    // Texts of Neon's proxy and of databricks_auth, under XX000 or class 28.
     rule(Identity, "token*has expired", None),
     rule(Identity, "not yet ready to use", Some(CLOCK)),
     rule(Identity, "invalid jwt token audience", None),
@@ -65,18 +68,21 @@ const RULES: &[Rule] = &[
         None,
     ),
     rule(Identity, "password authentication failed", None),
+    // PostgreSQL's own; the name between the quotation marks is not part of the text here.
     rule(Permission, "role \"*does not exist", Some(MISSING_ROLE)),
     rule(Permission, "is not permitted to log in", Some(NO_LOGIN)),
     rule(Permission, "no pg_hba.conf entry", None),
     rule(Permission, "pg_hba.conf rejects", None),
     rule(Permission, "endpoint is disabled", Some(DISABLED)),
     rule(Permission, "endpoint cannot be found", Some(NO_ENDPOINT)),
+    // PostgreSQL's limits, then those of Neon's proxy and of PgBouncer.
     rule(Capacity, "too many connections", None),
     rule(Capacity, "too many clients already", None),
     rule(Capacity, "connection slots are reserved", None),
     rule(Capacity, "failed to acquire permit", None),
     rule(Capacity, "too many database connection attempts", None),
     rule(Capacity, "no more connections allowed", None),
+    // Not retried: the next attempt would send the same bytes, and a pool's own timeout would hide the reason.
     rule(Protocol, "invalid protocol version", None),
     rule(Protocol, "does not have sni", Some(NO_SNI)),
     rule(Protocol, "unsupported startup parameter", Some(POOLER)),
@@ -86,6 +92,7 @@ const RULES: &[Rule] = &[
     rule(Protocol, "received unencrypted data", None),
     rule(
         Waking,
+        // One text for a paused endpoint, an authorization service slower than 200 ms and a private link.
         "external authorization failed",
         Some(ASLEEP_OR_BLOCKED),
     ),
@@ -94,8 +101,10 @@ const RULES: &[Rule] = &[
     rule(Waking, "couldn't connect to compute node", None),
     rule(Waking, "control plane request failed", None),
     rule(Waking, "authentication timed out", None),
+    // The edge's limit of 15 s for a handshake, under either text.
     rule(Waking, "client handshake timeout", None),
     rule(Waking, "insecure connection", None),
+    // 57P03: starting up, shutting down, in recovery.
     rule(Waking, "database system is", None),
     rule(Waking, "not yet accepting connections", None),
 ];
@@ -238,6 +247,7 @@ fn class_of_sqlstate(code: &str) -> Class {
         "28P01" | "28000" => Identity,
         "42501" | "3D000" => Permission,
         "08P01" | "0A000" => Protocol,
+        // The rest of class 08 means that a connection broke.
         code if code.starts_with("08") => Waking,
         _ => Class::Other,
     }
