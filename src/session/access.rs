@@ -83,6 +83,7 @@ impl<'a> SessionRequest<'a> {
         let Some(password) = access.password(session.peer) else {
             return Ok(Access {
                 session,
+                // Sent with the welcome: until then an error may take its place.
                 negotiation: negotiation(&startup),
                 startup,
                 encryption,
@@ -100,6 +101,7 @@ impl<'a> SessionRequest<'a> {
                 });
             }
             Ok(Err(failure)) => failure,
+            // This client has sent its startup message and awaits an answer; before that it may be no Postgres client.
             Err(HandshakeError::ShuttingDown) => return Err(shutting_down().into()),
             Err(error) => return Err(handshake.failed(&error)),
         };
@@ -126,6 +128,7 @@ impl AccessPolicy {
         let (Some(allowed), Peer::Unix { uid, .. }) = (&self.allowed_uids, peer) else {
             return Ok(());
         };
+        // Root can become any user, and our own user can read the proxy's memory.
         if uid == 0 || uid == geteuid().as_raw() || allowed.contains(&uid) {
             return Ok(());
         }
@@ -142,6 +145,7 @@ impl AccessPolicy {
     /// Clients on this machine need no TLS: the application beside the proxy, the child of `exec`, the notes page.
     fn check_encryption(&self, peer: Peer, encrypted: Encrypted) -> Result<(), Refusal> {
         let is_remote =
+            // Canonical, as an inherited dual-stack socket reports IPv4 clients as ::ffff:a.b.c.d.
             matches!(peer, Peer::Tcp(address) if !address.ip().to_canonical().is_loopback());
         if !self.requires_tls || encrypted != Encrypted::No || !is_remote {
             return Ok(());

@@ -34,9 +34,11 @@ impl CancelRequest<'_> {
     pub(super) async fn forward<S: Transport>(self, client: &mut Client<S>) -> Closing {
         let session = self.handshake.session;
         let endpoint = session.endpoint;
+        // No password: a CancelRequest carries none, and its key is the proof ("Canceling Requests in Progress").
         if session.config.access.check_uid(session.peer).is_ok() {
             let outcome = match endpoint.cancel_keys.find(self.key) {
                 Some(target) => {
+                    // Forwarding may take seconds, in which the permit serves another handshake.
                     drop(self.handshake);
                     match endpoint.route.found() {
                         Some(upstream) => {
@@ -80,6 +82,7 @@ pub(super) struct CancelTarget {
 /// The cancel keys of an endpoint's sessions.
 #[derive(Debug)]
 pub(crate) struct CancelKeys {
+    // A list for each process id, as two servers behind one name may give out the same.
     by_process_id: Mutex<HashMap<u32, Vec<(u32, CancelTarget)>>>,
     guesses: Mutex<(Instant, u32)>,
 }
@@ -97,6 +100,7 @@ impl CancelKeys {
     /// Creates a key for a session, valid until the registration is dropped.
     pub(super) fn register(self: &Arc<Self>, target: CancelTarget) -> Registration {
         let key = CancelKey {
+            // The server's own, as clients compare it with pg_backend_pid().
             process_id: target.key.process_id,
             secret: rand::random(),
         };
@@ -132,6 +136,7 @@ impl CancelKeys {
     /// Delays the answer to an unknown key once there have been too many. The caller holds its handshake permit meanwhile,
     /// which bounds how many wait.
     pub(super) async fn delay_guess(&self) {
+        // A block, so that the lock is released before the wait.
         let over = {
             let mut guesses = self.guesses.lock().unwrap_or_else(PoisonError::into_inner);
             if guesses.0.elapsed() >= Duration::from_secs(1) {

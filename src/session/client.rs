@@ -62,6 +62,7 @@ impl<S: Transport> Client<S> {
     ///
     /// Not cancel safe. The caller sets the deadline.
     pub(super) async fn accept_tls(&mut self, config: Arc<ServerConfig>) -> io::Result<()> {
+        // The handshake consumes the stream; after an error there is nothing left to write to.
         let stream = std::mem::replace(&mut self.stream, ClientStream::Closed);
         let ClientStream::Plain(stream) = stream else {
             return Err(io::ErrorKind::NotConnected.into());
@@ -123,6 +124,7 @@ impl<S: Transport> Client<S> {
 
     /// Returns when the client hangs up; buffers what it sends meanwhile. Cancel safe.
     pub(super) async fn wait_for_hang_up(&mut self) {
+        // Only a read reveals the end of a stream; the bytes go to the server after the login.
         while self.received.len() < EARLY_LIMIT {
             let space = EARLY_LIMIT - self.received.len();
             let mut buffer = (&mut self.received).limit(space);

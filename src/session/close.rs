@@ -17,6 +17,7 @@ pub(super) enum Closing {
     /// In favor of newer handshakes.
     Evicted(Report),
     /// With an error that is logged and counted.
+    // A box, as every phase returns this type.
     Refused(Box<Refusal>),
 }
 
@@ -64,7 +65,9 @@ impl Session<'_> {
         if !detail.is_empty() {
             detail.push(' ');
         }
+        // By this id the log line of a user's error is found.
         report.detail = Some(format!("{detail}(lakebase-proxy session {})", self.id));
+        // A client that has not read the error in time is not waited for again.
         if client.finish(&report.encode_fatal()).await {
             client.linger().await;
         }
@@ -78,6 +81,7 @@ impl Session<'_> {
 pub(super) fn shutting_down() -> Refusal {
     Refusal {
         report: Report::new(
+            // 57P03: libpq then tries the next host of its list (fe-connect.c).
             sqlstate::CANNOT_CONNECT_NOW,
             "lakebase-proxy is shutting down",
         )

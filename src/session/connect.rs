@@ -108,6 +108,7 @@ impl<'a> Admitted<'a> {
         } = self;
         let session = access.session;
         let endpoint = session.endpoint;
+        // The connect is cancel safe: a client that leaves gives up its place in the queue and its attempt.
         let connected = tokio::select! {
             connected = access.connect() => connected,
             () = client.wait_for_hang_up() => {
@@ -118,6 +119,7 @@ impl<'a> Admitted<'a> {
         };
         let began = Instant::now();
         let waited = began.duration_since(began_waiting);
+        // Before the result is known: refused clients count as well.
         endpoint.metrics.hold_seconds.observe(waited.as_secs_f64());
         let upstream::Connected {
             connection,
@@ -152,6 +154,7 @@ impl Access<'_> {
             endpoint, config, ..
         } = self.session;
         let timeouts = config.connect.timeouts;
+        // The look-up is a request to the workspace, so it is limited like that for a credential.
         let budget = timeouts.connect_timeout.min(timeouts.credential_timeout);
         let upstream = endpoint.route.upstream(budget).await?;
         let (database, fallback) = database::choose(
@@ -194,6 +197,7 @@ impl<'a> Connected<'a> {
             address,
             gauge,
         } = self.connection;
+        // Before the welcome: the client may cancel as soon as it has its key.
         let registration = greeting
             .key
             .map(|key| endpoint.cancel_keys.register(CancelTarget { address, key }));

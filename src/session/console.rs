@@ -109,12 +109,14 @@ pub(super) struct Probe<'a> {
 
 impl Probe<'_> {
     pub(super) fn is_sent_by(startup: &StartupMessage) -> bool {
+        // Its fallback_application_name: with PGAPPNAME set pg_isready is a client like any other.
         startup.parameter("application_name") == Some("pg_isready")
             && startup.parameter("replication").is_none()
     }
 
-    /// Answers with the proxy's readiness, before any password: the exit code of `pg_isready` distinguishes
-    /// acceptance from 57P03, and counts every other error as acceptance. Nothing is sent upstream, so that a health check wakes no endpoint.
+    /// Answers with the proxy's readiness, before any password: the exit code of `pg_isready` distinguishes acceptance from
+    /// 57P03, and counts every other error as acceptance. Nothing is sent upstream, so that a health check wakes no
+    /// endpoint.
     pub(super) async fn answer<S: Transport>(self, client: &mut Client<S>) -> Closing {
         let session = self.handshake.session;
         let process = &session.endpoint.process;
@@ -127,6 +129,7 @@ impl Probe<'_> {
         };
         tracing::debug!(session = session.id, ?readiness, "answers pg_isready");
         let answering = async {
+            // 57P03 makes pg_isready exit with 1, "rejecting connections".
             let answer = match readiness {
                 Err(reasons) => Some(not_ready(reasons)),
                 Ok(()) => self.greet(client).await?,
@@ -158,6 +161,7 @@ impl Probe<'_> {
         )
         .await;
         match next {
+            // libpq's PQping closes with Terminate once it is logged in.
             Ok(message) if message.tag == tag::TERMINATE => Ok(None),
             Err(ReadError::Io(_)) => Ok(None),
             Ok(_) | Err(ReadError::Frame(_)) => Ok(Some(

@@ -131,6 +131,7 @@ impl<'a> Handshake<'a> {
                 insisted_on_tls: true,
             }) => {
                 self.session.count_refusal(Reason::ClientTls);
+                // Over Unix sockets PostgreSQL offers no TLS either, so there is nothing to set.
                 if matches!(self.session.peer, Peer::Tcp(_)) {
                     self.session.config.access.log_tls_required_by_client();
                 }
@@ -153,12 +154,14 @@ impl<'a> Handshake<'a> {
             let config = certificate.config().await;
             client.accept_tls(config).await.map_err(HandshakeError::Tls)
         };
+        // In the middle of a TLS handshake the client cannot read an error message: it is closed silently.
         self.in_time(accepting).await.map_err(|error| match error {
             HandshakeError::Timeout | HandshakeError::Evicted => {
                 HandshakeError::Tls(io::Error::new(io::ErrorKind::TimedOut, error))
             }
             error => error,
         })?;
+        // As PostgreSQL 17: without ALPN the bytes may be meant for a server of another protocol.
         if direct && !client.has_alpn() {
             return Err(HandshakeError::NoAlpn);
         }
@@ -172,6 +175,7 @@ impl<'a> Handshake<'a> {
         step: impl Future<Output = Result<T, HandshakeError>>,
     ) -> Result<T, HandshakeError> {
         let session = self.session;
+        // One limit for all steps, as PostgreSQL's authentication_timeout.
         let left: Duration = session
             .config
             .client_login_timeout
@@ -184,6 +188,7 @@ impl<'a> Handshake<'a> {
                 .draining()
                 .cancelled()
                 .await;
+            // A startup message that is on its way is still answered, with the reason.
             sleep(CLOSE_TIMEOUT).await;
         };
         tokio::select! {
@@ -215,6 +220,7 @@ impl<'a> Handshake<'a> {
                 }
                 return Closing::Silent;
             }
+            // Direct TLS to a listener that offers none.
             HandshakeError::Startup(StartupError::TlsHandshake) => {
                 access.log_tls_required_by_client();
                 Reason::ClientTls
@@ -278,13 +284,16 @@ async fn receive_opening<S: Transport>(
     client: &mut Client<S>,
     tls: Tls,
 ) -> Result<Opening, HandshakeError> {
+    // Within TLS another SSLRequest is a repetition.
     let (mut ssl_requested, mut gss_requested) = (tls == Tls::Established, false);
     loop {
+        // PostgreSQL 17's sslnegotiation=direct.
         if tls == Tls::Offered && client.received.first() == Some(&TLS_HANDSHAKE) {
             return Ok(Opening::Encrypt { direct: true });
         }
         let Some(packet) = take_initial_packet(&mut client.received)? else {
             if client.receive().await? == 0 {
+                // After `N` a client with sslmode=require or stricter closes; others send their startup message.
                 let insisted_on_tls = ssl_requested && tls == Tls::Refused;
                 return Ok(Opening::Gone { insisted_on_tls });
             }
@@ -293,6 +302,7 @@ async fn receive_opening<S: Transport>(
         let (requested, name) = match packet {
             InitialPacket::Cancel(key) => return Ok(Opening::Cancel(key)),
             InitialPacket::Startup(message) => return Ok(Opening::Session(message)),
+            // After `N` libpq goes on with SSLRequest or its startup message, on the same connection.
             InitialPacket::GssEnc => (&mut gss_requested, "GSSENCRequest"),
             InitialPacket::Ssl => (&mut ssl_requested, "SSLRequest"),
         };

@@ -1,8 +1,9 @@
-//! Limits the unfinished handshakes of one endpoint, without letting a flood of them delay a client that completes its own.
+//! Limits the unfinished handshakes of one endpoint, without letting a flood of them delay a client that completes its
+//! own.
 //!
 //! A new connection waits only while all permits are held by handshakes too young to be evicted. Evicted is the oldest
-//! unfinished handshake of the source (address or uid) that has the most. A client that sends its startup message right after it has connected, as all drivers do, is therefore
-//! served, however many others send nothing.
+//! unfinished handshake of the source (address or uid) that has the most. A client that sends its startup message right
+//! after it has connected, as all drivers do, is therefore served, however many others send nothing.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -102,6 +103,7 @@ impl HandshakeLimiter {
     /// Cancel safe.
     pub(crate) async fn enter(&self, peer: Peer) -> HandshakePermit {
         loop {
+            // Before the attempt: `notify_waiters` wakes the futures that exist, so no permit freed in between is missed.
             let freed = self.0.freed.notified();
             let (permit, next_eviction) = self.try_enter(peer.into());
             if let Some(permit) = permit {
@@ -118,6 +120,7 @@ impl HandshakeLimiter {
     fn try_enter(&self, source: Source) -> (Option<HandshakePermit>, Instant) {
         let now = Instant::now();
         let mut state = self.state();
+        // First, as evictions begin long before the capacity is used up.
         let next_eviction = state.evict(now, self.0.capacity);
         if state.held >= self.0.capacity {
             return (None, next_eviction);
@@ -243,6 +246,7 @@ impl Drop for HandshakePermit {
         let mut state = self.limiter.state();
         state.remove(self.source, self.number);
         state.held -= 1;
+        // Before the notification, so that a woken task does not wait for this lock.
         drop(state);
         self.limiter.0.freed.notify_waiters();
     }

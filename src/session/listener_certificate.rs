@@ -66,6 +66,7 @@ impl ClientTlsError {
 
 /// The certificate in use.
 pub(crate) struct ListenerCertificate {
+    // Handshakes take it without a lock, also while another one renews it.
     current: ArcSwap<ServerConfig>,
     files: Option<Files>,
 }
@@ -122,6 +123,7 @@ impl ListenerCertificate {
     }
 
     async fn renew(&self, files: &Files) {
+        // Before the read, and also for files that turn out invalid: these are read again only after another change.
         files.watch.mark().await;
         let (certificate, key) = (files.certificate.clone(), files.key.clone());
         // Another thread reads, as a disk may be slow. Other handshakes meanwhile get the certificate in use.
@@ -134,6 +136,7 @@ impl ListenerCertificate {
                     "new certificate for clients in use"
                 );
             }
+            // Also while only one of the two files has been replaced: the next change is read again.
             Err(error) => {
                 if !files.failure_logged.swap(true, Ordering::Relaxed) {
                     tracing::warn!(

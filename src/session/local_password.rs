@@ -119,6 +119,7 @@ impl LocalPassword {
         let (exchange, challenge) =
             Exchange::begin(&self.verifier, first).map_err(|error| refusal(error, startup))?;
         send(client, &backend::sasl_continue(challenge.as_bytes())).await?;
+        // Not limited up to here, so that clients that send nothing hold no attempt.
         let last = receive(client).await?;
 
         // Never closed, so never an error.
@@ -158,6 +159,7 @@ fn initial_response(body: &[u8]) -> Option<&[u8]> {
     let end = body.iter().position(|&byte| byte == 0)?;
     let (mechanism, rest) = body.split_at(end);
     let (length, data) = rest.get(1..)?.split_first_chunk::<4>()?;
+    // -1 stands for no response, but in SCRAM the client's message is the first.
     let fits = usize::try_from(i32::from_be_bytes(*length)) == Ok(data.len());
     (mechanism == backend::SCRAM_SHA_256.as_bytes() && fits).then_some(data)
 }

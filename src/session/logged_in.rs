@@ -82,6 +82,7 @@ impl LoggedIn<'_> {
                     }
                     server.shutdown().await
                 };
+                // At the same time: one after the other both timeouts would add up within a shutdown.
                 let both =
                     async { tokio::join!(timeout(CLOSE_TIMEOUT, terminating), client.linger()) };
                 let _ = Box::pin(both).await;

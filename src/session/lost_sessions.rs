@@ -38,6 +38,7 @@ impl LostSessions {
         let is_first = {
             let mut unlogged = self.unlogged();
             unlogged.sessions += 1;
+            // The first one that has an error: a compute that ends closes all sessions for one reason.
             unlogged.error = unlogged.error.take().or(error);
             unlogged.sessions == 1
         };

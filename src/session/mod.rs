@@ -95,10 +95,12 @@ pub(crate) async fn serve<S: Transport>(
         let accepted = accepted;
         *accepted
     };
+    // Guards, so that a session that panics or is dropped counts as ended too.
     let _active = GaugeGuard::new(&endpoint.metrics.clients_active);
     let _closed = CountOnDrop::new(&endpoint.metrics.clients_closed);
     let session = Session {
         endpoint: &endpoint,
+        // An Arc of its own: the guards of ArcSwap are for short use and must not be held for a session.
         config: endpoint.process.config.load_full(),
         id,
         peer,
@@ -124,6 +126,7 @@ pub(crate) async fn serve<S: Transport>(
     });
     let mut logged_in = match logged_in.await {
         Ok(logged_in) => logged_in,
+        // A box, too: its timers would enlarge the task of every session.
         Err(closing) => return Box::pin(session.close(&mut client, closing)).await,
     };
     logged_in.relay(&mut client).await;

@@ -168,6 +168,7 @@ impl<'a, C: Transport, U: Transport> Relay<'a, C, U> {
     /// Not cancel safe.
     pub(super) async fn run(&mut self) -> End {
         let shutdown = self.shutdown;
+        // One future for both tokens in turn: a second would take room in the task of every session.
         let mut next = pin!(shutdown.draining().cancelled());
         let mut reached = None;
         let mut timer = None;
@@ -204,6 +205,7 @@ impl<'a, C: Transport, U: Transport> Relay<'a, C, U> {
         {
             socket.limit_acknowledgement(self.loss.timeout_in_force());
         }
+        // After the counters, which would otherwise miss the last bytes.
         if broken {
             return Poll::Ready(End::Client);
         }
@@ -211,7 +213,9 @@ impl<'a, C: Transport, U: Transport> Relay<'a, C, U> {
             let activity = (&self.requests).into();
             record.record(activity, self.to_server.total, self.to_client.total);
         }
+        // After both directions, so that a query that has just arrived is served and not cut off as idle.
         self.apply(phase);
+        // Again for a new state: its timer must be polled in this turn, as nothing else may wake the task.
         loop {
             let allowed = match self.end {
                 Some(end) => {
@@ -227,6 +231,7 @@ impl<'a, C: Transport, U: Transport> Relay<'a, C, U> {
                 None if self.to_server.state == PipeState::Open
                     || self.to_server.state == PipeState::Ending =>
                 {
+                    // No time limit while the client is connected: queries run for hours, sessions idle for days.
                     return Poll::Pending;
                 }
                 // As on a direct connection: a query ends with its answer, or with its client.
@@ -243,6 +248,7 @@ impl<'a, C: Transport, U: Transport> Relay<'a, C, U> {
             ready!(waiting.poll(cx, allowed, progressed));
             match self.end {
                 Some(end) => return Poll::Ready(end),
+                // The client is still there: checked again after another interval.
                 None if self.awaits_last_reply() => *timer = None,
                 None if self.to_server.state == PipeState::Closed => {
                     return Poll::Ready(End::Client);
@@ -273,6 +279,7 @@ impl<'a, C: Transport, U: Transport> Relay<'a, C, U> {
             return Ok(());
         }
         let (requests, unsolicited) = (&mut self.requests, &mut self.unsolicited);
+        // A full queue bounds the memory for requests without an answer; the client waits, as on a full socket.
         let pumped = if requests.is_full() {
             self.to_server.poll_hold(cx, self.server)
         } else {
@@ -290,6 +297,7 @@ impl<'a, C: Transport, U: Transport> Relay<'a, C, U> {
             // The server accepts no more, but may have sent the reason: reading from it continues.
             Poll::Ready(Err(Broken::Sink)) => self.to_server.state = PipeState::Refused,
             Poll::Ready(Ok(())) => {
+                // An error here is left to the next read, which knows the reason.
                 if Pin::new(&mut *self.server).poll_shutdown(cx).is_ready() {
                     self.to_server.state = PipeState::Closed;
                 }
@@ -305,6 +313,7 @@ impl<'a, C: Transport, U: Transport> Relay<'a, C, U> {
             return Ok(());
         }
         let (requests, server_error) = (&mut self.requests, &mut self.server_error);
+        // A cell, as one closure writes it and another reads it.
         let ends_in_error = Cell::new(requests.is_explained());
         let pumped = self.to_client.poll_pump(
             cx,
@@ -341,6 +350,7 @@ impl<'a, C: Transport, U: Transport> Relay<'a, C, U> {
         if matches!(self.to_server.state, PipeState::Open | PipeState::Refused) {
             self.append_error(&if self.loss.is_lost {
                 Report::new(
+                    // Class 08, as pools such as HikariCP discard a connection by it.
                     sqlstate::CONNECTION_FAILURE,
                     "the network path to the Lakebase endpoint is lost: it acknowledges nothing",
                 )
@@ -372,6 +382,7 @@ impl<'a, C: Transport, U: Transport> Relay<'a, C, U> {
             });
             self.append_error(
                 &Report::new(
+                    // As for a server that is shut down: pools such as HikariCP discard the connection.
                     sqlstate::ADMIN_SHUTDOWN,
                     "terminating connection because lakebase-proxy is shutting down",
                 )
@@ -435,6 +446,7 @@ impl TrailingError {
         }
         self.0.extend_from_slice(chunk);
         let excess = self.0.len().saturating_sub(Self::LIMIT);
+        // The front: `fatal` looks for an error at the end.
         self.0.drain(..excess);
     }
 
@@ -462,6 +474,7 @@ pub(super) struct Answers {
 
 impl Answers {
     fn count(&self, answered: Answered) {
+        // All threads share the counters, so that a poll without an answer leaves them alone.
         if answered.queries > 0 {
             self.queries.inc_by(answered.queries.into());
         }
@@ -501,6 +514,7 @@ fn poll_phase<'a>(
 /// A timeout that starts anew with each progress of the other side.
 struct ProgressTimeout {
     allowed: Duration,
+    // A box, as it exists only while a session ends.
     sleep: Pin<Box<Sleep>>,
 }
 

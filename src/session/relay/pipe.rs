@@ -30,6 +30,7 @@ const TURN: usize = 8;
 
 thread_local! {
     /// Borrowed during a poll, never across polls.
+    // Streams with buffers of their own (TLS) use others, so that this is never borrowed twice.
     static BUFFER: RefCell<Box<[u8]>> = RefCell::new(vec![0; BUFFER_LEN].into_boxed_slice());
 }
 
@@ -119,6 +120,7 @@ impl Pipe {
         mut passed: impl FnMut(&[u8]),
     ) -> Poll<Result<(), Broken>> {
         for _ in 0..TURN {
+            // Nothing is read before the rest is written: this is what slows the sender down.
             ready!(self.poll_write_kept(cx, sink))?;
             if self.state == PipeState::Ending {
                 return Poll::Ready(Ok(()));
@@ -127,6 +129,7 @@ impl Pipe {
                 let mut space = ReadBuf::new(buffer);
                 ready!(Pin::new(&mut *source).poll_read(cx, &mut space)).map_err(|error| {
                     match error.kind() {
+                        // ETIMEDOUT: the keepalive or TCP_USER_TIMEOUT has given the peer up.
                         io::ErrorKind::TimedOut => Broken::Silent,
                         _ => Broken::Source,
                     }
@@ -179,12 +182,14 @@ impl Pipe {
         sink: &mut W,
         mut chunk: &[u8],
     ) -> Poll<Result<(), Broken>> {
+        // Until the sink is pending: only then does it wake this task.
         while !chunk.is_empty() {
             self.unflushed = true;
             match Pin::new(&mut *sink).poll_write(cx, chunk) {
                 Poll::Ready(Ok(written @ 1..)) => chunk.advance(written),
                 Poll::Ready(Ok(0) | Err(_)) => return Poll::Ready(Err(Broken::Sink)),
                 Poll::Pending => {
+                    // A copy, as the thread's buffer is another session's at the next poll.
                     self.kept.extend_from_slice(chunk);
                     break;
                 }

@@ -24,6 +24,7 @@ impl UnsolicitedPasswords {
                 continue;
             }
             if self.have == 0 && chunk.first() != Some(&tag::PASSWORD) {
+                // From here on a password message is the server's to refuse.
                 self.over = true;
                 return;
             }
