@@ -21,6 +21,7 @@ pub fn raise(max_connections: usize) {
 }
 
 fn raised(limit: Rlimit) -> rustix::io::Result<u64> {
+    // Up to the hard limit no privilege is needed (getrlimit(2)).
     let current = limit.maximum;
     setrlimit(Resource::Nofile, Rlimit { current, ..limit })?;
     Ok(current.unwrap_or(u64::MAX))
@@ -43,6 +44,7 @@ fn sessions(limit: u64) -> usize {
 
 /// The limit of unfinished handshakes per endpoint: an eighth of the descriptor limit, between 256 and 2,048.
 pub(crate) fn max_handshakes() -> usize {
+    // The hard limit, to which `raise` sets the soft one.
     handshakes(DescriptorLimit::now().hard())
 }
 

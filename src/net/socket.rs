@@ -52,6 +52,7 @@ impl Socket {
     /// Registers the socket with the runtime that this is called in, instead of the one that it was accepted in.
     pub fn move_here(self) -> io::Result<Self> {
         Ok(match self {
+            // `into_std` deregisters the socket from its first runtime.
             Self::Tcp(socket) => TcpStream::from_std(socket.into_inner().into_std()?)?.into(),
             Self::Unix(socket) => UnixStream::from_std(socket.into_std()?)?.into(),
         })

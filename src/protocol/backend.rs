@@ -71,6 +71,7 @@ pub(crate) fn welcome(parameter_status: &[u8], key: CancelKey, notices: &[u8]) -
     // Before everything else: libpq takes a notice ahead of AuthenticationOk for an error.
     encode(&Authentication::Ok, &mut out);
     out.extend_from_slice(parameter_status);
+    // Four bytes, as in protocol 3.0; only 3.2 has longer keys.
     let secret = SecretKey::I32(key.secret.cast_signed());
     encode(
         &BackendKeyData::new(key.process_id.cast_signed(), secret),

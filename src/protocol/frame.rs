@@ -134,6 +134,7 @@ pub fn take_message(buffer: &mut BytesMut, limit: usize) -> Result<Option<Messag
     };
     let length = i32::from_be_bytes([a, b, c, d]);
     let total = match usize::try_from(length) {
+        // The length counts itself, but not the tag.
         Ok(length) if length >= 4 => length.saturating_add(1),
         _ => return Err(FrameError::InvalidLength { tag, length }),
     };

@@ -121,6 +121,7 @@ pub(crate) fn data_row(out: &mut BytesMut, values: &[Value], formats: &Formats) 
     let mut data = BytesMut::new();
     for (index, value) in values.iter().enumerate() {
         match value {
+            // -1 in place of a length stands for NULL.
             Value::Null => data.put_i32(-1),
             Value::Number(number) if formats.is_binary(index) => {
                 sized(&mut data, &number.to_be_bytes());

@@ -161,6 +161,7 @@ impl<'a> Exchange<'a> {
             *byte ^= signed;
         }
         let found = digest::digest(&SHA256, &client_key);
+        // The ClientKey would be enough to log in with (RFC 5802, 3).
         client_key.zeroize();
         verify_slices_are_equal(found.as_ref(), &self.verifier.stored_key)
             .map_err(|_| ScramError::Wrong)?;

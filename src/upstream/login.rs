@@ -239,7 +239,7 @@ pub(super) async fn exchange_with<S: AsyncRead + AsyncWrite + Unpin>(
     login.exchange(stream, &startup, may_send_cleartext).await
 }
 
-/// Derives a key on a blocking thread: a server may request up to a million iterations.
+/// Derives a key on a blocking thread: a server may request up to 100,000 iterations.
 async fn off_runtime(derivation: Derivation) -> Result<Derived, AuthError> {
     // The fuzzer has no runtime.
     if Handle::try_current().is_err() {
