@@ -6,8 +6,8 @@
 //! A stream keeps only the front of an incomplete record, plaintext that the reader had no space for, and encrypted bytes
 //! that the socket has not accepted. It never sees a key.
 //!
-//! The next version of rustls (after 0.23) deletes the unbuffered API. Its ordinary API lets the caller own the input buffer: port
-//! this file then (a trial port took 245 lines in place of 407). Nothing else knows how it works.
+//! The next version of rustls (after 0.23) deletes the unbuffered API. Its ordinary API lets the caller own the input
+//! buffer: port this file then (a trial port took 245 lines in place of 407). Nothing else knows how it works.
 //!
 //! All bytes that the connection has not discarded must be passed to it each time: it may keep the first half of a handshake
 //! message in them.
