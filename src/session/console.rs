@@ -114,9 +114,9 @@ impl Probe<'_> {
             && startup.parameter("replication").is_none()
     }
 
-    /// Answers with the proxy's readiness, before any password: the exit code of `pg_isready` distinguishes acceptance from
-    /// 57P03, and counts every other error as acceptance. Nothing is sent upstream, so that a health check wakes no
-    /// endpoint.
+    /// Answers with the proxy's readiness, before any password: the exit code of `pg_isready` distinguishes acceptance
+    /// from 57P03, and counts every other error as acceptance. Nothing is sent upstream, so that a health check wakes
+    /// no endpoint.
     pub(super) async fn answer<S: Transport>(self, client: &mut Client<S>) -> Closing {
         let session = self.handshake.session;
         let process = &session.endpoint.process;

@@ -103,7 +103,7 @@ impl HandshakeLimiter {
     /// Cancel safe.
     pub(crate) async fn enter(&self, peer: Peer) -> HandshakePermit {
         loop {
-            // Before the attempt: `notify_waiters` wakes the futures that exist, so no permit freed in between is missed.
+            // Before the attempt: `notify_waiters` wakes futures that exist, so no permit freed meanwhile is missed.
             let freed = self.0.freed.notified();
             let (permit, next_eviction) = self.try_enter(peer.into());
             if let Some(permit) = permit {

@@ -461,8 +461,8 @@ impl<'a> Attempts<'a> {
         Ok(())
     }
 
-    /// Makes another attempt worthwhile after a rejected credential: with the same one, if it is young, or with a new one,
-    /// once.
+    /// Makes another attempt worthwhile after a rejected credential: with the same one, if it is young, or with a new
+    /// one, once.
     async fn renew(&mut self, failure: &Failure, generation: u64) -> Result<(), Refusal> {
         let upstream = self.upstream;
         if self.was_renewed {
