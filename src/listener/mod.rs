@@ -40,6 +40,7 @@ use crate::{
 
 /// The kernel caps it; a burst of clients must not find the queue full.
 const BACKLOG: i32 = 4096;
+/// Between attempts to accept, mostly for lack of descriptors: short at first, so that a freed one is used soon.
 const ACCEPT_BACKOFF: Backoff = Backoff::new(Duration::from_millis(5), Duration::from_secs(1));
 
 /// Changes the permissions of an endpoint's socket at `path`; other paths belong to inherited sockets and are left alone.

@@ -157,6 +157,7 @@ impl Report {
     fn fields(&self, severity: &str) -> Vec<(u8, String)> {
         let mut fields = vec![
             (b'S', severity.to_owned()),
+            // Both: clients older than PostgreSQL 9.6 read `S` only.
             (b'V', severity.to_owned()),
             (b'C', self.sqlstate.clone()),
             (b'M', self.message.clone()),

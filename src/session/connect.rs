@@ -213,6 +213,7 @@ impl<'a> Connected<'a> {
             let notice = Report::new("00000", notice).encode_notice();
             greeting.notices.extend_from_slice(&notice);
         }
+        // One write for all messages of the login, instead of a system call for each.
         let mut message = self.negotiation;
         let status = &greeting.parameter_status;
         message.extend_from_slice(&welcome(status, key, &greeting.notices));

@@ -188,6 +188,7 @@ impl State {
 
     /// The source with the most handshakes.
     fn largest_source(&self) -> Option<Source> {
+        // By number and not by age, so that a flood does not push out the few handshakes of other sources.
         let (source, _) = self.sources.iter().max_by_key(|(_, those)| those.len())?;
         Some(*source)
     }
@@ -244,6 +245,7 @@ impl HandshakePermit {
 impl Drop for HandshakePermit {
     fn drop(&mut self) {
         let mut state = self.limiter.state();
+        // Nothing for an evicted handshake, which counts in `held` only.
         state.remove(self.source, self.number);
         state.held -= 1;
         // Before the notification, so that a woken task does not wait for this lock.

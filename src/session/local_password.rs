@@ -124,6 +124,7 @@ impl LocalPassword {
 
         // Never closed, so never an error.
         let attempt = Arc::clone(&self.attempts).acquire_owned().await.ok();
+        // After the wait for an attempt, which right and wrong passwords share, so that its length reveals nothing.
         match exchange.finish(&last) {
             Ok(proof) => send(client, &backend::sasl_final(proof.as_bytes())).await,
             Err(error) => Err(PasswordFailure::Wrong(WrongPassword {

@@ -90,6 +90,7 @@ pub(super) async fn dial(
 
 /// The addresses of a host, in the resolver's order.
 pub(crate) async fn resolve(host: &str, port: u16) -> Result<Vec<SocketAddr>, Failure> {
+    // Cancel safe: getaddrinfo goes on on its blocking thread, and its result is dropped.
     match lookup_host((host, port)).await {
         Ok(addresses) => Ok(addresses.collect()),
         // RFC 6761: such a name is the loopback address, which not every resolver knows.

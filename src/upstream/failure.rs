@@ -132,6 +132,7 @@ impl Failure {
             }
             _ => format!("the connection to the server failed: {}", chain(error)),
         };
+        // Retried: an edge also closes connections while the endpoint suspends or wakes.
         Self::ours(Class::Waking, sqlstate::CONNECTION_FAILURE, message)
     }
 

@@ -127,6 +127,7 @@ impl Route {
             }
             // From here on the look-up is attempted at the pace for waiting clients.
             waiting.get_or_insert_with(|| self.demand.add());
+            // Also when the publisher is gone, after which nothing changes any more.
             if !matches!(timeout_at(deadline, state.changed()).await, Ok(Ok(()))) {
                 return Err(problem.map_or_else(|| self.timed_out(), |it| it.refusal.clone()));
             }
