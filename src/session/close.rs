@@ -80,8 +80,8 @@ impl Session<'_> {
 
 pub(super) fn shutting_down() -> Refusal {
     Refusal {
+        // 57P03: libpq then tries the next host of its list (fe-connect.c).
         report: Report::new(
-            // 57P03: libpq then tries the next host of its list (fe-connect.c).
             sqlstate::CANNOT_CONNECT_NOW,
             "lakebase-proxy is shutting down",
         )

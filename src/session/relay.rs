@@ -348,9 +348,9 @@ impl<'a, C: Transport, U: Transport> Relay<'a, C, U> {
         });
         // A client that has closed its half expects this.
         if matches!(self.to_server.state, PipeState::Open | PipeState::Refused) {
+            // 08006: pools such as HikariCP discard a connection after any error of class 08.
             self.append_error(&if self.loss.is_lost {
                 Report::new(
-                    // Class 08, as pools such as HikariCP discard a connection by it.
                     sqlstate::CONNECTION_FAILURE,
                     "the network path to the Lakebase endpoint is lost: it acknowledges nothing",
                 )
@@ -380,9 +380,9 @@ impl<'a, C: Transport, U: Transport> Relay<'a, C, U> {
                 orderly: self.to_server.state == PipeState::Open
                     && self.to_server.is_between_messages(),
             });
+            // As for a server that is shut down: pools such as HikariCP discard the connection.
             self.append_error(
                 &Report::new(
-                    // As for a server that is shut down: pools such as HikariCP discard the connection.
                     sqlstate::ADMIN_SHUTDOWN,
                     "terminating connection because lakebase-proxy is shutting down",
                 )

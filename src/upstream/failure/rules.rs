@@ -90,9 +90,9 @@ const RULES: &[Rule] = &[
     rule(Protocol, "inconsistent project name", None),
     rule(Protocol, "connection is insecure", None),
     rule(Protocol, "received unencrypted data", None),
+    // One text for a paused endpoint, an authorization service slower than 200 ms and a private link.
     rule(
         Waking,
-        // One text for a paused endpoint, an authorization service slower than 200 ms and a private link.
         "external authorization failed",
         Some(ASLEEP_OR_BLOCKED),
     ),
