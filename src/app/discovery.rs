@@ -53,6 +53,7 @@ impl Discovery {
                 reporter.failed(error);
             }
             loop {
+                // A client that arrives during the wait moves the attempt forward, so that the wait is computed again.
                 let next = pace.next_without(self.finder.demand().exists());
                 tokio::select! {
                     () = sleep_until(next) => break,
@@ -106,6 +107,7 @@ fn refusal(config: &EndpointConfig, error: &StartError) -> Refusal {
     report.hint = error.hint();
     Refusal {
         report,
+        // `Waking` marks what a retry may fix: `Running::proxy_address` waits on for it.
         reason: if error.kind().0.is_transient() {
             Reason::Waking
         } else {
@@ -118,6 +120,7 @@ fn refusal(config: &EndpointConfig, error: &StartError) -> Refusal {
 async fn refuse_loop(located: &LocatedEndpoint, endpoints: &Endpoints) -> Result<(), StartError> {
     let endpoint = &located.endpoint;
     let ours = endpoints.addresses();
+    // No listener has the port: a loop is impossible, and the host need not be resolved.
     if !ours.iter().any(|ours| ours.port() == endpoint.port) {
         return Ok(());
     }

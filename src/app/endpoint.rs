@@ -38,6 +38,7 @@ impl Served {
     fn why_not_ready(&self) -> String {
         let error = self.credentials.status().last_error;
         let why = error.map(|error| error.to_string());
+        // Before the endpoint is found no credential is requested; the look-up has the reason.
         why.or_else(|| self.context.route.problem())
             .map_or_else(String::new, |why| format!(": {why}"))
     }
@@ -121,6 +122,7 @@ impl Endpoints {
     pub fn any_ready(&self) -> Result<(), String> {
         let mut why = String::new();
         for served in &*self.now() {
+            // One suffices: a pod that is not ready gets no traffic, not even for its other endpoints.
             if served.credentials.status().is_ready() {
                 return Ok(());
             }
@@ -161,6 +163,7 @@ impl Endpoints {
 
     pub(super) fn add(&self, served: &Arc<Served>) {
         self.0.rcu(|list| {
+            // Copied inside the closure: `rcu` runs it again if another task has stored a list meanwhile.
             let mut list = Vec::clone(list);
             list.push(Arc::clone(served));
             list
@@ -170,6 +173,7 @@ impl Endpoints {
     pub(super) fn remove(&self, served: &Arc<Served>) {
         self.0.rcu(|list| {
             let mut list = Vec::clone(list);
+            // By identity: a reload may have added another endpoint of this name while this one drained.
             list.retain(|other| !Arc::ptr_eq(other, served));
             list
         });

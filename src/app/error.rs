@@ -106,6 +106,7 @@ impl StartError {
                     "something listens there already: stop it, or choose another port with --{flag} (0 = any free one)"
                 ));
             }
+            // Only Postgres listeners use --address; the other ports have address settings of their own, or none.
             Self::Bind {
                 flag: "port",
                 source,
@@ -158,6 +159,7 @@ impl StartError {
                 }
                 _ => (CallErrorKind::Refused, None),
             },
+            // Errors of settings: only a person can fix them, so that attempts are rare.
             _ => (CallErrorKind::Refused, None),
         }
     }

@@ -112,6 +112,7 @@ async fn endpoint(
     database: String,
 ) -> Result<Endpoint, StartError> {
     let (tls, name) = (config.tls.clone(), host.clone());
+    // Parses a PEM file, which must not delay the other tasks of the main runtime.
     let security = blocking(move || security(&tls, &name)).await?;
     let addresses = config.host_addresses.iter();
     Ok(Endpoint {

@@ -81,6 +81,7 @@ impl App {
 
     /// As [`build`](Self::build), with sockets from the service manager instead of those in the settings.
     pub async fn build_with(config: Config, inherited: Inherited) -> Result<Self, StartError> {
+        // First: the default of --max-connections is derived from the raised limit.
         descriptors::raise(config.settings.max_connections());
         // Before any thread or task is started, so that a port in use only ends this function.
         let http = bind(config.http, "http-port").await?;

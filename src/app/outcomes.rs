@@ -79,6 +79,7 @@ fn failure(outcomes: &[Outcome]) -> Option<Arc<StartError>> {
     for outcome in outcomes {
         match outcome {
             Outcome::Failed(error) => first = first.or_else(|| Some(Arc::clone(error))),
+            // One endpoint that is found, or may still be, keeps the program running.
             Outcome::Found | Outcome::Pending | Outcome::Retrying => return None,
         }
     }

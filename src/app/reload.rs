@@ -117,7 +117,8 @@ impl Running {
 }
 
 impl Reloader {
-    /// Loads the settings again and applies what differs. Not cancel safe.
+    /// Loads the settings again and applies what differs. Not cancel safe: the labels of endpoints that were prepared would
+    /// stay in the metrics.
     pub async fn reload(&mut self) -> Result<Reloaded, RefusedReload> {
         let notifier = self.shared.notifier.clone();
         let _reloading = notifier.reloading();
@@ -184,6 +185,7 @@ impl Reloader {
     async fn prepare(&self, change: &Change) -> Result<Prepared, StartError> {
         let before = Arc::clone(&self.shared.process.config.load_full().access);
         let (old, new) = (self.config.clone(), change.config.clone());
+        // Reads certificates and derives a SCRAM verifier: too long for the main runtime's thread.
         let access = blocking(move || shared::access_policy(&new, Some((&old, &before)))).await?;
         let mut prepared = Prepared {
             added: Vec::new(),
@@ -216,6 +218,7 @@ impl Reloader {
             if roots == **served.roots.load() {
                 continue;
             }
+            // Before it is found, discovery reads the file as it is at its next attempt.
             if let Some(upstream) = served.context.route.found() {
                 let (tls, endpoint) = (served.config.tls.clone(), upstream.endpoint());
                 let security = blocking(move || security(&tls, &endpoint.host)).await?;
@@ -309,6 +312,7 @@ impl Reloader {
         }
         let served = self.shared.endpoints.now();
         for endpoint in &change.removed {
+            // An endpoint that drains since an earlier reload may have had the same addresses.
             let mut staying = served
                 .iter()
                 .filter(|served| !served.context.registry.is_draining());
@@ -327,6 +331,7 @@ impl Reloader {
         }
         for endpoint in added {
             self.shared.endpoints.add(&endpoint.served);
+            // No reporter: discovery of an added endpoint must not end the program.
             endpoint.start(&self.shared, None);
         }
         self.config = change.config.clone();
@@ -347,6 +352,8 @@ async fn bind(
 ) -> Result<Listener, StartError> {
     let mut shut = false;
     for before in conflicting {
+        // It was open for cancel requests only, since a removed endpoint refuses sessions: a failed reload need not open it
+        // again.
         before.context.registry.close();
         shut = true;
     }
@@ -355,6 +362,7 @@ async fn bind(
     }
     let deadline = Instant::now() + CLOSES_WITHIN;
     loop {
+        // The old socket is closed by its accept loop, a moment after `close` returns.
         match Listener::bind(&endpoint.listen) {
             Err(_) if Instant::now() < deadline => sleep(Duration::from_millis(5)).await,
             result => return Ok(result?),
@@ -384,6 +392,7 @@ fn log_change(change: &Change) {
 async fn next(hangup: &mut Option<Hangup>) {
     match hangup {
         Some(hangup) => hangup.next().await,
+        // `exec` passes none, as it forwards SIGHUP to its child.
         None => std::future::pending().await,
     }
 }

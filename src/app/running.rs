@@ -104,6 +104,7 @@ impl Running {
             let rest = deadline.saturating_duration_since(Instant::now());
             match self.first.context.route.upstream(rest).await {
                 Ok(upstream) => break upstream,
+                // `upstream` refuses early if the next attempt is far off, since drivers give up; this caller does not.
                 Err(refusal) if refusal.reason == Reason::Waking && rest > RETRY_PAUSE => {
                     sleep(RETRY_PAUSE).await;
                 }
@@ -114,6 +115,7 @@ impl Running {
         Ok(ProxyAddress {
             password: match address {
                 ClientAddress::Tcp(_) => self.shared.known_password.now(),
+                // The kernel reports the user of a Unix socket's client, so that it needs no password.
                 ClientAddress::Unix { .. } => None,
             },
             address,
@@ -141,6 +143,7 @@ impl Running {
         let mut logins = JoinSet::new();
         for served in &*self.shared.endpoints.now() {
             let route = served.context.route.clone();
+            // Concurrently: each login may wait for its endpoint to wake.
             logins.spawn(async move { route.test_login(&connect).await });
         }
         while let Some(login) = logins.join_next().await {
@@ -203,8 +206,10 @@ impl Running {
             () = sleep(grace) => {}
             () = second_signal => {}
         }
+        // Sessions still send 57P01 to their clients and Terminate to the server.
         self.shared.process.shutdown.cut();
         let cut = timeout(HELPERS_TIMEOUT, self.shared.clients.wait()).await;
+        // Only now, so that probes and metrics are served during the drain.
         self.shared.stop.cancel();
         self.shared.helpers.close();
         let http = async {

@@ -48,6 +48,7 @@ impl BoundEndpoint {
         let roots = blocking(move || roots(&its)).await;
         let label = Label::new(config.called());
         let (finder, route) = Route::channel(label.clone());
+        // Of the cut, not of the drain, during which the listeners accept clients to refuse them with the reason.
         let closed = shared.process.shutdown.cutting().child_token();
         let registry = EndpointSessions::new(&shared.registry, label, &metrics, closed);
         let process = Arc::clone(&shared.process);
@@ -116,6 +117,7 @@ impl BoundEndpoint {
             let shared = Arc::clone(shared);
             async move {
                 let drained = served.context.registry.drained();
+                // `None` at the end of the process, which removes no endpoint.
                 if served.stop.run_until_cancelled(drained).await.is_some() {
                     served.stop.cancel();
                     shared.endpoints.remove(&served);
@@ -135,6 +137,7 @@ impl BoundEndpoint {
 async fn report_status(served: Arc<Served>, endpoints: Endpoints, notifier: Notifier) {
     let mut status = served.credentials.subscribe();
     let mut route = served.context.route.clone();
+    // The loop needs the channels only; it must not keep a removed endpoint alive.
     drop(served);
     loop {
         notifier.status(&endpoints.summary());
@@ -164,6 +167,7 @@ fn announce(served: &Served, session_config: &SessionConfig) {
 /// Warns about addresses that other users or machines reach without authentication.
 pub(super) fn warn_of_exposure(served: &Served, access: &AccessPolicy) {
     for address in &served.bound.tcp {
+        // IPv4 loopback may be written as IPv6, ::ffff:127.0.0.1.
         if address.ip().to_canonical().is_loopback() {
             continue;
         }
@@ -181,6 +185,7 @@ pub(super) fn warn_of_exposure(served: &Served, access: &AccessPolicy) {
     }
     for path in &served.bound.unix {
         let socket = path.display();
+        // Linux requires write permission on the socket to connect (unix(7)).
         let is_open = std::fs::metadata(path).is_ok_and(|it| it.permissions().mode() & 0o002 != 0);
         if is_open && access.allowed_uids.is_none() {
             tracing::warn!(

@@ -103,6 +103,7 @@ impl Shared {
         let absent = AbsentSockets::default();
         let gone = absent.clone();
         let health = Arc::new(Health::new(move || {
+            // A removed Unix socket fails readiness until it is made again: no client finds it.
             match (gone.check(), served.any_ready()) {
                 (Err(gone), Err(credential)) => Err(format!("{credential}; {gone}")),
                 (gone, credential) => gone.and(credential),
@@ -171,6 +172,7 @@ impl Shared {
         let limit = self.process.config.load().max_connections;
         let limit = i64::try_from(limit).unwrap_or(i64::MAX);
         self.metrics.process.clients_limit.set(limit);
+        // Not `send`, which drops the value if nothing subscribes.
         self.observer.settings.send_replace(config.settings.clone());
         self.console.set_over_tcp(config.settings.admin_console());
     }
@@ -180,6 +182,7 @@ impl Shared {
         if let Some(workspace) = self.workspace.get() {
             return Ok(workspace.clone());
         }
+        // The system's roots: PGSSLROOTCERT is for the endpoint.
         let tls = tls::client_config(&Roots::System, tls::ALPN_HTTP_1_1)?;
         let workspace = Workspace::new(
             self.workspace_settings.clone(),
@@ -187,6 +190,7 @@ impl Shared {
             self.clock.clone(),
             Arc::clone(&self.metrics),
         )?;
+        // `get_or_init` cannot report the errors above.
         Ok(self.workspace.get_or_init(|| workspace).clone())
     }
 }

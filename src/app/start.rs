@@ -158,6 +158,7 @@ impl App {
 async fn until_idle(registry: Registry, mut settings: watch::Receiver<Settings>) -> Duration {
     loop {
         let DurationSetting(limit) = settings.borrow_and_update().exit_when_idle();
+        // A reload of other settings must not restart the idle time.
         let is_changed = |settings: &Settings| settings.exit_when_idle().0 != limit;
         tokio::select! {
             () = registry.idle_for(limit), if !limit.is_zero() => return limit,

@@ -116,6 +116,7 @@ impl Config {
             }
             change.needs_restart(&differences, kept.called());
             let mut kept = kept.clone();
+            // A socket that stays takes a new mode; a moved one exists after the restart only.
             if let (false, Some(ours), Some(theirs)) =
                 (moved, &mut kept.listen.unix, &endpoint.listen.unix)
                 && ours.mode != theirs.mode
@@ -130,6 +131,7 @@ impl Config {
 }
 
 fn exposed(password: Option<&SecretString>) -> Option<&str> {
+    // `SecretString` implements no comparison. Both passwords are ours, so that its time reveals nothing.
     password.map(SecretString::expose_secret)
 }
 

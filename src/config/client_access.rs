@@ -70,6 +70,7 @@ pub(super) fn password(
     settings: &Settings,
     environment: &Environment,
 ) -> Result<Option<SecretString>, ConfigError> {
+    // Before the file is read: without authentication it may be missing.
     if settings.local_auth == Some(LocalAuth::Trust) {
         return Ok(None);
     }

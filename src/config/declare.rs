@@ -83,6 +83,7 @@ macro_rules! settings {
             pub fn or(self, below: Self) -> Self {
                 Self {
                     $($($key: self.$key.or(below.$key),)+)+
+                    // Not merged: flags replace all tables of the file.
                     endpoints: if self.endpoints.is_empty() { below.endpoints } else { self.endpoints },
                     config_file: self.config_file.or(below.config_file),
                     origins: self.origins.or(below.origins),

@@ -220,6 +220,7 @@ impl CredentialSource {
 
 impl PartialEq for CredentialSource {
     fn eq(&self, other: &Self) -> bool {
+        // By hand, as `SecretString` implements no comparison.
         match (self, other) {
             (Self::Workspace, Self::Workspace) => true,
             (Self::Command(one), Self::Command(other)) => one == other,
@@ -280,6 +281,8 @@ fn tls_mode(environment: &Environment, table: &EndpointSettings) -> Result<TlsMo
         )
     };
     match environment.get("PGSSLMODE") {
+        // libpq's modes below `verify-full` accept another server's certificate or none (PostgreSQL docs, "SSL
+        // Support"); such a server would receive the credential.
         None | Some("allow" | "prefer" | "require" | "verify-ca" | "verify-full") => {
             Ok(TlsMode::Verified(match environment.get("PGSSLROOTCERT") {
                 None | Some("system") => Roots::System,
@@ -287,6 +290,7 @@ fn tls_mode(environment: &Environment, table: &EndpointSettings) -> Result<TlsMo
             }))
         }
         Some("disable") => {
+            // They are dialed in place of the host, and the credential must not cross a network in the clear.
             let mut addresses = table.host_address.iter();
             let is_remote = |address: &&IpAddr| !address.to_canonical().is_loopback();
             if let Some(remote) = addresses.find(is_remote) {

@@ -120,6 +120,7 @@ impl FromStr for EndpointSettings {
                 }
                 "read_only" | "read-only" => {
                     settings.read_only = match &*value {
+                        // `?read_only` alone is `true`, as is the flag of a boolean setting.
                         "" | "true" | "1" => true,
                         "false" | "0" => false,
                         _ => return Err(wrong()),

@@ -50,6 +50,7 @@ impl Environment {
         let text = |(name, value): (OsString, OsString)| {
             Some((name.into_string().ok()?, value.into_string().ok()?))
         };
+        // Variables of other programs may hold any bytes; `check_process` refuses ours.
         Self::inherited().into_iter().filter_map(text).collect()
     }
 
@@ -105,6 +106,7 @@ fn unreadable(variables: Vec<(OsString, OsString)>) -> Option<String> {
 
 /// The watchdog interval, unless it is for another process.
 fn watchdog(microseconds: Option<String>, process: Option<String>) -> Option<Duration> {
+    // sd_watchdog_enabled(3): a parent's interval is inherited with its WATCHDOG_PID.
     if process.is_some_and(|id| id.parse() != Ok(std::process::id())) {
         return None;
     }

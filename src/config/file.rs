@@ -47,6 +47,7 @@ fn unreadable(path: &Path, source: io::Error) -> ConfigError {
 /// Parses the text of a configuration file.
 pub(super) fn parse(path: &Path, text: &str) -> Result<Settings, ConfigError> {
     toml::from_str(text).map_err(|error| {
+        // The error's Display has several lines and quotes the file.
         let (line, message) = (line_of(text, &error), message_of(text, &error));
         let path = path.display();
         ConfigError::new(
@@ -60,6 +61,7 @@ pub(super) fn parse(path: &Path, text: &str) -> Result<Settings, ConfigError> {
 pub(super) fn text(path: &Path) -> io::Result<String> {
     let mut text = String::new();
     let read = File::open(path)?
+        // One byte more, to distinguish a longer file from one of exactly this length.
         .take(MAX_LEN.saturating_add(1))
         .read_to_string(&mut text)?;
     if u64::try_from(read).is_ok_and(|read| read > MAX_LEN) {
@@ -93,6 +95,7 @@ fn message_of(text: &str, error: &toml::de::Error) -> String {
     let short = message.split(", expected one of").next().unwrap_or(message);
     let short = short.replace('\n', "; ");
     let short = match short.rsplit_once(", expected ") {
+        // serde names Rust's type, which a user of the file need not know.
         Some((short, "usize" | "u16" | "u32" | "u64")) => {
             format!("{short}, expected a whole number")
         }

@@ -72,6 +72,7 @@ pub(crate) fn socket_path(directory: &Path, port: u16) -> PathBuf {
 pub(crate) fn addresses_conflict(one: SocketAddr, other: SocketAddr) -> bool {
     one.port() == other.port()
         && one.port() != 0
+        // Postgres listeners on IPv6 set IPV6_V6ONLY, so that `::` leaves 0.0.0.0 free.
         && one.is_ipv4() == other.is_ipv4()
         && (one.ip() == other.ip() || one.ip().is_unspecified() || other.ip().is_unspecified())
 }
@@ -166,6 +167,7 @@ impl AddressAssigner {
     ) -> Result<ListenAddresses, ConfigError> {
         let port = own.map_or(self.next_port, |own| own.port);
         // After any free port (0), the next one is any free port too.
+        // At 65535 the next endpoint gets the same port, which `conflict::check` reports.
         self.next_port = if port == 0 { 0 } else { port.saturating_add(1) };
         let addresses: &[IpAddr] = match &own {
             Some(ListenSetting {

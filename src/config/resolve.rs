@@ -17,6 +17,7 @@ impl Config {
     /// Merges the layers and validates the result.
     pub fn resolve(settings: Settings, environment: Environment) -> Result<Self, ConfigError> {
         let settings = settings.with_file()?;
+        // The variable that Tokio's own multi-thread runtime reads.
         let threads = threads(environment.get("TOKIO_WORKER_THREADS"))?;
         let http = settings.http_port().at(settings.http_address());
         let notes = notes(&settings, environment.get("DATABRICKS_APP_PORT"))?;

@@ -140,6 +140,7 @@ settings! {
         #[arg(value_name = "TIME")]
         capacity_timeout: DurationSetting = DurationSetting::from_secs(10) => Live;
 
+        // The defaults of the probes are those of databricks-ai-bridge (`lakebase.py`).
         /// Idle time before the first TCP keepalive probe, on both sides; 0 = no probes
         #[arg(value_name = "TIME")]
         tcp_keepalive_idle: DurationSetting = DurationSetting::from_secs(30) => Live;

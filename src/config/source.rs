@@ -61,9 +61,11 @@ impl Source {
     /// Every file that a reload reads.
     pub fn files(&self, config: &Config) -> Vec<PathBuf> {
         let mut files: Vec<PathBuf> = self.file().map(Path::to_owned).into_iter().collect();
+        // With `trust` the file is not read.
         if config.local_password.is_some() {
             files.extend(config.settings.local_password_file());
         }
+        // Not their password files, which the credential source watches itself.
         for endpoint in &config.endpoints {
             if let TlsMode::Verified(Roots::File(path)) = &endpoint.tls
                 && !files.contains(path)

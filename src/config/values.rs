@@ -91,6 +91,7 @@ impl FromStr for DurationSetting {
                 "`{text}` is not a length of time such as `15s`, `1m 30s` or a number of seconds"
             )
         };
+        // First, as the parser of durations requires units.
         let duration = if let Ok(seconds) = text.parse::<f64>() {
             Duration::try_from_secs_f64(seconds).map_err(|_| wrong())?
         } else {
@@ -164,6 +165,7 @@ impl FromStr for ModeSetting {
         let text = text.trim();
         u32::from_str_radix(text.trim_start_matches("0o"), 8)
             .ok()
+            // `from_str_radix` accepts a plus sign.
             .filter(|mode| *mode <= 0o777 && !text.starts_with('+'))
             .map(Self)
             .ok_or_else(|| format!("`{text}` is not a file's permissions in octal, such as `0660`"))
@@ -225,6 +227,7 @@ impl Serialize for DurationSetting {
 
 /// An address without a user name and password before the host.
 pub(crate) fn without_userinfo(address: &str) -> Cow<'_, str> {
+    // From the last `@`, since a password may contain one.
     match address.rsplit_once('@') {
         Some((_, host)) => format!("...@{host}").into(),
         None => address.into(),
