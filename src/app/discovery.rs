@@ -35,6 +35,7 @@ impl Discovery {
     /// Tries until the endpoint is found. Retries follow the pace of credential requests, which fail for the same reasons.
     pub(super) async fn run(&self) -> LocatedEndpoint {
         let mut pace = Pace::new(Instant::now());
+        // Attempts follow within seconds; a line for each would hide other events.
         let mut logged = None;
         loop {
             let error = match self.attempt().await {

@@ -92,6 +92,7 @@ impl Running {
         let is_watching = reloader.config.settings.watch_config();
         let reloading = async move {
             let files = |reloader: &Reloader| reloader.source.files(&reloader.config);
+            // Marked before the check below, so that every change is found by one or the other.
             let mut watch = FileWatch::new(files(&reloader));
             watch.mark().await;
             // The files may have changed during the start.
@@ -117,10 +118,11 @@ impl Running {
 }
 
 impl Reloader {
-    /// Loads the settings again and applies what differs. Not cancel safe: the labels of endpoints that were prepared would
-    /// stay in the metrics.
+    /// Loads the settings again and applies what differs. Not cancel safe: the labels of endpoints that were prepared
+    /// would stay in the metrics.
     pub async fn reload(&mut self) -> Result<Reloaded, RefusedReload> {
         let notifier = self.shared.notifier.clone();
+        // Reports READY when dropped, whatever the outcome: with `Type=notify-reload`, systemd waits for that.
         let _reloading = notifier.reloading();
         let outcome = self.attempt().await;
         let metrics = &self.shared.metrics.process;
@@ -352,8 +354,8 @@ async fn bind(
 ) -> Result<Listener, StartError> {
     let mut shut = false;
     for before in conflicting {
-        // It was open for cancel requests only, since a removed endpoint refuses sessions: a failed reload need not open it
-        // again.
+        // It was open for cancel requests only, since a removed endpoint refuses sessions: a failed reload need not
+        // open it again.
         before.context.registry.close();
         shut = true;
     }
