@@ -56,6 +56,7 @@ impl Shutdown {
 
     /// Starts draining.
     pub fn drain(&self) {
+        // `max`, so that a drain after a cut changes nothing. Before the token, as woken tasks read the phase.
         self.0.phase.fetch_max(1, Ordering::AcqRel);
         self.0.drain.cancel();
     }
@@ -63,6 +64,7 @@ impl Shutdown {
     /// Ends all sessions.
     pub fn cut(&self) {
         self.0.phase.fetch_max(2, Ordering::AcqRel);
+        // Also ends those that wait for the drain alone.
         self.0.drain.cancel();
         self.0.cut.cancel();
     }
@@ -155,6 +157,7 @@ impl Signals {
             match &mut self.hangup {
                 Some(hangup) => {
                     hangup.recv().await;
+                    // With the terminal present it is a request to reload, which `Hangup` handles.
                     while has_terminal() {
                         hangup.recv().await;
                     }

@@ -45,6 +45,7 @@ impl Notifier {
             return Ok(Self::default());
         };
         let address = match name.as_bytes().split_first() {
+            // sd_notify(3): `@` stands for the zero byte of an abstract name.
             Some((b'@', name)) => SocketAddr::from_abstract_name(name)?,
             _ => SocketAddr::from_pathname(name)?,
         };
@@ -82,6 +83,7 @@ impl Notifier {
     /// Reports a reload, which ends when the guard is dropped. `None` before [`ready`](Self::ready).
     pub fn reloading(&self) -> Option<Reloading<'_>> {
         let inner = self.0.as_ref()?;
+        // The end of a reload is READY=1, which would report the start as complete.
         if !inner.is_ready.load(Ordering::Acquire) {
             return None;
         }

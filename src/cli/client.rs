@@ -31,6 +31,7 @@ pub(super) async fn request(
 ) -> Result<Answer, String> {
     let exchange = async {
         let mut stream = TcpStream::connect(address).await?;
+        // `connection: close` makes the end of the stream the end of the answer.
         let head = format!(
             "{method} {path} HTTP/1.1\r\nhost: {address}\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
         );

@@ -76,6 +76,7 @@ pub(super) async fn run(arguments: DemoArgs, signals: &mut Signals) -> Result<Ca
         }
     };
     let served = serve(&arguments, &emulator, signals).await;
+    // Also after an error: the emulator has a Postgres server and its directory to remove.
     emulator.stop().await;
     served
 }
@@ -128,6 +129,7 @@ async fn start_proxy(arguments: &DemoArgs, emulator: &Emulator) -> Result<Runnin
         notes: arguments.notes_port.unwrap_or(PORTS.notes),
     };
     loop {
+        // A failed `build` has started nothing, so that it can be repeated with another port.
         let error = match App::build(config(ports, emulator)?).await {
             Ok(app) => return Ok(app.start()?),
             Err(error) => error,
@@ -170,6 +172,7 @@ async fn print_refreshes(proxy: &Running) {
     let mut status = proxy.credentials().subscribe();
     let mut printed = 0;
     loop {
+        // A copy, so that the channel is not locked while printing.
         let now = {
             let status = status.borrow_and_update();
             (status.generation, status.minted_at, status.expires_at)

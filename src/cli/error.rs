@@ -49,6 +49,7 @@ impl CommandError {
     pub fn report(self) -> ExitCode {
         match self {
             Self::Usage(message) => {
+                // clap reports `--help` and `--version` as errors, which go to standard output and succeed.
                 let _ = message.print();
                 ExitCode::from(if message.use_stderr() { FAILURE } else { 0 })
             }

@@ -72,6 +72,7 @@ pub(super) async fn run(
     inherited: Inherited,
     log: &mut Option<LogGuard>,
 ) -> Result<ExitCode, CommandError> {
+    // Before the app raises it, since CMD gets this limit.
     let descriptors = DescriptorLimit::now();
     let source = source(arguments.settings);
     let prepared = Prepared::load(&source, log)?;
@@ -90,6 +91,7 @@ pub(super) async fn run(
     };
     let zero_on_sigterm = config.settings.exit_zero_on_sigterm();
     let timeout = config.settings.timeouts().connect_timeout;
+    // Before the start, so that a signal during it is not lost.
     let mut signals = Signals::catch().map_err(CommandError::signals)?;
     let running = tokio::select! {
         running = prepared.start(inherited) => running?,
@@ -100,6 +102,7 @@ pub(super) async fn run(
     let started = tokio::select! {
         started = start(&program, &running, timeout) => started,
         signal = signals.ending() => {
+            // Without CMD there are no sessions to wait for.
             running.end_within(Duration::ZERO, pending()).await;
             return Ok(exec::interrupted(signal, zero_on_sigterm));
         }
@@ -122,6 +125,7 @@ pub(super) async fn run(
     let second_signal = async {
         signals.ending().await;
     };
+    // CMD and its sessions share one grace time, since platforms kill at a fixed time after SIGTERM.
     let rest = grace.saturating_sub(exit.since_termination());
     running.end_within(rest, second_signal).await;
     Ok(exit.exit_code(zero_on_sigterm))

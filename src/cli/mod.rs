@@ -145,6 +145,7 @@ impl Cli {
         inherited: Inherited,
         log: &mut Option<LogGuard>,
     ) -> Result<ExitCode, CommandError> {
+        // The other commands read no variables of the endpoint or the workspace.
         if let None | Some(Verb::Doctor(_) | Verb::Exec(_) | Verb::Serve(_) | Verb::Token(_)) =
             &self.subcommand
         {

@@ -73,7 +73,9 @@ pub(super) async fn run(
     let zero_on_sigterm = running.is_zero_on_sigterm();
     match cause {
         Ok(Cause::Terminate) => running.end_after_delay(second_signal).await,
+        // --min-sigterm-delay is for pods, whose other containers receive SIGTERM at the same time.
         Ok(Cause::Hangup | Cause::Interrupt | Cause::Request) => running.end(second_signal).await,
+        // No endpoint can be used, so that no session has work to finish.
         Err(_) => running.end_within(Duration::ZERO, second_signal).await,
     }
     Ok(cause?.exit_code(zero_on_sigterm))

@@ -27,6 +27,7 @@ pub(super) async fn run(arguments: ShutdownArgs) -> Result<ExitCode, CommandErro
     }
     .with_file()?;
     let address = address(settings.admin_port(), LOCALHOST, "admin-port")?;
+    // A GET would need the header X-Requested-With, which other sites' pages cannot add.
     let message = match request(address, "POST", "/quitquitquit").await {
         Ok(answer) if answer.status == 200 => return Ok(ExitCode::SUCCESS),
         Ok(answer) => format!(

@@ -109,10 +109,12 @@ pub(super) async fn run(
 }
 
 fn shell_quoted(value: &str) -> String {
+    // POSIX shells expand nothing within single quotes, and have no escape for one inside.
     format!("'{}'", value.replace('\'', r"'\''"))
 }
 
 fn pgpass_escaped(field: &str) -> String {
+    // PostgreSQL docs, "The Password File": a backslash escapes `:` and `\`.
     field.replace('\\', r"\\").replace(':', r"\:")
 }
 

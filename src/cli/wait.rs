@@ -40,10 +40,12 @@ pub(super) async fn run(arguments: WaitArgs) -> Result<ExitCode, CommandError> {
         ..Settings::default()
     }
     .with_file()?;
+    // 0.0.0.0 and :: are addresses to listen on, not to connect to.
     let ip = Some(settings.http_address()).filter(|ip| !ip.is_unspecified());
     let address = address(settings.http_port(), ip.unwrap_or(LOCALHOST), "http-port")?;
     let DurationSetting(max) = arguments.max;
     let mut ticks = interval(INTERVAL);
+    // A request may take longer than the interval; no burst of requests may follow it.
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut last = "no answer in time".to_owned();
     let started = async {

@@ -68,6 +68,7 @@ impl Child {
     /// The next change. Cancel safe.
     pub(super) async fn next(&mut self) -> Event {
         loop {
+            // First, since the kernel merges SIGCHLDs: one may stand for several changes.
             if let Some(event) = self.poll() {
                 return event;
             }

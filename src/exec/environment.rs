@@ -8,6 +8,7 @@ use crate::listener::ClientAddress;
 
 /// Variables that would lead a client elsewhere, or require what a local connection does not have.
 const REMOVED: [&str; 16] = [
+    // The service manager may take the program's notifications for the proxy's.
     "NOTIFY_SOCKET",
     "PGCHANNELBINDING",
     "PGGSSENCMODE",

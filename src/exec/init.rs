@@ -27,6 +27,7 @@ pub fn run(arguments: &[OsString]) -> io::Result<ExitCode> {
                     return Ok(ExitCode::from(code));
                 },
                 signal = signals.next() => {
+                    // The terminal sends these to its whole foreground process group, so to the child, too.
                     let from_keys = [Signal::INT, Signal::QUIT].contains(&signal);
                     if !(from_keys && is_in_foreground()) {
                         child.send(signal);

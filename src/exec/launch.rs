@@ -67,6 +67,7 @@ fn exec_program(
         .and_then(Pid::from_raw)
         .ok_or_else(|| spawn(io::ErrorKind::InvalidInput.into()))?;
     let limit = number(limit).ok_or_else(|| spawn(io::ErrorKind::InvalidInput.into()))?;
+    // A program that uses select(2) fails with descriptors above 1,023, which the raised limit would allow.
     DescriptorLimit::lower_to(limit).map_err(|error| spawn(error.into()))?;
     set_parent_process_death_signal(Some(PARENT_DIED)).map_err(|error| spawn(error.into()))?;
     // If the parent has died before, no signal is sent.

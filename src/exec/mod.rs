@@ -61,6 +61,7 @@ impl Program {
         let mut command = launch::command(&self.command, &self.descriptors);
         let inherited = self.inherited.iter().cloned();
         command
+            // Removed variables would be inherited otherwise.
             .env_clear()
             .envs(environment::variables(inherited, proxy, &self.secrets));
         Child::spawn(&mut command, Reap::Own).map_err(|source| SpawnError {

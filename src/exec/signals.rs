@@ -47,6 +47,7 @@ impl Signals {
         } else {
             &WITHOUT_TERMINAL
         };
+        // Bit 0 of SigIgn is signal 1 (proc_pid_status(5)).
         let is_ignored = |which: Signal| ignored >> which.as_raw().saturating_sub(1) & 1 == 1;
         let catch = |which: Signal| signal(SignalKind::from_raw(which.as_raw()));
         let mut forwarded = Vec::new();

@@ -56,6 +56,7 @@ pub(crate) async fn supervise(
     request: impl Future<Output = ()>,
     signals: &mut Signals,
 ) -> Exit {
+    // The program's sessions must end within the grace time, too.
     let kill_after = grace.saturating_sub((grace / 10).min(MAX_SESSION_GRACE));
     let mut request = pin!(request);
     let mut terminated: Option<Termination> = None;
@@ -83,6 +84,7 @@ pub(crate) async fn supervise(
                     continue;
                 }
             },
+            // A future that has completed must not be polled again.
             () = &mut request, if terminated.is_none() => Cause::Request,
             () = until(kill_at) => {
                 tracing::warn!(pid = child.id(), "program did not end after SIGTERM; killed");
