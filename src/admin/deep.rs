@@ -106,6 +106,7 @@ impl DeepCheck {
     fn login(&self, target: LoginTarget) -> Login {
         let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(login) = last.get(&target.name) {
+            // A login whose task has panicked has dropped its sender.
             let is_running =
                 login.outcome.borrow().is_none() && login.outcome.has_changed().is_ok();
             if is_running || login.began.elapsed() < INTERVAL {
@@ -118,6 +119,8 @@ impl DeepCheck {
             outcome,
         };
         last.insert(target.name.clone(), login.clone());
+        // A task of its own, since other requests share the login: the server drops the handler of a client that goes
+        // away.
         self.logins.spawn(async move {
             let checked = log_in(target).await;
             done.send_replace(Some((Instant::now(), checked)));

@@ -52,6 +52,7 @@ pub(super) fn router(probes: Probes) -> Router {
     let readiness = get(readiness).post(readiness);
     Router::new()
         .route("/startup", startup.clone())
+        // Also under the names that Kubernetes' own components use.
         .route("/startupz", startup)
         .route("/liveness", liveness.clone())
         .route("/livez", liveness.clone())
@@ -68,6 +69,7 @@ async fn readiness(
 ) -> Response {
     let headers = &request.headers;
     let is_deep = matches!(query.deep.as_deref(), Some("1" | "true"));
+    // A page of another site must not wake the endpoint.
     if is_deep && let Err(refused) = check_intent(&request) {
         return refused;
     }
@@ -104,6 +106,7 @@ fn answer(
         if let (Some(deep), Some(body)) = (deep, body.as_object_mut()) {
             body.insert("deep".to_owned(), serde_json::json!(deep));
         }
+        // Text and JSON have one address: a cache must keep them apart (RFC 9110 section 12.5.5).
         return (status, [(VARY, "accept")], Json(body)).into_response();
     }
     let mut text = format!("{word}\n");
@@ -132,6 +135,7 @@ pub(super) fn accepts(headers: &HeaderMap, wanted: &str) -> bool {
         .iter()
         .filter_map(|value| value.to_str().ok())
         .any(|value| {
+            // `*/*`, which curl sends, does not count: it gets text.
             value.split(',').any(|kind| {
                 kind.split(';')
                     .next()

@@ -26,6 +26,7 @@ pub async fn serve(listener: TcpListener, requested: CancellationToken, stop: Ca
 }
 
 async fn quit(State(requested): State<CancellationToken>, request: Parts) -> Response {
+    // Browsers reach loopback, too: a page of another site must not end the proxy.
     if let Err(refused) = http::check_intent(&request) {
         return refused;
     }

@@ -70,6 +70,7 @@ impl ClientPermit {
 
 impl Drop for ClientPermit {
     fn drop(&mut self) {
+        // An evicted client's number is absent already, and is not used again.
         self.clients.state().permits.remove(&self.number);
     }
 }

@@ -65,6 +65,7 @@ impl<R: Fn(&Table) -> Rows> Dialogue<R> {
 
     /// Appends the responses to one message.
     pub(super) fn handle(&mut self, message: &Message, out: &mut BytesMut) {
+        // Protocol docs, "Extended Query": after an error, everything up to the next Sync is discarded.
         if self.skipping && message.tag != tag::SYNC {
             return;
         }
@@ -116,6 +117,7 @@ impl<R: Fn(&Table) -> Rows> Dialogue<R> {
             b'D' => {
                 let kind = body.try_get_u8().map_err(|_| malformed())?;
                 let described = self.named(kind, string(&mut body)?)?;
+                // A statement has two answers to Describe, a portal one (protocol docs, "Extended Query").
                 if kind == STATEMENT {
                     encode(&ParameterDescription::new(Vec::new()), out);
                 }
@@ -127,10 +129,12 @@ impl<R: Fn(&Table) -> Rows> Dialogue<R> {
             tag::EXECUTE => {
                 let name = string(&mut body)?.to_owned();
                 let limit = body.try_get_i32().map_err(|_| malformed())?;
+                // As in postgres.c, a negative limit means all rows, like 0.
                 self.execute(name, usize::try_from(limit).unwrap_or(0), out)?;
             }
             b'C' => {
                 let kind = body.try_get_u8().map_err(|_| malformed())?;
+                // Protocol docs: closing what does not exist is no error.
                 self.prepared.remove(&(kind, string(&mut body)?.to_owned()));
                 encode(&CloseComplete::new(), out);
             }
@@ -257,6 +261,7 @@ fn formats(body: &mut &[u8], columns: usize) -> Result<Formats, Report> {
             .map(|_| body.try_get_i16())
             .collect::<Result<Vec<_>, _>>()
     };
+    // The formats of the parameters precede their number, even if there are none.
     codes(body).map_err(|_| malformed())?;
     if body.try_get_u16().map_err(|_| malformed())? != 0 {
         return Err(violation(

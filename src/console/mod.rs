@@ -78,6 +78,7 @@ impl Console {
 
     /// Enables or disables new TCP clients from this machine.
     pub fn set_over_tcp(&self, open: bool) {
+        // Relaxed: no other data depends on it.
         self.over_tcp.store(open, Ordering::Relaxed);
     }
 
@@ -101,6 +102,7 @@ impl Console {
         } = request;
         let permit = self.clients.enter();
         let mut out = negotiation;
+        // NegotiateProtocolVersion, if needed, precedes the authentication (protocol docs, "Start-up").
         out.unsplit(greeting(startup));
         write(&mut client, &out).await?;
         let mut dialogue = Dialogue::new(|table| table.rows(&(self.snapshot)()));
@@ -139,6 +141,7 @@ impl Console {
 /// AuthenticationOk to ReadyForQuery.
 fn greeting(startup: &StartupMessage) -> BytesMut {
     let mut status = BytesMut::new();
+    // Those that Postgres reports at login (protocol docs, "Asynchronous Operations"): drivers read them.
     for (name, value) in [
         // Every psql accepts a server this old without a warning.
         ("server_version", format!("10.0 (lakebase-proxy {VERSION})")),
@@ -221,6 +224,7 @@ impl session::Console for Console {
         &'a self,
         request: ConsoleRequest<'a>,
     ) -> Pin<Box<dyn Future<Output = io::Result<()>> + Send + 'a>> {
+        // A trait with an async function cannot be a trait object.
         Box::pin(self.respond(request))
     }
 }

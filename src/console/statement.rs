@@ -55,6 +55,7 @@ pub(super) fn split(query: &str) -> Vec<String> {
         };
         // A semicolon separates nothing within quotes or a comment.
         let (length, is_comment) = match first {
+            // A doubled quote is read as two literals side by side, which splits the same.
             '\'' => (up_to(1, "'"), false),
             '"' => (up_to(1, "\""), false),
             _ if rest.starts_with("--") => (up_to(2, "\n"), true),
@@ -78,6 +79,7 @@ pub(super) fn split(query: &str) -> Vec<String> {
 pub(super) fn parse(statement: &str) -> Result<Statement, Report> {
     let lower = statement.to_lowercase();
     let words: Vec<&str> = lower
+        // `SET name=value` needs no blanks.
         .split(|c: char| c.is_whitespace() || c == '=')
         .filter(|word| !word.is_empty())
         .collect();

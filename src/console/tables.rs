@@ -351,6 +351,7 @@ fn tls(upstream: &UpstreamSnapshot) -> &'static str {
 }
 
 fn wait_time(metrics: &Metrics) -> u128 {
+    // PgBouncer reports `wait_time` in microseconds.
     let waited = Duration::try_from_secs_f64(metrics.hold_seconds.get_sample_sum());
     waited.unwrap_or_default().as_micros()
 }

@@ -98,6 +98,7 @@ impl Database {
             .user(options.user.as_deref().unwrap_or("notes"))
             .application_name("lakebase-proxy notes")
             .options(format!("-c statement_timeout={}", statement.as_millis()))
+            // The listener is one of this process: no network lies between.
             .ssl_mode(SslMode::Disable);
         if let Some(database) = &options.database {
             config.dbname(database);
@@ -125,6 +126,7 @@ impl Database {
             query: format!(
                 "SELECT left(content::text, {}), extract(epoch FROM created_at::timestamptz)::float8 \
                  FROM notes ORDER BY created_at DESC NULLS LAST, id DESC LIMIT 5",
+                // One more shows that the note is longer.
                 NOTE_CHARS + 1
             ),
             idle_timeout: options.idle_timeout,
@@ -153,6 +155,7 @@ impl Database {
         let mut ticks = interval((self.idle_timeout / 6).max(Duration::from_millis(10)));
         loop {
             ticks.tick().await;
+            // Checked every sixth, so that no connection is idle for the whole timeout.
             let limit = self.idle_timeout * 4 / 6;
             self.pool
                 .retain(|client, metrics| metrics.last_used() < limit && !client.is_closed());
@@ -182,6 +185,7 @@ impl Database {
             return Err(Failure::Closed);
         };
         let reused = Object::metrics(client).recycle_count > 0;
+        // In one round trip: `query` would prepare a statement first.
         let rows = client.query_typed(&self.query, &[]).await;
         lease.give_back();
         let notes = rows.and_then(|rows| {

@@ -113,6 +113,7 @@ impl Site {
             Err(_) => Err(Failure::Slow),
         };
         let problem = outcome.as_ref().err().map(Problem::from);
+        // Locked after the read, so that no request waits for another's.
         let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
         match (&outcome, problem, *last) {
             (Err(failure), Some(now), before) if before != Some(now) => {
@@ -129,6 +130,7 @@ impl Site {
 fn router(site: Arc<Site>) -> Router {
     Router::new()
         .route("/", get(index))
+        // Reads nothing, so that probes do not wake the endpoint.
         .route("/healthz", get(async || "ok\n"))
         .route(
             "/style.css",

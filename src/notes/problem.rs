@@ -124,11 +124,14 @@ fn from_code(code: &SqlState) -> Problem {
         (SqlState::UNDEFINED_COLUMN, Problem::OtherShape),
         (SqlState::INSUFFICIENT_PRIVILEGE, Problem::Permission),
         (SqlState::INVALID_CATALOG_NAME, Problem::NoDatabase),
+        // By the `statement_timeout` of the page's connections.
         (SqlState::QUERY_CANCELED, Problem::Slow),
         (SqlState::TOO_MANY_CONNECTIONS, Problem::Busy),
         (SqlState::CANNOT_CONNECT_NOW, Problem::Waking),
+        // Sent to open connections when an endpoint is suspended.
         (SqlState::ADMIN_SHUTDOWN, Problem::Waking),
         (SqlState::CRASH_SHUTDOWN, Problem::Waking),
+        // Of class 08, but no sign of an endpoint that sleeps.
         (SqlState::PROTOCOL_VIOLATION, Problem::Other),
     ];
     if let Some((_, problem)) = known.iter().find(|(known, _)| known == code) {

@@ -52,6 +52,7 @@ impl KnownSecrets {
         let json = Zeroizing::new(serde_json::to_string(secret).unwrap_or_default());
         let json = json.trim_matches('"');
         add(json);
+        // JSON allows `\/` for a slash (RFC 8259 section 7).
         add(&Zeroizing::new(json.replace('/', "\\/")));
         add(&Zeroizing::new(html(secret)));
         let mut each = |form: &dyn Fn(u8) -> String| {
@@ -114,6 +115,7 @@ impl KnownSecrets {
             let windows = form.as_bytes().windows(form.len().min(PIECE));
             pieces.extend(windows.filter(|piece| varies(piece)));
         }
+        // A form shorter than PIECE is searched for as a whole, by its own length.
         for length in SHORTEST..=PIECE {
             for (at, piece) in text.as_bytes().windows(length).enumerate() {
                 if pieces.contains(piece) {

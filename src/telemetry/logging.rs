@@ -124,6 +124,7 @@ pub fn init(options: &LogOptions) -> Result<(LogHandle, LogGuard), LogError> {
         .with(layer)
         .try_init()
         .map_err(|source| LogError::AlreadySet { source })?;
+    // Not before, as the hook writes to the subscriber.
     panic::set_hook(Box::new(log_panic));
     let handle = LogHandle {
         filter: handle,
@@ -144,12 +145,14 @@ fn log_panic(panic: &panic::PanicHookInfo<'_>) {
         thread = std::thread::current().name(),
         backtrace = has_backtrace.then(|| backtrace.to_string()),
         "panicked: {}; hint: this is a defect of lakebase-proxy, please report it",
+        // A panic's text may quote what a peer has sent.
         redact(message)
     );
 }
 
 /// Writes the final error to standard error, with or without a log, and waits a bounded time for its reader.
 pub fn write_stderr(text: &str) {
+    // The guard waits for the writing thread when it is dropped.
     if let Ok((sink, _guard)) = Sink::stderr() {
         sink.push(text.as_bytes());
     }

@@ -91,6 +91,7 @@ impl Repeats {
             level,
             message,
         });
+        // With held-back lines, `take` ends the interval: a reset here would lose their number.
         if now - kind.since >= INTERVAL && kind.held_back == 0 {
             (kind.since, kind.passed) = (now, 0);
         }
@@ -99,6 +100,7 @@ impl Repeats {
             return true;
         }
         kind.held_back += 1;
+        // The first alone sets the time of the summary.
         if kind.held_back == 1 {
             self.0.held_back.notify_one();
         }
@@ -135,6 +137,7 @@ impl<S: Subscriber> Filter<S> for Repeats {
         let metadata = event.metadata();
         let level = *metadata.level();
         let is_a_count = metadata.target() == module_path!() || metadata.target() == Sink::TARGET;
+        // Levels grow with verbosity. A count that was held back would be counted again.
         if level > Level::WARN || is_a_count {
             return true;
         }
@@ -146,6 +149,7 @@ impl<S: Subscriber> Filter<S> for Repeats {
         };
         event.record(&mut content);
         self.passes(
+            // A collision only limits two kinds of lines together.
             content.hasher.finish(),
             place.finish(),
             level,

@@ -104,6 +104,7 @@ impl Sink {
             return;
         }
         state.lines.extend_from_slice(line);
+        // Unlocked first, since the woken thread takes the lock.
         drop(state);
         self.0.filled.notify_one();
     }
@@ -139,6 +140,7 @@ impl Sink {
         loop {
             if !state.lines.is_empty() {
                 std::mem::swap(&mut state.lines, written);
+                // The lines have left the buffer unwritten: the guard must wait for them all the same.
                 state.is_writing = true;
                 return true;
             }

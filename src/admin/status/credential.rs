@@ -60,6 +60,7 @@ impl CredentialView {
             ("Expires", status.expires_at),
             (
                 "Next attempt",
+                // Without an error it is the time of "Refresh due".
                 status.next_attempt.filter(|_| status.last_error.is_some()),
             ),
         ];

@@ -82,6 +82,7 @@ impl<'a> Page<'a> {
         let registry = &snapshot.registry;
         let all = registry.counts();
         let mut sessions = registry.list(CONSIDERED);
+        // Within a class the longest first: a session that is stuck stays visible.
         sessions.sort_by_key(|session| (urgency(session.activity), Reverse(session.lasting)));
         sessions.truncate(SHOWN);
         let mut failures = registry.recent().failures();
@@ -256,6 +257,7 @@ impl SessionView {
             (application, _) => application.to_owned(),
         };
         let server = session.server;
+        // `database_mapping` may open another database than the requested one.
         let database = match (&server, session.database) {
             (Some(server), _) => server.database.to_string(),
             (None, requested) => requested,

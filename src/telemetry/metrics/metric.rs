@@ -81,6 +81,7 @@ impl Metric for Histogram {
 
 impl<L: Label> Metric for EnumMap<L, IntCounter> {
     fn register(registry: &Registry, declaration: &Declaration<'_>) -> Result<Self> {
+        // Creates every child now: Prometheus' `rate` misses the first event of a counter that appears with it.
         let vec = add(registry, IntCounterVec::new(declaration.opts(), &[L::NAME]))?;
         Ok(Self::from_fn(|label: L| {
             vec.with_label_values(&[label.text()])

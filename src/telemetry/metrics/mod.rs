@@ -135,6 +135,7 @@ impl Metrics {
     pub fn retire(&self) {
         self.process
             .endpoints()
+            // By number, since a reload may have added another endpoint of this name.
             .retain(|endpoint| endpoint.number != self.number);
     }
 

@@ -81,6 +81,7 @@ impl ProcessMetrics {
     }
 
     pub(super) fn endpoints(&self) -> MutexGuard<'_, Vec<EndpointRegistry>> {
+        // No panic leaves the list half changed, and metrics must stay available.
         self.endpoints
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
@@ -90,6 +91,7 @@ impl ProcessMetrics {
         let mut families = BTreeMap::new();
         let mut gather = |registry: &Registry| {
             for mut family in registry.gather() {
+                // The text format requires one group of lines per metric, and all endpoints have the same metrics.
                 match families.entry(family.name().to_owned()) {
                     Entry::Vacant(entry) => drop(entry.insert(family)),
                     Entry::Occupied(mut same) => {
