@@ -60,6 +60,7 @@ impl ServerCertVerifier for Recorder {
             .chain(intermediates)
             .map(|certificate| certificate.clone().into_owned())
             .collect();
+        // Before the check, since a refused chain is what a diagnosis needs.
         *self.shown.lock().unwrap_or_else(PoisonError::into_inner) = chain;
         self.inner
             .verify_server_cert(end_entity, intermediates, server_name, ocsp_response, now)
@@ -151,6 +152,7 @@ fn name(name: &X509Name<'_>) -> String {
 
 /// One line of bounded length.
 fn clean(text: &str) -> String {
+    // The server chooses these texts, which are printed to a terminal.
     text.chars()
         .filter(|character| !character.is_control())
         .take(100)

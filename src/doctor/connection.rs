@@ -160,6 +160,7 @@ impl<'a> Connection<'a> {
             label: Label::new(examined.config.called()),
             host: found.host.clone(),
             port: examined.config.port,
+            // Not used: the addresses of the check before are dialed.
             addresses: Addresses::default(),
             user: found.user.clone(),
             database: found.database.clone(),
@@ -206,6 +207,7 @@ impl<'a> Connection<'a> {
         let secured = timeout(limit, probe::secure(tcp, endpoint, self.examined.metrics)).await;
         let secured =
             secured.unwrap_or_else(|_| Err(Failure::timed_out_in(LoginPhase::Tls, endpoint)));
+        // Recorded even if the handshake failed.
         let certificate = self.recorder.as_deref().and_then(Recorder::certificate);
         let finding = match &secured {
             Ok(stream) => of_certificate(stream, certificate.as_ref()),
@@ -257,6 +259,7 @@ fn of_certificate(stream: &probe::Stream, certificate: Option<&Certificate>) -> 
         probe::Stream::Tls(tls) if tls.protocol_version() == Some(ProtocolVersion::TLSv1_2) => {
             "TLS 1.2"
         }
+        // rustls implements 1.2 and 1.3 only.
         probe::Stream::Tls(_) => "TLS 1.3",
     };
     let Some(certificate) = certificate else {
@@ -281,6 +284,7 @@ fn of_tls_failure(failure: &Failure, certificate: Option<&Certificate>, host: &s
     let is_for_host = shown.names.iter().any(|name| {
         let zone = name.strip_prefix("*.");
         name.eq_ignore_ascii_case(host)
+            // A wildcard stands for exactly one label (RFC 9525 section 6.3).
             || zone.is_some_and(|zone| host.split_once('.').is_some_and(|(_, rest)| rest == zone))
     });
     let fix = if shown.expires_at < Timestamp::now() {
@@ -381,6 +385,7 @@ async fn grants(examined: &Examined<'_>, found: &Found, session: &mut probe::Ses
         && let Ok(rows) = bounded(limit, "query", session.query(grants::BINDING)).await
     {
         let profile = examined.access.profile.as_ref();
+        // Another role, such as a group's, is bound to another id than ours.
         let ours = profile.filter(|profile| profile.user_name == found.user);
         let id = ours.map(|profile| profile.id.as_str());
         return grants::judge_binding(&rows, &found.user, id, &found.database).unwrap_or(finding);

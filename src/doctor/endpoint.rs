@@ -118,6 +118,7 @@ async fn locate(steps: &mut Steps<'_>, examined: &Examined<'_>) -> Option<Found>
         .await?;
     let host = match &config.host {
         None => located.host,
+        // As in the proxy, PGHOST may be the read-write host.
         Some(host) if config.read_only => host
             .parse::<HostName>()
             .map_or_else(|_| host.clone(), |host| host.read_only().to_string()),
@@ -142,6 +143,7 @@ impl Examined<'_> {
             host: wanted.host.clone().filter(|_| wanted.name.is_none()),
             ..wanted.clone()
         };
+        // Zero disables retries: a check reports the first error.
         let error = match workspace.locate(&without_host, Duration::ZERO).await {
             Ok(located) => {
                 let mut finding = of_state(&located, config.host.as_deref());
@@ -215,6 +217,7 @@ impl Examined<'_> {
             let mut listeners = self.config.listen.tcp.iter();
             listeners.any(|listener| leads_to(*address, *listener))
         };
+        // Each connection to it would open another.
         if addresses.iter().any(is_ours) {
             let message = format!("`{host}` with port {port} is this proxy itself");
             let fix = "set PGHOST and PGPORT to the endpoint; --address and --port are where the proxy listens";
@@ -226,6 +229,7 @@ impl Examined<'_> {
 
     /// Why the endpoint must not be dialed, if so.
     fn reason_not_to_dial(&self, found: &Found) -> Option<&'static str> {
+        // A server of another provider, which takes a password, is not known to sleep.
         let is_elsewhere = found.target.is_none()
             && found
                 .host

@@ -105,6 +105,7 @@ pub(super) fn create_role(user: &str) -> String {
 }
 
 fn kind(user: &str) -> &'static str {
+    // User names are e-mail addresses, those of service principals UUIDs.
     if user.contains('@') {
         "USER"
     } else {

@@ -131,6 +131,7 @@ pub async fn run(
     let environment = Environment::from_variables(inputs.variables.clone());
     let config = Config::resolve(inputs.settings.clone(), environment.clone());
     let list = settings::list(&inputs.variables, &inputs.settings, config.as_ref().ok());
+    // Before the checks, which may take minutes while an endpoint wakes.
     on_settings(&list);
     let mut steps = Steps::new(list, &mut on_step);
 

@@ -17,6 +17,7 @@ const OURSELVES: &str = "lakebase-proxy";
 
 /// Binds the addresses for a moment. Must run on a runtime.
 pub(super) async fn check(addresses: &ListenAddresses) -> Finding {
+    // The proxy's own way to bind, which fails for the same reasons.
     match Listener::bind(addresses) {
         Ok(_bound) if addresses.port == 0 => Finding::ok("any free port will do"),
         Ok(_bound) => Finding::ok(format!("{addresses} is free")),
@@ -61,6 +62,7 @@ async fn check_tcp(listen: SocketAddr, error: &io::Error) -> Finding {
                 )),
             }
         }
+        // Lower ports need CAP_NET_BIND_SERVICE (capabilities(7)).
         io::ErrorKind::PermissionDenied => {
             Finding::failed(format!("this user may not listen on {listen}"))
                 .fix("choose a port of 1024 or more with --port")
@@ -122,6 +124,7 @@ fn owner_of(proc: &Path, inodes: &[String]) -> Option<Owner> {
 fn listening(table: &str, port: u16) -> Vec<String> {
     let suffix = format!(":{port:04X}");
     inodes(table, |columns| {
+        // The columns of proc_pid_net(5), of which 9 is the inode.
         let (local, state) = (columns.get(1)?, columns.get(3)?);
         let is_it = local.ends_with(&suffix) && *state == LISTEN;
         columns.get(9).filter(|_| is_it)
@@ -148,6 +151,7 @@ fn inodes<'t>(
 }
 
 fn holds(process: &Path, inodes: &[String]) -> bool {
+    // Other users' descriptors are visible to root only.
     let Ok(descriptors) = fs::read_dir(process.join("fd")) else {
         return false;
     };

@@ -69,6 +69,7 @@ pub struct Step {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub detail: Option<String>,
     /// What to do about it.
+    // Scripts read the key, which keeps its first name.
     #[serde(rename = "mend", skip_serializing_if = "Option::is_none")]
     pub fix: Option<String>,
 }

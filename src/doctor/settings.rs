@@ -106,6 +106,7 @@ pub(super) fn list(
     let of_profile = |attribute: Attribute| {
         let settings = resolved.as_ref()?;
         let (value, origin) = (settings.text(attribute)?, settings.origin(attribute));
+        // Variables are in the list by their own names.
         (!matches!(origin, Origin::Variable(_))).then_some((value, origin))
     };
     let profile: Vec<Attribute> = Attribute::ALL
@@ -137,6 +138,7 @@ pub(super) fn list(
         .iter()
         .filter(|(name, value)| name.starts_with(VARIABLE_PREFIX) && !value.is_empty())
         .collect();
+    // The environment has no order of its own.
     own.sort_unstable();
     for (name, value) in own {
         let is_it = |setting: &&ShownSetting| name.eq_ignore_ascii_case(&variable(&setting.key));
@@ -217,6 +219,7 @@ fn unusable(endpoint: &EndpointConfig) -> Option<Finding> {
         );
     }
     let host = endpoint.host.as_deref()?;
+    // TLS clients send no SNI for an address (RFC 6066 section 3), and the endpoint refuses logins without it (08006).
     host.parse::<IpAddr>().ok()?;
     Some(
         Finding::failed(format!(
@@ -229,6 +232,7 @@ fn unusable(endpoint: &EndpointConfig) -> Option<Finding> {
 /// A value without secrets, on one line.
 fn shown(kind: Kind, value: &str) -> String {
     let value = value.trim();
+    // A token may be in the wrong variable.
     let looks_secret = ["dapi", "dose", "dkea", "eyJ"]
         .iter()
         .any(|prefix| value.starts_with(prefix));

@@ -44,6 +44,7 @@ pub(super) async fn check(
     workspace: &Workspace,
     variables: &[(String, String)],
 ) -> Access {
+    // First: a wrong clock makes certificates and tokens invalid, which the later checks would report.
     steps.check(step::CLOCK, clock(workspace)).await;
     if reach(steps, workspace, variables).await.is_none() {
         steps.skip_rest(step::OF_WORKSPACE, "the workspace cannot be reached");
