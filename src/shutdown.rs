@@ -204,6 +204,7 @@ impl Hangup {
 
 /// Whether there is a controlling terminal, also in the background.
 pub(crate) fn has_terminal() -> bool {
+    // Opening it fails with ENXIO where the process has none.
     File::open("/dev/tty").is_ok()
 }
 

@@ -124,6 +124,7 @@ impl Notifier {
 
     fn send(&self, states: &[NotifyState<'_>]) {
         let Some(inner) = &self.0 else { return };
+        // In one datagram, which the manager takes as one message (sd_notify(3)).
         let lines: Vec<String> = states.iter().map(ToString::to_string).collect();
         if let Err(error) = inner.socket.send(lines.join("\n").as_bytes()) {
             tracing::debug!(%error, "cannot notify the service manager");

@@ -72,13 +72,15 @@ struct Login {
 }
 
 impl DeepCheck {
-    /// Logs in at the endpoint with this name, or at all; `None` without such an endpoint.
+    /// Logs in at the endpoint with this name, or at every endpoint without one; `None` if no endpoint has the name.
+    /// Cancel safe: logins continue.
     pub async fn check(
         &self,
         mut targets: Vec<LoginTarget>,
         name: Option<&str>,
     ) -> Option<Vec<Checked>> {
         if let Some(name) = name {
+            // Both forms: the status page shows `(read-only)` behind the label.
             targets.retain(|target| target.name == name || target.route.label().name() == name);
             if targets.is_empty() {
                 return None;

@@ -35,6 +35,7 @@ async fn change(State(log): State<LogHandle>, filter: String) -> Answer {
     if filter.is_empty() {
         return bad("the body must be a filter, such as `debug` or `warn,lakebase_proxy=debug`");
     }
+    // At run time, since a restart would end the sessions to be traced.
     match log.set_filter(filter) {
         Ok(()) => {
             tracing::warn!(filter, "log filter changed at /log-filter");

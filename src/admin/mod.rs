@@ -74,6 +74,7 @@ impl Admin {
                 if let Err(error) = served {
                     error!(%error, "the HTTP server for health and metrics ended");
                 }
+                // The shutdown may have stopped waiting.
                 done.send(()).ok();
             })
             .map_err(|source| AdminError::Runtime { source })?;

@@ -79,7 +79,7 @@ pub enum StartError {
     /// The threads that serve clients cannot be started.
     #[error("cannot start the threads that serve clients")]
     Runtimes(#[source] io::Error),
-    /// The workspace's settings do not do.
+    /// The settings of the workspace are invalid.
     #[error(transparent)]
     Workspace(#[from] WorkspaceError),
 }

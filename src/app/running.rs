@@ -19,7 +19,7 @@ use crate::{
     upstream::Refusal,
 };
 
-/// Timeout for helpers (the health port, the notes page) to end after the last client.
+/// Timeout of cut sessions to end, and then of helpers (the health port, the notes page).
 const HELPERS_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Pause between attempts of a caller that waits longer than a client.
@@ -168,7 +168,8 @@ impl Running {
         self.end_requested.cancelled().await;
     }
 
-    /// As [`end`](Self::end), after accepting clients for `--min-sigterm-delay`.
+    /// As [`end`](Self::end), after accepting clients for `--min-sigterm-delay`. A second signal during that time ends
+    /// all sessions at once.
     pub async fn end_after_delay(self, second_signal: impl Future<Output = ()>) {
         let mut second_signal = pin!(second_signal);
         self.shared.notifier.stopping();

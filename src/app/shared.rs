@@ -50,7 +50,7 @@ pub(super) struct Shared {
     /// Ends the helpers.
     pub(super) stop: CancellationToken,
     pub(super) clock: Clock,
-    /// The password of clients, for our own.
+    /// The password of clients, for the child of `exec` and the notes page.
     pub(super) known_password: KnownPassword,
     pub(super) log: Option<LogHandle>,
     pub(super) notifier: Notifier,

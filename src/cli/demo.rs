@@ -21,7 +21,7 @@ use crate::{
     shutdown::{Cause, Signals},
 };
 
-/// The ports people know, taken where they are free.
+/// The usual ports, used where they are free.
 const PORTS: Ports = Ports {
     postgres: 5432,
     http: 9090,
@@ -217,7 +217,7 @@ fn refresh(
     )
 }
 
-/// What is where, and what to type.
+/// The addresses, and a command to try.
 fn panel(addresses: &Addresses, emulator: &Emulator, arguments: &DemoArgs) -> String {
     let bold = Style::new().bold();
     let port = addresses

@@ -56,6 +56,7 @@ impl CommandError {
             Self::Failed { source, hint, code } => {
                 let mut text = format!("{PROGRAM}: {}\n", telemetry::chain(source.as_ref()));
                 if let Some(hint) = hint {
+                    // A hint may quote a name from the settings or the workspace.
                     text.extend(["hint: ", &telemetry::escape(&hint), "\n"]);
                 }
                 telemetry::write_stderr(&text);

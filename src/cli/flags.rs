@@ -95,6 +95,7 @@ fn unknown_variables(command: &Command, all: Vec<(OsString, OsString)>) -> Vec<S
     };
     let is_unknown = |name: &String, value: &OsStr| {
         name.starts_with(VARIABLE_PREFIX)
+            // It has no flag, as other users can read command lines.
             && name != PASSWORD_VARIABLE
             && !known.contains(name)
             && !is_of_service(name, value)

@@ -29,7 +29,7 @@ const PORTALS: usize = 10;
 /// Statements per query, whose responses are built together.
 const AT_ONCE: usize = 16;
 
-/// What Describe and Close name a prepared statement by; everything else is a portal.
+/// The kind byte of a prepared statement in Describe and Close; any other byte counts as a portal.
 const STATEMENT: u8 = b'S';
 const PORTAL: u8 = b'P';
 
@@ -93,6 +93,7 @@ impl<R: Fn(&Table) -> Rows> Dialogue<R> {
                 let statement = match &statement::split(string(&mut body)?)[..] {
                     [] => None,
                     [only] => Some(statement::parse(only)?),
+                    // The extended protocol takes one statement; this is the message of Postgres.
                     _ => {
                         return Err(Report::new(
                             sqlstate::SYNTAX_ERROR,
@@ -156,6 +157,7 @@ impl<R: Fn(&Table) -> Rows> Dialogue<R> {
         if statements.is_empty() {
             encode(&EmptyQueryResponse::new(), out);
         }
+        // 64 kB of `SHOW CLIENTS;` would make gigabytes of responses.
         if statements.len() > AT_ONCE {
             return Err(Report::new(
                 sqlstate::PROGRAM_LIMIT,

@@ -84,6 +84,7 @@ impl Console {
 
     fn is_open_to(&self, peer: Peer) -> bool {
         match peer {
+            // Root and the proxy's own user could read its files and memory anyway.
             Peer::Unix { uid, .. } => uid == 0 || uid == rustix::process::geteuid().as_raw(),
             Peer::Tcp(address) => {
                 self.over_tcp.load(Ordering::Relaxed) && address.ip().to_canonical().is_loopback()
@@ -91,7 +92,7 @@ impl Console {
         }
     }
 
-    /// Not cancel safe.
+    /// Not cancel safe: part of a response may have been written.
     async fn respond(&self, request: ConsoleRequest<'_>) -> io::Result<()> {
         let ConsoleRequest {
             mut client,

@@ -67,6 +67,7 @@ static TABLES: &[Table] = &[
         database: Text = upstream.map(|upstream| upstream.database.as_str());
         force_user: Text = upstream.map(|upstream| upstream.user.as_str());
         pool_mode: Text = POOL_MODE;
+        // Of the process; the endpoints share it.
         max_connections: Number = snapshot.max_connections;
         current_connections: Number = endpoint.metrics.upstream_active.get();
         paused: Number = 0;

@@ -113,6 +113,7 @@ impl Certificate {
         Some(Self {
             subject: name(leaf.subject()),
             issuer: name(leaf.issuer()),
+            // The root to trust, which a server may leave out of its chain (RFC 8446 section 4.4.2).
             authority: name(last.issuer()),
             names: names
                 .iter()

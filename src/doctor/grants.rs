@@ -66,6 +66,7 @@ pub(super) fn judge_binding(
         );
     }
     let id = id?;
+    // The label reads `id=<numeric id>,type=<kind>`, as `bind_role` writes it.
     let bound = cell(1)?
         .split(',')
         .find_map(|part| part.strip_prefix("id="))?;

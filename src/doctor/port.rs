@@ -38,6 +38,7 @@ async fn check_unix(error: UnixError) -> Finding {
         owner_of(proc, &listening_unix(&table, path.to_str()?))
     });
     match owner.await {
+        // A proxy that serves while `doctor` checks it is no problem.
         Some(owner) if owner.name == OURSELVES => owner.is_serving(&name),
         _ => failed,
     }

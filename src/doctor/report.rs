@@ -65,7 +65,7 @@ pub struct Step {
     pub seconds: f64,
     /// The finding, in one sentence.
     pub message: String,
-    /// The other side's own words.
+    /// The error text of the other side.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub detail: Option<String>,
     /// What to do about it.
@@ -221,6 +221,7 @@ impl Step {
             .as_ref()
             .map(|endpoint| format!(" [{}]", escape(endpoint)))
             .unwrap_or_default();
+        // Messages quote servers, whose control characters must not reach a terminal.
         let mut text = format!(
             "  {style}{:<7}{style:#}  {time:>7}  {:<NAME_WIDTH$} {}{of}\n",
             label,

@@ -94,6 +94,7 @@ async fn reach(
         Host::Ipv6(address) => address.to_string(),
     };
     // A direct connection would prove nothing: calls use the proxy.
+    // Except to loopback, where calls are always direct.
     if !workspace.host().is_loopback()
         && let Some(proxy) = proxy(&host, variables)
     {

@@ -1,4 +1,4 @@
-//! The rows, through a small pool that forgets its connections soon.
+//! Reads the rows through a small pool that closes idle connections early.
 
 use std::{
     convert::Infallible,
@@ -76,7 +76,7 @@ pub(super) enum Failure {
     Closed,
 }
 
-/// Where the notes are.
+/// The connections to the database of the notes.
 pub(super) struct Database {
     pool: Pool,
     query: String,

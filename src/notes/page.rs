@@ -1,4 +1,4 @@
-//! The pages, written by one template that escapes whatever it is given.
+//! The pages, written by one template that escapes every value.
 
 use askama::Template;
 

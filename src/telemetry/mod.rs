@@ -1,6 +1,7 @@
 //! Logs and metrics.
 //!
-//! A leaf: every module may use it, and it imports none of them. It formats and counts events without knowing their meaning.
+//! Every module but `config` may use it, and it imports only `config`, for the options of the log. It
+//! formats and counts events without knowing their meaning.
 
 mod escape;
 mod known;

@@ -139,6 +139,7 @@ impl Sink {
         state.is_writing = false;
         loop {
             if !state.lines.is_empty() {
+                // Swapped, so that the lock is not held while writing.
                 std::mem::swap(&mut state.lines, written);
                 // The lines have left the buffer unwritten: the guard must wait for them all the same.
                 state.is_writing = true;

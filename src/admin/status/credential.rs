@@ -42,6 +42,7 @@ impl CredentialView {
             CredentialState::Urgent => (Severity::Warn, "about to expire"),
             CredentialState::Expired => (Severity::Bad, "expired"),
         };
+        // The credential still works, but its refresh fails.
         let severity = if status.last_error.is_some() && severity == Severity::Good {
             Severity::Warn
         } else {

@@ -63,6 +63,7 @@ pub(super) fn router(snapshot: TakeSnapshot) -> Router {
 /// Refuses requests from other machines.
 pub(super) async fn only_here(request: Request, next: Next) -> Response {
     let (parts, body) = request.into_parts();
+    // Checks the name as well: a page whose name was rebound to this machine connects from loopback, too.
     if is_from_this_machine(&parts) {
         return next.run(Request::from_parts(parts, body)).await;
     }
@@ -82,6 +83,7 @@ async fn page(State(snapshot): State<TakeSnapshot>, request: Request) -> Respons
             (StatusCode::INTERNAL_SERVER_ERROR, message).into_response()
         }
     };
+    // Clients and servers choose names on the page: a second defense behind the escaping.
     let policy = HeaderValue::from_static(POLICY);
     response
         .headers_mut()
