@@ -83,6 +83,7 @@ pub(super) fn password(
             ConfigError::new(message, "it must be a text file that the proxy can read")
                 .caused_by(source)
         })?;
+        // `SecretString` copies the line, so that this copy is wiped.
         let text = Zeroizing::new(text);
         // One line, as written by `echo` and editors.
         let line = text.strip_suffix('\n').unwrap_or(&text);

@@ -46,6 +46,7 @@ macro_rules! settings {
             $($(
                 $(#[$meta])+
                 #[arg(long, help_heading = $section)]
+                // `Option`: where this layer sets nothing, the one below applies.
                 pub $key: Option<$type>,
             )+)+
 
@@ -93,6 +94,7 @@ macro_rules! settings {
             /// The keys of this kind whose values differ.
             pub(super) fn differing(&self, new: &Self, kind: super::declare::Reload) -> Vec<&'static str> {
                 let mut keys = Vec::new();
+                // The values in force, so that a default that is now written out is no change.
                 $($(if kind == super::declare::Reload::$reload && self.$key() != new.$key() {
                     keys.push(stringify!($key));
                 })+)+

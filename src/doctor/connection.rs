@@ -70,6 +70,7 @@ pub(super) async fn check(steps: &mut Steps<'_>, examined: &Examined<'_>, ready:
         }
     };
     let started = Instant::now();
+    // As long as a client would wait.
     let deadline = started + examined.timeouts.connect_timeout;
     let mut backoff = Backoff::new(FIRST_PAUSE, LAST_PAUSE);
     let attempt = loop {

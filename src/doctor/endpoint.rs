@@ -79,6 +79,7 @@ pub(super) async fn check(steps: &mut Steps<'_>, examined: &Examined<'_>) -> Opt
     };
     if let Some(why) = examined.reason_not_to_dial(&found) {
         steps.skip(&[step::ENDPOINT_TCP, step::EDGE_TLS, step::LOGIN], why);
+        // The workspace lists the roles without a connection to the endpoint.
         let role = async {
             let finding = examined.role(&found).await;
             Err::<((), Finding), _>(finding.unwrap_or_else(|| Finding::skipped(why)))
@@ -238,6 +239,7 @@ impl Examined<'_> {
         match found.state {
             _ if !self.is_usable => Some("the settings cannot be used"),
             _ if self.connect || is_elsewhere => None,
+            // Awake already.
             Some(EndpointState::Active | EndpointState::Degraded) => None,
             Some(EndpointState::Idle) => Some("asleep: --connect wakes it and goes on"),
             _ => Some("it may be asleep: --connect goes on all the same"),

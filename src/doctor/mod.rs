@@ -155,6 +155,7 @@ pub async fn run(
     let is_usable = finding.outcome == Outcome::Ok;
     steps.note(step::SETTINGS, started.elapsed(), finding);
 
+    // An error is the finding of the step above.
     let workspace = workspace.and_then(Result::ok);
     let access = match &workspace {
         Some(workspace) => workspace::check(&mut steps, workspace, &inputs.variables).await,

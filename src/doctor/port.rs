@@ -49,6 +49,7 @@ async fn check_tcp(listen: SocketAddr, error: &io::Error) -> Finding {
     match error.kind() {
         io::ErrorKind::AddrInUse => {
             let port = listen.port();
+            // Reads the descriptors of every process.
             match blocking(move || owner(Path::new("/proc"), port)).await {
                 Some(owner) if owner.name == OURSELVES => owner.is_serving(&listen.to_string()),
                 Some(Owner { pid, name }) => {
@@ -101,6 +102,7 @@ fn owner(proc: &Path, port: u16) -> Option<Owner> {
 
 /// The process that holds one of these sockets, if it is visible. Blocks.
 fn owner_of(proc: &Path, inodes: &[String]) -> Option<Owner> {
+    // Without a socket, no process need be searched.
     if inodes.is_empty() {
         return None;
     }

@@ -119,6 +119,7 @@ pub(super) fn list(
         let is_in_profile = profile.iter().any(|it| it.variables().contains(&name));
         match variables.iter().find(is_set) {
             Some((_, value)) => add(name, shown(kind, value), "environment".to_owned()),
+            // A value of the profile follows below.
             None if unset.is_empty() || is_in_profile => {}
             None => add(name, unset.to_owned(), "not set".to_owned()),
         }

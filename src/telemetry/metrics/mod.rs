@@ -120,6 +120,7 @@ impl Metrics {
     ) -> Result<Arc<Self>, prometheus::Error> {
         let labels = endpoint.map(|name| HashMap::from([("endpoint".to_owned(), name.to_owned())]));
         let registry = Registry::new_custom(Some(PREFIX.to_owned()), labels)?;
+        // Relaxed: the numbers only have to differ.
         let number = process.endpoints_ever.fetch_add(1, Ordering::Relaxed);
         let metrics = Self::register(&registry, process, number)?;
         metrics.process.endpoints().push(EndpointRegistry {
