@@ -65,6 +65,7 @@ impl Discovery {
     }
 
     async fn attempt(&self) -> Result<LocatedEndpoint, StartError> {
+        // Retries within an attempt save a search of many requests from starting again.
         let located = locate(&self.served.config, &self.source, REQUEST_BUDGET).await?;
         refuse_loop(&located, &self.endpoints).await?;
         Ok(located)
@@ -85,6 +86,7 @@ impl Discovery {
                 "cannot look up the endpoint, retrying"
             );
         } else if self.reporter.as_ref().is_none_or(Reporter::has_others) {
+            // Without others this error ends the program, which prints it.
             tracing::error!(
                 endpoint,
                 error = text,

@@ -79,6 +79,8 @@ pub(super) async fn locate(
         .locate(&config.into(), timeout)
         .await
         .map_err(Box::new)?;
+    // Lakebase's docs, "Connection pooling": not available for OAuth roles. A warning only, since poolers accept OAuth
+    // credentials where Databricks has enabled that.
     let direct = located.host.parse::<HostName>().ok();
     if let Some(direct) = direct.and_then(|host| host.direct()) {
         tracing::warn!(

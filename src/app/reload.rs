@@ -269,6 +269,7 @@ impl Reloader {
             let Some((old, new)) = old.zip(new) else {
                 continue;
             };
+            // A change that adds some bits and removes others counts as one that widens.
             let tightens = new.mode & !old.mode == 0;
             if old.mode == new.mode || tightens != (change == ModeChange::Tighten) {
                 continue;
@@ -276,6 +277,7 @@ impl Reloader {
             for path in &served.bound.unix {
                 if let Err(error) = listener::set_socket_mode(&served.config.listen, path, new.mode)
                 {
+                    // A warning only: the other changes of the reload cannot be undone any more.
                     tracing::warn!(socket = %path.display(), %error, "cannot change the permissions of a socket");
                 }
             }

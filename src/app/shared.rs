@@ -121,6 +121,7 @@ impl Shared {
             http: OnceLock::new(),
         });
         let of_console = Arc::clone(&observer);
+        // A closure, since the console is in a layer below `app`.
         let snapshot = Arc::new(move || of_console.snapshot());
         let console = Arc::new(Console::new(snapshot, Arc::clone(&health)));
         let shared = Self {

@@ -70,6 +70,7 @@ pub(super) async fn run(
     let second_signal = async {
         signals.next().await;
     };
+    // By the settings in force, which a reload may have changed.
     let zero_on_sigterm = running.is_zero_on_sigterm();
     match cause {
         Ok(Cause::Terminate) => running.end_after_delay(second_signal).await,

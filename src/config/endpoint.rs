@@ -127,6 +127,7 @@ impl EndpointConfig {
                 ));
             }
         } else if table.host.is_none() {
+            // Only the workspace could look it up.
             return Err(ConfigError::new(
                 format!("the endpoint `{endpoint}` has a credential but no host"),
                 "add `host` to its table",

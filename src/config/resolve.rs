@@ -26,6 +26,7 @@ impl Config {
         let admin = settings.admin_port().at(LOCALHOST);
         let admin = admin.filter(|_| settings.quitquitquit());
         let mut tables = settings.endpoints.clone();
+        // The variables name an endpoint only if no table does.
         if tables.is_empty() {
             tables.push(endpoint::of_environment(
                 &environment,

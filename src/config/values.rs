@@ -93,6 +93,7 @@ impl FromStr for DurationSetting {
         };
         // First, as the parser of durations requires units.
         let duration = if let Ok(seconds) = text.parse::<f64>() {
+            // Fails for a negative number, infinity and NaN, all of which `f64` parses.
             Duration::try_from_secs_f64(seconds).map_err(|_| wrong())?
         } else {
             let duration: SignedDuration = text.parse().map_err(|_| wrong())?;

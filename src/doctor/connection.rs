@@ -150,6 +150,7 @@ impl<'a> Connection<'a> {
                 let name = ServerName::try_from(found.host.clone())
                     .map_err(|_| format!("`{}` is not a host name", found.host))?;
                 let verifier = tls::verifier(roots).map_err(|error| error.to_string())?;
+                // The proxy's own verifier, so that `doctor` accepts what the proxy accepts.
                 let recorder = Recorder::new(verifier);
                 let verifier = Arc::clone(&recorder) as _;
                 let config = tls::client_config_with(verifier, tls::ALPN_POSTGRESQL)
@@ -178,6 +179,7 @@ impl<'a> Connection<'a> {
     }
 
     async fn attempt(&self, database: &str) -> Attempt {
+        // Not reported at once: only those of the last attempt are.
         let mut steps = Vec::new();
         let end = match self.stream(&mut steps).await {
             Ok(stream) => self.log_in(stream, database).await,
@@ -222,6 +224,7 @@ impl<'a> Connection<'a> {
         let Some(credential) = &self.credential else {
             return End::NoCredential;
         };
+        // pg_stat_activity shows whose session it is.
         let name = (
             "application_name".to_owned(),
             "lakebase-proxy doctor".to_owned(),

@@ -155,6 +155,7 @@ impl Examined<'_> {
             }
             Err(error) => error,
         };
+        // An identity that may not look the endpoint up can still log in at a known host.
         let host_suffices = matches!(error, LocateError::NoHost { .. }) || error.is_forbidden();
         if !host_suffices || wanted.host.is_none() {
             return Err(of_locate(&error));

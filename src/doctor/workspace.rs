@@ -91,6 +91,7 @@ async fn reach(
     let host = match url.host()? {
         Host::Domain(name) => name.to_owned(),
         Host::Ipv4(address) => address.to_string(),
+        // Without the brackets of a URL, which name resolution does not accept.
         Host::Ipv6(address) => address.to_string(),
     };
     // A direct connection would prove nothing: calls use the proxy.
@@ -247,6 +248,7 @@ async fn identity(steps: &mut Steps<'_>, workspace: &Workspace) -> Access {
     } else {
         "Workspace access is not the identity's own, but the API answers"
     });
+    // By the same call, whose time is noted above.
     steps.note(step::ENTITLEMENT, Duration::ZERO, finding);
     Access {
         can_call: true,

@@ -55,6 +55,7 @@ impl Repeats {
     pub(super) async fn summarize(&self) {
         loop {
             let Some(due) = self.due() else {
+                // `notify_one` leaves a permit, so that a line held back since `due` is not missed.
                 self.0.held_back.notified().await;
                 continue;
             };
