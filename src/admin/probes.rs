@@ -52,9 +52,9 @@ pub(super) fn router(probes: Probes) -> Router {
     let readiness = get(readiness).post(readiness);
     Router::new()
         .route("/startup", startup.clone())
-        // Also under the names that Kubernetes' own components use.
         .route("/startupz", startup)
         .route("/liveness", liveness.clone())
+        // `livez`, `healthz` and `readyz` are the names of kube-apiserver's probes.
         .route("/livez", liveness.clone())
         .route("/healthz", liveness)
         .route("/readiness", readiness.clone())
