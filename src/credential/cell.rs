@@ -32,6 +32,7 @@ pub struct CredentialCell(Arc<Inner>);
 
 struct Inner {
     clock: Clock,
+    // Beside its copy in `status`, so that a login with a valid credential takes no lock.
     is_lazy: bool,
     current: ArcSwapOption<Credential>,
     status: watch::Sender<CredentialStatus>,
@@ -92,6 +93,7 @@ impl CredentialCell {
     }
 
     fn with(clock: Clock, is_lazy: bool) -> Self {
+        // No receiver is kept: `send_modify` changes the value without one, too.
         let (status, _) = watch::channel(CredentialStatus {
             generation: 0,
             minted_at: None,
@@ -119,6 +121,7 @@ impl CredentialCell {
 
     /// The credential, if it is valid by the wall clock now. Takes no lock and never waits.
     pub fn current(&self) -> Option<Arc<Credential>> {
+        // An `Arc`, not arc-swap's guard: a login keeps it across awaits, and each thread has only a few guards.
         let credential = self.0.current.load_full()?;
         credential
             .is_valid_at(self.0.clock.now())
@@ -138,6 +141,7 @@ impl CredentialCell {
                 return Ok(credential);
             }
         }
+        // There is no valid credential, or it has expired while `renewed` waited.
         let status = self.0.status.subscribe();
         status.borrow().refuse_if_hopeless(deadline)?;
         self.wait(status, 0, deadline).await
@@ -151,9 +155,11 @@ impl CredentialCell {
     /// Waits for one attempt to replace a credential that is about to expire; falls back on it while it is valid.
     async fn renewed(&self, stale: Arc<Credential>, deadline: Instant) -> Option<Arc<Credential>> {
         let mut status = self.0.status.subscribe();
+        // The current credential still works, so that a slow workspace delays the login by no more than this.
         let deadline = deadline.min(Instant::now() + HOLD);
         let settled = {
             let status = status.borrow_and_update();
+            // The pace allows no attempt in that time: waiting would only delay the login.
             if !status.is_open_by(deadline) {
                 return self.current();
             }
@@ -180,6 +186,7 @@ impl CredentialCell {
         if let Some(credential) = self.newer(rejected_generation) {
             return Ok(credential);
         }
+        // The borrow ends with this block: it is a read lock, and the refresher's next publication would wait for it.
         let (opens_at, in_flight) = {
             let status = status.borrow();
             status.refuse_if_hopeless(deadline)?;
@@ -188,6 +195,7 @@ impl CredentialCell {
         {
             let now = Instant::now();
             let mut forced = self.forced();
+            // Recorded even if this client is refused below: a rejected credential is replaced by any later one.
             forced.reject(rejected_generation, cause);
             // The pace of all attempts applies to forced ones too.
             let allowed_at = forced
@@ -222,6 +230,7 @@ impl CredentialCell {
             .minted_at
             .filter(|_| status.generation == generation)?;
         let age = self.0.clock.now().duration_since(minted_at);
+        // Zero if the wall clock was set back in between.
         Some(Duration::try_from(age).unwrap_or_default())
     }
 
@@ -252,6 +261,7 @@ impl CredentialCell {
     /// Publishes a credential. Only the refresher calls it, and tests. `jitter` in -1..=1 moves the time of the refresh.
     pub fn publish(&self, minted: Minted, jitter: f64) -> Arc<Credential> {
         let now = self.0.clock.now();
+        // Read and stored without compare-and-swap: the refresher is the only writer.
         let generation = self
             .0
             .current
@@ -267,7 +277,9 @@ impl CredentialCell {
         let lifetime = credential
             .expires_at
             .map(|expires_at| Lifetime::new(now, expires_at, jitter));
+        // Before the first login with it: a rejection that finds no record would not double the interval.
         self.forced().minted(generation);
+        // Before the status changes: the change wakes clients, which read the credential then.
         self.0.current.store(Some(Arc::clone(&credential)));
         self.0.status.send_modify(|status| {
             status.generation = generation;
@@ -340,6 +352,7 @@ impl CredentialCell {
     /// Publishes state and plan, if either changed.
     pub(super) fn plan(&self, next_attempt: Option<Timestamp>) {
         let now = self.0.clock.now();
+        // The refresher plans at least every 30 s; an unchanged plan must not wake waiting clients and subscribers.
         self.0.status.send_if_modified(|status| {
             let state = status.state_at(now);
             let changed = state != status.state || next_attempt != status.next_attempt;
@@ -372,7 +385,9 @@ impl CredentialCell {
         newer_than: u64,
         deadline: Instant,
     ) -> Result<Arc<Credential>, CredentialError> {
+        // Cancel safe: a client that goes away drops its demand, and causes no more attempts.
         let _waiting = self.0.demand.add();
+        // A failure before the wait does not refuse this client, which may cause a new attempt.
         let settled = status.borrow().settled;
         loop {
             let (attempted, refusal) = {
@@ -390,6 +405,7 @@ impl CredentialCell {
             }
             match timeout_at(deadline, status.changed()).await {
                 Ok(Ok(())) => {}
+                // Only the time can run out: `self` keeps the sender.
                 Ok(Err(_)) | Err(_) => return Err(self.timed_out(newer_than)),
             }
         }
@@ -417,6 +433,7 @@ impl fmt::Debug for CredentialCell {
 impl CredentialStatus {
     /// Whether logins can work: now, or after a mint on demand.
     pub fn is_ready(&self) -> bool {
+        // On demand, an expired credential is normal between clients: the next one has another minted.
         let is_mintable = self.is_lazy && self.generation > 0 && self.last_error.is_none();
         self.state.is_valid() || is_mintable
     }

@@ -16,7 +16,9 @@ pub(crate) struct Waiting<'a>(&'a Demand);
 
 impl Demand {
     pub(crate) fn add(&self) -> Waiting<'_> {
+        // Counted first: the notified task reads the count to decide on an attempt.
         self.waiting.fetch_add(1, Ordering::SeqCst);
+        // Keeps one permit for a task that is in an attempt at the moment, so that no client is missed.
         self.added.notify_one();
         Waiting(self)
     }
@@ -34,6 +36,7 @@ impl Demand {
 
 impl Drop for Waiting<'_> {
     fn drop(&mut self) {
+        // Without a notification: fewer clients never bring an attempt forward.
         self.0.waiting.fetch_sub(1, Ordering::SeqCst);
     }
 }

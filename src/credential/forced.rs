@@ -34,6 +34,7 @@ pub struct Cause(u64);
 impl Cause {
     /// The cause that a login counts under.
     pub fn login(user: &str, database: &str, is_replication: bool) -> Self {
+        // Random keys: a client cannot find a database name that has the hash of another cause.
         static HASHER: LazyLock<RandomState> = LazyLock::new(RandomState::new);
         Self(HASHER.hash_one((user, database, is_replication)))
     }
@@ -82,10 +83,12 @@ impl Default for ForcedInterval {
 
 impl ForcedInterval {
     fn reject(&mut self, generation: u64) {
+        // Clients with the same credential are rejected at the same time: the interval doubles once.
         if generation <= self.rejected {
             return;
         }
         self.rejected = generation;
+        // A scheduled credential may have been revoked. Only a forced one that is rejected in turn shows a mismatch.
         if generation == self.minted {
             self.length = self.length.saturating_mul(2).min(LAST_INTERVAL);
         }
@@ -129,6 +132,7 @@ impl Forced {
     pub(super) fn attempt(&mut self, now: Instant) {
         for interval in self.intervals_mut() {
             if interval.wanted.is_some() {
+                // At the start, so that an attempt that fails counts as well.
                 interval.last = Some(now);
             }
         }
@@ -158,6 +162,7 @@ impl Forced {
             }
             return;
         }
+        // The evicted cause shares the common interval until its next accepted login.
         if self.order.len() >= MAX_CAUSES
             && let Some(first) = self.order.pop_front()
         {

@@ -72,6 +72,7 @@ impl Credential {
         let token = self.secret.expose_secret();
         // Users and service principals alike by `sub`, else by `client_id`.
         let identity = claim(token, "sub").or_else(|| claim(token, "client_id"))?;
+        // Messages show it in backticks, on one line.
         let is_a_name = (1..=256).contains(&identity.len())
             && !identity
                 .chars()

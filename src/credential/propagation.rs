@@ -28,6 +28,7 @@ const PAUSE: Duration = Duration::from_secs(1);
 pub(super) struct Propagation {
     /// The latest generation that the endpoint accepted; 0: none.
     accepted: AtomicU64,
+    // A lock of the standard library: never held across an await, unlike `probe`.
     first_rejection: Mutex<Option<Rejection>>,
     /// Held by the client that tries again.
     probe: tokio::sync::Mutex<()>,
@@ -48,6 +49,7 @@ pub(crate) struct Probe<'a>(
 impl Propagation {
     /// Records an accepted login.
     pub(super) fn accepted(&self, generation: u64) {
+        // The maximum: a login with an older generation may be accepted later.
         self.accepted.fetch_max(generation, Ordering::Relaxed);
     }
 
@@ -69,9 +71,11 @@ impl Propagation {
             if self.is_accepted(generation) {
                 return Probe(None);
             }
+            // With the lock held: the next client's pause begins only after this attempt has failed.
             sleep(PAUSE.mul_f64(rand::random_range(0.5..1.0))).await;
             Probe(Some(guard))
         };
+        // A dropped wait leaves the queue of the lock, or releases it.
         timeout_at(ends_at, probe).await.ok()
     }
 
@@ -85,6 +89,7 @@ impl Propagation {
             .first_rejection
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
+        // A later generation stays: a login that began with an older one may be rejected after it.
         let known = first.filter(|rejection| rejection.generation >= generation);
         let at = Instant::now();
         let rejection = *first.insert(known.unwrap_or(Rejection { generation, at }));

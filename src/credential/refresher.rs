@@ -72,6 +72,7 @@ impl Refresher {
             }
             let planned = attempt_at.map(|at| self.wall(at - now));
             self.cell.plan(planned);
+            // 0 stands for no plan: a gauge has no empty value.
             self.metrics
                 .credential_next_refresh
                 .set(planned.map_or(0.0, unix_seconds));
@@ -114,11 +115,13 @@ impl Refresher {
             }
         };
         Need {
+            // `Expired` makes an attempt due at once; `Fresh` without `due_in` makes none due.
             state: if is_wanted {
                 CredentialState::Expired
             } else {
                 CredentialState::Fresh
             },
+            // No timer: it would not fire in time while the platform freezes the CPU.
             due_in: None,
             forced_at: self.cell.forced_at(now),
             awaited,
@@ -129,6 +132,7 @@ impl Refresher {
     async fn attempt(&mut self, is_changed: bool) {
         let began = Instant::now();
         self.cell.attempt_begins(began);
+        // A second bound beside the source's own: a source that hangs would end all refreshes.
         let outcome = match timeout(MINT_TIMEOUT, self.mint.mint()).await {
             Ok(outcome) => outcome.and_then(|minted| self.checked(minted)),
             Err(_) => Err(CallError::unavailable(format!(
@@ -160,6 +164,7 @@ impl Refresher {
             took: now - began,
             outcome,
         });
+        // After the publication: a client that sees the end of the attempt must find its credential.
         self.cell.attempt_ended(self.pace.awaited(), failure);
     }
 
@@ -182,6 +187,7 @@ impl Refresher {
         let is_better = self.cell.latest().is_none_or(|current| {
             self.cell.is_rejected(current.generation)
                 || lasts_longer(minted.expires_at, current.expires_at)
+                // A file may be written again with the same password.
                 || (is_changed && minted.secret.expose_secret() != current.secret.expose_secret())
         });
         if !is_better {
@@ -191,6 +197,7 @@ impl Refresher {
         }
         let credential = self.cell.publish(minted, jitter());
         self.pace.succeeded(now);
+        // Infinity, so that alerts on a near or past expiry stay quiet.
         let never = f64::INFINITY;
         self.metrics
             .credential_expiry
@@ -231,6 +238,7 @@ impl Refresher {
         }
         self.reported = Some(reported);
         let (detail, hint) = (error.detail.as_deref(), error.hint.as_deref());
+        // Before the first credential a transient failure is a warning: a sidecar may start before its network.
         if !error.kind.is_transient() || state == CredentialState::Expired {
             error!(state = state.label(), error = %error, detail, hint, "cannot mint a database credential");
         } else {

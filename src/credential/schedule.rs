@@ -163,6 +163,7 @@ impl Pace {
         let relaxed = relaxed.nth(self.failures, jitter());
         let missing = missing.nth(self.failures, jitter());
         let awaited = awaited.nth(self.failures, jitter());
+        // A refusal does not pass by itself, however little time is left.
         let urgent = if kind.is_transient() {
             spread(URGENT_RETRY, jitter())
         } else {
@@ -182,6 +183,7 @@ impl Pace {
     /// The next attempt without a valid credential.
     pub(crate) fn next_without(&self, is_awaited: bool) -> Instant {
         if is_awaited {
+            // Each has a jitter of its own, so that `awaited` may be the later one.
             self.awaited.min(self.missing)
         } else {
             self.missing
@@ -200,6 +202,7 @@ impl Pace {
                 Some(self.next_without(need.awaited).max(now))
             }
             CredentialState::Urgent => Some(self.urgent.min(by_demand).max(now)),
+            // Demand does not count: with a valid credential a client waits only after a rejection: `forced`.
             CredentialState::Due => Some(self.relaxed.max(now)),
             CredentialState::Fresh => need.due_in.map(|due_in| self.relaxed.max(now + due_in)),
         };

@@ -71,10 +71,12 @@ impl PasswordFile {
         };
         let unreadable =
             |error: io::Error| refused(format!("cannot read the password file `{path}`: {error}"));
+        // Before the read: a change during it is noticed as one, and read again.
         self.watch.mark().await;
         let bytes = file::read_off_runtime(self.path.clone(), MAX_LEN).await;
         let bytes = bytes.map_err(unreadable)?;
         let text = file::text(&bytes).map_err(unreadable)?;
+        // One line end, as editors and `echo` add it; other white space may belong to the password.
         let line = text.strip_suffix('\n').unwrap_or(text);
         let password = line.strip_suffix('\r').unwrap_or(line);
         if password.is_empty() {
@@ -102,6 +104,7 @@ struct CredentialCommand(Vec<String>);
 
 #[derive(Deserialize)]
 struct Printed {
+    // Beside its own names, those of the workspace API and of the Databricks CLI, so that their output fits unchanged.
     #[serde(alias = "access_token", alias = "password")]
     token: SecretString,
     #[serde(
@@ -125,6 +128,7 @@ impl CredentialCommand {
         let output = command::run(Path::new(program), &arguments, COMMAND_TIMEOUT)
             .await
             .map_err(|error| match error {
+                // A program that cannot be started needs a person; one that failed may have met an outage.
                 CommandError::Start(error) => CallError::refused(format!(
                     "cannot run the credential command `{program}`: {error}"
                 )),
