@@ -57,6 +57,7 @@ impl Activity {
 impl From<&Requests> for Activity {
     #[inline]
     fn from(requests: &Requests) -> Self {
+        // First: the status is that of the last ReadyForQuery, which is out of date while the server works.
         if requests.is_owed() {
             return Self::Active;
         }
@@ -74,6 +75,7 @@ pub struct ActivityRecord {
     /// The registry's start, from which times are counted.
     origin: Instant,
     /// The activity in the lowest [`ACTIVITY_BITS`] bits, above them its start in milliseconds.
+    // One word for both, so that a reader never combines an activity with the start of another.
     activity: AtomicU64,
     from_client: AtomicU64,
     from_server: AtomicU64,
@@ -86,6 +88,7 @@ impl ActivityRecord {
     pub(super) fn new(origin: Instant) -> Self {
         Self {
             origin,
+            // The lowest bits are those of `Waiting`.
             activity: AtomicU64::new(millis(origin.elapsed()) << ACTIVITY_BITS),
             from_client: AtomicU64::new(0),
             from_server: AtomicU64::new(0),
@@ -95,6 +98,7 @@ impl ActivityRecord {
     /// Records the activity and the bytes relayed so far: three stores, and the clock only when the activity changes.
     #[inline]
     pub fn record(&self, activity: Activity, from_client: u64, from_server: u64) {
+        // Relaxed: each value is shown by itself, so that the order of the stores does not matter.
         self.from_client.store(from_client, Ordering::Relaxed);
         self.from_server.store(from_server, Ordering::Relaxed);
         // One task writes, so this load sees its own last store.

@@ -111,6 +111,7 @@ impl EndpointSessions {
 
     /// Closes the listeners of a draining endpoint, even with sessions left.
     pub fn close(&self) -> bool {
+        // The state first: a resume must fail once the listeners close.
         let is_closed = self.change(Lifecycle::Draining, Lifecycle::Closed);
         if is_closed {
             self.0.closed.cancel();
@@ -170,6 +171,7 @@ impl EndpointSessions {
     }
 
     fn change(&self, from: Lifecycle, to: Lifecycle) -> bool {
+        // Compared and set in one step: a resume and the end of the last session may come at the same time.
         self.0.state.send_if_modified(|state| {
             let applies = state.lifecycle == from;
             if applies {

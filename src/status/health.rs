@@ -44,6 +44,7 @@ impl Verdict {
 pub struct Health {
     is_started: AtomicBool,
     is_draining: AtomicBool,
+    // A function, so that this module depends on no credential.
     credential: Box<CredentialCheck>,
     origin: Instant,
     /// When the outstanding heartbeat was requested, in milliseconds since `origin`.
@@ -122,6 +123,7 @@ impl Health {
                 Ok(_) => now,
                 Err(since) => since,
             };
+        // After the time is stored: otherwise an answer could come first, and the time would stay for the next probe.
         self.request.notify_one();
         let silence = Duration::from_millis(now.saturating_sub(since));
         if silence > HEARTBEAT_LIMIT {
@@ -145,6 +147,7 @@ impl Health {
     }
 
     fn millis(&self) -> u64 {
+        // Below `NONE`, which means that no heartbeat is outstanding.
         u64::try_from(self.origin.elapsed().as_millis()).unwrap_or(NONE - 1)
     }
 }

@@ -46,6 +46,7 @@ impl Encrypted {
     pub fn by(connection: &rustls::ServerConnection) -> Self {
         match connection.protocol_version() {
             Some(rustls::ProtocolVersion::TLSv1_3) => Self::Tls13,
+            // rustls speaks no version below 1.2.
             _ => Self::Tls12,
         }
     }

@@ -76,6 +76,7 @@ impl Recent {
         let (first, count) = known
             .and_then(|known| failures.remove(known))
             .map_or((now, 0), |failure| (failure.first, failure.count));
+        // To the front, so that the failure that has not occurred for longest is removed first.
         failures.push_front(RecentFailure {
             at: now,
             first,
@@ -98,6 +99,7 @@ impl Recent {
         let mut wakes = lock(&self.wakes);
         let same = wakes
             .iter_mut()
+            // Served after this client began to wait: both waited at the same time.
             .find(|wake| wake.endpoint == *endpoint && wake.at >= began);
         if let Some(wake) = same {
             wake.longest = wake.longest.max(waited);

@@ -35,6 +35,7 @@ struct Inner {
     origin: Instant,
     started: Timestamp,
     last_id: AtomicU64,
+    // By id, so that lists are oldest first without sorting.
     sessions: Mutex<BTreeMap<u64, Arc<Entry>>>,
     count: watch::Sender<usize>,
     recent: Recent,
@@ -46,6 +47,7 @@ struct Entry {
     client: ClientInfo,
     began: Duration,
     activity: ActivityRecord,
+    // Boxed, since it would enlarge the entries of waiting sessions, too.
     server: OnceLock<Box<Server>>,
 }
 
@@ -195,12 +197,15 @@ impl Registry {
             activity: ActivityRecord::new(self.0.origin),
             server: OnceLock::new(),
         });
+        // One lock for check and insertion: two sessions must not both take the last slot.
         let mut sessions = self.sessions();
         if sessions.len() >= limit {
             return Err(Rejected::Limit);
         }
+        // After the check of the limit, since it counts the session. Locks: first the registry's, then the endpoint's.
         endpoint.add_session()?;
         sessions.insert(id, Arc::clone(&entry));
+        // With the lock held, so that counts are published in their order.
         self.0.count.send_replace(sessions.len());
         Ok(SessionEntry { id, entry })
     }
@@ -210,6 +215,7 @@ impl Registry {
         let mut counts = Counts::default();
         for entry in self.sessions().values() {
             if is_counted(&entry.endpoint) {
+                // Only numbers are read under the lock: a session that starts or ends waits for it.
                 let (activity, _) = entry.activity.activity();
                 counts.add(activity);
                 if activity == Activity::Waiting {
@@ -223,6 +229,7 @@ impl Registry {
     fn info(&self, id: u64, entry: &Entry, now: Duration) -> SessionInfo {
         let (activity, since) = entry.activity.activity();
         let [from_client, from_server] = entry.activity.bytes();
+        // No name holds a NUL, which ends each string of a StartupMessage.
         let mut names = entry.client.names.split('\0').map(str::to_owned);
         let mut name = || names.next().unwrap_or_default();
         SessionInfo {
@@ -245,6 +252,7 @@ impl Registry {
     }
 
     fn timestamp(&self, since_origin: Duration) -> Timestamp {
+        // From the monotonic clock, so that a wall clock that is set moves no start.
         SignedDuration::try_from(since_origin)
             .ok()
             .and_then(|since| self.0.started.checked_add(since).ok())
@@ -297,6 +305,7 @@ pub struct SessionEntry {
 impl SessionEntry {
     /// Records the server connection: the session waits no longer.
     pub fn connected(&self, server: Server) {
+        // Once: a second call must not lower the gauge of waiting sessions again.
         if self.entry.server.set(Box::new(server)).is_ok() {
             self.entry.activity.record(Activity::Idle, 0, 0);
             self.entry.endpoint.session_connected();
@@ -317,6 +326,7 @@ impl Drop for SessionEntry {
         let registry = endpoint.registry();
         let mut sessions = registry.sessions();
         sessions.remove(&self.id);
+        // Under the registry's lock, so that its count and the endpoint's change together.
         endpoint.remove_session(server.get().is_some());
         registry.0.count.send_replace(sessions.len());
     }
