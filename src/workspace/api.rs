@@ -76,6 +76,7 @@ fn proxy(variables: &Variables) -> Result<Option<Proxy>, WorkspaceError> {
     let Some((name, address)) = either("HTTPS_PROXY").or_else(|| either("ALL_PROXY")) else {
         return Ok(None);
     };
+    // As curl reads these variables: without a scheme it is http.
     let address = if address.contains("://") {
         address.to_owned()
     } else {
@@ -87,6 +88,7 @@ fn proxy(variables: &Variables) -> Result<Option<Proxy>, WorkspaceError> {
         return Err(wrong("names a proxy that speaks neither http nor https"));
     }
     let except = either("NO_PROXY").and_then(|(_, list)| NoProxy::from_string(list));
+    // For all schemes: the client that uses it sends https only.
     let proxy = Proxy::all(url).map_err(|_| wrong("is not the address of a proxy"))?;
     Ok(Some(proxy.no_proxy(except)))
 }
@@ -143,6 +145,7 @@ impl Call {
     }
 
     fn authorization(mut self, scheme: &str, secret: &str) -> Self {
+        // Shared with the header instead of copied, so that the text is wiped once the request has been sent.
         let text = Zeroizing::new([scheme, secret].concat());
         // Settings and tokens have been checked for characters that a header cannot carry.
         if let Ok(mut value) = HeaderValue::from_maybe_shared(Bytes::from_owner(text)) {
@@ -223,8 +226,10 @@ impl Api {
                 .map_err(|_| WorkspaceError::unsendable("`DATABRICKS_WORKSPACE_ID`"))?
                 .into(),
         };
+        // reqwest is built without HTTP/2.
         tls.alpn_protocols = vec![ALPN_HTTP_1_1.to_vec()];
         let mut http = bounded(tls.clone())
+            // Plain http for a workspace on this machine, such as the emulator's.
             .https_only(!host.is_loopback())
             .timeout(CALL_TIMEOUT);
         if let Some(proxy) = proxy(variables)?.filter(|_| !host.is_loopback()) {
@@ -253,6 +258,7 @@ impl Api {
     /// Notes the workspace's id, unless the settings have one.
     pub(super) fn learn_workspace_id(&self, id: &str) {
         if let Ok(value) = HeaderValue::from_str(id) {
+            // `Err`: the settings have one, or an earlier answer did.
             let _ = self.workspace_id.set(value);
         }
     }
@@ -313,11 +319,13 @@ impl Api {
         let (status, received_at) = (response.status(), self.clock.now());
         debug!(%method, path, status = status.as_u16(), elapsed = ?started.elapsed(), "workspace answered");
 
+        // A copy, since reading the body borrows the response.
         let headers = response.headers().clone();
         let length = response
             .content_length()
             .and_then(|length| usize::try_from(length).ok())
             .unwrap_or_default();
+        // The whole length, if it is known: a buffer that grows leaves copies of the token behind.
         let mut body = Zeroizing::new(Vec::with_capacity(length.min(MAX_BODY)));
         while let Some(chunk) = response.chunk().await.map_err(network)? {
             if body.len() + chunk.len() > MAX_BODY {
@@ -349,6 +357,7 @@ impl Api {
                 .map(|id| error_body::clean(&id))
                 .filter(|id| !id.is_empty());
             let retry_after = text(&headers, &RETRY_AFTER)
+                // A date is by the other side's clock, which the answer's own `Date` shows.
                 .and_then(|value| retry_after(value, date.unwrap_or(received_at)))
                 .or(parsed.retry_delay.map(|delay| delay.min(MAX_RETRY_AFTER)));
             return Err(ApiError::Status {
@@ -411,6 +420,7 @@ impl ApiError {
 
     /// The causes of a network failure, innermost last, without the address.
     pub(super) fn causes(error: &reqwest::Error) -> String {
+        // Many errors repeat the text of their source.
         let mut parts: Vec<String> = Vec::new();
         let mut next = error.source();
         while let Some(cause) = next {
@@ -430,6 +440,7 @@ impl ApiError {
 
 fn network(error: reqwest::Error) -> ApiError {
     ApiError::Network {
+        // The address of a local metadata service is a secret.
         source: error.without_url(),
     }
 }
@@ -475,6 +486,7 @@ pub(super) fn http_date(text: &str) -> Option<Timestamp> {
 
 /// Seconds or a date (RFC 9110 section 10.2.3).
 pub(super) fn retry_after(text: &str, now: Timestamp) -> Option<Duration> {
+    // Databricks sends seconds (`errors/customizer.py` of the SDK for Python).
     if let Ok(seconds) = text.trim().parse() {
         return Some(Duration::from_secs(seconds).min(MAX_RETRY_AFTER));
     }

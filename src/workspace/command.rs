@@ -50,6 +50,7 @@ pub(crate) async fn run(
 ) -> Result<Output, CommandError> {
     let mut child = Command::new(program)
         .args(arguments)
+        // A program that prompts reads the end of its input instead of waiting.
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
@@ -57,6 +58,7 @@ pub(crate) async fn run(
         .spawn()
         .map_err(CommandError::Start)?;
     let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
+    // All at the same time: a program that fills one pipe would wait for its reader, and never end.
     let all = async { tokio::try_join!(read(stdout), read(stderr), child.wait()) };
     let (stdout, stderr, status) = timeout(limit, all)
         .await

@@ -61,8 +61,10 @@ impl CredentialMinter {
 
     fn request(&self) -> (&'static str, Value) {
         match &self.target {
+            // Without `ttl`, which older servers lack: the default of an hour is the longest.
             Target::Endpoint(name) => (AUTOSCALING, json!({ "endpoint": name.as_str() })),
             Target::Instance(name) => {
+                // Optional; the SDKs send one with each request.
                 let request_id = Builder::from_random_bytes(rand::random())
                     .into_uuid()
                     .to_string();

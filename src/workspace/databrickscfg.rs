@@ -29,6 +29,7 @@ pub(super) const DEFAULT: &str = "DEFAULT";
 impl Profiles {
     /// Parses the text of a file.
     pub(super) fn parse(text: &str) -> Result<Self, SyntaxError> {
+        // A byte order mark, as editors on Windows write it.
         let text = text.strip_prefix('\u{feff}').unwrap_or(text);
         let mut profiles = Self::default();
         let mut section = DEFAULT.to_owned();
@@ -43,6 +44,7 @@ impl Profiles {
                 continue;
             }
             if let Some(rest) = line.strip_prefix('[') {
+                // The last one, as in go-ini (`parser.go`), which the SDK for Go uses.
                 let name = rest.rsplit_once(']');
                 let (name, _) = name.ok_or_else(|| error("a section is not closed with `]`"))?;
                 name.clone_into(&mut section);
@@ -131,6 +133,7 @@ fn value_of<'a>(
         }
         return Ok(value);
     }
+    // In this order, as in go-ini with `SpaceBeforeInlineComment`.
     let end = text.find(" #").or_else(|| text.find(" ;"));
     let value = end.map_or(text, |end| text[..end].trim());
     for quote in ['\'', '"'] {

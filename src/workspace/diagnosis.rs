@@ -215,6 +215,7 @@ fn failed<'a>(
 }
 
 fn network_hint(source: &reqwest::Error) -> &'static str {
+    // By text, since `reqwest::Error` has no kinds for these.
     let causes = ApiError::causes(source).to_ascii_lowercase();
     if causes.contains("certificate") {
         "the workspace's certificate is not trusted here: if a proxy inspects TLS, install its root certificate on this machine, or name a file of roots in `SSL_CERT_FILE`"
@@ -238,6 +239,7 @@ fn quoted(status: StatusCode, body: &ErrorBody) -> String {
 }
 
 fn kind(status: StatusCode, body: &ErrorBody) -> CallErrorKind {
+    // Before the status: PERMISSION_NOT_PROPAGATED, for one, would count as a missing grant, which no retry helps.
     match body.code.as_deref().unwrap_or_default() {
         "RESOURCE_EXHAUSTED" | "REQUEST_LIMIT_EXCEEDED" => return CallErrorKind::RateLimited,
         "TEMPORARILY_UNAVAILABLE"

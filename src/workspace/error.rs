@@ -173,6 +173,7 @@ impl CallError {
     pub fn is_forbidden(&self) -> bool {
         self.kind == CallErrorKind::Refused
             && self.status == Some(403)
+            // A blocked address and a network policy have the same status, and other hints.
             && self.hint.as_deref() == Some(super::diagnosis::GRANT_ACCESS)
     }
 }

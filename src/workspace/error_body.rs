@@ -174,6 +174,7 @@ pub(super) fn clean(text: &str) -> String {
             words.push(' ');
         }
         words.push_str(&redact(word));
+        // In bytes, of which a character has at most four.
         if words.len() > 4 * MAX_TEXT {
             break;
         }

@@ -50,6 +50,7 @@ pub(crate) fn from_text(text: &str, zone: &TimeZone) -> Option<Timestamp> {
     if let Ok(at) = text.parse::<Timestamp>() {
         return Some(at.min(FAR));
     }
+    // `Timestamp` ends on 9999-12-30, and refuses these.
     if is_beyond(text) {
         return Some(FAR);
     }

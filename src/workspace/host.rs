@@ -50,6 +50,7 @@ impl Host {
         let is_loopback = is_loopback(&name);
         match url.scheme() {
             "https" => {}
+            // Elsewhere the workspace token would cross a network in clear text.
             "http" if is_loopback => {}
             "http" => {
                 return Err(WorkspaceError::new(format!(
@@ -62,6 +63,7 @@ impl Host {
         let workspace_id = url
             .query_pairs()
             .find(|(key, value)| {
+                // The parameters that the SDK for Go reads (`config/config.go`).
                 matches!(&**key, "o" | "w" | "workspace_id")
                     && value.bytes().all(|byte| byte.is_ascii_digit())
             })
@@ -117,6 +119,7 @@ impl fmt::Display for Host {
 }
 
 pub(super) fn is_loopback(host: &str) -> bool {
+    // `Url::host_str` keeps the brackets of IPv6 addresses.
     let host = host.trim_start_matches('[').trim_end_matches(']');
     host.eq_ignore_ascii_case("localhost")
         || host

@@ -155,6 +155,7 @@ impl Workspace {
         let mut outcome = self.send(token, method.clone(), path, body).await;
         // The token may have been revoked or replaced since it was cached; a new one decides.
         if let Err(ApiError::Status { status, .. }) = &outcome
+            // Also for a POST: a call refused with 401 has no effect. Not for 403: a new token has the same rights.
             && status.as_u16() == 401
             && let Some(another) = self.0.tokens.another(&self.0.api, token).await
         {

@@ -198,6 +198,7 @@ impl FromStr for Reference {
         if is_path(text, &["projects", "branches"]) {
             return Ok(Self::Branch(BranchName(text.to_owned())));
         }
+        // Parsed as an endpoint, even if it is none, so that the error shows the form of one.
         if text.starts_with("projects/") && text.contains("/endpoints/") {
             return Ok(Self::Endpoint(text.parse()?));
         }
@@ -285,6 +286,7 @@ impl FromStr for HostName {
     type Err = NameError;
 
     fn from_str(text: &str) -> Result<Self, NameError> {
+        // RFC 6066 section 3: the server name in TLS has no trailing dot.
         let name = text.trim().trim_end_matches('.').to_ascii_lowercase();
         let is_host = (1..=MAX_HOST).contains(&name.len())
             && name
@@ -298,6 +300,7 @@ impl FromStr for HostName {
             ));
         }
         let label = name.split('.').next().unwrap_or_default();
+        // First, since the label of a pooled replica ends in `-ro-pooler`.
         let label = label.strip_suffix(POOLER).unwrap_or(label);
         let (kind, is_read_only) = if label.starts_with("ep-") {
             let uid = label.strip_suffix(READ_ONLY);

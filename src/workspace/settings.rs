@@ -72,6 +72,7 @@ impl ResolvedSettings {
             missing: None,
         };
         resolved.read_profile()?;
+        // Last: Model Serving's address counts only if neither the environment nor the profile has one.
         if resolved.host.is_none()
             && let Some((name, host)) = auth::serving_host(&resolved.variables)
         {
@@ -112,6 +113,7 @@ impl ResolvedSettings {
             let message = format!("`{RESERVED}` is a reserved name, not a profile");
             return Err(WorkspaceError::new(message).with_hint("name a profile that holds a host"));
         }
+        // A profile inherits nothing from `DEFAULT`, as in the SDKs. Only a selected one must exist.
         let Some(section) = profiles.get(name) else {
             let names: Vec<&str> = profiles.names().filter(|name| *name != RESERVED).collect();
             return selected.map_or(Ok(()), |profile| {
@@ -125,6 +127,7 @@ impl ResolvedSettings {
         };
         debug!(profile = name, %file, "reading a profile");
         for &attribute in Attribute::ALL {
+            // A profile cannot select another; and the environment wins over it, as in the SDKs.
             let is_pointer = matches!(attribute, Attribute::Profile | Attribute::ConfigFile);
             if is_pointer || self.text(attribute).is_some() {
                 continue;

@@ -99,6 +99,7 @@ pub(super) async fn tenant(api: &Api, kind: AuthKind) -> Result<String, CallErro
         Err(ApiError::Network { source }) => {
             return Err(diagnosis::network(api.host(), source));
         }
+        // Only the redirect names the tenant.
         Ok(_) | Err(_) => None,
     };
     let tenant = target.as_ref().and_then(|url| url.path_segments()?.next());

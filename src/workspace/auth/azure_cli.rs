@@ -30,6 +30,7 @@ const TIMEOUT: Duration = Duration::from_secs(30);
 
 pub(super) const RULES: AuthRules = AuthRules {
     family: Some(AuthFamily::Azure),
+    // No setting is its own: it is tried where the settings of Azure select no other kind.
     is_selected: |_| false,
     is_available: |settings, host| azure::is_azure(settings, host),
     has_cache: true,
@@ -147,6 +148,7 @@ impl AzureCli {
     }
 
     async fn token(&self, api: &Api) -> Result<WorkspaceToken, CallError> {
+        // Kept, since the CLI starts slowly.
         let login = *self.login.get_or_try_init(|| self.login()).await?;
         // A person with several tenants needs a token of the workspace's.
         let tenant = match (&self.tenant, login) {
@@ -162,6 +164,7 @@ impl AzureCli {
             token => token?,
         };
         // People are users of the workspace already.
+        // Without the management token, a service principal that the workspace lists is still accepted.
         let management = if login == Login::Person {
             None
         } else {
@@ -222,6 +225,7 @@ impl AzureCli {
         let malformed =
             || CallError::malformed("`az account get-access-token` did not print a token");
         let answer: Answer = serde_json::from_slice(&stdout).map_err(|_| malformed())?;
+        // The time without an offset is ambiguous in the hour when clocks are set back.
         let epoch = answer.expires_on.as_ref().and_then(Number::timestamp);
         let at = epoch.or_else(|| expiry::from_text(answer.local.as_deref()?, &TimeZone::system()));
         WorkspaceToken::new(answer.access_token, Expiry::At(at.ok_or_else(malformed)?))

@@ -84,6 +84,7 @@ impl AzureClientSecret {
         let form = [
             ("grant_type", "client_credentials"),
             ("client_id", self.client_id.as_str()),
+            // The first version of Entra ID's endpoint, as in the SDKs: `resource` in place of `scope`.
             ("resource", resource),
         ];
         let call = api

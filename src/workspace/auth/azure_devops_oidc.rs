@@ -95,6 +95,7 @@ impl IdentitySource for AzureDevOpsToken {
             let call = api
                 .post(AuthKind::AzureDevOpsOidc, self.url.clone())
                 .header(CONTENT_TYPE, HeaderValue::from_static("application/json"))
+                // RFC 9110 section 8.6 wants the length; hyper sends none for a POST without a body.
                 .header(CONTENT_LENGTH, HeaderValue::from_static("0"))
                 .bearer(&self.token);
             let explain = |error| {

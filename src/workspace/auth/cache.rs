@@ -82,6 +82,7 @@ impl TokenCache {
             return Ok(old.token.clone());
         }
         // The old token serves if the renewal fails.
+        // Before the request, so that one that is cancelled counts as a failure as well.
         old.renew_at = now.checked_add(COOL_DOWN).ok();
         let old = old.token.clone();
         let renewed = self.fetch(api, &mut held, Freshness::New).await;
@@ -97,6 +98,7 @@ impl TokenCache {
         api: &Api,
         refused: &CachedToken,
     ) -> Option<Result<CachedToken, CallError>> {
+        // If even a token requested for this call is refused, another would be, too.
         if refused.is_new || !self.source().kind.rules().is_renewable {
             return None;
         }
@@ -119,6 +121,7 @@ impl TokenCache {
         let new = self.request(api, freshness).await?;
         let now = self.clock.now();
         let lifetime = match new.expiry {
+            // A time in the past shows a wrong clock or an old token; either is renewed with the next call.
             Expiry::At(at) => Some(at.duration_since(now).max(SignedDuration::ZERO)),
             Expiry::In(lifetime) => SignedDuration::try_from(lifetime).ok(),
             Expiry::Unknown => None,

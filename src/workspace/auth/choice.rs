@@ -28,6 +28,7 @@ pub(in crate::workspace) fn choose(
         if !may_use(settings, kind) {
             return Err(no_group(settings, kind));
         }
+        // A named kind alone, as in the SDKs, so that its own error is reported.
         return Ok(vec![(kind.rules().create)(settings, host)?]);
     }
     let Some(family) = configured_family(settings)? else {
@@ -161,6 +162,7 @@ fn available(settings: &ResolvedSettings, host: &Host) -> Result<Vec<Source>, Wo
             &because,
         ));
     }
+    // The missing profile may hold the authentication.
     settings.check_profile_file()?;
     let mut hints = vec![
         format!("on a laptop: `databricks auth login --host {host}`"),

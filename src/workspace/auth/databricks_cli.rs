@@ -49,6 +49,7 @@ const OLD: &str = "is the old one";
 type Version = (u64, u64, u64);
 
 pub(super) const RULES: AuthRules = AuthRules {
+    // Whether the program exists shows when its source is created.
     is_available: |_, _| true,
     has_cache: true,
     ..AuthRules::new(|settings, host| {
@@ -167,6 +168,7 @@ impl DatabricksCli {
         let command = settings.databricks_cli_path.as_deref().unwrap_or(COMMAND);
         let all = command::find(command, &settings.variables);
         let mut problem = "is not installed";
+        // All of `PATH`: an old CLI must not hide a current one behind it.
         let program = all.iter().find(|path| match is_old(path) {
             Ok(false) => true,
             Ok(true) => {
@@ -211,6 +213,7 @@ impl DatabricksCli {
             }
             _ => arguments.extend(["--host", &self.host]),
         }
+        // Without the flag the CLI may return the stored token again, which was refused or is about to expire.
         if freshness == Freshness::New && version.is_some_and(|version| version >= FORCE_SINCE) {
             arguments.push("--force-refresh");
         }
@@ -256,6 +259,7 @@ impl DatabricksCli {
                     .and_then(|version| version.version()),
             )
         };
+        // A version that cannot be parsed is kept as unknown; a program that failed to run is tried again.
         match self.version.get_or_try_init(probe).await {
             Ok(version) => *version,
             Err(error) => {

@@ -77,9 +77,11 @@ impl TokenSource for Exchange {
         Box::pin(async move {
             let endpoint = self.discovery.find(api, self.kind).await;
             let audience = self.audience.as_ref().or(endpoint.audience.as_ref());
+            // As in the SDKs, the token endpoint's address is the audience if nothing names another.
             let audience = audience.map_or(endpoint.url.as_str(), String::as_str);
             let identity = self.identity.identity_token(api, audience).await?;
             let client_id = self.client_id.as_deref().map(|id| ("client_id", id));
+            // Without client authentication: the identity token is the proof, and the id selects the federation policy.
             let form = [("subject_token_type", TOKEN_TYPE)].into_iter();
             let form = self.grant.form(GRANT_TYPE, form.chain(client_id));
             let call = api

@@ -60,6 +60,7 @@ impl IdentitySource for GithubToken {
     fn identity_token<'a>(&'a self, api: &'a Api, audience: &'a str) -> Boxed<'a, SecretString> {
         Box::pin(async move {
             let mut url = self.url.clone();
+            // Appended: the address that GitHub sets has a query already.
             url.query_pairs_mut().append_pair("audience", audience);
             let call = api.get(AuthKind::GithubOidc, url).bearer(&self.token);
             let explain = |error| {

@@ -156,6 +156,7 @@ pub(super) struct Source {
     pub(super) hint: String,
     /// The service principal's application id, which is also its Postgres role, if it is known.
     service_principal: Option<String>,
+    // Boxed, so that the cache holds sources of different kinds.
     tokens: Box<dyn TokenSource>,
 }
 

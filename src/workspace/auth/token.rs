@@ -74,11 +74,13 @@ impl TokenResponse {
         let lifetime = self.expires_in.as_ref().and_then(Number::value);
         let end = self.expires_on.as_ref().and_then(Number::timestamp);
         let expiry = match (lifetime.and_then(seconds), end) {
+            // The lifetime first: it does not depend on how far the clocks agree.
             (Some(lifetime), _) => Expiry::In(lifetime),
             (None, Some(end)) => Expiry::At(end),
             (None, None) => Expiry::In(DEFAULT_LIFETIME),
         };
         let mut token = WorkspaceToken::new(self.access_token, expiry)?;
+        // RFC 6749 section 5.1: a server may leave the scope out if it is the requested one.
         token.scopes = self.scope.or(token.scopes);
         Ok(token)
     }
@@ -106,6 +108,7 @@ pub(crate) fn claim(token: &str, name: &str) -> Option<String> {
     match claims.get(name)? {
         Value::String(text) => Some(text.clone()),
         Value::Number(number) => Some(number.to_string()),
+        // RFC 7519 section 4.1.3: `aud` may be a list.
         Value::Array(list) => {
             let words: Vec<&str> = list.iter().filter_map(Value::as_str).collect();
             Some(words.join(" "))

@@ -98,6 +98,7 @@ impl TokenEndpointDiscovery {
             .get_or_try_init(|| async { self.discover(api, kind).await });
         match found.await {
             Ok(endpoint) => endpoint.clone(),
+            // Not kept: a short outage must not decide for the life of the process.
             Err(fallback) => fallback,
         }
     }
@@ -115,6 +116,7 @@ impl TokenEndpointDiscovery {
                 Found::Document(metadata) => self
                     .learn(api, metadata, &mut endpoint)
                     .unwrap_or_else(|| api.host().join(DISCOVERY)),
+                // Where a workspace has the document itself, as in the SDK for Go.
                 Found::Missing => api.host().join(DISCOVERY),
                 Found::Unknown => return Err(endpoint),
             }
@@ -149,6 +151,7 @@ impl TokenEndpointDiscovery {
             .into_iter()
             .next();
         let root = metadata.oidc_endpoint?;
+        // The address of an account's endpoint has a placeholder (`oauth.py` of the SDK for Python).
         let root = match self
             .account_id
             .clone()
@@ -198,6 +201,7 @@ impl Grant {
         scopes.sort_unstable();
         scopes.dedup();
         if scopes.is_empty() {
+            // The default of the SDKs.
             scopes.push("all-apis");
         }
         Self {

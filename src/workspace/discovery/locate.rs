@@ -187,6 +187,7 @@ impl Search<'_> {
                 return Err(LocateError::NotNamed { known });
             }
         };
+        // No connection wakes a disabled endpoint: clients would wait until their timeout.
         if found.info.as_ref().is_some_and(|info| info.disabled) {
             let known = self.siblings(&found.target).await;
             let name = found.target;
@@ -194,6 +195,7 @@ impl Search<'_> {
         }
         let read_only = self.wanted.read_only;
         let host = match &self.host {
+            // Databricks Apps set `PGHOST` to the read-write host.
             Some(host) if read_only => Some(host.read_only().to_string()),
             Some(host) => Some(host.to_string()),
             None => found
@@ -220,6 +222,7 @@ impl Search<'_> {
     }
 
     async fn user(&self) -> Result<String, LocateError> {
+        // A service principal's id is its role, which saves the call.
         let known = self.wanted.user.as_deref();
         if let Some(user) = known.or_else(|| self.lookup.workspace.service_principal()) {
             return Ok(user.to_owned());
@@ -234,6 +237,7 @@ impl Search<'_> {
     }
 
     async fn by_endpoint(&self, name: EndpointName) -> Result<Found, LocateError> {
+        // Name and host suffice, and an app may have no right to look anything up.
         if self.host.is_some() {
             return Ok(Found::new(Target::Endpoint(name), None));
         }
@@ -444,6 +448,7 @@ impl Search<'_> {
         }
         let instances = match host.kind {
             HostKind::Other => self.lookup.instances().await.unwrap_or_default(),
+            // The form of the host excludes the other product.
             HostKind::Endpoint(_) | HostKind::Instance(_) => Vec::new(),
         };
         if let Some(info) = instances.into_iter().find(|info| info.answers_to(host))
@@ -469,6 +474,7 @@ impl Search<'_> {
                         let mut endpoints = endpoints.into_iter();
                         Found::endpoint(endpoints.find(|info| info.answers_to(host))?)?
                     }
+                    // An app may connect without the right to list endpoints.
                     Err(error) if error.is_forbidden() => Found::default_endpoint(&branch),
                     Err(_) => return None,
                 }

@@ -182,6 +182,7 @@ impl<'a> Lookup<'a> {
         key: &str,
     ) -> Result<Vec<T>, CallError> {
         let mut found = Vec::new();
+        // The API's maximum.
         let mut page_path = format!("{path}?page_size=100");
         for _ in 0..MAX_PAGES {
             let mut page: Map<String, Value> = self.get(purpose, &page_path).await?.value;
@@ -220,6 +221,7 @@ impl<'a> Lookup<'a> {
                 Err(error) => error,
             };
             let pause = error.retry_after.unwrap_or_default().max(backoff.next());
+            // Not for malformed answers: something else answers in the workspace's place, such as an HTTP proxy.
             let is_temporary = matches!(
                 error.kind,
                 CallErrorKind::RateLimited | CallErrorKind::Unavailable

@@ -45,6 +45,7 @@ impl EndpointInfo {
     fn answers_to(&self, host: &HostName) -> bool {
         let is_uid = match &host.kind {
             HostKind::Endpoint(uid) | HostKind::Instance(uid) => {
+                // `HostName` is in lower case; the API's texts need not be.
                 uid.eq_ignore_ascii_case(&self.uid)
             }
             HostKind::Other => false,
