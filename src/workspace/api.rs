@@ -118,6 +118,7 @@ impl Call {
     }
 
     pub(super) fn header(mut self, name: HeaderName, value: HeaderValue) -> Self {
+        // Sensitive headers hold tokens, such as Azure's management token.
         if let (true, Ok(text)) = (value.is_sensitive(), value.to_str()) {
             self.secrets.push(text.into());
         }
@@ -266,6 +267,7 @@ impl Api {
     /// A call to the workspace itself.
     pub(super) fn request(&self, kind: AuthKind, method: Method, path: &str) -> Call {
         let call = Call::new(&self.http, kind, method, self.host.join(path));
+        // Hosts that serve several workspaces (unified hosts) need it.
         match self.workspace_id.get() {
             Some(id) => call.header(WORKSPACE_ID, id.clone()),
             None => call,
@@ -336,6 +338,7 @@ impl Api {
             body.extend_from_slice(&chunk);
         }
 
+        // Built for errors only: a success shows no foreign text.
         let known = || KnownSecrets::new(self.secrets.iter().chain(&call.secrets));
         let date = text(&headers, &DATE).and_then(http_date);
         // A redirect to a login page would otherwise look like a success (Private Link denies access in this form).

@@ -64,6 +64,7 @@ pub(crate) async fn run(
         .await
         .map_err(|_| CommandError::Timeout(limit))?
         .map_err(CommandError::Broken)?;
+    // Not for stderr, which holds messages only and is cut.
     if stdout.len() as u64 > MAX_OUTPUT {
         return Err(CommandError::TooMuch);
     }

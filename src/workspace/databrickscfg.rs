@@ -79,6 +79,7 @@ impl Profiles {
 
 /// Splits a line at its delimiter; a key may stand in quotes.
 fn key(line: &str) -> Result<Option<(&str, &str)>, &'static str> {
+    // The quotes that go-ini allows around a key.
     for quote in ["\"\"\"", "\"", "`"] {
         let Some(rest) = line.strip_prefix(quote) else {
             continue;
@@ -101,6 +102,7 @@ fn value_of<'a>(
     lines: &mut impl Iterator<Item = (usize, &'a str)>,
 ) -> Result<String, &'static str> {
     let text = text.trim();
+    // Those around a value that may span lines, in go-ini; any other pair is removed below.
     for quote in ["\"\"\"", "`"] {
         let Some(rest) = text.strip_prefix(quote).filter(|rest| !rest.is_empty()) else {
             continue;

@@ -145,6 +145,7 @@ fn by_workspace<'a>(
         error,
         |status, body| {
             let text = body.message.to_ascii_lowercase();
+            // First: a blocked network has the status of a missing grant, 403.
             let mut blocked = BLOCKED.iter().filter(|(part, ..)| text.contains(part));
             match blocked.next() {
                 Some((_, message, hint)) => (message.replace("HOST", &host.to_string()), *hint),
@@ -255,6 +256,7 @@ fn kind(status: StatusCode, body: &ErrorBody) -> CallErrorKind {
         429 => CallErrorKind::RateLimited,
         // Timeouts, conflicts with an operation in progress, and a client that seems gone.
         408 | 409 | 425 | 499 => CallErrorKind::Unavailable,
+        // 501 is a method or path that the server does not have, which waiting does not add.
         400..=498 | 501 => CallErrorKind::Refused,
         _ => CallErrorKind::Unavailable,
     }
@@ -306,6 +308,7 @@ fn explain<'a>(
             format!("the workspace {host} could not return {noun} at the moment"),
             RETRIED,
         ),
+        // This code is for a path of the REST API, not for a Lakebase endpoint.
         (404, "NOT_FOUND" | "ENDPOINT_NOT_FOUND", None) | (404, "ENDPOINT_NOT_FOUND", Some(_))
             if text.contains("no api found") =>
         {

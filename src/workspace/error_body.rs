@@ -56,6 +56,7 @@ pub(super) fn parse(status: StatusCode, body: &[u8], known: &KnownSecrets) -> Er
 fn from_json(body: &Value) -> ErrorBody {
     let text = |name: &str| match body.get(name) {
         Some(Value::String(text)) if !text.is_empty() => Some(text.clone()),
+        // `error_code` may be a number, such as 403.
         Some(Value::Number(number)) => Some(number.to_string()),
         _ => None,
     };
@@ -77,6 +78,7 @@ fn from_json(body: &Value) -> ErrorBody {
         .or_else(|| {
             error
                 .clone()
+                // `invalid_client` alone is a code; a sentence is the message of API 1.2.
                 .filter(|error| description.is_some() || is_code(error))
         });
     ErrorBody {
@@ -151,6 +153,7 @@ fn from_html(text: &str) -> String {
                     .replace("&lt;", "<")
                     .replace("&gt;", ">")
                     .replace("&quot;", "\"")
+                    // Last, so that `&amp;lt;` does not become `<`.
                     .replace("&amp;", "&")
             },
         )

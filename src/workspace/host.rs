@@ -69,6 +69,7 @@ impl Host {
             })
             .map(|(_, value)| value.into_owned())
             .filter(|value| !value.is_empty());
+        // An address copied from a browser has a path. As in the SDK for Go, only scheme, host and port count.
         url.set_path("/");
         url.set_query(None);
         url.set_fragment(None);

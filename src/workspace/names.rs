@@ -353,6 +353,7 @@ impl fmt::Display for Target {
 }
 
 fn is_id(text: &str) -> bool {
+    // Wider than the documented form: the workspace decides. No character may change the path of an address.
     (1..=MAX_ID).contains(&text.len())
         && text
             .bytes()

@@ -134,6 +134,7 @@ pub(super) fn add_headers(
 ) {
     let value = management.and_then(|token| HeaderValue::from_str(token.expose_secret()).ok());
     if let Some(mut value) = value {
+        // Masked in errors, see `Call::header`.
         value.set_sensitive(true);
         token.headers.push((MANAGEMENT_TOKEN, value));
     }

@@ -207,6 +207,7 @@ impl AzureCli {
         if let Some(tenant) = tenant {
             arguments.extend(["--tenant", tenant]);
         }
+        // `az` takes one of tenant and subscription, not both.
         let stdout = match (&self.subscription, tenant) {
             // An identity may use a workspace without seeing its subscription.
             (Some(subscription), None) => {

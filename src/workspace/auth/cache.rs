@@ -66,6 +66,7 @@ impl TokenCache {
 
     /// The service principal's application id, if it is known without a request.
     pub(in crate::workspace) fn service_principal(&self) -> Option<&str> {
+        // Before one has settled, a source with another identity may turn out to work.
         let source = self.is_settled().then(|| self.source());
         source.and_then(|source| source.service_principal.as_deref())
     }

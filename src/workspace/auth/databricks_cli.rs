@@ -270,6 +270,7 @@ impl DatabricksCli {
     }
 
     fn broken(&self, error: &CommandError) -> CallError {
+        // Retried soon: a CLI that waits for a locked keyring works once that is unlocked.
         CallError::unavailable("the Databricks CLI returned no token")
             .with_detail(error.to_string())
             .with_hint(format!(

@@ -165,6 +165,7 @@ impl TokenEndpointDiscovery {
             "{}/.well-known/oauth-authorization-server",
             root.trim_end_matches('/')
         );
+        // This document names the address that secrets are sent to.
         Url::parse(&address)
             .ok()
             .filter(|url| api.host().may_trust(url))
@@ -172,10 +173,12 @@ impl TokenEndpointDiscovery {
 }
 
 async fn request<T: DeserializeOwned>(api: &Api, kind: AuthKind, url: Url) -> Found<T> {
+    // Public documents, requested without a token.
     match api.send(api.probe(kind, url)).await {
         Ok(reply) => reply.json().map_or(Found::Missing, Found::Document),
         Err(ApiError::Network { .. }) => Found::Unknown,
         Err(ApiError::Status { status, .. })
+            // The document may exist: the workspace is busy or fails.
             if status.is_server_error() || status.as_u16() == 429 =>
         {
             Found::Unknown

@@ -161,6 +161,7 @@ pub(super) struct MeValue {
 
 impl MeValue {
     pub(super) fn into_text(self) -> String {
+        // RFC 7643 section 4.1.2: a group's `value` is its id, `display` its name. An entitlement has `value` alone.
         match self.display.as_str() {
             "" => self.value,
             _ => self.display,

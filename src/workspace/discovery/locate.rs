@@ -99,6 +99,7 @@ impl Workspace {
             wanted,
             host,
         };
+        // Cancel safe: a search only reads.
         match timeout(SEARCH_TIMEOUT, search.run(reference)).await {
             Ok(located) => located,
             Err(_) => {

@@ -29,6 +29,7 @@ use crate::{
 const FIRST_WAIT: Duration = Duration::from_millis(500);
 const LAST_WAIT: Duration = Duration::from_secs(8);
 /// The most pages of a list that are read; a page holds 100.
+// A workspace has at most 1,000 projects, and a project 500 branches.
 const MAX_PAGES: usize = 10;
 /// The most calls of one search through the whole workspace.
 const MAX_CALLS: usize = 200;
@@ -226,6 +227,7 @@ impl<'a> Lookup<'a> {
                 error.kind,
                 CallErrorKind::RateLimited | CallErrorKind::Unavailable
             );
+            // Reported now, since no attempt fits into the time after the pause.
             if !is_temporary || Instant::now() + pause >= deadline {
                 return Err(error);
             }

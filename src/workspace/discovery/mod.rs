@@ -96,6 +96,7 @@ impl Default for EndpointState {
 impl EndpointState {
     fn parse(text: &str) -> Self {
         match text {
+            // AVAILABLE and STARTING are states of Provisioned instances.
             "ACTIVE" | "AVAILABLE" => Self::Active,
             "DEGRADED" => Self::Degraded,
             "IDLE" => Self::Idle,
