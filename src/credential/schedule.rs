@@ -14,14 +14,14 @@ use crate::net::backoff::{Backoff, spread};
 pub(super) const MIN_BETWEEN_MINTS: Duration = Duration::from_secs(5);
 /// The random share of half the lifetime by which a refresh is early or late, in per mille: a fleet must not mint in step.
 const DUE_JITTER_PER_MILLE: i64 = 100;
-/// Upper limit of the urgent window at the end of a lifetime ...
+/// Upper limit of the urgent window at the end of a lifetime.
 const URGENT_WINDOW_MS: i64 = 5 * 60 * 1000;
-/// ... which is at most this share of the lifetime.
+/// The urgent window is at most the lifetime divided by this.
 const URGENT_SHARE: i64 = 6;
 /// With refresh on demand, a client gets a new credential if less than this is left, as with Cloud SQL Auth Proxy's
-/// `--lazy-refresh` ...
+/// `--lazy-refresh`.
 const LAZY_WINDOW_MS: i64 = 4 * 60 * 1000;
-/// ... but not before this share of the lifetime has passed.
+/// That window is at most the lifetime divided by this.
 const LAZY_SHARE: i64 = 2;
 /// Wait between retries while a credential is about to expire.
 const URGENT_RETRY: Duration = Duration::from_secs(1);

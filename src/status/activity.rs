@@ -95,7 +95,8 @@ impl ActivityRecord {
         }
     }
 
-    /// Records the activity and the bytes relayed so far: three stores, and the clock only when the activity changes.
+    /// Records the activity and the bytes relayed so far: two stores, and the clock and a third only when the activity
+    /// changes.
     #[inline]
     pub fn record(&self, activity: Activity, from_client: u64, from_server: u64) {
         // Relaxed: each value is shown by itself, so that the order of the stores does not matter.

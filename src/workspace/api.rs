@@ -33,7 +33,7 @@ use super::{
 use crate::{clock::Clock, config::Variables, net::tls::ALPN_HTTP_1_1, telemetry::KnownSecrets};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
-/// One whole call. A credential takes two; both must fit into the refresher's timeout.
+/// One whole call. A credential usually takes two, which together fit into the refresher's timeout.
 const CALL_TIMEOUT: Duration = Duration::from_secs(30);
 /// One call to a service of this machine (as the Databricks SDKs).
 const LOCAL_TIMEOUT: Duration = Duration::from_secs(10);

@@ -74,7 +74,7 @@ impl CredentialMinter {
         }
     }
 
-    /// Requests a new credential.
+    /// Requests a new credential. Cancel safe.
     pub async fn request_credential(&self) -> Result<Minted, CallError> {
         let purpose = Purpose::Credential(self.target.as_str());
         let (path, body) = self.request();

@@ -35,7 +35,7 @@ impl NameError {
         }
     }
 
-    /// A host of Neon's own service.
+    /// The error for a host of Neon's own service.
     pub(super) fn neon(host: &HostName) -> Self {
         Self::new(
             host.as_str(),
@@ -44,7 +44,7 @@ impl NameError {
         )
     }
 
-    /// Names nothing that has an endpoint.
+    /// The error for a name of nothing that has an endpoint.
     fn reference(name: &str) -> Self {
         Self::new(
             name,

@@ -40,7 +40,7 @@ const PROFILE_SINCE: Version = (0, 207, 1);
 /// `auth token` takes `--force-refresh` since then.
 const FORCE_SINCE: Version = (0, 296, 0);
 
-/// `0001-01-01T00:00:00Z`.
+/// `0001-01-01T00:00:00Z`, the zero of Go's `time.Time`.
 const ZERO_TIME: i64 = -62_135_596_800;
 
 /// The problem of an old CLI.
