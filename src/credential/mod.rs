@@ -95,8 +95,8 @@ pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
 
 /// A source of credentials: the workspace, a password, a password file, a command.
 pub trait Mint: Send + Sync + 'static {
-    /// Requests a new credential. The implementation limits the time that takes. Cancel safe: the refresher drops it at its
-    /// own timeout and at shutdown.
+    /// Requests a new credential. The implementation limits the time that takes. Cancel safe: the refresher drops it at
+    /// its own timeout and at shutdown.
     fn mint(&self) -> BoxFuture<'_, Result<Minted, CallError>>;
 
     /// Completes when the source holds another credential, which is then minted at once. Cancel safe.

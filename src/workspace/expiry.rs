@@ -64,6 +64,7 @@ pub(crate) fn from_text(text: &str, zone: &TimeZone) -> Option<Timestamp> {
 
 /// A date whose year is 9999 or later, with any number of digits.
 fn is_beyond(text: &str) -> bool {
+    // ISO 8601 puts a sign before years of more than four digits.
     let mut parts = text.strip_prefix('+').unwrap_or(text).splitn(3, '-');
     let [Some(year), Some(month), Some(rest)] = [parts.next(), parts.next(), parts.next()] else {
         return false;

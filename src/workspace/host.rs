@@ -40,6 +40,7 @@ impl Host {
         };
         let mut url = Url::parse(&with_scheme).map_err(|source| invalid().with_source(source))?;
         let name = url.host_str().map(str::to_owned).ok_or_else(invalid)?;
+        // Messages and logs show the address, so that it must hold no password.
         if !url.username().is_empty() || url.password().is_some() {
             return Err(invalid());
         }

@@ -175,6 +175,7 @@ impl Workspace {
     async fn token(&self) -> Result<CachedToken, CallError> {
         let started = Instant::now();
         let token = self.0.tokens.token(&self.0.api).await?;
+        // Only a request is a step of a mint; a token from the cache takes no time.
         if token.is_new {
             self.observe(MintStep::WorkspaceToken, started);
         }

@@ -291,6 +291,7 @@ impl FromStr for HostName {
         let is_host = (1..=MAX_HOST).contains(&name.len())
             && name
                 .bytes()
+                // Also IP addresses, IPv6 in brackets.
                 .all(|byte| byte.is_ascii_alphanumeric() || b"-._:[]".contains(&byte));
         if !is_host {
             return Err(NameError::new(

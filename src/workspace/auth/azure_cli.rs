@@ -154,6 +154,7 @@ impl AzureCli {
         let tenant = match (&self.tenant, login) {
             (_, Login::ManagedIdentity) => None,
             (Some(tenant), _) => Some(tenant.clone()),
+            // Not an error: without a tenant, `az` uses that of the login.
             (None, _) => azure::tenant(api, AuthKind::AzureCli).await.ok(),
         };
         let mut token = match self.request(azure::DATABRICKS, tenant.as_deref()).await {
@@ -242,6 +243,7 @@ impl AzureCli {
         let output = match command::run(&self.program, arguments, TIMEOUT).await {
             Ok(output) if output.status.success() => return Ok(output.stdout),
             Ok(output) => output,
+            // A slow start may pass; a program that cannot be run needs a person.
             Err(problem @ CommandError::Timeout(_)) => {
                 return Err(by_hand(CallError::unavailable(message), &problem));
             }

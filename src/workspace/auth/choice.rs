@@ -136,6 +136,7 @@ fn available(settings: &ResolvedSettings, host: &Host) -> Result<Vec<Source>, Wo
                 Problem::Absent => notes.push(error.to_string()),
                 // Reported only if no other source is left: the variables may be meant for something else.
                 Problem::Incomplete => incomplete = Some(error),
+                // A setting with an invalid value is reported, even if another kind would work.
                 Problem::Other => return Err(error),
             },
         }

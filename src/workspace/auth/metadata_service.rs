@@ -62,7 +62,9 @@ impl TokenSource for MetadataService {
         let call = api
             .local(AuthKind::MetadataService, self.url.clone())
             .with_secret_path()
+            // The version of the protocol, as in the SDKs (`auth_metadata_service.go`).
             .header(VERSION, HeaderValue::from_static("1"))
+            // The service has a session for each workspace, and chooses by this.
             .header(HOST, self.host.clone());
         let explain = |error: ApiError| {
             let hint = match &error {

@@ -100,6 +100,7 @@ impl ModelServing {
                 self.read().await.map_err(|error| self.unreadable(&error))?
             }
         };
+        // The first, as in the SDK.
         let token = content.tokens.into_iter().next();
         let token = token.ok_or_else(|| self.unreadable(&io::ErrorKind::InvalidData.into()))?;
         WorkspaceToken::new(token.value, Expiry::In(LIFETIME))

@@ -129,6 +129,7 @@ impl TokenEndpointDiscovery {
                     endpoint.url = url;
                 }
             }
+            // The documented address stays.
             Found::Missing => {}
             Found::Unknown => return Err(endpoint),
         }

@@ -274,6 +274,7 @@ impl Search<'_> {
     async fn by_branch(&self, branch: &BranchName) -> Result<Found, LocateError> {
         let endpoints = match self.lookup.endpoints(branch.as_str()).await {
             Ok(endpoints) => endpoints,
+            // With a host, only the name for the credential is missing, which most likely ends in the default id.
             Err(error) if error.is_forbidden() && self.host.is_some() => {
                 return Ok(Found::default_endpoint(branch));
             }

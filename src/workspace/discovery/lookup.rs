@@ -82,6 +82,7 @@ impl<'a> Lookup<'a> {
         let path = format!("/api/2.0/database/instances/{name}");
         let found: Answer<Instance> = self.get(Purpose::Lookup(name.as_str()), &path).await?;
         Ok(EndpointInfo {
+            // The answer may lack it, as `psql_provisioned.go` of the CLI notes.
             name: name.to_string(),
             ..found.value.into_info()
         })
