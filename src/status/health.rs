@@ -90,6 +90,7 @@ impl Health {
                 loop {
                     self.request.notified().await;
                     all_respond().await;
+                    // After all responses, so that a runtime that hangs leaves the time in place.
                     self.requested.store(NONE, Ordering::Release);
                 }
             })

@@ -37,6 +37,7 @@ struct Inner {
     last_id: AtomicU64,
     // By id, so that lists are oldest first without sorting.
     sessions: Mutex<BTreeMap<u64, Arc<Entry>>>,
+    // Beside the map, since the idle exit waits for its changes.
     count: watch::Sender<usize>,
     recent: Recent,
 }
@@ -190,6 +191,7 @@ impl Registry {
         client: ClientInfo,
         limit: usize,
     ) -> Result<SessionEntry, Rejected> {
+        // Allocated before the lock is taken, which all sessions share.
         let entry = Arc::new(Entry {
             endpoint: endpoint.clone(),
             client,
