@@ -66,10 +66,10 @@ impl Host {
             .find(|(key, value)| {
                 // The parameters that the SDK for Go reads (`config/config.go`).
                 matches!(&**key, "o" | "w" | "workspace_id")
+                    && !value.is_empty()
                     && value.bytes().all(|byte| byte.is_ascii_digit())
             })
-            .map(|(_, value)| value.into_owned())
-            .filter(|value| !value.is_empty());
+            .map(|(_, value)| value.into_owned());
         // An address copied from a browser has a path. As in the SDK for Go, only scheme, host and port count.
         url.set_path("/");
         url.set_query(None);
@@ -169,6 +169,8 @@ mod tests {
         assert_eq!(host.to_string(), "https://adb-1.11.azuredatabricks.net");
         assert_eq!(id.as_deref(), Some("4711"));
         assert_eq!(Host::parse("https://a.example/?o=x'y").unwrap().1, None);
+        let (_, id) = Host::parse("https://a.example/?o=&w=4711").unwrap();
+        assert_eq!(id.as_deref(), Some("4711"));
     }
 
     fn refusal(text: &str) -> String {
