@@ -127,6 +127,8 @@ pub(super) async fn run(
     };
     // CMD and its sessions share one grace time, since platforms kill at a fixed time after SIGTERM.
     let rest = grace.saturating_sub(exit.since_termination());
+    // A reload may have changed it since the start.
+    let zero_on_sigterm = running.is_zero_on_sigterm();
     running.end_within(rest, second_signal).await;
     Ok(exit.exit_code(zero_on_sigterm))
 }

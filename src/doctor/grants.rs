@@ -106,11 +106,13 @@ pub(super) fn create_role(user: &str) -> String {
 }
 
 fn kind(user: &str) -> &'static str {
-    // User names are e-mail addresses, those of service principals UUIDs.
+    // User names are e-mail addresses, those of service principals UUIDs, and groups have names of their own.
     if user.contains('@') {
         "USER"
-    } else {
+    } else if uuid::Uuid::parse_str(user).is_ok() {
         "SERVICE_PRINCIPAL"
+    } else {
+        "GROUP"
     }
 }
 
@@ -130,7 +132,10 @@ mod tests {
             create_role("o'neil@example.com")
                 .ends_with("databricks_create_role('o''neil@example.com', 'USER');")
         );
-        assert!(create_role("0f7d-1").ends_with("'SERVICE_PRINCIPAL');"));
+        assert!(
+            create_role("0f7d4a52-7a55-4b1c-9d0e-3f6a1c2b4d5e").ends_with("'SERVICE_PRINCIPAL');")
+        );
+        assert!(create_role("data readers").ends_with("'GROUP');"));
         assert_eq!(identifier("a\"b"), "\"a\"\"b\"");
     }
 
