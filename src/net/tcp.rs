@@ -64,7 +64,7 @@ pub(crate) async fn connect_any(addresses: Vec<SocketAddr>) -> io::Result<(TcpSt
             // RFC 8305, 5: after a failure the next attempt starts at once.
             Some(Ok(Err(error))) => last_error = error,
             Some(Err(lost)) => last_error = io::Error::other(lost),
-            None if more => {}
+            // Only without more addresses: otherwise the set holds the attempt that has just begun.
             None => return Err(last_error),
         }
     }

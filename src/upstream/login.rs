@@ -593,7 +593,7 @@ mod tests {
         }
     }
 
-    /// A server that requested a million iterations once stopped every session for half a second.
+    /// A server that requested many iterations once stopped every session for as long as they took.
     #[tokio::test]
     async fn other_tasks_run_while_a_key_is_derived_in_many_rounds() {
         let (mut ours, mut theirs) = duplex(1 << 16);
