@@ -17,7 +17,7 @@ use lakebase_proxy::{
     protocol::{
         error::Report,
         frame::Scanner,
-        options::SessionSettings,
+        options::LoginParameters,
         startup::{InitialPacket, encode_startup, take_initial_packet},
     },
 };
@@ -54,7 +54,7 @@ fn startup(c: &mut Criterion) {
             let Ok(Some(InitialPacket::Startup(message))) = packet else {
                 panic!("a startup message")
             };
-            SessionSettings::new(&message, "d".to_owned())
+            LoginParameters::new(&message, "d".to_owned())
         });
     });
 }

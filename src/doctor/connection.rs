@@ -18,7 +18,7 @@ use crate::{
     config::{DEFAULT_DATABASE, TlsMode},
     credential::Credential,
     net::{backoff::Backoff, tls},
-    protocol::options::SessionSettings,
+    protocol::options::LoginParameters,
     status::Label,
     telemetry::labels::LoginPhase,
     upstream::{Addresses, Class, DroppedParameters, Endpoint, Failure, Security, probe},
@@ -229,10 +229,10 @@ impl<'a> Connection<'a> {
             "application_name".to_owned(),
             "lakebase-proxy doctor".to_owned(),
         );
-        let settings = SessionSettings {
+        let settings = LoginParameters {
             database: database.to_owned(),
             parameters: vec![name],
-            ..SessionSettings::default()
+            ..LoginParameters::default()
         };
         let started = Instant::now();
         let login = probe::Session::log_in(stream, &self.endpoint, credential, &settings);

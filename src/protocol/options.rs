@@ -21,7 +21,7 @@ const OPTIONS: &str = "options";
 
 /// The parameters of one login at the endpoint.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct SessionSettings {
+pub struct LoginParameters {
     /// The database to open.
     pub database: String,
     /// The database to open if that one does not exist.
@@ -48,7 +48,7 @@ pub struct TooLong {
     pub length: usize,
 }
 
-impl SessionSettings {
+impl LoginParameters {
     /// Derives them from a client's startup message.
     pub fn new(message: &StartupMessage, database: String) -> Self {
         let mut settings = Self {
@@ -177,12 +177,12 @@ mod tests {
         }
     }
 
-    fn settings(parameters: &[(&str, &str)]) -> SessionSettings {
-        SessionSettings::new(&message(parameters), "db".to_owned())
+    fn settings(parameters: &[(&str, &str)]) -> LoginParameters {
+        LoginParameters::new(&message(parameters), "db".to_owned())
     }
 
     /// The arguments that the server reads.
-    fn words(settings: &SessionSettings) -> Vec<String> {
+    fn words(settings: &LoginParameters) -> Vec<String> {
         split(&settings.options(|_| false))
     }
 
@@ -302,7 +302,7 @@ mod tests {
         // Exactly as long as is allowed, and one more.
         for (more, fits) in [(0, true), (1, false)] {
             let length = MAX_STARTUP_LEN - sent.len() - b"options\0-c x=\0".len() + more;
-            let settings = SessionSettings {
+            let settings = LoginParameters {
                 folded: vec![("x".to_owned(), "y".repeat(length))],
                 ..settings.clone()
             };

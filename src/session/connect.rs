@@ -20,7 +20,7 @@ use crate::{
     protocol::{
         backend::welcome,
         error::{Report, sqlstate},
-        options::SessionSettings,
+        options::LoginParameters,
     },
     shutdown::Phase,
     status::{ClientInfo, Rejected, Server, SessionEntry},
@@ -163,7 +163,7 @@ impl Access<'_> {
             self.startup.parameter("database"),
             &upstream.endpoint().database,
         );
-        let mut settings = SessionSettings::new(&self.startup, database);
+        let mut settings = LoginParameters::new(&self.startup, database);
         settings.fallback_database = fallback;
         upstream.connect(&settings, &config.connect).await
     }

@@ -108,7 +108,8 @@ pub(crate) async fn serve<S: Transport>(
     };
     tracing::trace!(peer = %session.peer, "client accepted");
     let mut client = Client::new(stream);
-    // A box, as the task lives as long as the relay and should not keep the memory of a login.
+    // `Err` is the end of a session without a relay, also of one that has all that it requested. A box, as the task lives
+    // as long as the relay and should not keep the memory of a login.
     let logged_in = Box::pin(async {
         let handshake = Handshake::new(&session, permit);
         let request = match handshake.receive(&mut client).await? {

@@ -30,7 +30,7 @@ use crate::{
     net::{backoff::Backoff, message::write_and_flush},
     protocol::{
         error::{Report, sqlstate},
-        options::SessionSettings,
+        options::LoginParameters,
         startup::CancelKey,
     },
     status::Label,
@@ -135,7 +135,7 @@ impl Upstream {
     /// Cancel safe: dropping it releases the lead, the attempt and the place in the queue.
     pub async fn connect(
         &self,
-        settings: &SessionSettings,
+        settings: &LoginParameters,
         connect: &ConnectSettings,
     ) -> Result<Connected, Refusal> {
         let timeouts = &connect.timeouts;
@@ -234,7 +234,7 @@ impl Upstream {
 struct Attempts<'a> {
     upstream: &'a Upstream,
     connect: &'a ConnectSettings,
-    settings: Cow<'a, SessionSettings>,
+    settings: Cow<'a, LoginParameters>,
     /// The startup message for the first attempt.
     startup: Option<BytesMut>,
     budget: Budget,

@@ -4,7 +4,7 @@ use bytes::BytesMut;
 use tokio::io::{AsyncRead, AsyncWrite};
 
 use super::{Failure, login::exchange_with};
-use crate::protocol::{frame::take_message, options::SessionSettings};
+use crate::protocol::{frame::take_message, options::LoginParameters};
 use crate::status::Label;
 
 const TOKEN: &str = "eyJh.eyJz.c2ln";
@@ -15,10 +15,10 @@ pub async fn log_in<S: AsyncRead + AsyncWrite + Unpin>(
     client_encoding: Option<&str>,
     may_send_cleartext: bool,
 ) {
-    let settings = SessionSettings {
+    let settings = LoginParameters {
         database: "db".to_owned(),
         client_encoding: client_encoding.map(str::to_owned),
-        ..SessionSettings::default()
+        ..LoginParameters::default()
     };
     match exchange_with(&mut stream, TOKEN, &settings, may_send_cleartext).await {
         Ok(greeting) => {

@@ -27,7 +27,7 @@ use crate::{
         auth::{AuthError, AuthenticationRequest, Authenticator, Derivation, Derived},
         error::ErrorFields,
         frame::{Message, SMALL_MESSAGE_LIMIT, tag},
-        options::SessionSettings,
+        options::LoginParameters,
         startup::{CancelKey, query},
     },
     telemetry::{GaugeGuard, labels::LoginPhase},
@@ -69,7 +69,7 @@ pub struct Greeting {
 pub(super) struct Login<'a> {
     pub(super) user: &'a str,
     pub(super) credential: &'a Credential,
-    pub(super) settings: &'a SessionSettings,
+    pub(super) settings: &'a LoginParameters,
     /// Set when the server has requested the password.
     pub(super) password_requested: SetOnce<()>,
 }
@@ -78,7 +78,7 @@ impl<'a> Login<'a> {
     pub(super) fn new(
         user: &'a str,
         credential: &'a Credential,
-        settings: &'a SessionSettings,
+        settings: &'a LoginParameters,
     ) -> Self {
         Self {
             user,
@@ -225,7 +225,7 @@ impl<'a> Login<'a> {
 pub(super) async fn exchange_with<S: AsyncRead + AsyncWrite + Unpin>(
     stream: &mut S,
     secret: &str,
-    settings: &SessionSettings,
+    settings: &LoginParameters,
     may_send_cleartext: bool,
 ) -> Result<Greeting, Failure> {
     let credential = Credential {
@@ -274,7 +274,7 @@ fn set_encoding(encoding: &str) -> Option<BytesMut> {
 struct Wire<'a, S> {
     stream: &'a mut S,
     /// The client's texts, which the server may repeat in an error.
-    settings: &'a SessionSettings,
+    settings: &'a LoginParameters,
     buffer: BytesMut,
     read: usize,
 }
@@ -376,21 +376,21 @@ mod tests {
     use super::*;
     use crate::{protocol::frame::frame, upstream::Class};
 
-    fn settings(client_encoding: Option<&str>, replication: bool) -> SessionSettings {
-        SessionSettings {
+    fn settings(client_encoding: Option<&str>, replication: bool) -> LoginParameters {
+        LoginParameters {
             database: "db".to_owned(),
             fallback_database: None,
             parameters: Vec::new(),
             client_encoding: client_encoding.map(str::to_owned),
             replication,
-            ..SessionSettings::default()
+            ..LoginParameters::default()
         }
     }
 
     /// Logs in at a server that sends `answers` one by one, each after whatever the client sent before it.
     async fn against(
         answers: &[&[u8]],
-        settings: SessionSettings,
+        settings: LoginParameters,
     ) -> (Result<Greeting, Failure>, Vec<u8>) {
         let (mut ours, mut theirs) = duplex(1 << 16);
         let script: Vec<Vec<u8>> = answers.iter().map(|answer| answer.to_vec()).collect();

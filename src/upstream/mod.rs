@@ -1,9 +1,9 @@
 //! Connections to the endpoint: resolve, dial, TLS, login; failure classes; retries while it wakes.
 //!
-//! Sends and receives nothing of the client: [`SessionSettings`] in, a logged-in [`Connection`] out, or the [`Refusal`] for
+//! Sends and receives nothing of the client: [`LoginParameters`] in, a logged-in [`Connection`] out, or the [`Refusal`] for
 //! the client.
 //!
-//! [`SessionSettings`]: crate::protocol::options::SessionSettings
+//! [`LoginParameters`]: crate::protocol::options::LoginParameters
 
 mod addresses;
 mod budget;

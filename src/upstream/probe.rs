@@ -13,7 +13,7 @@ use crate::{
     protocol::{
         error::ErrorFields,
         frame::tag,
-        options::SessionSettings,
+        options::LoginParameters,
         startup::{query, terminate},
     },
     telemetry::Metrics,
@@ -54,7 +54,7 @@ impl Session {
         mut stream: Stream,
         endpoint: &Endpoint,
         credential: &Credential,
-        settings: &SessionSettings,
+        settings: &LoginParameters,
     ) -> Result<Self, Failure> {
         let may_send_cleartext = stream.may_send_cleartext();
         // doctor sends parameters of its own only, none of which a server refuses.

@@ -14,7 +14,7 @@ use crate::{
     net::message::write_and_flush,
     protocol::{
         error::{Report, sqlstate},
-        options::SessionSettings,
+        options::LoginParameters,
         startup::terminate,
     },
     status::Label,
@@ -148,13 +148,13 @@ impl Route {
     /// One login as for a client, and an orderly end. Cancel safe: dropping it drops the connection.
     pub(crate) async fn test_login(&self, connect: &ConnectSettings) -> Result<(), Refusal> {
         let upstream = self.upstream(connect.timeouts.connect_timeout).await?;
-        let settings = SessionSettings {
+        let settings = LoginParameters {
             database: upstream.endpoint().database.clone(),
             fallback_database: None,
             parameters: vec![("application_name".to_owned(), "lakebase-proxy".to_owned())],
             client_encoding: None,
             replication: false,
-            ..SessionSettings::default()
+            ..LoginParameters::default()
         };
         let mut connection = upstream.connect(&settings, connect).await?.connection;
         let close = async {

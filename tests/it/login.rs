@@ -6,7 +6,7 @@ use lakebase_proxy::{
     clock::Clock,
     config::{Keepalive, Timeouts},
     credential::{CredentialCell, Minted},
-    protocol::options::SessionSettings,
+    protocol::options::LoginParameters,
     status::Label,
     telemetry::{Metrics, labels::Reason},
     upstream::{
@@ -47,13 +47,13 @@ async fn log_in(front: SocketAddr, user: &str, password: &str) -> Result<Connect
     };
     let metrics: Arc<Metrics> = Metrics::new().unwrap();
     let upstream = Upstream::new(endpoint, credentials, metrics);
-    let settings = SessionSettings {
+    let settings = LoginParameters {
         database: "postgres".to_owned(),
         fallback_database: None,
         parameters: vec![("options".to_owned(), "-c extra_float_digits=0".to_owned())],
         client_encoding: Some("LATIN1".to_owned()),
         replication: false,
-        ..SessionSettings::default()
+        ..LoginParameters::default()
     };
     let connected = upstream.connect(&settings, &connect).await?;
     assert!(connected.woke_after.is_none());

@@ -227,13 +227,13 @@ fn fixture(server: &Server, limits: Timeouts) -> Arc<Fixture> {
 
 impl Fixture {
     async fn connect(&self) -> Result<Connected, Refusal> {
-        let settings = SessionSettings {
+        let settings = LoginParameters {
             database: "db".to_owned(),
             fallback_database: None,
             parameters: Vec::new(),
             client_encoding: None,
             replication: false,
-            ..SessionSettings::default()
+            ..LoginParameters::default()
         };
         timeout(LONG * 2, self.upstream.connect(&settings, &self.connect))
             .await

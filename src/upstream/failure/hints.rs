@@ -2,7 +2,7 @@
 
 use super::{Class, Failure, Origin, rules};
 use crate::{
-    config::DEFAULT_DATABASE, credential::Credential, protocol::options::SessionSettings,
+    config::DEFAULT_DATABASE, credential::Credential, protocol::options::LoginParameters,
     upstream::endpoint::Endpoint,
 };
 
@@ -16,7 +16,7 @@ impl Failure {
         mut self,
         endpoint: &Endpoint,
         credential: &Credential,
-        settings: &SessionSettings,
+        settings: &LoginParameters,
     ) -> Self {
         let Origin::Server(_) = &self.origin else {
             return self;

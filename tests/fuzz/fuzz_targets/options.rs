@@ -4,7 +4,7 @@
 
 use bytes::BytesMut;
 use lakebase_proxy::protocol::{
-    options::SessionSettings,
+    options::LoginParameters,
     startup::{InitialPacket, StartupMessage, take_initial_packet},
 };
 use libfuzzer_sys::fuzz_target;
@@ -48,7 +48,7 @@ fuzz_target!(|data: &str| {
         parameters,
         protocol_options: Vec::new(),
     };
-    let settings = SessionSettings::new(&message, "db".to_owned());
+    let settings = LoginParameters::new(&message, "db".to_owned());
     let Ok(packet) = settings.startup("me", |_| false) else {
         return;
     };

@@ -4,7 +4,7 @@
 
 use bytes::BytesMut;
 use lakebase_proxy::protocol::{
-    options::SessionSettings,
+    options::LoginParameters,
     startup::{InitialPacket, encode_startup, take_initial_packet},
 };
 use libfuzzer_sys::fuzz_target;
@@ -40,5 +40,5 @@ fuzz_target!(|data: &[u8]| {
         panic!("what was sent on cannot be read");
     };
     assert_eq!(same.parameters, message.parameters);
-    let _ = SessionSettings::new(&message, "db".to_owned());
+    let _ = LoginParameters::new(&message, "db".to_owned());
 });
