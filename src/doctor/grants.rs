@@ -183,16 +183,19 @@ mod tests {
 
     #[test]
     fn a_role_bound_to_another_identity_and_a_database_without_extension_are_noticed() {
+        const APP: &str = "0f7d4a52-7a55-4b1c-9d0e-3f6a1c2b4d5e";
         let judged = |extensions: &str, label: Option<&str>| {
             let row = vec![Some(extensions.to_owned()), label.map(str::to_owned)];
-            judge_binding(&[row], "app", Some("7"), "raw")
+            judge_binding(&[row], APP, Some("7"), "raw")
         };
         assert!(judged("1", Some("id=7,type=SERVICE_PRINCIPAL")).is_none());
         assert!(judged("1", None).is_none(), "the login has worked");
         let fix = |finding: Option<Finding>| finding.unwrap().fix.unwrap();
         let other = fix(judged("1", Some("id=70,type=SERVICE_PRINCIPAL")));
         assert!(
-            other.ends_with("ON ROLE \"app\" IS 'id=7,type=SERVICE_PRINCIPAL';"),
+            other.ends_with(&format!(
+                "ON ROLE \"{APP}\" IS 'id=7,type=SERVICE_PRINCIPAL';"
+            )),
             "{other}"
         );
         let raw = fix(judged("0", Some("id=7")));
