@@ -502,7 +502,8 @@ async fn six_hours_of_faults_leave_no_client_without_an_available_credential() {
                 .iter()
                 .filter(|at| (hour * HOUR..(hour + 1) * HOUR).contains(*at))
                 .count();
-            assert!(count <= 150, "seed {seed}: {count} calls in hour {hour}");
+            // Mostly those of the last five minutes of a lifetime, with a call a second.
+            assert!(count <= 400, "seed {seed}: {count} calls in hour {hour}");
         }
         let minted = rig.cell.status().generation;
         assert!(
