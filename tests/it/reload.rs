@@ -37,6 +37,12 @@ struct Setup {
     _directory: TempDir,
 }
 
+/// The password that the proxy gives to its own clients.
+async fn known_password(running: &Running) -> String {
+    let password = running.proxy_address().await.unwrap().password;
+    secrecy::ExposeSecret::expose_secret(&password.unwrap()).to_owned()
+}
+
 impl Setup {
     async fn start(emulator: &Emulator, file: &str) -> Self {
         Self::with(emulator, file, &[]).await
@@ -407,14 +413,7 @@ async fn changed_client_access_applies_to_the_next_client() {
         assert!(setup.change(&file).await.applied.contains(&"local_auth"));
         assert!(connect(Some(word)).await);
         assert!(!connect(None).await && !connect(Some("wrong")).await);
-        let known = setup
-            .running
-            .proxy_address()
-            .await
-            .unwrap()
-            .password
-            .unwrap();
-        assert_eq!(secrecy::ExposeSecret::expose_secret(&known), word);
+        assert_eq!(known_password(&setup.running).await, word);
     }
     assert_eq!(before.value("select 1").await, "1");
     setup.change("").await;
@@ -725,14 +724,7 @@ async fn a_password_file_that_changes_is_read_again() {
     setup.running.reload_on(setup.reloader, None);
     fs::write(&password, "open").unwrap();
     eventually("the new one is known", async || {
-        let known = setup
-            .running
-            .proxy_address()
-            .await
-            .unwrap()
-            .password
-            .unwrap();
-        (secrecy::ExposeSecret::expose_secret(&known) == "open").then_some(())
+        (known_password(&setup.running).await == "open").then_some(())
     })
     .await;
 }
