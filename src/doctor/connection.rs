@@ -18,7 +18,7 @@ use crate::{
     config::{DEFAULT_DATABASE, TlsMode},
     credential::Credential,
     net::{backoff::Backoff, tls},
-    protocol::options::LoginParameters,
+    protocol::{error::sqlstate, options::LoginParameters},
     status::Label,
     telemetry::labels::LoginPhase,
     upstream::{Addresses, Class, DroppedParameters, Endpoint, Failure, Security, probe},
@@ -319,17 +319,16 @@ async fn refused(
     failure: &Failure,
 ) {
     let text = failure.to_string();
-    let lower = text.to_lowercase();
     let (user, database) = (&found.user, &found.database);
-    // Postgres checks the database after the credential.
-    let grant = if lower.contains("permission denied for database") {
+    // By SQLSTATE: a server may translate its messages. Postgres checks the database after the credential.
+    let grant = if failure.is_server_error(sqlstate::INSUFFICIENT_PRIVILEGE) {
         let fix = format!(
             "as the database's owner: GRANT CONNECT ON DATABASE {} TO {};",
             identifier(database),
             identifier(user)
         );
         Some(Finding::failed(format!("`{user}` may not connect to `{database}`")).fix(fix))
-    } else if lower.contains("database \"") && lower.contains("does not exist") {
+    } else if failure.is_missing_database() {
         let fix = which_database(examined, found).await;
         Some(Finding::failed(format!("there is no database `{database}`")).fix(fix))
     } else {
@@ -341,9 +340,7 @@ async fn refused(
         steps.note(step::GRANTS, Duration::ZERO, finding.detail(text));
         return;
     }
-    let is_role_missing = lower.contains("role \"") && lower.contains("does not exist");
     let finding = match failure.class {
-        _ if is_role_missing => examined.missing_role(found),
         Class::WrongIdentity => {
             let id = examined
                 .access
@@ -353,10 +350,18 @@ async fn refused(
             let fix = examined.mismatch(found);
             Finding::failed(text.clone()).fix(fix.unwrap_or_else(|| bind_role(user, id)))
         }
-        Class::Identity => match examined.role(found).await.filter(|role| role.fix.is_some()) {
-            Some(role) => Finding::failed(role.message).hint(role.fix),
-            None => of_failure(failure),
-        },
+        // 28000 stands for a missing role too; the workspace's list of roles tells them apart.
+        Class::Identity | Class::Permission => {
+            // Another identity is not what a refusal for another reason, such as an IP access list, is about.
+            let is_cause = |role: &Finding| {
+                role.outcome == Outcome::Failed
+                    || (role.outcome == Outcome::Warning && failure.class == Class::Identity)
+            };
+            match examined.role(found).await.filter(is_cause) {
+                Some(role) => Finding::failed(role.message).hint(role.fix),
+                None => of_failure(failure),
+            }
+        }
         _ => of_failure(failure),
     };
     let detail = (finding.message != text).then_some(text);

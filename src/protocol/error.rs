@@ -19,6 +19,8 @@ pub mod sqlstate {
     pub const INVALID_AUTHORIZATION: &str = "28000";
     /// Wrong password.
     pub const INVALID_PASSWORD: &str = "28P01";
+    /// The role lacks a right.
+    pub const INSUFFICIENT_PRIVILEGE: &str = "42501";
     /// Bytes that are invalid in their encoding.
     pub const INVALID_ENCODING: &str = "22021";
     /// The statement cannot be parsed.

@@ -236,7 +236,12 @@ impl Failure {
 
     /// Whether the server reports that the database does not exist.
     pub(crate) fn is_missing_database(&self) -> bool {
-        matches!(&self.origin, Origin::Server(error) if error.code == sqlstate::UNDEFINED_DATABASE)
+        self.is_server_error(sqlstate::UNDEFINED_DATABASE)
+    }
+
+    /// Whether the server reports this SQLSTATE.
+    pub(crate) fn is_server_error(&self, sqlstate: &str) -> bool {
+        matches!(&self.origin, Origin::Server(error) if error.code == sqlstate)
     }
 
     /// What a person can do.

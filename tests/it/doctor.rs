@@ -574,6 +574,44 @@ async fn a_refused_login_is_reported_with_its_cause() {
     emulator.stop().await;
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn refusals_in_another_language_are_reported_with_their_cause() {
+    let emulator = emulator().await;
+    let app = &emulator.identities().app;
+    let stranger = &emulator.identities().stranger;
+    let no_role = "Rolle \u{bb}x\u{ab} existiert nicht";
+    for (identity, code, message, step, fix) in [
+        (
+            app,
+            "42501",
+            "keine Berechtigung f\u{fc}r Datenbank \u{bb}x\u{ab}",
+            "role and grants",
+            "GRANT CONNECT",
+        ),
+        (
+            app,
+            "3D000",
+            "Datenbank \u{bb}x\u{ab} existiert nicht",
+            "role and grants",
+            "databricks_postgres",
+        ),
+        (
+            stranger,
+            "28000",
+            no_role,
+            "login",
+            "databricks_create_role",
+        ),
+    ] {
+        let refusal = refusal(code, message, None);
+        emulator.faults().always(Site::Password, refusal);
+        let setup = Setup::new(&emulator).identity(identity);
+        setup.fails_at(step, fix).await;
+        emulator.faults().clear();
+    }
+    emulator.stop().await;
+}
+
 /// The role exists, and logins fail: it is bound to another identity, or the database lacks the extension.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_security_label_of_a_role_is_checked() {
