@@ -1,11 +1,11 @@
 //! Errors that keep the program from starting.
 
-use std::{io, net::SocketAddr, sync::Arc, time::Duration};
+use std::{io, sync::Arc, time::Duration};
 
 use crate::{
     admin::AdminError,
     credential::CallErrorKind,
-    listener::{InheritedError, ListenError, UnixError},
+    listener::{ListenError, Taken},
     net::tls::TlsError,
     protocol::error::Report,
     session::ClientTlsError,
@@ -18,17 +18,6 @@ pub enum StartError {
     /// The health port cannot be served.
     #[error("cannot serve health and metrics")]
     Admin(#[from] AdminError),
-    /// An address cannot be bound.
-    #[error("cannot listen on {address} (--{flag})")]
-    Bind {
-        /// The address.
-        address: SocketAddr,
-        /// The flag that changes it.
-        flag: &'static str,
-        /// Why not.
-        #[source]
-        source: io::Error,
-    },
     /// The host cannot be verified by name.
     #[error("`{host}` is not a host name")]
     HostName {
@@ -41,12 +30,9 @@ pub enum StartError {
     /// The password verifier cannot be derived; a defect.
     #[error("cannot derive a verifier from the password for clients")]
     LocalPassword,
-    /// A passed socket cannot be listened on.
-    #[error("cannot listen on the sockets that the service manager passed")]
-    Inherit(#[source] io::Error),
-    /// A passed socket cannot be used.
+    /// A socket cannot be listened on.
     #[error(transparent)]
-    Inherited(#[from] InheritedError),
+    Listen(#[from] ListenError),
     /// No endpoint can be used, and retries do not help; the first one's error.
     #[error(transparent)]
     Endpoint(Arc<StartError>),
@@ -70,9 +56,6 @@ pub enum StartError {
     /// The login of `--run-connection-test` was refused.
     #[error("connection test failed: {}", .0.line())]
     Test(Box<Report>),
-    /// A Unix socket cannot be made.
-    #[error(transparent)]
-    Socket(UnixError),
     /// TLS cannot be set up.
     #[error("cannot set up TLS")]
     Tls(#[from] TlsError),
@@ -84,45 +67,29 @@ pub enum StartError {
     Workspace(#[from] WorkspaceError),
 }
 
-impl From<ListenError> for StartError {
-    fn from(error: ListenError) -> Self {
-        match error {
-            ListenError::Tcp { address, source } => Self::Bind {
-                address,
-                flag: "port",
-                source,
+impl StartError {
+    /// The port that another process listens on, if that keeps the program from starting.
+    pub(crate) fn taken_port(&self) -> Option<u16> {
+        match self {
+            Self::Listen(error) => match &error.taken {
+                Some(Taken::Tcp(address)) => Some(address.port()),
+                _ => None,
             },
-            ListenError::Unix(error) => Self::Socket(error),
+            _ => None,
         }
     }
-}
 
-impl StartError {
     /// What to do about it.
     pub fn hint(&self) -> Option<String> {
         let hint = match self {
-            Self::Bind { flag, source, .. } if source.kind() == io::ErrorKind::AddrInUse => {
-                return Some(format!(
-                    "something listens there already: stop it, or choose another port with --{flag} (0 = any free one)"
-                ));
-            }
-            // Only Postgres listeners use --address; the other ports have address settings of their own, or none.
-            Self::Bind {
-                flag: "port",
-                source,
-                ..
-            } if source.kind() == io::ErrorKind::AddrNotAvailable => {
-                "set --address to an address of this machine"
-            }
             Self::HostName { .. } => "set PGHOST to the endpoint's host name (ep-...database...)",
             Self::Loop { .. } => {
                 "PGHOST and PGPORT name the Lakebase endpoint, --address and --port where this proxy listens"
             }
             Self::ClientTls(error) => return error.hint().map(str::to_owned),
-            Self::Inherited(error) => error.hint(),
+            Self::Listen(error) => return error.hint().map(str::to_owned),
             Self::Endpoint(error) => return error.hint(),
             Self::Locate(error) => return error.hint(),
-            Self::Socket(error) => return error.hint().map(str::to_owned),
             Self::Tls(TlsError::Roots { .. }) => {
                 "PGSSLROOTCERT is a PEM file of trusted roots, or `system`"
             }
@@ -135,12 +102,7 @@ impl StartError {
                 "raise the limits of threads and of open files (ulimit -u, ulimit -n)"
             }
             Self::Workspace(error) => return error.hint(),
-            Self::Admin(_)
-            | Self::Bind { .. }
-            | Self::Inherit(_)
-            | Self::LocalPassword
-            | Self::Metrics(_)
-            | Self::NoEndpoint => {
+            Self::Admin(_) | Self::LocalPassword | Self::Metrics(_) | Self::NoEndpoint => {
                 return None;
             }
         };

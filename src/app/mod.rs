@@ -30,7 +30,7 @@ use self::{
 use crate::{
     clock::Clock,
     config::{Config, EndpointConfig, Roots},
-    listener::{Bound, Inherited, Listener},
+    listener::{Bound, Inherited, ListenError, Listener},
     net::{descriptors, tls},
     systemd::Notifier,
     telemetry::{LogHandle, Metrics},
@@ -98,7 +98,7 @@ impl App {
             listeners.push(if sockets.is_empty() {
                 Listener::bind(&endpoint.listen)?
             } else {
-                Listener::inherit(sockets).map_err(StartError::Inherit)?
+                Listener::inherit(sockets)?
             });
         }
         let endpoints: Vec<Bound> = listeners
@@ -191,17 +191,12 @@ pub(crate) async fn locate_first(config: Config) -> Result<LocatedEndpoint, Star
     locate(endpoint, &source, LOCATE_BUDGET).await
 }
 
-async fn bind(
-    address: Option<SocketAddr>,
-    flag: &'static str,
-) -> Result<Option<TcpListener>, StartError> {
+async fn bind(address: Option<SocketAddr>, flag: &str) -> Result<Option<TcpListener>, ListenError> {
     let Some(address) = address else {
         return Ok(None);
     };
     let listener = TcpListener::bind(address).await;
-    listener.map(Some).map_err(|source| StartError::Bind {
-        address,
-        flag,
-        source,
-    })
+    listener
+        .map(Some)
+        .map_err(|source| ListenError::tcp(address, flag, source))
 }

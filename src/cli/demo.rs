@@ -3,11 +3,7 @@
 //! Consists of public parts: the [`emulator`], and an [`App`] configured by the tutorial's variables, as in an app's
 //! environment. The surrounding environment is ignored, so that a demo never calls a real workspace.
 
-use std::{
-    io::{self, Write},
-    path::PathBuf,
-    time::Duration,
-};
+use std::{io::Write, path::PathBuf, time::Duration};
 
 use anstyle::Style;
 use jiff::{SignedDuration, Timestamp, tz::TimeZone};
@@ -15,7 +11,7 @@ use secrecy::SecretString;
 
 use super::CommandError;
 use crate::{
-    app::{Addresses, App, Running, StartError},
+    app::{Addresses, App, Running},
     config::{Config, ConfigError, Environment, LogOptions, PortSetting, Settings},
     emulator::{self, Emulator, EmulatorOptions, PostgresSource},
     shutdown::{Cause, Signals},
@@ -134,15 +130,11 @@ async fn start_proxy(arguments: &DemoArgs, emulator: &Emulator) -> Result<Runnin
             Ok(app) => return Ok(app.start()?),
             Err(error) => error,
         };
-        let (port, requested) = match &error {
-            StartError::Bind { flag, source, .. } if source.kind() == io::ErrorKind::AddrInUse => {
-                match *flag {
-                    "http-port" => (&mut ports.http, arguments.http_port),
-                    "notes-port" => (&mut ports.notes, arguments.notes_port),
-                    _ => (&mut ports.postgres, arguments.port),
-                }
-            }
-            _ => return Err(error.into()),
+        let (port, requested) = match error.taken_port() {
+            Some(taken) if taken == ports.http => (&mut ports.http, arguments.http_port),
+            Some(taken) if taken == ports.notes => (&mut ports.notes, arguments.notes_port),
+            Some(_) => (&mut ports.postgres, arguments.port),
+            None => return Err(error.into()),
         };
         // Only a default port may be replaced; another free one cannot be taken.
         if requested.is_some() || *port == 0 {

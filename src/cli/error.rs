@@ -4,7 +4,7 @@ use std::{error::Error, io, process::ExitCode};
 
 use super::PROGRAM;
 use crate::{
-    app::StartError, config::ConfigError, exec::SpawnError, listener::InheritedError, telemetry,
+    app::StartError, config::ConfigError, exec::SpawnError, listener::ListenError, telemetry,
 };
 
 /// A bad command line or configuration, or a failed start.
@@ -81,7 +81,7 @@ macro_rules! from_errors {
     };
 }
 
-from_errors!(ConfigError, StartError);
+from_errors!(ConfigError, ListenError, StartError);
 
 impl From<telemetry::LogError> for CommandError {
     fn from(error: telemetry::LogError) -> Self {
@@ -93,13 +93,6 @@ impl From<telemetry::LogError> for CommandError {
 impl From<crate::emulator::EmulatorError> for CommandError {
     fn from(error: crate::emulator::EmulatorError) -> Self {
         Self::new(error, None)
-    }
-}
-
-impl From<InheritedError> for CommandError {
-    fn from(error: InheritedError) -> Self {
-        let hint = error.hint().to_owned();
-        Self::new(error, Some(hint))
     }
 }
 

@@ -1,11 +1,15 @@
 //! Whether the proxy's port and Unix socket are free, and if not, their owner.
 
-use std::{fs, io, net::SocketAddr, path::Path};
+use std::{
+    fs,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+};
 
 use super::report::Finding;
 use crate::{
     config::ListenAddresses,
-    listener::{ListenError, Listener, UnixError},
+    listener::{Listener, Taken},
     net::blocking,
     telemetry::chain,
 };
@@ -21,56 +25,45 @@ pub(super) async fn check(addresses: &ListenAddresses) -> Finding {
     match Listener::bind(addresses) {
         Ok(_bound) if addresses.port == 0 => Finding::ok("any free port will do"),
         Ok(_bound) => Finding::ok(format!("{addresses} is free")),
-        Err(ListenError::Tcp { address, source }) => check_tcp(address, &source).await,
-        Err(ListenError::Unix(error)) => check_unix(error).await,
+        Err(error) => {
+            let failed = Finding::failed(chain(&error).to_string()).hint(error.hint());
+            match error.taken {
+                Some(Taken::Tcp(address)) => taken_port(address).await,
+                Some(Taken::Unix(path)) => taken_path(path).await.unwrap_or(failed),
+                None => failed,
+            }
+        }
     }
 }
 
-async fn check_unix(error: UnixError) -> Finding {
-    let failed = Finding::failed(chain(&error).to_string()).hint(error.hint());
-    let UnixError::Taken { path } = error else {
-        return failed;
-    };
+/// A finding if the socket is that of a proxy: one that serves while `doctor` checks it is no problem.
+async fn taken_path(path: PathBuf) -> Option<Finding> {
     let name = path.display().to_string();
     let owner = blocking(move || {
         let proc = Path::new("/proc");
         let table = fs::read_to_string(proc.join("net/unix")).ok()?;
         owner_of(proc, &listening_unix(&table, path.to_str()?))
     });
-    match owner.await {
-        // A proxy that serves while `doctor` checks it is no problem.
-        Some(owner) if owner.name == OURSELVES => owner.is_serving(&name),
-        _ => failed,
-    }
+    let owner = owner.await.filter(|owner| owner.name == OURSELVES);
+    owner.map(|owner| owner.is_serving(&name))
 }
 
-async fn check_tcp(listen: SocketAddr, error: &io::Error) -> Finding {
+async fn taken_port(listen: SocketAddr) -> Finding {
     let flag = "choose another port with --port (0 = any free one)";
-    match error.kind() {
-        io::ErrorKind::AddrInUse => {
-            let port = listen.port();
-            // Reads the descriptors of every process.
-            match blocking(move || owner(Path::new("/proc"), port)).await {
-                Some(owner) if owner.name == OURSELVES => owner.is_serving(&listen.to_string()),
-                Some(Owner { pid, name }) => {
-                    Finding::failed(format!("{listen} is taken by `{name}` (pid {pid})"))
-                        .fix(format!("stop it (`kill {pid}`), or {flag}"))
-                }
-                None => Finding::failed(format!(
-                    "{listen} is taken by a process that this user may not see"
-                ))
-                .fix(format!(
-                    "find it with `sudo ss -ltnp 'sport = :{port}'`, or {flag}"
-                )),
-            }
+    let port = listen.port();
+    // Reads the descriptors of every process.
+    match blocking(move || owner(Path::new("/proc"), port)).await {
+        Some(owner) if owner.name == OURSELVES => owner.is_serving(&listen.to_string()),
+        Some(Owner { pid, name }) => {
+            Finding::failed(format!("{listen} is taken by `{name}` (pid {pid})"))
+                .fix(format!("stop it (`kill {pid}`), or {flag}"))
         }
-        // Lower ports need CAP_NET_BIND_SERVICE (capabilities(7)).
-        io::ErrorKind::PermissionDenied => {
-            Finding::failed(format!("this user may not listen on {listen}"))
-                .fix("choose a port of 1024 or more with --port")
-        }
-        _ => Finding::failed(format!("cannot listen on {listen}: {error}"))
-            .fix("set --address to an address of this machine"),
+        None => Finding::failed(format!(
+            "{listen} is taken by a process that this user may not see"
+        ))
+        .fix(format!(
+            "find it with `sudo ss -ltnp 'sport = :{port}'`, or {flag}"
+        )),
     }
 }
 

@@ -9,6 +9,8 @@ use std::{
 use listenfd::ListenFd;
 use socket2::SockRef;
 
+use super::ListenError;
+
 /// Inherited sockets that belong to no endpoint yet.
 #[derive(Debug, Default)]
 pub struct Inherited(Vec<Passed>);
@@ -28,63 +30,22 @@ pub(crate) enum InheritedSocket {
     Unix(UnixListener),
 }
 
-/// Why inherited sockets cannot be used.
-#[derive(Debug, thiserror::Error)]
-pub enum InheritedError {
-    /// Not a listening stream socket.
-    #[error(
-        "the service manager passed descriptor number {number}, which is not a listening TCP or Unix socket"
-    )]
-    Unusable {
-        /// The position, counted from 1.
-        number: usize,
-        /// The cause.
-        #[source]
-        source: io::Error,
-    },
-    /// More sockets than endpoints.
-    #[error("the service manager passed a socket {name}that belongs to no endpoint")]
-    Unclaimed {
-        /// Its name in backticks and a space; or nothing.
-        name: String,
-    },
-    /// Reachable from other machines without `--allow-remote`.
-    #[error(
-        "the service manager passed a socket on {address}, which can be reached from other machines"
-    )]
-    Remote {
-        /// The address.
-        address: SocketAddr,
-    },
-}
-
-impl InheritedError {
-    /// How to fix it.
-    pub fn hint(&self) -> &'static str {
-        match self {
-            Self::Unusable { .. } => "the socket unit needs ListenStream= and Accept=no",
-            Self::Unclaimed { .. } => {
-                "FileDescriptorName= of a socket unit is an endpoint's name; without one each takes the next endpoint"
-            }
-            Self::Remote { .. } => {
-                "every client that reaches it is the service principal; if that is intended, add --allow-remote"
-            }
-        }
-    }
-}
-
 impl Inherited {
     /// Takes the sockets and removes the variables that announce them, so that child processes inherit neither. `names` is
     /// `LISTEN_FDNAMES`. To be called once, before there are threads.
-    pub fn take(names: Option<&str>) -> Result<Self, InheritedError> {
+    pub fn take(names: Option<&str>) -> Result<Self, ListenError> {
         let mut passed = ListenFd::from_env();
         let mut names = names.unwrap_or_default().split(':');
         let mut sockets = Vec::new();
         for index in 0..passed.len() {
             let name = names.next().filter(|name| !name.is_empty());
-            let unusable = |source| InheritedError::Unusable {
-                number: index + 1,
-                source,
+            let unusable = |source| {
+                let number = index + 1;
+                ListenError::new(
+                    format!("the service manager passed descriptor number {number}, which is not a listening TCP or Unix socket"),
+                    "the socket unit needs ListenStream= and Accept=no",
+                )
+                .caused_by(source)
             };
             // A descriptor that is no TCP socket is left in its place, for the second attempt.
             let socket = match passed.take_tcp_listener(index) {
@@ -110,14 +71,19 @@ impl Inherited {
         self,
         endpoints: &[&str],
         allow_remote: bool,
-    ) -> Result<Vec<Vec<InheritedSocket>>, InheritedError> {
+    ) -> Result<Vec<Vec<InheritedSocket>>, ListenError> {
         let mut shares: Vec<Vec<InheritedSocket>> = Vec::new();
         shares.resize_with(endpoints.len(), Vec::new);
         let mut rest = Vec::new();
         for passed in self.0 {
             // As for the addresses in the settings: every client that reaches it acts as the service principal.
             if let (false, Some(address)) = (allow_remote, passed.socket.remote()) {
-                return Err(InheritedError::Remote { address });
+                return Err(ListenError::new(
+                    format!(
+                        "the service manager passed a socket on {address}, which can be reached from other machines"
+                    ),
+                    "every client that reaches it is the service principal; if that is intended, add --allow-remote",
+                ));
             }
             let named = endpoints
                 .iter()
@@ -132,9 +98,13 @@ impl Inherited {
         for passed in rest {
             let Some(share) = empty.next() else {
                 let name = passed.name.map(|name| format!("`{name}` "));
-                return Err(InheritedError::Unclaimed {
-                    name: name.unwrap_or_default(),
-                });
+                let name = name.unwrap_or_default();
+                return Err(ListenError::new(
+                    format!(
+                        "the service manager passed a socket {name}that belongs to no endpoint"
+                    ),
+                    "FileDescriptorName= of a socket unit is an endpoint's name; without one each takes the next endpoint",
+                ));
             };
             share.push(passed.socket);
         }
@@ -206,10 +176,8 @@ mod tests {
     #[test]
     fn a_socket_for_other_machines_needs_allow_remote() {
         let one = || Inherited(vec![passed(None, "0.0.0.0:0")]);
-        assert!(matches!(
-            one().claim(&["a"], false),
-            Err(InheritedError::Remote { .. })
-        ));
+        let refused = one().claim(&["a"], false).unwrap_err();
+        assert!(refused.hint().unwrap().contains("--allow-remote"));
         assert!(one().claim(&["a"], true).is_ok());
     }
 }

@@ -2,6 +2,7 @@
 //!
 //! Reads and writes nothing of the protocol: the session does, from the first byte on.
 
+mod error;
 mod inherited;
 mod session_threads;
 mod tcp;
@@ -22,14 +23,9 @@ use tokio::{
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{Instrument, Span, field::Empty};
 
-use self::unix::ListeningUnix;
-pub(crate) use self::{
-    inherited::InheritedSocket, session_threads::SessionThreads, unix::AbsentSockets,
-};
-pub use self::{
-    inherited::{Inherited, InheritedError},
-    unix::UnixError,
-};
+pub use self::{error::ListenError, inherited::Inherited};
+pub(crate) use self::{error::Taken, session_threads::SessionThreads, unix::AbsentSockets};
+use self::{inherited::InheritedSocket, unix::ListeningUnix};
 use crate::{
     config::{Keepalive, ListenAddresses, socket_path},
     net::{backoff::Backoff, socket::Socket},
@@ -129,23 +125,6 @@ fn reachable(listener: SocketAddr) -> SocketAddr {
     SocketAddr::new(ip, listener.port())
 }
 
-/// Why an endpoint's sockets cannot be bound.
-#[derive(Debug, thiserror::Error)]
-pub enum ListenError {
-    /// An address cannot be bound.
-    #[error("cannot listen on {address}")]
-    Tcp {
-        /// The address.
-        address: SocketAddr,
-        /// Why not.
-        #[source]
-        source: io::Error,
-    },
-    /// A Unix socket cannot be created.
-    #[error(transparent)]
-    Unix(#[from] UnixError),
-}
-
 /// Bound sockets, not accepting yet.
 #[derive(Debug)]
 pub(crate) struct Listener {
@@ -178,7 +157,14 @@ impl Listener {
     }
 
     /// Takes over inherited sockets.
-    pub(crate) fn inherit(sockets: Vec<InheritedSocket>) -> io::Result<Self> {
+    pub(crate) fn inherit(sockets: Vec<InheritedSocket>) -> Result<Self, ListenError> {
+        Self::adopt(sockets).map_err(|source| {
+            let message = "cannot listen on the sockets that the service manager passed";
+            ListenError::new(message, "").caused_by(source)
+        })
+    }
+
+    fn adopt(sockets: Vec<InheritedSocket>) -> io::Result<Self> {
         let mut listener = Self {
             tcp: Vec::new(),
             unix: Vec::new(),

@@ -46,8 +46,7 @@ pub(super) fn bind_all(
     loop {
         attempts -= 1;
         match bind_each(addresses, any_port) {
-            Err(ListenError::Tcp { source, .. })
-                if attempts > 0 && source.kind() == io::ErrorKind::AddrInUse => {}
+            Err(error) if attempts > 0 && error.taken.is_some() => {}
             outcome => return outcome,
         }
     }
@@ -64,7 +63,7 @@ fn bind_each(
             // One port for all addresses, as a client has one PGPORT.
             address.set_port(first.port());
         }
-        let failed = |source| ListenError::Tcp { address, source };
+        let failed = |source| ListenError::tcp(address, "port", source);
         let socket = bind(address).map_err(failed)?;
         bound.push(socket.local_addr().map_err(failed)?);
         sockets.push(socket);
@@ -114,6 +113,7 @@ fn bind(address: SocketAddr) -> io::Result<TcpListener> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::listener::Taken;
 
     fn loopback(port: u16) -> SocketAddr {
         SocketAddr::from((Ipv4Addr::LOCALHOST, port))
@@ -146,11 +146,8 @@ mod tests {
     #[tokio::test]
     async fn a_taken_port_is_an_error() {
         let (_sockets, bound) = bind_all(&[loopback(0)]).unwrap();
-        let ListenError::Tcp { address, source } = bind_all(&bound).unwrap_err() else {
-            panic!("a TCP error");
-        };
-        assert_eq!(address, bound[0]);
-        assert_eq!(source.kind(), io::ErrorKind::AddrInUse);
+        let error = bind_all(&bound).unwrap_err();
+        assert_eq!(error.taken, Some(Taken::Tcp(bound[0])));
     }
 
     #[tokio::test]

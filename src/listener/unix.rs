@@ -23,7 +23,7 @@ use tokio::{
     time::sleep,
 };
 
-use super::{BACKLOG, ListeningSocket};
+use super::{BACKLOG, ListenError, ListeningSocket};
 use crate::{
     config::{Keepalive, SOCKET_NAME, UnixSocket, socket_path},
     status::Peer,
@@ -34,62 +34,6 @@ use crate::{
 const CHECK_INTERVAL: Duration = Duration::from_secs(2);
 /// Read, write and execute of owner, group and others.
 const PERMISSIONS: u32 = 0o777;
-
-/// Why a Unix socket cannot be created.
-#[derive(Debug, thiserror::Error)]
-pub enum UnixError {
-    /// Longer than the kernel's `sun_path`.
-    #[error(
-        "the socket path `{}` is {} bytes long, which is more than a socket's address holds (--unix-socket)",
-        path.display(), path.as_os_str().len()
-    )]
-    TooLong {
-        /// The path.
-        path: PathBuf,
-    },
-    /// Another server accepts connections there.
-    #[error("another server listens on `{}` (--unix-socket)", path.display())]
-    Taken {
-        /// The path.
-        path: PathBuf,
-    },
-    /// Another kind of file exists there.
-    #[error("`{}` exists and is not a socket (--unix-socket)", path.display())]
-    NotASocket {
-        /// The path.
-        path: PathBuf,
-    },
-    /// It cannot be bound.
-    #[error("cannot listen on `{}` (--unix-socket)", path.display())]
-    Bind {
-        /// The path.
-        path: PathBuf,
-        /// The cause.
-        #[source]
-        source: io::Error,
-    },
-}
-
-impl UnixError {
-    /// How to fix it.
-    pub fn hint(&self) -> Option<&'static str> {
-        match self {
-            Self::TooLong { .. } => Some("choose a shorter directory, such as /run/lakebase-proxy"),
-            Self::Taken { .. } => Some("stop it, or choose another directory or --port"),
-            Self::NotASocket { .. } => Some("remove it, or choose another directory"),
-            Self::Bind { source, .. } => match source.kind() {
-                io::ErrorKind::NotFound => Some("make the directory first"),
-                io::ErrorKind::NotADirectory => {
-                    Some("--unix-socket names the directory that the socket is made in")
-                }
-                io::ErrorKind::PermissionDenied => {
-                    Some("the directory must be writable for the user that the proxy runs as")
-                }
-                _ => None,
-            },
-        }
-    }
-}
 
 /// A Unix socket that accepts clients.
 #[derive(Debug)]
@@ -254,16 +198,19 @@ pub(super) fn parse(path: &Path) -> Option<(PathBuf, u16)> {
 }
 
 /// Creates the socket, in place of one that no process listens on any more.
-pub(super) fn bind(place: &UnixSocket, port: u16) -> Result<ListeningUnix, UnixError> {
+pub(super) fn bind(place: &UnixSocket, port: u16) -> Result<ListeningUnix, ListenError> {
     let path = socket_path(&place.directory, port);
     // Fails only for the length: `sun_path` holds 108 bytes on Linux, 104 on macOS.
     let Ok(address) = SockAddr::unix(&path) else {
-        return Err(UnixError::TooLong { path });
+        let (path, length) = (path.display(), path.as_os_str().len());
+        return Err(ListenError::new(
+            format!(
+                "the socket path `{path}` is {length} bytes long, which is more than a socket's address holds (--unix-socket)"
+            ),
+            "choose a shorter directory, such as /run/lakebase-proxy",
+        ));
     };
-    let failed = |source| UnixError::Bind {
-        path: path.clone(),
-        source,
-    };
+    let failed = |source| ListenError::unix(&path, source);
     let socket = Socket::new(Domain::UNIX, Type::STREAM, None).map_err(failed)?;
     // The file is made with the socket's own permissions less the umask, so never with wider ones than it is to have.
     fchmod(&socket, Mode::from_raw_mode(place.mode)).map_err(|error| failed(error.into()))?;
@@ -296,11 +243,8 @@ pub(super) fn bind(place: &UnixSocket, port: u16) -> Result<ListeningUnix, UnixE
 }
 
 /// Removes what a server has left behind that was killed; a refused connection is the sign of it.
-fn remove_stale(path: &Path, address: &SockAddr) -> Result<(), UnixError> {
-    let failed = |source| UnixError::Bind {
-        path: path.to_owned(),
-        source,
-    };
+fn remove_stale(path: &Path, address: &SockAddr) -> Result<(), ListenError> {
+    let failed = |source| ListenError::unix(path, source);
     let found = match fs::symlink_metadata(path) {
         Ok(found) => found,
         // Gone meanwhile.
@@ -309,9 +253,13 @@ fn remove_stale(path: &Path, address: &SockAddr) -> Result<(), UnixError> {
     };
     // A file of another kind was not left behind by a server; removing it could lose data.
     if !found.file_type().is_socket() {
-        return Err(UnixError::NotASocket {
-            path: path.to_owned(),
-        });
+        return Err(ListenError::new(
+            format!(
+                "`{}` exists and is not a socket (--unix-socket)",
+                path.display()
+            ),
+            "remove it, or choose another directory",
+        ));
     }
     let probe = Socket::new(Domain::UNIX, Type::STREAM, None).map_err(failed)?;
     // A queue that is full must not hold us up.
@@ -322,9 +270,7 @@ fn remove_stale(path: &Path, address: &SockAddr) -> Result<(), UnixError> {
         }
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         // Any other error, such as a full queue or a lack of permission, may be that of a live server.
-        Ok(()) | Err(_) => Err(UnixError::Taken {
-            path: path.to_owned(),
-        }),
+        Ok(()) | Err(_) => Err(ListenError::taken_unix(path)),
     }
 }
 
@@ -333,6 +279,7 @@ mod tests {
     use tempfile::TempDir;
 
     use super::*;
+    use crate::listener::Taken;
 
     fn place(directory: &TempDir) -> UnixSocket {
         UnixSocket {
@@ -400,10 +347,15 @@ mod tests {
         let directory = TempDir::new().unwrap();
         let place = place(&directory);
         let _first = bind(&place, 1).unwrap();
-        assert!(matches!(bind(&place, 1), Err(UnixError::Taken { .. })));
-        assert!(socket_path(directory.path(), 1).exists());
+        let path = socket_path(directory.path(), 1);
+        assert_eq!(
+            bind(&place, 1).unwrap_err().taken,
+            Some(Taken::Unix(path.clone()))
+        );
+        assert!(path.exists());
         fs::write(socket_path(directory.path(), 2), "precious").unwrap();
-        assert!(matches!(bind(&place, 2), Err(UnixError::NotASocket { .. })));
+        let refused = bind(&place, 2).unwrap_err().to_string();
+        assert!(refused.contains("is not a socket"), "{refused}");
         assert!(socket_path(directory.path(), 2).exists());
     }
 
@@ -423,7 +375,8 @@ mod tests {
         let directory = TempDir::new().unwrap();
         let mut long = place(&directory);
         long.directory.push("x".repeat(100));
-        assert!(matches!(bind(&long, 1), Err(UnixError::TooLong { .. })));
+        let too_long = bind(&long, 1).unwrap_err();
+        assert!(too_long.hint().unwrap().contains("shorter"), "{too_long}");
         let mut missing = place(&directory);
         missing.directory.push("nowhere");
         let error = bind(&missing, 1).unwrap_err();
