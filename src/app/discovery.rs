@@ -11,9 +11,9 @@ use super::{
     outcomes::Reporter,
 };
 use crate::{
-    config::{EndpointConfig, leads_to},
+    config::EndpointConfig,
     credential::{Pace, is_held_for},
-    net::backoff::jitter,
+    net::{backoff::jitter, tcp::leads_to},
     protocol::error::{Report, sqlstate},
     telemetry::{chain, labels::Reason},
     upstream::{Problem, Refusal, RoutePublisher},

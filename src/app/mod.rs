@@ -31,7 +31,7 @@ use crate::{
     clock::Clock,
     config::{Config, EndpointConfig, Roots},
     listener::{Bound, Inherited, ListenError, Listener},
-    net::{descriptors, tls},
+    net::{descriptors, tcp::listen, tls},
     systemd::Notifier,
     telemetry::{LogHandle, Metrics},
     workspace::Workspace,
@@ -84,9 +84,9 @@ impl App {
         // First: the default of --max-connections is derived from the raised limit.
         descriptors::raise(config.settings.max_connections());
         // Before any thread or task is started, so that a port in use only ends this function.
-        let http = bind(config.http, "http-port").await?;
-        let notes = bind(config.notes, "notes-port").await?;
-        let admin = bind(config.admin, "admin-port").await?;
+        let http = bind(config.http, "http-port")?;
+        let notes = bind(config.notes, "notes-port")?;
+        let admin = bind(config.admin, "admin-port")?;
         let mut listeners = Vec::with_capacity(config.endpoints.len());
         let names: Vec<&str> = config
             .endpoints
@@ -191,12 +191,10 @@ pub(crate) async fn locate_first(config: Config) -> Result<LocatedEndpoint, Star
     locate(endpoint, &source, LOCATE_BUDGET).await
 }
 
-async fn bind(address: Option<SocketAddr>, flag: &str) -> Result<Option<TcpListener>, ListenError> {
-    let Some(address) = address else {
-        return Ok(None);
-    };
-    let listener = TcpListener::bind(address).await;
-    listener
-        .map(Some)
-        .map_err(|source| ListenError::tcp(address, flag, source))
+/// Binds an HTTP port. `[::]` includes IPv4, so that probes and scrapers of both families reach it.
+fn bind(address: Option<SocketAddr>, flag: &str) -> Result<Option<TcpListener>, ListenError> {
+    let listener = address.map(|address| {
+        listen(address, true).map_err(|source| ListenError::tcp(address, flag, source))
+    });
+    listener.transpose()
 }

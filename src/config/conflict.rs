@@ -1,13 +1,13 @@
 //! Conflicts between the listeners of this process, which the kernel would report only as an address in use.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
-use super::{ConfigError, EndpointConfig, addresses_conflict};
+use super::{ConfigError, EndpointConfig, listen};
 
-/// Refuses listeners that cannot all be bound. `others` are those of no endpoint, each with the flag of its port.
+/// Refuses listeners that cannot all be bound. `http` are those of HTTP, each with the flag of its port.
 pub(super) fn check(
     endpoints: &[EndpointConfig],
-    others: &[(&str, Option<SocketAddr>)],
+    http: &[(&str, Option<SocketAddr>)],
 ) -> Result<(), ConfigError> {
     let conflict = |one: &str, other: &str, place: String| {
         ConfigError::new(
@@ -15,34 +15,36 @@ pub(super) fn check(
             "set a different port for each (0 = any free one)",
         )
     };
+    let mut taken = Vec::new();
     for (index, endpoint) in endpoints.iter().enumerate() {
         let called = format!("the endpoint `{}`", endpoint.called());
-        for other in endpoints.iter().skip(index.saturating_add(1)) {
-            if let Some(place) = endpoint.listen.conflict(&other.listen) {
+        for other in endpoints.iter().take(index) {
+            if let Some(place) = other.listen.conflict(&endpoint.listen) {
                 let other = format!("the endpoint `{}`", other.called());
-                return Err(conflict(&called, &other, place));
+                return Err(conflict(&other, &called, place));
             }
         }
-        for (flag, address) in others {
-            let conflicts = |address: &SocketAddr| {
-                let mut tcp = endpoint.listen.tcp.iter();
-                tcp.any(|ours| addresses_conflict(*ours, *address))
-            };
-            if let Some(address) = address.filter(conflicts) {
-                return Err(conflict(&called, flag, address.to_string()));
-            }
-        }
+        taken.push((called, endpoint.listen.sockets()));
     }
-    for (index, (flag, address)) in others.iter().enumerate() {
-        for (other, theirs) in others.iter().skip(index.saturating_add(1)) {
-            if let Some((ours, theirs)) = address.zip(*theirs)
-                && addresses_conflict(ours, theirs)
-            {
-                return Err(conflict(flag, other, ours.to_string()));
+    for (flag, address) in http {
+        let sockets = address.map(dual_stack).unwrap_or_default();
+        for (other, theirs) in &taken {
+            if let Some(place) = listen::conflict(&sockets, theirs) {
+                return Err(conflict(other, flag, place.to_string()));
             }
         }
+        taken.push(((*flag).to_owned(), sockets));
     }
     Ok(())
+}
+
+/// The addresses that an HTTP listener takes: `::` includes IPv4, so that probes and scrapers of both families reach it.
+fn dual_stack(address: SocketAddr) -> Vec<SocketAddr> {
+    let all_ipv4 = SocketAddr::from((Ipv4Addr::UNSPECIFIED, address.port()));
+    match address.ip() {
+        IpAddr::V6(Ipv6Addr::UNSPECIFIED) => vec![address, all_ipv4],
+        _ => vec![address],
+    }
 }
 
 #[cfg(test)]
@@ -82,6 +84,10 @@ mod tests {
                 "http_address = \"0.0.0.0\"\nhttp_port = 9091\nquitquitquit = true".to_owned(),
                 ["--http-port", "--admin-port"],
             ),
+            (
+                "http_address = \"::\"\nhttp_port = 5432".to_owned(),
+                ["the endpoint `projects/", "--http-port"],
+            ),
         ] {
             let error = resolve(&file).unwrap_err();
             let message = error.to_string();
@@ -95,6 +101,7 @@ mod tests {
             both("127.0.0.1:7", "127.0.0.2:7"),
             "port = 0\nhttp_port = 0\nnotes = true\nnotes_port = 0".to_owned(),
             "http_port = 8000\nnotes_port = 8000".to_owned(),
+            "http_address = \"::1\"\nhttp_port = 9091\nquitquitquit = true".to_owned(),
         ] {
             assert!(resolve(&file).is_ok(), "{file}");
         }

@@ -25,25 +25,20 @@ pub struct ListenAddresses {
 }
 
 impl ListenAddresses {
+    /// The TCP addresses that are bound: 127.0.0.1 includes ::1.
+    pub(super) fn sockets(&self) -> Vec<SocketAddr> {
+        let companion = |address: &SocketAddr| match address.ip() {
+            IpAddr::V4(Ipv4Addr::LOCALHOST) => Some((Ipv6Addr::LOCALHOST, address.port()).into()),
+            _ => None,
+        };
+        let companions = self.tcp.iter().filter_map(companion);
+        self.tcp.iter().copied().chain(companions).collect()
+    }
+
     /// The first address that both cannot bind; a free port (0) never conflicts.
     pub(crate) fn conflict(&self, other: &Self) -> Option<String> {
-        let pairs = self
-            .tcp
-            .iter()
-            .flat_map(|ours| other.tcp.iter().map(move |theirs| (*ours, *theirs)));
-        // 127.0.0.1 includes ::1.
-        let localhost = |address: SocketAddr| match address.ip() {
-            IpAddr::V4(Ipv4Addr::LOCALHOST) => IpAddr::V6(Ipv6Addr::LOCALHOST),
-            ip => ip,
-        };
-        let conflicts = |(ours, theirs): &(SocketAddr, SocketAddr)| {
-            addresses_conflict(*ours, *theirs)
-                || (ours.port() == theirs.port()
-                    && ours.port() != 0
-                    && localhost(*ours) == localhost(*theirs))
-        };
-        if let Some((ours, _)) = pairs.into_iter().find(conflicts) {
-            return Some(ours.to_string());
+        if let Some(address) = conflict(&self.sockets(), &other.sockets()) {
+            return Some(address.to_string());
         }
         let (ours, theirs) = self.unix.as_ref().zip(other.unix.as_ref())?;
         let conflicts =
@@ -68,21 +63,19 @@ pub(crate) fn socket_path(directory: &Path, port: u16) -> PathBuf {
     directory.join(format!("{SOCKET_NAME}{port}"))
 }
 
-/// Whether two sockets cannot both be bound to these addresses.
-pub(crate) fn addresses_conflict(one: SocketAddr, other: SocketAddr) -> bool {
-    one.port() == other.port()
-        && one.port() != 0
-        // Postgres listeners on IPv6 set IPV6_V6ONLY, so that `::` leaves 0.0.0.0 free.
-        && one.is_ipv4() == other.is_ipv4()
-        && (one.ip() == other.ip() || one.ip().is_unspecified() || other.ip().is_unspecified())
-}
-
-/// Whether a connection to `address` would reach a socket that listens on `listener`.
-pub(crate) fn leads_to(address: SocketAddr, listener: SocketAddr) -> bool {
-    let is_local = |address: SocketAddr| address.ip().to_canonical().is_loopback();
-    let is_same_machine =
-        is_local(address) && (is_local(listener) || listener.ip().is_unspecified());
-    address.port() == listener.port() && (address.ip() == listener.ip() || is_same_machine)
+/// The first of our sockets that cannot be bound beside all of theirs.
+///
+/// `::` leaves 0.0.0.0 free: Postgres listeners on IPv6 set IPV6_V6ONLY. A dual-stack listener is in the list with both.
+pub(super) fn conflict(ours: &[SocketAddr], theirs: &[SocketAddr]) -> Option<SocketAddr> {
+    let overlap = |one: IpAddr, other: IpAddr| {
+        let is_wide = one.is_unspecified() || other.is_unspecified();
+        one == other || (is_wide && one.is_ipv4() == other.is_ipv4())
+    };
+    let is_taken = |ours: &SocketAddr| {
+        let mut theirs = theirs.iter().filter(|theirs| theirs.port() == ours.port());
+        ours.port() != 0 && theirs.any(|theirs| overlap(ours.ip(), theirs.ip()))
+    };
+    ours.iter().copied().find(is_taken)
 }
 
 impl fmt::Display for ListenAddresses {
@@ -235,6 +228,7 @@ mod tests {
             ("127.0.0.1", "::1", true),
             ("::", "::1", true),
             ("::", "0.0.0.0", false),
+            ("::", "127.0.0.1", true),
             ("127.0.0.1", "127.0.0.2", false),
             ("10.0.0.1", "::1", false),
         ] {

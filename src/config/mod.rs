@@ -58,7 +58,7 @@ pub use self::{
 pub(crate) use self::{
     client_access::PASSWORD_VARIABLE,
     declare::Setting,
-    listen::{SOCKET_NAME, addresses_conflict, leads_to, socket_path},
+    listen::{SOCKET_NAME, socket_path},
     origin::{VARIABLE_PREFIX, variable},
     reference::text,
     values::{LOCALHOST, without_userinfo},

@@ -13,8 +13,9 @@ use super::{
 };
 use crate::{
     clock::Clock,
-    config::{CredentialSource, EndpointConfig, Timeouts, leads_to},
+    config::{CredentialSource, EndpointConfig, Timeouts},
     credential::{self, Credential},
+    net::tcp::leads_to,
     telemetry::Metrics,
     upstream::probe,
     workspace::{

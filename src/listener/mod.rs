@@ -16,6 +16,7 @@ use std::{
     time::Duration,
 };
 
+use socket2::SockRef;
 use tokio::{
     net::{TcpListener, UnixListener},
     time::sleep,
@@ -34,8 +35,6 @@ use crate::{
     telemetry::Metrics,
 };
 
-/// The kernel caps it; a burst of clients must not find the queue full.
-const BACKLOG: i32 = 4096;
 /// Between attempts to accept, mostly for lack of descriptors: short at first, so that a freed one is used soon.
 const ACCEPT_BACKOFF: Backoff = Backoff::new(Duration::from_millis(5), Duration::from_secs(1));
 
@@ -173,7 +172,13 @@ impl Listener {
         for socket in sockets {
             match socket {
                 InheritedSocket::Tcp(socket) => {
-                    listener.bound.tcp.push(socket.local_addr()?);
+                    let address = socket.local_addr()?;
+                    listener.bound.tcp.push(address);
+                    // Unlike ours, a service manager's `[::]` includes IPv4 by default (BindIPv6Only= of systemd.socket(5)).
+                    if address.ip() == Ipv6Addr::UNSPECIFIED && !SockRef::from(&socket).only_v6()? {
+                        let ipv4 = (Ipv4Addr::UNSPECIFIED, address.port());
+                        listener.bound.tcp.push(ipv4.into());
+                    }
                     listener.tcp.push(TcpListener::from_std(socket)?);
                 }
                 InheritedSocket::Unix(socket) => {

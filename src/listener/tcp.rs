@@ -5,13 +5,12 @@ use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
 };
 
-use socket2::{Domain, Protocol, SockRef, Socket, Type};
 use tokio::net::{TcpListener, TcpStream};
 
-use super::{BACKLOG, ListenError, ListeningSocket};
+use super::{ListenError, ListeningSocket};
 use crate::{
     config::Keepalive,
-    net::tcp::{tune, unpace},
+    net::tcp::{listen, tune},
     status::Peer,
 };
 
@@ -64,7 +63,8 @@ fn bind_each(
             address.set_port(first.port());
         }
         let failed = |source| ListenError::tcp(address, "port", source);
-        let socket = bind(address).map_err(failed)?;
+        // As PostgreSQL does: `[::]` would otherwise take the port from 0.0.0.0.
+        let socket = listen(address, false).map_err(failed)?;
         bound.push(socket.local_addr().map_err(failed)?);
         sockets.push(socket);
     }
@@ -76,7 +76,7 @@ fn bind_each(
         .collect();
     companions.dedup();
     for companion in companions {
-        match bind(companion) {
+        match listen(companion, false) {
             Ok(socket) => sockets.push(socket),
             Err(error) if error.kind() == io::ErrorKind::AddrInUse => tracing::warn!(
                 address = %companion,
@@ -89,29 +89,10 @@ fn bind_each(
     Ok((sockets, bound))
 }
 
-fn bind(address: SocketAddr) -> io::Result<TcpListener> {
-    let socket = Socket::new(
-        Domain::for_address(address),
-        Type::STREAM,
-        Some(Protocol::TCP),
-    )?;
-    // A restart succeeds while connections of the last run are in TIME_WAIT, as with PostgreSQL.
-    socket.set_reuse_address(true)?;
-    if address.is_ipv6() {
-        // As PostgreSQL does: `[::]` would otherwise take the port from 0.0.0.0.
-        socket.set_only_v6(true)?;
-    }
-    // Tokio requires it.
-    socket.set_nonblocking(true)?;
-    // Accepted sockets inherit it from this one.
-    unpace(&SockRef::from(&socket), address);
-    socket.bind(&address.into())?;
-    socket.listen(BACKLOG)?;
-    TcpListener::from_std(socket.into())
-}
-
 #[cfg(test)]
 mod tests {
+    use socket2::SockRef;
+
     use super::*;
     use crate::listener::Taken;
 

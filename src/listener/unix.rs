@@ -23,9 +23,10 @@ use tokio::{
     time::sleep,
 };
 
-use super::{BACKLOG, ListenError, ListeningSocket};
+use super::{ListenError, ListeningSocket};
 use crate::{
     config::{Keepalive, SOCKET_NAME, UnixSocket, socket_path},
+    net::tcp::BACKLOG,
     status::Peer,
     telemetry::chain,
 };

@@ -1,20 +1,22 @@
-//! TCP: happy eyeballs, keepalive, low latency.
+//! TCP: listening, happy eyeballs, keepalive, low latency.
 
 use std::{
     io,
-    net::{IpAddr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket},
     time::Duration,
 };
 
-use socket2::{SockRef, TcpKeepalive};
+use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
 use tokio::{
-    net::{TcpSocket, TcpStream},
+    net::{TcpListener, TcpSocket, TcpStream},
     task::JoinSet,
     time::timeout,
 };
 
 use crate::config::Keepalive;
 
+/// The kernel caps it; a burst of clients must not find the queue full.
+pub(crate) const BACKLOG: i32 = 4096;
 /// The head start of each address over the next (RFC 8305's connection attempt delay).
 const HAPPY_EYEBALLS_DELAY: Duration = Duration::from_millis(250);
 
@@ -68,6 +70,60 @@ pub(crate) async fn connect_any(addresses: Vec<SocketAddr>) -> io::Result<(TcpSt
             None => return Err(last_error),
         }
     }
+}
+
+/// Listens on `address`; `[::]` takes the port of 0.0.0.0 as well if `is_dual_stack`.
+pub(crate) fn listen(address: SocketAddr, is_dual_stack: bool) -> io::Result<TcpListener> {
+    let socket = Socket::new(
+        Domain::for_address(address),
+        Type::STREAM,
+        Some(Protocol::TCP),
+    )?;
+    // A restart succeeds while connections of the last run are in TIME_WAIT, as with PostgreSQL.
+    socket.set_reuse_address(true)?;
+    if address.is_ipv6() {
+        // Explicit, since the default is a setting of the system (net.ipv6.bindv6only).
+        socket.set_only_v6(!is_dual_stack)?;
+    }
+    // Tokio requires it.
+    socket.set_nonblocking(true)?;
+    // Accepted sockets inherit it from this one.
+    unpace(&SockRef::from(&socket), address);
+    socket.bind(&address.into())?;
+    socket.listen(BACKLOG)?;
+    TcpListener::from_std(socket.into())
+}
+
+/// Whether a connection to `address` reaches a socket that listens on `listener`.
+pub(crate) fn leads_to(address: SocketAddr, listener: SocketAddr) -> bool {
+    let ip = match address.ip().to_canonical() {
+        // The kernel connects to this machine.
+        IpAddr::V4(Ipv4Addr::UNSPECIFIED) => IpAddr::V4(Ipv4Addr::LOCALHOST),
+        IpAddr::V6(Ipv6Addr::UNSPECIFIED) => IpAddr::V6(Ipv6Addr::LOCALHOST),
+        ip => ip,
+    };
+    let includes = |listener: IpAddr| {
+        listener == ip
+            // A listener on 127.0.0.1 is accompanied by one on ::1.
+            || (listener == Ipv4Addr::LOCALHOST && ip == Ipv6Addr::LOCALHOST)
+            || (listener.is_unspecified()
+                && listener.is_ipv4() == ip.is_ipv4()
+                && (ip.is_loopback() || is_own(address).unwrap_or(false)))
+    };
+    address.port() == listener.port() && includes(listener.ip().to_canonical())
+}
+
+/// Whether an interface of this machine has the address: the source of a connection to it is then the address itself.
+fn is_own(address: SocketAddr) -> io::Result<bool> {
+    let any: IpAddr = if address.is_ipv4() {
+        Ipv4Addr::UNSPECIFIED.into()
+    } else {
+        Ipv6Addr::UNSPECIFIED.into()
+    };
+    let socket = UdpSocket::bind((any, 0))?;
+    // Sends nothing: for UDP it only chooses the route.
+    socket.connect(address)?;
+    Ok(socket.local_addr()?.ip() == address.ip())
 }
 
 /// Whether a peer at `address` is on this machine.
@@ -131,9 +187,54 @@ pub(crate) fn tune(socket: &TcpStream, keepalive: &Keepalive) {
 
 #[cfg(test)]
 mod tests {
-    use tokio::net::TcpListener;
-
     use super::*;
+
+    #[test]
+    fn a_connection_leads_to_listeners_of_this_machine_only() {
+        let leads = |address: &str, listener: &str| {
+            leads_to(
+                SocketAddr::new(address.parse().unwrap(), 7),
+                SocketAddr::new(listener.parse().unwrap(), 7),
+            )
+        };
+        for (address, listener, expected) in [
+            ("127.0.0.1", "127.0.0.1", true),
+            ("::1", "127.0.0.1", true),
+            ("0.0.0.0", "127.0.0.1", true),
+            ("::ffff:127.0.0.1", "127.0.0.1", true),
+            ("127.0.0.2", "0.0.0.0", true),
+            ("::1", "::", true),
+            ("127.0.0.2", "127.0.0.1", false),
+            ("127.0.0.1", "::1", false),
+            ("127.0.0.1", "::", false),
+            ("192.0.2.1", "0.0.0.0", false),
+            ("192.0.2.1", "127.0.0.1", false),
+        ] {
+            assert_eq!(leads(address, listener), expected, "{address} {listener}");
+        }
+        let one = "127.0.0.1:1".parse().unwrap();
+        assert!(!leads_to(one, "127.0.0.1:2".parse().unwrap()));
+        // The address of an interface, where this machine has a route to others.
+        let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
+        if socket.connect("192.0.2.1:9").is_ok() {
+            let own = socket.local_addr().unwrap().ip().to_string();
+            assert!(leads(&own, "0.0.0.0"), "{own}");
+            assert!(!leads(&own, "127.0.0.1"), "{own}");
+        }
+    }
+
+    #[tokio::test]
+    async fn all_of_ipv6_takes_ipv4_only_if_dual_stack() {
+        let any = SocketAddr::from((Ipv6Addr::UNSPECIFIED, 0));
+        let Ok(dual_stack) = listen(any, true) else {
+            return; // no IPv6
+        };
+        for (listener, takes_ipv4) in [(dual_stack, true), (listen(any, false).unwrap(), false)] {
+            let port = listener.local_addr().unwrap().port();
+            let ipv4 = SocketAddr::from((Ipv4Addr::UNSPECIFIED, port));
+            assert_eq!(listen(ipv4, false).is_err(), takes_ipv4);
+        }
+    }
 
     #[test]
     fn families_alternate() {
