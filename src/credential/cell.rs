@@ -12,19 +12,64 @@ use std::{
 
 use arc_swap::ArcSwapOption;
 use jiff::Timestamp;
+use secrecy::{ExposeSecret, SecretString};
 use tokio::{
     sync::watch,
     time::{Instant, timeout_at},
 };
 
 use super::{
-    CallError, Cause, Credential, CredentialError, CredentialState, Demand, HOLD, Minted, Probe,
-    forced::Forced, is_held_for, propagation::Propagation, schedule::Lifetime,
+    CallError, Cause, CredentialError, CredentialState, Demand, HOLD, Minted, Probe,
+    demand::Forced, is_held_for, propagation::Propagation, schedule::Lifetime,
 };
-use crate::clock::Clock;
+use crate::{clock::Clock, workspace::claim};
 
 /// Attempts kept for the status page and the console.
 const MAX_ATTEMPTS: usize = 30;
+
+/// A database credential, which the endpoint accepts as a password.
+///
+/// The secret does not print and is zeroed on drop.
+#[derive(Clone)]
+pub struct Credential {
+    /// The token.
+    pub secret: SecretString,
+    /// When the server stops accepting it at logins, by the wall clock; `None`: never (a static password).
+    pub expires_at: Option<Timestamp>,
+    /// When it was minted, by the local clock.
+    pub minted_at: Timestamp,
+    /// Counts published credentials from 1.
+    pub generation: u64,
+}
+
+impl Credential {
+    /// Whether a server accepts it at a login at this time.
+    pub fn is_valid_at(&self, now: Timestamp) -> bool {
+        self.expires_at.is_none_or(|expires_at| now < expires_at)
+    }
+
+    /// The identity that the token names, if it does. Not verified: for messages only.
+    pub fn identity(&self) -> Option<String> {
+        let token = self.secret.expose_secret();
+        // Users and service principals alike by `sub`, else by `client_id`.
+        let identity = claim(token, "sub").or_else(|| claim(token, "client_id"))?;
+        // Messages show it in backticks, on one line.
+        let is_a_name = (1..=256).contains(&identity.len())
+            && !identity
+                .chars()
+                .any(|character| character.is_control() || character == '`');
+        is_a_name.then_some(identity)
+    }
+}
+
+impl fmt::Debug for Credential {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Credential")
+            .field("expires_at", &self.expires_at)
+            .field("generation", &self.generation)
+            .finish_non_exhaustive()
+    }
+}
 
 /// The current database credential of one endpoint and identity; cheap to clone.
 #[derive(Clone)]

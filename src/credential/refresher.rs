@@ -3,6 +3,8 @@
 //! An error that a person must act on is logged once, in one line.
 
 use std::{
+    future::{Future, pending},
+    pin::Pin,
     sync::Arc,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
@@ -14,18 +16,40 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
 
 use super::{
-    CallError, CredentialCell, CredentialState, CredentialStatus, Mint, MintAttempt, Minted,
+    CallError, CredentialCell, CredentialState, CredentialStatus, MintAttempt, Minted,
     schedule::{Need, Pace},
 };
 use crate::{
     net::backoff::jitter,
     telemetry::{Metrics, labels::RefreshOutcome},
+    workspace::CredentialMinter,
 };
 
 /// Longest time between two reads of the wall clock: timers stand still while a laptop sleeps.
 const CLOCK_CHECK_INTERVAL: Duration = Duration::from_secs(30);
 /// An attempt that has not ended by then counts as failed.
 const MINT_TIMEOUT: Duration = Duration::from_mins(1);
+
+/// A boxed future, which keeps [`Mint`] usable as a trait object.
+pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
+
+/// A source of credentials: the workspace, a password, a password file, a command.
+pub trait Mint: Send + Sync + 'static {
+    /// Requests a new credential. The implementation limits the time that takes. Cancel safe: the refresher drops it at
+    /// its own timeout and at shutdown.
+    fn mint(&self) -> BoxFuture<'_, Result<Minted, CallError>>;
+
+    /// Completes when the source holds another credential, which is then minted at once. Cancel safe.
+    fn changed(&self) -> BoxFuture<'_, ()> {
+        Box::pin(pending())
+    }
+}
+
+impl Mint for CredentialMinter {
+    fn mint(&self) -> BoxFuture<'_, Result<Minted, CallError>> {
+        Box::pin(self.request_credential())
+    }
+}
 
 /// Keeps a cell filled; one per endpoint and identity.
 pub struct Refresher {

@@ -1,4 +1,4 @@
-//! The sources of credentials: a password, a password file, a command, and the workspace.
+//! The sources of credentials beside the workspace: a password, a password file, and a command.
 
 use std::{
     future::ready,
@@ -16,7 +16,6 @@ use crate::{
     config::CredentialSource,
     net::{FileWatch, file},
     workspace::{
-        CredentialMinter,
         command::{self, CommandError},
         expiry::Moment,
     },
@@ -155,12 +154,6 @@ impl CredentialCommand {
 impl Mint for CredentialCommand {
     fn mint(&self) -> BoxFuture<'_, Result<Minted, CallError>> {
         Box::pin(self.run())
-    }
-}
-
-impl Mint for CredentialMinter {
-    fn mint(&self) -> BoxFuture<'_, Result<Minted, CallError>> {
-        Box::pin(self.request_credential())
     }
 }
 

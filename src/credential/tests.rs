@@ -2,6 +2,7 @@
 
 use std::{
     collections::HashSet,
+    future::pending,
     sync::{Arc, Mutex},
     time::Duration,
 };

@@ -5,7 +5,6 @@
 mod api;
 mod auth;
 pub(crate) mod command;
-mod credentials;
 mod databrickscfg;
 mod diagnosis;
 mod discovery;
@@ -29,15 +28,16 @@ use std::{
     },
 };
 
-use jiff::SignedDuration;
+use jiff::{SignedDuration, Timestamp};
 use reqwest::Method;
-use serde::de::DeserializeOwned;
-use serde_json::Value;
+use secrecy::{ExposeSecret, SecretString};
+use serde::{Deserialize, de::DeserializeOwned};
+use serde_json::{Value, json};
 use tokio::time::Instant;
 use tracing::warn;
+use uuid::Builder;
 
 pub use auth::AuthKind;
-pub use credentials::{CredentialMinter, Minted};
 pub use discovery::{
     AppDatabases, EndpointInfo, EndpointState, EndpointType, LocateError, Located, Profile, Role,
     Wanted,
@@ -55,12 +55,16 @@ use api::{Api, ApiError, Reply};
 pub(crate) use auth::claim;
 use auth::{CachedToken, TokenCache};
 use diagnosis::{Purpose, diagnose};
+use expiry::Moment;
 
 use crate::{
     clock::Clock,
     config::WorkspaceSettings,
     telemetry::{Metrics, labels::MintStep},
 };
+
+const AUTOSCALING: &str = "/api/2.0/postgres/credentials";
+const PROVISIONED: &str = "/api/2.0/database/credentials";
 
 /// A smaller difference between the clocks is not logged.
 const NOTABLE_SKEW: SignedDuration = SignedDuration::from_mins(1);
@@ -227,5 +231,89 @@ impl fmt::Debug for Workspace {
             .field("host", &self.host().to_string())
             .field("auth", &self.auth_kind())
             .finish_non_exhaustive()
+    }
+}
+
+/// A new database credential.
+pub struct Minted {
+    /// The token.
+    pub secret: SecretString,
+    /// Expiry by the local wall clock (the source corrects for skew); `None`: never.
+    pub expires_at: Option<Timestamp>,
+}
+
+impl fmt::Debug for Minted {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Minted")
+            .field("expires_at", &self.expires_at)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Mints credentials for one target.
+#[derive(Clone, Debug)]
+pub struct CredentialMinter {
+    workspace: Workspace,
+    target: Target,
+}
+
+/// The field is `expire_time` in Autoscaling, `expiration_time` in Provisioned.
+#[derive(Deserialize)]
+struct Response {
+    token: SecretString,
+    #[serde(alias = "expiration_time")]
+    expire_time: Moment,
+}
+
+impl CredentialMinter {
+    /// A minter; sends nothing.
+    pub fn new(workspace: Workspace, target: Target) -> Self {
+        Self { workspace, target }
+    }
+
+    fn request(&self) -> (&'static str, Value) {
+        match &self.target {
+            // Without `ttl`, which older servers lack: the default of an hour is the longest.
+            Target::Endpoint(name) => (AUTOSCALING, json!({ "endpoint": name.as_str() })),
+            Target::Instance(name) => {
+                // Optional; the SDKs send one with each request.
+                let request_id = Builder::from_random_bytes(rand::random())
+                    .into_uuid()
+                    .to_string();
+                let body = json!({ "instance_names": [name.as_str()], "request_id": request_id });
+                (PROVISIONED, body)
+            }
+        }
+    }
+
+    /// Requests a new credential. Cancel safe.
+    pub async fn request_credential(&self) -> Result<Minted, CallError> {
+        let purpose = Purpose::Credential(self.target.as_str());
+        let (path, body) = self.request();
+        // Before the call for the credential, so that each step is timed alone.
+        let token = self.workspace.token().await?;
+        let started = Instant::now();
+        let answer = self
+            .workspace
+            .call_with::<Response>(&token, purpose, Method::POST, path, Some(&body))
+            .await?;
+        self.workspace.observe(MintStep::Credential, started);
+        let Response { token, expire_time } = answer.value;
+        // The endpoint decides about the token's form; a password message must be able to carry it.
+        if token.expose_secret().is_empty() || token.expose_secret().contains('\0') {
+            let reason = "its token is empty or holds a NUL".to_owned();
+            return Err(diagnosis::malformed(self.workspace.host(), reason));
+        }
+        let Moment(expires_at) = expire_time;
+        // The expiry is by the workspace's clock, and compared with ours.
+        let expires_at = match answer.skew {
+            Some(skew) => expires_at.checked_sub(skew).unwrap_or(expires_at),
+            None => expires_at,
+        };
+        self.workspace.note_skew(answer.skew);
+        Ok(Minted {
+            secret: token,
+            expires_at: Some(expires_at),
+        })
     }
 }

@@ -4,7 +4,7 @@ use reqwest::header::{HeaderName, HeaderValue};
 use secrecy::{ExposeSecret, SecretString};
 use tracing::debug;
 
-use super::{AuthKind, WorkspaceToken, invalid};
+use super::{AuthKind, kinds::invalid, token::WorkspaceToken};
 use crate::{
     config::Attribute,
     workspace::{

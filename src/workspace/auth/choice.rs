@@ -5,7 +5,11 @@
 
 use std::collections::BTreeMap;
 
-use super::{AuthKind, Source, invalid, unsupported};
+use super::{
+    AuthKind, Source,
+    kinds::{azure_msi, invalid},
+    unsupported,
+};
 use crate::{
     config::{Attribute, AuthFamily},
     workspace::{WorkspaceError, error::Problem, host::Host, settings::ResolvedSettings},
@@ -17,7 +21,8 @@ pub(in crate::workspace) fn choose(
     host: &Host,
 ) -> Result<Vec<Source>, WorkspaceError> {
     if let Some(label) = &settings.auth_type {
-        let kind = AuthKind::of_label(label).ok_or_else(|| {
+        let mut kinds = AuthKind::ALL.iter().copied();
+        let kind = kinds.find(|kind| kind.label() == label).ok_or_else(|| {
             unsupported::by_label(label).unwrap_or_else(|| {
                 let known: Vec<&str> = AuthKind::ALL.iter().map(|kind| kind.label()).collect();
                 let problem = format!("is `{label}`, which is no way to authenticate");
@@ -102,7 +107,7 @@ fn families(settings: &ResolvedSettings) -> BTreeMap<AuthFamily, Attribute> {
     let mut families = BTreeMap::new();
     for &attribute in Attribute::ALL {
         let is_present = match attribute {
-            Attribute::AzureUseMsi => super::azure_msi::is_enabled(settings),
+            Attribute::AzureUseMsi => azure_msi::is_enabled(settings),
             other => settings.text(other).is_some(),
         };
         if let Some(family) = attribute.family().filter(|_| is_present) {

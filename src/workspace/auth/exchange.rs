@@ -5,9 +5,10 @@
 use secrecy::{ExposeSecret, SecretString};
 
 use super::{
-    AuthKind, Boxed, CHECK_ASSIGNMENT, Freshness, Source, TokenSource, WorkspaceToken,
-    token::{self, claim},
-    token_endpoint::{Grant, TokenEndpointDiscovery},
+    AuthKind,
+    kinds::CHECK_ASSIGNMENT,
+    oauth::{self, Grant, TokenEndpointDiscovery},
+    token::{Boxed, Freshness, Source, TokenSource, WorkspaceToken, claim},
 };
 use crate::workspace::{
     WorkspaceError,
@@ -92,7 +93,7 @@ impl TokenSource for Exchange {
                 let hint = self.policy_hint(identity.expose_secret());
                 diagnosis::token_endpoint(api.host(), &refused, &hint, error)
             };
-            token::request(api, call, explain).await
+            oauth::request_token(api, call, explain).await
         })
     }
 }

@@ -2,7 +2,7 @@
 
 use jiff::tz::{Offset, TimeZone};
 
-use super::token::{TokenResponse, claim};
+use super::{oauth::TokenResponse, token::claim};
 use crate::workspace::expiry;
 
 /// A token is accepted with an expiry or refused; nothing panics.

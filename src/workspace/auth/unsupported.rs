@@ -56,6 +56,7 @@ pub(super) fn labels(family: AuthFamily) -> &'static [&'static str] {
 
 /// The refusal of a GitHub Actions job that is set up to log in to Azure.
 pub(super) fn github_azure(settings: &ResolvedSettings) -> Option<WorkspaceError> {
-    let is_azure_job = super::github_oidc::is_job(settings) && settings.azure_client_id.is_some();
+    let is_azure_job =
+        super::kinds::github_oidc::is_job(settings) && settings.azure_client_id.is_some();
     is_azure_job.then(|| by_label(GITHUB_AZURE))?
 }

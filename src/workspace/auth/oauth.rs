@@ -1,18 +1,27 @@
-//! The workspace's OAuth token endpoint: discovered once, with the documented address as the default.
+//! OAuth at the workspace: the token endpoint, requests to it, and its answers (RFC 6749).
 //!
-//! `DATABRICKS_DISCOVERY_URL`, else the workspace's metadata (`/.well-known/databricks-config`), else its RFC 8414 document.
+//! The endpoint is named by `DATABRICKS_DISCOVERY_URL`, else by the workspace's metadata (`/.well-known/databricks-config`),
+//! else by its RFC 8414 document; discovered once, with the documented address as the default.
 
+use std::time::Duration;
+
+use secrecy::SecretString;
 use serde::{Deserialize, de::DeserializeOwned};
 use tokio::sync::OnceCell;
 use tracing::debug;
 use url::Url;
 
-use super::{AuthKind, invalid};
+use super::{
+    AuthKind,
+    kinds::invalid,
+    token::{Expiry, WorkspaceToken},
+};
 use crate::{
     config::Attribute,
     workspace::{
-        WorkspaceError,
-        api::{Api, ApiError},
+        CallError, WorkspaceError,
+        api::{Api, ApiError, Call},
+        expiry::Number,
         settings::ResolvedSettings,
     },
 };
@@ -23,6 +32,8 @@ const HOST_METADATA: &str = "/.well-known/databricks-config";
 const DISCOVERY: &str = "/oidc/.well-known/oauth-authorization-server";
 /// The token endpoint that Databricks documents.
 const TOKEN_ENDPOINT: &str = "/oidc/v1/token";
+/// RFC 6749 lets a server leave `expires_in` out; the token is renewed soon then.
+pub(super) const DEFAULT_LIFETIME: Duration = Duration::from_mins(10);
 
 /// The token endpoint, discovered at the first use.
 pub(super) struct TokenEndpointDiscovery {
@@ -112,7 +123,7 @@ impl TokenEndpointDiscovery {
         let document = if let Some(url) = &self.discovery_url {
             url.clone()
         } else {
-            match request(api, kind, api.host().join(HOST_METADATA)).await {
+            match optional(api, kind, api.host().join(HOST_METADATA)).await {
                 Found::Document(metadata) => self
                     .learn(api, metadata, &mut endpoint)
                     .unwrap_or_else(|| api.host().join(DISCOVERY)),
@@ -121,7 +132,7 @@ impl TokenEndpointDiscovery {
                 Found::Unknown => return Err(endpoint),
             }
         };
-        match request::<Metadata>(api, kind, document).await {
+        match optional::<Metadata>(api, kind, document).await {
             Found::Document(metadata) => {
                 // Secrets are sent there.
                 let url = Url::parse(&metadata.token_endpoint).ok();
@@ -173,7 +184,7 @@ impl TokenEndpointDiscovery {
     }
 }
 
-async fn request<T: DeserializeOwned>(api: &Api, kind: AuthKind, url: Url) -> Found<T> {
+async fn optional<T: DeserializeOwned>(api: &Api, kind: AuthKind, url: Url) -> Found<T> {
     // Public documents, requested without a token.
     match api.send(api.probe(kind, url)).await {
         Ok(reply) => reply.json().map_or(Found::Missing, Found::Document),
@@ -229,5 +240,78 @@ impl Grant {
         }
         form.extend(more);
         form
+    }
+}
+
+/// The answer of a token endpoint.
+#[derive(Deserialize)]
+pub(super) struct TokenResponse {
+    access_token: SecretString,
+    #[serde(default)]
+    pub(super) expires_in: Option<Number>,
+    /// Azure's instance metadata service sends the time beside the lifetime.
+    #[serde(default)]
+    pub(super) expires_on: Option<Number>,
+    #[serde(default)]
+    scope: Option<String>,
+}
+
+impl TokenResponse {
+    pub(super) fn into_token(self) -> Result<WorkspaceToken, CallError> {
+        let lifetime = self.expires_in.as_ref().and_then(Number::value);
+        let end = self.expires_on.as_ref().and_then(Number::timestamp);
+        let expiry = match (lifetime.and_then(seconds), end) {
+            // The lifetime first: it does not depend on how far the clocks agree.
+            (Some(lifetime), _) => Expiry::In(lifetime),
+            (None, Some(end)) => Expiry::At(end),
+            (None, None) => Expiry::In(DEFAULT_LIFETIME),
+        };
+        let mut token = WorkspaceToken::new(self.access_token, expiry)?;
+        // RFC 6749 section 5.1: a server may leave the scope out if it is the requested one.
+        token.scopes = self.scope.or(token.scopes);
+        Ok(token)
+    }
+}
+
+/// Requests a token. Cancel safe.
+pub(super) async fn request_token(
+    api: &Api,
+    call: Call,
+    explain: impl FnOnce(ApiError) -> CallError,
+) -> Result<WorkspaceToken, CallError> {
+    api.json::<TokenResponse>(call, explain).await?.into_token()
+}
+
+/// A lifetime; one above the range of `Duration` never ends.
+fn seconds(seconds: f64) -> Option<Duration> {
+    (seconds >= 0.0).then(|| Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX))
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use serde_json::Value;
+
+    use super::*;
+
+    fn number() -> impl Strategy<Value = Value> {
+        prop_oneof![
+            any::<f64>().prop_map(|number| serde_json::json!(number)),
+            any::<u64>().prop_map(|number| serde_json::json!(number)),
+            any::<i64>().prop_map(|number| serde_json::json!(number.to_string())),
+            "[-+0-9.eE]{0,25}".prop_map(Value::String),
+            Just(Value::Null),
+        ]
+    }
+
+    proptest! {
+        /// A token with any expiry is accepted or refused.
+        #[test]
+        fn no_expiry_makes_it_panic(expires_in in number(), expires_on in number()) {
+            let body = serde_json::json!({ "access_token": "a.b.c", "expires_in": expires_in, "expires_on": expires_on });
+            if let Ok(response) = serde_json::from_value::<TokenResponse>(body) {
+                prop_assert!(response.into_token().is_ok());
+            }
+        }
     }
 }

@@ -10,7 +10,7 @@ use url::Url;
 use super::{
     AuthKind, AuthRules, Boxed, Freshness, Source, TokenSource, WorkspaceToken,
     azure::{self, Cloud},
-    invalid, required, required_secret, token,
+    invalid, oauth, required, required_secret,
 };
 use crate::{
     config::{Attribute, AuthFamily},
@@ -94,7 +94,7 @@ impl AzureClientSecret {
             let hint = azure::hint(error.message(), &self.settings);
             diagnosis::service("Microsoft Entra ID", &hint, error)
         };
-        token::request(api, call, explain).await
+        oauth::request_token(api, call, explain).await
     }
 }
 

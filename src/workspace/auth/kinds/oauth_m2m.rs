@@ -4,8 +4,9 @@ use secrecy::SecretString;
 
 use super::{
     AuthKind, AuthRules, Boxed, CHECK_ASSIGNMENT, Freshness, Source, TokenSource, WorkspaceToken,
-    required, required_secret, token,
-    token_endpoint::{Grant, TokenEndpointDiscovery},
+    oauth,
+    oauth::{Grant, TokenEndpointDiscovery},
+    required, required_secret,
 };
 use crate::{
     config::{Attribute, AuthFamily},
@@ -69,7 +70,7 @@ impl TokenSource for OAuthM2m {
                 let refused = "refused the client id or its secret";
                 diagnosis::token_endpoint(api.host(), refused, &self.hint, error)
             };
-            token::request(api, call, explain).await
+            oauth::request_token(api, call, explain).await
         })
     }
 }

@@ -8,7 +8,9 @@ use secrecy::SecretString;
 use serde::Deserialize;
 use tokio::time::sleep;
 
-use super::{AuthKind, AuthRules, Boxed, Expiry, Freshness, Source, TokenSource, WorkspaceToken};
+use super::{
+    AuthKind, AuthRules, Boxed, Expiry, Freshness, Renewal, Source, TokenSource, WorkspaceToken,
+};
 use crate::{
     config::Variables,
     net::file,
@@ -38,7 +40,6 @@ const MAX_FILE: u64 = 64 * 1024;
 
 pub(super) const RULES: AuthRules = AuthRules {
     is_available: |settings, _| is_serving(&settings.variables),
-    has_cache: true,
     ..AuthRules::new(|settings, _| {
         let hint = "check that the model was logged with the resources that it uses, and that `DATABRICKS_HOST`, if set, is their workspace";
         let tokens = ModelServing::new(&settings.variables)?;
@@ -125,6 +126,10 @@ impl ModelServing {
 impl TokenSource for ModelServing {
     fn token<'a>(&'a self, _: &'a Api, _: Freshness) -> Boxed<'a, WorkspaceToken> {
         Box::pin(self.token())
+    }
+
+    fn renewal(&self) -> Renewal {
+        Renewal::Cached
     }
 }
 

@@ -27,7 +27,7 @@ pub(super) const RULES: AuthRules = AuthRules {
 };
 
 /// Whether this is a job that may request identity tokens.
-pub(super) fn is_job(settings: &ResolvedSettings) -> bool {
+pub(in crate::workspace::auth) fn is_job(settings: &ResolvedSettings) -> bool {
     settings.actions_id_token_request_url.is_some()
         && settings.actions_id_token_request_token.is_some()
 }

@@ -3,7 +3,7 @@
 use secrecy::SecretString;
 
 use super::{
-    AuthKind, AuthRules, Boxed, Expiry, Freshness, Source, TokenSource, WorkspaceToken,
+    AuthKind, AuthRules, Boxed, Expiry, Freshness, Renewal, Source, TokenSource, WorkspaceToken,
     required_secret,
 };
 use crate::{
@@ -13,7 +13,6 @@ use crate::{
 
 pub(super) const RULES: AuthRules = AuthRules {
     family: Some(AuthFamily::Pat),
-    is_renewable: false,
     ..AuthRules::new(|settings, _| {
         let because = "a personal access token is to be used";
         let token = required_secret(settings, Attribute::Token, because)?;
@@ -36,5 +35,9 @@ impl TokenSource for Pat {
             headers: Vec::new(),
         };
         Box::pin(async { Ok(token) })
+    }
+
+    fn renewal(&self) -> Renewal {
+        Renewal::Same
     }
 }

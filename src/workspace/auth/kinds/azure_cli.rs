@@ -10,7 +10,7 @@ use tokio::sync::OnceCell;
 use tracing::debug;
 
 use super::{
-    AuthKind, AuthRules, Boxed, Expiry, Freshness, Source, TokenSource, WorkspaceToken,
+    AuthKind, AuthRules, Boxed, Expiry, Freshness, Renewal, Source, TokenSource, WorkspaceToken,
     azure::{self, Cloud},
 };
 use crate::{
@@ -33,7 +33,6 @@ pub(super) const RULES: AuthRules = AuthRules {
     // No setting is its own: it is tried where the settings of Azure select no other kind.
     is_selected: |_| false,
     is_available: |settings, host| azure::is_azure(settings, host),
-    has_cache: true,
     ..AuthRules::new(|settings, host| {
         let hint = "check with `az account show` that the right account is logged in, and that it is a user of this workspace";
         Ok(Source::new(
@@ -256,6 +255,10 @@ impl AzureCli {
 impl TokenSource for AzureCli {
     fn token<'a>(&'a self, api: &'a Api, _: Freshness) -> Boxed<'a, WorkspaceToken> {
         Box::pin(self.token(api))
+    }
+
+    fn renewal(&self) -> Renewal {
+        Renewal::Cached
     }
 }
 

@@ -6,8 +6,8 @@ use reqwest::header::{HeaderName, HeaderValue};
 use url::Url;
 
 use super::{
-    AuthKind, AuthRules, Boxed, Freshness, Source, TokenSource, WorkspaceToken, invalid, required,
-    token,
+    AuthKind, AuthRules, Boxed, Freshness, Renewal, Source, TokenSource, WorkspaceToken, invalid,
+    oauth, required,
 };
 use crate::{
     config::{Attribute, AuthFamily},
@@ -25,7 +25,6 @@ const HOST: HeaderName = HeaderName::from_static("x-databricks-host");
 
 pub(super) const RULES: AuthRules = AuthRules {
     family: Some(AuthFamily::MetadataService),
-    has_cache: true,
     ..AuthRules::new(|settings, host| {
         let hint = "restart the tool that set `DATABRICKS_METADATA_SERVICE_URL`";
         let tokens = MetadataService::new(settings, host)?;
@@ -79,6 +78,10 @@ impl TokenSource for MetadataService {
             };
             diagnosis::service("the local metadata service", &hint, error)
         };
-        Box::pin(token::request(api, call, explain))
+        Box::pin(oauth::request_token(api, call, explain))
+    }
+
+    fn renewal(&self) -> Renewal {
+        Renewal::Cached
     }
 }

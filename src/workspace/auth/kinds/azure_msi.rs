@@ -6,9 +6,10 @@ use reqwest::header::{HeaderName, HeaderValue};
 use url::Url;
 
 use super::{
-    AuthKind, AuthRules, Boxed, Freshness, Source, TokenResponse, TokenSource, WorkspaceToken,
+    AuthKind, AuthRules, Boxed, Freshness, Renewal, Source, TokenSource, WorkspaceToken,
     azure::{self, Cloud},
     invalid,
+    oauth::TokenResponse,
 };
 use crate::{
     config::{Attribute, AuthFamily},
@@ -30,7 +31,6 @@ const VERSION: &str = "2018-02-01";
 pub(super) const RULES: AuthRules = AuthRules {
     family: Some(AuthFamily::Azure),
     is_selected: is_enabled,
-    has_cache: true,
     ..AuthRules::new(|settings, host| {
         let tokens = AzureMsi::new(settings, host)?;
         let source = Source::new(AuthKind::AzureMsi, azure::ADD_IDENTITY, tokens);
@@ -39,7 +39,7 @@ pub(super) const RULES: AuthRules = AuthRules {
 };
 
 /// Whether `ARM_USE_MSI` is on.
-pub(super) fn is_enabled(settings: &ResolvedSettings) -> bool {
+pub(in crate::workspace::auth) fn is_enabled(settings: &ResolvedSettings) -> bool {
     let value = settings.azure_use_msi.as_deref().unwrap_or_default();
     let value = value.to_ascii_lowercase();
     matches!(value.as_str(), "true" | "1" | "t" | "yes" | "on")
@@ -107,5 +107,9 @@ impl TokenSource for AzureMsi {
             );
             Ok(token)
         })
+    }
+
+    fn renewal(&self) -> Renewal {
+        Renewal::Cached
     }
 }

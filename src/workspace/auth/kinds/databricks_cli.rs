@@ -13,8 +13,8 @@ use tokio::sync::OnceCell;
 use tracing::{debug, warn};
 
 use super::{
-    AuthKind, AuthRules, Boxed, Expiry, Freshness, Source, TokenSource, WorkspaceToken,
-    token::DEFAULT_LIFETIME,
+    AuthKind, AuthRules, Boxed, Expiry, Freshness, Renewal, Source, TokenSource, WorkspaceToken,
+    oauth::DEFAULT_LIFETIME,
 };
 use crate::workspace::{
     CallError, CallErrorKind, WorkspaceError,
@@ -51,7 +51,6 @@ type Version = (u64, u64, u64);
 pub(super) const RULES: AuthRules = AuthRules {
     // Whether the program exists shows when its source is created.
     is_available: |_, _| true,
-    has_cache: true,
     ..AuthRules::new(|settings, host| {
         let tokens = DatabricksCli::new(settings, host)?;
         Ok(Source::new(
@@ -297,6 +296,10 @@ impl DatabricksCli {
 impl TokenSource for DatabricksCli {
     fn token<'a>(&'a self, api: &'a Api, freshness: Freshness) -> Boxed<'a, WorkspaceToken> {
         Box::pin(self.token(api, freshness))
+    }
+
+    fn renewal(&self) -> Renewal {
+        Renewal::Cached
     }
 }
 
