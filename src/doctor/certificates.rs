@@ -7,7 +7,7 @@ use std::{
 
 use jiff::Timestamp;
 use rustls::{
-    DigitallySignedStruct, Error, SignatureScheme,
+    ClientConfig, DigitallySignedStruct, Error, SignatureScheme,
     client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
     pki_types::{CertificateDer, ServerName, UnixTime},
 };
@@ -16,34 +16,39 @@ use x509_parser::{
     prelude::{FromDer, X509Certificate, X509Name},
 };
 
+use crate::{
+    config::Roots,
+    net::tls::{self, TlsError},
+};
+
 /// Names of a certificate that are shown.
 const MAX_NAMES: usize = 5;
 
-/// Verifies with the verifier inside and records the chain.
+/// Verifies with the proxy's own verifier, so that `doctor` accepts what the proxy accepts, and records the chain.
+#[derive(Debug)]
 pub(super) struct Recorder {
     inner: Arc<dyn ServerCertVerifier>,
     shown: Mutex<Vec<CertificateDer<'static>>>,
 }
 
 impl Recorder {
-    pub(super) fn new(inner: Arc<dyn ServerCertVerifier>) -> Arc<Self> {
-        Arc::new(Self {
-            inner,
+    /// A client configuration, and the recorder of its last handshake.
+    pub(super) fn client_config(
+        roots: &Roots,
+        alpn: &[u8],
+    ) -> Result<(Arc<ClientConfig>, Arc<Self>), TlsError> {
+        let recorder = Arc::new(Self {
+            inner: tls::verifier(roots)?,
             shown: Mutex::default(),
-        })
+        });
+        let config = tls::client_config_with(Arc::clone(&recorder) as _, alpn)?;
+        Ok((config, recorder))
     }
 
-    /// The last certificate; `None` if none could be parsed.
+    /// The certificate that the server sent, also if it was refused; `None` if it cannot be parsed.
     pub(super) fn certificate(&self) -> Option<Certificate> {
         let shown = self.shown.lock().unwrap_or_else(PoisonError::into_inner);
-        let last = shown.last()?;
-        Certificate::parse(shown.first()?, last)
-    }
-}
-
-impl fmt::Debug for Recorder {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_tuple("Recorder").field(&self.inner).finish()
+        Certificate::parse(shown.first()?, shown.last()?)
     }
 }
 
@@ -107,23 +112,28 @@ impl Certificate {
         let (_, leaf) = X509Certificate::from_der(leaf).ok()?;
         let (_, last) = X509Certificate::from_der(last).ok()?;
         let names = leaf.subject_alternative_name().ok().flatten();
-        let names = names
-            .map(|extension| &extension.value.general_names[..])
-            .unwrap_or_default();
+        let names = names.iter().flat_map(|it| &it.value.general_names);
+        let names = names.filter_map(|name| match name {
+            GeneralName::DNSName(name) => Some(clean(name)),
+            _ => None,
+        });
         Some(Self {
             subject: name(leaf.subject()),
             issuer: name(leaf.issuer()),
             // The root to trust, which a server may leave out of its chain (RFC 8446 section 4.4.2).
             authority: name(last.issuer()),
-            names: names
-                .iter()
-                .filter_map(|name| match name {
-                    GeneralName::DNSName(name) => Some(clean(name)),
-                    _ => None,
-                })
-                .take(MAX_NAMES)
-                .collect(),
+            names: names.take(MAX_NAMES).collect(),
             expires_at: Timestamp::from_second(leaf.validity().not_after.timestamp()).ok()?,
+        })
+    }
+
+    /// Whether it is for this host.
+    pub(super) fn is_for(&self, host: &str) -> bool {
+        let zone = host.split_once('.').map(|(_, zone)| zone);
+        self.names.iter().any(|name| {
+            // A wildcard stands for exactly one label (RFC 9525 section 6.3).
+            let wildcard = name.strip_prefix("*.");
+            name.eq_ignore_ascii_case(host) || wildcard.is_some_and(|it| Some(it) == zone)
         })
     }
 }
@@ -144,11 +154,11 @@ impl fmt::Display for Certificate {
 
 /// The common name, else the whole name.
 fn name(name: &X509Name<'_>) -> String {
-    let common = name
-        .iter_common_name()
-        .next()
-        .and_then(|attribute| attribute.as_str().ok());
-    clean(&common.map_or_else(|| name.to_string(), str::to_owned))
+    let common = name.iter_common_name().next();
+    match common.and_then(|attribute| attribute.as_str().ok()) {
+        Some(common) => clean(common),
+        None => clean(&name.to_string()),
+    }
 }
 
 /// One line of bounded length.

@@ -8,10 +8,10 @@ use tokio::time::{Instant, sleep, timeout};
 
 use super::{
     certificates::{Certificate, Recorder},
-    endpoint::{Examined, Found, Ready},
+    check::{Finding, Need, Steps},
+    endpoint::Found,
     grants::{self, bind_role, create_extension, identifier},
-    report::{Finding, Outcome, Steps, spoken},
-    step,
+    report::{Outcome, spoken},
     workspace::STEP_TIMEOUT,
 };
 use crate::{
@@ -21,7 +21,10 @@ use crate::{
     protocol::{error::sqlstate, options::LoginParameters},
     status::Label,
     telemetry::labels::LoginPhase,
-    upstream::{Addresses, Class, DroppedParameters, Endpoint, Failure, Security, probe},
+    upstream::{
+        Addresses, Class, DroppedParameters, Endpoint, Failure, Security,
+        probe::{self, Session, Stream},
+    },
     workspace::Target,
 };
 
@@ -30,107 +33,58 @@ const NOTABLE_REMAINDER: SignedDuration = SignedDuration::from_hours(3 * 24);
 const FIRST_PAUSE: Duration = Duration::from_millis(300);
 const LAST_PAUSE: Duration = Duration::from_secs(3);
 
-/// One attempt to log in: the findings of its steps, and its end.
-struct Attempt {
-    steps: Vec<(&'static str, Duration, Finding)>,
-    end: End,
-}
-
-enum End {
-    /// TCP or TLS failed.
-    Unreachable(Class),
-    NoCredential,
-    Refused(Duration, Failure),
-    LoggedIn(Duration, probe::Session),
-}
-
-impl Attempt {
-    fn class(&self) -> Option<Class> {
-        match &self.end {
-            End::Unreachable(class) => Some(*class),
-            End::Refused(_, failure) => Some(failure.class),
-            End::NoCredential | End::LoggedIn(..) => None,
-        }
-    }
-}
-
-/// Connects, with retries while the endpoint wakes, and reports the last attempt.
-pub(super) async fn check(steps: &mut Steps<'_>, examined: &Examined<'_>, ready: Ready) {
-    let Ready {
-        found,
-        addresses,
-        credential,
-    } = ready;
-    let found = &found;
-    let connection = match Connection::new(examined, found, addresses, credential) {
-        Ok(connection) => connection,
-        Err(why) => {
-            steps.skip_rest(step::OF_ENDPOINT, &why);
-            return;
-        }
+/// Checks the endpoint by a connection, or as far as possible without one.
+pub(super) async fn check(
+    steps: &mut Steps<'_>,
+    found: Option<&Found<'_>>,
+    connection: Need<Connection<'_>>,
+) {
+    // TCP, TLS and login, as far as the last attempt went.
+    let mut attempt = Vec::new();
+    let mut grants = None;
+    let mut session = match &connection {
+        Ok(connection) => match connection.log_in(&mut attempt).await {
+            Ok(session) => session.ok_or_else(|| "no credential".to_owned()),
+            Err(failure) => match attempt.get_mut(2) {
+                Some((_, login)) => {
+                    (*login, grants) = connection.refused(&failure).await;
+                    Err("no session".to_owned())
+                }
+                None => Err("an earlier check failed".to_owned()),
+            },
+        },
+        Err(why) => Err(why.clone()),
     };
-    let started = Instant::now();
-    // As long as a client would wait.
-    let deadline = started + examined.timeouts.connect_timeout;
-    let mut backoff = Backoff::new(FIRST_PAUSE, LAST_PAUSE);
-    let attempt = loop {
-        let attempt = connection.attempt(&found.database).await;
-        // Without --connect the endpoint is awake, and a retry would not help.
-        let is_waking = attempt.class() == Some(Class::Waking) && examined.connect;
-        if !is_waking || Instant::now() >= deadline {
-            break attempt;
-        }
-        sleep(backoff.next()).await;
-    };
-    for (name, took, finding) in attempt.steps {
+    let mut attempt = attempt.into_iter();
+    for name in ["endpoint TCP", "endpoint TLS", "login"] {
+        let why = session.as_ref().err().map_or("", String::as_str);
+        let skipped = || (Duration::ZERO, Finding::skipped(why));
+        let (took, finding) = attempt.next().unwrap_or_else(skipped);
         steps.note(name, took, finding);
     }
-    match attempt.end {
-        End::Unreachable(_) => {}
-        End::NoCredential => steps.skip_rest(step::OF_ENDPOINT, "no credential"),
-        End::Refused(took, failure) => {
-            // A database without the extension refuses logins that the default database accepts.
-            let lacks_extension = failure.class == Class::Identity
-                && found.database != DEFAULT_DATABASE
-                && matches!(
-                    connection.attempt(DEFAULT_DATABASE).await.end,
-                    End::LoggedIn(..)
-                );
-            if lacks_extension {
-                let database = &found.database;
-                let message = format!(
-                    "the login works in `{DEFAULT_DATABASE}` and not in `{database}`, which lacks the extension databricks_auth"
-                );
-                let finding = Finding::failed(message).detail(failure.to_string());
-                steps.note(step::LOGIN, took, finding.fix(create_extension(database)));
-            } else {
-                refused(steps, examined, found, took, &failure).await;
-            }
-            steps.skip_rest(step::OF_ENDPOINT, "no session");
+    let started = Instant::now();
+    // The workspace lists the roles without a connection to the endpoint.
+    if let (Err(_), Some(found)) = (&connection, found) {
+        grants = found.role().await;
+    }
+    match grants {
+        Some(finding) => steps.note("role and grants", started.elapsed(), finding),
+        None => {
+            let granted = steps.run("role and grants", session.as_mut(), LoggedIn::grants);
+            granted.await;
         }
-        End::LoggedIn(took, mut session) => {
-            let woke = if backoff.is_fresh() {
-                String::new()
-            } else {
-                format!(", awake after {:.1} s", started.elapsed().as_secs_f64())
-            };
-            let message = format!("as `{}` to `{}`{woke}", found.user, found.database);
-            steps.note(step::LOGIN, took, Finding::ok(message));
-            let limit = examined.timeouts.server_connect_timeout;
-            let grants = async { Ok(((), grants(examined, found, &mut session).await)) };
-            steps.check(step::GRANTS, grants).await;
-            steps
-                .check(step::SELECT, select_1(&mut session, limit))
-                .await;
-            // With Terminate, so that the server logs no lost connection.
-            let _ = timeout(STEP_TIMEOUT, session.end()).await;
-        }
+    }
+    let selected = steps.run("SELECT 1", session.as_mut(), LoggedIn::select_1);
+    selected.await;
+    if let Ok(LoggedIn { session, .. }) = session {
+        // With Terminate, so that the server logs no lost connection.
+        let _ = timeout(STEP_TIMEOUT, session.end()).await;
     }
 }
 
-/// The parts of all attempts.
-struct Connection<'a> {
-    examined: &'a Examined<'a>,
+/// The parts of all attempts to log in.
+pub(super) struct Connection<'a> {
+    found: &'a Found<'a>,
     endpoint: Endpoint,
     recorder: Option<Arc<Recorder>>,
     addresses: Vec<SocketAddr>,
@@ -138,30 +92,26 @@ struct Connection<'a> {
 }
 
 impl<'a> Connection<'a> {
-    fn new(
-        examined: &'a Examined<'a>,
-        found: &Found,
+    pub(super) fn new(
+        found: &'a Found<'a>,
         addresses: Vec<SocketAddr>,
         credential: Option<Credential>,
-    ) -> Result<Self, String> {
-        let (security, recorder) = match &examined.config.tls {
+    ) -> Need<Self> {
+        let (config, host) = (found.examined.config, &found.host);
+        let (security, recorder) = match &config.tls {
             TlsMode::Disabled => (Security::Plain, None),
             TlsMode::Verified(roots) => {
-                let name = ServerName::try_from(found.host.clone())
-                    .map_err(|_| format!("`{}` is not a host name", found.host))?;
-                let verifier = tls::verifier(roots).map_err(|error| error.to_string())?;
-                // The proxy's own verifier, so that `doctor` accepts what the proxy accepts.
-                let recorder = Recorder::new(verifier);
-                let verifier = Arc::clone(&recorder) as _;
-                let config = tls::client_config_with(verifier, tls::ALPN_POSTGRESQL)
+                let name = ServerName::try_from(host.clone())
+                    .map_err(|_| format!("`{host}` is not a host name"))?;
+                let (config, recorder) = Recorder::client_config(roots, tls::ALPN_POSTGRESQL)
                     .map_err(|error| error.to_string())?;
                 (Security::Tls { config, name }, Some(recorder))
             }
         };
         let endpoint = Endpoint {
-            label: Label::new(examined.config.called()),
-            host: found.host.clone(),
-            port: examined.config.port,
+            label: Label::new(config.called()),
+            host: host.clone(),
+            port: config.port,
             // Not used: the addresses of the check before are dialed.
             addresses: Addresses::default(),
             user: found.user.clone(),
@@ -170,7 +120,7 @@ impl<'a> Connection<'a> {
             dropped: DroppedParameters::default(),
         };
         Ok(Self {
-            examined,
+            found,
             endpoint,
             recorder,
             addresses,
@@ -178,93 +128,230 @@ impl<'a> Connection<'a> {
         })
     }
 
-    async fn attempt(&self, database: &str) -> Attempt {
-        // Not reported at once: only those of the last attempt are.
-        let mut steps = Vec::new();
-        let end = match self.stream(&mut steps).await {
-            Ok(stream) => self.log_in(stream, database).await,
-            Err(failure) => End::Unreachable(failure.class),
-        };
-        Attempt { steps, end }
+    /// Logs in, with retries while the endpoint wakes; `None` without a credential.
+    async fn log_in(
+        &self,
+        steps: &mut Vec<(Duration, Finding)>,
+    ) -> Result<Option<LoggedIn<'_>>, Failure> {
+        let started = Instant::now();
+        let examined = self.found.examined;
+        // As long as a client would wait.
+        let deadline = started + examined.timeouts.connect_timeout;
+        let mut backoff = Backoff::new(FIRST_PAUSE, LAST_PAUSE);
+        loop {
+            // Only those of the last attempt are reported.
+            steps.clear();
+            let woken_since = (!backoff.is_fresh()).then_some(started);
+            let database = &self.endpoint.database;
+            let attempt = self.attempt(database, woken_since, steps).await;
+            // Without --connect the endpoint is awake, and a retry would not help.
+            let is_waking = examined.connect
+                && (attempt.as_ref()).is_err_and(|failure| failure.class == Class::Waking);
+            if !is_waking || Instant::now() >= deadline {
+                let connection = self;
+                return attempt.map(|it| {
+                    it.map(|session| LoggedIn {
+                        connection,
+                        session,
+                    })
+                });
+            }
+            sleep(backoff.next()).await;
+        }
     }
 
-    async fn stream(
+    async fn attempt(
         &self,
-        steps: &mut Vec<(&'static str, Duration, Finding)>,
-    ) -> Result<probe::Stream, Failure> {
-        let limit = self.examined.timeouts.server_connect_timeout;
-        let (endpoint, started) = (&self.endpoint, Instant::now());
-        let dialed = timeout(limit, probe::connect(self.addresses.clone())).await;
-        let dialed =
-            dialed.unwrap_or_else(|_| Err(Failure::timed_out_in(LoginPhase::Dial, endpoint)));
-        let finding = match &dialed {
+        database: &str,
+        woken_since: Option<Instant>,
+        steps: &mut Vec<(Duration, Finding)>,
+    ) -> Result<Option<Session>, Failure> {
+        let (found, endpoint) = (self.found, &self.endpoint);
+        let connecting = probe::connect(self.addresses.clone());
+        let tcp = self.step(steps, LoginPhase::Dial, connecting, |result| match result {
             Ok(_) => Finding::ok(format!(
                 "{}:{} takes connections",
-                endpoint.host, endpoint.port
+                found.host, endpoint.port
             )),
-            Err(failure) => of_failure(failure),
-        };
-        steps.push((step::ENDPOINT_TCP, started.elapsed(), finding));
-
-        let (tcp, started) = (dialed?, Instant::now());
-        let secured = timeout(limit, probe::secure(tcp, endpoint, self.examined.metrics)).await;
-        let secured =
-            secured.unwrap_or_else(|_| Err(Failure::timed_out_in(LoginPhase::Tls, endpoint)));
-        // Recorded even if the handshake failed.
-        let certificate = self.recorder.as_deref().and_then(Recorder::certificate);
-        let finding = match &secured {
-            Ok(stream) => of_certificate(stream, certificate.as_ref()),
-            Err(failure) => of_tls_failure(failure, certificate.as_ref(), &endpoint.host),
-        };
-        steps.push((step::EDGE_TLS, started.elapsed(), finding));
-        secured
-    }
-
-    async fn log_in(&self, stream: probe::Stream, database: &str) -> End {
+            Err(failure) => failure.into(),
+        });
+        let securing = probe::secure(tcp.await?, endpoint, found.examined.metrics);
+        let stream = self.step(steps, LoginPhase::Tls, securing, |result| {
+            // Recorded even if the handshake failed.
+            let certificate = self.recorder.as_deref().and_then(Recorder::certificate);
+            match result {
+                Ok(stream) => of_certificate(stream, certificate.as_ref()),
+                Err(failure) => of_tls_failure(failure, certificate.as_ref(), &found.host),
+            }
+        });
+        let stream = stream.await?;
         let Some(credential) = &self.credential else {
-            return End::NoCredential;
+            return Ok(None);
         };
         // pg_stat_activity shows whose session it is.
-        let name = (
-            "application_name".to_owned(),
-            "lakebase-proxy doctor".to_owned(),
-        );
+        let name = ("application_name", "lakebase-proxy doctor");
         let settings = LoginParameters {
             database: database.to_owned(),
-            parameters: vec![name],
+            parameters: vec![(name.0.to_owned(), name.1.to_owned())],
             ..LoginParameters::default()
         };
+        let login = Session::log_in(stream, endpoint, credential, &settings);
+        let session = self.step(steps, LoginPhase::Login, login, |result| match result {
+            Ok(_) => {
+                let awake = woken_since.map(|since| since.elapsed().as_secs_f64());
+                let woke =
+                    awake.map_or(String::new(), |after| format!(", awake after {after:.1} s"));
+                Finding::ok(format!("as `{}` to `{database}`{woke}", found.user))
+            }
+            Err(failure) => failure.into(),
+        });
+        session.await.map(Some)
+    }
+
+    /// Runs a step of an attempt within the time limit of one.
+    async fn step<T>(
+        &self,
+        steps: &mut Vec<(Duration, Finding)>,
+        phase: LoginPhase,
+        step: impl Future<Output = Result<T, Failure>>,
+        judge: impl FnOnce(Result<&T, &Failure>) -> Finding,
+    ) -> Result<T, Failure> {
         let started = Instant::now();
-        let login = probe::Session::log_in(stream, &self.endpoint, credential, &settings);
-        let limit = self.examined.timeouts.server_connect_timeout;
-        match bounded(limit, "login", login).await {
-            Ok(session) => End::LoggedIn(started.elapsed(), session),
-            Err(failure) => End::Refused(started.elapsed(), failure),
+        let limit = self.found.examined.timeouts.server_connect_timeout;
+        let result = timeout(limit, step).await;
+        let result = result.unwrap_or_else(|_| Err(Failure::timed_out_in(phase, &self.endpoint)));
+        steps.push((started.elapsed(), judge(result.as_ref())));
+        result
+    }
+
+    /// Finds the cause of a refused login: the findings on the login and, if its credential was accepted, on the grants.
+    async fn refused(&self, failure: &Failure) -> (Finding, Option<Finding>) {
+        let (found, text) = (self.found, failure.to_string());
+        let (user, database) = (&found.user, &found.database);
+        // By SQLSTATE: a server may translate its messages. Postgres checks the database after the credential.
+        let grants = if failure.is_server_error(sqlstate::INSUFFICIENT_PRIVILEGE) {
+            let (to, role) = (identifier(database), identifier(user));
+            Finding::failed(format!("`{user}` may not connect to `{database}`")).fix(format!(
+                "as the database's owner: GRANT CONNECT ON DATABASE {to} TO {role};"
+            ))
+        } else if failure.is_missing_database() {
+            Finding::failed(format!("there is no database `{database}`"))
+                .fix(self.which_database().await)
+        } else {
+            return (self.refused_login(failure, text).await, None);
+        };
+        let accepted = Finding::ok(format!("the credential of `{user}` is accepted"));
+        (accepted, Some(grants.detail(text)))
+    }
+
+    async fn refused_login(&self, failure: &Failure, text: String) -> Finding {
+        let (found, class) = (self.found, failure.class);
+        let (user, database) = (&found.user, &found.database);
+        // A database without the extension refuses logins that the default database accepts.
+        if class == Class::Identity
+            && database != DEFAULT_DATABASE
+            && let Ok(Some(_)) = self.attempt(DEFAULT_DATABASE, None, &mut Vec::new()).await
+        {
+            let message = format!(
+                "the login works in `{DEFAULT_DATABASE}` and not in `{database}`, which lacks the extension databricks_auth"
+            );
+            return Finding::failed(message)
+                .detail(text)
+                .fix(create_extension(database));
         }
+        let cause = match class {
+            Class::WrongIdentity => {
+                let profile = found.examined.access.profile.as_ref();
+                let id = profile.map(|profile| profile.id.as_str());
+                let fix = found.mismatch().unwrap_or_else(|| bind_role(user, id));
+                return Finding::failed(text).fix(fix);
+            }
+            // 28000 stands for a missing role too; the workspace's list of roles distinguishes them.
+            Class::Identity | Class::Permission => found.role().await,
+            _ => None,
+        };
+        // Another identity is not what a refusal for another reason, such as an IP access list, is about.
+        let is_cause = |role: &Finding| match role.outcome {
+            Outcome::Failed => true,
+            Outcome::Warning => class == Class::Identity,
+            Outcome::Ok | Outcome::Skipped => false,
+        };
+        match cause.filter(is_cause) {
+            Some(role) => Finding {
+                outcome: Outcome::Failed,
+                ..role.detail(text)
+            },
+            None => failure.into(),
+        }
+    }
+
+    async fn which_database(&self) -> String {
+        let mut names = match &self.found.target {
+            Some((workspace, Target::Endpoint(endpoint))) => {
+                workspace.databases(endpoint).await.unwrap_or_default()
+            }
+            _ => Vec::new(),
+        };
+        names.truncate(10);
+        if names.is_empty() {
+            return "set PGDATABASE to the database's name in Postgres: with underscores (databricks_postgres) where its resource id has hyphens".to_owned();
+        }
+        format!("set PGDATABASE to one of: {}", names.join(", "))
     }
 }
 
-async fn bounded<T>(
-    limit: Duration,
-    phase: &str,
-    step: impl Future<Output = Result<T, Failure>>,
-) -> Result<T, Failure> {
-    let result = timeout(limit, step).await;
-    result.unwrap_or_else(|_| Err(Failure::timed_out(phase)))
+/// A logged-in connection.
+struct LoggedIn<'a> {
+    connection: &'a Connection<'a>,
+    session: Session,
 }
 
-fn of_failure(failure: &Failure) -> Finding {
-    Finding::failed(failure.to_string()).hint(failure.hint())
-}
+impl LoggedIn<'_> {
+    async fn query(&mut self, sql: &str) -> Result<Vec<probe::Row>, Finding> {
+        let limit = self
+            .connection
+            .found
+            .examined
+            .timeouts
+            .server_connect_timeout;
+        let result = timeout(limit, self.session.query(sql)).await;
+        let result = result.unwrap_or_else(|_| Err(Failure::timed_out("query")));
+        result.map_err(|failure| Finding::from(&failure))
+    }
 
-fn of_certificate(stream: &probe::Stream, certificate: Option<&Certificate>) -> Finding {
-    let version = match stream {
-        probe::Stream::Plain(_) => "none, as PGSSLMODE=disable requests",
-        probe::Stream::Tls(tls) if tls.protocol_version() == Some(ProtocolVersion::TLSv1_2) => {
-            "TLS 1.2"
+    async fn grants(&mut self) -> Result<Finding, Finding> {
+        let found = self.connection.found;
+        let finding = grants::judge(&self.query(grants::QUESTION).await?, &found.user);
+        // A server with a password of its own need not have identities.
+        if finding.outcome == Outcome::Ok
+            && found.target.is_some()
+            && let Ok(rows) = self.query(grants::BINDING).await
+        {
+            let profile = found.examined.access.profile.as_ref();
+            // Another role, such as a group's, is bound to another id than ours.
+            let ours = profile.filter(|profile| profile.user_name == found.user);
+            let id = ours.map(|profile| profile.id.as_str());
+            let problem = grants::judge_binding(&rows, &found.user, id, &found.database);
+            return Ok(problem.unwrap_or(finding));
         }
+        Ok(finding)
+    }
+
+    async fn select_1(&mut self) -> Result<Finding, Finding> {
+        if self.query("SELECT 1").await? == [vec![Some("1".to_owned())]] {
+            return Ok(Finding::ok("answered"));
+        }
+        Err(Finding::failed("the server's answer is not 1")
+            .fix("check what answers on PGHOST and PGPORT"))
+    }
+}
+
+fn of_certificate(stream: &Stream, certificate: Option<&Certificate>) -> Finding {
+    let version = match stream {
+        Stream::Plain(_) => "none, as PGSSLMODE=disable requests",
+        Stream::Tls(tls) if tls.protocol_version() == Some(ProtocolVersion::TLSv1_2) => "TLS 1.2",
         // rustls implements 1.2 and 1.3 only.
-        probe::Stream::Tls(_) => "TLS 1.3",
+        Stream::Tls(_) => "TLS 1.3",
     };
     let Some(certificate) = certificate else {
         return Finding::ok(version);
@@ -272,10 +359,8 @@ fn of_certificate(stream: &probe::Stream, certificate: Option<&Certificate>) -> 
     let message = format!("{version}, {certificate}");
     let left = certificate.expires_at.duration_since(Timestamp::now());
     if left < NOTABLE_REMAINDER {
-        let fix = format!(
-            "the certificate expires in {}: have it renewed",
-            spoken(left)
-        );
+        let left = spoken(left);
+        let fix = format!("the certificate expires in {left}: have it renewed");
         return Finding::warning(message).fix(fix);
     }
     Finding::ok(message)
@@ -283,130 +368,21 @@ fn of_certificate(stream: &probe::Stream, certificate: Option<&Certificate>) -> 
 
 fn of_tls_failure(failure: &Failure, certificate: Option<&Certificate>, host: &str) -> Finding {
     let Some(shown) = certificate else {
-        return of_failure(failure);
+        return failure.into();
     };
-    let is_for_host = shown.names.iter().any(|name| {
-        let zone = name.strip_prefix("*.");
-        name.eq_ignore_ascii_case(host)
-            // A wildcard stands for exactly one label (RFC 9525 section 6.3).
-            || zone.is_some_and(|zone| host.split_once('.').is_some_and(|(_, rest)| rest == zone))
-    });
     let fix = if shown.expires_at < Timestamp::now() {
         "the certificate has expired, or this machine's clock is wrong: check the clock first"
             .to_owned()
-    } else if is_for_host {
+    } else if shown.is_for(host) {
         format!(
             "set PGSSLROOTCERT to the PEM file of `{}` if you trust it; else find what intercepts TLS on the way",
             shown.authority
         )
     } else {
-        format!(
-            "set PGHOST to a name that the certificate is for: {}",
-            shown.names.join(", ")
-        )
+        let names = shown.names.join(", ");
+        format!("set PGHOST to a name that the certificate is for: {names}")
     };
     Finding::failed(failure.to_string())
         .detail(format!("the server sent {shown}"))
         .fix(fix)
-}
-
-/// Finds the cause of a refusal among credential, role and grants.
-async fn refused(
-    steps: &mut Steps<'_>,
-    examined: &Examined<'_>,
-    found: &Found,
-    took: Duration,
-    failure: &Failure,
-) {
-    let text = failure.to_string();
-    let (user, database) = (&found.user, &found.database);
-    // By SQLSTATE: a server may translate its messages. Postgres checks the database after the credential.
-    let grant = if failure.is_server_error(sqlstate::INSUFFICIENT_PRIVILEGE) {
-        let fix = format!(
-            "as the database's owner: GRANT CONNECT ON DATABASE {} TO {};",
-            identifier(database),
-            identifier(user)
-        );
-        Some(Finding::failed(format!("`{user}` may not connect to `{database}`")).fix(fix))
-    } else if failure.is_missing_database() {
-        let fix = which_database(examined, found).await;
-        Some(Finding::failed(format!("there is no database `{database}`")).fix(fix))
-    } else {
-        None
-    };
-    if let Some(finding) = grant {
-        let accepted = Finding::ok(format!("the credential of `{user}` is accepted"));
-        steps.note(step::LOGIN, took, accepted);
-        steps.note(step::GRANTS, Duration::ZERO, finding.detail(text));
-        return;
-    }
-    let finding = match failure.class {
-        Class::WrongIdentity => {
-            let id = examined
-                .access
-                .profile
-                .as_ref()
-                .map(|profile| profile.id.as_str());
-            let fix = examined.mismatch(found);
-            Finding::failed(text.clone()).fix(fix.unwrap_or_else(|| bind_role(user, id)))
-        }
-        // 28000 stands for a missing role too; the workspace's list of roles tells them apart.
-        Class::Identity | Class::Permission => {
-            // Another identity is not what a refusal for another reason, such as an IP access list, is about.
-            let is_cause = |role: &Finding| {
-                role.outcome == Outcome::Failed
-                    || (role.outcome == Outcome::Warning && failure.class == Class::Identity)
-            };
-            match examined.role(found).await.filter(is_cause) {
-                Some(role) => Finding::failed(role.message).hint(role.fix),
-                None => of_failure(failure),
-            }
-        }
-        _ => of_failure(failure),
-    };
-    let detail = (finding.message != text).then_some(text);
-    steps.note(step::LOGIN, took, finding.detail(detail));
-}
-
-async fn which_database(examined: &Examined<'_>, found: &Found) -> String {
-    let mut names = match (examined.workspace, &found.target) {
-        (Some(workspace), Some(Target::Endpoint(endpoint))) => {
-            workspace.databases(endpoint).await.unwrap_or_default()
-        }
-        _ => Vec::new(),
-    };
-    names.truncate(10);
-    if names.is_empty() {
-        return "set PGDATABASE to the database's name in Postgres: with underscores (databricks_postgres) where its resource id has hyphens".to_owned();
-    }
-    format!("set PGDATABASE to one of: {}", names.join(", "))
-}
-
-async fn grants(examined: &Examined<'_>, found: &Found, session: &mut probe::Session) -> Finding {
-    let limit = examined.timeouts.server_connect_timeout;
-    let finding = match bounded(limit, "query", session.query(grants::QUESTION)).await {
-        Ok(rows) => grants::judge(&rows, &found.user),
-        Err(failure) => return Finding::failed(failure.to_string()),
-    };
-    // A server with a password of its own need not have identities.
-    if finding.outcome == Outcome::Ok
-        && found.target.is_some()
-        && let Ok(rows) = bounded(limit, "query", session.query(grants::BINDING)).await
-    {
-        let profile = examined.access.profile.as_ref();
-        // Another role, such as a group's, is bound to another id than ours.
-        let ours = profile.filter(|profile| profile.user_name == found.user);
-        let id = ours.map(|profile| profile.id.as_str());
-        return grants::judge_binding(&rows, &found.user, id, &found.database).unwrap_or(finding);
-    }
-    finding
-}
-
-async fn select_1(session: &mut probe::Session, limit: Duration) -> Result<((), Finding), Finding> {
-    match bounded(limit, "query", session.query("SELECT 1")).await {
-        Ok(rows) if rows == [vec![Some("1".to_owned())]] => Ok(((), Finding::ok("answered"))),
-        Ok(_) => Err(Finding::failed("the server's answer is not 1")
-            .fix("check what answers on PGHOST and PGPORT")),
-        Err(failure) => Err(of_failure(&failure)),
-    }
 }

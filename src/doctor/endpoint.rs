@@ -3,13 +3,13 @@
 use std::{net::SocketAddr, time::Duration};
 
 use jiff::SignedDuration;
-use tokio::time::timeout;
 
 use super::{
+    check::{Finding, Need, Steps},
+    connection::{self, Connection},
     grants::{create_role, identifier},
-    report::{Finding, Outcome, Steps, spoken},
-    step,
-    workspace::{Access, STEP_TIMEOUT, listed, no_name_server},
+    report::spoken,
+    workspace::{Access, listed, resolve},
 };
 use crate::{
     clock::Clock,
@@ -17,7 +17,6 @@ use crate::{
     credential::{self, Credential},
     net::tcp::leads_to,
     telemetry::Metrics,
-    upstream::probe,
     workspace::{
         AppDatabases, CredentialMinter, EndpointInfo, EndpointState, HostName, LocateError,
         Located, Target, Wanted, Workspace,
@@ -28,8 +27,7 @@ use crate::{
 pub(super) struct Examined<'a> {
     pub(super) config: &'a EndpointConfig,
     pub(super) timeouts: Timeouts,
-    pub(super) workspace: Option<&'a Workspace>,
-    pub(super) access: &'a Access,
+    pub(super) access: &'a Access<'a>,
     pub(super) clock: &'a Clock,
     pub(super) metrics: &'a Metrics,
     pub(super) connect: bool,
@@ -38,107 +36,56 @@ pub(super) struct Examined<'a> {
 }
 
 /// The endpoint, located.
-pub(super) struct Found {
-    pub(super) target: Option<Target>,
+pub(super) struct Found<'a> {
+    pub(super) examined: &'a Examined<'a>,
+    /// The object of its credentials in the workspace; none for an endpoint with a credential of its own.
+    pub(super) target: Option<(&'a Workspace, Target)>,
     pub(super) host: String,
     pub(super) user: String,
     pub(super) database: String,
     state: Option<EndpointState>,
 }
 
-/// An endpoint whose checks so far allow a connection.
-pub(super) struct Ready {
-    pub(super) found: Found,
-    pub(super) addresses: Vec<SocketAddr>,
-    pub(super) credential: Option<Credential>,
-}
-
-/// Checks everything before a connection; `None` if that must not or cannot be made.
-pub(super) async fn check(steps: &mut Steps<'_>, examined: &Examined<'_>) -> Option<Ready> {
-    let Some(found) = locate(steps, examined).await else {
-        steps.skip_rest(step::OF_ENDPOINT, "the endpoint is unknown");
-        return None;
-    };
-    let credential = match (&examined.config.credential, examined.workspace) {
-        (CredentialSource::Workspace, None) => {
-            steps.skip(&[step::CREDENTIAL], "no workspace");
-            None
-        }
-        _ => {
-            steps
-                .check(step::CREDENTIAL, examined.credential(&found))
-                .await
-        }
-    };
-    let addresses = steps
-        .check(step::ENDPOINT_DNS, examined.resolve(&found))
-        .await;
+/// Checks an endpoint, up to a query if it may be dialed.
+pub(super) async fn check(steps: &mut Steps<'_>, examined: Result<&Examined<'_>, &String>) {
+    let unknown = "the endpoint is unknown";
+    let found = steps.check("endpoint", examined, unknown, Examined::locate);
+    let found = found.await;
+    let needed = found.as_ref();
+    let credential = steps.check("credential", needed, "", Found::credential);
+    let credential = credential.await;
+    let unusable = "the endpoint's host cannot be used";
     // Names are resolved even if nothing may be dialed: that wakes nothing.
-    let Some(addresses) = addresses else {
-        steps.skip_rest(step::OF_ENDPOINT, "the endpoint's host cannot be used");
-        return None;
-    };
-    if let Some(why) = examined.reason_not_to_dial(&found) {
-        steps.skip(&[step::ENDPOINT_TCP, step::EDGE_TLS, step::LOGIN], why);
-        // The workspace lists the roles without a connection to the endpoint.
-        let role = async {
-            let finding = examined.role(&found).await;
-            Err::<((), Finding), _>(finding.unwrap_or_else(|| Finding::skipped(why)))
-        };
-        steps.check(step::GRANTS, role).await;
-        steps.skip_rest(step::OF_ENDPOINT, why);
-        return None;
-    }
-    Some(Ready {
-        found,
-        addresses,
-        credential,
-    })
-}
-
-async fn locate(steps: &mut Steps<'_>, examined: &Examined<'_>) -> Option<Found> {
-    let config = examined.config;
-    if !matches!(config.credential, CredentialSource::Workspace) {
-        steps.skip(
-            &[step::ENDPOINT],
-            "the workspace does not mint its credential",
-        );
-        return Some(Found {
-            target: None,
-            host: config.host.clone()?,
-            user: config.user.clone()?,
-            database: config.database_or_default().to_owned(),
-            state: None,
-        });
-    }
-    let Some(workspace) = examined.workspace.filter(|_| examined.access.can_call) else {
-        steps.skip(&[step::ENDPOINT], "the workspace cannot be called");
-        return None;
-    };
-    let located = steps
-        .check(step::ENDPOINT, examined.locate(workspace))
-        .await?;
-    let host = match &config.host {
-        None => located.host,
-        // As in the proxy, PGHOST may be the read-write host.
-        Some(host) if config.read_only => host
-            .parse::<HostName>()
-            .map_or_else(|_| host.clone(), |host| host.read_only().to_string()),
-        Some(host) => host.clone(),
-    };
-    let database = located.database;
-    Some(Found {
-        target: Some(located.target),
-        host,
-        user: located.user,
-        database: database.unwrap_or_else(|| config.database_or_default().to_owned()),
-        state: located.info.map(|info| info.state),
-    })
+    let addresses = steps.check("endpoint DNS", needed, unusable, Found::resolve);
+    let connection = addresses.await.and_then(|addresses| {
+        let found = needed.map_err(Clone::clone)?;
+        found.may_dial()?;
+        Connection::new(found, addresses, credential.ok())
+    });
+    connection::check(steps, needed.ok(), connection).await;
 }
 
 impl Examined<'_> {
-    async fn locate(&self, workspace: &Workspace) -> Result<(Located, Finding), Finding> {
+    async fn locate(&self) -> Result<(Found<'_>, Finding), Finding> {
         let config = self.config;
+        if !matches!(config.credential, CredentialSource::Workspace) {
+            let finding = Finding::skipped("the workspace does not mint its credential");
+            let (Some(host), Some(user)) = (config.host.clone(), config.user.clone()) else {
+                return Err(finding);
+            };
+            let found = Found {
+                examined: self,
+                target: None,
+                host,
+                user,
+                database: config.database_or_default().to_owned(),
+                state: None,
+            };
+            return Ok((found, finding));
+        }
+        let Some(workspace) = self.access.workspace else {
+            return Err(Finding::skipped("the workspace cannot be called"));
+        };
         let wanted = Wanted::from(config);
         // Without the host, so that a wrong name shows.
         let without_host = Wanted {
@@ -146,45 +93,57 @@ impl Examined<'_> {
             ..wanted.clone()
         };
         // Zero disables retries: a check reports the first error.
-        let error = match workspace.locate(&without_host, Duration::ZERO).await {
+        let (located, finding) = match workspace.locate(&without_host, Duration::ZERO).await {
             Ok(located) => {
-                let mut finding = of_state(&located, config.host.as_deref());
-                if let (Outcome::Ok, Some(databases)) = (finding.outcome, &located.app_databases) {
-                    finding = finding.detail(format!("{databases}; {}", AppDatabases::HINT));
-                }
-                return Ok((located, finding));
+                let finding = of_state(&located, config.host.as_deref());
+                (located, finding)
             }
-            Err(error) => error,
+            // An identity that may not look the endpoint up can still log in at a known host.
+            Err(error)
+                if wanted.host.is_some()
+                    && (matches!(error, LocateError::NoHost { .. }) || error.is_forbidden()) =>
+            {
+                let located = workspace.locate(&wanted, Duration::ZERO).await?;
+                let target = &located.target;
+                let message =
+                    format!("`{target}`; the identity may not look it up, PGHOST holds its host");
+                (located, Finding::ok(message))
+            }
+            Err(error) => return Err(error.into()),
         };
-        // An identity that may not look the endpoint up can still log in at a known host.
-        let host_suffices = matches!(error, LocateError::NoHost { .. }) || error.is_forbidden();
-        if !host_suffices || wanted.host.is_none() {
-            return Err(of_locate(&error));
-        }
-        let located = workspace.locate(&wanted, Duration::ZERO).await;
-        let located = located.map_err(|error| of_locate(&error))?;
-        let message = format!(
-            "`{}`; the identity may not look it up, PGHOST holds its host",
-            located.target
-        );
-        Ok((located, Finding::ok(message)))
+        let host = match &config.host {
+            None => located.host,
+            // As in the proxy, PGHOST may be the read-write host.
+            Some(host) if config.read_only => host
+                .parse::<HostName>()
+                .map_or_else(|_| host.clone(), |host| host.read_only().to_string()),
+            Some(host) => host.clone(),
+        };
+        let database = located.database;
+        let found = Found {
+            examined: self,
+            target: Some((workspace, located.target)),
+            host,
+            user: located.user,
+            database: database.unwrap_or_else(|| config.database_or_default().to_owned()),
+            state: located.info.map(|info| info.state),
+        };
+        Ok((found, finding))
     }
+}
 
-    async fn credential(&self, found: &Found) -> Result<(Credential, Finding), Finding> {
-        let own = credential::of_settings(&self.config.credential);
-        let minted = match (own, self.workspace, &found.target) {
-            (Some(own), ..) => own.mint().await,
-            (None, Some(workspace), Some(target)) => {
-                let minter = CredentialMinter::new(workspace.clone(), target.clone());
-                minter.request_credential().await
+impl Found<'_> {
+    async fn credential(&self) -> Result<(Credential, Finding), Finding> {
+        let own = credential::of_settings(&self.examined.config.credential);
+        let minted = match (own, &self.target) {
+            (Some(own), _) => own.mint().await?,
+            (None, Some((workspace, target))) => {
+                let minter = CredentialMinter::new((*workspace).clone(), target.clone());
+                minter.request_credential().await?
             }
-            (None, ..) => return Err(Finding::skipped("no workspace")),
+            (None, None) => return Err(Finding::skipped("no workspace")),
         };
-        let minted = minted.map_err(|error| {
-            let finding = Finding::failed(error.message).detail(error.detail);
-            finding.hint(error.hint)
-        })?;
-        let now = self.clock.now();
+        let now = self.examined.clock.now();
         let finding = match minted.expires_at {
             None => Finding::ok("does not expire"),
             Some(at) if at <= now => Finding::failed("has expired already")
@@ -200,24 +159,19 @@ impl Examined<'_> {
         Ok((credential, finding))
     }
 
-    async fn resolve(&self, found: &Found) -> Result<(Vec<SocketAddr>, Finding), Finding> {
-        let (host, port) = (found.host.as_str(), self.config.port);
-        let fixed = self.config.host_addresses.iter();
-        let fixed: Vec<_> = fixed
-            .map(|address| SocketAddr::new(*address, port))
-            .collect();
-        let (addresses, source) = if fixed.is_empty() {
-            let resolved = timeout(STEP_TIMEOUT, probe::resolve(host, port)).await;
-            let addresses = resolved.map_err(|_| no_name_server(host))?.map_err(|failure| {
-                let fix = "check PGHOST and this machine's name resolution; behind PrivateLink the private DNS zone must have the name";
-                Finding::failed(failure.to_string()).fix(fix)
-            })?;
-            (addresses, "")
+    async fn resolve(&self) -> Result<(Vec<SocketAddr>, Finding), Finding> {
+        let config = self.examined.config;
+        let (host, port) = (self.host.as_str(), config.port);
+        let fixed = config.host_addresses.iter();
+        let fixed = fixed.map(|address| SocketAddr::new(*address, port));
+        let (addresses, source) = if config.host_addresses.is_empty() {
+            let fix = "check PGHOST and this machine's name resolution; behind PrivateLink the private DNS zone must have the name";
+            (resolve(host, port, fix).await?, "")
         } else {
-            (fixed, " (PGHOSTADDR or `host_address`)")
+            (fixed.collect(), " (PGHOSTADDR or `host_address`)")
         };
         let is_ours = |address: &SocketAddr| {
-            let mut listeners = self.config.listen.tcp.iter();
+            let mut listeners = config.listen.tcp.iter();
             listeners.any(|listener| leads_to(*address, *listener))
         };
         // Each connection to it would open another.
@@ -230,95 +184,85 @@ impl Examined<'_> {
         Ok((addresses, finding))
     }
 
-    /// Why the endpoint must not be dialed, if so.
-    fn reason_not_to_dial(&self, found: &Found) -> Option<&'static str> {
+    /// Fails with the reason if the endpoint must not be dialed.
+    fn may_dial(&self) -> Need<()> {
         // A server of another provider, which takes a password, is not known to sleep.
-        let is_elsewhere = found.target.is_none()
-            && found
-                .host
-                .parse::<HostName>()
-                .is_ok_and(|host| !host.is_lakebase());
-        match found.state {
-            _ if !self.is_usable => Some("the settings cannot be used"),
-            _ if self.connect || is_elsewhere => None,
+        let name = self.host.parse::<HostName>();
+        let is_elsewhere = self.target.is_none() && name.is_ok_and(|host| !host.is_lakebase());
+        Err(match self.state {
+            _ if !self.examined.is_usable => "the settings cannot be used",
+            _ if self.examined.connect || is_elsewhere => return Ok(()),
             // Awake already.
-            Some(EndpointState::Active | EndpointState::Degraded) => None,
-            Some(EndpointState::Idle) => Some("asleep: --connect wakes it and goes on"),
-            _ => Some("it may be asleep: --connect goes on all the same"),
+            Some(EndpointState::Active | EndpointState::Degraded) => return Ok(()),
+            Some(EndpointState::Idle) => "asleep: --connect wakes it and goes on",
+            _ => "it may be asleep: --connect goes on all the same",
         }
+        .to_owned())
     }
 
     /// The role, by the workspace's list; `None` if the list is not available.
-    pub(super) async fn role(&self, found: &Found) -> Option<Finding> {
-        let (Some(workspace), Some(Target::Endpoint(endpoint))) = (self.workspace, &found.target)
-        else {
+    pub(super) async fn role(&self) -> Option<Finding> {
+        let Some((workspace, Target::Endpoint(endpoint))) = &self.target else {
             return None;
         };
-        let user = &found.user;
+        let user = &self.user;
+        let missing = format!("there is no Postgres role `{user}` on this branch");
         let roles = workspace.roles(endpoint).await.ok()?;
-        let Some(role) = roles.iter().find(|role| role.name == *user) else {
-            return Some(self.missing_role(found));
-        };
-        Some(match self.mismatch(found) {
-            _ if !role.is_oauth => {
-                let fix = format!(
-                    "as the role's owner: DROP ROLE {}; {}",
-                    identifier(user),
-                    create_role(user)
-                );
-                Finding::failed(format!("the role `{user}` was not made for OAuth logins")).fix(fix)
+        let role = roles.iter().find(|role| role.name == *user);
+        Some(match (role, self.mismatch()) {
+            // A role for another name would not fit our credential either.
+            (None, Some(fix)) => {
+                Finding::failed(format!("{missing}, and `{user}` is not who we are")).fix(fix)
             }
-            Some(fix) => {
+            (None, None) => Finding::failed(missing).fix(create_role(user)),
+            (Some(role), _) if !role.is_oauth => {
+                let message = format!("the role `{user}` was not made for OAuth logins");
+                let (role, create) = (identifier(user), create_role(user));
+                let fix = format!("as the role's owner: DROP ROLE {role}; {create}");
+                Finding::failed(message).fix(fix)
+            }
+            (Some(_), Some(fix)) => {
                 let message = format!("the login is as `{user}`, which is not who we are");
                 Finding::warning(message).fix(fix)
             }
-            None => Finding::ok(format!(
+            (Some(_), None) => Finding::ok(format!(
                 "the workspace lists the role `{user}`; its grants were not tried"
             )),
         })
     }
 
-    /// The finding where the role does not exist. A role for another name would not fit our credential either.
-    pub(super) fn missing_role(&self, found: &Found) -> Finding {
-        let user = &found.user;
-        let missing = format!("there is no Postgres role `{user}` on this branch");
-        match self.mismatch(found) {
-            Some(fix) => {
-                Finding::failed(format!("{missing}, and `{user}` is not who we are")).fix(fix)
-            }
-            None => Finding::failed(missing).fix(create_role(user)),
-        }
-    }
-
     /// The fix where the login's user is neither our identity nor one of its groups.
-    pub(super) fn mismatch(&self, found: &Found) -> Option<String> {
-        let profile = self.access.profile.as_ref()?;
-        let is_ours = profile.user_name == found.user || profile.groups.contains(&found.user);
-        (!is_ours).then(|| {
-            format!(
-                "unset PGUSER, or set it to `{}`, whose credential this is",
-                profile.user_name
-            )
-        })
+    pub(super) fn mismatch(&self) -> Option<String> {
+        let profile = self.examined.access.profile.as_ref()?;
+        let ours = &profile.user_name;
+        let is_ours = *ours == self.user || profile.groups.contains(&self.user);
+        (!is_ours).then(|| format!("unset PGUSER, or set it to `{ours}`, whose credential this is"))
     }
 }
 
-fn of_locate(error: &LocateError) -> Finding {
-    let (message, detail) = match error {
-        LocateError::Call { source, .. } => (format!("{error}: {source}"), source.detail.clone()),
-        LocateError::NotFound {
-            source: Some(source),
-            ..
-        } => (error.to_string(), source.detail.clone()),
-        _ => (error.to_string(), None),
-    };
-    Finding::failed(message).detail(detail).hint(error.hint())
+impl From<LocateError> for Finding {
+    fn from(error: LocateError) -> Self {
+        let finding = Self::failed(error.to_string()).hint(error.hint());
+        match error {
+            LocateError::Call { source, .. } => Self {
+                message: format!("{}: {source}", finding.message),
+                ..finding.detail(source.detail)
+            },
+            LocateError::NotFound {
+                source: Some(source),
+                ..
+            } => finding.detail(source.detail),
+            _ => finding,
+        }
+    }
 }
 
 fn of_state(located: &Located, host: Option<&str>) -> Finding {
     let name = &located.target;
+    let databases = located.app_databases.as_ref();
+    let databases = databases.map(|known| format!("{known}; {}", AppDatabases::HINT));
     let Some(info) = &located.info else {
-        return Finding::ok(format!("`{name}`"));
+        return Finding::ok(format!("`{name}`")).detail(databases);
     };
     if let Some(host) = host
         && let Some(own) = other_host(host, info)
@@ -333,7 +277,9 @@ fn of_state(located: &Located, host: Option<&str>) -> Finding {
     };
     let message = format!("`{name}` is {}{suspends}", info.state);
     match &info.state {
-        EndpointState::Active | EndpointState::Idle | EndpointState::Init => Finding::ok(message),
+        EndpointState::Active | EndpointState::Idle | EndpointState::Init => {
+            Finding::ok(message).detail(databases)
+        }
         EndpointState::Degraded | EndpointState::Other(_) => Finding::warning(message)
             .fix("look at the endpoint in the workspace: it is not as it should be"),
     }

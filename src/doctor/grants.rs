@@ -1,6 +1,6 @@
 //! The grants of a role, and the statements that add missing ones.
 
-use super::report::Finding;
+use super::check::Finding;
 use crate::upstream::probe;
 
 /// The role's rights in the database, as one row.

@@ -4,6 +4,7 @@
 //! no secret.
 
 mod certificates;
+mod check;
 mod connection;
 mod endpoint;
 #[cfg(fuzzing)]
@@ -27,43 +28,8 @@ use crate::{
     telemetry::Metrics,
     workspace::Workspace,
 };
+use check::{Finding, Need, Steps};
 use endpoint::Examined;
-use report::{Finding, Steps};
-use workspace::Access;
-
-/// The checks, in order.
-mod step {
-    pub(super) const SETTINGS: &str = "settings";
-    pub(super) const CLOCK: &str = "clock";
-    pub(super) const DNS: &str = "DNS";
-    pub(super) const TCP: &str = "TCP";
-    pub(super) const WORKSPACE_TLS: &str = "workspace TLS";
-    pub(super) const TOKEN: &str = "workspace token";
-    pub(super) const IDENTITY: &str = "who am I";
-    pub(super) const ENTITLEMENT: &str = "entitlement";
-    pub(super) const ENDPOINT: &str = "endpoint";
-    pub(super) const CREDENTIAL: &str = "credential";
-    pub(super) const ENDPOINT_DNS: &str = "endpoint DNS";
-    pub(super) const ENDPOINT_TCP: &str = "endpoint TCP";
-    pub(super) const EDGE_TLS: &str = "endpoint TLS";
-    pub(super) const LOGIN: &str = "login";
-    pub(super) const GRANTS: &str = "role and grants";
-    pub(super) const SELECT: &str = "SELECT 1";
-    pub(super) const PORT: &str = "local port";
-
-    pub(super) const OF_WORKSPACE: &[&str] =
-        &[CLOCK, DNS, TCP, WORKSPACE_TLS, TOKEN, IDENTITY, ENTITLEMENT];
-    pub(super) const OF_ENDPOINT: &[&str] = &[
-        ENDPOINT,
-        CREDENTIAL,
-        ENDPOINT_DNS,
-        ENDPOINT_TCP,
-        EDGE_TLS,
-        LOGIN,
-        GRANTS,
-        SELECT,
-    ];
-}
 
 /// The command line of `doctor`.
 #[derive(clap::Args, Clone, Debug, Default)]
@@ -137,7 +103,7 @@ pub async fn run(
 
     let Ok(metrics) = Metrics::new() else {
         let finding = Finding::failed("cannot register metrics, a defect of this program");
-        steps.note(step::SETTINGS, started.elapsed(), finding);
+        steps.note("settings", started.elapsed(), finding);
         return steps.report;
     };
     let clock = Clock::system();
@@ -153,47 +119,37 @@ pub async fn run(
     let workspace = needs_workspace.then(|| open(settings, &clock, &metrics));
     let finding = settings::check(config.as_ref(), workspace.as_ref());
     let is_usable = finding.outcome == Outcome::Ok;
-    steps.note(step::SETTINGS, started.elapsed(), finding);
+    steps.note("settings", started.elapsed(), finding);
 
-    // An error is the finding of the step above.
-    let workspace = workspace.and_then(Result::ok);
-    let access = match &workspace {
-        Some(workspace) => workspace::check(&mut steps, workspace, &inputs.variables).await,
-        None => {
-            let why = if needs_workspace {
-                "the settings lead to no workspace"
-            } else {
-                "no workspace is needed"
+    let workspace = match workspace {
+        Some(Ok(workspace)) => Ok(workspace),
+        // The error is the finding of the step above.
+        Some(Err(_)) => Err("the settings lead to no workspace".to_owned()),
+        None => Err("no workspace is needed".to_owned()),
+    };
+    let access = workspace::check(&mut steps, workspace.as_ref(), &inputs.variables).await;
+    let examined: Vec<Need<Examined<'_>>> = match &config {
+        Ok(config) => {
+            let examine = |endpoint| Examined {
+                config: endpoint,
+                timeouts: config.settings.timeouts(),
+                access: &access,
+                clock: &clock,
+                metrics: &metrics,
+                connect: inputs.connect,
+                is_usable,
             };
-            steps.skip(step::OF_WORKSPACE, why);
-            Access::default()
+            config.endpoints.iter().map(examine).map(Ok).collect()
         }
+        Err(_) => vec![Err("the settings cannot be used".to_owned())],
     };
-    let Ok(config) = &config else {
-        steps.skip(step::OF_ENDPOINT, "the settings cannot be used");
-        steps.skip(&[step::PORT], "the settings cannot be used");
-        return steps.report;
-    };
-    for endpoint in &config.endpoints {
-        let name = (config.endpoints.len() > 1).then(|| settings::called(endpoint));
-        steps.begin(name);
-        let examined = Examined {
-            config: endpoint,
-            timeouts: config.settings.timeouts(),
-            workspace: workspace.as_ref(),
-            access: &access,
-            clock: &clock,
-            metrics: &metrics,
-            connect: inputs.connect,
-            is_usable,
-        };
-        if let Some(ready) = endpoint::check(&mut steps, &examined).await {
-            connection::check(&mut steps, &examined, ready).await;
-            steps.skip_rest(step::OF_ENDPOINT, "an earlier check failed");
-        }
-        let started = Instant::now();
-        let finding = port::check(&endpoint.listen).await;
-        steps.note(step::PORT, started.elapsed(), finding);
+    for endpoint in &examined {
+        let endpoint = endpoint.as_ref();
+        let shown = endpoint.ok().filter(|_| examined.len() > 1);
+        steps.endpoint = shown.map(|endpoint| settings::called(endpoint.config));
+        endpoint::check(&mut steps, endpoint).await;
+        let port = async |endpoint: &Examined<'_>| Ok(port::check(&endpoint.config.listen).await);
+        steps.run("local port", endpoint, port).await;
     }
     steps.report
 }
@@ -203,8 +159,7 @@ fn open(
     clock: &Clock,
     metrics: &Arc<Metrics>,
 ) -> Result<Workspace, Finding> {
-    let tls = tls::client_config(&Roots::System, tls::ALPN_HTTP_1_1);
-    let tls = tls.map_err(|error| workspace::no_roots(&error))?;
+    let tls = tls::client_config(&Roots::System, tls::ALPN_HTTP_1_1)?;
     Workspace::new(settings, &tls, clock.clone(), Arc::clone(metrics))
         .map_err(|error| Finding::failed(error.to_string()).hint(error.hint()))
 }

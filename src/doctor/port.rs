@@ -1,12 +1,10 @@
 //! Whether the proxy's port and Unix socket are free, and if not, their owner.
 
-use std::{
-    fs,
-    net::SocketAddr,
-    path::{Path, PathBuf},
-};
+use std::{fs, path::Path};
 
-use super::report::Finding;
+use tokio::{net::UnixStream, time::timeout};
+
+use super::{check::Finding, workspace::STEP_TIMEOUT};
 use crate::{
     config::ListenAddresses,
     listener::{Listener, Taken},
@@ -22,48 +20,39 @@ const OURSELVES: &str = "lakebase-proxy";
 /// Binds the addresses for a moment. Must run on a runtime.
 pub(super) async fn check(addresses: &ListenAddresses) -> Finding {
     // The proxy's own way to bind, which fails for the same reasons.
-    match Listener::bind(addresses) {
-        Ok(_bound) if addresses.port == 0 => Finding::ok("any free port will do"),
-        Ok(_bound) => Finding::ok(format!("{addresses} is free")),
-        Err(error) => {
-            let failed = Finding::failed(chain(&error).to_string()).hint(error.hint());
-            match error.taken {
-                Some(Taken::Tcp(address)) => taken_port(address).await,
-                Some(Taken::Unix(path)) => taken_path(path).await.unwrap_or(failed),
-                None => failed,
-            }
+    let error = match Listener::bind(addresses) {
+        Ok(_bound) if addresses.port == 0 => return Finding::ok("any free port will do"),
+        Ok(_bound) => return Finding::ok(format!("{addresses} is free")),
+        Err(error) => error,
+    };
+    let failed = Finding::failed(chain(&error).to_string()).hint(error.hint());
+    let (address, owner) = match &error.taken {
+        Some(Taken::Tcp(address)) => {
+            let port = address.port();
+            // Reads the descriptors of every process.
+            let owner = blocking(move || owner(Path::new("/proc"), port));
+            (address.to_string(), owner.await)
         }
-    }
-}
-
-/// A finding if the socket is that of a proxy: one that serves while `doctor` checks it is no problem.
-async fn taken_path(path: PathBuf) -> Option<Finding> {
-    let name = path.display().to_string();
-    let owner = blocking(move || {
-        let proc = Path::new("/proc");
-        let table = fs::read_to_string(proc.join("net/unix")).ok()?;
-        owner_of(proc, &listening_unix(&table, path.to_str()?))
-    });
-    let owner = owner.await.filter(|owner| owner.name == OURSELVES);
-    owner.map(|owner| owner.is_serving(&name))
-}
-
-async fn taken_port(listen: SocketAddr) -> Finding {
-    let flag = "choose another port with --port (0 = any free one)";
-    let port = listen.port();
-    // Reads the descriptors of every process.
-    match blocking(move || owner(Path::new("/proc"), port)).await {
-        Some(owner) if owner.name == OURSELVES => owner.is_serving(&listen.to_string()),
-        Some(Owner { pid, name }) => {
-            Finding::failed(format!("{listen} is taken by `{name}` (pid {pid})"))
-                .fix(format!("stop it (`kill {pid}`), or {flag}"))
-        }
-        None => Finding::failed(format!(
-            "{listen} is taken by a process that this user may not see"
-        ))
-        .fix(format!(
-            "find it with `sudo ss -ltnp 'sport = :{port}'`, or {flag}"
+        Some(Taken::Unix(path)) => (path.display().to_string(), server_of(path).await),
+        None => return failed,
+    };
+    let other = "choose another port with --port (0 = any free one)";
+    match (error.taken, owner) {
+        // A proxy that serves while `doctor` checks it is no problem.
+        (_, Some(Owner { pid, name })) if name == OURSELVES => Finding::ok(format!(
+            "{address} is served by a lakebase-proxy already (pid {pid})"
         )),
+        (Some(Taken::Tcp(_)), Some(Owner { pid, name })) => {
+            Finding::failed(format!("{address} is taken by `{name}` (pid {pid})"))
+                .fix(format!("stop it (`kill {pid}`), or {other}"))
+        }
+        (Some(Taken::Tcp(tcp)), None) => {
+            let message = format!("{address} is taken by a process that this user may not see");
+            let port = tcp.port();
+            let fix = format!("find it with `sudo ss -ltnp 'sport = :{port}'`, or {other}");
+            Finding::failed(message).fix(fix)
+        }
+        _ => failed,
     }
 }
 
@@ -75,96 +64,60 @@ struct Owner {
 }
 
 impl Owner {
-    fn is_serving(&self, address: &str) -> Finding {
-        let pid = self.pid;
-        Finding::ok(format!(
-            "{address} is served by a lakebase-proxy already (pid {pid})"
-        ))
+    fn new(proc: &Path, pid: u32) -> Self {
+        let name = fs::read_to_string(proc.join(format!("{pid}/comm"))).unwrap_or_default();
+        let name = name.trim().to_owned();
+        Self { pid, name }
     }
+}
+
+/// The process that listens on a Unix socket, if it is visible.
+async fn server_of(path: &Path) -> Option<Owner> {
+    // To a client, SO_PEERCRED names the process that called listen(2) (unix(7)).
+    let socket = timeout(STEP_TIMEOUT, UnixStream::connect(path)).await;
+    let pid = socket.ok()?.ok()?.peer_cred().ok()?.pid()?;
+    Some(Owner::new(Path::new("/proc"), pid.try_into().ok()?))
 }
 
 /// The process that listens on `port`, if it is visible. Blocks.
 fn owner(proc: &Path, port: u16) -> Option<Owner> {
-    let inodes: Vec<String> = ["net/tcp", "net/tcp6"]
-        .into_iter()
-        .filter_map(|table| fs::read_to_string(proc.join(table)).ok())
-        .flat_map(|table| listening(&table, port))
-        .collect();
-    owner_of(proc, &inodes)
-}
-
-/// The process that holds one of these sockets, if it is visible. Blocks.
-fn owner_of(proc: &Path, inodes: &[String]) -> Option<Owner> {
+    let tables = ["net/tcp", "net/tcp6"].map(|table| fs::read_to_string(proc.join(table)));
+    let tables = tables.iter().flatten();
+    let sockets: Vec<String> = tables.flat_map(|table| listening(table, port)).collect();
     // Without a socket, no process need be searched.
-    if inodes.is_empty() {
+    if sockets.is_empty() {
         return None;
     }
-    fs::read_dir(proc)
+    let mut pids = fs::read_dir(proc)
         .ok()?
-        .filter_map(|entry| {
-            let entry = entry.ok()?;
-            let pid = entry.file_name().to_str()?.parse().ok()?;
-            Some((pid, entry.path()))
+        .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse::<u32>().ok());
+    let pid = pids.find(|pid| {
+        // Other users' descriptors are visible to root only.
+        let descriptors = fs::read_dir(proc.join(format!("{pid}/fd")));
+        let mut descriptors = descriptors.into_iter().flatten().flatten();
+        descriptors.any(|descriptor| {
+            let target = fs::read_link(descriptor.path()).unwrap_or_default();
+            sockets.iter().any(|socket| target == Path::new(socket))
         })
-        .find(|(_, process)| holds(process, inodes))
-        .map(|(pid, process)| {
-            let name = fs::read_to_string(process.join("comm")).unwrap_or_default();
-            Owner {
-                pid,
-                name: name.trim().to_owned(),
-            }
-        })
+    })?;
+    Some(Owner::new(proc, pid))
 }
 
-/// The inodes of the sockets that listen on `port`, from a table in `/proc/net`.
+/// The sockets that listen on `port`, as the links in `/proc/<pid>/fd` name them, from a table in `/proc/net`.
 fn listening(table: &str, port: u16) -> Vec<String> {
     let suffix = format!(":{port:04X}");
-    inodes(table, |columns| {
+    let socket = |line: &str| {
         // The columns of proc_pid_net(5), of which 9 is the inode.
-        let (local, state) = (columns.get(1)?, columns.get(3)?);
-        let is_it = local.ends_with(&suffix) && *state == LISTEN;
-        columns.get(9).filter(|_| is_it)
-    })
-}
-
-/// The inodes of the Unix sockets with this path.
-fn listening_unix(table: &str, path: &str) -> Vec<String> {
-    inodes(table, |columns| {
-        columns.get(6).filter(|_| columns.get(7) == Some(&path))
-    })
-}
-
-/// The column that `find` returns for each line behind the heading.
-fn inodes<'t>(
-    table: &'t str,
-    find: impl for<'c> Fn(&'c [&'t str]) -> Option<&'c &'t str>,
-) -> Vec<String> {
-    let inode = |line: &'t str| {
         let columns: Vec<&str> = line.split_ascii_whitespace().collect();
-        find(&columns).map(|inode| (*inode).to_owned())
+        let (local, state, inode) = (columns.get(1)?, columns.get(3)?, columns.get(9)?);
+        (local.ends_with(&suffix) && *state == LISTEN).then(|| format!("socket:[{inode}]"))
     };
-    table.lines().skip(1).filter_map(inode).collect()
-}
-
-fn holds(process: &Path, inodes: &[String]) -> bool {
-    // Other users' descriptors are visible to root only.
-    let Ok(descriptors) = fs::read_dir(process.join("fd")) else {
-        return false;
-    };
-    descriptors.flatten().any(|descriptor| {
-        fs::read_link(descriptor.path()).is_ok_and(|target| {
-            let target = target.to_string_lossy();
-            target
-                .strip_prefix("socket:[")
-                .and_then(|rest| rest.strip_suffix(']'))
-                .is_some_and(|inode| inodes.iter().any(|wanted| wanted == inode))
-        })
-    })
+    table.lines().skip(1).filter_map(socket).collect()
 }
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::symlink;
+    use std::{net::SocketAddr, os::unix::fs::symlink};
 
     use tempfile::TempDir;
 
@@ -180,18 +133,9 @@ mod tests {
 ";
 
     #[test]
-    fn a_unix_socket_is_found_by_its_path() {
-        let table = "Num       RefCount Protocol Flags    Type St Inode Path\n\
-            0000000000000000: 00000002 00000000 00010000 0001 01 4711 /run/x/.s.PGSQL.5432\n\
-            0000000000000000: 00000003 00000000 00000000 0001 03 4712\n";
-        assert_eq!(listening_unix(table, "/run/x/.s.PGSQL.5432"), ["4711"]);
-        assert!(listening_unix(table, "/run/x").is_empty());
-    }
-
-    #[test]
     fn a_listener_is_found_among_processes() {
-        assert_eq!(listening(TABLE, 5432), ["4711"]);
-        assert_eq!(listening(TABLE, 80), ["4713"]);
+        assert_eq!(listening(TABLE, 5432), ["socket:[4711]"]);
+        assert_eq!(listening(TABLE, 80), ["socket:[4713]"]);
         assert!(listening(TABLE, 54321).is_empty());
         assert!(listening("header\ngarbage", 5432).is_empty());
 
@@ -240,6 +184,8 @@ mod tests {
         let finding = check(&addresses).await;
         assert_eq!(finding.outcome, Outcome::Failed);
         assert!(finding.message.contains("--unix-socket"));
+        let owner = server_of(&path).await.unwrap();
+        assert_eq!(owner.pid, std::process::id());
         assert!(path.exists());
     }
 

@@ -1,12 +1,11 @@
 //! The report: steps with their time, outcome and fix, as text and as JSON.
 
-use std::{error::Error, fmt::Write, time::Duration};
+use std::fmt::Write;
 
 use anstyle::{AnsiColor, Style};
 use serde::Serialize;
-use tokio::time::Instant;
 
-use crate::telemetry::{chain, escape, escape_json};
+use crate::telemetry::{escape, escape_json};
 
 /// Width of the steps' names.
 const NAME_WIDTH: usize = 20;
@@ -72,67 +71,6 @@ pub struct Step {
     // Scripts read the key, which keeps its first name.
     #[serde(rename = "mend", skip_serializing_if = "Option::is_none")]
     pub fix: Option<String>,
-}
-
-/// The result of a check.
-#[derive(Clone, Debug)]
-pub(super) struct Finding {
-    pub(super) outcome: Outcome,
-    pub(super) message: String,
-    pub(super) detail: Option<String>,
-    pub(super) fix: Option<String>,
-}
-
-impl Finding {
-    pub(super) fn ok(message: impl Into<String>) -> Self {
-        Self::new(Outcome::Ok, message)
-    }
-
-    pub(super) fn failed(message: impl Into<String>) -> Self {
-        Self::new(Outcome::Failed, message)
-    }
-
-    pub(super) fn skipped(message: impl Into<String>) -> Self {
-        Self::new(Outcome::Skipped, message)
-    }
-
-    pub(super) fn warning(message: impl Into<String>) -> Self {
-        Self::new(Outcome::Warning, message)
-    }
-
-    #[must_use]
-    pub(super) fn detail(mut self, detail: impl Into<Option<String>>) -> Self {
-        self.detail = detail.into();
-        self
-    }
-
-    /// The causes of an error as the detail.
-    #[must_use]
-    pub(super) fn cause(self, error: &dyn Error) -> Self {
-        self.detail(error.source().map(|source| chain(source).to_string()))
-    }
-
-    #[must_use]
-    pub(super) fn fix(mut self, fix: impl Into<String>) -> Self {
-        self.fix = Some(fix.into());
-        self
-    }
-
-    /// The hint of an error as the fix.
-    #[must_use]
-    pub(super) fn hint(mut self, hint: Option<impl Into<String>>) -> Self {
-        self.fix = hint.map(Into::into);
-        self
-    }
-
-    fn new(outcome: Outcome, message: impl Into<String>) -> Self {
-        Self {
-            outcome,
-            message: message.into(),
-            detail: None,
-            fix: None,
-        }
-    }
 }
 
 /// All settings and steps.
@@ -266,81 +204,6 @@ pub(super) fn settings_text(settings: &[Setting]) -> String {
     text
 }
 
-/// Runs checks and collects their findings.
-pub(super) struct Steps<'a> {
-    pub(super) report: Report,
-    endpoint: Option<String>,
-    /// The number of steps before this endpoint's.
-    earlier: usize,
-    on_step: &'a mut dyn FnMut(&Step),
-}
-
-impl<'a> Steps<'a> {
-    pub(super) fn new(settings: Vec<Setting>, on_step: &'a mut dyn FnMut(&Step)) -> Self {
-        Self {
-            report: Report {
-                settings,
-                steps: Vec::new(),
-            },
-            endpoint: None,
-            earlier: 0,
-            on_step,
-        }
-    }
-
-    /// Begins the checks of an endpoint; `name` is for reports on several.
-    pub(super) fn begin(&mut self, name: Option<String>) {
-        self.endpoint = name;
-        self.earlier = self.report.steps.len();
-    }
-
-    /// Runs a check; `None` if later checks that need its result cannot run.
-    pub(super) async fn check<T>(
-        &mut self,
-        name: &'static str,
-        check: impl Future<Output = Result<(T, Finding), Finding>>,
-    ) -> Option<T> {
-        let started = Instant::now();
-        let (value, finding) = match check.await {
-            Ok((value, finding)) => (Some(value), finding),
-            Err(finding) => (None, finding),
-        };
-        self.note(name, started.elapsed(), finding);
-        value
-    }
-
-    pub(super) fn note(&mut self, name: &'static str, took: Duration, finding: Finding) {
-        let step = Step {
-            name,
-            endpoint: self.endpoint.clone(),
-            outcome: finding.outcome,
-            seconds: (took.as_secs_f64() * 1000.0).round() / 1000.0,
-            message: finding.message,
-            detail: finding.detail,
-            fix: finding.fix,
-        };
-        (self.on_step)(&step);
-        self.report.steps.push(step);
-    }
-
-    /// Notes checks that do not run.
-    pub(super) fn skip(&mut self, names: &[&'static str], why: &str) {
-        for name in names {
-            self.note(name, Duration::ZERO, Finding::skipped(why));
-        }
-    }
-
-    /// Skips the checks of a group that have not run.
-    pub(super) fn skip_rest(&mut self, group: &[&'static str], why: &str) {
-        for name in group {
-            let mut run = self.report.steps.iter().skip(self.earlier);
-            if !run.any(|step| step.name == *name) {
-                self.skip(&[name], why);
-            }
-        }
-    }
-}
-
 /// A duration in one unit.
 pub(super) fn spoken(duration: jiff::SignedDuration) -> String {
     let seconds = duration.as_secs().abs();
@@ -354,7 +217,10 @@ pub(super) fn spoken(duration: jiff::SignedDuration) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
+    use crate::doctor::check::{Finding, Steps};
 
     fn report(outcomes: &[Outcome]) -> Report {
         let mut ignored = |_: &Step| {};

@@ -1,16 +1,17 @@
 //! The settings in force with their origins, and whether they are valid. Secrets are shown as present or absent.
 
-use std::net::IpAddr;
+use std::{error::Error, net::IpAddr};
 
 use url::Url;
 
-use super::report::{Finding, Setting};
+use super::{check::Finding, report::Setting};
 use crate::{
     config::{
         Attribute, Config, ConfigError, EndpointConfig, Origin, PASSWORD_VARIABLE, Settings,
         ShownSetting, TlsMode, VARIABLE_PREFIX, variable,
     },
     net::tls,
+    telemetry::chain,
     workspace::{ResolvedSettings, Workspace},
 };
 
@@ -191,7 +192,7 @@ pub(super) fn check(
         Ok(config) => config,
         Err(error) => {
             return Finding::failed(error.to_string())
-                .cause(error)
+                .detail(cause(error))
                 .hint(error.hint());
         }
     };
@@ -215,7 +216,7 @@ fn unusable(endpoint: &EndpointConfig) -> Option<Finding> {
     if let Err(error) = tls::verifier(roots) {
         return Some(
             Finding::failed(error.to_string())
-                .cause(&error)
+                .detail(cause(&error))
                 .fix("set PGSSLROOTCERT to a PEM file of trusted roots, or unset it to use the system's (Debian: apt install ca-certificates)"),
         );
     }
@@ -228,6 +229,11 @@ fn unusable(endpoint: &EndpointConfig) -> Option<Finding> {
         ))
         .fix("set PGHOST to the endpoint's host name (ep-...database...), or unset it to have it looked up"),
     )
+}
+
+/// The causes of an error.
+fn cause(error: &dyn Error) -> Option<String> {
+    error.source().map(|source| chain(source).to_string())
 }
 
 /// A value without secrets, on one line.

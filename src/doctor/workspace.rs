@@ -1,26 +1,24 @@
 //! Checks of the way to the workspace, from its clock to the identity's access.
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{net::SocketAddr, time::Duration};
 
 use jiff::{SignedDuration, Timestamp};
 use rustls::pki_types::ServerName;
-use tokio::{
-    net::{TcpStream, lookup_host},
-    time::{Instant, timeout},
-};
+use tokio::{net::TcpStream, time::timeout};
 use tokio_rustls::TlsConnector;
-use url::{Host, Url};
+use url::Url;
 
 use super::{
     certificates::Recorder,
-    report::{Finding, Steps, spoken},
+    check::{Finding, Need, Steps},
+    report::spoken,
     settings::without_secrets,
-    step,
 };
 use crate::{
     config::Roots,
     net::tls,
     telemetry::chain,
+    upstream::probe,
     workspace::{CallError, Profile, Workspace},
 };
 
@@ -30,122 +28,125 @@ pub(super) const STEP_TIMEOUT: Duration = Duration::from_secs(10);
 const NOTABLE_SKEW: SignedDuration = SignedDuration::from_mins(1);
 /// The entitlement to use the API.
 const WORKSPACE_ACCESS: &str = "workspace-access";
+const UNREACHABLE: &str = "the workspace cannot be reached";
 
 /// The identity's access to the workspace.
-#[derive(Debug, Default)]
-pub(super) struct Access {
-    /// Whether further calls can work.
-    pub(super) can_call: bool,
+pub(super) struct Access<'a> {
+    /// The workspace, if further calls can work.
+    pub(super) workspace: Option<&'a Workspace>,
     pub(super) profile: Option<Profile>,
 }
 
-pub(super) async fn check(
+pub(super) async fn check<'a>(
     steps: &mut Steps<'_>,
-    workspace: &Workspace,
+    workspace: Result<&'a Workspace, &String>,
     variables: &[(String, String)],
-) -> Access {
+) -> Access<'a> {
     // First: a wrong clock makes certificates and tokens invalid, which the later checks would report.
-    steps.check(step::CLOCK, clock(workspace)).await;
-    if reach(steps, workspace, variables).await.is_none() {
-        steps.skip_rest(step::OF_WORKSPACE, "the workspace cannot be reached");
-        return Access::default();
+    steps.run("clock", workspace, clock).await;
+    let reached = reach(steps, workspace, variables).await;
+    let reached = reached.and(workspace.map_err(Clone::clone));
+    let needed = steps.check("workspace token", reached, "no workspace token", token);
+    let needed = needed.await;
+    let profile = steps.check("who am I", needed, "", who_am_i).await;
+    // By the same call, whose time is that of the check above.
+    steps
+        .run("entitlement", profile.as_ref(), entitlement)
+        .await;
+    let can_call = profile.as_ref().is_ok_and(|(_, profile)| match profile {
+        Ok(_) => true,
+        // Other calls may be allowed even if this one is not.
+        Err(error) => error.is_forbidden() && !is_entitlement(error),
+    });
+    Access {
+        workspace: workspace.ok().filter(|_| can_call),
+        profile: profile.ok().and_then(|(_, profile)| profile.ok()),
     }
-    if steps.check(step::TOKEN, token(workspace)).await.is_none() {
-        steps.skip_rest(step::OF_WORKSPACE, "no workspace token");
-        return Access::default();
-    }
-    identity(steps, workspace).await
 }
 
-async fn clock(workspace: &Workspace) -> Result<((), Finding), Finding> {
+async fn clock(workspace: &Workspace) -> Result<Finding, Finding> {
     // The steps below find the cause of a failure.
     let Ok(Ok(skew)) = timeout(STEP_TIMEOUT, workspace.clock_skew()).await else {
-        return Err(Finding::skipped("the workspace did not send its time"));
+        return Ok(Finding::skipped("the workspace did not send its time"));
     };
     if skew.abs() < NOTABLE_SKEW {
-        let finding = Finding::ok("this machine's clock agrees with the workspace's");
-        return Ok(((), finding));
+        let message = "this machine's clock agrees with the workspace's";
+        return Ok(Finding::ok(message));
     }
     let direction = if skew.is_negative() {
         "ahead of"
     } else {
         "behind"
     };
-    let message = format!(
-        "this machine's clock is {} {direction} the workspace's",
-        spoken(skew)
-    );
-    let fix = "set this machine's clock: `timedatectl set-ntp true`";
-    Err(Finding::warning(message).fix(fix))
+    let skew = spoken(skew);
+    let message = format!("this machine's clock is {skew} {direction} the workspace's");
+    Ok(Finding::warning(message).fix("set this machine's clock: `timedatectl set-ntp true`"))
 }
 
 /// Name, connection and certificate.
 async fn reach(
     steps: &mut Steps<'_>,
-    workspace: &Workspace,
+    workspace: Result<&Workspace, &String>,
     variables: &[(String, String)],
-) -> Option<()> {
-    // Made from a host, so both are there.
-    let url = Url::parse(&workspace.host().to_string()).ok()?;
-    let port = url.port_or_known_default()?;
-    let host = match url.host()? {
-        Host::Domain(name) => name.to_owned(),
-        Host::Ipv4(address) => address.to_string(),
-        // Without the brackets of a URL, which name resolution does not accept.
-        Host::Ipv6(address) => address.to_string(),
+) -> Need<()> {
+    let url = workspace.map_err(Clone::clone).and_then(|workspace| {
+        let url = Url::parse(&workspace.host().to_string());
+        url.map_err(|error| error.to_string())
+    });
+    let known = url.as_ref().ok();
+    // Without the brackets of an IPv6 address in a URL, which name resolution does not accept.
+    let host = known.and_then(Url::host_str).unwrap_or_default();
+    let host = host.trim_matches(['[', ']']);
+    let port = known
+        .and_then(Url::port_or_known_default)
+        .unwrap_or_default();
+    // A direct connection would prove nothing: calls use the proxy. Except to loopback, where calls are always direct.
+    let is_remote = workspace.is_ok_and(|workspace| !workspace.host().is_loopback());
+    let proxy = proxy(host, variables).filter(|_| is_remote);
+    let direct = match &proxy {
+        Some(proxy) => Err(format!("calls go through the HTTP proxy {proxy}")),
+        None => url.as_ref().map_err(Clone::clone),
     };
-    // A direct connection would prove nothing: calls use the proxy.
-    // Except to loopback, where calls are always direct.
-    if !workspace.host().is_loopback()
-        && let Some(proxy) = proxy(&host, variables)
-    {
-        let why = format!("calls go through the HTTP proxy {proxy}");
-        steps.skip(&[step::DNS, step::TCP, step::WORKSPACE_TLS], &why);
-        return Some(());
-    }
-    let addresses = steps.check(step::DNS, resolve(&host, port)).await?;
-    let tcp = steps
-        .check(step::TCP, connect(&host, port, &addresses))
-        .await?;
-    if url.scheme() == "http" {
-        steps.skip(&[step::WORKSPACE_TLS], "plain HTTP on this machine");
-        return Some(());
-    }
-    steps.check(step::WORKSPACE_TLS, secure(host, tcp)).await
+    let resolve = async |_| {
+        let fix = "check DATABRICKS_HOST and this machine's name resolution";
+        let addresses = resolve(host, port, fix).await?;
+        let finding = Finding::ok(format!("{host} is {}", listed(&addresses)));
+        Ok((addresses, finding))
+    };
+    let addresses = steps.check("DNS", direct, UNREACHABLE, resolve).await;
+    let connect = async |addresses| connect(host, port, addresses).await;
+    let tcp = steps.check("TCP", addresses, UNREACHABLE, connect).await;
+    let secure = async |tcp| match known.map(Url::scheme) {
+        Some("http") => Ok(((), Finding::skipped("plain HTTP on this machine"))),
+        _ => Ok(((), secure(host, tcp).await?)),
+    };
+    let tls = steps.check("workspace TLS", tcp, UNREACHABLE, secure).await;
+    if proxy.is_some() { Ok(()) } else { tls }
 }
 
-async fn resolve(host: &str, port: u16) -> Result<(Vec<SocketAddr>, Finding), Finding> {
-    match timeout(STEP_TIMEOUT, lookup_host((host, port))).await {
-        Ok(Ok(addresses)) => {
-            let addresses: Vec<_> = addresses.collect();
-            let finding = Finding::ok(format!("{host} is {}", listed(&addresses)));
-            Ok((addresses, finding))
-        }
-        Ok(Err(error)) => Err(Finding::failed(format!(
-            "the workspace's host `{host}` does not resolve"
-        ))
-        .detail(chain(&error).to_string())
-        .fix("check DATABRICKS_HOST and this machine's name resolution")),
-        Err(_) => Err(no_name_server(host)),
+/// The addresses of a host.
+pub(super) async fn resolve(host: &str, port: u16, fix: &str) -> Result<Vec<SocketAddr>, Finding> {
+    match timeout(STEP_TIMEOUT, probe::resolve(host, port)).await {
+        Ok(Ok(addresses)) => Ok(addresses),
+        Ok(Err(failure)) => Err(Finding::failed(failure.to_string()).fix(fix)),
+        Err(_) => Err(
+            Finding::failed(format!("the name server did not answer for `{host}`"))
+                .fix("check this machine's name resolution (/etc/resolv.conf)"),
+        ),
     }
-}
-
-pub(super) fn no_name_server(host: &str) -> Finding {
-    Finding::failed(format!("the name server did not answer for `{host}`"))
-        .fix("check this machine's name resolution (/etc/resolv.conf)")
 }
 
 async fn connect(
     host: &str,
     port: u16,
-    addresses: &[SocketAddr],
+    addresses: Vec<SocketAddr>,
 ) -> Result<(TcpStream, Finding), Finding> {
-    let detail = match timeout(STEP_TIMEOUT, TcpStream::connect(addresses)).await {
+    let detail = match timeout(STEP_TIMEOUT, probe::connect(addresses)).await {
         Ok(Ok(tcp)) => {
             let finding = Finding::ok(format!("{host}:{port} takes connections"));
             return Ok((tcp, finding));
         }
-        Ok(Err(error)) => chain(&error).to_string(),
+        Ok(Err(failure)) => failure.to_string(),
         Err(_) => "no answer in time".to_owned(),
     };
     Err(Finding::failed(format!("cannot connect to {host}:{port}"))
@@ -153,22 +154,20 @@ async fn connect(
         .fix("check that a firewall lets this machine reach the workspace, or set HTTPS_PROXY"))
 }
 
-async fn secure(host: String, tcp: TcpStream) -> Result<((), Finding), Finding> {
-    let verifier = tls::verifier(&Roots::System).map_err(|error| no_roots(&error))?;
-    let recorder = Recorder::new(verifier);
-    let config = tls::client_config_with(Arc::clone(&recorder) as _, tls::ALPN_HTTP_1_1);
-    let connector = TlsConnector::from(config.map_err(|error| no_roots(&error))?);
-    let name = ServerName::try_from(host.clone())
+async fn secure(host: &str, tcp: TcpStream) -> Result<Finding, Finding> {
+    let (config, recorder) = Recorder::client_config(&Roots::System, tls::ALPN_HTTP_1_1)?;
+    let name = ServerName::try_from(host.to_owned())
         .map_err(|_| Finding::failed(format!("`{host}` is not a host name")))?;
-    let result = timeout(STEP_TIMEOUT, connector.connect(name, tcp)).await;
-    let certificate = recorder.certificate();
+    let connecting = TlsConnector::from(config).connect(name, tcp);
+    let result = timeout(STEP_TIMEOUT, connecting).await;
+    let shown = recorder.certificate();
     match result {
         Ok(Ok(_)) => {
-            let shown = certificate.map(|shown| shown.to_string());
-            Ok(((), Finding::ok(shown.unwrap_or_default())))
+            let shown = shown.map(|shown| shown.to_string());
+            Ok(Finding::ok(shown.unwrap_or_default()))
         }
         Ok(Err(error)) => {
-            let fix = match &certificate {
+            let fix = match &shown {
                 Some(shown) => format!(
                     "if something inspects TLS here, install its root (`{}`) among the system's certificates; else check this machine's clock and DATABRICKS_HOST",
                     shown.authority
@@ -179,7 +178,7 @@ async fn secure(host: String, tcp: TcpStream) -> Result<((), Finding), Finding> 
                 }
             };
             Err(Finding::failed(format!("TLS failed: {}", chain(&error)))
-                .detail(certificate.map(|shown| format!("the server sent {shown}")))
+                .detail(shown.map(|shown| format!("the server sent {shown}")))
                 .fix(fix))
         }
         Err(_) => Err(
@@ -189,17 +188,8 @@ async fn secure(host: String, tcp: TcpStream) -> Result<((), Finding), Finding> 
     }
 }
 
-/// The finding where the system's roots cannot be used.
-pub(super) fn no_roots(error: &tls::TlsError) -> Finding {
-    Finding::failed(error.to_string())
-        .fix("install the system's root certificates (Debian: apt install ca-certificates)")
-}
-
-async fn token(workspace: &Workspace) -> Result<((), Finding), Finding> {
-    let facts = workspace
-        .token_facts()
-        .await
-        .map_err(|error| of_call(&error))?;
+async fn token(workspace: &Workspace) -> Result<(&Workspace, Finding), Finding> {
+    let facts = workspace.token_facts().await?;
     let expiry = match facts.expires_at {
         Some(at) => format!("expires in {}", spoken(at.duration_since(Timestamp::now()))),
         None => "without a known expiry".to_owned(),
@@ -209,92 +199,69 @@ async fn token(workspace: &Workspace) -> Result<((), Finding), Finding> {
         scopes => format!(", for {}", scopes.join(" ")),
     };
     let message = format!("{}, {expiry}{scopes}", facts.kind.label());
-    Ok(((), Finding::ok(message)))
+    Ok((workspace, Finding::ok(message)))
 }
 
-async fn identity(steps: &mut Steps<'_>, workspace: &Workspace) -> Access {
-    let started = Instant::now();
-    let profile = match workspace.profile().await {
-        Ok(profile) => profile,
-        Err(error) if is_entitlement(&error) => {
-            steps.skip(
-                &[step::IDENTITY],
-                "the identity may not use the workspace's API",
-            );
-            let finding = no_entitlement(workspace, &error);
-            steps.note(step::ENTITLEMENT, started.elapsed(), finding);
-            return Access::default();
+type Identity<'a> = (&'a Workspace, Result<Profile, CallError>);
+
+async fn who_am_i(workspace: &Workspace) -> Result<(Identity<'_>, Finding), Finding> {
+    let profile = workspace.profile().await;
+    let finding = match &profile {
+        Ok(profile) => {
+            let workspace_id = profile.workspace_id.as_ref();
+            let place = workspace_id.map_or(String::new(), |id| format!(" in workspace {id}"));
+            Finding::ok(format!("{}{place}", profile.user_name))
         }
-        Err(error) => {
-            steps.note(step::IDENTITY, started.elapsed(), of_call(&error));
-            steps.skip(&[step::ENTITLEMENT], "the identity is unknown");
-            return Access {
-                // Other calls may be allowed even if this one is not.
-                can_call: error.is_forbidden(),
-                profile: None,
-            };
+        Err(error) if is_entitlement(error) => {
+            Finding::skipped("the identity may not use the workspace's API")
         }
+        Err(error) => error.clone().into(),
     };
-    let workspace_id = profile.workspace_id.as_ref();
-    let place = workspace_id.map_or(String::new(), |id| format!(" in workspace {id}"));
-    let finding = Finding::ok(format!("{}{place}", profile.user_name));
-    steps.note(step::IDENTITY, started.elapsed(), finding);
-    let is_own = profile
-        .entitlements
-        .iter()
-        .any(|name| name == WORKSPACE_ACCESS);
-    let finding = Finding::ok(if is_own {
-        "Workspace access is granted"
-    } else {
-        "Workspace access is not the identity's own, but the API answers"
-    });
-    // By the same call, whose time is noted above.
-    steps.note(step::ENTITLEMENT, Duration::ZERO, finding);
-    Access {
-        can_call: true,
-        profile: Some(profile),
-    }
+    Ok(((workspace, profile), finding))
 }
 
-fn is_entitlement(error: &CallError) -> bool {
-    let detail = error.detail.as_deref().unwrap_or_default();
-    detail
-        .to_ascii_lowercase()
-        .contains("workspace-access entitlement")
-}
-
-fn no_entitlement(workspace: &Workspace, error: &CallError) -> Finding {
+async fn entitlement((workspace, profile): &Identity<'_>) -> Result<Finding, Finding> {
+    let error = match profile {
+        Ok(profile) => {
+            let mut own = profile.entitlements.iter();
+            return Ok(Finding::ok(if own.any(|name| name == WORKSPACE_ACCESS) {
+                "Workspace access is granted"
+            } else {
+                "Workspace access is not the identity's own, but the API answers"
+            }));
+        }
+        Err(error) if is_entitlement(error) => error,
+        Err(_) => return Ok(Finding::skipped("the identity is unknown")),
+    };
     let grant = r#"--json '{"schemas":["urn:ietf:params:scim:api:messages:2.0:PatchOp"],"Operations":[{"op":"add","path":"entitlements","value":[{"value":"workspace-access"}]}]}'"#;
     let (who, kind) = match workspace.service_principal() {
         Some(id) => (format!("the service principal {id}"), "service-principals"),
         None => ("the identity".to_owned(), "users"),
     };
-    Finding::failed(format!("{who} lacks the Workspace access entitlement"))
+    let message = format!("{who} lacks the Workspace access entitlement");
+    let fix = format!("an admin grants it: databricks {kind} patch <ID> {grant}");
+    Err(Finding::failed(message)
         .detail(error.detail.clone())
-        .fix(format!(
-            "an admin grants it: databricks {kind} patch <ID> {grant}"
-        ))
+        .fix(fix))
 }
 
-fn of_call(error: &CallError) -> Finding {
-    Finding::failed(error.message.clone())
-        .detail(error.detail.clone())
-        .hint(error.hint.clone())
+fn is_entitlement(error: &CallError) -> bool {
+    let detail = error.detail.as_deref().unwrap_or_default();
+    let detail = detail.to_ascii_lowercase();
+    detail.contains("workspace-access entitlement")
 }
 
+/// The first addresses, and the number of the others.
 pub(super) fn listed(addresses: &[SocketAddr]) -> String {
-    let mut shown: Vec<String> = addresses
-        .iter()
-        .map(|address| address.ip().to_string())
-        .collect();
+    let addresses = addresses.iter().map(|address| address.ip().to_string());
+    let mut shown: Vec<String> = addresses.collect();
     shown.dedup();
     let more = shown.len().saturating_sub(3);
     shown.truncate(3);
     let shown = shown.join(", ");
-    if more == 0 {
-        shown
-    } else {
-        format!("{shown} and {more} more")
+    match more {
+        0 => shown,
+        _ => format!("{shown} and {more} more"),
     }
 }
 
@@ -311,11 +278,8 @@ fn proxy(host: &str, variables: &[(String, String)]) -> Option<String> {
     let exceptions = get(["NO_PROXY", "no_proxy"]).unwrap_or_default();
     let is_exception = exceptions.split(',').map(str::trim).any(|pattern| {
         let pattern = pattern.trim_start_matches('.');
-        pattern == "*"
-            || (!pattern.is_empty()
-                && host
-                    .strip_suffix(pattern)
-                    .is_some_and(|rest| rest.is_empty() || rest.ends_with('.')))
+        let rest = host.strip_suffix(pattern).filter(|_| !pattern.is_empty());
+        pattern == "*" || rest.is_some_and(|rest| rest.is_empty() || rest.ends_with('.'))
     });
     (!is_exception).then(|| without_secrets(proxy))
 }
