@@ -5,7 +5,7 @@ use std::{net::SocketAddr, sync::Arc, time::Duration};
 use tokio::time::{Instant, sleep_until};
 
 use super::{
-    StartError,
+    AppError,
     endpoint::{Endpoints, Served},
     locate::{EndpointSource, LocatedEndpoint, locate},
     outcomes::Reporter,
@@ -42,7 +42,7 @@ impl Discovery {
                 Ok(located) => return located,
                 Err(error) => error,
             };
-            let (kind, retry_after) = error.kind();
+            let (kind, retry_after) = (error.kind, error.retry_after);
             pace.failed(Instant::now(), kind, retry_after, jitter);
             self.finder.failed(Problem {
                 refusal: refusal(&self.served.config, &error),
@@ -64,7 +64,7 @@ impl Discovery {
         }
     }
 
-    async fn attempt(&self) -> Result<LocatedEndpoint, StartError> {
+    async fn attempt(&self) -> Result<LocatedEndpoint, AppError> {
         // Retries within an attempt save a search of many requests from starting again.
         let located = locate(&self.served.config, &self.source, REQUEST_BUDGET).await?;
         refuse_loop(&located, &self.endpoints).await?;
@@ -72,13 +72,13 @@ impl Discovery {
     }
 
     /// Logs each error once, except the one that ends the program.
-    fn log(&self, error: &StartError, logged: &mut Option<String>) {
+    fn log(&self, error: &AppError, logged: &mut Option<String>) {
         let text = chain(error).to_string();
         if logged.as_ref() == Some(&text) {
             return;
         }
         let endpoint = self.served.config.called();
-        if error.kind().0.is_transient() {
+        if error.kind.is_transient() {
             tracing::warn!(
                 endpoint,
                 error = text,
@@ -98,7 +98,7 @@ impl Discovery {
     }
 }
 
-fn refusal(config: &EndpointConfig, error: &StartError) -> Refusal {
+fn refusal(config: &EndpointConfig, error: &AppError) -> Refusal {
     let mut report = Report::new(
         sqlstate::CANNOT_CONNECT,
         format!(
@@ -107,11 +107,11 @@ fn refusal(config: &EndpointConfig, error: &StartError) -> Refusal {
             chain(error)
         ),
     );
-    report.hint = error.hint();
+    report.hint = error.hint().map(str::to_owned);
     Refusal {
         report,
         // `Waking` marks what a retry may fix: `Running::proxy_address` waits on for it.
-        reason: if error.kind().0.is_transient() {
+        reason: if error.kind.is_transient() {
             Reason::Waking
         } else {
             Reason::Other
@@ -120,7 +120,7 @@ fn refusal(config: &EndpointConfig, error: &StartError) -> Refusal {
 }
 
 /// Refuses an upstream that is one of our own listeners: each connection would open another.
-async fn refuse_loop(located: &LocatedEndpoint, endpoints: &Endpoints) -> Result<(), StartError> {
+async fn refuse_loop(located: &LocatedEndpoint, endpoints: &Endpoints) -> Result<(), AppError> {
     let endpoint = &located.endpoint;
     let ours = endpoints.addresses();
     // No listener has the port: a loop is impossible, and the host need not be resolved.
@@ -137,10 +137,10 @@ async fn refuse_loop(located: &LocatedEndpoint, endpoints: &Endpoints) -> Result
     };
     let is_ours = |address: SocketAddr| ours.iter().any(|ours| leads_to(address, *ours));
     if resolved.into_iter().any(is_ours) {
-        return Err(StartError::Loop {
-            host: endpoint.host.clone(),
-            port: endpoint.port,
-        });
+        return Err(AppError::new(
+            format!("PGHOST `{}` with PGPORT {} is this proxy itself", endpoint.host, endpoint.port),
+            Some("PGHOST and PGPORT name the Lakebase endpoint, --address and --port where this proxy listens".to_owned()),
+        ));
     }
     Ok(())
 }

@@ -4,14 +4,14 @@ use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use rustls::pki_types::ServerName;
 
-use super::StartError;
+use super::AppError;
 use crate::{
     config::{CredentialSource, DEFAULT_DATABASE, EndpointConfig, TlsMode, without_userinfo},
     credential::{self, Mint},
     net::{blocking, tls},
     status::Label,
     upstream::{Addresses, DroppedParameters, Endpoint, Security},
-    workspace::{AppDatabases, CredentialMinter, HostName, Wanted, Workspace},
+    workspace::{AppDatabases, CredentialMinter, HostName, LocateError, Wanted, Workspace},
 };
 
 /// An endpoint that can be dialed, and the source of its credentials.
@@ -43,11 +43,9 @@ impl EndpointSource {
 }
 
 /// Checks what needs no network: names, and the trusted roots.
-pub(super) fn check(config: &EndpointConfig, source: &EndpointSource) -> Result<(), StartError> {
+pub(super) fn check(config: &EndpointConfig, source: &EndpointSource) -> Result<(), AppError> {
     if let EndpointSource::Workspace(_) = source {
-        Wanted::from(config)
-            .check()
-            .map_err(|error| StartError::Locate(Box::new(error.into())))?;
+        Wanted::from(config).check().map_err(LocateError::from)?;
     }
     match &config.host {
         Some(host) => security(&config.tls, host).map(drop),
@@ -60,7 +58,7 @@ pub(super) async fn locate(
     config: &EndpointConfig,
     source: &EndpointSource,
     timeout: Duration,
-) -> Result<LocatedEndpoint, StartError> {
+) -> Result<LocatedEndpoint, AppError> {
     let workspace = match source {
         EndpointSource::Workspace(workspace) => workspace,
         EndpointSource::Own(mint) => {
@@ -75,10 +73,7 @@ pub(super) async fn locate(
             });
         }
     };
-    let located = workspace
-        .locate(&config.into(), timeout)
-        .await
-        .map_err(Box::new)?;
+    let located = workspace.locate(&config.into(), timeout).await?;
     // Lakebase's docs, "Connection pooling": not available for OAuth roles. A warning only, since poolers accept OAuth
     // credentials where Databricks has enabled that.
     let direct = located.host.parse::<HostName>().ok();
@@ -112,7 +107,7 @@ async fn endpoint(
     host: String,
     user: String,
     database: String,
-) -> Result<Endpoint, StartError> {
+) -> Result<Endpoint, AppError> {
     let (tls, name) = (config.tls.clone(), host.clone());
     // Parses a PEM file, which must not delay the other tasks of the main runtime.
     let security = blocking(move || security(&tls, &name)).await?;
@@ -132,15 +127,18 @@ async fn endpoint(
 }
 
 /// The TLS configuration towards `host`; reads the file of roots.
-pub(super) fn security(tls: &TlsMode, host: &str) -> Result<Security, StartError> {
+pub(super) fn security(tls: &TlsMode, host: &str) -> Result<Security, AppError> {
     Ok(match tls {
         TlsMode::Disabled => Security::Plain,
         TlsMode::Verified(roots) => Security::Tls {
             config: tls::client_config(roots, tls::ALPN_POSTGRESQL)?,
             name: ServerName::try_from(host.to_owned()).map_err(|_| {
                 // A whole URL, perhaps, and then with a password before its host.
-                let host = without_userinfo(host).into_owned();
-                StartError::HostName { host }
+                let host = without_userinfo(host);
+                AppError::new(
+                    format!("`{host}` is not a host name"),
+                    Some("set PGHOST to the endpoint's host name (ep-...database...)".to_owned()),
+                )
             })?,
         },
     })

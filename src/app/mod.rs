@@ -18,8 +18,8 @@ use tokio::net::TcpListener;
 
 pub use self::{
     endpoint::{Endpoints, Served},
-    error::StartError,
-    reload::{RefusedReload, Reloaded, Reloader},
+    error::AppError,
+    reload::Reloader,
     running::Running,
 };
 use self::{
@@ -75,12 +75,12 @@ impl App {
     ///
     /// Fails if the settings of the workspace are invalid where an endpoint needs it, or those of all endpoints: with one that
     /// works, the others are reported and refused to clients.
-    pub async fn build(config: Config) -> Result<Self, StartError> {
+    pub async fn build(config: Config) -> Result<Self, AppError> {
         Self::build_with(config, Inherited::default()).await
     }
 
     /// As [`build`](Self::build), with sockets from the service manager instead of those in the settings.
-    pub async fn build_with(config: Config, inherited: Inherited) -> Result<Self, StartError> {
+    pub async fn build_with(config: Config, inherited: Inherited) -> Result<Self, AppError> {
         // First: the default of --max-connections is derived from the raised limit.
         descriptors::raise(config.settings.max_connections());
         // Before any thread or task is started, so that a port in use only ends this function.
@@ -174,11 +174,11 @@ impl App {
 const LOCATE_BUDGET: Duration = Duration::from_mins(1);
 
 /// Locates the first endpoint and the source of its credentials, without listening.
-pub(crate) async fn locate_first(config: Config) -> Result<LocatedEndpoint, StartError> {
+pub(crate) async fn locate_first(config: Config) -> Result<LocatedEndpoint, AppError> {
     let [endpoint, ..] = &config.endpoints[..] else {
-        return Err(StartError::NoEndpoint);
+        return Err(no_endpoint());
     };
-    let workspace = || -> Result<Workspace, StartError> {
+    let workspace = || -> Result<Workspace, AppError> {
         let tls = tls::client_config(&Roots::System, tls::ALPN_HTTP_1_1)?;
         Ok(Workspace::new(
             config.workspace.clone(),
@@ -197,4 +197,8 @@ fn bind(address: Option<SocketAddr>, flag: &str) -> Result<Option<TcpListener>, 
         listen(address, true).map_err(|source| ListenError::tcp(address, flag, source))
     });
     listener.transpose()
+}
+
+fn no_endpoint() -> AppError {
+    AppError::new("no endpoint is configured", None)
 }

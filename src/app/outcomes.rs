@@ -4,14 +4,14 @@ use std::sync::Arc;
 
 use tokio::sync::watch;
 
-use super::StartError;
+use super::AppError;
 
 /// The outcome of one endpoint's discovery.
 #[derive(Clone)]
 enum Outcome {
     Found,
     /// An error that retries do not fix.
-    Failed(Arc<StartError>),
+    Failed(Arc<AppError>),
     /// The first attempt is in progress.
     Pending,
     /// The last attempt failed; a retry may succeed.
@@ -41,7 +41,7 @@ impl Outcomes {
     }
 
     /// Returns once an endpoint is found, or each has been tried; fails if none can be used. Cancel safe.
-    pub(super) async fn known(&self) -> Result<(), StartError> {
+    pub(super) async fn known(&self) -> Result<(), AppError> {
         let is_known = |outcomes: &Vec<Outcome>| {
             let mut outcomes = outcomes.iter();
             outcomes.clone().any(|it| matches!(it, Outcome::Found))
@@ -51,20 +51,20 @@ impl Outcomes {
     }
 
     /// Returns once an endpoint is found; fails if none can be used. Cancel safe.
-    pub(super) async fn found(&self) -> Result<(), StartError> {
+    pub(super) async fn found(&self) -> Result<(), AppError> {
         let is_found =
             |outcomes: &Vec<Outcome>| outcomes.iter().any(|it| matches!(it, Outcome::Found));
         self.until(is_found).await
     }
 
-    async fn until(&self, is_reached: impl Fn(&Vec<Outcome>) -> bool) -> Result<(), StartError> {
+    async fn until(&self, is_reached: impl Fn(&Vec<Outcome>) -> bool) -> Result<(), AppError> {
         let mut outcomes = self.0.clone();
         let reached = outcomes
             .wait_for(|outcomes| failure(outcomes).is_some() || is_reached(outcomes))
             .await;
         match reached {
             Ok(outcomes) => match failure(&outcomes) {
-                Some(error) => Err(StartError::Endpoint(error)),
+                Some(error) => Err(AppError::clone(&error)),
                 None => Ok(()),
             },
             // The senders are dropped when the program ends anyway.
@@ -74,7 +74,7 @@ impl Outcomes {
 }
 
 /// The first endpoint's error, if all have failed.
-fn failure(outcomes: &[Outcome]) -> Option<Arc<StartError>> {
+fn failure(outcomes: &[Outcome]) -> Option<Arc<AppError>> {
     let mut first = None;
     for outcome in outcomes {
         match outcome {
@@ -91,8 +91,8 @@ impl Reporter {
         self.set(Outcome::Found);
     }
 
-    pub(super) fn failed(&self, error: StartError) {
-        self.set(if error.kind().0.is_transient() {
+    pub(super) fn failed(&self, error: AppError) {
+        self.set(if error.kind.is_transient() {
             Outcome::Retrying
         } else {
             Outcome::Failed(Arc::new(error))
@@ -125,18 +125,13 @@ mod tests {
     async fn discovery_fails_only_when_every_endpoint_has_failed() {
         let (reporters, outcomes) = Outcomes::of(2);
         let pending = async || timeout(A_WHILE, outcomes.found()).await.is_err();
-        reporters[1].failed(StartError::NoEndpoint);
+        let refused = |message: &str| AppError::new(message, None);
+        reporters[1].failed(refused("the second"));
         assert!(pending().await, "the first has not been tried");
         assert!(timeout(A_WHILE, outcomes.known()).await.is_err());
-        reporters[0].failed(StartError::HostName {
-            host: "a b".to_owned(),
-        });
+        reporters[0].failed(refused("the first"));
         let error = outcomes.found().await.unwrap_err();
-        assert!(
-            error.to_string().contains("a b"),
-            "the first one's: {error}"
-        );
-        assert!(error.hint().is_some());
+        assert!(error.to_string().contains("the first"), "{error}");
         reporters[1].found();
         assert!(outcomes.found().await.is_ok() && outcomes.known().await.is_ok());
     }

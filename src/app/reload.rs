@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Duration};
 use tokio::time::{Instant, sleep};
 
 use super::{
-    Served, StartError,
+    AppError, Served,
     locate::security,
     running::Running,
     serve::{self, BoundEndpoint},
@@ -17,7 +17,7 @@ use crate::{
     net::{FileWatch, blocking, tls::Fingerprint},
     session::AccessPolicy,
     shutdown::{Hangup, Phase},
-    telemetry::{LogError, chain, labels::ReloadOutcome, logging::check_filter},
+    telemetry::{chain, labels::ReloadOutcome, logging::check_filter},
     upstream::{Endpoint, Security},
 };
 
@@ -29,43 +29,6 @@ pub struct Reloader {
     shared: Arc<Shared>,
     source: Source,
     config: Config,
-}
-
-/// The outcome of a reload.
-#[derive(Clone, Debug)]
-pub enum Reloaded {
-    /// The changes were applied.
-    Applied(Box<Change>),
-    /// There was no change.
-    Unchanged,
-}
-
-/// A refused reload; the settings in force stay.
-#[derive(Debug, thiserror::Error)]
-pub enum RefusedReload {
-    /// The settings are invalid.
-    #[error(transparent)]
-    Config(#[from] ConfigError),
-    /// The log filter is invalid.
-    #[error(transparent)]
-    Log(#[from] LogError),
-    /// The proxy is shutting down.
-    #[error("the proxy is shutting down")]
-    ShuttingDown,
-    /// They cannot be applied.
-    #[error(transparent)]
-    Start(#[from] StartError),
-}
-
-impl RefusedReload {
-    /// What the user can do.
-    pub fn hint(&self) -> Option<String> {
-        match self {
-            Self::Config(error) => error.hint().map(str::to_owned),
-            Self::Start(error) => error.hint(),
-            Self::Log(_) | Self::ShuttingDown => None,
-        }
-    }
 }
 
 /// A change for which everything that can fail is done.
@@ -118,20 +81,21 @@ impl Running {
 }
 
 impl Reloader {
-    /// Loads the settings again and applies what differs. Not cancel safe: the labels of endpoints that were prepared
-    /// would stay in the metrics.
-    pub async fn reload(&mut self) -> Result<Reloaded, RefusedReload> {
+    /// Loads the settings again and applies what differs; `None` if nothing does. After an error the settings in force stay.
+    ///
+    /// Not cancel safe: the labels of endpoints that were prepared would stay in the metrics.
+    pub async fn reload(&mut self) -> Result<Option<Change>, AppError> {
         let notifier = self.shared.notifier.clone();
         // Reports READY when dropped, whatever the outcome: with `Type=notify-reload`, systemd waits for that.
         let _reloading = notifier.reloading();
         let outcome = self.attempt().await;
         let metrics = &self.shared.metrics.process;
         let label = match &outcome {
-            Ok(Reloaded::Applied(change)) => {
+            Ok(Some(change)) => {
                 log_change(change);
                 ReloadOutcome::Applied
             }
-            Ok(Reloaded::Unchanged) => {
+            Ok(None) => {
                 tracing::info!("settings reloaded; nothing has changed");
                 ReloadOutcome::Unchanged
             }
@@ -165,9 +129,9 @@ impl Reloader {
         prepared.map_or(true, |prepared| !prepared.roots.is_empty())
     }
 
-    async fn attempt(&mut self) -> Result<Reloaded, RefusedReload> {
+    async fn attempt(&mut self) -> Result<Option<Change>, AppError> {
         if self.shared.process.shutdown.phase() != Phase::Serving {
-            return Err(RefusedReload::ShuttingDown);
+            return Err(AppError::new("the proxy is shutting down", None));
         }
         let mut change = self.config.change_to(self.load().await?);
         // Before anything is bound: commit cannot fail any more.
@@ -177,14 +141,14 @@ impl Reloader {
             change.applied.push("PGSSLROOTCERT");
         }
         if change.is_empty() {
-            return Ok(Reloaded::Unchanged);
+            return Ok(None);
         }
         self.commit(&change, prepared);
-        Ok(Reloaded::Applied(Box::new(change)))
+        Ok(Some(change))
     }
 
     /// Binds, reads and checks. A failure leaves the settings in force as they are.
-    async fn prepare(&self, change: &Change) -> Result<Prepared, StartError> {
+    async fn prepare(&self, change: &Change) -> Result<Prepared, AppError> {
         let before = Arc::clone(&self.shared.process.config.load_full().access);
         let (old, new) = (self.config.clone(), change.config.clone());
         // Reads certificates and derives a SCRAM verifier: too long for the main runtime's thread.
@@ -205,7 +169,7 @@ impl Reloader {
         Ok(prepared)
     }
 
-    async fn fill(&self, change: &Change, prepared: &mut Prepared) -> Result<(), StartError> {
+    async fn fill(&self, change: &Change, prepared: &mut Prepared) -> Result<(), AppError> {
         let served = self.shared.endpoints.now();
         for served in served
             .iter()
@@ -353,7 +317,7 @@ enum ModeChange {
 async fn bind(
     conflicting: impl Iterator<Item = &Arc<Served>>,
     endpoint: &EndpointConfig,
-) -> Result<Listener, StartError> {
+) -> Result<Listener, AppError> {
     let mut shut = false;
     for before in conflicting {
         // It was open for cancel requests only, since a removed endpoint refuses sessions: a failed reload need not

@@ -8,7 +8,7 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use super::{Addresses, Endpoints, Served, StartError, outcomes::Outcomes, shared::Shared};
+use super::{Addresses, AppError, Endpoints, Served, outcomes::Outcomes, shared::Shared};
 use crate::{
     admin::Admin,
     credential::CredentialCell,
@@ -128,7 +128,7 @@ impl Running {
     ///
     /// With `--run-connection-test`: logs in once at every endpoint, waiting for a wake as long as a client does, and
     /// reports startup only then.
-    pub async fn ready(&self) -> Result<(), StartError> {
+    pub async fn ready(&self) -> Result<(), AppError> {
         if !self.shared.settings().run_connection_test() {
             // A workspace that does not respond must not delay the service manager: clients are served.
             if let Ok(known) = timeout(DISCOVERY_TIMEOUT, self.outcomes.known()).await {
@@ -149,7 +149,11 @@ impl Running {
         while let Some(login) = logins.join_next().await {
             // A panic is counted and logged where it happens.
             if let Ok(Err(refusal)) = login {
-                return Err(StartError::Test(Box::new(refusal.report)));
+                let report = refusal.report;
+                return Err(AppError::new(
+                    format!("connection test failed: {}", report.line()),
+                    report.hint,
+                ));
             }
         }
         tracing::info!("connection test passed");
@@ -159,7 +163,7 @@ impl Running {
     }
 
     /// Waits until an endpoint is found; fails if none can be used, which ends the program. Cancel safe.
-    pub async fn found(&self) -> Result<(), StartError> {
+    pub async fn found(&self) -> Result<(), AppError> {
         self.outcomes.found().await
     }
 

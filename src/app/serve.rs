@@ -5,7 +5,7 @@ use std::{os::unix::fs::PermissionsExt, sync::Arc};
 use arc_swap::ArcSwap;
 
 use super::{
-    StartError,
+    AppError,
     discovery::Discovery,
     endpoint::{Endpoints, Served},
     locate::EndpointSource,
@@ -42,7 +42,7 @@ impl BoundEndpoint {
         config: EndpointConfig,
         listener: Listener,
         metrics: Arc<Metrics>,
-    ) -> Result<Self, StartError> {
+    ) -> Result<Self, AppError> {
         let source = EndpointSource::new(&config.credential, || shared.workspace())?;
         let its = config.clone();
         let roots = blocking(move || roots(&its)).await;

@@ -8,7 +8,7 @@ use tokio::{sync::watch, time::Instant};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use super::{
-    StartError,
+    AppError,
     endpoint::{Endpoints, Served},
 };
 use crate::{
@@ -63,7 +63,7 @@ pub(super) struct Shared {
 pub(super) fn access_policy(
     config: &Config,
     before: Option<(&Config, &AccessPolicy)>,
-) -> Result<AccessPolicy, StartError> {
+) -> Result<AccessPolicy, AppError> {
     let certificate = match before {
         // A new self-signed certificate would have another fingerprint than the one logged at startup.
         Some((old, access)) if old.client_tls == config.client_tls => access.certificate.clone(),
@@ -73,7 +73,12 @@ pub(super) fn access_policy(
         (_, None) => None,
         (Some((old, access)), Some(_)) if old.has_same_password(config) => access.password.clone(),
         (_, Some(password)) => {
-            let checked = LocalPassword::new(password).ok_or(StartError::LocalPassword)?;
+            let checked = LocalPassword::new(password).ok_or_else(|| {
+                AppError::new(
+                    "cannot derive a verifier from the password for clients",
+                    None,
+                )
+            })?;
             Some(Arc::new(checked))
         }
     };
@@ -92,7 +97,7 @@ pub(super) fn access_policy(
 }
 
 impl Shared {
-    pub(super) fn new(config: &Config) -> Result<Self, StartError> {
+    pub(super) fn new(config: &Config) -> Result<Self, AppError> {
         let first = config.endpoints.first();
         let endpoints = Endpoints::default();
         let (registry, shutdown) = (Registry::default(), Shutdown::new());
@@ -139,7 +144,7 @@ impl Shared {
             console,
             metrics: Metrics::of_endpoint(first.map_or("", EndpointConfig::called))?,
             runtimes: Arc::new(
-                SessionThreads::start(config.threads).map_err(StartError::Runtimes)?,
+                SessionThreads::start(config.threads).map_err(|error| AppError::threads(&error))?,
             ),
             clients: TaskTracker::new(),
             helpers: TaskTracker::new(),
@@ -179,7 +184,7 @@ impl Shared {
     }
 
     /// The workspace, opened for the first endpoint that needs it.
-    pub(super) fn workspace(&self) -> Result<Workspace, StartError> {
+    pub(super) fn workspace(&self) -> Result<Workspace, AppError> {
         if let Some(workspace) = self.workspace.get() {
             return Ok(workspace.clone());
         }

@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Duration};
 use tokio::{sync::watch, time::sleep};
 use tokio_util::sync::CancellationToken;
 
-use super::{App, Running, StartError, outcomes::Outcomes};
+use super::{App, AppError, Running, outcomes::Outcomes};
 use crate::{
     admin::{self, Admin, AdminState},
     config::{DurationSetting, Settings},
@@ -14,7 +14,7 @@ use crate::{
 
 impl App {
     /// Starts everything.
-    pub fn start(self) -> Result<Running, StartError> {
+    pub fn start(self) -> Result<Running, AppError> {
         let Self {
             bound,
             http,
@@ -25,7 +25,7 @@ impl App {
         } = self;
         let shared = Arc::new(shared);
         let Some(first) = bound.first().map(|endpoint| Arc::clone(&endpoint.served)) else {
-            return Err(StartError::NoEndpoint);
+            return Err(super::no_endpoint());
         };
         let (helpers, stop) = (&shared.helpers, &shared.stop);
         let health = Arc::clone(&shared.health);

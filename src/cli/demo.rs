@@ -130,7 +130,7 @@ async fn start_proxy(arguments: &DemoArgs, emulator: &Emulator) -> Result<Runnin
             Ok(app) => return Ok(app.start()?),
             Err(error) => error,
         };
-        let (port, requested) = match error.taken_port() {
+        let (port, requested) = match error.taken_port {
             Some(taken) if taken == ports.http => (&mut ports.http, arguments.http_port),
             Some(taken) if taken == ports.notes => (&mut ports.notes, arguments.notes_port),
             Some(_) => (&mut ports.postgres, arguments.port),

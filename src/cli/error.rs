@@ -4,7 +4,7 @@ use std::{error::Error, io, process::ExitCode};
 
 use super::PROGRAM;
 use crate::{
-    app::StartError, config::ConfigError, exec::SpawnError, listener::ListenError, telemetry,
+    app::AppError, config::ConfigError, exec::SpawnError, listener::ListenError, telemetry,
 };
 
 /// A bad command line or configuration, or a failed start.
@@ -74,14 +74,14 @@ macro_rules! from_errors {
     ($($error:ty),+ $(,)?) => {
         $(impl From<$error> for CommandError {
             fn from(error: $error) -> Self {
-                let hint = error.hint().map(Into::into);
+                let hint = error.hint().map(str::to_owned);
                 Self::new(error, hint)
             }
         })+
     };
 }
 
-from_errors!(ConfigError, ListenError, StartError);
+from_errors!(ConfigError, ListenError, AppError);
 
 impl From<telemetry::LogError> for CommandError {
     fn from(error: telemetry::LogError) -> Self {

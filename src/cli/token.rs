@@ -10,7 +10,7 @@ use tokio::time::timeout;
 
 use super::{CommandError, start_log};
 use crate::{
-    app::{self, StartError},
+    app::{self, AppError},
     config::{Config, Environment, Settings},
     telemetry::LogGuard,
 };
@@ -55,7 +55,7 @@ pub(super) async fn run(
     let minting = async {
         let located = app::locate_first(config).await?;
         let minted = located.mint.mint().await;
-        Ok::<_, StartError>((located.endpoint, minted))
+        Ok::<_, AppError>((located.endpoint, minted))
     };
     let (endpoint, minted) = timeout(TIMEOUT, minting).await.map_err(|_| timed_out())??;
     let minted = minted.map_err(|error| {

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use futures_util::future::join_all;
 use lakebase_proxy::{
-    app::{App, StartError},
+    app::App,
     config::{Config, Environment, PortSetting, Settings},
     emulator::{Action, Emulator, Response, Site},
 };
@@ -209,7 +209,6 @@ async fn an_endpoint_that_does_not_exist_ends_the_program_once_the_workspace_is_
     let error = within("the end", proxy.running().found())
         .await
         .unwrap_err();
-    assert!(matches!(error, StartError::Endpoint(_)), "{error:?}");
     assert!(error.to_string().contains("-missing"), "{error}");
     assert!(error.hint().unwrap().contains("ENDPOINT_NAME"));
 

@@ -12,7 +12,7 @@ pub(crate) mod wire;
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use lakebase_proxy::{
-    app::{App, Running, StartError},
+    app::{App, AppError, Running},
     config::{Config, DurationSetting, Environment, PortSetting, Settings},
     credential::CredentialCell,
     emulator::{Emulator, EmulatorOptions, LocalPostgres, LocalPostgresOptions, PostgresSource},
@@ -158,7 +158,7 @@ impl Proxy {
         emulator: &Emulator,
         variables: &[(&str, &str)],
         change: impl FnOnce(&mut Settings),
-    ) -> Result<Self, StartError> {
+    ) -> Result<Self, AppError> {
         let proxy = Self::unfound(emulator, variables, change).await?;
         proxy.running.found().await?;
         Ok(proxy)
@@ -169,7 +169,7 @@ impl Proxy {
         emulator: &Emulator,
         variables: &[(&str, &str)],
         change: impl FnOnce(&mut Settings),
-    ) -> Result<Self, StartError> {
+    ) -> Result<Self, AppError> {
         let app = App::build(config(emulator, variables, change)).await?;
         Ok(Self {
             running: app.start()?,
