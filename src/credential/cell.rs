@@ -20,7 +20,9 @@ use tokio::{
 
 use super::{
     CallError, Cause, CredentialError, CredentialState, Demand, HOLD, Minted, Probe,
-    demand::Forced, is_held_for, propagation::Propagation, schedule::Lifetime,
+    demand::Forced,
+    propagation::Propagation,
+    schedule::{CredentialStatus, Lifetime},
 };
 use crate::{clock::Clock, workspace::claim};
 
@@ -99,33 +101,6 @@ pub struct MintAttempt {
     pub outcome: Result<Option<Timestamp>, Arc<CallError>>,
 }
 
-/// The published state of the credential; holds no secret.
-#[derive(Clone, Debug)]
-pub struct CredentialStatus {
-    /// The generation of the current credential; 0 before the first.
-    pub generation: u64,
-    /// When the current credential was minted.
-    pub minted_at: Option<Timestamp>,
-    /// When it expires; `None` before the first and for one that never does.
-    pub expires_at: Option<Timestamp>,
-    /// Its state.
-    pub state: CredentialState,
-    /// Whether a new one is minted on demand only.
-    pub is_lazy: bool,
-    /// Why the last attempt failed; `None` after a success.
-    pub last_error: Option<Arc<CallError>>,
-    /// When the next attempt is planned.
-    pub next_attempt: Option<Timestamp>,
-    /// The milestones of the current credential.
-    pub(super) lifetime: Option<Lifetime>,
-    /// The number of attempts that have ended.
-    pub(super) settled: u64,
-    /// Whether an attempt is in progress.
-    pub(super) in_flight: bool,
-    /// The earliest attempt that a waiting client can cause.
-    pub(super) opens_at: Instant,
-}
-
 impl CredentialCell {
     /// An empty cell, which a refresher keeps filled.
     pub fn new(clock: Clock) -> Self {
@@ -179,7 +154,8 @@ impl CredentialCell {
     /// wait meets it, or at once if the next attempt is more than [`HOLD`] away.
     pub async fn get(&self, deadline: Instant) -> Result<Arc<Credential>, CredentialError> {
         if let Some(credential) = self.current() {
-            if !self.is_lazy_due() {
+            let is_due = |status: &CredentialStatus| status.is_lazy_due_at(self.0.clock.now());
+            if !self.0.is_lazy || !is_due(&self.0.status.borrow()) {
                 return Ok(credential);
             }
             if let Some(credential) = self.renewed(credential, deadline).await {
@@ -190,11 +166,6 @@ impl CredentialCell {
         let status = self.0.status.subscribe();
         status.borrow().refuse_if_hopeless(deadline)?;
         self.wait(status, 0, deadline).await
-    }
-
-    /// Whether a client must wait for a new credential although the current one is valid.
-    fn is_lazy_due(&self) -> bool {
-        self.0.is_lazy && self.0.status.borrow().is_lazy_due_at(self.0.clock.now())
     }
 
     /// Waits for one attempt to replace a credential that is about to expire; falls back on it while it is valid.
@@ -264,19 +235,14 @@ impl CredentialCell {
         generation: u64,
         deadline: Instant,
     ) -> Option<Probe<'_>> {
-        let age = self.age(generation)?;
-        self.0.propagation.probe(generation, age, deadline).await
-    }
-
-    /// How long ago this generation was minted; `None` if it is not the latest.
-    fn age(&self, generation: u64) -> Option<Duration> {
-        let status = self.0.status.borrow();
-        let minted_at = status
-            .minted_at
-            .filter(|_| status.generation == generation)?;
-        let age = self.0.clock.now().duration_since(minted_at);
+        let latest = self.latest()?;
+        if latest.generation != generation {
+            return None;
+        }
+        let age = self.0.clock.now().duration_since(latest.minted_at);
         // Zero if the wall clock was set back in between.
-        Some(Duration::try_from(age).unwrap_or_default())
+        let age = Duration::try_from(age).unwrap_or_default();
+        self.0.propagation.probe(generation, age, deadline).await
     }
 
     /// Records a login that worked: a later rejection of the same cause is worth a prompt new mint.
@@ -342,13 +308,6 @@ impl CredentialCell {
         self.history().iter().cloned().collect()
     }
 
-    /// Adds an attempt to [`attempts`](Self::attempts).
-    pub(super) fn remember(&self, attempt: MintAttempt) {
-        let mut history = self.history();
-        history.push_front(attempt);
-        history.truncate(MAX_ATTEMPTS);
-    }
-
     fn history(&self) -> MutexGuard<'_, VecDeque<MintAttempt>> {
         self.0
             .history
@@ -365,16 +324,6 @@ impl CredentialCell {
         self.0.current.load_full()
     }
 
-    /// Whether this generation was rejected at a login.
-    pub(super) fn is_rejected(&self, generation: u64) -> bool {
-        self.forced().rejected() >= generation
-    }
-
-    /// When a forced refresh that is still due may start.
-    pub(super) fn forced_at(&self, now: Instant) -> Option<Instant> {
-        self.forced().due_at(now)
-    }
-
     /// Records the start of an attempt.
     pub(super) fn attempt_begins(&self, now: Instant) {
         self.forced().attempt(now);
@@ -385,7 +334,13 @@ impl CredentialCell {
     }
 
     /// Publishes the outcome of an attempt. `opens_at`: the earliest attempt that a waiting client can cause.
-    pub(super) fn attempt_ended(&self, opens_at: Instant, error: Option<Arc<CallError>>) {
+    pub(super) fn attempt_ended(&self, attempt: MintAttempt, opens_at: Instant) {
+        let error = attempt.outcome.clone().err();
+        {
+            let mut history = self.history();
+            history.push_front(attempt);
+            history.truncate(MAX_ATTEMPTS);
+        }
         self.0.status.send_modify(|status| {
             status.in_flight = false;
             status.settled += 1;
@@ -407,15 +362,11 @@ impl CredentialCell {
         });
     }
 
-    pub(super) fn is_lazy(&self) -> bool {
-        self.0.is_lazy
-    }
-
     pub(super) fn demand(&self) -> &Demand {
         &self.0.demand
     }
 
-    fn forced(&self) -> MutexGuard<'_, Forced> {
+    pub(super) fn forced(&self) -> MutexGuard<'_, Forced> {
         self.0.forced.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -472,60 +423,5 @@ impl fmt::Debug for CredentialCell {
         f.debug_struct("CredentialCell")
             .field("current", &self.0.current.load())
             .finish_non_exhaustive()
-    }
-}
-
-impl CredentialStatus {
-    /// Whether logins can work: now, or after a mint on demand.
-    pub fn is_ready(&self) -> bool {
-        // On demand, an expired credential is normal between clients: the next one has another minted.
-        let is_mintable = self.is_lazy && self.generation > 0 && self.last_error.is_none();
-        self.state.is_valid() || is_mintable
-    }
-
-    /// Whether a login must wait for a new one, where credentials are minted on demand only.
-    pub(super) fn is_lazy_due_at(&self, now: Timestamp) -> bool {
-        self.lifetime
-            .is_some_and(|lifetime| now >= lifetime.lazy_due)
-    }
-
-    /// When its refresh is due; `None` if it never expires.
-    pub fn due_at(&self) -> Option<Timestamp> {
-        self.lifetime.map(|lifetime| lifetime.due)
-    }
-
-    /// When its refresh becomes urgent.
-    pub fn urgent_at(&self) -> Option<Timestamp> {
-        self.lifetime.map(|lifetime| lifetime.urgent)
-    }
-
-    fn state_at(&self, now: Timestamp) -> CredentialState {
-        match (&self.lifetime, self.generation) {
-            (_, 0) => CredentialState::None,
-            (Some(lifetime), _) => lifetime.state(now),
-            (None, _) => CredentialState::Fresh,
-        }
-    }
-
-    /// The last error, if no client waits for the attempt after it.
-    fn refusal(&self) -> Option<&Arc<CallError>> {
-        self.last_error
-            .as_ref()
-            .filter(|error| !is_held_for(error.kind, error.retry_after))
-    }
-
-    /// Refuses a client at once if the last failure lasts and no attempt is possible soon.
-    fn refuse_if_hopeless(&self, deadline: Instant) -> Result<(), CredentialError> {
-        match self.refusal() {
-            Some(error) if !self.is_open_by(deadline) => {
-                Err(CredentialError::Failed(Arc::clone(error)))
-            }
-            _ => Ok(()),
-        }
-    }
-
-    /// Whether an attempt is in progress, or possible soon enough for a client to wait.
-    fn is_open_by(&self, deadline: Instant) -> bool {
-        self.in_flight || self.opens_at <= deadline.min(Instant::now() + HOLD)
     }
 }

@@ -9,7 +9,7 @@
 //! one, because a client can name any number of databases.
 
 use std::{
-    collections::{HashMap, VecDeque},
+    collections::VecDeque,
     hash::{BuildHasher, RandomState},
     sync::{
         LazyLock,
@@ -85,10 +85,8 @@ impl Cause {
 pub(super) struct Forced {
     /// The latest generation that a login was rejected with; 0: none.
     rejected: u64,
-    /// Causes that have had a login accepted.
-    proven: HashMap<Cause, ForcedInterval>,
-    /// The same, in the order in which they were added.
-    order: VecDeque<Cause>,
+    /// Causes that have had a login accepted, the oldest first.
+    proven: VecDeque<(Cause, ForcedInterval)>,
     /// All other causes.
     unproven: ForcedInterval,
     /// A login was rejected because its role belongs to another identity, and none was accepted since.
@@ -161,8 +159,8 @@ impl Forced {
     }
 
     /// When the next due refresh may start; `None`: none is due.
-    pub(super) fn due_at(&self, now: Instant) -> Option<Instant> {
-        self.intervals()
+    pub(super) fn due_at(&mut self, now: Instant) -> Option<Instant> {
+        self.intervals_mut()
             .filter(|interval| interval.wanted.is_some())
             .map(|interval| interval.allowed_at().unwrap_or(now))
             .min()
@@ -196,32 +194,27 @@ impl Forced {
     /// Records an accepted login. A generation older than a later rejection leaves the interval as it is.
     pub(super) fn accept(&mut self, generation: u64, cause: Cause) {
         self.mismatched = false;
-        if let Some(interval) = self.proven.get_mut(&cause) {
+        if let Some((_, interval)) = self.proven.iter_mut().find(|(known, _)| *known == cause) {
             if generation >= interval.rejected {
                 interval.length = FIRST_INTERVAL;
             }
             return;
         }
-        // The evicted cause shares the common interval until its next accepted login.
-        if self.order.len() >= MAX_CAUSES
-            && let Some(first) = self.order.pop_front()
-        {
-            self.proven.remove(&first);
+        // The removed cause shares the common interval until its next accepted login.
+        if self.proven.len() >= MAX_CAUSES {
+            self.proven.pop_front();
         }
-        self.order.push_back(cause);
-        self.proven.insert(cause, ForcedInterval::default());
+        self.proven.push_back((cause, ForcedInterval::default()));
     }
 
     fn interval(&mut self, cause: Cause) -> &mut ForcedInterval {
-        self.proven.get_mut(&cause).unwrap_or(&mut self.unproven)
-    }
-
-    fn intervals(&self) -> impl Iterator<Item = &ForcedInterval> {
-        self.proven.values().chain([&self.unproven])
+        let proven = self.proven.iter_mut().find(|(known, _)| *known == cause);
+        proven.map_or(&mut self.unproven, |(_, interval)| interval)
     }
 
     fn intervals_mut(&mut self) -> impl Iterator<Item = &mut ForcedInterval> {
-        self.proven.values_mut().chain([&mut self.unproven])
+        let proven = self.proven.iter_mut().map(|(_, interval)| interval);
+        proven.chain([&mut self.unproven])
     }
 }
 
@@ -298,7 +291,6 @@ mod tests {
             forced.accept(1, cause(&number.to_string()));
         }
         assert_eq!(forced.proven.len(), MAX_CAUSES);
-        assert_eq!(forced.order.len(), MAX_CAUSES);
     }
 
     #[test]

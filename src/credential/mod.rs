@@ -21,11 +21,12 @@ mod sources;
 use std::{sync::Arc, time::Duration};
 
 pub use crate::status::CredentialState;
-pub use cell::{Credential, CredentialCell, CredentialStatus, MintAttempt};
+pub use cell::{Credential, CredentialCell, MintAttempt};
 pub use demand::Cause;
 pub(crate) use demand::Demand;
 pub(crate) use propagation::Probe;
 pub use refresher::{BoxFuture, Mint, Refresher};
+pub use schedule::CredentialStatus;
 pub(crate) use schedule::Pace;
 pub(crate) use sources::of_settings;
 

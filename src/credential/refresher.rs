@@ -112,7 +112,7 @@ impl Refresher {
 
     fn need(&self, now: Instant) -> Need {
         let status = self.cell.status();
-        if self.cell.is_lazy() {
+        if status.is_lazy {
             return self.lazy_need(&status, now);
         }
         let due_in = status.lifetime.map(|lifetime| {
@@ -122,7 +122,7 @@ impl Refresher {
         Need {
             state: status.state,
             due_in,
-            forced_at: self.cell.forced_at(now),
+            forced_at: self.cell.forced().due_at(now),
             awaited: self.cell.demand().exists(),
         }
     }
@@ -147,7 +147,7 @@ impl Refresher {
             },
             // No timer: it would not fire in time while the platform freezes the CPU.
             due_in: None,
-            forced_at: self.cell.forced_at(now),
+            forced_at: self.cell.forced().due_at(now),
             awaited,
         }
     }
@@ -170,26 +170,25 @@ impl Refresher {
             .map_or_else(|error| error.kind.into(), |_| RefreshOutcome::Success);
         self.metrics.credential_refreshes[label].inc();
         let now = Instant::now();
-        let (outcome, failure) = match outcome {
+        let outcome = match outcome {
             Ok(minted) => {
                 let expires_at = minted.expires_at;
                 self.accept(minted, now, is_changed);
-                (Ok(expires_at), None)
+                Ok(expires_at)
             }
             Err(error) => {
                 self.pace.failed(now, error.kind, error.retry_after, jitter);
                 self.report(&error);
-                let error = Arc::new(error);
-                (Err(Arc::clone(&error)), Some(error))
+                Err(Arc::new(error))
             }
         };
-        self.cell.remember(MintAttempt {
+        let attempt = MintAttempt {
             at: self.cell.clock().now(),
             took: now - began,
             outcome,
-        });
+        };
         // After the publication: a client that sees the end of the attempt must find its credential.
-        self.cell.attempt_ended(self.pace.awaited(), failure);
+        self.cell.attempt_ended(attempt, self.pace.awaited());
     }
 
     /// An expired credential is an error: published, it would be minted again at once, without end.
@@ -209,7 +208,7 @@ impl Refresher {
         // A source may return what it has cached. A valid credential is replaced only by a longer-lived one, unless a server
         // has rejected it.
         let is_better = self.cell.latest().is_none_or(|current| {
-            self.cell.is_rejected(current.generation)
+            self.cell.forced().rejected() >= current.generation
                 || lasts_longer(minted.expires_at, current.expires_at)
                 // A file may be written again with the same password.
                 || (is_changed && minted.secret.expose_secret() != current.secret.expose_secret())

@@ -1,28 +1,29 @@
-//! When to mint: pure arithmetic over one credential's lifetime and over the attempts made so far.
+//! When to mint: pure arithmetic over one credential's lifetime and over the attempts made so far, and the state that
+//! results.
 //!
 //! Nothing here waits, reads a clock or draws a random number: the refresher passes times and jitter in.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use jiff::{SignedDuration, Timestamp};
 use tokio::time::Instant;
 
-use super::{CallErrorKind, CredentialState};
+use super::{CallError, CallErrorKind, CredentialError, CredentialState, HOLD, is_held_for};
 use crate::net::backoff::{Backoff, spread};
 
 /// Least time between two successful mints, whatever the lifetime.
 pub(super) const MIN_BETWEEN_MINTS: Duration = Duration::from_secs(5);
-/// The random share of half the lifetime by which a refresh is early or late, in per mille: a fleet must not mint in step.
-const DUE_JITTER_PER_MILLE: i64 = 100;
+/// The random share of half the lifetime by which a refresh is early or late: a fleet must not mint in step.
+const DUE_JITTER: f64 = 0.1;
 /// Upper limit of the urgent window at the end of a lifetime.
-const URGENT_WINDOW_MS: i64 = 5 * 60 * 1000;
+const URGENT_WINDOW: SignedDuration = SignedDuration::from_mins(5);
 /// The urgent window is at most the lifetime divided by this.
-const URGENT_SHARE: i64 = 6;
+const URGENT_SHARE: i32 = 6;
 /// With refresh on demand, a client gets a new credential if less than this is left, as with Cloud SQL Auth Proxy's
 /// `--lazy-refresh`.
-const LAZY_WINDOW_MS: i64 = 4 * 60 * 1000;
+const LAZY_WINDOW: SignedDuration = SignedDuration::from_mins(4);
 /// That window is at most the lifetime divided by this.
-const LAZY_SHARE: i64 = 2;
+const LAZY_SHARE: i32 = 2;
 /// Wait between retries while a credential is about to expire.
 const URGENT_RETRY: Duration = Duration::from_secs(1);
 /// After transient failures, without a waiting client.
@@ -59,17 +60,17 @@ pub(super) struct Lifetime {
 impl Lifetime {
     /// `jitter` lies in -1..=1 and moves the due time within its random share.
     pub(super) fn new(minted_at: Timestamp, expires: Timestamp, jitter: f64) -> Self {
-        let whole = millis(expires.duration_since(minted_at));
-        let half = whole / 2;
-        let shift = (half / 1000).saturating_mul(per_mille(jitter) * DUE_JITTER_PER_MILLE / 1000);
-        let urgent = before(expires, (whole / URGENT_SHARE).min(URGENT_WINDOW_MS));
-        // `due` is before `urgent` for any lifetime (0.55 < 5/6); `min` keeps it so if the constants change.
-        let due = before(expires, whole - (half.saturating_add(shift))).min(urgent);
-        let lazy_due = before(expires, (whole / LAZY_SHARE).min(LAZY_WINDOW_MS));
+        let whole = expires.duration_since(minted_at).max(SignedDuration::ZERO);
+        let before = |left| expires.saturating_sub(left).unwrap_or(expires);
+        let urgent = before((whole / URGENT_SHARE).min(URGENT_WINDOW));
+        // `clamp` keeps a NaN, and `mul_f64` panics on it.
+        let jitter = if jitter.is_finite() { jitter } else { 0.0 };
+        let half = (whole / 2).mul_f64(1.0 - DUE_JITTER * jitter.clamp(-1.0, 1.0));
         Self {
-            due,
+            // Before `urgent` for any lifetime (0.55 < 5/6); `min` keeps it so if the constants change.
+            due: before(half).min(urgent),
             urgent,
-            lazy_due,
+            lazy_due: before((whole / LAZY_SHARE).min(LAZY_WINDOW)),
             expires,
         }
     }
@@ -84,6 +85,88 @@ impl Lifetime {
         } else {
             CredentialState::Fresh
         }
+    }
+}
+
+/// The published state of the credential; holds no secret.
+#[derive(Clone, Debug)]
+pub struct CredentialStatus {
+    /// The generation of the current credential; 0 before the first.
+    pub generation: u64,
+    /// When the current credential was minted.
+    pub minted_at: Option<Timestamp>,
+    /// When it expires; `None` before the first and for one that never does.
+    pub expires_at: Option<Timestamp>,
+    /// Its state.
+    pub state: CredentialState,
+    /// Whether a new one is minted on demand only.
+    pub is_lazy: bool,
+    /// Why the last attempt failed; `None` after a success.
+    pub last_error: Option<Arc<CallError>>,
+    /// When the next attempt is planned.
+    pub next_attempt: Option<Timestamp>,
+    /// The milestones of the current credential.
+    pub(super) lifetime: Option<Lifetime>,
+    /// The number of attempts that have ended.
+    pub(super) settled: u64,
+    /// Whether an attempt is in progress.
+    pub(super) in_flight: bool,
+    /// The earliest attempt that a waiting client can cause.
+    pub(super) opens_at: Instant,
+}
+
+impl CredentialStatus {
+    /// Whether logins can work: now, or after a mint on demand.
+    pub fn is_ready(&self) -> bool {
+        // On demand, an expired credential is normal between clients: the next one has another minted.
+        let is_mintable = self.is_lazy && self.generation > 0 && self.last_error.is_none();
+        self.state.is_valid() || is_mintable
+    }
+
+    /// Whether a login must wait for a new one, where credentials are minted on demand only.
+    pub(super) fn is_lazy_due_at(&self, now: Timestamp) -> bool {
+        self.lifetime
+            .is_some_and(|lifetime| now >= lifetime.lazy_due)
+    }
+
+    /// When its refresh is due; `None` if it never expires.
+    pub fn due_at(&self) -> Option<Timestamp> {
+        self.lifetime.map(|lifetime| lifetime.due)
+    }
+
+    /// When its refresh becomes urgent.
+    pub fn urgent_at(&self) -> Option<Timestamp> {
+        self.lifetime.map(|lifetime| lifetime.urgent)
+    }
+
+    pub(super) fn state_at(&self, now: Timestamp) -> CredentialState {
+        match (&self.lifetime, self.generation) {
+            (_, 0) => CredentialState::None,
+            (Some(lifetime), _) => lifetime.state(now),
+            (None, _) => CredentialState::Fresh,
+        }
+    }
+
+    /// The last error, if no client waits for the attempt after it.
+    pub(super) fn refusal(&self) -> Option<&Arc<CallError>> {
+        self.last_error
+            .as_ref()
+            .filter(|error| !is_held_for(error.kind, error.retry_after))
+    }
+
+    /// Refuses a client at once if the last failure lasts and no attempt is possible soon.
+    pub(super) fn refuse_if_hopeless(&self, deadline: Instant) -> Result<(), CredentialError> {
+        match self.refusal() {
+            Some(error) if !self.is_open_by(deadline) => {
+                Err(CredentialError::Failed(Arc::clone(error)))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Whether an attempt is in progress, or possible soon enough for a client to wait.
+    pub(super) fn is_open_by(&self, deadline: Instant) -> bool {
+        self.in_flight || self.opens_at <= deadline.min(Instant::now() + HOLD)
     }
 }
 
@@ -209,31 +292,6 @@ impl Pace {
         let forced = need.forced_at.map(|at| at.max(by_demand).max(now));
         [scheduled, forced].into_iter().flatten().min()
     }
-}
-
-fn unit(jitter: f64) -> f64 {
-    if jitter.is_finite() {
-        jitter.clamp(-1.0, 1.0)
-    } else {
-        0.0
-    }
-}
-
-fn per_mille(jitter: f64) -> i64 {
-    #[expect(clippy::cast_possible_truncation, reason = "clamped to -1000..=1000")]
-    let value = (unit(jitter) * 1000.0) as i64;
-    value
-}
-
-fn millis(duration: SignedDuration) -> i64 {
-    i64::try_from(duration.as_millis())
-        .unwrap_or(i64::MAX)
-        .max(0)
-}
-
-fn before(at: Timestamp, millis: i64) -> Timestamp {
-    at.saturating_sub(SignedDuration::from_millis(millis))
-        .unwrap_or(at)
 }
 
 #[cfg(test)]

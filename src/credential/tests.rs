@@ -951,11 +951,12 @@ async fn a_lazy_credential_that_is_rejected_is_replaced_at_once() {
 fn the_newest_attempt_is_first_and_old_ones_are_dropped() {
     let cell = CredentialCell::new(Clock::system());
     for second in 0..100 {
-        cell.remember(MintAttempt {
+        let attempt = MintAttempt {
             at: Timestamp::from_second(second).unwrap(),
             took: Duration::ZERO,
             outcome: Ok(None),
-        });
+        };
+        cell.attempt_ended(attempt, Instant::now());
     }
     let latest = cell.attempts();
     assert_eq!(latest.len(), 30);
