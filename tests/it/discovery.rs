@@ -248,6 +248,27 @@ async fn an_app_without_lookup_rights_uses_the_injected_variables() {
     assert_eq!(found.database.as_deref(), Some("notes_db"));
 }
 
+/// The app's instance was taken, and its credentials were then for another instance than the host's.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_instance_of_an_app_does_not_replace_that_of_the_host() {
+    let emulator = emulator().await;
+    let app = app(&emulator);
+    let of_app = |host: &str| Wanted {
+        app: Some("lakebase-local-app-provisioned".to_owned()),
+        ..on_host(host)
+    };
+    let other = "instance-00000000-0000-4000-8000-000000000000.database.cloud.databricks.com";
+    let error = refused(&app, of_app(other)).await;
+    assert!(matches!(error, LocateError::NotFound { .. }), "{error}");
+
+    let listed = api(&emulator, "database/instances").await;
+    let uid = listed["database_instances"][0]["uid"].as_str().unwrap();
+    let own = format!("instance-{uid}.database.cloud.databricks.com");
+    let found = located(&app, of_app(&own)).await;
+    assert_eq!(instance(&found), emulator.instance_name());
+    emulator.stop().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_missing_resource_is_reported_with_the_existing_ones() {
     let emulator = emulator().await;

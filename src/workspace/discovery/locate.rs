@@ -483,11 +483,15 @@ impl Search<'_> {
             }
             DatabasePlace::Instance(name) => {
                 let name: InstanceName = name.parse().ok()?;
-                let info = self.lookup.instance(&name).await.ok();
-                let info = info.filter(|info| info.has_host(host));
-                if info.is_none() && !matches!(host.kind, HostKind::Instance(_)) {
-                    return None;
-                }
+                let info = match self.lookup.instance(&name).await {
+                    Ok(info) => Some(Some(info).filter(|info| info.answers_to(host))?),
+                    Err(error)
+                        if error.is_forbidden() && matches!(host.kind, HostKind::Instance(_)) =>
+                    {
+                        None
+                    }
+                    Err(_) => return None,
+                };
                 Found::new(Target::Instance(name), info)
             }
         };
