@@ -22,13 +22,15 @@ use super::{
 use crate::{
     net::backoff::jitter,
     telemetry::{Metrics, labels::RefreshOutcome},
-    workspace::CredentialMinter,
+    workspace::{self, CredentialMinter},
 };
 
 /// Longest time between two reads of the wall clock: timers stand still while a laptop sleeps.
 const CLOCK_CHECK_INTERVAL: Duration = Duration::from_secs(30);
-/// An attempt that has not ended by then counts as failed.
-const MINT_TIMEOUT: Duration = Duration::from_mins(1);
+/// An attempt that has not ended by then counts as failed. Above the sum of the timeouts of any source's own steps, so that
+/// it ends what hangs, and never a slow mint that would succeed.
+pub(super) const MINT_TIMEOUT: Duration =
+    Duration::from_secs(workspace::MINT_TIMEOUT.as_secs() + 10);
 
 /// A boxed future, which keeps [`Mint`] usable as a trait object.
 pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;

@@ -15,10 +15,7 @@ use super::{BoxFuture, CallError, Mint, Minted};
 use crate::{
     config::CredentialSource,
     net::{FileWatch, file},
-    workspace::{
-        command::{self, CommandError},
-        expiry::Moment,
-    },
+    workspace::{command, expiry::Moment},
 };
 
 /// How long a command may take.
@@ -126,16 +123,7 @@ impl CredentialCommand {
         let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
         let output = command::run(Path::new(program), &arguments, COMMAND_TIMEOUT)
             .await
-            .map_err(|error| match error {
-                // A program that cannot be started needs a person; one that failed may have met an outage.
-                CommandError::Start(error) => CallError::refused(format!(
-                    "cannot run the credential command `{program}`: {error}"
-                )),
-                CommandError::Broken(_) | CommandError::Timeout(_) | CommandError::TooMuch => {
-                    CallError::unavailable(failed(&format!("failed: {error}")))
-                }
-            })
-            .map_err(|error| error.with_hint(hint))?;
+            .map_err(|error| error.call_error(failed("failed"), hint))?;
         if !output.status.success() {
             let message = failed(&format!("ended with {}", output.status));
             return Err(CallError::unavailable(message).with_hint(hint));

@@ -33,12 +33,12 @@ use super::{
 use crate::{clock::Clock, config::Variables, net::tls::ALPN_HTTP_1_1, telemetry::KnownSecrets};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
-/// One whole call. A credential usually takes two, which together fit into the refresher's timeout.
-const CALL_TIMEOUT: Duration = Duration::from_secs(30);
+/// One whole call.
+pub(super) const CALL_TIMEOUT: Duration = Duration::from_secs(30);
 /// One call to a service of this machine (as the Databricks SDKs).
 const LOCAL_TIMEOUT: Duration = Duration::from_secs(10);
 /// One request for an optional document.
-const PROBE_TIMEOUT: Duration = Duration::from_secs(5);
+pub(super) const PROBE_TIMEOUT: Duration = Duration::from_secs(5);
 /// The longest `Retry-After` that is obeyed; the header allows any number, also one too large to add to the time.
 const MAX_RETRY_AFTER: Duration = Duration::from_hours(24);
 /// Shorter than any refresh interval, so that no refresh uses a connection that a firewall has dropped.

@@ -42,6 +42,24 @@ pub(crate) enum CommandError {
     TooMuch,
 }
 
+impl CommandError {
+    /// The error of a call that needs the program's output, by one rule for all programs: one that cannot be started needs a
+    /// person, and one that started may have met an outage. `hint` is for the second.
+    pub(crate) fn call_error(&self, message: impl Into<String>, hint: &str) -> CallError {
+        let (kind, hint) = match self {
+            Self::Start(_) => (
+                CallErrorKind::Refused,
+                "check that the program exists and that the proxy may execute it",
+            ),
+            Self::Broken(_) | Self::Timeout(_) => (CallErrorKind::Unavailable, hint),
+            Self::TooMuch => (CallErrorKind::Malformed, hint),
+        };
+        CallError::new(kind, message)
+            .with_detail(self.to_string())
+            .with_hint(hint)
+    }
+}
+
 /// Runs to the end, or kills. Cancel safe: the program is killed.
 pub(crate) async fn run(
     program: &Path,

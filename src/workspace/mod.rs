@@ -26,6 +26,7 @@ use std::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
+    time::Duration,
 };
 
 use jiff::{SignedDuration, Timestamp};
@@ -65,6 +66,11 @@ use crate::{
 
 const AUTOSCALING: &str = "/api/2.0/postgres/credentials";
 const PROVISIONED: &str = "/api/2.0/database/credentials";
+
+/// The longest mint whose steps all succeed, each within its own timeout: a token and the call, and both again if the
+/// workspace refuses a token from a cache.
+pub(crate) const MINT_TIMEOUT: Duration =
+    Duration::from_secs(2 * (auth::TOKEN_TIMEOUT.as_secs() + api::CALL_TIMEOUT.as_secs()));
 
 /// A smaller difference between the clocks is not logged.
 const NOTABLE_SKEW: SignedDuration = SignedDuration::from_mins(1);

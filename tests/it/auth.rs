@@ -114,6 +114,11 @@ impl Stage {
         path.display().to_string()
     }
 
+    /// A program whose interpreter does not exist.
+    fn unstartable(&self, name: &str) {
+        program(&self.scratch.path().join(name), "#!/nowhere/sh\n");
+    }
+
     fn logged(&self) -> String {
         fs::read_to_string(self.scratch.path().join("log")).unwrap_or_default()
     }
@@ -340,6 +345,13 @@ async fn a_login_of_the_databricks_cli_signs_in_or_is_explained() {
             .logged()
             .ends_with(&format!("auth token --host {host} --force-refresh\n"))
     );
+
+    // Retried slowly: only a person can repair a program that does not start.
+    let unstartable = stage.workspace(&[]);
+    stage.unstartable("databricks");
+    let error = stage.mint(&unstartable).await.unwrap_err();
+    assert_eq!(error.kind, Refused, "{error:?}");
+    assert!(error.hint.unwrap().contains("may execute it"));
 
     let login = format!("run `databricks auth login --host {host}`");
     for (script, kind, words) in [
@@ -685,6 +697,12 @@ async fn a_login_of_the_azure_cli_signs_in_or_is_explained() {
         stage.logged(),
         format!("{requested} --tenant {}\n", stage.emulator.tenant())
     );
+    let unstartable = stage.workspace(&[cli]);
+    stage.unstartable("az");
+    let error = stage.mint(&unstartable).await.unwrap_err();
+    assert_eq!(error.kind, Refused, "{error:?}");
+    assert!(error.hint.unwrap().contains("may execute it"));
+    stage.az(person, &printed(&identities.user, ""));
     // It is not used when it has expired, in local time.
     let facts = stage.workspace(&[cli]).token_facts().await.unwrap();
     let left = facts.expires_at.unwrap().duration_since(Timestamp::now());

@@ -19,4 +19,4 @@ pub(super) use kinds::{model_serving::host as serving_host, secret_variables};
 pub(crate) use token::claim;
 #[cfg(test)]
 pub(super) use token::{Boxed, Freshness, TokenSource, WorkspaceToken};
-pub(super) use token::{CachedToken, Source, TokenCache};
+pub(super) use token::{CachedToken, Source, TOKEN_TIMEOUT, TokenCache};

@@ -28,6 +28,9 @@ const UNUSABLE_BEFORE: SignedDuration = SignedDuration::from_secs(40);
 /// After a failed renewal of a token that still works, the next waits this long (as the Databricks SDKs do).
 const COOL_DOWN: SignedDuration = SignedDuration::from_mins(1);
 
+/// The longest request for a token whose steps all succeed, each within its own timeout: that of `azure-cli`.
+pub(in crate::workspace) const TOKEN_TIMEOUT: Duration = Duration::from_secs(160);
+
 /// A token that the workspace's API accepts.
 pub(in crate::workspace) struct WorkspaceToken {
     pub(in crate::workspace) secret: SecretString,

@@ -10,15 +10,16 @@ use tokio::sync::OnceCell;
 use tracing::debug;
 
 use super::{
-    AuthKind, AuthRules, Boxed, Expiry, Freshness, Renewal, Source, TokenSource, WorkspaceToken,
+    AuthKind, AuthRules, Boxed, Expiry, Freshness, Renewal, Source, TOKEN_TIMEOUT, TokenSource,
+    WorkspaceToken,
     azure::{self, Cloud},
 };
 use crate::{
     config::AuthFamily,
     workspace::{
         CallError, CallErrorKind, WorkspaceError,
-        api::Api,
-        command::{self, CommandError, Failure},
+        api::{Api, PROBE_TIMEOUT},
+        command::{self, Failure},
         expiry::{self, Number},
         host::Host,
         settings::ResolvedSettings,
@@ -27,6 +28,8 @@ use crate::{
 
 /// It starts slowly, and may renew its own token over the network.
 const TIMEOUT: Duration = Duration::from_secs(30);
+// The login, the workspace's tenant, a token with it and without, and the management token with the subscription and without.
+const _: () = assert!(5 * TIMEOUT.as_secs() + PROBE_TIMEOUT.as_secs() <= TOKEN_TIMEOUT.as_secs());
 
 pub(super) const RULES: AuthRules = AuthRules {
     family: Some(AuthFamily::Azure),
@@ -233,22 +236,16 @@ impl AzureCli {
     }
 
     async fn run(&self, arguments: &[&str]) -> Result<zeroize::Zeroizing<Vec<u8>>, CallError> {
-        let by_hand = |error: CallError, problem: &CommandError| {
-            error
-                .with_detail(problem.to_string())
-                .with_hint("run `az account get-access-token` by hand")
-        };
-        let message = "the Azure CLI returned no token";
-        let output = match command::run(&self.program, arguments, TIMEOUT).await {
-            Ok(output) if output.status.success() => return Ok(output.stdout),
-            Ok(output) => output,
-            // A slow start may pass; a program that cannot be run needs a person.
-            Err(problem @ CommandError::Timeout(_)) => {
-                return Err(by_hand(CallError::unavailable(message), &problem));
-            }
-            Err(problem) => return Err(by_hand(CallError::refused(message), &problem)),
-        };
-        Err(command::explain(&FAILURES, &output.stderr))
+        let output = command::run(&self.program, arguments, TIMEOUT).await;
+        let output = output.map_err(|error| {
+            let hint = "run `az account get-access-token` by hand";
+            error.call_error("the Azure CLI returned no token", hint)
+        })?;
+        if output.status.success() {
+            Ok(output.stdout)
+        } else {
+            Err(command::explain(&FAILURES, &output.stderr))
+        }
     }
 }
 

@@ -219,7 +219,15 @@ impl DatabricksCli {
         debug!(program = %self.program.display(), ?arguments, "requesting a token from the Databricks CLI");
         let output = command::run(&self.program, &arguments, TOKEN_LIMIT)
             .await
-            .map_err(|error| self.broken(&error))?;
+            .map_err(|error| {
+                // A CLI that waits for a locked keyring works once that is unlocked.
+                let hint = format!(
+                    "run `{} auth token --host {}` by hand: it may wait for the keyring to be unlocked",
+                    self.program.display(),
+                    self.host
+                );
+                error.call_error("the Databricks CLI returned no token", &hint)
+            })?;
         if !output.status.success() {
             return Err(self.failed(&output.stderr, version));
         }
@@ -266,17 +274,6 @@ impl DatabricksCli {
                 None
             }
         }
-    }
-
-    fn broken(&self, error: &CommandError) -> CallError {
-        // Retried soon: a CLI that waits for a locked keyring works once that is unlocked.
-        CallError::unavailable("the Databricks CLI returned no token")
-            .with_detail(error.to_string())
-            .with_hint(format!(
-                "run `{} auth token --host {}` by hand: it may wait for the keyring to be unlocked",
-                self.program.display(),
-                self.host
-            ))
     }
 
     fn failed(&self, stderr: &str, version: Option<Version>) -> CallError {

@@ -27,7 +27,9 @@ use secrecy::{ExposeSecret, SecretString};
 
 use super::{
     azure, exchange, oauth,
-    token::{Boxed, Expiry, Freshness, Renewal, Source, TokenSource, WorkspaceToken},
+    token::{
+        Boxed, Expiry, Freshness, Renewal, Source, TOKEN_TIMEOUT, TokenSource, WorkspaceToken,
+    },
 };
 use crate::{
     config::{Attribute, AuthFamily},
