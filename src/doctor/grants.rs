@@ -58,24 +58,17 @@ pub(super) fn judge_binding(
 ) -> Option<Finding> {
     let cell = |column: usize| rows.first()?.get(column)?.as_deref();
     if cell(0) == Some("0") {
-        return Some(
-            Finding::warning(format!(
-                "the database `{database}` lacks the extension databricks_auth, which OAuth logins need"
-            ))
-            .fix(create_extension(database)),
+        let message = format!(
+            "the database `{database}` lacks the extension databricks_auth, which OAuth logins need"
         );
+        return Some(Finding::warning(message).fix(create_extension(database)));
     }
     let id = id?;
     // The label reads `id=<numeric id>,type=<kind>`, as `bind_role` writes it.
-    let bound = cell(1)?
-        .split(',')
-        .find_map(|part| part.strip_prefix("id="))?;
-    (bound != id).then(|| {
-        Finding::warning(format!(
-            "the role `{user}` is bound to the identity {bound}, and we are {id}"
-        ))
-        .fix(bind_role(user, Some(id)))
-    })
+    let mut parts = cell(1)?.split(',');
+    let bound = parts.find_map(|part| part.strip_prefix("id="))?;
+    let message = format!("the role `{user}` is bound to the identity {bound}, and we are {id}");
+    (bound != id).then(|| Finding::warning(message).fix(bind_role(user, Some(id))))
 }
 
 /// The statement that prepares a database made by a plain `CREATE DATABASE`.

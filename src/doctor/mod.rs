@@ -1,5 +1,8 @@
 //! `doctor`: checks each step from the settings to `SELECT 1` by itself, with its time and a fix in one sentence.
 //!
+//! [`run`], `workspace::check` and `endpoint::check` list the checks in order, each with what it needs of earlier ones:
+//! `check` runs it on that, or skips it with the reason why that is missing.
+//!
 //! The checks use the modules of the proxy. They wake a suspended compute only with `--connect`, change nothing, and print
 //! no secret.
 

@@ -11,6 +11,8 @@ use crate::telemetry::{escape, escape_json};
 const NAME_WIDTH: usize = 20;
 /// Width of the settings' names.
 const SETTING_WIDTH: usize = 26;
+/// The widest value that the sources are aligned to.
+const MAX_VALUE_WIDTH: usize = 60;
 /// The width of outcome, time and name, with the blanks between them.
 const INDENT: usize = 2 + 7 + 2 + 7 + 2 + NAME_WIDTH + 1;
 
@@ -90,9 +92,8 @@ impl Report {
 
     /// The first failure or warning: the likely cause of those after it.
     pub fn first_problem(&self) -> Option<&Step> {
-        self.steps
-            .iter()
-            .find(|step| matches!(step.outcome, Outcome::Failed | Outcome::Warning))
+        let is_problem = |step: &&Step| matches!(step.outcome, Outcome::Failed | Outcome::Warning);
+        self.steps.iter().find(is_problem)
     }
 
     /// As JSON, with a verdict.
@@ -114,22 +115,14 @@ impl Report {
 
     /// As text with ANSI colors, which the writer strips unless it is a terminal.
     pub fn text(&self) -> String {
-        let mut text = settings_text(&self.settings);
-        for step in &self.steps {
-            text.push_str(&step.text());
-        }
-        text.push_str(&self.verdict_text());
-        text
+        let steps: String = self.steps.iter().map(Step::text).collect();
+        settings_text(&self.settings) + &steps + &self.verdict_text()
     }
 
     /// The last line.
     pub(super) fn verdict_text(&self) -> String {
-        let count = |outcome| {
-            self.steps
-                .iter()
-                .filter(|step| step.outcome == outcome)
-                .count()
-        };
+        let steps = || self.steps.iter();
+        let count = |outcome| steps().filter(|step| step.outcome == outcome).count();
         let skipped = match count(Outcome::Skipped) {
             0 => String::new(),
             skipped => format!(", {skipped} skipped"),
@@ -154,11 +147,8 @@ impl Step {
             Outcome::Skipped => String::new(),
             _ => format!("{:.2} s", self.seconds),
         };
-        let of = self
-            .endpoint
-            .as_ref()
-            .map(|endpoint| format!(" [{}]", escape(endpoint)))
-            .unwrap_or_default();
+        let endpoint = self.endpoint.as_deref();
+        let of = endpoint.map_or(String::new(), |name| format!(" [{}]", escape(name)));
         // Messages quote servers, whose control characters must not reach a terminal.
         let mut text = format!(
             "  {style}{:<7}{style:#}  {time:>7}  {:<NAME_WIDTH$} {}{of}\n",
@@ -180,12 +170,8 @@ impl Step {
 
 /// The settings, a line each.
 pub(super) fn settings_text(settings: &[Setting]) -> String {
-    let width = settings
-        .iter()
-        .map(|setting| setting.value.chars().count())
-        .max()
-        .unwrap_or_default()
-        .min(60);
+    let widths = settings.iter().map(|it| it.value.chars().count());
+    let width = widths.max().unwrap_or_default().min(MAX_VALUE_WIDTH);
     let dim = Style::new().dimmed();
     let mut text = String::from("settings\n");
     for Setting {

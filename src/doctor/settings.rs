@@ -1,6 +1,6 @@
 //! The settings in force with their origins, and whether they are valid. Secrets are shown as present or absent.
 
-use std::{error::Error, net::IpAddr};
+use std::{error::Error, fmt::Display, net::IpAddr};
 
 use url::Url;
 
@@ -65,19 +65,13 @@ const VARIABLES: &[(&str, Kind, &str)] = &[
     ("SSL_CERT_DIR", Kind::Plain, ""),
 ];
 
-/// The variables of the workspace's settings, in the same form.
-fn workspace_variables() -> impl Iterator<Item = (&'static str, Kind, &'static str)> {
-    Attribute::ALL.iter().flat_map(|&attribute| {
-        let unset = match attribute {
-            Attribute::Host | Attribute::ClientId | Attribute::ClientSecret | Attribute::Token => {
-                "absent"
-            }
-            _ => "",
-        };
-        let names = attribute.variables().iter();
-        names.map(move |&name| (name, Kind::of(attribute), unset))
-    })
-}
+/// The attributes of the workspace that are shown although they are absent.
+const EXPECTED: [Attribute; 4] = [
+    Attribute::Host,
+    Attribute::ClientId,
+    Attribute::ClientSecret,
+    Attribute::Token,
+];
 
 /// The settings of the addresses for clients.
 const LISTENING: [&str; 4] = ["address", "endpoint", "port", "unix_socket"];
@@ -94,47 +88,49 @@ pub(super) fn list(
     config: Option<&Config>,
 ) -> Vec<Setting> {
     let mut list = Vec::new();
-    let mut add = |name: &str, value: String, source: String| {
-        let name = name.to_owned();
+    let mut add = |name: &str, value: String, source: &dyn Display| {
         list.push(Setting {
-            name,
+            name: name.to_owned(),
             value,
-            source,
+            source: source.to_string(),
         });
     };
     // An invalid profile is the first step's finding.
     let resolved = config.and_then(|config| ResolvedSettings::new(config.workspace.clone()).ok());
-    let of_profile = |attribute: Attribute| {
-        let settings = resolved.as_ref()?;
-        let (value, origin) = (settings.text(attribute)?, settings.origin(attribute));
+    let of_profile = resolved.iter().flat_map(|settings| {
+        let attributes = Attribute::ALL
+            .iter()
+            .map(|&it| (it, settings.text(it), settings.origin(it)));
         // Variables are in the list by their own names.
-        (!matches!(origin, Origin::Variable(_))).then_some((value, origin))
-    };
-    let profile: Vec<Attribute> = Attribute::ALL
-        .iter()
-        .copied()
-        .filter(|attribute| of_profile(*attribute).is_some())
-        .collect();
-    for (name, kind, unset) in VARIABLES.iter().copied().chain(workspace_variables()) {
+        attributes
+            .filter(|(_, value, origin)| value.is_some() && !matches!(origin, Origin::Variable(_)))
+    });
+    let of_profile: Vec<_> = of_profile.collect();
+    let of_workspace = Attribute::ALL.iter().flat_map(|&attribute| {
+        let is_shown =
+            EXPECTED.contains(&attribute) && of_profile.iter().all(|(it, ..)| *it != attribute);
+        let unset = if is_shown { "absent" } else { "" };
+        let names = attribute.variables().iter();
+        names.map(move |&name| (name, Kind::of(attribute), unset))
+    });
+    for (name, kind, unset) in VARIABLES.iter().copied().chain(of_workspace) {
         let is_set = |(known, value): &&(String, String)| known == name && !value.trim().is_empty();
-        let is_in_profile = profile.iter().any(|it| it.variables().contains(&name));
         match variables.iter().find(is_set) {
-            Some((_, value)) => add(name, shown(kind, value), "environment".to_owned()),
-            // A value of the profile follows below.
-            None if unset.is_empty() || is_in_profile => {}
-            None => add(name, unset.to_owned(), "not set".to_owned()),
+            Some((_, value)) => add(name, shown(kind, value), &"environment"),
+            None if unset.is_empty() => {}
+            None => add(name, unset.to_owned(), &"not set"),
         }
     }
-    for attribute in profile {
-        if let (Some((value, origin)), [key, ..]) = (of_profile(attribute), attribute.keys()) {
-            add(key, shown(Kind::of(attribute), value), origin.to_string());
+    for (attribute, value, origin) in &of_profile {
+        if let (Some(value), [key, ..]) = (value, attribute.keys()) {
+            add(key, shown(Kind::of(*attribute), value), origin);
         }
     }
     let in_force = config.map_or_else(Vec::new, |config| config.settings.shown());
     let given = || in_force.iter().filter(|it| it.origin != Origin::Default);
     for setting in given() {
         let value = shown(Kind::Plain, &setting.value);
-        add(&flag(&setting.key), value, setting.origin.to_string());
+        add(&flag(&setting.key), value, &setting.origin);
     }
     let mut own: Vec<_> = variables
         .iter()
@@ -144,25 +140,29 @@ pub(super) fn list(
     own.sort_unstable();
     for (name, value) in own {
         let is_it = |setting: &&ShownSetting| name.eq_ignore_ascii_case(&variable(&setting.key));
-        let environment = || "environment".to_owned();
-        match in_force.iter().find(is_it).map(|it| (it, &it.origin)) {
-            _ if name == PASSWORD_VARIABLE => add(name, shown(Kind::Secret, value), environment()),
+        let is_password = name == PASSWORD_VARIABLE;
+        let kind = if is_password {
+            Kind::Secret
+        } else {
+            Kind::Plain
+        };
+        let value = shown(kind, value);
+        match in_force.iter().find(is_it).filter(|_| !is_password) {
             // In the list already.
-            Some((_, Origin::Variable(_))) => {}
-            Some((setting, origin)) => {
-                let source = format!("not in force: {} is from the {origin}", flag(&setting.key));
-                add(name, shown(Kind::Plain, value), source);
+            Some(ShownSetting {
+                origin: Origin::Variable(_),
+                ..
+            }) => {}
+            Some(ShownSetting { key, origin, .. }) => {
+                let source = format!("not in force: {} is from the {origin}", flag(key));
+                add(name, value, &source);
             }
-            None => add(name, shown(Kind::Plain, value), environment()),
+            None => add(name, value, &"environment"),
         }
     }
     if let Some(path) = &flags.config_file {
         let path = shown(Kind::Plain, &path.display().to_string());
-        add(
-            "--config-file",
-            path,
-            flags.origins.of("config_file").to_string(),
-        );
+        add("--config-file", path, &flags.origins.of("config_file"));
     }
     for endpoint in config.iter().flat_map(|config| &config.endpoints) {
         let mut sources: Vec<String> = given()
@@ -173,7 +173,7 @@ pub(super) fn list(
             sources.push(Origin::Default.to_string());
         }
         let value = format!("{} for {}", endpoint.listen, called(endpoint));
-        add("listen", value, sources.join(", "));
+        add("listen", value, &sources.join(", "));
     }
     list
 }
@@ -201,11 +201,8 @@ pub(super) fn check(
         Some(Ok(workspace)) => format!("{} to {}", workspace.auth_kind().label(), workspace.host()),
         None => "no workspace is needed".to_owned(),
     };
-    config
-        .endpoints
-        .iter()
-        .find_map(unusable)
-        .unwrap_or_else(|| Finding::ok(format!("complete; {workspace}")))
+    let unusable = config.endpoints.iter().find_map(unusable);
+    unusable.unwrap_or_else(|| Finding::ok(format!("complete; {workspace}")))
 }
 
 /// Endpoint settings that cannot work.
@@ -214,21 +211,17 @@ fn unusable(endpoint: &EndpointConfig) -> Option<Finding> {
         return None;
     };
     if let Err(error) = tls::verifier(roots) {
-        return Some(
-            Finding::failed(error.to_string())
-                .detail(cause(&error))
-                .fix("set PGSSLROOTCERT to a PEM file of trusted roots, or unset it to use the system's (Debian: apt install ca-certificates)"),
-        );
+        let fix = "set PGSSLROOTCERT to a PEM file of trusted roots, or unset it to use the system's (Debian: apt install ca-certificates)";
+        let finding = Finding::failed(error.to_string()).detail(cause(&error));
+        return Some(finding.fix(fix));
     }
     let host = endpoint.host.as_deref()?;
     // TLS clients send no SNI for an address (RFC 6066 section 3), and the endpoint refuses logins without it (08006).
     host.parse::<IpAddr>().ok()?;
-    Some(
-        Finding::failed(format!(
-            "PGHOST is `{host}`, an address: TLS to the endpoint needs its name (SNI)"
-        ))
-        .fix("set PGHOST to the endpoint's host name (ep-...database...), or unset it to have it looked up"),
-    )
+    let message =
+        format!("PGHOST is `{host}`, an address: TLS to the endpoint needs its name (SNI)");
+    let fix = "set PGHOST to the endpoint's host name (ep-...database...), or unset it to have it looked up";
+    Some(Finding::failed(message).fix(fix))
 }
 
 /// The causes of an error.
@@ -240,15 +233,12 @@ fn cause(error: &dyn Error) -> Option<String> {
 fn shown(kind: Kind, value: &str) -> String {
     let value = value.trim();
     // A token may be in the wrong variable.
-    let looks_secret = ["dapi", "dose", "dkea", "eyJ"]
-        .iter()
-        .any(|prefix| value.starts_with(prefix));
-    if kind == Kind::Secret || looks_secret {
-        return "present".to_owned();
-    }
+    let mut prefixes = ["dapi", "dose", "dkea", "eyJ"].iter();
     let value = match kind {
+        _ if prefixes.any(|prefix| value.starts_with(prefix)) => return "present".to_owned(),
+        Kind::Secret => return "present".to_owned(),
         Kind::Url => without_secrets(value),
-        Kind::Plain | Kind::Secret => value.to_owned(),
+        Kind::Plain => value.to_owned(),
     };
     let mut shown: String = value.chars().take(MAX_VALUE).collect();
     shown = shown.replace(char::is_control, " ");
@@ -261,11 +251,7 @@ fn shown(kind: Kind, value: &str) -> String {
 /// An address without user, password and query.
 pub(super) fn without_secrets(text: &str) -> String {
     // `user:password@host` would parse, with the user for a scheme.
-    let url = text
-        .contains("://")
-        .then(|| Url::parse(text).ok())
-        .flatten();
-    let Some(mut url) = url else {
+    let Some(mut url) = Url::parse(text).ok().filter(|_| text.contains("://")) else {
         // Without a scheme it is no URL, but may hold a password all the same.
         let text = text.rsplit_once('@').map_or(text, |(_, host)| host);
         return text.split(['?', '#']).next().unwrap_or_default().to_owned();
