@@ -55,13 +55,10 @@ impl Admin {
         stop: CancellationToken,
     ) -> Result<Self, AdminError> {
         // A socket belongs to the runtime that it was registered with.
-        let listener = listener
-            .into_std()
-            .map_err(|source| AdminError::Socket { source })?;
+        let listener = listener.into_std()?;
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
-            .build()
-            .map_err(|source| AdminError::Runtime { source })?;
+            .build()?;
         let (done, ended) = oneshot::channel();
         let app = router(state);
         thread::Builder::new()
@@ -76,8 +73,7 @@ impl Admin {
                 }
                 // The shutdown may have stopped waiting.
                 done.send(()).ok();
-            })
-            .map_err(|source| AdminError::Runtime { source })?;
+            })?;
         Ok(Self { ended })
     }
 
@@ -87,24 +83,10 @@ impl Admin {
     }
 }
 
-/// Why the admin server could not start.
+/// The admin server could not start.
 #[derive(Debug, thiserror::Error)]
-pub enum AdminError {
-    /// The socket cannot move to the server's own runtime.
-    #[error("cannot use the listener for health and metrics")]
-    Socket {
-        /// The system's error.
-        #[source]
-        source: io::Error,
-    },
-    /// The thread or its runtime cannot start.
-    #[error("cannot start the thread for health and metrics")]
-    Runtime {
-        /// The system's error.
-        #[source]
-        source: io::Error,
-    },
-}
+#[error("cannot start the thread for health and metrics")]
+pub struct AdminError(#[from] io::Error);
 
 /// The admin server's routes, without the guard that [`http::serve`] puts before them.
 fn router(state: AdminState) -> Router {

@@ -6,20 +6,14 @@ use super::format::{Figure, Severity, ago, between, clock, span};
 use crate::status::{CredentialSnapshot, CredentialState, RefreshError};
 
 /// A credential.
-pub(super) struct CredentialView {
+pub(super) struct CredentialView<'a> {
     pub(super) severity: Severity,
     pub(super) state: &'static str,
     pub(super) source: String,
     pub(super) left: String,
     pub(super) bar: Option<Bar>,
     pub(super) moments: Vec<Figure>,
-    pub(super) error: Option<ErrorView>,
-}
-
-/// Why the last attempt failed.
-pub(super) struct ErrorView {
-    pub(super) message: String,
-    pub(super) hint: Option<String>,
+    pub(super) error: Option<&'a RefreshError>,
 }
 
 /// The lifetime of a credential from left to right, in percent.
@@ -33,8 +27,8 @@ pub(super) struct Bar {
     pub(super) label: String,
 }
 
-impl CredentialView {
-    pub(super) fn new(status: &CredentialSnapshot, now: Timestamp) -> Self {
+impl<'a> CredentialView<'a> {
+    pub(super) fn new(status: &'a CredentialSnapshot, now: Timestamp) -> Self {
         let (severity, state) = match status.state {
             CredentialState::None => (Severity::Bad, "missing"),
             CredentialState::Fresh => (Severity::Good, "fresh"),
@@ -75,19 +69,7 @@ impl CredentialView {
                 .into_iter()
                 .filter_map(|(name, at)| Some(Figure::new(name, clock(at?, now))))
                 .collect(),
-            error: status.last_error.as_ref().map(ErrorView::new),
-        }
-    }
-}
-
-impl ErrorView {
-    fn new(error: &RefreshError) -> Self {
-        Self {
-            message: match &error.detail {
-                Some(detail) => format!("{} ({detail})", error.message),
-                None => error.message.clone(),
-            },
-            hint: error.hint.clone(),
+            error: status.last_error.as_ref(),
         }
     }
 }

@@ -39,9 +39,9 @@ struct Page<'a> {
     now: Timestamp,
     state: State,
     figures: Vec<Figure>,
-    endpoints: Vec<EndpointView>,
+    endpoints: Vec<EndpointView<'a>>,
     failures: Vec<RecentFailure>,
-    sessions: Vec<SessionView>,
+    sessions: Vec<SessionInfo>,
     more: usize,
     wakes: Vec<RecentWake>,
     refreshes: Vec<(&'a str, &'a RefreshAttempt)>,
@@ -56,25 +56,11 @@ struct State {
     reasons: Vec<String>,
 }
 
-struct EndpointView {
-    name: String,
+struct EndpointView<'a> {
+    name: &'a str,
     path: String,
-    credential: CredentialView,
+    credential: CredentialView<'a>,
     totals: Vec<Figure>,
-}
-
-struct SessionView {
-    id: u64,
-    peer: String,
-    application: String,
-    database: String,
-    state: &'static str,
-    class: &'static str,
-    sign: &'static str,
-    lasting: String,
-    sent: String,
-    received: String,
-    process: String,
 }
 
 impl<'a> Page<'a> {
@@ -112,7 +98,7 @@ impl<'a> Page<'a> {
                 .collect(),
             failures,
             more: all.all.saturating_sub(sessions.len()),
-            sessions: sessions.into_iter().map(SessionView::new).collect(),
+            sessions,
             wakes,
             refreshes,
             listeners: postgres.chain(http).collect(),
@@ -193,8 +179,8 @@ fn figures(snapshot: &Snapshot, all: Counts) -> Vec<Figure> {
     ]
 }
 
-impl EndpointView {
-    fn new(endpoint: &EndpointSnapshot, now: Timestamp) -> Self {
+impl<'a> EndpointView<'a> {
+    fn new(endpoint: &'a EndpointSnapshot, now: Timestamp) -> Self {
         let path = match &endpoint.upstream {
             Some(upstream) => format!(
                 "{}:{}, as {}, database {}",
@@ -206,7 +192,7 @@ impl EndpointView {
         let logins = &metrics.upstream_connects;
         let sessions = u64::try_from(endpoint.sessions.counts().all).unwrap_or(u64::MAX);
         Self {
-            name: endpoint.name.clone(),
+            name: &endpoint.name,
             path,
             credential: CredentialView::new(&endpoint.credential, now),
             totals: vec![
@@ -243,38 +229,19 @@ fn urgency(activity: Activity) -> u8 {
     }
 }
 
-impl SessionView {
-    fn new(session: SessionInfo) -> Self {
-        let (class, sign) = match session.activity {
-            Activity::Waiting => ("warn", "◷"),
-            Activity::Active => ("good", "▶"),
-            Activity::IdleInTransaction => ("good", "◐"),
-            Activity::IdleInFailedTransaction => ("bad", "▲"),
-            Activity::Idle => ("quiet", "○"),
-        };
-        let application = match (session.application.as_str(), session.user.as_str()) {
-            ("", user) => format!("({user})"),
-            (application, _) => application.to_owned(),
-        };
-        let server = session.server;
-        // `database_mapping` may open another database than the requested one.
-        let database = match (&server, session.database) {
-            (Some(server), _) => server.database.to_string(),
-            (None, requested) => requested,
-        };
-        let process = server.and_then(|server| server.process_id);
-        Self {
-            id: session.id,
-            peer: session.peer.to_string(),
-            application,
-            database,
-            state: session.activity.label(),
-            class,
-            sign,
-            lasting: span(session.lasting),
-            sent: bytes(session.from_client),
-            received: bytes(session.from_server),
-            process: process.map_or_else(|| "–".to_owned(), |process| process.to_string()),
-        }
+/// The server's process id.
+fn process(session: &SessionInfo) -> String {
+    let process = session.server.as_ref().and_then(|server| server.process_id);
+    process.map_or_else(|| "–".to_owned(), |process| process.to_string())
+}
+
+/// The style and the sign of a session's state.
+fn look(activity: Activity) -> (&'static str, &'static str) {
+    match activity {
+        Activity::Waiting => ("warn", "◷"),
+        Activity::Active => ("good", "▶"),
+        Activity::IdleInTransaction => ("good", "◐"),
+        Activity::IdleInFailedTransaction => ("bad", "▲"),
+        Activity::Idle => ("quiet", "○"),
     }
 }
