@@ -34,7 +34,7 @@ impl LogHandle {
     pub fn set_filter(&self, filter: &str) -> Result<(), LogError> {
         self.filter
             .reload(parse(filter)?)
-            .map_err(|source| LogError::Reload { source })
+            .map_err(|error| LogError::new("the log filter can no longer be changed", error))
     }
 
     /// Logs the number of suppressed lines; runs for ever.
@@ -52,40 +52,19 @@ impl LogHandle {
 
 /// Why logging could not be set up or changed.
 #[derive(Debug, thiserror::Error)]
-pub enum LogError {
-    /// An empty filter, which would mean errors only.
-    #[error("the log filter is empty; to log nothing, use `off`")]
-    Empty,
-    /// A directive of the filter is invalid.
-    #[error("invalid log filter directive `{directive}`")]
-    Filter {
-        /// The offending part.
-        directive: String,
-        /// What is wrong with it.
-        #[source]
-        source: tracing_subscriber::filter::ParseError,
-    },
-    /// Another subscriber is already set.
-    #[error("logging is already set up")]
-    AlreadySet {
-        /// The subscriber's error.
-        #[source]
-        source: tracing_subscriber::util::TryInitError,
-    },
-    /// Standard error cannot be used, or there is no thread to write to it.
-    #[error("cannot start to log")]
-    Output {
-        /// The system's error.
-        #[source]
-        source: io::Error,
-    },
-    /// The subscriber is gone.
-    #[error("the log filter can no longer be changed")]
-    Reload {
-        /// The subscriber's error.
-        #[source]
-        source: reload::Error,
-    },
+#[error("{message}")]
+pub struct LogError {
+    message: String,
+    source: Option<Box<dyn Error + Send + Sync>>,
+}
+
+impl LogError {
+    fn new(message: impl Into<String>, source: impl Error + Send + Sync + 'static) -> Self {
+        Self {
+            message: message.into(),
+            source: Some(Box::new(source)),
+        }
+    }
 }
 
 /// Whether a filter is valid.
@@ -97,7 +76,8 @@ pub fn check_filter(filter: &str) -> Result<(), LogError> {
 pub fn init(options: &LogOptions) -> Result<(LogHandle, LogGuard), LogError> {
     let (filter, handle) = reload::Layer::new(parse(&options.filter)?);
     let repeats = Repeats::default();
-    let (sink, guard) = Sink::stderr().map_err(|source| LogError::Output { source })?;
+    let (sink, guard) =
+        Sink::stderr().map_err(|error| LogError::new("cannot start to log", error))?;
     // By default the layer reports its own failures with eprintln!, which would wait for the reader of standard error.
     let layer = if options.structured {
         let sink = sink.clone();
@@ -123,7 +103,7 @@ pub fn init(options: &LogOptions) -> Result<(LogHandle, LogGuard), LogError> {
         .with(filter)
         .with(layer)
         .try_init()
-        .map_err(|source| LogError::AlreadySet { source })?;
+        .map_err(|error| LogError::new("logging is already set up", error))?;
     // Not before, as the hook writes to the subscriber.
     panic::set_hook(Box::new(log_panic));
     let handle = LogHandle {
@@ -196,7 +176,11 @@ fn is_colored() -> bool {
 
 fn parse(filter: &str) -> Result<EnvFilter, LogError> {
     if filter.trim().is_empty() {
-        return Err(LogError::Empty);
+        // It would mean errors only.
+        return Err(LogError {
+            message: "the log filter is empty; to log nothing, use `off`".to_owned(),
+            source: None,
+        });
     }
     EnvFilter::builder().parse(filter).map_err(|source| {
         // The parser's error does not name the directive.
@@ -205,10 +189,10 @@ fn parse(filter: &str) -> Result<EnvFilter, LogError> {
             .map(str::trim)
             .find(|part| EnvFilter::builder().parse(part).is_err())
             .unwrap_or(filter);
-        LogError::Filter {
-            directive: directive.to_owned(),
+        LogError::new(
+            format!("invalid log filter directive `{directive}`"),
             source,
-        }
+        )
     })
 }
 
@@ -262,7 +246,8 @@ mod tests {
 
     #[test]
     fn an_empty_filter_silences_nothing() {
-        assert!(matches!(parse(" "), Err(LogError::Empty)));
+        let error = parse(" ").unwrap_err();
+        assert!(error.to_string().contains("is empty"), "{error}");
     }
 
     #[test]
