@@ -2,6 +2,7 @@
 
 use std::ffi::{OsStr, OsString};
 
+use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, PercentEncode, utf8_percent_encode};
 use secrecy::{ExposeSecret, SecretString};
 
 use crate::listener::ClientAddress;
@@ -34,6 +35,13 @@ const REMOVED_PREFIXES: [&str; 2] = ["LISTEN_", "LAKEBASE_PROXY_"];
 const MIN_SECRET_LEN: usize = 8;
 
 const DATABASE_URL: &str = "DATABASE_URL";
+
+/// All but the unreserved characters of RFC 3986, which are valid in every part of a URL.
+const RESERVED: &AsciiSet = &NON_ALPHANUMERIC
+    .remove(b'-')
+    .remove(b'.')
+    .remove(b'_')
+    .remove(b'~');
 
 /// The proxy's listener for clients on this machine.
 #[derive(Clone, Debug)]
@@ -133,10 +141,10 @@ fn contains(value: &OsStr, secret: &[u8]) -> bool {
 }
 
 fn url(proxy: &ProxyAddress) -> String {
-    let mut user = percent_encoded(&proxy.user);
+    let mut user = percent_encoded(&proxy.user).to_string();
     if let Some(password) = &proxy.password {
         user.push(':');
-        user.push_str(&percent_encoded(password.expose_secret()));
+        user.extend(percent_encoded(password.expose_secret()));
     }
     let database = percent_encoded(&proxy.database);
     match &proxy.address {
@@ -145,22 +153,15 @@ fn url(proxy: &ProxyAddress) -> String {
             format!("postgresql://{user}@{address}/{database}?sslmode=disable")
         }
         ClientAddress::Unix { port, .. } => {
-            let host = percent_encoded(&proxy.address.host());
+            let host = proxy.address.host();
+            let host = percent_encoded(&host);
             format!("postgresql://{user}@/{database}?host={host}&port={port}&sslmode=disable")
         }
     }
 }
 
-/// Encodes all but the unreserved characters of RFC 3986, which is valid in every part of a URL.
-fn percent_encoded(text: &str) -> String {
-    text.bytes()
-        .map(|byte| match byte {
-            b'A'..=b'Z' | b'a'..=b'z' | b'0'..=b'9' | b'-' | b'.' | b'_' | b'~' => {
-                char::from(byte).to_string()
-            }
-            _ => format!("%{byte:02X}"),
-        })
-        .collect()
+fn percent_encoded(text: &str) -> PercentEncode<'_> {
+    utf8_percent_encode(text, RESERVED)
 }
 
 #[cfg(test)]
