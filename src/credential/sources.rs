@@ -15,7 +15,7 @@ use super::{BoxFuture, CallError, Mint, Minted};
 use crate::{
     config::CredentialSource,
     net::{FileWatch, file},
-    workspace::{command, expiry::Moment},
+    workspace::{command, times::Moment},
 };
 
 /// How long a command may take.

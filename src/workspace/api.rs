@@ -7,7 +7,7 @@ use std::{error::Error, sync::OnceLock, time::Duration};
 
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use bytes::Bytes;
-use jiff::{SignedDuration, Timestamp, fmt::rfc2822};
+use jiff::SignedDuration;
 use reqwest::{
     Client, ClientBuilder, Method, NoProxy, Proxy, RequestBuilder, StatusCode,
     header::{
@@ -29,8 +29,14 @@ use super::{
     auth::AuthKind,
     error_body::{self, ErrorBody},
     host::Host,
+    times,
 };
-use crate::{clock::Clock, config::Variables, net::tls::ALPN_HTTP_1_1, telemetry::KnownSecrets};
+use crate::{
+    clock::Clock,
+    config::Variables,
+    net::tls::ALPN_HTTP_1_1,
+    telemetry::{KnownSecrets, chain},
+};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// One whole call.
@@ -39,15 +45,10 @@ pub(super) const CALL_TIMEOUT: Duration = Duration::from_secs(30);
 const LOCAL_TIMEOUT: Duration = Duration::from_secs(10);
 /// One request for an optional document.
 pub(super) const PROBE_TIMEOUT: Duration = Duration::from_secs(5);
-/// The longest `Retry-After` that is obeyed; the header allows any number, also one too large to add to the time.
-const MAX_RETRY_AFTER: Duration = Duration::from_hours(24);
 /// Shorter than any refresh interval, so that no refresh uses a connection that a firewall has dropped.
 const POOL_IDLE_TIMEOUT: Duration = Duration::from_secs(10);
 /// The largest answer that is read.
 const MAX_BODY: usize = 1024 * 1024;
-/// `Date` has whole seconds and a delay; a smaller difference is not skew.
-const SKEW_NOISE: SignedDuration = SignedDuration::from_secs(2);
-
 const WORKSPACE_ID: HeaderName = HeaderName::from_static("x-databricks-workspace-id");
 const ORG_ID: HeaderName = HeaderName::from_static("x-databricks-org-id");
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -132,17 +133,11 @@ impl Call {
     }
 
     pub(super) fn basic(mut self, user: &str, password: &SecretString) -> Self {
-        self.secrets.push(password.clone());
         let pair = Zeroizing::new(format!("{user}:{}", password.expose_secret()));
         let encoded = SecretString::from(STANDARD.encode(pair.as_bytes()));
-        let call = self.authorization("Basic ", encoded.expose_secret());
         // An error may repeat the encoded form, too.
-        call.with_secret(encoded)
-    }
-
-    fn with_secret(mut self, secret: SecretString) -> Self {
-        self.secrets.push(secret);
-        self
+        self.secrets.extend([password.clone(), encoded.clone()]);
+        self.authorization("Basic ", encoded.expose_secret())
     }
 
     fn authorization(mut self, scheme: &str, secret: &str) -> Self {
@@ -170,10 +165,6 @@ impl Call {
         let mut body = Zeroizing::new(String::with_capacity(lengths.sum()));
         form_urlencoded::Serializer::new(&mut *body).extend_pairs(fields());
         self.body("application/x-www-form-urlencoded", Bytes::from_owner(body))
-    }
-
-    pub(super) fn json(self, body: &Value) -> Self {
-        self.body("application/json", body.to_string().into())
     }
 
     fn body(mut self, content_type: &'static str, body: Bytes) -> Self {
@@ -264,14 +255,20 @@ impl Api {
         }
     }
 
-    /// A call to the workspace itself.
-    pub(super) fn request(&self, kind: AuthKind, method: Method, path: &str) -> Call {
-        let call = Call::new(&self.http, kind, method, self.host.join(path));
+    /// A call to the workspace itself: GET, or POST if there is a body.
+    pub(super) fn call(&self, kind: AuthKind, path: &str, body: Option<&Value>) -> Call {
+        let url = self.host.join(path);
+        let mut call = match body {
+            None => self.get(kind, url),
+            Some(body) => self
+                .post(kind, url)
+                .body("application/json", body.to_string().into()),
+        };
         // Hosts that serve several workspaces (unified hosts) need it.
-        match self.workspace_id.get() {
-            Some(id) => call.header(WORKSPACE_ID, id.clone()),
-            None => call,
+        if let Some(id) = self.workspace_id.get() {
+            call = call.header(WORKSPACE_ID, id.clone());
         }
+        call
     }
 
     /// A call to a token service: https, or http if it and the workspace are on this machine.
@@ -340,7 +337,7 @@ impl Api {
 
         // Built for errors only: a success shows no foreign text.
         let known = || KnownSecrets::new(self.secrets.iter().chain(&call.secrets));
-        let date = text(&headers, &DATE).and_then(http_date);
+        let date = text(&headers, &DATE).and_then(times::http_date);
         // A redirect to a login page would otherwise look like a success (Private Link denies access in this form).
         if status.is_redirection() {
             let location = text(&headers, &LOCATION);
@@ -361,8 +358,10 @@ impl Api {
                 .filter(|id| !id.is_empty());
             let retry_after = text(&headers, &RETRY_AFTER)
                 // A date is by the other side's clock, which the answer's own `Date` shows.
-                .and_then(|value| retry_after(value, date.unwrap_or(received_at)))
-                .or(parsed.retry_delay.map(|delay| delay.min(MAX_RETRY_AFTER)));
+                .and_then(|value| times::retry_after(value, date.unwrap_or(received_at)))
+                .or(parsed
+                    .retry_delay
+                    .map(|delay| delay.min(times::MAX_RETRY_AFTER)));
             return Err(ApiError::Status {
                 status,
                 body: parsed,
@@ -371,7 +370,7 @@ impl Api {
         }
         Ok(Reply {
             body,
-            skew: date.and_then(|date| skew(date, received_at)),
+            skew: date.and_then(|date| times::skew(date, received_at)),
             workspace_id: text(&headers, &ORG_ID)
                 .map(error_body::clean)
                 .filter(|id| !id.is_empty()),
@@ -423,21 +422,8 @@ impl ApiError {
 
     /// The causes of a network failure, innermost last, without the address.
     pub(super) fn causes(error: &reqwest::Error) -> String {
-        // Many errors repeat the text of their source.
-        let mut parts: Vec<String> = Vec::new();
-        let mut next = error.source();
-        while let Some(cause) = next {
-            let text = error_body::clean(&cause.to_string());
-            if parts.last().is_none_or(|last| !last.contains(&text)) {
-                parts.push(text);
-            }
-            next = cause.source();
-        }
-        if parts.is_empty() {
-            error_body::clean(&error.to_string())
-        } else {
-            parts.join(": ")
-        }
+        let cause = error.source().unwrap_or(error);
+        error_body::clean(&chain(cause).to_string())
     }
 }
 
@@ -482,42 +468,9 @@ fn user_agent(auth_type: &str) -> String {
     )
 }
 
-/// RFC 9110's preferred form, which is also an RFC 2822 date.
-pub(super) fn http_date(text: &str) -> Option<Timestamp> {
-    rfc2822::parse(text).ok().map(|date| date.timestamp())
-}
-
-/// Seconds or a date (RFC 9110 section 10.2.3).
-pub(super) fn retry_after(text: &str, now: Timestamp) -> Option<Duration> {
-    // Databricks sends seconds (`errors/customizer.py` of the SDK for Python).
-    if let Ok(seconds) = text.trim().parse() {
-        return Some(Duration::from_secs(seconds).min(MAX_RETRY_AFTER));
-    }
-    let wait = http_date(text)?.duration_since(now);
-    Some(
-        Duration::try_from(wait)
-            .unwrap_or_default()
-            .min(MAX_RETRY_AFTER),
-    )
-}
-
-pub(super) fn skew(date: Timestamp, received_at: Timestamp) -> Option<SignedDuration> {
-    // The time lies somewhere in that second.
-    let skew = date
-        .duration_since(received_at)
-        .saturating_add(SignedDuration::from_millis(500));
-    (skew.abs() > SKEW_NOISE).then_some(skew)
-}
-
 #[cfg(test)]
 mod tests {
-    use proptest::prelude::*;
-
     use super::*;
-
-    fn at(second: i64) -> Timestamp {
-        Timestamp::from_second(second).unwrap()
-    }
 
     #[test]
     fn the_user_agent_has_the_form_of_the_databricks_sdks() {
@@ -534,63 +487,5 @@ mod tests {
             agent.ends_with(&format!("os/{} auth/oauth-m2m", std::env::consts::OS)),
             "{agent}"
         );
-    }
-
-    #[test]
-    fn retry_after_is_seconds_or_a_date() {
-        let now = http_date("Sun, 06 Nov 1994 08:49:37 GMT").unwrap();
-        assert_eq!(retry_after(" 7 ", now), Some(Duration::from_secs(7)));
-        assert_eq!(
-            retry_after("Sun, 06 Nov 1994 08:50:07 GMT", now),
-            Some(Duration::from_secs(30))
-        );
-        assert_eq!(
-            retry_after("Sun, 06 Nov 1994 08:00:00 GMT", now),
-            Some(Duration::ZERO)
-        );
-        assert_eq!(retry_after("soon", now), None);
-        assert_eq!(retry_after("-1", now), None);
-    }
-
-    /// Added to the time, the longest wait that a header can name ended the caller in a panic.
-    #[test]
-    fn the_longest_wait_can_be_added_to_the_time() {
-        let now = Timestamp::UNIX_EPOCH;
-        for text in ["18446744073709551615", "Wed, 29 Dec 9999 23:59:59 GMT"] {
-            let wait = retry_after(text, now).unwrap();
-            assert!(Instant::now().checked_add(wait).is_some(), "{text}");
-            assert_eq!(wait, MAX_RETRY_AFTER);
-        }
-    }
-
-    #[test]
-    fn a_difference_below_the_resolution_of_date_is_not_skew() {
-        assert_eq!(skew(at(100), at(101)), None);
-        assert_eq!(skew(at(102), at(101)), None);
-        assert_eq!(
-            skew(at(400), at(100)),
-            Some(SignedDuration::from_millis(300_500))
-        );
-        assert_eq!(
-            skew(at(100), at(400)),
-            Some(SignedDuration::from_millis(-299_500))
-        );
-    }
-
-    proptest! {
-        #[test]
-        fn no_header_makes_it_panic(text: String, second in any::<i64>()) {
-            let now = Timestamp::from_second(second % 200_000_000_000).unwrap();
-            prop_assert!(retry_after(&text, now).is_none_or(|wait| wait <= MAX_RETRY_AFTER));
-            if let Some(date) = http_date(&text) {
-                let _ = skew(date, now);
-            }
-        }
-
-        #[test]
-        fn seconds_are_read_back(seconds in 0_u64..86_400) {
-            let read = retry_after(&seconds.to_string(), Timestamp::UNIX_EPOCH);
-            prop_assert_eq!(read, Some(Duration::from_secs(seconds)));
-        }
     }
 }

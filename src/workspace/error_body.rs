@@ -8,7 +8,7 @@ use std::time::Duration;
 use reqwest::StatusCode;
 use serde_json::Value;
 
-use super::expiry::Number;
+use super::times::Number;
 use crate::telemetry::{KnownSecrets, redact};
 
 /// The most characters of foreign text in an error.

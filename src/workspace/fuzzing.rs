@@ -4,10 +4,10 @@ use jiff::Timestamp;
 use reqwest::StatusCode;
 
 use super::{
-    BranchName, EndpointName, Host, HostName, InstanceName, Reference, api, auth,
-    databrickscfg::Profiles, error_body,
+    BranchName, EndpointName, Host, HostName, InstanceName, Reference, auth,
+    databrickscfg::Profiles, error_body, times,
 };
-use crate::{telemetry::KnownSecrets, workspace::expiry::Number};
+use crate::{telemetry::KnownSecrets, workspace::times::Number};
 
 /// An answer to a request: as a refusal, and as a token.
 pub fn answer(status: u16, body: &[u8]) {
@@ -33,11 +33,11 @@ pub fn answer(status: u16, body: &[u8]) {
 /// Headers and fields that hold a time or a token.
 pub fn times(text: &str) {
     let now = Timestamp::UNIX_EPOCH;
-    let _ = api::retry_after(text, now);
-    let _ = api::retry_after(text, Timestamp::MAX);
-    if let Some(date) = api::http_date(text) {
-        let _ = api::skew(date, now);
-        let _ = api::skew(date, Timestamp::MIN);
+    let _ = times::retry_after(text, now);
+    let _ = times::retry_after(text, Timestamp::MAX);
+    if let Some(date) = times::http_date(text) {
+        let _ = times::skew(date, now);
+        let _ = times::skew(date, Timestamp::MIN);
     }
     let _ = error_body::proto_duration(&Number::Text(text.to_owned()));
     auth::fuzzing::times(text);

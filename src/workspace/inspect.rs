@@ -1,14 +1,13 @@
 //! Facts for `doctor`: the workspace's clock, and our token's expiry and scopes. Nothing is retried.
 
 use jiff::{SignedDuration, Timestamp, tz::TimeZone};
-use reqwest::Method;
 use secrecy::ExposeSecret;
 
 use super::{
     AuthKind, CallError, Workspace,
     auth::claim,
     diagnosis::{Purpose, clean},
-    expiry,
+    times,
 };
 
 /// Public, needs no token, and exists on every workspace.
@@ -28,10 +27,7 @@ pub struct TokenFacts {
 impl Workspace {
     /// How far the workspace's clock is ahead of ours; zero for a difference that `Date` cannot show.
     pub async fn clock_skew(&self) -> Result<SignedDuration, CallError> {
-        let call = self
-            .0
-            .api
-            .request(self.auth_kind(), Method::GET, CLOCK_PATH);
+        let call = self.0.api.call(self.auth_kind(), CLOCK_PATH, None);
         match self.0.api.send(call).await {
             Ok(reply) => Ok(reply.skew.unwrap_or_default()),
             Err(error) => Err(self.diagnosed(Purpose::Clock, error)),
@@ -53,7 +49,7 @@ impl Workspace {
 
 /// The expiry in a JWT.
 fn expires_at(token: &str) -> Option<Timestamp> {
-    expiry::from_text(&claim(token, "exp")?, &TimeZone::UTC)
+    times::from_text(&claim(token, "exp")?, &TimeZone::UTC)
 }
 
 #[cfg(test)]
@@ -74,7 +70,7 @@ mod tests {
         let scopes = claim(&token, "scope");
         assert_eq!(scopes.as_deref(), Some("all-apis offline_access"));
         let token = jwt(r#"{"exp":"253402300799","scp":["postgres","sql"]}"#);
-        assert_eq!(expires_at(&token), Some(expiry::FAR));
+        assert_eq!(expires_at(&token), Some(times::FAR));
         assert_eq!(claim(&token, "scp").as_deref(), Some("postgres sql"));
     }
 

@@ -10,7 +10,7 @@ mod diagnosis;
 mod discovery;
 mod error;
 mod error_body;
-pub(crate) mod expiry;
+
 #[cfg(fuzzing)]
 pub mod fuzzing;
 mod host;
@@ -19,6 +19,7 @@ mod names;
 mod settings;
 #[cfg(test)]
 mod tests;
+pub(crate) mod times;
 
 use std::{
     fmt,
@@ -30,7 +31,6 @@ use std::{
 };
 
 use jiff::{SignedDuration, Timestamp};
-use reqwest::Method;
 use secrecy::{ExposeSecret, SecretString};
 use serde::{Deserialize, de::DeserializeOwned};
 use serde_json::{Value, json};
@@ -56,7 +56,7 @@ use api::{Api, ApiError, Reply};
 pub(crate) use auth::claim;
 use auth::{CachedToken, TokenCache};
 use diagnosis::{Purpose, diagnose};
-use expiry::Moment;
+use times::Moment;
 
 use crate::{
     clock::Clock,
@@ -142,44 +142,37 @@ impl Workspace {
         self.token().await.map(drop)
     }
 
-    /// A call with a workspace token, repeated once with a new token if the workspace refuses the first.
+    /// A call with a workspace token, repeated once with a new token if the workspace refuses the first. GET, or POST if
+    /// there is a body.
     async fn call<T: DeserializeOwned>(
         &self,
         purpose: Purpose<'_>,
-        method: Method,
         path: &str,
         body: Option<&Value>,
     ) -> Result<Answer<T>, CallError> {
         let token = self.token().await?;
-        self.call_with(&token, purpose, method, path, body).await
-    }
-
-    async fn call_with<T: DeserializeOwned>(
-        &self,
-        token: &CachedToken,
-        purpose: Purpose<'_>,
-        method: Method,
-        path: &str,
-        body: Option<&Value>,
-    ) -> Result<Answer<T>, CallError> {
-        let mut outcome = self.send(token, method.clone(), path, body).await;
+        let started = Instant::now();
+        let mut outcome = self.send(&token, path, body).await;
         // The token may have been revoked or replaced since it was cached; a new one decides.
         if let Err(ApiError::Status { status, .. }) = &outcome
             // Also for a POST: a call refused with 401 has no effect. Not for 403: a new token has the same rights.
             && status.as_u16() == 401
-            && let Some(another) = self.0.tokens.another(&self.0.api, token).await
+            && let Some(another) = self.0.tokens.another(&self.0.api, &token).await
         {
-            outcome = self.send(&another?, method, path, body).await;
+            outcome = self.send(&another?, path, body).await;
         }
-        outcome
-            .and_then(|reply| {
-                Ok(Answer {
-                    value: reply.json()?,
-                    skew: reply.skew,
-                    workspace_id: reply.workspace_id.clone(),
-                })
+        let answer = outcome.and_then(|reply| {
+            Ok(Answer {
+                value: reply.json()?,
+                skew: reply.skew,
+                workspace_id: reply.workspace_id.clone(),
             })
-            .map_err(|error| self.diagnosed(purpose, error))
+        });
+        let answer = answer.map_err(|error| self.diagnosed(purpose, error))?;
+        if let Purpose::Credential(_) = purpose {
+            self.observe(MintStep::Credential, started);
+        }
+        Ok(answer)
     }
 
     async fn token(&self) -> Result<CachedToken, CallError> {
@@ -195,19 +188,15 @@ impl Workspace {
     async fn send(
         &self,
         token: &CachedToken,
-        method: Method,
         path: &str,
         body: Option<&Value>,
     ) -> Result<Reply, ApiError> {
-        let mut request = self.0.api.request(self.auth_kind(), method, path);
-        request = request.bearer(&token.token.secret);
+        let mut call = self.0.api.call(self.auth_kind(), path, body);
+        call = call.bearer(&token.token.secret);
         for (name, value) in &token.token.headers {
-            request = request.header(name.clone(), value.clone());
+            call = call.header(name.clone(), value.clone());
         }
-        if let Some(body) = body {
-            request = request.json(body);
-        }
-        self.0.api.send(request).await
+        self.0.api.send(call).await
     }
 
     fn diagnosed(&self, purpose: Purpose<'_>, error: ApiError) -> CallError {
@@ -296,14 +285,7 @@ impl CredentialMinter {
     pub async fn request_credential(&self) -> Result<Minted, CallError> {
         let purpose = Purpose::Credential(self.target.as_str());
         let (path, body) = self.request();
-        // Before the call for the credential, so that each step is timed alone.
-        let token = self.workspace.token().await?;
-        let started = Instant::now();
-        let answer = self
-            .workspace
-            .call_with::<Response>(&token, purpose, Method::POST, path, Some(&body))
-            .await?;
-        self.workspace.observe(MintStep::Credential, started);
+        let answer: Answer<Response> = self.workspace.call(purpose, path, Some(&body)).await?;
         let Response { token, expire_time } = answer.value;
         // The endpoint decides about the token's form; a password message must be able to carry it.
         if token.expose_secret().is_empty() || token.expose_secret().contains('\0') {

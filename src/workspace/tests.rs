@@ -828,7 +828,7 @@ async fn an_expiry_above_the_range_is_far_away() {
         })
         .await;
         let minted = mint(fake.m2m()).await.unwrap();
-        assert_eq!(minted.expires_at, Some(expiry::FAR), "{end}");
+        assert_eq!(minted.expires_at, Some(times::FAR), "{end}");
     }
     for lifetime in [json!("3600"), json!(1e300), json!("1e300")] {
         let response = json!({"access_token": "workspace-token", "expires_in": lifetime});

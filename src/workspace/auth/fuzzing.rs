@@ -3,7 +3,7 @@
 use jiff::tz::{Offset, TimeZone};
 
 use super::{oauth::TokenResponse, token::claim};
-use crate::workspace::expiry;
+use crate::workspace::times;
 
 /// A token is accepted with an expiry or refused; nothing panics.
 pub(in crate::workspace) fn token_response(body: &[u8]) {
@@ -13,8 +13,8 @@ pub(in crate::workspace) fn token_response(body: &[u8]) {
 }
 
 pub(in crate::workspace) fn times(text: &str) {
-    let _ = expiry::from_text(text, &TimeZone::UTC);
-    let _ = expiry::from_text(text, &TimeZone::fixed(Offset::constant(-11)));
+    let _ = times::from_text(text, &TimeZone::UTC);
+    let _ = times::from_text(text, &TimeZone::fixed(Offset::constant(-11)));
 }
 
 pub(in crate::workspace) fn claims(token: &str) {

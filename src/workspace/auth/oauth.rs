@@ -6,7 +6,8 @@
 use std::time::Duration;
 
 use secrecy::SecretString;
-use serde::{Deserialize, de::DeserializeOwned};
+use serde::{Deserialize, Deserializer, de::DeserializeOwned};
+use serde_json::Value;
 use tokio::sync::OnceCell;
 use tracing::debug;
 use url::Url;
@@ -21,8 +22,8 @@ use crate::{
     workspace::{
         CallError, WorkspaceError,
         api::{Api, ApiError, Call},
-        expiry::Number,
         settings::ResolvedSettings,
+        times::Number,
     },
 };
 
@@ -54,29 +55,23 @@ struct Metadata {
     token_endpoint: String,
 }
 
-/// Written as text or as a number.
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum Id {
-    Number(u64),
-    Text(String),
-}
-
-impl Id {
-    fn into_text(self) -> String {
-        match self {
-            Self::Number(number) => number.to_string(),
-            Self::Text(text) => text,
-        }
-    }
+/// An id, written as text or as a number.
+fn id<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<String>, D::Error> {
+    Ok(match Value::deserialize(deserializer)? {
+        Value::String(text) => Some(text),
+        Value::Number(number) => Some(number.to_string()),
+        _ => None,
+    })
 }
 
 #[derive(Default, Deserialize)]
 #[serde(default)]
 struct HostMetadata {
     oidc_endpoint: Option<String>,
-    account_id: Option<Id>,
-    workspace_id: Option<Id>,
+    #[serde(deserialize_with = "id")]
+    account_id: Option<String>,
+    #[serde(deserialize_with = "id")]
+    workspace_id: Option<String>,
     token_federation_default_oidc_audiences: Vec<String>,
 }
 
@@ -156,7 +151,7 @@ impl TokenEndpointDiscovery {
         endpoint: &mut TokenEndpoint,
     ) -> Option<Url> {
         if let Some(id) = metadata.workspace_id {
-            api.learn_workspace_id(&id.into_text());
+            api.learn_workspace_id(&id);
         }
         endpoint.audience = metadata
             .token_federation_default_oidc_audiences
@@ -164,12 +159,8 @@ impl TokenEndpointDiscovery {
             .next();
         let root = metadata.oidc_endpoint?;
         // The address of an account's endpoint has a placeholder (`oauth.py` of the SDK for Python).
-        let root = match self
-            .account_id
-            .clone()
-            .or(metadata.account_id.map(Id::into_text))
-        {
-            Some(account) => root.replace("{account_id}", &account),
+        let root = match self.account_id.as_ref().or(metadata.account_id.as_ref()) {
+            Some(account) => root.replace("{account_id}", account),
             None if root.contains("{account_id}") => return None,
             None => root,
         };
@@ -290,7 +281,6 @@ fn seconds(seconds: f64) -> Option<Duration> {
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
-    use serde_json::Value;
 
     use super::*;
 

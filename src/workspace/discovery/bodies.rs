@@ -5,7 +5,7 @@
 use serde::Deserialize;
 
 use super::{EndpointInfo, EndpointState, EndpointType};
-use crate::workspace::{error_body::proto_duration, expiry::Number, names::HostName};
+use crate::workspace::{error_body::proto_duration, names::HostName, times::Number};
 
 /// A resource of Lakebase Autoscaling.
 #[derive(Default, Deserialize)]

@@ -5,7 +5,6 @@ use std::{
     time::Duration,
 };
 
-use reqwest::Method;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 use tokio::time::{Instant, sleep};
@@ -218,7 +217,7 @@ impl<'a> Lookup<'a> {
         let mut backoff = Backoff::new(FIRST_WAIT, LAST_WAIT);
         loop {
             self.calls.fetch_add(1, Ordering::Relaxed);
-            let error = match self.workspace.call(purpose, Method::GET, path, None).await {
+            let error = match self.workspace.call(purpose, path, None).await {
                 Ok(answer) => return Ok(answer),
                 Err(error) => error,
             };

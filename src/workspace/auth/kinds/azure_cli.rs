@@ -20,9 +20,9 @@ use crate::{
         CallError, CallErrorKind, WorkspaceError,
         api::{Api, PROBE_TIMEOUT},
         command::{self, Failure},
-        expiry::{self, Number},
         host::Host,
         settings::ResolvedSettings,
+        times::{self, Number},
     },
 };
 
@@ -231,7 +231,7 @@ impl AzureCli {
         let answer: Answer = serde_json::from_slice(&stdout).map_err(|_| malformed())?;
         // The time without an offset is ambiguous in the hour when clocks are set back.
         let epoch = answer.expires_on.as_ref().and_then(Number::timestamp);
-        let at = epoch.or_else(|| expiry::from_text(answer.local.as_deref()?, &TimeZone::system()));
+        let at = epoch.or_else(|| times::from_text(answer.local.as_deref()?, &TimeZone::system()));
         WorkspaceToken::new(answer.access_token, Expiry::At(at.ok_or_else(malformed)?))
     }
 
@@ -269,9 +269,9 @@ mod tests {
     fn the_expiry_is_in_local_time() {
         let zone = TimeZone::fixed(Offset::constant(2));
         assert_eq!(
-            expiry::from_text("2026-08-28 15:04:05.000000", &zone),
+            times::from_text("2026-08-28 15:04:05.000000", &zone),
             Some("2026-08-28T13:04:05Z".parse().unwrap())
         );
-        assert_eq!(expiry::from_text("soon", &zone), None);
+        assert_eq!(times::from_text("soon", &zone), None);
     }
 }

@@ -20,9 +20,9 @@ use crate::workspace::{
     CallError, CallErrorKind, WorkspaceError,
     api::Api,
     command::{self, CommandError, Failure},
-    expiry::{Moment, Number},
     host::Host,
     settings::ResolvedSettings,
+    times::{Moment, Number},
 };
 
 const COMMAND: &str = "databricks";

@@ -1,12 +1,19 @@
-//! Times of expiry from services and programs: a date or seconds since 1970, as a number or in quotes.
+//! Times from services and programs. An expiry is a date or seconds since 1970, as a number or in quotes; headers hold
+//! dates (RFC 9110) and waits.
 //!
 //! A time above the range of [`Timestamp`] becomes [`FAR`].
 
-use jiff::{SignedDuration, Timestamp, civil::DateTime, tz::TimeZone};
+use std::time::Duration;
+
+use jiff::{SignedDuration, Timestamp, civil::DateTime, fmt::rfc2822, tz::TimeZone};
 use serde::{Deserialize, Deserializer};
 
 /// The year 9998, in place of all later times; leaves room for arithmetic, as `Timestamp` ends with the year 9999.
 pub(crate) const FAR: Timestamp = Timestamp::constant(253_339_228_800, 0);
+/// The longest `Retry-After` that is obeyed; the header allows any number, also one too large to add to the time.
+pub(super) const MAX_RETRY_AFTER: Duration = Duration::from_hours(24);
+/// `Date` has whole seconds and a delay; a smaller difference is not skew.
+const SKEW_NOISE: SignedDuration = SignedDuration::from_secs(2);
 /// `Timestamp` ends within this year.
 const FIRST_YEAR_BEYOND: u64 = 9999;
 
@@ -94,11 +101,42 @@ impl<'de> Deserialize<'de> for Moment {
     }
 }
 
+/// RFC 9110's preferred form, which is also an RFC 2822 date.
+pub(super) fn http_date(text: &str) -> Option<Timestamp> {
+    rfc2822::parse(text).ok().map(|date| date.timestamp())
+}
+
+/// Seconds or a date (RFC 9110 section 10.2.3).
+pub(super) fn retry_after(text: &str, now: Timestamp) -> Option<Duration> {
+    // Databricks sends seconds (`errors/customizer.py` of the SDK for Python).
+    if let Ok(seconds) = text.trim().parse() {
+        return Some(Duration::from_secs(seconds).min(MAX_RETRY_AFTER));
+    }
+    let wait = http_date(text)?.duration_since(now);
+    Some(
+        Duration::try_from(wait)
+            .unwrap_or_default()
+            .min(MAX_RETRY_AFTER),
+    )
+}
+
+pub(super) fn skew(date: Timestamp, received_at: Timestamp) -> Option<SignedDuration> {
+    // The time lies somewhere in that second.
+    let skew = date
+        .duration_since(received_at)
+        .saturating_add(SignedDuration::from_millis(500));
+    (skew.abs() > SKEW_NOISE).then_some(skew)
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
 
     use super::*;
+
+    fn at(second: i64) -> Timestamp {
+        Timestamp::from_second(second).unwrap()
+    }
 
     fn moment(json: &str) -> Option<Timestamp> {
         serde_json::from_str(json).ok().map(|Moment(at)| at)
@@ -152,11 +190,70 @@ mod tests {
         }
     }
 
+    #[test]
+    fn retry_after_is_seconds_or_a_date() {
+        let now = http_date("Sun, 06 Nov 1994 08:49:37 GMT").unwrap();
+        assert_eq!(retry_after(" 7 ", now), Some(Duration::from_secs(7)));
+        assert_eq!(
+            retry_after("Sun, 06 Nov 1994 08:50:07 GMT", now),
+            Some(Duration::from_secs(30))
+        );
+        assert_eq!(
+            retry_after("Sun, 06 Nov 1994 08:00:00 GMT", now),
+            Some(Duration::ZERO)
+        );
+        assert_eq!(retry_after("soon", now), None);
+        assert_eq!(retry_after("-1", now), None);
+    }
+
+    /// Added to the time, the longest wait that a header can name ended the caller in a panic.
+    #[test]
+    fn the_longest_wait_can_be_added_to_the_time() {
+        let now = Timestamp::UNIX_EPOCH;
+        for text in ["18446744073709551615", "Wed, 29 Dec 9999 23:59:59 GMT"] {
+            let wait = retry_after(text, now).unwrap();
+            assert!(
+                tokio::time::Instant::now().checked_add(wait).is_some(),
+                "{text}"
+            );
+            assert_eq!(wait, MAX_RETRY_AFTER);
+        }
+    }
+
+    #[test]
+    fn a_difference_below_the_resolution_of_date_is_not_skew() {
+        assert_eq!(skew(at(100), at(101)), None);
+        assert_eq!(skew(at(102), at(101)), None);
+        assert_eq!(
+            skew(at(400), at(100)),
+            Some(SignedDuration::from_millis(300_500))
+        );
+        assert_eq!(
+            skew(at(100), at(400)),
+            Some(SignedDuration::from_millis(-299_500))
+        );
+    }
+
     proptest! {
         #[test]
         fn nothing_panics(text in ".*", number: f64) {
             let _ = from_text(&text, &TimeZone::UTC);
             let _ = from_seconds(number);
+        }
+
+        #[test]
+        fn no_header_makes_it_panic(text: String, second in any::<i64>()) {
+            let now = Timestamp::from_second(second % 200_000_000_000).unwrap();
+            prop_assert!(retry_after(&text, now).is_none_or(|wait| wait <= MAX_RETRY_AFTER));
+            if let Some(date) = http_date(&text) {
+                let _ = skew(date, now);
+            }
+        }
+
+        #[test]
+        fn seconds_are_read_back(seconds in 0_u64..86_400) {
+            let read = retry_after(&seconds.to_string(), Timestamp::UNIX_EPOCH);
+            prop_assert_eq!(read, Some(Duration::from_secs(seconds)));
         }
     }
 }
