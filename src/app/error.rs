@@ -28,10 +28,10 @@ pub struct AppError {
 }
 
 impl AppError {
-    pub(super) fn new(message: impl Into<String>, hint: Option<String>) -> Self {
+    pub(super) fn new(message: impl Into<String>, hint: Option<impl Into<String>>) -> Self {
         Self {
             message: message.into(),
-            hint,
+            hint: hint.map(Into::into),
             kind: CallErrorKind::Refused,
             retry_after: None,
             taken_port: None,
@@ -40,11 +40,15 @@ impl AppError {
 
     /// The message of an error with its causes.
     fn of(error: &(dyn Error + 'static), hint: Option<impl Into<String>>) -> Self {
-        Self::new(chain(error).to_string(), hint.map(Into::into))
+        Self::new(chain(error).to_string(), hint)
     }
 
     fn caused_by(what: &str, error: &(dyn Error + 'static), hint: Option<&str>) -> Self {
         Self::new(format!("{what}: {}", chain(error)), hint.map(str::to_owned))
+    }
+
+    pub(super) fn no_endpoint() -> Self {
+        Self::new("no endpoint is configured", None::<String>)
     }
 
     /// The threads that serve clients cannot be started.

@@ -1,14 +1,13 @@
 //! Reloads settings: everything that can fail is prepared first, then all of it is applied, or nothing.
 
-use std::{sync::Arc, time::Duration};
+use std::{future::pending, path::PathBuf, sync::Arc, time::Duration};
 
 use tokio::time::{Instant, sleep};
 
 use super::{
-    AppError, Served,
-    locate::security,
-    running::Running,
-    serve::{self, BoundEndpoint},
+    App, AppError, Served,
+    discovery::security,
+    endpoint::{self, BoundEndpoint},
     shared::{self, Shared},
 };
 use crate::{
@@ -35,11 +34,18 @@ pub struct Reloader {
 struct Prepared {
     added: Vec<BoundEndpoint>,
     resumed: Vec<Arc<Served>>,
-    roots: Vec<(Arc<Served>, Option<Fingerprint>, Security)>,
+    roots: Vec<NewRoots>,
     access: Arc<AccessPolicy>,
 }
 
-impl Running {
+/// Trusted roots that an endpoint's file holds now.
+struct NewRoots {
+    served: Arc<Served>,
+    fingerprint: Option<Fingerprint>,
+    security: Security,
+}
+
+impl App {
     /// The reloader of this program, whose settings are `config`.
     pub fn reloader(&self, source: Source, config: Config) -> Reloader {
         Reloader {
@@ -51,39 +57,38 @@ impl Running {
 
     /// Reloads at each SIGHUP and, with `--watch-config`, when a file changes.
     pub fn reload_on(&self, mut reloader: Reloader, mut hangup: Option<Hangup>) {
-        let stop = self.shared.stop.clone();
         let is_watching = reloader.config.settings.watch_config();
         let reloading = async move {
-            let files = |reloader: &Reloader| reloader.source.files(&reloader.config);
             // Marked before the check below, so that every change is found by one or the other.
-            let mut watch = FileWatch::new(files(&reloader));
-            watch.mark().await;
+            let mut watch = reloader.watch().await;
             // The files may have changed during the start.
             if is_watching && reloader.is_out_of_date().await {
                 let _ = reloader.reload().await;
             }
             loop {
+                let hung_up = async {
+                    match &mut hangup {
+                        Some(hangup) => hangup.next().await,
+                        // `exec` passes none, as it forwards SIGHUP to its child.
+                        None => pending().await,
+                    }
+                };
                 tokio::select! {
-                    () = next(&mut hangup) => {}
+                    () = hung_up => {}
                     () = watch.changed(), if is_watching => {}
                 }
                 // Before reading, so that no later change is missed.
-                watch = FileWatch::new(files(&reloader));
-                watch.mark().await;
+                watch = reloader.watch().await;
                 // The log and the metrics have the result.
                 let _ = reloader.reload().await;
             }
         };
-        self.shared
-            .helpers
-            .spawn(async move { Box::pin(stop.run_until_cancelled(reloading)).await });
+        self.shared.run(Box::pin(reloading));
     }
 }
 
 impl Reloader {
     /// Loads the settings again and applies what differs; `None` if nothing does. After an error the settings in force stay.
-    ///
-    /// Not cancel safe: the labels of endpoints that were prepared would stay in the metrics.
     pub async fn reload(&mut self) -> Result<Option<Change>, AppError> {
         let notifier = self.shared.notifier.clone();
         // Reports READY when dropped, whatever the outcome: with `Type=notify-reload`, systemd waits for that.
@@ -111,6 +116,13 @@ impl Reloader {
         outcome
     }
 
+    /// The files of the settings in force, as they are now.
+    async fn watch(&self) -> FileWatch {
+        let watch = FileWatch::new(self.source.files(&self.config));
+        watch.mark().await;
+        watch
+    }
+
     async fn load(&self) -> Result<Config, ConfigError> {
         let source = self.source.clone();
         blocking(move || source.load_again()).await
@@ -131,7 +143,7 @@ impl Reloader {
 
     async fn attempt(&mut self) -> Result<Option<Change>, AppError> {
         if self.shared.process.shutdown.phase() != Phase::Serving {
-            return Err(AppError::new("the proxy is shutting down", None));
+            return Err(AppError::new("the proxy is shutting down", None::<String>));
         }
         let mut change = self.config.change_to(self.load().await?);
         // Before anything is bound: commit cannot fail any more.
@@ -159,105 +171,62 @@ impl Reloader {
             roots: Vec::new(),
             access: Arc::new(access),
         };
-        if let Err(error) = self.fill(change, &mut prepared).await {
-            // The labels of endpoints that were never served must not stay in the metrics.
-            for endpoint in &prepared.added {
-                endpoint.served.context.metrics.retire();
-            }
-            return Err(error);
-        }
-        Ok(prepared)
-    }
-
-    async fn fill(&self, change: &Change, prepared: &mut Prepared) -> Result<(), AppError> {
         let served = self.shared.endpoints.now();
-        for served in served
-            .iter()
-            .filter(|one| !one.context.registry.is_draining())
-        {
-            // The system's roots are read at the start only.
-            if !serve::has_roots_file(&served.config) {
-                continue;
-            }
-            let config = served.config.clone();
-            let roots = blocking(move || serve::roots(&config)).await;
-            if roots == **served.roots.load() {
-                continue;
-            }
-            // Before it is found, discovery reads the file as it is at its next attempt.
-            if let Some(upstream) = served.context.route.found() {
-                let (tls, endpoint) = (served.config.tls.clone(), upstream.endpoint());
-                let security = blocking(move || security(&tls, &endpoint.host)).await?;
-                prepared.roots.push((Arc::clone(served), roots, security));
-            }
+        let (draining, staying): (Vec<_>, Vec<_>) =
+            served.iter().partition(|served| served.is_draining());
+        for served in staying {
+            prepared.roots.extend(new_roots(served).await?);
         }
         for endpoint in &change.added {
-            let draining = || {
-                let served = served.iter();
-                served.filter(|served| served.context.registry.is_draining())
-            };
+            let mut draining = draining.iter().copied();
+            let same = draining
+                .clone()
+                .find(|served| served.config.has_same_listener(endpoint));
             // A removed endpoint that comes back while its sessions drain still has its listener: it serves again.
-            if let Some(before) =
-                draining().find(|served| served.config.has_same_listener(endpoint))
+            if let Some(before) = same
                 && before.config.has_same_config(endpoint)
                 && !before.context.registry.closed().is_cancelled()
             {
                 prepared.resumed.push(Arc::clone(before));
                 continue;
             }
-            let conflicting = draining()
-                .filter(|served| served.config.listen.conflict(&endpoint.listen).is_some());
-            let listener = bind(conflicting, endpoint).await?;
-            let metrics = self.shared.metrics.of_another(endpoint.called())?;
-            let bound = BoundEndpoint::new(
-                &self.shared,
-                endpoint.clone(),
-                listener,
-                Arc::clone(&metrics),
-            )
-            .await;
-            prepared
-                .added
-                .push(bound.inspect_err(|_| metrics.retire())?);
+            let listener = bind(&mut draining, endpoint).await?;
+            let bound = BoundEndpoint::new(&self.shared, endpoint.clone(), listener).await?;
+            prepared.added.push(bound);
         }
-        Ok(())
+        Ok(prepared)
     }
 
-    /// Changes the permissions of Unix sockets of endpoints that stay.
-    fn set_modes(&self, new: &Config, change: ModeChange) {
-        let unix = |endpoint: &EndpointConfig| endpoint.listen.unix.clone();
+    /// The Unix sockets of endpoints that stay and have other permissions in `new`.
+    fn mode_changes(&self, new: &Config) -> Vec<ModeChange> {
+        let mut changes = Vec::new();
         for served in self.shared.endpoints.now().iter() {
-            let is_it = |endpoint: &&EndpointConfig| endpoint.has_same_listener(&served.config);
-            let old = self.config.endpoints.iter().find(is_it).and_then(unix);
-            let new = new.endpoints.iter().find(is_it).and_then(unix);
-            let Some((old, new)) = old.zip(new) else {
+            let unix = |config: &Config| {
+                let mut endpoints = config.endpoints.iter();
+                let same = endpoints.find(|it| it.has_same_listener(&served.config))?;
+                same.listen.unix.clone()
+            };
+            let Some((old, new)) = unix(&self.config).zip(unix(new)) else {
                 continue;
             };
-            // A change that adds some bits and removes others counts as one that widens.
-            let tightens = new.mode & !old.mode == 0;
-            if old.mode == new.mode || tightens != (change == ModeChange::Tighten) {
-                continue;
-            }
-            for path in &served.bound.unix {
-                if let Err(error) = listener::set_socket_mode(&served.config.listen, path, new.mode)
-                {
-                    // A warning only: the other changes of the reload cannot be undone any more.
-                    tracing::warn!(socket = %path.display(), %error, "cannot change the permissions of a socket");
-                }
+            if old.mode != new.mode {
+                let paths = served.bound.unix.iter();
+                changes.extend(paths.map(|path| ModeChange {
+                    served: Arc::clone(served),
+                    path: path.clone(),
+                    mode: new.mode,
+                    widens: new.mode & !old.mode != 0,
+                }));
             }
         }
+        changes
     }
 
     fn commit(&mut self, change: &Change, prepared: Prepared) {
-        let Prepared {
-            added,
-            resumed,
-            roots,
-            access,
-        } = prepared;
+        let new = &change.config;
         if let Some(log) = &self.shared.log
-            && change.config.settings.log_filter() != self.config.settings.log_filter()
-            && let Err(error) = log.set_filter(&change.config.settings.log_filter())
+            && new.settings.log_filter() != self.config.settings.log_filter()
+            && let Err(error) = log.set_filter(&new.settings.log_filter())
         {
             tracing::warn!(error = %chain(&error), "cannot change the log filter");
         }
@@ -265,70 +234,108 @@ impl Reloader {
             .iter()
             .any(|setting| change.applied.contains(setting));
         // Narrowing before and widening after: a socket is never open to users that neither the old nor the new settings allow.
-        self.set_modes(&change.config, ModeChange::Tighten);
-        self.shared.apply(&change.config, access);
-        self.set_modes(&change.config, ModeChange::Widen);
-        for (served, fingerprint, security) in roots {
-            if let Some(upstream) = served.context.route.found() {
+        let modes = self.mode_changes(new);
+        modes
+            .iter()
+            .filter(|it| !it.widens)
+            .for_each(ModeChange::apply);
+        self.shared.apply(new, prepared.access);
+        modes
+            .iter()
+            .filter(|it| it.widens)
+            .for_each(ModeChange::apply);
+        for roots in prepared.roots {
+            if let Some(upstream) = roots.served.context.route.found() {
                 let endpoint = Endpoint::clone(&upstream.endpoint());
                 upstream.redirect(Endpoint {
-                    security,
+                    security: roots.security,
                     ..endpoint
                 });
-                served.roots.store(Arc::new(fingerprint));
+                roots.served.roots.store(Arc::new(roots.fingerprint));
             }
         }
         let served = self.shared.endpoints.now();
         for endpoint in &change.removed {
             // An endpoint that drains since an earlier reload may have had the same addresses.
-            let mut staying = served
-                .iter()
-                .filter(|served| !served.context.registry.is_draining());
+            let mut staying = served.iter().filter(|served| !served.is_draining());
             if let Some(served) = staying.find(|served| served.config.has_same_listener(endpoint)) {
                 served.context.registry.drain();
             }
         }
-        for served in resumed {
+        for served in prepared.resumed {
             // If its last session ends at this moment, the next reload binds it again.
             served.context.registry.resume();
         }
         if changes_exposure {
-            for served in self.shared.endpoints.now().iter() {
-                serve::warn_of_exposure(served, &self.shared.process.config.load_full().access);
+            for served in served.iter() {
+                served.warn_of_exposure(&self.shared.process.config.load_full().access);
             }
         }
-        for endpoint in added {
-            self.shared.endpoints.add(&endpoint.served);
-            // No reporter: discovery of an added endpoint must not end the program.
-            endpoint.start(&self.shared, None);
+        let mut added = Vec::with_capacity(prepared.added.len());
+        for endpoint in prepared.added {
+            // Here, so that a reload that fails leaves no labels in the metrics.
+            match self.shared.metrics.of_another(endpoint.config.called()) {
+                Ok(metrics) => added.push((endpoint, metrics)),
+                Err(error) => tracing::error!(%error, "cannot register metrics"),
+            }
         }
-        self.config = change.config.clone();
+        // Discovery of an added endpoint never ends the program.
+        endpoint::serve(&self.shared, added, false);
+        self.config = new.clone();
     }
 }
 
-/// The direction in which the permissions of sockets change.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum ModeChange {
-    Tighten,
-    Widen,
+/// New permissions of a Unix socket.
+struct ModeChange {
+    served: Arc<Served>,
+    path: PathBuf,
+    mode: u32,
+    /// A change that adds some bits and removes others counts as one that widens.
+    widens: bool,
+}
+
+impl ModeChange {
+    fn apply(&self) {
+        let listen = &self.served.config.listen;
+        if let Err(error) = listener::set_socket_mode(listen, &self.path, self.mode) {
+            // A warning only: the other changes of the reload cannot be undone any more.
+            tracing::warn!(socket = %self.path.display(), %error, "cannot change the permissions of a socket");
+        }
+    }
+}
+
+/// The roots of an endpoint whose file of them has changed.
+async fn new_roots(served: &Arc<Served>) -> Result<Option<NewRoots>, AppError> {
+    let fingerprint = endpoint::roots(&served.config).await;
+    if fingerprint == **served.roots.load() {
+        return Ok(None);
+    }
+    // Before it is found, discovery reads the file as it is at its next attempt.
+    let Some(upstream) = served.context.route.found() else {
+        return Ok(None);
+    };
+    let (tls, endpoint) = (served.config.tls.clone(), upstream.endpoint());
+    Ok(Some(NewRoots {
+        served: Arc::clone(served),
+        fingerprint,
+        security: blocking(move || security(&tls, &endpoint.host)).await?,
+    }))
 }
 
 /// Binds an endpoint's listener, if necessary after closing removed endpoints that still listen on its address.
 async fn bind(
-    conflicting: impl Iterator<Item = &Arc<Served>>,
+    draining: impl Iterator<Item = &Arc<Served>>,
     endpoint: &EndpointConfig,
 ) -> Result<Listener, AppError> {
-    let mut shut = false;
-    for before in conflicting {
-        // It was open for cancel requests only, since a removed endpoint refuses sessions: a failed reload need not
-        // open it again.
-        before.context.registry.close();
-        shut = true;
+    let mut deadline = Instant::now();
+    for before in draining {
+        if before.config.listen.conflict(&endpoint.listen).is_some() {
+            // It was open for cancel requests only, since a removed endpoint refuses sessions: a failed reload need not
+            // open it again.
+            before.context.registry.close();
+            deadline = Instant::now() + CLOSES_WITHIN;
+        }
     }
-    if !shut {
-        return Ok(Listener::bind(&endpoint.listen)?);
-    }
-    let deadline = Instant::now() + CLOSES_WITHIN;
     loop {
         // The old socket is closed by its accept loop, a moment after `close` returns.
         match Listener::bind(&endpoint.listen) {
@@ -354,13 +361,5 @@ fn log_change(change: &Change) {
             settings = change.restart.join(", "),
             "changed settings need a restart; their old values stay in force"
         );
-    }
-}
-
-async fn next(hangup: &mut Option<Hangup>) {
-    match hangup {
-        Some(hangup) => hangup.next().await,
-        // `exec` passes none, as it forwards SIGHUP to its child.
-        None => std::future::pending().await,
     }
 }

@@ -34,15 +34,12 @@ pub(super) struct Shared {
     pub(super) endpoints: Endpoints,
     /// Shared by all sessions.
     pub(super) process: Arc<ProcessContext>,
-    pub(super) registry: Registry,
     pub(super) observer: Arc<Observer>,
-    pub(super) health: Arc<Health>,
     pub(super) absent: AbsentSockets,
     console: Arc<Console>,
     /// The metrics of the first endpoint; rendering them includes all endpoints.
     pub(super) metrics: Arc<Metrics>,
-    /// The runtimes of sessions.
-    pub(super) runtimes: Arc<SessionThreads>,
+    pub(super) threads: Arc<SessionThreads>,
     /// Tasks of clients, from accept on.
     pub(super) clients: TaskTracker,
     /// All other tasks.
@@ -76,7 +73,7 @@ pub(super) fn access_policy(
             let checked = LocalPassword::new(password).ok_or_else(|| {
                 AppError::new(
                     "cannot derive a verifier from the password for clients",
-                    None,
+                    None::<String>,
                 )
             })?;
             Some(Arc::new(checked))
@@ -97,16 +94,23 @@ pub(super) fn access_policy(
 }
 
 impl Shared {
-    pub(super) fn new(config: &Config) -> Result<Self, AppError> {
+    pub(super) fn new(
+        config: &Config,
+        log: Option<LogHandle>,
+        notifier: Notifier,
+    ) -> Result<Self, AppError> {
         let first = config.endpoints.first();
+        let metrics = Metrics::of_endpoint(first.map_or("", EndpointConfig::called))?;
+        if let Some(log) = &log {
+            log.count_dropped(&metrics.process.log_lines_dropped);
+        }
         let endpoints = Endpoints::default();
-        let (registry, shutdown) = (Registry::default(), Shutdown::new());
+        let shutdown = Shutdown::new();
         let access = Arc::new(access_policy(config, None)?);
         let session_config = SessionConfig::new(&config.settings, access);
         let session_config: SharedConfig = Arc::new(ArcSwap::from_pointee(session_config));
-        let served = endpoints.clone();
         let absent = AbsentSockets::default();
-        let gone = absent.clone();
+        let (served, gone) = (endpoints.clone(), absent.clone());
         let health = Arc::new(Health::new(move || {
             // A removed Unix socket fails readiness until it is made again: no client finds it.
             match (gone.check(), served.any_ready()) {
@@ -119,7 +123,7 @@ impl Shared {
             origin: Instant::now(),
             endpoints: endpoints.clone(),
             config: Arc::clone(&session_config),
-            registry: registry.clone(),
+            registry: Registry::default(),
             shutdown: shutdown.clone(),
             health: Arc::clone(&health),
             settings: watch::Sender::new(config.settings.clone()),
@@ -127,8 +131,10 @@ impl Shared {
         });
         let of_console = Arc::clone(&observer);
         // A closure, since the console is in a layer below `app`.
-        let snapshot = Arc::new(move || of_console.snapshot());
-        let console = Arc::new(Console::new(snapshot, Arc::clone(&health)));
+        let console = Arc::new(Console::new(
+            Arc::new(move || of_console.snapshot()),
+            health,
+        ));
         let shared = Self {
             endpoints,
             process: Arc::new(ProcessContext {
@@ -137,13 +143,11 @@ impl Shared {
                 max_handshakes: descriptors::max_handshakes(),
                 console: Some(Arc::clone(&console) as _),
             }),
-            registry,
             observer,
-            health,
             absent,
             console,
-            metrics: Metrics::of_endpoint(first.map_or("", EndpointConfig::called))?,
-            runtimes: Arc::new(
+            metrics,
+            threads: Arc::new(
                 SessionThreads::start(config.threads).map_err(|error| AppError::threads(&error))?,
             ),
             clients: TaskTracker::new(),
@@ -151,13 +155,19 @@ impl Shared {
             stop: CancellationToken::new(),
             clock: Clock::system(),
             known_password: KnownPassword::default(),
-            log: None,
-            notifier: Notifier::default(),
+            log,
+            notifier,
             workspace: OnceLock::new(),
             workspace_settings: config.workspace.clone(),
         };
         shared.announce(config);
         Ok(shared)
+    }
+
+    /// Runs a background task until the program stops.
+    pub(super) fn run(&self, task: impl Future<Output: Send> + Send + 'static) {
+        self.helpers
+            .spawn(self.stop.clone().run_until_cancelled_owned(task));
     }
 
     /// The settings in force.
@@ -207,9 +217,9 @@ pub(super) struct Observer {
     origin: Instant,
     endpoints: Endpoints,
     config: SharedConfig,
-    registry: Registry,
+    pub(super) registry: Registry,
     shutdown: Shutdown,
-    health: Arc<Health>,
+    pub(super) health: Arc<Health>,
     /// The settings in force.
     pub(super) settings: watch::Sender<Settings>,
     pub(super) http: OnceLock<Vec<HttpListener>>,

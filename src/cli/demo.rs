@@ -11,7 +11,7 @@ use secrecy::SecretString;
 
 use super::CommandError;
 use crate::{
-    app::{Addresses, App, Running},
+    app::{Addresses, App},
     config::{Config, ConfigError, Environment, LogOptions, PortSetting, Settings},
     emulator::{self, Emulator, EmulatorOptions, PostgresSource},
     shutdown::{Cause, Signals},
@@ -118,16 +118,16 @@ struct Ports {
 }
 
 /// Starts the proxy on the requested ports, else on the default ones, else on free ones.
-async fn start_proxy(arguments: &DemoArgs, emulator: &Emulator) -> Result<Running, CommandError> {
+async fn start_proxy(arguments: &DemoArgs, emulator: &Emulator) -> Result<App, CommandError> {
     let mut ports = Ports {
         postgres: arguments.port.unwrap_or(PORTS.postgres),
         http: arguments.http_port.unwrap_or(PORTS.http),
         notes: arguments.notes_port.unwrap_or(PORTS.notes),
     };
     loop {
-        // A failed `build` has started nothing, so that it can be repeated with another port.
-        let error = match App::build(config(ports, emulator)?).await {
-            Ok(app) => return Ok(app.start()?),
+        // With a port in use nothing has been started, so that it can be repeated with another.
+        let error = match App::start(config(ports, emulator)?).await {
+            Ok(app) => return Ok(app),
             Err(error) => error,
         };
         let (port, requested) = match error.taken_port {
@@ -160,7 +160,7 @@ fn config(ports: Ports, emulator: &Emulator) -> Result<Config, ConfigError> {
 }
 
 /// Prints each new credential. Ends when there will be no more.
-async fn print_refreshes(proxy: &Running) {
+async fn print_refreshes(proxy: &App) {
     let mut status = proxy.credentials().subscribe();
     let mut printed = 0;
     loop {
@@ -213,7 +213,7 @@ fn refresh(
 fn panel(addresses: &Addresses, emulator: &Emulator, arguments: &DemoArgs) -> String {
     let bold = Style::new().bold();
     let port = addresses
-        .postgres
+        .postgres()
         .map_or(PORTS.postgres, |address| address.port());
     let mut lines = vec![
         String::new(),

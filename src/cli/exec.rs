@@ -16,7 +16,7 @@ use tokio::time::{Instant, sleep};
 
 use super::{CommandError, serve::Prepared};
 use crate::{
-    app::Running,
+    app::App,
     config::{DurationSetting, Environment, PortSetting, Settings, Source},
     credential::CredentialError,
     exec::{self, Child, Program, Secrets, Signals},
@@ -147,11 +147,7 @@ fn source(mut settings: Settings) -> Source {
 }
 
 /// Starts the program once `running` has a credential. Not cancel safe in its last step, which starts the process.
-async fn start(
-    program: &Program,
-    running: &Running,
-    timeout: Duration,
-) -> Result<Child, CommandError> {
+async fn start(program: &Program, running: &App, timeout: Duration) -> Result<Child, CommandError> {
     let deadline = Instant::now() + timeout;
     running.ready().await?;
     let not_started = |reason: String, hint| {

@@ -4,7 +4,7 @@ use std::{future::pending, process::ExitCode, time::Duration};
 
 use super::{CommandError, flags::warn_of_unknown_variables, start_log};
 use crate::{
-    app::{App, AppError, Running},
+    app::{App, AppError, StartOptions},
     config::{Config, Environment, Settings, Source},
     listener::Inherited,
     shutdown::{Cause, Hangup, Signals},
@@ -37,9 +37,13 @@ impl Prepared {
     }
 
     /// Binds the listeners and starts serving.
-    pub(super) async fn start(self, inherited: Inherited) -> Result<Running, AppError> {
-        let app = App::build_with(self.config, inherited).await?;
-        app.with_log(self.log).with_notifier(self.notifier).start()
+    pub(super) async fn start(self, inherited: Inherited) -> Result<App, AppError> {
+        let options = StartOptions {
+            inherited,
+            log: Some(self.log),
+            notifier: self.notifier,
+        };
+        App::start_with(self.config, options).await
     }
 }
 
@@ -83,7 +87,7 @@ pub(super) async fn run(
 }
 
 /// Completes with a shutdown that was requested, or an error that retries cannot cure.
-async fn until_shutdown(running: &Running) -> Result<Cause, AppError> {
+async fn until_shutdown(running: &App) -> Result<Cause, AppError> {
     running.ready().await?;
     let failed = async {
         match running.found().await {

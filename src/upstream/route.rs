@@ -88,19 +88,11 @@ impl Route {
         }
     }
 
-    /// The error of the last attempt, until one succeeds.
-    pub(crate) fn problem(&self) -> Option<String> {
+    /// The refusal after the last attempt, until one succeeds; its reason is `Waking` if a retry may.
+    pub(crate) fn problem(&self) -> Option<Refusal> {
         match &*self.state.borrow() {
-            State::Failing(problem) => Some(problem.refusal.report.message.clone()),
+            State::Failing(problem) => Some(problem.refusal.clone()),
             State::Found(_) | State::Looking => None,
-        }
-    }
-
-    /// Completes when the result changes. Cancel safe.
-    pub(crate) async fn changed(&mut self) {
-        // Without a finder the result no longer changes.
-        if self.state.changed().await.is_err() {
-            std::future::pending::<()>().await;
         }
     }
 

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use lakebase_proxy::{
-    app::{App, Running},
+    app::App,
     config::{Config, Environment, PortSetting, Settings},
 };
 use tokio::time::timeout;
@@ -16,7 +16,7 @@ use crate::{
 };
 
 /// A proxy with these `[[endpoint]]` tables.
-async fn proxy(tables: &str, variables: &[(&str, String)]) -> Running {
+async fn proxy(tables: &str, variables: &[(&str, String)]) -> App {
     let settings = Settings {
         port: Some(PortSetting::Port(0)),
         http_port: Some(PortSetting::None),
@@ -27,7 +27,7 @@ async fn proxy(tables: &str, variables: &[(&str, String)]) -> Running {
         .iter()
         .map(|(name, value)| ((*name).to_owned(), value.clone()));
     let config = Config::resolve(settings, Environment::from_variables(variables)).unwrap();
-    App::build(config).await.unwrap().start().unwrap()
+    App::start(config).await.unwrap()
 }
 
 async fn connect(port: u16) -> Result<Client, tokio_postgres::Error> {

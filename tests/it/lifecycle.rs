@@ -235,11 +235,11 @@ async fn after_the_delay_the_drain_begins() {
 async fn the_connection_test_comes_before_started() {
     let emulator = harness::emulator().await;
     let superuser = harness::superuser().await;
-    let app = App::build(config(&emulator, &[], |settings| {
+    let app = App::start(config(&emulator, &[], |settings| {
         settings.run_connection_test = Some(true);
         settings.http_port = Some("0".parse().unwrap());
     }));
-    let running = app.await.unwrap().start().unwrap();
+    let running = app.await.unwrap();
     let http = running.addresses().http.unwrap();
     assert_eq!(get(http, "/startup").await.status, 503);
     assert_eq!(get(http, "/readiness").await.status, 503);
@@ -257,14 +257,14 @@ async fn the_connection_test_comes_before_started() {
 #[tokio::test]
 async fn a_connection_test_that_fails_ends_the_start() {
     let emulator = harness::emulator().await;
-    let app = App::build(config(
+    let app = App::start(config(
         &emulator,
         &[("PGDATABASE", "nowhere")],
         |settings| {
             settings.run_connection_test = Some(true);
         },
     ));
-    let running = app.await.unwrap().start().unwrap();
+    let running = app.await.unwrap();
     let error = within("the test", running.ready()).await.unwrap_err();
     assert!(
         error.to_string().starts_with("connection test failed: ")

@@ -125,7 +125,7 @@ async fn a_proxy_in_front_of_itself_does_not_start() {
                 settings.port = Some(PortSetting::Port(port));
             },
         );
-        let running = App::build(config).await.unwrap().start().unwrap();
+        let running = App::start(config).await.unwrap();
         let error = within("the end", running.found()).await.unwrap_err();
         let expected = format!("PGHOST `{host}` with PGPORT {port} is this proxy itself");
         assert!(error.to_string().contains(&expected), "{error}");

@@ -177,7 +177,7 @@ async fn each_of_several_endpoints_is_found_once_the_workspace_is_there() {
         .into_iter()
         .map(|(name, value)| (name.to_owned(), value));
     let config = Config::resolve(settings, Environment::from_variables(variables)).unwrap();
-    let running = App::build(config).await.unwrap().start().unwrap();
+    let running = App::start(config).await.unwrap();
     within("it is ready to be tried", running.ready())
         .await
         .unwrap();

@@ -12,7 +12,7 @@ use std::{
 };
 
 use lakebase_proxy::{
-    app::{App, AppError, Reloader, Running},
+    app::{App, AppError, Reloader},
     config::{Change, Environment, PortSetting, Settings, Source},
     emulator::Emulator,
     protocol::error::ErrorFields,
@@ -31,14 +31,14 @@ use crate::harness::{
 
 /// A proxy with a file of settings, in this process.
 struct Setup {
-    running: Running,
+    running: App,
     reloader: Reloader,
     file: PathBuf,
     _directory: TempDir,
 }
 
 /// The password that the proxy gives to its own clients.
-async fn known_password(running: &Running) -> String {
+async fn known_password(running: &App) -> String {
     let password = running.proxy_address().await.unwrap().password;
     secrecy::ExposeSecret::expose_secret(&password.unwrap()).to_owned()
 }
@@ -65,7 +65,7 @@ impl Setup {
         let environment = Environment::from_variables(theirs.chain(ours));
         let source = Source::new(flags, environment);
         let config = source.load().unwrap();
-        let running = App::build(config.clone()).await.unwrap().start().unwrap();
+        let running = App::start(config.clone()).await.unwrap();
         let credentials = running.credentials().get(Instant::now() + TIMEOUT);
         credentials.await.unwrap();
         Self {
@@ -88,7 +88,7 @@ impl Setup {
     }
 
     fn address(&self) -> SocketAddr {
-        self.running.addresses().postgres.expect("by TCP")
+        self.running.addresses().postgres().expect("by TCP")
     }
 
     fn reloads(&self, outcome: ReloadOutcome) -> u64 {

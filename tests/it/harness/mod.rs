@@ -12,7 +12,7 @@ pub(crate) mod wire;
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use lakebase_proxy::{
-    app::{App, AppError, Running},
+    app::{App, AppError},
     config::{Config, DurationSetting, Environment, PortSetting, Settings},
     credential::CredentialCell,
     emulator::{Emulator, EmulatorOptions, LocalPostgres, LocalPostgresOptions, PostgresSource},
@@ -114,7 +114,7 @@ pub(crate) async fn eventually<T>(what: &str, mut look: impl AsyncFnMut() -> Opt
 
 /// A proxy in this process.
 pub(crate) struct Proxy {
-    running: Running,
+    running: App,
 }
 
 /// What a proxy in front of `emulator` is configured with: any free port, no HTTP; `variables` go before the emulator's.
@@ -170,13 +170,12 @@ impl Proxy {
         variables: &[(&str, &str)],
         change: impl FnOnce(&mut Settings),
     ) -> Result<Self, AppError> {
-        let app = App::build(config(emulator, variables, change)).await?;
         Ok(Self {
-            running: app.start()?,
+            running: App::start(config(emulator, variables, change)).await?,
         })
     }
 
-    pub(crate) fn running(&self) -> &Running {
+    pub(crate) fn running(&self) -> &App {
         &self.running
     }
 
@@ -192,7 +191,7 @@ impl Proxy {
     pub(crate) fn address(&self) -> SocketAddr {
         self.running
             .addresses()
-            .postgres
+            .postgres()
             .expect("it listens by TCP")
     }
 
