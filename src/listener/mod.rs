@@ -28,7 +28,7 @@ pub use self::{error::ListenError, inherited::Inherited};
 pub(crate) use self::{error::Taken, session_threads::SessionThreads, unix::AbsentSockets};
 use self::{inherited::InheritedSocket, unix::ListeningUnix};
 use crate::{
-    config::{Keepalive, ListenAddresses, socket_path},
+    config::{ListenAddresses, socket_path},
     net::{backoff::Backoff, socket::Socket},
     session::{self, Accepted, EndpointContext, HandshakeLimiter},
     status::Peer,
@@ -218,7 +218,7 @@ impl Listener {
         };
         for socket in self.tcp {
             let (acceptor, closed) = (acceptor.clone(), endpoint.registry.closed().clone());
-            helpers.spawn(async move { acceptor.run(socket, closed).await });
+            helpers.spawn(async move { acceptor.run(ListeningSocket::Tcp(socket), closed).await });
         }
         for socket in self.unix {
             let (acceptor, absent) = (acceptor.clone(), absent.clone());
@@ -227,16 +227,33 @@ impl Listener {
     }
 }
 
-/// A listening socket.
-trait ListeningSocket: Send + Sync + 'static {
-    /// A connection to it.
-    type Client: Into<Socket> + Send;
+/// A socket that clients connect to.
+#[derive(Debug)]
+enum ListeningSocket {
+    Tcp(TcpListener),
+    Unix(UnixListener),
+}
 
+impl ListeningSocket {
     /// The next client. Cancel safe.
-    fn accept(&self) -> impl Future<Output = io::Result<(Self::Client, Peer)>> + Send;
-
-    /// Sets the options of a connection.
-    fn tune(client: &Self::Client, keepalive: &Keepalive);
+    async fn accept(&self) -> io::Result<(Socket, Peer)> {
+        match self {
+            Self::Tcp(socket) => {
+                let (client, address) = socket.accept().await?;
+                Ok((client.into(), Peer::Tcp(address)))
+            }
+            Self::Unix(socket) => {
+                let (client, _) = socket.accept().await?;
+                // The kernel's record of connect(2) (SO_PEERCRED, unix(7)): the client cannot choose it.
+                let credentials = client.peer_cred()?;
+                let peer = Peer::Unix {
+                    uid: credentials.uid(),
+                    pid: credentials.pid(),
+                };
+                Ok((client.into(), peer))
+            }
+        }
+    }
 }
 
 /// Accepts the clients of one endpoint and places their sessions on threads.
@@ -250,7 +267,7 @@ struct Acceptor {
 
 impl Acceptor {
     /// Accepts until `end`.
-    async fn run<L: ListeningSocket>(&self, socket: L, end: CancellationToken) {
+    async fn run(&self, socket: ListeningSocket, end: CancellationToken) {
         let mut backoff = ACCEPT_BACKOFF;
         loop {
             let next = async {
@@ -269,11 +286,11 @@ impl Acceptor {
                     backoff.reset();
                     self.endpoint.metrics.clients_opened.inc();
                     let config = self.endpoint.process.config.load();
-                    L::tune(&client, &config.connect.keepalive);
+                    client.tune(&config.connect.keepalive);
                     self.spawn_session(Box::new(Accepted {
                         id: self.endpoint.registry.registry().next_id(),
                         peer,
-                        stream: client.into(),
+                        stream: client,
                         permit,
                     }));
                 }
@@ -298,7 +315,7 @@ impl Acceptor {
             let ListeningUnix { socket, file } = listening;
             // A child, so that a replacement ends this loop and not the endpoint.
             let end = closed.child_token();
-            let accepting = self.run(socket, end.clone());
+            let accepting = self.run(ListeningSocket::Unix(socket), end.clone());
             // An inherited socket is not replaced: only the service manager can make it again.
             let Some(file) = file else {
                 return accepting.await;

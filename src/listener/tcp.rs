@@ -5,30 +5,13 @@ use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
 };
 
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::TcpListener;
 
-use super::{ListenError, ListeningSocket};
-use crate::{
-    config::Keepalive,
-    net::tcp::{listen, tune},
-    status::Peer,
-};
+use super::ListenError;
+use crate::net::tcp::listen;
 
 /// Attempts to find a port that is free on several addresses.
 const FREE_PORT_ATTEMPTS: usize = 16;
-
-impl ListeningSocket for TcpListener {
-    type Client = TcpStream;
-
-    async fn accept(&self) -> io::Result<(TcpStream, Peer)> {
-        let (client, address) = TcpListener::accept(self).await?;
-        Ok((client, Peer::Tcp(address)))
-    }
-
-    fn tune(client: &TcpStream, keepalive: &Keepalive) {
-        tune(client, keepalive);
-    }
-}
 
 /// Binds all of `addresses`; returns the sockets and their addresses, in that order. 127.0.0.1 is accompanied by ::1 where
 /// that exists, behind the others and not among the addresses, since `localhost` may mean either.
@@ -92,6 +75,7 @@ fn bind_each(
 #[cfg(test)]
 mod tests {
     use socket2::SockRef;
+    use tokio::net::TcpStream;
 
     use super::*;
     use crate::listener::Taken;

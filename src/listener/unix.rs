@@ -18,16 +18,12 @@ use std::{
 
 use rustix::fs::{Mode, OFlags, fchmod};
 use socket2::{Domain, SockAddr, Socket, Type};
-use tokio::{
-    net::{UnixListener, UnixStream},
-    time::sleep,
-};
+use tokio::{net::UnixListener, time::sleep};
 
-use super::{ListenError, ListeningSocket};
+use super::ListenError;
 use crate::{
-    config::{Keepalive, SOCKET_NAME, UnixSocket, socket_path},
+    config::{SOCKET_NAME, UnixSocket, socket_path},
     net::tcp::BACKLOG,
-    status::Peer,
     telemetry::chain,
 };
 
@@ -42,23 +38,6 @@ pub(super) struct ListeningUnix {
     pub(super) socket: UnixListener,
     /// The file to remove at the end; none for an inherited socket.
     pub(super) file: Option<SocketFile>,
-}
-
-impl ListeningSocket for UnixListener {
-    type Client = UnixStream;
-
-    async fn accept(&self) -> io::Result<(UnixStream, Peer)> {
-        let (client, _) = self.accept().await?;
-        // The kernel's record of connect(2) (SO_PEERCRED, unix(7)): the client cannot choose it.
-        let credentials = client.peer_cred()?;
-        let peer = Peer::Unix {
-            uid: credentials.uid(),
-            pid: credentials.pid(),
-        };
-        Ok((client, peer))
-    }
-
-    fn tune(_client: &UnixStream, _keepalive: &Keepalive) {}
 }
 
 /// Unix sockets whose files are missing for now; cheap to clone.
@@ -278,9 +257,13 @@ fn remove_stale(path: &Path, address: &SockAddr) -> Result<(), ListenError> {
 #[cfg(test)]
 mod tests {
     use tempfile::TempDir;
+    use tokio::net::UnixStream;
 
     use super::*;
-    use crate::listener::Taken;
+    use crate::{
+        listener::{ListeningSocket, Taken},
+        status::Peer,
+    };
 
     fn place(directory: &TempDir) -> UnixSocket {
         UnixSocket {
@@ -298,13 +281,14 @@ mod tests {
         assert_eq!(mode & 0o777, 0o600);
         assert_eq!(parse(&path), Some((directory.path().to_owned(), 7000)));
         let client = UnixStream::connect(&path).await.unwrap();
-        let (_, peer) = ListeningSocket::accept(&listening.socket).await.unwrap();
+        let socket = ListeningSocket::Unix(listening.socket);
+        let (_, peer) = socket.accept().await.unwrap();
         let us = rustix::process::geteuid().as_raw();
         assert!(
             matches!(peer, Peer::Unix { uid, pid: Some(_) } if uid == us),
             "{peer:?}"
         );
-        drop((client, listening));
+        drop((client, socket, listening.file));
         assert!(!path.exists());
     }
 

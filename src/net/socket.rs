@@ -15,7 +15,8 @@ use tokio::{
     net::{TcpStream, UnixStream},
 };
 
-use super::bulk::BulkTcp;
+use super::{bulk::BulkTcp, tcp};
+use crate::config::Keepalive;
 
 /// A byte stream, usually on top of a socket.
 pub trait Transport: AsyncRead + AsyncWrite + Unpin + Send {
@@ -63,6 +64,13 @@ impl Socket {
         match self {
             Self::Tcp(socket) => socket.get_ref().peer_addr().ok(),
             Self::Unix(_) => None,
+        }
+    }
+
+    /// Sets nodelay and keepalive, where they exist.
+    pub(crate) fn tune(&self, keepalive: &Keepalive) {
+        if let Self::Tcp(socket) = self {
+            tcp::tune(socket.get_ref(), keepalive);
         }
     }
 
