@@ -9,12 +9,12 @@ use tokio::time::{Instant, sleep_until};
 use super::{
     AppError,
     endpoint::{Endpoints, Served},
+    shared::open_workspace,
 };
 use crate::{
     clock::Clock,
     config::{
-        Config, CredentialSource, DEFAULT_DATABASE, EndpointConfig, Roots, TlsMode,
-        without_userinfo,
+        Config, CredentialSource, DEFAULT_DATABASE, EndpointConfig, TlsMode, without_userinfo,
     },
     credential::{self, Mint, Pace, Refresher, is_held_for},
     net::{backoff::jitter, blocking, tcp::leads_to, tls},
@@ -110,7 +110,7 @@ impl Discovery {
     }
 
     fn refusal(&self, error: &AppError) -> Refusal {
-        let endpoint = self.served.config.called();
+        let endpoint = self.served.config.display_name();
         let mut report = Report::new(
             sqlstate::CANNOT_CONNECT,
             format!("Lakebase endpoint `{endpoint}` cannot be used: {error}"),
@@ -133,7 +133,7 @@ impl Discovery {
         if logged.as_ref() == Some(&text) {
             return;
         }
-        let endpoint = self.served.config.called();
+        let endpoint = self.served.config.display_name();
         if error.kind.is_transient() {
             tracing::warn!(
                 endpoint,
@@ -192,11 +192,7 @@ pub(crate) async fn locate_first(config: Config) -> Result<LocatedEndpoint, AppE
     let [endpoint, ..] = &config.endpoints[..] else {
         return Err(AppError::no_endpoint());
     };
-    let workspace = || -> Result<Workspace, AppError> {
-        let tls = tls::client_config(&Roots::System, tls::ALPN_HTTP_1_1)?;
-        let (settings, clock) = (config.workspace.clone(), Clock::system());
-        Ok(Workspace::new(settings, &tls, clock, Metrics::new()?)?)
-    };
+    let workspace = || open_workspace(config.workspace.clone(), Clock::system(), Metrics::new()?);
     let source = EndpointSource::new(&endpoint.credential, workspace)?;
     source.locate(endpoint, COMMAND_BUDGET).await
 }
@@ -212,10 +208,10 @@ pub(super) enum EndpointSource {
 
 impl EndpointSource {
     /// `workspace` is called only if the settings name no other source.
-    pub(super) fn new<E>(
+    pub(super) fn new(
         source: &CredentialSource,
-        workspace: impl FnOnce() -> Result<Workspace, E>,
-    ) -> Result<Self, E> {
+        workspace: impl FnOnce() -> Result<Workspace, AppError>,
+    ) -> Result<Self, AppError> {
         match credential::of_settings(source) {
             Some(mint) => Ok(Self::Own(mint)),
             None => workspace().map(Self::Workspace),
@@ -246,7 +242,7 @@ impl EndpointSource {
                 let host = config.host.clone().unwrap_or_default();
                 let user = config.user.clone().unwrap_or_default();
                 let database = config.database_or_default().to_owned();
-                let label = Label::new(config.called());
+                let label = Label::new(config.display_name());
                 return Ok(LocatedEndpoint {
                     endpoint: endpoint(config, label, host, user, database).await?,
                     mint: Arc::clone(mint),

@@ -63,7 +63,7 @@ pub(super) fn serve(
     let mut starting = Vec::with_capacity(endpoints.len());
     // All before the first discovery, which compares its upstream with their addresses.
     for (bound, metrics) in endpoints {
-        let label = Label::new(bound.config.called());
+        let label = Label::new(bound.config.display_name());
         let (publisher, route) = Route::channel(label.clone());
         let served = Arc::new(Served::new(shared, &bound, label, route, metrics));
         shared.endpoints.add(&served);
@@ -169,7 +169,7 @@ impl Served {
 
     /// Logs its addresses, with warnings about exposed ones.
     fn announce(&self, session_config: &SessionConfig) {
-        let endpoint = self.config.called();
+        let endpoint = self.config.display_name();
         let max_connections = session_config.max_connections;
         for address in &self.bound.tcp {
             tracing::info!(%address, endpoint, max_connections, "listening for Postgres clients");
@@ -221,7 +221,7 @@ impl Served {
             endpoints.remove(&self);
             self.context.metrics.retire();
             tracing::info!(
-                endpoint = self.config.called(),
+                endpoint = self.config.display_name(),
                 "endpoint removed after its last session ended"
             );
         }
@@ -243,7 +243,7 @@ impl Served {
         } else {
             ""
         };
-        format!("{}{read_only}", self.config.called())
+        format!("{}{read_only}", self.config.display_name())
     }
 
     pub(super) fn snapshot(&self) -> EndpointSnapshot {

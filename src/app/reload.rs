@@ -274,7 +274,11 @@ impl Reloader {
         let mut added = Vec::with_capacity(prepared.added.len());
         for endpoint in prepared.added {
             // Here, so that a reload that fails leaves no labels in the metrics.
-            match self.shared.metrics.of_another(endpoint.config.called()) {
+            match self
+                .shared
+                .metrics
+                .of_another(endpoint.config.display_name())
+            {
                 Ok(metrics) => added.push((endpoint, metrics)),
                 Err(error) => tracing::error!(%error, "cannot register metrics"),
             }
@@ -348,7 +352,7 @@ async fn bind(
 /// Logs what was applied, and what needs a restart.
 fn log_change(change: &Change) {
     let names = |endpoints: &[EndpointConfig]| {
-        let names: Vec<&str> = endpoints.iter().map(EndpointConfig::called).collect();
+        let names: Vec<&str> = endpoints.iter().map(EndpointConfig::display_name).collect();
         (!names.is_empty()).then(|| names.join(", "))
     };
     let applied = (!change.applied.is_empty()).then(|| change.applied.join(", "));

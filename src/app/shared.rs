@@ -61,32 +61,30 @@ pub(super) fn access_policy(
     config: &Config,
     before: Option<(&Config, &AccessPolicy)>,
 ) -> Result<AccessPolicy, AppError> {
-    let certificate = match before {
-        // A new self-signed certificate would have another fingerprint than the one logged at startup.
-        Some((old, access)) if old.client_tls == config.client_tls => access.certificate.clone(),
-        _ => ListenerCertificate::new(&config.client_tls)?.map(Arc::new),
+    // A new self-signed certificate would have another fingerprint than the one logged at startup.
+    let same_tls = before.filter(|(old, _)| old.client_tls == config.client_tls);
+    let (certificate, logged) = match same_tls {
+        Some((_, access)) => (access.certificate.clone(), Arc::clone(&access.logged)),
+        None => {
+            let certificate = ListenerCertificate::new(&config.client_tls)?;
+            (certificate.map(Arc::new), Arc::default())
+        }
     };
-    let password = match (before, &config.local_password) {
-        (_, None) => None,
-        (Some((old, access)), Some(_)) if old.has_same_password(config) => access.password.clone(),
-        (_, Some(password)) => {
-            let checked = LocalPassword::new(password).ok_or_else(|| {
-                AppError::new(
-                    "cannot derive a verifier from the password for clients",
-                    None::<String>,
-                )
-            })?;
-            Some(Arc::new(checked))
+    let same_password = before.filter(|(old, _)| old.has_same_password(config));
+    let password = match (same_password, &config.local_password) {
+        (Some((_, access)), _) => access.password.clone(),
+        (None, None) => None,
+        (None, Some(password)) => {
+            let message = "cannot derive a verifier from the password for clients";
+            let checked = LocalPassword::new(password);
+            Some(Arc::new(
+                checked.ok_or_else(|| AppError::new(message, None::<String>))?,
+            ))
         }
     };
     Ok(AccessPolicy {
         allowed_uids: config.settings.unix_socket_allowed_uids(),
-        logged: match before {
-            Some((old, access)) if old.client_tls == config.client_tls => {
-                Arc::clone(&access.logged)
-            }
-            _ => Arc::default(),
-        },
+        logged,
         certificate,
         requires_tls: config.settings.client_tls() == ClientTlsSetting::Required,
         password,
@@ -100,7 +98,7 @@ impl Shared {
         notifier: Notifier,
     ) -> Result<Self, AppError> {
         let first = config.endpoints.first();
-        let metrics = Metrics::of_endpoint(first.map_or("", EndpointConfig::called))?;
+        let metrics = Metrics::of_endpoint(first.map_or("", EndpointConfig::display_name))?;
         if let Some(log) = &log {
             log.count_dropped(&metrics.process.log_lines_dropped);
         }
@@ -198,17 +196,21 @@ impl Shared {
         if let Some(workspace) = self.workspace.get() {
             return Ok(workspace.clone());
         }
-        // The system's roots: PGSSLROOTCERT is for the endpoint.
-        let tls = tls::client_config(&Roots::System, tls::ALPN_HTTP_1_1)?;
-        let workspace = Workspace::new(
-            self.workspace_settings.clone(),
-            &tls,
-            self.clock.clone(),
-            Arc::clone(&self.metrics),
-        )?;
+        let (settings, clock) = (self.workspace_settings.clone(), self.clock.clone());
+        let workspace = open_workspace(settings, clock, Arc::clone(&self.metrics))?;
         // `get_or_init` cannot report the errors above.
         Ok(self.workspace.get_or_init(|| workspace).clone())
     }
+}
+
+pub(super) fn open_workspace(
+    settings: WorkspaceSettings,
+    clock: Clock,
+    metrics: Arc<Metrics>,
+) -> Result<Workspace, AppError> {
+    // The system's roots: PGSSLROOTCERT is for the endpoint.
+    let tls = tls::client_config(&Roots::System, tls::ALPN_HTTP_1_1)?;
+    Ok(Workspace::new(settings, &tls, clock, metrics)?)
 }
 
 /// The state that a snapshot is taken of.

@@ -64,7 +64,7 @@ impl App {
             let metrics = if endpoints.is_empty() {
                 Arc::clone(&shared.metrics)
             } else {
-                shared.metrics.of_another(endpoint.called())?
+                shared.metrics.of_another(endpoint.display_name())?
             };
             let endpoint = BoundEndpoint::new(&shared, endpoint, listener).await?;
             endpoints.push((endpoint, metrics));
@@ -125,7 +125,10 @@ fn bind(address: Option<SocketAddr>, flag: &str) -> Result<Option<TcpListener>, 
 
 fn bind_endpoints(config: &Config, inherited: Inherited) -> Result<Vec<Listener>, ListenError> {
     let endpoints = config.endpoints.iter();
-    let names: Vec<&str> = endpoints.clone().map(EndpointConfig::called).collect();
+    let names: Vec<&str> = endpoints
+        .clone()
+        .map(EndpointConfig::display_name)
+        .collect();
     let inherited = inherited.claim(&names, config.settings.allow_remote())?;
     let bind = |(endpoint, sockets): (&EndpointConfig, Vec<_>)| {
         if sockets.is_empty() {

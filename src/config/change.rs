@@ -103,7 +103,7 @@ impl Config {
             let moved = same.is_none() && self.endpoints.iter().any(|old| old.conflicts(&endpoint));
             let Some(kept) = same.or_else(|| take(&|old| old.conflicts(&endpoint))) else {
                 if moved {
-                    change.needs_restart(&[MOVED], endpoint.called());
+                    change.needs_restart(&[MOVED], endpoint.display_name());
                 } else {
                     change.config.endpoints.push(endpoint.clone());
                     change.added.push(endpoint);
@@ -114,7 +114,7 @@ impl Config {
             if moved {
                 differences.insert(0, MOVED);
             }
-            change.needs_restart(&differences, kept.called());
+            change.needs_restart(&differences, kept.display_name());
             let mut kept = kept.clone();
             // A socket that stays takes a new mode; a moved one exists after the restart only.
             if let (false, Some(ours), Some(theirs)) =
@@ -224,7 +224,7 @@ mod tests {
         let names = |endpoints: &[EndpointConfig]| -> Vec<String> {
             endpoints
                 .iter()
-                .map(|endpoint| endpoint.called().to_owned())
+                .map(|endpoint| endpoint.display_name().to_owned())
                 .collect()
         };
         assert_eq!(names(&moved.added), ["c"]);

@@ -17,10 +17,10 @@ pub(super) fn check(
     };
     let mut taken = Vec::new();
     for (index, endpoint) in endpoints.iter().enumerate() {
-        let called = format!("the endpoint `{}`", endpoint.called());
+        let called = format!("the endpoint `{}`", endpoint.display_name());
         for other in endpoints.iter().take(index) {
             if let Some(place) = other.listen.conflict(&endpoint.listen) {
-                let other = format!("the endpoint `{}`", other.called());
+                let other = format!("the endpoint `{}`", other.display_name());
                 return Err(conflict(&other, &called, place));
             }
         }

@@ -91,7 +91,7 @@ impl EndpointConfig {
                 "set ENDPOINT_NAME=projects/<project>/branches/<branch>/endpoints/<endpoint>; `databricks postgres list-endpoints projects/<project>/branches/<branch>` shows it. To try without an account: lakebase-proxy demo",
             ));
         }
-        let endpoint = called([&table.name, &table.host, &app]).to_owned();
+        let endpoint = display_name([&table.name, &table.host, &app]).to_owned();
         let credential = match &table.credential {
             None => CredentialSource::Workspace,
             Some(CredentialSetting::Command(command)) if command.is_empty() => {
@@ -160,8 +160,8 @@ impl EndpointConfig {
     }
 
     /// Its name in logs: the resource name, else the host or the app.
-    pub fn called(&self) -> &str {
-        called([&self.name, &self.host, &self.app])
+    pub fn display_name(&self) -> &str {
+        display_name([&self.name, &self.host, &self.app])
     }
 
     /// Whether both serve the same clients: they listen on the same addresses.
@@ -170,7 +170,8 @@ impl EndpointConfig {
         let is_any_port = self.listen.port == 0;
         self.listen.has_same_addresses(&other.listen)
             && (!is_any_port
-                || (self.called() == other.called() && self.read_only == other.read_only))
+                || (self.display_name() == other.display_name()
+                    && self.read_only == other.read_only))
     }
 
     /// Whether both are configured alike.
@@ -202,7 +203,7 @@ impl EndpointConfig {
     }
 }
 
-fn called(names: [&Option<String>; 3]) -> &str {
+fn display_name(names: [&Option<String>; 3]) -> &str {
     let mut names = names.into_iter().flatten();
     names.next().map_or("default", String::as_str)
 }

@@ -109,7 +109,7 @@ impl<'a> Connection<'a> {
             }
         };
         let endpoint = Endpoint {
-            label: Label::new(config.called()),
+            label: Label::new(config.display_name()),
             host: host.clone(),
             port: config.port,
             // Not used: the addresses of the check before are dialed.

@@ -180,7 +180,7 @@ pub(super) fn list(
 
 /// The endpoint's name for reports.
 pub(super) fn called(endpoint: &EndpointConfig) -> String {
-    shown(Kind::Plain, endpoint.called())
+    shown(Kind::Plain, endpoint.display_name())
 }
 
 /// Whether the settings can be used.
