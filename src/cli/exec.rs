@@ -19,7 +19,7 @@ use crate::{
     app::App,
     config::{DurationSetting, Environment, PortSetting, Settings, Source},
     credential::CredentialError,
-    exec::{self, Child, Program, Secrets, Signals},
+    exec::{self, Child, Program, Signals},
     listener::Inherited,
     net::descriptors::DescriptorLimit,
     telemetry::{LogGuard, chain},
@@ -77,16 +77,15 @@ pub(super) async fn run(
     let source = source(arguments.settings);
     let prepared = Prepared::load(&source, log)?;
     let config = prepared.config.clone();
+    let mut secrets = Vec::new();
+    if arguments.strip_secrets.unwrap_or(false) {
+        secrets = workspace::secret_variables(&config.workspace);
+        secrets.extend(config.password_variables.iter().cloned());
+    }
     let program = Program {
         command: arguments.command,
         inherited: Environment::inherited(),
-        secrets: if arguments.strip_secrets.unwrap_or(false) {
-            let mut names = workspace::secret_variables(&config.workspace);
-            names.extend(config.password_variables.iter().cloned());
-            Secrets::Stripped(names)
-        } else {
-            Secrets::Kept
-        },
+        secrets,
         descriptors,
     };
     let zero_on_sigterm = config.settings.exit_zero_on_sigterm();

@@ -56,21 +56,11 @@ pub struct ProxyAddress {
     pub database: String,
 }
 
-/// Whether the child gets variables that hold secrets.
-#[derive(Clone, Debug, Default)]
-pub(crate) enum Secrets {
-    /// It does, as it may use the workspace itself.
-    #[default]
-    Kept,
-    /// These variables are removed, and all others that contain one of their values.
-    Stripped(Vec<String>),
-}
-
-/// The child's variables.
+/// The child's variables, without `secrets` and all that contain the value of one: copies, and URLs around it.
 pub(super) fn variables(
     inherited: impl IntoIterator<Item = (OsString, OsString)>,
     proxy: &ProxyAddress,
-    secrets: &Secrets,
+    secrets: &[String],
 ) -> Vec<(OsString, OsString)> {
     let ours = [
         ("PGHOST", proxy.address.host()),
@@ -80,8 +70,13 @@ pub(super) fn variables(
         ("PGDATABASE", proxy.database.clone()),
     ];
     let replaced = |name: &OsStr| ours.iter().any(|(ours, _)| name == *ours);
+    let is_secret = |name: &OsStr| secrets.iter().any(|secret| name == secret.as_str());
     let inherited: Vec<(OsString, OsString)> = inherited.into_iter().collect();
-    let values = secret_values(&inherited, secrets);
+    let values = inherited.iter().filter(|(name, _)| is_secret(name));
+    let values = values.map(|(_, value)| value.as_encoded_bytes().trim_ascii());
+    let values: Vec<_> = values
+        .filter(|value| value.len() >= MIN_SECRET_LEN)
+        .collect();
     let mut variables: Vec<(OsString, OsString)> = inherited
         .iter()
         .filter(|(name, value)| {
@@ -90,7 +85,7 @@ pub(super) fn variables(
             !replaced(name)
                 && !no_url
                 && !is_removed(name)
-                && !is_secret(name, secrets)
+                && !is_secret(name)
                 && !values.iter().any(|secret| contains(value, secret))
         })
         .cloned()
@@ -114,23 +109,6 @@ fn is_removed(name: &OsStr) -> bool {
         || REMOVED_PREFIXES
             .iter()
             .any(|prefix| name.as_encoded_bytes().starts_with(prefix.as_bytes()))
-}
-
-fn is_secret(name: &OsStr, secrets: &Secrets) -> bool {
-    match secrets {
-        Secrets::Kept => false,
-        Secrets::Stripped(names) => names.iter().any(|secret| name == secret.as_str()),
-    }
-}
-
-/// The secret values: copies in other variables, or inside a URL, are secret too.
-fn secret_values<'a>(inherited: &'a [(OsString, OsString)], secrets: &Secrets) -> Vec<&'a [u8]> {
-    inherited
-        .iter()
-        .filter(|(name, _)| is_secret(name, secrets))
-        .map(|(_, value)| value.as_encoded_bytes().trim_ascii())
-        .filter(|value| value.len() >= MIN_SECRET_LEN)
-        .collect()
 }
 
 fn contains(value: &OsStr, secret: &[u8]) -> bool {
@@ -170,7 +148,7 @@ mod tests {
 
     use super::*;
 
-    fn child(inherited: &[(&str, &str)], secrets: &Secrets) -> BTreeMap<String, String> {
+    fn child(inherited: &[(&str, &str)], secrets: &[String]) -> BTreeMap<String, String> {
         let proxy = ProxyAddress {
             address: ClientAddress::Tcp("127.0.0.1:6000".parse().unwrap()),
             password: None,
@@ -198,7 +176,7 @@ mod tests {
             ("PGSSLMODE", "require"),
             ("HOME", "/h"),
         ];
-        let child = child(&inherited, &Secrets::Kept);
+        let child = child(&inherited, &[]);
         let expected = [
             (
                 "DATABASE_URL",
@@ -226,7 +204,7 @@ mod tests {
             database: "d".to_owned(),
         };
         let theirs = [("PGPASSWORD".into(), "another".into())];
-        let variables = variables(theirs, &proxy, &Secrets::Kept);
+        let variables = variables(theirs, &proxy, &[]);
         let passwords = variables.iter().filter(|(name, _)| name == "PGPASSWORD");
         assert_eq!(
             passwords.map(|(_, value)| value).collect::<Vec<_>>(),
@@ -247,7 +225,7 @@ mod tests {
             user: "me".to_owned(),
             database: "d".to_owned(),
         };
-        let variables = variables([], &proxy, &Secrets::Kept);
+        let variables = variables([], &proxy, &[]);
         let has = |name: &str, value: &str| variables.contains(&(name.into(), value.into()));
         assert!(has("PGHOST", "/run/my app") && has("PGPORT", "5432"));
         assert!(has(
@@ -292,7 +270,7 @@ mod tests {
             .chain(kept)
             .map(|name| (name, "x"))
             .collect();
-        let child = child(&inherited, &Secrets::Kept);
+        let child = child(&inherited, &[]);
         for name in names {
             assert!(!child.contains_key(name), "{name}");
         }
@@ -303,9 +281,9 @@ mod tests {
 
     #[test]
     fn a_database_url_is_kept_unless_empty() {
-        let own = child(&[("DATABASE_URL", "sqlite://x")], &Secrets::Kept);
+        let own = child(&[("DATABASE_URL", "sqlite://x")], &[]);
         assert_eq!(own["DATABASE_URL"], "sqlite://x");
-        let empty = child(&[("DATABASE_URL", "")], &Secrets::Kept);
+        let empty = child(&[("DATABASE_URL", "")], &[]);
         assert!(empty["DATABASE_URL"].starts_with("postgresql://"));
     }
 
@@ -320,12 +298,12 @@ mod tests {
             ("LETTER", "s"),
         ];
         let names = ["MY_PASSWORD", "MY_OIDC"].map(str::to_owned).to_vec();
-        let stripped = child(&inherited, &Secrets::Stripped(names));
+        let stripped = child(&inherited, &names);
         for name in ["MY_PASSWORD", "MY_OIDC", "COPY", "INSIDE"] {
             assert!(!stripped.contains_key(name), "{name}");
         }
         // Too short to be matched by value.
         assert!(stripped.contains_key("DATABRICKS_HOST") && stripped.contains_key("LETTER"));
-        assert!(child(&inherited, &Secrets::Kept).contains_key("MY_OIDC"));
+        assert!(child(&inherited, &[]).contains_key("MY_OIDC"));
     }
 }

@@ -16,7 +16,7 @@ use rustix::process::Signal;
 
 use self::child::{Reap, killed_by};
 pub use self::environment::ProxyAddress;
-pub(crate) use self::{child::Child, environment::Secrets, signals::Signals, supervise::supervise};
+pub(crate) use self::{child::Child, signals::Signals, supervise::supervise};
 use crate::net::descriptors::DescriptorLimit;
 
 /// The program cannot be started.
@@ -44,8 +44,8 @@ pub(crate) struct Program {
     pub(crate) command: Vec<OsString>,
     /// The variables of this process.
     pub(crate) inherited: Vec<(OsString, OsString)>,
-    /// Those that the program does not get.
-    pub(crate) secrets: Secrets,
+    /// The names of secrets among them that the program does not get.
+    pub(crate) secrets: Vec<String>,
     /// The file descriptor limit before it was raised.
     pub(crate) descriptors: DescriptorLimit,
 }
