@@ -101,7 +101,7 @@ fn answer(
     } else {
         (StatusCode::SERVICE_UNAVAILABLE, "error")
     };
-    if query.format.as_deref() == Some("json") || wants_json(headers) {
+    if query.format.as_deref() == Some("json") || accepts(headers, "application/json") {
         let mut body = serde_json::json!({ "status": word, "reasons": verdict.reasons });
         if let (Some(deep), Some(body)) = (deep, body.as_object_mut()) {
             body.insert("deep".to_owned(), serde_json::json!(deep));
@@ -124,22 +124,13 @@ fn answer(
     (status, [(VARY, "accept")], text).into_response()
 }
 
-fn wants_json(headers: &HeaderMap) -> bool {
-    accepts(headers, "application/json")
-}
-
 /// Whether the Accept header names this media type.
 pub(super) fn accepts(headers: &HeaderMap, wanted: &str) -> bool {
-    headers
-        .get_all(ACCEPT)
-        .iter()
+    let values = headers.get_all(ACCEPT).iter();
+    let mut kinds = values
         .filter_map(|value| value.to_str().ok())
-        .any(|value| {
-            // `*/*`, which curl sends, does not count: it gets text.
-            value.split(',').any(|kind| {
-                kind.split(';')
-                    .next()
-                    .is_some_and(|kind| kind.trim().eq_ignore_ascii_case(wanted))
-            })
-        })
+        .flat_map(|value| value.split(','))
+        .filter_map(|kind| kind.split(';').next());
+    // `*/*`, which curl sends, does not count: it gets text.
+    kinds.any(|kind| kind.trim().eq_ignore_ascii_case(wanted))
 }

@@ -75,7 +75,7 @@ enum Verb {
     Exec(ExecArgs),
     /// Run the proxy (the default)
     #[command(after_help = AFTER_HELP)]
-    Serve(ServeArgs),
+    Serve(Settings),
     /// Shut down a proxy that was started with --quitquitquit
     Shutdown(ShutdownArgs),
     /// Print a database credential to standard output
@@ -89,12 +89,6 @@ enum Verb {
 struct CompletionsArgs {
     /// The shell
     shell: clap_complete::Shell,
-}
-
-#[derive(Args, Debug)]
-struct ServeArgs {
-    #[command(flatten)]
-    settings: Settings,
 }
 
 impl Cli {
@@ -112,7 +106,7 @@ impl Cli {
             None => Some(&mut cli.settings),
             Some(Verb::Doctor(arguments)) => Some(&mut arguments.settings),
             Some(Verb::Exec(arguments)) => Some(&mut arguments.settings),
-            Some(Verb::Serve(arguments)) => Some(&mut arguments.settings),
+            Some(Verb::Serve(settings)) => Some(settings),
             Some(Verb::Token(arguments)) => Some(&mut arguments.settings),
             Some(_) => None,
         };
@@ -172,7 +166,7 @@ impl Cli {
                 Ok(cause.map_or(ExitCode::SUCCESS, |cause| cause.exit_code(false)))
             }
             Some(Verb::Exec(arguments)) => Box::pin(exec::run(arguments, inherited, log)).await,
-            Some(Verb::Serve(arguments)) => serve::run(arguments.settings, inherited, log).await,
+            Some(Verb::Serve(settings)) => serve::run(settings, inherited, log).await,
             Some(Verb::Shutdown(arguments)) => shutdown::run(arguments).await,
             Some(Verb::Token(arguments)) => token::run(arguments, log).await,
             Some(Verb::Wait(arguments)) => wait::run(arguments).await,

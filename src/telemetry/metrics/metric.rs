@@ -2,8 +2,9 @@
 
 use enum_map::EnumMap;
 use prometheus::{
-    Gauge, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, Opts,
-    Registry, core::Collector, exponential_buckets,
+    Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, Opts, Registry,
+    core::{Atomic, Collector, GenericGauge},
+    exponential_buckets,
 };
 
 use crate::telemetry::labels::{FailureClass, Label};
@@ -61,13 +62,7 @@ impl Metric for IntCounter {
     }
 }
 
-impl Metric for IntGauge {
-    fn register(registry: &Registry, declaration: &Declaration<'_>) -> Result<Self> {
-        add(registry, Self::with_opts(declaration.opts()))
-    }
-}
-
-impl Metric for Gauge {
+impl<P: Atomic + 'static> Metric for GenericGauge<P> {
     fn register(registry: &Registry, declaration: &Declaration<'_>) -> Result<Self> {
         add(registry, Self::with_opts(declaration.opts()))
     }
