@@ -70,12 +70,14 @@ pub(super) async fn check(
     match grants {
         Some(finding) => steps.note("role and grants", started.elapsed(), finding),
         None => {
-            let granted = steps.run("role and grants", session.as_mut(), LoggedIn::grants);
-            granted.await;
+            steps
+                .run("role and grants", session.as_mut(), LoggedIn::grants)
+                .await;
         }
     }
-    let selected = steps.run("SELECT 1", session.as_mut(), LoggedIn::select_1);
-    selected.await;
+    steps
+        .run("SELECT 1", session.as_mut(), LoggedIn::select_1)
+        .await;
     if let Ok(LoggedIn { session, .. }) = session {
         // With Terminate, so that the server logs no lost connection.
         let _ = timeout(STEP_TIMEOUT, session.end()).await;

@@ -49,15 +49,19 @@ pub(super) struct Found<'a> {
 /// Checks an endpoint, up to a query if it may be dialed.
 pub(super) async fn check(steps: &mut Steps<'_>, examined: Result<&Examined<'_>, &String>) {
     let unknown = "the endpoint is unknown";
-    let found = steps.check("endpoint", examined, unknown, Examined::locate);
-    let found = found.await;
+    let found = steps
+        .check("endpoint", examined, unknown, Examined::locate)
+        .await;
     let needed = found.as_ref();
-    let credential = steps.check("credential", needed, "", Found::credential);
-    let credential = credential.await;
+    let credential = steps
+        .check("credential", needed, "", Found::credential)
+        .await;
     let unusable = "the endpoint's host cannot be used";
     // Names are resolved even if nothing may be dialed: that wakes nothing.
-    let addresses = steps.check("endpoint DNS", needed, unusable, Found::resolve);
-    let connection = addresses.await.and_then(|addresses| {
+    let addresses = steps
+        .check("endpoint DNS", needed, unusable, Found::resolve)
+        .await;
+    let connection = addresses.and_then(|addresses| {
         let found = needed.map_err(Clone::clone)?;
         found.may_dial()?;
         Connection::new(found, addresses, credential.ok())

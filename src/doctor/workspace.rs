@@ -46,9 +46,10 @@ pub(super) async fn check<'a>(
     steps.run("clock", workspace, clock).await;
     let reached = reach(steps, workspace, variables).await;
     let reached = reached.and(workspace.map_err(Clone::clone));
-    let needed = steps.check("workspace token", reached, "no workspace token", token);
-    let needed = needed.await;
-    let profile = steps.check("who am I", needed, "", who_am_i).await;
+    let authenticated = steps
+        .check("workspace token", reached, "no workspace token", token)
+        .await;
+    let profile = steps.check("who am I", authenticated, "", who_am_i).await;
     // By the same call, whose time is that of the check above.
     steps
         .run("entitlement", profile.as_ref(), entitlement)
