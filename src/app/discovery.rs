@@ -25,7 +25,7 @@ use crate::{
         Addresses, DroppedParameters, Endpoint, Problem, Refusal, RoutePublisher, Security,
         Upstream,
     },
-    workspace::{AppDatabases, CredentialMinter, HostName, LocateError, Wanted, Workspace},
+    workspace::{AppDatabases, CredentialMinter, HostName, LocateError, Workspace, check_names},
 };
 
 /// Budget of one request to the workspace, retries included. Short, since the pace of attempts retries as well.
@@ -221,7 +221,7 @@ impl EndpointSource {
     /// Checks what needs no network: names, and the trusted roots.
     pub(super) fn check(&self, config: &EndpointConfig) -> Result<(), AppError> {
         if let Self::Workspace(_) = self {
-            Wanted::from(config).check().map_err(LocateError::from)?;
+            check_names(config).map_err(LocateError::from)?;
         }
         match &config.host {
             Some(host) => security(&config.tls, host).map(drop),
@@ -249,7 +249,7 @@ impl EndpointSource {
                 });
             }
         };
-        let located = workspace.locate(&config.into(), timeout).await?;
+        let located = workspace.locate(config, timeout).await?;
         // Lakebase's docs, "Connection pooling": not available for OAuth roles. A warning only, since poolers accept OAuth
         // credentials where Databricks has enabled that.
         let direct = located.host.parse::<HostName>().ok();

@@ -10,7 +10,7 @@ use super::{
 };
 
 /// The configuration of one endpoint.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct EndpointConfig {
     /// The addresses of its listener.
     pub listen: ListenAddresses,
@@ -37,7 +37,7 @@ pub struct EndpointConfig {
 }
 
 /// The source of a credential.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub enum CredentialSource {
     /// A program that prints one.
     Command(Vec<String>),
@@ -46,6 +46,7 @@ pub enum CredentialSource {
     /// A password in a file, which may change.
     PasswordFile(PathBuf),
     /// The workspace mints it.
+    #[default]
     Workspace,
 }
 
@@ -56,6 +57,12 @@ pub enum TlsMode {
     Disabled,
     /// Certificate and name are verified, whatever weaker mode `PGSSLMODE` names.
     Verified(Roots),
+}
+
+impl Default for TlsMode {
+    fn default() -> Self {
+        Self::Verified(Roots::default())
+    }
 }
 
 /// The trusted root certificates.

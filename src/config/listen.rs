@@ -14,7 +14,7 @@ use super::{
 pub(crate) const SOCKET_NAME: &str = ".s.PGSQL.";
 
 /// The addresses that one endpoint listens on.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ListenAddresses {
     /// The port of TCP sockets and in the names of Unix sockets; 0 is any free one.
     pub port: u16,

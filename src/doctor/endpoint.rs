@@ -19,7 +19,7 @@ use crate::{
     telemetry::Metrics,
     workspace::{
         AppDatabases, CredentialMinter, EndpointInfo, EndpointState, HostName, LocateError,
-        Located, Target, Wanted, Workspace,
+        Located, Target, Workspace,
     },
 };
 
@@ -90,11 +90,10 @@ impl Examined<'_> {
         let Some(workspace) = self.access.workspace else {
             return Err(Finding::skipped("the workspace cannot be called"));
         };
-        let wanted = Wanted::from(config);
         // Without the host, so that a wrong name shows.
-        let without_host = Wanted {
-            host: wanted.host.clone().filter(|_| wanted.name.is_none()),
-            ..wanted.clone()
+        let without_host = EndpointConfig {
+            host: config.host.clone().filter(|_| config.name.is_none()),
+            ..config.clone()
         };
         // Zero disables retries: a check reports the first error.
         let (located, finding) = match workspace.locate(&without_host, Duration::ZERO).await {
@@ -104,10 +103,10 @@ impl Examined<'_> {
             }
             // An identity that may not look the endpoint up can still log in at a known host.
             Err(error)
-                if wanted.host.is_some()
+                if config.host.is_some()
                     && (matches!(error, LocateError::NoHost { .. }) || error.is_forbidden()) =>
             {
-                let located = workspace.locate(&wanted, Duration::ZERO).await?;
+                let located = workspace.locate(config, Duration::ZERO).await?;
                 let target = &located.target;
                 let message =
                     format!("`{target}`; the identity may not look it up, PGHOST holds its host");

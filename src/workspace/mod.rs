@@ -41,7 +41,7 @@ use uuid::Builder;
 pub use auth::AuthKind;
 pub use discovery::{
     AppDatabases, EndpointInfo, EndpointState, EndpointType, LocateError, Located, Profile, Role,
-    Wanted,
+    check_names,
 };
 pub use error::{CallError, CallErrorKind, WorkspaceError};
 pub use host::Host;

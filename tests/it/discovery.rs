@@ -5,11 +5,11 @@ use std::time::Duration;
 use axum::{Router, http::StatusCode, routing::get};
 use lakebase_proxy::{
     clock::Clock,
-    config::{Roots, WorkspaceSettings},
+    config::{EndpointConfig, Roots, WorkspaceSettings},
     emulator::{Action, AppResource, Emulator, Response, Site},
     net::tls,
     telemetry::Metrics,
-    workspace::{LocateError, Located, Target, Wanted, Workspace},
+    workspace::{LocateError, Located, Target, Workspace},
 };
 use secrecy::ExposeSecret;
 use serde_json::{Value, json};
@@ -46,33 +46,33 @@ fn person(emulator: &Emulator) -> Workspace {
     })
 }
 
-fn named(name: &str) -> Wanted {
-    Wanted {
+fn named(name: &str) -> EndpointConfig {
+    EndpointConfig {
         name: Some(name.to_owned()),
-        ..Wanted::default()
+        ..EndpointConfig::default()
     }
 }
 
-fn on_host(host: &str) -> Wanted {
-    Wanted {
+fn on_host(host: &str) -> EndpointConfig {
+    EndpointConfig {
         host: Some(host.to_owned()),
-        ..Wanted::default()
+        ..EndpointConfig::default()
     }
 }
 
-fn of_app(app: &str) -> Wanted {
-    Wanted {
+fn of_app(app: &str) -> EndpointConfig {
+    EndpointConfig {
         app: Some(app.to_owned()),
-        ..Wanted::default()
+        ..EndpointConfig::default()
     }
 }
 
-async fn located(workspace: &Workspace, wanted: Wanted) -> Located {
+async fn located(workspace: &Workspace, wanted: EndpointConfig) -> Located {
     let found = workspace.locate(&wanted, Duration::ZERO).await;
     found.unwrap_or_else(|error| panic!("{wanted:?}: {error}"))
 }
 
-async fn refused(workspace: &Workspace, wanted: Wanted) -> LocateError {
+async fn refused(workspace: &Workspace, wanted: EndpointConfig) -> LocateError {
     let found = workspace.locate(&wanted, Duration::ZERO).await;
     found.expect_err("it was located")
 }
@@ -196,7 +196,7 @@ async fn an_app_knows_its_database() {
 
     // With the host that the platform injects, the app's branch is looked at before everything else.
     let before = emulator.counts().lookups;
-    let wanted = Wanted {
+    let wanted = EndpointConfig {
         app: Some(APP.to_owned()),
         ..on_host("localhost")
     };
@@ -237,7 +237,7 @@ async fn strict_workspace() -> (Workspace, JoinSet<()>) {
 #[tokio::test]
 async fn an_app_without_lookup_rights_uses_the_injected_variables() {
     let (workspace, _tasks) = strict_workspace().await;
-    let wanted = Wanted {
+    let wanted = EndpointConfig {
         app: Some("my-app".to_owned()),
         user: Some("0f7d".to_owned()),
         ..on_host("ep-a-1.database.cloud.databricks.com")
@@ -253,7 +253,7 @@ async fn an_app_without_lookup_rights_uses_the_injected_variables() {
 async fn the_instance_of_an_app_does_not_replace_that_of_the_host() {
     let emulator = emulator().await;
     let app = app(&emulator);
-    let of_app = |host: &str| Wanted {
+    let of_app = |host: &str| EndpointConfig {
         app: Some("lakebase-local-app-provisioned".to_owned()),
         ..on_host(host)
     };
@@ -290,7 +290,7 @@ async fn a_missing_resource_is_reported_with_the_existing_ones() {
             on_host("instance-00000000-0000-4000-8000-000000000000.database.cloud.databricks.com"),
             emulator.instance_name(),
         ),
-        (Wanted::default(), "projects/lakebase-local"),
+        (EndpointConfig::default(), "projects/lakebase-local"),
     ] {
         let error = refused(&app, wanted.clone()).await;
         let hint = error.hint().unwrap_or_default();
@@ -341,7 +341,7 @@ async fn missing_rights_do_not_matter_with_complete_settings() {
         ("projects/lakebase-local", ENDPOINT),
         ("lakebase-local", "lakebase-local"),
     ] {
-        let wanted = Wanted {
+        let wanted = EndpointConfig {
             host: Some("localhost".to_owned()),
             ..named(name)
         };
@@ -373,7 +373,7 @@ async fn missing_rights_do_not_matter_with_complete_settings() {
 #[tokio::test(flavor = "multi_thread")]
 async fn with_name_host_and_user_no_request_is_sent() {
     let emulator = emulator().await;
-    let wanted = Wanted {
+    let wanted = EndpointConfig {
         host: Some("localhost".to_owned()),
         user: Some("me@example.com".to_owned()),
         database: Some("databricks_postgres".to_owned()),
@@ -407,7 +407,7 @@ async fn a_databases_resource_id_becomes_its_name_in_postgres() {
         // Neither an id nor a name that is known: for the server to judge.
         ("with-hyphens", "with-hyphens"),
     ] {
-        let wanted = Wanted {
+        let wanted = EndpointConfig {
             database: Some(given.to_owned()),
             ..named(ENDPOINT)
         };
@@ -416,7 +416,7 @@ async fn a_databases_resource_id_becomes_its_name_in_postgres() {
             Some(expected)
         );
     }
-    let wanted = Wanted {
+    let wanted = EndpointConfig {
         database: Some(format!("{BRANCH}/databases/none")),
         ..named(ENDPOINT)
     };
@@ -432,7 +432,7 @@ async fn a_databases_resource_id_becomes_its_name_in_postgres() {
 async fn read_only_uses_the_replicas_host() {
     let emulator = emulator().await;
     let app = app(&emulator);
-    let read_only = |wanted: Wanted| Wanted {
+    let read_only = |wanted: EndpointConfig| EndpointConfig {
         read_only: true,
         ..wanted
     };
@@ -449,7 +449,7 @@ async fn read_only_uses_the_replicas_host() {
     let found = located(&app, read_only(named(&replica))).await;
     assert_eq!(endpoint(&found), replica);
     // An explicit host is the endpoint's; its replicas' follows from it.
-    let wanted = Wanted {
+    let wanted = EndpointConfig {
         host: Some("ep-a-1.database.cloud.databricks.com".to_owned()),
         ..named(ENDPOINT)
     };

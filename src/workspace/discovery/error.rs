@@ -1,5 +1,6 @@
 //! Failures of locating an endpoint, with the names that exist for the hint.
 
+use super::lookup::Lookup;
 use crate::workspace::{CallError, EndpointName, NameError, Target};
 
 /// The most names in a hint.
@@ -103,6 +104,68 @@ impl LocateError {
             "" => hint,
             known => format!("{hint}; {known}"),
         })
+    }
+}
+
+impl Lookup<'_> {
+    /// The error of a failed look-up: if nothing was found, with what exists near a name.
+    pub(super) async fn failed(&self, what: String, near: &str, error: CallError) -> LocateError {
+        if error.status == Some(404) {
+            LocateError::NotFound {
+                what,
+                known: self.near(near).await,
+                source: Some(error),
+            }
+        } else {
+            LocateError::Call {
+                what: format!("the {what}"),
+                source: error,
+            }
+        }
+    }
+
+    /// The resources that exist near a name: on its branch, else in its project, else at all.
+    pub(super) async fn near(&self, name: &str) -> String {
+        if name.is_empty() {
+            return String::new();
+        }
+        let mut parts = name.split('/');
+        let (kind, project, branch) = (parts.next(), parts.next(), parts.nth(1));
+        if let (Some(project), Some(branch)) = (project, branch) {
+            let branch = format!("projects/{project}/branches/{branch}");
+            if let Ok(endpoints) = self.endpoints(&branch).await {
+                let names = endpoints.into_iter().map(|info| info.name);
+                return known(&format!("endpoints of {branch}"), names);
+            }
+        }
+        if let Some(project) = project {
+            let project = format!("projects/{project}");
+            if let Ok(branches) = self.branches(&project).await {
+                let names = branches.into_iter().map(|branch| branch.name);
+                return known(&format!("branches of {project}"), names);
+            }
+        }
+        let projects = self.projects().await.unwrap_or_default();
+        let projects = projects.into_iter().map(|project| project.name);
+        if kind != Some("instances") {
+            return known("projects", projects);
+        }
+        let instances = self.instances().await.unwrap_or_default();
+        let instances = instances.into_iter().map(|info| info.name);
+        known("instances and projects", instances.chain(projects))
+    }
+
+    /// The other endpoints of the branch that are not disabled.
+    pub(super) async fn siblings(&self, target: &Target) -> String {
+        let Target::Endpoint(name) = target else {
+            return String::new();
+        };
+        let endpoints = self.endpoints(name.branch()).await.unwrap_or_default();
+        let others = endpoints
+            .into_iter()
+            .filter(|info| info.name != name.as_str() && !info.disabled)
+            .map(|info| info.name);
+        known(&format!("others of {}", name.branch()), others)
     }
 }
 

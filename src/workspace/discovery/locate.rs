@@ -8,8 +8,8 @@ use super::{AppDatabases, EndpointInfo, EndpointType, LocateError, error::known,
 use crate::{
     config::EndpointConfig,
     workspace::{
-        BranchName, CallError, EndpointName, HostName, InstanceName, NameError, ProjectName,
-        Reference, Target, Workspace, names::HostKind,
+        BranchName, EndpointName, HostName, InstanceName, NameError, ProjectName, Reference,
+        Target, Workspace, names::HostKind,
     },
 };
 
@@ -18,49 +18,6 @@ const DEFAULT_BRANCH: &str = "production";
 const DEFAULT_ENDPOINT: &str = "primary";
 /// For a whole search, which may take many calls.
 const SEARCH_TIMEOUT: Duration = Duration::from_mins(2);
-
-/// The settings that lead to an endpoint; one of name, host and app is enough.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Wanted {
-    /// An endpoint, a branch, a project, an instance, or a host (`ENDPOINT_NAME`).
-    pub name: Option<String>,
-    /// Its host (`PGHOST`), in place of the workspace's information.
-    pub host: Option<String>,
-    /// The Databricks App that has the database as a resource (`DATABRICKS_APP_NAME`, `PGAPPNAME`).
-    pub app: Option<String>,
-    /// Whether readable replicas are wanted.
-    pub read_only: bool,
-    /// The role to log in as (`PGUSER`).
-    pub user: Option<String>,
-    /// The database, by its name in Postgres or its resource id (`PGDATABASE`).
-    pub database: Option<String>,
-}
-
-impl From<&EndpointConfig> for Wanted {
-    fn from(config: &EndpointConfig) -> Self {
-        Self {
-            name: config.name.clone(),
-            host: config.host.clone(),
-            app: config.app.clone(),
-            read_only: config.read_only,
-            user: config.user.clone(),
-            database: config.database.clone(),
-        }
-    }
-}
-
-impl Wanted {
-    /// Checks the names without the workspace.
-    pub fn check(&self) -> Result<(), NameError> {
-        if let Some(host) = &self.host {
-            host.parse::<HostName>()?;
-        }
-        if let Some(name) = &self.name {
-            name.parse::<Reference>()?;
-        }
-        Ok(())
-    }
-}
 
 /// An endpoint that can be connected to.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -80,11 +37,17 @@ pub struct Located {
 }
 
 impl Workspace {
-    /// Locates an endpoint with no more look-ups than the settings leave open. `within` bounds each look-up with its
-    /// retries; zero disables retries.
-    pub async fn locate(&self, wanted: &Wanted, within: Duration) -> Result<Located, LocateError> {
-        let mut host: Option<HostName> = wanted.host.as_deref().map(str::parse).transpose()?;
-        let reference: Option<Reference> = wanted.name.as_deref().map(str::parse).transpose()?;
+    /// Locates an endpoint with no more look-ups than the settings leave open; one of name, host and app is enough.
+    /// `within` bounds each look-up with its retries; zero disables retries.
+    pub async fn locate(
+        &self,
+        wanted: &EndpointConfig,
+        within: Duration,
+    ) -> Result<Located, LocateError> {
+        let Names {
+            mut host,
+            reference,
+        } = Names::parse(wanted)?;
         // `ENDPOINT_NAME` may hold a host, which is then dialed as it is.
         if let (None, Some(Reference::Host(named))) = (&host, &reference)
             && named.is_complete()
@@ -94,8 +57,9 @@ impl Workspace {
         if let Some(host) = host.as_ref().filter(|host| host.is_neon()) {
             return Err(NameError::neon(host).into());
         }
+        let lookup = Lookup::new(self, within);
         let search = Search {
-            lookup: Lookup::new(self, within),
+            lookup,
             wanted,
             host,
         };
@@ -112,17 +76,37 @@ impl Workspace {
     }
 }
 
+/// The names in the settings of an endpoint.
+struct Names {
+    host: Option<HostName>,
+    reference: Option<Reference>,
+}
+
+impl Names {
+    fn parse(config: &EndpointConfig) -> Result<Self, NameError> {
+        Ok(Self {
+            host: config.host.as_deref().map(str::parse).transpose()?,
+            reference: config.name.as_deref().map(str::parse).transpose()?,
+        })
+    }
+}
+
+/// Checks the names in the settings of an endpoint without the workspace.
+pub fn check_names(config: &EndpointConfig) -> Result<(), NameError> {
+    Names::parse(config).map(drop)
+}
+
 /// A target, before the settings are applied.
-struct Found {
+pub(super) struct Found {
     target: Target,
     info: Option<EndpointInfo>,
     /// Of the app's resource: a name in Postgres, or a resource name.
-    database: Option<String>,
-    app_databases: Option<AppDatabases>,
+    pub(super) database: Option<String>,
+    pub(super) app_databases: Option<AppDatabases>,
 }
 
 impl Found {
-    fn new(target: Target, info: Option<EndpointInfo>) -> Self {
+    pub(super) fn new(target: Target, info: Option<EndpointInfo>) -> Self {
         Self {
             target,
             info,
@@ -131,66 +115,38 @@ impl Found {
         }
     }
 
-    fn endpoint(info: EndpointInfo) -> Option<Self> {
+    pub(super) fn endpoint(info: EndpointInfo) -> Option<Self> {
         let target = Target::Endpoint(info.name.parse().ok()?);
         Some(Self::new(target, Some(info)))
     }
 
     /// The endpoint with the default id, for an identity that may not look it up.
-    fn default_endpoint(branch: &BranchName) -> Self {
+    pub(super) fn default_endpoint(branch: &BranchName) -> Self {
         Self::new(Target::Endpoint(branch.endpoint(DEFAULT_ENDPOINT)), None)
     }
-
-    fn of_app(self, resource: FirstDatabase) -> Self {
-        Self {
-            database: Some(resource.database).filter(|name| !name.is_empty()),
-            app_databases: resource.all,
-            ..self
-        }
-    }
-}
-
-/// The first database of an app.
-struct FirstDatabase {
-    place: DatabasePlace,
-    /// A name in Postgres, or a resource name; may be empty.
-    database: String,
-    /// Set if there are several.
-    all: Option<AppDatabases>,
-}
-
-enum DatabasePlace {
-    /// By its full name, unchecked.
-    Branch(String),
-    /// By its name, unchecked.
-    Instance(String),
 }
 
 /// The search for one endpoint.
-struct Search<'a> {
-    lookup: Lookup<'a>,
-    wanted: &'a Wanted,
+pub(super) struct Search<'a> {
+    pub(super) lookup: Lookup<'a>,
+    wanted: &'a EndpointConfig,
     host: Option<HostName>,
 }
 
 impl Search<'_> {
     async fn run(&self, reference: Option<Reference>) -> Result<Located, LocateError> {
         let found = match (reference, &self.host, &self.wanted.app) {
-            (Some(Reference::Endpoint(name)), ..) => self.by_endpoint(name).await?,
-            (Some(Reference::Branch(name)), ..) => self.by_branch(&name).await?,
-            (Some(Reference::Project(name)), ..) => self.by_project(&name).await?,
-            (Some(Reference::Instance(name)), ..) => self.by_instance(name).await?,
-            (Some(Reference::Host(host)), ..) => self.by_host(&host).await?,
+            (Some(reference), ..) => self.by_reference(reference).await?,
             (None, Some(host), _) => self.by_host(host).await?,
             (None, None, Some(app)) => self.by_app(app).await?,
             (None, None, None) => {
-                let known = self.near("projects").await;
+                let known = self.lookup.near("projects").await;
                 return Err(LocateError::NotNamed { known });
             }
         };
         // No connection wakes a disabled endpoint: clients would wait until their timeout.
         if found.info.as_ref().is_some_and(|info| info.disabled) {
-            let known = self.siblings(&found.target).await;
+            let known = self.lookup.siblings(&found.target).await;
             let name = found.target;
             return Err(LocateError::Disabled { name, known });
         }
@@ -237,6 +193,16 @@ impl Search<'_> {
         }
     }
 
+    pub(super) async fn by_reference(&self, reference: Reference) -> Result<Found, LocateError> {
+        match reference {
+            Reference::Endpoint(name) => self.by_endpoint(name).await,
+            Reference::Branch(name) => self.by_branch(&name).await,
+            Reference::Project(name) => self.by_project(&name).await,
+            Reference::Instance(name) => self.by_instance(name).await,
+            Reference::Host(host) => self.by_host(&host).await,
+        }
+    }
+
     async fn by_endpoint(&self, name: EndpointName) -> Result<Found, LocateError> {
         // Name and host suffice, and an app may have no right to look anything up.
         if self.host.is_some() {
@@ -255,6 +221,7 @@ impl Search<'_> {
             });
         }
         Err(self
+            .lookup
             .failed(format!("endpoint `{name}`"), name.branch(), error)
             .await)
     }
@@ -280,7 +247,7 @@ impl Search<'_> {
             }
             Err(error) => {
                 let what = format!("branch `{branch}`");
-                return Err(self.failed(what, branch.as_str(), error).await);
+                return Err(self.lookup.failed(what, branch.as_str(), error).await);
             }
         };
         let names = endpoints.iter().map(|info| info.name.clone());
@@ -318,7 +285,7 @@ impl Search<'_> {
             }
             Err(error) => {
                 let what = format!("project `{project}`");
-                return Err(self.failed(what, "projects", error).await);
+                return Err(self.lookup.failed(what, "projects", error).await);
             }
         };
         self.by_branch(&branch).await
@@ -349,56 +316,7 @@ impl Search<'_> {
             return Box::pin(self.by_project(&project)).await;
         }
         let what = format!("database instance or project `{name}`");
-        Err(self.failed(what, "instances", error).await)
-    }
-
-    async fn by_app(&self, app: &str) -> Result<Found, LocateError> {
-        let resource = self.app_database(app).await?;
-        let found = match &resource.place {
-            DatabasePlace::Branch(name) => self.by_branch(&name.parse()?).await?,
-            DatabasePlace::Instance(name) => self.by_instance(name.parse()?).await?,
-        };
-        Ok(found.of_app(resource))
-    }
-
-    /// The first database of an app: the one that the platform sets variables for.
-    async fn app_database(&self, app: &str) -> Result<FirstDatabase, LocateError> {
-        let what = format!("app `{app}`");
-        // The name becomes part of an address.
-        let is_name = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_';
-        if app.is_empty() || !app.bytes().all(is_name) {
-            return Err(LocateError::NotFound {
-                what,
-                known: String::new(),
-                source: None,
-            });
-        }
-        let body = match self.lookup.app(app).await {
-            Ok(body) => body,
-            Err(error) => return Err(self.failed(what, "", error).await),
-        };
-        let names = body.resources.iter().map(|resource| resource.name.clone());
-        let known = known("its resources", names);
-        let mut databases = body.resources.into_iter().filter_map(|resource| {
-            let (place, database) = match (resource.postgres, resource.database) {
-                (Some(it), _) => (DatabasePlace::Branch(it.branch), it.database),
-                (None, Some(it)) => (DatabasePlace::Instance(it.instance_name), it.database_name),
-                (None, None) => return None,
-            };
-            Some((resource.name, place, database))
-        });
-        let app = app.to_owned();
-        let Some((taken, place, database)) = databases.next() else {
-            return Err(LocateError::NoResource { app, known });
-        };
-        let others: Vec<String> = databases.map(|(name, ..)| name).collect();
-        let has_others = !others.is_empty();
-        let all = has_others.then_some(AppDatabases { app, taken, others });
-        Ok(FirstDatabase {
-            place,
-            database,
-            all,
-        })
+        Err(self.lookup.failed(what, "instances", error).await)
     }
 
     /// By the app's resource, by uid, and finally by a search of the whole workspace.
@@ -465,44 +383,11 @@ impl Search<'_> {
         })
     }
 
-    /// The app's database if this is its host; an app may have access to nothing else.
-    async fn by_host_of_app(&self, host: &HostName, app: &str) -> Option<Found> {
-        let resource = self.app_database(app).await.ok()?;
-        let found = match &resource.place {
-            DatabasePlace::Branch(name) => {
-                let branch: BranchName = name.parse().ok()?;
-                match self.lookup.endpoints(branch.as_str()).await {
-                    Ok(endpoints) => {
-                        let mut endpoints = endpoints.into_iter();
-                        Found::endpoint(endpoints.find(|info| info.answers_to(host))?)?
-                    }
-                    // An app may connect without the right to list endpoints.
-                    Err(error) if error.is_forbidden() => Found::default_endpoint(&branch),
-                    Err(_) => return None,
-                }
-            }
-            DatabasePlace::Instance(name) => {
-                let name: InstanceName = name.parse().ok()?;
-                let info = match self.lookup.instance(&name).await {
-                    Ok(info) => Some(Some(info).filter(|info| info.answers_to(host))?),
-                    Err(error)
-                        if error.is_forbidden() && matches!(host.kind, HostKind::Instance(_)) =>
-                    {
-                        None
-                    }
-                    Err(_) => return None,
-                };
-                Found::new(Target::Instance(name), info)
-            }
-        };
-        Some(found.of_app(resource))
-    }
-
     async fn by_instance_uid(&self, host: &HostName, uid: &str) -> Result<Found, LocateError> {
         let what = format!("database instance with the host `{host}`");
         let mut info = match self.lookup.instance_by_uid(uid).await {
             Ok(info) => info,
-            Err(error) => return Err(self.failed(what, "instances", error).await),
+            Err(error) => return Err(self.lookup.failed(what, "instances", error).await),
         };
         if info.name.is_empty() {
             // The answer may lack the name.
@@ -515,114 +400,5 @@ impl Search<'_> {
             info.name = listed.map(|info| info.name).unwrap_or_default();
         }
         Ok(Found::new(Target::Instance(info.name.parse()?), Some(info)))
-    }
-
-    /// The name in Postgres of a database that may be given by its resource name or id.
-    async fn database_name(&self, target: &Target, text: String) -> Result<String, LocateError> {
-        let Target::Endpoint(endpoint) = target else {
-            return Ok(text);
-        };
-        let (branch, id, is_resource) = match text.rsplit_once("/databases/") {
-            Some((branch, id)) => (branch, id, true),
-            None => (endpoint.branch(), &*text, false),
-        };
-        // Ids have hyphens and no underscores. Without either, id and name are the same.
-        if !is_resource && !id.contains('-') {
-            return Ok(text);
-        }
-        let not_found = |known| LocateError::NotFound {
-            what: format!("database `{text}`"),
-            known,
-            source: None,
-        };
-        if is_resource && branch.parse::<BranchName>().is_err() {
-            return Err(not_found(String::new()));
-        }
-        let databases = match self.lookup.databases(branch).await {
-            Ok(databases) => databases,
-            // It may be a name with hyphens; the server decides.
-            Err(_) if !is_resource => return Ok(text),
-            // The documented relation of ids and names.
-            Err(_) => return Ok(id.replace('-', "_")),
-        };
-        let names = databases
-            .iter()
-            .map(|database| &database.status.postgres_database);
-        if !is_resource && names.clone().any(|name| *name == text) {
-            return Ok(text);
-        }
-        let suffix = format!("/databases/{id}");
-        let mapped = databases
-            .iter()
-            .find(|database| database.name.ends_with(&suffix));
-        match mapped.map(|database| database.status.postgres_database.clone()) {
-            Some(name) if !name.is_empty() => Ok(name),
-            _ if !is_resource => Ok(text),
-            _ => Err(not_found(known("databases", names.cloned()))),
-        }
-    }
-
-    /// The error of a failed look-up: if nothing was found, with what exists near a name.
-    async fn failed(&self, what: String, near: &str, error: CallError) -> LocateError {
-        if error.status == Some(404) {
-            LocateError::NotFound {
-                what,
-                known: self.near(near).await,
-                source: Some(error),
-            }
-        } else {
-            LocateError::Call {
-                what: format!("the {what}"),
-                source: error,
-            }
-        }
-    }
-
-    /// The resources that exist near a name: on its branch, else in its project, else at all.
-    async fn near(&self, name: &str) -> String {
-        if name.is_empty() {
-            return String::new();
-        }
-        let mut parts = name.split('/');
-        let (kind, project, branch) = (parts.next(), parts.next(), parts.nth(1));
-        if let (Some(project), Some(branch)) = (project, branch) {
-            let branch = format!("projects/{project}/branches/{branch}");
-            if let Ok(endpoints) = self.lookup.endpoints(&branch).await {
-                let names = endpoints.into_iter().map(|info| info.name);
-                return known(&format!("endpoints of {branch}"), names);
-            }
-        }
-        if let Some(project) = project {
-            let project = format!("projects/{project}");
-            if let Ok(branches) = self.lookup.branches(&project).await {
-                let names = branches.into_iter().map(|branch| branch.name);
-                return known(&format!("branches of {project}"), names);
-            }
-        }
-        let projects = self.lookup.projects().await.unwrap_or_default();
-        let projects = projects.into_iter().map(|project| project.name);
-        if kind != Some("instances") {
-            return known("projects", projects);
-        }
-        let instances = self.lookup.instances().await.unwrap_or_default();
-        let instances = instances.into_iter().map(|info| info.name);
-        known("instances and projects", instances.chain(projects))
-    }
-
-    /// The other endpoints of the branch that are not disabled.
-    async fn siblings(&self, target: &Target) -> String {
-        let Target::Endpoint(name) = target else {
-            return String::new();
-        };
-        let endpoints = self
-            .lookup
-            .endpoints(name.branch())
-            .await
-            .unwrap_or_default();
-        let others = endpoints
-            .into_iter()
-            .filter(|info| info.name != name.as_str() && !info.disabled)
-            .map(|info| info.name);
-        known(&format!("others of {}", name.branch()), others)
     }
 }

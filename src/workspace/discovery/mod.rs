@@ -1,6 +1,7 @@
 //! Look-ups in the workspace: endpoints by anything that names them, our identity, and roles.
 
 mod bodies;
+mod databases;
 mod error;
 mod locate;
 mod lookup;
@@ -15,8 +16,9 @@ use super::{
     names::{HostKind, HostName},
 };
 
+pub use databases::AppDatabases;
 pub use error::LocateError;
-pub use locate::{Located, Wanted};
+pub use locate::{Located, check_names};
 pub(super) use lookup::Lookup;
 
 /// An endpoint or an instance.
@@ -131,33 +133,6 @@ pub enum EndpointType {
     #[default]
     #[serde(other)]
     Unknown,
-}
-
-/// The databases of an app, if it has several and nothing names the endpoint.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct AppDatabases {
-    /// The app.
-    pub app: String,
-    /// The key of the first resource, which is served.
-    pub taken: String,
-    /// The keys of the others.
-    pub others: Vec<String>,
-}
-
-impl AppDatabases {
-    /// How to serve all of them.
-    pub const HINT: &str = "serve each with an --endpoint (or [[endpoint]]) of its own, named by the variable that app.yaml sets with `valueFrom: <key>`";
-}
-
-impl fmt::Display for AppDatabases {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { app, taken, others } = self;
-        let others = others.join("`, `");
-        write!(
-            f,
-            "the app `{app}` has several databases: the resource `{taken}` is served, and `{others}` not"
-        )
-    }
 }
 
 /// Our identity in the workspace.
