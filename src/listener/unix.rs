@@ -261,7 +261,7 @@ mod tests {
 
     use super::*;
     use crate::{
-        listener::{ListeningSocket, Taken},
+        listener::{Taken, accept::ListeningSocket},
         status::Peer,
     };
 

@@ -1,0 +1,223 @@
+//! Accepts clients and places each on a thread for its session.
+
+use std::{io, sync::Arc, time::Duration};
+
+use tokio::{
+    net::{TcpListener, UnixListener},
+    time::sleep,
+};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tracing::{Instrument, Span, field::Empty};
+
+use super::{AbsentSockets, SessionThreads, unix::ListeningUnix};
+use crate::{
+    net::{backoff::Backoff, socket::Socket},
+    session::{self, Accepted, EndpointContext, HandshakeLimiter},
+    status::Peer,
+    telemetry::Metrics,
+};
+
+/// Between attempts to accept, mostly for lack of descriptors: short at first, so that a freed one is used soon.
+const ACCEPT_BACKOFF: Backoff = Backoff::new(Duration::from_millis(5), Duration::from_secs(1));
+
+/// A socket that clients connect to.
+#[derive(Debug)]
+pub(super) enum ListeningSocket {
+    Tcp(TcpListener),
+    Unix(UnixListener),
+}
+
+impl ListeningSocket {
+    /// The next client. Cancel safe.
+    pub(super) async fn accept(&self) -> io::Result<(Socket, Peer)> {
+        match self {
+            Self::Tcp(socket) => {
+                let (client, address) = socket.accept().await?;
+                Ok((client.into(), Peer::Tcp(address)))
+            }
+            Self::Unix(socket) => {
+                let (client, _) = socket.accept().await?;
+                // The kernel's record of connect(2) (SO_PEERCRED, unix(7)): the client cannot choose it.
+                let credentials = client.peer_cred()?;
+                let peer = Peer::Unix {
+                    uid: credentials.uid(),
+                    pid: credentials.pid(),
+                };
+                Ok((client.into(), peer))
+            }
+        }
+    }
+}
+
+/// Accepts the clients of one endpoint and places their sessions on threads.
+#[derive(Clone)]
+pub(super) struct Acceptor {
+    pub(super) endpoint: Arc<EndpointContext>,
+    pub(super) threads: Arc<SessionThreads>,
+    pub(super) clients: TaskTracker,
+    pub(super) handshakes: HandshakeLimiter,
+}
+
+impl Acceptor {
+    /// Accepts until `end`.
+    pub(super) async fn run(&self, socket: ListeningSocket, end: CancellationToken) {
+        let mut backoff = ACCEPT_BACKOFF;
+        loop {
+            let next = async {
+                let (client, peer) = socket.accept().await?;
+                // Clients that find no permit stay in the kernel's queue, where they take no descriptor.
+                let permit = self.handshakes.enter(peer).await;
+                Ok::<_, io::Error>((client, peer, permit))
+            };
+            // Cancel safe: a client that waits for its permit is closed with the listener.
+            let accepted = tokio::select! {
+                accepted = next => accepted,
+                () = end.cancelled() => return,
+            };
+            match accepted {
+                Ok((client, peer, permit)) => {
+                    backoff.reset();
+                    self.endpoint.metrics.clients_opened.inc();
+                    let config = self.endpoint.process.config.load();
+                    client.tune(&config.connect.keepalive);
+                    self.spawn_session(Box::new(Accepted {
+                        id: self.endpoint.registry.registry().next_id(),
+                        peer,
+                        stream: client,
+                        permit,
+                    }));
+                }
+                Err(error) if concerns_one_connection(&error) => {
+                    tracing::debug!(%error, "a connection broke before it was accepted");
+                }
+                Err(error) => {
+                    // Mostly a lack of descriptors, which passes when sessions end. Logged once until it does.
+                    if backoff.is_fresh() {
+                        tracing::warn!(%error, "cannot accept a connection; hint: raise the limit of open files (ulimit -n)");
+                    }
+                    sleep(backoff.next()).await;
+                }
+            }
+        }
+    }
+
+    /// Accepts on a Unix socket, and on another in its place when its file has been removed.
+    pub(super) async fn run_and_replace(
+        &self,
+        mut listening: ListeningUnix,
+        absent: AbsentSockets,
+    ) {
+        let closed = self.endpoint.registry.closed();
+        loop {
+            let ListeningUnix { socket, file } = listening;
+            // A child, so that a replacement ends this loop and not the endpoint.
+            let end = closed.child_token();
+            let accepting = self.run(ListeningSocket::Unix(socket), end.clone());
+            // An inherited socket is not replaced: only the service manager can make it again.
+            let Some(file) = file else {
+                return accepting.await;
+            };
+            let mut accepting = std::pin::pin!(accepting);
+            tokio::select! {
+                () = &mut accepting => return,
+                replacement = file.replacement(&absent) => listening = replacement,
+            }
+            end.cancel();
+            accepting.await;
+        }
+    }
+
+    /// Serves a client on the thread with the fewest tasks.
+    fn spawn_session(&self, mut accepted: Box<Accepted<Socket>>) {
+        let span = session_span(&accepted);
+        let endpoint = Arc::clone(&self.endpoint);
+        let session = async move {
+            let _counter = PanicCounter(Arc::clone(&endpoint.metrics));
+            // Accepted in the main runtime: without this its epoll set would wake this thread for every message.
+            match accepted.stream.move_here() {
+                Ok(stream) => accepted.stream = stream,
+                Err(error) => {
+                    return tracing::error!(session = accepted.id, %error, "session lost its socket");
+                }
+            }
+            session::serve(endpoint, accepted).await;
+        };
+        self.threads
+            .spawn(self.clients.track_future(session.instrument(span)));
+    }
+}
+
+/// Whether an error of `accept` belongs to one connection, so that the next is accepted at once: aborted, refused by a
+/// firewall, or a network error that Linux passes on, see accept(2).
+fn concerns_one_connection(error: &io::Error) -> bool {
+    use rustix::io::Errno;
+    const OF_ONE: [Errno; 11] = [
+        Errno::CONNABORTED,
+        Errno::CONNRESET,
+        Errno::HOSTDOWN,
+        Errno::HOSTUNREACH,
+        Errno::INTR,
+        Errno::NETDOWN,
+        Errno::NETUNREACH,
+        Errno::NOPROTOOPT,
+        Errno::OPNOTSUPP,
+        Errno::PERM,
+        Errno::PROTO,
+    ];
+    Errno::from_io_error(error).is_some_and(|errno| OF_ONE.contains(&errno))
+}
+
+/// The span of a session's log lines; the durations of its login are recorded once it is logged in.
+fn session_span(accepted: &Accepted<Socket>) -> Span {
+    tracing::debug_span!(
+        "session",
+        id = accepted.id,
+        peer = %accepted.peer,
+        queue = Empty,
+        credential = Empty,
+        resolve = Empty,
+        dial = Empty,
+        tls = Empty,
+        login = Empty,
+    )
+}
+
+/// Counts a session that ends by a panic.
+struct PanicCounter(Arc<Metrics>);
+
+impl Drop for PanicCounter {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.process.session_panics.inc();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn errors_of_one_connection_are_distinguished_from_a_lack_of_descriptors() {
+        use rustix::io::Errno;
+        let concerns_one = |errno: Errno| concerns_one_connection(&io::Error::from(errno));
+        for errno in [
+            Errno::CONNABORTED,
+            Errno::PERM,
+            Errno::PROTO,
+            Errno::NETDOWN,
+        ] {
+            assert!(concerns_one(errno), "{errno:?}");
+        }
+        for errno in [
+            Errno::MFILE,
+            Errno::NFILE,
+            Errno::NOBUFS,
+            Errno::NOMEM,
+            Errno::BADF,
+        ] {
+            assert!(!concerns_one(errno), "{errno:?}");
+        }
+        assert!(!concerns_one_connection(&io::Error::other("no code")));
+    }
+}
