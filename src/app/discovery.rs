@@ -13,9 +13,7 @@ use super::{
 };
 use crate::{
     clock::Clock,
-    config::{
-        Config, CredentialSource, DEFAULT_DATABASE, EndpointConfig, TlsMode, without_userinfo,
-    },
+    config::{Config, CredentialSource, EndpointConfig, TlsMode, without_userinfo},
     credential::{self, Mint, Pace, Refresher, is_held_for},
     net::{backoff::jitter, blocking, tcp::leads_to, tls},
     protocol::error::{Report, sqlstate},
@@ -25,7 +23,9 @@ use crate::{
         Addresses, DroppedParameters, Endpoint, Problem, Refusal, RoutePublisher, Security,
         Upstream,
     },
-    workspace::{AppDatabases, CredentialMinter, HostName, LocateError, Workspace, check_names},
+    workspace::{
+        AppDatabases, CredentialMinter, HostName, LocateError, Located, Workspace, check_names,
+    },
 };
 
 /// Budget of one request to the workspace, retries included. Short, since the pace of attempts retries as well.
@@ -235,72 +235,56 @@ impl EndpointSource {
         config: &EndpointConfig,
         timeout: Duration,
     ) -> Result<LocatedEndpoint, AppError> {
-        let workspace = match self {
-            Self::Workspace(workspace) => workspace,
-            Self::Own(mint) => {
-                // The settings have been checked: such an endpoint has a host and a user.
-                let host = config.host.clone().unwrap_or_default();
-                let user = config.user.clone().unwrap_or_default();
-                let database = config.database_or_default().to_owned();
-                let label = Label::new(config.display_name());
-                return Ok(LocatedEndpoint {
-                    endpoint: endpoint(config, label, host, user, database).await?,
-                    mint: Arc::clone(mint),
-                });
+        let mut config = config.clone();
+        let (label, mint): (_, Arc<dyn Mint>) = match self {
+            // The settings have been checked: such an endpoint has a host and a user.
+            Self::Own(mint) => (Label::new(config.display_name()), Arc::clone(mint)),
+            Self::Workspace(workspace) => {
+                let located = workspace.locate(&config, timeout).await?;
+                log_doubts(&located);
+                config.host = Some(located.host);
+                config.user = Some(located.user);
+                config.database = located.database;
+                let label = Label::new(located.target.as_str());
+                let mint = CredentialMinter::new(workspace.clone(), located.target);
+                (label, Arc::new(mint))
             }
         };
-        let located = workspace.locate(config, timeout).await?;
-        // Lakebase's docs, "Connection pooling": not available for OAuth roles. A warning only, since poolers accept OAuth
-        // credentials where Databricks has enabled that.
-        let direct = located.host.parse::<HostName>().ok();
-        if let Some(direct) = direct.and_then(|host| host.direct()) {
-            tracing::warn!(
-                endpoint = %located.target,
-                host = located.host,
-                "the host is that of Lakebase's pooler, which may refuse OAuth credentials; hint: set PGHOST to the direct host {direct} if logins are refused"
-            );
-        }
-        if let Some(databases) = &located.app_databases {
-            tracing::info!(
-                endpoint = %located.target,
-                "{databases}; hint: {}",
-                AppDatabases::HINT
-            );
-        }
-        let label = Label::new(located.target.as_str());
-        let database = located
-            .database
-            .unwrap_or_else(|| DEFAULT_DATABASE.to_owned());
-        Ok(LocatedEndpoint {
-            endpoint: endpoint(config, label, located.host, located.user, database).await?,
-            mint: Arc::new(CredentialMinter::new(workspace.clone(), located.target)),
-        })
+        let host = config.host.clone().unwrap_or_default();
+        let (tls, name) = (config.tls.clone(), host.clone());
+        let addresses = config.host_addresses.iter();
+        let addresses = addresses.map(|address| SocketAddr::new(*address, config.port));
+        let endpoint = Endpoint {
+            // Parses a PEM file, which must not delay the other tasks of the main runtime.
+            security: blocking(move || security(&tls, &name)).await?,
+            label,
+            host,
+            port: config.port,
+            addresses: Addresses::fixed(addresses),
+            database: config.database_or_default().to_owned(),
+            user: config.user.unwrap_or_default(),
+            dropped: DroppedParameters::default(),
+        };
+        Ok(LocatedEndpoint { endpoint, mint })
     }
 }
 
-async fn endpoint(
-    config: &EndpointConfig,
-    label: Label,
-    host: String,
-    user: String,
-    database: String,
-) -> Result<Endpoint, AppError> {
-    let (tls, name) = (config.tls.clone(), host.clone());
-    // Parses a PEM file, which must not delay the other tasks of the main runtime.
-    let security = blocking(move || security(&tls, &name)).await?;
-    let addresses = config.host_addresses.iter();
-    Ok(Endpoint {
-        security,
-        label,
-        host,
-        port: config.port,
-        addresses: Addresses::fixed(
-            addresses.map(|address| SocketAddr::new(*address, config.port)),
-        ),
-        user,
-        database,
-        dropped: DroppedParameters::default(),
-    })
+/// Logs what a person may want to set otherwise.
+fn log_doubts(located: &Located) {
+    let endpoint = &located.target;
+    // Lakebase's docs, "Connection pooling": not available for OAuth roles. A warning only, since poolers accept OAuth
+    // credentials where Databricks has enabled that.
+    let pooler = located.host.parse::<HostName>().ok();
+    if let Some(direct) = pooler.and_then(|host| host.direct()) {
+        tracing::warn!(
+            %endpoint,
+            host = located.host,
+            "the host is that of Lakebase's pooler, which may refuse OAuth credentials; hint: set PGHOST to the direct host {direct} if logins are refused"
+        );
+    }
+    if let Some(databases) = &located.app_databases {
+        tracing::info!(%endpoint, "{databases}; hint: {}", AppDatabases::HINT);
+    }
 }
 
 /// The TLS configuration towards `host`; reads the file of roots.

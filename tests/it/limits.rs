@@ -259,3 +259,22 @@ async fn the_limit_follows_from_the_descriptors_unless_set() {
     );
     assert_eq!(limit(&["--max-connections", "42"]).await, 42);
 }
+
+/// It was refused as a loop.
+#[tokio::test]
+async fn another_loopback_address_with_the_proxys_port_is_an_upstream() {
+    let emulator = harness::emulator().await;
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    drop(listener);
+    let text = port.to_string();
+    let variables = [("PGHOST", "127.0.0.2"), ("PGPORT", &*text)];
+    let config = harness::config(&emulator, &variables, |settings| {
+        settings.port = Some(PortSetting::Port(port));
+    });
+    let running = App::start(config).await.unwrap();
+    within("the end of discovery", running.found())
+        .await
+        .unwrap();
+    running.end(std::future::pending()).await;
+}
