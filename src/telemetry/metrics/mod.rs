@@ -7,19 +7,13 @@
 mod metric;
 mod process;
 
-use std::{
-    collections::HashMap,
-    sync::{Arc, atomic::Ordering},
-};
+use std::{collections::HashMap, sync::Arc};
 
 use enum_map::{EnumArray, EnumMap};
 use prometheus::{Gauge, Histogram, IntCounter, IntGauge, Registry};
 
+use self::metric::{Buckets, metrics};
 pub use self::{metric::Logins, process::ProcessMetrics};
-use self::{
-    metric::{Buckets, metrics},
-    process::EndpointRegistry,
-};
 use super::labels::{
     CancelOutcome, Direction, FailureClass, LoginPhase, Reason, RefreshOutcome, SessionEnd,
     TlsHandshake,
@@ -93,8 +87,8 @@ metrics! {
         ..
         /// The metrics of the whole process.
         pub process: Arc<ProcessMetrics>,
-        /// Identifies the endpoint's registry.
-        number: u64,
+        /// The registry of this endpoint's metrics.
+        own_registry: Registry,
     }
 }
 
@@ -120,24 +114,17 @@ impl Metrics {
     ) -> Result<Arc<Self>, prometheus::Error> {
         let labels = endpoint.map(|name| HashMap::from([("endpoint".to_owned(), name.to_owned())]));
         let registry = Registry::new_custom(Some(PREFIX.to_owned()), labels)?;
-        // Relaxed: the numbers only have to differ.
-        let number = process.endpoints_ever.fetch_add(1, Ordering::Relaxed);
-        let metrics = Self::register(&registry, process, number)?;
-        metrics.process.endpoints().push(EndpointRegistry {
-            number,
-            registry,
-            credential_minted: metrics.credential_minted.clone(),
-            credential_age: metrics.credential_age.clone(),
-        });
-        Ok(Arc::new(metrics))
+        let metrics = Arc::new(Self::register(&registry.clone(), process, registry)?);
+        metrics.process.endpoints().push(Arc::downgrade(&metrics));
+        Ok(metrics)
     }
 
     /// Removes the endpoint from [`render`](Self::render).
     pub fn retire(&self) {
         self.process
             .endpoints()
-            // By number, since a reload may have added another endpoint of this name.
-            .retain(|endpoint| endpoint.number != self.number);
+            // By identity, since a reload may have added another endpoint of this name.
+            .retain(|endpoint| !std::ptr::eq(endpoint.as_ptr(), self));
     }
 
     /// All metrics of the process, of every endpoint, in the Prometheus text format.

@@ -2,7 +2,7 @@
 
 use std::{
     collections::{BTreeMap, btree_map::Entry},
-    sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::AtomicU64},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
     time::{SystemTime, UNIX_EPOCH},
 };
 
@@ -13,7 +13,7 @@ use prometheus::{
 };
 
 use super::{
-    PREFIX,
+    Metrics, PREFIX,
     metric::{self, Buckets, metrics},
 };
 use crate::telemetry::labels::{MintStep, ReloadOutcome};
@@ -42,17 +42,8 @@ metrics! {
             "Log lines dropped because the reader of standard error does not keep up.";
         ..
         registries: [Registry; 2],
-        endpoints: Mutex<Vec<EndpointRegistry>>,
-        pub(super) endpoints_ever: AtomicU64,
+        endpoints: Mutex<Vec<Weak<Metrics>>>,
     }
-}
-
-/// The registry of one endpoint.
-pub(crate) struct EndpointRegistry {
-    pub(super) number: u64,
-    pub(super) registry: Registry,
-    pub(super) credential_minted: Gauge,
-    pub(super) credential_age: Gauge,
 }
 
 impl ProcessMetrics {
@@ -70,17 +61,12 @@ impl ProcessMetrics {
         )?;
         build.set(1.0);
         ours.register(Box::new(build))?;
-        let metrics = Self::register(
-            &ours.clone(),
-            [ours, system],
-            Mutex::default(),
-            AtomicU64::new(0),
-        )?;
+        let metrics = Self::register(&ours.clone(), [ours, system], Mutex::default())?;
         metrics.config_last_reload_successful.set(1);
         Ok(Arc::new(metrics))
     }
 
-    pub(super) fn endpoints(&self) -> MutexGuard<'_, Vec<EndpointRegistry>> {
+    pub(super) fn endpoints(&self) -> MutexGuard<'_, Vec<Weak<Metrics>>> {
         // No panic leaves the list half changed, and metrics must stay available.
         self.endpoints
             .lock()
@@ -104,11 +90,10 @@ impl ProcessMetrics {
         for registry in &self.registries {
             gather(registry);
         }
-        for endpoint in &*self.endpoints() {
-            endpoint
-                .credential_age
-                .set(age(endpoint.credential_minted.get(), SystemTime::now()));
-            gather(&endpoint.registry);
+        for endpoint in self.endpoints().iter().filter_map(Weak::upgrade) {
+            let minted = endpoint.credential_minted.get();
+            endpoint.credential_age.set(age(minted, SystemTime::now()));
+            gather(&endpoint.own_registry);
         }
         let mut text = Vec::with_capacity(16 * 1024);
         let families: Vec<_> = families.into_values().collect();
