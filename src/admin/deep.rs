@@ -37,7 +37,7 @@ pub struct LoginTarget {
 pub type LoginTargets = Arc<dyn Fn() -> Vec<LoginTarget> + Send + Sync>;
 
 /// The result of a login.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Checked {
     /// The endpoint.
     pub endpoint: String,
@@ -137,10 +137,11 @@ async fn log_in(target: LoginTarget) -> Checked {
     let mut checked = Checked {
         ok: matches!(outcome, Ok(Ok(()))),
         took_ms: millis(began.elapsed()),
-        ..interrupted(target.name)
+        endpoint: target.name,
+        ..Checked::default()
     };
     match outcome {
-        Ok(Ok(())) => checked.message = None,
+        Ok(Ok(())) => {}
         Ok(Err(refusal)) => {
             checked.sqlstate = Some(refusal.report.sqlstate);
             checked.message = Some(refusal.report.message);
@@ -156,12 +157,8 @@ async fn log_in(target: LoginTarget) -> Checked {
 fn interrupted(endpoint: String) -> Checked {
     Checked {
         endpoint,
-        ok: false,
-        took_ms: 0,
-        age_ms: 0,
-        sqlstate: None,
         message: Some("the login was interrupted".to_owned()),
-        hint: None,
+        ..Checked::default()
     }
 }
 

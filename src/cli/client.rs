@@ -1,4 +1,6 @@
 //! One HTTP request to a running proxy.
+//!
+//! Not by reqwest, whose client needs TLS roots: a container may have none, and this request is in cleartext.
 
 use std::{io, net::SocketAddr, time::Duration};
 

@@ -62,11 +62,10 @@ fn exec_program(
         source,
     };
     let number = |text: &OsStr| text.to_str()?.parse::<u64>().ok();
-    let parent = number(parent)
-        .and_then(|id| i32::try_from(id).ok())
-        .and_then(Pid::from_raw)
-        .ok_or_else(|| spawn(io::ErrorKind::InvalidInput.into()))?;
-    let limit = number(limit).ok_or_else(|| spawn(io::ErrorKind::InvalidInput.into()))?;
+    let parent = number(parent).and_then(|id| Pid::from_raw(id.try_into().ok()?));
+    let (Some(parent), Some(limit)) = (parent, number(limit)) else {
+        return Err(spawn(io::ErrorKind::InvalidInput.into()));
+    };
     // A program that uses select(2) fails with descriptors above 1,023, which the raised limit would allow.
     DescriptorLimit::lower_to(limit).map_err(|error| spawn(error.into()))?;
     set_parent_process_death_signal(Some(PARENT_DIED)).map_err(|error| spawn(error.into()))?;
