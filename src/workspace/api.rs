@@ -60,9 +60,9 @@ pub(super) struct Api {
     http: Client,
     /// To services of this machine: also plain HTTP, never through a proxy (as the Databricks SDKs).
     local: Client,
-    host: Host,
+    pub(super) host: Host,
     workspace_id: OnceLock<HeaderValue>,
-    clock: Clock,
+    pub(super) clock: Clock,
     /// Secrets that no error may repeat.
     secrets: Vec<SecretString>,
 }
@@ -97,6 +97,7 @@ fn proxy(variables: &Variables) -> Result<Option<Proxy>, WorkspaceError> {
 /// A request and the client that sends it: calls to this machine must not use the https-only client and its proxy.
 pub(super) struct Call {
     request: RequestBuilder,
+    /// The path of a local service may be its only protection; it is not logged.
     is_path_secret: bool,
     /// Secrets of this call that no error may repeat.
     secrets: Vec<SecretString>,
@@ -110,12 +111,6 @@ impl Call {
             is_path_secret: false,
             secrets: Vec::new(),
         }
-    }
-
-    /// Keeps the path out of the log.
-    pub(super) fn with_secret_path(mut self) -> Self {
-        self.is_path_secret = true;
-        self
     }
 
     pub(super) fn header(mut self, name: HeaderName, value: HeaderValue) -> Self {
@@ -239,14 +234,6 @@ impl Api {
         })
     }
 
-    pub(super) fn host(&self) -> &Host {
-        &self.host
-    }
-
-    pub(super) fn clock(&self) -> &Clock {
-        &self.clock
-    }
-
     /// Notes the workspace's id, unless the settings have one.
     pub(super) fn learn_workspace_id(&self, id: &str) {
         if let Ok(value) = HeaderValue::from_str(id) {
@@ -290,7 +277,10 @@ impl Api {
 
     /// A call to a service of this machine.
     pub(super) fn local(&self, kind: AuthKind, url: Url) -> Call {
-        Call::new(&self.local, kind, Method::GET, url)
+        Call {
+            is_path_secret: true,
+            ..Call::new(&self.local, kind, Method::GET, url)
+        }
     }
 
     /// Sends a call and parses its JSON. Cancel safe.
@@ -306,7 +296,7 @@ impl Api {
     /// Sends a call and reads the whole answer. Bounded in time and size. Cancel safe: closes the connection.
     pub(super) async fn send(&self, call: Call) -> Result<Reply, ApiError> {
         let (client, request) = call.request.build_split();
-        let request = request.map_err(network)?;
+        let request = request?;
         let (method, url) = (request.method().clone(), request.url().clone());
         let path = if call.is_path_secret {
             "..."
@@ -314,7 +304,7 @@ impl Api {
             url.path()
         };
         let started = Instant::now();
-        let mut response = client.execute(request).await.map_err(network)?;
+        let mut response = client.execute(request).await?;
         let (status, received_at) = (response.status(), self.clock.now());
         debug!(%method, path, status = status.as_u16(), elapsed = ?started.elapsed(), "workspace answered");
 
@@ -326,7 +316,7 @@ impl Api {
             .unwrap_or_default();
         // The whole length, if it is known: a buffer that grows leaves copies of the token behind.
         let mut body = Zeroizing::new(Vec::with_capacity(length.min(MAX_BODY)));
-        while let Some(chunk) = response.chunk().await.map_err(network)? {
+        while let Some(chunk) = response.chunk().await? {
             if body.len() + chunk.len() > MAX_BODY {
                 return Err(ApiError::Malformed {
                     reason: format!("the answer is larger than {MAX_BODY} bytes"),
@@ -349,13 +339,8 @@ impl Api {
             });
         }
         if !status.is_success() {
-            let known = known();
-            let mut parsed = error_body::parse(status, &body, &known);
-            parsed.request_id = parsed
-                .request_id
-                .or_else(|| text(&headers, &REQUEST_ID).map(|id| known.redact(id)))
-                .map(|id| error_body::clean(&id))
-                .filter(|id| !id.is_empty());
+            let request_id = text(&headers, &REQUEST_ID);
+            let parsed = error_body::parse(status, &body, request_id, &known());
             let retry_after = text(&headers, &RETRY_AFTER)
                 // A date is by the other side's clock, which the answer's own `Date` shows.
                 .and_then(|value| times::retry_after(value, date.unwrap_or(received_at)))
@@ -427,10 +412,11 @@ impl ApiError {
     }
 }
 
-fn network(error: reqwest::Error) -> ApiError {
-    ApiError::Network {
+impl From<reqwest::Error> for ApiError {
+    fn from(error: reqwest::Error) -> Self {
         // The address of a local metadata service is a secret.
-        source: error.without_url(),
+        let source = error.without_url();
+        Self::Network { source }
     }
 }
 

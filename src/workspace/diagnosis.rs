@@ -162,13 +162,6 @@ pub(super) fn network(host: &Host, source: reqwest::Error) -> CallError {
     })
 }
 
-/// An answer of the workspace of another form than documented.
-pub(super) fn malformed(host: &Host, reason: String) -> CallError {
-    by_workspace(host, ApiError::Malformed { reason }, |_, _| {
-        Explained::default()
-    })
-}
-
 /// `hint` is for failures without an answer.
 fn failed<'a>(
     who: &str,

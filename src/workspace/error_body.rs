@@ -24,9 +24,14 @@ pub(super) struct ErrorBody {
     pub(super) retry_delay: Option<Duration>,
 }
 
-/// Parses an error answer; never fails, since one of another form still has a status. Known secrets are masked before text
+/// Parses an error answer; `request_id` is that of its headers. Never fails, since one of another form still has a status. Known secrets are masked before text
 /// is cut, in any encoding.
-pub(super) fn parse(status: StatusCode, body: &[u8], known: &KnownSecrets) -> ErrorBody {
+pub(super) fn parse(
+    status: StatusCode,
+    body: &[u8],
+    request_id: Option<&str>,
+    known: &KnownSecrets,
+) -> ErrorBody {
     let text = String::from_utf8_lossy(body);
     let text = text.trim();
     let mut parsed = match serde_json::from_str::<Value>(text) {
@@ -37,15 +42,10 @@ pub(super) fn parse(status: StatusCode, body: &[u8], known: &KnownSecrets) -> Er
         },
         _ => from_plain(text),
     };
-    parsed.message = clean(&known.redact(&parsed.message));
-    parsed.request_id = parsed
-        .request_id
-        .map(|id| clean(&known.redact(&id)))
-        .filter(|id| !id.is_empty());
-    parsed.code = parsed
-        .code
-        .map(|code| clean(&known.redact(&code)))
-        .filter(|code| !code.is_empty());
+    let shown = |text: &str| Some(clean(&known.redact(text))).filter(|text| !text.is_empty());
+    parsed.message = shown(&parsed.message).unwrap_or_default();
+    parsed.request_id = parsed.request_id.as_deref().or(request_id).and_then(shown);
+    parsed.code = parsed.code.as_deref().and_then(shown);
     if parsed.message.is_empty() {
         let reason = status.canonical_reason().unwrap_or("no reason given");
         parsed.message.push_str(reason);
@@ -198,6 +198,7 @@ mod tests {
         let body = parse(
             StatusCode::from_u16(status).unwrap(),
             body.as_bytes(),
+            None,
             &KnownSecrets::default(),
         );
         (body.code.unwrap_or_default(), body.message)
@@ -281,6 +282,7 @@ mod tests {
             br#"{"error_code":"RESOURCE_EXHAUSTED","message":"slow down","details":[
                 {"@type":"type.googleapis.com/google.rpc.RequestInfo","request_id":"r-1","serving_data":""},
                 {"@type":"type.googleapis.com/google.rpc.RetryInfo","retry_delay":"1.5s"}, 7]}"#,
+            None,
             &KnownSecrets::default(),
         );
         assert_eq!(body.request_id.as_deref(), Some("r-1"));
@@ -300,7 +302,7 @@ mod tests {
     proptest! {
         #[test]
         fn any_bytes_give_one_short_line(bytes in proptest::collection::vec(any::<u8>(), 0..4000)) {
-            let body = parse(StatusCode::BAD_REQUEST, &bytes, &KnownSecrets::default());
+            let body = parse(StatusCode::BAD_REQUEST, &bytes, None, &KnownSecrets::default());
             prop_assert!(!body.message.is_empty());
             prop_assert!(body.message.chars().count() <= MAX_TEXT + 3);
             prop_assert!(!body.message.contains(|c: char| c.is_control()));
@@ -309,7 +311,7 @@ mod tests {
         #[test]
         fn any_object_is_read(key in "(error|error_code|message|detail|details|status)", text in ".*", number: i64) {
             for value in [serde_json::json!(text), serde_json::json!(number), serde_json::json!([{"@type": text}])] {
-                parse(StatusCode::OK, serde_json::json!({ key.clone(): value }).to_string().as_bytes(), &KnownSecrets::default());
+                parse(StatusCode::OK, serde_json::json!({ key.clone(): value }).to_string().as_bytes(), None, &KnownSecrets::default());
             }
         }
     }

@@ -15,7 +15,7 @@ pub fn answer(status: u16, body: &[u8]) {
     let Ok(status) = StatusCode::from_u16(status) else {
         return;
     };
-    let parsed = error_body::parse(status, body, &KnownSecrets::default());
+    let parsed = error_body::parse(status, body, None, &KnownSecrets::default());
     assert!(!parsed.message.is_empty());
     for text in [
         Some(&parsed.message),

@@ -124,7 +124,7 @@ impl Workspace {
 
     /// The address.
     pub fn host(&self) -> &Host {
-        self.0.api.host()
+        &self.0.api.host
     }
 
     /// The kind of authentication that worked, or the one that is tried first.
@@ -290,7 +290,9 @@ impl CredentialMinter {
         // The endpoint decides about the token's form; a password message must be able to carry it.
         if token.expose_secret().is_empty() || token.expose_secret().contains('\0') {
             let reason = "its token is empty or holds a NUL".to_owned();
-            return Err(diagnosis::malformed(self.workspace.host(), reason));
+            return Err(self
+                .workspace
+                .diagnosed(purpose, ApiError::Malformed { reason }));
         }
         let Moment(expires_at) = expire_time;
         // The expiry is by the workspace's clock, and compared with ours.

@@ -93,11 +93,11 @@ pub(super) fn resource_id(
 
 /// The tenant of the workspace's users, from the redirect to their login page (as in the SDKs).
 pub(super) async fn tenant(api: &Api, kind: AuthKind) -> Result<String, CallError> {
-    let page = api.host().join("/aad/auth");
+    let page = api.host.join("/aad/auth");
     let target = match api.send(api.probe(kind, page)).await {
         Err(ApiError::Redirect { target, .. }) => target,
         Err(ApiError::Network { source }) => {
-            return Err(diagnosis::network(api.host(), source));
+            return Err(diagnosis::network(&api.host, source));
         }
         // Only the redirect names the tenant.
         Ok(_) | Err(_) => None,
@@ -110,7 +110,7 @@ pub(super) async fn tenant(api: &Api, kind: AuthKind) -> Result<String, CallErro
         }
         None => Err(CallError::refused(format!(
             "the workspace {} does not name its tenant",
-            api.host()
+            &api.host
         ))
         .with_hint(
             "set `ARM_TENANT_ID`, and check that `DATABRICKS_HOST` is a workspace in Azure",

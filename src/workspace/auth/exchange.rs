@@ -91,7 +91,7 @@ impl TokenSource for Exchange {
             let explain = |error| {
                 let refused = format!("did not accept the identity token ({})", self.kind.label());
                 let hint = self.policy_hint(identity.expose_secret());
-                diagnosis::token_endpoint(api.host(), &refused, &hint, error)
+                diagnosis::token_endpoint(&api.host, &refused, &hint, error)
             };
             oauth::request_token(api, call, explain).await
         })

@@ -112,18 +112,18 @@ impl TokenEndpointDiscovery {
     /// `Err` holds the default until the next attempt.
     async fn discover(&self, api: &Api, kind: AuthKind) -> Result<TokenEndpoint, TokenEndpoint> {
         let mut endpoint = TokenEndpoint {
-            url: api.host().join(TOKEN_ENDPOINT),
+            url: api.host.join(TOKEN_ENDPOINT),
             audience: None,
         };
         let document = if let Some(url) = &self.discovery_url {
             url.clone()
         } else {
-            match optional(api, kind, api.host().join(HOST_METADATA)).await {
+            match optional(api, kind, api.host.join(HOST_METADATA)).await {
                 Found::Document(metadata) => self
                     .learn(api, metadata, &mut endpoint)
-                    .unwrap_or_else(|| api.host().join(DISCOVERY)),
+                    .unwrap_or_else(|| api.host.join(DISCOVERY)),
                 // Where a workspace has the document itself, as in the SDK for Go.
-                Found::Missing => api.host().join(DISCOVERY),
+                Found::Missing => api.host.join(DISCOVERY),
                 Found::Unknown => return Err(endpoint),
             }
         };
@@ -131,7 +131,7 @@ impl TokenEndpointDiscovery {
             Found::Document(metadata) => {
                 // Secrets are sent there.
                 let url = Url::parse(&metadata.token_endpoint).ok();
-                if let Some(url) = url.filter(|url| api.host().may_trust(url)) {
+                if let Some(url) = url.filter(|url| api.host.may_trust(url)) {
                     endpoint.url = url;
                 }
             }
@@ -171,7 +171,7 @@ impl TokenEndpointDiscovery {
         // This document names the address that secrets are sent to.
         Url::parse(&address)
             .ok()
-            .filter(|url| api.host().may_trust(url))
+            .filter(|url| api.host.may_trust(url))
     }
 }
 

@@ -242,7 +242,7 @@ impl DatabricksCli {
             Some(Moment(at)) if at.as_second() <= ZERO_TIME => Expiry::In(DEFAULT_LIFETIME),
             Some(Moment(at)) => Expiry::At(at),
         };
-        if matches!(expiry, Expiry::At(at) if at <= api.clock().now()) {
+        if matches!(expiry, Expiry::At(at) if at <= api.clock.now()) {
             return Err(CallError::refused(EXPIRED.replace("HOST", &self.host))
                 .with_detail("it printed a token that has expired")
                 .with_hint(&*self.hint));

@@ -60,7 +60,6 @@ impl TokenSource for MetadataService {
     fn token<'a>(&'a self, api: &'a Api, _: Freshness) -> Boxed<'a, WorkspaceToken> {
         let call = api
             .local(AuthKind::MetadataService, self.url.clone())
-            .with_secret_path()
             // The version of the protocol, as in the SDKs (`auth_metadata_service.go`).
             .header(VERSION, HeaderValue::from_static("1"))
             // The service has a session for each workspace, and chooses by this.
@@ -70,7 +69,7 @@ impl TokenSource for MetadataService {
                 ApiError::Status { status, .. } if status.as_u16() == 404 => {
                     format!(
                         "it has no session for {}: check `DATABRICKS_HOST`, or start the tool that set `DATABRICKS_METADATA_SERVICE_URL` again",
-                        api.host()
+                        &api.host
                     )
                 }
                 _ => "start the tool that set `DATABRICKS_METADATA_SERVICE_URL` again, or unset it"

@@ -68,7 +68,7 @@ impl TokenSource for OAuthM2m {
                 .form(&self.grant.form("client_credentials", []), None);
             let explain = |error| {
                 let refused = "refused the client id or its secret";
-                diagnosis::token_endpoint(api.host(), refused, &self.hint, error)
+                diagnosis::token_endpoint(&api.host, refused, &self.hint, error)
             };
             oauth::request_token(api, call, explain).await
         })
