@@ -169,7 +169,7 @@ impl CredentialCell {
     }
 
     /// Waits for one attempt to replace a credential that is about to expire; falls back on it while it is valid.
-    async fn renewed(&self, stale: Arc<Credential>, deadline: Instant) -> Option<Arc<Credential>> {
+    async fn renewed(&self, old: Arc<Credential>, deadline: Instant) -> Option<Arc<Credential>> {
         let mut status = self.0.status.subscribe();
         // The current credential still works, so that a slow workspace delays the login by no more than this.
         let deadline = deadline.min(Instant::now() + HOLD);
@@ -185,7 +185,7 @@ impl CredentialCell {
         let _waiting = self.0.demand.add();
         let attempted = status.wait_for(|status| status.settled > settled);
         let _ = timeout_at(deadline, attempted).await;
-        self.newer(stale.generation).or_else(|| self.current())
+        self.newer(old.generation).or_else(|| self.current())
     }
 
     /// A credential newer than the one that the endpoint has just rejected; waits for it until the deadline. Cancel safe.

@@ -1,7 +1,7 @@
 //! Common to the kinds that use Microsoft Entra ID: clouds, the tenant, and headers beside the token.
 
 use reqwest::header::{HeaderName, HeaderValue};
-use secrecy::{ExposeSecret, SecretString};
+use secrecy::ExposeSecret;
 use tracing::debug;
 
 use super::{AuthKind, kinds::invalid, token::WorkspaceToken};
@@ -33,8 +33,8 @@ const RESOURCE_ID: HeaderName = HeaderName::from_static("x-databricks-azure-work
 pub(super) struct Cloud {
     /// The address of Entra ID.
     pub(super) entra_id: &'static str,
-    /// The resource whose token proves rights on the workspace.
-    pub(super) management: &'static str,
+    /// The resource of its management API.
+    management: &'static str,
 }
 
 const PUBLIC: Cloud = Cloud {
@@ -79,16 +79,39 @@ pub(super) fn cloud(settings: &ResolvedSettings, host: &Host) -> Result<Cloud, W
     }
 }
 
-/// The workspace's resource id as a header, if it is set.
-pub(super) fn resource_id(
-    settings: &ResolvedSettings,
-) -> Result<Option<HeaderValue>, WorkspaceError> {
-    let Some(id) = &settings.azure_workspace_resource_id else {
-        return Ok(None);
-    };
-    let name = settings.named(Attribute::AzureWorkspaceResourceId);
-    let value = HeaderValue::from_str(id).map_err(|_| WorkspaceError::unsendable(&name))?;
-    Ok(Some(value))
+/// What a workspace needs beside a token to accept an identity that it does not list yet.
+pub(super) struct Rights {
+    /// The resource whose token proves them.
+    pub(super) management: &'static str,
+    resource_id: Option<HeaderValue>,
+}
+
+impl Rights {
+    pub(super) fn new(settings: &ResolvedSettings, cloud: Cloud) -> Result<Self, WorkspaceError> {
+        let id = settings.azure_workspace_resource_id.as_deref();
+        let id = id.map(HeaderValue::from_str).transpose();
+        Ok(Self {
+            management: cloud.management,
+            resource_id: id.map_err(|_| {
+                let name = settings.named(Attribute::AzureWorkspaceResourceId);
+                WorkspaceError::unsendable(&name)
+            })?,
+        })
+    }
+
+    /// Adds them to a token. `management`: the token for that resource, if the identity gets one.
+    pub(super) fn add_to(&self, token: &mut WorkspaceToken, management: Option<&WorkspaceToken>) {
+        let value =
+            management.and_then(|token| HeaderValue::from_str(token.secret.expose_secret()).ok());
+        if let Some(mut value) = value {
+            // Masked in errors, see `Call::header`.
+            value.set_sensitive(true);
+            token.headers.push((MANAGEMENT_TOKEN, value));
+        }
+        if let Some(id) = &self.resource_id {
+            token.headers.push((RESOURCE_ID, id.clone()));
+        }
+    }
 }
 
 /// The tenant of the workspace's users, from the redirect to their login page (as in the SDKs).
@@ -124,23 +147,6 @@ pub(super) fn is_tenant(text: &str) -> bool {
         && text
             .bytes()
             .all(|byte| byte.is_ascii_alphanumeric() || b"-._".contains(&byte))
-}
-
-/// Adds what a workspace needs to accept an identity that it does not list yet.
-pub(super) fn add_headers(
-    token: &mut WorkspaceToken,
-    management: Option<&SecretString>,
-    resource_id: Option<&HeaderValue>,
-) {
-    let value = management.and_then(|token| HeaderValue::from_str(token.expose_secret()).ok());
-    if let Some(mut value) = value {
-        // Masked in errors, see `Call::header`.
-        value.set_sensitive(true);
-        token.headers.push((MANAGEMENT_TOKEN, value));
-    }
-    if let Some(id) = resource_id {
-        token.headers.push((RESOURCE_ID, id.clone()));
-    }
 }
 
 /// The hint of kinds with an identity of their own.

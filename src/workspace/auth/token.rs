@@ -158,7 +158,7 @@ struct Held {
     token: CachedToken,
     renew_at: Option<Timestamp>,
     /// When it can no longer be used.
-    useless_at: Option<Timestamp>,
+    unusable_at: Option<Timestamp>,
 }
 
 impl TokenCache {
@@ -193,7 +193,7 @@ impl TokenCache {
         let mut held = self.held.lock().await;
         let now = self.clock.now();
         let is_past = |at: Option<Timestamp>| at.is_some_and(|at| at <= now);
-        let Some(old) = held.as_mut().filter(|old| !is_past(old.useless_at)) else {
+        let Some(old) = held.as_mut().filter(|old| !is_past(old.unusable_at)) else {
             return self.fetch(api, &mut held, Freshness::Any).await;
         };
         if !is_past(old.renew_at) {
@@ -245,17 +245,17 @@ impl TokenCache {
             Expiry::Unknown => None,
         };
         let expires_at = lifetime.and_then(|lifetime| now.checked_add(lifetime).ok());
-        let stale = lifetime.map(|lifetime| (lifetime / 2).min(RENEW_BEFORE));
+        let renew_before = lifetime.map(|lifetime| (lifetime / 2).min(RENEW_BEFORE));
         let token = CachedToken {
             token: Arc::new(new),
             expires_at,
             is_new: false,
         };
-        let renew_at = expires_at.zip(stale);
+        let renew_at = expires_at.zip(renew_before);
         *held = Some(Held {
             token: token.clone(),
-            renew_at: renew_at.and_then(|(at, stale)| at.checked_sub(stale).ok()),
-            useless_at: expires_at.and_then(|at| at.checked_sub(UNUSABLE_BEFORE).ok()),
+            renew_at: renew_at.and_then(|(at, before)| at.checked_sub(before).ok()),
+            unusable_at: expires_at.and_then(|at| at.checked_sub(UNUSABLE_BEFORE).ok()),
         });
         Ok(CachedToken {
             // A source with a cache may return an old token.

@@ -3,7 +3,6 @@
 use std::{path::PathBuf, time::Duration};
 
 use jiff::tz::TimeZone;
-use reqwest::header::HeaderValue;
 use secrecy::SecretString;
 use serde::Deserialize;
 use tokio::sync::OnceCell;
@@ -12,7 +11,7 @@ use tracing::debug;
 use super::{
     AuthKind, AuthRules, Boxed, Expiry, Freshness, Renewal, Source, TOKEN_TIMEOUT, TokenSource,
     WorkspaceToken,
-    azure::{self, Cloud},
+    azure::{self, Rights},
 };
 use crate::{
     config::AuthFamily,
@@ -89,8 +88,7 @@ struct AzureCli {
     program: PathBuf,
     tenant: Option<String>,
     subscription: Option<String>,
-    cloud: Cloud,
-    resource_id: Option<HeaderValue>,
+    rights: Rights,
     login: OnceCell<Login>,
 }
 
@@ -143,8 +141,7 @@ impl AzureCli {
             program,
             tenant: settings.azure_tenant_id.clone(),
             subscription: subscription.filter(|text| !text.is_empty()),
-            cloud: azure::cloud(settings, host)?,
-            resource_id: azure::resource_id(settings)?,
+            rights: Rights::new(settings, azure::cloud(settings, host)?)?,
             login: OnceCell::new(),
         })
     }
@@ -168,15 +165,14 @@ impl AzureCli {
         };
         // People are users of the workspace already.
         // Without the management token, a service principal that the workspace lists is still accepted.
-        let management = if login == Login::Person {
-            None
-        } else {
-            self.request(self.cloud.management, tenant.as_deref())
-                .await
-                .ok()
+        let management = match login {
+            Login::Person => None,
+            _ => {
+                let management = self.request(self.rights.management, tenant.as_deref());
+                management.await.ok()
+            }
         };
-        let management = management.map(|token| token.secret);
-        azure::add_headers(&mut token, management.as_ref(), self.resource_id.as_ref());
+        self.rights.add_to(&mut token, management.as_ref());
         Ok(token)
     }
 

@@ -2,14 +2,13 @@
 //!
 //! <https://docs.databricks.com/azure/dev-tools/auth/azure-sp>
 
-use reqwest::header::HeaderValue;
 use secrecy::SecretString;
 use tokio::sync::OnceCell;
 use url::Url;
 
 use super::{
     AuthKind, AuthRules, Boxed, Freshness, Source, TokenSource, WorkspaceToken,
-    azure::{self, Cloud},
+    azure::{self, Rights},
     invalid, oauth, required, required_secret,
 };
 use crate::{
@@ -39,9 +38,8 @@ struct AzureClientSecret {
     client_id: String,
     client_secret: SecretString,
     tenant: OnceCell<String>,
-    cloud: Cloud,
     entra_id: String,
-    resource_id: Option<HeaderValue>,
+    rights: Rights,
     /// The settings to check when Entra ID refuses them.
     settings: String,
 }
@@ -69,8 +67,7 @@ impl AzureClientSecret {
             client_secret: required_secret(settings, Attribute::AzureClientSecret, because)?,
             tenant: OnceCell::new_with(tenant),
             entra_id: entra_id.unwrap_or_else(|| cloud.entra_id.to_owned()),
-            cloud,
-            resource_id: azure::resource_id(settings)?,
+            rights: Rights::new(settings, cloud)?,
             settings: used.map(|attribute| settings.named(attribute)).join(", "),
         })
     }
@@ -110,12 +107,8 @@ impl TokenSource for AzureClientSecret {
                     .with_hint("check `ARM_TENANT_ID`")
             })?;
             let mut token = self.request(api, &url, azure::DATABRICKS).await?;
-            let management = self.request(api, &url, self.cloud.management).await?;
-            azure::add_headers(
-                &mut token,
-                Some(&management.secret),
-                self.resource_id.as_ref(),
-            );
+            let management = self.request(api, &url, self.rights.management).await?;
+            self.rights.add_to(&mut token, Some(&management));
             Ok(token)
         })
     }

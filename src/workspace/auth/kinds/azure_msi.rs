@@ -7,7 +7,7 @@ use url::Url;
 
 use super::{
     AuthKind, AuthRules, Boxed, Freshness, Renewal, Source, TokenSource, WorkspaceToken,
-    azure::{self, Cloud},
+    azure::{self, Rights},
     invalid,
     oauth::TokenResponse,
 };
@@ -49,8 +49,7 @@ struct AzureMsi {
     url: Url,
     /// Of a user-assigned identity.
     client_id: Option<String>,
-    cloud: Cloud,
-    resource_id: Option<HeaderValue>,
+    rights: Rights,
 }
 
 impl AzureMsi {
@@ -62,8 +61,7 @@ impl AzureMsi {
             url: url
                 .map_err(|_| invalid(settings, Attribute::AzureUseMsi, "leads to no address"))?,
             client_id: settings.azure_client_id.clone(),
-            cloud: azure::cloud(settings, host)?,
-            resource_id: azure::resource_id(settings)?,
+            rights: Rights::new(settings, azure::cloud(settings, host)?)?,
         })
     }
 
@@ -99,12 +97,8 @@ impl TokenSource for AzureMsi {
     fn token<'a>(&'a self, api: &'a Api, _: Freshness) -> Boxed<'a, WorkspaceToken> {
         Box::pin(async move {
             let mut token = self.request(api, azure::DATABRICKS).await?;
-            let management = self.request(api, self.cloud.management).await?;
-            azure::add_headers(
-                &mut token,
-                Some(&management.secret),
-                self.resource_id.as_ref(),
-            );
+            let management = self.request(api, self.rights.management).await?;
+            self.rights.add_to(&mut token, Some(&management));
             Ok(token)
         })
     }

@@ -28,13 +28,7 @@ struct Pat(SecretString);
 
 impl TokenSource for Pat {
     fn token<'a>(&'a self, _: &'a Api, _: Freshness) -> Boxed<'a, WorkspaceToken> {
-        let token = WorkspaceToken {
-            secret: self.0.clone(),
-            expiry: Expiry::Unknown,
-            scopes: None,
-            headers: Vec::new(),
-        };
-        Box::pin(async { Ok(token) })
+        Box::pin(async { WorkspaceToken::new(self.0.clone(), Expiry::Unknown) })
     }
 
     fn renewal(&self) -> Renewal {
