@@ -28,15 +28,16 @@
 //! | | `exec` | the parent process of an application |
 //! | | `doctor` | diagnosis of each step from the settings to `SELECT 1` |
 //! | 4 | `session` | one client from accept to close |
-//! | 5 | `upstream` | the route to the endpoint: connect, TLS, login, failure classes |
-//! | 6 | `credential` | the lifetime of the database credential |
-//! | 7 | `workspace` | the REST API of the Databricks workspace |
-//! | 8 | `status` | the registry of sessions, health, and the snapshot that admin and console render |
-//! | 9 | `net` | sockets, TLS configuration, backoff, files, the HTTP server |
+//! | 5 | `pool` | server connections that clients share one after the other |
+//! | 6 | `upstream` | the route to the endpoint: connect, TLS, login, failure classes |
+//! | 7 | `credential` | the lifetime of the database credential |
+//! | 8 | `workspace` | the REST API of the Databricks workspace |
+//! | 9 | `status` | the registry of sessions, health, and the snapshot that admin and console render |
+//! | 10 | `net` | sockets, TLS configuration, backoff, files, the HTTP server |
 //! | | `protocol` | the Postgres wire protocol without I/O |
 //! | | `telemetry` | logs, metrics, redaction |
 //! | | `systemd` | notifications to the service manager |
-//! | 10 | `config` | settings, each declared once |
+//! | 11 | `config` | settings, each declared once |
 //! | | `clock`, `shutdown` | time, and the phases of the shutdown |
 //!
 //! The limits of clients, in the order in which a client meets them:
@@ -88,6 +89,7 @@ pub mod listener;
 pub mod net;
 #[cfg(feature = "notes")]
 pub mod notes;
+mod pool;
 pub mod protocol;
 pub mod session;
 pub mod shutdown;

@@ -20,6 +20,7 @@ use crate::{
         tcp::is_loopback,
         tls::{self, Fingerprint},
     },
+    pool::{PoolContext, Pools},
     session::{AccessPolicy, EndpointContext, SessionConfig},
     status::{
         CredentialSnapshot, EndpointSessions, EndpointSnapshot, Label, RefreshAttempt,
@@ -148,10 +149,21 @@ impl Served {
         // Of the cut, not of the drain, during which the listeners accept clients to refuse them with the reason.
         let closed = process.shutdown.cutting().child_token();
         let registry = EndpointSessions::new(&shared.observer.registry, label, &metrics, closed);
+        let pools = PoolContext {
+            endpoint: route.label().clone(),
+            settings: ArcSwap::from_pointee(shared.settings().pool()),
+            metrics: Arc::clone(&metrics),
+            shutdown: process.shutdown.clone(),
+            closed: registry.closed().clone(),
+            tasks: shared.helpers.clone(),
+        };
+        let pools = Pools::new(bound.config.pool_mode, pools);
         Self {
             config: bound.config.clone(),
             bound: bound.listener.bound().clone(),
-            context: Arc::new(EndpointContext::new(process, route, registry, metrics)),
+            context: Arc::new(EndpointContext::new(
+                process, route, registry, metrics, pools,
+            )),
             credentials: if shared.settings().lazy_refresh() {
                 CredentialCell::lazy(shared.clock.clone())
             } else {
@@ -270,6 +282,8 @@ impl Served {
             listening: self.bound.to_strings(),
             sessions: self.context.registry.clone(),
             metrics: Arc::clone(&self.context.metrics),
+            pool_mode: self.context.pools.mode(),
+            pools: self.context.pools.snapshot(),
             upstream,
             credential: CredentialSnapshot {
                 source: self.config.credential.label(),

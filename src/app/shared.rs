@@ -177,6 +177,13 @@ impl Shared {
     pub(super) fn apply(&self, config: &Config, access: Arc<AccessPolicy>) {
         let session_config = SessionConfig::new(&config.settings, access);
         self.process.config.store(Arc::new(session_config));
+        for served in self.endpoints.now().iter() {
+            let its = |endpoint: &&EndpointConfig| endpoint.has_same_listener(&served.config);
+            // A removed endpoint keeps its mode; it has no new clients.
+            let mode = config.endpoints.iter().find(its);
+            let mode = mode.map_or(served.context.pools.mode(), |endpoint| endpoint.pool_mode);
+            served.context.pools.apply(mode, config.settings.pool());
+        }
         self.announce(config);
     }
 
@@ -287,10 +294,8 @@ mod tests {
         let environment = Environment::from_variables([(name.0.to_owned(), name.1.to_owned())]);
         let config = Config::resolve(toml::from_str(file).unwrap(), environment).unwrap();
         let access = access_policy(&config, None).unwrap();
-        format!(
-            "{:?}",
-            SessionConfig::new(&config.settings, Arc::new(access))
-        )
+        let sessions = SessionConfig::new(&config.settings, Arc::new(access));
+        format!("{sessions:?} {:?}", config.settings.pool())
     }
 
     fn another_value(setting: &Setting) -> String {

@@ -146,7 +146,7 @@ impl Cli {
             Environment::check_process()?;
         }
         match self.subcommand {
-            None => serve::run(self.settings, inherited, log).await,
+            None => Box::pin(serve::run(self.settings, inherited, log)).await,
             Some(Verb::Completions(arguments)) => Ok(completions(&arguments)),
             Some(Verb::Doctor(arguments)) => Ok(crate::doctor::command(arguments).await),
             #[cfg(feature = "demo")]
@@ -166,7 +166,7 @@ impl Cli {
                 Ok(cause.map_or(ExitCode::SUCCESS, |cause| cause.exit_code(false)))
             }
             Some(Verb::Exec(arguments)) => Box::pin(exec::run(arguments, inherited, log)).await,
-            Some(Verb::Serve(settings)) => serve::run(settings, inherited, log).await,
+            Some(Verb::Serve(settings)) => Box::pin(serve::run(settings, inherited, log)).await,
             Some(Verb::Shutdown(arguments)) => shutdown::run(arguments).await,
             Some(Verb::Token(arguments)) => token::run(arguments, log).await,
             Some(Verb::Wait(arguments)) => wait::run(arguments).await,

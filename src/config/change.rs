@@ -4,6 +4,7 @@ use secrecy::{ExposeSecret, SecretString};
 
 use super::{Config, EndpointConfig, declare::Reload};
 
+const POOL_MODE: &str = "pool_mode";
 const SOCKET_MODE: &str = "unix_socket_mode";
 /// The keys of an endpoint's listener.
 const MOVED: &str = "address, port or unix_socket";
@@ -123,6 +124,10 @@ impl Config {
             {
                 ours.mode = theirs.mode;
                 change.apply(SOCKET_MODE);
+            }
+            if kept.pool_mode != endpoint.pool_mode {
+                kept.pool_mode = endpoint.pool_mode;
+                change.apply(POOL_MODE);
             }
             change.config.endpoints.push(kept);
         }

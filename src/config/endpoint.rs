@@ -6,7 +6,7 @@ use secrecy::{ExposeSecret, SecretString};
 
 use super::{
     ConfigError, CredentialSetting, DEFAULT_DATABASE, EndpointSettings, Environment,
-    ListenAddresses, POSTGRES_PORT, values::host_addresses, without_userinfo,
+    ListenAddresses, POSTGRES_PORT, PoolMode, values::host_addresses, without_userinfo,
 };
 
 /// The configuration of one endpoint.
@@ -30,6 +30,8 @@ pub struct EndpointConfig {
     pub app: Option<String>,
     /// Whether to use the read-only host.
     pub read_only: bool,
+    /// How its clients share server connections.
+    pub pool_mode: PoolMode,
     /// TLS to the endpoint.
     pub tls: TlsMode,
     /// The source of its credential.
@@ -80,6 +82,7 @@ impl EndpointConfig {
     pub(super) fn resolve(
         table: EndpointSettings,
         listen: ListenAddresses,
+        default_pool_mode: PoolMode,
         environment: &Environment,
     ) -> Result<Self, ConfigError> {
         // Databricks Apps names an app's database only by its host.
@@ -156,6 +159,7 @@ impl EndpointConfig {
             database: table.database,
             app,
             read_only: table.read_only,
+            pool_mode: table.pool_mode.unwrap_or(default_pool_mode),
             tls,
             credential,
         })

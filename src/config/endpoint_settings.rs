@@ -7,9 +7,13 @@ use std::{
     str::FromStr,
 };
 
+use clap::ValueEnum;
 use serde::Deserialize;
 
-use super::values::{host_addresses, scalar};
+use super::{
+    PoolMode,
+    values::{host_addresses, scalar},
+};
 
 /// One `[[endpoint]]` table, or one `--endpoint NAME?key=value&...` flag.
 #[derive(Clone, Debug, Default, Deserialize, PartialEq, Eq)]
@@ -32,6 +36,8 @@ pub struct EndpointSettings {
     pub listen: Option<ListenSetting>,
     /// Whether to use the read-only host.
     pub read_only: bool,
+    /// How its clients share server connections, if not as the setting of this name has it.
+    pub pool_mode: Option<PoolMode>,
     /// The source of its credential, if not the workspace.
     pub credential: Option<CredentialSetting>,
 }
@@ -126,10 +132,14 @@ impl FromStr for EndpointSettings {
                         _ => return Err(wrong()),
                     };
                 }
+                "pool_mode" | "pool-mode" => {
+                    let mode = PoolMode::from_str(&value, true);
+                    settings.pool_mode = Some(mode.map_err(|_| wrong())?);
+                }
                 "user" => settings.user = Some(value.into_owned()),
                 _ => {
                     return Err(format!(
-                        "`{key}` is no key of --endpoint; there are port, address, database, user, host, host_address, read_only"
+                        "`{key}` is no key of --endpoint; there are port, address, database, user, host, host_address, read_only, pool_mode"
                     ));
                 }
             }

@@ -19,6 +19,7 @@ pub mod fuzzing;
 mod listen;
 mod log;
 mod origin;
+mod pool;
 mod reference;
 mod resolve;
 mod settings;
@@ -45,6 +46,7 @@ pub use self::{
     listen::{ListenAddresses, UnixSocket},
     log::{DEFAULT_FILTER, LogOptions},
     origin::{Origin, Origins},
+    pool::{PoolMode, PoolSettings},
     reference::ShownSetting,
     settings::Settings,
     source::Source,

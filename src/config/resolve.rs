@@ -46,7 +46,7 @@ impl Config {
             .into_iter()
             .map(|table| {
                 let listen = addresses.next(table.listen)?;
-                EndpointConfig::resolve(table, listen, &environment)
+                EndpointConfig::resolve(table, listen, settings.pool_mode(), &environment)
             })
             .collect::<Result<Vec<_>, _>>()?;
         conflict::check(

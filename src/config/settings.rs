@@ -6,15 +6,15 @@
 //! setting, declare it here, run `UPDATE=1 cargo test --lib config::reference` and `deploy/guides/generate`, and use it:
 //!
 //! - `Restart`: `config.settings.<key>()`, at the start.
-//! - `Live`: `shared.settings().<key>()` at each use, or for sessions a field of `SessionConfig`, `Timeouts`, `Keepalive` or
-//!   `AccessPolicy`. A test in `app::shared` fails for a setting that none of them has.
+//! - `Live`: `shared.settings().<key>()` at each use, or for sessions a field of `SessionConfig`, `Timeouts`, `Keepalive`,
+//!   `PoolSettings` or `AccessPolicy`. A test in `app::shared` fails for a setting that none of them has.
 //! - `Endpoint`: a part of `EndpointConfig` or `ListenAddresses`, which a reload compares.
 
-use std::{net::IpAddr, path::PathBuf};
+use std::{net::IpAddr, num::NonZeroUsize, path::PathBuf};
 
 use super::{
     ClientTlsSetting, DEFAULT_FILTER, DatabaseMapping, DurationSetting, LOCALHOST, LocalAuth,
-    ModeSetting, PortSetting, values,
+    ModeSetting, PoolMode, PortSetting, values,
 };
 
 settings! {
@@ -159,6 +159,52 @@ settings! {
         /// that the probes take (80s), unless more than 16 kB are waiting to be sent.
         #[arg(value_name = "TIME")]
         tcp_user_timeout: DurationSetting = DurationSetting::ZERO => Live;
+    }
+    "Pooling" {
+        /// Share server connections: `session` gives a connection that a client has left to the next, after a reset
+        ///
+        /// An `[[endpoint]]` table may set its own, so that one port serves the application and another one migrations.
+        #[arg(value_enum, value_name = "MODE")]
+        pool_mode: PoolMode = PoolMode::None => Endpoint;
+
+        /// Maximum server connections of a pool; there is one pool for each database
+        ///
+        /// All copies of the proxy share the limit of the compute (`SHOW max_connections`). A server that refuses a connection
+        /// lowers the limit of the pool until it accepts more.
+        #[arg(value_name = "N")]
+        default_pool_size: NonZeroUsize = NonZeroUsize::new(20).unwrap_or(NonZeroUsize::MIN) => Live;
+
+        /// Further server connections of a pool while a client has waited longer than --reserve-pool-timeout
+        #[arg(value_name = "N")]
+        reserve_pool_size: usize = 0 => Live;
+
+        /// Wait of a client after which a pool may use its reserve
+        #[arg(value_name = "TIME")]
+        reserve_pool_timeout: DurationSetting = DurationSetting::from_secs(5) => Live;
+
+        /// Maximum server connections of a database, its reserve included; 0 = no further limit
+        #[arg(value_name = "N")]
+        max_db_connections: usize = 0 => Live;
+
+        /// Timeout of a client's wait for a server connection of a full pool
+        ///
+        /// The client is refused with SQLSTATE 53300. The time that an endpoint takes to wake does not count.
+        #[arg(value_name = "TIME")]
+        query_wait_timeout: DurationSetting = DurationSetting::from_secs(120) => Live;
+
+        /// Server connections opened ahead of need whenever a client has taken one; they close after --server-idle-timeout
+        #[arg(value_name = "N")]
+        spare_pool_size: usize = 1 => Live;
+
+        /// Time without a client after which a server connection is closed
+        ///
+        /// Keep it below the suspend timeout of the endpoint. Nothing is sent on an idle connection.
+        #[arg(value_name = "TIME")]
+        server_idle_timeout: DurationSetting = DurationSetting::from_secs(60) => Live;
+
+        /// Age at which a server connection is closed once its client has left, 20 % more or less at random
+        #[arg(value_name = "TIME")]
+        server_lifetime: DurationSetting = DurationSetting::from_secs(3600) => Live;
     }
     "Health and metrics" {
         /// IP address for health checks and Prometheus metrics

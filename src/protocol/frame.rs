@@ -117,8 +117,13 @@ pub struct Message {
 impl Message {
     /// The body, without the header.
     pub fn body(&self) -> &[u8] {
-        self.frame.get(HEADER_LEN..).unwrap_or_default()
+        frame_body(&self.frame)
     }
+}
+
+/// The body of a whole frame.
+pub(crate) fn frame_body(frame: &[u8]) -> &[u8] {
+    frame.get(HEADER_LEN..).unwrap_or_default()
 }
 
 /// Takes one whole message off the front of `buffer`; `None` if more bytes are needed.

@@ -10,6 +10,7 @@ pub(crate) mod backend;
 pub mod error;
 pub mod frame;
 pub mod options;
+pub(crate) mod reported;
 pub mod requests;
 pub(crate) mod rows;
 pub mod scram;

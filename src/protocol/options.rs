@@ -136,6 +136,23 @@ fn can_be_folded(name: &str) -> bool {
     !name.contains(['=', '-']) && !name.contains(char::is_whitespace)
 }
 
+/// `UTF8`, `utf-8` and `Utf_8` are one encoding.
+pub(crate) fn is_same_encoding(a: &str, b: &str) -> bool {
+    let plain = |name: &str| {
+        name.chars()
+            .filter(char::is_ascii_alphanumeric)
+            .map(|c| c.to_ascii_lowercase())
+            .collect::<String>()
+    };
+    plain(a) == plain(b)
+}
+
+/// A SET command. The value is an escape string, which means the same whatever `standard_conforming_strings` is.
+pub(crate) fn set(parameter: &str, value: &str) -> String {
+    let quoted = value.replace('\\', "\\\\").replace('\'', "''");
+    format!("SET {parameter} TO E'{quoted}'")
+}
+
 fn fold(options: &mut String, name: &str, value: &str) {
     // The server drops a lone backslash at the very end; here it would escape the space that follows.
     let backslashes = options.len() - options.trim_end_matches('\\').len();

@@ -83,6 +83,8 @@ pub struct Requests {
     /// The server sent what these rules do not allow.
     lost: bool,
     terminated: bool,
+    /// The server has reported a change of a parameter.
+    reported: bool,
     /// The server's last message was an error: if nothing follows, it is the reason for the end.
     explained: bool,
     status: TransactionStatus,
@@ -95,9 +97,15 @@ impl Requests {
         Self::default()
     }
 
-    /// Whether the server is certain to wait for a request, in whatever transaction status, with nothing on its way.
+    /// Whether the server is certain to wait for a request, in whatever transaction status, with nothing on its way. A
+    /// Terminate counts as not sent.
     pub fn is_at_rest(&self) -> bool {
-        !self.is_owed() && self.doubtful == 0 && !self.lost && !self.terminated
+        !self.is_owed() && self.doubtful == 0 && !self.lost
+    }
+
+    /// Whether the server comes to rest without anything more from the client.
+    pub fn comes_to_rest(&self) -> bool {
+        self.open.is_none() && !self.skipping && self.copy.is_none_or(|it| it == CopyDirection::Out)
     }
 
     /// Whether the session can be ended without loss: no answer is to come, and no transaction is open.
@@ -128,6 +136,11 @@ impl Requests {
     /// Whether the client has sent Terminate.
     pub fn is_terminated(&self) -> bool {
         self.terminated
+    }
+
+    /// Whether the server has reported a change of a parameter.
+    pub fn is_reported(&self) -> bool {
+        self.reported
     }
 
     /// Whether the server's last message was an error, which no message of the proxy may follow.
@@ -225,8 +238,8 @@ impl Requests {
             tag::COPY_DONE
             | tag::PARAMETER_DESCRIPTION
             | tag::NOTICE_RESPONSE
-            | tag::NOTIFICATION_RESPONSE
-            | tag::PARAMETER_STATUS => {}
+            | tag::NOTIFICATION_RESPONSE => {}
+            tag::PARAMETER_STATUS => self.reported = true,
             tag::ROW_DESCRIPTION | tag::EMPTY_QUERY_RESPONSE | tag::FUNCTION_CALL_RESPONSE => {
                 self.complete();
             }

@@ -83,8 +83,17 @@ pub(super) struct CancelTarget {
 #[derive(Debug)]
 pub(crate) struct CancelKeys {
     // A list for each process id, as two servers behind one name may give out the same.
-    by_process_id: Mutex<HashMap<u32, Vec<(u32, CancelTarget)>>>,
+    by_process_id: Mutex<HashMap<u32, Vec<Entry>>>,
     guesses: Mutex<(Instant, u32)>,
+}
+
+#[derive(Debug)]
+struct Entry {
+    /// Our secret.
+    secret: u32,
+    target: CancelTarget,
+    /// A request was forwarded. It may arrive at the server after the session has ended.
+    is_used: bool,
 }
 
 impl Default for CancelKeys {
@@ -104,13 +113,15 @@ impl CancelKeys {
             process_id: target.key.process_id,
             secret: rand::random(),
         };
-        self.keys()
-            .entry(key.process_id)
-            .or_default()
-            .push((key.secret, target));
+        self.keys().entry(key.process_id).or_default().push(Entry {
+            secret: key.secret,
+            target,
+            is_used: false,
+        });
         Registration {
             cancels: Arc::clone(self),
             key,
+            target,
         }
     }
 
@@ -122,15 +133,16 @@ impl CancelKeys {
         }
     }
 
-    /// The destination of requests with `key`.
+    /// The destination of a request with `key`, which counts as forwarded from now on.
     pub(super) fn find(&self, key: CancelKey) -> Option<CancelTarget> {
-        let keys = self.keys();
+        let mut keys = self.keys();
         // Secrets are single words, so that comparing them takes constant time.
-        let (_, target) = keys
-            .get(&key.process_id)?
-            .iter()
-            .find(|(secret, _)| *secret == key.secret)?;
-        Some(*target)
+        let entry = keys
+            .get_mut(&key.process_id)?
+            .iter_mut()
+            .find(|entry| entry.secret == key.secret)?;
+        entry.is_used = true;
+        Some(entry.target)
     }
 
     /// Delays the answer to an unknown key once there have been too many. The caller holds its handshake permit meanwhile,
@@ -150,7 +162,21 @@ impl CancelKeys {
         }
     }
 
-    fn keys(&self) -> MutexGuard<'_, HashMap<u32, Vec<(u32, CancelTarget)>>> {
+    /// Makes a key unknown; whether a request with it was forwarded.
+    fn remove(&self, key: CancelKey) -> bool {
+        let mut keys = self.keys();
+        let Some(entries) = keys.get_mut(&key.process_id) else {
+            return false;
+        };
+        let at = entries.iter().position(|entry| entry.secret == key.secret);
+        let is_used = at.is_some_and(|at| entries.swap_remove(at).is_used);
+        if entries.is_empty() {
+            keys.remove(&key.process_id);
+        }
+        is_used
+    }
+
+    fn keys(&self) -> MutexGuard<'_, HashMap<u32, Vec<Entry>>> {
         self.by_process_id
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
@@ -162,6 +188,7 @@ impl CancelKeys {
 pub(super) struct Registration {
     cancels: Arc<CancelKeys>,
     key: CancelKey,
+    target: CancelTarget,
 }
 
 impl Registration {
@@ -169,17 +196,21 @@ impl Registration {
     pub(super) fn key(&self) -> CancelKey {
         self.key
     }
+
+    /// The destination of its requests.
+    pub(super) fn target(&self) -> CancelTarget {
+        self.target
+    }
+
+    /// Makes the key unknown; whether a request with it was forwarded, which may still be on its way.
+    pub(super) fn end(self) -> bool {
+        self.cancels.remove(self.key)
+    }
 }
 
 impl Drop for Registration {
     fn drop(&mut self) {
-        let mut keys = self.cancels.keys();
-        if let Some(entries) = keys.get_mut(&self.key.process_id) {
-            entries.retain(|(secret, _)| *secret != self.key.secret);
-            if entries.is_empty() {
-                keys.remove(&self.key.process_id);
-            }
-        }
+        self.cancels.remove(self.key);
     }
 }
 

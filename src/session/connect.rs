@@ -16,7 +16,9 @@ use super::{
     logged_in::LoggedIn,
 };
 use crate::{
+    config::PoolMode,
     net::socket::Transport,
+    pool::{LeaseRequest, Leased},
     protocol::{
         backend::welcome,
         error::{Report, sqlstate},
@@ -25,7 +27,7 @@ use crate::{
     shutdown::Phase,
     status::{ClientInfo, Rejected, Server, SessionEntry},
     telemetry::labels::Reason,
-    upstream::{self, Connection, Refusal},
+    upstream::Refusal,
 };
 
 /// From this wait on the client is sent a notice about it.
@@ -43,9 +45,7 @@ pub(super) struct Connected<'a> {
     session: &'a Session<'a>,
     negotiation: BytesMut,
     entry: SessionEntry,
-    connection: Connection,
-    /// How long the whole connect took, if the endpoint was waking in it.
-    woke_after: Option<Duration>,
+    leased: Leased,
     began: Instant,
 }
 
@@ -121,19 +121,15 @@ impl<'a> Admitted<'a> {
         let waited = began.duration_since(began_waiting);
         // Before the result is known: refused clients count as well.
         endpoint.metrics.hold_seconds.observe(waited.as_secs_f64());
-        let upstream::Connected {
-            connection,
-            database,
-            woke_after,
-        } = connected.map_err(|refusal| access.hint_at_console(refusal))?;
+        let mut leased = connected.map_err(|refusal| access.hint_at_console(refusal))?;
         tracing::debug!(session = session.id, after = ?waited, "session begins");
         entry.connected(Server {
-            address: connection.address,
-            process_id: connection.greeting.key.map(|key| key.process_id),
-            database: database.into(),
+            address: leased.address,
+            process_id: leased.key.map(|key| key.process_id),
+            database: std::mem::take(&mut leased.database).into(),
             waited,
         });
-        if let Some(wait) = woke_after {
+        if let Some(wait) = leased.woke_after {
             let recent = endpoint.registry.registry().recent();
             recent.woke(endpoint.route.label(), wait, Timestamp::now());
         }
@@ -141,15 +137,14 @@ impl<'a> Admitted<'a> {
             session,
             negotiation: access.negotiation,
             entry,
-            connection,
-            woke_after,
+            leased,
             began,
         })
     }
 }
 
 impl Access<'_> {
-    async fn connect(&self) -> Result<upstream::Connected, Refusal> {
+    async fn connect(&self) -> Result<Leased, Refusal> {
         let Session {
             endpoint, config, ..
         } = self.session;
@@ -163,9 +158,20 @@ impl Access<'_> {
             self.startup.parameter("database"),
             &upstream.endpoint().database,
         );
-        let mut settings = LoginParameters::new(&self.startup, database);
-        settings.fallback_database = fallback;
-        upstream.connect(&settings, &config.connect).await
+        let mut login = LoginParameters::new(&self.startup, database);
+        login.fallback_database = fallback;
+        let pools = &endpoint.pools;
+        // A replication stream has a state that no reset undoes.
+        if pools.mode() == PoolMode::None || login.replication {
+            let connected = upstream.connect(&login, &config.connect).await?;
+            return Ok(connected.into());
+        }
+        let request = LeaseRequest {
+            upstream: &upstream,
+            login,
+            connect: &config.connect,
+        };
+        pools.lease(request).await
     }
 
     /// The client may have meant the console, which does not accept it.
@@ -191,32 +197,33 @@ impl<'a> Connected<'a> {
     ) -> Result<LoggedIn<'a>, Closing> {
         let session = self.session;
         let endpoint = session.endpoint;
-        let Connection {
-            stream,
-            mut greeting,
+        let Leased {
+            lease,
+            parameter_status,
+            mut notices,
+            key: server_key,
             address,
-            gauge,
-        } = self.connection;
+            leftover,
+            woke_after,
+            ..
+        } = self.leased;
         // Before the welcome: the client may cancel as soon as it has its key.
-        let registration = greeting
-            .key
-            .map(|key| endpoint.cancel_keys.register(CancelTarget { address, key }));
+        let registration =
+            server_key.map(|key| endpoint.cancel_keys.register(CancelTarget { address, key }));
         let key = registration
             .as_ref()
             .map_or_else(CancelKeys::unused_key, Registration::key);
-        if let Some(wait) = self.woke_after.filter(|wait| *wait >= LONG_WAIT) {
+        if let Some(wait) = woke_after.filter(|wait| *wait >= LONG_WAIT) {
             let notice = format!(
                 "Lakebase endpoint {} woke after {:.1} s",
                 endpoint.route.label(),
                 wait.as_secs_f64()
             );
-            let notice = Report::new("00000", notice).encode_notice();
-            greeting.notices.extend_from_slice(&notice);
+            notices.extend_from_slice(&Report::new("00000", notice).encode_notice());
         }
         // One write for all messages of the login, instead of a system call for each.
         let mut message = self.negotiation;
-        let status = &greeting.parameter_status;
-        message.extend_from_slice(&welcome(status, key, &greeting.notices));
+        message.extend_from_slice(&welcome(&parameter_status, key, &notices));
         // A client that does not read would otherwise keep its server connection.
         let sent = timeout(session.config.client_login_timeout, client.send(&message)).await;
         if !matches!(sent, Ok(Ok(()))) {
@@ -225,11 +232,10 @@ impl<'a> Connected<'a> {
         }
         Ok(LoggedIn {
             session,
-            server: stream,
-            leftover: greeting.leftover,
+            lease,
+            leftover,
             began: self.began,
             entry: self.entry,
-            active_gauge: gauge,
             registration,
         })
     }

@@ -8,6 +8,7 @@ use super::{AccessPolicy, CancelKeys, Console, LostSessions};
 use crate::{
     config::{DatabaseMapping, Settings},
     net::descriptors,
+    pool::Pools,
     shutdown::Shutdown,
     status::EndpointSessions,
     telemetry::Metrics,
@@ -38,6 +39,8 @@ pub(crate) struct EndpointContext {
     pub(crate) cancel_keys: Arc<CancelKeys>,
     /// Its metrics.
     pub(crate) metrics: Arc<Metrics>,
+    /// The server connections that its clients share.
+    pub(crate) pools: Pools,
     /// Logs the sessions that it ends.
     pub(crate) lost_sessions: Arc<LostSessions>,
 }
@@ -49,6 +52,7 @@ impl EndpointContext {
         route: Route,
         registry: EndpointSessions,
         metrics: Arc<Metrics>,
+        pools: Pools,
     ) -> Self {
         Self {
             lost_sessions: Arc::new(LostSessions::new(route.label().clone())),
@@ -57,6 +61,7 @@ impl EndpointContext {
             registry,
             cancel_keys: Arc::default(),
             metrics,
+            pools,
         }
     }
 }

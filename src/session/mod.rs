@@ -130,7 +130,9 @@ pub(crate) async fn serve<S: Transport>(
         // A box, too: its timers would enlarge the task of every session.
         Err(closing) => return Box::pin(session.close(&mut client, closing)).await,
     };
-    logged_in.relay(&mut client).await;
+    let ended = logged_in.relay(&mut client).await;
+    // A box, as above.
+    Box::pin(logged_in.close(ended, &mut client)).await;
 }
 
 #[cfg(test)]

@@ -10,6 +10,7 @@
 //! | the server closes | what it sent goes to the client, then the client is closed |
 //! | the server breaks between two messages without an error | the client is sent an error, then closed |
 //! | the server accepts no more bytes | what it sent last is read, as that explains why |
+//! | the client leaves between two requests, and the server connection is a pool's | nothing reaches the server |
 //! | draining | an idle session is ended with 57P01, others as soon as they are idle |
 //! | cutting | every session is ended, with 57P01 where that cannot be mistaken for part of a reply |
 //!
@@ -38,6 +39,7 @@ use self::{
 };
 use crate::{
     net::socket::{HangUp, Transport},
+    pool::Used,
     protocol::{
         error::{ErrorFields, Report, sqlstate},
         frame::{HEADER_LEN, tag},
@@ -52,11 +54,15 @@ use crate::{
 const SERVER_CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long a client may read nothing of what its server sent last.
 const DELIVERY_TIMEOUT: Duration = Duration::from_mins(1);
-/// The same, once the grace time of a shutdown is over.
+/// The same, once the grace time of a shutdown is over, or the client has sent Terminate.
 const CUT_DELIVERY_TIMEOUT: Duration = Duration::from_secs(1);
 /// How often a client that has closed its half is checked for a reset: nothing is read from it any more, so that no event
 /// reports one.
 const HANG_UP_CHECK: Duration = Duration::from_secs(1);
+
+/// A whole Terminate message.
+const TERMINATE: &[u8] = b"X\0\0\0\x04";
+const TERMINATE_LEN: u64 = 5;
 
 /// What ended a relay.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -99,6 +105,8 @@ pub(super) struct Observers<'a> {
     pub(super) answers: Option<Answers>,
     /// The path to the server counts as lost when it acknowledges nothing for this long.
     pub(super) loss_timeout: Option<Duration>,
+    /// The server connection outlives the client: neither the client's end nor its Terminate reaches the server.
+    pub(super) keeps_server: bool,
 }
 
 /// Both directions of one session.
@@ -114,6 +122,9 @@ pub(super) struct Relay<'a, C, U> {
     answers: Option<Answers>,
     loss: PathLoss,
     server_error: TrailingError,
+    keeps_server: bool,
+    /// The client's Terminate was not relayed.
+    is_withheld: bool,
     /// Set once no more is read from the server.
     end: Option<End>,
 }
@@ -140,6 +151,8 @@ impl<'a, C: Transport, U: Transport> Relay<'a, C, U> {
                 ..PathLoss::default()
             },
             server_error: TrailingError::default(),
+            keeps_server: observers.keeps_server,
+            is_withheld: false,
             end: None,
         };
         let mut from_client = &client.received[..];
@@ -147,6 +160,10 @@ impl<'a, C: Transport, U: Transport> Relay<'a, C, U> {
         relay
             .to_server
             .take_in(from_client, |seen| relay.requests.from_client(seen));
+        if relay.keeps_server && relay.requests.is_terminated() {
+            relay.is_withheld = withhold_terminate(&mut from_client);
+            relay.to_server.state = PipeState::Ending;
+        }
         relay.to_server.kept.extend_from_slice(from_client);
         relay
             .to_client
@@ -161,6 +178,32 @@ impl<'a, C: Transport, U: Transport> Relay<'a, C, U> {
             return Some("no acknowledgement: the network path is lost".to_owned());
         }
         self.server_error.fatal()
+    }
+
+    /// What has become of the server connection of a pool; `None` if its next client would not find it between two requests.
+    pub(super) fn used(&self) -> Option<Used> {
+        let is_at_rest = self.requests.is_at_rest()
+            && self.to_server.is_between_messages()
+            && !self.to_server.unflushed
+            && self.to_server.state != PipeState::Refused
+            && self.to_client.is_at_boundary()
+            && self.requests.is_terminated() == self.is_withheld;
+        let sent = self.to_server.total;
+        (self.keeps_server && is_at_rest).then(|| Used {
+            status: self.requests.status(),
+            is_touched: sent > if self.is_withheld { TERMINATE_LEN } else { 0 },
+            is_reported: self.requests.is_reported(),
+        })
+    }
+
+    /// Whether the server owes an answer.
+    pub(super) fn is_owed(&self) -> bool {
+        self.requests.is_owed()
+    }
+
+    /// Whether the client has closed its half or sent Terminate.
+    pub(super) fn is_left(&self) -> bool {
+        self.to_server.state != PipeState::Open
     }
 
     /// Runs until the session is over; what the server sent last has then been delivered to the client.
@@ -215,6 +258,16 @@ impl<'a, C: Transport, U: Transport> Relay<'a, C, U> {
         }
         // After both directions, so that a query that has just arrived is served and not cut off as idle.
         self.apply(phase);
+        if self.keeps_server && self.to_server.state == PipeState::Closed && self.end.is_none() {
+            if !self.requests.comes_to_rest() || !self.to_server.is_at_boundary() {
+                // The server waits for what the client does not send any more: it learns of the end, as on a direct connection.
+                self.keeps_server = false;
+                self.to_server.state = PipeState::Ending;
+                cx.waker().wake_by_ref();
+            } else if !self.requests.is_owed() {
+                self.end = Some(End::Client);
+            }
+        }
         // Again for a new state: its timer must be polled in this turn, as nothing else may wake the task.
         loop {
             let allowed = match self.end {
@@ -222,7 +275,7 @@ impl<'a, C: Transport, U: Transport> Relay<'a, C, U> {
                     if self.to_client.poll_finish(cx, self.client).is_ready() {
                         return Poll::Ready(end);
                     }
-                    if phase == Phase::Cutting {
+                    if phase == Phase::Cutting || self.requests.is_terminated() {
                         CUT_DELIVERY_TIMEOUT
                     } else {
                         DELIVERY_TIMEOUT
@@ -279,6 +332,9 @@ impl<'a, C: Transport, U: Transport> Relay<'a, C, U> {
             return Ok(());
         }
         let (requests, unsolicited) = (&mut self.requests, &mut self.unsolicited);
+        let (keeps_server, is_withheld) = (self.keeps_server, &mut self.is_withheld);
+        // A cell, as one closure writes it and another reads it.
+        let is_terminated = Cell::new(false);
         // A full queue bounds the memory for requests without an answer; the client waits, as on a full socket.
         let pumped = if requests.is_full() {
             self.to_server.poll_hold(cx, self.server)
@@ -288,17 +344,34 @@ impl<'a, C: Transport, U: Transport> Relay<'a, C, U> {
                 self.client,
                 self.server,
                 |chunk| unsolicited.strip(chunk),
-                |seen| requests.from_client(seen),
-                |_| {},
+                |seen| {
+                    requests.from_client(seen);
+                    is_terminated.set(requests.is_terminated());
+                },
+                |chunk| {
+                    if keeps_server && is_terminated.get() {
+                        *is_withheld = withhold_terminate(chunk);
+                    }
+                },
             )
         };
+        if keeps_server && is_terminated.get() && self.to_server.state == PipeState::Open {
+            // Nothing that follows counts. What came before is still to be written.
+            self.to_server.state = PipeState::Ending;
+            cx.waker().wake_by_ref();
+        }
         match pumped {
             Poll::Ready(Err(broken @ (Broken::Source | Broken::Silent))) => return Err(broken),
             // The server accepts no more, but may have sent the reason: reading from it continues.
             Poll::Ready(Err(Broken::Sink)) => self.to_server.state = PipeState::Refused,
             Poll::Ready(Ok(())) => {
                 // An error here is left to the next read, which knows the reason.
-                if Pin::new(&mut *self.server).poll_shutdown(cx).is_ready() {
+                let is_done = if keeps_server {
+                    self.to_server.poll_flush(cx, self.server).is_ready()
+                } else {
+                    Pin::new(&mut *self.server).poll_shutdown(cx).is_ready()
+                };
+                if is_done {
                     self.to_server.state = PipeState::Closed;
                 }
             }
@@ -397,6 +470,15 @@ impl<'a, C: Transport, U: Transport> Relay<'a, C, U> {
             self.to_client.append(&report.encode_fatal());
         }
     }
+}
+
+/// Removes the Terminate that ends `chunk`; `false` if something follows it.
+fn withhold_terminate(chunk: &mut &[u8]) -> bool {
+    let Some(before) = chunk.strip_suffix(TERMINATE) else {
+        return false;
+    };
+    *chunk = before;
+    true
 }
 
 /// Watches the path to the server for loss by `TCP_USER_TIMEOUT`.

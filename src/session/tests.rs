@@ -11,13 +11,14 @@ use tokio::{
     task::JoinSet,
     time::timeout,
 };
-use tokio_util::sync::CancellationToken;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use super::{client::CLOSE_TIMEOUT, *};
 use crate::{
     clock::Clock,
-    config::Settings,
+    config::{PoolMode, Settings},
     credential::{CredentialCell, Minted},
+    pool::{PoolContext, Pools},
     protocol::{
         error::ErrorFields,
         frame::{Message, take_message},
@@ -72,11 +73,20 @@ fn sessions(upstream: SocketAddr, client_login_timeout: Duration) -> Arc<Endpoin
         &metrics,
         CancellationToken::new(),
     );
+    let pools = PoolContext {
+        endpoint: route.label().clone(),
+        settings: ArcSwap::default(),
+        metrics: Arc::clone(&metrics),
+        shutdown: process.shutdown.clone(),
+        closed: registry.closed().clone(),
+        tasks: TaskTracker::new(),
+    };
     Arc::new(EndpointContext::new(
         Arc::new(process),
         route,
         registry,
         metrics,
+        Pools::new(PoolMode::None, pools),
     ))
 }
 

@@ -20,7 +20,8 @@ pub use self::{
     recent::{Recent, RecentFailure, RecentWake},
     registry::{ClientInfo, Counts, Registry, Server, SessionEntry, SessionInfo},
     snapshot::{
-        CredentialSnapshot, CredentialState, EndpointSnapshot, HttpListener, RefreshAttempt,
-        RefreshError, Snapshot, TakeSnapshot, UpstreamSnapshot, VERSION,
+        CredentialSnapshot, CredentialState, EndpointSnapshot, HttpListener, IdleServer,
+        PoolSnapshot, RefreshAttempt, RefreshError, Snapshot, TakeSnapshot, UpstreamSnapshot,
+        VERSION,
     },
 };

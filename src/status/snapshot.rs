@@ -3,13 +3,17 @@
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
+use enum_map::EnumMap;
 use jiff::Timestamp;
 
 use super::{EndpointSessions, Registry, Verdict};
 use crate::{
-    config::ShownSetting,
+    config::{PoolMode, ShownSetting},
     shutdown::Phase,
-    telemetry::{Metrics, labels::RefreshOutcome},
+    telemetry::{
+        Metrics,
+        labels::{PoolServer, RefreshOutcome},
+    },
 };
 
 /// The version of the program.
@@ -63,10 +67,46 @@ pub struct EndpointSnapshot {
     pub sessions: EndpointSessions,
     /// Its metrics.
     pub metrics: Arc<Metrics>,
+    /// How its clients share server connections.
+    pub pool_mode: PoolMode,
+    /// Its pools, by database.
+    pub pools: Vec<PoolSnapshot>,
     /// The upstream; `None` until discovery has found it.
     pub upstream: Option<UpstreamSnapshot>,
     /// Its credential.
     pub credential: CredentialSnapshot,
+}
+
+/// The pool of one database at one moment.
+#[derive(Clone, Debug)]
+pub struct PoolSnapshot {
+    /// The database.
+    pub database: String,
+    /// Its server connections by state.
+    pub servers: EnumMap<PoolServer, usize>,
+    /// Those without a client, the one that is taken last first.
+    pub idle: Vec<IdleServer>,
+    /// Clients that wait for one.
+    pub waiting: usize,
+    /// The longest wait among them.
+    pub max_wait: Duration,
+    /// How many server connections it may have.
+    pub limit: usize,
+    /// How many the server has been seen to accept, if it refused one.
+    pub learned_limit: Option<usize>,
+}
+
+/// A server connection without a client.
+#[derive(Clone, Debug)]
+pub struct IdleServer {
+    /// The server's address.
+    pub address: SocketAddr,
+    /// The server's process id, if it sent one.
+    pub process_id: Option<u32>,
+    /// The time since its login.
+    pub age: Duration,
+    /// The time without a client.
+    pub idle: Duration,
 }
 
 /// The upstream of an endpoint.

@@ -4,10 +4,12 @@
 //! that makes the same distinction uses the enum itself.
 
 use enum_map::{Enum, EnumArray};
-use prometheus::{Histogram, IntCounter};
+use prometheus::{Histogram, IntCounter, IntGauge};
 
 /// A label with a closed set of values.
-pub(super) trait Label: EnumArray<IntCounter> + EnumArray<Histogram> + Copy {
+pub(super) trait Label:
+    EnumArray<IntCounter> + EnumArray<IntGauge> + EnumArray<Histogram> + Copy
+{
     /// The label's name.
     const NAME: &str;
 
@@ -64,6 +66,8 @@ label! {
         Credential = "credential",
         /// The proxy's own connection limit.
         MaxConnections = "max_connections",
+        /// No server connection of the pool became free in time.
+        PoolTimeout = "pool_timeout",
         /// The proxy is draining.
         ShuttingDown = "shutting_down",
         /// The client's first message is invalid.
@@ -205,6 +209,62 @@ label! {
         Unchanged = "unchanged",
         /// Invalid; the old ones stay.
         Refused = "refused",
+    }
+}
+
+label! {
+    /// The state of a pooled server connection.
+    PoolServer("state") {
+        /// Being opened.
+        Opening = "opening",
+        /// A client's.
+        Leased = "leased",
+        /// Being reset after its client has left.
+        Resetting = "resetting",
+        /// Ready for the next client.
+        Idle = "idle",
+        /// Being closed.
+        Closing = "closing",
+    }
+}
+
+label! {
+    /// How a client got its server connection from a pool.
+    PoolLease("how") {
+        /// One that no client had.
+        Idle = "idle",
+        /// One that another client returned meanwhile.
+        Returned = "returned",
+        /// A new one.
+        Opened = "opened",
+    }
+}
+
+label! {
+    /// Why a pooled server connection was closed.
+    PoolClose("reason") {
+        /// Its client left in the middle of a request.
+        Abandoned = "abandoned",
+        /// A cancel request was forwarded to it, which may arrive late.
+        Cancelled = "cancelled",
+        /// Its client used what no reset undoes: temporary tables.
+        Unresettable = "unresettable",
+        /// The reset failed.
+        ResetFailed = "reset_failed",
+        /// The server closed it, or reported an error on it without a request.
+        Server = "server",
+        /// No client for the idle timeout.
+        IdleTimeout = "idle_timeout",
+        /// It reached its lifetime.
+        Lifetime = "lifetime",
+        /// The pool is larger than it may be, or another client needs different startup parameters.
+        Surplus = "surplus",
+        /// The settings have changed, or RECONNECT.
+        Retired = "retired",
+        /// The proxy is shutting down.
+        Shutdown = "shutdown",
+        /// The session ended otherwise.
+        Session = "session",
     }
 }
 

@@ -130,6 +130,20 @@ impl Upstream {
         self.missing_databases.list()
     }
 
+    /// Whether the endpoint does not respond at present.
+    pub(crate) fn is_waking(&self) -> bool {
+        self.wake.is_waking()
+    }
+
+    /// Names the database that a login would open, where an earlier login has shown that the one named does not exist.
+    pub(crate) fn settle_database(&self, settings: &mut LoginParameters) {
+        if self.missing_databases.contains(&settings.database)
+            && let Some(fallback) = settings.fallback_database.take()
+        {
+            settings.database = fallback;
+        }
+    }
+
     /// A logged-in connection, or a refusal after one budget at most.
     ///
     /// Cancel safe: dropping it releases the lead, the attempt and the place in the queue.

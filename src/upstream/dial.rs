@@ -44,6 +44,14 @@ pub enum Stream {
 }
 
 impl Stream {
+    /// Registers the socket with the runtime that this is called in, instead of its former one.
+    pub(crate) fn move_here(self) -> io::Result<Self> {
+        Ok(match self {
+            Self::Plain(socket) => Self::Plain(socket.move_here()?),
+            Self::Tls(stream) => Self::Tls(stream.try_map(Socket::move_here)?),
+        })
+    }
+
     /// Whether a password may be sent in cleartext.
     pub(super) fn may_send_cleartext(&self) -> bool {
         match self {

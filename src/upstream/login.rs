@@ -27,7 +27,7 @@ use crate::{
         auth::{AuthError, AuthenticationRequest, Authenticator, Derivation, Derived},
         error::ErrorFields,
         frame::{Message, SMALL_MESSAGE_LIMIT, tag},
-        options::LoginParameters,
+        options::{LoginParameters, is_same_encoding, set},
         startup::{CancelKey, query},
     },
     telemetry::{GaugeGuard, labels::LoginPhase},
@@ -163,9 +163,9 @@ impl<'a> Login<'a> {
             && !greeting
                 .client_encoding
                 .as_ref()
-                .is_some_and(|is| same_encoding(is, wanted))
+                .is_some_and(|is| is_same_encoding(is, wanted))
             // A startup parameter holds no zero byte.
-            && let Some(query) = set_encoding(wanted)
+            && let Some(query) = query(&set("client_encoding", wanted))
         {
             // The edge forces an encoding of its own.
             wire.send(&query).await?;
@@ -252,23 +252,6 @@ fn unexpected(tag: u8) -> Failure {
     Failure::protocol(format!(
         "unexpected message type {tag:#04x} from the server at login"
     ))
-}
-
-/// `UTF8`, `utf-8` and `Utf_8` are one encoding.
-fn same_encoding(a: &str, b: &str) -> bool {
-    let plain = |name: &str| {
-        name.chars()
-            .filter(char::is_ascii_alphanumeric)
-            .map(|c| c.to_ascii_lowercase())
-            .collect::<String>()
-    };
-    plain(a) == plain(b)
-}
-
-/// Quoted as an escape string, which means the same whatever `standard_conforming_strings` is.
-fn set_encoding(encoding: &str) -> Option<BytesMut> {
-    let quoted = encoding.replace('\\', "\\\\").replace('\'', "''");
-    query(&format!("SET client_encoding TO E'{quoted}'"))
 }
 
 struct Wire<'a, S> {

@@ -108,6 +108,31 @@ impl<S: AsyncRead + AsyncWrite + Unpin> TlsStream<S> {
         &self.socket
     }
 
+    /// The same connection over what `map` makes of its socket.
+    pub(super) fn try_map<T>(
+        self,
+        map: impl FnOnce(S) -> io::Result<T>,
+    ) -> io::Result<TlsStream<T>> {
+        let Self {
+            socket,
+            tls,
+            partial,
+            plaintext,
+            encrypted,
+            state,
+            close_sent,
+        } = self;
+        Ok(TlsStream {
+            socket: map(socket)?,
+            tls,
+            partial,
+            plaintext,
+            encrypted,
+            state,
+            close_sent,
+        })
+    }
+
     /// The negotiated version.
     pub fn protocol_version(&self) -> Option<ProtocolVersion> {
         self.tls.protocol_version()

@@ -12,6 +12,7 @@ const LAYERS: &[&[&str]] = &[
     &["app"],
     &["listener", "admin", "console", "notes", "exec", "doctor"],
     &["session"],
+    &["pool"],
     &["upstream"],
     &["credential"],
     &["workspace"],

@@ -41,6 +41,7 @@ mod notes;
 mod origins;
 mod outage;
 mod pg_isready;
+mod pool;
 mod postgres;
 #[path = "../soak/process.rs"]
 mod process;

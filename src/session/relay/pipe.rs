@@ -63,7 +63,7 @@ pub(super) struct Pipe {
     pub(super) kept: BytesMut,
     scanner: Scanner,
     pub(super) state: PipeState,
-    unflushed: bool,
+    pub(super) unflushed: bool,
     pub(super) total: u64,
     /// The part of it that the counter includes.
     counted: u64,
@@ -85,6 +85,11 @@ impl Pipe {
 
     pub(super) fn is_between_messages(&self) -> bool {
         self.kept.is_empty() && self.scanner.is_at_boundary()
+    }
+
+    /// Whether what was read ends between two messages.
+    pub(super) fn is_at_boundary(&self) -> bool {
+        self.scanner.is_at_boundary()
     }
 
     /// Appends a message of ours, unless it would land inside another.
@@ -110,6 +115,8 @@ impl Pipe {
 
     /// Passes bytes from `source` to `sink` until either must be waited for; ready once the source has ended and all
     /// of it has been written.
+    ///
+    /// `strip` removes bytes before they are scanned, and `passed` those that were scanned and are not to be written.
     pub(super) fn poll_pump<R: AsyncRead + Unpin, W: AsyncWrite + Unpin>(
         &mut self,
         cx: &mut Context<'_>,
@@ -117,7 +124,7 @@ impl Pipe {
         sink: &mut W,
         mut strip: impl FnMut(&mut &[u8]),
         mut seen: impl FnMut(Seen),
-        mut passed: impl FnMut(&[u8]),
+        mut passed: impl FnMut(&mut &[u8]),
     ) -> Poll<Result<(), Broken>> {
         for _ in 0..TURN {
             // Nothing is read before the rest is written: this is what slows the sender down.
@@ -141,7 +148,7 @@ impl Pipe {
                 }
                 strip(&mut chunk);
                 self.take_in(chunk, &mut seen);
-                passed(chunk);
+                passed(&mut chunk);
                 self.poll_write(cx, sink, chunk)
             });
             match read {
@@ -217,7 +224,7 @@ impl Pipe {
         Poll::Ready(Ok(()))
     }
 
-    fn poll_flush<W: AsyncWrite + Unpin>(
+    pub(super) fn poll_flush<W: AsyncWrite + Unpin>(
         &mut self,
         cx: &mut Context<'_>,
         sink: &mut W,

@@ -2,7 +2,8 @@
 
 use enum_map::EnumMap;
 use prometheus::{
-    Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, Opts, Registry,
+    Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts,
+    Registry,
     core::{Atomic, Collector, GenericGauge},
     exponential_buckets,
 };
@@ -78,6 +79,15 @@ impl<L: Label> Metric for EnumMap<L, IntCounter> {
     fn register(registry: &Registry, declaration: &Declaration<'_>) -> Result<Self> {
         // Creates every child now: Prometheus' `rate` misses the first event of a counter that appears with it.
         let vec = add(registry, IntCounterVec::new(declaration.opts(), &[L::NAME]))?;
+        Ok(Self::from_fn(|label: L| {
+            vec.with_label_values(&[label.text()])
+        }))
+    }
+}
+
+impl<L: Label> Metric for EnumMap<L, IntGauge> {
+    fn register(registry: &Registry, declaration: &Declaration<'_>) -> Result<Self> {
+        let vec = add(registry, IntGaugeVec::new(declaration.opts(), &[L::NAME]))?;
         Ok(Self::from_fn(|label: L| {
             vec.with_label_values(&[label.text()])
         }))

@@ -15,8 +15,8 @@ use prometheus::{Gauge, Histogram, IntCounter, IntGauge, Registry};
 use self::metric::{Buckets, metrics};
 pub use self::{metric::Logins, process::ProcessMetrics};
 use super::labels::{
-    CancelOutcome, Direction, FailureClass, LoginPhase, Reason, RefreshOutcome, SessionEnd,
-    TlsHandshake,
+    CancelOutcome, Direction, FailureClass, LoginPhase, PoolClose, PoolLease, PoolServer, Reason,
+    RefreshOutcome, SessionEnd, TlsHandshake,
 };
 
 /// Before each name; the standard `process_*` metrics have none.
@@ -29,6 +29,12 @@ const LOGIN: Buckets = Buckets {
     start: 0.0005,
     factor: 2.0,
     count: 19,
+};
+/// 20 us to 84 s: from a connection at hand to the query_wait_timeout.
+const WAIT: Buckets = Buckets {
+    start: 0.000_02,
+    factor: 4.0,
+    count: 12,
 };
 /// 10 ms to 46 h: Lakebase ends connections after three days.
 const SESSION: Buckets = Buckets {
@@ -72,6 +78,20 @@ metrics! {
             "Queries answered by the endpoint: a simple query, or a group of extended ones that ends with a Sync.";
         transactions: IntCounter = "transactions_total",
             "Transactions ended, committed or not; a query outside a transaction is one.";
+        pool_servers: EnumMap<PoolServer, IntGauge> = "pool_servers",
+            "Server connections of pools now, by state.";
+        pool_clients_waiting: IntGauge = "pool_clients_waiting",
+            "Clients waiting for a server connection of a pool now.";
+        pool_wait_seconds: Histogram = "pool_wait_seconds",
+            "Time that a client waited for its server connection of a pool.", WAIT;
+        pool_leases: EnumMap<PoolLease, IntCounter> = "pool_leases_total",
+            "Server connections that pools gave to clients, by how the client got it.";
+        pool_closes: EnumMap<PoolClose, IntCounter> = "pool_server_closes_total",
+            "Server connections of pools that were closed, by reason.";
+        pool_resets: IntCounter = "pool_resets_total",
+            "Resets of server connections that a client had left.";
+        pool_wait_timeouts: IntCounter = "pool_wait_timeouts_total",
+            "Clients refused because no server connection of the pool became free in time.";
         cancels: EnumMap<CancelOutcome, IntCounter> = "cancel_requests_total",
             "Cancel requests received from clients, by outcome.";
         credential_refreshes: EnumMap<RefreshOutcome, IntCounter> = "credential_refreshes_total",

@@ -1,0 +1,71 @@
+//! Settings of the connection pools.
+
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use super::Settings;
+
+/// Whether and how clients share server connections.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum PoolMode {
+    /// Each client has a server connection of its own, closed when it leaves
+    #[default]
+    None,
+    /// A client has a server connection until it leaves; then that is reset and the next client's
+    Session,
+}
+
+impl PoolMode {
+    /// The setting's value.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Session => "session",
+        }
+    }
+}
+
+/// Sizes and times of the pools of an endpoint.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PoolSettings {
+    /// Server connections of one database.
+    pub default_pool_size: usize,
+    /// Further ones once a client has waited for `reserve_pool_timeout`.
+    pub reserve_pool_size: usize,
+    /// See there.
+    pub reserve_pool_timeout: Duration,
+    /// Upper limit of both together; 0 is none.
+    pub max_db_connections: usize,
+    /// How long a client waits for a server connection that others use.
+    pub query_wait_timeout: Duration,
+    /// Connections opened ahead of need while clients arrive.
+    pub spare_pool_size: usize,
+    /// How long a connection is kept without a client.
+    pub server_idle_timeout: Duration,
+    /// The age from which a connection is closed between two clients.
+    pub server_lifetime: Duration,
+}
+
+impl Settings {
+    /// The settings of pools in force.
+    pub fn pool(&self) -> PoolSettings {
+        PoolSettings {
+            default_pool_size: self.default_pool_size().get(),
+            reserve_pool_size: self.reserve_pool_size(),
+            reserve_pool_timeout: self.reserve_pool_timeout().0,
+            max_db_connections: self.max_db_connections(),
+            query_wait_timeout: self.query_wait_timeout().0,
+            spare_pool_size: self.spare_pool_size(),
+            server_idle_timeout: self.server_idle_timeout().0,
+            server_lifetime: self.server_lifetime().0,
+        }
+    }
+}
+
+impl Default for PoolSettings {
+    fn default() -> Self {
+        Settings::default().pool()
+    }
+}

@@ -1,0 +1,159 @@
+//! Connections without a client: watched for what the server sends or for its end, and closed when they are no longer
+//! needed.
+
+use std::{
+    future::poll_fn,
+    sync::Arc,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use tokio::{
+    runtime::Handle,
+    task::AbortHandle,
+    time::{Instant, sleep_until},
+};
+
+use super::{
+    Pool,
+    limit::Limit,
+    server::{ServerConnection, Unusable},
+};
+use crate::{
+    status::IdleServer,
+    telemetry::labels::{PoolClose, PoolServer},
+};
+
+/// A connection that waits for a client.
+pub(super) struct Idle {
+    number: u64,
+    pub(super) server: ServerConnection,
+    since: Instant,
+    watch: Option<AbortHandle>,
+}
+
+impl Idle {
+    pub(super) fn snapshot(&self) -> IdleServer {
+        let record = &self.server.record;
+        IdleServer {
+            address: record.address,
+            process_id: record.key.map(|key| key.process_id),
+            age: record.opened_at.elapsed(),
+            idle: self.since.elapsed(),
+        }
+    }
+
+    /// Ends the watch.
+    pub(super) fn into_server(self) -> ServerConnection {
+        if let Some(watch) = self.watch {
+            watch.abort();
+        }
+        self.server
+    }
+}
+
+impl ServerConnection {
+    /// Gives the connection, which is like a new one, to the next client, or keeps it for a later one.
+    pub(super) fn put_back(self) {
+        // Without a runtime the process is ending, and the connection with it.
+        if Handle::try_current().is_err() {
+            return;
+        }
+        let pool = Arc::clone(self.record.slot.pool());
+        if self.record.retire_at <= Instant::now() {
+            return pool.close(self, PoolClose::Lifetime);
+        }
+        if pool.context.is_over() {
+            return pool.close(self, PoolClose::Shutdown);
+        }
+        match self.move_here() {
+            Ok(server) => pool.keep(server),
+            Err(error) => tracing::debug!(%error, "server connection could not be kept"),
+        }
+    }
+}
+
+impl Pool {
+    fn keep(self: &Arc<Self>, mut server: ServerConnection) {
+        let settings = self.context.settings.load();
+        let retire_at = server.record.retire_at;
+        let mut state = self.lock();
+        // A client that has waited has the reserve.
+        let waited = state
+            .waiting
+            .values()
+            .find(|waiter| waiter.grant.is_none())
+            .map_or(Duration::ZERO, |waiter| waiter.since.elapsed());
+        if state.staying() > Limit::configured(&settings, waited) {
+            drop(state);
+            return self.close(server, PoolClose::Surplus);
+        }
+        state.count(
+            &mut server.record.slot,
+            PoolServer::Idle,
+            &self.context.metrics,
+        );
+        let number = state.next_number();
+        state.idle.push(Idle {
+            number,
+            server,
+            since: Instant::now(),
+            watch: None,
+        });
+        let evicted = state.serve(self);
+        if let Some(idle) = state.idle.iter_mut().find(|idle| idle.number == number) {
+            // Earlier than the timeout, so that a pool does not log in anew all at once.
+            let timeout = settings
+                .server_idle_timeout
+                .mul_f64(rand::random_range(0.8..=1.0));
+            let (until, reason) = match Instant::now() + timeout {
+                idle if idle < retire_at => (idle, PoolClose::IdleTimeout),
+                _ => (retire_at, PoolClose::Lifetime),
+            };
+            let watch = Arc::clone(self).watch(number, until, reason);
+            idle.watch = Some(self.context.tasks.spawn(watch).abort_handle());
+        }
+        drop(state);
+        drop(evicted);
+    }
+
+    /// Closes an idle connection when the server does, or at `until`.
+    async fn watch(self: Arc<Self>, number: u64, until: Instant, at_end: PoolClose) {
+        let reason = tokio::select! {
+            unusable = poll_fn(|cx| self.poll_idle(number, cx)) => {
+                tracing::debug!(
+                    endpoint = %self.context.endpoint,
+                    error = %unusable,
+                    "idle server connection ended"
+                );
+                PoolClose::Server
+            }
+            () = self.context.over() => PoolClose::Shutdown,
+            () = sleep_until(until) => at_end,
+        };
+        let Some(mut server) = self.take_idle(number) else {
+            return;
+        };
+        if reason == PoolClose::Server {
+            server.record.slot.close = reason;
+        } else {
+            self.close(server, reason);
+        }
+    }
+
+    fn poll_idle(&self, number: u64, cx: &mut Context<'_>) -> Poll<Unusable> {
+        let mut state = self.lock();
+        match state.idle.iter_mut().find(|idle| idle.number == number) {
+            Some(idle) => idle.server.poll_idle(cx),
+            // Taken; this task is about to be aborted.
+            None => Poll::Pending,
+        }
+    }
+
+    fn take_idle(&self, number: u64) -> Option<ServerConnection> {
+        let mut state = self.lock();
+        let at = state.idle.iter().position(|idle| idle.number == number)?;
+        // Not aborted: the caller is the watch.
+        Some(state.idle.remove(at).server)
+    }
+}

@@ -1,0 +1,322 @@
+//! Leases: the right of a session to use a server connection.
+
+use std::{net::SocketAddr, sync::Arc, time::Duration};
+
+use bytes::BytesMut;
+use tokio::time::{Instant, sleep_until};
+
+use super::{
+    Pool, Pools, Used,
+    open::{NotOpened, Opened, Opening},
+    server::{Record, ServerConnection},
+    waiting::{Grant, Waiting},
+};
+use crate::{
+    config::PoolSettings,
+    protocol::{
+        error::{Report, sqlstate},
+        options::LoginParameters,
+        startup::CancelKey,
+    },
+    telemetry::{
+        GaugeGuard,
+        labels::{PoolClose, PoolLease, PoolServer, Reason},
+    },
+    upstream::{self, ConnectSettings, Refusal, Stream, Upstream},
+};
+
+/// A client that has waited this long shares the failure of another's whole budget, as one that comes now would.
+const SHARED_FAILURE: Duration = Duration::from_secs(10);
+/// How often the time of a wait is looked at again while the endpoint wakes.
+const WAKE_CHECK: Duration = Duration::from_secs(1);
+
+/// What a client needs.
+pub(crate) struct LeaseRequest<'a> {
+    /// Opens connections.
+    pub(crate) upstream: &'a Arc<Upstream>,
+    /// The client's login.
+    pub(crate) login: LoginParameters,
+    /// Timeouts of opening one.
+    pub(crate) connect: &'a ConnectSettings,
+}
+
+/// A lease with what the client is sent in its welcome.
+pub(crate) struct Leased {
+    pub(crate) lease: Lease,
+    /// ParameterStatus messages.
+    pub(crate) parameter_status: BytesMut,
+    /// NoticeResponse messages.
+    pub(crate) notices: BytesMut,
+    /// The server's own cancel key.
+    pub(crate) key: Option<CancelKey>,
+    /// The server's address, where a CancelRequest must go.
+    pub(crate) address: SocketAddr,
+    /// Received behind the server's ReadyForQuery.
+    pub(crate) leftover: BytesMut,
+    /// The database that was opened.
+    pub(crate) database: String,
+    /// How long the whole connect took, if the endpoint was waking in it.
+    pub(crate) woke_after: Option<Duration>,
+}
+
+/// The right to use a server connection. Dropped, it closes the connection.
+pub(crate) struct Lease {
+    /// The byte stream.
+    pub(crate) stream: Stream,
+    owner: Owner,
+}
+
+enum Owner {
+    /// The connection is the session's own.
+    Session(#[expect(dead_code, reason = "held, not read")] GaugeGuard),
+    Pool(Box<Record>),
+}
+
+impl From<upstream::Connected> for Leased {
+    /// A connection that no pool has.
+    fn from(connected: upstream::Connected) -> Self {
+        let upstream::Connected {
+            connection,
+            database,
+            woke_after,
+        } = connected;
+        let upstream::Greeting {
+            parameter_status,
+            notices,
+            key,
+            leftover,
+            ..
+        } = connection.greeting;
+        Self {
+            lease: Lease {
+                stream: connection.stream,
+                owner: Owner::Session(connection.gauge),
+            },
+            parameter_status,
+            notices,
+            key,
+            address: connection.address,
+            leftover,
+            database,
+            woke_after,
+        }
+    }
+}
+
+impl Lease {
+    /// Whether the connection returns to a pool.
+    pub(crate) fn is_pooled(&self) -> bool {
+        matches!(self.owner, Owner::Pool(_))
+    }
+
+    /// Returns the connection to its pool, between two messages and with nothing outstanding.
+    pub(crate) fn give_back(self, used: Used) {
+        let Owner::Pool(record) = self.owner else {
+            return;
+        };
+        let mut server = ServerConnection {
+            stream: self.stream,
+            record,
+        };
+        if !used.is_touched && !server.record.is_encoding_set {
+            return server.put_back();
+        }
+        server.record.slot.enter(PoolServer::Resetting);
+        let pool = Arc::clone(server.record.slot.pool());
+        pool.context.metrics.pool_resets.inc();
+        let tasks = pool.context.tasks.clone();
+        tasks.spawn(async move {
+            match server.reset(used).await {
+                Ok(()) => server.put_back(),
+                Err(reason) => pool.close(server, reason),
+            }
+        });
+    }
+
+    /// Closes the connection for a reason of its own.
+    pub(crate) fn close(mut self, reason: PoolClose) {
+        if let Owner::Pool(record) = &mut self.owner {
+            record.slot.close = reason;
+        }
+    }
+}
+
+impl Pools {
+    /// A server connection for a client, or a refusal once it has waited as long as it may.
+    ///
+    /// Cancel safe: dropping it gives up the place in the queue, and the login that was started for it.
+    pub(crate) async fn lease(&self, mut request: LeaseRequest<'_>) -> Result<Leased, Refusal> {
+        request.upstream.settle_database(&mut request.login);
+        let pool = self.pool(&request.login.database);
+        let login = Arc::new(std::mem::take(&mut request.login));
+        let began = Instant::now();
+        let leased = pool.lease(&login, &request).await;
+        let metrics = &pool.context.metrics;
+        let waited = began.elapsed().as_secs_f64();
+        metrics.pool_wait_seconds.observe(waited);
+        if leased.is_ok() {
+            pool.open_spares(&login, &request);
+        }
+        leased
+    }
+}
+
+impl Pool {
+    async fn lease(
+        self: &Arc<Self>,
+        login: &Arc<LoginParameters>,
+        request: &LeaseRequest<'_>,
+    ) -> Result<Leased, Refusal> {
+        let waiting = self.enter(login);
+        let at_once = if waiting.is_granted() {
+            PoolLease::Idle
+        } else {
+            PoolLease::Returned
+        };
+        // The login for this client, while there is one.
+        let mut opening: Option<Opening> = None;
+        loop {
+            let grant = tokio::select! {
+                biased;
+                opened = result(&mut opening) => match opened {
+                    Ok(Opened { server, notices, woke_after }) => {
+                        return Ok(Leased {
+                            notices,
+                            woke_after,
+                            ..self.leased(server, PoolLease::Opened)
+                        });
+                    }
+                    Err(NotOpened { is_full: true, .. }) => {
+                        opening = None;
+                        waiting.stops_opening();
+                        continue;
+                    }
+                    Err(NotOpened { refusal, .. }) => {
+                        if refusal.reason == Reason::Waking
+                            && let Some(before) = Instant::now().checked_sub(SHARED_FAILURE)
+                        {
+                            self.refuse_waiting(before, &refusal);
+                        }
+                        return Err(refusal);
+                    }
+                },
+                // A login has limits of its own.
+                grant = waiting.granted(), if opening.is_some() => grant,
+                grant = self.granted_in_time(&waiting, request.upstream), if opening.is_none() => grant?,
+            };
+            match grant {
+                Grant::Server(server) => {
+                    // One that has ended is dropped, and the client still has its place in the queue.
+                    if let Some(server) = server.prepare(login).await {
+                        if let Some(opening) = opening {
+                            opening.leave();
+                        }
+                        return Ok(self.leased(server, at_once));
+                    }
+                }
+                Grant::Open(slot) => opening = Some(Opening::start(slot, login, request)),
+                Grant::Refused(refusal) => return Err(refusal),
+            }
+        }
+    }
+
+    /// The next grant, or the refusal of a client that has waited as long as it may. Cancel safe.
+    async fn granted_in_time(
+        self: &Arc<Self>,
+        waiting: &Waiting,
+        upstream: &Upstream,
+    ) -> Result<Grant, Refusal> {
+        let settings = **self.context.settings.load();
+        let reserve_at = waiting.since + settings.reserve_pool_timeout;
+        let mut give_up_at = waiting.since + settings.query_wait_timeout;
+        loop {
+            let now = Instant::now();
+            if give_up_at <= now {
+                if !upstream.is_waking() {
+                    return Err(self.wait_timed_out(&settings));
+                }
+                give_up_at = now + WAKE_CHECK;
+            }
+            // What the pool may open changes with time.
+            let raise_at = self.lock().limit.raise_at();
+            let changes = raise_at.into_iter().chain([reserve_at]);
+            let next = changes
+                .filter(|at| *at > now)
+                .fold(give_up_at, Instant::min);
+            tokio::select! {
+                biased;
+                grant = waiting.granted() => return Ok(grant),
+                () = sleep_until(next) => self.serve_again(),
+            }
+        }
+    }
+
+    fn wait_timed_out(&self, settings: &PoolSettings) -> Refusal {
+        self.context.metrics.pool_wait_timeouts.inc();
+        let snapshot = self.snapshot();
+        let servers = snapshot.servers;
+        Refusal {
+            report: Report::new(
+                sqlstate::TOO_MANY_CONNECTIONS,
+                format!(
+                    "query_wait_timeout: no server connection became free within {} s",
+                    settings.query_wait_timeout.as_secs_f64()
+                ),
+            )
+            .with_hint("Close connections that are not used, or raise --default-pool-size.")
+            .with_detail(format!(
+                "The pool of database {} has {} server connections of {} in use, {} being opened; {} clients wait.",
+                self.database,
+                servers[PoolServer::Leased] + servers[PoolServer::Resetting],
+                snapshot.learned_limit.unwrap_or(snapshot.limit),
+                servers[PoolServer::Opening],
+                snapshot.waiting
+            )),
+            reason: Reason::PoolTimeout,
+        }
+    }
+
+    fn leased(&self, server: ServerConnection, how: PoolLease) -> Leased {
+        self.context.metrics.pool_leases[how].inc();
+        let ServerConnection { stream, mut record } = server;
+        Leased {
+            parameter_status: record.reported.frames(),
+            notices: BytesMut::new(),
+            key: record.key,
+            address: record.address,
+            leftover: std::mem::take(&mut record.unread),
+            database: record.login.database.clone(),
+            woke_after: None,
+            lease: Lease {
+                stream,
+                owner: Owner::Pool(record),
+            },
+        }
+    }
+}
+
+impl ServerConnection {
+    /// Makes an idle connection what a new login of this client would be; `None` if it has ended.
+    async fn prepare(self, client: &LoginParameters) -> Option<Self> {
+        let mut server = self.move_here().ok()?;
+        // What has arrived is read by the watch alone, which may not have had its turn.
+        server.record.slot.close = PoolClose::Server;
+        if !server.is_quiet() {
+            return None;
+        }
+        if let Err(error) = server.adopt(client).await {
+            tracing::debug!(%error, "idle server connection is of no use any more");
+            return None;
+        }
+        server.record.slot.close = PoolClose::Session;
+        Some(server)
+    }
+}
+
+/// The result of a login, if there is one. Cancel safe.
+async fn result(opening: &mut Option<Opening>) -> Result<Opened, NotOpened> {
+    match opening {
+        Some(opening) => opening.result().await,
+        None => std::future::pending().await,
+    }
+}

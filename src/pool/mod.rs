@@ -1,0 +1,341 @@
+//! Server connections that clients share one after the other.
+//!
+//! An endpoint has one [`Pool`] for each database. A client of it enters the queue and is granted an idle connection, or
+//! the right to open one, or the connection that another client returns:
+//!
+//! ```text
+//!             ┌──────────────── idle ◀───────────────┐
+//!             ▼                                      │ clean
+//!  client ─▶ Waiting ─▶ Lease ─▶ (the session) ─▶ give back ─▶ reset
+//!             │            ▲                         │
+//!             └▶ opening ──┘                         └▶ closed: whatever is in doubt
+//! ```
+//!
+//! A connection is a value that moves from state to state, and its [`Slot`] counts it in the state that it is in: wherever
+//! one is dropped, the connection is closed, the slot is free, and the next client is served. Nothing is ever sent on an
+//! idle connection, so that the compute can suspend; one that the server closes is not replaced until a client needs it.
+//!
+//! Knows nothing of sessions. The terms are PgBouncer's where they mean the same.
+
+mod idle;
+mod lease;
+mod limit;
+mod open;
+mod reset;
+mod server;
+mod slot;
+mod waiting;
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use arc_swap::ArcSwap;
+use enum_map::EnumMap;
+use tokio::runtime;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+use self::{
+    idle::Idle,
+    limit::Limit,
+    server::ServerConnection,
+    slot::Slot,
+    waiting::{Grant, Waiter},
+};
+pub(crate) use self::{
+    lease::{Lease, LeaseRequest, Leased},
+    reset::Used,
+};
+use crate::{
+    config::{PoolMode, PoolSettings},
+    protocol::options::LoginParameters,
+    shutdown::{Phase, Shutdown},
+    status::{Label, PoolSnapshot},
+    telemetry::{
+        Metrics,
+        labels::{PoolClose, PoolServer},
+    },
+};
+
+/// Logins of one pool at the same time: more of them delay each other, and the compute's other work.
+const CONCURRENT_LOGINS: usize = 8;
+
+/// The pools of an endpoint.
+pub(crate) struct Pools {
+    mode: ArcSwap<PoolMode>,
+    context: Arc<PoolContext>,
+    by_database: Mutex<HashMap<String, Arc<Pool>>>,
+}
+
+/// What the pools of an endpoint have in common.
+pub(crate) struct PoolContext {
+    /// The endpoint's name.
+    pub(crate) endpoint: Label,
+    /// The settings in force.
+    pub(crate) settings: ArcSwap<PoolSettings>,
+    /// The endpoint's metrics.
+    pub(crate) metrics: Arc<Metrics>,
+    /// Ends idle connections.
+    pub(crate) shutdown: Shutdown,
+    /// Cancelled when the endpoint serves no more.
+    pub(crate) closed: CancellationToken,
+    /// The tasks that the end of the process waits for.
+    pub(crate) tasks: TaskTracker,
+}
+
+impl PoolContext {
+    fn is_over(&self) -> bool {
+        self.closed.is_cancelled() || self.shutdown.phase() != Phase::Serving
+    }
+
+    /// Returns when the endpoint or the process serves no more. Cancel safe.
+    async fn over(&self) {
+        tokio::select! {
+            () = self.closed.cancelled() => {}
+            () = self.shutdown.draining().cancelled() => {}
+        }
+    }
+}
+
+/// The pool of one database.
+struct Pool {
+    database: String,
+    context: Arc<PoolContext>,
+    state: Mutex<State>,
+}
+
+/// What the lock of a pool protects; it is never held across an await.
+#[derive(Default)]
+struct State {
+    servers: EnumMap<PoolServer, usize>,
+    /// The one returned last is at the end, and taken first: the others reach their idle timeout.
+    idle: Vec<Idle>,
+    /// By the order of their coming.
+    waiting: BTreeMap<u64, Waiter>,
+    limit: Limit,
+    next_number: u64,
+}
+
+impl Pools {
+    pub(crate) fn new(mode: PoolMode, context: PoolContext) -> Self {
+        Self {
+            mode: ArcSwap::from_pointee(mode),
+            context: Arc::new(context),
+            by_database: Mutex::default(),
+        }
+    }
+
+    /// How new clients get their server connections.
+    pub(crate) fn mode(&self) -> PoolMode {
+        **self.mode.load()
+    }
+
+    /// Applies other settings to new clients; idle connections beyond the new size are closed.
+    pub(crate) fn apply(&self, mode: PoolMode, settings: PoolSettings) {
+        self.mode.store(Arc::new(mode));
+        self.context.settings.store(Arc::new(settings));
+        for pool in self.all() {
+            pool.shrink();
+        }
+    }
+
+    /// Runs a task that the end of the process waits for.
+    pub(crate) fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
+        self.context.tasks.spawn(task);
+    }
+
+    /// Every pool in use, by database.
+    pub(crate) fn snapshot(&self) -> Vec<PoolSnapshot> {
+        let mut pools = self.all();
+        pools.sort_by(|one, other| one.database.cmp(&other.database));
+        pools.iter().map(|pool| pool.snapshot()).collect()
+    }
+
+    fn all(&self) -> Vec<Arc<Pool>> {
+        self.pools().values().cloned().collect()
+    }
+
+    /// The pool of `database`.
+    fn pool(&self, database: &str) -> Arc<Pool> {
+        let mut pools = self.pools();
+        if let Some(pool) = pools.get(database) {
+            return Arc::clone(pool);
+        }
+        // Clients choose the names: those that lead to no connection must not stay.
+        pools.retain(|_, pool| Arc::strong_count(pool) > 1 || !pool.lock().is_unused());
+        let pool = Arc::new(Pool {
+            database: database.to_owned(),
+            context: Arc::clone(&self.context),
+            state: Mutex::default(),
+        });
+        pools.insert(database.to_owned(), Arc::clone(&pool));
+        pool
+    }
+
+    fn pools(&self) -> MutexGuard<'_, HashMap<String, Arc<Pool>>> {
+        self.by_database
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Pool {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Closes idle connections beyond the size of the pool, the longest idle first.
+    fn shrink(self: &Arc<Self>) {
+        let settings = self.context.settings.load();
+        let mut state = self.lock();
+        let size = Limit::configured(&settings, Duration::ZERO);
+        let surplus = state.staying().saturating_sub(size).min(state.idle.len());
+        let surplus: Vec<Idle> = state.idle.drain(..surplus).collect();
+        drop(state);
+        for idle in surplus {
+            self.close(idle.into_server(), PoolClose::Surplus);
+        }
+    }
+
+    /// Closes a connection in an orderly way, without waiting for it.
+    fn close(&self, mut server: ServerConnection, reason: PoolClose) {
+        server.record.slot.close = reason;
+        server.record.slot.enter(PoolServer::Closing);
+        self.context.tasks.spawn(server.terminate());
+    }
+
+    fn snapshot(&self) -> PoolSnapshot {
+        let settings = self.context.settings.load();
+        let state = self.lock();
+        let waiting = || {
+            let waiters = state.waiting.values();
+            waiters.filter(|waiter| waiter.grant.is_none())
+        };
+        PoolSnapshot {
+            database: self.database.clone(),
+            servers: state.servers,
+            idle: state.idle.iter().map(Idle::snapshot).collect(),
+            waiting: waiting().count(),
+            max_wait: waiting()
+                .next()
+                .map(|waiter| waiter.since.elapsed())
+                .unwrap_or_default(),
+            limit: Limit::configured(&settings, Duration::ZERO),
+            learned_limit: state.limit.learned.map(|learned| learned.servers),
+        }
+    }
+}
+
+impl State {
+    /// Server connections in whatever state.
+    fn open(&self) -> usize {
+        self.servers.values().sum()
+    }
+
+    /// Those that are not being closed.
+    fn staying(&self) -> usize {
+        self.open() - self.servers[PoolServer::Closing]
+    }
+
+    fn is_unused(&self) -> bool {
+        self.open() == 0 && self.waiting.is_empty()
+    }
+
+    fn next_number(&mut self) -> u64 {
+        self.next_number += 1;
+        self.next_number
+    }
+
+    /// Counts a connection in another state.
+    fn count(&mut self, slot: &mut Slot, new: PoolServer, metrics: &Metrics) {
+        let old = std::mem::replace(&mut slot.state, new);
+        self.servers[old] = self.servers[old].saturating_sub(1);
+        self.servers[new] += 1;
+        metrics.pool_servers[old].dec();
+        metrics.pool_servers[new].inc();
+    }
+
+    /// A slot for a new connection, if a client that has `waited` may open one.
+    fn open_slot(&mut self, pool: &Arc<Pool>, waited: Duration) -> Option<Slot> {
+        let settings = pool.context.settings.load();
+        let open = self.open();
+        if self.servers[PoolServer::Opening] >= CONCURRENT_LOGINS
+            || !self.limit.admits(open, &settings, waited)
+        {
+            return None;
+        }
+        self.servers[PoolServer::Opening] += 1;
+        pool.context.metrics.pool_servers[PoolServer::Opening].inc();
+        Some(Slot::counted(pool))
+    }
+
+    /// Grants what there is to the clients that wait, the first one first: none is served before an earlier one that needs
+    /// the same. Returns connections to drop once the lock is released.
+    #[must_use]
+    fn serve(&mut self, pool: &Arc<Pool>) -> Vec<ServerConnection> {
+        let mut evicted = Vec::new();
+        let numbers: Vec<u64> = self
+            .waiting
+            .iter()
+            .filter(|(_, waiter)| waiter.grant.is_none())
+            .map(|(number, _)| *number)
+            // Those that are being logged in, and as many as can be served.
+            .take(CONCURRENT_LOGINS + self.idle.len() + 1)
+            .collect();
+        for number in numbers {
+            let Some(waiter) = self.waiting.get(&number) else {
+                continue;
+            };
+            let (since, is_opening) = (waiter.since, waiter.is_opening);
+            let suiting = self.suiting(&waiter.login, waiter.runtime);
+            let grant = if let Some(at) = suiting {
+                let mut server = self.idle.remove(at).into_server();
+                self.count(
+                    &mut server.record.slot,
+                    PoolServer::Leased,
+                    &pool.context.metrics,
+                );
+                Grant::Server(server)
+            } else if is_opening {
+                continue;
+            } else if let Some(slot) = self.open_slot(pool, since.elapsed()) {
+                Grant::Open(slot)
+            } else if self.servers[PoolServer::Opening] < CONCURRENT_LOGINS && !self.idle.is_empty()
+            {
+                // Connections with other startup parameters are of no use to the client, and take the place of its own. Once
+                // dropped, they free their slots for it.
+                evicted.push(self.idle.remove(0).into_server());
+                break;
+            } else {
+                break;
+            };
+            if let Some(waiter) = self.waiting.get_mut(&number) {
+                waiter.is_opening |= matches!(grant, Grant::Open(_));
+                waiter.give(grant);
+            }
+        }
+        for server in &mut evicted {
+            server.record.slot.close = PoolClose::Surplus;
+        }
+        evicted
+    }
+
+    /// The position of the idle connection that suits a client best.
+    fn suiting(&self, login: &LoginParameters, runtime: runtime::Id) -> Option<usize> {
+        let suiting = self
+            .idle
+            .iter()
+            .enumerate()
+            .filter(|(_, idle)| idle.server.record.suits(login));
+        // The last one of several that are equally good: the one returned last.
+        suiting
+            .max_by_key(|(_, idle)| {
+                let record = &idle.server.record;
+                // A statement more costs a round trip, another runtime two system calls.
+                (record.resets_to(login), record.runtime == runtime)
+            })
+            .map(|(at, _)| at)
+    }
+}

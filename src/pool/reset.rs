@@ -1,0 +1,128 @@
+//! What makes a used server connection like a new one.
+//!
+//! One simple query of statements that a transaction block permits, so that it is one round trip. `DISCARD ALL` is no such
+//! statement, and would drop temporary tables, which takes long; a connection with a temporary schema is closed instead: the
+//! schema itself stays, and with it traces that a new connection does not have.
+
+use std::fmt::Write as _;
+
+use super::server::{ServerConnection, Unusable};
+use crate::{protocol::requests::TransactionStatus, telemetry::labels::PoolClose};
+
+/// In this order: the role first, as it may lack the right to the rest, and the settings last, as they may have changed what
+/// the other statements do. Names are qualified, as the client may have changed `search_path`.
+const RESET: &str = "RESET SESSION AUTHORIZATION; RESET ROLE; CLOSE ALL; UNLISTEN *; \
+    SELECT pg_catalog.pg_advisory_unlock_all(); DISCARD SEQUENCES; DEALLOCATE ALL; RESET ALL; ";
+
+/// What a session did with its server connection, as far as its reset depends on it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Used {
+    /// The transaction state that it left.
+    pub(crate) status: TransactionStatus,
+    /// Whether it sent a request.
+    pub(crate) is_touched: bool,
+    /// Whether the server reported a change of a parameter.
+    pub(crate) is_reported: bool,
+}
+
+/// The query, and the parameters whose values its last row has behind the temporary schema.
+fn statements(used: Used, parameters: &[String], seed: f64) -> String {
+    let mut sql = String::with_capacity(512);
+    if used.status != TransactionStatus::Idle {
+        // First: a failed transaction block accepts nothing else.
+        sql.push_str("ROLLBACK; ");
+    }
+    sql.push_str(RESET);
+    // `random` goes on unpredictably, as in a new connection, whether or not the client has called `setseed`.
+    let _ = write!(sql, "SELECT pg_catalog.setseed({seed}); ");
+    sql.push_str("SELECT pg_catalog.pg_my_temp_schema()");
+    for name in parameters {
+        let quoted = name.replace('\\', "\\\\").replace('\'', "''");
+        let _ = write!(sql, ", pg_catalog.current_setting(E'{quoted}', true)");
+    }
+    sql
+}
+
+impl ServerConnection {
+    /// Makes the connection like a new one. Not cancel safe.
+    ///
+    /// # Errors
+    /// Why it must be closed.
+    pub(super) async fn reset(&mut self, used: Used) -> Result<(), PoolClose> {
+        // The parameters that changed may not all be the client's doing: those are not reported again.
+        let parameters = if used.is_reported {
+            self.record.reported.names()
+        } else {
+            Vec::new()
+        };
+        let sql = statements(used, &parameters, rand::random_range(-1.0..=1.0));
+        let mut last = Vec::new();
+        let done = self.query(&sql, |row| last = columns(row)).await;
+        if let Err(error) = done {
+            tracing::debug!(%error, "server connection could not be reset");
+            return Err(match error {
+                Unusable::Broken(_) => PoolClose::Server,
+                _ => PoolClose::ResetFailed,
+            });
+        }
+        self.record.is_encoding_set = false;
+        let mut columns = last.into_iter();
+        if columns.next().flatten().as_deref() != Some(b"0") {
+            return Err(PoolClose::Unresettable);
+        }
+        for (name, value) in parameters.iter().zip(columns) {
+            if let Some(value) = value {
+                self.record.reported.set(name, &value);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The columns of a DataRow in text format, up to the first that is malformed.
+fn columns(mut body: &[u8]) -> Vec<Option<Vec<u8>>> {
+    let mut columns = Vec::new();
+    let _count = body.split_off(..2);
+    while let Some((length, rest)) = body.split_first_chunk::<4>() {
+        let Ok(length) = usize::try_from(i32::from_be_bytes(*length)) else {
+            columns.push(None);
+            body = rest;
+            continue;
+        };
+        let Some((value, rest)) = rest.split_at_checked(length) else {
+            break;
+        };
+        columns.push(Some(value.to_vec()));
+        body = rest;
+    }
+    columns
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_row_is_split_into_its_columns() {
+        let row = b"\0\x03\0\0\0\x010\xff\xff\xff\xff\0\0\0\x02ab";
+        let expected = vec![Some(b"0".to_vec()), None, Some(b"ab".to_vec())];
+        assert_eq!(columns(row), expected);
+        for cut in 0..row.len() {
+            assert!(columns(&row[..cut]).len() <= 3);
+        }
+    }
+
+    #[test]
+    fn an_open_transaction_is_rolled_back_first() {
+        let used = |status| Used {
+            status,
+            is_touched: true,
+            is_reported: false,
+        };
+        let idle = statements(used(TransactionStatus::Idle), &[], 0.5);
+        assert!(idle.starts_with("RESET SESSION AUTHORIZATION"));
+        let failed = statements(used(TransactionStatus::Failed), &["a'b".to_owned()], 0.5);
+        assert!(failed.starts_with("ROLLBACK; "));
+        assert!(failed.ends_with("current_setting(E'a''b', true)"));
+    }
+}

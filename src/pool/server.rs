@@ -1,0 +1,293 @@
+//! A server connection of a pool, and what is known of it.
+
+use std::{
+    net::SocketAddr,
+    pin::Pin,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use bytes::BytesMut;
+use tokio::{
+    io::{AsyncRead, AsyncWriteExt, ReadBuf},
+    runtime::{self, Handle},
+    time::{Instant, timeout},
+};
+
+use super::slot::Slot;
+use crate::{
+    net::{
+        message::{ReadError, read_message, write_and_flush},
+        socket::{HangUp, Transport},
+    },
+    protocol::{
+        error::ErrorFields,
+        frame::{FrameError, Message, SMALL_MESSAGE_LIMIT, tag, take_message},
+        options::{LoginParameters, is_same_encoding, set},
+        reported::Reported,
+        startup::{CancelKey, query, terminate},
+    },
+    telemetry::GaugeGuard,
+    upstream::{self, Stream},
+};
+
+/// How long the server may take to answer a query of ours, or to accept a Terminate.
+const QUERY_TIMEOUT: Duration = Duration::from_secs(5);
+/// Bytes read at a time on an idle connection: what arrives there is short.
+const IDLE_READ: usize = 1024;
+
+/// A server connection of a pool. Dropped, it is closed and leaves its slot.
+pub(super) struct ServerConnection {
+    pub(super) stream: Stream,
+    // A box, as the relay of a session needs the stream alone.
+    pub(super) record: Box<Record>,
+}
+
+/// What is known of a server connection.
+pub(super) struct Record {
+    pub(super) slot: Slot,
+    #[expect(dead_code, reason = "held, not read")]
+    pub(super) gauge: GaugeGuard,
+    /// The parameters of its login, with the database that was opened.
+    pub(super) login: LoginParameters,
+    pub(super) reported: Reported,
+    /// A SET of ours has changed the client encoding since the login or the last reset.
+    pub(super) is_encoding_set: bool,
+    /// The server's own cancel key.
+    pub(super) key: Option<CancelKey>,
+    pub(super) address: SocketAddr,
+    /// The runtime that its socket is registered with.
+    pub(super) runtime: runtime::Id,
+    pub(super) opened_at: Instant,
+    /// When it has reached its lifetime.
+    pub(super) retire_at: Instant,
+    /// Received, but not yet interpreted.
+    pub(super) unread: BytesMut,
+}
+
+/// Why a server connection cannot be used any more.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum Unusable {
+    #[error("the server closed the connection or the network failed: {0}")]
+    Broken(#[from] ReadError),
+    #[error("the server did not answer within {} s", QUERY_TIMEOUT.as_secs())]
+    Late,
+    #[error("the server reported: {0}")]
+    Reported(String),
+    #[error("unexpected message type {0:#04x}")]
+    Unexpected(u8),
+    #[error("a startup parameter holds a zero byte")]
+    ZeroByte,
+}
+
+impl From<std::io::Error> for Unusable {
+    fn from(error: std::io::Error) -> Self {
+        Self::Broken(error.into())
+    }
+}
+
+impl From<FrameError> for Unusable {
+    fn from(error: FrameError) -> Self {
+        Self::Broken(error.into())
+    }
+}
+
+impl ServerConnection {
+    /// A connection that has just been opened with `login`.
+    pub(super) fn new(
+        connected: upstream::Connected,
+        mut login: LoginParameters,
+        slot: Slot,
+        lifetime: Duration,
+    ) -> Self {
+        let upstream::Connection {
+            stream,
+            greeting,
+            address,
+            gauge,
+        } = connected.connection;
+        login.database = connected.database;
+        let now = Instant::now();
+        Self {
+            stream,
+            record: Box::new(Record {
+                slot,
+                gauge,
+                is_encoding_set: login.client_encoding.is_some(),
+                login,
+                reported: Reported::parse(greeting.parameter_status),
+                key: greeting.key,
+                address,
+                runtime: Handle::current().id(),
+                opened_at: now,
+                // Equal lifetimes would end a pool's connections at once, as they were opened.
+                retire_at: now + lifetime.mul_f64(rand::random_range(0.8..=1.2)),
+                unread: greeting.leftover,
+            }),
+        }
+    }
+
+    /// Registers the socket with the current runtime, unless it is registered there.
+    pub(super) fn move_here(self) -> std::io::Result<Self> {
+        let Self { stream, mut record } = self;
+        let here = Handle::current().id();
+        let stream = if record.runtime == here {
+            stream
+        } else {
+            record.runtime = here;
+            stream.move_here()?
+        };
+        Ok(Self { stream, record })
+    }
+
+    /// Whether nothing has arrived from the server, as far as the kernel knows. Takes a system call.
+    pub(super) fn is_quiet(&self) -> bool {
+        self.record.unread.is_empty() && self.stream.hang_up_state() == HangUp::None
+    }
+
+    /// Sets what a new login of this client would set, where that differs. Not cancel safe.
+    pub(super) async fn adopt(&mut self, client: &LoginParameters) -> Result<(), Unusable> {
+        let Some(sql) = self.record.adoption(client) else {
+            return Ok(());
+        };
+        self.record.is_encoding_set |= client.client_encoding.is_some();
+        self.query(&sql, |_| {}).await
+    }
+
+    /// Runs a query of ours and passes each DataRow's body to `row`. Not cancel safe.
+    pub(super) async fn query(
+        &mut self,
+        sql: &str,
+        row: impl FnMut(&[u8]),
+    ) -> Result<(), Unusable> {
+        timeout(QUERY_TIMEOUT, self.exchange(sql, row))
+            .await
+            .unwrap_or(Err(Unusable::Late))
+    }
+
+    async fn exchange(&mut self, sql: &str, mut row: impl FnMut(&[u8])) -> Result<(), Unusable> {
+        let message = query(sql).ok_or(Unusable::ZeroByte)?;
+        write_and_flush(&mut self.stream, &message).await?;
+        loop {
+            let unread = &mut self.record.unread;
+            let message = read_message(&mut self.stream, unread, SMALL_MESSAGE_LIMIT).await?;
+            match message.tag {
+                tag::READY_FOR_QUERY if message.body() == b"I" => {
+                    return self.record.take_all_unrequested();
+                }
+                tag::DATA_ROW => row(message.body()),
+                tag::COMMAND_COMPLETE | tag::ROW_DESCRIPTION => {}
+                _ => self.record.take_unrequested(&message)?,
+            }
+        }
+    }
+
+    /// Reads what the server sends without a request; ready when the connection is of no use any more.
+    pub(super) fn poll_idle(&mut self, cx: &mut Context<'_>) -> Poll<Unusable> {
+        loop {
+            match self.record.take_all_unrequested() {
+                Ok(()) => {}
+                Err(unusable) => return Poll::Ready(unusable),
+            }
+            let mut space = [0; IDLE_READ];
+            let mut space = ReadBuf::new(&mut space);
+            match Pin::new(&mut self.stream).poll_read(cx, &mut space) {
+                Poll::Pending => return Poll::Pending,
+                Poll::Ready(Ok(())) if !space.filled().is_empty() => {
+                    self.record.unread.extend_from_slice(space.filled());
+                }
+                Poll::Ready(result) => {
+                    let error = result.err();
+                    let error = error.unwrap_or(std::io::ErrorKind::UnexpectedEof.into());
+                    return Poll::Ready(error.into());
+                }
+            }
+        }
+    }
+
+    /// Ends the connection in an orderly way, at most for [`QUERY_TIMEOUT`].
+    pub(super) async fn terminate(mut self) {
+        let closing = async {
+            write_and_flush(&mut self.stream, &terminate()).await?;
+            self.stream.shutdown().await
+        };
+        // The connection is dropped whatever happens.
+        let _ = timeout(QUERY_TIMEOUT, closing).await;
+    }
+}
+
+impl Record {
+    /// Whether a session of `client` can use the connection: what a startup message fixes for good is equal.
+    pub(super) fn suits(&self, client: &LoginParameters) -> bool {
+        self.login.database == client.database
+            && fixed(&self.login).eq(fixed(client))
+            // What a new login without an encoding would have is known of such connections only.
+            && (client.client_encoding.is_some() || self.login.client_encoding.is_none())
+    }
+
+    /// Whether a RESET by the client restores what its own login would have set.
+    pub(super) fn resets_to(&self, client: &LoginParameters) -> bool {
+        application_name(&self.login) == application_name(client)
+            && self.login.client_encoding == client.client_encoding
+    }
+
+    /// The statements that make it what a new login of the client would be.
+    fn adoption(&self, client: &LoginParameters) -> Option<String> {
+        let mut statements = Vec::new();
+        let wanted = application_name(client);
+        let current = self.reported.value(APPLICATION_NAME);
+        let current = current.unwrap_or(application_name(&self.login).as_bytes());
+        if current != wanted.as_bytes() {
+            statements.push(set(APPLICATION_NAME, wanted));
+        }
+        if let Some(wanted) = &client.client_encoding {
+            let current = self.reported.value(CLIENT_ENCODING).unwrap_or_default();
+            if !is_same_encoding(&String::from_utf8_lossy(current), wanted) {
+                statements.push(set(CLIENT_ENCODING, wanted));
+            }
+        }
+        (!statements.is_empty()).then(|| statements.join("; "))
+    }
+
+    fn take_all_unrequested(&mut self) -> Result<(), Unusable> {
+        while let Some(message) = take_message(&mut self.unread, SMALL_MESSAGE_LIMIT)? {
+            self.take_unrequested(&message)?;
+        }
+        if self.unread.is_empty() {
+            // An idle connection holds no buffer.
+            self.unread = BytesMut::new();
+        }
+        Ok(())
+    }
+
+    /// Takes a message that the server may send at any time ("Asynchronous Operations" in the protocol documentation).
+    fn take_unrequested(&mut self, message: &Message) -> Result<(), Unusable> {
+        match message.tag {
+            tag::PARAMETER_STATUS => self.reported.record(message),
+            // For no client: the one that it might concern has left.
+            tag::NOTICE_RESPONSE | tag::NOTIFICATION_RESPONSE => {}
+            tag::ERROR_RESPONSE => {
+                let error = ErrorFields::parse(message.body());
+                return Err(Unusable::Reported(error.message));
+            }
+            other => return Err(Unusable::Unexpected(other)),
+        }
+        Ok(())
+    }
+}
+
+const APPLICATION_NAME: &str = "application_name";
+const CLIENT_ENCODING: &str = "client_encoding";
+
+/// The parameters that [`ServerConnection::adopt`] does not set: a RESET by the client must restore them.
+fn fixed(login: &LoginParameters) -> impl Iterator<Item = &(String, String)> {
+    let parameters = login.parameters.iter().chain(&login.folded);
+    parameters.filter(|(name, _)| name != APPLICATION_NAME && name != CLIENT_ENCODING)
+}
+
+/// Empty if the client sends none, as in PostgreSQL.
+fn application_name(login: &LoginParameters) -> &str {
+    let mut parameters = login.parameters.iter();
+    let parameter = parameters.find(|(name, _)| name == APPLICATION_NAME);
+    parameter.map_or("", |(_, value)| value)
+}

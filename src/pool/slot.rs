@@ -1,0 +1,52 @@
+//! The slot of a server connection in its pool, from before it is opened until it is closed.
+
+use std::sync::Arc;
+
+use super::Pool;
+use crate::telemetry::labels::{PoolClose, PoolServer};
+
+/// Counts one server connection in its pool, in the state that it is in. Dropped, it frees the slot for the next client.
+pub(super) struct Slot {
+    pool: Arc<Pool>,
+    pub(super) state: PoolServer,
+    /// Why the connection is closed, should this be dropped now.
+    pub(super) close: PoolClose,
+}
+
+impl Slot {
+    /// For [`Pool`], which has counted it.
+    pub(super) fn counted(pool: &Arc<Pool>) -> Self {
+        Self {
+            pool: Arc::clone(pool),
+            state: PoolServer::Opening,
+            close: PoolClose::Session,
+        }
+    }
+
+    pub(super) fn pool(&self) -> &Arc<Pool> {
+        &self.pool
+    }
+
+    /// Counts the connection in another state.
+    pub(super) fn enter(&mut self, state: PoolServer) {
+        let pool = Arc::clone(&self.pool);
+        pool.lock().count(self, state, &pool.context.metrics);
+    }
+}
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        let metrics = &self.pool.context.metrics;
+        // One that was never opened is not closed either.
+        if self.state != PoolServer::Opening {
+            metrics.pool_closes[self.close].inc();
+        }
+        metrics.pool_servers[self.state].dec();
+        let mut state = self.pool.lock();
+        state.servers[self.state] = state.servers[self.state].saturating_sub(1);
+        let evicted = state.serve(&self.pool);
+        // Dropped without the lock, which the drop takes.
+        drop(state);
+        drop(evicted);
+    }
+}
