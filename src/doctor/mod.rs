@@ -149,7 +149,7 @@ pub async fn run(
     for endpoint in &examined {
         let endpoint = endpoint.as_ref();
         let shown = endpoint.ok().filter(|_| examined.len() > 1);
-        steps.endpoint = shown.map(|endpoint| settings::called(endpoint.config));
+        steps.endpoint = shown.map(|endpoint| settings::display_name(endpoint.config));
         endpoint::check(&mut steps, endpoint).await;
         let port = async |endpoint: &Examined<'_>| Ok(port::check(&endpoint.config.listen).await);
         steps.run("local port", endpoint, port).await;

@@ -172,14 +172,14 @@ pub(super) fn list(
         if sources.is_empty() {
             sources.push(Origin::Default.to_string());
         }
-        let value = format!("{} for {}", endpoint.listen, called(endpoint));
+        let value = format!("{} for {}", endpoint.listen, display_name(endpoint));
         add("listen", value, &sources.join(", "));
     }
     list
 }
 
 /// The endpoint's name for reports.
-pub(super) fn called(endpoint: &EndpointConfig) -> String {
+pub(super) fn display_name(endpoint: &EndpointConfig) -> String {
     shown(Kind::Plain, endpoint.display_name())
 }
 
