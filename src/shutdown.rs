@@ -157,7 +157,7 @@ impl Signals {
             match &mut self.hangup {
                 Some(hangup) => {
                     hangup.recv().await;
-                    // With the terminal present it is a request to reload, which `Hangup` handles.
+                    // With the terminal present it is a request to reload, which `app` handles.
                     while has_terminal() {
                         hangup.recv().await;
                     }
@@ -183,22 +183,6 @@ impl Signals {
             _ = self.interrupt.recv() => Cause::Interrupt,
             _ = self.terminate.recv() => Cause::Terminate,
         }
-    }
-}
-
-/// SIGHUP as a server uses it: the settings are read again. Caught from its creation on.
-#[derive(Debug)]
-pub struct Hangup(Signal);
-
-impl Hangup {
-    /// Starts to catch it.
-    pub fn catch() -> io::Result<Self> {
-        Ok(Self(signal(SignalKind::hangup())?))
-    }
-
-    /// The next one. Cancel safe.
-    pub async fn next(&mut self) {
-        self.0.recv().await;
     }
 }
 

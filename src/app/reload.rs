@@ -2,7 +2,10 @@
 
 use std::{future::pending, path::PathBuf, sync::Arc, time::Duration};
 
-use tokio::time::{Instant, sleep};
+use tokio::{
+    signal::unix::Signal,
+    time::{Instant, sleep},
+};
 
 use super::{
     App, AppError, Served,
@@ -15,7 +18,7 @@ use crate::{
     listener::{self, Listener},
     net::{FileWatch, blocking, tls::Fingerprint},
     session::AccessPolicy,
-    shutdown::{Hangup, Phase},
+    shutdown::Phase,
     telemetry::{chain, labels::ReloadOutcome, logging::check_filter},
     upstream::{Endpoint, Security},
 };
@@ -55,8 +58,8 @@ impl App {
         }
     }
 
-    /// Reloads at each SIGHUP and, with `--watch-config`, when a file changes.
-    pub fn reload_on(&self, mut reloader: Reloader, mut hangup: Option<Hangup>) {
+    /// Reloads at each signal of `hangup` and, with `--watch-config`, when a file changes.
+    pub fn reload_on(&self, mut reloader: Reloader, mut hangup: Option<Signal>) {
         let is_watching = reloader.config.settings.watch_config();
         let reloading = async move {
             // Marked before the check below, so that every change is found by one or the other.
@@ -68,13 +71,13 @@ impl App {
             loop {
                 let hung_up = async {
                     match &mut hangup {
-                        Some(hangup) => hangup.next().await,
+                        Some(hangup) => hangup.recv().await,
                         // `exec` passes none, as it forwards SIGHUP to its child.
                         None => pending().await,
                     }
                 };
                 tokio::select! {
-                    () = hung_up => {}
+                    _ = hung_up => {}
                     () = watch.changed(), if is_watching => {}
                 }
                 // Before reading, so that no later change is missed.

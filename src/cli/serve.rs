@@ -2,12 +2,14 @@
 
 use std::{future::pending, process::ExitCode, time::Duration};
 
+use tokio::signal::unix::{SignalKind, signal};
+
 use super::{CommandError, flags::warn_of_unknown_variables, start_log};
 use crate::{
     app::{App, AppError, StartOptions},
     config::{Config, Environment, Settings, Source},
     listener::Inherited,
-    shutdown::{Cause, Hangup, Signals},
+    shutdown::{Cause, Signals},
     systemd::Notifier,
     telemetry::{LogGuard, LogHandle},
 };
@@ -58,7 +60,7 @@ pub(super) async fn run(
     let config = prepared.config.clone();
     // Before the start, so that a signal during it is not lost.
     let mut signals = Signals::catch().map_err(CommandError::signals)?;
-    let hangup = Hangup::catch().map_err(CommandError::signals)?;
+    let hangup = signal(SignalKind::hangup()).map_err(CommandError::signals)?;
     let running = tokio::select! {
         running = prepared.start(inherited) => running?,
         cause = signals.next() => {
