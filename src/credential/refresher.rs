@@ -9,7 +9,7 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use jiff::{SignedDuration, Timestamp};
+use jiff::Timestamp;
 use secrecy::ExposeSecret;
 use tokio::time::{Instant, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
@@ -114,41 +114,20 @@ impl Refresher {
 
     fn need(&self, now: Instant) -> Need {
         let status = self.cell.status();
-        if status.is_lazy {
-            return self.lazy_need(&status, now);
-        }
-        let due_in = status.lifetime.map(|lifetime| {
-            Duration::try_from(lifetime.due.duration_since(self.cell.clock().now()))
-                .unwrap_or_default()
-        });
-        Need {
-            state: status.state,
-            due_in,
-            forced_at: self.cell.forced().due_at(now),
-            awaited: self.cell.demand().exists(),
-        }
-    }
-
-    /// Minted on demand only: the first credential, a new one for a client that waits while the current one is about to
-    /// expire, and a retry after a failure, without which a proxy that is not ready would never become ready.
-    fn lazy_need(&self, status: &CredentialStatus, now: Instant) -> Need {
-        let awaited = self.cell.demand().exists();
-        let is_wanted = match status.state {
-            CredentialState::None => true,
-            CredentialState::Expired => awaited || status.last_error.is_some(),
-            CredentialState::Fresh | CredentialState::Due | CredentialState::Urgent => {
-                awaited && status.is_lazy_due_at(self.cell.clock().now())
-            }
+        let (at, awaited) = (self.cell.clock().now(), self.cell.demand().exists());
+        let (state, due_in) = if status.is_lazy {
+            // No timer: it would not fire in time while the platform freezes the CPU.
+            (lazy_state(&status, awaited, at), None)
+        } else {
+            let left = status
+                .lifetime
+                .map(|lifetime| lifetime.due.duration_since(at));
+            let due_in = left.map(|left| Duration::try_from(left).unwrap_or_default());
+            (status.state, due_in)
         };
         Need {
-            // `Expired` makes an attempt due at once; `Fresh` without `due_in` makes none due.
-            state: if is_wanted {
-                CredentialState::Expired
-            } else {
-                CredentialState::Fresh
-            },
-            // No timer: it would not fire in time while the platform freezes the CPU.
-            due_in: None,
+            state,
+            due_in,
             forced_at: self.cell.forced().due_at(now),
             awaited,
         }
@@ -273,10 +252,25 @@ impl Refresher {
 
     fn wall(&self, wait: Duration) -> Timestamp {
         let now = self.cell.clock().now();
-        SignedDuration::try_from(wait)
-            .ok()
-            .and_then(|wait| now.checked_add(wait).ok())
-            .unwrap_or(now)
+        now.saturating_add(wait).unwrap_or(now)
+    }
+}
+
+/// With minting on demand only: `Expired` makes an attempt due at once, `Fresh` makes none due. Wanted are the first
+/// credential, a new one for a client that waits while the current one is about to expire, and a retry after a failure,
+/// without which a proxy that is not ready would never become ready.
+fn lazy_state(status: &CredentialStatus, awaited: bool, at: Timestamp) -> CredentialState {
+    let is_wanted = match status.state {
+        CredentialState::None => true,
+        CredentialState::Expired => awaited || status.last_error.is_some(),
+        CredentialState::Fresh | CredentialState::Due | CredentialState::Urgent => {
+            awaited && status.is_lazy_due_at(at)
+        }
+    };
+    if is_wanted {
+        CredentialState::Expired
+    } else {
+        CredentialState::Fresh
     }
 }
 
