@@ -127,15 +127,7 @@ impl App {
     /// would be refused earlier. Cancel safe.
     pub async fn proxy_address(&self) -> Result<ProxyAddress, Refusal> {
         let address = self.addresses.of_first().ok_or_else(no_address)?;
-        let budget = self
-            .shared
-            .process
-            .config
-            .load_full()
-            .connect
-            .timeouts
-            .connect_timeout;
-        let deadline = Instant::now() + budget;
+        let deadline = Instant::now() + self.shared.settings().timeouts().connect_timeout;
         let upstream = loop {
             let rest = deadline.saturating_duration_since(Instant::now());
             match self.first.context.route.upstream(rest).await {

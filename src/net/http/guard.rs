@@ -57,18 +57,14 @@ pub fn check_intent(request: &Parts) -> Result<(), Response> {
     let site = headers.get("sec-fetch-site").map(HeaderValue::as_bytes);
     let has_origin = headers.contains_key(ORIGIN);
     let is_rebound = || host(request).is_ok_and(|host| host.is_some_and(|host| is_name(&host)));
-    let foreign = (
-        StatusCode::FORBIDDEN,
-        "requests from other origins are refused\n",
-    );
     // `same-site` is foreign as well: it includes every other port of this machine.
     if !matches!(site, None | Some(b"none" | b"same-origin")) {
-        return Err(foreign.into_response());
+        return Err(FOREIGN.into_response());
     }
     match request.method {
-        Method::POST if has_origin && is_rebound() => Err(foreign.into_response()),
+        Method::POST if has_origin && is_rebound() => Err(FOREIGN.into_response()),
         Method::POST => Ok(()),
-        Method::GET if headers.contains_key(INTENT) && is_rebound() => Err(foreign.into_response()),
+        Method::GET if headers.contains_key(INTENT) && is_rebound() => Err(FOREIGN.into_response()),
         Method::GET if headers.contains_key(INTENT) => Ok(()),
         _ => {
             let message =
@@ -137,6 +133,11 @@ pub(super) async fn guard(State(reach): State<Reach>, request: Request, next: Ne
 
 type Refusal = (StatusCode, &'static str);
 
+const FOREIGN: Refusal = (
+    StatusCode::FORBIDDEN,
+    "requests from other origins are refused\n",
+);
+
 fn judge(reach: Reach, request: &Parts) -> Result<(), Refusal> {
     let host = host(request)?;
     if reach == Reach::Loopback
@@ -148,14 +149,10 @@ fn judge(reach: Reach, request: &Parts) -> Result<(), Refusal> {
             "this address answers to localhost only\n",
         ));
     }
-    let foreign = (
-        StatusCode::FORBIDDEN,
-        "requests from other origins are refused\n",
-    );
     if !origin_is_ours(&request.headers, host.as_ref())
         || embeds_us(&request.method, &request.headers)
     {
-        return Err(foreign);
+        return Err(FOREIGN);
     }
     Ok(())
 }
