@@ -283,6 +283,7 @@ impl Served {
             sessions: self.context.registry.clone(),
             metrics: Arc::clone(&self.context.metrics),
             pool_mode: self.context.pools.mode(),
+            pool_settings: self.context.pools.settings(),
             pools: self.context.pools.snapshot(),
             upstream,
             credential: CredentialSnapshot {

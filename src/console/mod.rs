@@ -17,6 +17,7 @@ mod clients;
 mod dialogue;
 #[cfg(fuzzing)]
 pub mod fuzzing;
+mod pools;
 mod statement;
 mod table;
 mod tables;

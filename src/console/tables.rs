@@ -1,26 +1,30 @@
 //! The tables of the console.
 //!
-//! Columns have PgBouncer's names where they mean the same. `POOLS`, `LISTS`, `DATABASES` and `STATS_TOTALS` are for
-//! PgBouncer's exporter for Prometheus: without pooling a "pool" is an endpoint, each of whose clients has a connection of
-//! its own. Columns without a meaning here are left out, except those that dashboards add up.
+//! Columns have PgBouncer's names and order where they mean the same. `POOLS`, `LISTS`, `DATABASES` and `STATS_TOTALS` are
+//! for PgBouncer's exporter for Prometheus: without pooling a "pool" is an endpoint, each of whose clients has a connection
+//! of its own. Columns without a meaning here are left out, except those that dashboards add up.
 
 use std::{collections::BTreeSet, iter::once, net::SocketAddr, time::Duration};
 
 use jiff::Timestamp;
 
-use super::table::{Table, table};
+use super::{
+    pools::PoolRow,
+    table::{Table, table},
+};
 use crate::{
     protocol::rows::{Column, Kind, Value},
     shutdown::Phase,
     status::{
-        Counts, EndpointSnapshot, Peer, RefreshAttempt, RefreshError, Server, SessionInfo,
-        Snapshot, UpstreamSnapshot, VERSION,
+        Counts, EndpointSnapshot, Peer, RefreshAttempt, RefreshError, SessionInfo, Snapshot,
+        UpstreamSnapshot, VERSION,
     },
-    telemetry::{Metrics, labels::Direction, total},
+    telemetry::{
+        Metrics,
+        labels::{Direction, PoolServer},
+        total,
+    },
 };
-
-/// PgBouncer's name for a server connection that a client keeps.
-const POOL_MODE: &str = "session";
 
 /// The table with this name, in lower case.
 pub(super) fn named(name: &str) -> Option<&'static Table> {
@@ -59,17 +63,24 @@ static TABLES: &[Table] = &[
         changeable: Text = yes_no(setting.changeable);
         source: Text = setting.origin.to_string();
     }),
-    table!(databases "endpoints, as PgBouncer's monitoring requests them"
-        |snapshot| databases(snapshot), |(name, endpoint, upstream)| {
+    table!(databases "databases of the endpoints, and the limits of their pools"
+        |snapshot| databases(snapshot), |(name, row)| {
         name: Text = name;
-        host: Text = upstream.map(|upstream| upstream.host.as_str());
-        port: Number = upstream.map(|upstream| upstream.port);
-        database: Text = upstream.map(|upstream| upstream.database.as_str());
-        force_user: Text = upstream.map(|upstream| upstream.user.as_str());
-        pool_mode: Text = POOL_MODE;
-        // Of the process; the endpoints share it.
-        max_connections: Number = snapshot.max_connections;
-        current_connections: Number = endpoint.metrics.upstream_active.get();
+        host: Text = row.upstream().map(|upstream| upstream.host.as_str());
+        port: Number = row.upstream().map(|upstream| upstream.port);
+        database: Text = row.database;
+        force_user: Text = row.upstream().map(|upstream| upstream.user.as_str());
+        pool_size: Number = row.settings().map(|settings| settings.default_pool_size);
+        // No connection is kept for the pool's sake, so that the compute can suspend.
+        min_pool_size: Number = 0;
+        reserve_pool_size: Number = row.settings().map(|settings| settings.reserve_pool_size);
+        server_lifetime: Number = row.settings().map(|settings| settings.server_lifetime.as_secs());
+        pool_mode: Text = row.endpoint.pool_mode.as_str();
+        // Without pooling a client is a connection; the endpoints share the limit of the process.
+        max_connections: Number = row.settings().map_or(snapshot.max_connections, |settings| settings.max_db_connections);
+        current_connections: Number = row.logged_in();
+        max_client_connections: Number = snapshot.max_connections;
+        current_client_connections: Number = row.active.saturating_add(row.waiting);
         paused: Number = 0;
         disabled: Number = 0;
     }),
@@ -112,21 +123,22 @@ static TABLES: &[Table] = &[
         list: Text = list;
         items: Number = items;
     }),
-    table!(pools "waiting clients by endpoint, as PgBouncer's monitoring requests them"
-        |snapshot| endpoints(snapshot), |(endpoint, upstream, counts)| {
-        database: Text = endpoint.name.as_str();
-        user: Text = upstream.map(|upstream| upstream.user.as_str());
-        cl_active: Number = counts.all.saturating_sub(counts.waiting);
-        cl_waiting: Number = counts.waiting;
-        sv_active: Number = endpoint.metrics.upstream_active.get();
-        sv_idle: Number = 0;
+    table!(pools "clients and server connections of each database"
+        |snapshot| PoolRow::all(snapshot), |row| {
+        database: Text = row.name.as_str();
+        user: Text = row.upstream().map(|upstream| upstream.user.as_str());
+        cl_active: Number = row.active;
+        cl_waiting: Number = row.waiting;
+        sv_active: Number = row.servers[PoolServer::Leased];
+        sv_idle: Number = row.servers[PoolServer::Idle];
         sv_used: Number = 0;
-        sv_tested: Number = 0;
-        // A waiting client is being logged in, or waits for that.
-        sv_login: Number = counts.waiting;
-        maxwait: Number = counts.max_wait.as_secs();
-        maxwait_us: Number = counts.max_wait.subsec_micros();
-        pool_mode: Text = POOL_MODE;
+        sv_tested: Number = row.servers[PoolServer::Resetting];
+        sv_login: Number = row.servers[PoolServer::Opening];
+        maxwait: Number = row.max_wait.as_secs();
+        maxwait_us: Number = row.max_wait.subsec_micros();
+        pool_mode: Text = row.endpoint.pool_mode.as_str();
+        sv_limit: Number = row.pool.map(|pool| pool.limit);
+        sv_learned_limit: Number = row.pool.and_then(|pool| pool.learned_limit);
     }),
     table!(refreshes "recent refreshes of credentials"
         |snapshot| refreshes(snapshot), |(endpoint, attempt, error)| {
@@ -138,22 +150,22 @@ static TABLES: &[Table] = &[
         error: Text = error.map(|error| error.message.as_str());
         hint: Text = error.and_then(|error| error.hint.as_deref());
     }),
-    table!(servers "connections to the endpoints"
-        |snapshot| servers(snapshot), |(session, server, upstream)| {
+    table!(servers "connections to the endpoints; those without a link are idle in a pool"
+        |snapshot| servers(snapshot), |server| {
         type: Text = "S";
-        user: Text = upstream.map_or("", |upstream| upstream.user.as_str());
-        database: Text = &*server.database;
-        state: Text = session.activity.label();
+        user: Text = server.upstream.map_or("", |upstream| upstream.user.as_str());
+        database: Text = server.database;
+        state: Text = server.session.as_ref().map_or("idle", |session| session.activity.label());
         addr: Text = server.address.ip().to_canonical().to_string();
         port: Number = server.address.port();
-        connect_time: Text = session.began;
-        request_time: Text = session.since;
-        link: Number = session.id;
+        connect_time: Text = server.began;
+        request_time: Text = server.since;
+        link: Number = server.session.as_ref().map(|session| session.id);
         remote_pid: Number = server.process_id;
-        tls: Text = upstream.map_or("", tls);
-        application_name: Text = session.application.as_str();
-        id: Number = session.id;
-        endpoint: Text = session.endpoint.label().name();
+        tls: Text = server.upstream.map_or("", tls);
+        application_name: Text = server.session.as_ref().map_or("", |session| session.application.as_str());
+        id: Number = server.session.as_ref().map(|session| session.id);
+        endpoint: Text = server.endpoint;
     }),
     table!(state "readiness of the proxy, and the reasons against it"
         |snapshot| state(snapshot), |(key, value)| {
@@ -165,7 +177,7 @@ static TABLES: &[Table] = &[
         database: Text = endpoint.name.as_str();
         total_xact_count: Number = endpoint.metrics.transactions.get();
         total_query_count: Number = endpoint.metrics.queries.get();
-        total_server_assignment_count: Number = endpoint.metrics.upstream_connects.ok.get();
+        total_server_assignment_count: Number = endpoint.metrics.server_assignments.get();
         total_received: Number = endpoint.metrics.relay_bytes[Direction::FromClient].get();
         total_sent: Number = endpoint.metrics.relay_bytes[Direction::FromServer].get();
         total_wait_time: Number = wait_time(&endpoint.metrics);
@@ -179,7 +191,7 @@ static TABLES: &[Table] = &[
         database: Text = endpoint.name.as_str();
         xact_count: Number = endpoint.metrics.transactions.get();
         query_count: Number = endpoint.metrics.queries.get();
-        server_assignment_count: Number = endpoint.metrics.upstream_connects.ok.get();
+        server_assignment_count: Number = endpoint.metrics.server_assignments.get();
         bytes_received: Number = endpoint.metrics.relay_bytes[Direction::FromClient].get();
         bytes_sent: Number = endpoint.metrics.relay_bytes[Direction::FromServer].get();
         wait_time: Number = wait_time(&endpoint.metrics);
@@ -221,32 +233,67 @@ fn endpoints(snapshot: &Snapshot) -> impl Iterator<Item = Endpoint<'_>> {
     })
 }
 
-/// Besides the endpoints, the names that clients send by default and that the endpoints do not have.
-fn databases(
-    snapshot: &Snapshot,
-) -> impl Iterator<Item = (&str, &EndpointSnapshot, Option<&UpstreamSnapshot>)> {
-    snapshot.endpoints.iter().flat_map(|endpoint| {
-        let upstream = endpoint.upstream.as_ref();
-        let missing = upstream.map_or(&[][..], |upstream| &upstream.missing_databases);
-        let names = once(&endpoint.name).chain(missing);
-        names.map(move |name| (name.as_str(), endpoint, upstream))
-    })
+/// Besides the pools, the names that clients send by default and that the endpoints do not have.
+fn databases(snapshot: &Snapshot) -> impl Iterator<Item = (String, PoolRow<'_>)> {
+    let missing = snapshot.endpoints.iter().flat_map(|endpoint| {
+        let names = endpoint
+            .upstream
+            .iter()
+            .flat_map(|upstream| &upstream.missing_databases);
+        names.map(move |name| (name.clone(), PoolRow::of_endpoint(endpoint)))
+    });
+    let pools = PoolRow::all(snapshot).into_iter();
+    pools.map(|row| (row.name.clone(), row)).chain(missing)
 }
 
-fn servers(
-    snapshot: &Snapshot,
-) -> impl Iterator<Item = (SessionInfo, Server, Option<&UpstreamSnapshot>)> {
-    let row = |session: SessionInfo| {
+/// A row of SERVERS.
+struct ServerRow<'a> {
+    upstream: Option<&'a UpstreamSnapshot>,
+    endpoint: String,
+    database: String,
+    address: SocketAddr,
+    process_id: Option<u32>,
+    began: Timestamp,
+    since: Timestamp,
+    /// The client that has it.
+    session: Option<SessionInfo>,
+}
+
+fn servers(snapshot: &Snapshot) -> impl Iterator<Item = ServerRow<'_>> {
+    let of_session = |session: SessionInfo| {
         let mut endpoints = snapshot.endpoints.iter();
         let endpoint = endpoints.find(|endpoint| endpoint.sessions == session.endpoint);
-        let upstream = endpoint.and_then(|endpoint| endpoint.upstream.as_ref());
-        Some((session.clone(), session.server?, upstream))
+        let server = session.server.clone()?;
+        Some(ServerRow {
+            upstream: endpoint.and_then(|endpoint| endpoint.upstream.as_ref()),
+            endpoint: session.endpoint.label().name().to_owned(),
+            database: server.database.into(),
+            address: server.address,
+            process_id: server.process_id,
+            began: session.began,
+            since: session.since,
+            session: Some(session),
+        })
     };
-    snapshot
-        .registry
-        .list(usize::MAX)
-        .into_iter()
-        .filter_map(row)
+    let now = Timestamp::now();
+    let idle = snapshot.endpoints.iter().flat_map(move |endpoint| {
+        let servers = endpoint.pools.iter().flat_map(|pool| {
+            let idle = pool.idle.iter();
+            idle.map(|server| (&pool.database, server))
+        });
+        servers.map(move |(database, server)| ServerRow {
+            upstream: endpoint.upstream.as_ref(),
+            endpoint: endpoint.sessions.label().name().to_owned(),
+            database: database.clone(),
+            address: server.address,
+            process_id: server.process_id,
+            began: now.saturating_sub(server.age).unwrap_or(now),
+            since: now.saturating_sub(server.idle).unwrap_or(now),
+            session: None,
+        })
+    });
+    let sessions = snapshot.registry.list(usize::MAX).into_iter();
+    sessions.filter_map(of_session).chain(idle)
 }
 
 fn refreshes(
@@ -288,36 +335,34 @@ fn state(snapshot: &Snapshot) -> [(&'static str, Value); 11] {
 }
 
 fn lists(snapshot: &Snapshot) -> [(&'static str, Value); 8] {
+    let pools = PoolRow::all(snapshot);
+    let free = pools.iter().map(|row| row.servers[PoolServer::Idle]);
+    let free: usize = free.sum();
+    let logged_in: usize = pools.iter().map(PoolRow::logged_in).sum();
     let endpoints = &snapshot.endpoints;
     let sessions = snapshot.registry.counts().all;
     let upstreams = endpoints
         .iter()
         .filter_map(|endpoint| endpoint.upstream.as_ref());
     let users: BTreeSet<&str> = upstreams.map(|upstream| upstream.user.as_str()).collect();
-    let sum = |gauge: fn(&Metrics) -> i64| -> i64 {
-        endpoints
-            .iter()
-            .map(|endpoint| gauge(&endpoint.metrics))
-            .sum()
-    };
-    let clients = sum(|metrics| metrics.clients_active.get());
+    let clients = endpoints.iter();
+    let clients: i64 = clients
+        .map(|endpoint| endpoint.metrics.clients_active.get())
+        .sum();
     // Clients in the handshake, and those of the console.
     let logins = clients.saturating_sub_unsigned(u64::try_from(sessions).unwrap_or(u64::MAX));
     [
-        ("databases", endpoints.len().into()),
+        ("databases", pools.len().into()),
         ("users", users.len().into()),
-        ("pools", endpoints.len().into()),
+        ("pools", pools.len().into()),
         (
             "free_clients",
             snapshot.max_connections.saturating_sub(sessions).into(),
         ),
         ("used_clients", sessions.into()),
         ("login_clients", logins.max(0).into()),
-        ("free_servers", 0.into()),
-        (
-            "used_servers",
-            sum(|metrics| metrics.upstream_active.get()).into(),
-        ),
+        ("free_servers", free.into()),
+        ("used_servers", logged_in.saturating_sub(free).into()),
     ]
 }
 

@@ -132,6 +132,11 @@ impl Pools {
         **self.mode.load()
     }
 
+    /// The settings in force.
+    pub(crate) fn settings(&self) -> PoolSettings {
+        **self.context.settings.load()
+    }
+
     /// Applies other settings to new clients; idle connections beyond the new size are closed.
     pub(crate) fn apply(&self, mode: PoolMode, settings: PoolSettings) {
         self.mode.store(Arc::new(mode));

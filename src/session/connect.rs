@@ -122,6 +122,7 @@ impl<'a> Admitted<'a> {
         // Before the result is known: refused clients count as well.
         endpoint.metrics.hold_seconds.observe(waited.as_secs_f64());
         let mut leased = connected.map_err(|refusal| access.hint_at_console(refusal))?;
+        endpoint.metrics.server_assignments.inc();
         tracing::debug!(session = session.id, after = ?waited, "session begins");
         entry.connected(Server {
             address: leased.address,

@@ -8,7 +8,7 @@ use jiff::Timestamp;
 
 use super::{EndpointSessions, Registry, Verdict};
 use crate::{
-    config::{PoolMode, ShownSetting},
+    config::{PoolMode, PoolSettings, ShownSetting},
     shutdown::Phase,
     telemetry::{
         Metrics,
@@ -69,6 +69,8 @@ pub struct EndpointSnapshot {
     pub metrics: Arc<Metrics>,
     /// How its clients share server connections.
     pub pool_mode: PoolMode,
+    /// The limits of its pools.
+    pub pool_settings: PoolSettings,
     /// Its pools, by database.
     pub pools: Vec<PoolSnapshot>,
     /// The upstream; `None` until discovery has found it.
@@ -94,6 +96,13 @@ pub struct PoolSnapshot {
     pub limit: usize,
     /// How many the server has been seen to accept, if it refused one.
     pub learned_limit: Option<usize>,
+}
+
+impl PoolSnapshot {
+    /// Whether it has neither a client nor a connection, as that of a database that does not exist.
+    pub fn is_empty(&self) -> bool {
+        self.waiting == 0 && self.servers.values().all(|count| *count == 0)
+    }
 }
 
 /// A server connection without a client.

@@ -3,14 +3,14 @@
 use std::{process::Stdio, time::Duration};
 
 use lakebase_proxy::{
-    config::{PortSetting, Settings},
+    config::{PoolMode, PortSetting, Settings},
     emulator::{Action, Emulator, Response, Site},
 };
 use tokio::process::Command;
 use tokio_postgres::{Client, SimpleQueryMessage, SimpleQueryRow};
 
 use crate::harness::{
-    Proxy,
+    DATABASE, Proxy,
     binary::{self, Binary},
     emulator,
     emulator::http,
@@ -150,7 +150,7 @@ async fn pgbouncers_monitoring_queries_are_answered() {
         ("sv_active", "1"),
         ("sv_idle", "0"),
         ("maxwait", "0"),
-        ("pool_mode", "session"),
+        ("pool_mode", "none"),
     ] {
         assert_eq!(pool.get(column), Some(value), "{column}");
     }
@@ -180,6 +180,97 @@ async fn pgbouncers_monitoring_queries_are_answered() {
         assert_eq!(totals.get(column), stats.get(&*format!("total_{column}")));
     }
     assert_eq!(totals.get("bytes_received"), stats.get("total_received"));
+}
+
+fn pooled(settings: &mut Settings) {
+    open(settings);
+    settings.pool_mode = Some(PoolMode::Session);
+    settings.default_pool_size = Some(1.try_into().unwrap());
+    settings.reserve_pool_size = Some(2);
+    // No client gets the reserve in the time of the test.
+    settings.reserve_pool_timeout = Some(millis(3_600_000));
+    settings.spare_pool_size = Some(0);
+}
+
+/// The row of a table whose first column is `name`, in the columns named.
+async fn cells(console: &Client, table: &str, name: &str, columns: &str) -> Vec<String> {
+    let rows = rows(console, &format!("SHOW {table}")).await;
+    let row = rows.iter().find(|row| row.get(0) == Some(name));
+    let row = row.unwrap_or_else(|| panic!("{table} without {name}"));
+    let cell = |column| row.get(column).unwrap_or("NULL").to_owned();
+    columns.split(' ').map(cell).collect()
+}
+
+#[tokio::test]
+async fn a_pool_is_shown_with_its_clients_and_its_connections() {
+    let emulator = emulator().await;
+    let proxy = Proxy::with(&emulator, pooled).await;
+    let console = console(&proxy).await;
+    let name = rows(&console, "SHOW ENDPOINTS").await[0]
+        .get(0)
+        .unwrap()
+        .to_owned();
+    let columns = "cl_active cl_waiting sv_active sv_idle sv_tested sv_login sv_limit pool_mode";
+    let pool = async |name: &str| cells(&console, "POOLS", name, columns).await.join(" ");
+    assert_eq!(pool(&name).await, "0 0 0 0 0 0 NULL session");
+
+    let client = proxy.client().await;
+    let mut waiting = proxy.dial().await;
+    waiting
+        .startup(&[("user", "anyone"), ("database", DATABASE)])
+        .await;
+    eventually("the queue is seen", async || {
+        (pool(&name).await == "1 1 1 0 0 0 1 session").then_some(())
+    })
+    .await;
+    let wait = cells(&console, "POOLS", &name, "maxwait maxwait_us").await;
+    assert_ne!(wait, ["0", "0"]);
+
+    let mut config = proxy.client_config();
+    config.dbname("postgres");
+    let other = proxy.try_client(&config).await.unwrap();
+    let other_name = format!("{name}/postgres");
+    assert_eq!(pool(&other_name).await, "1 0 1 0 0 0 1 session");
+    assert_eq!(pool(&name).await, "1 1 1 0 0 0 1 session");
+
+    let columns = "database pool_size min_pool_size reserve_pool_size pool_mode max_connections current_connections current_client_connections paused";
+    let shown = cells(&console, "DATABASES", &name, columns).await;
+    assert_eq!(shown.join(" "), "databricks_postgres 1 0 2 session 0 1 2 0");
+    let shown = cells(&console, "DATABASES", &other_name, columns).await;
+    assert_eq!(shown.join(" "), "postgres 1 0 2 session 0 1 1 0");
+
+    drop(other);
+    eventually("the connection is idle", async || {
+        (pool(&other_name).await == "0 0 0 1 0 0 1 session").then_some(())
+    })
+    .await;
+    let servers = rows(&console, "SHOW SERVERS").await;
+    assert_eq!(servers.len(), 2, "{servers:?}");
+    let (linked, idle) = (&servers[0], &servers[1]);
+    assert!(linked.get("link").is_some());
+    assert_eq!(linked.get("database"), Some("databricks_postgres"));
+    assert_eq!((idle.get("state"), idle.get("link")), (Some("idle"), None));
+    assert_eq!(idle.get("database"), Some("postgres"));
+    assert_eq!(idle.get("addr"), linked.get("addr"));
+    assert!(idle.get("remote_pid").unwrap().parse::<u32>().is_ok());
+
+    for (list, items) in [
+        ("databases", "2"),
+        ("pools", "2"),
+        ("used_clients", "2"),
+        ("free_servers", "1"),
+        ("used_servers", "1"),
+    ] {
+        assert_eq!(cells(&console, "LISTS", list, "items").await, [items]);
+    }
+    let assigned = cells(&console, "STATS", &name, "total_server_assignment_count").await;
+    assert_eq!(assigned, ["2"]);
+    drop(client);
+    eventually("the one that waited has it", async || {
+        let assigned = cells(&console, "STATS", &name, "total_server_assignment_count").await;
+        (assigned == ["3"]).then_some(())
+    })
+    .await;
 }
 
 #[tokio::test]

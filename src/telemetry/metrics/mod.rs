@@ -72,6 +72,8 @@ metrics! {
             "Duration of sessions from login to close, by the side that ended them.", SESSION;
         hold_seconds: Histogram = "client_hold_duration_seconds",
             "Time from a client's startup message to its login or refusal.", LOGIN;
+        server_assignments: IntCounter = "server_assignments_total",
+            "Clients given a server connection, one of their own or a pool's.";
         relay_bytes: EnumMap<Direction, IntCounter> = "relay_bytes_total",
             "Bytes relayed between clients and the endpoint after login, by direction.";
         queries: IntCounter = "queries_total",
