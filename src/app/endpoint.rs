@@ -12,7 +12,7 @@ use super::{
     shared::Shared,
 };
 use crate::{
-    config::{EndpointConfig, TlsMode},
+    config::{EndpointConfig, PoolMode, TlsMode},
     credential::{CallError, CredentialCell},
     listener::{Bound, Listener},
     net::{
@@ -189,6 +189,17 @@ impl Served {
         for path in &self.bound.unix {
             let socket = path.display();
             tracing::info!(%socket, endpoint, max_connections, "listening for Postgres clients");
+        }
+        let pools = &self.context.pools;
+        if pools.mode() != PoolMode::None {
+            let pool = pools.settings();
+            tracing::info!(
+                endpoint,
+                mode = pools.mode().as_str(),
+                connections = pool.max_size(),
+                fleet = pool.fleet_size,
+                "clients share server connections, at most so many for each database"
+            );
         }
         self.warn_of_exposure(&session_config.access);
     }

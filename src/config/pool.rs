@@ -32,6 +32,8 @@ impl PoolMode {
 pub struct PoolSettings {
     /// Server connections of one database.
     pub default_pool_size: usize,
+    /// Copies of the proxy that share the compute.
+    pub fleet_size: usize,
     /// Further ones once a client has waited for `reserve_pool_timeout`.
     pub reserve_pool_size: usize,
     /// See there.
@@ -48,11 +50,25 @@ pub struct PoolSettings {
     pub server_lifetime: Duration,
 }
 
+impl PoolSettings {
+    /// The most server connections of a pool, with its reserve.
+    pub fn max_size(&self) -> usize {
+        let size = self
+            .default_pool_size
+            .saturating_add(self.reserve_pool_size);
+        match self.max_db_connections {
+            0 => size,
+            max => size.min(max),
+        }
+    }
+}
+
 impl Settings {
     /// The settings of pools in force.
     pub fn pool(&self) -> PoolSettings {
         PoolSettings {
             default_pool_size: self.default_pool_size().get(),
+            fleet_size: self.fleet_size().get(),
             reserve_pool_size: self.reserve_pool_size(),
             reserve_pool_timeout: self.reserve_pool_timeout().0,
             max_db_connections: self.max_db_connections(),

@@ -174,6 +174,10 @@ settings! {
         #[arg(value_name = "N")]
         default_pool_size: NonZeroUsize = NonZeroUsize::new(20).unwrap_or(NonZeroUsize::MIN) => Live;
 
+        /// Copies of the proxy that share the compute; `doctor` checks that their pools fit
+        #[arg(value_name = "N")]
+        fleet_size: NonZeroUsize = NonZeroUsize::MIN => Live;
+
         /// Further server connections of a pool while a client has waited longer than --reserve-pool-timeout
         #[arg(value_name = "N")]
         reserve_pool_size: usize = 0 => Live;

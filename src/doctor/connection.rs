@@ -15,7 +15,7 @@ use super::{
     workspace::STEP_TIMEOUT,
 };
 use crate::{
-    config::{DEFAULT_DATABASE, TlsMode},
+    config::{DEFAULT_DATABASE, PoolMode, PoolSettings, TlsMode},
     credential::Credential,
     net::{backoff::Backoff, tls},
     protocol::{error::sqlstate, options::LoginParameters},
@@ -77,6 +77,9 @@ pub(super) async fn check(
     }
     steps
         .run("SELECT 1", session.as_mut(), LoggedIn::select_1)
+        .await;
+    steps
+        .run("connections", session.as_mut(), LoggedIn::connections)
         .await;
     if let Ok(LoggedIn { session, .. }) = session {
         // With Terminate, so that the server logs no lost connection.
@@ -339,6 +342,24 @@ impl LoggedIn<'_> {
         Ok(finding)
     }
 
+    async fn connections(&mut self) -> Result<Finding, Finding> {
+        let rows = self.query(CONNECTIONS).await?;
+        let mut numbers = rows
+            .iter()
+            .flatten()
+            .map(|value| value.as_ref()?.parse().ok());
+        let mut number = || numbers.next().flatten().unwrap_or_default();
+        let (limit, reserved, now): (usize, usize, usize) = (number(), number(), number());
+        let examined = &self.connection.found.examined;
+        let limit = limit.saturating_sub(reserved);
+        Ok(judge_pools(
+            examined.config.pool_mode,
+            &examined.pool,
+            limit,
+            now,
+        ))
+    }
+
     async fn select_1(&mut self) -> Result<Finding, Finding> {
         if self.query("SELECT 1").await? == [vec![Some("1".to_owned())]] {
             return Ok(Finding::ok("answered"));
@@ -346,6 +367,34 @@ impl LoggedIn<'_> {
         Err(Finding::failed("the server's answer is not 1")
             .fix("check what answers on PGHOST and PGPORT"))
     }
+}
+
+/// The server's connection limit, those that it keeps for superusers, and the connections of clients now.
+const CONNECTIONS: &str = "SELECT current_setting('max_connections'), current_setting('superuser_reserved_connections'), \
+    (SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend')";
+
+/// What the control plane and monitoring of a compute use, and a reserve: the pools of all proxies should leave it.
+const RESERVED_CONNECTIONS: usize = 10;
+
+/// Whether the pools of `fleet_size` proxies fit into the server's limit.
+fn judge_pools(mode: PoolMode, pool: &PoolSettings, limit: usize, now: usize) -> Finding {
+    let message = format!("the server accepts {limit} connections; {now} are open");
+    if mode == PoolMode::None {
+        return Finding::ok(message);
+    }
+    let share = (limit * 9 / 10).saturating_sub(RESERVED_CONNECTIONS) / pool.fleet_size;
+    let size = pool.max_size();
+    let message = format!(
+        "{message}; pools of {size} for each database, on {} proxies (--fleet-size)",
+        pool.fleet_size
+    );
+    if size > share {
+        return Finding::warning(message).fix(format!(
+            "set --default-pool-size to {} or less, as all proxies share the server's limit, or choose a larger compute",
+            share.max(1)
+        ));
+    }
+    Finding::ok(message)
 }
 
 fn of_certificate(stream: &Stream, certificate: Option<&Certificate>) -> Finding {
@@ -387,4 +436,36 @@ fn of_tls_failure(failure: &Failure, certificate: Option<&Certificate>, host: &s
     Finding::failed(failure.to_string())
         .detail(format!("the server sent {shown}"))
         .fix(fix)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pools_leave_a_tenth_and_ten_connections_of_the_servers_limit() {
+        let pool = |default_pool_size, fleet_size| PoolSettings {
+            default_pool_size,
+            fleet_size,
+            ..PoolSettings::default()
+        };
+        for (mode, pool, outcome) in [
+            (PoolMode::None, pool(1000, 8), Outcome::Ok),
+            (PoolMode::Session, pool(83, 1), Outcome::Ok),
+            (PoolMode::Session, pool(84, 1), Outcome::Warning),
+            (PoolMode::Session, pool(10, 8), Outcome::Ok),
+            (PoolMode::Session, pool(11, 8), Outcome::Warning),
+        ] {
+            // A compute of 0.5 CU.
+            let finding = judge_pools(mode, &pool, 104, 3);
+            assert_eq!(finding.outcome, outcome, "{pool:?}: {finding:?}");
+        }
+        let finding = judge_pools(PoolMode::Session, &pool(20, 8), 104, 3);
+        assert!(
+            finding
+                .fix
+                .unwrap()
+                .contains("--default-pool-size to 10 or less")
+        );
+    }
 }

@@ -13,7 +13,7 @@ use super::{
 };
 use crate::{
     clock::Clock,
-    config::{CredentialSource, EndpointConfig, Timeouts},
+    config::{CredentialSource, EndpointConfig, PoolSettings, Timeouts},
     credential::{self, Credential},
     net::tcp::leads_to,
     telemetry::Metrics,
@@ -27,6 +27,7 @@ use crate::{
 pub(super) struct Examined<'a> {
     pub(super) config: &'a EndpointConfig,
     pub(super) timeouts: Timeouts,
+    pub(super) pool: PoolSettings,
     pub(super) access: &'a Access<'a>,
     pub(super) clock: &'a Clock,
     pub(super) metrics: &'a Metrics,

@@ -136,6 +136,7 @@ pub async fn run(
             let examine = |endpoint| Examined {
                 config: endpoint,
                 timeouts: config.settings.timeouts(),
+                pool: config.settings.pool(),
                 access: &access,
                 clock: &clock,
                 metrics: &metrics,

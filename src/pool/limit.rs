@@ -29,15 +29,11 @@ pub(super) struct Limit {
 impl Limit {
     /// The configured number of server connections; for a client that has waited long the reserve is included.
     pub(super) fn configured(settings: &PoolSettings, waited: Duration) -> usize {
-        let reserve = if waited >= settings.reserve_pool_timeout {
-            settings.reserve_pool_size
+        let max = settings.max_size();
+        if waited >= settings.reserve_pool_timeout {
+            max
         } else {
-            0
-        };
-        let size = settings.default_pool_size.saturating_add(reserve);
-        match settings.max_db_connections {
-            0 => size,
-            max => size.min(max),
+            max.min(settings.default_pool_size)
         }
     }
 

@@ -130,7 +130,7 @@ impl<'a> Setup<'a> {
     }
 }
 
-const STEPS: [&str; 17] = [
+const STEPS: [&str; 18] = [
     "settings",
     "clock",
     "DNS",
@@ -147,6 +147,7 @@ const STEPS: [&str; 17] = [
     "login",
     "role and grants",
     "SELECT 1",
+    "connections",
     "local port",
 ];
 
