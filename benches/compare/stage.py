@@ -180,12 +180,33 @@ class Ours(Way):
         environment = {"PATH": os.environ["PATH"], "COMPARE_TOKEN": TOKEN, "PGSSLROOTCERT": self.authority}
         if self.prefix:  # exact counts are of one worker
             environment["TOKIO_WORKER_THREADS"] = "1"
-        command = [self.program, "--http-port", "none", "--max-connections", "9000", "--config-file", file]
+        command = [self.program, "--http-port", "none", "--max-connections", "20000", "--config-file", file, *self.flags()]
         self.process = Process(self.directory, f"proxy-{port}", command, port, self.prefix, env=environment)
+
+
+    def flags(self):
+        return []
+
+
+class Pooled(Ours):
+    """The same with a pool."""
+
+    name = "lakebase-proxy, pool"
+    pool_size = 9000
+
+    def flags(self):
+        return ["--pool-mode", "session", "--default-pool-size", str(self.pool_size)]
+
+
+class FewPooled(Pooled):
+    """For more clients than connections."""
+
+    pool_size = 20
 
 
 class PgBouncer(Way):
     name = "PgBouncer"
+    pool_size = 9000
 
     def start(self):
         port = free_port()
@@ -194,11 +215,17 @@ class PgBouncer(Way):
             settings.write(
                 f"[databases]\n{DATABASE} = host=localhost port={self.server_port} dbname={DATABASE} user={ROLE} password={TOKEN}\n"
                 f"[pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {port}\nunix_socket_dir =\nauth_type = any\npool_mode = session\n"
-                "max_client_conn = 9000\ndefault_pool_size = 9000\nserver_round_robin = 0\nlog_connections = 0\nlog_disconnections = 0\n"
+                f"max_client_conn = 20000\ndefault_pool_size = {self.pool_size}\nserver_round_robin = 0\nlog_connections = 0\nlog_disconnections = 0\n"
                 f"server_tls_sslmode = verify-full\nserver_tls_ca_file = {self.authority}\nignore_startup_parameters = extra_float_digits\n")
         os.chmod(file, 0o644)
         self.user = _unprivileged()
         self.process = Process(self.directory, f"pgbouncer-{port}", [tool("pgbouncer"), file], port, self.prefix, **self.user)
+
+
+class FewPgBouncer(PgBouncer):
+    """For more clients than connections."""
+
+    pool_size = 20
 
 
 class Stunnel(Way):

@@ -140,6 +140,25 @@ def idle_sessions(way, count, watch_seconds):
     return {"kb": (last - first) / (count - few), "cpu_ms_minute": used * 1e3 * 60 / watch_seconds}
 
 
+def crowd(way, count):
+    """So many clients at once on few connections: each connects, waits for its turn, sends one query and leaves."""
+    pid = way.process.pid
+    with Session(way.conninfo()) as session:
+        session.execute(b"SELECT 1")
+    clients = Crowd(way)
+    before = machine.private_kb(pid)
+    with Cost(way) as cost:
+        began = time.perf_counter()
+        # All of them wait before the first is let go on.
+        waiting = clients.knock(count)
+        time.sleep(1)
+        memory = machine.private_kb(pid) - before
+        paused = time.perf_counter()
+        clients.serve(waiting)
+        elapsed = time.perf_counter() - paused
+    return {"per_second": count / elapsed, "cpu_us": cost.per(count), "kb": memory / count, "seconds": paused - began + elapsed}
+
+
 class Crowd:
     """Many sessions in one thread, without a library: startup, password on request, one query."""
 
@@ -147,17 +166,42 @@ class Crowd:
         self._port = way.process.port
         self._sessions = []
 
+    def knock(self, count):
+        """Sessions that have sent their startup message and may be waiting."""
+        selector = selectors.DefaultSelector()
+        for _ in range(count):
+            session = self._dial()
+            selector.register(session, selectors.EVENT_READ, {"received": b"", "sent": False})
+        return selector
+
+    def serve(self, selector):
+        """Lets each of them send its query and leave, as soon as it has been logged in."""
+        left, deadline = len(self._sessions), time.monotonic() + 300
+        while left:
+            for key, _ in selector.select(5):
+                if self._receive(selector, key):
+                    key.fileobj.sendall(b"X\0\0\0\4")
+                    key.fileobj.close()
+                    left -= 1
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{left} clients were not served within five minutes")
+        selector.close()
+        self._sessions.clear()
+
+    def _dial(self):
+        session = socket.create_connection(("127.0.0.1", self._port), timeout=60)
+        body = struct.pack("!I", 196608) + f"user\0{ROLE}\0database\0{DATABASE}\0\0".encode()
+        session.sendall(struct.pack("!I", len(body) + 4) + body)
+        session.setblocking(False)
+        self._sessions.append(session)
+        return session
+
     def grow(self, to, at_once=50):
         selector = selectors.DefaultSelector()
         opening, deadline = 0, time.monotonic() + 300
         while len(self._sessions) < to or opening:
             while opening < at_once and len(self._sessions) < to:
-                session = socket.create_connection(("127.0.0.1", self._port), timeout=60)
-                body = struct.pack("!I", 196608) + f"user\0{ROLE}\0database\0{DATABASE}\0\0".encode()
-                session.sendall(struct.pack("!I", len(body) + 4) + body)
-                session.setblocking(False)
-                selector.register(session, selectors.EVENT_READ, {"received": b"", "sent": False})
-                self._sessions.append(session)
+                selector.register(self._dial(), selectors.EVENT_READ, {"received": b"", "sent": False})
                 opening += 1
             for key, _ in selector.select(5):
                 opening -= self._receive(selector, key)
