@@ -172,14 +172,16 @@ static TABLES: &[Table] = &[
         key: Text = key;
         value: Text = value;
     }),
-    table!(stats "totals of each endpoint since the start"
+    table!(stats "totals of each endpoint since the start; times in microseconds"
         |snapshot| &snapshot.endpoints, |endpoint| {
         database: Text = endpoint.name.as_str();
+        total_server_assignment_count: Number = endpoint.metrics.server_assignments.get();
         total_xact_count: Number = endpoint.metrics.transactions.get();
         total_query_count: Number = endpoint.metrics.queries.get();
-        total_server_assignment_count: Number = endpoint.metrics.server_assignments.get();
         total_received: Number = endpoint.metrics.relay_bytes[Direction::FromClient].get();
         total_sent: Number = endpoint.metrics.relay_bytes[Direction::FromServer].get();
+        total_xact_time: Number = endpoint.metrics.transaction_seconds.micros();
+        total_query_time: Number = endpoint.metrics.query_seconds.micros();
         total_wait_time: Number = wait_time(&endpoint.metrics);
         total_client_login_count: Number = endpoint.metrics.clients_opened.get();
         total_refused_count: Number = total(&endpoint.metrics.clients_refused);
@@ -189,11 +191,13 @@ static TABLES: &[Table] = &[
     table!(stats_totals "totals, as PgBouncer's monitoring requests them"
         |snapshot| &snapshot.endpoints, |endpoint| {
         database: Text = endpoint.name.as_str();
+        server_assignment_count: Number = endpoint.metrics.server_assignments.get();
         xact_count: Number = endpoint.metrics.transactions.get();
         query_count: Number = endpoint.metrics.queries.get();
-        server_assignment_count: Number = endpoint.metrics.server_assignments.get();
         bytes_received: Number = endpoint.metrics.relay_bytes[Direction::FromClient].get();
         bytes_sent: Number = endpoint.metrics.relay_bytes[Direction::FromServer].get();
+        xact_time: Number = endpoint.metrics.transaction_seconds.micros();
+        query_time: Number = endpoint.metrics.query_seconds.micros();
         wait_time: Number = wait_time(&endpoint.metrics);
     }),
     table!(tokens "credentials: state and lifetime, never the secret"

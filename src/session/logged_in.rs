@@ -10,7 +10,7 @@ use super::{
     Session,
     cancel::{CancelTarget, Registration},
     client::{CLOSE_TIMEOUT, Client},
-    relay::{Answers, End, Observers, Relay, Side},
+    relay::{End, Observers, Relay, Side},
 };
 use crate::{
     net::{message::write_and_flush, socket::Transport},
@@ -64,10 +64,7 @@ impl LoggedIn<'_> {
             &endpoint.process.shutdown,
             Observers {
                 activity: Some(self.entry.activity()),
-                answers: Some(Answers {
-                    queries: metrics.queries.clone(),
-                    transactions: metrics.transactions.clone(),
-                }),
+                metrics: Some(metrics),
                 loss_timeout: self.session.config.connect.keepalive.loss_timeout(),
                 keeps_server,
             },

@@ -43,11 +43,11 @@ use crate::{
     protocol::{
         error::{ErrorFields, Report, sqlstate},
         frame::{HEADER_LEN, tag},
-        requests::{Answered, Requests},
+        requests::{Requests, TransactionStatus},
     },
     shutdown::{Phase, Shutdown},
     status::ActivityRecord,
-    telemetry::labels::SessionEnd,
+    telemetry::{Metrics, labels::SessionEnd},
 };
 
 /// Time for the server to close after the client has closed its half and no reply is owed.
@@ -99,10 +99,11 @@ pub(super) struct Side<'a, S> {
 }
 
 /// What a relay reports to while it runs.
-#[derive(Default)]
+#[derive(Clone, Copy, Default)]
 pub(super) struct Observers<'a> {
     pub(super) activity: Option<&'a ActivityRecord>,
-    pub(super) answers: Option<Answers>,
+    /// The endpoint's, which count and measure queries.
+    pub(super) metrics: Option<&'a Metrics>,
     /// The path to the server counts as lost when it acknowledges nothing for this long.
     pub(super) loss_timeout: Option<Duration>,
     /// The server connection outlives the client: neither the client's end nor its Terminate reaches the server.
@@ -119,7 +120,8 @@ pub(super) struct Relay<'a, C, U> {
     requests: Requests,
     unsolicited: UnsolicitedPasswords,
     activity: Option<&'a ActivityRecord>,
-    answers: Option<Answers>,
+    metrics: Option<&'a Metrics>,
+    began: Began,
     loss: PathLoss,
     server_error: TrailingError,
     keeps_server: bool,
@@ -145,7 +147,8 @@ impl<'a, C: Transport, U: Transport> Relay<'a, C, U> {
             requests: Requests::new(),
             unsolicited: UnsolicitedPasswords::default(),
             activity: observers.activity,
-            answers: observers.answers,
+            metrics: observers.metrics,
+            began: Began::default(),
             loss: PathLoss {
                 timeout: observers.loss_timeout,
                 ..PathLoss::default()
@@ -241,7 +244,10 @@ impl<'a, C: Transport, U: Transport> Relay<'a, C, U> {
             // The client was not read from, so that it cannot wake this task.
             cx.waker().wake_by_ref();
         }
-        self.count();
+        // The clock is read once at most, and by most polls not at all.
+        let mut now = None;
+        let mut now = || *now.get_or_insert_with(Instant::now);
+        self.count(&mut now);
         let owed = self.requests.is_owed();
         if self.loss.update(self.to_server.total, owed)
             && let Some(socket) = self.server.socket()
@@ -254,7 +260,7 @@ impl<'a, C: Transport, U: Transport> Relay<'a, C, U> {
         }
         if let Some(record) = self.activity {
             let activity = (&self.requests).into();
-            record.record(activity, self.to_server.total, self.to_client.total);
+            record.record(activity, self.to_server.total, self.to_client.total, now);
         }
         // After both directions, so that a query that has just arrived is served and not cut off as idle.
         self.apply(phase);
@@ -317,11 +323,11 @@ impl<'a, C: Transport, U: Transport> Relay<'a, C, U> {
         self.to_server.state == PipeState::Closed && self.requests.is_owed()
     }
 
-    fn count(&mut self) {
+    fn count(&mut self, now: impl FnOnce() -> Instant) {
         self.to_server.count();
         self.to_client.count();
-        if let Some(answers) = &self.answers {
-            answers.count(self.requests.take_answered());
+        if let Some(metrics) = self.metrics {
+            self.began.measure(&mut self.requests, metrics, now);
         }
     }
 
@@ -546,22 +552,43 @@ impl TrailingError {
     }
 }
 
-/// Counters of what the server has answered.
-pub(super) struct Answers {
-    /// Answers up to a ReadyForQuery.
-    pub(super) queries: IntCounter,
-    /// Those after which no transaction was open.
-    pub(super) transactions: IntCounter,
+/// When what the server works on began.
+#[derive(Default)]
+struct Began {
+    query: Option<Instant>,
+    transaction: Option<Instant>,
 }
 
-impl Answers {
-    fn count(&self, answered: Answered) {
+impl Began {
+    /// Counts what has been answered, and measures its time.
+    fn measure(
+        &mut self,
+        requests: &mut Requests,
+        metrics: &Metrics,
+        now: impl FnOnce() -> Instant,
+    ) {
+        let answered = requests.take_answered();
+        let is_owed = requests.is_owed();
+        // Nothing has ended, and nothing has begun.
+        if answered.queries == 0 && is_owed == self.query.is_some() {
+            return;
+        }
+        let now = now();
         // All threads share the counters, so that a poll without an answer leaves them alone.
         if answered.queries > 0 {
-            self.queries.inc_by(answered.queries.into());
+            metrics.queries.inc_by(answered.queries.into());
+            // A query whose answer is there by the time it is seen took no time.
+            let took = now - self.query.unwrap_or(now);
+            metrics.query_seconds.add(took, answered.queries);
         }
         if answered.transactions > 0 {
-            self.transactions.inc_by(answered.transactions.into());
+            metrics.transactions.inc_by(answered.transactions.into());
+            let took = now - self.transaction.take().unwrap_or(now);
+            metrics.transaction_seconds.add(took, answered.transactions);
+        }
+        self.query = is_owed.then_some(now);
+        if is_owed || requests.status() != TransactionStatus::Idle {
+            self.transaction.get_or_insert(now);
         }
     }
 }

@@ -98,13 +98,19 @@ impl ActivityRecord {
     /// Records the activity and the bytes relayed so far: two stores, and the clock and a third only when the activity
     /// changes.
     #[inline]
-    pub fn record(&self, activity: Activity, from_client: u64, from_server: u64) {
+    pub fn record(
+        &self,
+        activity: Activity,
+        from_client: u64,
+        from_server: u64,
+        now: impl FnOnce() -> Instant,
+    ) {
         // Relaxed: each value is shown by itself, so that the order of the stores does not matter.
         self.from_client.store(from_client, Ordering::Relaxed);
         self.from_server.store(from_server, Ordering::Relaxed);
         // One task writes, so this load sees its own last store.
         if self.activity.load(Ordering::Relaxed) & ACTIVITY_MASK != activity.code() {
-            let since = millis(self.origin.elapsed()) << ACTIVITY_BITS;
+            let since = millis(now().duration_since(self.origin)) << ACTIVITY_BITS;
             self.activity
                 .store(since | activity.code(), Ordering::Relaxed);
         }
@@ -126,7 +132,9 @@ impl ActivityRecord {
 }
 
 fn millis(duration: Duration) -> u64 {
-    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX >> ACTIVITY_BITS)
+    // Not `as_millis`, which divides 128 bits.
+    let seconds = duration.as_secs().saturating_mul(1000);
+    seconds.saturating_add(duration.subsec_millis().into())
 }
 
 #[cfg(test)]

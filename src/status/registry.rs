@@ -309,7 +309,8 @@ impl SessionEntry {
     pub fn connected(&self, server: Server) {
         // Once: a second call must not lower the gauge of waiting sessions again.
         if self.entry.server.set(Box::new(server)).is_ok() {
-            self.entry.activity.record(Activity::Idle, 0, 0);
+            let activity = &self.entry.activity;
+            activity.record(Activity::Idle, 0, 0, Instant::now);
             self.entry.endpoint.session_connected();
         }
     }
@@ -389,10 +390,14 @@ pub(super) mod tests {
         };
         entry.connected(server.clone());
         advance(Duration::from_secs(2)).await;
-        entry.activity().record(Activity::Active, 10, 0);
+        entry
+            .activity()
+            .record(Activity::Active, 10, 0, Instant::now);
         advance(Duration::from_secs(1)).await;
         // The start of an activity that continues stays.
-        entry.activity().record(Activity::Active, 10, 4000);
+        entry
+            .activity()
+            .record(Activity::Active, 10, 4000, Instant::now);
         advance(Duration::from_secs(1)).await;
         let info = &registry.list(10)[0];
         assert_eq!(
@@ -437,7 +442,7 @@ pub(super) mod tests {
         let _third = other.enter(3, client(), 9).unwrap();
         first
             .activity()
-            .record(Activity::IdleInFailedTransaction, 0, 0);
+            .record(Activity::IdleInFailedTransaction, 0, 0, Instant::now);
         let counts = |all, waiting, in_transaction, seconds| Counts {
             all,
             waiting,

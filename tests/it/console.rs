@@ -138,7 +138,7 @@ async fn pgbouncers_monitoring_queries_are_answered() {
     let emulator = emulator().await;
     let proxy = proxy(&emulator).await;
     let client = proxy.client().await;
-    client.simple_query("select 1").await.unwrap();
+    client.simple_query("select pg_sleep(0.02)").await.unwrap();
     let console = console(&proxy).await;
     // As its exporter for Prometheus writes them.
     let pool = &rows(&console, "SHOW pools;").await[0];
@@ -178,6 +178,13 @@ async fn pgbouncers_monitoring_queries_are_answered() {
     .await;
     for column in ["xact_count", "query_count", "server_assignment_count"] {
         assert_eq!(totals.get(column), stats.get(&*format!("total_{column}")));
+    }
+    for column in ["xact_time", "query_time", "wait_time"] {
+        let micros = totals.get(column);
+        assert_eq!(micros, stats.get(&*format!("total_{column}")));
+        let micros: u64 = micros.unwrap().parse().unwrap();
+        let least = if column == "wait_time" { 1 } else { 20_000 };
+        assert!(micros >= least, "{column}: {micros}");
     }
     assert_eq!(totals.get("bytes_received"), stats.get("total_received"));
 }

@@ -56,6 +56,7 @@ struct Session {
     server: DuplexStream,
     breaks: Breaks,
     shutdown: Shutdown,
+    metrics: Arc<Metrics>,
     relay: JoinSet<End>,
 }
 
@@ -80,6 +81,8 @@ impl Session {
         let mut server_end = Breakable::new(our_server, &breaks.server);
         let (early, leftover) = (BytesMut::from(early), BytesMut::from(leftover));
         let watched = shutdown.clone();
+        let metrics = Metrics::new().unwrap();
+        let counted = Arc::clone(&metrics);
         let mut relay = JoinSet::new();
         relay.spawn(async move {
             let mut relay = Relay::new(
@@ -94,7 +97,10 @@ impl Session {
                     bytes: counter(),
                 },
                 &watched,
-                Observers::default(),
+                Observers {
+                    metrics: Some(&counted),
+                    ..Observers::default()
+                },
             );
             relay.run().await
         });
@@ -103,6 +109,7 @@ impl Session {
             server,
             breaks,
             shutdown,
+            metrics,
             relay,
         }
     }
@@ -113,6 +120,17 @@ impl Session {
         let mut received = vec![0; query().len()];
         self.server.read_exact(&mut received).await.unwrap();
         assert_eq!(received, query());
+    }
+
+    /// Queries and transactions counted, and their times in milliseconds.
+    fn measured(&self) -> [u64; 4] {
+        let metrics = &self.metrics;
+        [
+            metrics.queries.get(),
+            metrics.query_seconds.micros() / 1000,
+            metrics.transactions.get(),
+            metrics.transaction_seconds.micros() / 1000,
+        ]
     }
 
     /// Relays `bytes` from the server to the client.
@@ -390,6 +408,42 @@ async fn a_slow_reader_slows_its_sender_in_either_direction() {
             .await
             .unwrap();
     }
+}
+
+#[tokio::test(start_paused = true)]
+async fn queries_and_transactions_are_measured() {
+    let mut session = Session::begin();
+    let wait = async |millis| sleep(Duration::from_millis(millis)).await;
+    session.query().await;
+    wait(3).await;
+    session.reply(&ready(b'I')).await;
+    assert_eq!(session.measured(), [1, 3, 1, 3]);
+    // Between two transactions nothing is measured.
+    wait(1000).await;
+    session.query().await;
+    wait(5).await;
+    session.reply(&ready(b'T')).await;
+    assert_eq!(session.measured(), [2, 8, 1, 3]);
+    // The client's own time is the transaction's.
+    wait(100).await;
+    session.query().await;
+    wait(2).await;
+    session.reply(&ready(b'I')).await;
+    assert_eq!(session.measured(), [3, 10, 2, 110]);
+    // The second query of a pipeline begins with the answer to the first.
+    session.query().await;
+    session.query().await;
+    wait(10).await;
+    session.reply(&ready(b'I')).await;
+    wait(1).await;
+    session.reply(&ready(b'I')).await;
+    assert_eq!(session.measured(), [5, 21, 4, 121]);
+    // Two answers at once have half of the time each.
+    session.query().await;
+    session.query().await;
+    wait(8).await;
+    session.reply(&[ready(b'I'), ready(b'I')].concat()).await;
+    assert_eq!(session.measured(), [7, 29, 6, 129]);
 }
 
 /// The queue of requests is bounded, even for a client that pipelines without end before a server that answers nothing.

@@ -29,7 +29,7 @@ pub(super) struct Declaration<'a> {
 }
 
 impl Declaration<'_> {
-    fn opts(&self) -> Opts {
+    pub(super) fn opts(&self) -> Opts {
         Opts::new(self.name, self.help)
     }
 

@@ -6,6 +6,7 @@
 
 mod metric;
 mod process;
+mod times;
 
 use std::{collections::HashMap, sync::Arc};
 
@@ -13,7 +14,7 @@ use enum_map::{EnumArray, EnumMap};
 use prometheus::{Gauge, Histogram, IntCounter, IntGauge, Registry};
 
 use self::metric::{Buckets, metrics};
-pub use self::{metric::Logins, process::ProcessMetrics};
+pub use self::{metric::Logins, process::ProcessMetrics, times::Times};
 use super::labels::{
     CancelOutcome, Direction, FailureClass, LoginPhase, PoolClose, PoolLease, PoolServer, Reason,
     RefreshOutcome, SessionEnd, TlsHandshake,
@@ -80,6 +81,10 @@ metrics! {
             "Queries answered by the endpoint: a simple query, or a group of extended ones that ends with a Sync.";
         transactions: IntCounter = "transactions_total",
             "Transactions ended, committed or not; a query outside a transaction is one.";
+        query_seconds: Times = "query_seconds",
+            "Time from the receipt of a query, or from the answer before it in a pipeline, to its whole answer.";
+        transaction_seconds: Times = "transaction_seconds",
+            "Time from the first query of a transaction to its end; the client's own time in between is included.";
         pool_servers: EnumMap<PoolServer, IntGauge> = "pool_servers",
             "Server connections of pools now, by state.";
         pool_clients_waiting: IntGauge = "pool_clients_waiting",
