@@ -32,6 +32,7 @@ pub struct Shutdown(Arc<Inner>);
 
 #[derive(Debug, Default)]
 struct Inner {
+    parent: Option<Shutdown>,
     /// The phase as a number: sessions read it for every message, where the lock of a token would cost too much.
     phase: AtomicU8,
     drain: CancellationToken,
@@ -44,14 +45,34 @@ impl Shutdown {
         Self::default()
     }
 
+    /// One that can end before this one, and ends with it.
+    #[must_use]
+    pub fn child(&self) -> Self {
+        Self(Arc::new(Inner {
+            parent: Some(self.clone()),
+            phase: AtomicU8::new(0),
+            drain: self.0.drain.child_token(),
+            cut: self.0.cut.child_token(),
+        }))
+    }
+
     /// The current phase.
     #[inline]
     pub fn phase(&self) -> Phase {
-        match self.0.phase.load(Ordering::Acquire) {
+        let number = |shutdown: &Self| shutdown.0.phase.load(Ordering::Acquire);
+        let parent = self.0.parent.as_ref().map_or(0, number);
+        match number(self).max(parent) {
             0 => Phase::Serving,
             1 => Phase::Draining,
             _ => Phase::Cutting,
         }
+    }
+
+    /// Whether this one has ended by itself, while the parent goes on.
+    pub fn is_alone(&self) -> bool {
+        let parent = self.0.parent.as_ref();
+        parent.is_some_and(|parent| parent.phase() == Phase::Serving)
+            && self.phase() != Phase::Serving
     }
 
     /// Starts draining.
@@ -195,6 +216,24 @@ pub(crate) fn has_terminal() -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    async fn a_child_ends_alone_or_with_its_parent() {
+        let parent = Shutdown::new();
+        let (one, other) = (parent.child(), parent.child());
+        one.cut();
+        one.cutting().cancelled().await;
+        assert_eq!((one.phase(), one.is_alone()), (Phase::Cutting, true));
+        assert_eq!(
+            (parent.phase(), other.phase()),
+            (Phase::Serving, Phase::Serving)
+        );
+        assert!(!other.is_alone() && !parent.draining().is_cancelled());
+        parent.drain();
+        other.draining().cancelled().await;
+        assert_eq!((other.phase(), other.is_alone()), (Phase::Draining, false));
+        assert!(!other.cutting().is_cancelled());
+    }
 
     #[test]
     fn phases_only_go_forward() {

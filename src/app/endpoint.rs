@@ -295,6 +295,7 @@ impl Served {
             metrics: Arc::clone(&self.context.metrics),
             pool_mode: self.context.pools.mode(),
             pool_settings: self.context.pools.settings(),
+            is_paused: self.context.pools.is_paused(),
             pools: self.context.pools.snapshot(),
             upstream,
             credential: CredentialSnapshot {

@@ -127,10 +127,15 @@ impl Shared {
             settings: watch::Sender::new(config.settings.clone()),
             http: OnceLock::new(),
         });
-        let of_console = Arc::clone(&observer);
+        let (of_console, served) = (Arc::clone(&observer), endpoints.clone());
         // A closure, since the console is in a layer below `app`.
         let console = Arc::new(Console::new(
             Arc::new(move || of_console.snapshot()),
+            Arc::new(move || {
+                let served = served.now();
+                let contexts = served.iter().map(|served| Arc::clone(&served.context));
+                contexts.collect()
+            }),
             health,
         ));
         let shared = Self {

@@ -8,6 +8,7 @@ use std::collections::HashMap;
 use bytes::{Buf, BytesMut};
 
 use super::{
+    control::Command,
     statement::{self, Statement},
     table::{Rows, Table},
 };
@@ -33,10 +34,17 @@ const AT_ONCE: usize = 16;
 const STATEMENT: u8 = b'S';
 const PORTAL: u8 = b'P';
 
+/// What statements read and change.
+pub(super) trait Backend {
+    fn rows(&self, table: &Table) -> Rows;
+
+    /// Not cancel safe.
+    fn control(&self, command: &Command) -> impl Future<Output = Result<(), Report>> + Send;
+}
+
 /// The protocol state of one client.
-pub(super) struct Dialogue<R> {
-    /// Reads the rows of a table.
-    rows: R,
+pub(super) struct Dialogue<B> {
+    backend: B,
     /// Prepared statements and portals, by kind and name.
     prepared: HashMap<(u8, String), Prepared>,
     transaction: TransactionStatus,
@@ -53,23 +61,23 @@ struct Prepared {
     left: Option<std::vec::IntoIter<Vec<Value>>>,
 }
 
-impl<R: Fn(&Table) -> Rows> Dialogue<R> {
-    pub(super) fn new(rows: R) -> Self {
+impl<B: Backend> Dialogue<B> {
+    pub(super) fn new(backend: B) -> Self {
         Self {
-            rows,
+            backend,
             prepared: HashMap::new(),
             transaction: TransactionStatus::Idle,
             skipping: false,
         }
     }
 
-    /// Appends the responses to one message.
-    pub(super) fn handle(&mut self, message: &Message, out: &mut BytesMut) {
+    /// Appends the responses to one message. Not cancel safe.
+    pub(super) async fn handle(&mut self, message: &Message, out: &mut BytesMut) {
         // Protocol docs, "Extended Query": after an error, everything up to the next Sync is discarded.
         if self.skipping && message.tag != tag::SYNC {
             return;
         }
-        let answered = self.answer(message, out);
+        let answered = self.answer(message, out).await;
         let ends_request = matches!(message.tag, tag::QUERY | tag::SYNC);
         self.skipping = answered.is_err() && !ends_request;
         if let Err(report) = answered {
@@ -84,10 +92,10 @@ impl<R: Fn(&Table) -> Rows> Dialogue<R> {
         }
     }
 
-    fn answer(&mut self, message: &Message, out: &mut BytesMut) -> Result<(), Report> {
+    async fn answer(&mut self, message: &Message, out: &mut BytesMut) -> Result<(), Report> {
         let mut body = message.body();
         match message.tag {
-            tag::QUERY => self.query(string(&mut body)?, out)?,
+            tag::QUERY => self.query(string(&mut body)?, out).await?,
             b'P' => {
                 let name = string(&mut body)?;
                 let statement = match &statement::split(string(&mut body)?)[..] {
@@ -131,7 +139,8 @@ impl<R: Fn(&Table) -> Rows> Dialogue<R> {
                 let name = string(&mut body)?.to_owned();
                 let limit = body.try_get_i32().map_err(|_| malformed())?;
                 // As in postgres.c, a negative limit means all rows, like 0.
-                self.execute(name, usize::try_from(limit).unwrap_or(0), out)?;
+                self.execute(name, usize::try_from(limit).unwrap_or(0), out)
+                    .await?;
             }
             b'C' => {
                 let kind = body.try_get_u8().map_err(|_| malformed())?;
@@ -152,7 +161,7 @@ impl<R: Fn(&Table) -> Rows> Dialogue<R> {
         Ok(())
     }
 
-    fn query(&mut self, query: &str, out: &mut BytesMut) -> Result<(), Report> {
+    async fn query(&mut self, query: &str, out: &mut BytesMut) -> Result<(), Report> {
         let statements = statement::split(query);
         if statements.is_empty() {
             encode(&EmptyQueryResponse::new(), out);
@@ -168,23 +177,28 @@ impl<R: Fn(&Table) -> Rows> Dialogue<R> {
             let statement = statement::parse(&statement)?;
             if let Statement::Show(table) = statement {
                 row_description(out, table.columns, &Formats::default());
-                for row in (self.rows)(table) {
+                for row in self.backend.rows(table) {
                     data_row(out, &row, &Formats::default());
                 }
             }
-            self.complete(statement, out);
+            self.complete(statement, out).await?;
         }
         Ok(())
     }
 
     /// Sends at most `limit` rows of a portal; all for 0.
-    fn execute(&mut self, name: String, limit: usize, out: &mut BytesMut) -> Result<(), Report> {
-        let statement = self.named(PORTAL, &name)?.statement;
+    async fn execute(
+        &mut self,
+        name: String,
+        limit: usize,
+        out: &mut BytesMut,
+    ) -> Result<(), Report> {
+        let statement = self.named(PORTAL, &name)?.statement.clone();
         let portal = self.prepared.entry((PORTAL, name)).or_default();
         if let Some(Statement::Show(table)) = statement {
             let left = portal
                 .left
-                .get_or_insert_with(|| (self.rows)(table).into_iter());
+                .get_or_insert_with(|| self.backend.rows(table).into_iter());
             let limit = if limit == 0 { usize::MAX } else { limit };
             for row in left.by_ref().take(limit) {
                 data_row(out, &row, &portal.formats);
@@ -195,21 +209,28 @@ impl<R: Fn(&Table) -> Rows> Dialogue<R> {
             }
         }
         match statement {
-            Some(statement) => self.complete(statement, out),
-            None => encode(&EmptyQueryResponse::new(), out),
+            Some(statement) => self.complete(statement, out).await,
+            None => {
+                encode(&EmptyQueryResponse::new(), out);
+                Ok(())
+            }
         }
-        Ok(())
     }
 
     /// Completes a statement. An error fails no transaction: there is nothing to roll back.
-    fn complete(&mut self, statement: Statement, out: &mut BytesMut) {
+    async fn complete(&mut self, statement: Statement, out: &mut BytesMut) -> Result<(), Report> {
         match statement {
             Statement::Show(_) => command_complete(out, "SHOW"),
+            Statement::Control(command) => {
+                self.backend.control(&command).await?;
+                command_complete(out, command.action.as_str());
+            }
             Statement::Accepted { tag, transaction } => {
                 self.transaction = transaction.unwrap_or(self.transaction);
                 command_complete(out, tag);
             }
         }
+        Ok(())
     }
 
     fn named(&self, kind: u8, name: &str) -> Result<&Prepared, Report> {
@@ -305,10 +326,10 @@ mod tests {
         frame::{frame, take_message},
     };
 
-    type Fixed = fn(&Table) -> Rows;
+    use crate::console::fuzzing::{Fixed, now};
 
     fn fixed() -> Dialogue<Fixed> {
-        Dialogue::new(|_| (1..=3).map(|n| vec![Value::Number(n)]).collect())
+        Dialogue::new(Fixed)
     }
 
     fn send(
@@ -320,7 +341,7 @@ mod tests {
             input.extend_from_slice(&frame(*tag, body));
         }
         while let Some(message) = take_message(&mut input, 100_000).unwrap() {
-            dialogue.handle(&message, &mut out);
+            now(dialogue.handle(&message, &mut out));
         }
         let (mut tags, mut errors) = (String::new(), Vec::new());
         while let Some(message) = take_message(&mut out, 100_000).unwrap() {
@@ -345,6 +366,8 @@ mod tests {
         assert_eq!(tags, "TDDDCEZ");
         assert_eq!(errors[0].severity, "ERROR");
         assert_eq!(send(&mut dialogue, &[(b'Q', b" ; \0")]).0, "IZ");
+        let (tags, _) = send(&mut dialogue, &[(b'Q', b"RECONNECT x; SHOW STATS\0")]);
+        assert_eq!(tags, "CTDDDCZ");
     }
 
     #[test]
@@ -409,12 +432,12 @@ mod tests {
             input.extend_from_slice(&frame(b'Q', query));
             let message = take_message(&mut input, 1000).unwrap().unwrap();
             let mut out = BytesMut::new();
-            dialogue.handle(&message, &mut out);
+            now(dialogue.handle(&message, &mut out));
             char::from(*out.last().unwrap())
         };
         assert_eq!(status(b"BEGIN\0"), 'T');
         assert_eq!(status(b"SHOW STATS\0"), 'T');
-        assert_eq!(status(b"PAUSE\0"), 'T');
+        assert_eq!(status(b"SUSPEND\0"), 'T');
         assert_eq!(status(b"COMMIT\0"), 'I');
         assert_eq!(status(b"SHOW STATS\0"), 'I');
     }
@@ -460,7 +483,7 @@ mod tests {
                 let mut input = BytesMut::new();
                 input.extend_from_slice(&frame(tag, &body));
                 if let Ok(Some(message)) = take_message(&mut input, 10_000) {
-                    dialogue.handle(&message, &mut out);
+                    now(dialogue.handle(&message, &mut out));
                 }
             }
         }

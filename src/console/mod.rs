@@ -1,8 +1,9 @@
-//! The console: answers SHOW commands over the Postgres protocol, for psql, drivers and PgBouncer's exporter.
+//! The console: answers SHOW commands over the Postgres protocol, for psql, drivers and PgBouncer's exporter, and takes
+//! PgBouncer's commands for the connections of a database.
 //!
-//! `psql lakebase_proxy`, or `pgbouncer` for scripts written for that. The console is read-only: changes belong in the
-//! configuration or are made by a signal. It reads the process's own state and sends nothing, so that it works while the
-//! endpoint sleeps and while no credential can be minted.
+//! `psql lakebase_proxy`, or `pgbouncer` for scripts written for that. Settings are not changed here: they belong in the
+//! configuration. SHOW reads the process's own state and sends nothing, so that it works while the endpoint sleeps and
+//! while no credential can be minted.
 //!
 //! | client | access |
 //! |---|---|
@@ -14,8 +15,9 @@
 //! not count as activity for the idle exit.
 
 mod clients;
+mod control;
 mod dialogue;
-#[cfg(fuzzing)]
+#[cfg(any(test, fuzzing))]
 pub mod fuzzing;
 mod pools;
 mod statement;
@@ -35,9 +37,12 @@ use std::{
 use bytes::BytesMut;
 use tokio::{io::AsyncWrite, time::timeout};
 
+pub(crate) use self::control::ListEndpoints;
 use self::{
     clients::{CLIENTS, Clients},
-    dialogue::Dialogue,
+    control::Command,
+    dialogue::{Backend, Dialogue},
+    table::{Rows, Table},
 };
 use crate::{
     net::message::{ReadError, read_message, write_and_flush},
@@ -61,6 +66,7 @@ const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
 /// The console of one process.
 pub struct Console {
     snapshot: TakeSnapshot,
+    endpoints: ListEndpoints,
     health: Arc<Health>,
     clients: Clients,
     over_tcp: AtomicBool,
@@ -68,9 +74,14 @@ pub struct Console {
 
 impl Console {
     /// A console for clients of the Unix socket.
-    pub fn new(snapshot: TakeSnapshot, health: Arc<Health>) -> Self {
+    pub(crate) fn new(
+        snapshot: TakeSnapshot,
+        endpoints: ListEndpoints,
+        health: Arc<Health>,
+    ) -> Self {
         Self {
             snapshot,
+            endpoints,
             health,
             clients: Clients::default(),
             over_tcp: AtomicBool::new(false),
@@ -107,11 +118,21 @@ impl Console {
         // NegotiateProtocolVersion, if needed, precedes the authentication (protocol docs, "Start-up").
         out.unsplit(greeting(startup));
         write(&mut client, &out).await?;
-        let mut dialogue = Dialogue::new(|table| table.rows(&(self.snapshot)()));
+        let mut dialogue = Dialogue::new(self);
         let report = loop {
             out.clear();
-            let message = tokio::select! {
-                message = read_message(&mut client, &mut received, MESSAGE_LIMIT) => message,
+            let turn = async {
+                let message = read_message(&mut client, &mut received, MESSAGE_LIMIT).await?;
+                permit.touch();
+                if message.tag == tag::TERMINATE {
+                    return Ok(false);
+                }
+                // PAUSE waits here.
+                dialogue.handle(&message, &mut out).await;
+                Ok(true)
+            };
+            let turn = tokio::select! {
+                turn = turn => turn,
                 () = permit.evicted.cancelled() => {
                     break Report::new(
                         sqlstate::IDLE_SESSION_TIMEOUT,
@@ -125,18 +146,24 @@ impl Console {
                     );
                 }
             };
-            match message {
-                Ok(message) if message.tag == tag::TERMINATE => return Ok(()),
-                Ok(message) => {
-                    permit.touch();
-                    dialogue.handle(&message, &mut out);
-                    write(&mut client, &out).await?;
-                }
+            match turn {
+                Ok(false) => return Ok(()),
+                Ok(true) => write(&mut client, &out).await?,
                 Err(ReadError::Io(error)) => return Err(error),
                 Err(ReadError::Frame(error)) => break unreadable(&error),
             }
         };
         write(&mut client, &report.encode_fatal()).await
+    }
+}
+
+impl Backend for &Console {
+    fn rows(&self, table: &Table) -> Rows {
+        table.rows(&(self.snapshot)())
+    }
+
+    async fn control(&self, command: &Command) -> Result<(), Report> {
+        command.run(&(self.snapshot)(), (self.endpoints)()).await
     }
 }
 
@@ -248,7 +275,11 @@ mod tests {
     #[test]
     fn access_is_for_our_user_and_root_and_for_local_tcp_if_enabled() {
         let health = Arc::new(Health::new(|| Ok(())));
-        let console = Console::new(Arc::new(|| unreachable!()), health);
+        let console = Console::new(
+            Arc::new(|| unreachable!()),
+            Arc::new(|| unreachable!()),
+            health,
+        );
         let unix = |uid| Peer::Unix { uid, pid: None };
         let ours = rustix::process::geteuid().as_raw();
         assert!(console.is_open_to(unix(0)) && console.is_open_to(unix(ours)));

@@ -95,6 +95,11 @@ impl<'a> PoolRow<'a> {
         (self.endpoint.pool_mode != PoolMode::None).then_some(self.endpoint.pool_settings)
     }
 
+    pub(super) fn is_paused(&self) -> bool {
+        self.pool
+            .map_or(self.endpoint.is_paused, |pool| pool.is_paused)
+    }
+
     /// Server connections that are logged in.
     pub(super) fn logged_in(&self) -> usize {
         count(&self.servers)

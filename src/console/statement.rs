@@ -1,6 +1,10 @@
 //! The statements of the console, and the errors for all others.
 
-use super::{table::Table, tables};
+use super::{
+    control::{Action, Command},
+    table::Table,
+    tables,
+};
 use crate::protocol::{
     backend::TransactionStatus,
     error::{Report, sqlstate},
@@ -10,10 +14,12 @@ use crate::protocol::{
 const QUOTED: usize = 40;
 
 /// A statement of the console.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(super) enum Statement {
     /// SHOW with a table.
     Show(&'static Table),
+    /// A command that changes something.
+    Control(Command),
     /// A statement that drivers send around their queries; it changes the transaction status at most.
     Accepted {
         tag: &'static str,
@@ -91,6 +97,10 @@ pub(super) fn parse(statement: &str) -> Result<Statement, Report> {
             };
             return table.map(Statement::Show).ok_or_else(|| unknown(statement));
         }
+        ["kill", ..] => return control(Action::Kill, statement),
+        ["pause", ..] => return control(Action::Pause, statement),
+        ["reconnect", ..] => return control(Action::Reconnect, statement),
+        ["resume", ..] => return control(Action::Resume, statement),
         ["begin", ..] | ["start", "transaction", ..] => {
             ("BEGIN", Some(TransactionStatus::Transaction))
         }
@@ -114,19 +124,38 @@ pub(super) fn parse(statement: &str) -> Result<Statement, Report> {
     Ok(Statement::Accepted { tag, transaction })
 }
 
+fn control(action: Action, statement: &str) -> Result<Statement, Report> {
+    let rest = statement.trim().split_once(char::is_whitespace);
+    let name = rest.map_or("", |(_, name)| name.trim());
+    let quoted = ['"', '\'']
+        .iter()
+        .find_map(|quote| name.strip_prefix(*quote)?.strip_suffix(*quote));
+    let name = quoted.unwrap_or(name);
+    // As in PgBouncer before 1.24: a slip must not end every session.
+    if name.is_empty() && action == Action::Kill {
+        return Err(Report::new(
+            sqlstate::SYNTAX_ERROR,
+            "a database is required",
+        ));
+    }
+    Ok(Statement::Control(Command {
+        action,
+        database: (!name.is_empty()).then(|| name.to_owned()),
+    }))
+}
+
 /// The error for a statement that begins with `command`.
 fn refusal(command: &str, statement: &str) -> Report {
     // Commands of PgBouncer's console, each with an alternative.
     let hint = match command {
         "disable" => "Stop the proxy, or take the endpoint out of the configuration.",
         "enable" => "Put the endpoint into the configuration and reload.",
-        "kill" | "kill_client" => {
+        "kill_client" => {
             "End the session where it runs: pg_terminate_backend() with the remote_pid of SHOW SERVERS."
         }
-        "pause" => "Clients wait by themselves while the endpoint is unavailable.",
-        "reconnect" => "Sessions end with the connections that they have; new ones connect anew.",
         "reload" => "Send SIGHUP.",
-        "resume" | "suspend" | "wait_close" => "Nothing is ever paused.",
+        "suspend" => "PAUSE waits until the connections of a database are not in use.",
+        "wait_close" => "RECONNECT replaces connections; SHOW POOLS lists those in use.",
         "set" => "Change the setting at its source (SHOW CONFIG shows it) and reload.",
         "shutdown" => "Send SIGTERM, or run `lakebase-proxy shutdown`.",
         _ => {
@@ -142,7 +171,7 @@ fn refusal(command: &str, statement: &str) -> Report {
     Report::new(
         sqlstate::FEATURE_NOT_SUPPORTED,
         format!(
-            "the console of lakebase-proxy is read-only: {} is not possible",
+            "the console of lakebase-proxy has no command {}",
             command.to_uppercase()
         ),
     )
@@ -208,11 +237,32 @@ mod tests {
     }
 
     #[test]
-    fn nothing_can_be_changed_from_here() {
+    fn commands_name_their_database_in_any_notation() {
+        for (statement, action, database) in [
+            ("PAUSE", Action::Pause, None),
+            ("pause;", Action::Pause, None),
+            (" Resume  Some/Db ", Action::Resume, Some("Some/Db")),
+            ("RECONNECT \"a b\"", Action::Reconnect, Some("a b")),
+            (
+                "kill app (read-only)",
+                Action::Kill,
+                Some("app (read-only)"),
+            ),
+        ] {
+            let parsed = parse(&split(statement)[0]);
+            let database = database.map(str::to_owned);
+            assert!(
+                matches!(&parsed, Ok(Statement::Control(command)) if *command == Command { action, database }),
+                "{statement}: {parsed:?}"
+            );
+        }
+        assert_eq!(refused("KILL").sqlstate, "42601");
+    }
+
+    #[test]
+    fn other_commands_of_pgbouncer_are_refused_with_a_hint() {
         for statement in [
-            "PAUSE",
-            "resume",
-            "KILL db",
+            "SUSPEND",
             "SHUTDOWN WAIT_FOR_CLIENTS",
             "RELOAD",
             "SET max_connections = 5",
@@ -220,7 +270,7 @@ mod tests {
             let report = refused(statement);
             assert_eq!(report.sqlstate, "0A000", "{statement}");
             assert!(
-                report.message.contains("read-only"),
+                report.message.contains("no command"),
                 "{statement}: {}",
                 report.message
             );

@@ -9,6 +9,7 @@ use std::{collections::BTreeSet, iter::once, net::SocketAddr, time::Duration};
 use jiff::Timestamp;
 
 use super::{
+    control::Action,
     pools::PoolRow,
     table::{Table, table},
 };
@@ -81,7 +82,7 @@ static TABLES: &[Table] = &[
         current_connections: Number = row.logged_in();
         max_client_connections: Number = snapshot.max_connections;
         current_client_connections: Number = row.active.saturating_add(row.waiting);
-        paused: Number = 0;
+        paused: Number = usize::from(row.is_paused());
         disabled: Number = 0;
     }),
     table!(endpoints "endpoints, their addresses and sessions"
@@ -114,9 +115,9 @@ static TABLES: &[Table] = &[
         id: Number = failure.session;
     }),
     table!(help "this list"
-        |_| TABLES, |table| {
-        command: Text = format!("SHOW {}", table.name.to_uppercase());
-        shows: Text = table.help;
+        |_| help(), |(command, shows)| {
+        command: Text = command;
+        shows: Text = shows;
     }),
     table!(lists "numbers of clients and servers, as PgBouncer's monitoring requests them"
         |snapshot| lists(snapshot), |(list, items)| {
@@ -227,6 +228,16 @@ static TABLES: &[Table] = &[
     }),
 ];
 
+fn help() -> impl Iterator<Item = (String, &'static str)> {
+    let tables = TABLES.iter();
+    let tables = tables.map(|table| (format!("SHOW {}", table.name.to_uppercase()), table.help));
+    let actions = Action::ALL.iter().map(|action| {
+        let (command, help) = action.help();
+        (command.to_owned(), help)
+    });
+    tables.chain(actions)
+}
+
 type Endpoint<'a> = (&'a EndpointSnapshot, Option<&'a UpstreamSnapshot>, Counts);
 
 fn endpoints(snapshot: &Snapshot) -> impl Iterator<Item = Endpoint<'_>> {
@@ -308,6 +319,7 @@ fn refreshes(
 }
 
 fn state(snapshot: &Snapshot) -> [(&'static str, Value); 11] {
+    let is_paused = snapshot.endpoints.iter().any(|it| it.is_paused);
     let phase = match snapshot.phase {
         Phase::Serving => "serving",
         Phase::Draining => "draining",
@@ -315,8 +327,8 @@ fn state(snapshot: &Snapshot) -> [(&'static str, Value); 11] {
     };
     [
         ("active", yes_no(snapshot.phase == Phase::Serving).into()),
-        // For scripts written for PgBouncer, which can be paused.
-        ("paused", yes_no(false).into()),
+        ("paused", yes_no(is_paused).into()),
+        // For scripts written for PgBouncer, which can be suspended.
         ("suspended", yes_no(false).into()),
         ("phase", phase.into()),
         ("started", yes_no(snapshot.is_started).into()),

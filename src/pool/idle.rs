@@ -78,6 +78,10 @@ impl Pool {
         let settings = self.context.settings.load();
         let retire_at = server.record.retire_at;
         let mut state = self.lock();
+        if server.record.slot.generation != state.generation {
+            drop(state);
+            return self.close(server, PoolClose::Retired);
+        }
         // A client that has waited has the reserve.
         let waited = state
             .waiting

@@ -232,7 +232,7 @@ impl Pool {
         loop {
             let now = Instant::now();
             if give_up_at <= now {
-                if !upstream.is_waking() {
+                if !upstream.is_waking() && !self.lock().is_paused {
                     return Err(self.wait_timed_out(&settings));
                 }
                 give_up_at = now + WAKE_CHECK;

@@ -17,6 +17,7 @@
 //!
 //! Knows nothing of sessions. The terms are PgBouncer's where they mean the same.
 
+mod control;
 mod idle;
 mod lease;
 mod limit;
@@ -28,13 +29,16 @@ mod waiting;
 
 use std::{
     collections::{BTreeMap, HashMap},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
 use arc_swap::ArcSwap;
 use enum_map::EnumMap;
-use tokio::runtime;
+use tokio::{runtime, sync::Notify};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use self::{
@@ -67,6 +71,10 @@ pub(crate) struct Pools {
     mode: ArcSwap<PoolMode>,
     context: Arc<PoolContext>,
     by_database: Mutex<HashMap<String, Arc<Pool>>>,
+    /// New pools are paused.
+    is_paused: AtomicBool,
+    /// End the sessions of each database.
+    sessions: Mutex<HashMap<String, Shutdown>>,
 }
 
 /// What the pools of an endpoint have in common.
@@ -104,6 +112,8 @@ struct Pool {
     database: String,
     context: Arc<PoolContext>,
     state: Mutex<State>,
+    /// Notified of changes during a pause.
+    changed: Notify,
 }
 
 /// What the lock of a pool protects; it is never held across an await.
@@ -115,6 +125,10 @@ struct State {
     /// By the order of their coming.
     waiting: BTreeMap<u64, Waiter>,
     limit: Limit,
+    /// Nothing is granted.
+    is_paused: bool,
+    /// Connections of an earlier one are closed instead of kept.
+    generation: u64,
     next_number: u64,
 }
 
@@ -124,6 +138,8 @@ impl Pools {
             mode: ArcSwap::from_pointee(mode),
             context: Arc::new(context),
             by_database: Mutex::default(),
+            is_paused: AtomicBool::new(false),
+            sessions: Mutex::default(),
         }
     }
 
@@ -173,7 +189,11 @@ impl Pools {
         let pool = Arc::new(Pool {
             database: database.to_owned(),
             context: Arc::clone(&self.context),
-            state: Mutex::default(),
+            state: Mutex::new(State {
+                is_paused: self.is_paused.load(Ordering::Relaxed),
+                ..State::default()
+            }),
+            changed: Notify::new(),
         });
         pools.insert(database.to_owned(), Arc::clone(&pool));
         pool
@@ -229,6 +249,7 @@ impl Pool {
                 .unwrap_or_default(),
             limit: Limit::configured(&settings, Duration::ZERO),
             learned_limit: state.limit.learned.map(|learned| learned.servers),
+            is_paused: state.is_paused,
         }
     }
 }
@@ -245,7 +266,7 @@ impl State {
     }
 
     fn is_unused(&self) -> bool {
-        self.open() == 0 && self.waiting.is_empty()
+        self.open() == 0 && self.waiting.is_empty() && !self.is_paused
     }
 
     fn next_number(&mut self) -> u64 {
@@ -258,6 +279,9 @@ impl State {
         let old = std::mem::replace(&mut slot.state, new);
         self.servers[old] = self.servers[old].saturating_sub(1);
         self.servers[new] += 1;
+        if self.is_paused {
+            slot.pool().changed.notify_waiters();
+        }
         metrics.pool_servers[old].dec();
         metrics.pool_servers[new].inc();
     }
@@ -266,14 +290,15 @@ impl State {
     fn open_slot(&mut self, pool: &Arc<Pool>, waited: Duration) -> Option<Slot> {
         let settings = pool.context.settings.load();
         let open = self.open();
-        if self.servers[PoolServer::Opening] >= CONCURRENT_LOGINS
+        if self.is_paused
+            || self.servers[PoolServer::Opening] >= CONCURRENT_LOGINS
             || !self.limit.admits(open, &settings, waited)
         {
             return None;
         }
         self.servers[PoolServer::Opening] += 1;
         pool.context.metrics.pool_servers[PoolServer::Opening].inc();
-        Some(Slot::counted(pool))
+        Some(Slot::counted(pool, self.generation))
     }
 
     /// Grants what there is to the clients that wait, the first one first: none is served before an earlier one that needs
@@ -281,6 +306,9 @@ impl State {
     #[must_use]
     fn serve(&mut self, pool: &Arc<Pool>) -> Vec<ServerConnection> {
         let mut evicted = Vec::new();
+        if self.is_paused {
+            return evicted;
+        }
         let numbers: Vec<u64> = self
             .waiting
             .iter()

@@ -9,16 +9,19 @@ use crate::telemetry::labels::{PoolClose, PoolServer};
 pub(super) struct Slot {
     pool: Arc<Pool>,
     pub(super) state: PoolServer,
+    /// That of the pool when the connection was opened.
+    pub(super) generation: u64,
     /// Why the connection is closed, should this be dropped now.
     pub(super) close: PoolClose,
 }
 
 impl Slot {
     /// For [`Pool`], which has counted it.
-    pub(super) fn counted(pool: &Arc<Pool>) -> Self {
+    pub(super) fn counted(pool: &Arc<Pool>, generation: u64) -> Self {
         Self {
             pool: Arc::clone(pool),
             state: PoolServer::Opening,
+            generation,
             close: PoolClose::Session,
         }
     }
@@ -44,6 +47,9 @@ impl Drop for Slot {
         metrics.pool_servers[self.state].dec();
         let mut state = self.pool.lock();
         state.servers[self.state] = state.servers[self.state].saturating_sub(1);
+        if state.is_paused {
+            self.pool.changed.notify_waiters();
+        }
         let evicted = state.serve(&self.pool);
         // Dropped without the lock, which the drop takes.
         drop(state);

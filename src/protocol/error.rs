@@ -31,6 +31,8 @@ pub mod sqlstate {
     pub const UNDEFINED_CURSOR: &str = "34000";
     /// A limit of the program is exceeded.
     pub const PROGRAM_LIMIT: &str = "54000";
+    /// `object_not_in_prerequisite_state`
+    pub const WRONG_STATE: &str = "55000";
     /// The database does not exist.
     pub const UNDEFINED_DATABASE: &str = "3D000";
     /// The connection limit is reached.

@@ -24,7 +24,7 @@ use crate::{
         error::{Report, sqlstate},
         options::LoginParameters,
     },
-    shutdown::Phase,
+    shutdown::{Phase, Shutdown},
     status::{ClientInfo, Rejected, Server, SessionEntry},
     telemetry::labels::Reason,
     upstream::Refusal,
@@ -46,6 +46,7 @@ pub(super) struct Connected<'a> {
     negotiation: BytesMut,
     entry: SessionEntry,
     leased: Leased,
+    shutdown: Shutdown,
     began: Instant,
 }
 
@@ -124,6 +125,7 @@ impl<'a> Admitted<'a> {
         let mut leased = connected.map_err(|refusal| access.hint_at_console(refusal))?;
         endpoint.metrics.server_assignments.inc();
         tracing::debug!(session = session.id, after = ?waited, "session begins");
+        let shutdown = endpoint.pools.shutdown_of(&leased.database);
         entry.connected(Server {
             address: leased.address,
             process_id: leased.key.map(|key| key.process_id),
@@ -139,6 +141,7 @@ impl<'a> Admitted<'a> {
             negotiation: access.negotiation,
             entry,
             leased,
+            shutdown,
             began,
         })
     }
@@ -237,6 +240,7 @@ impl<'a> Connected<'a> {
             leftover,
             began: self.began,
             entry: self.entry,
+            shutdown: self.shutdown,
             registration,
         })
     }

@@ -16,6 +16,7 @@ use crate::{
     net::{message::write_and_flush, socket::Transport},
     pool::{Lease, Used},
     protocol::startup::terminate,
+    shutdown::Shutdown,
     status::SessionEntry,
     telemetry::labels::{Direction, PoolClose},
 };
@@ -28,6 +29,7 @@ pub(super) struct LoggedIn<'a> {
     pub(super) leftover: BytesMut,
     pub(super) began: Instant,
     pub(super) entry: SessionEntry,
+    pub(super) shutdown: Shutdown,
     pub(super) registration: Option<Registration>,
 }
 
@@ -61,7 +63,7 @@ impl LoggedIn<'_> {
                 received: std::mem::take(&mut self.leftover),
                 bytes: bytes(Direction::FromServer),
             },
-            &endpoint.process.shutdown,
+            &self.shutdown,
             Observers {
                 activity: Some(self.entry.activity()),
                 metrics: Some(metrics),
@@ -94,6 +96,7 @@ impl LoggedIn<'_> {
             mut lease,
             began,
             entry,
+            shutdown,
             registration,
             ..
         } = self;
@@ -131,7 +134,11 @@ impl LoggedIn<'_> {
                 tokio::join!(timeout(CLOSE_TIMEOUT, terminating), client.linger())
                     .0
                     .ok();
-                lease.close(PoolClose::Shutdown);
+                lease.close(if shutdown.is_alone() {
+                    PoolClose::Retired
+                } else {
+                    PoolClose::Shutdown
+                });
             }
         }
         drop(entry);

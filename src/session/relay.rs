@@ -460,13 +460,20 @@ impl<'a, C: Transport, U: Transport> Relay<'a, C, U> {
                     && self.to_server.is_between_messages(),
             });
             // As for a server that is shut down: pools such as HikariCP discard the connection.
-            self.append_error(
-                &Report::new(
+            let report = if self.shutdown.is_alone() {
+                Report::new(
+                    sqlstate::ADMIN_SHUTDOWN,
+                    "terminating connection due to administrator command",
+                )
+                .with_hint("Connect again.")
+            } else {
+                Report::new(
                     sqlstate::ADMIN_SHUTDOWN,
                     "terminating connection because lakebase-proxy is shutting down",
                 )
-                .with_hint("Connect again."),
-            );
+                .with_hint("Connect again.")
+            };
+            self.append_error(&report);
         }
     }
 

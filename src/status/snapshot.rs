@@ -71,6 +71,8 @@ pub struct EndpointSnapshot {
     pub pool_mode: PoolMode,
     /// The limits of its pools.
     pub pool_settings: PoolSettings,
+    /// Whether all of its pools are paused, those to come included.
+    pub is_paused: bool,
     /// Its pools, by database.
     pub pools: Vec<PoolSnapshot>,
     /// The upstream; `None` until discovery has found it.
@@ -96,12 +98,14 @@ pub struct PoolSnapshot {
     pub limit: usize,
     /// How many the server has been seen to accept, if it refused one.
     pub learned_limit: Option<usize>,
+    /// Whether it grants nothing.
+    pub is_paused: bool,
 }
 
 impl PoolSnapshot {
-    /// Whether it has neither a client nor a connection, as that of a database that does not exist.
+    /// Whether it has no client, connection or pause, as that of a database that does not exist.
     pub fn is_empty(&self) -> bool {
-        self.waiting == 0 && self.servers.values().all(|count| *count == 0)
+        self.waiting == 0 && !self.is_paused && self.servers.values().all(|count| *count == 0)
     }
 }
 

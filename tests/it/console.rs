@@ -5,9 +5,11 @@ use std::{process::Stdio, time::Duration};
 use lakebase_proxy::{
     config::{PoolMode, PortSetting, Settings},
     emulator::{Action, Emulator, Response, Site},
+    telemetry::labels::{PoolClose, PoolServer},
 };
 use tokio::process::Command;
-use tokio_postgres::{Client, SimpleQueryMessage, SimpleQueryRow};
+use tokio_postgres::{Client, NoTls, SimpleQueryMessage, SimpleQueryRow};
+use tokio_util::task::TaskTracker;
 
 use crate::harness::{
     DATABASE, Proxy,
@@ -281,6 +283,170 @@ async fn a_pool_is_shown_with_its_clients_and_its_connections() {
 }
 
 #[tokio::test]
+async fn a_pause_waits_for_the_clients_and_holds_new_ones_until_resume() {
+    let emulator = emulator().await;
+    let proxy = Proxy::with(&emulator, |settings| {
+        pooled(settings);
+        settings.query_wait_timeout = Some(millis(300));
+    })
+    .await;
+    let (one, other) = (console(&proxy).await, console(&proxy).await);
+    let client = proxy.client().await;
+    let name = rows(&one, "SHOW POOLS").await[0].get(0).unwrap().to_owned();
+    let pause = format!("PAUSE {name}");
+    let pausing = TaskTracker::new().spawn(async move { one.batch_execute(&pause).await });
+    let columns = "cl_active cl_waiting sv_active sv_idle";
+    let pool = async || cells(&other, "POOLS", &name, columns).await.join(" ");
+    eventually("it is paused", async || {
+        let paused = cells(&other, "DATABASES", &name, "paused").await;
+        (paused == ["1"]).then_some(())
+    })
+    .await;
+    let config = proxy.client_config();
+    let waiting = TaskTracker::new().spawn(async move {
+        let (client, connection) = config.connect(NoTls).await?;
+        TaskTracker::new().spawn(connection);
+        client.simple_query("select 1").await
+    });
+    eventually("the new client waits", async || {
+        (pool().await == "1 1 1 0").then_some(())
+    })
+    .await;
+    client.batch_execute("select 1").await.unwrap();
+    assert!(!pausing.is_finished(), "a client has its connection yet");
+    let error = error(&other, "PAUSE databricks_postgres").await;
+    assert_eq!(error.code().code(), "55000");
+    drop(client);
+    within("PAUSE returns", pausing).await.unwrap().unwrap();
+    assert_eq!(pool().await, "0 1 0 0");
+    assert_eq!(proxy.metrics().pool_closes[PoolClose::Retired].get(), 1);
+    // The wait timeout does not count a pause.
+    tokio::time::sleep(Duration::from_millis(600)).await;
+    assert!(!waiting.is_finished());
+    other
+        .batch_execute("RESUME databricks_postgres")
+        .await
+        .unwrap();
+    within("the client is served", waiting)
+        .await
+        .unwrap()
+        .unwrap();
+    assert_eq!(cells(&other, "DATABASES", &name, "paused").await, ["0"]);
+}
+
+#[tokio::test]
+async fn all_pools_are_paused_at_once_those_to_come_included() {
+    let emulator = emulator().await;
+    let proxy = Proxy::with(&emulator, pooled).await;
+    let console = console(&proxy).await;
+    let state = async || cells(&console, "STATE", "paused", "value").await;
+    assert_eq!(state().await, ["no"]);
+    console.batch_execute("PAUSE").await.unwrap();
+    assert_eq!(state().await, ["yes"]);
+    let config = proxy.client_config();
+    let waiting = TaskTracker::new().spawn(async move { config.connect(NoTls).await.map(drop) });
+    eventually("it waits", async || {
+        (proxy.metrics().pool_clients_waiting.get() == 1).then_some(())
+    })
+    .await;
+    assert_eq!(emulator.counts().logins, 0);
+    console.batch_execute("RESUME").await.unwrap();
+    within("it is served", waiting).await.unwrap().unwrap();
+    assert_eq!(state().await, ["no"]);
+    for (command, code) in [
+        ("RESUME", "55000"),
+        ("PAUSE no_such_database", "3D000"),
+        ("RECONNECT no_such_database", "3D000"),
+        ("KILL", "42601"),
+    ] {
+        assert_eq!(
+            error(&console, command).await.code().code(),
+            code,
+            "{command}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn reconnect_replaces_idle_connections_now_and_others_when_they_are_returned() {
+    let emulator = emulator().await;
+    let proxy = Proxy::with(&emulator, |settings| {
+        pooled(settings);
+        settings.default_pool_size = Some(2.try_into().unwrap());
+    })
+    .await;
+    let console = console(&proxy).await;
+    let (used, idle) = (proxy.client().await, proxy.client().await);
+    drop(idle);
+    let metrics = proxy.metrics();
+    let until = async |state, count| {
+        eventually("the connections", async || {
+            (metrics.pool_servers[state].get() == count).then_some(())
+        })
+        .await;
+    };
+    until(PoolServer::Idle, 1).await;
+    console.batch_execute("RECONNECT").await.unwrap();
+    until(PoolServer::Idle, 0).await;
+    assert_eq!(metrics.pool_servers[PoolServer::Leased].get(), 1);
+    used.batch_execute("select 1").await.unwrap();
+    drop(used);
+    until(PoolServer::Leased, 0).await;
+    eventually("both are closed", async || {
+        (metrics.pool_closes[PoolClose::Retired].get() == 2).then_some(())
+    })
+    .await;
+    let _client = proxy.client().await;
+    assert_eq!(emulator.counts().logins, 3);
+}
+
+#[tokio::test]
+async fn kill_ends_the_sessions_of_one_database() {
+    let emulator = emulator().await;
+    for mode in [PoolMode::None, PoolMode::Session] {
+        let proxy = Proxy::with(&emulator, |settings| {
+            pooled(settings);
+            settings.pool_mode = Some(mode);
+        })
+        .await;
+        let console = console(&proxy).await;
+        let mut killed = proxy.session().await;
+        let mut config = proxy.client_config();
+        config.dbname("postgres");
+        let other = proxy.try_client(&config).await.unwrap();
+        killed
+            .send(&wire::text('Q', "begin; select pg_sleep(60)"))
+            .await;
+        eventually("it runs", async || {
+            let clients = rows(&console, "SHOW CLIENTS").await;
+            (clients[0].get("state") == Some("active")).then_some(())
+        })
+        .await;
+        console
+            .batch_execute("KILL databricks_postgres")
+            .await
+            .unwrap();
+        let fatal = killed.refusal().await;
+        assert_eq!(fatal.code, "57P01");
+        assert!(fatal.message.contains("administrator command"), "{fatal:?}");
+        other.batch_execute("select 1").await.unwrap();
+        let config = proxy.client_config();
+        let next = TaskTracker::new().spawn(async move { config.connect(NoTls).await.map(drop) });
+        if mode == PoolMode::Session {
+            eventually("it waits", async || {
+                (proxy.metrics().pool_clients_waiting.get() == 1).then_some(())
+            })
+            .await;
+            console
+                .batch_execute("RESUME databricks_postgres")
+                .await
+                .unwrap();
+        }
+        within("the next client", next).await.unwrap().unwrap();
+    }
+}
+
+#[tokio::test]
 async fn a_client_that_waits_is_seen_to_wait() {
     let emulator = emulator().await;
     let proxy = proxy(&emulator).await;
@@ -340,25 +506,19 @@ async fn the_extended_protocol_and_transactions_work() {
     let error = console.query("SELECT 1", &[]).await.unwrap_err();
     assert_eq!(error.code().unwrap().code(), "0A000");
     // And on it goes.
-    assert_eq!(console.query("SHOW HELP", &[]).await.unwrap().len(), 16);
+    assert_eq!(console.query("SHOW HELP", &[]).await.unwrap().len(), 20);
 }
 
 #[tokio::test]
-async fn it_only_shows() {
+async fn it_changes_no_settings_and_runs_no_sql() {
     let emulator = emulator().await;
     let proxy = proxy(&emulator).await;
     let console = console(&proxy).await;
-    for query in [
-        "PAUSE",
-        "SHUTDOWN",
-        "KILL databricks_postgres",
-        "RELOAD",
-        "SET max_connections = 1",
-    ] {
+    for query in ["SUSPEND", "SHUTDOWN", "RELOAD", "SET max_connections = 1"] {
         let error = error(&console, query).await;
         assert_eq!(error.code().code(), "0A000", "{query}");
         assert!(
-            error.message().contains("read-only"),
+            error.message().contains("no command"),
             "{query}: {}",
             error.message()
         );
@@ -476,8 +636,8 @@ async fn the_console_and_doctor_name_where_each_setting_was_given() {
         .port(proxy.postgres.port())
         .user("anyone")
         .dbname("lakebase_proxy");
-    let (console, connection) = config.connect(tokio_postgres::NoTls).await.unwrap();
-    tokio_util::task::TaskTracker::new().spawn(connection);
+    let (console, connection) = config.connect(NoTls).await.unwrap();
+    TaskTracker::new().spawn(connection);
     let settings = rows(&console, "SHOW CONFIG").await;
     let of_file = format!("file {path}");
     let expected = [
