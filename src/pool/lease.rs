@@ -232,7 +232,8 @@ impl Pool {
         loop {
             let now = Instant::now();
             if give_up_at <= now {
-                if !upstream.is_waking() && !self.lock().is_paused {
+                // Without an open connection it waits for the endpoint, and not for other clients.
+                if !upstream.is_waking() && self.others_open() && !self.lock().is_paused {
                     return Err(self.wait_timed_out(&settings));
                 }
                 give_up_at = now + WAKE_CHECK;

@@ -99,6 +99,8 @@ fn open(
             Ok(mut connected) => {
                 slot.enter(PoolServer::Leased);
                 pool.accepted();
+                // The next login may begin.
+                pool.serve_again();
                 let Connected { connection, .. } = &mut connected;
                 let notices = std::mem::take(&mut connection.greeting.notices);
                 let woke_after = connected.woke_after;
@@ -144,7 +146,7 @@ impl Pool {
     }
 
     /// Whether the pool has connections besides those being opened.
-    fn others_open(&self) -> bool {
+    pub(super) fn others_open(&self) -> bool {
         let state = self.lock();
         state.open() > state.servers[PoolServer::Opening]
     }

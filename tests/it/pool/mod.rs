@@ -4,6 +4,7 @@ mod leaving;
 mod queue;
 mod reset;
 mod servers;
+mod sleep;
 
 use std::collections::BTreeSet;
 
@@ -64,6 +65,10 @@ impl Proxy {
     }
 
     async fn until_idle(&self, count: i64) {
+        self.until_idle_beside(count, 0).await;
+    }
+
+    async fn until_idle_beside(&self, count: i64, leased: i64) {
         eventually("connections return", async || {
             let busy = [
                 PoolServer::Leased,
@@ -71,9 +76,18 @@ impl Proxy {
                 PoolServer::Opening,
             ];
             let busy: i64 = busy.iter().map(|state| self.servers(*state)).sum();
-            (busy == 0 && self.servers(PoolServer::Idle) == count).then_some(())
+            (busy == leased && self.servers(PoolServer::Idle) == count).then_some(())
         })
         .await;
+    }
+
+    /// Why connections were closed, for messages of failed tests.
+    fn close_reasons(&self) -> String {
+        let metrics = self.metrics().render();
+        let closes = metrics
+            .lines()
+            .filter(|line| line.contains("pool_server_closes_total{") && !line.ends_with(" 0"));
+        closes.collect::<Vec<_>>().join(", ")
     }
 
     fn closes(&self, reason: PoolClose) -> u64 {
@@ -115,16 +129,7 @@ async fn a_client_gets_its_own_application_name_and_encoding() {
     }
     let client = proxy.client().await;
     assert_eq!(value(&client, "show client_encoding").await, "UTF8");
-    let metrics = proxy.metrics().render();
-    let closes = metrics
-        .lines()
-        .filter(|line| line.contains("pool_server_closes"));
-    assert_eq!(
-        emulator.counts().logins,
-        1,
-        "{:#?}",
-        closes.collect::<Vec<_>>()
-    );
+    assert_eq!(emulator.counts().logins, 1, "{}", proxy.close_reasons());
 }
 
 #[tokio::test]

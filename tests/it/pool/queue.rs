@@ -1,37 +1,37 @@
 //! The queue: order, limits, timeouts, and the growth of the pool.
 
+use std::{
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use lakebase_proxy::emulator::{Action, Site};
+use tokio::time::{Instant, sleep};
+
 use super::*;
 
 #[tokio::test]
 async fn clients_wait_for_a_connection_and_are_served_in_the_order_of_their_coming() {
-    let (emulator, proxy) = proxy(2).await;
-    let (one, two) = (proxy.client().await, proxy.client().await);
+    let (emulator, proxy) = proxy(1).await;
+    let first = proxy.client().await;
+    let served = Arc::new(Mutex::new(Vec::new()));
     let mut waiting = JoinSet::new();
     for number in 0..10 {
-        let config = proxy.client_config();
+        let (config, served) = (proxy.client_config(), Arc::clone(&served));
         waiting.spawn(async move {
             let client = connect(&config).await;
+            served.lock().unwrap().push(number);
             value(&client, "select 1").await;
-            number
         });
         eventually("it waits", async || {
             (proxy.metrics().pool_clients_waiting.get() == number + 1).then_some(())
         })
         .await;
     }
-    drop((one, two));
-    let mut served = Vec::new();
-    while let Some(number) = within("the queue", waiting.join_next()).await {
-        served.push(number.unwrap());
-    }
-    // Two connections serve at the same time.
-    for (place, number) in served.iter().enumerate() {
-        assert!(
-            place.abs_diff(usize::try_from(*number).unwrap()) <= 1,
-            "{served:?}"
-        );
-    }
-    assert_eq!(emulator.counts().logins, 2);
+    drop(first);
+    within("the queue", waiting.join_all()).await;
+    assert_eq!(*served.lock().unwrap(), (0..10).collect::<Vec<_>>());
+    assert_eq!(emulator.counts().logins, 1);
 }
 
 #[tokio::test]
@@ -113,7 +113,7 @@ async fn a_client_that_leaves_while_it_waits_gives_up_its_place() {
     left.startup(&[("user", "anyone"), ("database", DATABASE)])
         .await;
     let waiting = |count| {
-        let metrics = std::sync::Arc::clone(proxy.metrics());
+        let metrics = Arc::clone(proxy.metrics());
         async move {
             eventually("the queue", async || {
                 (metrics.pool_clients_waiting.get() == count).then_some(())
@@ -126,5 +126,84 @@ async fn a_client_that_leaves_while_it_waits_gives_up_its_place() {
     waiting(0).await;
     drop(client);
     assert_eq!(value(&proxy.client().await, "select 1").await, "1");
+    assert_eq!(emulator.counts().logins, 1);
+}
+
+/// Watches the states of the connections until `future` is done: the most being opened at once, and the most in all.
+async fn watched<T>(proxy: &Proxy, future: impl Future<Output = T>) -> (T, i64, i64) {
+    let (mut opening, mut open) = (0, 0);
+    let watching = async {
+        loop {
+            let servers = &proxy.metrics().pool_servers;
+            opening = opening.max(servers[PoolServer::Opening].get());
+            open = open.max(servers.values().map(prometheus::IntGauge::get).sum());
+            sleep(Duration::from_millis(1)).await;
+        }
+    };
+    let done = tokio::select! {
+        done = within("the clients", future) => done,
+        () = watching => unreachable!("it never ends"),
+    };
+    (done, opening, open)
+}
+
+/// Clients that stay: no connection that returns serves the others.
+#[tokio::test]
+async fn a_burst_opens_eight_connections_at_once_and_the_next_as_soon_as_one_is_open() {
+    let (emulator, proxy) = proxy(20).await;
+    emulator.faults().always(Site::Password, Action::Delay(100));
+    let burst: JoinSet<_> = (0..20)
+        .map(|_| {
+            let config = proxy.client_config();
+            async move { connect(&config).await }
+        })
+        .collect();
+    let began = Instant::now();
+    let (clients, opening, open) = watched(&proxy, burst.join_all()).await;
+    let took = began.elapsed();
+    assert_eq!((opening, open), (8, 20));
+    assert_eq!((clients.len(), emulator.counts().logins), (20, 20));
+    // Three rounds of logins; well below `reserve_pool_timeout`, when the queue is looked at again.
+    assert!(took < Duration::from_secs(4), "{took:?}");
+}
+
+#[tokio::test]
+async fn a_burst_of_200_clients_opens_no_more_than_the_pool_has_and_serves_all() {
+    let (emulator, proxy) = proxy(20).await;
+    let burst: JoinSet<_> = (0..200)
+        .map(|_| {
+            let config = proxy.client_config();
+            async move { value(&connect(&config).await, "select 1").await }
+        })
+        .collect();
+    let (answers, opening, open) = watched(&proxy, burst.join_all()).await;
+    assert!(answers.iter().all(|answer| answer == "1"));
+    assert!(opening <= 8 && open <= 20, "{opening} of {open}");
+    assert!(emulator.counts().logins <= 20);
+    assert_eq!(proxy.metrics().pool_clients_waiting.get(), 0);
+}
+
+#[tokio::test]
+async fn clients_in_a_loop_get_equal_shares_of_one_connection() {
+    const CLIENTS: usize = 50;
+    let (emulator, proxy) = proxy(1).await;
+    let total = Arc::new(Mutex::new(0));
+    let clients: JoinSet<usize> = (0..CLIENTS)
+        .map(|_| {
+            let (config, total) = (proxy.client_config(), Arc::clone(&total));
+            async move {
+                let mut served = 0;
+                while *total.lock().unwrap() < CLIENTS * 20 {
+                    value(&connect(&config).await, "select 1").await;
+                    served += 1;
+                    *total.lock().unwrap() += 1;
+                }
+                served
+            }
+        })
+        .collect();
+    let served = within("the clients", clients.join_all()).await;
+    let (least, most) = (served.iter().min().unwrap(), served.iter().max().unwrap());
+    assert!(most * 10 <= least * 13, "{least} to {most}: {served:?}");
     assert_eq!(emulator.counts().logins, 1);
 }

@@ -1,5 +1,17 @@
 //! The life of server connections: opened, idle, expired, lost, shut down.
 
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use lakebase_proxy::emulator::{Action, Disruption, EmulatorOptions, ServerError, Site};
+use tokio::time::{Instant, sleep};
+
 use super::*;
 
 #[tokio::test]
@@ -72,4 +84,238 @@ async fn a_shutdown_leaves_no_backend_behind() {
     })
     .await;
     drop(busy);
+}
+
+/// PostgreSQL applies a reload of its settings to an idle session with the next request.
+#[tokio::test]
+async fn a_setting_that_the_server_has_reloaded_is_in_the_next_welcome() {
+    let emulator = Emulator::start(EmulatorOptions::default()).await.unwrap();
+    let proxy = Proxy::with(&emulator, one).await;
+    let mut wire = proxy.session().await;
+    assert_eq!(wire.value("show datestyle").await, "ISO, MDY");
+    drop(wire);
+    emulator
+        .execute("alter system set datestyle = 'SQL, DMY'")
+        .await
+        .unwrap();
+    emulator.execute("select pg_reload_conf()").await.unwrap();
+    let welcome = eventually("a welcome with it", async || {
+        let mut wire = proxy.dial().await;
+        wire.startup(&[("user", "anyone"), ("database", DATABASE)])
+            .await;
+        let welcome = wire.welcome().await;
+        wire.query("select 1").await;
+        (welcome.parameters["DateStyle"] == "SQL, DMY").then_some(welcome)
+    })
+    .await;
+    assert_eq!(welcome.notices, []);
+    assert_eq!(emulator.counts().logins, 1, "on the same connection");
+    emulator.stop().await;
+}
+
+/// Every login costs a connection of the pool that was lost: the bound of logins is the size for each loss, and the size
+/// once.
+#[tokio::test]
+async fn clients_that_wait_notice_no_loss_and_no_acknowledged_row_is_lost_or_doubled() {
+    const SIZE: usize = 5;
+    const LOSSES: u64 = 10;
+    let (emulator, proxy) = proxy(SIZE).await;
+    let client = proxy.client().await;
+    client
+        .batch_execute("create table pool_ledger (token text)")
+        .await
+        .unwrap();
+    drop(client);
+    let is_over = Arc::new(AtomicBool::new(false));
+    let clients: JoinSet<(Vec<String>, Vec<String>)> = (0..30)
+        .map(|number| {
+            let (config, is_over) = (proxy.client_config(), Arc::clone(&is_over));
+            async move {
+                let (mut done, mut unknown) = (Vec::new(), Vec::new());
+                for turn in 0.. {
+                    if is_over.load(Ordering::Relaxed) {
+                        break;
+                    }
+                    let token = format!("{number}-{turn}");
+                    // No login fails.
+                    let client = connect(&config).await;
+                    let insert = format!(
+                        "insert into pool_ledger values ('{token}'); select pg_sleep(0.005)"
+                    );
+                    match client.batch_execute(&insert).await {
+                        Ok(()) => done.push(token),
+                        Err(error) => {
+                            let code = error.code();
+                            assert!(
+                                code.is_none() || code == Some(&SqlState::ADMIN_SHUTDOWN),
+                                "{error}"
+                            );
+                            unknown.push(token);
+                        }
+                    }
+                }
+                (done, unknown)
+            }
+        })
+        .collect();
+    for _ in 0..LOSSES {
+        sleep(Duration::from_millis(200)).await;
+        emulator.terminate_sessions().await;
+    }
+    is_over.store(true, Ordering::Relaxed);
+    let ended = within("the clients", clients.join_all()).await;
+    let client = proxy.client().await;
+    let rows = client
+        .query(
+            "select token, count(*) from pool_ledger group by token",
+            &[],
+        )
+        .await
+        .unwrap();
+    let rows: HashMap<String, i64> = rows.iter().map(|row| (row.get(0), row.get(1))).collect();
+    assert!(rows.values().all(|count| *count == 1), "{rows:?}");
+    let (done, unknown): (Vec<_>, Vec<_>) = ended.into_iter().unzip();
+    let (done, unknown) = (done.concat(), unknown.concat());
+    assert!(done.iter().all(|token| rows.contains_key(token)));
+    let found = unknown.iter().filter(|token| rows.contains_key(*token));
+    assert_eq!(rows.len(), done.len() + found.count());
+    assert!(!done.is_empty() && !unknown.is_empty());
+    let logins = emulator.counts().logins;
+    assert!(
+        logins <= SIZE as u64 * (LOSSES + 1),
+        "{logins} logins for {LOSSES} losses, {} clients lost",
+        unknown.len()
+    );
+    client
+        .batch_execute("drop table pool_ledger")
+        .await
+        .unwrap();
+}
+
+#[tokio::test]
+async fn connections_that_reach_their_lifetime_are_replaced_one_by_one_and_only_when_needed() {
+    const SIZE: u64 = 6;
+    let emulator = harness::emulator().await;
+    let proxy = Proxy::with(&emulator, |settings| {
+        pooled(settings, 6);
+        settings.server_lifetime = Some(millis(1000));
+    })
+    .await;
+    let until = Instant::now() + Duration::from_secs(5);
+    let clients: JoinSet<()> = (0..SIZE)
+        .map(|_| {
+            let config = proxy.client_config();
+            async move {
+                while Instant::now() < until {
+                    value(&connect(&config).await, "select pg_sleep(0.01)").await;
+                }
+            }
+        })
+        .collect();
+    within("the clients", clients.join_all()).await;
+    let logins = emulator.counts().logins;
+    // Each lives for 0.8 s at least.
+    assert!(
+        (2 * SIZE..=7 * SIZE).contains(&logins),
+        "{logins} logins in 5 s"
+    );
+    eventually("all reach it", async || {
+        (proxy.metrics().upstream_active.get() == 0).then_some(())
+    })
+    .await;
+    assert_eq!(emulator.counts().logins, logins, "no client needed one");
+    assert_eq!(proxy.closes(PoolClose::Lifetime), logins);
+}
+
+#[tokio::test]
+async fn a_pool_whose_credential_is_refused_serves_on_with_what_it_has() {
+    let (emulator, proxy) = proxy(4).await;
+    let clients = [
+        proxy.client().await,
+        proxy.client().await,
+        proxy.client().await,
+    ];
+    let refused = ServerError::fatal("28P01", "password authentication failed");
+    emulator
+        .faults()
+        .always(Site::Password, Action::Error(refused));
+    let refusal = proxy.refusal().await;
+    assert_eq!(refusal.code, "28P01", "{refusal:?}");
+    assert!(refusal.hint.is_some(), "{refusal:?}");
+    for client in &clients {
+        assert_eq!(value(client, "select 1").await, "1");
+    }
+    drop(clients);
+    proxy.until_idle(3).await;
+    let pids: BTreeSet<String> = BTreeSet::from([
+        pid(&proxy.client().await).await,
+        pid(&proxy.client().await).await,
+    ]);
+    assert!(!pids.is_empty());
+    emulator.faults().clear();
+    let four = [
+        proxy.client().await,
+        proxy.client().await,
+        proxy.client().await,
+        proxy.client().await,
+    ];
+    assert_eq!(value(&four[3], "select 1").await, "1");
+}
+
+#[tokio::test]
+async fn a_shutdown_closes_idle_connections_first_and_lets_requests_end() {
+    let (emulator, proxy) = proxy(3).await;
+    let role = emulator.identities().app.name.clone();
+    let (busy, others) = (
+        proxy.client().await,
+        [proxy.client().await, proxy.client().await],
+    );
+    drop(others);
+    proxy.until_idle_beside(2, 1).await;
+    let metrics = Arc::clone(proxy.metrics());
+    let query =
+        TaskTracker::new().spawn(async move { value(&busy, "select pg_sleep(2), 1").await });
+    harness::until_running(&role, 1).await;
+    let (answer, (), ()) = tokio::join!(
+        async { within("the query", query).await.unwrap() },
+        proxy.end(std::future::pending()),
+        eventually("the idle ones end", async || {
+            let idle = metrics.pool_servers[PoolServer::Idle].get();
+            let leased = metrics.pool_servers[PoolServer::Leased].get();
+            (idle == 0 && leased == 1).then_some(())
+        })
+    );
+    assert_eq!(metrics.pool_closes[PoolClose::Shutdown].get(), 3);
+    assert_eq!(answer, "");
+    let superuser = harness::superuser().await;
+    eventually("all backends end", async || {
+        (harness::backends(&superuser, &role).await == 0).then_some(())
+    })
+    .await;
+}
+
+/// As on a laptop that wakes up: the sockets are dead, and their peers do not know them.
+#[tokio::test]
+async fn idle_connections_that_are_reset_at_once_reach_no_client() {
+    let (emulator, proxy) = proxy(5).await;
+    for disruption in [Disruption::Reset, Disruption::Close] {
+        let clients: JoinSet<_> = (0..5)
+            .map(|_| {
+                let config = proxy.client_config();
+                async move { connect(&config).await }
+            })
+            .collect();
+        drop(clients.join_all().await);
+        proxy.until_idle(5).await;
+        emulator.disrupt_sessions(disruption);
+        let clients: JoinSet<_> = (0..20)
+            .map(|_| {
+                let config = proxy.client_config();
+                async move { value(&connect(&config).await, "select 1").await }
+            })
+            .collect();
+        let answers = within("the clients", clients.join_all()).await;
+        assert!(answers.iter().all(|answer| answer == "1"), "{answers:?}");
+        emulator.disrupt_sessions(Disruption::None);
+    }
 }
