@@ -231,7 +231,7 @@ impl Pool {
         let mut give_up_at = waiting.since + settings.query_wait_timeout;
         loop {
             let now = Instant::now();
-            if give_up_at <= now {
+            if give_up_at <= now && !waiting.is_granted() {
                 // Without an open connection it waits for the endpoint, and not for other clients.
                 if !upstream.is_waking() && self.others_open() && !self.lock().is_paused {
                     return Err(self.wait_timed_out(&settings));

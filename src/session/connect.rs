@@ -167,7 +167,8 @@ impl Access<'_> {
         let pools = &endpoint.pools;
         // A replication stream has a state that no reset undoes.
         if pools.mode() == PoolMode::None || login.replication {
-            let connected = upstream.connect(&login, &config.connect).await?;
+            // A box, as a client that waits for a pool needs no room for it.
+            let connected = Box::pin(upstream.connect(&login, &config.connect)).await?;
             return Ok(connected.into());
         }
         let request = LeaseRequest {
