@@ -65,8 +65,8 @@ impl LoggedIn<'_> {
             },
             &self.shutdown,
             Observers {
-                activity: Some(self.entry.activity()),
-                metrics: Some(metrics),
+                activity: self.entry.activity(),
+                metrics,
                 loss_timeout: self.session.config.connect.keepalive.loss_timeout(),
                 keeps_server,
             },

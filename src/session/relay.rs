@@ -99,11 +99,11 @@ pub(super) struct Side<'a, S> {
 }
 
 /// What a relay reports to while it runs.
-#[derive(Clone, Copy, Default)]
+#[derive(Clone, Copy)]
 pub(super) struct Observers<'a> {
-    pub(super) activity: Option<&'a ActivityRecord>,
+    pub(super) activity: &'a ActivityRecord,
     /// The endpoint's, which count and measure queries.
-    pub(super) metrics: Option<&'a Metrics>,
+    pub(super) metrics: &'a Metrics,
     /// The path to the server counts as lost when it acknowledges nothing for this long.
     pub(super) loss_timeout: Option<Duration>,
     /// The server connection outlives the client: neither the client's end nor its Terminate reaches the server.
@@ -119,8 +119,8 @@ pub(super) struct Relay<'a, C, U> {
     to_client: Pipe,
     requests: Requests,
     unsolicited: UnsolicitedPasswords,
-    activity: Option<&'a ActivityRecord>,
-    metrics: Option<&'a Metrics>,
+    activity: &'a ActivityRecord,
+    metrics: &'a Metrics,
     began: Began,
     loss: PathLoss,
     server_error: TrailingError,
@@ -246,7 +246,8 @@ impl<'a, C: Transport, U: Transport> Relay<'a, C, U> {
         }
         // The clock is read once at most, and by most polls not at all.
         let mut now = None;
-        let mut now = || *now.get_or_insert_with(Instant::now);
+        let activity = self.activity;
+        let mut now = || *now.get_or_insert_with(|| activity.now());
         self.count(&mut now);
         let owed = self.requests.is_owed();
         if self.loss.update(self.to_server.total, owed)
@@ -258,10 +259,8 @@ impl<'a, C: Transport, U: Transport> Relay<'a, C, U> {
         if broken {
             return Poll::Ready(End::Client);
         }
-        if let Some(record) = self.activity {
-            let activity = (&self.requests).into();
-            record.record(activity, self.to_server.total, self.to_client.total, now);
-        }
+        let (sent, received) = (self.to_server.total, self.to_client.total);
+        activity.record((&self.requests).into(), sent, received, now);
         // After both directions, so that a query that has just arrived is served and not cut off as idle.
         self.apply(phase);
         if self.keeps_server && self.to_server.state == PipeState::Closed && self.end.is_none() {
@@ -323,12 +322,10 @@ impl<'a, C: Transport, U: Transport> Relay<'a, C, U> {
         self.to_server.state == PipeState::Closed && self.requests.is_owed()
     }
 
-    fn count(&mut self, now: impl FnOnce() -> Instant) {
+    fn count(&mut self, now: impl FnOnce() -> u64) {
         self.to_server.count();
         self.to_client.count();
-        if let Some(metrics) = self.metrics {
-            self.began.measure(&mut self.requests, metrics, now);
-        }
+        self.began.measure(&mut self.requests, self.metrics, now);
     }
 
     /// Relays from the client. An error ends the session.
@@ -559,21 +556,17 @@ impl TrailingError {
     }
 }
 
-/// When what the server works on began.
+/// When what the server works on began, by the clock of [`ActivityRecord::now`].
 #[derive(Default)]
 struct Began {
-    query: Option<Instant>,
-    transaction: Option<Instant>,
+    query: Option<u64>,
+    transaction: Option<u64>,
 }
 
 impl Began {
     /// Counts what has been answered, and measures its time.
-    fn measure(
-        &mut self,
-        requests: &mut Requests,
-        metrics: &Metrics,
-        now: impl FnOnce() -> Instant,
-    ) {
+    #[inline]
+    fn measure(&mut self, requests: &mut Requests, metrics: &Metrics, now: impl FnOnce() -> u64) {
         let answered = requests.take_answered();
         let is_owed = requests.is_owed();
         // Nothing has ended, and nothing has begun.
@@ -585,12 +578,12 @@ impl Began {
         if answered.queries > 0 {
             metrics.queries.inc_by(answered.queries.into());
             // A query whose answer is there by the time it is seen took no time.
-            let took = now - self.query.unwrap_or(now);
+            let took = now.saturating_sub(self.query.unwrap_or(now));
             metrics.query_seconds.add(took, answered.queries);
         }
         if answered.transactions > 0 {
             metrics.transactions.inc_by(answered.transactions.into());
-            let took = now - self.transaction.take().unwrap_or(now);
+            let took = now.saturating_sub(self.transaction.take().unwrap_or(now));
             metrics.transaction_seconds.add(took, answered.transactions);
         }
         self.query = is_owed.then_some(now);

@@ -85,35 +85,42 @@ const ACTIVITY_BITS: u32 = 3;
 const ACTIVITY_MASK: u64 = (1 << ACTIVITY_BITS) - 1;
 
 impl ActivityRecord {
-    pub(super) fn new(origin: Instant) -> Self {
+    pub(crate) fn new(origin: Instant) -> Self {
         Self {
             origin,
             // The lowest bits are those of `Waiting`.
-            activity: AtomicU64::new(millis(origin.elapsed()) << ACTIVITY_BITS),
+            activity: AtomicU64::new((nanos(origin.elapsed()) / 1_000_000) << ACTIVITY_BITS),
             from_client: AtomicU64::new(0),
             from_server: AtomicU64::new(0),
         }
     }
 
-    /// Records the activity and the bytes relayed so far: two stores, and the clock and a third only when the activity
-    /// changes.
+    /// Records the activity and the bytes relayed so far: two stores, and a third with the time of [`now`](Self::now) only
+    /// when the activity changes.
     #[inline]
     pub fn record(
         &self,
         activity: Activity,
         from_client: u64,
         from_server: u64,
-        now: impl FnOnce() -> Instant,
+        now: impl FnOnce() -> u64,
     ) {
         // Relaxed: each value is shown by itself, so that the order of the stores does not matter.
         self.from_client.store(from_client, Ordering::Relaxed);
         self.from_server.store(from_server, Ordering::Relaxed);
         // One task writes, so this load sees its own last store.
         if self.activity.load(Ordering::Relaxed) & ACTIVITY_MASK != activity.code() {
-            let since = millis(now().duration_since(self.origin)) << ACTIVITY_BITS;
+            let since = (now() / 1_000_000) << ACTIVITY_BITS;
             self.activity
                 .store(since | activity.code(), Ordering::Relaxed);
         }
+    }
+
+    /// Nanoseconds since the registry's start.
+    // One conversion of what the clock reads, whatever it is used for.
+    #[inline]
+    pub fn now(&self) -> u64 {
+        nanos(self.origin.elapsed())
     }
 
     /// The activity, and its start counted from the registry's.
@@ -131,10 +138,8 @@ impl ActivityRecord {
     }
 }
 
-fn millis(duration: Duration) -> u64 {
-    // Not `as_millis`, which divides 128 bits.
-    let seconds = duration.as_secs().saturating_mul(1000);
-    seconds.saturating_add(duration.subsec_millis().into())
+fn nanos(duration: Duration) -> u64 {
+    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
 }
 
 #[cfg(test)]

@@ -310,7 +310,7 @@ impl SessionEntry {
         // Once: a second call must not lower the gauge of waiting sessions again.
         if self.entry.server.set(Box::new(server)).is_ok() {
             let activity = &self.entry.activity;
-            activity.record(Activity::Idle, 0, 0, Instant::now);
+            activity.record(Activity::Idle, 0, 0, || activity.now());
             self.entry.endpoint.session_connected();
         }
     }
@@ -390,14 +390,11 @@ pub(super) mod tests {
         };
         entry.connected(server.clone());
         advance(Duration::from_secs(2)).await;
-        entry
-            .activity()
-            .record(Activity::Active, 10, 0, Instant::now);
+        let activity = entry.activity();
+        activity.record(Activity::Active, 10, 0, || activity.now());
         advance(Duration::from_secs(1)).await;
         // The start of an activity that continues stays.
-        entry
-            .activity()
-            .record(Activity::Active, 10, 4000, Instant::now);
+        activity.record(Activity::Active, 10, 4000, || activity.now());
         advance(Duration::from_secs(1)).await;
         let info = &registry.list(10)[0];
         assert_eq!(
@@ -440,9 +437,8 @@ pub(super) mod tests {
         let _second = one.enter(2, client(), 9).unwrap();
         advance(Duration::from_secs(2)).await;
         let _third = other.enter(3, client(), 9).unwrap();
-        first
-            .activity()
-            .record(Activity::IdleInFailedTransaction, 0, 0, Instant::now);
+        let activity = first.activity();
+        activity.record(Activity::IdleInFailedTransaction, 0, 0, || activity.now());
         let counts = |all, waiting, in_transaction, seconds| Counts {
             all,
             waiting,

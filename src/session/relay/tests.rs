@@ -50,6 +50,15 @@ fn counter() -> IntCounter {
     IntCounter::new("bytes", "bytes").unwrap()
 }
 
+fn observers<'a>(activity: &'a ActivityRecord, metrics: &'a Metrics) -> Observers<'a> {
+    Observers {
+        activity,
+        metrics,
+        loss_timeout: None,
+        keeps_server: false,
+    }
+}
+
 /// A relay under way, seen from both of its ends.
 struct Session {
     client: DuplexStream,
@@ -85,6 +94,7 @@ impl Session {
         let counted = Arc::clone(&metrics);
         let mut relay = JoinSet::new();
         relay.spawn(async move {
+            let activity = ActivityRecord::new(Instant::now());
             let mut relay = Relay::new(
                 Side {
                     stream: &mut client_end,
@@ -97,10 +107,7 @@ impl Session {
                     bytes: counter(),
                 },
                 &watched,
-                Observers {
-                    metrics: Some(&counted),
-                    ..Observers::default()
-                },
+                observers(&activity, &counted),
             );
             relay.run().await
         });
@@ -497,6 +504,8 @@ async fn an_idle_session_holds_no_buffer() {
     let (mut client, mut our_client) = duplex(100);
     let (mut server, mut our_server) = duplex(100);
     let shutdown = Shutdown::new();
+    let activity = ActivityRecord::new(Instant::now());
+    let metrics = Metrics::new().unwrap();
     let mut relay = Relay::new(
         Side {
             stream: &mut our_client,
@@ -509,7 +518,7 @@ async fn an_idle_session_holds_no_buffer() {
             bytes: counter(),
         },
         &shutdown,
-        Observers::default(),
+        observers(&activity, &metrics),
     );
     let mut cx = Context::from_waker(Waker::noop());
     let reply = frame(b'D', &[0; 500]);
