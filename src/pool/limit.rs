@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use crate::config::PoolSettings;
+use crate::{config::PoolSettings, telemetry::Metrics};
 
 /// After this time without a refusal the learned limit is tried one higher.
 const RAISE_AFTER: Duration = Duration::from_mins(1);
@@ -24,6 +24,8 @@ pub(super) struct LearnedLimit {
 #[derive(Debug, Default)]
 pub(super) struct Limit {
     pub(super) learned: Option<LearnedLimit>,
+    /// The configured and the learned one, as the gauges count them.
+    shown: [i64; 2],
 }
 
 impl Limit {
@@ -56,6 +58,30 @@ impl Limit {
             learned.raise_at = now + learned.interval;
         }
         open < learned.servers
+    }
+
+    /// Counts the limits in the gauges; after each change.
+    pub(super) fn show(&mut self, settings: &PoolSettings, metrics: &Metrics) {
+        let configured = Self::configured(settings, Duration::ZERO);
+        let learned = self.learned.map_or(configured, |learned| learned.servers);
+        let number = |limit: usize| i64::try_from(limit).unwrap_or(i64::MAX);
+        self.shown_as(
+            [number(configured), number(learned.min(configured))],
+            metrics,
+        );
+    }
+
+    /// Takes the limits of a pool that goes out of the gauges.
+    pub(super) fn hide(&mut self, metrics: &Metrics) {
+        self.shown_as([0, 0], metrics);
+    }
+
+    fn shown_as(&mut self, new: [i64; 2], metrics: &Metrics) {
+        let [configured, learned] = std::mem::replace(&mut self.shown, new);
+        metrics.pool_limit.add(new[0].saturating_sub(configured));
+        metrics
+            .pool_limit_learned
+            .add(new[1].saturating_sub(learned));
     }
 
     /// The time from which the learned limit may be raised.
@@ -115,6 +141,24 @@ mod tests {
             ..settings
         };
         assert_eq!(Limit::configured(&capped, Duration::from_secs(5)), 21);
+    }
+
+    #[test]
+    fn the_gauges_have_the_sums_of_all_pools() {
+        let metrics = Metrics::new().unwrap();
+        let shown = || (metrics.pool_limit.get(), metrics.pool_limit_learned.get());
+        let (mut one, mut other) = (Limit::default(), Limit::default());
+        one.show(&settings(20), &metrics);
+        other.show(&settings(20), &metrics);
+        assert_eq!(shown(), (40, 40));
+        one.refused(7);
+        one.show(&settings(20), &metrics);
+        assert_eq!(shown(), (40, 27));
+        one.show(&settings(5), &metrics);
+        assert_eq!(shown(), (25, 25), "learned above the size");
+        one.hide(&metrics);
+        other.hide(&metrics);
+        assert_eq!(shown(), (0, 0));
     }
 
     #[tokio::test(start_paused = true)]

@@ -195,6 +195,8 @@ impl Pools {
             }),
             changed: Notify::new(),
         });
+        let settings = self.context.settings.load();
+        pool.lock().limit.show(&settings, &self.context.metrics);
         pools.insert(database.to_owned(), Arc::clone(&pool));
         pool
     }
@@ -215,6 +217,7 @@ impl Pool {
     fn shrink(self: &Arc<Self>) {
         let settings = self.context.settings.load();
         let mut state = self.lock();
+        state.limit.show(&settings, &self.context.metrics);
         let size = Limit::configured(&settings, Duration::ZERO);
         let surplus = state.staying().saturating_sub(size).min(state.idle.len());
         let surplus: Vec<Idle> = state.idle.drain(..surplus).collect();
@@ -251,6 +254,14 @@ impl Pool {
             learned_limit: state.limit.learned.map(|learned| learned.servers),
             is_paused: state.is_paused,
         }
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        let state = self.state.get_mut();
+        let state = state.unwrap_or_else(PoisonError::into_inner);
+        state.limit.hide(&self.context.metrics);
     }
 }
 
@@ -296,6 +307,7 @@ impl State {
         {
             return None;
         }
+        self.limit.show(&settings, &pool.context.metrics);
         self.servers[PoolServer::Opening] += 1;
         pool.context.metrics.pool_servers[PoolServer::Opening].inc();
         Some(Slot::counted(pool, self.generation))

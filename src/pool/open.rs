@@ -156,6 +156,7 @@ impl Pool {
         let mut state = self.lock();
         let open = state.open();
         state.limit.accepted(open, &settings);
+        state.limit.show(&settings, &self.context.metrics);
     }
 
     /// Learns that the server accepts no connection besides the others; `false` if there are none.
@@ -164,6 +165,8 @@ impl Pool {
         // Without the one that was refused, which is still counted.
         let others = state.open().saturating_sub(1);
         state.limit.refused(others);
+        let settings = self.context.settings.load();
+        state.limit.show(&settings, &self.context.metrics);
         let has_others = state.open() > state.servers[PoolServer::Opening];
         if has_others {
             tracing::info!(

@@ -213,7 +213,11 @@ async fn cells(console: &Client, table: &str, name: &str, columns: &str) -> Vec<
 #[tokio::test]
 async fn a_pool_is_shown_with_its_clients_and_its_connections() {
     let emulator = emulator().await;
-    let proxy = Proxy::with(&emulator, pooled).await;
+    let proxy = Proxy::with(&emulator, |settings| {
+        pooled(settings);
+        settings.http_port = Some(PortSetting::Port(0));
+    })
+    .await;
     let console = console(&proxy).await;
     let name = rows(&console, "SHOW ENDPOINTS").await[0]
         .get(0)
@@ -262,6 +266,16 @@ async fn a_pool_is_shown_with_its_clients_and_its_connections() {
     assert_eq!(idle.get("database"), Some("postgres"));
     assert_eq!(idle.get("addr"), linked.get("addr"));
     assert!(idle.get("remote_pid").unwrap().parse::<u32>().is_ok());
+
+    let page = http(proxy.http().port(), "GET /\naccept: text/html", "").await;
+    let page = page.unwrap().body;
+    let row = page.split("<tr").find(|row| row.contains(">postgres</td>"));
+    assert!(
+        row.unwrap()
+            .contains("data-label=\"Idle\" class=\"number\">1<")
+    );
+    assert!(page.contains("</span> 1, up to "), "the client that waits");
+    assert_eq!(proxy.metrics().pool_limit.get(), 2, "of two databases");
 
     for (list, items) in [
         ("databases", "2"),

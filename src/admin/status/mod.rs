@@ -6,6 +6,7 @@
 mod credential;
 mod escape;
 mod format;
+mod pools;
 mod view;
 
 use axum::{

@@ -8,6 +8,7 @@ use jiff::Timestamp;
 use super::{
     credential::CredentialView,
     format::{Figure, Severity, ago, between, bytes, clock, datetime, grouped, short_span, span},
+    pools::PoolsView,
 };
 use crate::{
     shutdown::Phase,
@@ -60,6 +61,7 @@ struct EndpointView<'a> {
     name: &'a str,
     path: String,
     credential: CredentialView<'a>,
+    pools: Option<PoolsView<'a>>,
     totals: Vec<Figure>,
 }
 
@@ -195,6 +197,7 @@ impl<'a> EndpointView<'a> {
             name: &endpoint.name,
             path,
             credential: CredentialView::new(&endpoint.credential, now),
+            pools: PoolsView::new(endpoint),
             totals: vec![
                 Figure::new("Sessions now", grouped(sessions)),
                 Figure::new(

@@ -87,6 +87,10 @@ metrics! {
             "Time from the first query of a transaction to its end; the client's own time in between is included.";
         pool_servers: EnumMap<PoolServer, IntGauge> = "pool_servers",
             "Server connections of pools now, by state.";
+        pool_limit: IntGauge = "pool_limit",
+            "Server connections that the pools in use may have by their settings.";
+        pool_limit_learned: IntGauge = "pool_limit_learned",
+            "The same, lowered to what the server has been seen to accept.";
         pool_clients_waiting: IntGauge = "pool_clients_waiting",
             "Clients waiting for a server connection of a pool now.";
         pool_wait_seconds: Histogram = "pool_wait_seconds",
