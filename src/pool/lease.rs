@@ -231,16 +231,19 @@ impl Pool {
         let mut give_up_at = waiting.since + settings.query_wait_timeout;
         loop {
             let now = Instant::now();
-            if give_up_at <= now && !waiting.is_granted() {
-                // Without an open connection it waits for the endpoint, and not for other clients.
-                if !upstream.is_waking() && self.others_open() && !self.lock().is_paused {
-                    return Err(self.wait_timed_out(&settings));
-                }
-                give_up_at = now + WAKE_CHECK;
+            // Without an open connection it waits for the endpoint, and not for other clients.
+            let is_served = !upstream.is_waking() && self.others_open() && !self.lock().is_paused;
+            let mut check_at = None;
+            if !is_served {
+                // Not only until the endpoint responds: the clients before it are served first.
+                give_up_at = give_up_at.max(now + settings.query_wait_timeout);
+                check_at = Some(now + WAKE_CHECK);
+            } else if give_up_at <= now && !waiting.is_granted() {
+                return Err(self.wait_timed_out(&settings));
             }
             // What the pool may open changes with time.
             let raise_at = self.lock().limit.raise_at();
-            let changes = raise_at.into_iter().chain([reserve_at]);
+            let changes = raise_at.into_iter().chain([reserve_at]).chain(check_at);
             let next = changes
                 .filter(|at| *at > now)
                 .fold(give_up_at, Instant::min);

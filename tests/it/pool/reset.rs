@@ -1,5 +1,7 @@
 //! What a session does to its connection is undone before the next client gets it.
 
+use tokio_postgres::SimpleQueryMessage;
+
 use super::*;
 
 /// Each statement leaves something that the second query shows; a connection that was never reset shows it to the next.
@@ -173,4 +175,147 @@ async fn a_notice_or_notification_of_an_earlier_session_reaches_no_client() {
         !matches!(got, Ok(Ok(AsyncMessage::Notification(_)))),
         "a notification"
     );
+}
+
+/// The role of a `SET SESSION AUTHORIZATION`: superusers only, so that the proxy's own role is made one.
+#[tokio::test]
+async fn another_session_authorization_does_not_reach_the_next_session() {
+    let (emulator, proxy) = proxy(1).await;
+    let role = emulator.identities().app.name.clone();
+    let superuser = harness::superuser().await;
+    let alter = async |what: &str| {
+        let alter = format!("alter role \"{role}\" {what}");
+        superuser.batch_execute(&alter).await.unwrap();
+    };
+    alter("superuser").await;
+    let mut wire = proxy.session().await;
+    wire.query("set session authorization pg_monitor").await;
+    wire.query("begin; set local role pg_read_all_stats").await;
+    drop(wire);
+    let mut wire = proxy.session().await;
+    let answer = wire
+        .value("select session_user || ' ' || current_user")
+        .await;
+    assert_eq!(answer, format!("{role} {role}"));
+    alter("nosuperuser").await;
+    assert_eq!(emulator.counts().logins, 1);
+}
+
+/// A cursor without `WITH HOLD` ends with its transaction; one of a failed transaction is not there either.
+#[tokio::test]
+async fn cursors_and_named_statements_of_the_protocol_do_not_reach_the_next_session() {
+    let (emulator, proxy) = proxy(1).await;
+    let mut wire = proxy.session().await;
+    let parse = [message('P', b"named\0select 1\0\0\0"), sync()].concat();
+    wire.send(&parse).await;
+    wire.until('Z').await;
+    wire.query("declare held cursor with hold for select 1")
+        .await;
+    wire.query("begin; declare open cursor for select 1").await;
+    drop(wire);
+    let mut wire = proxy.session().await;
+    let look =
+        "select (select count(*) from pg_cursors) + (select count(*) from pg_prepared_statements)";
+    assert_eq!(wire.value(look).await, "0");
+    // The names are free.
+    wire.send(&parse).await;
+    assert_eq!(wire.tags().await, "1Z");
+    assert_eq!(emulator.counts().logins, 1);
+}
+
+/// The notifications of a transaction are sent when it commits, and those of a session that has left never arrive.
+#[tokio::test]
+async fn notices_and_notifications_reach_their_own_client_only() {
+    let (_emulator, proxy) = proxy(3).await;
+    let raise = |token: u32| {
+        format!(
+            "do $$ begin for i in 1..20 loop raise notice 'token {token}'; perform pg_sleep(0.001); end loop; end $$"
+        )
+    };
+    let mut clients = JoinSet::new();
+    for token in 0..12 {
+        let (client, mut messages) = proxy.client_with_messages().await;
+        clients.spawn(async move {
+            for _ in 0..3 {
+                client.batch_execute(&raise(token)).await.unwrap();
+            }
+            let listen = format!("listen channel_{token}; notify channel_{token}, '{token}'");
+            client.batch_execute(&listen).await.unwrap();
+            drop(client);
+            let (mut notices, mut notifications) = (0, 0);
+            while let Some(Ok(message)) = messages.recv().await {
+                match message {
+                    AsyncMessage::Notice(notice) => {
+                        assert_eq!(notice.message(), format!("token {token}"));
+                        notices += 1;
+                    }
+                    AsyncMessage::Notification(notification) => {
+                        assert_eq!(notification.payload(), token.to_string());
+                        notifications += 1;
+                    }
+                    _ => {}
+                }
+            }
+            assert_eq!((notices, notifications), (60, 1));
+        });
+        if token >= 2 {
+            clients.join_next().await.unwrap().unwrap();
+        }
+    }
+    clients.join_all().await;
+    proxy.until_idle(3).await;
+}
+
+/// What a client sets may make a statement of the reset fail or wait; then the connection is closed, and not given away.
+#[tokio::test]
+async fn no_setting_of_a_session_keeps_its_state_from_the_reset() {
+    let (_emulator, proxy) = proxy(1).await;
+    for hostile in [
+        "set search_path = hostile, pg_catalog",
+        "set statement_timeout = 1",
+        "set lock_timeout = 1",
+        "set default_transaction_read_only = on",
+        "set default_transaction_isolation = 'serializable'; set default_transaction_deferrable = on; set default_transaction_read_only = on",
+        "set standard_conforming_strings = off; set backslash_quote = off",
+        "set client_encoding = 'SJIS'",
+        "set row_security = off",
+        "set session_replication_role = default",
+        "set client_min_messages = debug5",
+        "set extra_float_digits = 3; set intervalstyle = iso_8601; set datestyle = german",
+        "set idle_session_timeout = 1000; set idle_in_transaction_session_timeout = 1",
+        "set plan_cache_mode = force_generic_plan; set enable_seqscan = off",
+    ] {
+        let client = proxy.client().await;
+        client
+            .batch_execute("create schema if not exists hostile; create or replace function hostile.pg_advisory_unlock_all() returns void language sql as 'select'; select pg_advisory_lock(4712)")
+            .await
+            .unwrap();
+        // Some are not permitted.
+        let _ = client.simple_query(hostile).await;
+        drop(client);
+        let client = proxy.client().await;
+        let look =
+            "select count(*) from pg_locks where locktype = 'advisory' and pid = pg_backend_pid()";
+        assert_eq!(value(&client, look).await, "0", "{hostile}");
+        let changed = client
+            .simple_query(
+                "select name || ' = ' || setting from pg_settings where source = 'session'",
+            )
+            .await
+            .unwrap();
+        let changed: Vec<_> = changed
+            .iter()
+            .filter_map(|message| match message {
+                SimpleQueryMessage::Row(row) => row.get(0),
+                _ => None,
+            })
+            .filter(|setting| !setting.starts_with("application_name"))
+            .collect();
+        assert_eq!(changed, [""; 0], "{hostile}");
+    }
+    let client = proxy.client().await;
+    client
+        .batch_execute("drop schema hostile cascade")
+        .await
+        .unwrap();
 }

@@ -56,13 +56,13 @@ async fn a_compute_suspends_under_idle_connections_and_the_next_client_wakes_it(
 #[tokio::test]
 async fn a_hundred_clients_at_a_held_connection_outwait_the_queue_timeout() {
     let emulator = harness::emulator::start_with(|settings| {
-        settings.wake_delay = Duration::from_secs(3);
+        settings.wake_delay = Duration::from_secs(5);
         settings.while_asleep = WhileAsleep::Hold;
     })
     .await;
     let proxy = Proxy::with(&emulator, |settings| {
         pooled(settings, 5);
-        settings.query_wait_timeout = Some(millis(1000));
+        settings.query_wait_timeout = Some(millis(3000));
     })
     .await;
     emulator.suspend().await;
@@ -89,12 +89,12 @@ async fn a_hundred_clients_at_a_held_connection_outwait_the_queue_timeout() {
 async fn a_hundred_clients_at_a_sleeping_endpoint_dial_one_at_a_time_and_outwait_the_queue_timeout()
 {
     let emulator = harness::emulator::start_with(|settings| {
-        settings.wake_delay = Duration::from_secs(3);
+        settings.wake_delay = Duration::from_secs(5);
     })
     .await;
     let proxy = Proxy::with(&emulator, |settings| {
         pooled(settings, 5);
-        settings.query_wait_timeout = Some(millis(1000));
+        settings.query_wait_timeout = Some(millis(3000));
     })
     .await;
     emulator.suspend().await;
