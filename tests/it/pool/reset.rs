@@ -177,9 +177,9 @@ async fn a_notice_or_notification_of_an_earlier_session_reaches_no_client() {
     );
 }
 
-/// The role of a `SET SESSION AUTHORIZATION`: superusers only, so that the proxy's own role is made one.
+/// Superusers only, so that the proxy's own role is made one.
 #[tokio::test]
-async fn another_session_authorization_does_not_reach_the_next_session() {
+async fn another_role_or_session_authorization_does_not_reach_the_next_session() {
     let (emulator, proxy) = proxy(1).await;
     let role = emulator.identities().app.name.clone();
     let superuser = harness::superuser().await;
@@ -188,16 +188,40 @@ async fn another_session_authorization_does_not_reach_the_next_session() {
         superuser.batch_execute(&alter).await.unwrap();
     };
     alter("superuser").await;
-    let mut wire = proxy.session().await;
-    wire.query("set session authorization pg_monitor").await;
-    wire.query("begin; set local role pg_read_all_stats").await;
-    drop(wire);
-    let mut wire = proxy.session().await;
-    let answer = wire
-        .value("select session_user || ' ' || current_user")
-        .await;
-    assert_eq!(answer, format!("{role} {role}"));
+    for leave in [
+        "set session authorization pg_monitor",
+        "set role pg_monitor",
+    ] {
+        let mut wire = proxy.session().await;
+        wire.query(leave).await;
+        drop(wire);
+        let mut wire = proxy.session().await;
+        let look = "select session_user || ' ' || current_user || ' ' || current_setting('role')";
+        assert_eq!(
+            wire.value(look).await,
+            format!("{role} {role} none"),
+            "{leave}"
+        );
+    }
     alter("nosuperuser").await;
+    assert_eq!(emulator.counts().logins, 1);
+}
+
+/// As set for the role itself; without it the next session would have more rights.
+#[tokio::test]
+async fn the_role_of_a_login_is_that_of_the_next_session() {
+    let (emulator, proxy) = proxy(1).await;
+    let role = emulator.identities().app.name.clone();
+    let superuser = harness::superuser().await;
+    let alter = format!(
+        "grant pg_read_all_stats to \"{role}\"; alter role \"{role}\" set role = pg_read_all_stats"
+    );
+    superuser.batch_execute(&alter).await.unwrap();
+    for _ in 0..2 {
+        let mut wire = proxy.session().await;
+        assert_eq!(wire.value("select current_user").await, "pg_read_all_stats");
+        wire.query("set role none").await;
+    }
     assert_eq!(emulator.counts().logins, 1);
 }
 
