@@ -4,6 +4,7 @@
 //! cargo test --test soak                     all of it, one after another
 //! cargo test --test soak -- churn idle       only these
 //! cargo test --test soak -- visits --program PATH     of another build of the proxy
+//! cargo test --test soak -- canary --seconds 600      for so long (default: 60)
 //! ```
 //!
 //! The proxy runs as a process of its own, since it is the process that is measured; the emulator runs in this one.
@@ -20,6 +21,7 @@
 )]
 
 mod attack;
+mod canary;
 mod churn;
 mod flood;
 mod idle;
@@ -37,6 +39,7 @@ use std::{
     net::SocketAddr,
     path::{Path, PathBuf},
     process::ExitCode,
+    time::Duration,
 };
 
 use lakebase_proxy::emulator::{Emulator, EmulatorOptions};
@@ -53,7 +56,7 @@ struct Stage {
 }
 
 impl Stage {
-    async fn set(program: &Path) -> Self {
+    async fn set(program: &Path, more: &[&str]) -> Self {
         let emulator = Emulator::start(EmulatorOptions::default()).await.unwrap();
         let arguments = [
             "--port",
@@ -63,6 +66,7 @@ impl Stage {
             "--max-connections",
             "2000",
         ];
+        let arguments = [&arguments, more].concat();
         let proxy = Process::spawn(program, emulator.environment(), &arguments);
         let postgres = proxy.address("listening for Postgres clients").await;
         let http = proxy.address("serving health and metrics").await;
@@ -99,12 +103,13 @@ impl Stage {
     }
 }
 
-const SCENARIOS: [&str; 13] = [
+const SCENARIOS: [&str; 14] = [
     "copy-out",
     "copy-in",
     "value",
     "slow-reader",
     "churn",
+    "canary",
     "idle",
     "calls",
     "thousands",
@@ -122,13 +127,15 @@ fn main() -> ExitCode {
     {
         return support::upstream::serve(Path::new(directory));
     }
-    let mut program = PathBuf::from(env!("CARGO_BIN_EXE_lakebase-proxy"));
-    if let Some(at) = arguments.iter().position(|word| word == "--program") {
-        program = arguments
-            .drain(at..arguments.len().min(at + 2))
-            .nth(1)
-            .map_or(program, PathBuf::from);
-    }
+    let mut option = |name: &str| {
+        let at = arguments.iter().position(|word| word == name)?;
+        arguments.drain(at..arguments.len().min(at + 2)).nth(1)
+    };
+    let program: PathBuf = option("--program")
+        .unwrap_or_else(|| env!("CARGO_BIN_EXE_lakebase-proxy").to_owned())
+        .into();
+    let seconds = option("--seconds").map(|seconds| seconds.parse().expect("a number of seconds"));
+    let duration = Duration::from_secs(seconds.unwrap_or(60));
     let requested: Vec<String> = arguments
         .into_iter()
         .filter(|name| !name.starts_with('-'))
@@ -161,13 +168,19 @@ fn main() -> ExitCode {
                 "flood" => return flood::beside_logins(&program).await,
                 _ => {}
             }
-            let stage = Stage::set(&program).await;
+            let more: &[&str] = if name == "canary" {
+                &canary::ARGUMENTS
+            } else {
+                &[]
+            };
+            let stage = Stage::set(&program, more).await;
             match name {
                 "copy-out" => volume::copy_out(&stage).await,
                 "copy-in" => volume::copy_in(&stage).await,
                 "value" => volume::one_value(&stage).await,
                 "slow-reader" => volume::slow_reader(&stage).await,
                 "churn" => churn::churn(&stage).await,
+                "canary" => canary::clients(&stage, duration).await,
                 "idle" => idle::sessions(&stage).await,
                 "calls" => idle::calls(&stage).await,
                 "secrets" => secrets::in_memory(&stage, &program).await,
