@@ -44,7 +44,7 @@ def main():
 class Stage:
     """The emulator, and the proxy in front of it."""
 
-    def __init__(self, stack):
+    def __init__(self, stack, more_flags=()):
         program = os.environ.get("LAKEBASE_PROXY")
         if program is None:
             call("cargo", "build", "--locked", "--quiet", cwd=ROOT)
@@ -55,7 +55,7 @@ class Stage:
         self.variables = dict(line.split("=", 1) for line in env_file.read_text().splitlines())
         self.port, http, notes = free_port(), free_port(), free_port()
         self.http, self.notes = f"http://127.0.0.1:{http}", f"http://127.0.0.1:{notes}"
-        flags = ["--port", self.port, "--http-port", http, "--notes", "--notes-port", notes, "--log-filter", "debug", "--admin-console"]
+        flags = ["--port", self.port, "--http-port", http, "--notes", "--notes-port", notes, "--log-filter", "debug", "--admin-console", *more_flags]
         self.proxy = start(stack, "proxy", [program, "serve", *flags], clean_environment() | self.variables)
         until("the proxy to be ready", lambda: listening(self.port), self.proxy)
 
