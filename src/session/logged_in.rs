@@ -122,6 +122,11 @@ impl LoggedIn<'_> {
                 });
                 client.linger().await;
             }
+            // By KILL: without the cancel, the request would hold its locks until it has an answer to send.
+            (End::Shutdown { .. }, _) if shutdown.is_alone() && is_owed => {
+                session.abandon(lease, target);
+                client.linger().await;
+            }
             (End::Shutdown { orderly }, _) => {
                 let server = &mut lease.stream;
                 let terminating = async {
@@ -146,7 +151,7 @@ impl LoggedIn<'_> {
 }
 
 impl Session<'_> {
-    /// Closes the connection of a client that has left in the middle of a request; the request is cancelled first, if there is
+    /// Closes the connection of a client that has left or was ended in the middle of a request; the request is cancelled first, if there is
     /// a `target`, as it would go on and hold its locks until it sends something.
     fn abandon(&self, lease: Lease, target: Option<CancelTarget>) {
         let (Some(target), Some(upstream)) = (target, self.endpoint.route.found()) else {

@@ -16,7 +16,7 @@ use crate::harness::{
     binary::{self, Binary},
     emulator,
     emulator::http,
-    eventually, millis,
+    eventually, millis, until_running,
     wire::{self, Wire},
     within,
 };
@@ -431,11 +431,8 @@ async fn kill_ends_the_sessions_of_one_database() {
         killed
             .send(&wire::text('Q', "begin; select pg_sleep(60)"))
             .await;
-        eventually("it runs", async || {
-            let clients = rows(&console, "SHOW CLIENTS").await;
-            (clients[0].get("state") == Some("active")).then_some(())
-        })
-        .await;
+        let role = &emulator.identities().app.name;
+        until_running(role, 1).await;
         console
             .batch_execute("KILL databricks_postgres")
             .await
@@ -443,6 +440,7 @@ async fn kill_ends_the_sessions_of_one_database() {
         let fatal = killed.refusal().await;
         assert_eq!(fatal.code, "57P01");
         assert!(fatal.message.contains("administrator command"), "{fatal:?}");
+        until_running(role, 0).await;
         other.batch_execute("select 1").await.unwrap();
         let config = proxy.client_config();
         let next = TaskTracker::new().spawn(async move { config.connect(NoTls).await.map(drop) });
