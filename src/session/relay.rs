@@ -47,7 +47,7 @@ use crate::{
     },
     shutdown::{Phase, Shutdown},
     status::ActivityRecord,
-    telemetry::{Metrics, labels::SessionEnd},
+    telemetry::{Metrics, labels::SessionEnd, metrics::Took},
 };
 
 /// Time for the server to close after the client has closed its half and no reply is owed.
@@ -578,13 +578,19 @@ impl Began {
         if answered.queries > 0 {
             metrics.queries.inc_by(answered.queries.into());
             // A query whose answer is there by the time it is seen took no time.
-            let took = now.saturating_sub(self.query.unwrap_or(now));
-            metrics.query_seconds.add(took, answered.queries);
-        }
-        if answered.transactions > 0 {
-            metrics.transactions.inc_by(answered.transactions.into());
-            let took = now.saturating_sub(self.transaction.take().unwrap_or(now));
-            metrics.transaction_seconds.add(took, answered.transactions);
+            let since = |began: Option<u64>| now.saturating_sub(began.unwrap_or(now));
+            let mut took = Took::new(since(self.query), answered.queries);
+            metrics.query_seconds.add(&took);
+            if answered.transactions > 0 {
+                metrics.transactions.inc_by(answered.transactions.into());
+                let is_same =
+                    self.transaction == self.query && answered.transactions == answered.queries;
+                if !is_same {
+                    took = Took::new(since(self.transaction), answered.transactions);
+                }
+                metrics.transaction_seconds.add(&took);
+                self.transaction = None;
+            }
         }
         self.query = is_owed.then_some(now);
         if is_owed || requests.status() != TransactionStatus::Idle {

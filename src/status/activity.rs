@@ -89,7 +89,7 @@ impl ActivityRecord {
         Self {
             origin,
             // The lowest bits are those of `Waiting`.
-            activity: AtomicU64::new((nanos(origin.elapsed()) / 1_000_000) << ACTIVITY_BITS),
+            activity: AtomicU64::new((micros(origin.elapsed()) / 1000) << ACTIVITY_BITS),
             from_client: AtomicU64::new(0),
             from_server: AtomicU64::new(0),
         }
@@ -110,17 +110,17 @@ impl ActivityRecord {
         self.from_server.store(from_server, Ordering::Relaxed);
         // One task writes, so this load sees its own last store.
         if self.activity.load(Ordering::Relaxed) & ACTIVITY_MASK != activity.code() {
-            let since = (now() / 1_000_000) << ACTIVITY_BITS;
+            let since = (now() / 1000) << ACTIVITY_BITS;
             self.activity
                 .store(since | activity.code(), Ordering::Relaxed);
         }
     }
 
-    /// Nanoseconds since the registry's start.
+    /// Microseconds since the registry's start.
     // One conversion of what the clock reads, whatever it is used for.
     #[inline]
     pub fn now(&self) -> u64 {
-        nanos(self.origin.elapsed())
+        micros(self.origin.elapsed())
     }
 
     /// The activity, and its start counted from the registry's.
@@ -138,8 +138,10 @@ impl ActivityRecord {
     }
 }
 
-fn nanos(duration: Duration) -> u64 {
-    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
+fn micros(duration: Duration) -> u64 {
+    // Wraps after 500,000 years; `as_micros` has 128 bits.
+    let seconds = duration.as_secs().wrapping_mul(1_000_000);
+    seconds.wrapping_add(duration.subsec_micros().into())
 }
 
 #[cfg(test)]

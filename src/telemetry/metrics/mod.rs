@@ -14,7 +14,11 @@ use enum_map::{EnumArray, EnumMap};
 use prometheus::{Gauge, Histogram, IntCounter, IntGauge, Registry};
 
 use self::metric::{Buckets, metrics};
-pub use self::{metric::Logins, process::ProcessMetrics, times::Times};
+pub use self::{
+    metric::Logins,
+    process::ProcessMetrics,
+    times::{Times, Took},
+};
 use super::labels::{
     CancelOutcome, Direction, FailureClass, LoginPhase, PoolClose, PoolLease, PoolServer, Reason,
     RefreshOutcome, SessionEnd, TlsHandshake,

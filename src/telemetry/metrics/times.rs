@@ -17,8 +17,8 @@ use prometheus::{
 
 use super::metric::{Declaration, Metric};
 
-/// The upper bound of the first bucket in nanoseconds; each further one has twice that of the last.
-const FIRST: u64 = 125_000;
+/// The upper bound of the first bucket in microseconds; each further one has twice that of the last.
+const FIRST: u64 = 125;
 /// Bounds up to 131 s; a further bucket is for the rest.
 const BOUNDS: usize = 21;
 
@@ -34,18 +34,14 @@ struct Inner {
 }
 
 impl Times {
-    /// Adds several times with their sum in nanoseconds: what a pipeline took is divided equally among its queries.
+    /// Adds times.
     #[inline]
-    pub fn add(&self, nanos: u64, count: u32) {
-        let each = match count {
-            0 | 1 => nanos,
-            several => nanos / u64::from(several),
-        };
+    pub fn add(&self, took: &Took) {
         // Relaxed: each number is shown by itself.
-        if let Some(bucket) = self.0.buckets.get(bucket(each)) {
-            bucket.fetch_add(count.into(), Ordering::Relaxed);
+        if let Some(bucket) = self.0.buckets.get(took.bucket) {
+            bucket.fetch_add(took.count.into(), Ordering::Relaxed);
         }
-        self.0.micros.fetch_add(nanos / 1000, Ordering::Relaxed);
+        self.0.micros.fetch_add(took.micros, Ordering::Relaxed);
     }
 
     /// The sum of all times in microseconds.
@@ -55,7 +51,7 @@ impl Times {
 
     fn histogram(&self) -> proto::Histogram {
         let mut histogram = proto::Histogram::default();
-        let (mut count, mut bound) = (0, Duration::from_nanos(FIRST));
+        let (mut count, mut bound) = (0, Duration::from_micros(FIRST));
         let mut buckets = Vec::with_capacity(BOUNDS);
         for (at, number) in self.0.buckets.iter().enumerate() {
             count += number.load(Ordering::Relaxed);
@@ -74,10 +70,34 @@ impl Times {
     }
 }
 
-/// The first bucket whose bound is not below `nanos`.
+/// Times to add, prepared once for several histograms.
+#[derive(Clone, Copy, Debug)]
+pub struct Took {
+    bucket: usize,
+    count: u32,
+    micros: u64,
+}
+
+impl Took {
+    /// Times with their sum in microseconds: what a pipeline took is divided equally among its queries.
+    #[inline]
+    pub fn new(micros: u64, count: u32) -> Self {
+        let each = match count {
+            0 | 1 => micros,
+            several => micros / u64::from(several),
+        };
+        Self {
+            bucket: bucket(each),
+            count,
+            micros,
+        }
+    }
+}
+
+/// The first bucket whose bound is not below `micros`.
 #[inline]
-fn bucket(nanos: u64) -> usize {
-    let doublings = u64::BITS - (nanos.saturating_sub(1) / FIRST).leading_zeros();
+fn bucket(micros: u64) -> usize {
+    let doublings = u64::BITS - (micros.saturating_sub(1) / FIRST).leading_zeros();
     (doublings as usize).min(BOUNDS)
 }
 
@@ -128,7 +148,7 @@ mod tests {
 
     #[test]
     fn a_time_is_counted_up_to_its_bound() {
-        for (nanos, expected) in [
+        for (micros, expected) in [
             (0, 0),
             (FIRST, 0),
             (FIRST + 1, 1),
@@ -138,15 +158,15 @@ mod tests {
             ((FIRST << 20) + 1, BOUNDS),
             (u64::MAX, BOUNDS),
         ] {
-            assert_eq!(bucket(nanos), expected, "{nanos}");
+            assert_eq!(bucket(micros), expected, "{micros}");
         }
     }
 
     #[test]
     fn the_times_of_a_pipeline_are_equal_and_add_up() {
         let metrics = Metrics::new().unwrap();
-        metrics.query_seconds.add(4_000_000, 4);
-        metrics.query_seconds.add(1_000_000_000_000, 1);
+        metrics.query_seconds.add(&Took::new(4000, 4));
+        metrics.query_seconds.add(&Took::new(1_000_000_000, 1));
         assert_eq!(metrics.query_seconds.micros(), 1_000_004_000);
         let text = metrics.render();
         for line in [
