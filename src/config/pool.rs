@@ -42,8 +42,8 @@ pub struct PoolSettings {
     pub max_db_connections: usize,
     /// How long a client waits for a server connection that others use.
     pub query_wait_timeout: Duration,
-    /// Connections opened ahead of need while clients arrive.
-    pub spare_pool_size: usize,
+    /// Connections opened ahead of need while clients come; depends on the mode if unset.
+    pub spare_pool_size: Option<usize>,
     /// How long a connection is kept without a client.
     pub server_idle_timeout: Duration,
     /// The age from which a connection is closed between two clients.
@@ -51,6 +51,14 @@ pub struct PoolSettings {
 }
 
 impl PoolSettings {
+    /// Connections opened ahead of need while clients come.
+    pub fn spares(&self, mode: PoolMode) -> usize {
+        self.spare_pool_size.unwrap_or(match mode {
+            PoolMode::None => 0,
+            PoolMode::Session => 1,
+        })
+    }
+
     /// The most server connections of a pool, with its reserve.
     pub fn max_size(&self) -> usize {
         let size = self
@@ -73,7 +81,7 @@ impl Settings {
             reserve_pool_timeout: self.reserve_pool_timeout().0,
             max_db_connections: self.max_db_connections(),
             query_wait_timeout: self.query_wait_timeout().0,
-            spare_pool_size: self.spare_pool_size(),
+            spare_pool_size: self.spare_pool_size,
             server_idle_timeout: self.server_idle_timeout().0,
             server_lifetime: self.server_lifetime().0,
         }

@@ -196,9 +196,11 @@ settings! {
         #[arg(value_name = "TIME")]
         query_wait_timeout: DurationSetting = DurationSetting::from_secs(120) => Live;
 
-        /// Server connections opened ahead of need whenever a client has taken one; they close after --server-idle-timeout
+        /// Server connections opened ahead of need whenever a client has taken one [default: 1, or 0 with --pool-mode none]
+        ///
+        /// They close after server_idle_timeout. With `none`, a client gets one that no other has had.
         #[arg(value_name = "N")]
-        spare_pool_size: usize = 1 => Live;
+        spare_pool_size: usize, "1" => Live;
 
         /// Time without a client after which a server connection is closed
         ///

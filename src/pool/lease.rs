@@ -12,7 +12,7 @@ use super::{
     waiting::{Grant, Waiting},
 };
 use crate::{
-    config::PoolSettings,
+    config::{PoolMode, PoolSettings},
     protocol::{
         error::{Report, sqlstate},
         options::LoginParameters,
@@ -33,11 +33,26 @@ const WAKE_CHECK: Duration = Duration::from_secs(1);
 /// What a client needs.
 pub(crate) struct LeaseRequest<'a> {
     /// Opens connections.
-    pub(crate) upstream: &'a Arc<Upstream>,
+    pub(super) upstream: &'a Arc<Upstream>,
     /// The client's login.
-    pub(crate) login: LoginParameters,
+    pub(super) login: Arc<LoginParameters>,
     /// Timeouts of opening one.
-    pub(crate) connect: &'a ConnectSettings,
+    pub(super) connect: &'a ConnectSettings,
+}
+
+impl<'a> LeaseRequest<'a> {
+    pub(crate) fn new(
+        upstream: &'a Arc<Upstream>,
+        mut login: LoginParameters,
+        connect: &'a ConnectSettings,
+    ) -> Self {
+        upstream.settle_database(&mut login);
+        Self {
+            upstream,
+            login: Arc::new(login),
+            connect,
+        }
+    }
 }
 
 /// A lease with what the client is sent in its welcome.
@@ -109,6 +124,15 @@ impl Lease {
         matches!(self.owner, Owner::Pool(_))
     }
 
+    /// Makes the connection the session's own.
+    fn leave_pool(&mut self) {
+        if let Owner::Pool(record) = &mut self.owner {
+            record.slot.close = PoolClose::Taken;
+            // Not the record's own, which is dropped with it.
+            self.owner = Owner::Session(record.gauge.clone());
+        }
+    }
+
     /// Returns the connection to its pool, between two messages and with nothing outstanding.
     pub(crate) fn give_back(self, used: Used) {
         let Owner::Pool(record) = self.owner else {
@@ -145,28 +169,70 @@ impl Pools {
     /// A server connection for a client, or a refusal once it has waited as long as it may.
     ///
     /// Cancel safe: dropping it gives up the place in the queue, and the login that was started for it.
-    pub(crate) async fn lease(&self, mut request: LeaseRequest<'_>) -> Result<Leased, Refusal> {
-        request.upstream.settle_database(&mut request.login);
-        let pool = self.pool(&request.login.database);
-        let login = Arc::new(std::mem::take(&mut request.login));
-        let began = Instant::now();
-        let leased = pool.lease(&login, &request).await;
-        let metrics = &pool.context.metrics;
-        let waited = began.elapsed().as_secs_f64();
-        metrics.pool_wait_seconds.observe(waited);
-        if leased.is_ok() {
-            pool.open_spares(&login, &request);
+    pub(crate) async fn connect(&self, request: &LeaseRequest<'_>) -> Result<Leased, Refusal> {
+        // A replication stream has a state that no reset undoes.
+        let mode = if request.login.replication {
+            PoolMode::None
+        } else {
+            self.mode()
+        };
+        let spares = self.settings().spares(mode);
+        if mode == PoolMode::None && (spares == 0 || request.login.replication) {
+            return request.log_in().await;
         }
-        leased
+        let pool = self.pool(&request.login.database);
+        let leased = match mode {
+            PoolMode::None => match pool.take_spare(&request.login).await {
+                Some(spare) => Ok(spare),
+                None => request.log_in().await,
+            },
+            PoolMode::Session => {
+                let began = Instant::now();
+                let leased = pool.lease(request).await;
+                let waited = began.elapsed().as_secs_f64();
+                pool.context.metrics.pool_wait_seconds.observe(waited);
+                leased
+            }
+        }?;
+        pool.open_spares(spares, request);
+        Ok(leased)
+    }
+}
+
+impl LeaseRequest<'_> {
+    /// A connection that is the session's own.
+    async fn log_in(&self) -> Result<Leased, Refusal> {
+        // A box, as a client that waits for a pool needs no room for it.
+        let connected = Box::pin(self.upstream.connect(&self.login, self.connect)).await?;
+        Ok(connected.into())
     }
 }
 
 impl Pool {
-    async fn lease(
-        self: &Arc<Self>,
-        login: &Arc<LoginParameters>,
-        request: &LeaseRequest<'_>,
-    ) -> Result<Leased, Refusal> {
+    /// A connection that no client has had, as the session's own; it is what a login of this client would have opened.
+    async fn take_spare(self: &Arc<Self>, client: &LoginParameters) -> Option<Leased> {
+        loop {
+            let server = {
+                let mut state = self.lock();
+                let at = state.idle.iter().rposition(|idle| {
+                    let record = &idle.server.record;
+                    !record.is_used && record.suits(client) && record.resets_to(client)
+                })?;
+                let mut server = state.idle.remove(at).into_server();
+                let slot = &mut server.record.slot;
+                state.count(slot, PoolServer::Leased, &self.context.metrics);
+                server
+            };
+            if let Some(server) = server.prepare(client).await {
+                let mut leased = self.leased(server, PoolLease::Idle);
+                leased.lease.leave_pool();
+                return Some(leased);
+            }
+        }
+    }
+
+    async fn lease(self: &Arc<Self>, request: &LeaseRequest<'_>) -> Result<Leased, Refusal> {
+        let login = &request.login;
         let waiting = self.enter(login);
         let at_once = if waiting.is_granted() {
             PoolLease::Idle
@@ -214,7 +280,7 @@ impl Pool {
                         return Ok(self.leased(server, at_once));
                     }
                 }
-                Grant::Open(slot) => opening = Some(Opening::start(slot, login, request)),
+                Grant::Open(slot) => opening = Some(Opening::start(slot, request)),
                 Grant::Refused(refusal) => return Err(refusal),
             }
         }
@@ -283,6 +349,7 @@ impl Pool {
     fn leased(&self, server: ServerConnection, how: PoolLease) -> Leased {
         self.context.metrics.pool_leases[how].inc();
         let ServerConnection { stream, mut record } = server;
+        record.is_used = true;
         Leased {
             parameter_status: record.reported.frames(),
             notices: BytesMut::new(),

@@ -38,14 +38,10 @@ pub(super) struct Opening {
 
 impl Opening {
     /// Starts the login of `slot`.
-    pub(super) fn start(
-        slot: Slot,
-        login: &Arc<LoginParameters>,
-        request: &LeaseRequest<'_>,
-    ) -> Self {
+    pub(super) fn start(slot: Slot, request: &LeaseRequest<'_>) -> Self {
         let (sender, result) = oneshot::channel();
         let pool = Arc::clone(slot.pool());
-        let opening = open(slot, Arc::clone(login), request);
+        let opening = open(slot, request);
         let tasks = pool.context.tasks.clone();
         let task = tasks.spawn(async move {
             match sender.send(opening.await) {
@@ -83,10 +79,10 @@ impl Opening {
 /// Logs in; without the client's parameters at hand, so that it may outlive the client.
 fn open(
     mut slot: Slot,
-    login: Arc<LoginParameters>,
     request: &LeaseRequest<'_>,
 ) -> impl Future<Output = Result<Opened, NotOpened>> + Send + use<> {
     let upstream = Arc::clone(request.upstream);
+    let login = Arc::clone(&request.login);
     let mut connect = *request.connect;
     async move {
         let pool = Arc::clone(slot.pool());
@@ -121,19 +117,14 @@ fn open(
 
 impl Pool {
     /// Opens connections ahead of need, as a client has just taken one.
-    pub(super) fn open_spares(
-        self: &Arc<Self>,
-        login: &Arc<LoginParameters>,
-        request: &LeaseRequest<'_>,
-    ) {
-        let wanted = self.context.settings.load().spare_pool_size;
+    pub(super) fn open_spares(self: &Arc<Self>, wanted: usize, request: &LeaseRequest<'_>) {
         loop {
             let slot = {
                 let mut state = self.lock();
                 let suiting = state
                     .idle
                     .iter()
-                    .filter(|idle| idle.server.record.suits(login));
+                    .filter(|idle| idle.server.record.suits(&request.login));
                 let spare = suiting.count() + state.servers[PoolServer::Opening];
                 if spare >= wanted || !state.waiting.is_empty() {
                     return;
@@ -141,7 +132,7 @@ impl Pool {
                 state.open_slot(self, std::time::Duration::ZERO)
             };
             let Some(slot) = slot else { return };
-            Opening::start(slot, login, request).leave();
+            Opening::start(slot, request).leave();
         }
     }
 

@@ -46,11 +46,12 @@ pub(super) struct ServerConnection {
 /// What is known of a server connection.
 pub(super) struct Record {
     pub(super) slot: Slot,
-    #[expect(dead_code, reason = "held, not read")]
     pub(super) gauge: GaugeGuard,
     /// The parameters of its login, with the database that was opened.
     pub(super) login: LoginParameters,
     pub(super) reported: Reported,
+    /// A client has had it.
+    pub(super) is_used: bool,
     /// A SET of ours has changed the client encoding since the login or the last reset.
     pub(super) is_encoding_set: bool,
     /// The server's own cancel key.
@@ -113,6 +114,7 @@ impl ServerConnection {
             record: Box::new(Record {
                 slot,
                 gauge,
+                is_used: false,
                 is_encoding_set: login.client_encoding.is_some(),
                 login,
                 reported: Reported::parse(greeting.parameter_status),

@@ -16,7 +16,6 @@ use super::{
     logged_in::LoggedIn,
 };
 use crate::{
-    config::PoolMode,
     net::socket::Transport,
     pool::{LeaseRequest, Leased},
     protocol::{
@@ -164,19 +163,8 @@ impl Access<'_> {
         );
         let mut login = LoginParameters::new(&self.startup, database);
         login.fallback_database = fallback;
-        let pools = &endpoint.pools;
-        // A replication stream has a state that no reset undoes.
-        if pools.mode() == PoolMode::None || login.replication {
-            // A box, as a client that waits for a pool needs no room for it.
-            let connected = Box::pin(upstream.connect(&login, &config.connect)).await?;
-            return Ok(connected.into());
-        }
-        let request = LeaseRequest {
-            upstream: &upstream,
-            login,
-            connect: &config.connect,
-        };
-        pools.lease(request).await
+        let request = LeaseRequest::new(&upstream, login, &config.connect);
+        endpoint.pools.connect(&request).await
     }
 
     /// The client may have meant the console, which does not accept it.

@@ -263,6 +263,8 @@ label! {
         Retired = "retired",
         /// The proxy is shutting down.
         Shutdown = "shutdown",
+        /// A client took it for good (`pool_mode = "none"`).
+        Taken = "taken",
         /// The session ended otherwise.
         Session = "session",
     }

@@ -90,6 +90,7 @@ fn close(reason: PoolClose) -> &'static str {
         PoolClose::Surplus => "in favor of others",
         PoolClose::Retired => "by a command or a reload",
         PoolClose::Shutdown => "by the shutdown",
+        PoolClose::Taken => "taken for good by a client",
         PoolClose::Session => "with their session",
     }
 }

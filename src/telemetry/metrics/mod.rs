@@ -185,6 +185,12 @@ impl GaugeGuard {
     }
 }
 
+impl Clone for GaugeGuard {
+    fn clone(&self) -> Self {
+        Self::new(&self.0)
+    }
+}
+
 impl Drop for GaugeGuard {
     fn drop(&mut self) {
         self.0.dec();

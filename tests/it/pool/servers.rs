@@ -53,6 +53,34 @@ async fn a_connection_that_the_server_closes_while_idle_reaches_no_client() {
     assert_eq!(value(&proxy.client().await, "select 1").await, "1");
 }
 
+/// Never one that another client has had, and the client keeps it to its end.
+#[tokio::test]
+async fn without_pooling_a_client_may_get_a_connection_opened_ahead() {
+    let emulator = harness::emulator().await;
+    let proxy = Proxy::with(&emulator, |settings| settings.spare_pool_size = Some(1)).await;
+    let mut pids = BTreeSet::new();
+    for number in 1..=5 {
+        let client = proxy.client().await;
+        assert!(pids.insert(pid(&client).await), "a connection of its own");
+        client.batch_execute("set work_mem = '7MB'").await.unwrap();
+        eventually("a spare", async || {
+            (proxy.servers(PoolServer::Idle) == 1).then_some(())
+        })
+        .await;
+        assert_eq!(emulator.counts().logins, number + 1);
+    }
+    assert_eq!(proxy.closes(PoolClose::Taken), 4);
+    let mut other = proxy.client_config();
+    other.application_name("another");
+    let other = connect(&other).await;
+    assert_eq!(value(&other, "show application_name").await, "another");
+    assert_eq!(proxy.closes(PoolClose::Taken), 4, "it needs another login");
+    eventually("sessions are closed", async || {
+        (proxy.metrics().upstream_active.get() <= 3).then_some(())
+    })
+    .await;
+}
+
 #[tokio::test]
 async fn a_spare_connection_is_opened_ahead_of_the_next_client() {
     let emulator = harness::emulator().await;
