@@ -66,6 +66,10 @@ impl ServerConnection {
         if pool.context.is_over() {
             return pool.close(self, PoolClose::Shutdown);
         }
+        if self.record.login.database != pool.database {
+            // The one requested does not exist: later clients are known to need another pool.
+            return pool.close(self, PoolClose::Surplus);
+        }
         match self.move_here() {
             Ok(server) => pool.keep(server),
             Err(error) => tracing::debug!(%error, "server connection could not be kept"),

@@ -157,6 +157,10 @@ impl Pools {
     pub(crate) fn apply(&self, mode: PoolMode, settings: PoolSettings) {
         self.mode.store(Arc::new(mode));
         self.context.settings.store(Arc::new(settings));
+        if mode == PoolMode::None {
+            // No new client is given them.
+            self.reconnect(None);
+        }
         for pool in self.all() {
             pool.shrink();
         }

@@ -56,3 +56,56 @@ impl Drop for Slot {
         drop(evicted);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        panic::{AssertUnwindSafe, catch_unwind},
+        time::Duration,
+    };
+
+    use arc_swap::ArcSwap;
+    use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+    use super::*;
+    use crate::{
+        config::{PoolMode, PoolSettings},
+        pool::{PoolContext, Pools, waiting::Grant},
+        protocol::options::LoginParameters,
+        shutdown::Shutdown,
+        status::Label,
+        telemetry::Metrics,
+    };
+
+    #[tokio::test]
+    async fn a_panic_with_a_connection_frees_its_slot_for_the_client_that_waits() {
+        let settings = PoolSettings {
+            default_pool_size: 1,
+            ..PoolSettings::default()
+        };
+        let context = PoolContext {
+            endpoint: Label::new("e"),
+            settings: ArcSwap::from_pointee(settings),
+            metrics: Metrics::new().unwrap(),
+            shutdown: Shutdown::default(),
+            closed: CancellationToken::new(),
+            tasks: TaskTracker::new(),
+        };
+        let pools = Pools::new(PoolMode::Session, context);
+        let pool = pools.pool("db");
+        let slot = pool.lock().open_slot(&pool, Duration::ZERO);
+        let mut slot = slot.expect("the first");
+        slot.enter(PoolServer::Leased);
+        let waiting = pool.enter(&Arc::new(LoginParameters::default()));
+        assert!(!waiting.is_granted());
+        let panicked = catch_unwind(AssertUnwindSafe(move || {
+            let _slot = slot;
+            panic!("on purpose");
+        }));
+        assert!(panicked.is_err());
+        assert!(matches!(waiting.granted().await, Grant::Open(_)));
+        let metrics = &pool.context.metrics;
+        assert_eq!(metrics.pool_servers[PoolServer::Leased].get(), 0);
+        assert_eq!(metrics.pool_closes[PoolClose::Session].get(), 1);
+    }
+}

@@ -16,7 +16,7 @@ use lakebase_proxy::{
     config::{Change, Environment, PortSetting, Settings, Source},
     emulator::Emulator,
     protocol::error::ErrorFields,
-    telemetry::labels::ReloadOutcome,
+    telemetry::labels::{PoolClose, PoolServer, ReloadOutcome},
 };
 use tempfile::TempDir;
 use tokio::{task::JoinSet, time::Instant};
@@ -743,4 +743,78 @@ async fn a_hangup_without_a_change_is_no_event() {
     assert_eq!(wire.value("select 1").await, "1");
     binary.signal("TERM");
     assert_eq!(binary.exit_code().await, Some(143));
+}
+
+#[tokio::test]
+async fn a_smaller_pool_closes_what_is_idle_and_the_rest_as_it_returns() {
+    let emulator = harness::emulator().await;
+    let file = |size: u32| {
+        format!("pool_mode = 'session'\nspare_pool_size = 0\ndefault_pool_size = {size}\n")
+    };
+    let mut setup = Setup::start(&emulator, &file(20)).await;
+    let metrics = Arc::clone(setup.running.metrics());
+    let until = async |idle: i64, leased: i64| {
+        eventually("the connections", async || {
+            let servers = &metrics.pool_servers;
+            let now = (
+                servers[PoolServer::Idle].get(),
+                servers[PoolServer::Leased].get(),
+            );
+            (now == (idle, leased)).then_some(())
+        })
+        .await;
+    };
+    let mut sessions = Vec::new();
+    for _ in 0..12 {
+        sessions.push(session(setup.address()).await);
+    }
+    sessions.truncate(8);
+    until(4, 8).await;
+    setup.change(&file(5)).await;
+    // More than the new size are in use.
+    until(0, 8).await;
+    for session in &mut sessions {
+        assert_eq!(session.value("select 1").await, "1");
+    }
+    drop(sessions);
+    until(5, 0).await;
+    // Among them the first one, of a client whose database does not exist.
+    eventually("seven are closed", async || {
+        (metrics.pool_closes[PoolClose::Surplus].get() == 7).then_some(())
+    })
+    .await;
+    let mut after = session(setup.address()).await;
+    assert_eq!(after.value("select 1").await, "1");
+    assert_eq!(emulator.counts().logins, 12);
+}
+
+#[tokio::test]
+async fn another_pool_mode_is_for_new_clients() {
+    let emulator = harness::emulator().await;
+    let mut setup = Setup::start(&emulator, "spare_pool_size = 0").await;
+    let metrics = Arc::clone(setup.running.metrics());
+    let open = || {
+        let servers = &metrics.pool_servers;
+        servers.values().map(prometheus::IntGauge::get).sum::<i64>()
+    };
+    let before = session(setup.address()).await;
+    setup
+        .change("pool_mode = 'session'\nspare_pool_size = 0")
+        .await;
+    let mut pooled = session(setup.address()).await;
+    assert_eq!(open(), 1);
+    drop(before);
+    eventually("it is closed", async || {
+        (metrics.upstream_active.get() == 1).then_some(())
+    })
+    .await;
+    setup.change("spare_pool_size = 0").await;
+    let own = session(setup.address()).await;
+    assert_eq!((open(), metrics.upstream_active.get()), (1, 2));
+    assert_eq!(pooled.value("select 1").await, "1");
+    drop((pooled, own));
+    eventually("no connection is left without a use", async || {
+        (metrics.upstream_active.get() == 0).then_some(())
+    })
+    .await;
 }
