@@ -331,8 +331,9 @@ impl State {
             .filter(|(_, waiter)| waiter.grant.is_none())
             .map(|(number, _)| *number)
             // Those that are being logged in, and as many as can be served.
-            .take(CONCURRENT_LOGINS + self.idle.len() + 1)
+            .take(CONCURRENT_LOGINS + self.idle.len() + self.servers[PoolServer::Resetting] + 1)
             .collect();
+        let mut returning = self.servers[PoolServer::Resetting];
         for number in numbers {
             let Some(waiter) = self.waiting.get(&number) else {
                 continue;
@@ -348,6 +349,10 @@ impl State {
                 );
                 Grant::Server(server)
             } else if is_opening {
+                continue;
+            } else if returning > 0 {
+                // One that is being reset is there sooner than a login would end.
+                returning -= 1;
                 continue;
             } else if let Some(slot) = self.open_slot(pool, since.elapsed()) {
                 Grant::Open(slot)

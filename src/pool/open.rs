@@ -125,7 +125,9 @@ impl Pool {
                     .idle
                     .iter()
                     .filter(|idle| idle.server.record.suits(&request.login));
-                let spare = suiting.count() + state.servers[PoolServer::Opening];
+                let spare = suiting.count()
+                    + state.servers[PoolServer::Opening]
+                    + state.servers[PoolServer::Resetting];
                 if spare >= wanted || !state.waiting.is_empty() {
                     return;
                 }
