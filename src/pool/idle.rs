@@ -93,6 +93,9 @@ impl Pool {
             .find(|waiter| waiter.grant.is_none())
             .map_or(Duration::ZERO, |waiter| waiter.since.elapsed());
         if state.staying() > Limit::configured(&settings, waited) {
+            // Under the same lock: another one that returns now must not count this one.
+            let slot = &mut server.record.slot;
+            state.count(slot, PoolServer::Closing, &self.context.metrics);
             drop(state);
             return self.close(server, PoolClose::Surplus);
         }

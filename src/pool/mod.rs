@@ -224,7 +224,12 @@ impl Pool {
         state.limit.show(&settings, &self.context.metrics);
         let size = Limit::configured(&settings, Duration::ZERO);
         let surplus = state.staying().saturating_sub(size).min(state.idle.len());
-        let surplus: Vec<Idle> = state.idle.drain(..surplus).collect();
+        let mut surplus: Vec<Idle> = state.idle.drain(..surplus).collect();
+        for idle in &mut surplus {
+            // Under the same lock: one that returns now must not count them.
+            let slot = &mut idle.server.record.slot;
+            state.count(slot, PoolServer::Closing, &self.context.metrics);
+        }
         drop(state);
         for idle in surplus {
             self.close(idle.into_server(), PoolClose::Surplus);
