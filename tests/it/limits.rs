@@ -262,7 +262,7 @@ async fn the_limit_follows_from_the_descriptors_unless_set() {
 
 /// It was refused as a loop.
 #[tokio::test]
-async fn another_loopback_address_with_the_proxys_port_is_an_upstream() {
+async fn another_loopback_address_with_the_port_of_the_proxy_is_an_upstream() {
     let emulator = harness::emulator().await;
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let port = listener.local_addr().unwrap().port();
