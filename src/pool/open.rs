@@ -10,7 +10,10 @@ use tokio_util::task::AbortOnDropHandle;
 
 use super::{Pool, lease::LeaseRequest, server::ServerConnection, slot::Slot};
 use crate::{
-    protocol::options::LoginParameters,
+    protocol::{
+        error::{Report, sqlstate},
+        options::LoginParameters,
+    },
     telemetry::labels::{PoolServer, Reason},
     upstream::{Connected, Refusal},
 };
@@ -66,7 +69,17 @@ impl Opening {
         match (&mut self.result).await {
             Ok(result) => result,
             // The task has panicked, or the runtime is shutting down.
-            Err(_) => std::future::pending().await,
+            Err(_) => Err(NotOpened {
+                refusal: Refusal {
+                    report: Report::new(
+                        sqlstate::CANNOT_CONNECT,
+                        "the login at the Lakebase endpoint ended without a result",
+                    )
+                    .with_hint("Connect again. If it happens again, the log of lakebase-proxy has the cause."),
+                    reason: Reason::Other,
+                },
+                is_full: false,
+            }),
         }
     }
 
