@@ -127,7 +127,7 @@ impl Acceptor {
         }
     }
 
-    /// Serves a client on the thread with the fewest tasks.
+    /// Serves a client on the thread with the fewest sessions.
     fn spawn_session(&self, mut accepted: Box<Accepted<Socket>>) {
         let span = session_span(&accepted);
         let endpoint = Arc::clone(&self.endpoint);

@@ -1,6 +1,6 @@
 //! The threads that serve clients.
 //!
-//! Each runs a current-thread runtime of its own. A client is placed on the one with the fewest tasks when it is accepted
+//! Each runs a current-thread runtime of its own. A client is placed on the one with the fewest sessions when it is accepted
 //! and stays there: handshake, login, relay. Sharing nothing between threads makes each message cheaper: one
 //! multi-thread runtime loses 8 to 10 % of throughput at 8 and 32 clients, and lets queries wait behind a COPY. The price
 //! is that two bulk transfers may share a thread while another is idle; the relay bounds the turn that each takes.
@@ -18,6 +18,7 @@ use tokio::{
     runtime::{Builder, Handle, Runtime},
     sync::mpsc,
 };
+use tokio_util::task::TaskTracker;
 
 /// The threads; they end when this is dropped, and their sessions with them.
 #[derive(Debug)]
@@ -25,6 +26,9 @@ pub(crate) struct SessionThreads(Vec<SessionThread>);
 
 #[derive(Debug)]
 struct SessionThread {
+    /// Not the runtime's tasks: those that watch idle connections of a pool are no load, and the next client should find its
+    /// connection on the thread where they are.
+    sessions: TaskTracker,
     /// The thread's runtime now; replaced when it dies.
     runtime: Arc<ArcSwap<Handle>>,
     /// The thread ends when this is dropped. Tests send what makes its runtime die.
@@ -43,11 +47,12 @@ impl SessionThreads {
         Ok(threads)
     }
 
-    /// Runs `session` on the thread with the fewest tasks.
+    /// Runs `session` on the thread with the fewest sessions, the first of several.
     pub(crate) fn spawn(&self, session: impl Future<Output = ()> + Send + 'static) {
-        let tasks = |thread: &&SessionThread| thread.runtime.load().metrics().num_alive_tasks();
-        if let Some(thread) = self.0.iter().min_by_key(tasks) {
+        let threads = self.0.iter();
+        if let Some(thread) = threads.min_by_key(|thread| thread.sessions.len()) {
             // Dropping the handle detaches the task; the tracker of clients waits for it.
+            let session = thread.sessions.track_future(session);
             drop(thread.runtime.load().spawn(session));
         }
     }
@@ -73,6 +78,7 @@ impl SessionThread {
             .name(format!("session-{number}"))
             .spawn(move || run(runtime, &current, controlled))?;
         Ok(Self {
+            sessions: TaskTracker::new(),
             runtime: handle,
             control,
         })
