@@ -4,7 +4,7 @@ use std::{net::SocketAddr, os::unix::fs::PermissionsExt, sync::Arc};
 
 use arc_swap::ArcSwap;
 use tokio::sync::watch;
-use tokio_util::sync::CancellationToken;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use super::{
     AppError,
@@ -85,6 +85,7 @@ pub(super) fn serve(
             &shared.threads,
             &shared.clients,
             &shared.helpers,
+            &served.accepting,
             &shared.absent,
         );
         shared.helpers.spawn(discovery.run());
@@ -135,6 +136,8 @@ pub struct Served {
     pub(super) roots: ArcSwap<Option<Fingerprint>>,
     /// Ends its background tasks.
     pub(super) stop: CancellationToken,
+    /// The tasks that hold its listening sockets.
+    pub(super) accepting: TaskTracker,
 }
 
 impl Served {
@@ -171,6 +174,7 @@ impl Served {
             },
             roots: ArcSwap::from_pointee(bound.roots),
             stop: shared.stop.child_token(),
+            accepting: TaskTracker::new(),
         }
     }
 
@@ -237,7 +241,11 @@ impl Served {
     }
 
     async fn remove_when_drained(self: Arc<Self>, endpoints: Endpoints) {
-        let drained = self.context.registry.drained();
+        let drained = async {
+            self.context.registry.drained().await;
+            // A reload finds it here as long as it holds its addresses, and waits for their release.
+            self.accepting.wait().await;
+        };
         // `None` at the end of the process, which removes no endpoint.
         if self.stop.run_until_cancelled(drained).await.is_some() {
             self.stop.cancel();

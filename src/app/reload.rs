@@ -1,11 +1,8 @@
 //! Reloads settings: everything that can fail is prepared first, then all of it is applied, or nothing.
 
-use std::{future::pending, path::PathBuf, sync::Arc, time::Duration};
+use std::{future::pending, path::PathBuf, sync::Arc};
 
-use tokio::{
-    signal::unix::Signal,
-    time::{Instant, sleep},
-};
+use tokio::signal::unix::Signal;
 
 use super::{
     App, AppError, Served,
@@ -22,9 +19,6 @@ use crate::{
     telemetry::{chain, labels::ReloadOutcome, logging::check_filter},
     upstream::{Endpoint, Security},
 };
-
-/// Limit for a listener to close.
-const CLOSES_WITHIN: Duration = Duration::from_secs(1);
 
 /// Applies new settings while the program runs.
 pub struct Reloader {
@@ -334,22 +328,15 @@ async fn bind(
     draining: impl Iterator<Item = &Arc<Served>>,
     endpoint: &EndpointConfig,
 ) -> Result<Listener, AppError> {
-    let mut deadline = Instant::now();
     for before in draining {
         if before.config.listen.conflict(&endpoint.listen).is_some() {
             // It was open for cancel requests only, since a removed endpoint refuses sessions: a failed reload need not
             // open it again.
             before.context.registry.close();
-            deadline = Instant::now() + CLOSES_WITHIN;
+            before.accepting.wait().await;
         }
     }
-    loop {
-        // The old socket is closed by its accept loop, a moment after `close` returns.
-        match Listener::bind(&endpoint.listen) {
-            Err(_) if Instant::now() < deadline => sleep(Duration::from_millis(5)).await,
-            result => return Ok(result?),
-        }
-    }
+    Ok(Listener::bind(&endpoint.listen)?)
 }
 
 /// Logs what was applied, and what needs a restart.

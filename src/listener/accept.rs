@@ -95,7 +95,13 @@ impl Acceptor {
                     if backoff.is_fresh() {
                         tracing::warn!(%error, "cannot accept a connection; hint: raise the limit of open files (ulimit -n)");
                     }
-                    sleep(backoff.next()).await;
+                    if end
+                        .run_until_cancelled(sleep(backoff.next()))
+                        .await
+                        .is_none()
+                    {
+                        return;
+                    }
                 }
             }
         }

@@ -195,13 +195,14 @@ impl Listener {
     }
 
     /// Accepts until the endpoint closes. Sessions are among `clients` to their end and run on `threads`; the loops that
-    /// accept them are among `helpers`.
+    /// accept them are among `helpers`, and among `accepting`, which is empty once all sockets are closed.
     pub(crate) fn spawn(
         self,
         endpoint: &Arc<EndpointContext>,
         threads: &Arc<SessionThreads>,
         clients: &TaskTracker,
         helpers: &TaskTracker,
+        accepting: &TaskTracker,
         absent: &AbsentSockets,
     ) {
         let acceptor = Acceptor {
@@ -212,12 +213,15 @@ impl Listener {
         };
         for socket in self.tcp {
             let (acceptor, closed) = (acceptor.clone(), endpoint.registry.closed().clone());
-            helpers.spawn(async move { acceptor.run(ListeningSocket::Tcp(socket), closed).await });
+            let run = async move { acceptor.run(ListeningSocket::Tcp(socket), closed).await };
+            helpers.spawn(accepting.track_future(run));
         }
         for socket in self.unix {
             let (acceptor, absent) = (acceptor.clone(), absent.clone());
-            helpers.spawn(async move { acceptor.run_and_replace(socket, absent).await });
+            let run = async move { acceptor.run_and_replace(socket, absent).await };
+            helpers.spawn(accepting.track_future(run));
         }
+        accepting.close();
     }
 }
 

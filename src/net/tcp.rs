@@ -284,11 +284,10 @@ mod tests {
 
     #[tokio::test]
     async fn every_address_is_tried() {
-        let dead = TcpListener::bind("127.0.0.1:0")
-            .await
-            .unwrap()
-            .local_addr()
-            .unwrap();
+        // Bound, so that no one else takes the port, and not listening.
+        let closed = TcpSocket::new_v4().unwrap();
+        closed.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+        let dead = closed.local_addr().unwrap();
         let alive = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let (stream, address) = connect_any(vec![dead, alive.local_addr().unwrap()])
             .await

@@ -16,7 +16,10 @@ use jiff::{SignedDuration, Timestamp};
 use rustls::{ClientConfig, RootCertStore};
 use secrecy::{ExposeSecret, SecretString};
 use serde_json::{Value, json};
-use tokio::{net::TcpListener, task::JoinSet};
+use tokio::{
+    net::{TcpListener, TcpSocket},
+    task::JoinSet,
+};
 
 use super::*;
 use crate::net::tls;
@@ -669,9 +672,10 @@ async fn the_expiry_is_corrected_to_our_clock() {
 
 #[tokio::test]
 async fn a_workspace_that_cannot_be_reached_is_unavailable() {
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let host = format!("http://{}", listener.local_addr().unwrap());
-    drop(listener);
+    // Bound, so that no one else takes the port, and not listening.
+    let closed = TcpSocket::new_v4().unwrap();
+    closed.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+    let host = format!("http://{}", closed.local_addr().unwrap());
     let settings = WorkspaceSettings {
         host: Some(host),
         token: Some("dapi-test".into()),

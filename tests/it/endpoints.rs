@@ -105,7 +105,8 @@ async fn a_plain_postgres_is_reached_with_a_password_of_its_own() {
     std::fs::write(&file, "two\n").unwrap();
     let table = |user: &str, credential: &str| {
         format!(
-            "[[endpoint]]\nhost = \"localhost\"\nport = {port}\nuser = \"{user}\"\ndatabase = \"postgres\"\ncredential = {{ {credential} }}\n"
+            "[[endpoint]]\nhost = \"localhost\"\nport = {}\nuser = \"{user}\"\ndatabase = \"postgres\"\ncredential = {{ {credential} }}\n",
+            port.number()
         )
     };
     let tables = [

@@ -3,13 +3,15 @@
 use std::time::Duration;
 
 use lakebase_proxy::app::App;
-use tokio::{net::TcpListener, time::Instant};
+use tokio::time::Instant;
 
 use crate::{
     harness::{
         self, Proxy,
         binary::{self, Binary},
-        config, eventually, millis, within,
+        config, eventually, millis,
+        port::ReservedPort,
+        within,
     },
     web::{get, request},
 };
@@ -20,12 +22,6 @@ async fn run(arguments: &[&str]) -> (Option<i32>, String) {
     let output = output.unwrap();
     let reply = String::from_utf8_lossy(&output.stderr).into_owned();
     (output.status.code(), reply)
-}
-
-/// A port that was free a moment ago.
-async fn free_port() -> String {
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    listener.local_addr().unwrap().port().to_string()
 }
 
 #[tokio::test]
@@ -133,7 +129,8 @@ async fn signals_without_a_meaning_do_not_end_it() {
 #[tokio::test]
 async fn the_shutdown_command_ends_a_proxy_that_allows_it() {
     let emulator = harness::emulator().await;
-    let port = free_port().await;
+    let reserved = ReservedPort::new();
+    let port = reserved.number().to_string();
     let (code, reply) = run(&["shutdown", "--admin-port", &port]).await;
     assert_eq!(code, Some(1));
     assert!(
@@ -154,7 +151,8 @@ async fn the_shutdown_command_ends_a_proxy_that_allows_it() {
 #[tokio::test]
 async fn wait_returns_once_the_proxy_has_started() {
     let emulator = harness::emulator().await;
-    let port = free_port().await;
+    let reserved = ReservedPort::new();
+    let port = reserved.number().to_string();
     let began = Instant::now();
     let (code, reply) = run(&["wait", "--max", "0.3", "--http-port", &port]).await;
     assert_eq!(code, Some(1));

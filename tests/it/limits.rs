@@ -5,7 +5,9 @@ use std::net::TcpListener;
 use crate::harness::{
     self, Proxy,
     binary::{Binary, command},
-    eventually, millis, until_running,
+    eventually, millis,
+    port::ReservedPort,
+    until_running,
     wire::{Wire, cancel, text},
     within,
 };
@@ -112,11 +114,8 @@ async fn silent_clients_do_not_delay_others() {
 async fn a_proxy_in_front_of_itself_does_not_start() {
     let emulator = harness::emulator().await;
     for host in ["localhost", "127.0.0.1", "::1"] {
-        let port = TcpListener::bind("127.0.0.1:0")
-            .unwrap()
-            .local_addr()
-            .unwrap()
-            .port();
+        let reserved = ReservedPort::new();
+        let port = reserved.number();
         let text = port.to_string();
         let config = harness::config(
             &emulator,
@@ -264,13 +263,11 @@ async fn the_limit_follows_from_the_descriptors_unless_set() {
 #[tokio::test]
 async fn another_loopback_address_with_the_port_of_the_proxy_is_an_upstream() {
     let emulator = harness::emulator().await;
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let port = listener.local_addr().unwrap().port();
-    drop(listener);
-    let text = port.to_string();
+    let port = ReservedPort::new();
+    let text = port.number().to_string();
     let variables = [("PGHOST", "127.0.0.2"), ("PGPORT", &*text)];
     let config = harness::config(&emulator, &variables, |settings| {
-        settings.port = Some(PortSetting::Port(port));
+        settings.port = Some(PortSetting::Port(port.number()));
     });
     let running = App::start(config).await.unwrap();
     within("the end of discovery", running.found())

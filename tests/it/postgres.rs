@@ -19,7 +19,7 @@ use tokio::net::{TcpListener, UnixStream};
 use tokio_postgres::{Client, Config, NoTls};
 use tokio_util::task::TaskTracker;
 
-use crate::harness::eventually;
+use crate::harness::{eventually, port::ReservedPort};
 
 /// A server without passwords on a Unix socket in a private directory, gone with the value.
 pub(crate) struct Cluster {
@@ -35,14 +35,9 @@ impl Cluster {
     }
 
     /// Reached over TCP, too, with TLS on request; `ca_file` is the trusted root.
-    pub(crate) async fn start_with_tls() -> (Self, u16) {
-        // Free now; another process that takes it would fail the start, not the assertion.
-        let port = std::net::TcpListener::bind("127.0.0.1:0")
-            .unwrap()
-            .local_addr()
-            .unwrap()
-            .port();
-        let cluster = Self::start_at(port, "127.0.0.1").await;
+    pub(crate) async fn start_with_tls() -> (Self, ReservedPort) {
+        let port = ReservedPort::new();
+        let cluster = Self::start_at(port.number(), "127.0.0.1").await;
         let data = cluster.directory.path().join("data");
         let key = rcgen::KeyPair::generate().unwrap();
         let certificate = rcgen::CertificateParams::new(["localhost".to_owned()])

@@ -24,7 +24,9 @@ use tokio::{task::JoinSet, time::Instant};
 use crate::harness::{
     self, TIMEOUT,
     binary::Binary,
-    eventually, until_running,
+    eventually,
+    port::ReservedPort,
+    until_running,
     wire::{SSL_REQUEST, Wire, cancel, text},
     within,
 };
@@ -122,11 +124,6 @@ fn table(emulator: &Emulator, listen: u16) -> String {
         of("PGPORT"),
         of("PGUSER"),
     )
-}
-
-async fn free_port() -> u16 {
-    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-    listener.local_addr().unwrap().port()
 }
 
 #[tokio::test]
@@ -265,23 +262,24 @@ async fn settings_that_need_a_restart_are_reported_by_name() {
 #[tokio::test]
 async fn endpoints_come_and_go_and_their_sessions_stay() {
     let emulator = harness::emulator().await;
-    let (first, second) = (free_port().await, free_port().await);
-    let one = table(&emulator, first);
-    let both = format!("{one}{}", table(&emulator, second));
+    let port = ReservedPort::new();
+    let second = port.address();
+    let one = table(&emulator, 0);
+    let both = format!("{one}{}", table(&emulator, port.number()));
     let mut setup = Setup::start(&emulator, &one).await;
+    let first = setup.address();
     let tasks = setup.running.tasks();
-    let at = |port: u16| SocketAddr::from(([127, 0, 0, 1], port));
 
     let change = setup.change(&both).await;
     assert_eq!((change.added.len(), change.removed.len()), (1, 0));
-    let mut wire = Wire::dial(at(second)).await;
+    let mut wire = Wire::dial(second).await;
     wire.startup(&[("user", "anyone")]).await;
     let key = wire.welcome().await.key;
     assert_eq!(wire.value("select 1").await, "1");
 
     // Its session stays, and can be cancelled; others are sent away.
     setup.change(&one).await;
-    let refused = refusal(at(second)).await;
+    let refused = refusal(second).await;
     assert_eq!(refused.code, "57P03");
     assert!(
         refused.message.contains("no longer among the settings"),
@@ -290,7 +288,7 @@ async fn endpoints_come_and_go_and_their_sessions_stay() {
     assert_eq!(wire.value("select 2").await, "2");
     wire.send(&text('Q', "select pg_sleep(60)")).await;
     until_running(&emulator.identities().app.name, 1).await;
-    cancel(at(second), key).await;
+    cancel(second, key).await;
     let reply = wire.until('Z').await;
     assert!(
         reply
@@ -301,14 +299,14 @@ async fn endpoints_come_and_go_and_their_sessions_stay() {
     // It may come back while a client is connected.
     setup.change(&both).await;
     assert_eq!(setup.running.endpoints().now().len(), 2);
-    let mut another = session(at(second)).await;
+    let mut another = session(second).await;
     assert_eq!(another.value("select 3").await, "3");
 
     // In another shape it takes the place of the old one, whose sessions stay.
     setup.change(&one).await;
     let read_only = format!("{both}database = \"postgres\"\n");
     setup.change(&read_only).await;
-    let mut third = session(at(second)).await;
+    let mut third = session(second).await;
     assert_eq!(third.value("select current_database()").await, "postgres");
     assert_eq!(wire.value("select 4").await, "4");
 
@@ -320,7 +318,7 @@ async fn endpoints_come_and_go_and_their_sessions_stay() {
     })
     .await;
     eventually("the port is free", async || {
-        tokio::net::TcpStream::connect(at(second))
+        tokio::net::TcpStream::connect(second)
             .await
             .is_err()
             .then_some(())
@@ -330,15 +328,16 @@ async fn endpoints_come_and_go_and_their_sessions_stay() {
         (setup.running.tasks() == tasks).then_some(())
     })
     .await;
-    let mut wire = session(at(first)).await;
+    let mut wire = session(first).await;
     assert_eq!(wire.value("select 5").await, "5");
 }
 
 #[tokio::test]
 async fn a_removed_endpoint_releases_its_port_and_others_keep_theirs() {
     let emulator = harness::emulator().await;
-    let (first, second) = (free_port().await, free_port().await);
-    let one = format!("allow_remote = true\n{}", table(&emulator, first));
+    let reserved = ReservedPort::new();
+    let second = reserved.address();
+    let one = format!("allow_remote = true\n{}", table(&emulator, 0));
     let wide = |port: u16| {
         let table = table(&emulator, port);
         table.replace(
@@ -346,23 +345,22 @@ async fn a_removed_endpoint_releases_its_port_and_others_keep_theirs() {
             &format!("listen = \"0.0.0.0:{port}\""),
         )
     };
-    let both = format!("{one}{}", table(&emulator, second));
+    let both = format!("{one}{}", table(&emulator, second.port()));
     let mut setup = Setup::start(&emulator, &both).await;
-    let at = |port: u16| SocketAddr::from(([127, 0, 0, 1], port));
-    let mut held = session(at(second)).await;
+    let mut held = session(second).await;
 
-    let moved = setup.change(&format!("{one}{}", wide(second))).await;
+    let moved = setup.change(&format!("{one}{}", wide(second.port()))).await;
     assert!(
         moved.restart[0].starts_with("address, port or unix_socket of endpoint"),
         "{moved:?}"
     );
     assert!(moved.added.is_empty() && moved.removed.is_empty());
-    assert_eq!(session(at(second)).await.value("select 1").await, "1");
+    assert_eq!(session(second).await.value("select 1").await, "1");
 
     setup.change(&one).await;
-    let again = setup.change(&format!("{one}{}", wide(second))).await;
+    let again = setup.change(&format!("{one}{}", wide(second.port()))).await;
     assert_eq!(again.added.len(), 1);
-    assert_eq!(session(at(second)).await.value("select 2").await, "2");
+    assert_eq!(session(second).await.value("select 2").await, "2");
     assert_eq!(held.value("select 3").await, "3");
 }
 
@@ -371,21 +369,18 @@ async fn a_refused_reload_leaves_nothing_behind() {
     let emulator = harness::emulator().await;
     let holder = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let taken = holder.local_addr().unwrap().port();
-    let free = free_port().await;
+    let free = ReservedPort::new();
     let one = table(&emulator, 0);
     let mut setup = Setup::start(&emulator, &one).await;
     let file = format!(
-        "{one}[[endpoint]]\nname = \"projects/nowhere/branches/b/endpoints/e\"\nlisten = {free}\n\
-         [[endpoint]]\nname = \"projects/else/branches/b/endpoints/e\"\nlisten = {taken}\n"
+        "{one}[[endpoint]]\nname = \"projects/nowhere/branches/b/endpoints/e\"\nlisten = {}\n\
+         [[endpoint]]\nname = \"projects/else/branches/b/endpoints/e\"\nlisten = {taken}\n",
+        free.number()
     );
     let error = setup.reload(&file).await.unwrap_err();
     assert!(error.to_string().contains(&taken.to_string()), "{error}");
     assert!(!setup.running.metrics().render().contains("nowhere"));
-    assert!(
-        tokio::net::TcpListener::bind(("127.0.0.1", free))
-            .await
-            .is_ok()
-    );
+    assert!(std::net::TcpListener::bind(free.address()).is_ok());
 }
 
 #[tokio::test]
@@ -465,14 +460,15 @@ async fn a_pipe_in_the_place_of_the_file_is_refused_and_not_waited_for() {
 #[tokio::test]
 async fn an_endpoint_that_cannot_be_found_is_added_all_the_same() {
     let emulator = harness::emulator().await;
-    let port = free_port().await;
+    let port = ReservedPort::new();
     let one = table(&emulator, 0);
     let mut setup = Setup::start(&emulator, &one).await;
     let lost = format!(
-        "{one}[[endpoint]]\nname = \"projects/nowhere/branches/b/endpoints/e\"\nlisten = {port}\n"
+        "{one}[[endpoint]]\nname = \"projects/nowhere/branches/b/endpoints/e\"\nlisten = {}\n",
+        port.number()
     );
     setup.change(&lost).await;
-    let refused = refusal(SocketAddr::from(([127, 0, 0, 1], port))).await;
+    let refused = refusal(port.address()).await;
     assert!(refused.message.contains("projects/nowhere"), "{refused:?}");
     assert_eq!(session(setup.address()).await.value("select 1").await, "1");
 }
@@ -591,20 +587,19 @@ fn descriptors(process: u32) -> usize {
 async fn a_hundred_reloads_under_load_drop_no_session_and_leak_nothing() {
     let emulator = harness::emulator().await;
     let one = table(&emulator, 0);
-    let port = free_port().await;
+    let port = ReservedPort::new();
     let mut setup = Setup::start(&emulator, &one).await;
     let tasks = setup.running.tasks();
     let load = Load::start(setup.address(), 8).await;
-    let second = SocketAddr::from(([127, 0, 0, 1], port));
     for round in 0..50 {
         let both = format!(
             "max_connections = {}\n{one}{}",
             100 + round,
-            table(&emulator, port)
+            table(&emulator, port.number())
         );
         assert_eq!(setup.change(&both).await.added.len(), 1);
         if round % 10 == 0 {
-            assert_eq!(session(second).await.value("select 1").await, "1");
+            assert_eq!(session(port.address()).await.value("select 1").await, "1");
         }
         assert_eq!(setup.change(&one).await.removed.len(), 1);
     }
@@ -632,7 +627,7 @@ async fn a_hundred_hangups_under_load_leave_no_descriptor_behind() {
     let flags = ["--config-file", file.to_str().unwrap()];
     let mut binary = Binary::serve(&emulator, &flags).await;
     let load = Load::start(binary.postgres, 4).await;
-    let port = free_port().await;
+    let port = ReservedPort::new();
     let reload = async |binary: &mut Binary, text: &str| {
         fs::write(&file, text).unwrap();
         binary.signal("HUP");
@@ -640,7 +635,7 @@ async fn a_hundred_hangups_under_load_leave_no_descriptor_behind() {
     };
     let mut before = 0;
     for round in 0..50 {
-        let both = format!("{base}{}", table(&emulator, port));
+        let both = format!("{base}{}", table(&emulator, port.number()));
         let reply = reload(
             &mut binary,
             &format!("max_connections = {}\n{both}", 60 + round),

@@ -10,6 +10,7 @@ use crate::harness::{
     self,
     binary::{Binary, command},
     eventually,
+    port::ReservedPort,
     wire::Wire,
     within,
 };
@@ -154,10 +155,8 @@ async fn with_a_connection_test_it_is_ready_only_after_it() {
 async fn it_is_ready_without_its_workspace_and_the_status_has_the_reason() {
     let emulator = harness::emulator().await;
     let manager = Manager::new();
-    // A port that nothing listens on.
-    let unused = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    let workspace = format!("http://{}", unused.local_addr().unwrap());
-    drop(unused);
+    let unused = ReservedPort::new();
+    let workspace = format!("http://{}", unused.address());
     let mut command = command(&["serve", "--port", "0", "--http-port", "none"]);
     let _child = command
         .envs(emulator.environment())
@@ -189,9 +188,8 @@ async fn systemd_opens_the_socket_and_the_first_client_starts_it() {
         return;
     }
     let emulator = harness::emulator().await;
-    let free = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let address = free.local_addr().unwrap();
-    drop(free);
+    let free = ReservedPort::new();
+    let address = free.address();
     let program = command(&["--http-port", "none"]);
     let mut activate = tokio::process::Command::new(ACTIVATE);
     activate.arg(format!("--listen={address}"));

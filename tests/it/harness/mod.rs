@@ -7,6 +7,7 @@ pub(crate) mod binary;
 pub(crate) mod emulator;
 pub(crate) mod http;
 pub(crate) mod https;
+pub(crate) mod port;
 pub(crate) mod wire;
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
