@@ -2,14 +2,11 @@
 
 use std::{io, sync::Arc, time::Duration};
 
-use tokio::{
-    net::{TcpListener, UnixListener},
-    time::sleep,
-};
+use tokio::{net::UnixListener, time::sleep};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{Instrument, Span, field::Empty};
 
-use super::{AbsentSockets, SessionThreads, unix::ListeningUnix};
+use super::{AbsentSockets, SessionThreads, tcp::ListeningTcp, unix::ListeningUnix};
 use crate::{
     net::{backoff::Backoff, socket::Socket},
     session::{self, Accepted, EndpointContext, HandshakeLimiter},
@@ -23,7 +20,7 @@ const ACCEPT_BACKOFF: Backoff = Backoff::new(Duration::from_millis(5), Duration:
 /// A socket that clients connect to.
 #[derive(Debug)]
 pub(super) enum ListeningSocket {
-    Tcp(TcpListener),
+    Tcp(ListeningTcp),
     Unix(UnixListener),
 }
 
@@ -32,7 +29,7 @@ impl ListeningSocket {
     pub(super) async fn accept(&self) -> io::Result<(Socket, Peer)> {
         match self {
             Self::Tcp(socket) => {
-                let (client, address) = socket.accept().await?;
+                let (client, address) = socket.socket.accept().await?;
                 Ok((client.into(), Peer::Tcp(address)))
             }
             Self::Unix(socket) => {

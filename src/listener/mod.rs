@@ -23,6 +23,7 @@ use tokio_util::task::TaskTracker;
 use self::{
     accept::{Acceptor, ListeningSocket},
     inherited::InheritedSocket,
+    tcp::ListeningTcp,
     unix::ListeningUnix,
 };
 pub use self::{error::ListenError, inherited::Inherited};
@@ -121,7 +122,7 @@ fn reachable(listener: SocketAddr) -> SocketAddr {
 /// Bound sockets, not accepting yet.
 #[derive(Debug)]
 pub(crate) struct Listener {
-    tcp: Vec<TcpListener>,
+    tcp: Vec<ListeningTcp>,
     unix: Vec<ListeningUnix>,
     bound: Bound,
 }
@@ -173,7 +174,10 @@ impl Listener {
                         let ipv4 = (Ipv4Addr::UNSPECIFIED, address.port());
                         listener.bound.tcp.push(ipv4.into());
                     }
-                    listener.tcp.push(TcpListener::from_std(socket)?);
+                    listener.tcp.push(ListeningTcp {
+                        socket: TcpListener::from_std(socket)?,
+                        is_inherited: true,
+                    });
                 }
                 InheritedSocket::Unix(socket) => {
                     let address = socket.local_addr()?;

@@ -2,9 +2,10 @@
 
 use std::{
     io,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr},
 };
 
+use socket2::SockRef;
 use tokio::net::TcpListener;
 
 use super::ListenError;
@@ -13,11 +14,38 @@ use crate::net::tcp::listen;
 /// Attempts to find a port that is free on several addresses.
 const FREE_PORT_ATTEMPTS: usize = 16;
 
+/// A socket that listens until this is dropped.
+#[derive(Debug)]
+pub(super) struct ListeningTcp {
+    pub(super) socket: TcpListener,
+    /// The service manager has it, too, and goes on listening.
+    pub(super) is_inherited: bool,
+}
+
+impl ListeningTcp {
+    fn ours(socket: TcpListener) -> Self {
+        Self {
+            socket,
+            is_inherited: false,
+        }
+    }
+}
+
+impl Drop for ListeningTcp {
+    fn drop(&mut self) {
+        if !self.is_inherited {
+            // A child process between fork and exec has a copy of the socket. If that listened on, a reload would find the
+            // port taken. BSD refuses to shut a listening socket down.
+            let _ = SockRef::from(&self.socket).shutdown(Shutdown::Both);
+        }
+    }
+}
+
 /// Binds all of `addresses`; returns the sockets and their addresses, in that order. 127.0.0.1 is accompanied by ::1 where
 /// that exists, behind the others and not among the addresses, since `localhost` may mean either.
 pub(super) fn bind_all(
     addresses: &[SocketAddr],
-) -> Result<(Vec<TcpListener>, Vec<SocketAddr>), ListenError> {
+) -> Result<(Vec<ListeningTcp>, Vec<SocketAddr>), ListenError> {
     let any_port = addresses.iter().all(|address| address.port() == 0);
     // The port that the system chooses for the first address may be taken on another: then all are chosen again.
     let mut attempts = if any_port && addresses.len() > 1 {
@@ -37,7 +65,7 @@ pub(super) fn bind_all(
 fn bind_each(
     addresses: &[SocketAddr],
     any_port: bool,
-) -> Result<(Vec<TcpListener>, Vec<SocketAddr>), ListenError> {
+) -> Result<(Vec<ListeningTcp>, Vec<SocketAddr>), ListenError> {
     let mut sockets = Vec::with_capacity(addresses.len() + 1);
     let mut bound: Vec<SocketAddr> = Vec::with_capacity(addresses.len());
     for &(mut address) in addresses {
@@ -49,7 +77,7 @@ fn bind_each(
         // As PostgreSQL does: `[::]` would otherwise take the port from 0.0.0.0.
         let socket = listen(address, false).map_err(failed)?;
         bound.push(socket.local_addr().map_err(failed)?);
-        sockets.push(socket);
+        sockets.push(ListeningTcp::ours(socket));
     }
     let mut companions: Vec<SocketAddr> = bound
         .iter()
@@ -60,7 +88,7 @@ fn bind_each(
     companions.dedup();
     for companion in companions {
         match listen(companion, false) {
-            Ok(socket) => sockets.push(socket),
+            Ok(socket) => sockets.push(ListeningTcp::ours(socket)),
             Err(error) if error.kind() == io::ErrorKind::AddrInUse => tracing::warn!(
                 address = %companion,
                 "another program listens on this address: clients that connect to `localhost` may reach it instead of the proxy; hint: end it, choose another --port, or let clients connect to 127.0.0.1"
@@ -74,7 +102,6 @@ fn bind_each(
 
 #[cfg(test)]
 mod tests {
-    use socket2::SockRef;
     use tokio::net::TcpStream;
 
     use super::*;
@@ -103,7 +130,7 @@ mod tests {
     async fn local_clients_are_not_paced() {
         let (sockets, bound) = bind_all(&[loopback(0)]).unwrap();
         let _client = TcpStream::connect(bound[0]).await.unwrap();
-        let (accepted, _) = sockets[0].accept().await.unwrap();
+        let (accepted, _) = sockets[0].socket.accept().await.unwrap();
         let name = SockRef::from(&accepted).tcp_congestion().unwrap();
         assert!(name.starts_with(b"reno"));
     }
@@ -113,6 +140,17 @@ mod tests {
         let (_sockets, bound) = bind_all(&[loopback(0)]).unwrap();
         let error = bind_all(&bound).unwrap_err();
         assert_eq!(error.taken, Some(Taken::Tcp(bound[0])));
+    }
+
+    #[cfg(target_os = "linux")]
+    #[tokio::test]
+    async fn a_port_is_free_although_a_child_process_has_a_copy_of_the_socket() {
+        let (sockets, bound) = bind_all(&[loopback(0)]).unwrap();
+        let copy = SockRef::from(&sockets[0].socket).try_clone().unwrap();
+        drop(sockets);
+        let (_sockets, again) = bind_all(&bound).unwrap();
+        assert_eq!(again, bound);
+        drop(copy);
     }
 
     #[tokio::test]
@@ -127,7 +165,7 @@ mod tests {
         for (wanted, bound) in wanted.iter().zip(&bound) {
             assert_eq!(
                 (wanted.ip(), bound.port()),
-                (bound.ip(), sockets[0].local_addr().unwrap().port())
+                (bound.ip(), sockets[0].socket.local_addr().unwrap().port())
             );
             assert!(TcpStream::connect(bound).await.is_ok());
         }
