@@ -118,7 +118,8 @@ impl App {
 /// Binds an HTTP port. `[::]` includes IPv4, so that probes and scrapers of both families reach it.
 fn bind(address: Option<SocketAddr>, flag: &str) -> Result<Option<TcpListener>, ListenError> {
     let listener = address.map(|address| {
-        listen(address, true).map_err(|source| ListenError::tcp(address, flag, source))
+        let listening = listen(address, true).and_then(TcpListener::from_std);
+        listening.map_err(|source| ListenError::tcp(address, flag, source))
     });
     listener.transpose()
 }

@@ -1,8 +1,12 @@
 //! Accepts clients and places each on a thread for its session.
 
-use std::{io, sync::Arc, time::Duration};
+use std::{io, os::unix, sync::Arc, time::Duration};
 
-use tokio::{net::UnixListener, time::sleep};
+use tokio::{
+    net::{TcpListener, UnixListener},
+    runtime::Handle,
+    time::sleep,
+};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{Instrument, Span, field::Empty};
 
@@ -17,19 +21,38 @@ use crate::{
 /// Between attempts to accept, mostly for lack of descriptors: short at first, so that a freed one is used soon.
 const ACCEPT_BACKOFF: Backoff = Backoff::new(Duration::from_millis(5), Duration::from_secs(1));
 
-/// A socket that clients connect to.
+/// A socket that clients connect to, without a runtime.
+#[derive(Debug)]
+pub(crate) enum BoundSocket {
+    /// TCP.
+    Tcp(ListeningTcp),
+    /// Unix.
+    Unix(unix::net::UnixListener),
+}
+
+/// The same, registered with a runtime.
 #[derive(Debug)]
 pub(super) enum ListeningSocket {
-    Tcp(ListeningTcp),
+    Tcp(TcpListener),
     Unix(UnixListener),
 }
 
 impl ListeningSocket {
+    /// Registers another descriptor of `bound` with the runtime that this is called in.
+    pub(super) fn register(bound: &BoundSocket) -> io::Result<Self> {
+        Ok(match bound {
+            BoundSocket::Tcp(ListeningTcp { socket, .. }) => {
+                Self::Tcp(TcpListener::from_std(socket.try_clone()?)?)
+            }
+            BoundSocket::Unix(socket) => Self::Unix(UnixListener::from_std(socket.try_clone()?)?),
+        })
+    }
+
     /// The next client. Cancel safe.
     pub(super) async fn accept(&self) -> io::Result<(Socket, Peer)> {
         match self {
             Self::Tcp(socket) => {
-                let (client, address) = socket.socket.accept().await?;
+                let (client, address) = socket.accept().await?;
                 Ok((client.into(), Peer::Tcp(address)))
             }
             Self::Unix(socket) => {
@@ -56,9 +79,28 @@ pub(super) struct Acceptor {
 }
 
 impl Acceptor {
-    /// Accepts until `end`.
-    pub(super) async fn run(&self, socket: ListeningSocket, end: CancellationToken) {
+    /// Accepts until `end`, on the first thread: its sessions, the only ones as long as no two run at the same time, then
+    /// start without another thread. Cancel safe: the socket is closed.
+    pub(super) async fn run(&self, bound: BoundSocket, end: CancellationToken) {
+        let bound = Arc::new(bound);
+        let job = || {
+            let (acceptor, bound, end) = (self.clone(), Arc::clone(&bound), end.clone());
+            async move { acceptor.accept(&bound, &end).await }
+        };
+        self.threads.run_on_first(job).await;
+    }
+
+    async fn accept(&self, bound: &BoundSocket, end: &CancellationToken) {
         let mut backoff = ACCEPT_BACKOFF;
+        let socket = loop {
+            match ListeningSocket::register(bound) {
+                Ok(socket) => break socket,
+                Err(error) => {
+                    tracing::warn!(%error, "cannot wait for clients; hint: raise the limit of open files (ulimit -n)");
+                    sleep(backoff.next()).await;
+                }
+            }
+        };
         loop {
             let next = async {
                 let (client, peer) = socket.accept().await?;
@@ -115,7 +157,7 @@ impl Acceptor {
             let ListeningUnix { socket, file } = listening;
             // A child, so that a replacement ends this loop and not the endpoint.
             let end = closed.child_token();
-            let accepting = self.run(ListeningSocket::Unix(socket), end.clone());
+            let accepting = self.run(BoundSocket::Unix(socket), end.clone());
             // An inherited socket is not replaced: only the service manager can make it again.
             let Some(file) = file else {
                 return accepting.await;
@@ -134,13 +176,16 @@ impl Acceptor {
     fn spawn_session(&self, mut accepted: Box<Accepted<Socket>>) {
         let span = session_span(&accepted);
         let endpoint = Arc::clone(&self.endpoint);
+        let accepted_in = Handle::current().id();
         let session = async move {
             let _counter = PanicCounter(Arc::clone(&endpoint.metrics));
-            // Accepted in the main runtime: without this its epoll set would wake this thread for every message.
-            match accepted.stream.move_here() {
-                Ok(stream) => accepted.stream = stream,
-                Err(error) => {
-                    return tracing::error!(session = accepted.id, %error, "session lost its socket");
+            // Without this the epoll set of the accepting thread would wake this one for every message.
+            if Handle::current().id() != accepted_in {
+                match accepted.stream.move_here() {
+                    Ok(stream) => accepted.stream = stream,
+                    Err(error) => {
+                        return tracing::error!(session = accepted.id, %error, "session lost its socket");
+                    }
                 }
             }
             session::serve(endpoint, accepted).await;

@@ -1,15 +1,11 @@
 //! Sockets inherited from a service manager (`LISTEN_FDS`, sd_listen_fds(3)); they replace those in the settings.
 
-use std::{
-    io,
-    net::{SocketAddr, TcpListener},
-    os::unix::net::UnixListener,
-};
+use std::{io, net::SocketAddr};
 
 use listenfd::ListenFd;
 use socket2::SockRef;
 
-use super::ListenError;
+use super::{BoundSocket, ListenError, tcp::ListeningTcp};
 
 /// Inherited sockets that belong to no endpoint yet.
 #[derive(Debug, Default)]
@@ -18,16 +14,7 @@ pub struct Inherited(Vec<Passed>);
 #[derive(Debug)]
 struct Passed {
     name: Option<String>,
-    socket: InheritedSocket,
-}
-
-/// An inherited listening socket.
-#[derive(Debug)]
-pub(crate) enum InheritedSocket {
-    /// TCP.
-    Tcp(TcpListener),
-    /// Unix.
-    Unix(UnixListener),
+    socket: BoundSocket,
 }
 
 impl Inherited {
@@ -49,11 +36,13 @@ impl Inherited {
             };
             // A descriptor that is no TCP socket is left in its place, for the second attempt.
             let socket = match passed.take_tcp_listener(index) {
-                Ok(socket) => socket.map(InheritedSocket::Tcp),
+                Ok(socket) => {
+                    socket.map(|socket| BoundSocket::Tcp(ListeningTcp::inherited(socket)))
+                }
                 Err(_) => passed
                     .take_unix_listener(index)
                     .map_err(unusable)?
-                    .map(InheritedSocket::Unix),
+                    .map(BoundSocket::Unix),
             };
             let Some(socket) = socket else { continue };
             socket.check().map_err(unusable)?;
@@ -71,8 +60,8 @@ impl Inherited {
         self,
         endpoints: &[&str],
         allow_remote: bool,
-    ) -> Result<Vec<Vec<InheritedSocket>>, ListenError> {
-        let mut shares: Vec<Vec<InheritedSocket>> = Vec::new();
+    ) -> Result<Vec<Vec<BoundSocket>>, ListenError> {
+        let mut shares: Vec<Vec<BoundSocket>> = Vec::new();
         shares.resize_with(endpoints.len(), Vec::new);
         let mut rest = Vec::new();
         for passed in self.0 {
@@ -112,10 +101,10 @@ impl Inherited {
     }
 }
 
-impl InheritedSocket {
+impl BoundSocket {
     fn check(&self) -> io::Result<()> {
         let socket = match self {
-            Self::Tcp(socket) => SockRef::from(socket),
+            Self::Tcp(tcp) => SockRef::from(&tcp.socket),
             Self::Unix(socket) => SockRef::from(socket),
         };
         socket.set_nonblocking(true)?;
@@ -130,7 +119,8 @@ impl InheritedSocket {
     /// Its address, if other machines may reach it.
     fn remote(&self) -> Option<SocketAddr> {
         match self {
-            Self::Tcp(socket) => socket
+            Self::Tcp(tcp) => tcp
+                .socket
                 .local_addr()
                 .ok()
                 .filter(|address| !address.ip().to_canonical().is_loopback()),
@@ -141,12 +131,14 @@ impl InheritedSocket {
 
 #[cfg(test)]
 mod tests {
+    use std::net::TcpListener;
+
     use super::*;
 
     fn passed(name: Option<&str>, address: &str) -> Passed {
         Passed {
             name: name.map(str::to_owned),
-            socket: InheritedSocket::Tcp(TcpListener::bind(address).unwrap()),
+            socket: BoundSocket::Tcp(ListeningTcp::inherited(TcpListener::bind(address).unwrap())),
         }
     }
 

@@ -17,17 +17,13 @@ use std::{
 };
 
 use socket2::SockRef;
-use tokio::net::{TcpListener, UnixListener};
 use tokio_util::task::TaskTracker;
 
-use self::{
-    accept::{Acceptor, ListeningSocket},
-    inherited::InheritedSocket,
-    tcp::ListeningTcp,
-    unix::ListeningUnix,
+use self::{accept::Acceptor, tcp::ListeningTcp, unix::ListeningUnix};
+pub(crate) use self::{
+    accept::BoundSocket, error::Taken, session_threads::SessionThreads, unix::AbsentSockets,
 };
 pub use self::{error::ListenError, inherited::Inherited};
-pub(crate) use self::{error::Taken, session_threads::SessionThreads, unix::AbsentSockets};
 use crate::{
     config::{ListenAddresses, socket_path},
     session::{EndpointContext, HandshakeLimiter},
@@ -151,14 +147,14 @@ impl Listener {
     }
 
     /// Takes over inherited sockets.
-    pub(crate) fn inherit(sockets: Vec<InheritedSocket>) -> Result<Self, ListenError> {
+    pub(crate) fn inherit(sockets: Vec<BoundSocket>) -> Result<Self, ListenError> {
         Self::adopt(sockets).map_err(|source| {
             let message = "cannot listen on the sockets that the service manager passed";
             ListenError::new(message, "").caused_by(source)
         })
     }
 
-    fn adopt(sockets: Vec<InheritedSocket>) -> io::Result<Self> {
+    fn adopt(sockets: Vec<BoundSocket>) -> io::Result<Self> {
         let mut listener = Self {
             tcp: Vec::new(),
             unix: Vec::new(),
@@ -166,25 +162,23 @@ impl Listener {
         };
         for socket in sockets {
             match socket {
-                InheritedSocket::Tcp(socket) => {
-                    let address = socket.local_addr()?;
+                BoundSocket::Tcp(tcp) => {
+                    let address = tcp.socket.local_addr()?;
                     listener.bound.tcp.push(address);
                     // Unlike ours, a service manager's `[::]` includes IPv4 by default (BindIPv6Only= of systemd.socket(5)).
-                    if address.ip() == Ipv6Addr::UNSPECIFIED && !SockRef::from(&socket).only_v6()? {
+                    if address.ip() == Ipv6Addr::UNSPECIFIED
+                        && !SockRef::from(&tcp.socket).only_v6()?
+                    {
                         let ipv4 = (Ipv4Addr::UNSPECIFIED, address.port());
                         listener.bound.tcp.push(ipv4.into());
                     }
-                    listener.tcp.push(ListeningTcp {
-                        socket: TcpListener::from_std(socket)?,
-                        is_inherited: true,
-                    });
+                    listener.tcp.push(tcp);
                 }
-                InheritedSocket::Unix(socket) => {
+                BoundSocket::Unix(socket) => {
                     let address = socket.local_addr()?;
                     let path = address.as_pathname().map(PathBuf::from);
                     // A socket in Linux's abstract namespace has no path.
                     listener.bound.unix.extend(path);
-                    let socket = UnixListener::from_std(socket)?;
                     // The file stays: the service manager listens on it while the proxy restarts.
                     listener.unix.push(ListeningUnix { socket, file: None });
                 }
@@ -217,7 +211,7 @@ impl Listener {
         };
         for socket in self.tcp {
             let (acceptor, closed) = (acceptor.clone(), endpoint.registry.closed().clone());
-            let run = async move { acceptor.run(ListeningSocket::Tcp(socket), closed).await };
+            let run = async move { acceptor.run(BoundSocket::Tcp(socket), closed).await };
             helpers.spawn(accepting.track_future(run));
         }
         for socket in self.unix {

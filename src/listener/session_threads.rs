@@ -18,7 +18,7 @@ use tokio::{
     runtime::{Builder, Handle, Runtime},
     sync::mpsc,
 };
-use tokio_util::task::TaskTracker;
+use tokio_util::task::{AbortOnDropHandle, TaskTracker};
 
 /// The threads; they end when this is dropped, and their sessions with them.
 #[derive(Debug)]
@@ -57,13 +57,20 @@ impl SessionThreads {
         }
     }
 
+    /// Runs `job` on the first thread, where it counts as no session. Cancel safe: the job is cancelled, too.
+    pub(crate) async fn run_on_first<J>(&self, job: impl Fn() -> J)
+    where
+        J: Future<Output = ()> + Send + 'static,
+    {
+        if let Some(thread) = self.0.first() {
+            thread.run(job).await;
+        }
+    }
+
     /// Returns once every thread has run a task. Cancel safe.
     pub(crate) async fn all_respond(&self) {
         for thread in &self.0 {
-            // Cancelled when its runtime dies meanwhile: then its successor is to respond.
-            while thread.runtime.load().spawn(async {}).await.is_err() {
-                tokio::task::yield_now().await;
-            }
+            thread.run(|| async {}).await;
         }
     }
 }
@@ -82,6 +89,19 @@ impl SessionThread {
             runtime: handle,
             control,
         })
+    }
+
+    /// Runs `job` to its end, from its start in the next runtime when one dies meanwhile.
+    async fn run<J>(&self, job: impl Fn() -> J)
+    where
+        J: Future<Output = ()> + Send + 'static,
+    {
+        while AbortOnDropHandle::new(self.runtime.load().spawn(job()))
+            .await
+            .is_err()
+        {
+            tokio::task::yield_now().await;
+        }
     }
 }
 

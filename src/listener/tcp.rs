@@ -2,11 +2,10 @@
 
 use std::{
     io,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener},
 };
 
 use socket2::SockRef;
-use tokio::net::TcpListener;
 
 use super::ListenError;
 use crate::net::tcp::listen;
@@ -16,10 +15,10 @@ const FREE_PORT_ATTEMPTS: usize = 16;
 
 /// A socket that listens until this is dropped.
 #[derive(Debug)]
-pub(super) struct ListeningTcp {
+pub(crate) struct ListeningTcp {
     pub(super) socket: TcpListener,
     /// The service manager has it, too, and goes on listening.
-    pub(super) is_inherited: bool,
+    is_inherited: bool,
 }
 
 impl ListeningTcp {
@@ -27,6 +26,13 @@ impl ListeningTcp {
         Self {
             socket,
             is_inherited: false,
+        }
+    }
+
+    pub(super) fn inherited(socket: TcpListener) -> Self {
+        Self {
+            socket,
+            is_inherited: true,
         }
     }
 }
@@ -130,7 +136,7 @@ mod tests {
     async fn local_clients_are_not_paced() {
         let (sockets, bound) = bind_all(&[loopback(0)]).unwrap();
         let _client = TcpStream::connect(bound[0]).await.unwrap();
-        let (accepted, _) = sockets[0].socket.accept().await.unwrap();
+        let (accepted, _) = sockets[0].socket.accept().unwrap();
         let name = SockRef::from(&accepted).tcp_congestion().unwrap();
         assert!(name.starts_with(b"reno"));
     }

@@ -6,7 +6,10 @@ use std::{
     io,
     os::{
         fd::AsRawFd,
-        unix::fs::{FileTypeExt, MetadataExt, PermissionsExt},
+        unix::{
+            fs::{FileTypeExt, MetadataExt, PermissionsExt},
+            net::UnixListener,
+        },
     },
     path::{Path, PathBuf},
     sync::{
@@ -18,7 +21,7 @@ use std::{
 
 use rustix::fs::{Mode, OFlags, fchmod};
 use socket2::{Domain, SockAddr, Socket, Type};
-use tokio::{net::UnixListener, time::sleep};
+use tokio::time::sleep;
 
 use super::ListenError;
 use crate::{
@@ -215,9 +218,8 @@ pub(super) fn bind(place: &UnixSocket, port: u16) -> Result<ListeningUnix, Liste
     set_mode(&path, place.mode).map_err(failed)?;
     socket.listen(BACKLOG).map_err(failed)?;
     socket.set_nonblocking(true).map_err(failed)?;
-    let socket = UnixListener::from_std(socket.into()).map_err(failed)?;
     Ok(ListeningUnix {
-        socket,
+        socket: socket.into(),
         file: Some(file),
     })
 }
@@ -261,7 +263,7 @@ mod tests {
 
     use super::*;
     use crate::{
-        listener::{Taken, accept::ListeningSocket},
+        listener::{BoundSocket, Taken, accept::ListeningSocket},
         status::Peer,
     };
 
@@ -281,7 +283,7 @@ mod tests {
         assert_eq!(mode & 0o777, 0o600);
         assert_eq!(parse(&path), Some((directory.path().to_owned(), 7000)));
         let client = UnixStream::connect(&path).await.unwrap();
-        let socket = ListeningSocket::Unix(listening.socket);
+        let socket = ListeningSocket::register(&BoundSocket::Unix(listening.socket)).unwrap();
         let (_, peer) = socket.accept().await.unwrap();
         let us = rustix::process::geteuid().as_raw();
         assert!(
@@ -322,7 +324,7 @@ mod tests {
         let directory = TempDir::new().unwrap();
         let path = socket_path(directory.path(), 1);
         // Dropping a listener of std leaves the file, as a kill does.
-        drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
+        drop(UnixListener::bind(&path).unwrap());
         let _listening = bind(&place(&directory), 1).unwrap();
         assert!(UnixStream::connect(&path).await.is_ok());
     }

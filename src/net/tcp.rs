@@ -2,13 +2,13 @@
 
 use std::{
     io,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, UdpSocket},
     time::Duration,
 };
 
 use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
 use tokio::{
-    net::{TcpListener, TcpSocket, TcpStream},
+    net::{TcpSocket, TcpStream},
     task::JoinSet,
     time::timeout,
 };
@@ -85,13 +85,13 @@ pub(crate) fn listen(address: SocketAddr, is_dual_stack: bool) -> io::Result<Tcp
         // Explicit, since the default is a setting of the system (net.ipv6.bindv6only).
         socket.set_only_v6(!is_dual_stack)?;
     }
-    // Tokio requires it.
+    // As every runtime requires it.
     socket.set_nonblocking(true)?;
     // Accepted sockets inherit it from this one.
     unpace(&SockRef::from(&socket), address);
     socket.bind(&address.into())?;
     socket.listen(BACKLOG)?;
-    TcpListener::from_std(socket.into())
+    Ok(socket.into())
 }
 
 /// Whether a connection to `address` reaches a socket that listens on `listener`.
@@ -187,6 +187,8 @@ pub(crate) fn tune(socket: &TcpStream, keepalive: &Keepalive) {
 
 #[cfg(test)]
 mod tests {
+    use tokio::net::TcpListener;
+
     use super::*;
 
     #[test]

@@ -2,7 +2,10 @@
 
 use std::{io, time::Duration};
 
-use tokio::time::{sleep, timeout};
+use tokio::{
+    task::yield_now,
+    time::{sleep, timeout},
+};
 
 use super::{
     Session,
@@ -100,6 +103,9 @@ impl<'a> Handshake<'a> {
         client: &mut Client<S>,
     ) -> Result<Request<'a>, Closing> {
         let tls = self.session.config.access.tls(self.session.peer);
+        // The startup message mostly follows at once. Then it is found by this turn of the event loop, and no timer is
+        // started, which would wake the loop.
+        yield_now().await;
         let mut opening = self.in_time(receive_opening(client, tls)).await;
         if let Ok(Opening::Encrypt { direct }) = opening {
             // A box, as clients without TLS need no room for it.

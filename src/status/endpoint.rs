@@ -30,6 +30,12 @@ struct State {
     sessions: usize,
 }
 
+impl State {
+    fn is_drained(&self) -> bool {
+        self.lifecycle != Lifecycle::Serving && self.sessions == 0
+    }
+}
+
 /// Whether the endpoint accepts sessions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Lifecycle {
@@ -128,10 +134,9 @@ impl EndpointSessions {
     /// Cancel safe.
     pub async fn drained(&self) {
         let mut state = self.0.state.subscribe();
-        let is_empty = |state: &State| state.lifecycle != Lifecycle::Serving && state.sessions == 0;
         loop {
             // The sender lives as long as `self`, so the wait cannot fail.
-            let _ = state.wait_for(is_empty).await;
+            let _ = state.wait_for(State::is_drained).await;
             self.close();
             // Else it has resumed in between.
             if self.0.state.borrow().lifecycle == Lifecycle::Closed {
@@ -143,14 +148,16 @@ impl EndpointSessions {
     /// Counts one more session, in one step with the check that the endpoint accepts it: once it drains without
     /// sessions, none is to come.
     pub(super) fn add_session(&self) -> Result<(), Rejected> {
-        let is_added = self.0.state.send_if_modified(|state| {
-            let is_serving = state.lifecycle == Lifecycle::Serving;
+        let mut is_serving = false;
+        self.0.state.send_if_modified(|state| {
+            is_serving = state.lifecycle == Lifecycle::Serving;
             if is_serving {
                 state.sessions = state.sessions.saturating_add(1);
             }
-            is_serving
+            // Nothing waits for more sessions, and a wake-up of another thread takes as long as the rest of this.
+            false
         });
-        if !is_added {
+        if !is_serving {
             return Err(Rejected::Draining);
         }
         self.0.waiting.inc();
@@ -165,9 +172,10 @@ impl EndpointSessions {
         if !is_connected {
             self.0.waiting.dec();
         }
-        self.0
-            .state
-            .send_modify(|state| state.sessions = state.sessions.saturating_sub(1));
+        self.0.state.send_if_modified(|state| {
+            state.sessions = state.sessions.saturating_sub(1);
+            state.is_drained()
+        });
     }
 
     fn change(&self, from: Lifecycle, to: Lifecycle) -> bool {

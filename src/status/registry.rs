@@ -38,7 +38,7 @@ struct Inner {
     // By id, so that lists are oldest first without sorting.
     sessions: Mutex<BTreeMap<u64, Arc<Entry>>>,
     // Beside the map, since the idle exit waits for its changes.
-    count: watch::Sender<usize>,
+    is_empty: watch::Sender<bool>,
     recent: Recent,
 }
 
@@ -133,7 +133,7 @@ impl Default for Registry {
             started: Timestamp::now(),
             last_id: AtomicU64::new(0),
             sessions: Mutex::default(),
-            count: watch::Sender::new(0),
+            is_empty: watch::Sender::new(true),
             recent: Recent::default(),
         }))
     }
@@ -173,13 +173,13 @@ impl Registry {
 
     /// Returns when the process has had no session for `time`, counted from this call at the earliest. Cancel safe.
     pub async fn idle_for(&self, time: Duration) {
-        let mut count = self.0.count.subscribe();
+        let mut is_empty = self.0.is_empty.subscribe();
         // The sender lives as long as `self`, so neither wait can fail.
-        while count.wait_for(|count| *count == 0).await.is_ok() {
+        while is_empty.wait_for(|is_empty| *is_empty).await.is_ok() {
             tokio::select! {
                 () = sleep(time) => return,
                 // Also for a session that has ended by the time of the check.
-                _ = count.changed() => {}
+                _ = is_empty.changed() => {}
             }
         }
     }
@@ -207,8 +207,7 @@ impl Registry {
         // After the check of the limit, since it counts the session. Locks: first the registry's, then the endpoint's.
         endpoint.add_session()?;
         sessions.insert(id, Arc::clone(&entry));
-        // With the lock held, so that counts are published in their order.
-        self.0.count.send_replace(sessions.len());
+        self.0.publish(&sessions);
         Ok(SessionEntry { id, entry })
     }
 
@@ -264,6 +263,15 @@ impl Registry {
     fn sessions(&self) -> MutexGuard<'_, BTreeMap<u64, Arc<Entry>>> {
         let sessions = self.0.sessions.lock();
         sessions.unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Inner {
+    /// Publishes whether there are sessions; with the lock held, so that it is published in the order of the changes.
+    fn publish(&self, sessions: &BTreeMap<u64, Arc<Entry>>) {
+        let now = sessions.is_empty();
+        self.is_empty
+            .send_if_modified(|is_empty| std::mem::replace(is_empty, now) != now);
     }
 }
 
@@ -331,7 +339,7 @@ impl Drop for SessionEntry {
         sessions.remove(&self.id);
         // Under the registry's lock, so that its count and the endpoint's change together.
         endpoint.remove_session(server.get().is_some());
-        registry.0.count.send_replace(sessions.len());
+        registry.0.publish(&sessions);
     }
 }
 
