@@ -142,11 +142,14 @@ impl Lease {
             stream: self.stream,
             record,
         };
-        if !used.is_touched && !server.record.is_encoding_set {
+        if used.is_clean() && !server.record.is_encoding_set {
             return server.put_back();
         }
-        server.record.slot.enter(PoolServer::Resetting);
         let pool = Arc::clone(server.record.slot.pool());
+        if !used.is_resettable {
+            return pool.close(server, PoolClose::Unresettable);
+        }
+        server.record.slot.enter(PoolServer::Resetting);
         pool.context.metrics.pool_resets.inc();
         let tasks = pool.context.tasks.clone();
         tasks.spawn(async move {

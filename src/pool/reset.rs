@@ -19,10 +19,19 @@ const RESET: &str = "RESET SESSION AUTHORIZATION; RESET ROLE; CLOSE ALL; UNLISTE
 pub(crate) struct Used {
     /// The transaction state that it left.
     pub(crate) status: TransactionStatus,
-    /// Whether it sent a request.
+    /// Whether it sent more than statements that leave nothing.
     pub(crate) is_touched: bool,
     /// Whether the server reported a change of a parameter.
     pub(crate) is_reported: bool,
+    /// Whether a reset undoes everything, as far as that can be seen.
+    pub(crate) is_resettable: bool,
+}
+
+impl Used {
+    /// Whether the connection is as the session found it.
+    pub(super) fn is_clean(self) -> bool {
+        self.status == TransactionStatus::Idle && !self.is_touched && !self.is_reported
+    }
 }
 
 /// The query, and the parameters whose values its last row has behind the temporary schema.
@@ -118,6 +127,7 @@ mod tests {
             status,
             is_touched: true,
             is_reported: false,
+            is_resettable: true,
         };
         let idle = statements(used(TransactionStatus::Idle), &[], 0.5);
         assert!(idle.starts_with("RESET SESSION AUTHORIZATION"));

@@ -172,6 +172,15 @@ pub enum Seen {
     Status(u8),
 }
 
+/// A part of a scanned stream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Part<'a> {
+    /// An event.
+    Event(Seen),
+    /// Bytes of the body of the message that began last; not all of them, if the rest is still to come.
+    Body(&'a [u8]),
+}
+
 /// Follows message boundaries in a byte stream without keeping any of it.
 ///
 /// An invalid header ends the scan for good: the rest of the stream passes unread, and the peer responds to it as it would
@@ -203,18 +212,30 @@ impl Scanner {
 
     /// Scans `chunk` and passes its events to `visit`.
     #[inline]
-    pub fn scan(&mut self, mut chunk: &[u8], mut visit: impl FnMut(Seen)) {
+    pub fn scan(&mut self, chunk: &[u8], mut visit: impl FnMut(Seen)) {
+        self.scan_parts(chunk, |part| {
+            if let Part::Event(seen) = part {
+                visit(seen);
+            }
+        });
+    }
+
+    /// Scans `chunk` and passes its events and what it has of the bodies to `visit`.
+    #[inline]
+    pub fn scan_parts<'a>(&mut self, mut chunk: &'a [u8], mut visit: impl FnMut(Part<'a>)) {
         while !self.lost {
             if self.body_left > 0 {
                 if self.status_next {
                     // The status byte may arrive in a later chunk than the header.
                     let Some(&status) = chunk.first() else { return };
                     self.status_next = false;
-                    visit(Seen::Status(status));
+                    visit(Part::Event(Seen::Status(status)));
                 }
                 let skip = self.body_left.min(chunk.len());
                 self.body_left -= skip;
-                chunk.advance(skip);
+                let (body, rest) = chunk.split_at(skip);
+                visit(Part::Body(body));
+                chunk = rest;
                 if self.body_left > 0 {
                     return;
                 }
@@ -236,7 +257,7 @@ impl Scanner {
                     self.body_left = length - 4;
                     // A client's stream has no `Z`, so that one scanner serves both directions.
                     self.status_next = tag == tag::READY_FOR_QUERY && self.body_left > 0;
-                    visit(Seen::Message { tag });
+                    visit(Part::Event(Seen::Message { tag }));
                 }
                 _ => self.lost = true,
             }

@@ -44,6 +44,7 @@ use crate::{
         error::{ErrorFields, Report, sqlstate},
         frame::{HEADER_LEN, tag},
         requests::{Requests, TransactionStatus},
+        traces::Traces,
     },
     shutdown::{Phase, Shutdown},
     status::ActivityRecord,
@@ -62,7 +63,6 @@ const HANG_UP_CHECK: Duration = Duration::from_secs(1);
 
 /// A whole Terminate message.
 const TERMINATE: &[u8] = b"X\0\0\0\x04";
-const TERMINATE_LEN: u64 = 5;
 
 /// What ended a relay.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -125,6 +125,9 @@ pub(super) struct Relay<'a, C, U> {
     loss: PathLoss,
     server_error: TrailingError,
     keeps_server: bool,
+    /// Of the session on a server connection that another client may get.
+    // A box, as other sessions have none.
+    traces: Option<Box<Traces>>,
     /// The client's Terminate was not relayed.
     is_withheld: bool,
     /// Set once no more is read from the server.
@@ -155,6 +158,7 @@ impl<'a, C: Transport, U: Transport> Relay<'a, C, U> {
             },
             server_error: TrailingError::default(),
             keeps_server: observers.keeps_server,
+            traces: observers.keeps_server.then(Box::default),
             is_withheld: false,
             end: None,
         };
@@ -163,6 +167,10 @@ impl<'a, C: Transport, U: Transport> Relay<'a, C, U> {
         relay
             .to_server
             .take_in(from_client, |seen| relay.requests.from_client(seen));
+        if let Some(traces) = &mut relay.traces {
+            traces.client_sends(from_client);
+            traces.server_sends(&server.received);
+        }
         if relay.keeps_server && relay.requests.is_terminated() {
             relay.is_withheld = withhold_terminate(&mut from_client);
             relay.to_server.state = PipeState::Ending;
@@ -191,11 +199,12 @@ impl<'a, C: Transport, U: Transport> Relay<'a, C, U> {
             && self.to_server.state != PipeState::Refused
             && self.to_client.is_at_boundary()
             && self.requests.is_terminated() == self.is_withheld;
-        let sent = self.to_server.total;
+        let traces = self.traces.as_ref()?;
         (self.keeps_server && is_at_rest).then(|| Used {
             status: self.requests.status(),
-            is_touched: sent > if self.is_withheld { TERMINATE_LEN } else { 0 },
+            is_touched: traces.is_used(),
             is_reported: self.requests.is_reported(),
+            is_resettable: traces.is_resettable(),
         })
     }
 
@@ -336,6 +345,7 @@ impl<'a, C: Transport, U: Transport> Relay<'a, C, U> {
         }
         let (requests, unsolicited) = (&mut self.requests, &mut self.unsolicited);
         let (keeps_server, is_withheld) = (self.keeps_server, &mut self.is_withheld);
+        let traces = &mut self.traces;
         // A cell, as one closure writes it and another reads it.
         let is_terminated = Cell::new(false);
         // A full queue bounds the memory for requests without an answer; the client waits, as on a full socket.
@@ -352,8 +362,11 @@ impl<'a, C: Transport, U: Transport> Relay<'a, C, U> {
                     is_terminated.set(requests.is_terminated());
                 },
                 |chunk| {
-                    if keeps_server && is_terminated.get() {
-                        *is_withheld = withhold_terminate(chunk);
+                    if let Some(traces) = traces {
+                        traces.client_sends(chunk);
+                        if keeps_server && is_terminated.get() {
+                            *is_withheld = withhold_terminate(chunk);
+                        }
                     }
                 },
             )
@@ -389,6 +402,7 @@ impl<'a, C: Transport, U: Transport> Relay<'a, C, U> {
             return Ok(());
         }
         let (requests, server_error) = (&mut self.requests, &mut self.server_error);
+        let traces = &mut self.traces;
         // A cell, as one closure writes it and another reads it.
         let ends_in_error = Cell::new(requests.is_explained());
         let pumped = self.to_client.poll_pump(
@@ -400,7 +414,12 @@ impl<'a, C: Transport, U: Transport> Relay<'a, C, U> {
                 requests.from_server(seen);
                 ends_in_error.set(requests.is_explained());
             },
-            |chunk| server_error.keep(chunk, ends_in_error.get()),
+            |chunk| {
+                if let Some(traces) = traces {
+                    traces.server_sends(chunk);
+                }
+                server_error.keep(chunk, ends_in_error.get());
+            },
         );
         match pumped {
             Poll::Ready(Err(Broken::Sink)) => return Err(Broken::Sink),

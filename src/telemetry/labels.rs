@@ -247,7 +247,7 @@ label! {
         Abandoned = "abandoned",
         /// A cancel request was forwarded to it, which may arrive late.
         Cancelled = "cancelled",
-        /// Its client used what no reset undoes: temporary tables.
+        /// Its client used what no reset undoes, such as temporary tables.
         Unresettable = "unresettable",
         /// The reset failed.
         ResetFailed = "reset_failed",
@@ -267,6 +267,46 @@ label! {
         Taken = "taken",
         /// The session ended otherwise.
         Session = "session",
+    }
+}
+
+label! {
+    /// Why a client must keep its server connection.
+    PinReason("reason") {
+        /// It holds an advisory lock of the session.
+        AdvisoryLock = "advisory_lock",
+        /// It has a cursor that outlives its transaction.
+        Cursor = "cursor",
+        /// Texts in its encoding cannot be read.
+        Encoding = "encoding",
+        /// It has prepared a statement that is too long to be repeated elsewhere.
+        LargeStatement = "large_statement",
+        /// It listens.
+        Listen = "listen",
+        /// It has loaded a module.
+        Load = "load",
+        /// It is another replication origin.
+        ReplicationOrigin = "replication_origin",
+        /// It has another role.
+        Role = "role",
+        /// It reads the value of a sequence that the session remembers.
+        Sequence = "sequence",
+        /// It has changed a setting by `set_config`.
+        SetConfig = "set_config",
+        /// It has seeded `random()`.
+        Setseed = "setseed",
+        /// Its settings are not known any more.
+        Settings = "settings",
+        /// It has exported a snapshot.
+        Snapshot = "snapshot",
+        /// It has prepared a statement by SQL.
+        SqlPrepare = "sql_prepare",
+        /// It has temporary objects.
+        Temp = "temp",
+        /// Its state cannot be known: dynamic SQL, or a procedural language with a state of its own.
+        UnknownState = "unknown_state",
+        /// A text was not split as the server has split it.
+        Unparsed = "unparsed",
     }
 }
 

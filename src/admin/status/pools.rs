@@ -82,7 +82,7 @@ fn close(reason: PoolClose) -> &'static str {
     match reason {
         PoolClose::Abandoned => "left in the middle of a request",
         PoolClose::Cancelled => "after a cancel request",
-        PoolClose::Unresettable => "with temporary tables",
+        PoolClose::Unresettable => "with what no reset undoes",
         PoolClose::ResetFailed => "after a failed reset",
         PoolClose::Server => "by the server",
         PoolClose::IdleTimeout => "idle for too long",

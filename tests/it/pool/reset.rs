@@ -343,3 +343,63 @@ async fn no_setting_of_a_session_keeps_its_state_from_the_reset() {
         .await
         .unwrap();
 }
+
+/// Superusers only, so that the proxy's own role is made one.
+#[tokio::test]
+async fn a_connection_with_what_no_reset_undoes_is_closed() {
+    let (emulator, proxy) = proxy(1).await;
+    let role = &emulator.identities().app.name;
+    let superuser = harness::superuser().await;
+    let alter = format!("alter role \"{role}\" superuser");
+    superuser.batch_execute(&alter).await.unwrap();
+    let loaded = "select count(*) > 0 from pg_settings where name like 'auto_explain.%'";
+    for (closed, leave, look) in [
+        (1, "load 'auto_explain'", loaded),
+        (
+            2,
+            "do $$ begin execute 'lo' || 'ad ''auto_explain'''; end $$",
+            loaded,
+        ),
+        (
+            3,
+            "select pg_replication_origin_create('pool'); select pg_replication_origin_session_setup('pool')",
+            "select pg_replication_origin_session_is_setup()",
+        ),
+    ] {
+        let mut wire = proxy.session().await;
+        wire.query(leave).await;
+        drop(wire);
+        let mut wire = proxy.session().await;
+        assert_eq!(wire.value(look).await, "f", "{leave}");
+        assert_eq!(proxy.closes(PoolClose::Unresettable), closed, "{leave}");
+    }
+    superuser
+        .batch_execute("select pg_replication_origin_drop('pool')")
+        .await
+        .unwrap();
+}
+
+#[tokio::test]
+async fn a_connection_with_nothing_but_plain_statements_needs_no_reset() {
+    let (emulator, proxy) = proxy(1).await;
+    for (statement, resets) in [
+        ("select 1", 0),
+        ("begin; select 'a' as b; commit", 0),
+        ("show work_mem", 0),
+        // Rolled back.
+        ("begin", 1),
+        ("select now()", 2),
+    ] {
+        let mut wire = proxy.session().await;
+        wire.query(statement).await;
+        drop(wire);
+        proxy.until_idle(1).await;
+        assert_eq!(proxy.metrics().pool_resets.get(), resets, "{statement}");
+        let mut wire = proxy.session().await;
+        wire.send(&text('Q', "")).await;
+        assert_eq!(wire.until('Z').await.pop().unwrap().body[..], *b"I");
+        drop(wire);
+        proxy.until_idle(1).await;
+    }
+    assert_eq!(emulator.counts().logins, 1);
+}

@@ -1,0 +1,277 @@
+//! What a session has done that may be left on its server connection, from the bytes of both directions.
+//!
+//! Reads SQL texts and command tags where they stand in the stream, which may be cut anywhere, and copies no text.
+
+use super::{
+    frame::{Part, Scanner, Seen, tag},
+    lexer::{Backslash, Kind, Statement, statements},
+    tag::Command,
+    words::{Search, Word, Words},
+};
+
+/// The traces of one session.
+#[derive(Debug, Default)]
+pub(crate) struct Traces {
+    from_client: Scanner,
+    from_server: Scanner,
+    reading: Reading,
+    search: Search,
+    words: Words,
+    tag: Tag,
+    has_loaded: bool,
+    has_done: bool,
+    /// The client has sent more than plain statements.
+    is_used: bool,
+}
+
+/// What the next bytes of the client's message are.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Reading {
+    /// Of no interest.
+    #[default]
+    Nothing,
+    /// The name of a statement, in Parse.
+    Name,
+    /// SQL.
+    Text,
+}
+
+/// The tag of a CommandComplete, as far as it has arrived.
+#[derive(Clone, Copy, Debug, Default)]
+struct Tag {
+    text: [u8; Command::LONGEST + 1],
+    length: usize,
+    is_current: bool,
+}
+
+impl Traces {
+    /// Whether the client has sent more than statements that leave nothing.
+    pub(crate) fn is_used(&self) -> bool {
+        self.is_used
+    }
+
+    /// Whether a reset undoes everything, as far as that can be seen.
+    pub(crate) fn is_resettable(&self) -> bool {
+        let is_hidden = self.has_done && (self.words[Word::Execute] || self.words[Word::Load]);
+        let kept = [
+            Word::Dblink,
+            Word::Language,
+            Word::Opaque,
+            Word::ReplicationOrigin,
+        ];
+        !self.has_loaded && !is_hidden && !kept.iter().any(|word| self.words[*word])
+    }
+
+    /// Reads what the client sends.
+    pub(crate) fn client_sends(&mut self, chunk: &[u8]) {
+        let Self {
+            from_client,
+            reading,
+            search,
+            words,
+            is_used,
+            ..
+        } = self;
+        from_client.scan_parts(chunk, |part| match part {
+            Part::Event(Seen::Message { tag }) => {
+                // The rest of a text without its zero byte, which the server rejects.
+                *search = Search::new();
+                *reading = match tag {
+                    tag::QUERY => Reading::Text,
+                    tag::PARSE => Reading::Name,
+                    _ => Reading::Nothing,
+                };
+                *is_used |= !matches!(tag, tag::QUERY | tag::SYNC | tag::TERMINATE);
+            }
+            Part::Event(Seen::Status(_)) => {}
+            Part::Body(mut body) => {
+                if *reading == Reading::Name {
+                    let Some(end) = body.iter().position(|&byte| byte == 0) else {
+                        return;
+                    };
+                    body = body.get(end + 1..).unwrap_or_default();
+                    *reading = Reading::Text;
+                }
+                if *reading != Reading::Text {
+                    return;
+                }
+                let text = body.split(|&byte| byte == 0).next().unwrap_or_default();
+                search.search(text, |word, _| words[word] = true);
+                let is_ended = text.len() < body.len();
+                if is_ended {
+                    *reading = Reading::Nothing;
+                    if let Some(word) = search.end() {
+                        words[word] = true;
+                    }
+                }
+                // A text in pieces is not kept, and so not read as a whole: it counts as anything.
+                *is_used = *is_used
+                    || !is_ended && !text.is_empty()
+                    || !statements(text, Backslash::Plain).all(|it| is_plain(&it));
+            }
+        });
+    }
+
+    /// Reads what the server sends.
+    pub(crate) fn server_sends(&mut self, chunk: &[u8]) {
+        let Self {
+            from_server,
+            tag,
+            has_loaded,
+            has_done,
+            ..
+        } = self;
+        from_server.scan_parts(chunk, |part| match part {
+            Part::Event(Seen::Message { tag: message }) => {
+                tag.is_current = message == tag::COMMAND_COMPLETE;
+                tag.length = 0;
+            }
+            Part::Event(Seen::Status(_)) => {}
+            Part::Body(body) => {
+                if tag.is_current
+                    && let Some(command) = tag.add(body)
+                {
+                    *has_loaded |= command == Command::Load;
+                    *has_done |= command == Command::Do;
+                }
+            }
+        });
+    }
+}
+
+impl Tag {
+    /// Takes another piece, and returns the command at the zero byte that ends the tag.
+    fn add(&mut self, piece: &[u8]) -> Option<Command> {
+        let text = piece.split(|&byte| byte == 0).next().unwrap_or_default();
+        for &byte in text {
+            // Longer ones are of no interest, and stay longer than those that are.
+            if let Some(place) = self.text.get_mut(self.length) {
+                *place = byte;
+                self.length += 1;
+            }
+        }
+        let is_ended = text.len() < piece.len();
+        is_ended.then(|| {
+            self.is_current = false;
+            Command::of(self.text.get(..self.length).unwrap_or_default())
+        })
+    }
+}
+
+/// Whether a statement calls no function of a user, so that its text shows all that it does, and leaves nothing outside of
+/// its transaction: `SELECT 1` of a health check, and the limits of transactions.
+fn is_plain(statement: &Statement<'_>) -> bool {
+    let mut tokens = statement.tokens();
+    let Some(first) = tokens.next() else {
+        return true;
+    };
+    let is_first = |words: &[&str]| words.iter().any(|word| first.is_word(word));
+    if is_first(&["begin", "start", "commit", "end", "rollback", "abort"]) {
+        // Not COMMIT PREPARED, whose name is a string.
+        return tokens.all(|it| matches!(it.kind, Kind::Word | Kind::Symbol(b',')));
+    }
+    if is_first(&["show"]) {
+        return tokens.all(|it| matches!(it.kind, Kind::Word | Kind::Symbol(b'.')));
+    }
+    // Constants, with names at most: any other word may be a function, a view or a type of a user.
+    let mut is_name = false;
+    is_first(&["select"])
+        && tokens.all(|it| {
+            let was_name = std::mem::replace(&mut is_name, it.is_word("as"));
+            match it.kind {
+                Kind::Number | Kind::Symbol(b',') => true,
+                Kind::Word => was_name || is_name,
+                // With a backslash, the server may see its end elsewhere.
+                Kind::String => it.text.starts_with(b"'") && !it.text.contains(&b'\\'),
+                _ => false,
+            }
+        })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::protocol::frame::frame;
+
+    fn query(sql: &str) -> Vec<u8> {
+        frame(b'Q', format!("{sql}\0").as_bytes())
+    }
+
+    fn after(from_client: &[u8], from_server: &[u8]) -> Traces {
+        let mut traces = Traces::default();
+        traces.client_sends(from_client);
+        traces.server_sends(from_server);
+        traces
+    }
+
+    #[test]
+    fn statements_without_a_function_leave_nothing() {
+        for sql in [
+            "",
+            "SELECT 1",
+            "select 1 as one, 'a''b', 2; ;",
+            "begin; commit",
+            "BEGIN ISOLATION LEVEL SERIALIZABLE, READ ONLY",
+            "rollback to a",
+            "show app.user",
+        ] {
+            assert!(!after(&query(sql), b"").is_used(), "{sql}");
+        }
+        for sql in [
+            "select f()",
+            "select * from view",
+            "select 1 one",
+            "select domain '1'",
+            "select 1 + 1",
+            "select E'a'",
+            "select 'a\\', '; listen x; --'",
+            "select $$a$$",
+            "begin; set work_mem = '1MB'",
+            "commit prepared 'x'",
+            "listen x",
+            "values (1)",
+        ] {
+            assert!(after(&query(sql), b"").is_used(), "{sql}");
+        }
+        // The unnamed statement stays.
+        let parse = [frame(b'P', b"\0select 1\0\0\0"), frame(b'S', b"")].concat();
+        assert!(after(&parse, b"").is_used());
+        assert!(!after(&[frame(b'S', b""), frame(b'X', b"")].concat(), b"").is_used());
+    }
+
+    #[test]
+    fn what_no_reset_undoes_is_found_wherever_the_stream_is_cut() {
+        let load = frame(b'C', b"LOAD\0");
+        let done = frame(b'C', b"DO\0");
+        for (from_client, from_server, is_resettable) in [
+            (query("select 1"), frame(b'C', b"SELECT 1\0"), true),
+            (query("load 'x'"), frame(b'E', b""), true),
+            (
+                query("select load from x"),
+                frame(b'C', b"SELECT 5\0"),
+                true,
+            ),
+            (query("load 'x'"), load, false),
+            (query("do 'begin execute ''x''; end'"), done.clone(), false),
+            (query("do 'begin null; end'"), done, true),
+            (query("select dblink_connect('x')"), Vec::new(), false),
+            (frame(b'P', b"plperl\0select 1\0\0\0"), Vec::new(), true),
+            (
+                frame(b'P', b"a\0select f('plperl')\0\0\0"),
+                Vec::new(),
+                false,
+            ),
+        ] {
+            for cut in 0..=from_client.len().max(from_server.len()) {
+                let mut traces = Traces::default();
+                let (first, rest) = from_client.split_at(cut.min(from_client.len()));
+                traces.client_sends(first);
+                traces.client_sends(rest);
+                let (first, rest) = from_server.split_at(cut.min(from_server.len()));
+                traces.server_sends(first);
+                traces.server_sends(rest);
+                assert_eq!(traces.is_resettable(), is_resettable, "{from_client:?}");
+            }
+        }
+    }
+}
