@@ -6,7 +6,7 @@
 use std::{
     ffi::OsStr,
     fs::{self, File, Permissions},
-    io,
+    io::{self, Write},
     os::unix::{
         fs::{MetadataExt, PermissionsExt, chown},
         process::CommandExt,
@@ -20,7 +20,10 @@ use std::{
 use tokio::time::{Instant, sleep};
 use tokio_postgres::NoTls;
 
-use super::{SUPERUSER, find};
+use super::{
+    SUPERUSER, find,
+    schema::{Connected, query_error},
+};
 use crate::emulator::EmulatorError;
 
 /// How long a server may take to answer its first query.
@@ -32,17 +35,19 @@ const SOCKET_PORT: u16 = 5432;
 /// Lines of the server's log that go into an error.
 const LOG_TAIL_LINES: usize = 5;
 
-/// Runs the server until its standard input closes; takes the directory away afterwards. After five seconds of
-/// politeness it is cut off. `"$0"` is the directory, `"$@"` the server's command line.
+/// Runs the server until its standard input closes, and again after each line that arrives there; takes the directory away
+/// afterwards. After five seconds of politeness it is cut off. `"$0"` is the directory, `"$@"` the server's command line.
 const WATCHDOG: &str = r#"
 exec 3<&0
-"$@" </dev/null >>"$0/postgres.log" 2>&1 3<&- &
-server=$!
-{ read -r _ <&3; kill -INT $server; sleep 5; kill -QUIT $server; } 2>/dev/null &
-watcher=$!
-exec 3<&-
-wait $server
-kill $watcher 2>/dev/null
+while
+    "$@" </dev/null >>"$0/postgres.log" 2>&1 3<&- &
+    server=$!
+    { read -r _ <&3 && : >"$0/restart"; kill -INT $server; sleep 5; kill -QUIT $server; } 2>/dev/null &
+    watcher=$!
+    wait $server
+    kill $watcher 2>/dev/null
+    rm "$0/restart" 2>/dev/null
+do :; done
 cd / && rm -rf "$0"
 "#;
 
@@ -84,6 +89,34 @@ impl LocalPostgres {
         server.until_ready().await?;
         super::schema::prepare_template(&server.config("template1")).await?;
         Ok(server)
+    }
+
+    /// Restarts the server as `pg_ctl restart -m fast` does: its sessions end with FATAL 57P01. Returns when it answers
+    /// queries again.
+    pub async fn restart(&self) -> Result<(), EmulatorError> {
+        let before = self.started_at().await?;
+        let ended = || EmulatorError::PostgresEnded {
+            log: self.log_tail(),
+        };
+        if let Ok(mut watchdog) = self.watchdog.lock() {
+            let stdin = watchdog.stdin.as_mut().ok_or_else(ended)?;
+            stdin.write_all(b"\n").map_err(|_| ended())?;
+        }
+        loop {
+            self.until_ready().await?;
+            // The old one may still answer, or end before it does.
+            if self.started_at().await.is_ok_and(|at| at != before) {
+                return Ok(());
+            }
+            sleep(READY_BACKOFF.0).await;
+        }
+    }
+
+    async fn started_at(&self) -> Result<String, EmulatorError> {
+        let server = Connected::open(&self.config("postgres")).await?;
+        let query = "select pg_postmaster_start_time()::text";
+        let row = server.client.query_one(query, &[]).await;
+        row.and_then(|row| row.try_get(0)).map_err(query_error)
     }
 
     /// How to reach `database` as the superuser.

@@ -59,6 +59,37 @@ async fn nothing_is_left_after_a_stop() {
     assert!(client.simple_query("select 1").await.is_err());
 }
 
+#[tokio::test]
+async fn postgres_restarts_with_its_data() {
+    let server = LocalPostgres::start(LocalPostgresOptions::default());
+    let server = Arc::new(server.await.unwrap());
+    let emulator = Emulator::start(EmulatorOptions {
+        postgres: PostgresSource::Shared(Arc::clone(&server)),
+        ..EmulatorOptions::default()
+    });
+    let emulator = emulator.await.unwrap();
+    for round in 0..2 {
+        let client = connect(&emulator).await.unwrap();
+        let insert = format!("insert into notes (content) values ('round {round}')");
+        client.batch_execute(&insert).await.unwrap();
+        let (ended, restarted) = tokio::join!(
+            client.batch_execute("select pg_sleep(60)"),
+            server.restart()
+        );
+        restarted.unwrap();
+        assert!(ended.is_err());
+    }
+    let client = connect(&emulator).await.unwrap();
+    let query = "select count(*) from notes where content like 'round %'";
+    let rows: i64 = client.query_one(query, &[]).await.unwrap().get(0);
+    assert_eq!(rows, 2);
+    let directory = server.directory().to_owned();
+    emulator.stop().await;
+    drop(server);
+    assert!(!directory.exists());
+    assert_eq!(processes_in(&directory), Vec::<PathBuf>::new());
+}
+
 #[test]
 fn nothing_is_left_after_a_panic() {
     let (send, receive) = std::sync::mpsc::channel();
