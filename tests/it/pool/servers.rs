@@ -9,7 +9,10 @@ use std::{
     time::Duration,
 };
 
-use lakebase_proxy::emulator::{Action, Disruption, EmulatorOptions, ServerError, Site};
+use lakebase_proxy::emulator::{
+    Action, Disruption, EmulatorOptions, LocalPostgres, LocalPostgresOptions, PostgresSource,
+    ServerError, Site,
+};
 use tokio::time::{Instant, sleep};
 
 use super::*;
@@ -141,84 +144,136 @@ async fn a_setting_that_the_server_has_reloaded_is_in_the_next_welcome() {
     emulator.stop().await;
 }
 
-/// Every login costs a connection of the pool that was lost: the bound of logins is the size for each loss, and the size
+/// Clients that connect, insert one row and leave, without a pause.
+struct Ledger {
+    is_over: Arc<AtomicBool>,
+    /// The rows that were acknowledged, and those that were not.
+    clients: JoinSet<(Vec<String>, Vec<String>)>,
+}
+
+impl Ledger {
+    async fn start(proxy: &Proxy) -> Self {
+        let client = proxy.client().await;
+        client
+            .batch_execute("create table pool_ledger (token text)")
+            .await
+            .unwrap();
+        let is_over = Arc::<AtomicBool>::default();
+        let clients = (0..30)
+            .map(|number| insert_rows(number, proxy.client_config(), Arc::clone(&is_over)))
+            .collect();
+        Self { is_over, clients }
+    }
+
+    /// Every acknowledged row is there, and none twice; returns how many clients lost their connection.
+    async fn check(self, proxy: &Proxy) -> usize {
+        self.is_over.store(true, Ordering::Relaxed);
+        let ended = within("the clients", self.clients.join_all()).await;
+        let client = proxy.client().await;
+        let query = "select token, count(*) from pool_ledger group by token";
+        let rows = client.query(query, &[]).await.unwrap();
+        let rows: HashMap<String, i64> = rows.iter().map(|row| (row.get(0), row.get(1))).collect();
+        assert!(rows.values().all(|count| *count == 1), "{rows:?}");
+        let (done, unknown): (Vec<_>, Vec<_>) = ended.into_iter().unzip();
+        let (done, unknown) = (done.concat(), unknown.concat());
+        assert!(done.iter().all(|token| rows.contains_key(token)));
+        let found = unknown.iter().filter(|token| rows.contains_key(*token));
+        assert_eq!(rows.len(), done.len() + found.count());
+        assert!(!done.is_empty() && !unknown.is_empty());
+        client
+            .batch_execute("drop table pool_ledger")
+            .await
+            .unwrap();
+        unknown.len()
+    }
+}
+
+async fn insert_rows(
+    number: usize,
+    config: tokio_postgres::Config,
+    is_over: Arc<AtomicBool>,
+) -> (Vec<String>, Vec<String>) {
+    let (mut done, mut unknown) = (Vec::new(), Vec::new());
+    for turn in 0.. {
+        if is_over.load(Ordering::Relaxed) {
+            break;
+        }
+        let token = format!("{number}-{turn}");
+        // No login fails.
+        let client = connect(&config).await;
+        let insert = format!("insert into pool_ledger values ('{token}'); select pg_sleep(0.005)");
+        match client.batch_execute(&insert).await {
+            Ok(()) => done.push(token),
+            Err(error) => {
+                // The server's reason, or ours where it sent none; tokio-postgres keeps none that came before the request.
+                let lost = [SqlState::ADMIN_SHUTDOWN, SqlState::CONNECTION_FAILURE];
+                let is_lost = error.code().is_some_and(|code| lost.contains(code));
+                assert!(is_lost || error.is_closed(), "{error:?}");
+                unknown.push(token);
+            }
+        }
+    }
+    (done, unknown)
+}
+
+/// Every login replaces a connection of the pool that was lost: the bound of logins is the size for each loss, and the size
 /// once.
 #[tokio::test]
 async fn clients_that_wait_notice_no_loss_and_no_acknowledged_row_is_lost_or_doubled() {
     const SIZE: usize = 5;
     const LOSSES: u64 = 10;
     let (emulator, proxy) = proxy(SIZE).await;
-    let client = proxy.client().await;
-    client
-        .batch_execute("create table pool_ledger (token text)")
-        .await
-        .unwrap();
-    drop(client);
-    let is_over = Arc::new(AtomicBool::new(false));
-    let clients: JoinSet<(Vec<String>, Vec<String>)> = (0..30)
-        .map(|number| {
-            let (config, is_over) = (proxy.client_config(), Arc::clone(&is_over));
-            async move {
-                let (mut done, mut unknown) = (Vec::new(), Vec::new());
-                for turn in 0.. {
-                    if is_over.load(Ordering::Relaxed) {
-                        break;
-                    }
-                    let token = format!("{number}-{turn}");
-                    // No login fails.
-                    let client = connect(&config).await;
-                    let insert = format!(
-                        "insert into pool_ledger values ('{token}'); select pg_sleep(0.005)"
-                    );
-                    match client.batch_execute(&insert).await {
-                        Ok(()) => done.push(token),
-                        Err(error) => {
-                            let code = error.code();
-                            // The server's reason, or ours where it sent none.
-                            let is_lost = [SqlState::ADMIN_SHUTDOWN, SqlState::CONNECTION_FAILURE]
-                                .iter()
-                                .any(|lost| code.is_none_or(|code| code == lost));
-                            assert!(is_lost, "{error:?}");
-                            unknown.push(token);
-                        }
-                    }
-                }
-                (done, unknown)
-            }
-        })
-        .collect();
+    let ledger = Ledger::start(&proxy).await;
     for _ in 0..LOSSES {
         sleep(Duration::from_millis(200)).await;
         emulator.terminate_sessions().await;
     }
-    is_over.store(true, Ordering::Relaxed);
-    let ended = within("the clients", clients.join_all()).await;
-    let client = proxy.client().await;
-    let rows = client
-        .query(
-            "select token, count(*) from pool_ledger group by token",
-            &[],
-        )
-        .await
-        .unwrap();
-    let rows: HashMap<String, i64> = rows.iter().map(|row| (row.get(0), row.get(1))).collect();
-    assert!(rows.values().all(|count| *count == 1), "{rows:?}");
-    let (done, unknown): (Vec<_>, Vec<_>) = ended.into_iter().unzip();
-    let (done, unknown) = (done.concat(), unknown.concat());
-    assert!(done.iter().all(|token| rows.contains_key(token)));
-    let found = unknown.iter().filter(|token| rows.contains_key(*token));
-    assert_eq!(rows.len(), done.len() + found.count());
-    assert!(!done.is_empty() && !unknown.is_empty());
+    let lost = ledger.check(&proxy).await;
     let logins = emulator.counts().logins;
     assert!(
         logins <= SIZE as u64 * (LOSSES + 1),
-        "{logins} logins for {LOSSES} losses, {} clients lost",
-        unknown.len()
+        "{logins} logins for {LOSSES} losses, {lost} clients lost"
     );
-    client
-        .batch_execute("drop table pool_ledger")
-        .await
-        .unwrap();
+}
+
+/// The bound of dials for each restart: as many as connections were lost, which find the server down at once; then one at a
+/// time, with waits that grow from 50 ms (ten in five seconds); then as many as connections were lost.
+#[tokio::test]
+async fn clients_that_wait_notice_no_restart_of_the_server() {
+    const SIZE: usize = 5;
+    const RESTARTS: u64 = 3;
+    let server = LocalPostgres::start(LocalPostgresOptions::default());
+    let server = Arc::new(server.await.unwrap());
+    let options = EmulatorOptions {
+        postgres: PostgresSource::Shared(Arc::clone(&server)),
+        ..EmulatorOptions::default()
+    };
+    let emulator = Emulator::start(options).await.unwrap();
+    let proxy = Proxy::with(&emulator, |settings| pooled(settings, SIZE)).await;
+    let ledger = Ledger::start(&proxy).await;
+    let leases = || proxy.metrics().pool_wait_seconds.get_sample_count();
+    let busy = async || {
+        let before = leases();
+        eventually("clients are served", async || {
+            (leases() > before + 100).then_some(())
+        })
+        .await;
+    };
+    let mut down = Duration::ZERO;
+    for _ in 0..RESTARTS {
+        busy().await;
+        let began = Instant::now();
+        within("the restart", server.restart()).await.unwrap();
+        down += began.elapsed();
+    }
+    busy().await;
+    ledger.check(&proxy).await;
+    let counts = emulator.counts();
+    assert!(counts.logins <= SIZE as u64 * (RESTARTS + 1), "{counts:?}");
+    let failed = counts.dials - counts.logins;
+    let bound = RESTARTS * (SIZE as u64 + 10) + down.as_secs();
+    assert!(failed <= bound, "{down:?}: {counts:?}");
+    emulator.stop().await;
 }
 
 #[tokio::test]
