@@ -1,8 +1,8 @@
 //! Connects to the upstream, retrying until `connect_timeout` while the endpoint wakes.
 //!
 //! A client has a `Budget`. After a failed attempt, the class of the failure decides the `Reaction`. While the endpoint
-//! wakes, clients make one attempt at a time (`Wake`); once it responds, all proceed, 32 at a time. So a
-//! thousand clients at a sleeping endpoint cause the dials of one.
+//! wakes, clients make one attempt at a time (`Wake`); once it responds, all proceed, more and more at a time (`LoginSlots`).
+//! So a thousand clients at a sleeping endpoint cause the dials of one.
 
 use std::{borrow::Cow, net::SocketAddr, pin::pin, sync::Arc, time::Duration};
 
@@ -10,7 +10,7 @@ use arc_swap::ArcSwap;
 use bytes::BytesMut;
 use tokio::{
     io::AsyncReadExt,
-    sync::{Semaphore, SemaphorePermit},
+    sync::{OwnedSemaphorePermit, Semaphore},
     time::{Instant, sleep, sleep_until, timeout, timeout_at},
 };
 
@@ -22,6 +22,7 @@ use super::{
     login::{Connection, Login},
     names::RecentNames,
     phases::Phases,
+    slots::LoginSlots,
     wake::{Place, RETRY, Wake},
 };
 use crate::{
@@ -40,8 +41,6 @@ use crate::{
     },
 };
 
-/// Concurrent logins.
-const CONCURRENT_LOGINS: usize = 32;
 /// A login that takes longer than this after the server requested the password releases its slot: settings of the client,
 /// such as `post_auth_delay`, can make it arbitrarily slow.
 const SLOW_LOGIN: Duration = Duration::from_secs(1);
@@ -94,7 +93,7 @@ pub struct Upstream {
     /// Database names that clients send by default and that do not exist.
     missing_databases: RecentNames,
     failing_budget: Duration,
-    logins: Semaphore,
+    logins: LoginSlots,
     cancels: Semaphore,
     wake: Wake,
 }
@@ -109,7 +108,7 @@ impl Upstream {
             metrics,
             missing_databases: RecentNames::new(MISSING_DATABASES, MISSING_DATABASE_LIFETIME),
             failing_budget: FAILING_BUDGET,
-            logins: Semaphore::new(CONCURRENT_LOGINS),
+            logins: LoginSlots::default(),
             cancels: Semaphore::new(CONCURRENT_CANCELS),
             wake: Wake::default(),
         }
@@ -269,7 +268,8 @@ struct Prerequisites<'a> {
     /// Present while the endpoint wakes.
     lead: Option<Place<'a>>,
     credential: Arc<Credential>,
-    slot: SemaphorePermit<'a>,
+    /// Absent with the lead, of which there is one.
+    slot: Option<OwnedSemaphorePermit>,
 }
 
 impl<'a> Attempts<'a> {
@@ -323,7 +323,11 @@ impl<'a> Attempts<'a> {
             let ready = Instant::now();
             self.phases
                 .observe(LoginPhase::Credential, ready - requested);
-            let slot = self.login_slot().await?;
+            let slot = if lead.is_some() {
+                None
+            } else {
+                Some(self.login_slot().await?)
+            };
             let queued = (requested - began) + ready.elapsed();
             self.phases.observe(LoginPhase::Queue, queued);
             // Clients ahead of this one may have found the endpoint waking.
@@ -357,11 +361,10 @@ impl<'a> Attempts<'a> {
             .is_some_and(|failure| failure.class == Class::Waking)
     }
 
-    async fn login_slot(&self) -> Result<SemaphorePermit<'a>, Refusal> {
-        match timeout_at(self.budget.ends_at(), self.upstream.logins.acquire()).await {
-            Ok(Ok(slot)) => Ok(slot),
-            Ok(Err(_)) | Err(_) => Err(self.upstream.refusal(&Failure::crowded())),
-        }
+    async fn login_slot(&self) -> Result<OwnedSemaphorePermit, Refusal> {
+        timeout_at(self.budget.ends_at(), self.upstream.logins.take())
+            .await
+            .map_err(|_| self.upstream.refusal(&Failure::crowded()))
     }
 
     /// One login; its result updates the wake state.
@@ -414,7 +417,8 @@ impl<'a> Attempts<'a> {
                 None => Failure::timed_out_in(self.phases.current(), &endpoint),
             })
         });
-        let observe_wake = |woke_after: Option<Duration>| {
+        let responds = |woke_after: Option<Duration>| {
+            upstream.logins.grow();
             if let Some(waking) = woke_after {
                 upstream.metrics.wake_seconds.observe(waking.as_secs_f64());
             }
@@ -422,7 +426,7 @@ impl<'a> Attempts<'a> {
         let logins = &upstream.metrics.upstream_connects;
         let Err(failure) = &result else {
             logins.ok.inc();
-            observe_wake(upstream.wake.logged_in());
+            responds(upstream.wake.logged_in());
             return result;
         };
         logins.failed[failure.class].inc();
@@ -432,8 +436,9 @@ impl<'a> Attempts<'a> {
         } else if failure.class == Class::Waking {
             let is_leading = held.as_ref().is_some_and(|(lead, _)| lead.is_some());
             upstream.wake.failed(failure, is_leading);
+            upstream.logins.start_over();
         } else {
-            observe_wake(upstream.wake.answered());
+            responds(upstream.wake.answered());
         }
         result
     }

@@ -19,6 +19,7 @@ mod names;
 mod phases;
 pub(crate) mod probe;
 mod route;
+mod slots;
 mod tls_stream;
 mod wake;
 

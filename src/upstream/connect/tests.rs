@@ -5,6 +5,7 @@ use std::{
     sync::atomic::{AtomicUsize, Ordering},
 };
 
+use futures_util::FutureExt;
 use jiff::Timestamp;
 use secrecy::SecretString;
 use tokio::{
@@ -21,7 +22,7 @@ use crate::{
     credential::{BoxFuture, CallError, Mint, Minted, Refresher},
     protocol::frame::frame,
     status::Label,
-    upstream::{Addresses, DroppedParameters, Security},
+    upstream::{Addresses, DroppedParameters, Security, slots::CONCURRENT_LOGINS},
 };
 
 /// More than any of these tests takes when all is well.
@@ -301,8 +302,9 @@ async fn a_leader_that_hangs_up_hands_the_lead_over() {
         assert!(result.unwrap().woke_after.is_some());
     }
     assert_eq!(
-        fixture.upstream.logins.available_permits(),
-        CONCURRENT_LOGINS
+        fixture.upstream.logins.free(),
+        6,
+        "one, and one for each login"
     );
 }
 
@@ -513,7 +515,10 @@ async fn a_client_without_an_attempt_does_not_change_the_endpoints_state() {
             ..limits()
         },
     );
-    let turns = fixture.upstream.logins.acquire_many(32).await.unwrap();
+    let mut taken = Vec::new();
+    while let Some(slot) = fixture.upstream.logins.take().now_or_never() {
+        taken.push(slot);
+    }
     let refusal = fixture.refused().await;
     assert_eq!(
         (refusal.reason, refusal.report.sqlstate.as_str()),
@@ -521,7 +526,7 @@ async fn a_client_without_an_attempt_does_not_change_the_endpoints_state() {
     );
     assert_eq!(server.seen.dials(), 0);
     assert!(!fixture.upstream.wake.is_waking() && !fixture.upstream.wake.has_spent_budget());
-    drop(turns);
+    drop(taken);
     assert!(fixture.connect().await.is_ok());
 }
 
