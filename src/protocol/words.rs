@@ -274,8 +274,9 @@ fn is_local_set_config(rest: &[u8], backslash: Backslash) -> bool {
                 return commas == 2
                     && matches!(argument, [Some(word), None] if word.is_word("true"));
             }
-            Kind::Symbol(b')' | b']') => depth -= 1,
-            Kind::Symbol(b'(' | b'[') => depth += 1,
+            // At least 1, as it is more than 1 here.
+            Kind::Symbol(b')') => depth -= 1,
+            Kind::Symbol(b'(') => depth += 1,
             Kind::Symbol(b',') if depth == 1 => {
                 commas += 1;
                 argument = [None; 2];
@@ -432,6 +433,7 @@ mod tests {
                 PinReason::SetConfig,
             ),
             ("select 'set_config'", PinReason::SetConfig),
+            ("select set_config('a', 'b', ]])", PinReason::SetConfig),
             ("select setseed(0.5)", PinReason::Setseed),
             ("select dblink_connect('a', 'b')", PinReason::UnknownState),
             (
@@ -516,7 +518,7 @@ mod tests {
 
         #[test]
         fn no_text_makes_it_panic(text in prop::collection::vec(prop::sample::select(
-            &["do ", "set", "set_config", "(", ")", ",", "true", "'", "\"", "$$", "begin", " ", "--", "\n", "local"][..]
+            &["do ", "set", "set_config", "(", ")", "]", ",", "true", "'", "\"", "$$", "begin", " ", "--", "\n", "local"][..]
         ), 0..30)) {
             of(&text.concat());
             verdict(text.concat().as_bytes(), Backslash::Escape);

@@ -30,6 +30,7 @@ mod harness;
 mod health;
 mod isolation;
 mod layers;
+mod lexer;
 mod lifecycle;
 mod limits;
 mod listeners;
