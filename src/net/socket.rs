@@ -25,7 +25,13 @@ pub trait Transport: AsyncRead + AsyncWrite + Unpin + Send {
 
     /// How far the peer has hung up, also behind bytes that have not been read. Takes a system call.
     fn hang_up_state(&self) -> HangUp {
-        self.socket().map_or(HangUp::None, Socket::poll_hang_up)
+        self.socket().map_or(HangUp::None, Socket::hang_up_state)
+    }
+
+    /// Whether a read would find bytes or the end, as far as the kernel knows. Takes a system call.
+    fn has_input(&self) -> bool {
+        let input = |socket: &Socket| !socket.poll(PollFlags::IN).is_empty();
+        self.socket().is_some_and(input)
     }
 }
 
@@ -85,29 +91,33 @@ impl Socket {
         let _ = limit;
     }
 
-    fn poll_hang_up(&self) -> HangUp {
-        let socket = match self {
-            Self::Tcp(socket) => socket.get_ref().as_fd(),
-            Self::Unix(socket) => socket.as_fd(),
-        };
+    fn hang_up_state(&self) -> HangUp {
         // Only Linux reports that the peer has closed its half; other systems report that both are closed.
         #[cfg(target_os = "linux")]
         let half = PollFlags::RDHUP;
         #[cfg(not(target_os = "linux"))]
         let half = PollFlags::empty();
-        let mut polled = [PollFd::from_borrowed_fd(socket, half)];
-        // A failure reveals nothing about the peer; the next read or write does.
-        // Zero: returns at once.
-        if poll(&mut polled, Some(&Timespec::default())).is_err() {
-            return HangUp::None;
-        }
-        let found = polled[0].revents();
+        let found = self.poll(half);
         if found.intersects(PollFlags::ERR | PollFlags::HUP) {
             HangUp::Full
         } else if found.intersects(half) {
             HangUp::Half
         } else {
             HangUp::None
+        }
+    }
+
+    /// Which of `events` there are now, and errors.
+    fn poll(&self, events: PollFlags) -> PollFlags {
+        let socket = match self {
+            Self::Tcp(socket) => socket.get_ref().as_fd(),
+            Self::Unix(socket) => socket.as_fd(),
+        };
+        let mut polled = [PollFd::from_borrowed_fd(socket, events)];
+        // Zero: returns at once. A failure reveals nothing about the peer; the next read or write does.
+        match poll(&mut polled, Some(&Timespec::default())) {
+            Ok(_) => polled[0].revents(),
+            Err(_) => PollFlags::empty(),
         }
     }
 }

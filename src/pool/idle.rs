@@ -1,12 +1,7 @@
 //! Connections without a client: watched for what the server sends or for its end, and closed when they are no longer
 //! needed.
 
-use std::{
-    future::poll_fn,
-    sync::Arc,
-    task::{Context, Poll},
-    time::Duration,
-};
+use std::{future::poll_fn, sync::Arc, task::Poll, time::Duration};
 
 use tokio::{
     runtime::Handle,
@@ -131,7 +126,7 @@ impl Pool {
     /// Closes an idle connection when the server does, or at `until`.
     async fn watch(self: Arc<Self>, number: u64, until: Instant, at_end: PoolClose) {
         let reason = tokio::select! {
-            unusable = poll_fn(|cx| self.poll_idle(number, cx)) => {
+            unusable = self.until_unusable(number) => {
                 tracing::debug!(
                     endpoint = %self.context.endpoint,
                     error = %unusable,
@@ -152,12 +147,20 @@ impl Pool {
         }
     }
 
-    fn poll_idle(&self, number: u64, cx: &mut Context<'_>) -> Poll<Unusable> {
-        let mut state = self.lock();
-        match state.idle.iter_mut().find(|idle| idle.number == number) {
-            Some(idle) => idle.server.poll_idle(cx),
-            // Taken; this task is about to be aborted.
-            None => Poll::Pending,
+    /// Takes what the server sends to an idle connection, until that is of no use any more. Cancel safe.
+    async fn until_unusable(&self, number: u64) -> Unusable {
+        loop {
+            let taken = poll_fn(|cx| {
+                let mut state = self.lock();
+                match state.idle.iter_mut().find(|idle| idle.number == number) {
+                    Some(idle) => idle.server.poll_input(cx),
+                    // Taken; this task is about to be aborted.
+                    None => Poll::Pending,
+                }
+            });
+            if let Err(unusable) = taken.await {
+                return unusable;
+            }
         }
     }
 

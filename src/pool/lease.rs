@@ -349,7 +349,7 @@ impl Pool {
         }
     }
 
-    fn leased(&self, server: ServerConnection, how: PoolLease) -> Leased {
+    pub(super) fn leased(&self, server: ServerConnection, how: PoolLease) -> Leased {
         self.context.metrics.pool_leases[how].inc();
         let ServerConnection { stream, mut record } = server;
         record.is_used = true;
@@ -371,14 +371,15 @@ impl Pool {
 
 impl ServerConnection {
     /// Makes an idle connection what a new login of this client would be; `None` if it has ended.
-    async fn prepare(self, client: &LoginParameters) -> Option<Self> {
+    pub(super) async fn prepare(self, client: &LoginParameters) -> Option<Self> {
         let mut server = self.move_here().ok()?;
-        // What has arrived is read by the watch alone, which may not have had its turn.
         server.record.slot.close = PoolClose::Server;
-        if !server.is_quiet() {
-            return None;
-        }
-        if let Err(error) = server.adopt(client).await {
+        let adopted = async {
+            // The watch may not have had its turn.
+            server.take_input().await?;
+            server.adopt(client).await
+        };
+        if let Err(error) = adopted.await {
             tracing::debug!(%error, "idle server connection is of no use any more");
             return None;
         }

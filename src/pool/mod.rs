@@ -25,6 +25,8 @@ mod open;
 mod reset;
 mod server;
 mod slot;
+#[cfg(test)]
+mod tests;
 mod waiting;
 
 use std::{

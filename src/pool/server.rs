@@ -1,9 +1,10 @@
 //! A server connection of a pool, and what is known of it.
 
 use std::{
+    future::poll_fn,
     net::SocketAddr,
     pin::Pin,
-    task::{Context, Poll},
+    task::{Context, Poll, ready},
     time::Duration,
 };
 
@@ -18,7 +19,7 @@ use super::slot::Slot;
 use crate::{
     net::{
         message::{ReadError, read_message, write_and_flush},
-        socket::{HangUp, Transport},
+        socket::Transport,
     },
     protocol::{
         error::ErrorFields,
@@ -33,8 +34,8 @@ use crate::{
 
 /// How long the server may take to answer a query of ours, or to accept a Terminate.
 const QUERY_TIMEOUT: Duration = Duration::from_secs(5);
-/// Bytes read at a time on an idle connection: what arrives there is short.
-const IDLE_READ: usize = 1024;
+/// Bytes read at a time of what the server sends without a request, which is short.
+const INPUT_READ: usize = 1024;
 
 /// A server connection of a pool. Dropped, it is closed and leaves its slot.
 pub(super) struct ServerConnection {
@@ -73,6 +74,8 @@ pub(super) enum Unusable {
     Broken(#[from] ReadError),
     #[error("the server did not answer within {} s", QUERY_TIMEOUT.as_secs())]
     Late,
+    #[error("a message of the server has not arrived as a whole")]
+    Partial,
     #[error("the server reported: {0}")]
     Reported(String),
     #[error("unexpected message type {0:#04x}")]
@@ -142,9 +145,25 @@ impl ServerConnection {
         Ok(Self { stream, record })
     }
 
-    /// Whether nothing has arrived from the server, as far as the kernel knows. Takes a system call.
-    pub(super) fn is_quiet(&self) -> bool {
-        self.record.unread.is_empty() && self.stream.hang_up_state() == HangUp::None
+    /// Takes what the server has sent without a request, before a client would receive it. Takes a system call.
+    ///
+    /// # Errors
+    /// Why the connection is of no use any more.
+    pub(super) async fn take_input(&mut self) -> Result<(), Unusable> {
+        self.record.take_all_unrequested()?;
+        loop {
+            // What the TLS stream holds; what has arrived since the last turn of the runtime is known to the kernel only.
+            let known = poll_fn(|cx| Poll::Ready(self.poll_input(cx))).await;
+            match known {
+                Poll::Ready(taken) => taken?,
+                Poll::Pending if self.stream.has_input() => {
+                    poll_fn(|cx| self.poll_input(cx)).await?;
+                }
+                Poll::Pending if self.record.unread.is_empty() => return Ok(()),
+                // The rest of the message would come to the client.
+                Poll::Pending => return Err(Unusable::Partial),
+            }
+        }
     }
 
     /// Sets what a new login of this client would set, where that differs. Not cancel safe.
@@ -184,27 +203,17 @@ impl ServerConnection {
         }
     }
 
-    /// Reads what the server sends without a request; ready when the connection is of no use any more.
-    pub(super) fn poll_idle(&mut self, cx: &mut Context<'_>) -> Poll<Unusable> {
-        loop {
-            match self.record.take_all_unrequested() {
-                Ok(()) => {}
-                Err(unusable) => return Poll::Ready(unusable),
-            }
-            let mut space = [0; IDLE_READ];
-            let mut space = ReadBuf::new(&mut space);
-            match Pin::new(&mut self.stream).poll_read(cx, &mut space) {
-                Poll::Pending => return Poll::Pending,
-                Poll::Ready(Ok(())) if !space.filled().is_empty() => {
-                    self.record.unread.extend_from_slice(space.filled());
-                }
-                Poll::Ready(result) => {
-                    let error = result.err();
-                    let error = error.unwrap_or(std::io::ErrorKind::UnexpectedEof.into());
-                    return Poll::Ready(error.into());
-                }
-            }
+    /// Takes what the server sends without a request; ready once some has arrived, or why the connection is of no use any more.
+    pub(super) fn poll_input(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Unusable>> {
+        let mut space = [0; INPUT_READ];
+        let mut space = ReadBuf::new(&mut space);
+        ready!(Pin::new(&mut self.stream).poll_read(cx, &mut space))?;
+        if space.filled().is_empty() {
+            let end = std::io::Error::from(std::io::ErrorKind::UnexpectedEof);
+            return Poll::Ready(Err(end.into()));
         }
+        self.record.unread.extend_from_slice(space.filled());
+        Poll::Ready(self.record.take_all_unrequested())
     }
 
     /// Ends the connection in an orderly way, at most for [`QUERY_TIMEOUT`].

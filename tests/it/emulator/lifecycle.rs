@@ -15,7 +15,7 @@ use lakebase_proxy::emulator::{
 use crate::harness::{
     binary::PROGRAM,
     emulator::{TIMEOUT, connect, start},
-    eventually,
+    eventually, own_server,
 };
 
 fn processes_in(directory: &Path) -> Vec<PathBuf> {
@@ -61,13 +61,7 @@ async fn nothing_is_left_after_a_stop() {
 
 #[tokio::test]
 async fn postgres_restarts_with_its_data() {
-    let server = LocalPostgres::start(LocalPostgresOptions::default());
-    let server = Arc::new(server.await.unwrap());
-    let emulator = Emulator::start(EmulatorOptions {
-        postgres: PostgresSource::Shared(Arc::clone(&server)),
-        ..EmulatorOptions::default()
-    });
-    let emulator = emulator.await.unwrap();
+    let (server, emulator) = own_server().await;
     for round in 0..2 {
         let client = connect(&emulator).await.unwrap();
         let insert = format!("insert into notes (content) values ('round {round}')");

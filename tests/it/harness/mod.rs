@@ -59,11 +59,27 @@ pub(crate) async fn emulator() -> Emulator {
     Emulator::start(options).await.unwrap()
 }
 
-/// A superuser's session at the server, past everything.
+/// An emulator on a server of its own.
+pub(crate) async fn own_server() -> (Arc<LocalPostgres>, Emulator) {
+    let server = LocalPostgres::start(LocalPostgresOptions::default());
+    let server = Arc::new(server.await.unwrap());
+    let options = EmulatorOptions {
+        postgres: PostgresSource::Shared(Arc::clone(&server)),
+        ..EmulatorOptions::default()
+    };
+    (server, Emulator::start(options).await.unwrap())
+}
+
+/// A superuser's session at the shared server, past everything.
 pub(crate) async fn superuser() -> Client {
+    superuser_of(&*server().await).await
+}
+
+/// A superuser's session at `server`, past everything.
+pub(crate) async fn superuser_of(server: &LocalPostgres) -> Client {
     let mut config = tokio_postgres::Config::new();
     config
-        .host_path(server().await.directory().join("s"))
+        .host_path(server.directory().join("s"))
         .user("databricks_control_plane")
         .dbname("databricks_postgres");
     let (client, connection) = config.connect(NoTls).await.unwrap();

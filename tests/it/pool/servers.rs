@@ -9,10 +9,7 @@ use std::{
     time::Duration,
 };
 
-use lakebase_proxy::emulator::{
-    Action, Disruption, EmulatorOptions, LocalPostgres, LocalPostgresOptions, PostgresSource,
-    ServerError, Site,
-};
+use lakebase_proxy::emulator::{Action, Disruption, EmulatorOptions, ServerError, Site};
 use tokio::time::{Instant, sleep};
 
 use super::*;
@@ -144,6 +141,44 @@ async fn a_setting_that_the_server_has_reloaded_is_in_the_next_welcome() {
     emulator.stop().await;
 }
 
+/// The server reports it with the answer to the next request, which is the client's.
+#[tokio::test]
+async fn a_setting_that_the_server_reloads_while_idle_is_reported_to_the_next_client_once() {
+    let (server, emulator) = harness::own_server().await;
+    let proxy = Proxy::with(&emulator, one).await;
+    let mut seen = Vec::new();
+    for round in 0..3 {
+        let mut wire = proxy.dial().await;
+        wire.startup(&[("user", "anyone"), ("database", DATABASE)])
+            .await;
+        let welcome = wire.welcome().await;
+        wire.send(&text('Q', "select 1")).await;
+        let replies = wire.until('Z').await;
+        let reported = replies.iter().filter(|reply| reply.tag == 'S').count();
+        seen.push((welcome.parameters["DateStyle"].clone(), reported));
+        drop(wire);
+        proxy.until_idle(1).await;
+        if round == 0 {
+            let alter = "alter system set datestyle = 'SQL, DMY'";
+            emulator.execute(alter).await.unwrap();
+            emulator.execute("select pg_reload_conf()").await.unwrap();
+            // A session that begins after the reload: all others have been notified of it.
+            eventually("the reload", async || {
+                let session = harness::superuser_of(&server).await;
+                (value(&session, "show datestyle").await == "SQL, DMY").then_some(())
+            })
+            .await;
+        }
+    }
+    let expected = [("ISO, MDY", 0), ("ISO, MDY", 1), ("SQL, DMY", 0)];
+    assert_eq!(
+        seen,
+        expected.map(|(value, reported)| (value.to_owned(), reported))
+    );
+    assert_eq!(emulator.counts().logins, 1, "on the same connection");
+    emulator.stop().await;
+}
+
 /// Clients that connect, insert one row and leave, without a pause.
 struct Ledger {
     is_over: Arc<AtomicBool>,
@@ -242,13 +277,7 @@ async fn clients_that_wait_notice_no_loss_and_no_acknowledged_row_is_lost_or_dou
 async fn clients_that_wait_notice_no_restart_of_the_server() {
     const SIZE: usize = 5;
     const RESTARTS: u64 = 3;
-    let server = LocalPostgres::start(LocalPostgresOptions::default());
-    let server = Arc::new(server.await.unwrap());
-    let options = EmulatorOptions {
-        postgres: PostgresSource::Shared(Arc::clone(&server)),
-        ..EmulatorOptions::default()
-    };
-    let emulator = Emulator::start(options).await.unwrap();
+    let (server, emulator) = harness::own_server().await;
     let proxy = Proxy::with(&emulator, |settings| pooled(settings, SIZE)).await;
     let ledger = Ledger::start(&proxy).await;
     let leases = || proxy.metrics().pool_wait_seconds.get_sample_count();

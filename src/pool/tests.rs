@@ -1,0 +1,184 @@
+//! A pool of one connection, whose server is the test.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpListener, TcpStream},
+    time::timeout,
+};
+
+use super::*;
+use crate::{
+    protocol::frame::frame,
+    telemetry::{GaugeGuard, labels::PoolLease},
+    upstream::{Connected, Connection, Greeting, Stream},
+};
+
+/// The pool, and what it needs to go on.
+fn pool() -> (Pools, Arc<Pool>) {
+    let settings = PoolSettings {
+        default_pool_size: 1,
+        ..PoolSettings::default()
+    };
+    let context = PoolContext {
+        endpoint: Label::new("e"),
+        settings: ArcSwap::from_pointee(settings),
+        metrics: Metrics::new().unwrap(),
+        shutdown: Shutdown::default(),
+        closed: CancellationToken::new(),
+        tasks: TaskTracker::new(),
+    };
+    let pools = Pools::new(PoolMode::Session, context);
+    let pool = pools.pool("db");
+    (pools, pool)
+}
+
+fn login() -> Arc<LoginParameters> {
+    Arc::new(LoginParameters {
+        database: "db".to_owned(),
+        ..LoginParameters::default()
+    })
+}
+
+impl Pool {
+    fn slot(self: &Arc<Self>) -> Slot {
+        let slot = self.lock().open_slot(self, Duration::ZERO);
+        let mut slot = slot.expect("the first");
+        slot.enter(PoolServer::Leased);
+        slot
+    }
+
+    /// A connection that has just been opened, and the server's end of it.
+    async fn connection(self: &Arc<Self>) -> (ServerConnection, TcpStream) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let socket = TcpStream::connect(address).await.unwrap();
+        let (server, _) = listener.accept().await.unwrap();
+        let mut greeting = Greeting::default();
+        let status = frame(b'S', b"DateStyle\0ISO, MDY\0");
+        greeting.parameter_status.extend_from_slice(&status);
+        let connected = Connected {
+            connection: Connection {
+                stream: Stream::Plain(socket.into()),
+                greeting,
+                address,
+                gauge: GaugeGuard::new(&self.context.metrics.upstream_active),
+            },
+            database: "db".to_owned(),
+            woke_after: None,
+        };
+        let login = LoginParameters::clone(&login());
+        let lifetime = Duration::from_hours(1);
+        (
+            ServerConnection::new(connected, login, self.slot(), lifetime),
+            server,
+        )
+    }
+}
+
+#[tokio::test]
+async fn a_panic_with_a_connection_frees_its_slot_for_the_client_that_waits() {
+    let (_pools, pool) = pool();
+    let slot = pool.slot();
+    let waiting = pool.enter(&login());
+    assert!(!waiting.is_granted());
+    let panicked = catch_unwind(AssertUnwindSafe(move || {
+        let _slot = slot;
+        panic!("on purpose");
+    }));
+    assert!(panicked.is_err());
+    assert!(matches!(waiting.granted().await, Grant::Open(_)));
+    let metrics = &pool.context.metrics;
+    assert_eq!(metrics.pool_servers[PoolServer::Leased].get(), 0);
+    assert_eq!(metrics.pool_closes[PoolClose::Session].get(), 1);
+}
+
+/// What the server may send at any time: a notice, a notification, and the new value of a parameter.
+fn unrequested() -> Vec<u8> {
+    let frames = [
+        frame(b'N', b"SNOTICE\0C00000\0Mfor no client\0\0"),
+        frame(b'A', b"\0\0\0\x07channel\0payload\0"),
+        frame(b'S', b"DateStyle\0SQL, DMY\0"),
+    ];
+    frames.concat()
+}
+
+/// The client that takes the connection receives this much before its first request.
+async fn received(mut lease: Lease) -> usize {
+    let mut bytes = [0; 64];
+    let read = timeout(Duration::from_millis(100), lease.stream.read(&mut bytes)).await;
+    read.map_or(0, |read| read.unwrap())
+}
+
+#[tokio::test]
+async fn what_an_idle_server_sends_reaches_no_client_but_in_the_welcome() {
+    let (_pools, pool) = pool();
+    let (connection, mut server) = pool.connection().await;
+    connection.put_back();
+    // In two parts, the second one within a message.
+    let bytes = unrequested();
+    let (first, second) = bytes.split_at(20);
+    for part in [first, second] {
+        server.write_all(part).await.unwrap();
+        let idle = || pool.lock().idle[0].server.record.unread.clone();
+        while idle().is_empty() == (part == first) {
+            tokio::task::yield_now().await;
+        }
+    }
+    let Grant::Server(connection) = pool.enter(&login()).granted().await else {
+        panic!("an idle connection");
+    };
+    let connection = connection.prepare(&login()).await.unwrap();
+    let leased = pool.leased(connection, PoolLease::Idle);
+    assert_eq!(
+        leased.parameter_status,
+        frame(b'S', b"DateStyle\0SQL, DMY\0")
+    );
+    assert!(leased.notices.is_empty() && leased.leftover.is_empty());
+    assert_eq!(received(leased.lease).await, 0);
+}
+
+/// The watch of the idle connection has no turn between the bytes and the client.
+#[tokio::test]
+async fn what_has_just_arrived_is_taken_before_a_client_gets_the_connection() {
+    let (_pools, pool) = pool();
+    let (connection, mut server) = pool.connection().await;
+    let mut connection = connection;
+    for _ in 0..3 {
+        let bytes = unrequested();
+        assert_eq!(server.try_write(&bytes).unwrap(), bytes.len());
+        connection = connection.prepare(&login()).await.unwrap();
+    }
+    let leased = pool.leased(connection, PoolLease::Returned);
+    assert_eq!(
+        leased.parameter_status,
+        frame(b'S', b"DateStyle\0SQL, DMY\0")
+    );
+    assert_eq!(received(leased.lease).await, 0);
+    server.shutdown().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_connection_whose_server_reports_an_error_ends_or_stops_within_a_message_is_closed() {
+    let error = frame(b'E', b"SFATAL\0C57P01\0Mterminating connection\0\0");
+    let answer = frame(b'C', b"SELECT 1\0");
+    let notice = unrequested();
+    for (bytes, ends) in [
+        (&error[..], false),
+        (&answer, false),
+        (&notice[..7], false),
+        (&[], true),
+    ] {
+        let (_pools, pool) = pool();
+        let (connection, mut server) = pool.connection().await;
+        server.write_all(bytes).await.unwrap();
+        if ends {
+            server.shutdown().await.unwrap();
+        }
+        assert!(connection.prepare(&login()).await.is_none(), "{bytes:?}");
+        let metrics = &pool.context.metrics;
+        assert_eq!(metrics.pool_closes[PoolClose::Server].get(), 1);
+        assert_eq!(metrics.pool_servers[PoolServer::Leased].get(), 0);
+    }
+}
