@@ -90,15 +90,11 @@ impl Pool {
         if state.staying() > Limit::configured(&settings, waited) {
             // Under the same lock: another one that returns now must not count this one.
             let slot = &mut server.record.slot;
-            state.count(slot, PoolServer::Closing, &self.context.metrics);
+            state.count(slot, PoolServer::Closing);
             drop(state);
             return self.close(server, PoolClose::Surplus);
         }
-        state.count(
-            &mut server.record.slot,
-            PoolServer::Idle,
-            &self.context.metrics,
-        );
+        state.count(&mut server.record.slot, PoolServer::Idle);
         let number = state.next_number();
         state.idle.push(Idle {
             number,
@@ -137,7 +133,7 @@ impl Pool {
             () = self.context.over() => PoolClose::Shutdown,
             () = sleep_until(until) => at_end,
         };
-        let Some(mut server) = self.take_idle(number) else {
+        let Some(mut server) = self.end_watch(number) else {
             return;
         };
         if reason == PoolClose::Server {
@@ -164,7 +160,8 @@ impl Pool {
         }
     }
 
-    fn take_idle(&self, number: u64) -> Option<ServerConnection> {
+    /// Takes the connection from the idle ones, for its watch to close.
+    fn end_watch(&self, number: u64) -> Option<ServerConnection> {
         let mut state = self.lock();
         let at = state.idle.iter().position(|idle| idle.number == number)?;
         // Not aborted: the caller is the watch.

@@ -221,10 +221,7 @@ impl Pool {
                     let record = &idle.server.record;
                     !record.is_used && record.suits(client) && record.resets_to(client)
                 })?;
-                let mut server = state.idle.remove(at).into_server();
-                let slot = &mut server.record.slot;
-                state.count(slot, PoolServer::Leased, &self.context.metrics);
-                server
+                state.take_idle(at)
             };
             if let Some(server) = server.prepare(client).await {
                 let mut leased = self.leased(server, PoolLease::Idle);
@@ -300,8 +297,12 @@ impl Pool {
         let mut give_up_at = waiting.since + settings.query_wait_timeout;
         loop {
             let now = Instant::now();
-            // Without an open connection it waits for the endpoint, and not for other clients.
-            let is_served = !upstream.is_waking() && self.others_open() && !self.lock().is_paused;
+            let (is_served, raise_at) = {
+                let state = self.lock();
+                // Without an open connection it waits for the endpoint, and not for other clients.
+                let is_served = state.has_others() && !state.is_paused && !upstream.is_waking();
+                (is_served, state.limit.raise_at())
+            };
             let mut check_at = None;
             if !is_served {
                 // Not only until the endpoint responds: the clients before it are served first.
@@ -311,7 +312,6 @@ impl Pool {
                 return Err(self.wait_timed_out(&settings));
             }
             // What the pool may open changes with time.
-            let raise_at = self.lock().limit.raise_at();
             let changes = raise_at.into_iter().chain([reserve_at]).chain(check_at);
             let next = changes
                 .filter(|at| *at > now)

@@ -230,7 +230,7 @@ impl Pool {
         for idle in &mut surplus {
             // Under the same lock: one that returns now must not count them.
             let slot = &mut idle.server.record.slot;
-            state.count(slot, PoolServer::Closing, &self.context.metrics);
+            state.count(slot, PoolServer::Closing);
         }
         drop(state);
         for idle in surplus {
@@ -282,6 +282,11 @@ impl State {
         self.servers.values().sum()
     }
 
+    /// Whether there are connections besides those being opened.
+    fn has_others(&self) -> bool {
+        self.open() > self.servers[PoolServer::Opening]
+    }
+
     /// Those that are not being closed.
     fn staying(&self) -> usize {
         self.open() - self.servers[PoolServer::Closing]
@@ -297,13 +302,14 @@ impl State {
     }
 
     /// Counts a connection in another state.
-    fn count(&mut self, slot: &mut Slot, new: PoolServer, metrics: &Metrics) {
+    fn count(&mut self, slot: &mut Slot, new: PoolServer) {
         let old = std::mem::replace(&mut slot.state, new);
         self.servers[old] = self.servers[old].saturating_sub(1);
         self.servers[new] += 1;
         if self.is_paused {
             slot.pool().changed.notify_waiters();
         }
+        let metrics = &slot.pool().context.metrics;
         metrics.pool_servers[old].dec();
         metrics.pool_servers[new].inc();
     }
@@ -348,13 +354,7 @@ impl State {
             let (since, is_opening) = (waiter.since, waiter.is_opening);
             let suiting = self.suiting(&waiter.login, waiter.runtime);
             let grant = if let Some(at) = suiting {
-                let mut server = self.idle.remove(at).into_server();
-                self.count(
-                    &mut server.record.slot,
-                    PoolServer::Leased,
-                    &pool.context.metrics,
-                );
-                Grant::Server(server)
+                Grant::Server(self.take_idle(at))
             } else if is_opening {
                 continue;
             } else if returning > 0 {
@@ -381,6 +381,13 @@ impl State {
             server.record.slot.close = PoolClose::Surplus;
         }
         evicted
+    }
+
+    /// Takes the idle connection at this position for a client.
+    fn take_idle(&mut self, at: usize) -> ServerConnection {
+        let mut server = self.idle.remove(at).into_server();
+        self.count(&mut server.record.slot, PoolServer::Leased);
+        server
     }
 
     /// The position of the idle connection that suits a client best.

@@ -100,16 +100,14 @@ fn open(
     async move {
         let pool = Arc::clone(slot.pool());
         let settings = **pool.context.settings.load();
-        if pool.others_open() {
+        if pool.lock().has_others() {
             // A client of a pool need not wait for the server: connections of the pool become free.
             connect.timeouts.capacity_timeout = std::time::Duration::ZERO;
         }
         match upstream.connect(&login, &connect).await {
             Ok(mut connected) => {
-                slot.enter(PoolServer::Leased);
                 pool.accepted();
-                // The next login may begin.
-                pool.serve_again();
+                slot.enter(PoolServer::Leased);
                 let Connected { connection, .. } = &mut connected;
                 let notices = std::mem::take(&mut connection.greeting.notices);
                 let woke_after = connected.woke_after;
@@ -151,12 +149,6 @@ impl Pool {
         }
     }
 
-    /// Whether the pool has connections besides those being opened.
-    pub(super) fn others_open(&self) -> bool {
-        let state = self.lock();
-        state.open() > state.servers[PoolServer::Opening]
-    }
-
     fn accepted(&self) {
         let settings = self.context.settings.load();
         let mut state = self.lock();
@@ -173,7 +165,7 @@ impl Pool {
         state.limit.refused(others);
         let settings = self.context.settings.load();
         state.limit.show(&settings, &self.context.metrics);
-        let has_others = state.open() > state.servers[PoolServer::Opening];
+        let has_others = state.has_others();
         if has_others {
             tracing::info!(
                 endpoint = %self.context.endpoint,

@@ -31,9 +31,16 @@ impl Slot {
     }
 
     /// Counts the connection in another state.
-    pub(super) fn enter(&mut self, state: PoolServer) {
+    pub(super) fn enter(&mut self, new: PoolServer) {
         let pool = Arc::clone(&self.pool);
-        pool.lock().count(self, state, &pool.context.metrics);
+        let mut state = pool.lock();
+        let is_opened = self.state == PoolServer::Opening;
+        state.count(self, new);
+        // The next login may begin.
+        let evicted = is_opened.then(|| state.serve(&pool));
+        // Dropped without the lock, which the drop takes.
+        drop(state);
+        drop(evicted);
     }
 }
 

@@ -334,7 +334,7 @@ async fn a_pause_waits_for_the_clients_and_holds_new_ones_until_resume() {
     within("PAUSE returns", pausing).await.unwrap().unwrap();
     assert_eq!(pool().await, "0 1 0 0");
     assert_eq!(proxy.metrics().pool_closes[PoolClose::Retired].get(), 1);
-    // The wait timeout does not count a pause.
+    // The wait timeout does not count a pause. It is shorter than this sleep: no event shows that it does not pass.
     tokio::time::sleep(Duration::from_millis(600)).await;
     assert!(!waiting.is_finished());
     other
