@@ -185,10 +185,8 @@ impl Pools {
         }
         let pool = self.pool(&request.login.database);
         let leased = match mode {
-            PoolMode::None => match pool.take_spare(&request.login).await {
-                Some(spare) => Ok(spare),
-                None => request.log_in().await,
-            },
+            // A box, as a client that waits for a pool needs no room for it.
+            PoolMode::None => Box::pin(pool.spare_or_login(request)).await,
             PoolMode::Session => {
                 let began = Instant::now();
                 let leased = pool.lease(request).await;
@@ -212,6 +210,16 @@ impl LeaseRequest<'_> {
 }
 
 impl Pool {
+    async fn spare_or_login(
+        self: &Arc<Self>,
+        request: &LeaseRequest<'_>,
+    ) -> Result<Leased, Refusal> {
+        match self.take_spare(&request.login).await {
+            Some(spare) => Ok(spare),
+            None => request.log_in().await,
+        }
+    }
+
     /// A connection that no client has had, as the session's own; it is what a login of this client would have opened.
     async fn take_spare(self: &Arc<Self>, client: &LoginParameters) -> Option<Leased> {
         loop {
@@ -273,7 +281,8 @@ impl Pool {
             match grant {
                 Grant::Server(server) => {
                     // One that has ended is dropped, and the client still has its place in the queue.
-                    if let Some(server) = server.prepare(login).await {
+                    // A box, as it has not begun while the client waits.
+                    if let Some(server) = Box::pin(server.prepare(login)).await {
                         if let Some(opening) = opening {
                             opening.leave();
                         }
@@ -292,30 +301,33 @@ impl Pool {
         waiting: &Waiting,
         upstream: &Upstream,
     ) -> Result<Grant, Refusal> {
-        let settings = **self.context.settings.load();
-        let reserve_at = waiting.since + settings.reserve_pool_timeout;
-        let mut give_up_at = waiting.since + settings.query_wait_timeout;
+        let PoolSettings {
+            query_wait_timeout,
+            reserve_pool_timeout,
+            ..
+        } = **self.context.settings.load();
+        let mut give_up_at = waiting.since + query_wait_timeout;
         loop {
             let now = Instant::now();
-            let (is_served, raise_at) = {
+            // What the pool may open changes with time.
+            let (next, is_granted) = {
                 let state = self.lock();
                 // Without an open connection it waits for the endpoint, and not for other clients.
-                let is_served = state.has_others() && !state.is_paused && !upstream.is_waking();
-                (is_served, state.limit.raise_at())
+                let is_served = !upstream.is_waking() && state.has_others() && !state.is_paused;
+                if !is_served {
+                    // Not only until the endpoint responds: the clients before it are served first.
+                    give_up_at = give_up_at.max(now + query_wait_timeout);
+                }
+                let check_at = (!is_served).then_some(now + WAKE_CHECK);
+                let reserve_at = waiting.since + reserve_pool_timeout;
+                let changes = [Some(reserve_at), state.limit.raise_at(), check_at];
+                let changes = changes.into_iter().flatten().filter(|at| *at > now);
+                let next = changes.fold(give_up_at, Instant::min);
+                (next, state.is_granted(waiting.number))
             };
-            let mut check_at = None;
-            if !is_served {
-                // Not only until the endpoint responds: the clients before it are served first.
-                give_up_at = give_up_at.max(now + settings.query_wait_timeout);
-                check_at = Some(now + WAKE_CHECK);
-            } else if give_up_at <= now && !waiting.is_granted() {
-                return Err(self.wait_timed_out(&settings));
+            if give_up_at <= now && !is_granted {
+                return Err(self.wait_timed_out(query_wait_timeout));
             }
-            // What the pool may open changes with time.
-            let changes = raise_at.into_iter().chain([reserve_at]).chain(check_at);
-            let next = changes
-                .filter(|at| *at > now)
-                .fold(give_up_at, Instant::min);
             tokio::select! {
                 biased;
                 grant = waiting.granted() => return Ok(grant),
@@ -324,7 +336,7 @@ impl Pool {
         }
     }
 
-    fn wait_timed_out(&self, settings: &PoolSettings) -> Refusal {
+    fn wait_timed_out(&self, timeout: Duration) -> Refusal {
         self.context.metrics.pool_wait_timeouts.inc();
         let snapshot = self.snapshot();
         let servers = snapshot.servers;
@@ -333,7 +345,7 @@ impl Pool {
                 sqlstate::TOO_MANY_CONNECTIONS,
                 format!(
                     "query_wait_timeout: no server connection became free within {} s",
-                    settings.query_wait_timeout.as_secs_f64()
+                    timeout.as_secs_f64()
                 ),
             )
             .with_hint("Close connections that are not used, or raise --default-pool-size.")

@@ -292,6 +292,12 @@ impl State {
         self.open() - self.servers[PoolServer::Closing]
     }
 
+    /// Whether the client with this number in the queue has been given something that it has not taken.
+    fn is_granted(&self, number: u64) -> bool {
+        let waiter = self.waiting.get(&number);
+        waiter.is_some_and(|waiter| waiter.grant.is_some())
+    }
+
     fn is_unused(&self) -> bool {
         self.open() == 0 && self.waiting.is_empty() && !self.is_paused
     }

@@ -48,7 +48,7 @@ impl Waiter {
 /// A client's place in the queue until it is dropped.
 pub(super) struct Waiting {
     pool: Arc<Pool>,
-    number: u64,
+    pub(super) number: u64,
     pub(super) since: Instant,
     #[expect(dead_code, reason = "held, not read")]
     gauge: GaugeGuard,
@@ -119,9 +119,7 @@ impl Waiting {
 
     /// Whether a grant has been given, but not taken.
     pub(super) fn is_granted(&self) -> bool {
-        let state = self.pool.lock();
-        let waiter = state.waiting.get(&self.number);
-        waiter.is_some_and(|waiter| waiter.grant.is_some())
+        self.pool.lock().is_granted(self.number)
     }
 
     /// Waits like the others again, in the same place, because the server has no connection left.

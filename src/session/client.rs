@@ -93,6 +93,13 @@ impl<S: Transport> Client<S> {
         }
     }
 
+    /// Frees the buffer unless there is something in it; the next read allocates another.
+    pub(super) fn shrink(&mut self) {
+        if self.received.is_empty() {
+            self.received = BytesMut::new();
+        }
+    }
+
     /// Receives more; 0 at the end. Cancel safe.
     pub(super) async fn receive(&mut self) -> io::Result<usize> {
         self.stream.read_buf(&mut self.received).await

@@ -101,16 +101,13 @@ impl<'a> Admitted<'a> {
         self,
         client: &mut Client<S>,
     ) -> Result<Connected<'a>, Closing> {
-        let Self {
-            access,
-            entry,
-            began_waiting,
-        } = self;
-        let session = access.session;
+        let session = self.access.session;
         let endpoint = session.endpoint;
+        // A client may wait for long.
+        client.shrink();
         // The connect is cancel safe: a client that leaves gives up its place in the queue and its attempt.
         let connected = tokio::select! {
-            connected = access.connect() => connected,
+            connected = self.access.connect() => connected,
             () = client.wait_for_hang_up() => {
                 tracing::debug!(session = session.id, "client left while it was being logged in");
                 return Err(Closing::Silent);
@@ -118,14 +115,14 @@ impl<'a> Admitted<'a> {
             () = endpoint.process.shutdown.draining().cancelled() => Err(shutting_down()),
         };
         let began = Instant::now();
-        let waited = began.duration_since(began_waiting);
+        let waited = began.duration_since(self.began_waiting);
         // Before the result is known: refused clients count as well.
         endpoint.metrics.hold_seconds.observe(waited.as_secs_f64());
-        let mut leased = connected.map_err(|refusal| access.hint_at_console(refusal))?;
+        let mut leased = connected.map_err(|refusal| self.access.hint_at_console(refusal))?;
         endpoint.metrics.server_assignments.inc();
         tracing::debug!(session = session.id, after = ?waited, "session begins");
         let shutdown = endpoint.pools.shutdown_of(&leased.database);
-        entry.connected(Server {
+        self.entry.connected(Server {
             address: leased.address,
             process_id: leased.key.map(|key| key.process_id),
             database: std::mem::take(&mut leased.database).into(),
@@ -137,8 +134,8 @@ impl<'a> Admitted<'a> {
         }
         Ok(Connected {
             session,
-            negotiation: access.negotiation,
-            entry,
+            negotiation: self.access.negotiation,
+            entry: self.entry,
             leased,
             shutdown,
             began,
@@ -155,16 +152,21 @@ impl Access<'_> {
         // The look-up is a request to the workspace, so it is limited like that for a credential.
         let budget = timeouts.connect_timeout.min(timeouts.credential_timeout);
         let upstream = endpoint.route.upstream(budget).await?;
+        let login = self.login(&upstream.endpoint().database);
+        let request = LeaseRequest::new(&upstream, login, &config.connect);
+        endpoint.pools.connect(&request).await
+    }
+
+    fn login(&self, default_database: &str) -> LoginParameters {
         let (database, fallback) = database::choose(
-            config.database_mapping,
+            self.session.config.database_mapping,
             self.startup.parameter("user"),
             self.startup.parameter("database"),
-            &upstream.endpoint().database,
+            default_database,
         );
         let mut login = LoginParameters::new(&self.startup, database);
         login.fallback_database = fallback;
-        let request = LeaseRequest::new(&upstream, login, &config.connect);
-        endpoint.pools.connect(&request).await
+        login
     }
 
     /// The client may have meant the console, which does not accept it.
@@ -187,7 +189,7 @@ impl<'a> Connected<'a> {
     pub(super) async fn welcome<S: Transport>(
         self,
         client: &mut Client<S>,
-    ) -> Result<LoggedIn<'a>, Closing> {
+    ) -> Result<Box<LoggedIn<'a>>, Closing> {
         let session = self.session;
         let endpoint = session.endpoint;
         let Leased {
@@ -223,7 +225,7 @@ impl<'a> Connected<'a> {
             tracing::debug!(session = session.id, "client did not take its welcome");
             return Err(Closing::Silent);
         }
-        Ok(LoggedIn {
+        Ok(Box::new(LoggedIn {
             session,
             lease,
             leftover,
@@ -231,6 +233,6 @@ impl<'a> Connected<'a> {
             entry: self.entry,
             shutdown: self.shutdown,
             registration,
-        })
+        }))
     }
 }

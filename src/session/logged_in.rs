@@ -46,7 +46,6 @@ pub(super) struct Ended {
 
 impl LoggedIn<'_> {
     /// Relays until either side is done. [`close`](Self::close) must follow.
-    // Not by value, which would take room in the task of every session twice.
     pub(super) async fn relay<S: Transport>(&mut self, client: &mut Client<S>) -> Ended {
         let endpoint = self.session.endpoint;
         let metrics = &endpoint.metrics;
@@ -84,7 +83,7 @@ impl LoggedIn<'_> {
     }
 
     /// Closes the client, and closes the server connection or returns it to its pool.
-    pub(super) async fn close<S: Transport>(self, ended: Ended, client: &mut Client<S>) {
+    pub(super) async fn close<S: Transport>(self: Box<Self>, ended: Ended, client: &mut Client<S>) {
         let Ended {
             end,
             used,
@@ -99,7 +98,7 @@ impl LoggedIn<'_> {
             shutdown,
             registration,
             ..
-        } = self;
+        } = *self;
         let duration = began.elapsed();
         session.endpoint.metrics.session_seconds[end.label()].observe(duration.as_secs_f64());
         tracing::debug!(session = session.id, ?end, ?duration, "session ends");

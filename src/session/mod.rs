@@ -108,30 +108,27 @@ pub(crate) async fn serve<S: Transport>(
     };
     tracing::trace!(peer = %session.peer, "client accepted");
     let mut client = Client::new(stream);
-    // `Err` is the end of a session without a relay, also of one that has all that it requested. A box, as the task lives
-    // as long as the relay and should not keep the memory of a login.
-    let logged_in = Box::pin(async {
+    // `Err` is the end of a session without a relay, also of one that has all that it requested. A box for each phase, as
+    // the task lives as long as the relay, and should keep the memory of no other.
+    let logged_in = async {
         let handshake = Handshake::new(&session, permit);
-        let request = match handshake.receive(&mut client).await? {
-            Request::Cancel(cancel) => return Err(cancel.forward(&mut client).await),
-            Request::Probe(probe) => return Err(probe.answer(&mut client).await),
+        let request = match Box::pin(handshake.receive(&mut client)).await? {
+            Request::Cancel(cancel) => return Err(Box::pin(cancel.forward(&mut client)).await),
+            Request::Probe(probe) => return Err(Box::pin(probe.answer(&mut client)).await),
             Request::Session(request) => request,
         };
-        let access = match request.check(&mut client).await?.for_console() {
-            Ok(console) => return Err(console.serve(&mut client).await),
+        let access = match Box::pin(request.check(&mut client)).await?.for_console() {
+            Ok(console) => return Err(Box::pin(console.serve(&mut client)).await),
             Err(access) => access,
         };
-        let admitted = access.admit()?;
-        let connected = admitted.connect(&mut client).await?;
-        connected.welcome(&mut client).await
-    });
+        let connected = Box::pin(access.admit()?.connect(&mut client)).await?;
+        Box::pin(connected.welcome(&mut client)).await
+    };
     let mut logged_in = match logged_in.await {
         Ok(logged_in) => logged_in,
-        // A box, too: its timers would enlarge the task of every session.
         Err(closing) => return Box::pin(session.close(&mut client, closing)).await,
     };
     let ended = logged_in.relay(&mut client).await;
-    // A box, as above.
     Box::pin(logged_in.close(ended, &mut client)).await;
 }
 
