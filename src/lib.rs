@@ -89,7 +89,7 @@ pub mod listener;
 pub mod net;
 #[cfg(feature = "notes")]
 pub mod notes;
-mod pool;
+pub mod pool;
 pub mod protocol;
 pub mod session;
 pub mod shutdown;

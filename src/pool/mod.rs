@@ -24,6 +24,7 @@ mod limit;
 mod open;
 mod reset;
 mod server;
+pub mod settings;
 mod slot;
 #[cfg(test)]
 mod tests;

@@ -4,6 +4,7 @@ mod leaving;
 mod queue;
 mod reset;
 mod servers;
+mod settings;
 mod sleep;
 
 use std::collections::BTreeSet;
