@@ -153,11 +153,10 @@ impl Served {
         let closed = process.shutdown.cutting().child_token();
         let registry = EndpointSessions::new(&shared.observer.registry, label, &metrics, closed);
         let pools = PoolContext {
-            endpoint: route.label().clone(),
+            registry: registry.clone(),
             settings: ArcSwap::from_pointee(shared.settings().pool()),
             metrics: Arc::clone(&metrics),
             shutdown: process.shutdown.clone(),
-            closed: registry.closed().clone(),
             tasks: shared.helpers.clone(),
         };
         let pools = Pools::new(bound.config.pool_mode, pools);

@@ -46,7 +46,7 @@ static TABLES: &[Table] = &[
         request_time: Text = session.since;
         wait: Number = waited(&session).as_secs();
         wait_us: Number = waited(&session).subsec_micros();
-        link: Number = session.server.as_ref().map(|_| session.id);
+        link: Number = session.server.as_ref().map(|server| server.id);
         remote_pid: Number = process(session.peer);
         tls: Text = session.encryption.label();
         application_name: Text = session.application.as_str();
@@ -165,7 +165,7 @@ static TABLES: &[Table] = &[
         remote_pid: Number = server.process_id;
         tls: Text = server.upstream.map_or("", tls);
         application_name: Text = server.session.as_ref().map_or("", |session| session.application.as_str());
-        id: Number = server.session.as_ref().map(|session| session.id);
+        id: Number = server.id;
         endpoint: Text = server.endpoint;
     }),
     table!(state "readiness of the proxy, and the reasons against it"
@@ -263,6 +263,7 @@ fn databases(snapshot: &Snapshot) -> impl Iterator<Item = (String, PoolRow<'_>)>
 
 /// A row of SERVERS.
 struct ServerRow<'a> {
+    id: u64,
     upstream: Option<&'a UpstreamSnapshot>,
     endpoint: String,
     database: String,
@@ -280,6 +281,7 @@ fn servers(snapshot: &Snapshot) -> impl Iterator<Item = ServerRow<'_>> {
         let endpoint = endpoints.find(|endpoint| endpoint.sessions == session.endpoint);
         let server = session.server.clone()?;
         Some(ServerRow {
+            id: server.id,
             upstream: endpoint.and_then(|endpoint| endpoint.upstream.as_ref()),
             endpoint: session.endpoint.label().name().to_owned(),
             database: server.database.into(),
@@ -297,6 +299,7 @@ fn servers(snapshot: &Snapshot) -> impl Iterator<Item = ServerRow<'_>> {
             idle.map(|server| (&pool.database, server))
         });
         servers.map(move |(database, server)| ServerRow {
+            id: server.id,
             upstream: endpoint.upstream.as_ref(),
             endpoint: endpoint.sessions.label().name().to_owned(),
             database: database.clone(),

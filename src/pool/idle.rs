@@ -31,6 +31,7 @@ impl Idle {
     pub(super) fn snapshot(&self) -> IdleServer {
         let record = &self.server.record;
         IdleServer {
+            id: record.id,
             address: record.address,
             process_id: record.key.map(|key| key.process_id),
             age: record.opened_at.elapsed(),
@@ -123,11 +124,7 @@ impl Pool {
     async fn watch(self: Arc<Self>, number: u64, until: Instant, at_end: PoolClose) {
         let reason = tokio::select! {
             unusable = self.until_unusable(number) => {
-                tracing::debug!(
-                    endpoint = %self.context.endpoint,
-                    error = %unusable,
-                    "idle server connection ended"
-                );
+                self.lost(&unusable);
                 PoolClose::Server
             }
             () = self.context.over() => PoolClose::Shutdown,
@@ -141,6 +138,12 @@ impl Pool {
         } else {
             self.close(server, reason);
         }
+    }
+
+    /// Records that a connection has ended without a client.
+    pub(super) fn lost(&self, error: &Unusable) {
+        self.context.metrics.pool_hidden_losses.inc();
+        tracing::debug!(endpoint = %self.context.registry.label(), %error, "idle server connection ended");
     }
 
     /// Takes what the server sends to an idle connection, until that is of no use any more. Cancel safe.

@@ -20,7 +20,7 @@ use crate::{
     },
     telemetry::{
         GaugeGuard,
-        labels::{PoolClose, PoolLease, PoolServer, Reason},
+        labels::{PoolClose, PoolLease, PoolReset, PoolServer, Reason},
     },
     upstream::{self, ConnectSettings, Refusal, Stream, Upstream},
 };
@@ -58,6 +58,8 @@ impl<'a> LeaseRequest<'a> {
 /// A lease with what the client is sent in its welcome.
 pub(crate) struct Leased {
     pub(crate) lease: Lease,
+    /// The number of a pool's connection, from the same series as those of sessions.
+    pub(crate) id: Option<u64>,
     /// ParameterStatus messages.
     pub(crate) parameter_status: BytesMut,
     /// NoticeResponse messages.
@@ -107,6 +109,7 @@ impl From<upstream::Connected> for Leased {
                 stream: connection.stream,
                 owner: Owner::Session(connection.gauge),
             },
+            id: None,
             parameter_status,
             notices,
             key,
@@ -150,12 +153,18 @@ impl Lease {
             return pool.close(server, PoolClose::Unresettable);
         }
         server.record.slot.enter(PoolServer::Resetting);
-        pool.context.metrics.pool_resets.inc();
         let tasks = pool.context.tasks.clone();
         tasks.spawn(async move {
+            let resets = &pool.context.metrics.pool_resets;
             match server.reset(used).await {
-                Ok(()) => server.put_back(),
-                Err(reason) => pool.close(server, reason),
+                Ok(()) => {
+                    resets[PoolReset::Done].inc();
+                    server.put_back();
+                }
+                Err(reason) => {
+                    resets[PoolReset::Failed].inc();
+                    pool.close(server, reason);
+                }
             }
         });
     }
@@ -366,6 +375,7 @@ impl Pool {
         let ServerConnection { stream, mut record } = server;
         record.is_used = true;
         Leased {
+            id: Some(record.id),
             parameter_status: record.reported.frames(),
             notices: BytesMut::new(),
             key: record.key,
@@ -392,7 +402,7 @@ impl ServerConnection {
             server.adopt(client).await
         };
         if let Err(error) = adopted.await {
-            tracing::debug!(%error, "idle server connection is of no use any more");
+            server.record.slot.pool().lost(&error);
             return None;
         }
         server.record.slot.close = PoolClose::Session;

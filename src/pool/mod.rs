@@ -42,7 +42,7 @@ use std::{
 use arc_swap::ArcSwap;
 use enum_map::EnumMap;
 use tokio::{runtime, sync::Notify};
-use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tokio_util::task::TaskTracker;
 
 use self::{
     idle::Idle,
@@ -59,7 +59,7 @@ use crate::{
     config::{PoolMode, PoolSettings},
     protocol::options::LoginParameters,
     shutdown::{Phase, Shutdown},
-    status::{Label, PoolSnapshot},
+    status::{EndpointSessions, PoolSnapshot},
     telemetry::{
         Metrics,
         labels::{PoolClose, PoolServer},
@@ -82,29 +82,27 @@ pub(crate) struct Pools {
 
 /// What the pools of an endpoint have in common.
 pub(crate) struct PoolContext {
-    /// The endpoint's name.
-    pub(crate) endpoint: Label,
+    /// The endpoint's name and end, and the numbers of connections.
+    pub(crate) registry: EndpointSessions,
     /// The settings in force.
     pub(crate) settings: ArcSwap<PoolSettings>,
     /// The endpoint's metrics.
     pub(crate) metrics: Arc<Metrics>,
     /// Ends idle connections.
     pub(crate) shutdown: Shutdown,
-    /// Cancelled when the endpoint serves no more.
-    pub(crate) closed: CancellationToken,
     /// The tasks that the end of the process waits for.
     pub(crate) tasks: TaskTracker,
 }
 
 impl PoolContext {
     fn is_over(&self) -> bool {
-        self.closed.is_cancelled() || self.shutdown.phase() != Phase::Serving
+        self.registry.closed().is_cancelled() || self.shutdown.phase() != Phase::Serving
     }
 
     /// Returns when the endpoint or the process serves no more. Cancel safe.
     async fn over(&self) {
         tokio::select! {
-            () = self.closed.cancelled() => {}
+            () = self.registry.closed().cancelled() => {}
             () = self.shutdown.draining().cancelled() => {}
         }
     }

@@ -52,7 +52,7 @@ impl Opening {
                 // The client has another connection by now.
                 Err(Ok(opened)) => opened.server.put_back(),
                 Err(Err(NotOpened { refusal, .. })) => tracing::debug!(
-                    endpoint = %pool.context.endpoint,
+                    endpoint = %pool.context.registry.label(),
                     error = refusal.report.message,
                     "server connection not opened"
                 ),
@@ -168,7 +168,7 @@ impl Pool {
         let has_others = state.has_others();
         if has_others {
             tracing::info!(
-                endpoint = %self.context.endpoint,
+                endpoint = %self.context.registry.label(),
                 database = self.database,
                 connections = others,
                 "the endpoint accepts no further connection of this pool; hint: lower --default-pool-size, or raise the compute's max_connections"

@@ -46,6 +46,8 @@ pub(super) struct ServerConnection {
 
 /// What is known of a server connection.
 pub(super) struct Record {
+    /// Its number, from the same series as those of sessions.
+    pub(super) id: u64,
     pub(super) slot: Slot,
     pub(super) gauge: GaugeGuard,
     /// The parameters of its login, with the database that was opened.
@@ -115,6 +117,7 @@ impl ServerConnection {
         Self {
             stream,
             record: Box::new(Record {
+                id: slot.pool().context.registry.registry().next_id(),
                 slot,
                 gauge,
                 is_used: false,

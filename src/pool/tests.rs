@@ -7,10 +7,12 @@ use tokio::{
     net::{TcpListener, TcpStream},
     time::timeout,
 };
+use tokio_util::sync::CancellationToken;
 
 use super::*;
 use crate::{
     protocol::frame::frame,
+    status::{Label, Registry},
     telemetry::{GaugeGuard, labels::PoolLease},
     upstream::{Connected, Connection, Greeting, Stream},
 };
@@ -21,12 +23,13 @@ fn pool() -> (Pools, Arc<Pool>) {
         default_pool_size: 1,
         ..PoolSettings::default()
     };
+    let metrics = Metrics::new().unwrap();
+    let (registry, closed) = (Registry::default(), CancellationToken::new());
     let context = PoolContext {
-        endpoint: Label::new("e"),
+        registry: EndpointSessions::new(&registry, Label::new("e"), &metrics, closed),
         settings: ArcSwap::from_pointee(settings),
-        metrics: Metrics::new().unwrap(),
+        metrics,
         shutdown: Shutdown::default(),
-        closed: CancellationToken::new(),
         tasks: TaskTracker::new(),
     };
     let pools = Pools::new(PoolMode::Session, context);
@@ -179,6 +182,7 @@ async fn a_connection_whose_server_reports_an_error_ends_or_stops_within_a_messa
         assert!(connection.prepare(&login()).await.is_none(), "{bytes:?}");
         let metrics = &pool.context.metrics;
         assert_eq!(metrics.pool_closes[PoolClose::Server].get(), 1);
+        assert_eq!(metrics.pool_hidden_losses.get(), 1);
         assert_eq!(metrics.pool_servers[PoolServer::Leased].get(), 0);
     }
 }

@@ -123,6 +123,7 @@ impl<'a> Admitted<'a> {
         tracing::debug!(session = session.id, after = ?waited, "session begins");
         let shutdown = endpoint.pools.shutdown_of(&leased.database);
         self.entry.connected(Server {
+            id: leased.id.unwrap_or(session.id),
             address: leased.address,
             process_id: leased.key.map(|key| key.process_id),
             database: std::mem::take(&mut leased.database).into(),

@@ -74,11 +74,10 @@ fn sessions(upstream: SocketAddr, client_login_timeout: Duration) -> Arc<Endpoin
         CancellationToken::new(),
     );
     let pools = PoolContext {
-        endpoint: route.label().clone(),
+        registry: registry.clone(),
         settings: ArcSwap::default(),
         metrics: Arc::clone(&metrics),
         shutdown: process.shutdown.clone(),
-        closed: registry.closed().clone(),
         tasks: TaskTracker::new(),
     };
     Arc::new(EndpointContext::new(

@@ -64,6 +64,8 @@ pub struct ClientInfo {
 /// The server connection of a session.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Server {
+    /// The number of a pool's connection; the session's without a pool.
+    pub id: u64,
     /// The address that answered.
     pub address: SocketAddr,
     /// The server's process id, if it sent one.
@@ -391,6 +393,7 @@ pub(super) mod tests {
         assert_eq!(info.server, None);
 
         let server = Server {
+            id: 7,
             address: SocketAddr::from(([10, 0, 0, 1], 5432)),
             process_id: Some(42),
             database: "d".into(),
@@ -490,6 +493,7 @@ pub(super) mod tests {
         );
         assert_eq!(gauge.get(), 2);
         first.connected(Server {
+            id: 1,
             address: SocketAddr::from(([10, 0, 0, 1], 5432)),
             process_id: None,
             database: "d".into(),

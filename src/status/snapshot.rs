@@ -112,6 +112,8 @@ impl PoolSnapshot {
 /// A server connection without a client.
 #[derive(Clone, Debug)]
 pub struct IdleServer {
+    /// Its number, from the same series as those of sessions.
+    pub id: u64,
     /// The server's address.
     pub address: SocketAddr,
     /// The server's process id, if it sent one.

@@ -271,6 +271,16 @@ label! {
 }
 
 label! {
+    /// The result of resetting a server connection.
+    PoolReset("result") {
+        /// It is like a new one.
+        Done = "ok",
+        /// It is closed, for the reason that its close counts under.
+        Failed = "failed",
+    }
+}
+
+label! {
     /// Why a client must keep its server connection.
     PinReason("reason") {
         /// It holds an advisory lock of the session.

@@ -1,6 +1,6 @@
 //! `psql lakebase_proxy`: what the console shows, to whom, by which drivers, and when nothing else works.
 
-use std::{process::Stdio, time::Duration};
+use std::{collections::BTreeSet, process::Stdio, time::Duration};
 
 use lakebase_proxy::{
     config::{PoolMode, PortSetting, Settings},
@@ -252,6 +252,12 @@ async fn a_pool_is_shown_with_its_clients_and_its_connections() {
     let shown = cells(&console, "DATABASES", &other_name, columns).await;
     assert_eq!(shown.join(" "), "postgres 1 0 2 session 0 1 1 0");
 
+    let clients = rows(&console, "SHOW CLIENTS").await;
+    let links: BTreeSet<_> = clients.iter().map(|client| client.get("link")).collect();
+    assert_eq!(links.len(), 3, "one waits: {clients:?}");
+    let is_other = |client: &&SimpleQueryRow| client.get("database") == Some("postgres");
+    let other_link = clients.iter().find(is_other).unwrap().get("link");
+
     drop(other);
     eventually("the connection is idle", async || {
         (pool(&other_name).await == "0 0 0 1 0 0 1 session").then_some(())
@@ -261,6 +267,8 @@ async fn a_pool_is_shown_with_its_clients_and_its_connections() {
     assert_eq!(servers.len(), 2, "{servers:?}");
     let (linked, idle) = (&servers[0], &servers[1]);
     assert!(linked.get("link").is_some());
+    assert!(links.contains(&linked.get("id")) && linked.get("id") != other_link);
+    assert_eq!(idle.get("id"), other_link, "the same for each client");
     assert_eq!(linked.get("database"), Some("databricks_postgres"));
     assert_eq!((idle.get("state"), idle.get("link")), (Some("idle"), None));
     assert_eq!(idle.get("database"), Some("postgres"));

@@ -20,8 +20,8 @@ pub use self::{
     times::{Times, Took},
 };
 use super::labels::{
-    CancelOutcome, Direction, FailureClass, LoginPhase, PoolClose, PoolLease, PoolServer, Reason,
-    RefreshOutcome, SessionEnd, TlsHandshake,
+    CancelOutcome, Direction, FailureClass, LoginPhase, PoolClose, PoolLease, PoolReset,
+    PoolServer, Reason, RefreshOutcome, SessionEnd, TlsHandshake,
 };
 
 /// Before each name; the standard `process_*` metrics have none.
@@ -103,8 +103,10 @@ metrics! {
             "Server connections that pools gave to clients, by how the client got it.";
         pool_closes: EnumMap<PoolClose, IntCounter> = "pool_server_closes_total",
             "Server connections of pools that were closed, by reason.";
-        pool_resets: IntCounter = "pool_resets_total",
-            "Resets of server connections that a client had left.";
+        pool_resets: EnumMap<PoolReset, IntCounter> = "pool_resets_total",
+            "Resets of server connections that a client had left, by result.";
+        pool_hidden_losses: IntCounter = "pool_hidden_losses_total",
+            "Server connections of pools that ended without a client, so that none noticed.";
         pool_wait_timeouts: IntCounter = "pool_wait_timeouts_total",
             "Clients refused because no server connection of the pool became free in time.";
         cancels: EnumMap<CancelOutcome, IntCounter> = "cancel_requests_total",

@@ -12,7 +12,7 @@ use std::collections::BTreeSet;
 use lakebase_proxy::{
     config::{PoolMode, Settings},
     emulator::Emulator,
-    telemetry::labels::{PoolClose, PoolLease, PoolServer},
+    telemetry::labels::{PoolClose, PoolLease, PoolReset, PoolServer},
 };
 use tokio::task::JoinSet;
 use tokio_postgres::{AsyncMessage, Client, NoTls, error::SqlState};

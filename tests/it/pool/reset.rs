@@ -394,7 +394,8 @@ async fn a_connection_with_nothing_but_plain_statements_needs_no_reset() {
         wire.query(statement).await;
         drop(wire);
         proxy.until_idle(1).await;
-        assert_eq!(proxy.metrics().pool_resets.get(), resets, "{statement}");
+        let done = &proxy.metrics().pool_resets[PoolReset::Done];
+        assert_eq!(done.get(), resets, "{statement}");
         let mut wire = proxy.session().await;
         wire.send(&text('Q', "")).await;
         assert_eq!(wire.until('Z').await.pop().unwrap().body[..], *b"I");

@@ -50,6 +50,7 @@ async fn a_connection_that_the_server_closes_while_idle_reaches_no_client() {
         2,
         "not replaced before a client needs one"
     );
+    assert_eq!(proxy.metrics().pool_hidden_losses.get(), 2);
     assert_eq!(value(&proxy.client().await, "select 1").await, "1");
 }
 
