@@ -14,7 +14,7 @@ use std::{io, net::IpAddr, net::Ipv4Addr, net::Ipv6Addr, sync::Arc, time::Durati
 
 use socket2::SockRef;
 use tokio::{
-    net::{TcpListener, TcpStream},
+    net::{TcpListener, TcpSocket, TcpStream},
     sync::watch,
     time::sleep,
 };
@@ -32,9 +32,15 @@ const BACKLOG: u32 = 1024;
 
 /// The edge's sockets: 127.0.0.1 and, where the machine has it, ::1 on the same port, since `localhost` may mean either.
 pub(super) struct Listeners {
-    v4: TcpListener,
-    v6: Option<TcpListener>,
+    v4: Listener,
+    v6: Option<Listener>,
     pub(super) port: u16,
+}
+
+/// A listening socket, and one that keeps its port while that is closed.
+struct Listener {
+    socket: TcpListener,
+    reserved: Option<TcpSocket>,
 }
 
 impl Listeners {
@@ -43,13 +49,14 @@ impl Listeners {
         let mut attempts = if port == 0 { PORT_ATTEMPTS } else { 1 };
         loop {
             attempts -= 1;
-            let v4 = listen(Ipv4Addr::LOCALHOST.into(), port)
+            let v4 = Listener::bind(Ipv4Addr::LOCALHOST.into(), port)
                 .map_err(|source| EmulatorError::Bind { port, source })?;
             let chosen = v4
+                .socket
                 .local_addr()
                 .map_err(|source| EmulatorError::Bind { port, source })?
                 .port();
-            match listen(Ipv6Addr::LOCALHOST.into(), chosen) {
+            match Listener::bind(Ipv6Addr::LOCALHOST.into(), chosen) {
                 Ok(v6) => {
                     return Ok(Self {
                         v4,
@@ -76,34 +83,60 @@ impl Listeners {
         }
     }
 
+    /// Closes the listening sockets; returns what keeps their port.
+    fn close(self) -> Vec<TcpSocket> {
+        let listeners = [Some(self.v4), self.v6].into_iter().flatten();
+        listeners.filter_map(|it| it.reserved).collect()
+    }
+
     async fn accept(&self) -> io::Result<TcpStream> {
         let from_v6 = async {
             match &self.v6 {
-                Some(listener) => listener.accept().await,
+                Some(listener) => listener.socket.accept().await,
                 None => std::future::pending().await,
             }
         };
         tokio::select! {
-            accepted = self.v4.accept() => accepted,
+            accepted = self.v4.socket.accept() => accepted,
             accepted = from_v6 => accepted,
         }
         .map(|(stream, _)| stream)
     }
 }
 
-fn listen(address: IpAddr, port: u16) -> io::Result<TcpListener> {
+impl Listener {
+    fn bind(address: IpAddr, port: u16) -> io::Result<Self> {
+        // Linux gives a bound port to no other program, and lets several sockets bind it of which one listens. Elsewhere the
+        // port is anyone's while it is closed.
+        let reserved = if cfg!(target_os = "linux") {
+            Some(bind(address, port)?)
+        } else {
+            None
+        };
+        let port = match &reserved {
+            Some(reserved) => reserved.local_addr()?.port(),
+            None => port,
+        };
+        Ok(Self {
+            socket: bind(address, port)?.listen(BACKLOG)?,
+            reserved,
+        })
+    }
+}
+
+fn bind(address: IpAddr, port: u16) -> io::Result<TcpSocket> {
     let address = std::net::SocketAddr::new(address, port);
     let socket = if address.is_ipv4() {
-        tokio::net::TcpSocket::new_v4()?
+        TcpSocket::new_v4()?
     } else {
-        tokio::net::TcpSocket::new_v6()?
+        TcpSocket::new_v6()?
     };
     socket.set_reuseaddr(true)?;
     if address.is_ipv6() {
         SockRef::from(&socket).set_only_v6(true)?;
     }
     socket.bind(address)?;
-    socket.listen(BACKLOG)
+    Ok(socket)
 }
 
 /// Accepts until stopped; closes and reopens the port according to the settings.
@@ -130,7 +163,8 @@ pub(super) async fn serve(mut listeners: Listeners, shared: Arc<Shared>) {
             }
             None => {}
         }
-        drop(listeners);
+        // Until it is bound again.
+        let _reserved = listeners.close();
         let reopened = shared
             .stop
             .run_until_cancelled(until(&mut settings, true))
