@@ -15,6 +15,8 @@ pub enum PoolMode {
     None,
     /// A client has a server connection until it leaves; then that is reset and the next client's
     Session,
+    /// A client has a server connection for a transaction; state that outlives transactions keeps it until the client leaves
+    Transaction,
 }
 
 impl PoolMode {
@@ -23,6 +25,7 @@ impl PoolMode {
         match self {
             Self::None => "none",
             Self::Session => "session",
+            Self::Transaction => "transaction",
         }
     }
 }
@@ -55,7 +58,7 @@ impl PoolSettings {
     pub fn spares(&self, mode: PoolMode) -> usize {
         self.spare_pool_size.unwrap_or(match mode {
             PoolMode::None => 0,
-            PoolMode::Session => 1,
+            PoolMode::Session | PoolMode::Transaction => 1,
         })
     }
 

@@ -161,8 +161,10 @@ settings! {
         tcp_user_timeout: DurationSetting = DurationSetting::ZERO => Live;
     }
     "Pooling" {
-        /// Share server connections: `session` gives a connection that a client has left to the next, after a reset
+        /// Share server connections: `session` gives a client one until it leaves, `transaction` one for each transaction
         ///
+        /// State that outlives transactions (SET, LISTEN, temporary tables, prepared statements and the like) is never another
+        /// client's: with `session` a reset removes it, with `transaction` its client keeps the connection until it leaves.
         /// An `[[endpoint]]` table may set its own, so that one port serves the application and another one migrations.
         #[arg(value_enum, value_name = "MODE")]
         pool_mode: PoolMode = PoolMode::None => Endpoint;

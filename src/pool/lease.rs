@@ -15,12 +15,13 @@ use crate::{
     config::{PoolMode, PoolSettings},
     protocol::{
         error::{Report, sqlstate},
+        lexer::is_ascii_safe,
         options::LoginParameters,
         startup::CancelKey,
     },
     telemetry::{
         GaugeGuard,
-        labels::{PoolClose, PoolLease, PoolReset, PoolServer, Reason},
+        labels::{PinReason, PoolClose, PoolLease, PoolReset, PoolServer, Reason},
     },
     upstream::{self, ConnectSettings, Refusal, Stream, Upstream},
 };
@@ -53,6 +54,19 @@ impl<'a> LeaseRequest<'a> {
             connect,
         }
     }
+
+    /// For a client that has had a connection with `login`.
+    pub(crate) fn again(
+        upstream: &'a Arc<Upstream>,
+        login: &Arc<LoginParameters>,
+        connect: &'a ConnectSettings,
+    ) -> Self {
+        Self {
+            upstream,
+            login: Arc::clone(login),
+            connect,
+        }
+    }
 }
 
 /// A lease with what the client is sent in its welcome.
@@ -74,6 +88,9 @@ pub(crate) struct Leased {
     pub(crate) database: String,
     /// How long the whole connect took, if the endpoint was waking in it.
     pub(crate) woke_after: Option<Duration>,
+    /// The client's login, with which it [leases again](Pools::lease); present in a mode that parts a client from its connection
+    /// between two transactions.
+    pub(crate) shared: Option<Arc<LoginParameters>>,
 }
 
 /// The right to use a server connection. Dropped, it closes the connection.
@@ -117,6 +134,7 @@ impl From<upstream::Connected> for Leased {
             leftover,
             database,
             woke_after,
+            shared: None,
         }
     }
 }
@@ -169,6 +187,14 @@ impl Lease {
         });
     }
 
+    /// Returns the connection to its pool at rest, as the client leaves nothing on it.
+    pub(crate) fn part(self) {
+        if let Owner::Pool(record) = self.owner {
+            let stream = self.stream;
+            ServerConnection { stream, record }.put_back();
+        }
+    }
+
     /// Closes the connection for a reason of its own.
     pub(crate) fn close(mut self, reason: PoolClose) {
         if let Owner::Pool(record) = &mut self.owner {
@@ -196,16 +222,28 @@ impl Pools {
         let leased = match mode {
             // A box, as a client that waits for a pool needs no room for it.
             PoolMode::None => Box::pin(pool.spare_or_login(request)).await,
-            PoolMode::Session => {
-                let began = Instant::now();
-                let leased = pool.lease(request).await;
-                let waited = began.elapsed().as_secs_f64();
-                pool.context.metrics.pool_wait_seconds.observe(waited);
-                leased
+            PoolMode::Session => pool.lease_timed(request).await,
+            PoolMode::Transaction => {
+                let leased = pool.lease_timed(request).await;
+                let encoding = request.login.client_encoding.as_deref();
+                let is_readable = encoding.is_none_or(is_ascii_safe);
+                if !is_readable {
+                    pool.context.metrics.pool_pins[PinReason::Encoding].inc();
+                }
+                let shared = is_readable.then(|| Arc::clone(&request.login));
+                leased.map(|leased| Leased { shared, ..leased })
             }
         }?;
         pool.open_spares(spares, request);
         Ok(leased)
+    }
+
+    /// A server connection for the next transaction of a client, whatever the mode is now. Cancel safe like
+    /// [`connect`](Self::connect).
+    pub(crate) async fn lease(&self, request: &LeaseRequest<'_>) -> Result<Leased, Refusal> {
+        self.pool(&request.login.database)
+            .lease_timed(request)
+            .await
     }
 }
 
@@ -246,6 +284,14 @@ impl Pool {
                 return Some(leased);
             }
         }
+    }
+
+    async fn lease_timed(self: &Arc<Self>, request: &LeaseRequest<'_>) -> Result<Leased, Refusal> {
+        let began = Instant::now();
+        let leased = self.lease(request).await;
+        let waited = began.elapsed().as_secs_f64();
+        self.context.metrics.pool_wait_seconds.observe(waited);
+        leased
     }
 
     async fn lease(self: &Arc<Self>, request: &LeaseRequest<'_>) -> Result<Leased, Refusal> {
@@ -383,6 +429,7 @@ impl Pool {
             leftover: std::mem::take(&mut record.unread),
             database: record.login.database.clone(),
             woke_after: None,
+            shared: None,
             lease: Lease {
                 stream,
                 owner: Owner::Pool(record),

@@ -37,6 +37,8 @@ pub mod sqlstate {
     pub const UNDEFINED_DATABASE: &str = "3D000";
     /// The connection limit is reached.
     pub const TOO_MANY_CONNECTIONS: &str = "53300";
+    /// Cancelled at the client's request.
+    pub const QUERY_CANCELED: &str = "57014";
     /// Ended by an administrator.
     pub const ADMIN_SHUTDOWN: &str = "57P01";
     /// Not accepting connections now.

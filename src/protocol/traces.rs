@@ -2,12 +2,15 @@
 //!
 //! Reads SQL texts and command tags where they stand in the stream, which may be cut anywhere, and copies no text.
 
+use enum_map::{Enum, EnumMap};
+
 use super::{
     frame::{Part, Scanner, Seen, tag},
-    lexer::{Backslash, Kind, Statement, statements},
+    lexer::{Backslash, Kind, Statement, Token, statements},
     tag::Command,
-    words::{Search, Word, Words},
+    words::{Search, Verdict, Word, Words, verdict},
 };
+use crate::telemetry::labels::PinReason;
 
 /// The traces of one session.
 #[derive(Debug, Default)]
@@ -18,10 +21,30 @@ pub(crate) struct Traces {
     search: Search,
     words: Words,
     tag: Tag,
-    has_loaded: bool,
-    has_done: bool,
+    found: EnumMap<Trace, bool>,
+}
+
+/// What has been found in messages besides [`Word`]s.
+#[derive(Clone, Copy, Debug, Enum)]
+enum Trace {
+    /// A function was called by the function-call protocol.
+    Called,
+    /// DO.
+    Done,
+    /// LOAD.
+    Loaded,
+    /// A call of `set_config` that is not for the transaction alone may have been sent.
+    MaySetConfig,
+    /// A SET or RESET that is not for the transaction alone may have been sent.
+    MaySet,
+    /// A statement with a name was prepared.
+    Named,
+    /// SET or RESET.
+    Set,
+    /// The unnamed statement was prepared, and is not used yet.
+    Unnamed,
     /// The client has sent more than plain statements.
-    is_used: bool,
+    Used,
 }
 
 /// What the next bytes of the client's message are.
@@ -47,19 +70,52 @@ struct Tag {
 impl Traces {
     /// Whether the client has sent more than statements that leave nothing.
     pub(crate) fn is_used(&self) -> bool {
-        self.is_used
+        self.found[Trace::Used]
     }
 
     /// Whether a reset undoes everything, as far as that can be seen.
     pub(crate) fn is_resettable(&self) -> bool {
-        let is_hidden = self.has_done && (self.words[Word::Execute] || self.words[Word::Load]);
+        let is_hidden =
+            self.found[Trace::Done] && (self.words[Word::Execute] || self.words[Word::Load]);
         let kept = [
             Word::Dblink,
             Word::Language,
             Word::Opaque,
             Word::ReplicationOrigin,
         ];
-        !self.has_loaded && !is_hidden && !kept.iter().any(|word| self.words[*word])
+        !self.found[Trace::Loaded] && !is_hidden && !kept.iter().any(|word| self.words[*word])
+    }
+
+    /// Why the connection cannot be another client's without a reset, although client and server are at rest; the first of
+    /// several reasons. In doubt there is one: a word may stand in a comment, or be the name of a column.
+    pub(crate) fn pin(&self) -> Option<PinReason> {
+        let words = &self.words;
+        let is_hidden = self.found[Trace::Done] && (words[Word::Execute] || words[Word::Load]);
+        let is_set = self.found[Trace::MaySet] && self.found[Trace::Set]
+            || self.found[Trace::Done] && words[Word::Set];
+        let unknown = [Word::Dblink, Word::Language, Word::Opaque];
+        let is_unknown = self.found[Trace::Called] || unknown.iter().any(|word| words[*word]);
+        let reasons = [
+            (
+                self.found[Trace::Named] || self.found[Trace::Unnamed],
+                PinReason::Prepared,
+            ),
+            (is_set || words[Word::SetLimit], PinReason::Settings),
+            (self.found[Trace::MaySetConfig], PinReason::SetConfig),
+            (words[Word::Listen], PinReason::Listen),
+            (words[Word::Temporary], PinReason::Temp),
+            (words[Word::AdvisoryLock], PinReason::AdvisoryLock),
+            (words[Word::Prepare], PinReason::SqlPrepare),
+            (words[Word::Hold], PinReason::Cursor),
+            (words[Word::NextValue], PinReason::Sequence),
+            (words[Word::CurrentValue], PinReason::Sequence),
+            (words[Word::Setseed], PinReason::Setseed),
+            (self.found[Trace::Loaded], PinReason::Load),
+            (words[Word::ReplicationOrigin], PinReason::ReplicationOrigin),
+            (is_hidden || is_unknown, PinReason::UnknownState),
+        ];
+        let mut found = reasons.into_iter().filter(|(is_found, _)| *is_found);
+        found.next().map(|(_, reason)| reason)
     }
 
     /// Reads what the client sends.
@@ -69,7 +125,7 @@ impl Traces {
             reading,
             search,
             words,
-            is_used,
+            found,
             ..
         } = self;
         from_client.scan_parts(chunk, |part| match part {
@@ -81,14 +137,19 @@ impl Traces {
                     tag::PARSE => Reading::Name,
                     _ => Reading::Nothing,
                 };
-                *is_used |= !matches!(tag, tag::QUERY | tag::SYNC | tag::TERMINATE);
+                found[Trace::Used] |= !matches!(tag, tag::QUERY | tag::SYNC | tag::TERMINATE);
+                found[Trace::Unnamed] &= !matches!(tag, tag::BIND | tag::QUERY);
+                found[Trace::Called] |= tag == tag::FUNCTION_CALL;
             }
             Part::Event(Seen::Status(_)) => {}
             Part::Body(mut body) => {
                 if *reading == Reading::Name {
-                    let Some(end) = body.iter().position(|&byte| byte == 0) else {
+                    let end = body.iter().position(|&byte| byte == 0);
+                    found[Trace::Named] |= end != Some(0) && !body.is_empty();
+                    let Some(end) = end else {
                         return;
                     };
+                    found[Trace::Unnamed] |= end == 0;
                     body = body.get(end + 1..).unwrap_or_default();
                     *reading = Reading::Text;
                 }
@@ -96,16 +157,27 @@ impl Traces {
                     return;
                 }
                 let text = body.split(|&byte| byte == 0).next().unwrap_or_default();
-                search.search(text, |word, _| words[word] = true);
                 let is_ended = text.len() < body.len();
+                search.search(text, |word, _| {
+                    words[word] = true;
+                    match word {
+                        Word::Set => found[Trace::MaySet] |= !is_ended || sets_session(text),
+                        Word::SetConfig => {
+                            found[Trace::MaySetConfig] |= !is_ended || configures_session(text);
+                        }
+                        _ => {}
+                    }
+                });
                 if is_ended {
                     *reading = Reading::Nothing;
                     if let Some(word) = search.end() {
                         words[word] = true;
+                        // `reset` alone, or the end of a text in pieces.
+                        found[Trace::MaySet] |= word == Word::Set;
                     }
                 }
                 // A text in pieces is not kept, and so not read as a whole: it counts as anything.
-                *is_used = *is_used
+                found[Trace::Used] = found[Trace::Used]
                     || !is_ended && !text.is_empty()
                     || !statements(text, Backslash::Plain).all(|it| is_plain(&it));
             }
@@ -117,8 +189,7 @@ impl Traces {
         let Self {
             from_server,
             tag,
-            has_loaded,
-            has_done,
+            found,
             ..
         } = self;
         from_server.scan_parts(chunk, |part| match part {
@@ -131,8 +202,9 @@ impl Traces {
                 if tag.is_current
                     && let Some(command) = tag.add(body)
                 {
-                    *has_loaded |= command == Command::Load;
-                    *has_done |= command == Command::Do;
+                    found[Trace::Loaded] |= command == Command::Load;
+                    found[Trace::Done] |= command == Command::Do;
+                    found[Trace::Set] |= matches!(command, Command::Set | Command::Reset);
                 }
             }
         });
@@ -156,6 +228,25 @@ impl Tag {
             Command::of(self.text.get(..self.length).unwrap_or_default())
         })
     }
+}
+
+/// Whether a text holds a SET or RESET of the session.
+fn sets_session(text: &[u8]) -> bool {
+    // With a backslash, the server may see another statement than this does.
+    text.contains(&b'\\')
+        || statements(text, Backslash::Plain).any(|statement| {
+            let mut tokens = statement.tokens();
+            let is = |token: Option<Token<'_>>, words: &[&str]| {
+                token.is_some_and(|token| words.iter().any(|word| token.is_word(word)))
+            };
+            is(tokens.next(), &["set", "reset"])
+                && !is(tokens.next(), &["local", "transaction", "constraints"])
+        })
+}
+
+/// Whether a text calls `set_config` for the session.
+fn configures_session(text: &[u8]) -> bool {
+    verdict(text, Backslash::Plain) == Verdict::Pin(PinReason::SetConfig)
 }
 
 /// Whether a statement calls no function of a user, so that its text shows all that it does, and leaves nothing outside of

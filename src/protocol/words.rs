@@ -448,7 +448,7 @@ mod tests {
                 PinReason::ReplicationOrigin,
             ),
             (
-                "do $$ begin execute 'sel' || 'ect 1'; end $$",
+                "do $$ begin execute 'select' || ' 1'; end $$",
                 PinReason::UnknownState,
             ),
             ("select 1; DO 'begin load ''x''; end'", PinReason::Load),

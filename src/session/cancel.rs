@@ -10,7 +10,10 @@ use std::{
     time::Duration,
 };
 
-use tokio::time::{Instant, sleep};
+use tokio::{
+    sync::Notify,
+    time::{Instant, sleep},
+};
 
 use super::{client::Client, close::Closing, handshake::Handshake};
 use crate::{
@@ -37,7 +40,8 @@ impl CancelRequest<'_> {
         // No password: a CancelRequest carries none, and its key is the proof ("Canceling Requests in Progress").
         if session.config.access.check_uid(session.peer).is_ok() {
             let outcome = match endpoint.cancel_keys.find(self.key) {
-                Some(target) => {
+                Found::AtRest => CancelOutcome::AtRest,
+                Found::Target(target) => {
                     // Forwarding may take seconds, in which the permit serves another handshake.
                     drop(self.handshake);
                     match endpoint.route.found() {
@@ -54,7 +58,7 @@ impl CancelRequest<'_> {
                         None => CancelOutcome::Unknown,
                     }
                 }
-                None => {
+                Found::Nothing => {
                     let delay = async {
                         endpoint.cancel_keys.delay_guess().await;
                         Ok(())
@@ -91,9 +95,23 @@ pub(crate) struct CancelKeys {
 struct Entry {
     /// Our secret.
     secret: u32,
-    target: CancelTarget,
+    /// `None` while the session has no server connection.
+    target: Option<CancelTarget>,
     /// A request was forwarded. It may arrive at the server after the session has ended.
     is_used: bool,
+    /// Notified of a request without a target.
+    queued: Arc<Notify>,
+}
+
+/// What a key belongs to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Found {
+    /// No session.
+    Nothing,
+    /// A session without a server connection. If it waits for one, it is notified.
+    AtRest,
+    /// A session whose server is there.
+    Target(CancelTarget),
 }
 
 impl Default for CancelKeys {
@@ -107,21 +125,33 @@ impl Default for CancelKeys {
 
 impl CancelKeys {
     /// Creates a key for a session, valid until the registration is dropped.
-    pub(super) fn register(self: &Arc<Self>, target: CancelTarget) -> Registration {
+    pub(super) fn register(
+        self: &Arc<Self>,
+        target: CancelTarget,
+        is_shared: bool,
+    ) -> Registration {
         let key = CancelKey {
-            // The server's own, as clients compare it with pg_backend_pid().
-            process_id: target.key.process_id,
+            process_id: if is_shared {
+                // Above those of any system, as the server changes.
+                rand::random_range(1 << 30..1 << 31)
+            } else {
+                // The server's own, as clients compare it with pg_backend_pid().
+                target.key.process_id
+            },
             secret: rand::random(),
         };
+        let queued = Arc::new(Notify::new());
         self.keys().entry(key.process_id).or_default().push(Entry {
             secret: key.secret,
-            target,
+            target: Some(target),
             is_used: false,
+            queued: Arc::clone(&queued),
         });
         Registration {
             cancels: Arc::clone(self),
             key,
-            target,
+            target: Some(target),
+            queued,
         }
     }
 
@@ -134,15 +164,28 @@ impl CancelKeys {
     }
 
     /// The destination of a request with `key`, which counts as forwarded from now on.
-    pub(super) fn find(&self, key: CancelKey) -> Option<CancelTarget> {
+    pub(super) fn find(&self, key: CancelKey) -> Found {
+        self.with_entry(key, |entry| match entry.target {
+            Some(target) => {
+                entry.is_used = true;
+                Found::Target(target)
+            }
+            None => {
+                entry.queued.notify_waiters();
+                Found::AtRest
+            }
+        })
+        .unwrap_or(Found::Nothing)
+    }
+
+    fn with_entry<T>(&self, key: CancelKey, act: impl FnOnce(&mut Entry) -> T) -> Option<T> {
         let mut keys = self.keys();
         // Secrets are single words, so that comparing them takes constant time.
         let entry = keys
             .get_mut(&key.process_id)?
             .iter_mut()
             .find(|entry| entry.secret == key.secret)?;
-        entry.is_used = true;
-        Some(entry.target)
+        Some(act(entry))
     }
 
     /// Delays the answer to an unknown key once there have been too many. The caller holds its handshake permit meanwhile,
@@ -188,7 +231,8 @@ impl CancelKeys {
 pub(super) struct Registration {
     cancels: Arc<CancelKeys>,
     key: CancelKey,
-    target: CancelTarget,
+    target: Option<CancelTarget>,
+    queued: Arc<Notify>,
 }
 
 impl Registration {
@@ -197,9 +241,34 @@ impl Registration {
         self.key
     }
 
-    /// The destination of its requests.
-    pub(super) fn target(&self) -> CancelTarget {
+    /// The destination of its requests; `None` while the session has no server connection.
+    pub(super) fn target(&self) -> Option<CancelTarget> {
         self.target
+    }
+
+    /// Takes the destination away; `false`, and nothing is changed, if a request was forwarded there, which may still be on its
+    /// way.
+    pub(super) fn part(&mut self) -> bool {
+        let target = &mut self.target;
+        let parted = self.cancels.with_entry(self.key, |entry| {
+            if !entry.is_used {
+                (entry.target, *target) = (None, None);
+            }
+            !entry.is_used
+        });
+        parted.unwrap_or(true)
+    }
+
+    /// Gives it another destination.
+    pub(super) fn lead_to(&mut self, target: CancelTarget) {
+        self.target = Some(target);
+        self.cancels
+            .with_entry(self.key, |entry| entry.target = Some(target));
+    }
+
+    /// Returns when a request comes while there is no destination. Cancel safe.
+    pub(super) async fn cancelled(&self) {
+        self.queued.notified().await;
     }
 
     /// Makes the key unknown; whether a request with it was forwarded, which may still be on its way.
@@ -231,15 +300,15 @@ mod tests {
     #[tokio::test]
     async fn a_key_finds_its_session_only_as_a_whole_and_only_while_registered() {
         let cancels = Arc::new(CancelKeys::default());
-        let one = cancels.register(target(7, 1));
-        let two = cancels.register(target(7, 2));
+        let one = cancels.register(target(7, 1), false);
+        let two = cancels.register(target(7, 2), false);
         assert_eq!(
             one.key().process_id,
             7,
             "clients compare it with pg_backend_pid()"
         );
-        assert_eq!(cancels.find(one.key()), Some(target(7, 1)));
-        assert_eq!(cancels.find(two.key()), Some(target(7, 2)));
+        assert_eq!(cancels.find(one.key()), Found::Target(target(7, 1)));
+        assert_eq!(cancels.find(two.key()), Found::Target(target(7, 2)));
         let secrets = [one.key().secret, two.key().secret];
         let wrong = (0..3).find(|secret| !secrets.contains(secret)).unwrap();
         assert_eq!(
@@ -247,19 +316,19 @@ mod tests {
                 process_id: 7,
                 secret: wrong
             }),
-            None
+            Found::Nothing
         );
         assert_eq!(
             cancels.find(CancelKey {
                 process_id: 8,
                 ..one.key()
             }),
-            None
+            Found::Nothing
         );
         let key = one.key();
         drop(one);
-        assert_eq!(cancels.find(key), None);
-        assert_eq!(cancels.find(two.key()), Some(target(7, 2)));
+        assert_eq!(cancels.find(key), Found::Nothing);
+        assert_eq!(cancels.find(two.key()), Found::Target(target(7, 2)));
         drop(two);
         assert!(cancels.keys().is_empty());
     }
@@ -280,7 +349,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_flood_of_guesses_is_delayed_whatever_its_size() {
         let cancels = Arc::new(CancelKeys::default());
-        let known = cancels.register(target(7, 1));
+        let known = cancels.register(target(7, 1), false);
         let began = Instant::now();
         let mut guesses = tokio::task::JoinSet::new();
         for _ in 0..1000 {
@@ -291,7 +360,7 @@ mod tests {
             });
         }
         tokio::task::yield_now().await;
-        assert!(cancels.find(known.key()).is_some(), "at once");
+        assert_ne!(cancels.find(known.key()), Found::Nothing, "at once");
         let took = guesses.join_all().await;
         let prompt = took.iter().filter(|took| **took < UNKNOWN_DELAY).count();
         assert_eq!(prompt, usize::try_from(UNKNOWN_PER_SECOND).unwrap());

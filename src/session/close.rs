@@ -6,6 +6,7 @@ use super::{Session, client::Client};
 use crate::{
     net::socket::Transport,
     protocol::error::{Report, sqlstate},
+    shutdown::Shutdown,
     telemetry::labels::Reason,
     upstream::Refusal,
 };
@@ -88,4 +89,14 @@ pub(super) fn shutting_down() -> Refusal {
         .with_hint("Connect again once it has restarted, or to another host."),
         reason: Reason::ShuttingDown,
     }
+}
+
+/// For a session that is ended by us, as PostgreSQL ends it: pools such as HikariCP then discard the connection.
+pub(super) fn shut_down(shutdown: &Shutdown) -> Report {
+    let message = if shutdown.is_alone() {
+        "terminating connection due to administrator command"
+    } else {
+        "terminating connection because lakebase-proxy is shutting down"
+    };
+    Report::new(sqlstate::ADMIN_SHUTDOWN, message).with_hint("Connect again.")
 }

@@ -13,7 +13,7 @@ use super::{
     client::Client,
     close::{Closing, shutting_down},
     database,
-    logged_in::LoggedIn,
+    logged_in::{LoggedIn, Sharing},
 };
 use crate::{
     net::socket::Transport,
@@ -201,11 +201,14 @@ impl<'a> Connected<'a> {
             address,
             leftover,
             woke_after,
+            shared,
             ..
         } = self.leased;
         // Before the welcome: the client may cancel as soon as it has its key.
-        let registration =
-            server_key.map(|key| endpoint.cancel_keys.register(CancelTarget { address, key }));
+        let registration = server_key.map(|key| {
+            let target = CancelTarget { address, key };
+            endpoint.cancel_keys.register(target, shared.is_some())
+        });
         let key = registration
             .as_ref()
             .map_or_else(CancelKeys::unused_key, Registration::key);
@@ -228,7 +231,11 @@ impl<'a> Connected<'a> {
         }
         Ok(Box::new(LoggedIn {
             session,
-            lease,
+            lease: Some(lease),
+            sharing: shared.map(|login| Sharing {
+                login,
+                reported: parameter_status,
+            }),
             leftover,
             began: self.began,
             entry: self.entry,

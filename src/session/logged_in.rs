@@ -1,5 +1,7 @@
 //! A session that is logged in: relayed to its end, and then closed on both sides.
 
+use std::sync::Arc;
+
 use bytes::BytesMut;
 use tokio::{
     io::AsyncWriteExt,
@@ -10,21 +12,32 @@ use super::{
     Session,
     cancel::{CancelTarget, Registration},
     client::{CLOSE_TIMEOUT, Client},
+    close::shut_down,
+    next_request::{Next, lacks_unnamed_statement, next_request, take_request},
     relay::{End, Observers, Relay, Side},
 };
 use crate::{
     net::{message::write_and_flush, socket::Transport},
-    pool::{Lease, Used},
-    protocol::startup::terminate,
+    pool::{Lease, LeaseRequest, Leased, Used},
+    protocol::{
+        backend::{TransactionStatus, ready_for_query},
+        error::{Report, sqlstate},
+        options::LoginParameters,
+        startup::terminate,
+    },
     shutdown::Shutdown,
     status::SessionEntry,
     telemetry::labels::{Direction, PoolClose},
+    upstream::Refusal,
 };
 
-/// A session whose client and server are ready for queries.
+/// A session whose client is ready for queries.
 pub(super) struct LoggedIn<'a> {
     pub(super) session: &'a Session<'a>,
-    pub(super) lease: Lease,
+    /// `None` while the client is [at rest](Self::rest).
+    pub(super) lease: Option<Lease>,
+    /// Present if the client parts with its server connection whenever it is at rest.
+    pub(super) sharing: Option<Sharing>,
     /// Sent by the server behind its ReadyForQuery.
     pub(super) leftover: BytesMut,
     pub(super) began: Instant,
@@ -33,7 +46,14 @@ pub(super) struct LoggedIn<'a> {
     pub(super) registration: Option<Registration>,
 }
 
-/// How a relay has ended.
+/// What a client needs for its next server connection.
+pub(super) struct Sharing {
+    pub(super) login: Arc<LoginParameters>,
+    /// The ParameterStatus messages of its last one.
+    pub(super) reported: BytesMut,
+}
+
+/// How a session has ended.
 pub(super) struct Ended {
     end: End,
     /// Present if the server connection can go to another client.
@@ -44,42 +64,195 @@ pub(super) struct Ended {
     is_left: bool,
 }
 
+impl Ended {
+    /// Without a server connection.
+    fn at_rest(end: End) -> Self {
+        Self {
+            end,
+            used: None,
+            is_owed: false,
+            is_left: false,
+        }
+    }
+}
+
 impl LoggedIn<'_> {
     /// Relays until either side is done. [`close`](Self::close) must follow.
     pub(super) async fn relay<S: Transport>(&mut self, client: &mut Client<S>) -> Ended {
-        let endpoint = self.session.endpoint;
-        let metrics = &endpoint.metrics;
-        let bytes = |direction| metrics.relay_bytes[direction].clone();
-        let keeps_server = self.lease.is_pooled();
-        let mut relay = Relay::new(
-            Side {
-                stream: &mut client.stream,
-                received: std::mem::take(&mut client.received),
-                bytes: bytes(Direction::FromClient),
-            },
-            Side {
-                stream: &mut self.lease.stream,
-                received: std::mem::take(&mut self.leftover),
-                bytes: bytes(Direction::FromServer),
-            },
-            &self.shutdown,
-            Observers {
-                activity: self.entry.activity(),
-                metrics,
-                loss_timeout: self.session.config.connect.keepalive.loss_timeout(),
-                keeps_server,
-            },
+        while let Some(lease) = &mut self.lease {
+            let endpoint = self.session.endpoint;
+            let metrics = &endpoint.metrics;
+            let bytes = |direction| metrics.relay_bytes[direction].clone();
+            let keeps_server = lease.is_pooled();
+            let mut relay = Relay::new(
+                Side {
+                    stream: &mut client.stream,
+                    received: std::mem::take(&mut client.received),
+                    bytes: bytes(Direction::FromClient),
+                },
+                Side {
+                    stream: &mut lease.stream,
+                    received: std::mem::take(&mut self.leftover),
+                    bytes: bytes(Direction::FromServer),
+                },
+                &self.shutdown,
+                Observers {
+                    activity: self.entry.activity(),
+                    metrics,
+                    loss_timeout: self.session.config.connect.keepalive.loss_timeout(),
+                    keeps_server,
+                    ends_at_rest: keeps_server && self.sharing.is_some(),
+                },
+            );
+            let end = relay.run().await;
+            if end == End::Server {
+                endpoint.lost_sessions.add(relay.server_error());
+            }
+            if end != End::Rest {
+                return Ended {
+                    end,
+                    used: relay.used(),
+                    is_owed: relay.is_owed(),
+                    is_left: relay.is_left(),
+                };
+            }
+            drop(relay);
+            // A box, as most sessions never rest.
+            if let Err(ended) = Box::pin(self.rest(client)).await {
+                return ended;
+            }
+        }
+        Ended::at_rest(End::Client)
+    }
+
+    /// Parts with the server connection, and takes another one once the client sends a request.
+    async fn rest<S: Transport>(&mut self, client: &mut Client<S>) -> Result<(), Ended> {
+        if !self.registration.as_mut().is_none_or(Registration::part) {
+            // A cancel that is still on its way must not reach another client's request.
+            self.sharing = None;
+            return Ok(());
+        }
+        if let Some(lease) = self.lease.take() {
+            self.entry.unlink();
+            lease.part();
+        }
+        loop {
+            match next_request(client, &self.shutdown).await {
+                Next::Request => {}
+                Next::Left => return Err(Ended::at_rest(End::Client)),
+                Next::Shutdown => return Err(self.end_at_rest(client).await),
+            }
+            let refusal = if lacks_unnamed_statement(&client.received) {
+                Report::new(
+                    sqlstate::UNDEFINED_STATEMENT,
+                    "unnamed prepared statement does not exist",
+                )
+                .with_hint("With pool_mode `transaction` it must be prepared in the transaction, or in the pipeline, that uses it.")
+            } else {
+                tokio::select! {
+                    leased = self.lease_again() => match leased {
+                        Ok(leased) => return self.take(leased, client).await,
+                        Err(refusal) => refusal.report,
+                    },
+                    () = client.wait_for_hang_up() => return Err(Ended::at_rest(End::Client)),
+                    () = self.shutdown.draining().cancelled() => {
+                        return Err(self.end_at_rest(client).await);
+                    }
+                    () = cancelled(self.registration.as_ref()) => Report::new(
+                        sqlstate::QUERY_CANCELED,
+                        "canceling statement due to user request",
+                    ),
+                }
+            };
+            if !self.refuse(client, &refusal).await {
+                return Err(Ended::at_rest(End::Server));
+            }
+        }
+    }
+
+    async fn lease_again(&self) -> Result<Leased, Refusal> {
+        let Session {
+            endpoint, config, ..
+        } = self.session;
+        let login = self.sharing.as_ref().map(|sharing| &sharing.login);
+        // Present while the session shares connections, and it does.
+        let login = login.cloned().unwrap_or_default();
+        let timeouts = config.connect.timeouts;
+        let budget = timeouts.connect_timeout.min(timeouts.credential_timeout);
+        let upstream = endpoint.route.upstream(budget).await?;
+        let request = LeaseRequest::again(&upstream, &login, &config.connect);
+        endpoint.pools.lease(&request).await
+    }
+
+    /// Takes the next server connection, and reports to the client what differs from the last one.
+    async fn take<S: Transport>(
+        &mut self,
+        leased: Leased,
+        client: &mut Client<S>,
+    ) -> Result<(), Ended> {
+        let Leased {
+            lease,
+            id,
+            parameter_status,
+            key,
+            address,
+            leftover,
+            ..
+        } = leased;
+        if let Some(id) = id {
+            self.entry.link_to(id, key.map(|key| key.process_id));
+        }
+        if let (Some(registration), Some(key)) = (&mut self.registration, key) {
+            registration.lead_to(CancelTarget { address, key });
+        }
+        self.lease = Some(lease);
+        self.leftover = leftover;
+        let Some(sharing) = &mut self.sharing else {
+            return Ok(());
+        };
+        if sharing.reported != parameter_status {
+            sharing.reported = parameter_status;
+            let timeout = timeout(
+                self.session.config.client_login_timeout,
+                client.send(&sharing.reported),
+            );
+            if !matches!(timeout.await, Ok(Ok(()))) {
+                return Err(Ended::at_rest(End::Client));
+            }
+        }
+        Ok(())
+    }
+
+    /// Refuses the request at the front of what the client has sent; `false` if that ends the session.
+    async fn refuse<S: Transport>(&self, client: &mut Client<S>, report: &Report) -> bool {
+        tracing::warn!(
+            session = self.session.id,
+            sqlstate = report.sqlstate,
+            detail = report.detail,
+            hint = report.hint,
+            "request refused: {}",
+            report.message
         );
-        let end = relay.run().await;
-        if end == End::Server {
-            endpoint.lost_sessions.add(relay.server_error());
+        if !take_request(&mut client.received) {
+            // The rest of it would be taken for another.
+            client.finish(&report.encode_fatal()).await;
+            return false;
         }
-        Ended {
-            end,
-            used: relay.used(),
-            is_owed: relay.is_owed(),
-            is_left: relay.is_left(),
-        }
+        let mut answer = report.encode_error();
+        ready_for_query(&mut answer, TransactionStatus::Idle);
+        let sent = timeout(
+            self.session.config.client_login_timeout,
+            client.send(&answer),
+        );
+        matches!(sent.await, Ok(Ok(())))
+    }
+
+    /// Ends a session that has no server connection, as the relay ends one at rest.
+    async fn end_at_rest<S: Transport>(&self, client: &mut Client<S>) -> Ended {
+        let report = shut_down(&self.shutdown).encode_fatal();
+        // The client is not waited for.
+        let _ = timeout(CLOSE_TIMEOUT, client.send(&report)).await;
+        Ended::at_rest(End::Shutdown { orderly: false })
     }
 
     /// Closes the client, and closes the server connection or returns it to its pool.
@@ -92,7 +265,7 @@ impl LoggedIn<'_> {
         } = ended;
         let Self {
             session,
-            mut lease,
+            lease,
             began,
             entry,
             shutdown,
@@ -102,9 +275,15 @@ impl LoggedIn<'_> {
         let duration = began.elapsed();
         session.endpoint.metrics.session_seconds[end.label()].observe(duration.as_secs_f64());
         tracing::debug!(session = session.id, ?end, ?duration, "session ends");
-        let target = registration.as_ref().map(Registration::target);
+        let target = registration.as_ref().and_then(Registration::target);
         // From here on no cancel request finds the server connection; one that was forwarded may still be on its way.
         let may_be_cancelled = registration.is_some_and(Registration::end);
+        let Some(mut lease) = lease else {
+            if end != End::Client {
+                client.linger().await;
+            }
+            return;
+        };
         match (end, used) {
             (End::Client, Some(used)) if !may_be_cancelled => lease.give_back(used),
             (End::Client, Some(_)) => lease.close(PoolClose::Cancelled),
@@ -112,7 +291,7 @@ impl LoggedIn<'_> {
                 session.abandon(lease, target.filter(|_| is_owed));
             }
             // The socket towards the server is closed, as that of a direct client would be.
-            (End::Client, None) => {}
+            (End::Client, None) | (End::Rest, _) => {}
             (End::Server, _) => {
                 lease.close(if is_left {
                     PoolClose::Abandoned
@@ -146,6 +325,14 @@ impl LoggedIn<'_> {
             }
         }
         drop(entry);
+    }
+}
+
+/// Returns when a client without a server connection cancels. Cancel safe.
+async fn cancelled(registration: Option<&Registration>) {
+    match registration {
+        Some(registration) => registration.cancelled().await,
+        None => std::future::pending().await,
     }
 }
 

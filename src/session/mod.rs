@@ -7,6 +7,8 @@
 //!                                                    └─▶ Admitted ─▶ Connected ─▶ LoggedIn: relay ─▶ close
 //! ```
 //!
+//! With a pool in `transaction` mode, the relay is one for each transaction, and the client is at rest between them.
+//!
 //! Each phase is a type that consumes the last, and may end in a `Closing` instead. No notice is sent to the client before
 //! AuthenticationOk: libpq takes one there for an error.
 //!
@@ -27,6 +29,7 @@ mod listener_certificate;
 mod local_password;
 mod logged_in;
 mod lost_sessions;
+mod next_request;
 mod relay;
 
 use std::sync::Arc;

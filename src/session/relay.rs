@@ -11,13 +11,14 @@
 //! | the server breaks between two messages without an error | the client is sent an error, then closed |
 //! | the server accepts no more bytes | what it sent last is read, as that explains why |
 //! | the client leaves between two requests, and the server connection is a pool's | nothing reaches the server |
+//! | client and server are at rest, and the connection may be another client's next | the session goes on without it |
 //! | draining | an idle session is ended with 57P01, others as soon as they are idle |
 //! | cutting | every session is ended, with 57P01 where that cannot be mistaken for part of a reply |
 //!
 //! No message of ours lands inside another, follows an error of the server's, or is sent to a client that has sent
 //! Terminate.
 
-mod pipe;
+pub(super) mod pipe;
 mod unsolicited;
 
 use std::{
@@ -37,6 +38,7 @@ use self::{
     pipe::{Broken, Pipe, PipeState},
     unsolicited::UnsolicitedPasswords,
 };
+use super::close::shut_down;
 use crate::{
     net::socket::{HangUp, Transport},
     pool::Used,
@@ -48,7 +50,11 @@ use crate::{
     },
     shutdown::{Phase, Shutdown},
     status::ActivityRecord,
-    telemetry::{Metrics, labels::SessionEnd, metrics::Took},
+    telemetry::{
+        Metrics,
+        labels::{PinReason, SessionEnd},
+        metrics::Took,
+    },
 };
 
 /// Time for the server to close after the client has closed its half and no reply is owed.
@@ -69,6 +75,8 @@ const TERMINATE: &[u8] = b"X\0\0\0\x04";
 pub(super) enum End {
     /// The client left or broke.
     Client,
+    /// Not of the session: the client leaves nothing on the server connection, and needs another with its next request.
+    Rest,
     /// The server left or broke.
     Server,
     /// We ended it.
@@ -82,7 +90,7 @@ impl End {
     /// The metric label.
     pub(super) const fn label(self) -> SessionEnd {
         match self {
-            Self::Client => SessionEnd::Client,
+            Self::Client | Self::Rest => SessionEnd::Client,
             Self::Server => SessionEnd::Server,
             Self::Shutdown { .. } => SessionEnd::Shutdown,
         }
@@ -108,6 +116,8 @@ pub(super) struct Observers<'a> {
     pub(super) loss_timeout: Option<Duration>,
     /// The server connection outlives the client: neither the client's end nor its Terminate reaches the server.
     pub(super) keeps_server: bool,
+    /// The relay ends as soon as client and server are at rest, unless the session is pinned.
+    pub(super) ends_at_rest: bool,
 }
 
 /// Both directions of one session.
@@ -128,6 +138,9 @@ pub(super) struct Relay<'a, C, U> {
     /// Of the session on a server connection that another client may get.
     // A box, as other sessions have none.
     traces: Option<Box<Traces>>,
+    ends_at_rest: bool,
+    /// Why it does not.
+    pin: Option<PinReason>,
     /// The client's Terminate was not relayed.
     is_withheld: bool,
     /// Set once no more is read from the server.
@@ -141,12 +154,14 @@ impl<'a, C: Transport, U: Transport> Relay<'a, C, U> {
         shutdown: &'a Shutdown,
         observers: Observers<'a>,
     ) -> Self {
+        // Of the relays before, if there were any.
+        let [from_client, from_server] = observers.activity.bytes();
         let mut relay = Self {
             client: client.stream,
             server: server.stream,
             shutdown,
-            to_server: Pipe::new(client.bytes),
-            to_client: Pipe::new(server.bytes),
+            to_server: Pipe::new(client.bytes, from_client),
+            to_client: Pipe::new(server.bytes, from_server),
             requests: Requests::new(),
             unsolicited: UnsolicitedPasswords::default(),
             activity: observers.activity,
@@ -159,6 +174,8 @@ impl<'a, C: Transport, U: Transport> Relay<'a, C, U> {
             server_error: TrailingError::default(),
             keeps_server: observers.keeps_server,
             traces: observers.keeps_server.then(Box::default),
+            ends_at_rest: observers.ends_at_rest,
+            pin: None,
             is_withheld: false,
             end: None,
         };
@@ -272,6 +289,9 @@ impl<'a, C: Transport, U: Transport> Relay<'a, C, U> {
         activity.record((&self.requests).into(), sent, received, now);
         // After both directions, so that a query that has just arrived is served and not cut off as idle.
         self.apply(phase);
+        if self.keeps_server && self.end.is_none() && self.parts() {
+            return Poll::Ready(End::Rest);
+        }
         if self.keeps_server && self.to_server.state == PipeState::Closed && self.end.is_none() {
             if !self.requests.comes_to_rest() || !self.to_server.is_at_boundary() {
                 // The server waits for what the client does not send any more: it learns of the end, as on a direct connection.
@@ -324,6 +344,31 @@ impl<'a, C: Transport, U: Transport> Relay<'a, C, U> {
                 None => self.server_is_lost(),
             }
         }
+    }
+
+    /// Whether the server connection can be another client's now.
+    fn parts(&mut self) -> bool {
+        let is_at_rest = self.ends_at_rest
+            && self.requests.is_at_rest()
+            && self.requests.status() == TransactionStatus::Idle
+            && self.to_server.state == PipeState::Open
+            && self.to_server.is_between_messages()
+            && self.to_client.is_between_messages()
+            && !self.to_server.unflushed
+            && !self.to_client.unflushed;
+        let Some(traces) = self.traces.as_ref().filter(|_| is_at_rest) else {
+            return false;
+        };
+        // A setting that is reported may have been changed by a function.
+        let reported = self.requests.is_reported().then_some(PinReason::Settings);
+        let Some(reason) = traces.pin().or(reported) else {
+            return true;
+        };
+        if self.pin.is_none() {
+            self.pin = Some(reason);
+            self.metrics.pool_pins[reason].inc();
+        }
+        false
     }
 
     /// Whether the client has closed its half and the server still owes it a reply.
@@ -476,20 +521,7 @@ impl<'a, C: Transport, U: Transport> Relay<'a, C, U> {
                     && self.to_server.is_between_messages(),
             });
             // As for a server that is shut down: pools such as HikariCP discard the connection.
-            let report = if self.shutdown.is_alone() {
-                Report::new(
-                    sqlstate::ADMIN_SHUTDOWN,
-                    "terminating connection due to administrator command",
-                )
-                .with_hint("Connect again.")
-            } else {
-                Report::new(
-                    sqlstate::ADMIN_SHUTDOWN,
-                    "terminating connection because lakebase-proxy is shutting down",
-                )
-                .with_hint("Connect again.")
-            };
-            self.append_error(&report);
+            self.append_error(&shut_down(self.shutdown));
         }
     }
 

@@ -133,7 +133,7 @@ impl ActivityRecord {
     }
 
     /// Bytes received from the client and from the server.
-    pub(super) fn bytes(&self) -> [u64; 2] {
+    pub(crate) fn bytes(&self) -> [u64; 2] {
         [&self.from_client, &self.from_server].map(|bytes| bytes.load(Ordering::Relaxed))
     }
 }

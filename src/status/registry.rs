@@ -9,7 +9,7 @@ use std::{
     net::SocketAddr,
     sync::{
         Arc, Mutex, MutexGuard, OnceLock, PoisonError,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicU32, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -50,6 +50,10 @@ struct Entry {
     activity: ActivityRecord,
     // Boxed, since it would enlarge the entries of waiting sessions, too.
     server: OnceLock<Box<Server>>,
+    /// The number of the connection that the session has now; 0 for none.
+    link: AtomicU64,
+    /// Its process id; 0 for none.
+    process_id: AtomicU32,
 }
 
 /// The client of a session.
@@ -107,7 +111,7 @@ pub struct SessionInfo {
     pub from_client: u64,
     /// Bytes received from the server.
     pub from_server: u64,
-    /// The server connection; `None` while the client waits for one.
+    /// The server connection; `None` while the client waits for one, or needs none.
     pub server: Option<Server>,
 }
 
@@ -200,6 +204,8 @@ impl Registry {
             began: self.0.origin.elapsed(),
             activity: ActivityRecord::new(self.0.origin),
             server: OnceLock::new(),
+            link: AtomicU64::new(0),
+            process_id: AtomicU32::new(0),
         });
         // One lock for check and insertion: two sessions must not both take the last slot.
         let mut sessions = self.sessions();
@@ -250,7 +256,7 @@ impl Registry {
             age: now.saturating_sub(entry.began),
             from_client,
             from_server,
-            server: entry.server.get().map(|server| Server::clone(server)),
+            server: entry.server(),
         }
     }
 
@@ -265,6 +271,19 @@ impl Registry {
     fn sessions(&self) -> MutexGuard<'_, BTreeMap<u64, Arc<Entry>>> {
         let sessions = self.0.sessions.lock();
         sessions.unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Entry {
+    fn server(&self) -> Option<Server> {
+        let id = self.link.load(Ordering::Relaxed);
+        let process_id = self.process_id.load(Ordering::Relaxed);
+        let server = self.server.get().filter(|_| id != 0)?;
+        Some(Server {
+            id,
+            process_id: (process_id != 0).then_some(process_id),
+            ..Server::clone(server)
+        })
     }
 }
 
@@ -317,12 +336,26 @@ pub struct SessionEntry {
 impl SessionEntry {
     /// Records the server connection: the session waits no longer.
     pub fn connected(&self, server: Server) {
+        self.link_to(server.id, server.process_id);
         // Once: a second call must not lower the gauge of waiting sessions again.
         if self.entry.server.set(Box::new(server)).is_ok() {
             let activity = &self.entry.activity;
             activity.record(Activity::Idle, 0, 0, || activity.now());
             self.entry.endpoint.session_connected();
         }
+    }
+
+    /// Records that the session has another server connection.
+    pub fn link_to(&self, id: u64, process_id: Option<u32>) {
+        let entry = &self.entry;
+        entry.link.store(id, Ordering::Relaxed);
+        let process_id = process_id.unwrap_or_default();
+        entry.process_id.store(process_id, Ordering::Relaxed);
+    }
+
+    /// Records that the session, at rest, has no server connection.
+    pub fn unlink(&self) {
+        self.link_to(0, None);
     }
 
     /// The record for the relay to update.

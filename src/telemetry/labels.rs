@@ -177,6 +177,8 @@ label! {
     CancelOutcome("outcome") {
         /// Sent on to the endpoint.
         Forwarded = "forwarded",
+        /// Nothing to cancel: the session has no server connection, or waits for one and was ended in its wait.
+        AtRest = "at_rest",
         /// The endpoint could not be reached.
         Failed = "failed",
         /// No session has that key.
@@ -295,6 +297,8 @@ label! {
         Listen = "listen",
         /// It has loaded a module.
         Load = "load",
+        /// It has prepared a statement that it may use again.
+        Prepared = "prepared",
         /// It is another replication origin.
         ReplicationOrigin = "replication_origin",
         /// It has another role.

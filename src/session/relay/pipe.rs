@@ -34,6 +34,21 @@ thread_local! {
     static BUFFER: RefCell<Box<[u8]>> = RefCell::new(vec![0; BUFFER_LEN].into_boxed_slice());
 }
 
+/// Reads what there is to `received`, through the thread's buffer; 0 at the end. Until there is something, `received` needs no
+/// memory.
+pub(in crate::session) fn poll_receive<R: AsyncRead + Unpin>(
+    cx: &mut Context<'_>,
+    source: &mut R,
+    received: &mut BytesMut,
+) -> Poll<io::Result<usize>> {
+    BUFFER.with_borrow_mut(|buffer| {
+        let mut space = ReadBuf::new(buffer);
+        ready!(Pin::new(source).poll_read(cx, &mut space))?;
+        received.extend_from_slice(space.filled());
+        Poll::Ready(Ok(space.filled().len()))
+    })
+}
+
 /// Which side of a direction failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Broken {
@@ -71,14 +86,15 @@ pub(super) struct Pipe {
 }
 
 impl Pipe {
-    pub(super) fn new(counter: IntCounter) -> Self {
+    /// For a source from which `total` bytes have been passed on already.
+    pub(super) fn new(counter: IntCounter, total: u64) -> Self {
         Self {
             kept: BytesMut::new(),
             scanner: Scanner::new(),
             state: PipeState::Open,
             unflushed: false,
-            total: 0,
-            counted: 0,
+            total,
+            counted: total,
             counter,
         }
     }

@@ -55,6 +55,7 @@ fn observers<'a>(activity: &'a ActivityRecord, metrics: &'a Metrics) -> Observer
         activity,
         metrics,
         loss_timeout: None,
+        ends_at_rest: false,
         keeps_server: false,
     }
 }

@@ -20,7 +20,7 @@ pub use self::{
     times::{Times, Took},
 };
 use super::labels::{
-    CancelOutcome, Direction, FailureClass, LoginPhase, PoolClose, PoolLease, PoolReset,
+    CancelOutcome, Direction, FailureClass, LoginPhase, PinReason, PoolClose, PoolLease, PoolReset,
     PoolServer, Reason, RefreshOutcome, SessionEnd, TlsHandshake,
 };
 
@@ -103,6 +103,8 @@ metrics! {
             "Server connections that pools gave to clients, by how the client got it.";
         pool_closes: EnumMap<PoolClose, IntCounter> = "pool_server_closes_total",
             "Server connections of pools that were closed, by reason.";
+        pool_pins: EnumMap<PinReason, IntCounter> = "pool_pins_total",
+            "Clients that began to keep their server connections although they are at rest, by reason.";
         pool_resets: EnumMap<PoolReset, IntCounter> = "pool_resets_total",
             "Resets of server connections that a client had left, by result.";
         pool_hidden_losses: IntCounter = "pool_hidden_losses_total",

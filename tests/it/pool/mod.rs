@@ -6,6 +6,7 @@ mod reset;
 mod servers;
 mod settings;
 mod sleep;
+mod transaction;
 
 use std::collections::BTreeSet;
 

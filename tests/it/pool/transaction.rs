@@ -1,0 +1,415 @@
+//! `transaction` mode: a client has a server connection for a transaction, and keeps it for state that outlives one.
+
+use std::time::Duration;
+
+use lakebase_proxy::telemetry::labels::{CancelOutcome, PinReason};
+use tokio::time::{Instant, sleep};
+use tokio_postgres::SimpleQueryMessage;
+
+use super::*;
+use crate::harness::wire::{Wire, cancel, extended};
+
+fn shared(settings: &mut Settings, size: usize) {
+    pooled(settings, size);
+    settings.pool_mode = Some(PoolMode::Transaction);
+}
+
+async fn sharing(size: usize) -> (Emulator, Proxy) {
+    let emulator = harness::emulator().await;
+    let proxy = Proxy::with(&emulator, |settings| shared(settings, size)).await;
+    (emulator, proxy)
+}
+
+impl Proxy {
+    fn pins(&self, reason: PinReason) -> u64 {
+        self.metrics().pool_pins[reason].get()
+    }
+
+    /// Until no client has a server connection.
+    async fn until_at_rest(&self) {
+        eventually("all clients are at rest", async || {
+            let busy = [
+                PoolServer::Closing,
+                PoolServer::Leased,
+                PoolServer::Opening,
+                PoolServer::Resetting,
+            ];
+            let busy: i64 = busy.iter().map(|state| self.servers(*state)).sum();
+            (busy == 0).then_some(())
+        })
+        .await;
+    }
+}
+
+#[tokio::test]
+async fn many_clients_share_two_connections() {
+    let (emulator, proxy) = sharing(2).await;
+    let mut clients = JoinSet::new();
+    for number in 0..40 {
+        let config = proxy.client_config();
+        clients.spawn(async move {
+            let client = connect(&config).await;
+            let mut pids = BTreeSet::new();
+            for round in 0..20 {
+                let sum = format!("select {number} + {round}");
+                assert_eq!(value(&client, &sum).await, (number + round).to_string());
+                pids.insert(pid(&client).await);
+            }
+            pids
+        });
+    }
+    let pids: BTreeSet<String> = within("the clients", clients.join_all())
+        .await
+        .into_iter()
+        .flatten()
+        .collect();
+    assert!(pids.len() <= 2, "{pids:?}");
+    assert!(emulator.counts().logins <= 2);
+    proxy.until_idle(i64::try_from(pids.len()).unwrap()).await;
+}
+
+#[tokio::test]
+async fn clients_at_rest_stay_connected_without_a_connection() {
+    let (_emulator, proxy) = sharing(1).await;
+    let mut clients = Vec::new();
+    for _ in 0..10 {
+        clients.push(proxy.client().await);
+    }
+    proxy.until_idle(1).await;
+    assert_eq!(proxy.metrics().clients_active.get(), 10);
+    for client in &clients {
+        assert_eq!(value(client, "select 1").await, "1");
+    }
+}
+
+#[tokio::test]
+async fn a_transaction_keeps_its_connection_and_others_wait_for_its_end() {
+    let (_emulator, proxy) = sharing(1).await;
+    let (one, other) = (proxy.client().await, proxy.client().await);
+    one.simple_query("begin").await.unwrap();
+    let held = pid(&one).await;
+    let waiting = pid(&other);
+    tokio::pin!(waiting);
+    eventually("the other waits", async || {
+        let waiting = tokio::time::timeout(Duration::from_millis(10), &mut waiting).await;
+        assert!(waiting.is_err());
+        (proxy.metrics().pool_clients_waiting.get() == 1).then_some(())
+    })
+    .await;
+    assert_eq!(pid(&one).await, held);
+    // A failed block is no rest either.
+    one.simple_query("select 1 / 0").await.unwrap_err();
+    let failed = one.simple_query("select 1").await.unwrap_err();
+    assert_eq!(failed.code().unwrap().code(), "25P02");
+    one.simple_query("rollback and chain").await.unwrap();
+    assert_eq!(pid(&one).await, held);
+    one.simple_query("commit").await.unwrap();
+    assert_eq!(within("the other", waiting).await, held);
+}
+
+/// Statements with what they leave in the session, and the reason why it is the client's alone from then on.
+#[tokio::test]
+async fn state_that_outlives_a_transaction_stays_the_clients_own() {
+    for (statement, look, expected, reason) in [
+        (
+            "set work_mem = '123kB'",
+            "show work_mem",
+            "123kB",
+            PinReason::Settings,
+        ),
+        (
+            "select set_config('app.user', 'a', false)",
+            "select current_setting('app.user')",
+            "a",
+            PinReason::SetConfig,
+        ),
+        (
+            "do 'begin set work_mem = ''124kB''; end'",
+            "show work_mem",
+            "124kB",
+            PinReason::Settings,
+        ),
+        (
+            "listen x",
+            "select pg_listening_channels()",
+            "x",
+            PinReason::Listen,
+        ),
+        (
+            "create temp table t as select 7 as a",
+            "select a from t",
+            "7",
+            PinReason::Temp,
+        ),
+        (
+            "select pg_advisory_lock(77)",
+            "select count(*) from pg_locks where locktype = 'advisory' and pid = pg_backend_pid()",
+            "1",
+            PinReason::AdvisoryLock,
+        ),
+        (
+            "prepare p as select 8",
+            "execute p",
+            "8",
+            PinReason::SqlPrepare,
+        ),
+        (
+            "begin; declare c cursor with hold for select 9; commit",
+            "fetch c",
+            "9",
+            PinReason::Cursor,
+        ),
+    ] {
+        let (_emulator, proxy) = sharing(2).await;
+        let client = proxy.client().await;
+        client.simple_query(statement).await.unwrap();
+        let own = pid(&client).await;
+        for _ in 0..5 {
+            let other = proxy.client().await;
+            assert_ne!(pid(&other).await, own, "{statement}");
+        }
+        assert_eq!(value(&client, look).await, expected, "{statement}");
+        assert_eq!(proxy.pins(reason), 1, "{statement}");
+        // The reset after it has gone gives the connection to the others again.
+        drop(client);
+        proxy.until_at_rest().await;
+        let mut others = Vec::new();
+        for _ in 0..2 {
+            let other = proxy.client().await;
+            other.simple_query("begin").await.unwrap();
+            let seen = other.simple_query(look).await;
+            let seen = seen.map(|rows| {
+                rows.iter().find_map(|row| match row {
+                    SimpleQueryMessage::Row(row) => row.get(0).map(str::to_owned),
+                    _ => None,
+                })
+            });
+            assert!(
+                !matches!(&seen, Ok(Some(value)) if value == expected),
+                "{statement}: {seen:?}"
+            );
+            others.push(other);
+        }
+    }
+}
+
+#[tokio::test]
+async fn settings_of_a_transaction_pin_nothing() {
+    let (_emulator, proxy) = sharing(1).await;
+    let (one, other) = (proxy.client().await, proxy.client().await);
+    for statement in [
+        "begin; set local work_mem = '1MB'; commit",
+        "begin; set transaction read only; commit",
+        "begin; select set_config('app.user', 'a', true); commit",
+        "create table if not exists transaction_mode (a int); update transaction_mode set a = 1",
+        "select pg_advisory_xact_lock(1)",
+    ] {
+        one.simple_query(statement).await.unwrap();
+        assert_eq!(value(&other, "select 1").await, "1", "{statement}");
+    }
+    let pins = proxy.metrics().pool_pins.values();
+    assert_eq!(pins.map(prometheus::IntCounter::get).sum::<u64>(), 0);
+}
+
+#[tokio::test]
+async fn prepared_statements_stay_with_their_client() {
+    let (_emulator, proxy) = sharing(2).await;
+    let (one, other) = (proxy.client().await, proxy.client().await);
+    let named = one.prepare("select $1::int + 1").await.unwrap();
+    for round in 0..10 {
+        let row = one.query_one(&named, &[&round]).await.unwrap();
+        assert_eq!(row.get::<_, i32>(0), round + 1);
+        assert_eq!(value(&other, "select 1").await, "1");
+    }
+    assert_eq!(proxy.pins(PinReason::Prepared), 1);
+}
+
+#[tokio::test]
+async fn the_unnamed_statement_is_never_another_clients() {
+    let (_emulator, proxy) = sharing(1).await;
+    let mut one = proxy.session().await;
+    let mut other = proxy.session().await;
+    one.send(&[extended("select 'one'"), sync()].concat()).await;
+    one.until('Z').await;
+    // Without a Parse of its own in this pipeline.
+    let bind = [
+        message('B', b"\0\0\0\0\0\0\0\0"),
+        message('E', b"\0\0\0\0\0"),
+    ]
+    .concat();
+    other.send(&[bind, sync()].concat()).await;
+    let replies = other.until('Z').await;
+    assert_eq!(replies[0].error().code, "26000");
+    assert_eq!(other.value("select 1").await, "1");
+    // Drivers that describe first bind in their next request: the connection is theirs until then.
+    let parse = message('P', b"\0select 'mine'\0\0\0");
+    one.send(&[parse, message('D', b"S\0"), sync()].concat())
+        .await;
+    one.until('Z').await;
+    let waiting = other.value("select 2");
+    tokio::pin!(waiting);
+    assert!(
+        tokio::time::timeout(Duration::from_millis(100), &mut waiting)
+            .await
+            .is_err()
+    );
+    let bind = [
+        message('B', b"\0\0\0\0\0\0\0\0"),
+        message('E', b"\0\0\0\0\0"),
+    ]
+    .concat();
+    one.send(&[bind, sync()].concat()).await;
+    let replies = one.until('Z').await;
+    let row = replies.iter().find(|reply| reply.tag == 'D').unwrap();
+    assert_eq!(row.value(), "mine");
+}
+
+#[tokio::test]
+async fn half_a_request_holds_no_connection() {
+    let (_emulator, proxy) = sharing(1).await;
+    let (mut one, mut other) = (proxy.session().await, proxy.session().await);
+    let query = text('Q', "select 'whole'");
+    one.send(&query[..query.len() - 3]).await;
+    for _ in 0..3 {
+        assert_eq!(other.value("select 1").await, "1");
+    }
+    one.send(&query[query.len() - 3..]).await;
+    let replies = one.until('Z').await;
+    assert_eq!(replies[1].value(), "whole");
+    // A Sync alone needs none, and an error is due before its Sync.
+    other.send(&text('Q', "begin")).await;
+    other.until('Z').await;
+    one.send(&sync()).await;
+    assert_eq!(one.tags().await, "Z");
+    other.send(&text('Q', "commit")).await;
+    other.until('Z').await;
+    one.send(&message('P', b"\0select broken from nowhere\0\0\0"))
+        .await;
+    assert_eq!(one.until('E').await.len(), 1);
+    one.send(&sync()).await;
+    assert_eq!(one.tags().await, "Z");
+}
+
+#[tokio::test]
+async fn a_request_that_waits_too_long_fails_and_the_session_goes_on() {
+    let emulator = harness::emulator().await;
+    let proxy = Proxy::with(&emulator, |settings| {
+        shared(settings, 1);
+        settings.query_wait_timeout = Some(millis(200));
+    })
+    .await;
+    let (one, other) = (proxy.client().await, proxy.client().await);
+    one.simple_query("begin").await.unwrap();
+    let refused = other.simple_query("select 1").await.unwrap_err();
+    let error = refused.as_db_error().unwrap();
+    assert_eq!(error.code(), &SqlState::TOO_MANY_CONNECTIONS);
+    assert_eq!(error.severity(), "ERROR");
+    assert!(error.message().contains("query_wait_timeout"), "{error:?}");
+    let refused = other.query("select 1", &[]).await.unwrap_err();
+    assert_eq!(refused.code(), Some(&SqlState::TOO_MANY_CONNECTIONS));
+    one.simple_query("commit").await.unwrap();
+    assert_eq!(value(&other, "select 2").await, "2");
+}
+
+#[tokio::test]
+async fn a_cancel_reaches_its_own_request_or_its_place_in_the_queue() {
+    let (_emulator, proxy) = sharing(1).await;
+    let mut one = Wire::dial(proxy.address()).await;
+    one.startup(&[("user", "anyone")]).await;
+    let key = one.welcome().await.key;
+    let other = proxy.client().await;
+    // At rest there is nothing to cancel.
+    cancel(proxy.address(), key).await;
+    eventually("the cancel", async || {
+        (proxy.metrics().cancels[CancelOutcome::AtRest].get() == 1).then_some(())
+    })
+    .await;
+    assert_eq!(one.value("select 1").await, "1");
+    assert_eq!(value(&other, "select 1").await, "1");
+    // In the queue.
+    other.simple_query("begin").await.unwrap();
+    one.send(&text('Q', "select 1")).await;
+    eventually("it waits", async || {
+        (proxy.metrics().pool_clients_waiting.get() == 1).then_some(())
+    })
+    .await;
+    cancel(proxy.address(), key).await;
+    let replies = one.until('Z').await;
+    assert_eq!(replies[0].error().code, "57014");
+    assert_eq!(proxy.metrics().pool_clients_waiting.get(), 0);
+    other.simple_query("commit").await.unwrap();
+    // At work; from then on the connection is its own, as the cancel may come late.
+    one.send(&text('Q', "select pg_sleep(60)")).await;
+    until_sleeping(&proxy).await;
+    cancel(proxy.address(), key).await;
+    let replies = one.until('Z').await;
+    assert_eq!(
+        replies
+            .iter()
+            .find(|reply| reply.tag == 'E')
+            .unwrap()
+            .error()
+            .code,
+        "57014"
+    );
+    assert_eq!(one.value("select 3").await, "3");
+}
+
+async fn until_sleeping(proxy: &Proxy) {
+    eventually("the server is at work", async || {
+        (proxy.servers(PoolServer::Leased) == 1).then_some(())
+    })
+    .await;
+    // The query has been sent, and is to have begun.
+    sleep(Duration::from_millis(100)).await;
+}
+
+#[tokio::test]
+async fn clients_at_rest_do_not_notice_that_their_servers_end() {
+    let (emulator, proxy) = sharing(2).await;
+    let mut clients = Vec::new();
+    for _ in 0..5 {
+        let client = proxy.client().await;
+        assert_eq!(value(&client, "select 1").await, "1");
+        clients.push(client);
+    }
+    proxy.until_at_rest().await;
+    let superuser = harness::superuser().await;
+    let sql = "select count(pg_terminate_backend(pid)) from pg_stat_activity where usename = $1";
+    let role = emulator.identities().app.name.clone();
+    superuser.query_one(sql, &[&role]).await.unwrap();
+    proxy.until_idle(0).await;
+    for client in &clients {
+        assert_eq!(value(client, "select 2").await, "2");
+    }
+}
+
+#[tokio::test]
+async fn a_client_that_leaves_in_a_transaction_leaves_nothing() {
+    let (_emulator, proxy) = sharing(1).await;
+    let one = proxy.client().await;
+    one.simple_query("create table if not exists left_behind (a int)")
+        .await
+        .unwrap();
+    one.simple_query("begin; lock table left_behind")
+        .await
+        .unwrap();
+    drop(one);
+    let other = proxy.client().await;
+    assert_eq!(value(&other, "select count(*) from left_behind").await, "0");
+}
+
+#[tokio::test]
+async fn a_shutdown_ends_clients_at_rest_at_once() {
+    let (_emulator, proxy) = sharing(1).await;
+    let mut one = proxy.session().await;
+    proxy.until_idle(1).await;
+    let began = Instant::now();
+    let ended = proxy.end(async {
+        let error = one.until('E').await;
+        assert_eq!(error[0].error().code, "57P01");
+        one.closed().await;
+    });
+    within("the end", ended).await;
+    assert!(began.elapsed() < Duration::from_secs(5));
+}
