@@ -154,18 +154,26 @@ impl ServerConnection {
     /// Why the connection is of no use any more.
     pub(super) async fn take_input(&mut self) -> Result<(), Unusable> {
         self.record.take_all_unrequested()?;
-        loop {
-            // What the TLS stream holds; what has arrived since the last turn of the runtime is known to the kernel only.
-            let known = poll_fn(|cx| Poll::Ready(self.poll_input(cx))).await;
-            match known {
-                Poll::Ready(taken) => taken?,
-                Poll::Pending if self.stream.has_input() => {
-                    poll_fn(|cx| self.poll_input(cx)).await?;
+        poll_fn(|cx| {
+            while let Poll::Ready(taken) = self.poll_input(cx) {
+                if taken.is_err() {
+                    return Poll::Ready(taken);
                 }
-                Poll::Pending if self.record.unread.is_empty() => return Ok(()),
-                // The rest of the message would come to the client.
-                Poll::Pending => return Err(Unusable::Partial),
             }
+            // What has arrived since the last turn of the runtime is known to the kernel only, and wakes this task. It may be
+            // TLS's own, such as a ticket: then there is nothing to read.
+            if self.stream.has_input() {
+                Poll::Pending
+            } else {
+                Poll::Ready(Ok(()))
+            }
+        })
+        .await?;
+        if self.record.unread.is_empty() {
+            Ok(())
+        } else {
+            // The rest of the message would come to the client.
+            Err(Unusable::Partial)
         }
     }
 

@@ -1,6 +1,9 @@
 //! A pool of one connection, whose server is the test.
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::{
+    net::SocketAddr,
+    panic::{AssertUnwindSafe, catch_unwind},
+};
 
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -14,7 +17,7 @@ use crate::{
     protocol::frame::frame,
     status::{Label, Registry},
     telemetry::{GaugeGuard, labels::PoolLease},
-    upstream::{Connected, Connection, Greeting, Stream},
+    upstream::{Connected, Connection, Greeting, Stream, tls_pair},
 };
 
 /// The pool, and what it needs to go on.
@@ -44,6 +47,17 @@ fn login() -> Arc<LoginParameters> {
     })
 }
 
+/// Both ends of a connection.
+async fn sockets() -> (TcpStream, TcpStream) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let client = TcpStream::connect(listener.local_addr().unwrap());
+    let (client, accepted) = tokio::join!(client, listener.accept());
+    let (client, server) = (client.unwrap(), accepted.unwrap().0);
+    // What has been written has arrived.
+    server.set_nodelay(true).unwrap();
+    (client, server)
+}
+
 impl Pool {
     fn slot(self: &Arc<Self>) -> Slot {
         let slot = self.lock().open_slot(self, Duration::ZERO);
@@ -54,18 +68,19 @@ impl Pool {
 
     /// A connection that has just been opened, and the server's end of it.
     async fn connection(self: &Arc<Self>) -> (ServerConnection, TcpStream) {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let address = listener.local_addr().unwrap();
-        let socket = TcpStream::connect(address).await.unwrap();
-        let (server, _) = listener.accept().await.unwrap();
+        let (client, server) = sockets().await;
+        (self.opened(Stream::Plain(client.into())), server)
+    }
+
+    fn opened(self: &Arc<Self>, stream: Stream) -> ServerConnection {
         let mut greeting = Greeting::default();
         let status = frame(b'S', b"DateStyle\0ISO, MDY\0");
         greeting.parameter_status.extend_from_slice(&status);
         let connected = Connected {
             connection: Connection {
-                stream: Stream::Plain(socket.into()),
+                stream,
                 greeting,
-                address,
+                address: SocketAddr::from(([127, 0, 0, 1], 5432)),
                 gauge: GaugeGuard::new(&self.context.metrics.upstream_active),
             },
             database: "db".to_owned(),
@@ -73,10 +88,7 @@ impl Pool {
         };
         let login = LoginParameters::clone(&login());
         let lifetime = Duration::from_hours(1);
-        (
-            ServerConnection::new(connected, login, self.slot(), lifetime),
-            server,
-        )
+        ServerConnection::new(connected, login, self.slot(), lifetime)
     }
 }
 
@@ -160,6 +172,30 @@ async fn what_has_just_arrived_is_taken_before_a_client_gets_the_connection() {
     );
     assert_eq!(received(leased.lease).await, 0);
     server.shutdown().await.unwrap();
+}
+
+/// Tickets and key updates are no messages of the server: waiting for one would be for ever.
+#[tokio::test]
+async fn what_tls_sends_to_an_idle_connection_is_no_reason_to_wait_or_to_close_it() {
+    let (_pools, pool) = pool();
+    let (client, server) = sockets().await;
+    let (stream, mut server) = tls_pair(client.into(), server).await;
+    let mut connection = pool.opened(stream);
+    for _ in 0..3 {
+        server.get_mut().1.refresh_traffic_keys().unwrap();
+        server.flush().await.unwrap();
+        let prepared = timeout(Duration::from_secs(10), connection.prepare(&login())).await;
+        connection = prepared.expect("at once").unwrap();
+    }
+    server.write_all(&unrequested()).await.unwrap();
+    server.flush().await.unwrap();
+    let connection = connection.prepare(&login()).await.unwrap();
+    let leased = pool.leased(connection, PoolLease::Idle);
+    assert_eq!(
+        leased.parameter_status,
+        frame(b'S', b"DateStyle\0SQL, DMY\0")
+    );
+    assert_eq!(received(leased.lease).await, 0);
 }
 
 #[tokio::test]

@@ -32,3 +32,5 @@ pub(crate) use failure::Class;
 pub use failure::Failure;
 pub use login::{Connection, Greeting};
 pub(crate) use route::{Problem, Route, RoutePublisher};
+#[cfg(test)]
+pub(crate) use tls_stream::tests::tls_pair;

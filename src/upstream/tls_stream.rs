@@ -427,4 +427,4 @@ fn invalid(error: rustls::Error) -> io::Error {
 }
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;

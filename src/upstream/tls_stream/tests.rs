@@ -9,11 +9,17 @@ use rustls::{
     pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer},
     version,
 };
-use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex},
+    net::TcpStream,
+};
 use tokio_rustls::{TlsAcceptor, server::TlsStream as ServerStream};
 
 use super::*;
-use crate::net::tls::provider;
+use crate::{
+    net::{socket::Socket, tls::provider},
+    upstream::Stream,
+};
 
 const ROOM: usize = 64 * 1024;
 
@@ -146,15 +152,39 @@ async fn shake(
         turn: 0,
         spoil: false,
     };
+    let (client, server) = handshake(config, acceptor, wire, theirs).await;
+    Pair { client, server }
+}
+
+async fn handshake<C, S>(
+    config: Arc<ClientConfig>,
+    acceptor: &TlsAcceptor,
+    client: C,
+    server: S,
+) -> (TlsStream<C>, ServerStream<S>)
+where
+    C: AsyncRead + AsyncWrite + Unpin,
+    S: AsyncRead + AsyncWrite + Unpin,
+{
     let name = ServerName::try_from("localhost").unwrap();
-    let (client, server) = tokio::join!(
-        TlsStream::connect(config, name, wire),
-        acceptor.accept(theirs)
-    );
-    Pair {
-        client: client.unwrap(),
-        server: server.unwrap(),
-    }
+    let connecting = TlsStream::connect(config, name, client);
+    let (client, server) = tokio::join!(connecting, acceptor.accept(server));
+    (client.unwrap(), server.unwrap())
+}
+
+/// A connection to the endpoint over `client`, and the endpoint's end of it over `server`.
+pub(crate) async fn tls_pair(
+    client: Socket,
+    server: TcpStream,
+) -> (Stream, ServerStream<TcpStream>) {
+    let (client, server) = handshake(
+        client_config(&version::TLS13),
+        &acceptor(None),
+        client,
+        server,
+    )
+    .await;
+    (Stream::Tls(client), server)
 }
 
 async fn pair(version: &'static SupportedProtocolVersion) -> Pair {
