@@ -97,7 +97,13 @@ impl Acceptor {
                 Ok(socket) => break socket,
                 Err(error) => {
                     tracing::warn!(%error, "cannot wait for clients; hint: raise the limit of open files (ulimit -n)");
-                    sleep(backoff.next()).await;
+                    if end
+                        .run_until_cancelled(sleep(backoff.next()))
+                        .await
+                        .is_none()
+                    {
+                        return;
+                    }
                 }
             }
         };

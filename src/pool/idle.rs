@@ -6,7 +6,7 @@ use std::{future::poll_fn, sync::Arc, task::Poll, time::Duration};
 use tokio::{
     runtime::Handle,
     task::AbortHandle,
-    time::{Instant, sleep_until},
+    time::{Instant, sleep, sleep_until},
 };
 
 use super::{
@@ -19,11 +19,17 @@ use crate::{
     telemetry::labels::{PoolClose, PoolServer},
 };
 
+/// A connection is watched once it has been idle for this long: most are needed again sooner, and a watch costs as much as
+/// the rest of a lease. Whoever takes one that is not watched looks at it.
+const WATCH_DELAY: Duration = Duration::from_millis(50);
+
 /// A connection that waits for a client.
 pub(super) struct Idle {
     number: u64,
     pub(super) server: ServerConnection,
     since: Instant,
+    /// The runtime that its socket is registered with.
+    runtime: Handle,
     watch: Option<AbortHandle>,
 }
 
@@ -76,7 +82,6 @@ impl ServerConnection {
 impl Pool {
     fn keep(self: &Arc<Self>, mut server: ServerConnection) {
         let settings = self.context.settings.load();
-        let retire_at = server.record.retire_at;
         let mut state = self.lock();
         if server.record.slot.generation != state.generation {
             drop(state);
@@ -101,23 +106,50 @@ impl Pool {
             number,
             server,
             since: Instant::now(),
+            runtime: Handle::current(),
             watch: None,
         });
         let evicted = state.serve(self);
-        if let Some(idle) = state.idle.iter_mut().find(|idle| idle.number == number) {
-            // Earlier than the timeout, so that a pool does not log in anew all at once.
-            let timeout = settings
-                .server_idle_timeout
-                .mul_f64(rand::random_range(0.8..=1.0));
-            let (until, reason) = match Instant::now() + timeout {
-                idle if idle < retire_at => (idle, PoolClose::IdleTimeout),
-                _ => (retire_at, PoolClose::Lifetime),
-            };
-            let watch = Arc::clone(self).watch(number, until, reason);
-            idle.watch = Some(self.context.tasks.spawn(watch).abort_handle());
+        let is_due = state.watches.as_ref().is_none_or(AbortHandle::is_finished);
+        if is_due && !state.idle.is_empty() {
+            let watches = self.context.tasks.spawn(Arc::clone(self).watch_all());
+            state.watches = Some(watches.abort_handle());
         }
         drop(state);
         drop(evicted);
+    }
+
+    /// Watches the connections that stay idle; ends once all of them are watched.
+    async fn watch_all(self: Arc<Self>) {
+        loop {
+            sleep(WATCH_DELAY).await;
+            let settings = self.context.settings.load();
+            let mut state = self.lock();
+            let mut is_done = true;
+            for idle in state.idle.iter_mut().filter(|idle| idle.watch.is_none()) {
+                if idle.since.elapsed() < WATCH_DELAY {
+                    is_done = false;
+                    continue;
+                }
+                // Earlier than the timeout, so that a pool does not log in anew all at once.
+                let timeout = settings
+                    .server_idle_timeout
+                    .mul_f64(rand::random_range(0.8..=1.0));
+                let retire_at = idle.server.record.retire_at;
+                let (until, reason) = match idle.since + timeout {
+                    idle if idle < retire_at => (idle, PoolClose::IdleTimeout),
+                    _ => (retire_at, PoolClose::Lifetime),
+                };
+                let watch = Arc::clone(&self).watch(idle.number, until, reason);
+                let watch = self.context.tasks.track_future(watch);
+                idle.watch = Some(idle.runtime.spawn(watch).abort_handle());
+            }
+            if is_done {
+                // With the lock held, under which others begin.
+                state.watches = None;
+                return;
+            }
+        }
     }
 
     /// Closes an idle connection when the server does, or at `until`.

@@ -41,7 +41,7 @@ use std::{
 
 use arc_swap::ArcSwap;
 use enum_map::EnumMap;
-use tokio::{runtime, sync::Notify};
+use tokio::{runtime, sync::Notify, task::AbortHandle};
 use tokio_util::task::TaskTracker;
 
 use self::{
@@ -123,6 +123,8 @@ struct State {
     servers: EnumMap<PoolServer, usize>,
     /// The one returned last is at the end, and taken first: the others reach their idle timeout.
     idle: Vec<Idle>,
+    /// The task that is about to watch them.
+    watches: Option<AbortHandle>,
     /// By the order of their coming.
     waiting: BTreeMap<u64, Waiter>,
     limit: Limit,
