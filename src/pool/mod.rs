@@ -26,6 +26,7 @@ mod reset;
 mod server;
 pub mod settings;
 mod slot;
+pub mod statements;
 #[cfg(test)]
 mod tests;
 mod waiting;

@@ -1,0 +1,729 @@
+//! Prepared statements that follow their client to another server connection.
+//!
+//! On a connection that several clients share, each statement of the protocol has a name of the pool's, `lbp_` and a number;
+//! equal texts are one statement. A Parse of what the server has is answered here, a Bind of what it has not is preceded by
+//! a Parse, and answers to messages of the pool's are removed. On a connection that one client has had, every byte passes
+//! as it is, and what the client prepares is only recorded.
+//!
+//! - Effects of a message count when its answer comes, in the order of the queue; an error undoes those up to the next Sync.
+//!   What they are cannot be known while an earlier *unit*, which ends in a Sync or a Query, is outstanding: then the message
+//!   waits ([`Blocked`]); for its own unit it does only behind a Flush.
+//! - No error is answered here, because it must also fail the transaction: the server is sent a Bind of a statement that does
+//!   not exist, and the client the error that it should have (`POISON`).
+//! - Nothing is answered between an error and the Sync that ends its unit.
+
+mod sending;
+mod server;
+mod text;
+
+use std::{
+    collections::{HashMap, VecDeque},
+    hash::{DefaultHasher, Hash, Hasher},
+    sync::Arc,
+};
+
+use bytes::{BufMut, BytesMut};
+
+use self::{
+    sending::Sending,
+    server::{Known, Names},
+};
+pub use self::{
+    server::ServerStatements,
+    text::{Meaning, Prepared, Texts},
+};
+use crate::protocol::{
+    error::{ErrorFields, sqlstate},
+    frame::tag,
+    lexer::{Backslash, Kind, Statement, statements},
+    requests::TransactionStatus,
+};
+
+/// Statements that one client may have prepared.
+const MAX_NAMES: usize = 10_000;
+/// Bytes of text that no other client has prepared.
+const MAX_CHARGE: usize = 16 * 1024 * 1024;
+/// Longer texts are not kept.
+pub const LARGE_STATEMENT: usize = 64 * 1024;
+
+/// The body of a Bind of a statement that never exists.
+const POISON: &[u8] = b"\0lbp_0\0\0\0\0\0\0\0";
+
+/// A message of the client.
+#[derive(Clone, Copy, Debug)]
+pub struct ClientMessage<'a> {
+    /// Its type.
+    pub tag: u8,
+    /// Of the body.
+    pub length: usize,
+    /// The body as far as it has arrived: with all names, and all of a Parse or Query that is not large.
+    pub body: &'a [u8],
+}
+
+/// The message must be passed again when the server has answered something.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Blocked;
+
+/// What becomes of a message of the server.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Passage {
+    /// The client gets it, before what was appended.
+    Pass,
+    /// The client does not get it.
+    Drop,
+}
+
+/// The statements of one client, and its messages in flight.
+#[derive(Debug)]
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "independent facts about one stream, not states of a machine"
+)]
+pub struct ClientStatements {
+    texts: Arc<Texts>,
+    names: HashMap<Box<[u8]>, Named>,
+    unnamed: Option<Arc<Prepared>>,
+    charge: usize,
+    queue: VecDeque<Record>,
+    /// What the names are after the queue, where that differs; the unnamed statement has the empty name.
+    latest: HashMap<Box<[u8]>, Latest>,
+    /// The last record that may forget any name.
+    forgets_all: Option<u64>,
+    /// The last Bind whose statement changes names by SQL.
+    portal: Option<(Box<[u8]>, Sql)>,
+    /// Of the connection that is this client's alone.
+    exclusive: Option<u64>,
+    next_id: u64,
+    unit: u64,
+    /// The unit has begun.
+    is_open: bool,
+    /// A ParameterDescription of a Describe in flight.
+    parameters: u64,
+    is_skipping: bool,
+    is_copying_in: bool,
+    status: TransactionStatus,
+    is_lost: bool,
+}
+
+#[derive(Clone, Debug)]
+struct Named {
+    statement: Arc<Prepared>,
+    charge: usize,
+}
+
+#[derive(Debug)]
+struct Latest {
+    id: u64,
+    unit: u64,
+    statement: Option<Arc<Prepared>>,
+}
+
+/// What a name is.
+enum Lookup {
+    Present(Arc<Prepared>),
+    Absent,
+    /// An earlier unit decides.
+    Uncertain,
+}
+
+/// A message in flight, or an answer in its place.
+#[derive(Debug)]
+struct Record {
+    id: u64,
+    unit: u64,
+    awaits: Awaits,
+    shown: Shown,
+    effect: Effect,
+    /// The statement that it names.
+    statement: Option<u64>,
+}
+
+#[derive(Debug)]
+enum Awaits {
+    Parse,
+    Bind,
+    Close,
+    /// Of a statement, for its description.
+    Describe(Option<Arc<Prepared>>),
+    Execute,
+    Sync,
+    Query,
+    CopyEnd,
+    /// Nothing: these messages are the answer.
+    Answer(BytesMut),
+}
+
+/// What the client gets of an answer.
+#[derive(Debug)]
+enum Shown {
+    All,
+    /// Errors only.
+    Errors,
+    /// Errors only, and these without a position in a text that is not the client's.
+    ErrorsOfPool,
+    /// This error, if the server reports that a statement does not exist.
+    Instead(BytesMut),
+}
+
+/// What an answer changes.
+#[derive(Debug)]
+enum Effect {
+    None,
+    /// The server has a statement, if it was sent; the client has it by a name, if there is one.
+    Parsed {
+        statement: Arc<Prepared>,
+        name: Option<(Box<[u8]>, usize)>,
+        is_sent: bool,
+    },
+    /// The unnamed statement of the server, and of the client.
+    Unnamed {
+        statement: Option<Arc<Prepared>>,
+        is_sent: bool,
+        is_clients: bool,
+    },
+    Closed {
+        name: Box<[u8]>,
+        is_sent: bool,
+    },
+    Evicted(Box<Known>),
+    /// Of each CommandComplete in turn.
+    Sql(Vec<Option<Sql>>),
+    /// The description of a statement that was prepared anew.
+    Compared(Arc<Prepared>),
+}
+
+/// A statement that changes the names of prepared statements.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Sql {
+    Deallocate(Box<[u8]>),
+    DeallocateAll,
+}
+
+impl Sql {
+    fn of(statement: &Statement<'_>) -> Option<Self> {
+        let mut tokens = statement.tokens().peekable();
+        let first = tokens.next()?;
+        if first.is_word("discard") {
+            let is_all = tokens.next().is_some_and(|it| it.is_word("all"));
+            return is_all.then_some(Self::DeallocateAll);
+        }
+        if !first.is_word("deallocate") {
+            return None;
+        }
+        let mut name = tokens.next()?;
+        if name.is_word("prepare")
+            && let Some(next) = tokens.next()
+        {
+            name = next;
+        }
+        if name.is_word("all") {
+            return Some(Self::DeallocateAll);
+        }
+        let name = match name.kind {
+            Kind::Word => name.text.to_ascii_lowercase(),
+            Kind::QuotedIdentifier => {
+                let inner = name.text.strip_prefix(b"\"")?.strip_suffix(b"\"")?;
+                String::from_utf8(inner.to_vec())
+                    .ok()?
+                    .replace("\"\"", "\"")
+                    .into_bytes()
+            }
+            _ => return None,
+        };
+        Some(Self::Deallocate(name.into()))
+    }
+
+    fn of_parse(body: &[u8]) -> Option<Self> {
+        let (sql, _) = split_string(body)?;
+        let mut all = statements(sql, Backslash::Plain);
+        Self::of(&all.next()?).filter(|_| all.next().is_none())
+    }
+}
+
+impl ClientStatements {
+    /// A client that has prepared nothing.
+    pub fn new(texts: &Arc<Texts>) -> Self {
+        Self {
+            texts: Arc::clone(texts),
+            names: HashMap::new(),
+            unnamed: None,
+            charge: 0,
+            queue: VecDeque::new(),
+            latest: HashMap::new(),
+            forgets_all: None,
+            portal: None,
+            exclusive: None,
+            next_id: 0,
+            unit: 0,
+            is_open: false,
+            parameters: 0,
+            is_skipping: false,
+            is_copying_in: false,
+            status: TransactionStatus::Idle,
+            is_lost: false,
+        }
+    }
+
+    /// Begins to use a connection, both at rest.
+    pub fn begin(&mut self, server: &mut ServerStatements) {
+        let is_new = self.names.is_empty() && self.unnamed.is_none();
+        match server.names {
+            Names::Exclusive(number) if self.exclusive == Some(number) => return,
+            Names::Fresh if is_new => {
+                let number = self.texts.number();
+                self.exclusive = Some(number);
+                server.names = Names::Exclusive(number);
+                return;
+            }
+            _ => {}
+        }
+        // What the client prepares here, its own connection does not have.
+        self.exclusive = None;
+        server.names = Names::Shared;
+    }
+
+    /// Whether the order of messages is not known any more, so that the connection must not be shared.
+    pub fn is_lost(&self) -> bool {
+        self.is_lost
+    }
+
+    /// Named statements.
+    pub fn len(&self) -> usize {
+        self.names.len()
+    }
+
+    /// Whether the client has no named statement.
+    pub fn is_empty(&self) -> bool {
+        self.names.is_empty()
+    }
+
+    /// Whether the client has a statement that cannot be prepared elsewhere.
+    pub fn has_large(&self) -> bool {
+        self.names.values().any(|it| it.statement.is_large())
+    }
+
+    /// Records a message of the client. Appends what the server is to be sent, and what the client is to be sent at once.
+    /// The rest of the body, from the position returned, follows for the server as it is.
+    ///
+    /// # Errors
+    /// An earlier message must have its answer first. Nothing was recorded, though the server may have to be sent something.
+    pub fn client_sends(
+        &mut self,
+        server: &mut ServerStatements,
+        message: ClientMessage<'_>,
+        meaning: Meaning,
+        to_server: &mut BytesMut,
+        to_client: &mut BytesMut,
+    ) -> Result<usize, Blocked> {
+        if self.is_skipping && message.tag != tag::SYNC {
+            // The server discards it.
+            return Ok(message.length);
+        }
+        let mut sending = Sending {
+            client: self,
+            server,
+            out: to_server,
+        };
+        let sent = sending.message(message, meaning)?;
+        self.answer(server, to_client);
+        Ok(sent)
+    }
+
+    /// Records a message of the server, other than DataRow and CopyData. Appends what the client is to be sent behind it or in
+    /// place of it.
+    pub fn server_sends(
+        &mut self,
+        server: &mut ServerStatements,
+        kind: u8,
+        body: &[u8],
+        to_client: &mut BytesMut,
+    ) -> Passage {
+        let passage = match kind {
+            tag::NOTICE_RESPONSE | tag::NOTIFICATION_RESPONSE | tag::PARAMETER_STATUS => {
+                return Passage::Pass;
+            }
+            tag::ERROR_RESPONSE => self.fail(server, body, to_client),
+            tag::READY_FOR_QUERY => {
+                self.status = match body.first() {
+                    Some(b'T') => TransactionStatus::InTransaction,
+                    Some(b'E') => TransactionStatus::Failed,
+                    _ => TransactionStatus::Idle,
+                };
+                self.is_copying_in = false;
+                match self.queue.front().map(|it| &it.awaits) {
+                    Some(Awaits::Sync | Awaits::Query) => self.complete(server),
+                    _ => self.is_lost = true,
+                }
+                Passage::Pass
+            }
+            _ => self.progress(server, kind, body),
+        };
+        self.answer(server, to_client);
+        passage
+    }
+
+    /// Records an answer that is part of the front message's, or ends it.
+    fn progress(&mut self, server: &mut ServerStatements, kind: u8, body: &[u8]) -> Passage {
+        let Some(front) = self.queue.front_mut() else {
+            self.is_lost = true;
+            return Passage::Pass;
+        };
+        let passage = match front.shown {
+            Shown::All | Shown::Instead(_) => Passage::Pass,
+            Shown::Errors | Shown::ErrorsOfPool => Passage::Drop,
+        };
+        let is_end = match (&front.awaits, kind) {
+            (Awaits::Query, tag::COMMAND_COMPLETE) => {
+                if let Effect::Sql(effects) = &mut front.effect
+                    && !effects.is_empty()
+                    && let Some(sql) = effects.remove(0)
+                {
+                    self.forget(server, &sql);
+                }
+                false
+            }
+            (Awaits::Query, _) | (Awaits::Execute, tag::COPY_OUT_RESPONSE | tag::COPY_DONE) => {
+                false
+            }
+            (Awaits::Parse, tag::PARSE_COMPLETE)
+            | (Awaits::Bind, tag::BIND_COMPLETE)
+            | (Awaits::Close, tag::CLOSE_COMPLETE)
+            | (
+                Awaits::Execute,
+                tag::COMMAND_COMPLETE | tag::EMPTY_QUERY_RESPONSE | tag::PORTAL_SUSPENDED,
+            ) => true,
+            (Awaits::Describe(_), tag::PARAMETER_DESCRIPTION) => {
+                self.parameters = hash(0, body);
+                false
+            }
+            (Awaits::Describe(statement), tag::ROW_DESCRIPTION | tag::NO_DATA) => {
+                let description = hash(self.parameters, body);
+                if let Some(statement) = statement {
+                    let known = *statement.description.get_or_init(|| description);
+                    if let Effect::Compared(statement) = &front.effect
+                        && known != description
+                        && let Some(known) = server.known.get_mut(&statement.number)
+                    {
+                        known.is_changed = true;
+                    }
+                }
+                true
+            }
+            (Awaits::Execute, tag::COPY_IN_RESPONSE) => {
+                self.is_copying_in = true;
+                false
+            }
+            _ => {
+                self.is_lost = true;
+                false
+            }
+        };
+        if is_end {
+            if std::mem::take(&mut self.is_copying_in) {
+                self.end_copy_in();
+            }
+            self.complete(server);
+        }
+        passage
+    }
+
+    /// Removes the Syncs that a COPY from the client has read before its CopyDone.
+    fn end_copy_in(&mut self) {
+        let end = self
+            .queue
+            .iter()
+            .position(|it| matches!(it.awaits, Awaits::CopyEnd));
+        let Some(end) = end else {
+            self.is_lost = true;
+            return;
+        };
+        let is_read = |it: &Record| matches!(it.awaits, Awaits::Sync | Awaits::CopyEnd);
+        self.is_lost |= self.queue.range(1..=end).any(|it| !is_read(it));
+        self.queue.drain(1..=end);
+    }
+
+    /// Ends the front message with success.
+    fn complete(&mut self, server: &mut ServerStatements) {
+        let Some(record) = self.queue.pop_front() else {
+            return;
+        };
+        self.settle(server, &record);
+        match record.effect {
+            Effect::Parsed {
+                statement,
+                name,
+                is_sent,
+            } => {
+                if is_sent && let Some(known) = server.known.get_mut(&statement.number) {
+                    known.pending = None;
+                }
+                if let Some((name, charge)) = name {
+                    self.charge += charge;
+                    self.names.insert(name, Named { statement, charge });
+                }
+            }
+            Effect::Unnamed {
+                statement,
+                is_sent,
+                is_clients,
+            } => {
+                if is_sent {
+                    server.unnamed.clone_from(&statement);
+                }
+                if is_clients {
+                    self.unnamed = statement;
+                }
+            }
+            Effect::Closed { name, is_sent } => {
+                let closed = self.forget_name(&name);
+                if is_sent && let Some(closed) = closed {
+                    // A statement of two names has one of them at the server.
+                    let is_closed = |known: &Known| known.name == name || closed.is_large();
+                    server
+                        .known
+                        .retain(|number, known| *number != closed.number || !is_closed(known));
+                }
+            }
+            Effect::Sql(effects) => {
+                if matches!(record.awaits, Awaits::Query) {
+                    // At its start, whatever has become of it.
+                    self.unnamed = None;
+                    server.unnamed = None;
+                } else {
+                    for sql in effects.into_iter().flatten() {
+                        self.forget(server, &sql);
+                    }
+                }
+            }
+            Effect::None | Effect::Evicted(_) | Effect::Compared(_) => {}
+        }
+    }
+
+    /// Ends a message that the server has not executed.
+    fn skip(&mut self, server: &mut ServerStatements, record: Record) {
+        self.settle(server, &record);
+        match record.effect {
+            Effect::Parsed {
+                statement,
+                is_sent: true,
+                ..
+            } => {
+                server.known.remove(&statement.number);
+            }
+            Effect::Evicted(known) => {
+                server.known.insert(known.statement.number, *known);
+            }
+            _ => {}
+        }
+    }
+
+    /// What every end of a message has in common.
+    fn settle(&mut self, server: &mut ServerStatements, record: &Record) {
+        if let Some(number) = record.statement {
+            server.release(number);
+        }
+        let name: &[u8] = match &record.effect {
+            Effect::Parsed {
+                name: Some((name, _)),
+                ..
+            }
+            | Effect::Closed { name, .. } => name,
+            Effect::Unnamed { .. } => b"",
+            Effect::Evicted(known) => {
+                server.leaving.remove(&known.statement.number);
+                return;
+            }
+            Effect::Sql(_) => {
+                if self.forgets_all == Some(record.id) {
+                    self.forgets_all = None;
+                }
+                b""
+            }
+            _ => return,
+        };
+        if self.latest.get(name).is_some_and(|it| it.id == record.id) {
+            self.latest.remove(name);
+        }
+    }
+
+    fn fail(
+        &mut self,
+        server: &mut ServerStatements,
+        body: &[u8],
+        to_client: &mut BytesMut,
+    ) -> Passage {
+        match self.queue.front().map(|it| &it.awaits) {
+            // Of a commit, or the reason for the end of the connection.
+            None | Some(Awaits::Sync | Awaits::Query) => {
+                return self.show_error(body, to_client);
+            }
+            Some(_) => {}
+        }
+        if std::mem::take(&mut self.is_copying_in) {
+            // Whether it had read the Syncs behind it is not known.
+            self.is_lost |= self
+                .queue
+                .iter()
+                .any(|it| matches!(it.awaits, Awaits::CopyEnd))
+                || matches!(self.queue.get(1).map(|it| &it.awaits), Some(Awaits::Sync));
+        }
+        let passage = self.show_error(body, to_client);
+        let Some(front) = self.queue.pop_front() else {
+            return passage;
+        };
+        let error = ErrorFields::parse(body);
+        if error.code == sqlstate::FEATURE_NOT_SUPPORTED && error.message.contains("cached plan") {
+            let known = front.statement.and_then(|it| server.known.get_mut(&it));
+            if let Some(known) = known {
+                known.is_stale = true;
+            }
+        }
+        if let Effect::Unnamed {
+            is_sent,
+            is_clients,
+            ..
+        } = front.effect
+        {
+            // A Parse destroys the unnamed statement before it fails.
+            if is_sent {
+                server.unnamed = None;
+            }
+            if is_clients {
+                self.unnamed = None;
+            }
+        }
+        let sync = self
+            .queue
+            .iter()
+            .position(|it| matches!(it.awaits, Awaits::Sync));
+        self.is_skipping = sync.is_none();
+        let discarded: Vec<Record> = self
+            .queue
+            .drain(..sync.unwrap_or(self.queue.len()))
+            .collect();
+        // Backwards: a statement may have been evicted and prepared again.
+        for record in discarded.into_iter().rev().chain([front]) {
+            self.skip(server, record);
+        }
+        passage
+    }
+
+    /// What the client gets of an error of the front message.
+    fn show_error(&self, body: &[u8], to_client: &mut BytesMut) -> Passage {
+        match self.queue.front().map(|it| &it.shown) {
+            Some(Shown::Instead(report))
+                if ErrorFields::parse(body).code == sqlstate::UNDEFINED_STATEMENT =>
+            {
+                to_client.extend_from_slice(report);
+                Passage::Drop
+            }
+            Some(Shown::ErrorsOfPool) => {
+                without_position(body, to_client);
+                Passage::Drop
+            }
+            _ => Passage::Pass,
+        }
+    }
+
+    /// Appends the answers whose turn it is.
+    fn answer(&mut self, server: &mut ServerStatements, to_client: &mut BytesMut) {
+        while let Some(Awaits::Answer(answer)) = self.queue.front().map(|it| &it.awaits) {
+            to_client.extend_from_slice(answer);
+            self.complete(server);
+        }
+    }
+
+    fn forget(&mut self, server: &mut ServerStatements, sql: &Sql) {
+        match sql {
+            Sql::Deallocate(name) => {
+                let of_client = self.forget_name(name).map(|it| it.number);
+                server.known.retain(|number, known| {
+                    Some(*number) != of_client && known.name != *name || known.pending.is_some()
+                });
+            }
+            Sql::DeallocateAll => {
+                self.names.clear();
+                self.charge = 0;
+                server.known.retain(|_, known| known.pending.is_some());
+            }
+        }
+    }
+
+    fn forget_name(&mut self, name: &[u8]) -> Option<Arc<Prepared>> {
+        let named = self.names.remove(name)?;
+        self.charge = self.charge.saturating_sub(named.charge);
+        Some(named.statement)
+    }
+
+    fn lookup(&self, name: &[u8]) -> Lookup {
+        if self.forgets_all.is_some() && !name.is_empty() {
+            return Lookup::Uncertain;
+        }
+        let statement = match self.latest.get(name) {
+            Some(latest) if latest.unit != self.unit => return Lookup::Uncertain,
+            Some(latest) => latest.statement.as_ref(),
+            None if name.is_empty() => self.unnamed.as_ref(),
+            None => self.names.get(name).map(|it| &it.statement),
+        };
+        match statement {
+            Some(statement) => Lookup::Present(Arc::clone(statement)),
+            None => Lookup::Absent,
+        }
+    }
+
+    /// Whether a statement that may have this name changes names by SQL.
+    fn may_change_names(&self, name: &[u8]) -> bool {
+        let latest = self.latest.get(name).and_then(|it| it.statement.as_ref());
+        let current = if name.is_empty() {
+            self.unnamed.as_ref()
+        } else {
+            self.names.get(name).map(|it| &it.statement)
+        };
+        latest.into_iter().chain(current).any(|it| it.sql.is_some())
+    }
+
+    /// Whether an earlier unit is outstanding.
+    fn has_earlier_unit(&self) -> bool {
+        self.queue.front().is_some_and(|it| it.unit != self.unit)
+    }
+}
+
+/// Appends a message whose last `rest` bytes follow.
+fn put(out: &mut BytesMut, tag: u8, parts: &[&[u8]], rest: usize) {
+    let length = 4 + rest + parts.iter().map(|it| it.len()).sum::<usize>();
+    out.put_u8(tag);
+    out.put_u32(u32::try_from(length).unwrap_or(u32::MAX));
+    for part in parts {
+        out.put_slice(part);
+    }
+}
+
+/// The string in front of a zero byte, and what follows that.
+fn split_string(body: &[u8]) -> Option<(&[u8], &[u8])> {
+    let end = body.iter().position(|&byte| byte == 0)?;
+    Some((body.get(..end)?, body.get(end + 1..)?))
+}
+
+/// Appends an ErrorResponse without the position in the text.
+fn without_position(mut body: &[u8], out: &mut BytesMut) {
+    let mut fields = Vec::new();
+    while let Some((field, rest)) = split_string(body).filter(|(field, _)| !field.is_empty()) {
+        if field.first() != Some(&b'P') {
+            fields.extend_from_slice(field);
+            fields.push(0);
+        }
+        body = rest;
+    }
+    fields.push(0);
+    put(out, tag::ERROR_RESPONSE, &[&fields], 0);
+}
+
+fn hash(seed: u64, body: &[u8]) -> u64 {
+    // Only within the process, and of what servers send.
+    let mut hasher = DefaultHasher::new();
+    (seed, body).hash(&mut hasher);
+    hasher.finish()
+}
+
+#[cfg(test)]
+mod tests;

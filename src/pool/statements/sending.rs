@@ -1,0 +1,651 @@
+//! What a message of the client becomes on its way to the server.
+
+use std::sync::Arc;
+
+use bytes::BytesMut;
+
+use super::{
+    Awaits, Blocked, ClientMessage, ClientStatements, Effect, LARGE_STATEMENT, Latest, Lookup,
+    MAX_CHARGE, MAX_NAMES, Meaning, POISON, Prepared, Record, ServerStatements, Shown, Sql, put,
+    split_string,
+};
+use crate::protocol::{
+    error::{Report, sqlstate},
+    frame::tag,
+    lexer::{Backslash, statements},
+    requests::TransactionStatus,
+};
+
+/// One message of the client on its way to the server.
+pub(super) struct Sending<'a> {
+    pub(super) client: &'a mut ClientStatements,
+    pub(super) server: &'a mut ServerStatements,
+    pub(super) out: &'a mut BytesMut,
+}
+
+/// A statement of the client that the server has.
+struct Resolved {
+    /// At the server.
+    name: Box<[u8]>,
+    statement: Arc<Prepared>,
+}
+
+impl Sending<'_> {
+    pub(super) fn message(
+        &mut self,
+        message: ClientMessage<'_>,
+        meaning: Meaning,
+    ) -> Result<usize, Blocked> {
+        let ClientMessage { tag, body, .. } = message;
+        match tag {
+            tag::PARSE => {
+                let Some((name, rest)) = split_string(body) else {
+                    return Ok(self.forward(message));
+                };
+                if name.is_empty() {
+                    Ok(self.parse_unnamed(message, rest))
+                } else {
+                    self.parse(message, name, rest, meaning)
+                }
+            }
+            tag::BIND => {
+                let Some((portal, rest)) = split_string(body) else {
+                    return Ok(self.forward(message));
+                };
+                let Some((name, rest)) = split_string(rest) else {
+                    return Ok(self.forward(message));
+                };
+                let head = body.len() - rest.len();
+                self.bind(message, portal, name, head, meaning)
+            }
+            tag::DESCRIBE if body.first() == Some(&b'S') => {
+                let name = split_string(body.get(1..).unwrap_or_default());
+                let (name, _) = name.unwrap_or_default();
+                self.describe(message, name, meaning)
+            }
+            tag::CLOSE if body.first() == Some(&b'S') => {
+                let name = split_string(body.get(1..).unwrap_or_default());
+                let (name, _) = name.unwrap_or_default();
+                Ok(self.close(message, name))
+            }
+            tag::DESCRIBE => {
+                let sent = self.forward(message);
+                self.record(Awaits::Describe(None), Shown::All, Effect::None);
+                Ok(sent)
+            }
+            tag::CLOSE => {
+                let sent = self.forward(message);
+                self.record(Awaits::Close, Shown::All, Effect::None);
+                Ok(sent)
+            }
+            tag::EXECUTE => {
+                let (portal, _) = split_string(body).unwrap_or_default();
+                let sql = self.client.portal.as_ref();
+                let sql = sql.filter(|(it, _)| **it == *portal);
+                match sql.map(|(_, sql)| sql.clone()) {
+                    Some(sql) if body.len() == message.length => self.execute(message, sql),
+                    _ => {
+                        self.forward(message);
+                        self.record(Awaits::Execute, Shown::All, Effect::None);
+                        return Ok(0);
+                    }
+                }
+                Ok(message.length)
+            }
+            tag::QUERY => self.query(message),
+            tag::SYNC | tag::FUNCTION_CALL => {
+                let sent = self.forward(message);
+                let awaits = if tag == tag::SYNC {
+                    self.client.is_skipping = false;
+                    Awaits::Sync
+                } else {
+                    Awaits::Query
+                };
+                self.record(awaits, Shown::All, Effect::None);
+                self.end_unit();
+                Ok(sent)
+            }
+            tag::COPY_DONE | tag::COPY_FAIL => {
+                let sent = self.forward(message);
+                let front = self.client.queue.front().map(|it| &it.awaits);
+                if matches!(front, Some(Awaits::Execute)) {
+                    self.client.is_lost |= !self.client.is_copying_in;
+                    self.record(Awaits::CopyEnd, Shown::All, Effect::None);
+                }
+                Ok(sent)
+            }
+            _ => Ok(self.forward(message)),
+        }
+    }
+
+    /// Passes the message as it is.
+    fn forward(&mut self, message: ClientMessage<'_>) -> usize {
+        put(self.out, message.tag, &[], message.length);
+        0
+    }
+
+    fn record(&mut self, awaits: Awaits, shown: Shown, effect: Effect) {
+        self.record_use(awaits, shown, effect, None);
+    }
+
+    fn record_use(&mut self, awaits: Awaits, shown: Shown, effect: Effect, used: Option<u64>) {
+        let client = &mut *self.client;
+        client.next_id += 1;
+        client.is_open = true;
+        let (id, unit) = (client.next_id, client.unit);
+        let latest = match &effect {
+            Effect::Parsed {
+                name: Some((name, _)),
+                statement,
+                ..
+            } => Some((&name[..], Some(statement))),
+            Effect::Closed { name, .. } => Some((&name[..], None)),
+            Effect::Unnamed { statement, .. } => Some((&b""[..], statement.as_ref())),
+            Effect::Sql(effects) => {
+                if effects.iter().any(Option::is_some) {
+                    client.forgets_all = Some(id);
+                }
+                matches!(awaits, Awaits::Query).then_some((&b""[..], None))
+            }
+            _ => None,
+        };
+        if let Some((name, statement)) = latest {
+            let latest = Latest {
+                id,
+                unit,
+                statement: statement.cloned(),
+            };
+            client.latest.insert(name.into(), latest);
+        }
+        if let Some(number) = used {
+            self.server.use_one(number);
+        }
+        client.queue.push_back(Record {
+            id,
+            unit,
+            awaits,
+            shown,
+            effect,
+            statement: used,
+        });
+    }
+
+    fn end_unit(&mut self) {
+        self.client.unit += 1;
+        self.client.is_open = false;
+    }
+
+    /// Executes a statement that changes names.
+    fn execute(&mut self, message: ClientMessage<'_>, sql: Sql) {
+        put(self.out, message.tag, &[message.body], 0);
+        let is_exclusive = self.server.is_exclusive();
+        let shown = match &sql {
+            Sql::Deallocate(name) if !is_exclusive => {
+                Shown::Instead(unknown_statement(name).encode_error())
+            }
+            _ => Shown::All,
+        };
+        self.record(Awaits::Execute, shown, Effect::Sql(vec![Some(sql)]));
+        if !is_exclusive {
+            // What follows in its own unit waits for it, too.
+            put(self.out, tag::FLUSH, &[], 0);
+        }
+    }
+
+    fn parse_unnamed(&mut self, message: ClientMessage<'_>, rest: &[u8]) -> usize {
+        let statement = (message.length <= LARGE_STATEMENT).then(|| Arc::new(Prepared::new(rest)));
+        let sent = self.forward(message);
+        let effect = Effect::Unnamed {
+            statement,
+            is_sent: true,
+            is_clients: true,
+        };
+        self.record(Awaits::Parse, Shown::All, effect);
+        sent
+    }
+
+    fn parse(
+        &mut self,
+        message: ClientMessage<'_>,
+        name: &[u8],
+        rest: &[u8],
+        meaning: Meaning,
+    ) -> Result<usize, Blocked> {
+        let is_exclusive = self.server.is_exclusive();
+        let found = match self.client.lookup(name) {
+            Lookup::Uncertain if !is_exclusive => return Err(Blocked),
+            found => found,
+        };
+        if message.length > LARGE_STATEMENT && !matches!(found, Lookup::Present(_)) {
+            return Ok(self.parse_large(message, name));
+        }
+        let interned = self.client.texts.intern(rest, meaning);
+        let interned = interned.filter(|(_, is_new)| {
+            let charge = if *is_new { rest.len() } else { 0 };
+            self.client.names.len() < MAX_NAMES && self.client.charge + charge <= MAX_CHARGE
+        });
+        let Some((statement, is_new)) = interned else {
+            self.poison(
+                &Report::new("53200", "too many prepared statements").with_hint(
+                    "Deallocate statements that are not used, or raise --prepared-statement-memory.",
+                ),
+            );
+            return Ok(message.length);
+        };
+        let number = statement.number;
+        let charge = if is_new { rest.len() } else { 0 };
+        let parsed = |statement, is_sent| Effect::Parsed {
+            statement,
+            name: Some((name.into(), charge)),
+            is_sent,
+        };
+        if is_exclusive {
+            let is_sent = !self.server.known.contains_key(&number);
+            if is_sent {
+                self.server.add(&statement, name, self.client.unit);
+            }
+            let sent = self.forward(message);
+            self.record(Awaits::Parse, Shown::All, parsed(statement, is_sent));
+            return Ok(sent);
+        }
+        if let Lookup::Present(_) = found {
+            if self.server.is_uncertain(number, self.client.unit) {
+                return Err(Blocked);
+            }
+            // The server parses it first, as it may have another error.
+            self.send_parse(&statement, Shown::Errors)?;
+            let name = String::from_utf8_lossy(name);
+            let message_text = format!("prepared statement \"{name}\" already exists");
+            self.poison(&Report::new("42P05", message_text));
+            return Ok(message.length);
+        }
+        let unit = self.client.unit;
+        let is_failed = self.client.status == TransactionStatus::Failed;
+        if self.server.is_uncertain(number, unit) {
+            return Err(Blocked);
+        }
+        let is_answered = match self.server.known.get(&number) {
+            Some(_) if self.client.has_earlier_unit() => return Err(Blocked),
+            // What fails before it skips both.
+            Some(known) => known.pending.is_some() || !known.is_stale && !is_failed,
+            None => false,
+        };
+        if is_answered || !self.send_parse(&statement, Shown::All)? {
+            let mut answer = BytesMut::new();
+            put(&mut answer, tag::PARSE_COMPLETE, &[], 0);
+            let effect = parsed(statement, false);
+            self.record(Awaits::Answer(answer), Shown::All, effect);
+            return Ok(message.length);
+        }
+        // The effect of the Parse is the client's, too.
+        if let Some(last) = self.client.queue.back_mut() {
+            last.effect = parsed(Arc::clone(&statement), true);
+            let latest = Latest {
+                id: last.id,
+                unit,
+                statement: Some(statement),
+            };
+            self.client.latest.insert(name.into(), latest);
+        }
+        Ok(message.length)
+    }
+
+    /// Passes a text that is not kept.
+    fn parse_large(&mut self, message: ClientMessage<'_>, name: &[u8]) -> usize {
+        let statement = self.client.texts.large();
+        let head = name.len() + 1;
+        let shared = shared_name(statement.number);
+        let server_name = if self.server.is_exclusive() {
+            name
+        } else {
+            &shared
+        };
+        put(
+            self.out,
+            tag::PARSE,
+            &[server_name, b"\0"],
+            message.length - head,
+        );
+        self.server.add(&statement, server_name, self.client.unit);
+        let effect = Effect::Parsed {
+            statement,
+            name: Some((name.into(), 0)),
+            is_sent: true,
+        };
+        self.record(Awaits::Parse, Shown::All, effect);
+        head
+    }
+
+    /// Has the server parse a statement, anew if it has it; `false` if messages of this unit name it.
+    fn send_parse(&mut self, statement: &Arc<Prepared>, shown: Shown) -> Result<bool, Blocked> {
+        let known = self.server.known.get(&statement.number);
+        if known.is_some_and(|it| it.pending.is_some() || it.uses > 0) {
+            if self.client.has_earlier_unit() {
+                return Err(Blocked);
+            }
+            return Ok(false);
+        }
+        let old = self.server.known.remove(&statement.number);
+        // More than one, when too many were in flight to evict any of them.
+        let mut evicted = Vec::from_iter(old);
+        evicted.extend(std::iter::from_fn(|| self.server.evict()));
+        for known in evicted {
+            put(self.out, tag::CLOSE, &[b"S", &known.name, b"\0"], 0);
+            let number = known.statement.number;
+            self.server.leaving.insert(number, self.client.unit);
+            let effect = Effect::Evicted(Box::new(known));
+            self.record(Awaits::Close, Shown::Errors, effect);
+        }
+        let name = shared_name(statement.number);
+        put(self.out, tag::PARSE, &[&name, b"\0", &statement.body], 0);
+        self.server.add(statement, &name, self.client.unit);
+        let effect = Effect::Parsed {
+            statement: Arc::clone(statement),
+            name: None,
+            is_sent: true,
+        };
+        self.record(Awaits::Parse, shown, effect);
+        Ok(true)
+    }
+
+    /// Sees to it that the server has a statement of the client's.
+    fn ensure(&mut self, statement: &Arc<Prepared>) -> Result<(), Blocked> {
+        if self.server.is_uncertain(statement.number, self.client.unit) {
+            return Err(Blocked);
+        }
+        if !self.server.known.contains_key(&statement.number) {
+            self.send_parse(statement, Shown::ErrorsOfPool)?;
+        }
+        Ok(())
+    }
+
+    fn name(&self, statement: &Prepared) -> Box<[u8]> {
+        match self.server.known.get(&statement.number) {
+            Some(known) => known.name.clone(),
+            None => shared_name(statement.number),
+        }
+    }
+
+    /// What the server knows a statement by; `None` if the error is on its way.
+    fn resolve(&mut self, name: &[u8], meaning: Meaning) -> Result<Option<Resolved>, Blocked> {
+        let statement = match self.client.lookup(name) {
+            Lookup::Uncertain => return Err(Blocked),
+            Lookup::Present(statement) => statement,
+            Lookup::Absent => {
+                self.poison(&unknown_statement(name));
+                return Ok(None);
+            }
+        };
+        if name.is_empty() {
+            if let Some(Sql::Deallocate(name)) = &statement.sql {
+                // By the name that the server has it by.
+                let shared = match self.client.lookup(name) {
+                    Lookup::Uncertain => return Err(Blocked),
+                    Lookup::Absent => shared_name(0),
+                    Lookup::Present(prepared) => {
+                        self.ensure(&prepared)?;
+                        self.name(&prepared)
+                    }
+                };
+                let sql = deallocate(&shared);
+                self.parse_for_client(&statement, &[&sql, b"\0\0\0"]);
+                return Ok(Some(Resolved {
+                    name: Box::default(),
+                    statement,
+                }));
+            }
+            let is_here = self.client.latest.contains_key(name)
+                || self
+                    .server
+                    .unnamed
+                    .as_ref()
+                    .is_some_and(|it| Arc::ptr_eq(it, &statement));
+            if !is_here {
+                self.parse_for_client(&statement, &[&statement.body]);
+            }
+            return Ok(Some(Resolved {
+                name: Box::default(),
+                statement,
+            }));
+        }
+        let is_known = self.server.known.contains_key(&statement.number);
+        let is_described = statement.description.get().is_some();
+        if !is_known && is_described && statement.meaning.epoch != meaning.epoch {
+            // A definition since may have changed what it returns, which the client does not expect.
+            self.ensure(&statement)?;
+            let name = self.name(&statement);
+            put(self.out, tag::DESCRIBE, &[b"S", &name, b"\0"], 0);
+            let awaits = Awaits::Describe(Some(Arc::clone(&statement)));
+            let number = Some(statement.number);
+            let effect = Effect::Compared(statement);
+            self.record_use(awaits, Shown::ErrorsOfPool, effect, number);
+            put(self.out, tag::FLUSH, &[], 0);
+            return Err(Blocked);
+        }
+        let is_compared = |it: &Record| matches!(&it.effect, Effect::Compared(it) if it.number == statement.number);
+        if self.client.queue.iter().any(is_compared) {
+            return Err(Blocked);
+        }
+        if self
+            .server
+            .known
+            .get(&statement.number)
+            .is_some_and(|it| it.is_changed)
+        {
+            let what = "cached plan must not change result type";
+            self.poison(&Report::new(sqlstate::FEATURE_NOT_SUPPORTED, what));
+            return Ok(None);
+        }
+        self.ensure(&statement)?;
+        let name = self.name(&statement);
+        Ok(Some(Resolved { name, statement }))
+    }
+
+    /// Has the server parse the unnamed statement of the client.
+    fn parse_for_client(&mut self, statement: &Arc<Prepared>, body: &[&[u8]]) {
+        let body = body.concat();
+        put(self.out, tag::PARSE, &[b"\0", &body], 0);
+        let effect = Effect::Unnamed {
+            statement: Some(Arc::clone(statement)),
+            is_sent: true,
+            is_clients: false,
+        };
+        self.record(Awaits::Parse, Shown::ErrorsOfPool, effect);
+    }
+
+    fn bind(
+        &mut self,
+        message: ClientMessage<'_>,
+        portal: &[u8],
+        name: &[u8],
+        head: usize,
+        meaning: Meaning,
+    ) -> Result<usize, Blocked> {
+        if self.server.is_exclusive() {
+            let statement = match self.client.lookup(name) {
+                Lookup::Present(statement) => Some(statement),
+                // Of interest only if its Execute may change names.
+                Lookup::Uncertain if self.client.may_change_names(name) => return Err(Blocked),
+                Lookup::Absent | Lookup::Uncertain => None,
+            };
+            self.bound(portal, statement.as_deref());
+            let sent = self.forward(message);
+            let number = statement.map(|it| it.number).filter(|it| *it > 0);
+            self.record_use(Awaits::Bind, Shown::All, Effect::None, number);
+            return Ok(sent);
+        }
+        let Some(Resolved { name, statement }) = self.resolve(name, meaning)? else {
+            return Ok(message.length);
+        };
+        self.bound(portal, Some(&statement));
+        let rest = message.length - head;
+        put(self.out, tag::BIND, &[portal, b"\0", &name, b"\0"], rest);
+        let number = (statement.number > 0).then_some(statement.number);
+        self.record_use(Awaits::Bind, Shown::All, Effect::None, number);
+        Ok(head)
+    }
+
+    /// Records what an Execute of the portal changes.
+    fn bound(&mut self, portal: &[u8], statement: Option<&Prepared>) {
+        if let Some(sql) = statement.and_then(|it| it.sql.clone()) {
+            self.client.portal = Some((portal.into(), sql));
+        } else if self
+            .client
+            .portal
+            .as_ref()
+            .is_some_and(|(it, _)| **it == *portal)
+        {
+            self.client.portal = None;
+        }
+    }
+
+    fn describe(
+        &mut self,
+        message: ClientMessage<'_>,
+        name: &[u8],
+        meaning: Meaning,
+    ) -> Result<usize, Blocked> {
+        if self.server.is_exclusive() {
+            let statement = match self.client.lookup(name) {
+                Lookup::Present(statement) => Some(statement),
+                Lookup::Absent | Lookup::Uncertain => None,
+            };
+            let sent = self.forward(message);
+            self.record(Awaits::Describe(statement), Shown::All, Effect::None);
+            return Ok(sent);
+        }
+        let Some(Resolved { name, statement }) = self.resolve(name, meaning)? else {
+            return Ok(message.length);
+        };
+        put(self.out, tag::DESCRIBE, &[b"S", &name, b"\0"], 0);
+        let number = (statement.number > 0).then_some(statement.number);
+        let awaits = Awaits::Describe(Some(statement));
+        self.record_use(awaits, Shown::All, Effect::None, number);
+        Ok(message.length)
+    }
+
+    fn close(&mut self, message: ClientMessage<'_>, name: &[u8]) -> usize {
+        let is_sent = self.server.is_exclusive();
+        let effect = if name.is_empty() {
+            Effect::Unnamed {
+                statement: None,
+                is_sent,
+                is_clients: true,
+            }
+        } else {
+            let name = name.into();
+            Effect::Closed { name, is_sent }
+        };
+        if is_sent {
+            let sent = self.forward(message);
+            self.record(Awaits::Close, Shown::All, effect);
+            return sent;
+        }
+        if let Lookup::Present(statement) = self.client.lookup(name)
+            && statement.is_large()
+        {
+            let server_name = self.name(&statement);
+            put(self.out, tag::CLOSE, &[b"S", &server_name, b"\0"], 0);
+            let effect = Effect::Closed {
+                name: name.into(),
+                is_sent: true,
+            };
+            self.record(Awaits::Close, Shown::All, effect);
+            return message.length;
+        }
+        // The server's own statement stays for others, and until it is evicted.
+        let mut answer = BytesMut::new();
+        put(&mut answer, tag::CLOSE_COMPLETE, &[], 0);
+        self.record(Awaits::Answer(answer), Shown::All, effect);
+        message.length
+    }
+
+    fn query(&mut self, message: ClientMessage<'_>) -> Result<usize, Blocked> {
+        let sql = match split_string(message.body) {
+            Some((sql, _)) if message.length <= LARGE_STATEMENT => sql,
+            _ => b"",
+        };
+        let effects: Vec<Option<Sql>> = statements(sql, Backslash::Plain)
+            .map(|it| Sql::of(&it))
+            .collect();
+        if let [Some(Sql::Deallocate(name))] = &effects[..]
+            && !self.server.is_exclusive()
+        {
+            if self.client.has_earlier_unit() {
+                return Err(Blocked);
+            }
+            let found = self.client.lookup(name);
+            self.deallocate(name, &found)?;
+            self.end_unit();
+            return Ok(message.length);
+        }
+        let sent = self.forward(message);
+        self.record(Awaits::Query, Shown::All, Effect::Sql(effects));
+        self.end_unit();
+        Ok(sent)
+    }
+
+    /// Ends a statement by a Query of that alone.
+    fn deallocate(&mut self, name: &[u8], found: &Lookup) -> Result<(), Blocked> {
+        let is_alone = !self.client.is_open;
+        let status = match (found, self.client.status) {
+            (Lookup::Present(_), TransactionStatus::Idle) if is_alone => Some(b"I"),
+            (Lookup::Present(_), TransactionStatus::InTransaction) if is_alone => Some(b"T"),
+            // Extended messages before it are ended by the query, and a failed transaction refuses it.
+            _ => None,
+        };
+        if let Some(status) = status {
+            let mut answer = BytesMut::new();
+            put(&mut answer, tag::COMMAND_COMPLETE, &[b"DEALLOCATE\0"], 0);
+            put(&mut answer, tag::READY_FOR_QUERY, &[status], 0);
+            let effect = Effect::Closed {
+                name: name.into(),
+                is_sent: false,
+            };
+            self.record(Awaits::Answer(answer), Shown::All, effect);
+            self.client.unnamed = None;
+            return Ok(());
+        }
+        let (shared, effects) = match found {
+            Lookup::Present(statement) if !is_alone => {
+                self.ensure(statement)?;
+                let sql = Sql::Deallocate(name.into());
+                (self.name(statement), vec![Some(sql)])
+            }
+            // The server has perhaps a statement of the client's name, but this one never.
+            _ => (shared_name(0), Vec::new()),
+        };
+        let sql = deallocate(&shared);
+        put(self.out, tag::QUERY, &[&sql, b"\0"], 0);
+        let shown = Shown::Instead(unknown_statement(name).encode_error());
+        self.record(Awaits::Query, shown, Effect::Sql(effects));
+        Ok(())
+    }
+
+    /// Has the server fail as it would for `report`.
+    fn poison(&mut self, report: &Report) {
+        put(self.out, tag::BIND, &[POISON], 0);
+        let shown = Shown::Instead(report.encode_error());
+        self.record(Awaits::Bind, shown, Effect::None);
+    }
+}
+
+fn unknown_statement(name: &[u8]) -> Report {
+    let name = String::from_utf8_lossy(name);
+    let what = if name.is_empty() {
+        "unnamed prepared statement does not exist".to_owned()
+    } else {
+        format!("prepared statement \"{name}\" does not exist")
+    };
+    Report::new(sqlstate::UNDEFINED_STATEMENT, what)
+}
+
+/// The statement for a name of the pool's or of a client's.
+fn deallocate(name: &[u8]) -> Vec<u8> {
+    let name = String::from_utf8_lossy(name).replace('"', "\"\"");
+    format!("DEALLOCATE \"{name}\"").into_bytes()
+}
+
+fn shared_name(number: u64) -> Box<[u8]> {
+    format!("lbp_{number}").into_bytes().into()
+}

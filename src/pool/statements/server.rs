@@ -1,0 +1,136 @@
+//! The prepared statements of one server connection.
+
+use std::{collections::HashMap, sync::Arc};
+
+use super::text::Prepared;
+
+/// What a server connection has prepared.
+#[derive(Debug)]
+pub struct ServerStatements {
+    pub(super) names: Names,
+    /// By number.
+    pub(super) known: HashMap<u64, Known>,
+    /// Closed by the unit of the client with this number, which may be skipped.
+    pub(super) leaving: HashMap<u64, u64>,
+    pub(super) unnamed: Option<Arc<Prepared>>,
+    limit: usize,
+    clock: u64,
+}
+
+/// Whose names statements have at the server.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Names {
+    /// No client has had the connection.
+    Fresh,
+    /// One client has had it, and no other connection since: its own.
+    Exclusive(u64),
+    /// The pool's.
+    Shared,
+}
+
+/// A statement that the server has.
+#[derive(Debug)]
+pub(super) struct Known {
+    pub(super) statement: Arc<Prepared>,
+    pub(super) name: Box<[u8]>,
+    /// The Parse of this unit of the client has not been answered.
+    pub(super) pending: Option<u64>,
+    /// Its plan is outdated.
+    pub(super) is_stale: bool,
+    /// Its description is not the one that clients know.
+    pub(super) is_changed: bool,
+    /// Messages in flight that name it.
+    pub(super) uses: u32,
+    used_at: u64,
+}
+
+impl ServerStatements {
+    /// A new connection, which keeps at most `limit` statements once several clients have it.
+    pub fn new(limit: usize) -> Self {
+        Self {
+            names: Names::Fresh,
+            known: HashMap::new(),
+            leaving: HashMap::new(),
+            unnamed: None,
+            limit: limit.max(1),
+            clock: 0,
+        }
+    }
+
+    /// Whether the client's messages pass as they are.
+    pub fn is_exclusive(&self) -> bool {
+        matches!(self.names, Names::Exclusive(_))
+    }
+
+    /// Statements that it has.
+    pub fn len(&self) -> usize {
+        self.known.len()
+    }
+
+    /// Whether it has none.
+    pub fn is_empty(&self) -> bool {
+        self.known.is_empty()
+    }
+
+    /// After a reset of all statements.
+    pub fn clear(&mut self) {
+        self.known.clear();
+        self.unnamed = None;
+    }
+
+    pub(super) fn add(&mut self, statement: &Arc<Prepared>, name: &[u8], unit: u64) {
+        let known = Known {
+            statement: Arc::clone(statement),
+            name: name.into(),
+            pending: Some(unit),
+            is_stale: false,
+            is_changed: false,
+            uses: 0,
+            used_at: self.tick(),
+        };
+        self.known.insert(statement.number, known);
+    }
+
+    /// Whether an earlier unit than this one decides if the server has a statement.
+    pub(super) fn is_uncertain(&self, number: u64, unit: u64) -> bool {
+        let pending = self.known.get(&number).and_then(|it| it.pending);
+        let leaving = self.leaving.get(&number).copied();
+        pending.or(leaving).is_some_and(|it| it != unit)
+    }
+
+    pub(super) fn use_one(&mut self, number: u64) {
+        let now = self.tick();
+        if let Some(known) = self.known.get_mut(&number) {
+            known.uses += 1;
+            known.used_at = now;
+        }
+    }
+
+    pub(super) fn release(&mut self, number: u64) {
+        if let Some(known) = self.known.get_mut(&number) {
+            known.uses = known.uses.saturating_sub(1);
+        }
+    }
+
+    /// Removes what has not been used for the longest time, if there is no place for another one.
+    pub(super) fn evict(&mut self) -> Option<Known> {
+        if self.known.len() < self.limit {
+            return None;
+        }
+        let unused = self.known.iter();
+        let unused = unused.filter(|(_, known)| known.is_evictable());
+        let number = *unused.min_by_key(|(_, known)| known.used_at)?.0;
+        self.known.remove(&number)
+    }
+
+    fn tick(&mut self) -> u64 {
+        self.clock += 1;
+        self.clock
+    }
+}
+
+impl Known {
+    fn is_evictable(&self) -> bool {
+        self.uses == 0 && self.pending.is_none() && !self.statement.is_large()
+    }
+}

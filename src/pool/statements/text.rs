@@ -1,0 +1,151 @@
+//! The texts of prepared statements, each once per process.
+
+use std::{
+    collections::HashMap,
+    hash::{BuildHasher, RandomState},
+    sync::{
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+use super::Sql;
+
+/// What a text means, besides itself.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Meaning {
+    /// Of the settings that decide what its names are: role and `search_path`.
+    pub scope: u64,
+    /// Raised by definitions: later statements of the same text may return something else.
+    pub epoch: u64,
+}
+
+/// A statement that clients have prepared.
+#[derive(Debug)]
+pub struct Prepared {
+    /// Never used again, so that a name made of it is unique.
+    pub(super) number: u64,
+    /// What follows the name in a Parse: the SQL, and the types of its parameters.
+    pub(super) body: Box<[u8]>,
+    pub(super) meaning: Meaning,
+    pub(super) sql: Option<Sql>,
+    /// Of what a client has been sent as its description.
+    pub(super) description: OnceLock<u64>,
+    hash: u64,
+    texts: Weak<Texts>,
+}
+
+/// The texts in use.
+#[derive(Debug)]
+pub struct Texts {
+    limit: usize,
+    numbers: AtomicU64,
+    hasher: RandomState,
+    table: Mutex<Table>,
+}
+
+#[derive(Debug, Default)]
+struct Table {
+    by_hash: HashMap<u64, Vec<Weak<Prepared>>>,
+    length: usize,
+}
+
+impl Texts {
+    /// For `limit` bytes of text.
+    pub fn new(limit: usize) -> Arc<Self> {
+        Arc::new(Self {
+            limit,
+            // 0 is the name of no statement.
+            numbers: AtomicU64::new(1),
+            hasher: RandomState::new(),
+            table: Mutex::default(),
+        })
+    }
+
+    /// Bytes of text in use.
+    pub fn length(&self) -> usize {
+        self.lock().length
+    }
+
+    /// A number that is never used again.
+    pub(super) fn number(&self) -> u64 {
+        self.numbers.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// The statement, and whether no other client has it; `None` beyond the limit.
+    pub(super) fn intern(
+        self: &Arc<Self>,
+        body: &[u8],
+        meaning: Meaning,
+    ) -> Option<(Arc<Prepared>, bool)> {
+        let hash = self.hasher.hash_one((body, meaning));
+        let mut table = self.lock();
+        let known = table.by_hash.get(&hash).into_iter().flatten();
+        let known = known
+            .filter_map(Weak::upgrade)
+            .find(|it| *it.body == *body && it.meaning == meaning);
+        if let Some(known) = known {
+            return Some((known, false));
+        }
+        if table.length + body.len() > self.limit {
+            return None;
+        }
+        table.length += body.len();
+        let mut statement = Prepared::new(body);
+        statement.number = self.number();
+        statement.meaning = meaning;
+        statement.hash = hash;
+        statement.texts = Arc::downgrade(self);
+        let statement = Arc::new(statement);
+        let entry = table.by_hash.entry(hash).or_default();
+        entry.push(Arc::downgrade(&statement));
+        Some((statement, true))
+    }
+
+    /// A statement whose text is not kept.
+    pub(super) fn large(&self) -> Arc<Prepared> {
+        let mut statement = Prepared::new(b"");
+        statement.number = self.number();
+        Arc::new(statement)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Table> {
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Prepared {
+    /// A statement that no table has.
+    pub(super) fn new(body: &[u8]) -> Self {
+        Self {
+            number: 0,
+            body: body.into(),
+            meaning: Meaning::default(),
+            sql: Sql::of_parse(body),
+            description: OnceLock::new(),
+            hash: 0,
+            texts: Weak::new(),
+        }
+    }
+
+    /// Whether its text is not kept.
+    pub(super) fn is_large(&self) -> bool {
+        self.body.is_empty()
+    }
+}
+
+impl Drop for Prepared {
+    fn drop(&mut self) {
+        let Some(texts) = self.texts.upgrade() else {
+            return;
+        };
+        let mut table = texts.lock();
+        table.length -= self.body.len();
+        if let Some(same) = table.by_hash.get_mut(&self.hash) {
+            same.retain(|it| it.strong_count() > 0);
+            if same.is_empty() {
+                table.by_hash.remove(&self.hash);
+            }
+        }
+    }
+}
