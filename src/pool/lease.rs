@@ -17,6 +17,7 @@ use crate::{
         error::{Report, sqlstate},
         lexer::is_ascii_safe,
         options::LoginParameters,
+        reported::Reported,
         startup::CancelKey,
     },
     telemetry::{
@@ -39,6 +40,8 @@ pub(crate) struct LeaseRequest<'a> {
     pub(super) login: Arc<LoginParameters>,
     /// Timeouts of opening one.
     pub(super) connect: &'a ConnectSettings,
+    /// The client's first request prepares the unnamed statement, or drops it.
+    pub(super) replaces_unnamed: bool,
 }
 
 impl<'a> LeaseRequest<'a> {
@@ -52,6 +55,7 @@ impl<'a> LeaseRequest<'a> {
             upstream,
             login: Arc::new(login),
             connect,
+            replaces_unnamed: false,
         }
     }
 
@@ -60,11 +64,13 @@ impl<'a> LeaseRequest<'a> {
         upstream: &'a Arc<Upstream>,
         login: &Arc<LoginParameters>,
         connect: &'a ConnectSettings,
+        replaces_unnamed: bool,
     ) -> Self {
         Self {
             upstream,
             login: Arc::clone(login),
             connect,
+            replaces_unnamed,
         }
     }
 }
@@ -187,9 +193,10 @@ impl Lease {
         });
     }
 
-    /// Returns the connection to its pool at rest, as the client leaves nothing on it.
-    pub(crate) fn part(self) {
-        if let Owner::Pool(record) = self.owner {
+    /// Returns the connection to its pool at rest, as the client leaves nothing on it, but an unnamed statement perhaps.
+    pub(crate) fn part(self, leaves_unnamed: bool) {
+        if let Owner::Pool(mut record) = self.owner {
+            record.has_unnamed |= leaves_unnamed;
             let stream = self.stream;
             ServerConnection { stream, record }.put_back();
         }
@@ -225,13 +232,10 @@ impl Pools {
             PoolMode::Session => pool.lease_timed(request).await,
             PoolMode::Transaction => {
                 let leased = pool.lease_timed(request).await;
-                let encoding = request.login.client_encoding.as_deref();
-                let is_readable = encoding.is_none_or(is_ascii_safe);
-                if !is_readable {
-                    pool.context.metrics.pool_pins[PinReason::Encoding].inc();
-                }
-                let shared = is_readable.then(|| Arc::clone(&request.login));
-                leased.map(|leased| Leased { shared, ..leased })
+                leased.map(|leased| Leased {
+                    shared: pool.shared(request, &leased),
+                    ..leased
+                })
             }
         }?;
         pool.open_spares(spares, request);
@@ -278,12 +282,31 @@ impl Pool {
                 })?;
                 state.take_idle(at)
             };
-            if let Some(server) = server.prepare(client).await {
+            if let Some(server) = server.prepare(client, true).await {
                 let mut leased = self.leased(server, PoolLease::Idle);
                 leased.lease.leave_pool();
                 return Some(leased);
             }
         }
+    }
+
+    /// The login of a client that may part with its connection, `leased`.
+    fn shared(&self, request: &LeaseRequest<'_>, leased: &Leased) -> Option<Arc<LoginParameters>> {
+        // Not that of its login, which may set none, while its role does.
+        let reported = Reported::parse(leased.parameter_status.clone());
+        let encoding = reported.value("client_encoding").unwrap_or_default();
+        if !is_ascii_safe(&String::from_utf8_lossy(encoding)) {
+            self.context.metrics.pool_pins[PinReason::Encoding].inc();
+            return None;
+        }
+        let mut login = Arc::clone(&request.login);
+        if login.database != leased.database {
+            // The one requested does not exist: connections of this pool return to another's.
+            let login = Arc::make_mut(&mut login);
+            login.database.clone_from(&leased.database);
+            login.fallback_database = None;
+        }
+        Some(login)
     }
 
     async fn lease_timed(self: &Arc<Self>, request: &LeaseRequest<'_>) -> Result<Leased, Refusal> {
@@ -337,7 +360,9 @@ impl Pool {
                 Grant::Server(server) => {
                     // One that has ended is dropped, and the client still has its place in the queue.
                     // A box, as it has not begun while the client waits.
-                    if let Some(server) = Box::pin(server.prepare(login)).await {
+                    if let Some(server) =
+                        Box::pin(server.prepare(login, request.replaces_unnamed)).await
+                    {
                         if let Some(opening) = opening {
                             opening.leave();
                         }
@@ -440,13 +465,17 @@ impl Pool {
 
 impl ServerConnection {
     /// Makes an idle connection what a new login of this client would be; `None` if it has ended.
-    pub(super) async fn prepare(self, client: &LoginParameters) -> Option<Self> {
+    pub(super) async fn prepare(
+        self,
+        client: &LoginParameters,
+        replaces_unnamed: bool,
+    ) -> Option<Self> {
         let mut server = self.move_here().ok()?;
         server.record.slot.close = PoolClose::Server;
         let adopted = async {
             // The watch may not have had its turn.
             server.take_input().await?;
-            server.adopt(client).await
+            server.adopt(client, replaces_unnamed).await
         };
         if let Err(error) = adopted.await {
             server.record.slot.pool().lost(&error);

@@ -75,6 +75,7 @@ impl ServerConnection {
             });
         }
         self.record.is_encoding_set = false;
+        self.record.has_unnamed = false;
         let mut columns = last.into_iter();
         if columns.next().flatten().as_deref() != Some(b"0") {
             return Err(PoolClose::Unresettable);

@@ -57,6 +57,8 @@ pub(super) struct Record {
     pub(super) is_used: bool,
     /// A SET of ours has changed the client encoding since the login or the last reset.
     pub(super) is_encoding_set: bool,
+    /// The unnamed statement may be a client's.
+    pub(super) has_unnamed: bool,
     /// The server's own cancel key.
     pub(super) key: Option<CancelKey>,
     pub(super) address: SocketAddr,
@@ -122,6 +124,7 @@ impl ServerConnection {
                 gauge,
                 is_used: false,
                 is_encoding_set: login.client_encoding.is_some(),
+                has_unnamed: false,
                 login,
                 reported: Reported::parse(greeting.parameter_status),
                 key: greeting.key,
@@ -177,13 +180,25 @@ impl ServerConnection {
         }
     }
 
-    /// Sets what a new login of this client would set, where that differs. Not cancel safe.
-    pub(super) async fn adopt(&mut self, client: &LoginParameters) -> Result<(), Unusable> {
-        let Some(sql) = self.record.adoption(client) else {
-            return Ok(());
+    /// Sets what a new login of this client would set, where that differs, and drops the unnamed statement of another unless the
+    /// client's first request `replaces_unnamed`. Not cancel safe.
+    pub(super) async fn adopt(
+        &mut self,
+        client: &LoginParameters,
+        replaces_unnamed: bool,
+    ) -> Result<(), Unusable> {
+        let sql = match self.record.adoption(client) {
+            Some(sql) => {
+                self.record.is_encoding_set = client.client_encoding.is_some();
+                sql
+            }
+            // Any simple query drops it.
+            None if self.record.has_unnamed && !replaces_unnamed => String::new(),
+            None => return Ok(()),
         };
-        self.record.is_encoding_set |= client.client_encoding.is_some();
-        self.query(&sql, |_| {}).await
+        self.query(&sql, |_| {}).await?;
+        self.record.has_unnamed = false;
+        Ok(())
     }
 
     /// Runs a query of ours and passes each DataRow's body to `row`. Not cancel safe.
@@ -208,7 +223,7 @@ impl ServerConnection {
                     return self.record.take_all_unrequested();
                 }
                 tag::DATA_ROW => row(message.body()),
-                tag::COMMAND_COMPLETE | tag::ROW_DESCRIPTION => {}
+                tag::COMMAND_COMPLETE | tag::EMPTY_QUERY_RESPONSE | tag::ROW_DESCRIPTION => {}
                 _ => self.record.take_unrequested(&message)?,
             }
         }
@@ -267,6 +282,8 @@ impl Record {
             if !is_same_encoding(&String::from_utf8_lossy(current), wanted) {
                 statements.push(set(CLIENT_ENCODING, wanted));
             }
+        } else if self.is_encoding_set {
+            statements.push(format!("RESET {CLIENT_ENCODING}"));
         }
         (!statements.is_empty()).then(|| statements.join("; "))
     }

@@ -144,7 +144,7 @@ async fn what_an_idle_server_sends_reaches_no_client_but_in_the_welcome() {
     let Grant::Server(connection) = pool.enter(&login()).granted().await else {
         panic!("an idle connection");
     };
-    let connection = connection.prepare(&login()).await.unwrap();
+    let connection = connection.prepare(&login(), true).await.unwrap();
     let leased = pool.leased(connection, PoolLease::Idle);
     assert_eq!(
         leased.parameter_status,
@@ -163,7 +163,7 @@ async fn what_has_just_arrived_is_taken_before_a_client_gets_the_connection() {
     for _ in 0..3 {
         let bytes = unrequested();
         assert_eq!(server.try_write(&bytes).unwrap(), bytes.len());
-        connection = connection.prepare(&login()).await.unwrap();
+        connection = connection.prepare(&login(), true).await.unwrap();
     }
     let leased = pool.leased(connection, PoolLease::Returned);
     assert_eq!(
@@ -184,12 +184,12 @@ async fn what_tls_sends_to_an_idle_connection_is_no_reason_to_wait_or_to_close_i
     for _ in 0..3 {
         server.get_mut().1.refresh_traffic_keys().unwrap();
         server.flush().await.unwrap();
-        let prepared = timeout(Duration::from_secs(10), connection.prepare(&login())).await;
+        let prepared = timeout(Duration::from_secs(10), connection.prepare(&login(), true)).await;
         connection = prepared.expect("at once").unwrap();
     }
     server.write_all(&unrequested()).await.unwrap();
     server.flush().await.unwrap();
-    let connection = connection.prepare(&login()).await.unwrap();
+    let connection = connection.prepare(&login(), true).await.unwrap();
     let leased = pool.leased(connection, PoolLease::Idle);
     assert_eq!(
         leased.parameter_status,
@@ -215,7 +215,10 @@ async fn a_connection_whose_server_reports_an_error_ends_or_stops_within_a_messa
         if ends {
             server.shutdown().await.unwrap();
         }
-        assert!(connection.prepare(&login()).await.is_none(), "{bytes:?}");
+        assert!(
+            connection.prepare(&login(), true).await.is_none(),
+            "{bytes:?}"
+        );
         let metrics = &pool.context.metrics;
         assert_eq!(metrics.pool_closes[PoolClose::Server].get(), 1);
         assert_eq!(metrics.pool_hidden_losses.get(), 1);

@@ -18,6 +18,8 @@ pub(crate) struct Traces {
     from_client: Scanner,
     from_server: Scanner,
     reading: Reading,
+    /// The text began in an earlier piece.
+    is_cut: bool,
     search: Search,
     words: Words,
     tag: Tag,
@@ -31,14 +33,20 @@ enum Trace {
     Called,
     /// DO.
     Done,
+    /// An error came behind the last ParseComplete.
+    Failed,
     /// LOAD.
     Loaded,
+    /// A message was sent that is an error by itself, although nothing else would have answered it.
+    Malformed,
     /// A call of `set_config` that is not for the transaction alone may have been sent.
     MaySetConfig,
     /// A SET or RESET that is not for the transaction alone may have been sent.
     MaySet,
     /// A statement with a name was prepared.
     Named,
+    /// The unnamed statement was prepared.
+    Replaced,
     /// SET or RESET.
     Set,
     /// The unnamed statement was prepared, and is not used yet.
@@ -53,6 +61,8 @@ enum Reading {
     /// Of no interest.
     #[default]
     Nothing,
+    /// Too many.
+    Excess,
     /// The name of a statement, in Parse.
     Name,
     /// SQL.
@@ -83,7 +93,18 @@ impl Traces {
             Word::Opaque,
             Word::ReplicationOrigin,
         ];
-        !self.found[Trace::Loaded] && !is_hidden && !kept.iter().any(|word| self.words[*word])
+        let is_ruined = self.found[Trace::Loaded] || self.found[Trace::Malformed];
+        !is_ruined && !is_hidden && !kept.iter().any(|word| self.words[*word])
+    }
+
+    /// Whether the client has sent what the server answers by no rule.
+    pub(crate) fn is_malformed(&self) -> bool {
+        self.found[Trace::Malformed]
+    }
+
+    /// Whether the unnamed statement may be the client's.
+    pub(crate) fn leaves_unnamed(&self) -> bool {
+        self.found[Trace::Replaced]
     }
 
     /// Why the connection cannot be another client's without a reset, although client and server are at rest; the first of
@@ -94,10 +115,14 @@ impl Traces {
         let is_set = self.found[Trace::MaySet] && self.found[Trace::Set]
             || self.found[Trace::Done] && words[Word::Set];
         let unknown = [Word::Dblink, Word::Language, Word::Opaque];
-        let is_unknown = self.found[Trace::Called] || unknown.iter().any(|word| words[*word]);
+        let is_unknown = self.found[Trace::Called]
+            || self.found[Trace::Malformed]
+            || unknown.iter().any(|word| words[*word]);
         let reasons = [
             (
-                self.found[Trace::Named] || self.found[Trace::Unnamed],
+                // At rest: a Parse that has failed leaves nothing to bind.
+                self.found[Trace::Named]
+                    || self.found[Trace::Unnamed] && !self.found[Trace::Failed],
                 PinReason::Prepared,
             ),
             (is_set || words[Word::SetLimit], PinReason::Settings),
@@ -123,6 +148,7 @@ impl Traces {
         let Self {
             from_client,
             reading,
+            is_cut,
             search,
             words,
             found,
@@ -132,24 +158,30 @@ impl Traces {
             Part::Event(Seen::Message { tag }) => {
                 // The rest of a text without its zero byte, which the server rejects.
                 *search = Search::new();
+                *is_cut = false;
                 *reading = match tag {
                     tag::QUERY => Reading::Text,
                     tag::PARSE => Reading::Name,
+                    tag::FLUSH => Reading::Excess,
                     _ => Reading::Nothing,
                 };
+                found[Trace::Malformed] |= !is_request(tag);
                 found[Trace::Used] |= !matches!(tag, tag::QUERY | tag::SYNC | tag::TERMINATE);
                 found[Trace::Unnamed] &= !matches!(tag, tag::BIND | tag::QUERY);
                 found[Trace::Called] |= tag == tag::FUNCTION_CALL;
             }
             Part::Event(Seen::Status(_)) => {}
             Part::Body(mut body) => {
+                found[Trace::Malformed] |= *reading == Reading::Excess && !body.is_empty();
                 if *reading == Reading::Name {
                     let end = body.iter().position(|&byte| byte == 0);
                     found[Trace::Named] |= end != Some(0) && !body.is_empty();
                     let Some(end) = end else {
                         return;
                     };
-                    found[Trace::Unnamed] |= end == 0;
+                    let is_unnamed = end == 0 && !found[Trace::Named];
+                    found[Trace::Unnamed] |= is_unnamed;
+                    found[Trace::Replaced] |= is_unnamed;
                     body = body.get(end + 1..).unwrap_or_default();
                     *reading = Reading::Text;
                 }
@@ -158,12 +190,15 @@ impl Traces {
                 }
                 let text = body.split(|&byte| byte == 0).next().unwrap_or_default();
                 let is_ended = text.len() < body.len();
+                // A text in pieces is not kept, and so not read as a whole: it counts as anything.
+                let is_whole = is_ended && !*is_cut;
+                *is_cut |= !text.is_empty();
                 search.search(text, |word, _| {
                     words[word] = true;
                     match word {
-                        Word::Set => found[Trace::MaySet] |= !is_ended || sets_session(text),
+                        Word::Set => found[Trace::MaySet] |= !is_whole || sets_session(text),
                         Word::SetConfig => {
-                            found[Trace::MaySetConfig] |= !is_ended || configures_session(text);
+                            found[Trace::MaySetConfig] |= !is_whole || configures_session(text);
                         }
                         _ => {}
                     }
@@ -176,9 +211,8 @@ impl Traces {
                         found[Trace::MaySet] |= word == Word::Set;
                     }
                 }
-                // A text in pieces is not kept, and so not read as a whole: it counts as anything.
                 found[Trace::Used] = found[Trace::Used]
-                    || !is_ended && !text.is_empty()
+                    || !is_whole && !text.is_empty()
                     || !statements(text, Backslash::Plain).all(|it| is_plain(&it));
             }
         });
@@ -196,6 +230,11 @@ impl Traces {
             Part::Event(Seen::Message { tag: message }) => {
                 tag.is_current = message == tag::COMMAND_COMPLETE;
                 tag.length = 0;
+                found[Trace::Failed] = match message {
+                    tag::ERROR_RESPONSE => true,
+                    tag::PARSE_COMPLETE => false,
+                    _ => found[Trace::Failed],
+                };
             }
             Part::Event(Seen::Status(_)) => {}
             Part::Body(body) => {
@@ -230,6 +269,16 @@ impl Tag {
     }
 }
 
+/// Whether a client may send messages of this type once it is logged in.
+fn is_request(tag: u8) -> bool {
+    let is_extended = matches!(
+        tag,
+        tag::PARSE | tag::BIND | tag::DESCRIBE | tag::EXECUTE | tag::CLOSE | tag::FLUSH | tag::SYNC
+    );
+    let is_copy = matches!(tag, tag::COPY_DATA | tag::COPY_DONE | tag::COPY_FAIL);
+    is_extended || is_copy || matches!(tag, tag::QUERY | tag::FUNCTION_CALL | tag::TERMINATE)
+}
+
 /// Whether a text holds a SET or RESET of the session.
 fn sets_session(text: &[u8]) -> bool {
     // With a backslash, the server may see another statement than this does.
@@ -240,7 +289,9 @@ fn sets_session(text: &[u8]) -> bool {
                 token.is_some_and(|token| words.iter().any(|word| token.is_word(word)))
             };
             is(tokens.next(), &["set", "reset"])
-                && !is(tokens.next(), &["local", "transaction", "constraints"])
+                && (!is(tokens.next(), &["local", "transaction", "constraints"])
+                    // The setting `local.name`.
+                    || tokens.next().is_some_and(|it| it.kind == Kind::Symbol(b'.')))
         })
 }
 
@@ -328,6 +379,64 @@ mod tests {
         let parse = [frame(b'P', b"\0select 1\0\0\0"), frame(b'S', b"")].concat();
         assert!(after(&parse, b"").is_used());
         assert!(!after(&[frame(b'S', b""), frame(b'X', b"")].concat(), b"").is_used());
+    }
+
+    #[test]
+    fn settings_are_found_wherever_the_stream_is_cut() {
+        let set = frame(b'C', b"SET\0");
+        for (sql, answer, reason) in [
+            ("set work_mem = '1MB'", &set, Some(PinReason::Settings)),
+            ("select 1; set a.b = 1", &set, Some(PinReason::Settings)),
+            ("select ''; set a.b = 1", &set, Some(PinReason::Settings)),
+            ("/* a */ reset a.b", &set, Some(PinReason::Settings)),
+            ("set local.a = 1", &set, Some(PinReason::Settings)),
+            ("set transaction . a = 1", &set, Some(PinReason::Settings)),
+            ("reset constraints.a", &set, Some(PinReason::Settings)),
+            (
+                "select set_config('a.b', '', false)",
+                &Vec::new(),
+                Some(PinReason::SetConfig),
+            ),
+            ("select 'a' as reset_", &set, None),
+        ] {
+            let text = query(sql);
+            for cut in 0..=text.len() {
+                let mut traces = Traces::default();
+                let (first, rest) = text.split_at(cut);
+                traces.client_sends(first);
+                traces.client_sends(rest);
+                traces.server_sends(answer);
+                assert_eq!(traces.pin(), reason, "{sql}, cut at {cut}");
+            }
+        }
+        // As a whole, it is read.
+        for sql in ["set local work_mem = '1MB'", "set transaction read only"] {
+            assert_eq!(after(&query(sql), &set).pin(), None, "{sql}");
+        }
+    }
+
+    #[test]
+    fn the_unnamed_statement_is_the_clients_until_it_is_bound_unless_it_has_failed() {
+        let parse = frame(b'P', b"\0select 1\0\0\0");
+        let complete = frame(b'1', b"");
+        let error = frame(b'E', b"\0");
+        let bind = frame(b'B', b"\0\0\0\0\0\0\0\0");
+        let again = [parse.clone(), parse.clone()].concat();
+        for (from_client, from_server, is_pinned) in [
+            (parse.clone(), complete.clone(), true),
+            (parse.clone(), error.clone(), false),
+            ([parse.clone(), bind].concat(), complete.clone(), false),
+            (
+                again.clone(),
+                [error.clone(), complete.clone()].concat(),
+                true,
+            ),
+            (again, [complete, error].concat(), false),
+        ] {
+            let traces = after(&from_client, &from_server);
+            assert_eq!(traces.pin().is_some(), is_pinned, "{from_client:?}");
+            assert!(traces.leaves_unnamed());
+        }
     }
 
     #[test]

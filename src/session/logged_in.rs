@@ -13,7 +13,7 @@ use super::{
     cancel::{CancelTarget, Registration},
     client::{CLOSE_TIMEOUT, Client},
     close::shut_down,
-    next_request::{Next, lacks_unnamed_statement, next_request, take_request},
+    next_request::{Next, next_request, replaces_unnamed, take_request},
     relay::{End, Observers, Relay, Side},
 };
 use crate::{
@@ -79,6 +79,13 @@ impl Ended {
 impl LoggedIn<'_> {
     /// Relays until either side is done. [`close`](Self::close) must follow.
     pub(super) async fn relay<S: Transport>(&mut self, client: &mut Client<S>) -> Ended {
+        // The first connection was for the welcome. Whether it suits a request is known only once there is one.
+        if self.sharing.is_some()
+            && self.leftover.is_empty()
+            && let Err(ended) = Box::pin(self.rest(client, false)).await
+        {
+            return ended;
+        }
         while let Some(lease) = &mut self.lease {
             let endpoint = self.session.endpoint;
             let metrics = &endpoint.metrics;
@@ -116,9 +123,10 @@ impl LoggedIn<'_> {
                     is_left: relay.is_left(),
                 };
             }
+            let leaves_unnamed = relay.leaves_unnamed();
             drop(relay);
             // A box, as most sessions never rest.
-            if let Err(ended) = Box::pin(self.rest(client)).await {
+            if let Err(ended) = Box::pin(self.rest(client, leaves_unnamed)).await {
                 return ended;
             }
         }
@@ -126,7 +134,11 @@ impl LoggedIn<'_> {
     }
 
     /// Parts with the server connection, and takes another one once the client sends a request.
-    async fn rest<S: Transport>(&mut self, client: &mut Client<S>) -> Result<(), Ended> {
+    async fn rest<S: Transport>(
+        &mut self,
+        client: &mut Client<S>,
+        leaves_unnamed: bool,
+    ) -> Result<(), Ended> {
         if !self.registration.as_mut().is_none_or(Registration::part) {
             // A cancel that is still on its way must not reach another client's request.
             self.sharing = None;
@@ -134,7 +146,7 @@ impl LoggedIn<'_> {
         }
         if let Some(lease) = self.lease.take() {
             self.entry.unlink();
-            lease.part();
+            lease.part(leaves_unnamed);
         }
         loop {
             match next_request(client, &self.shutdown).await {
@@ -142,27 +154,22 @@ impl LoggedIn<'_> {
                 Next::Left => return Err(Ended::at_rest(End::Client)),
                 Next::Shutdown => return Err(self.end_at_rest(client).await),
             }
-            let refusal = if lacks_unnamed_statement(&client.received) {
-                Report::new(
-                    sqlstate::UNDEFINED_STATEMENT,
-                    "unnamed prepared statement does not exist",
-                )
-                .with_hint("With pool_mode `transaction` it must be prepared in the transaction, or in the pipeline, that uses it.")
-            } else {
-                tokio::select! {
-                    leased = self.lease_again() => match leased {
-                        Ok(leased) => return self.take(leased, client).await,
-                        Err(refusal) => refusal.report,
-                    },
-                    () = client.wait_for_hang_up() => return Err(Ended::at_rest(End::Client)),
-                    () = self.shutdown.draining().cancelled() => {
-                        return Err(self.end_at_rest(client).await);
-                    }
-                    () = cancelled(self.registration.as_ref()) => Report::new(
-                        sqlstate::QUERY_CANCELED,
-                        "canceling statement due to user request",
-                    ),
+            let replaces_unnamed = replaces_unnamed(&client.received);
+            let refusal = tokio::select! {
+                // First: what a client sends before it leaves is executed, as on a direct connection, if it need not wait.
+                biased;
+                leased = self.lease_again(replaces_unnamed) => match leased {
+                    Ok(leased) => return self.take(leased, client).await,
+                    Err(refusal) => refusal.report,
+                },
+                () = client.wait_for_hang_up() => return Err(Ended::at_rest(End::Client)),
+                () = self.shutdown.draining().cancelled() => {
+                    return Err(self.end_at_rest(client).await);
                 }
+                () = cancelled(self.registration.as_ref()) => Report::new(
+                    sqlstate::QUERY_CANCELED,
+                    "canceling statement due to user request",
+                ),
             };
             if !self.refuse(client, &refusal).await {
                 return Err(Ended::at_rest(End::Server));
@@ -170,7 +177,7 @@ impl LoggedIn<'_> {
         }
     }
 
-    async fn lease_again(&self) -> Result<Leased, Refusal> {
+    async fn lease_again(&self, replaces_unnamed: bool) -> Result<Leased, Refusal> {
         let Session {
             endpoint, config, ..
         } = self.session;
@@ -180,7 +187,7 @@ impl LoggedIn<'_> {
         let timeouts = config.connect.timeouts;
         let budget = timeouts.connect_timeout.min(timeouts.credential_timeout);
         let upstream = endpoint.route.upstream(budget).await?;
-        let request = LeaseRequest::again(&upstream, &login, &config.connect);
+        let request = LeaseRequest::again(&upstream, &login, &config.connect, replaces_unnamed);
         endpoint.pools.lease(&request).await
     }
 

@@ -65,8 +65,13 @@ pub(super) async fn next_request<S: Transport>(
                 client.received.advance(HEADER_LEN);
                 let mut answer = BytesMut::new();
                 ready_for_query(&mut answer, TransactionStatus::Idle);
-                if client.send(&answer).await.is_err() {
-                    return Next::Left;
+                tokio::select! {
+                    biased;
+                    sent = client.send(&answer) => if sent.is_err() {
+                        return Next::Left;
+                    },
+                    // It does not read, and so would not read the reason.
+                    () = shutdown.draining().cancelled() => return Next::Left,
                 }
                 continue;
             }
@@ -108,20 +113,29 @@ pub(super) fn take_request(received: &mut BytesMut) -> bool {
     true
 }
 
-/// Whether the request at the front uses the unnamed statement without preparing it: that of an earlier request is not on the
-/// next server connection, where another client may have left one.
-pub(super) fn lacks_unnamed_statement(received: &[u8]) -> bool {
-    for (tag, body) in messages(received) {
-        let mut strings = body.split(|&byte| byte == 0);
-        match tag {
-            tag::PARSE if strings.next() == Some(b"") => return false,
-            tag::BIND if strings.nth(1) == Some(b"") => return true,
-            tag::DESCRIBE if body == b"S\0" => return true,
-            tag::QUERY | tag::SYNC => return false,
-            _ => {}
+/// Whether the message at the front prepares the unnamed statement or drops it, so that nothing behind it uses the one that
+/// another client may have left on the server connection. A message that the server cannot read does not.
+pub(super) fn replaces_unnamed(received: &[u8]) -> bool {
+    let Some((tag, body)) = messages(received).next() else {
+        return false;
+    };
+    let text = match tag {
+        tag::QUERY => body,
+        tag::PARSE => body.strip_prefix(b"\0").unwrap_or_default(),
+        _ => return false,
+    };
+    let Some(end) = text.iter().position(|&byte| byte == 0) else {
+        return false;
+    };
+    let (text, rest) = text.split_at(end);
+    let is_whole = match (tag, rest) {
+        (tag::PARSE, [0, a, b, types @ ..]) => {
+            types.len() == 4 * usize::from(u16::from_be_bytes([*a, *b]))
         }
-    }
-    false
+        (tag::QUERY, [0]) => true,
+        _ => false,
+    };
+    is_whole && str::from_utf8(text).is_ok()
 }
 
 fn front(received: &[u8]) -> Front {
@@ -130,7 +144,8 @@ fn front(received: &[u8]) -> Front {
         let is_first = end == 0;
         end += HEADER_LEN + body.len();
         match tag {
-            tag::SYNC if is_first => return Front::Sync,
+            // With a body it is an error, which is the server's to report.
+            tag::SYNC if is_first && body.is_empty() => return Front::Sync,
             tag::TERMINATE if is_first => return Front::Terminate,
             tag::COPY_DATA | tag::COPY_DONE | tag::COPY_FAIL if is_first => {
                 return Front::Ignored(end);
@@ -142,7 +157,7 @@ fn front(received: &[u8]) -> Front {
     }
     match received.get(end..).and_then(<[u8]>::first_chunk) {
         // The server refuses it.
-        Some(&[_, a, b, c, d]) if u32::from_be_bytes([a, b, c, d]) < 4 => Front::Flushed,
+        Some(&[_, a, b, c, d]) if i32::from_be_bytes([a, b, c, d]) < 4 => Front::Flushed,
         _ if end == 0 => Front::Nothing,
         _ => Front::Begun,
     }

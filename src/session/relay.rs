@@ -225,6 +225,13 @@ impl<'a, C: Transport, U: Transport> Relay<'a, C, U> {
         })
     }
 
+    /// Whether the unnamed statement on the server may be the client's.
+    pub(super) fn leaves_unnamed(&self) -> bool {
+        self.traces
+            .as_ref()
+            .is_some_and(|traces| traces.leaves_unnamed())
+    }
+
     /// Whether the server owes an answer.
     pub(super) fn is_owed(&self) -> bool {
         self.requests.is_owed()
@@ -293,7 +300,8 @@ impl<'a, C: Transport, U: Transport> Relay<'a, C, U> {
             return Poll::Ready(End::Rest);
         }
         if self.keeps_server && self.to_server.state == PipeState::Closed && self.end.is_none() {
-            if !self.requests.comes_to_rest() || !self.to_server.is_at_boundary() {
+            let is_malformed = self.traces.as_ref().is_some_and(|it| it.is_malformed());
+            if is_malformed || !self.requests.comes_to_rest() || !self.to_server.is_at_boundary() {
                 // The server waits for what the client does not send any more: it learns of the end, as on a direct connection.
                 self.keeps_server = false;
                 self.to_server.state = PipeState::Ending;

@@ -1,6 +1,7 @@
 //! Pooling in `session` mode: connections go from client to client, and nothing else does.
 
 mod leaving;
+mod misuse;
 mod queue;
 mod reset;
 mod servers;

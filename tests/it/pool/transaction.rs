@@ -9,24 +9,24 @@ use tokio_postgres::SimpleQueryMessage;
 use super::*;
 use crate::harness::wire::{Wire, cancel, extended};
 
-fn shared(settings: &mut Settings, size: usize) {
+pub(super) fn shared(settings: &mut Settings, size: usize) {
     pooled(settings, size);
     settings.pool_mode = Some(PoolMode::Transaction);
 }
 
-async fn sharing(size: usize) -> (Emulator, Proxy) {
+pub(super) async fn sharing(size: usize) -> (Emulator, Proxy) {
     let emulator = harness::emulator().await;
     let proxy = Proxy::with(&emulator, |settings| shared(settings, size)).await;
     (emulator, proxy)
 }
 
 impl Proxy {
-    fn pins(&self, reason: PinReason) -> u64 {
+    pub(super) fn pins(&self, reason: PinReason) -> u64 {
         self.metrics().pool_pins[reason].get()
     }
 
     /// Until no client has a server connection.
-    async fn until_at_rest(&self) {
+    pub(super) async fn until_at_rest(&self) {
         eventually("all clients are at rest", async || {
             let busy = [
                 PoolServer::Closing,

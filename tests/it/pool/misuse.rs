@@ -1,0 +1,297 @@
+//! `transaction` mode and clients that do what drivers rarely do.
+
+use std::time::Duration;
+
+use lakebase_proxy::telemetry::labels::PinReason;
+use tokio::{
+    io::AsyncWriteExt,
+    time::{sleep, timeout},
+};
+
+use super::{
+    transaction::{shared, sharing},
+    *,
+};
+use crate::harness::wire::{Wire, extended};
+
+/// Bind and Execute of the unnamed statement, with a parameter of this size.
+fn bound(size: usize) -> Vec<u8> {
+    let length = u32::try_from(size).unwrap().to_be_bytes();
+    let bind = [b"\0\0\0\0\0\x01", &length[..], &vec![b'x'; size], b"\0\0"].concat();
+    [message('B', &bind), message('E', b"\0\0\0\0\0")].concat()
+}
+
+fn plain_bound() -> Vec<u8> {
+    let bind = message('B', b"\0\0\0\0\0\0\0\0");
+    [bind, message('E', b"\0\0\0\0\0")].concat()
+}
+
+fn parse(sql: &str) -> Vec<u8> {
+    message('P', format!("\0{sql}\0\0\0").as_bytes())
+}
+
+/// The error codes and rows up to `count` ReadyForQuery.
+async fn answers(wire: &mut Wire, count: usize) -> Vec<String> {
+    let mut found = Vec::new();
+    for _ in 0..count {
+        for reply in within("an answer", wire.until('Z')).await {
+            match reply.tag {
+                'E' => found.push(reply.error().code),
+                'D' => found.push(reply.value()),
+                _ => {}
+            }
+        }
+    }
+    found
+}
+
+#[tokio::test]
+async fn the_unnamed_statement_of_another_client_is_out_of_reach_of_any_pipeline() {
+    let (_emulator, proxy) = sharing(1).await;
+    let mut one = proxy.session().await;
+    // The number of answers, and what they hold.
+    let close = message('C', b"Snothing\0");
+    for (name, messages, expected) in [
+        ("at the front", vec![plain_bound(), sync()], &["26000"][..]),
+        (
+            "in a later request",
+            vec![close.clone(), sync(), plain_bound(), sync()],
+            &["26000"],
+        ),
+        (
+            "behind a message in the same request",
+            vec![close, plain_bound(), sync()],
+            &["26000"],
+        ),
+        (
+            "behind a Parse that the server cannot read",
+            vec![message('P', b"\0"), sync(), plain_bound(), sync()],
+            &["08P01", "26000"],
+        ),
+        (
+            "behind a Query that the server cannot read",
+            vec![message('Q', b"select 1"), plain_bound(), sync()],
+            &["08P01", "26000"],
+        ),
+        (
+            "behind a Parse that fails",
+            vec![parse("broken"), sync(), plain_bound(), sync()],
+            &["42601", "26000"],
+        ),
+        ("described", vec![message('D', b"S\0"), sync()], &["26000"]),
+        (
+            "its own",
+            vec![parse("select 'own'"), sync(), plain_bound(), sync()],
+            &["own"],
+        ),
+    ] {
+        one.send(&[extended("select 'of another'"), sync()].concat())
+            .await;
+        assert_eq!(answers(&mut one, 1).await, ["of another"]);
+        let mut other = proxy.session().await;
+        let count = messages
+            .iter()
+            .filter(|message| matches!(message.first(), Some(b'S' | b'Q')))
+            .count();
+        other.send(&messages.concat()).await;
+        assert_eq!(answers(&mut other, count).await, expected, "{name}");
+        assert_eq!(other.value("select 1").await, "1", "{name}");
+    }
+    // Larger than what is read before there is a connection.
+    let one_parameter = message('P', b"\0select 'of another' || $1\0\0\x01\0\0\0\x19");
+    one.send(&[one_parameter, bound(1), sync()].concat()).await;
+    assert_eq!(answers(&mut one, 1).await, ["of anotherx"]);
+    let mut other = proxy.session().await;
+    other.send(&[bound(100_000), sync()].concat()).await;
+    assert_eq!(answers(&mut other, 1).await, ["26000"]);
+    // Sent before the welcome.
+    one.send(&[extended("select 'of another'"), sync()].concat())
+        .await;
+    answers(&mut one, 1).await;
+    let mut other = proxy.dial().await;
+    let startup = harness::wire::startup(
+        harness::wire::PROTOCOL_3_0,
+        &[("user", "anyone"), ("database", DATABASE)],
+    );
+    other.send(&[startup, plain_bound(), sync()].concat()).await;
+    other.welcome().await;
+    assert_eq!(answers(&mut other, 1).await, ["26000"]);
+}
+
+#[tokio::test]
+async fn settings_that_resemble_those_of_a_transaction_stay_the_clients_own() {
+    for setting in ["local.a", "transaction.a", "constraints.a"] {
+        let (_emulator, proxy) = sharing(2).await;
+        let client = proxy.client().await;
+        client
+            .simple_query(&format!("set {setting} = 'mine'"))
+            .await
+            .unwrap();
+        let look = format!("select coalesce(current_setting('{setting}', true), '')");
+        assert_eq!(value(&proxy.client().await, &look).await, "");
+        assert_eq!(value(&client, &look).await, "mine");
+        assert_eq!(proxy.pins(PinReason::Settings), 1, "{setting}");
+    }
+}
+
+/// In a transaction, as a request without a connection is read as a whole.
+#[tokio::test]
+async fn a_setting_is_found_wherever_its_text_is_cut() {
+    for cut in [6, 7, 9, 30] {
+        let (_emulator, proxy) = sharing(2).await;
+        let mut one = proxy.session().await;
+        one.query("begin").await;
+        let set = text('Q', "set app.cut = 'mine'; commit");
+        one.stream.set_nodelay(true).unwrap();
+        one.send(&set[..cut]).await;
+        sleep(Duration::from_millis(50)).await;
+        one.send(&set[cut..]).await;
+        one.until('Z').await;
+        let look = "select coalesce(current_setting('app.cut', true), '')";
+        for _ in 0..3 {
+            assert_eq!(value(&proxy.client().await, look).await, "");
+        }
+        assert_eq!(one.value(look).await, "mine");
+        assert_eq!(proxy.pins(PinReason::Settings), 1, "{cut}");
+    }
+}
+
+#[tokio::test]
+async fn each_client_has_its_own_application_name_and_encoding() {
+    let (emulator, proxy) = sharing(1).await;
+    let mut plain = proxy.session().await;
+    let mut latin = proxy.dial().await;
+    latin
+        .startup(&[
+            ("user", "anyone"),
+            ("database", DATABASE),
+            ("application_name", "latin"),
+            ("client_encoding", "LATIN1"),
+        ])
+        .await;
+    latin.welcome().await;
+    for _ in 0..3 {
+        let look =
+            "select current_setting('client_encoding') || current_setting('application_name')";
+        assert_eq!(latin.value(look).await, "LATIN1latin");
+        assert_eq!(plain.value(look).await, "UTF8");
+    }
+    assert_eq!(emulator.counts().logins, 1);
+    let mut sjis = proxy.dial().await;
+    sjis.startup(&[("user", "anyone"), ("client_encoding", "SJIS")])
+        .await;
+    sjis.welcome().await;
+    assert_eq!(proxy.pins(PinReason::Encoding), 1);
+}
+
+#[tokio::test]
+async fn a_client_whose_database_does_not_exist_shares_those_of_the_default_one() {
+    let emulator = harness::emulator().await;
+    let proxy = Proxy::with(&emulator, |settings| {
+        shared(settings, 1);
+        settings.database_mapping = None;
+    })
+    .await;
+    let mut one = proxy.dial().await;
+    one.startup(&[("user", "anyone")]).await;
+    one.welcome().await;
+    for _ in 0..5 {
+        one.query("select 1").await;
+    }
+    proxy.until_at_rest().await;
+    assert!(
+        emulator.counts().logins <= 2,
+        "{}",
+        emulator.counts().logins
+    );
+}
+
+#[tokio::test]
+async fn a_request_whose_client_has_closed_its_half_is_answered() {
+    let (_emulator, proxy) = sharing(1).await;
+    for _ in 0..10 {
+        let mut one = proxy.session().await;
+        one.send(&text('Q', "select 'last'")).await;
+        one.stream.shutdown().await.unwrap();
+        assert_eq!(answers(&mut one, 1).await, ["last"]);
+    }
+    let client = proxy.client().await;
+    client
+        .simple_query("create table last_words (a int)")
+        .await
+        .unwrap();
+    for _ in 0..10 {
+        let mut one = proxy.session().await;
+        one.send(&[text('Q', "insert into last_words values (1)"), terminate()].concat())
+            .await;
+        one.stream.shutdown().await.unwrap();
+        // One that must wait is given up with its client, so one after the other.
+        while let Ok(Some(_)) = one.try_next().await {}
+    }
+    eventually("the requests", async || {
+        (value(&client, "select count(*) from last_words").await == "10").then_some(())
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn malformed_messages_are_the_servers_to_refuse() {
+    let (_emulator, proxy) = sharing(1).await;
+    for (name, bytes) in [
+        ("a length of 0", &b"Q\0\0\0\0"[..]),
+        ("a length of 3", b"Q\0\0\0\x03"),
+        ("a length of 2^31", b"Q\x80\0\0\0"),
+        ("an unknown type", b"?\0\0\0\x04"),
+    ] {
+        let mut one = proxy.session().await;
+        one.send(bytes).await;
+        let ended = async { while let Ok(Some(_)) = one.try_next().await {} };
+        within(name, ended).await;
+        assert_eq!(proxy.session().await.value("select 1").await, "1", "{name}");
+    }
+    // An error that nothing but itself explains is the client's own, and no state for another.
+    for _ in 0..10 {
+        let mut one = proxy.session().await;
+        one.send(b"H\0\0\0\x05x").await;
+        assert_eq!(one.until('E').await[0].error().code, "08P01");
+        one.send(&[text('Q', "select 1"), sync()].concat()).await;
+        assert_eq!(one.tags().await, "Z");
+        drop(one);
+        assert_eq!(proxy.session().await.value("select 1").await, "1");
+    }
+    // Errors after which the session goes on.
+    for bytes in [&b"S\0\0\0\x05x"[..], b"Q\0\0\0\x05x"] {
+        let mut one = proxy.session().await;
+        one.send(bytes).await;
+        assert_eq!(answers(&mut one, 1).await, ["08P01"]);
+        assert_eq!(one.value("select 1").await, "1");
+    }
+}
+
+#[tokio::test]
+async fn a_prepare_that_fails_holds_no_connection() {
+    let (_emulator, proxy) = sharing(1).await;
+    let (mut one, mut other) = (proxy.session().await, proxy.session().await);
+    one.send(&[parse("broken"), sync()].concat()).await;
+    assert_eq!(answers(&mut one, 1).await, ["42601"]);
+    assert_eq!(within("the other", other.value("select 1")).await, "1");
+}
+
+#[tokio::test]
+async fn clients_at_rest_that_read_nothing_do_not_delay_a_shutdown() {
+    let (_emulator, proxy) = sharing(1).await;
+    let mut one = proxy.session().await;
+    let syncs = sync().repeat(1000);
+    // Until its own buffers are full, too.
+    while timeout(Duration::from_millis(500), one.stream.write_all(&syncs))
+        .await
+        .is_ok()
+    {}
+    let began = tokio::time::Instant::now();
+    within("the end", proxy.end(async {})).await;
+    assert!(
+        began.elapsed() < Duration::from_secs(5),
+        "{:?}",
+        began.elapsed()
+    );
+}
