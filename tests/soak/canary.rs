@@ -27,16 +27,11 @@ const SESSION_TIMEOUT: Duration = Duration::from_mins(2);
 /// Between two losses of connections.
 const LOSS_INTERVAL: Duration = Duration::from_millis(700);
 
-pub(crate) const ARGUMENTS: [&str; 8] = [
-    "--pool-mode",
-    "session",
-    "--default-pool-size",
-    CONNECTIONS,
-    "--spare-pool-size",
-    "0",
-    "--server-idle-timeout",
-    "15s",
-];
+pub(crate) fn arguments(mode: &str) -> Vec<&str> {
+    let size = ["--default-pool-size", CONNECTIONS, "--spare-pool-size", "0"];
+    let rest = ["--pool-mode", mode, "--server-idle-timeout", "15s"];
+    [size, rest].concat()
+}
 
 /// What has become of the sessions.
 #[derive(Clone, Copy, Default)]
@@ -57,14 +52,17 @@ impl Tally {
     }
 }
 
-pub(crate) async fn clients(stage: &Stage, duration: Duration) {
+/// `shares` connections: by transactions, and not by sessions.
+pub(crate) async fn clients(stage: &Stage, duration: Duration, shares: bool) {
+    let table = "drop table if exists canary_in; create table canary_in (token text)";
+    stage.emulator.execute(table).await.unwrap();
     let process = stage.proxy.id();
     at_rest(stage).await;
     let before = descriptors(process);
     let until = Instant::now() + duration;
     let mut clients = JoinSet::new();
     for client in 0..CLIENTS {
-        clients.spawn(client_until(stage.postgres, client, until));
+        clients.spawn(client_until(stage.postgres, client, until, shares));
     }
     let losses = async {
         let mut losses = 0_u64;
@@ -137,7 +135,7 @@ async fn at_rest(stage: &Stage) {
     .await;
 }
 
-async fn client_until(address: SocketAddr, client: u32, until: Instant) -> Tally {
+async fn client_until(address: SocketAddr, client: u32, until: Instant, shares: bool) -> Tally {
     let mut tally = Tally::default();
     for turn in 0.. {
         if Instant::now() >= until {
@@ -151,6 +149,7 @@ async fn client_until(address: SocketAddr, client: u32, until: Instant) -> Tally
             wire,
             client,
             token: format!("canary-{client}-{turn}-"),
+            shares,
             is_listening: false,
             may_be_cancelled: false,
             tally: Tally::default(),
@@ -172,6 +171,7 @@ struct Session {
     wire: Wire,
     client: u32,
     token: String,
+    shares: bool,
     is_listening: bool,
     may_be_cancelled: bool,
     tally: Tally,
@@ -187,12 +187,20 @@ struct Answer {
 impl Session {
     async fn work(&mut self) -> io::Result<()> {
         self.look().await?;
-        for _ in 0..random_range(0..4) {
+        let acts = if self.shares { 16 } else { 4 };
+        for _ in 0..random_range(0..acts) {
             self.act().await?;
         }
         // Its own answers, whatever it has done; none in a failed transaction.
         let token = self.token.clone();
-        let answer = self.run(&format!("select '{token}'")).await?;
+        let sql = format!("select '{token}', current_setting('app.token', true)");
+        let answer = self.run(&sql).await?;
+        if let Some(row) = answer.rows.first() {
+            // Its own setting, or none: it may have been rolled back.
+            let row = String::from_utf8_lossy(row);
+            let foreign = row.replace(&token, "").contains("canary-");
+            assert!(!foreign, "{token}: {row:?}");
+        }
         assert!(
             answer.rows.len() == 1 || answer.error.is_some_and(|error| error.contains("25P02")),
             "{token}"
@@ -227,7 +235,13 @@ impl Session {
         let (token, client) = (self.token.clone(), self.client);
         let other = random_range(0..CLIENTS);
         let key = random_range(0..1_000_000);
-        let sql = match random_range(0..18) {
+        let act = if self.shares && random_range(0..8) > 0 {
+            // One that pins nothing, so that the connection changes between two.
+            random_range(9..14) + 9 * random_range(0..2)
+        } else {
+            random_range(0..23)
+        };
+        let sql = match act {
             0 => format!("set app.token = '{token}'"),
             1 => format!("set work_mem = '{}kB'", random_range(64..4000)),
             2 => format!("set application_name = '{token}'; set search_path = pg_catalog"),
@@ -257,6 +271,10 @@ impl Session {
             }
             15 => return self.pipeline().await,
             16 => return self.cancel().await,
+            18 => return self.unnamed(random_range(0..3)).await,
+            19 => return self.copy_in().await,
+            20 => "commit".to_owned(),
+            21 => format!("select '{token}', pg_sleep(0.01)"),
             _ => {
                 sleep(Duration::from_millis(random_range(0..20))).await;
                 format!("select '{token}'")
@@ -280,6 +298,37 @@ impl Session {
         for _ in 0..11 {
             self.answer().await?;
         }
+        Ok(())
+    }
+
+    /// The unnamed statement, in one request; in one with a Flush; or in two requests.
+    async fn unnamed(&mut self, how: u32) -> io::Result<()> {
+        let parse = message(b'P', format!("\0select '{}'\0\0\0", self.token).as_bytes());
+        let bind = [message(b'B', &[0; 8]), message(b'E', &[0; 5])].concat();
+        let sync = message(b'S', b"");
+        let (first, rest) = match how {
+            0 => (Vec::new(), [parse, bind, sync].concat()),
+            1 => ([parse, message(b'H', b"")].concat(), [bind, sync].concat()),
+            _ => ([parse, sync.clone()].concat(), [bind, sync].concat()),
+        };
+        self.wire.send(&first).await?;
+        sleep(Duration::from_millis(random_range(0..5))).await;
+        self.wire.send(&rest).await?;
+        if how == 2 {
+            self.answer().await?;
+        }
+        self.answer().await?;
+        Ok(())
+    }
+
+    /// Sends its data without waiting for the server, as some drivers do.
+    async fn copy_in(&mut self) -> io::Result<()> {
+        let copy = query("copy canary_in from stdin");
+        let data = message(b'd', format!("{}\n", self.token).as_bytes());
+        let end = message(b'c', b"");
+        let pieces = [&copy[..], &data.repeat(100), &end].concat();
+        self.wire.send(&pieces).await?;
+        self.answer().await?;
         Ok(())
     }
 
@@ -322,7 +371,9 @@ impl Session {
                     answer.rows.push(body);
                 }
                 b'N' => assert!(
-                    is_own || text.contains("there is already a transaction"),
+                    is_own
+                        || text.contains("there is already a transaction")
+                        || text.contains("there is no transaction"),
                     "{} got the notice {text:?}",
                     self.token
                 ),

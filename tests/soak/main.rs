@@ -4,7 +4,7 @@
 //! cargo test --test soak                     all of it, one after another
 //! cargo test --test soak -- churn idle       only these
 //! cargo test --test soak -- visits --program PATH     of another build of the proxy
-//! cargo test --test soak -- canary --seconds 600      for so long (default: 60)
+//! cargo test --test soak -- canary canary-transaction --seconds 600      for so long each (default: 60)
 //! ```
 //!
 //! The proxy runs as a process of its own, since it is the process that is measured; the emulator runs in this one.
@@ -103,13 +103,14 @@ impl Stage {
     }
 }
 
-const SCENARIOS: [&str; 14] = [
+const SCENARIOS: [&str; 15] = [
     "copy-out",
     "copy-in",
     "value",
     "slow-reader",
     "churn",
     "canary",
+    "canary-transaction",
     "idle",
     "calls",
     "thousands",
@@ -168,19 +169,20 @@ fn main() -> ExitCode {
                 "flood" => return flood::beside_logins(&program).await,
                 _ => {}
             }
-            let more: &[&str] = if name == "canary" {
-                &canary::ARGUMENTS
-            } else {
-                &[]
+            let more = match name {
+                "canary" => canary::arguments("session"),
+                "canary-transaction" => canary::arguments("transaction"),
+                _ => Vec::new(),
             };
-            let stage = Stage::set(&program, more).await;
+            let stage = Stage::set(&program, &more).await;
             match name {
                 "copy-out" => volume::copy_out(&stage).await,
                 "copy-in" => volume::copy_in(&stage).await,
                 "value" => volume::one_value(&stage).await,
                 "slow-reader" => volume::slow_reader(&stage).await,
                 "churn" => churn::churn(&stage).await,
-                "canary" => canary::clients(&stage, duration).await,
+                "canary" => canary::clients(&stage, duration, false).await,
+                "canary-transaction" => canary::clients(&stage, duration, true).await,
                 "idle" => idle::sessions(&stage).await,
                 "calls" => idle::calls(&stage).await,
                 "secrets" => secrets::in_memory(&stage, &program).await,
