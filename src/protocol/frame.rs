@@ -212,29 +212,30 @@ impl Scanner {
 
     /// Scans `chunk` and passes its events to `visit`.
     #[inline]
-    pub fn scan(&mut self, chunk: &[u8], mut visit: impl FnMut(Seen)) {
-        self.scan_parts(chunk, |part| {
-            if let Part::Event(seen) = part {
-                visit(seen);
-            }
-        });
+    pub fn scan(&mut self, chunk: &[u8], visit: impl FnMut(Seen)) {
+        self.walk(chunk, Events(visit));
     }
 
     /// Scans `chunk` and passes its events and what it has of the bodies to `visit`.
     #[inline]
-    pub fn scan_parts<'a>(&mut self, mut chunk: &'a [u8], mut visit: impl FnMut(Part<'a>)) {
+    pub fn scan_parts<'a>(&mut self, chunk: &'a [u8], visit: impl FnMut(Part<'a>)) {
+        self.walk(chunk, Parts(visit));
+    }
+
+    #[inline]
+    fn walk<'a>(&mut self, mut chunk: &'a [u8], mut visitor: impl Visitor<'a>) {
         while !self.lost {
             if self.body_left > 0 {
                 if self.status_next {
                     // The status byte may arrive in a later chunk than the header.
                     let Some(&status) = chunk.first() else { return };
                     self.status_next = false;
-                    visit(Part::Event(Seen::Status(status)));
+                    visitor.event(Seen::Status(status));
                 }
                 let skip = self.body_left.min(chunk.len());
                 self.body_left -= skip;
                 let (body, rest) = chunk.split_at(skip);
-                visit(Part::Body(body));
+                visitor.body(body);
                 chunk = rest;
                 if self.body_left > 0 {
                     return;
@@ -257,11 +258,44 @@ impl Scanner {
                     self.body_left = length - 4;
                     // A client's stream has no `Z`, so that one scanner serves both directions.
                     self.status_next = tag == tag::READY_FOR_QUERY && self.body_left > 0;
-                    visit(Part::Event(Seen::Message { tag }));
+                    visitor.event(Seen::Message { tag });
                 }
                 _ => self.lost = true,
             }
         }
+    }
+}
+
+/// What a scan finds, by methods of its own: with one closure for both, the relay of every message pays for the bodies that
+/// it does not look at.
+trait Visitor<'a> {
+    fn event(&mut self, seen: Seen);
+    fn body(&mut self, body: &'a [u8]);
+}
+
+struct Events<F>(F);
+
+impl<F: FnMut(Seen)> Visitor<'_> for Events<F> {
+    #[inline]
+    fn event(&mut self, seen: Seen) {
+        self.0(seen);
+    }
+
+    #[inline]
+    fn body(&mut self, _: &[u8]) {}
+}
+
+struct Parts<F>(F);
+
+impl<'a, F: FnMut(Part<'a>)> Visitor<'a> for Parts<F> {
+    #[inline]
+    fn event(&mut self, seen: Seen) {
+        self.0(Part::Event(seen));
+    }
+
+    #[inline]
+    fn body(&mut self, body: &'a [u8]) {
+        self.0(Part::Body(body));
     }
 }
 
