@@ -12,7 +12,7 @@ use super::{
     transaction::{shared, sharing},
     *,
 };
-use crate::harness::wire::{Wire, extended};
+use crate::harness::wire::{Wire, cancel, extended};
 
 /// Bind and Execute of the unnamed statement, with a parameter of this size.
 fn bound(size: usize) -> Vec<u8> {
@@ -294,4 +294,162 @@ async fn clients_at_rest_that_read_nothing_do_not_delay_a_shutdown() {
         "{:?}",
         began.elapsed()
     );
+}
+
+#[tokio::test]
+async fn requests_that_arrive_one_byte_at_a_time_are_served() {
+    let (_emulator, proxy) = sharing(1).await;
+    let (mut one, mut other) = (proxy.session().await, proxy.session().await);
+    one.stream.set_nodelay(true).unwrap();
+    let requests = [
+        text('Q', "select 'simple'"),
+        extended("select 'extended'"),
+        sync(),
+        sync(),
+        parse("select 'in two'"),
+        sync(),
+        plain_bound(),
+        sync(),
+        text('Q', "begin"),
+        text('Q', "select 'within'"),
+        text('Q', "commit"),
+    ]
+    .concat();
+    for byte in requests {
+        one.send(&[byte]).await;
+        sleep(Duration::from_millis(1)).await;
+    }
+    let found = answers(&mut one, 8).await;
+    assert_eq!(found, ["simple", "extended", "in two", "within"]);
+    assert_eq!(other.value("select 1").await, "1");
+}
+
+#[tokio::test]
+async fn a_flush_is_answered_while_another_client_waits_and_ends_no_lease() {
+    let (_emulator, proxy) = sharing(1).await;
+    let (mut one, mut other) = (proxy.session().await, proxy.session().await);
+    one.send(
+        &[
+            parse("select 'one'"),
+            message('D', b"S\0"),
+            message('H', b""),
+        ]
+        .concat(),
+    )
+    .await;
+    one.until('T').await;
+    other.send(&text('Q', "select 'other'")).await;
+    sleep(Duration::from_millis(100)).await;
+    assert_eq!(proxy.metrics().pool_clients_waiting.get(), 1);
+    one.send(&[plain_bound(), message('H', b"")].concat()).await;
+    one.until('C').await;
+    // An error in a block is due without a Sync or a Flush.
+    one.send(&sync()).await;
+    one.until('Z').await;
+    assert_eq!(answers(&mut other, 1).await, ["other"]);
+    one.query("begin").await;
+    one.send(
+        &[
+            message('B', b"\0nothing\0\0\0\0\0\0\0"),
+            message('E', b"\0\0\0\0\0"),
+        ]
+        .concat(),
+    )
+    .await;
+    assert_eq!(one.until('E').await[0].error().code, "26000");
+    one.send(&[sync(), text('Q', "rollback")].concat()).await;
+    answers(&mut one, 2).await;
+    assert_eq!(other.value("select 1").await, "1");
+}
+
+#[tokio::test]
+async fn many_cancels_at_once_hit_their_own_requests() {
+    let (_emulator, proxy) = sharing(4).await;
+    let mut clients = Vec::new();
+    for _ in 0..4 {
+        let mut wire = Wire::dial(proxy.address()).await;
+        wire.startup(&[("user", "anyone")]).await;
+        let key = wire.welcome().await.key;
+        clients.push((wire, key));
+    }
+    let mut spared = proxy.session().await;
+    for (wire, _) in &mut clients[..3] {
+        wire.send(&text('Q', "select pg_sleep(20)")).await;
+    }
+    spared
+        .send(&text('Q', "select 'spared' from pg_sleep(2)"))
+        .await;
+    sleep(Duration::from_millis(300)).await;
+    let mut requests = JoinSet::new();
+    for turn in 0..40 {
+        // That of the client at rest is among them.
+        requests.spawn(cancel(proxy.address(), clients[turn % 4].1));
+    }
+    within("the cancels", requests.join_all()).await;
+    for (wire, _) in &mut clients[..3] {
+        let found = answers(wire, 1).await;
+        assert!(found.contains(&"57014".to_owned()), "{found:?}");
+    }
+    assert_eq!(answers(&mut spared, 1).await, ["spared"]);
+    assert_eq!(clients[3].0.value("select 'rests'").await, "rests");
+}
+
+#[tokio::test]
+async fn a_request_at_rest_wakes_the_endpoint() {
+    let (emulator, proxy) = sharing(2).await;
+    let mut clients = Vec::new();
+    for _ in 0..10 {
+        let mut client = proxy.session().await;
+        client.query("select 1").await;
+        clients.push(client);
+    }
+    proxy.until_at_rest().await;
+    emulator.suspend().await;
+    for client in &mut clients {
+        assert_eq!(within("the wake", client.value("select 2")).await, "2");
+    }
+}
+
+#[tokio::test]
+async fn a_slow_reader_delays_no_other_client() {
+    let (_emulator, proxy) = sharing(2).await;
+    let (mut slow, mut other) = (proxy.session().await, proxy.session().await);
+    let copy = "copy (select repeat('x', 1000) from generate_series(1, 100000)) to stdout";
+    slow.send(&text('Q', copy)).await;
+    slow.next().await;
+    for _ in 0..200 {
+        assert_eq!(within("the other", other.value("select 1")).await, "1");
+    }
+    let rows = slow.until('Z').await;
+    assert_eq!(rows.iter().filter(|row| row.tag == 'd').count(), 100_000);
+    drop(slow);
+    assert_eq!(other.value("select 1").await, "1");
+}
+
+#[tokio::test]
+async fn a_statement_that_fails_in_a_text_of_two_undoes_both() {
+    let (_emulator, proxy) = sharing(1).await;
+    let (mut one, mut other) = (proxy.session().await, proxy.session().await);
+    one.query("create table undone (a int)").await;
+    one.send(&text('Q', "insert into undone values (1); select 1 / 0"))
+        .await;
+    assert_eq!(answers(&mut one, 1).await, ["22012"]);
+    assert_eq!(other.value("select count(*) from undone").await, "0");
+    // A notice is its own client's, and COPY data behind an error is no request.
+    let loud = "do $$ begin raise notice 'one'; end $$";
+    one.send(&text('Q', loud)).await;
+    assert!(one.until('Z').await.iter().any(|reply| reply.tag == 'N'));
+    let data = message('d', b"broken\n").repeat(10_000);
+    let copy = text('Q', "copy undone from stdin");
+    one.send(&[copy, data, message('c', b"")].concat()).await;
+    assert_eq!(answers(&mut one, 1).await, ["22P02"]);
+    assert_eq!(other.tags_of("select 1").await, "TDCZ");
+    assert_eq!(one.value("select 2").await, "2");
+}
+
+impl Wire {
+    async fn tags_of(&mut self, sql: &str) -> String {
+        self.send(&text('Q', sql)).await;
+        self.tags().await
+    }
 }
