@@ -20,7 +20,7 @@ use crate::{
 };
 
 /// A connection is watched once it has been idle for this long: most are needed again sooner, and a watch costs as much as
-/// the rest of a lease. Whoever takes one that is not watched looks at it.
+/// the rest of a lease. One that is not watched is looked at when it is taken.
 const WATCH_DELAY: Duration = Duration::from_millis(50);
 
 /// A connection that waits for a client.
