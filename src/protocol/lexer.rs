@@ -416,8 +416,22 @@ fn is_identifier_start(byte: u8) -> bool {
     byte.is_ascii_alphabetic() || byte == b'_' || byte >= 0x80
 }
 
+/// By a table, as it is called for every byte of every text.
+#[inline]
 pub(super) fn is_identifier(byte: u8) -> bool {
-    is_identifier_start(byte) || byte.is_ascii_digit() || byte == b'$'
+    const IDENTIFIER: [bool; 256] = {
+        let mut table = [false; 256];
+        let mut byte = 0_u8;
+        loop {
+            let is_start = byte.is_ascii_alphabetic() || byte == b'_' || byte >= 0x80;
+            table[byte as usize] = is_start || byte.is_ascii_digit() || byte == b'$';
+            if byte == u8::MAX {
+                break table;
+            }
+            byte += 1;
+        }
+    };
+    IDENTIFIER[usize::from(byte)]
 }
 
 #[cfg(test)]

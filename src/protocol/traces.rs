@@ -12,6 +12,9 @@ use super::{
 };
 use crate::telemetry::labels::PinReason;
 
+/// Queries that are read for being plain: more than a health check sends, and no cost for a session that sends many.
+const PLAIN_QUERIES: u8 = 8;
+
 /// The traces of one session.
 #[derive(Debug, Default)]
 pub(crate) struct Traces {
@@ -24,6 +27,7 @@ pub(crate) struct Traces {
     words: Words,
     tag: Tag,
     found: EnumMap<Trace, bool>,
+    plain: u8,
 }
 
 /// What has been found in messages besides [`Word`]s.
@@ -152,6 +156,7 @@ impl Traces {
             search,
             words,
             found,
+            plain,
             ..
         } = self;
         from_client.scan_parts(chunk, |part| match part {
@@ -193,16 +198,16 @@ impl Traces {
                 // A text in pieces is not kept, and so not read as a whole: it counts as anything.
                 let is_whole = is_ended && !*is_cut;
                 *is_cut |= !text.is_empty();
+                // Once for each text, which may repeat the words without end.
+                let (mut has_set, mut has_set_config) = (false, false);
                 search.search(text, |word, _| {
                     words[word] = true;
-                    match word {
-                        Word::Set => found[Trace::MaySet] |= !is_whole || sets_session(text),
-                        Word::SetConfig => {
-                            found[Trace::MaySetConfig] |= !is_whole || configures_session(text);
-                        }
-                        _ => {}
-                    }
+                    has_set |= word == Word::Set;
+                    has_set_config |= word == Word::SetConfig;
                 });
+                found[Trace::MaySet] |= has_set && (!is_whole || sets_session(text));
+                found[Trace::MaySetConfig] |=
+                    has_set_config && (!is_whole || configures_session(text));
                 if is_ended {
                     *reading = Reading::Nothing;
                     if let Some(word) = search.end() {
@@ -211,9 +216,12 @@ impl Traces {
                         found[Trace::MaySet] |= word == Word::Set;
                     }
                 }
-                found[Trace::Used] = found[Trace::Used]
-                    || !is_whole && !text.is_empty()
-                    || !statements(text, Backslash::Plain).all(|it| is_plain(&it));
+                if !found[Trace::Used] {
+                    *plain += u8::from(is_ended);
+                    found[Trace::Used] = !is_whole && !text.is_empty()
+                        || *plain > PLAIN_QUERIES
+                        || !statements(text, Backslash::Plain).all(|it| is_plain(&it));
+                }
             }
         });
     }

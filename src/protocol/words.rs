@@ -108,15 +108,19 @@ const PATTERNS: &[(&str, Place, Word)] = &[
     ("u&\"", Anywhere, Word::Opaque),
 ];
 
-static AUTOMATON: LazyLock<DFA> = LazyLock::new(|| {
+/// The automaton with its start.
+static AUTOMATON: LazyLock<(DFA, StateID)> = LazyLock::new(|| {
     // Built by the first text, in a fraction of a millisecond, so that a proxy without a pool has none.
     let mut builder = Builder::new();
     // Stepped by hand, which a prefilter knows nothing of.
     builder.ascii_case_insensitive(true).prefilter(false);
     #[expect(clippy::expect_used, reason = "only too many patterns fail")]
-    builder
+    let automaton = builder
         .build(PATTERNS.iter().map(|(text, ..)| text))
-        .expect("few patterns")
+        .expect("few patterns");
+    // Without anchored searches there is one start for all, which cannot fail.
+    let start = automaton.start_state(Anchored::No).unwrap_or_default();
+    (automaton, start)
 });
 
 /// The words that a text mentions.
@@ -136,7 +140,7 @@ impl Search {
     /// At the start of a text.
     pub fn new() -> Self {
         Self {
-            state: start(),
+            state: AUTOMATON.1,
             identifier: 0,
             pending: None,
         }
@@ -144,7 +148,7 @@ impl Search {
 
     /// Searches another piece, and passes each word to `found` with the position behind it.
     pub fn search(&mut self, piece: &[u8], mut found: impl FnMut(Word, usize)) {
-        let automaton = &*AUTOMATON;
+        let (automaton, _) = &*AUTOMATON;
         for (at, &byte) in piece.iter().enumerate() {
             if is_identifier(byte) {
                 self.identifier += 1;
@@ -185,11 +189,6 @@ impl Default for Search {
     fn default() -> Self {
         Self::new()
     }
-}
-
-fn start() -> StateID {
-    // Without anchored searches there is one start for all, which cannot fail.
-    AUTOMATON.start_state(Anchored::No).unwrap_or_default()
 }
 
 /// What a text may leave in the session.
