@@ -632,12 +632,17 @@ impl Sending<'_> {
 
 fn unknown_statement(name: &[u8]) -> Report {
     let name = String::from_utf8_lossy(name);
-    let what = if name.is_empty() {
-        "unnamed prepared statement does not exist".to_owned()
+    if name.is_empty() {
+        Report::new(
+            sqlstate::UNDEFINED_STATEMENT,
+            "unnamed prepared statement does not exist",
+        )
     } else {
-        format!("prepared statement \"{name}\" does not exist")
-    };
-    Report::new(sqlstate::UNDEFINED_STATEMENT, what)
+        Report::new(
+            sqlstate::UNDEFINED_STATEMENT,
+            format!("prepared statement \"{name}\" does not exist"),
+        )
+    }
 }
 
 /// The statement for a name of the pool's or of a client's.
