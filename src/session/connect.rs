@@ -1,6 +1,6 @@
 //! From admission to the welcome: the registry entry, the server connection, and what the client is sent at login.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use bytes::BytesMut;
 use jiff::Timestamp;
@@ -26,7 +26,7 @@ use crate::{
     shutdown::{Phase, Shutdown},
     status::{ClientInfo, Rejected, Server, SessionEntry},
     telemetry::labels::Reason,
-    upstream::Refusal,
+    upstream::{Refusal, Upstream},
 };
 
 /// From this wait on the client is sent a notice about it.
@@ -144,15 +144,22 @@ impl<'a> Admitted<'a> {
     }
 }
 
+impl Session<'_> {
+    /// The endpoint's upstream, once its look-up has succeeded.
+    pub(super) async fn upstream(&self) -> Result<Arc<Upstream>, Refusal> {
+        let timeouts = self.config.connect.timeouts;
+        // The look-up is a request to the workspace, so it is limited like that for a credential.
+        let budget = timeouts.connect_timeout.min(timeouts.credential_timeout);
+        self.endpoint.route.upstream(budget).await
+    }
+}
+
 impl Access<'_> {
     async fn connect(&self) -> Result<Leased, Refusal> {
         let Session {
             endpoint, config, ..
         } = self.session;
-        let timeouts = config.connect.timeouts;
-        // The look-up is a request to the workspace, so it is limited like that for a credential.
-        let budget = timeouts.connect_timeout.min(timeouts.credential_timeout);
-        let upstream = endpoint.route.upstream(budget).await?;
+        let upstream = self.session.upstream().await?;
         let login = self.login(&upstream.endpoint().database);
         let request = LeaseRequest::new(&upstream, login, &config.connect);
         endpoint.pools.connect(&request).await

@@ -184,9 +184,7 @@ impl LoggedIn<'_> {
         let login = self.sharing.as_ref().map(|sharing| &sharing.login);
         // Present while the session shares connections, and it does.
         let login = login.cloned().unwrap_or_default();
-        let timeouts = config.connect.timeouts;
-        let budget = timeouts.connect_timeout.min(timeouts.credential_timeout);
-        let upstream = endpoint.route.upstream(budget).await?;
+        let upstream = self.session.upstream().await?;
         let request = LeaseRequest::again(&upstream, &login, &config.connect, replaces_unnamed);
         endpoint.pools.lease(&request).await
     }
