@@ -18,6 +18,8 @@ mod client_tls;
 mod console;
 mod credential;
 mod demo;
+#[path = "../differential/mod.rs"]
+mod differential;
 mod discovery;
 mod doctor;
 mod drain;

@@ -5,6 +5,7 @@
 //! cargo test --test soak -- churn idle       only these
 //! cargo test --test soak -- visits --program PATH     of another build of the proxy
 //! cargo test --test soak -- canary canary-transaction --seconds 600      for so long each (default: 60)
+//! cargo test --test soak -- differential --programs 10000 --seed 2       so many of this sequence (default: 1)
 //! ```
 //!
 //! The proxy runs as a process of its own, since it is the process that is measured; the emulator runs in this one.
@@ -23,11 +24,14 @@
 mod attack;
 mod canary;
 mod churn;
+mod differential;
 mod flood;
 mod idle;
 mod measure;
 mod probes;
 mod process;
+#[path = "../differential/mod.rs"]
+mod programs;
 mod scripted;
 mod secrets;
 #[path = "../../benches/support/mod.rs"]
@@ -103,7 +107,7 @@ impl Stage {
     }
 }
 
-const SCENARIOS: [&str; 15] = [
+const SCENARIOS: [&str; 16] = [
     "copy-out",
     "copy-in",
     "value",
@@ -111,6 +115,7 @@ const SCENARIOS: [&str; 15] = [
     "churn",
     "canary",
     "canary-transaction",
+    "differential",
     "idle",
     "calls",
     "thousands",
@@ -137,6 +142,9 @@ fn main() -> ExitCode {
         .into();
     let seconds = option("--seconds").map(|seconds| seconds.parse().expect("a number of seconds"));
     let duration = Duration::from_secs(seconds.unwrap_or(60));
+    let number = |value: String| value.parse().expect("a number");
+    let programs = option("--programs").map(number);
+    let seed = option("--seed").map_or(1, number);
     let requested: Vec<String> = arguments
         .into_iter()
         .filter(|name| !name.starts_with('-'))
@@ -167,6 +175,11 @@ fn main() -> ExitCode {
                 "visits" => return scripted::visits(&program).await,
                 "probes" => return probes::beside_thousands(&program).await,
                 "flood" => return flood::beside_logins(&program).await,
+                "differential" => {
+                    let deadline = programs.is_none().then(|| Instant::now() + duration);
+                    let count = programs.unwrap_or(u64::MAX);
+                    return differential::programs(&program, seed, count, deadline).await;
+                }
                 _ => {}
             }
             let more = match name {
