@@ -199,7 +199,7 @@ impl Wire {
             let mut strings = body.split(|&byte| byte == 0).map(String::from_utf8_lossy);
             let mut string = || strings.next().unwrap_or_default().into_owned();
             let (name, value) = (string(), string());
-            // A report of what is known already says nothing.
+            // A repeated report is no difference.
             if self.parameters.get(&name) != Some(&value) {
                 replies.push(format!("S {name} = {value}"));
                 self.parameters.insert(name, value);

@@ -21,17 +21,17 @@ fn bound(size: usize) -> Vec<u8> {
     [message('B', &bind), message('E', b"\0\0\0\0\0")].concat()
 }
 
-fn plain_bound() -> Vec<u8> {
+pub(super) fn plain_bound() -> Vec<u8> {
     let bind = message('B', b"\0\0\0\0\0\0\0\0");
     [bind, message('E', b"\0\0\0\0\0")].concat()
 }
 
-fn parse(sql: &str) -> Vec<u8> {
+pub(super) fn parse(sql: &str) -> Vec<u8> {
     message('P', format!("\0{sql}\0\0\0").as_bytes())
 }
 
 /// The error codes and rows up to `count` ReadyForQuery.
-async fn answers(wire: &mut Wire, count: usize) -> Vec<String> {
+pub(super) async fn answers(wire: &mut Wire, count: usize) -> Vec<String> {
     let mut found = Vec::new();
     for _ in 0..count {
         for reply in within("an answer", wire.until('Z')).await {

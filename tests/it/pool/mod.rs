@@ -1,6 +1,7 @@
 //! Pooling in `session` mode: connections go from client to client, and nothing else does.
 
 mod differential;
+mod follow;
 mod leaving;
 mod misuse;
 mod queue;
@@ -8,6 +9,7 @@ mod reset;
 mod servers;
 mod settings;
 mod sleep;
+mod statements;
 mod transaction;
 
 use std::collections::BTreeSet;

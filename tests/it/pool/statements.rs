@@ -1,0 +1,614 @@
+//! `transaction` mode: prepared statements of the protocol follow their client to whatever connection it is given.
+
+use lakebase_proxy::telemetry::labels::PinReason;
+
+use super::{
+    misuse::{answers, parse, plain_bound},
+    transaction::sharing,
+    *,
+};
+use crate::harness::wire::{Reply, Wire, extended};
+
+pub(super) fn prepare(name: &str, sql: &str) -> Vec<u8> {
+    message('P', format!("{name}\0{sql}\0\0\0").as_bytes())
+}
+
+fn describe(name: &str) -> Vec<u8> {
+    message('D', format!("S{name}\0").as_bytes())
+}
+
+fn close(name: &str) -> Vec<u8> {
+    message('C', format!("S{name}\0").as_bytes())
+}
+
+/// Bind, Describe and Execute with these parameters as text.
+pub(super) fn execute(name: &str, parameters: &[&str]) -> Vec<u8> {
+    let mut bind = format!("\0{name}\0\0\0").into_bytes();
+    bind.extend(u16::try_from(parameters.len()).unwrap().to_be_bytes());
+    for parameter in parameters {
+        bind.extend(u32::try_from(parameter.len()).unwrap().to_be_bytes());
+        bind.extend(parameter.as_bytes());
+    }
+    bind.extend(b"\0\0");
+    [
+        message('B', &bind),
+        message('D', b"P\0"),
+        message('E', b"\0\0\0\0\0"),
+    ]
+    .concat()
+}
+
+/// The types of the columns of a RowDescription.
+pub(super) fn types(reply: &Reply) -> Vec<u32> {
+    assert_eq!(reply.tag, 'T');
+    let (count, mut rest) = reply.body.split_first_chunk::<2>().unwrap();
+    let mut types = Vec::new();
+    for _ in 0..u16::from_be_bytes(*count) {
+        let end = rest.iter().position(|&byte| byte == 0).unwrap();
+        let field = &rest[end + 1..];
+        types.push(u32::from_be_bytes(field[6..10].try_into().unwrap()));
+        rest = &field[18..];
+    }
+    types
+}
+
+/// The messages of one request and of one without an error, as the types of the answers up to ReadyForQuery.
+pub(super) async fn tags(wire: &mut Wire, messages: &[Vec<u8>]) -> String {
+    wire.send(&[&messages.concat()[..], &sync()].concat()).await;
+    within("the answers", wire.tags()).await
+}
+
+/// The error codes and rows of one request.
+pub(super) async fn request(wire: &mut Wire, messages: &[Vec<u8>]) -> Vec<String> {
+    wire.send(&[&messages.concat()[..], &sync()].concat()).await;
+    answers(wire, 1).await
+}
+
+/// Gives the only connection to another client in between, with a statement of the same name and no name.
+async fn disturb(other: &mut Wire) {
+    let found = request(
+        other,
+        &[
+            close("s"),
+            prepare("s", "select 'of another'"),
+            execute("s", &[]),
+        ],
+    )
+    .await;
+    assert_eq!(found, ["of another"]);
+    let found = request(other, &[extended("select 'of another, unnamed'")]).await;
+    assert_eq!(found, ["of another, unnamed"]);
+}
+
+#[tokio::test]
+#[ignore = "a client with a prepared statement keeps its connection"]
+async fn statements_of_the_same_name_stay_apart() {
+    let (emulator, proxy) = sharing(2).await;
+    let mut clients = JoinSet::new();
+    for number in 0..6_u32 {
+        let mut wire = proxy.session().await;
+        clients.spawn(async move {
+            let (sql, oid) = match number % 3 {
+                0 => (format!("select {number}::int4 as a"), 23),
+                1 => (format!("select '{number}'::text as b"), 25),
+                _ => (format!("select {number}::int8 as c"), 20),
+            };
+            tags(&mut wire, &[prepare("s", &sql)]).await;
+            for round in 0..30 {
+                let mut messages = vec![execute("s", &[])];
+                if round % 2 == 0 {
+                    messages.insert(0, describe("s"));
+                }
+                wire.send(&[&messages.concat()[..], &sync()].concat()).await;
+                for reply in wire.until('Z').await {
+                    match reply.tag {
+                        'T' => assert_eq!(types(&reply), [oid], "{number}"),
+                        'D' => assert_eq!(reply.value(), number.to_string()),
+                        'E' => panic!("{number}: {:?}", reply.error()),
+                        _ => {}
+                    }
+                }
+            }
+        });
+    }
+    within("the clients", clients.join_all()).await;
+    assert!(emulator.counts().logins <= 2);
+    assert_eq!(proxy.pins(PinReason::Prepared), 0);
+}
+
+#[tokio::test]
+#[ignore = "a client with a prepared statement keeps its connection"]
+async fn names_in_use_and_unknown_names_are_errors_that_skip_exactly_to_their_sync() {
+    let (_emulator, proxy) = sharing(1).await;
+    let (mut one, mut other) = (proxy.session().await, proxy.session().await);
+    disturb(&mut other).await;
+    assert_eq!(tags(&mut one, &[prepare("s", "select 'mine'")]).await, "1Z");
+    disturb(&mut other).await;
+    let again = prepare("s", "select 'again'");
+    assert_eq!(
+        request(&mut one, std::slice::from_ref(&again)).await,
+        ["42P05"]
+    );
+    disturb(&mut other).await;
+    assert_eq!(request(&mut one, &[execute("s", &[])]).await, ["mine"]);
+    disturb(&mut other).await;
+    assert_eq!(request(&mut one, &[execute("t", &[])]).await, ["26000"]);
+    assert_eq!(request(&mut one, &[describe("t")]).await, ["26000"]);
+    disturb(&mut other).await;
+    // Of ten requests, one fails at its front and one within.
+    let mut pipeline = Vec::new();
+    for number in 0..10 {
+        match number {
+            3 => pipeline.extend([&again[..], &execute("s", &[])].concat()),
+            7 => {
+                pipeline.extend([execute("s", &[]), execute("t", &[]), execute("s", &[])].concat());
+            }
+            _ => pipeline.extend(execute("s", &[])),
+        }
+        pipeline.extend(sync());
+    }
+    one.send(&pipeline).await;
+    let found = answers(&mut one, 10).await;
+    let mut expected = vec!["mine"; 3];
+    expected.push("42P05");
+    expected.extend(["mine"; 4]);
+    expected.push("26000");
+    expected.extend(["mine"; 2]);
+    assert_eq!(found, expected);
+    disturb(&mut other).await;
+    // Closed, the name is free; closing what is not there is no error.
+    let messages = [
+        close("s"),
+        close("s"),
+        prepare("s", "select 'new'"),
+        execute("s", &[]),
+    ];
+    assert_eq!(request(&mut one, &messages).await, ["new"]);
+    disturb(&mut other).await;
+    assert_eq!(request(&mut one, &[execute("s", &[])]).await, ["new"]);
+    // A Parse that fails leaves the name free.
+    let broken = [close("s"), prepare("s", "broken")];
+    assert_eq!(request(&mut one, &broken).await, ["42601"]);
+    disturb(&mut other).await;
+    assert_eq!(request(&mut one, &[execute("s", &[])]).await, ["26000"]);
+    assert_eq!(
+        request(&mut one, &[prepare("s", "select 1"), execute("s", &[])]).await,
+        ["1"]
+    );
+}
+
+/// Clients deallocate statements of the protocol by SQL, as psycopg does.
+#[tokio::test]
+#[ignore = "a client with a prepared statement keeps its connection"]
+async fn a_statement_of_the_protocol_is_deallocated_by_sql() {
+    let (_emulator, proxy) = sharing(1).await;
+    let (mut one, mut other) = (proxy.session().await, proxy.session().await);
+    for deallocate in [
+        "deallocate s",
+        "DEALLOCATE PREPARE \"s\";",
+        "deallocate all",
+        "discard all",
+    ] {
+        assert_eq!(tags(&mut one, &[prepare("s", "select 'mine'")]).await, "1Z");
+        disturb(&mut other).await;
+        one.send(&text('Q', deallocate)).await;
+        assert_eq!(one.tags().await, "CZ", "{deallocate}");
+        disturb(&mut other).await;
+        assert_eq!(
+            request(&mut one, &[execute("s", &[])]).await,
+            ["26000"],
+            "{deallocate}"
+        );
+        disturb(&mut other).await;
+        // It takes effect in its turn, and one that fails has none.
+        let messages = [
+            prepare("s", "select 'mine'"),
+            sync(),
+            text('Q', deallocate),
+            execute("s", &[]),
+            sync(),
+            prepare("s", "select 'next'"),
+        ];
+        one.send(&[&messages.concat()[..], &sync()].concat()).await;
+        assert_eq!(answers(&mut one, 4).await, ["26000"], "{deallocate}");
+        disturb(&mut other).await;
+        let failed = [
+            text('Q', "begin"),
+            text('Q', "select 1 / 0"),
+            text('Q', deallocate),
+            text('Q', "rollback"),
+        ];
+        one.send(&failed.concat()).await;
+        assert_eq!(
+            answers(&mut one, 4).await,
+            ["22012", "25P02"],
+            "{deallocate}"
+        );
+        disturb(&mut other).await;
+        assert_eq!(
+            request(&mut one, &[execute("s", &[])]).await,
+            ["next"],
+            "{deallocate}"
+        );
+        one.query("deallocate s").await;
+    }
+}
+
+/// The server keeps the statements used last, whatever the clients prepare.
+#[tokio::test]
+#[ignore = "a client with a prepared statement keeps its connection"]
+async fn a_server_connection_keeps_a_bounded_number_of_statements() {
+    const STATEMENTS: usize = 600;
+    let (_emulator, proxy) = sharing(1).await;
+    let (mut one, mut other) = (proxy.session().await, proxy.session().await);
+    let name = |number: usize| format!("s{number}");
+    for number in 0..STATEMENTS {
+        tags(
+            &mut one,
+            &[prepare(&name(number), &format!("select {number}"))],
+        )
+        .await;
+    }
+    let held = "select count(*) from pg_prepared_statements";
+    let count: usize = other.value(held).await.parse().unwrap();
+    assert!(count <= 200, "{count} statements");
+    for round in 0..STATEMENTS {
+        let number = round * 7919 % STATEMENTS;
+        let found = request(&mut one, &[execute(&name(number), &[])]).await;
+        assert_eq!(found, [number.to_string()]);
+    }
+    // In one request more than it keeps: none is closed while it is outstanding.
+    let pipeline: Vec<_> = (0..300).map(|number| execute(&name(number), &[])).collect();
+    let found = request(&mut one, &pipeline).await;
+    let expected: Vec<_> = (0..300).map(|number| number.to_string()).collect();
+    assert_eq!(found, expected);
+    // With errors within, after which no statement that was to be closed or prepared is taken for what it is not.
+    for _ in 0..5 {
+        let mut pipeline = Vec::new();
+        for number in 300..STATEMENTS {
+            pipeline.push(execute(&name(number), &[]));
+            if number % 50 == 0 {
+                pipeline.push(execute("missing", &[]));
+            }
+            if number % 20 == 0 {
+                pipeline.push(sync());
+            }
+        }
+        let count = pipeline.iter().filter(|it| it[0] == b'S').count() + 1;
+        one.send(&[&pipeline.concat()[..], &sync()].concat()).await;
+        let found = answers(&mut one, count).await;
+        assert_eq!(found.iter().filter(|it| *it == "26000").count(), 6);
+        let mut numbers = found
+            .iter()
+            .filter_map(|it| it.parse::<usize>().ok().filter(|it| *it != 26000));
+        assert!(numbers.clone().is_sorted());
+        assert!(numbers.all(|number| (300..STATEMENTS).contains(&number)));
+    }
+    let count: usize = other.value(held).await.parse().unwrap();
+    assert!(count <= 200, "{count} statements");
+}
+
+#[tokio::test]
+#[ignore = "a client that is to bind its unnamed statement keeps its connection"]
+async fn the_unnamed_statement_follows_its_client() {
+    let (_emulator, proxy) = sharing(1).await;
+    let (mut one, mut other) = (proxy.session().await, proxy.session().await);
+    assert_eq!(
+        tags(&mut one, &[parse("select 'mine'"), describe("")]).await,
+        "1tTZ"
+    );
+    for _ in 0..3 {
+        disturb(&mut other).await;
+        assert_eq!(request(&mut one, &[plain_bound()]).await, ["mine"]);
+    }
+    assert_eq!(one.value("select 1").await, "1");
+    disturb(&mut other).await;
+    assert_eq!(request(&mut one, &[plain_bound()]).await, ["26000"]);
+    // A Parse that fails drops it, too.
+    assert_eq!(
+        request(&mut one, &[extended("select 'second'")]).await,
+        ["second"]
+    );
+    assert_eq!(request(&mut one, &[parse("broken")]).await, ["42601"]);
+    disturb(&mut other).await;
+    assert_eq!(request(&mut one, &[plain_bound()]).await, ["26000"]);
+    // And one that is skipped does not.
+    assert_eq!(
+        request(&mut one, &[extended("select 'third'")]).await,
+        ["third"]
+    );
+    assert_eq!(
+        request(
+            &mut one,
+            &[execute("missing", &[]), parse("select 'skipped'")]
+        )
+        .await,
+        ["26000"]
+    );
+    disturb(&mut other).await;
+    assert_eq!(request(&mut one, &[plain_bound()]).await, ["third"]);
+}
+
+/// As without the proxy: drivers know the error and prepare again.
+#[tokio::test]
+#[ignore = "a client with a prepared statement keeps its connection"]
+async fn a_changed_table_fails_each_prepared_statement_once_at_most() {
+    const CLIENTS: usize = 100;
+    let (_emulator, proxy) = sharing(3).await;
+    let mut admin = proxy.session().await;
+    admin
+        .query("create table changed (a int); insert into changed values (1)")
+        .await;
+    let mut clients = Vec::new();
+    for _ in 0..CLIENTS {
+        let mut wire = proxy.session().await;
+        tags(&mut wire, &[prepare("s", "select * from changed")]).await;
+        assert_eq!(request(&mut wire, &[execute("s", &[])]).await, ["1"]);
+        clients.push(wire);
+    }
+    admin
+        .query("alter table changed add column b text default 'new'")
+        .await;
+    let mut rounds = JoinSet::new();
+    for mut wire in clients {
+        rounds.spawn(async move {
+            let mut failures = 0;
+            for _ in 0..10 {
+                wire.send(&[execute("s", &[]), sync()].concat()).await;
+                let replies = within("an answer", wire.until('Z')).await;
+                if let Some(error) = replies.iter().find(|reply| reply.tag == 'E') {
+                    assert_eq!(error.error().code, "0A000");
+                    failures += 1;
+                    let again = [close("s"), prepare("s", "select * from changed")];
+                    assert_eq!(tags(&mut wire, &again).await, "31Z");
+                    continue;
+                }
+                let described = replies.iter().find(|reply| reply.tag == 'T').unwrap();
+                assert_eq!(types(described), [23, 25]);
+                let row = replies.iter().find(|reply| reply.tag == 'D').unwrap();
+                assert_eq!(row.body[..2], [0, 2]);
+            }
+            failures
+        });
+    }
+    let failures = within("the clients", rounds.join_all()).await;
+    assert!(failures.iter().all(|count| *count <= 1), "{failures:?}");
+    for _ in 0..5 {
+        let mut wire = proxy.session().await;
+        let messages = [prepare("s", "select * from changed"), execute("s", &[])];
+        assert_eq!(request(&mut wire, &messages).await, ["1"]);
+    }
+}
+
+#[tokio::test]
+#[ignore = "a client with a prepared statement keeps its connection"]
+async fn rows_of_a_table_that_was_made_anew_have_the_types_that_are_described() {
+    let (_emulator, proxy) = sharing(2).await;
+    let mut admin = proxy.session().await;
+    let mut clients = Vec::new();
+    for _ in 0..6 {
+        clients.push(proxy.session().await);
+    }
+    for (number, (kind, value, oid)) in [("int", "1", 23), ("text", "'x'", 25), ("int8", "2", 20)]
+        .iter()
+        .cycle()
+        .take(6)
+        .enumerate()
+    {
+        let make = format!(
+            "drop table if exists anew; create table anew (a {kind}); insert into anew values ({value})"
+        );
+        admin.query(&make).await;
+        for wire in &mut clients {
+            let messages = [close("s"), prepare("s", "select a from anew")];
+            assert_eq!(tags(wire, &messages).await, "31Z", "{number}");
+            wire.send(&[describe("s"), execute("s", &[]), sync()].concat())
+                .await;
+            let replies = within("an answer", wire.until('Z')).await;
+            let described = replies.iter().filter(|reply| reply.tag == 'T').map(types);
+            assert_eq!(described.collect::<Vec<_>>(), [[*oid], [*oid]], "{number}");
+            let row = replies.iter().find(|reply| reply.tag == 'D').unwrap();
+            assert_eq!(row.value(), value.trim_matches('\''));
+        }
+    }
+}
+
+#[tokio::test]
+#[ignore = "a client with a prepared statement keeps its connection"]
+async fn large_statements_names_and_numbers_of_parameters_are_served() {
+    let (_emulator, proxy) = sharing(2).await;
+    let (mut one, mut other) = (proxy.session().await, proxy.session().await);
+    let name = "n".repeat(6000);
+    let long = format!("select length('{}')", "x".repeat(8_000_000));
+    assert_eq!(tags(&mut one, &[prepare(&name, &long)]).await, "1Z");
+    for _ in 0..2 {
+        disturb(&mut other).await;
+        assert_eq!(request(&mut one, &[execute(&name, &[])]).await, ["8000000"]);
+    }
+    assert_eq!(tags(&mut one, &[close(&name)]).await, "3Z");
+    let count = 65_535;
+    let sums: Vec<_> = (1..=count)
+        .map(|number| format!("(${number}::int)"))
+        .collect();
+    let many = format!("select sum(a) from (values {}) v (a)", sums.join(","));
+    let parameters = vec!["1"; count];
+    let messages = [prepare("s", &many), execute("s", &parameters)];
+    assert_eq!(request(&mut one, &messages).await, ["65535"]);
+    assert_eq!(tags(&mut one, &[close("s")]).await, "3Z");
+    // Texts that are not large, and more of them than one client may have.
+    let mut refused = None;
+    for number in 0..1000 {
+        let sql = format!("select {number} /* {} */", "x".repeat(60_000));
+        one.send(&[prepare(&format!("s{number}"), &sql), sync()].concat())
+            .await;
+        let replies = within("an answer", one.until('Z')).await;
+        if let Some(reply) = replies.iter().find(|reply| reply.tag == 'E') {
+            refused = Some((number, reply.error()));
+            break;
+        }
+    }
+    let (number, error) = refused.expect("a limit");
+    assert!((200..400).contains(&number), "{number} statements");
+    assert_eq!(error.code, "53200");
+    assert!(error.hint.is_some());
+    disturb(&mut other).await;
+    assert_eq!(request(&mut one, &[execute("s7", &[])]).await, ["7"]);
+    assert_eq!(
+        tags(&mut one, &[close("s8"), prepare("s", "select 'small'")]).await,
+        "31Z"
+    );
+}
+
+/// A Parse that need not be sent is answered in its turn, and not at all behind an error.
+#[tokio::test]
+#[ignore = "a client with a prepared statement keeps its connection"]
+async fn what_is_answered_without_the_server_keeps_its_order() {
+    let (_emulator, proxy) = sharing(1).await;
+    let (mut one, mut other) = (proxy.session().await, proxy.session().await);
+    // The server has both.
+    let (known, failing) = ("select 'known'", "select 1 / (random() * 0)::int");
+    for (name, sql) in [("a", known), ("b", failing)] {
+        assert_eq!(tags(&mut other, &[prepare(name, sql)]).await, "1Z");
+    }
+    assert_eq!(tags(&mut one, &[prepare("b", failing)]).await, "1Z");
+    let behind = [execute("b", &[]), prepare("a", known), execute("a", &[])];
+    one.send(&[&behind.concat()[..], &sync()].concat()).await;
+    let found = one.tags().await;
+    assert!(found.ends_with("EZ") && !found.contains('1'), "{found}");
+    assert_eq!(
+        request(&mut one, &[execute("a", &[])]).await,
+        ["26000"],
+        "it was skipped"
+    );
+    let before = [
+        prepare("a", known),
+        execute("a", &[]),
+        close("a"),
+        prepare("a", known),
+        execute("b", &[]),
+    ];
+    one.send(&[&before.concat()[..], &sync()].concat()).await;
+    let found = one.tags().await;
+    assert!(
+        found.starts_with("12TDC31") && found.ends_with("EZ"),
+        "{found}"
+    );
+    // The Parse that has its answer counts, although the request fails.
+    assert_eq!(request(&mut one, &[execute("a", &[])]).await, ["known"]);
+}
+
+#[tokio::test]
+#[ignore = "a client with a prepared statement keeps its connection"]
+async fn a_statement_that_was_described_is_bound_on_another_connection() {
+    let (_emulator, proxy) = sharing(2).await;
+    let (mut one, mut other) = (proxy.session().await, proxy.session().await);
+    one.send(
+        &[
+            prepare("s", "select $1::int4 as a, pg_backend_pid()"),
+            describe("s"),
+            sync(),
+        ]
+        .concat(),
+    )
+    .await;
+    let replies = one.until('Z').await;
+    let described = types(replies.iter().find(|reply| reply.tag == 'T').unwrap());
+    assert_eq!(described, [23, 23]);
+    // Whichever it had is taken.
+    for sql in ["begin", "select 1"] {
+        other.query(sql).await;
+    }
+    let mut third = proxy.session().await;
+    one.send(&[execute("s", &["5"]), sync()].concat()).await;
+    let replies = within("an answer", one.until('Z')).await;
+    assert_eq!(
+        types(replies.iter().find(|reply| reply.tag == 'T').unwrap()),
+        described
+    );
+    assert_eq!(third.value("select 1").await, "1");
+    other.query("commit").await;
+}
+
+/// Sent by pools of applications at every return of a connection.
+#[tokio::test]
+#[ignore = "a client that has reset its settings keeps its connection"]
+async fn discard_all_is_the_clients_own() {
+    let (_emulator, proxy) = sharing(1).await;
+    let (mut one, mut other) = (proxy.session().await, proxy.session().await);
+    for _ in 0..3 {
+        one.send(&text('Q', "discard all")).await;
+        let replies = one.until('Z').await;
+        assert_eq!(replies[0].body, "DISCARD ALL\0");
+        assert_eq!(other.value("select 1").await, "1");
+    }
+    for reset in ["RESET ALL", "DEALLOCATE ALL", "CLOSE ALL", "UNLISTEN *"] {
+        one.send(&text('Q', reset)).await;
+        assert_eq!(one.tags().await, "CZ", "{reset}");
+        assert_eq!(other.value("select 1").await, "1", "{reset}");
+    }
+    one.query("begin").await;
+    one.send(&text('Q', "discard all")).await;
+    assert_eq!(answers(&mut one, 1).await, ["25001"]);
+    one.query("rollback").await;
+    assert_eq!(other.value("select 1").await, "1");
+}
+
+#[tokio::test]
+#[ignore = "a client with a prepared statement keeps its connection"]
+async fn discard_all_drops_no_statement_of_another_client() {
+    let (_emulator, proxy) = sharing(1).await;
+    let (mut one, mut other) = (proxy.session().await, proxy.session().await);
+    for (wire, mine) in [(&mut one, "select 'one'"), (&mut other, "select 'other'")] {
+        assert_eq!(tags(wire, &[prepare("s", mine)]).await, "1Z");
+    }
+    one.query("set work_mem = '5MB'").await;
+    for discard in ["discard all", "deallocate all"] {
+        one.query(discard).await;
+        assert_eq!(request(&mut other, &[execute("s", &[])]).await, ["other"]);
+        assert_eq!(
+            request(&mut one, &[execute("s", &[])]).await,
+            ["26000"],
+            "{discard}"
+        );
+        assert_eq!(one.value("show work_mem").await, "4MB");
+        assert_eq!(tags(&mut one, &[prepare("s", "select 'one'")]).await, "1Z");
+    }
+}
+
+/// The statements of pgbench, prepared, by more clients than there are connections.
+#[tokio::test]
+#[ignore = "a client with a prepared statement keeps its connection"]
+async fn eight_clients_of_pgbench_share_two_connections() {
+    for protocol in ["simple", "extended", "prepared"] {
+        let (emulator, proxy) = sharing(2).await;
+        let port = proxy.address().port().to_string();
+        let pgbench = async |arguments: &[&str]| {
+            let output = tokio::process::Command::new("pgbench")
+                .args(["-h", "127.0.0.1", "-p", &port, "-U", "anyone"])
+                .args(arguments)
+                .arg(DATABASE)
+                .kill_on_drop(true)
+                .output();
+            let output = within("pgbench", output).await.unwrap();
+            let report = String::from_utf8_lossy(&output.stderr).into_owned();
+            assert!(output.status.success(), "{protocol}: {report}");
+            String::from_utf8_lossy(&output.stdout).into_owned()
+        };
+        pgbench(&["-i", "-s", "1", "-q"]).await;
+        let report = pgbench(&["-M", protocol, "-c", "8", "-t", "50", "-n"]).await;
+        assert!(report.contains("processed: 400/400"), "{report}");
+        let client = proxy.client().await;
+        client
+            .batch_execute(
+                "drop table pgbench_accounts, pgbench_branches, pgbench_history, pgbench_tellers",
+            )
+            .await
+            .unwrap();
+        // pgbench drops its connection for the load.
+        assert!(
+            emulator.counts().logins <= 4,
+            "{}",
+            emulator.counts().logins
+        );
+    }
+}
