@@ -3,17 +3,16 @@
 //! Consists of public parts: the [`emulator`], and an [`App`] configured by the tutorial's variables, as in an app's
 //! environment. The surrounding environment is ignored, so that a demo never calls a real workspace.
 
-use std::{io::Write, path::PathBuf, time::Duration};
+use std::{io::Write, time::Duration};
 
 use anstyle::Style;
 use jiff::{SignedDuration, Timestamp, tz::TimeZone};
-use secrecy::SecretString;
 
 use super::CommandError;
 use crate::{
     app::{Addresses, App},
     config::{Config, ConfigError, Environment, LogOptions, PortSetting, Settings},
-    emulator::{self, Emulator, EmulatorOptions, PostgresSource},
+    emulator::{self, Emulator, EmulatorOptions, PostgresArgs},
     shutdown::{Cause, Signals},
 };
 
@@ -41,12 +40,8 @@ pub(super) struct DemoArgs {
     /// Lifetime of a database credential; an hour at Lakebase, short here so that refreshes are seen
     #[arg(long, value_name = "TIME", default_value = "60s", value_parser = emulator::duration)]
     pub token_ttl: Duration,
-    /// Use this Postgres instead of an own one: a superuser's URL, without TLS
-    #[arg(long, value_name = "URL", conflicts_with = "postgres_bin_dir")]
-    pub postgres_url: Option<SecretString>,
-    /// Where `initdb` and `postgres` are; looked for if not given
-    #[arg(long, value_name = "DIR")]
-    pub postgres_bin_dir: Option<PathBuf>,
+    #[command(flatten)]
+    pub postgres: PostgresArgs,
 }
 
 /// Warnings only: the panel shows normal events.
@@ -100,10 +95,7 @@ async fn serve(
 
 fn options(arguments: &DemoArgs) -> EmulatorOptions {
     let mut options = EmulatorOptions {
-        postgres: PostgresSource::chosen(
-            arguments.postgres_url.as_ref(),
-            arguments.postgres_bin_dir.as_deref(),
-        ),
+        postgres: arguments.postgres.source(),
         ..EmulatorOptions::default()
     };
     options.settings.token_ttl = arguments.token_ttl;

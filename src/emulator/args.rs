@@ -10,7 +10,9 @@ use std::{
 use jiff::SignedDuration;
 use secrecy::SecretString;
 
-use super::{Emulator, EmulatorError, EmulatorOptions, Fault, PostgresSource, Settings};
+use super::{
+    Emulator, EmulatorError, EmulatorOptions, Fault, LocalPostgresOptions, PostgresSource, Settings,
+};
 
 const AFTER_HELP: &str = "\
 While it runs, under the workspace's address (DATABRICKS_HOST):
@@ -67,15 +69,39 @@ pub struct EmulatorArgs {
     /// given several times
     #[arg(long = "fault", value_name = "JSON", value_parser = fault)]
     pub faults: Vec<Fault>,
+    /// The Postgres behind the edge.
+    #[command(flatten)]
+    pub postgres: PostgresArgs,
+    /// Write the variables that clients need to this file once the emulator is ready; without it they are printed
+    #[arg(long, value_name = "FILE")]
+    pub env_file: Option<PathBuf>,
+}
+
+/// Flags that choose the Postgres behind the edge.
+#[derive(Clone, Debug, clap::Args)]
+pub struct PostgresArgs {
     /// Use this Postgres instead of an own one: a superuser's URL, without TLS
     #[arg(long, value_name = "URL", conflicts_with = "postgres_bin_dir")]
     pub postgres_url: Option<SecretString>,
     /// Where `initdb` and `postgres` are; looked for if not given
     #[arg(long, value_name = "DIR")]
     pub postgres_bin_dir: Option<PathBuf>,
-    /// Write the variables that clients need to this file once the emulator is ready; without it they are printed
-    #[arg(long, value_name = "FILE")]
-    pub env_file: Option<PathBuf>,
+    /// Fail if this machine has no Postgres, instead of fetching one with pip
+    #[arg(long)]
+    pub no_download: bool,
+}
+
+impl PostgresArgs {
+    pub(crate) fn source(&self) -> PostgresSource {
+        match &self.postgres_url {
+            Some(url) => PostgresSource::Url(url.clone()),
+            None => PostgresSource::Local(LocalPostgresOptions {
+                bin_dir: self.postgres_bin_dir.clone(),
+                download: !self.no_download,
+                ..LocalPostgresOptions::default()
+            }),
+        }
+    }
 }
 
 impl EmulatorArgs {
@@ -90,10 +116,7 @@ impl EmulatorArgs {
                 wake_delay: self.wake_delay,
                 ..Settings::default()
             },
-            postgres: PostgresSource::chosen(
-                self.postgres_url.as_ref(),
-                self.postgres_bin_dir.as_deref(),
-            ),
+            postgres: self.postgres.source(),
             faults: self.faults.clone(),
             ..EmulatorOptions::default()
         }

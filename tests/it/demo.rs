@@ -12,9 +12,12 @@ use tokio::{
 };
 use tokio_postgres::NoTls;
 
-use crate::harness::{
-    binary::PROGRAM,
-    emulator::{TIMEOUT, http},
+use crate::{
+    harness::{
+        binary::PROGRAM,
+        emulator::{TIMEOUT, http},
+    },
+    process::{Signal, signal},
 };
 
 struct Demo {
@@ -56,15 +59,7 @@ impl Demo {
     }
 
     async fn interrupt(mut self) -> Option<i32> {
-        let id = self.program.id().unwrap().to_string();
-        assert!(
-            Command::new("kill")
-                .args(["-INT", &id])
-                .status()
-                .await
-                .unwrap()
-                .success()
-        );
+        signal(self.program.id().unwrap(), Signal::INT);
         timeout(TIMEOUT, self.program.wait())
             .await
             .expect("an end in time")

@@ -4,10 +4,11 @@ use std::process::Stdio;
 
 use tokio::process::Command;
 
-use crate::harness::{self, binary::Binary, eventually, within};
+use crate::{
+    harness::{self, binary::Binary, eventually, within},
+    process::Signal,
+};
 
-/// Postgres's own load, where it is installed.
-const PGBENCH: &str = "/usr/lib/postgresql/15/bin/pgbench";
 /// Clients at a time.
 const CLIENTS: &str = "16";
 
@@ -25,9 +26,6 @@ fn script(table: &str) -> String {
 
 #[tokio::test]
 async fn no_transaction_of_pgbench_is_lost_within_the_grace_time() {
-    if !std::path::Path::new(PGBENCH).exists() {
-        return;
-    }
     let emulator = harness::emulator().await;
     let superuser = harness::superuser().await;
     let table = format!("drained_{}", std::process::id());
@@ -42,7 +40,7 @@ async fn no_transaction_of_pgbench_is_lost_within_the_grace_time() {
     std::fs::write(&file, script(&table)).unwrap();
     let mut binary = Binary::serve(&emulator, &["--max-sigterm-delay", "60s"]).await;
 
-    let mut bench = Command::new(PGBENCH);
+    let mut bench = Command::new("pgbench");
     bench
         .args([
             "--no-vacuum",
@@ -57,6 +55,7 @@ async fn no_transaction_of_pgbench_is_lost_within_the_grace_time() {
         .arg(directory.path().join("log"))
         .arg("--file")
         .arg(&file)
+        .env("PATH", harness::path())
         .args(["--host", "127.0.0.1", "--username", "anyone", "--port"])
         .arg(binary.postgres.port().to_string())
         .arg("databricks_postgres")
@@ -77,7 +76,7 @@ async fn no_transaction_of_pgbench_is_lost_within_the_grace_time() {
     })
     .await;
 
-    binary.signal("TERM");
+    binary.signal(Signal::TERM);
     binary.until("shutting down").await;
     assert_eq!(binary.exit_code().await, Some(143));
     let output = within("pgbench ends", bench.wait_with_output())

@@ -13,10 +13,13 @@ use tokio::{
     time::Instant,
 };
 
-use crate::harness::{
-    self,
-    binary::{self, PROGRAM},
-    within,
+use crate::{
+    harness::{
+        self,
+        binary::{self, PROGRAM},
+        within,
+    },
+    process::{Signal, signal},
 };
 
 /// `exec` in front of `emulator` with these flags, of this shell script.
@@ -42,7 +45,12 @@ struct Outcome {
 }
 
 async fn outcome(command: &mut Command) -> Outcome {
-    let output = within("the program ends", command.output()).await.unwrap();
+    let output = within(
+        "the program ends",
+        command.env("PATH", harness::path()).output(),
+    )
+    .await
+    .unwrap();
     Outcome {
         code: output.status.code(),
         out: String::from_utf8(output.stdout).unwrap(),
@@ -58,6 +66,7 @@ struct Running {
 
 impl Running {
     fn start(command: &mut Command) -> Self {
+        let command = command.env("PATH", harness::path());
         let mut process = command.stderr(Stdio::inherit()).spawn().unwrap();
         let out = BufReader::new(process.stdout.take().unwrap()).lines();
         Self { process, out }
@@ -68,20 +77,13 @@ impl Running {
         line.unwrap().expect("more output")
     }
 
-    fn signal(&self, name: &str) {
-        signal(self.process.id().unwrap(), name);
+    fn signal(&self, requested: Signal) {
+        signal(self.process.id().unwrap(), requested);
     }
 
     async fn end(&mut self) -> ExitStatus {
         within("exec ends", self.process.wait()).await.unwrap()
     }
-}
-
-fn signal(id: u32, name: &str) {
-    let sent = std::process::Command::new("kill")
-        .args(["-s", name, &id.to_string()])
-        .status();
-    assert!(sent.unwrap().success());
 }
 
 #[tokio::test]
@@ -207,7 +209,7 @@ async fn the_child_ends_with_an_exec_that_is_killed() {
     let script = "echo started; exec sleep 1000";
     let mut running = Running::start(&mut exec(&emulator, &[], script));
     assert_eq!(running.line().await, "started");
-    running.signal("KILL");
+    running.signal(Signal::KILL);
     assert_eq!(running.end().await.signal(), Some(9));
     let more = within("the child ends", running.out.next_line()).await;
     assert_eq!(more.unwrap(), None);
@@ -270,7 +272,7 @@ async fn on_sigterm_the_child_goes_first_and_still_has_its_database() {
         "trap 'psql -XAtc \"select 42\"; exit 7' TERM; echo ready; while :; do sleep 0.1; done";
     let mut running = Running::start(&mut exec(&emulator, &[], script));
     assert_eq!(running.line().await, "ready");
-    running.signal("TERM");
+    running.signal(Signal::TERM);
     assert_eq!(running.line().await, "42", "a new session after SIGTERM");
     assert_eq!(running.end().await.code(), Some(7));
 }
@@ -283,7 +285,7 @@ async fn a_child_that_ignores_sigterm_is_killed_in_time() {
     let mut running = Running::start(&mut exec(&emulator, &flags, script));
     assert_eq!(running.line().await, "ready");
     let reported = Instant::now();
-    running.signal("TERM");
+    running.signal(Signal::TERM);
     assert_eq!(running.end().await.code(), Some(137));
     assert!(
         reported.elapsed() > Duration::from_millis(500),
@@ -294,13 +296,13 @@ async fn a_child_that_ignores_sigterm_is_killed_in_time() {
     let flags = ["--max-sigterm-delay", "1h"];
     let mut running = Running::start(&mut exec(&emulator, &flags, script));
     assert_eq!(running.line().await, "ready");
-    running.signal("TERM");
-    running.signal("TERM");
+    running.signal(Signal::TERM);
+    running.signal(Signal::TERM);
     // Two that come as one are one.
     let again = async {
         loop {
             tokio::time::sleep(Duration::from_millis(50)).await;
-            signal(running.process.id().unwrap(), "TERM");
+            signal(running.process.id().unwrap(), Signal::TERM);
         }
     };
     let ended = async {
@@ -322,9 +324,17 @@ async fn a_child_that_ignores_sigterm_is_killed_in_time() {
 #[tokio::test]
 async fn signals_are_passed_on() {
     let emulator = harness::emulator().await;
-    let names = ["HUP", "INT", "QUIT", "USR1", "USR2", "WINCH", "TTIN"];
-    let trap = |name: &&str| format!("trap 'echo got {name}' {name}; ");
-    let traps = names.iter().map(trap).collect::<Vec<_>>().concat();
+    let signals = [
+        ("HUP", Signal::HUP),
+        ("INT", Signal::INT),
+        ("QUIT", Signal::QUIT),
+        ("USR1", Signal::USR1),
+        ("USR2", Signal::USR2),
+        ("WINCH", Signal::WINCH),
+        ("TTIN", Signal::TTIN),
+    ];
+    let traps = signals.map(|(name, _)| format!("trap 'echo got {name}' {name}; "));
+    let traps = traps.concat();
     let script = format!("{traps} echo ready; while :; do sleep 0.05; done");
     // Under nohup, SIGHUP is ignored.
     let mut command = Command::new("env");
@@ -337,11 +347,11 @@ async fn signals_are_passed_on() {
         .kill_on_drop(true);
     let mut running = Running::start(&mut command);
     assert_eq!(running.line().await, "ready");
-    for name in names {
-        running.signal(name);
+    for (name, signal) in signals {
+        running.signal(signal);
         assert_eq!(running.line().await, format!("got {name}"));
     }
-    running.signal("TERM");
+    running.signal(Signal::TERM);
     assert_eq!(running.end().await.code(), Some(143), "the child's own");
 }
 
@@ -360,7 +370,7 @@ async fn ignored_signals_stay_ignored() {
         .kill_on_drop(true);
     let mut running = Running::start(&mut command);
     assert_eq!(running.line().await, "ready");
-    running.signal("HUP");
+    running.signal(Signal::HUP);
     let mut input = running.process.stdin.take().unwrap();
     input.write_all(b"\n").await.unwrap();
     assert_eq!(running.line().await, "still here");
@@ -385,7 +395,7 @@ async fn a_clean_end_by_sigterm_can_be_zero() {
     ] {
         let mut running = Running::start(&mut exec(&emulator, flags, script));
         assert_eq!(running.line().await, "ready");
-        running.signal("TERM");
+        running.signal(Signal::TERM);
         assert_eq!(running.end().await.code(), Some(code), "{flags:?} {script}");
     }
 }
@@ -418,7 +428,7 @@ async fn as_pid_1_orphans_are_reaped_and_the_status_is_that_of_the_child() {
     // Orphans that end before, beside and after; each would stay as a zombie of PID 1.
     let script = "for i in 1 2 3 4 5; do (sh -c 'sleep 0.05; exit 4' &) ; done; \
                   psql -XAtc 'select 1'; sleep 0.5; \
-                  echo zombies $(ps -eo stat= | grep -c '^Z'); exit 3";
+                  echo zombies $(cat /proc/[0-9]*/status | grep -c '^State:.Z'); exit 3";
     let mut command = Command::new("unshare");
     command
         .args(["--pid", "--fork", "--mount-proc", "--kill-child"])
@@ -462,7 +472,7 @@ async fn pid_1_passes_sigterm_on() {
     assert_eq!(line, "ready");
     let unshare = running.process.id().unwrap();
     let init = std::fs::read_to_string(format!("/proc/{unshare}/task/{unshare}/children")).unwrap();
-    signal(init.trim().parse().unwrap(), "TERM");
+    signal(init.trim().parse().unwrap(), Signal::TERM);
     assert_eq!(running.line().await, "stopped");
     let status = running.end().await;
     assert_eq!((status.code(), status.signal()), (Some(5), None));
@@ -481,6 +491,7 @@ impl Terminal {
             .args(["-qefc", line, "/dev/null"])
             .envs(emulator.environment())
             .env("PROXY", PROGRAM)
+            .env("PATH", harness::path())
             .env("TERM", "dumb")
             .env("PAGER", "cat")
             .stdin(Stdio::piped())

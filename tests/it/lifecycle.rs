@@ -5,6 +5,7 @@ use std::time::Duration;
 use lakebase_proxy::app::App;
 use tokio::time::Instant;
 
+use crate::process::Signal;
 use crate::{
     harness::{
         self, Proxy,
@@ -114,7 +115,15 @@ async fn signals_without_a_meaning_do_not_end_it() {
     let emulator = harness::emulator().await;
     let mut binary = Binary::serve(&emulator, &[]).await;
     for signal in [
-        "USR1", "USR2", "ALRM", "VTALRM", "PROF", "IO", "PWR", "XFSZ", "PIPE",
+        Signal::USR1,
+        Signal::USR2,
+        Signal::ALARM,
+        Signal::VTALARM,
+        Signal::PROF,
+        Signal::IO,
+        Signal::POWER,
+        Signal::XFSZ,
+        Signal::PIPE,
     ] {
         binary.signal(signal);
     }
@@ -122,7 +131,7 @@ async fn signals_without_a_meaning_do_not_end_it() {
     assert!(reply["signal"].is_number(), "{reply}");
     let health = get(binary.http, "/readiness").await;
     assert_eq!(health.status, 200);
-    binary.signal("TERM");
+    binary.signal(Signal::TERM);
     assert_eq!(binary.exit_code().await, Some(143));
 }
 
@@ -196,7 +205,7 @@ async fn a_job_that_has_gone_ends_the_proxy() {
 async fn min_sigterm_delay_goes_on_accepting_and_stays_ready() {
     let emulator = harness::emulator().await;
     let mut binary = Binary::serve(&emulator, &["--min-sigterm-delay", "1h"]).await;
-    binary.signal("TERM");
+    binary.signal(Signal::TERM);
     binary.until("accepting clients for the delay").await;
     assert_eq!(get(binary.http, "/readiness").await.status, 200);
     let mut config = tokio_postgres::Config::new();
@@ -208,7 +217,7 @@ async fn min_sigterm_delay_goes_on_accepting_and_stays_ready() {
     tokio_util::task::TaskTracker::new().spawn(connection);
     client.simple_query("begin").await.unwrap();
     // The second signal waits for nothing: neither the delay nor the transaction.
-    binary.signal("TERM");
+    binary.signal(Signal::TERM);
     assert_eq!(binary.exit_code().await, Some(143));
     client.simple_query("commit").await.unwrap_err();
 }
@@ -218,14 +227,14 @@ async fn after_the_delay_the_drain_begins() {
     let emulator = harness::emulator().await;
     let mut binary = Binary::serve(&emulator, &["--min-sigterm-delay", "0.3"]).await;
     let reported = Instant::now();
-    binary.signal("TERM");
+    binary.signal(Signal::TERM);
     binary.until("shutting down").await;
     assert!(reported.elapsed() >= Duration::from_millis(300));
     assert_eq!(binary.exit_code().await, Some(143));
 
     // SIGINT is a person's, who does not want to wait.
     let binary = Binary::serve(&emulator, &["--min-sigterm-delay", "1h"]).await;
-    binary.signal("INT");
+    binary.signal(Signal::INT);
     assert_eq!(binary.exit_code().await, Some(130));
 }
 

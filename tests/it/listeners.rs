@@ -16,7 +16,10 @@ use tokio::{
     process::{Child, Command},
 };
 
-use crate::harness::{self, Proxy, binary, eventually, wire::Wire, within};
+use crate::{
+    harness::{self, Proxy, binary, eventually, wire::Wire, within},
+    process::{Signal, signal},
+};
 
 async fn is_served(address: SocketAddr) {
     let mut wire = Wire::dial(address).await;
@@ -113,10 +116,7 @@ async fn sockets_of_a_service_manager_take_the_place_of_our_own() {
     wire.startup(&[("user", "anyone")]).await;
     wire.welcome().await;
     drop(wire);
-    let id = proxy.id().unwrap().to_string();
-    let _ = std::process::Command::new("kill")
-        .args(["-TERM", &id])
-        .status();
+    signal(proxy.id().unwrap(), Signal::TERM);
     let ended = within("it ends", proxy.wait()).await.unwrap();
     assert_eq!(ended.code(), Some(143));
     assert!(path.exists(), "not ours to remove");

@@ -5,6 +5,7 @@ use std::fs;
 use lakebase_proxy::{config::LocalAuth, emulator::Emulator, telemetry::labels::Reason};
 use tempfile::{NamedTempFile, TempDir};
 
+use crate::process::Signal;
 use crate::{
     harness::{
         self, Proxy,
@@ -73,7 +74,7 @@ async fn a_wrong_password_reaches_neither_the_endpoint_nor_the_log() {
         .find("client refused: password authentication failed for user \"me\"")
         .await;
     assert_eq!(line["reason"], "local_auth");
-    binary.signal("TERM");
+    binary.signal(Signal::TERM);
     binary.until("shut down").await;
     for line in &binary.lines {
         let line = line.to_string();
@@ -185,7 +186,7 @@ async fn listening_for_others_is_less_of_a_worry_with_a_password() {
     ];
     let warnings = async |more: &[&str]| {
         let mut binary = Binary::serve(&emulator, &[&open[..], more].concat()).await;
-        binary.signal("TERM");
+        binary.signal(Signal::TERM);
         binary.until("shut down").await;
         let warned = |line: &&serde_json::Value| line["level"] == "WARN";
         let warned = binary

@@ -12,12 +12,15 @@ use tokio::{
     net::TcpStream,
 };
 
-use crate::harness::{
-    self,
-    binary::{self, Binary},
-    emulator::http,
-    wire::{self, Wire},
-    within,
+use crate::{
+    harness::{
+        self,
+        binary::{self, Binary},
+        emulator::http,
+        wire::{self, Wire},
+        within,
+    },
+    process::{Signal, signal},
 };
 
 async fn connect(proxy: &Binary, database: &str) -> Result<(), tokio_postgres::Error> {
@@ -242,9 +245,7 @@ async fn log_of_an_injection(flags: &[&str]) -> String {
         faults.times(1, site, action);
         within("a login", try_login(&[("user", "a")])).await;
     }
-    let id = child.id().unwrap().to_string();
-    let sent = std::process::Command::new("kill").arg(&id).status();
-    assert!(sent.unwrap().success());
+    signal(child.id().unwrap(), Signal::TERM);
     let mut rest = String::new();
     within("the end", stderr.read_to_string(&mut rest))
         .await
@@ -300,7 +301,7 @@ async fn an_unread_log_blocks_neither_sessions_nor_the_exit() {
         let refused = within("a refusal", connect(&proxy, "no_such_database")).await;
         assert!(refused.is_err());
     }
-    proxy.signal("TERM");
+    proxy.signal(Signal::TERM);
     assert_eq!(proxy.unread_exit_code().await, Some(143));
 }
 
@@ -313,7 +314,7 @@ async fn the_number_of_dropped_lines_is_logged_when_reading_resumes() {
         (reply["level"].as_str(), reply["lines"].as_u64()),
         (Some("WARN"), Some(dropped))
     );
-    proxy.signal("TERM");
+    proxy.signal(Signal::TERM);
     // The last lines are there.
     proxy.until("shut down").await;
 }

@@ -11,6 +11,7 @@ async fn pg_isready(address: SocketAddr) -> Option<i32> {
     let port = address.port().to_string();
     let ran = tokio::process::Command::new("pg_isready")
         .args(["-q", "-h", "127.0.0.1", "-p", &port, "-t", "20"])
+        .env("PATH", harness::path())
         .status();
     within("pg_isready", ran).await.unwrap().code()
 }

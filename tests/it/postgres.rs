@@ -3,7 +3,7 @@
 use std::{
     net::SocketAddr,
     os::unix::{
-        fs::{PermissionsExt, chown},
+        fs::{MetadataExt, PermissionsExt, chown},
         process::CommandExt,
     },
     path::{Path, PathBuf},
@@ -19,7 +19,10 @@ use tokio::net::{TcpListener, UnixStream};
 use tokio_postgres::{Client, Config, NoTls};
 use tokio_util::task::TaskTracker;
 
-use crate::harness::{eventually, port::ReservedPort};
+use crate::{
+    harness::{self, eventually, port::ReservedPort},
+    process::{Signal, signal},
+};
 
 /// A server without passwords on a Unix socket in a private directory, gone with the value.
 pub(crate) struct Cluster {
@@ -51,9 +54,7 @@ impl Cluster {
             let path = data.join(name);
             std::fs::write(&path, content).unwrap();
             std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).unwrap();
-            if let Some((user, group)) = owner() {
-                chown(&path, Some(user), Some(group)).unwrap();
-            }
+            Owner::of(&data).give(&path);
         }
         let admin = cluster.connect("postgres").await;
         admin
@@ -69,23 +70,20 @@ impl Cluster {
     }
 
     async fn start_at(port: u16, listen: &str) -> Self {
-        let binaries = binaries();
+        let shared = harness::server().await;
         let directory = TempDir::new().unwrap();
-        let owner = owner();
-        if let Some((user, group)) = owner {
-            chown(directory.path(), Some(user), Some(group)).unwrap();
-        }
+        let owner = Owner::of(shared.directory());
+        owner.give(directory.path());
         let data = directory.path().join("data");
         let as_owner = |program: &str| {
-            let mut command = Command::new(binaries.join(program));
+            let mut command = Command::new(shared.bin_dir().join(program));
             command
                 .current_dir(directory.path())
                 .stdout(Stdio::null())
                 .stderr(Stdio::null())
-                .env("LC_ALL", "C");
-            if let Some((user, group)) = owner {
-                command.uid(user).gid(group);
-            }
+                .env("LC_ALL", "C")
+                .uid(owner.user)
+                .gid(owner.group);
             command
         };
         let made = as_owner("initdb")
@@ -175,10 +173,7 @@ impl Cluster {
 impl Drop for Cluster {
     fn drop(&mut self) {
         // A fast shutdown; killing the postmaster would leave its children behind.
-        Command::new("kill")
-            .args(["-INT", &self.server.id().to_string()])
-            .status()
-            .ok();
+        signal(self.server.id(), Signal::INT);
         self.server.wait().ok();
     }
 }
@@ -202,33 +197,22 @@ impl Front {
     }
 }
 
-/// Debian's newest, or whatever `pg_config` names.
-fn binaries() -> PathBuf {
-    let mut found: Vec<_> = std::fs::read_dir("/usr/lib/postgresql")
-        .into_iter()
-        .flatten()
-        .filter_map(|entry| Some(entry.ok()?.path().join("bin")))
-        .filter(|path| path.join("postgres").exists())
-        .collect();
-    found.sort();
-    found.pop().unwrap_or_else(|| {
-        let output = Command::new("pg_config")
-            .arg("--bindir")
-            .output()
-            .expect("Postgres is installed");
-        Path::new(String::from_utf8(output.stdout).unwrap().trim()).to_owned()
-    })
+/// Who the servers run as: another user if this is root, since Postgres refuses root.
+struct Owner {
+    user: u32,
+    group: u32,
 }
 
-/// The server refuses to run as root: then it runs as `postgres`.
-fn owner() -> Option<(u32, u32)> {
-    let id = |arguments: &[&str]| {
-        let output = Command::new("id").args(arguments).output().unwrap();
-        String::from_utf8(output.stdout)
-            .unwrap()
-            .trim()
-            .parse::<u32>()
-            .unwrap()
-    };
-    (id(&["-u"]) == 0).then(|| (id(&["-u", "postgres"]), id(&["-g", "postgres"])))
+impl Owner {
+    fn of(path: &Path) -> Self {
+        let metadata = path.metadata().unwrap();
+        Self {
+            user: metadata.uid(),
+            group: metadata.gid(),
+        }
+    }
+
+    fn give(&self, path: &Path) {
+        chown(path, Some(self.user), Some(self.group)).unwrap();
+    }
 }

@@ -21,14 +21,17 @@ use lakebase_proxy::{
 use tempfile::TempDir;
 use tokio::{task::JoinSet, time::Instant};
 
-use crate::harness::{
-    self, TIMEOUT,
-    binary::Binary,
-    eventually,
-    port::ReservedPort,
-    until_running,
-    wire::{SSL_REQUEST, Wire, cancel, text},
-    within,
+use crate::{
+    harness::{
+        self, TIMEOUT,
+        binary::Binary,
+        eventually,
+        port::ReservedPort,
+        until_running,
+        wire::{SSL_REQUEST, Wire, cancel, text},
+        within,
+    },
+    process::Signal,
 };
 
 /// A proxy with a file of settings, in this process.
@@ -630,7 +633,7 @@ async fn a_hundred_hangups_under_load_leave_no_descriptor_behind() {
     let port = ReservedPort::new();
     let reload = async |binary: &mut Binary, text: &str| {
         fs::write(&file, text).unwrap();
-        binary.signal("HUP");
+        binary.signal(Signal::HUP);
         binary.until("settings reloaded").await
     };
     let mut before = 0;
@@ -659,7 +662,7 @@ async fn a_hundred_hangups_under_load_leave_no_descriptor_behind() {
     })
     .await;
     assert!(load.end().await > 0);
-    binary.signal("TERM");
+    binary.signal(Signal::TERM);
     assert_eq!(binary.exit_code().await, Some(143));
 }
 
@@ -733,10 +736,10 @@ async fn a_hangup_without_a_change_is_no_event() {
     let emulator = harness::emulator().await;
     let mut binary = Binary::serve(&emulator, &[]).await;
     let mut wire = session(binary.postgres).await;
-    binary.signal("HUP");
+    binary.signal(Signal::HUP);
     binary.until("nothing has changed").await;
     assert_eq!(wire.value("select 1").await, "1");
-    binary.signal("TERM");
+    binary.signal(Signal::TERM);
     assert_eq!(binary.exit_code().await, Some(143));
 }
 

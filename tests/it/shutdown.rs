@@ -5,6 +5,7 @@ use std::time::Duration;
 use lakebase_proxy::emulator::{Action, Emulator, ServerError, Site};
 use tokio::time::Instant;
 
+use crate::process::{Signal, signal};
 use crate::{
     harness::{
         self, TIMEOUT,
@@ -35,15 +36,15 @@ async fn until_gone(emulator: &Emulator) {
 async fn the_exit_code_shows_the_signal() {
     let emulator = harness::emulator().await;
     for (signal, flags, code) in [
-        ("TERM", &[][..], 143),
-        ("INT", &[], 130),
-        ("TERM", &["--exit-zero-on-sigterm"], 0),
-        ("INT", &["--exit-zero-on-sigterm"], 130),
+        (Signal::TERM, &[][..], 143),
+        (Signal::INT, &[], 130),
+        (Signal::TERM, &["--exit-zero-on-sigterm"], 0),
+        (Signal::INT, &["--exit-zero-on-sigterm"], 130),
     ] {
         let binary = Binary::serve(&emulator, flags).await;
         let began = Instant::now();
         binary.signal(signal);
-        assert_eq!(binary.exit_code().await, Some(code), "{signal} {flags:?}");
+        assert_eq!(binary.exit_code().await, Some(code), "{signal:?} {flags:?}");
         assert!(
             began.elapsed() < Duration::from_secs(5),
             "nothing was left to wait for"
@@ -75,7 +76,7 @@ async fn work_under_way_may_finish_while_new_clients_are_refused() {
     waiting.send(&text('Q', "select pg_sleep(60)")).await;
     assert_eq!(get(binary.http, "/readiness").await.status, 200);
 
-    binary.signal("TERM");
+    binary.signal(Signal::TERM);
     binary.until("shutting down").await;
     assert_eq!(get(binary.http, "/readiness").await.status, 503);
     assert_eq!(get(binary.http, "/liveness").await.status, 200);
@@ -122,7 +123,7 @@ async fn the_grace_time_is_the_end_of_it() {
     let mut query = session(&binary).await;
     query.send(&text('Q', "select pg_sleep(60)")).await;
     let began = Instant::now();
-    binary.signal("INT");
+    binary.signal(Signal::INT);
     binary.until("shutting down").await;
     assert_eq!(transaction.refusal().await.code, "57P01");
     assert!(
@@ -151,11 +152,11 @@ async fn the_grace_time_is_the_end_of_it() {
 #[tokio::test]
 async fn a_second_signal_ends_it_at_once() {
     let emulator = harness::emulator().await;
-    for second in ["TERM", "INT"] {
+    for second in [Signal::TERM, Signal::INT] {
         let mut binary = Binary::serve(&emulator, &["--max-sigterm-delay", "300s"]).await;
         let mut transaction = session(&binary).await;
         transaction.query("begin").await;
-        binary.signal("TERM");
+        binary.signal(Signal::TERM);
         binary.until("shutting down").await;
         assert_eq!(transaction.value("select 1").await, "1");
         let began = Instant::now();
@@ -185,7 +186,7 @@ async fn clients_waiting_for_a_wake_are_refused() {
         .wait_for(TIMEOUT, |counts| counts.dials >= 2)
         .await
         .unwrap();
-    binary.signal("TERM");
+    binary.signal(Signal::TERM);
     binary.until("shutting down").await;
     assert_eq!(held.refusal().await.code, "57P03");
     assert_eq!(binary.exit_code().await, Some(143));
@@ -197,7 +198,7 @@ async fn a_client_that_leaves_in_time_spares_the_rest_of_the_grace() {
     let mut binary = Binary::serve(&emulator, &["--max-sigterm-delay", "300s"]).await;
     let mut transaction = session(&binary).await;
     transaction.query("begin").await;
-    binary.signal("TERM");
+    binary.signal(Signal::TERM);
     binary.until("shutting down").await;
     transaction.send(&terminate()).await;
     assert_eq!(binary.exit_code().await, Some(143));
@@ -222,14 +223,7 @@ async fn a_signal_during_the_start_is_not_lost() {
         .wait_for(TIMEOUT, |counts| counts.lookups > 0)
         .await
         .expect("it looks up the host");
-    let id = child.id().unwrap().to_string();
-    assert!(
-        std::process::Command::new("kill")
-            .args(["-s", "TERM", &id])
-            .status()
-            .unwrap()
-            .success()
-    );
+    signal(child.id().unwrap(), Signal::TERM);
     assert_eq!(
         within("the end", child.wait()).await.unwrap().code(),
         Some(143)

@@ -6,13 +6,16 @@ use lakebase_proxy::emulator::Emulator;
 use tempfile::TempDir;
 use tokio::net::UnixDatagram;
 
-use crate::harness::{
-    self,
-    binary::{Binary, command},
-    eventually,
-    port::ReservedPort,
-    wire::Wire,
-    within,
+use crate::{
+    harness::{
+        self,
+        binary::{Binary, command},
+        eventually,
+        port::ReservedPort,
+        wire::Wire,
+        within,
+    },
+    process::{Signal, signal},
 };
 
 const UNITS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/deploy/systemd");
@@ -89,12 +92,12 @@ async fn the_service_manager_is_notified_of_start_reload_credential_and_end() {
     );
 
     for message in ["nothing has changed", "nothing has changed"] {
-        binary.signal("HUP");
+        binary.signal(Signal::HUP);
         binary.until(message).await;
         manager.until("RELOADING=1\nMONOTONIC_USEC=").await;
         assert_eq!(manager.next().await, "READY=1");
     }
-    binary.signal("TERM");
+    binary.signal(Signal::TERM);
     manager.until("STOPPING=1").await;
     assert_eq!(binary.exit_code().await, Some(143));
 }
@@ -111,7 +114,7 @@ async fn signs_of_life_come_thrice_in_the_time_given() {
         }
     }
     // A program that stands still gives none.
-    binary.signal("STOP");
+    binary.signal(Signal::STOP);
     let silence = async {
         loop {
             let next = tokio::time::timeout(Duration::from_millis(600), manager.anything()).await;
@@ -121,7 +124,7 @@ async fn signs_of_life_come_thrice_in_the_time_given() {
         }
     };
     within("silence", silence).await;
-    binary.signal("CONT");
+    binary.signal(Signal::CONT);
     while manager.anything().await != "WATCHDOG=1" {}
 }
 
@@ -212,11 +215,7 @@ async fn systemd_opens_the_socket_and_the_first_client_starts_it() {
     wire.startup(&[("user", "anyone")]).await;
     wire.welcome().await;
     assert_eq!(wire.value("select 42").await, "42");
-    let id = activated.id().expect("it runs").to_string();
-    let kill = std::process::Command::new("kill")
-        .args(["-s", "TERM", &id])
-        .status();
-    assert!(kill.unwrap().success());
+    signal(activated.id().expect("it runs"), Signal::TERM);
     let status = within("the end", activated.wait()).await.unwrap();
     assert_eq!(status.code(), Some(143));
 }

@@ -17,6 +17,7 @@ use lakebase_proxy::{
 use tempfile::TempDir;
 use tokio::net::UnixStream;
 
+use crate::process::Signal;
 use crate::{
     harness::{
         self, Proxy,
@@ -115,7 +116,7 @@ async fn it_may_be_the_only_listener_for_a_child_and_the_notes_page() {
     let notes = binary.logged("serving the notes page").await;
     let page = web::get(notes["address"].as_str().unwrap().parse().unwrap(), "/").await;
     assert!(page.body.contains("Recent Notes"), "{}", page.body);
-    binary.signal("TERM");
+    binary.signal(Signal::TERM);
     assert_eq!(binary.exit_code().await, Some(143));
     assert!(!path.exists());
 
@@ -173,7 +174,7 @@ async fn a_stale_socket_is_replaced_and_a_live_one_is_not() {
     // One that another has put there is not ours to remove.
     fs::remove_file(&path).unwrap();
     let _successor = UnixListener::bind(&path).unwrap();
-    binary.signal("TERM");
+    binary.signal(Signal::TERM);
     assert_eq!(binary.exit_code().await, Some(143));
     assert!(fs::symlink_metadata(&path).unwrap().file_type().is_socket());
 }
@@ -273,6 +274,7 @@ async fn the_user_is_identified_by_the_kernel() {
         let mut psql = tokio::process::Command::new("psql");
         psql.args(["-XAtc", "select 42", "-p", "5432", "-h"])
             .arg(directory.path())
+            .env("PATH", harness::path())
             .env("PGUSER", "anyone")
             .env("PGCONNECT_TIMEOUT", "30")
             .current_dir("/")

@@ -11,6 +11,7 @@ use tokio::{
 use crate::{
     Stage,
     measure::{processor_time, status},
+    process::{Signal, signal},
     wire::Wire,
 };
 
@@ -84,10 +85,7 @@ pub(crate) async fn calls(stage: &Stage) {
         return client.terminate().await.unwrap();
     }
     round_trips(&mut client).await;
-    let requested = Command::new("kill")
-        .args(["-INT", &tracer.id().unwrap().to_string()])
-        .status();
-    assert!(requested.await.unwrap().success());
+    signal(tracer.id().unwrap(), Signal::INT);
     let mut table = String::new();
     lines.read_to_string(&mut table).await.unwrap();
     tracer.wait().await.unwrap();

@@ -7,6 +7,8 @@ use std::{
     time::Duration,
 };
 
+use rustix::process::Pid;
+pub(crate) use rustix::process::Signal;
 use tokio::{
     io::{AsyncRead, AsyncReadExt},
     process::{Child, Command},
@@ -95,10 +97,7 @@ impl Process {
 
     /// Ends it, waits for the exit, and returns all of its output.
     pub(crate) async fn end(self) -> (ExitStatus, String) {
-        let requested = Command::new("kill")
-            .args(["-TERM", &self.id.to_string()])
-            .status();
-        assert!(requested.await.unwrap().success());
+        signal(self.id, Signal::TERM);
         self.ended().await
     }
 
@@ -109,6 +108,12 @@ impl Process {
         self.readers.wait().await;
         (status, self.reply())
     }
+}
+
+/// Signals a process without the program `kill`, which minimal systems lack.
+pub(crate) fn signal(id: u32, signal: Signal) {
+    let process = Pid::from_raw(id.try_into().unwrap()).unwrap();
+    rustix::process::kill_process(process, signal).unwrap();
 }
 
 async fn listen(mut pipe: impl AsyncRead + Unpin, output: watch::Sender<Vec<u8>>) {

@@ -17,18 +17,19 @@ const VERSIONED: [(&str, &str); 5] = [
     ("/Applications/Postgres.app/Contents/Versions", "bin"),
 ];
 
-/// The first directory that holds `initdb` and `postgres`, in the order people expect: `PATH`, `pg_config`, then the
-/// usual places with the newest version first.
-pub(super) fn find(path: Option<&OsStr>) -> Option<PathBuf> {
+/// The first directory that is usable, in the order people expect: `PATH`, `pg_config`, then the usual places with the newest
+/// version first.
+pub(super) fn find(path: Option<&OsStr>, is_usable: impl Fn(&Path) -> bool) -> Option<PathBuf> {
     let from_path = path
         .into_iter()
         .flat_map(split_paths)
-        .find(|directory| is_complete(directory));
+        .find(|directory| is_usable(directory));
+    let from_pg_config = || from_pg_config().filter(|directory| is_usable(directory));
     from_path.or_else(from_pg_config).or_else(|| {
         VERSIONED.iter().find_map(|(root, bin)| {
             let mut found: Vec<(u32, PathBuf)> = versions(Path::new(root))
                 .map(|(version, directory)| (version, directory.join(bin)))
-                .filter(|(_, directory)| is_complete(directory))
+                .filter(|(_, directory)| is_usable(directory))
                 .collect();
             found.sort();
             found.pop().map(|(_, directory)| directory)
@@ -50,8 +51,7 @@ fn from_pg_config() -> Option<PathBuf> {
         .stderr(Stdio::null())
         .output()
         .ok()?;
-    let directory = PathBuf::from(String::from_utf8(output.stdout).ok()?.trim());
-    is_complete(&directory).then_some(directory)
+    Some(PathBuf::from(String::from_utf8(output.stdout).ok()?.trim()))
 }
 
 /// `15`, `postgresql@17`, `pgsql-16`: directories named for a major version.
@@ -93,7 +93,7 @@ mod tests {
         fs::write(client_only.join("psql"), "").unwrap();
         place(&server);
         let path = std::env::join_paths([&client_only, &server]).unwrap();
-        assert_eq!(find(Some(&path)), Some(server));
+        assert_eq!(find(Some(&path), is_complete), Some(server));
     }
 
     #[test]

@@ -2,6 +2,7 @@
 //!
 //! Owns finding, starting and preparing it, and the control plane's questions to it. Knows nothing of the edge's rules.
 
+mod fetch;
 mod find;
 mod schema;
 mod server;

@@ -21,7 +21,7 @@ use tokio::time::{Instant, sleep};
 use tokio_postgres::NoTls;
 
 use super::{
-    SUPERUSER, find,
+    SUPERUSER, fetch, find,
     schema::{Connected, query_error},
 };
 use crate::emulator::EmulatorError;
@@ -56,6 +56,8 @@ cd / && rm -rf "$0"
 pub struct LocalPostgresOptions {
     /// Where `initdb` and `postgres` are; absent: looked for.
     pub bin_dir: Option<PathBuf>,
+    /// Whether Postgres may be downloaded if this machine has none.
+    pub download: bool,
     /// Whether commits reach the disk before they are acknowledged. Off: nothing here is worth keeping.
     pub fsync: bool,
     /// `max_connections` of the server.
@@ -66,6 +68,7 @@ impl Default for LocalPostgresOptions {
     fn default() -> Self {
         Self {
             bin_dir: None,
+            download: true,
             fsync: false,
             max_connections: 1000,
         }
@@ -77,6 +80,7 @@ impl Default for LocalPostgresOptions {
 /// Several emulators may share one, which saves tests the start: each has its own identities and may have its own database.
 #[derive(Debug)]
 pub struct LocalPostgres {
+    bin_dir: PathBuf,
     directory: PathBuf,
     watchdog: Mutex<Child>,
 }
@@ -141,29 +145,27 @@ impl LocalPostgres {
         &self.directory
     }
 
+    /// Where its programs are: beside `postgres` also `psql` and others, depending on the package.
+    pub fn bin_dir(&self) -> &Path {
+        &self.bin_dir
+    }
+
     fn socket_directory(&self) -> PathBuf {
         self.directory.join("s")
     }
 
     fn spawn(options: &LocalPostgresOptions) -> Result<Self, EmulatorError> {
-        let bin_dir = match &options.bin_dir {
-            Some(directory) if find::is_complete(directory) => directory.clone(),
-            Some(directory) => {
-                return Err(EmulatorError::NoPostgresIn {
-                    directory: directory.clone(),
-                });
-            }
-            None => {
-                find::find(std::env::var_os("PATH").as_deref()).ok_or(EmulatorError::NoPostgres)?
-            }
-        };
+        let owner = Owner::choose()?;
+        let bin_dir = owner.programs(options)?;
+        // The other programs are beside the file itself: `PATH` may have symbolic links to some.
+        let postgres = fs::canonicalize(bin_dir.join("postgres")).map_err(directory_error)?;
+        let bin_dir = postgres.parent().unwrap_or(&bin_dir).to_owned();
         // A socket's path may have 107 bytes at most, so names are short.
         let scratch = tempfile::Builder::new()
             .prefix("lakebase-")
             .permissions(Permissions::from_mode(0o711))
             .tempdir()
             .map_err(directory_error)?;
-        let owner = Owner::choose()?;
         let data = scratch.path().join("data");
         owner.hand_over(scratch.path())?;
         for directory in [&data, &scratch.path().join("s")] {
@@ -185,7 +187,7 @@ impl LocalPostgres {
 
         let mut command = Command::new("/bin/sh");
         command.arg("-c").arg(WATCHDOG).arg(scratch.path());
-        command.arg(bin_dir.join("postgres")).arg("-D").arg(&data);
+        command.arg(postgres).arg("-D").arg(&data);
         let mut command = owner.run(command);
         // Its own process group: Ctrl-C is for us, who then stop it in order.
         let watchdog = command
@@ -199,6 +201,7 @@ impl LocalPostgres {
                 source,
             })?;
         Ok(Self {
+            bin_dir,
             directory: scratch.keep(),
             watchdog: Mutex::new(watchdog),
         })
@@ -264,6 +267,41 @@ impl Owner {
             .find_map(|name| passwd_entry(&users, name))
             .map(|ids| Self(Some(ids)))
             .ok_or(EmulatorError::NoUnprivilegedUser)
+    }
+
+    /// The programs to run: the named ones, else this machine's, a Python environment's, the cache's, else fetched ones.
+    fn programs(&self, options: &LocalPostgresOptions) -> Result<PathBuf, EmulatorError> {
+        if let Some(directory) = options.bin_dir.clone() {
+            return if find::is_complete(&directory) {
+                Ok(directory)
+            } else {
+                Err(EmulatorError::NoPostgresIn { directory })
+            };
+        }
+        let is_usable =
+            |directory: &Path| find::is_complete(directory) && self.can_enter(directory);
+        let path = std::env::var_os("PATH");
+        let installed = find::find(path.as_deref(), is_usable);
+        if let Some(found) = installed.or_else(|| fetch::in_python_environment(is_usable)) {
+            return Ok(found);
+        }
+        let cache = fetch::user_cache(self.0.is_some());
+        fetch::in_cache(cache, options.download)
+            .map_err(|reason| EmulatorError::NoPostgres { reason })
+    }
+
+    /// Whether the server's user, if it is another, may read what is below `directory`: often not in root's home.
+    fn can_enter(&self, directory: &Path) -> bool {
+        let Some((uid, _)) = self.0 else {
+            return true;
+        };
+        let is_open = |path: &Path| {
+            path.metadata().is_ok_and(|metadata| {
+                let search = if metadata.uid() == uid { 0o100 } else { 0o001 };
+                metadata.mode() & search != 0
+            })
+        };
+        fs::canonicalize(directory).is_ok_and(|path| path.ancestors().all(is_open))
     }
 
     fn hand_over(&self, path: &Path) -> Result<(), EmulatorError> {

@@ -5,7 +5,6 @@ use std::{
     os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
     process::Command,
-    sync::Arc,
 };
 
 use lakebase_proxy::emulator::{
@@ -13,6 +12,7 @@ use lakebase_proxy::emulator::{
 };
 
 use crate::harness::{
+    another_server,
     binary::PROGRAM,
     emulator::{TIMEOUT, connect, start},
     eventually, own_server,
@@ -151,11 +151,7 @@ async fn postgres_outlives_no_parent_not_even_a_killed_one() {
 
 #[tokio::test]
 async fn a_postgres_named_by_url_is_used_and_left_as_it_was() {
-    let server = Arc::new(
-        LocalPostgres::start(LocalPostgresOptions::default())
-            .await
-            .unwrap(),
-    );
+    let server = another_server().await;
     let url = format!(
         "host={} user=databricks_control_plane dbname=postgres",
         server.directory().join("s").display()
@@ -196,12 +192,6 @@ async fn a_missing_postgres_is_reported_with_the_package_to_install() {
     };
     let error = LocalPostgres::start(options).await.unwrap_err();
     assert!(matches!(error, EmulatorError::NoPostgresIn { .. }));
-    assert!(
-        EmulatorError::NoPostgres
-            .to_string()
-            .contains("apt install postgresql")
-    );
-    assert!(!EmulatorError::NoPostgres.to_string().contains('\n'));
 }
 
 #[tokio::test]

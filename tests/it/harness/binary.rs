@@ -10,6 +10,7 @@ use tokio::{
 };
 
 use super::within;
+use crate::process::{Signal, signal};
 
 /// A running program; killed when dropped.
 pub(crate) struct Binary {
@@ -38,6 +39,7 @@ pub(crate) fn command(arguments: &[&str]) -> Command {
     }
     command
         .args(arguments)
+        .env("PATH", super::path())
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(Stdio::piped())
@@ -155,12 +157,8 @@ impl Binary {
         self.child.id().expect("it runs")
     }
 
-    pub(crate) fn signal(&self, name: &str) {
-        let id = self.child.id().expect("it runs").to_string();
-        let sent = std::process::Command::new("kill")
-            .args(["-s", name, &id])
-            .status();
-        assert!(sent.unwrap().success());
+    pub(crate) fn signal(&self, requested: Signal) {
+        signal(self.process(), requested);
     }
 
     /// Waits for the end without reading the log, and returns the exit code.

@@ -7,8 +7,7 @@ mod tls;
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use lakebase_proxy::emulator::{
-    Emulator, EmulatorOptions, Identity, LocalPostgres, LocalPostgresOptions, PostgresSource,
-    Settings,
+    Emulator, EmulatorOptions, Identity, LocalPostgres, PostgresSource, Settings,
 };
 use serde_json::Value;
 use tokio::{
@@ -25,7 +24,7 @@ pub(crate) use tls::Tls;
 /// Longer than anything a test waits for should take, also on a busy machine.
 pub(crate) const TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Ends with the process: its watchdog sees to that.
+/// Apart from the proxy's tests, as these tests write rows. Ends with the process: its watchdog sees to that.
 static SERVER: OnceCell<Arc<LocalPostgres>> = OnceCell::const_new();
 
 /// An emulator with its own identities, ports, faults and settings.
@@ -35,15 +34,7 @@ pub(crate) async fn start() -> Emulator {
 
 /// The same, with settings changed before it starts.
 pub(crate) async fn start_with(change: impl FnOnce(&mut Settings)) -> Emulator {
-    let server = SERVER
-        .get_or_init(|| async {
-            Arc::new(
-                LocalPostgres::start(LocalPostgresOptions::default())
-                    .await
-                    .unwrap(),
-            )
-        })
-        .await;
+    let server = SERVER.get_or_init(super::another_server).await;
     let mut options = EmulatorOptions {
         postgres: PostgresSource::Shared(Arc::clone(server)),
         ..EmulatorOptions::default()

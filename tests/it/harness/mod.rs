@@ -10,13 +10,16 @@ pub(crate) mod https;
 pub(crate) mod port;
 pub(crate) mod wire;
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{ffi::OsString, io::Write, net::SocketAddr, sync::Arc, time::Duration};
 
 use lakebase_proxy::{
     app::{App, AppError},
     config::{Config, DurationSetting, Environment, PortSetting, Settings},
     credential::CredentialCell,
-    emulator::{Emulator, EmulatorOptions, LocalPostgres, LocalPostgresOptions, PostgresSource},
+    emulator::{
+        Emulator, EmulatorError, EmulatorOptions, LocalPostgres, LocalPostgresOptions,
+        PostgresSource,
+    },
     protocol::error::ErrorFields,
     telemetry::Metrics,
 };
@@ -39,14 +42,36 @@ static SERVER: OnceCell<Arc<LocalPostgres>> = OnceCell::const_new();
 
 /// The Postgres that all emulators of this process share.
 pub(crate) async fn server() -> Arc<LocalPostgres> {
-    let start = || async {
-        Arc::new(
-            LocalPostgres::start(LocalPostgresOptions::default())
-                .await
-                .unwrap(),
-        )
+    Arc::clone(SERVER.get_or_init(start_server).await)
+}
+
+#[expect(
+    clippy::exit,
+    clippy::disallowed_methods,
+    reason = "without a Postgres nearly all tests would fail for one reason, which is reported once"
+)]
+async fn start_server() -> Arc<LocalPostgres> {
+    let options = LocalPostgresOptions {
+        download: std::env::var_os("LAKEBASE_PROXY_NO_DOWNLOAD").is_none(),
+        ..LocalPostgresOptions::default()
     };
-    Arc::clone(SERVER.get_or_init(start).await)
+    match LocalPostgres::start(options).await {
+        Ok(server) => Arc::new(server),
+        Err(error @ EmulatorError::NoPostgres { .. }) => {
+            // Unlike the output of macros this is not captured by the test harness.
+            let line = format!("\nerror: {error}\n");
+            std::io::stderr().write_all(line.as_bytes()).unwrap();
+            std::process::exit(1);
+        }
+        Err(error) => panic!("{error:?}"),
+    }
+}
+
+/// A `PATH` with the programs of the shared server, such as `psql`.
+pub(crate) fn path() -> OsString {
+    let programs = SERVER.get().map(|server| server.bin_dir().to_owned());
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::join_paths(std::env::split_paths(&path).chain(programs)).unwrap()
 }
 
 /// An emulator on the shared server.
@@ -59,10 +84,18 @@ pub(crate) async fn emulator() -> Emulator {
     Emulator::start(options).await.unwrap()
 }
 
+/// A Postgres beside the shared one.
+pub(crate) async fn another_server() -> Arc<LocalPostgres> {
+    let options = LocalPostgresOptions {
+        bin_dir: Some(server().await.bin_dir().to_owned()),
+        ..LocalPostgresOptions::default()
+    };
+    Arc::new(LocalPostgres::start(options).await.unwrap())
+}
+
 /// An emulator on a server of its own.
 pub(crate) async fn own_server() -> (Arc<LocalPostgres>, Emulator) {
-    let server = LocalPostgres::start(LocalPostgresOptions::default());
-    let server = Arc::new(server.await.unwrap());
+    let server = another_server().await;
     let options = EmulatorOptions {
         postgres: PostgresSource::Shared(Arc::clone(&server)),
         ..EmulatorOptions::default()
