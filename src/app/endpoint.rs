@@ -1,6 +1,6 @@
 //! An endpoint that the process serves: its listener, its tasks and its state, until its last session has ended.
 
-use std::{net::SocketAddr, os::unix::fs::PermissionsExt, sync::Arc};
+use std::{net::SocketAddr, sync::Arc};
 
 use arc_swap::ArcSwap;
 use tokio::sync::watch;
@@ -14,7 +14,7 @@ use super::{
 use crate::{
     config::{EndpointConfig, PoolMode, TlsMode},
     credential::{CallError, CredentialCell},
-    listener::{Bound, Listener},
+    listener::{self, Bound, Listener},
     net::{
         blocking,
         tcp::is_loopback,
@@ -227,10 +227,7 @@ impl Served {
         }
         for path in &self.bound.unix {
             let socket = path.display();
-            // Linux requires write permission on the socket to connect (unix(7)).
-            let is_open =
-                std::fs::metadata(path).is_ok_and(|it| it.permissions().mode() & 0o002 != 0);
-            if is_open && access.allowed_uids.is_none() {
+            if listener::is_open_to_all(path) && access.allowed_uids.is_none() {
                 tracing::warn!(
                     %socket,
                     "any user of this machine who reaches this socket is the Lakebase identity; hint: list the users with --unix-socket-allowed-uids"

@@ -2,8 +2,6 @@
 
 use std::{future::pending, path::PathBuf, sync::Arc};
 
-use tokio::signal::unix::Signal;
-
 use super::{
     App, AppError, Served,
     discovery::security,
@@ -15,7 +13,7 @@ use crate::{
     listener::{self, Listener},
     net::{FileWatch, blocking, tls::Fingerprint},
     session::AccessPolicy,
-    shutdown::Phase,
+    shutdown::{Phase, ReloadSignal},
     telemetry::{chain, labels::ReloadOutcome, logging::check_filter},
     upstream::{Endpoint, Security},
 };
@@ -52,8 +50,8 @@ impl App {
         }
     }
 
-    /// Reloads at each signal of `hangup` and, with `--watch-config`, when a file changes.
-    pub fn reload_on(&self, mut reloader: Reloader, mut hangup: Option<Signal>) {
+    /// Reloads at each `signal` and, with `--watch-config`, when a file changes.
+    pub fn reload_on(&self, mut reloader: Reloader, mut signal: Option<ReloadSignal>) {
         let is_watching = reloader.config.settings.watch_config();
         let reloading = async move {
             // Marked before the check below, so that every change is found by one or the other.
@@ -63,15 +61,15 @@ impl App {
                 let _ = reloader.reload().await;
             }
             loop {
-                let hung_up = async {
-                    match &mut hangup {
-                        Some(hangup) => hangup.recv().await,
+                let signaled = async {
+                    match &mut signal {
+                        Some(signal) => signal.next().await,
                         // `exec` passes none, as it forwards SIGHUP to its child.
                         None => pending().await,
                     }
                 };
                 tokio::select! {
-                    _ = hung_up => {}
+                    () = signaled => {}
                     () = watch.changed(), if is_watching => {}
                 }
                 // Before reading, so that no later change is missed.

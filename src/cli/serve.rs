@@ -2,14 +2,12 @@
 
 use std::{future::pending, process::ExitCode, time::Duration};
 
-use tokio::signal::unix::{SignalKind, signal};
-
 use super::{CommandError, flags::warn_of_unknown_variables, start_log};
 use crate::{
     app::{App, AppError, StartOptions},
     config::{Config, Environment, Settings, Source},
     listener::Inherited,
-    shutdown::{Cause, Signals},
+    shutdown::{Cause, ReloadSignal, Signals},
     systemd::Notifier,
     telemetry::{LogGuard, LogHandle},
 };
@@ -60,7 +58,7 @@ pub(super) async fn run(
     let config = prepared.config.clone();
     // Before the start, so that a signal during it is not lost.
     let mut signals = Signals::catch().map_err(CommandError::signals)?;
-    let hangup = signal(SignalKind::hangup()).map_err(CommandError::signals)?;
+    let reload = ReloadSignal::catch().map_err(CommandError::signals)?;
     let running = tokio::select! {
         running = prepared.start(inherited) => running?,
         cause = signals.next() => {
@@ -68,7 +66,7 @@ pub(super) async fn run(
         }
     };
     let reloader = running.reloader(source, config);
-    running.reload_on(reloader, Some(hangup));
+    running.reload_on(reloader, Some(reload));
     let cause = tokio::select! {
         cause = until_shutdown(&running) => cause,
         cause = signals.next() => Ok(cause),

@@ -63,9 +63,15 @@ impl Environment {
         }
     }
 
-    /// All variables of this process.
+    /// All variables of this process. Windows ignores the case of their names, such as `Path`, which are uppercase here.
     pub fn inherited() -> Vec<(OsString, OsString)> {
-        std::env::vars_os().collect()
+        let variables = std::env::vars_os();
+        let uppercase = |(name, value): (OsString, OsString)| (name.to_ascii_uppercase(), value);
+        if cfg!(windows) {
+            variables.map(uppercase).collect()
+        } else {
+            variables.collect()
+        }
     }
 
     /// An environment of these variables.
@@ -116,12 +122,13 @@ fn watchdog(microseconds: Option<String>, process: Option<String>) -> Option<Dur
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::ffi::OsStringExt;
-
     use super::*;
 
+    #[cfg(unix)]
     #[test]
     fn a_variable_that_is_read_must_be_valid_utf_8() {
+        use std::os::unix::ffi::OsStringExt;
+
         let found = |name: &str, value: &[u8]| {
             let value = OsString::from_vec(value.to_vec());
             unreadable(vec![(OsString::from(name), value)])

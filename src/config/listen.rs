@@ -170,6 +170,12 @@ impl AddressAssigner {
             _ if self.tcp => &self.addresses,
             _ => &[],
         };
+        if self.unix.is_some() && cfg!(not(unix)) {
+            return Err(ConfigError::new(
+                "--unix-socket is set, and this system's Postgres clients use no Unix sockets",
+                "remove it: they connect to 127.0.0.1",
+            ));
+        }
         let addresses = ListenAddresses {
             port,
             tcp: addresses

@@ -45,7 +45,10 @@ use self::{
     table::{Rows, Table},
 };
 use crate::{
-    net::message::{ReadError, read_message, write_and_flush},
+    net::{
+        message::{ReadError, read_message, write_and_flush},
+        unix::effective_uid,
+    },
     protocol::{
         backend::{parameter_status, welcome},
         error::{Report, sqlstate},
@@ -97,7 +100,7 @@ impl Console {
     fn is_open_to(&self, peer: Peer) -> bool {
         match peer {
             // Root and the proxy's own user could read its files and memory anyway.
-            Peer::Unix { uid, .. } => uid == 0 || uid == rustix::process::geteuid().as_raw(),
+            Peer::Unix { uid, .. } => uid == 0 || uid == effective_uid(),
             Peer::Tcp(address) => {
                 self.over_tcp.load(Ordering::Relaxed) && address.ip().to_canonical().is_loopback()
             }
@@ -281,7 +284,7 @@ mod tests {
             health,
         );
         let unix = |uid| Peer::Unix { uid, pid: None };
-        let ours = rustix::process::geteuid().as_raw();
+        let ours = effective_uid();
         assert!(console.is_open_to(unix(0)) && console.is_open_to(unix(ours)));
         for stranger in [70_001, 65_534, u32::MAX]
             .into_iter()

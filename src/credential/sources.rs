@@ -257,6 +257,7 @@ mod tests {
         assert_eq!(settled.await.unwrap().generation, 2);
     }
 
+    #[cfg(unix)]
     #[tokio::test]
     async fn a_device_or_pipe_as_password_file_is_refused_at_once() {
         for path in ["/dev/zero", "/dev/tty", "/proc"] {

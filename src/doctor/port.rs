@@ -2,13 +2,16 @@
 
 use std::{fs, path::Path};
 
-use tokio::{net::UnixStream, time::timeout};
+use tokio::time::timeout;
 
 use super::{check::Finding, workspace::STEP_TIMEOUT};
 use crate::{
     config::ListenAddresses,
     listener::{Listener, Taken},
-    net::blocking,
+    net::{
+        blocking,
+        unix::{self, UnixStream},
+    },
     telemetry::chain,
 };
 
@@ -48,8 +51,7 @@ pub(super) async fn check(addresses: &ListenAddresses) -> Finding {
         }
         (Some(Taken::Tcp(tcp)), None) => {
             let message = format!("{address} is taken by a process that this user may not see");
-            let port = tcp.port();
-            let fix = format!("find it with `sudo ss -ltnp 'sport = :{port}'`, or {other}");
+            let fix = format!("find it with `{}`, or {other}", search(tcp.port()));
             Finding::failed(message).fix(fix)
         }
         _ => failed,
@@ -75,11 +77,22 @@ impl Owner {
 async fn server_of(path: &Path) -> Option<Owner> {
     // To a client, SO_PEERCRED names the process that called listen(2) (unix(7)).
     let socket = timeout(STEP_TIMEOUT, UnixStream::connect(path)).await;
-    let pid = socket.ok()?.ok()?.peer_cred().ok()?.pid()?;
+    let pid = unix::peer(&socket.ok()?.ok()?).ok()?.pid?;
     Some(Owner::new(Path::new("/proc"), pid.try_into().ok()?))
 }
 
-/// The process that listens on `port`, if it is visible. Blocks.
+/// A command that shows the process that listens on `port`.
+fn search(port: u16) -> String {
+    if cfg!(windows) {
+        format!("netstat -ano -p tcp | findstr :{port}")
+    } else if cfg!(target_os = "linux") {
+        format!("sudo ss -ltnp 'sport = :{port}'")
+    } else {
+        format!("sudo lsof -nP -iTCP:{port} -sTCP:LISTEN")
+    }
+}
+
+/// The process that listens on `port`, if it is visible: on Linux alone, whose `/proc` names it. Blocks.
 fn owner(proc: &Path, port: u16) -> Option<Owner> {
     let tables = ["net/tcp", "net/tcp6"].map(|table| fs::read_to_string(proc.join(table)));
     let tables = tables.iter().flatten();
@@ -117,21 +130,19 @@ fn listening(table: &str, port: u16) -> Vec<String> {
 
 #[cfg(test)]
 mod tests {
-    use std::{net::SocketAddr, os::unix::fs::symlink};
-
-    use tempfile::TempDir;
-
-    use crate::config::UnixSocket;
+    use std::net::SocketAddr;
 
     use super::*;
     use crate::doctor::report::Outcome;
 
+    #[cfg(unix)]
     const TABLE: &str = "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode
    0: 0100007F:1538 00000000:0000 0A 00000000:00000000 00:00000000 00000000   104        0 4711 1 0000000000000000 100 0 0 10 0
    1: 0100007F:1538 0100007F:D431 01 00000000:00000000 00:00000000 00000000   104        0 4712 1 0000000000000000 20 4 30 10 -1
    2: 0100007F:0050 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 4713 1 0000000000000000 100 0 0 10 0
 ";
 
+    #[cfg(unix)]
     #[test]
     fn a_listener_is_found_among_processes() {
         assert_eq!(listening(TABLE, 5432), ["socket:[4711]"]);
@@ -139,13 +150,14 @@ mod tests {
         assert!(listening(TABLE, 54321).is_empty());
         assert!(listening("header\ngarbage", 5432).is_empty());
 
-        let proc = TempDir::new().unwrap();
+        let proc = tempfile::TempDir::new().unwrap();
         let at = |path: &str| proc.path().join(path);
         fs::create_dir_all(at("net")).unwrap();
         fs::write(at("net/tcp"), TABLE).unwrap();
         for (pid, inode) in [("7", "4712"), ("42", "4711")] {
             fs::create_dir_all(at(&format!("{pid}/fd"))).unwrap();
-            symlink(format!("socket:[{inode}]"), at(&format!("{pid}/fd/3"))).unwrap();
+            std::os::unix::fs::symlink(format!("socket:[{inode}]"), at(&format!("{pid}/fd/3")))
+                .unwrap();
             fs::write(at(&format!("{pid}/comm")), "postgres\n").unwrap();
         }
         assert_eq!(
@@ -166,13 +178,14 @@ mod tests {
         }
     }
 
+    #[cfg(unix)]
     #[tokio::test]
     async fn a_unix_socket_in_use_is_reported_and_left_alone() {
-        let directory = TempDir::new().unwrap();
+        let directory = tempfile::TempDir::new().unwrap();
         let addresses = ListenAddresses {
             port: 7,
             tcp: Vec::new(),
-            unix: Some(UnixSocket {
+            unix: Some(crate::config::UnixSocket {
                 directory: directory.path().to_owned(),
                 mode: 0o600,
             }),
@@ -195,8 +208,10 @@ mod tests {
         let address = taken.local_addr().unwrap();
         let finding = check(&addresses(address)).await;
         assert_eq!(finding.outcome, Outcome::Failed);
-        let pid = format!("pid {}", std::process::id());
-        assert!(finding.message.contains(&pid), "{}", finding.message);
+        if cfg!(target_os = "linux") {
+            let pid = format!("pid {}", std::process::id());
+            assert!(finding.message.contains(&pid), "{}", finding.message);
+        }
         assert!(finding.fix.unwrap().contains("--port"));
 
         let free = check(&addresses("127.0.0.1:0".parse().unwrap())).await;

@@ -1,15 +1,13 @@
 //! What a client must know, as the environment variables that the tutorial and the SDKs read.
 
 use std::{
-    fs::Permissions,
     io::{self, Write},
-    os::unix::fs::PermissionsExt,
     path::Path,
 };
 
 use secrecy::ExposeSecret;
 
-use super::{Emulator, EmulatorError, shared::Names};
+use super::{Emulator, EmulatorError, shared::Names, temporary};
 
 impl Emulator {
     /// The variables with which the Databricks SDKs, libpq and the proxy find this emulator. Holds a secret.
@@ -69,10 +67,9 @@ fn replace_file(path: &Path, text: &str) -> io::Result<()> {
         .parent()
         .filter(|parent| !parent.as_os_str().is_empty())
         .unwrap_or(Path::new("."));
-    // Named files are made 0600.
-    let mut file = tempfile::Builder::new()
-        .permissions(Permissions::from_mode(0o600))
-        .tempfile_in(directory)?;
+    let mut builder = tempfile::Builder::new();
+    temporary::set_mode(&mut builder, 0o600);
+    let mut file = builder.tempfile_in(directory)?;
     file.write_all(text.as_bytes())?;
     file.persist(path).map(drop).map_err(|error| error.error)
 }
@@ -90,10 +87,13 @@ mod tests {
         fs::write(&path, "old").unwrap();
         replace_file(&path, "NEW=1\n").unwrap();
         assert_eq!(fs::read_to_string(&path).unwrap(), "NEW=1\n");
-        assert_eq!(
-            fs::metadata(&path).unwrap().permissions().mode() & 0o777,
-            0o600
-        );
+        #[cfg(unix)]
+        {
+            use std::os::unix::fs::PermissionsExt;
+
+            let permissions = fs::metadata(&path).unwrap().permissions();
+            assert_eq!(permissions.mode() & 0o777, 0o600);
+        }
         assert_eq!(fs::read_dir(scratch.path()).unwrap().count(), 1);
     }
 

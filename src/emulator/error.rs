@@ -63,6 +63,11 @@ pub enum EmulatorError {
         #[source]
         source: serde_json::Error,
     },
+    /// Postgres is not started on this system.
+    #[error(
+        "on this system the emulator starts no Postgres of its own: name a running one with --postgres-url"
+    )]
+    NoLocalPostgres,
     /// No Postgres on this machine, and none was fetched.
     #[error(
         "no Postgres found on this machine ({reason}): install one (Debian, Ubuntu: `apt install postgresql`; macOS: `brew install \

@@ -28,15 +28,14 @@ mod sessions;
 mod settings;
 mod shared;
 mod tally;
+mod temporary;
 mod token;
 mod workspace;
 
 use std::{
     fmt,
-    fs::Permissions,
     io::{self, Write},
     net::{Ipv4Addr, SocketAddr},
-    os::unix::fs::PermissionsExt,
     path::Path,
     sync::{Arc, atomic::AtomicU64},
     time::Duration,
@@ -128,11 +127,10 @@ impl Default for PostgresSource {
 
 /// The authority's certificate is public, so anybody may read the file.
 fn write_authority(directory: &Path, certificates: &Certificates) -> io::Result<TempPath> {
-    let mut file = tempfile::Builder::new()
-        .prefix("lakebase-ca-")
-        .suffix(".pem")
-        .permissions(Permissions::from_mode(0o644))
-        .tempfile_in(directory)?;
+    let mut builder = tempfile::Builder::new();
+    builder.prefix("lakebase-ca-").suffix(".pem");
+    temporary::set_mode(&mut builder, 0o644);
+    let mut file = builder.tempfile_in(directory)?;
     file.write_all(certificates.authority_pem.as_bytes())?;
     Ok(file.into_temp_path())
 }

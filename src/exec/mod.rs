@@ -3,20 +3,21 @@
 //! On SIGTERM the program ends first, as it may need its database to finish. The rest of the grace time is left to its
 //! sessions.
 
-mod child;
 mod environment;
-pub mod init;
-pub mod launch;
-mod signals;
-mod supervise;
+#[cfg(unix)]
+mod unix;
+#[cfg(windows)]
+mod windows;
 
-use std::{ffi::OsString, io, process::ExitCode};
+use std::{ffi::OsString, io};
 
-use rustix::process::Signal;
-
-use self::child::{Reap, killed_by};
 pub use self::environment::ProxyAddress;
-pub(crate) use self::{child::Child, signals::Signals, supervise::supervise};
+pub(crate) use self::system::{Child, Signals, interrupted, supervise};
+pub use self::system::{init, launch};
+#[cfg(unix)]
+use self::unix as system;
+#[cfg(windows)]
+use self::windows as system;
 use crate::net::descriptors::DescriptorLimit;
 
 /// The program cannot be started.
@@ -58,21 +59,15 @@ impl Program {
 
     /// Starts it as a client of `proxy`. Call it on the main thread, whose end the kernel takes for the parent's.
     pub(crate) fn spawn(&self, proxy: &ProxyAddress) -> Result<Child, SpawnError> {
-        let mut command = launch::command(&self.command, &self.descriptors);
+        let mut command = system::command(&self.command, &self.descriptors);
         let inherited = self.inherited.iter().cloned();
         command
             // Removed variables would be inherited otherwise.
             .env_clear()
             .envs(environment::variables(inherited, proxy, &self.secrets));
-        Child::spawn(&mut command, Reap::Own).map_err(|source| SpawnError {
+        system::spawn(command).map_err(|source| SpawnError {
             command: self.name(),
             source,
         })
     }
-}
-
-/// The exit code after a signal that arrived before the program was started.
-pub(crate) fn interrupted(signal: Signal, zero_on_sigterm: bool) -> ExitCode {
-    let is_zero = signal == Signal::TERM && zero_on_sigterm;
-    ExitCode::from(if is_zero { 0 } else { killed_by(signal) })
 }

@@ -1,18 +1,18 @@
 //! Accepts clients and places each on a thread for its session.
 
-use std::{io, os::unix, sync::Arc, time::Duration};
+use std::{io, sync::Arc, time::Duration};
 
-use tokio::{
-    net::{TcpListener, UnixListener},
-    runtime::Handle,
-    time::sleep,
-};
+use tokio::{net::TcpListener, runtime::Handle, time::sleep};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{Instrument, Span, field::Empty};
 
 use super::{AbsentSockets, SessionThreads, tcp::ListeningTcp, unix::ListeningUnix};
 use crate::{
-    net::{backoff::Backoff, socket::Socket},
+    net::{
+        backoff::Backoff,
+        socket::Socket,
+        unix::{self, BoundUnix, UnixListener},
+    },
     session::{self, Accepted, EndpointContext, HandshakeLimiter},
     status::Peer,
     telemetry::Metrics,
@@ -27,7 +27,7 @@ pub(crate) enum BoundSocket {
     /// TCP.
     Tcp(ListeningTcp),
     /// Unix.
-    Unix(unix::net::UnixListener),
+    Unix(BoundUnix),
 }
 
 /// The same, registered with a runtime.
@@ -57,13 +57,8 @@ impl ListeningSocket {
             }
             Self::Unix(socket) => {
                 let (client, _) = socket.accept().await?;
-                // The kernel's record of connect(2) (SO_PEERCRED, unix(7)): the client cannot choose it.
-                let credentials = client.peer_cred()?;
-                let peer = Peer::Unix {
-                    uid: credentials.uid(),
-                    pid: credentials.pid(),
-                };
-                Ok((client.into(), peer))
+                let unix::PeerProcess { uid, pid } = unix::peer(&client)?;
+                Ok((client.into(), Peer::Unix { uid, pid }))
             }
         }
     }
@@ -205,7 +200,7 @@ impl Acceptor {
 /// firewall, or a network error that Linux passes on, see accept(2).
 fn concerns_one_connection(error: &io::Error) -> bool {
     use rustix::io::Errno;
-    const OF_ONE: [Errno; 11] = [
+    const OF_ONE: &[Errno] = &[
         Errno::CONNABORTED,
         Errno::CONNRESET,
         Errno::HOSTDOWN,
@@ -215,7 +210,9 @@ fn concerns_one_connection(error: &io::Error) -> bool {
         Errno::NETUNREACH,
         Errno::NOPROTOOPT,
         Errno::OPNOTSUPP,
+        #[cfg(unix)]
         Errno::PERM,
+        #[cfg(unix)]
         Errno::PROTO,
     ];
     Errno::from_io_error(error).is_some_and(|errno| OF_ONE.contains(&errno))
@@ -257,7 +254,9 @@ mod tests {
         let concerns_one = |errno: Errno| concerns_one_connection(&io::Error::from(errno));
         for errno in [
             Errno::CONNABORTED,
+            #[cfg(unix)]
             Errno::PERM,
+            #[cfg(unix)]
             Errno::PROTO,
             Errno::NETDOWN,
         ] {
@@ -265,8 +264,10 @@ mod tests {
         }
         for errno in [
             Errno::MFILE,
+            #[cfg(unix)]
             Errno::NFILE,
             Errno::NOBUFS,
+            #[cfg(unix)]
             Errno::NOMEM,
             Errno::BADF,
         ] {

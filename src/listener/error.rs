@@ -23,6 +23,7 @@ pub(crate) enum Taken {
     /// A TCP address.
     Tcp(SocketAddr),
     /// The path of a Unix socket.
+    #[cfg_attr(not(unix), expect(dead_code, reason = "there are none"))]
     Unix(PathBuf),
 }
 
@@ -76,6 +77,7 @@ impl ListenError {
     }
 
     /// A Unix socket that another server accepts connections on.
+    #[cfg(unix)]
     pub(super) fn taken_unix(path: &Path) -> Self {
         let message = format!(
             "another server listens on `{}` (--unix-socket)",

@@ -6,6 +6,7 @@ use listenfd::ListenFd;
 use socket2::SockRef;
 
 use super::{BoundSocket, ListenError, tcp::ListeningTcp};
+use crate::net::unix::BoundUnix;
 
 /// Inherited sockets that belong to no endpoint yet.
 #[derive(Debug, Default)]
@@ -39,8 +40,7 @@ impl Inherited {
                 Ok(socket) => {
                     socket.map(|socket| BoundSocket::Tcp(ListeningTcp::inherited(socket)))
                 }
-                Err(_) => passed
-                    .take_unix_listener(index)
+                Err(_) => take_unix(&mut passed, index)
                     .map_err(unusable)?
                     .map(BoundSocket::Unix),
             };
@@ -99,6 +99,16 @@ impl Inherited {
         }
         Ok(shares)
     }
+}
+
+#[cfg(unix)]
+fn take_unix(passed: &mut ListenFd, index: usize) -> io::Result<Option<BoundUnix>> {
+    passed.take_unix_listener(index)
+}
+
+#[cfg(not(unix))]
+fn take_unix(_: &mut ListenFd, _: usize) -> io::Result<Option<BoundUnix>> {
+    Err(io::ErrorKind::Unsupported.into())
 }
 
 impl BoundSocket {

@@ -7,6 +7,7 @@ mod error;
 mod inherited;
 mod session_threads;
 mod tcp;
+#[cfg_attr(not(unix), path = "no_unix.rs")]
 mod unix;
 
 use std::{
@@ -25,7 +26,7 @@ pub(crate) use self::{
 };
 pub use self::{error::ListenError, inherited::Inherited};
 use crate::{
-    config::{ListenAddresses, socket_path},
+    config::{ListenAddresses, SOCKET_NAME, socket_path},
     session::{EndpointContext, HandshakeLimiter},
 };
 
@@ -35,6 +36,11 @@ pub(crate) fn set_socket_mode(listen: &ListenAddresses, path: &Path, mode: u32) 
         Some(socket) if path.parent() == Some(&socket.directory) => unix::set_mode(path, mode),
         _ => Ok(()),
     }
+}
+
+/// Whether every user of this machine may connect to the Unix socket at `path`.
+pub(crate) fn is_open_to_all(path: &Path) -> bool {
+    unix::is_open_to_all(path)
 }
 
 /// The addresses that one endpoint listens on.
@@ -99,10 +105,21 @@ impl Bound {
     pub(crate) fn client_address(&self) -> Option<ClientAddress> {
         let tcp = self.tcp.first().copied().map(ClientAddress::from);
         tcp.or_else(|| {
-            let (directory, port) = self.unix.iter().find_map(|path| unix::parse(path))?;
+            let (directory, port) = self.unix.iter().find_map(|path| parse(path))?;
             Some(ClientAddress::Unix { directory, port })
         })
     }
+}
+
+/// Directory and port of a path that libpq finds.
+fn parse(path: &Path) -> Option<(PathBuf, u16)> {
+    let port = path
+        .file_name()?
+        .to_str()?
+        .strip_prefix(SOCKET_NAME)?
+        .parse()
+        .ok()?;
+    Some((path.parent()?.to_owned(), port))
 }
 
 /// The address at which a client on this machine reaches a listener, also one on all addresses.
@@ -175,10 +192,7 @@ impl Listener {
                     listener.tcp.push(tcp);
                 }
                 BoundSocket::Unix(socket) => {
-                    let address = socket.local_addr()?;
-                    let path = address.as_pathname().map(PathBuf::from);
-                    // A socket in Linux's abstract namespace has no path.
-                    listener.bound.unix.extend(path);
+                    listener.bound.unix.extend(crate::net::unix::path(&socket)?);
                     // The file stays: the service manager listens on it while the proxy restarts.
                     listener.unix.push(ListeningUnix { socket, file: None });
                 }

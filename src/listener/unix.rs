@@ -2,14 +2,11 @@
 
 use std::{
     collections::BTreeSet,
-    fs::{self, File, Metadata},
+    fs::{self, Metadata},
     io,
-    os::{
-        fd::AsRawFd,
-        unix::{
-            fs::{FileTypeExt, MetadataExt, PermissionsExt},
-            net::UnixListener,
-        },
+    os::unix::{
+        fs::{FileTypeExt, MetadataExt, PermissionsExt},
+        net::UnixListener,
     },
     path::{Path, PathBuf},
     sync::{
@@ -19,14 +16,13 @@ use std::{
     time::Duration,
 };
 
-use rustix::fs::{Mode, OFlags, fchmod};
 use socket2::{Domain, SockAddr, Socket, Type};
 use tokio::time::sleep;
 
 use super::ListenError;
 use crate::{
-    config::{SOCKET_NAME, UnixSocket, socket_path},
-    net::tcp::BACKLOG,
+    config::{UnixSocket, socket_path},
+    net::{tcp::BACKLOG, unix::effective_uid},
     telemetry::chain,
 };
 
@@ -152,32 +148,82 @@ fn permissions(found: &Metadata) -> u32 {
     found.permissions().mode() & PERMISSIONS
 }
 
-/// Changes the permissions of our socket at this path, and of nothing that another user has put in its place: a symbolic
-/// link would lead to any file of ours.
-pub(super) fn set_mode(path: &Path, mode: u32) -> io::Result<()> {
-    let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let file = File::from(rustix::fs::open(path, flags, Mode::empty())?);
-    let found = file.metadata()?;
-    if !found.file_type().is_socket() || found.uid() != rustix::process::geteuid().as_raw() {
-        return Err(io::Error::other("it is no socket of this user any more"));
-    }
-    if permissions(&found) == mode {
-        return Ok(());
-    }
-    // The descriptor's own link leads to that very file; `fchmod` does not take such a descriptor.
-    let link = format!("/proc/self/fd/{}", file.as_raw_fd());
-    fs::set_permissions(link, fs::Permissions::from_mode(mode))
+/// Whether every user may connect: Linux requires write permission on the socket (unix(7)).
+pub(super) fn is_open_to_all(path: &Path) -> bool {
+    fs::metadata(path).is_ok_and(|found| permissions(&found) & 0o002 != 0)
 }
 
-/// Directory and port of a path that libpq finds.
-pub(super) fn parse(path: &Path) -> Option<(PathBuf, u16)> {
-    let port = path
-        .file_name()?
-        .to_str()?
-        .strip_prefix(SOCKET_NAME)?
-        .parse()
-        .ok()?;
-    Some((path.parent()?.to_owned(), port))
+/// Fails for all but a socket of our user.
+fn check_ours(found: &Metadata) -> io::Result<()> {
+    if !found.file_type().is_socket() || found.uid() != effective_uid() {
+        return Err(io::Error::other("it is no socket of this user any more"));
+    }
+    Ok(())
+}
+
+pub(super) use self::mode::set as set_mode;
+
+#[cfg(target_os = "linux")]
+mod mode {
+    use std::{
+        fs::{self, File, Permissions},
+        io,
+        os::{fd::AsRawFd, unix::fs::PermissionsExt},
+        path::Path,
+    };
+
+    use rustix::fs::{Mode, OFlags, fchmod, open};
+    use socket2::Socket;
+
+    use super::{check_ours, permissions};
+
+    /// Sets the permissions, less the umask, of the file that `bind` makes, so that it never has wider ones.
+    pub(super) fn prepare(socket: &Socket, mode: u32) -> io::Result<()> {
+        Ok(fchmod(socket, Mode::from_raw_mode(mode))?)
+    }
+
+    /// Changes the permissions of our socket at this path, and of nothing that another user has put in its place: a symbolic
+    /// link would lead to any file of ours.
+    pub(in crate::listener) fn set(path: &Path, mode: u32) -> io::Result<()> {
+        let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let file = File::from(open(path, flags, Mode::empty())?);
+        let found = file.metadata()?;
+        check_ours(&found)?;
+        if permissions(&found) == mode {
+            return Ok(());
+        }
+        // The descriptor's own link leads to that very file; `fchmod` does not take such a descriptor.
+        let link = format!("/proc/self/fd/{}", file.as_raw_fd());
+        fs::set_permissions(link, Permissions::from_mode(mode))
+    }
+}
+
+#[cfg(not(target_os = "linux"))]
+mod mode {
+    use std::{fs, io, path::Path};
+
+    use rustix::fs::{AtFlags, CWD, Mode, chmodat};
+    use socket2::Socket;
+
+    use super::{check_ours, permissions};
+
+    /// BSD's `fchmod` takes no sockets; until `listen` no client can connect.
+    #[expect(clippy::unnecessary_wraps, reason = "fails on Linux")]
+    pub(super) fn prepare(_: &Socket, _: u32) -> io::Result<()> {
+        Ok(())
+    }
+
+    /// As on Linux, by the path, whose last link is not followed.
+    pub(in crate::listener) fn set(path: &Path, mode: u32) -> io::Result<()> {
+        let found = fs::symlink_metadata(path)?;
+        check_ours(&found)?;
+        if permissions(&found) == mode {
+            return Ok(());
+        }
+        let raw = mode.try_into().map_err(|_| io::ErrorKind::InvalidInput)?;
+        let mode = Mode::from_raw_mode(raw);
+        Ok(chmodat(CWD, path, mode, AtFlags::SYMLINK_NOFOLLOW)?)
+    }
 }
 
 /// Creates the socket, in place of one that no process listens on any more.
@@ -195,8 +241,7 @@ pub(super) fn bind(place: &UnixSocket, port: u16) -> Result<ListeningUnix, Liste
     };
     let failed = |source| ListenError::unix(&path, source);
     let socket = Socket::new(Domain::UNIX, Type::STREAM, None).map_err(failed)?;
-    // The file is made with the socket's own permissions less the umask, so never with wider ones than it is to have.
-    fchmod(&socket, Mode::from_raw_mode(place.mode)).map_err(|error| failed(error.into()))?;
+    mode::prepare(&socket, place.mode).map_err(failed)?;
     if let Err(error) = socket.bind(&address) {
         if error.kind() != io::ErrorKind::AddrInUse {
             return Err(failed(error));
@@ -281,11 +326,14 @@ mod tests {
         let path = directory.path().join(".s.PGSQL.7000");
         let mode = fs::metadata(&path).unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o600);
-        assert_eq!(parse(&path), Some((directory.path().to_owned(), 7000)));
+        assert_eq!(
+            crate::listener::parse(&path),
+            Some((directory.path().to_owned(), 7000))
+        );
         let client = UnixStream::connect(&path).await.unwrap();
         let socket = ListeningSocket::register(&BoundSocket::Unix(listening.socket)).unwrap();
         let (_, peer) = socket.accept().await.unwrap();
-        let us = rustix::process::geteuid().as_raw();
+        let us = effective_uid();
         assert!(
             matches!(peer, Peer::Unix { uid, pid: Some(_) } if uid == us),
             "{peer:?}"

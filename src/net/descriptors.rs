@@ -1,6 +1,6 @@
 //! The file descriptor limit: raised for this process, since a session takes two, but not for its children.
 
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+pub use self::system::DescriptorLimit;
 
 /// Descriptors kept for listeners, logs, workspace requests and name resolution.
 const RESERVED: u64 = 100;
@@ -8,7 +8,7 @@ const RESERVED: u64 = 100;
 /// Raises the soft limit to the hard one and logs it, with a warning if it is too low for `max_connections`.
 pub fn raise(max_connections: usize) {
     let before = DescriptorLimit::now().soft();
-    let limit = raised(getrlimit(Resource::Nofile)).unwrap_or(before);
+    let limit = DescriptorLimit::raise().unwrap_or(before);
     let (supported, max_connections) = (sessions(limit), self::max_connections(max_connections));
     tracing::info!(limit, before, max_connections, "file descriptor limit");
     if max_connections > supported {
@@ -18,13 +18,6 @@ pub fn raise(max_connections: usize) {
             "the file descriptor limit is too low for --max-connections; hint: raise it (ulimit -n, LimitNOFILE=) or lower --max-connections"
         );
     }
-}
-
-fn raised(limit: Rlimit) -> rustix::io::Result<u64> {
-    // Up to the hard limit no privilege is needed (getrlimit(2)).
-    let current = limit.maximum;
-    setrlimit(Resource::Nofile, Rlimit { current, ..limit })?;
-    Ok(current.unwrap_or(u64::MAX))
 }
 
 /// The limit of sessions for the setting `max_connections`, whose 0 derives it from the descriptor limit.
@@ -54,39 +47,81 @@ fn handshakes(limit: u64) -> usize {
         .clamp(256, 2048)
 }
 
-/// A file descriptor limit, such as the one before it was raised.
-#[derive(Clone, Debug)]
-pub struct DescriptorLimit(Rlimit);
+#[cfg(unix)]
+mod system {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
-impl DescriptorLimit {
-    /// The limit in force.
-    pub fn now() -> Self {
-        Self(getrlimit(Resource::Nofile))
+    /// A file descriptor limit, such as the one before it was raised.
+    #[derive(Clone, Debug)]
+    pub struct DescriptorLimit(Rlimit);
+
+    impl DescriptorLimit {
+        /// The limit in force.
+        pub fn now() -> Self {
+            Self(getrlimit(Resource::Nofile))
+        }
+
+        /// Raises the soft limit to the hard one, for which no privilege is needed (getrlimit(2)).
+        pub(super) fn raise() -> rustix::io::Result<u64> {
+            let limit = getrlimit(Resource::Nofile);
+            let current = limit.maximum;
+            setrlimit(Resource::Nofile, Rlimit { current, ..limit })?;
+            Ok(current.unwrap_or(u64::MAX))
+        }
+
+        /// Lowers the limit of this process, which is about to become another program.
+        pub(crate) fn lower_to(soft: u64) -> rustix::io::Result<()> {
+            let limit = getrlimit(Resource::Nofile);
+            let is_unlimited = soft == u64::MAX;
+            let lowered = Rlimit {
+                current: if is_unlimited {
+                    limit.current
+                } else {
+                    Some(soft)
+                },
+                maximum: limit.maximum,
+            };
+            setrlimit(Resource::Nofile, lowered)
+        }
+
+        /// The soft limit.
+        pub fn soft(&self) -> u64 {
+            self.0.current.unwrap_or(u64::MAX)
+        }
+
+        /// The hard limit.
+        pub fn hard(&self) -> u64 {
+            self.0.maximum.unwrap_or(u64::MAX)
+        }
     }
+}
 
-    /// Lowers the limit of this process, which is about to become another program.
-    pub(crate) fn lower_to(soft: u64) -> rustix::io::Result<()> {
-        let limit = getrlimit(Resource::Nofile);
-        let is_unlimited = soft == u64::MAX;
-        let lowered = Rlimit {
-            current: if is_unlimited {
-                limit.current
-            } else {
-                Some(soft)
-            },
-            maximum: limit.maximum,
-        };
-        setrlimit(Resource::Nofile, lowered)
-    }
+/// Windows limits handles by memory alone, to some 16 million per process.
+#[cfg(windows)]
+mod system {
+    /// The limit of handles.
+    #[derive(Clone, Debug)]
+    pub struct DescriptorLimit(u64);
 
-    /// The soft limit.
-    pub fn soft(&self) -> u64 {
-        self.0.current.unwrap_or(u64::MAX)
-    }
+    impl DescriptorLimit {
+        /// The limit in force.
+        pub fn now() -> Self {
+            Self(1 << 24)
+        }
 
-    /// The hard limit.
-    pub fn hard(&self) -> u64 {
-        self.0.maximum.unwrap_or(u64::MAX)
+        pub(super) fn raise() -> Option<u64> {
+            None
+        }
+
+        /// The limit.
+        pub fn soft(&self) -> u64 {
+            self.0
+        }
+
+        /// The limit.
+        pub fn hard(&self) -> u64 {
+            self.0
+        }
     }
 }
 

@@ -2,17 +2,14 @@
 //! wait.
 
 use std::{
-    fs::{File, OpenOptions},
     io::{self, Read},
-    os::unix::fs::{MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
 };
 
-use rustix::fs::OFlags;
 use tokio::task::spawn_blocking;
 use zeroize::Zeroizing;
 
-/// The state of a file: device, inode, length, times of the last change. Symbolic links are followed, as Kubernetes replaces
+/// What changes with a file. Symbolic links are followed, as Kubernetes replaces
 /// mounted Secrets by changing one.
 pub(crate) type Stamp = [i64; 6];
 
@@ -21,7 +18,7 @@ pub(crate) type Stamp = [i64; 6];
 /// # Errors
 /// For anything but a regular file, and for files longer than `limit` bytes.
 pub(crate) fn read(path: &Path, limit: u64) -> io::Result<Zeroizing<Vec<u8>>> {
-    let file = open(path)?;
+    let file = system::open(path)?;
     let metadata = file.metadata()?;
     // Of the open descriptor: the path may lead to another file by now.
     if !metadata.is_file() {
@@ -69,39 +66,82 @@ pub(crate) fn text(bytes: &[u8]) -> io::Result<&str> {
 
 /// The state of the file; `None` if it is missing. Blocks.
 pub(crate) fn stamp(path: &Path) -> Option<Stamp> {
-    let metadata = path.metadata().ok()?;
-    Some([
-        metadata.dev().cast_signed(),
-        metadata.ino().cast_signed(),
-        metadata.len().cast_signed(),
-        metadata.mtime(),
-        metadata.mtime_nsec(),
-        // `cp -p` and `rsync -t` restore the time of modification, but not this one.
-        metadata.ctime_nsec(),
-    ])
+    Some(system::stamp(&path.metadata().ok()?))
 }
 
-/// Without these flags, opening a pipe would wait for its writer, and opening a terminal make it the controlling one.
-fn open(path: &Path) -> io::Result<File> {
-    let flags = (OFlags::NONBLOCK | OFlags::NOCTTY).bits();
-    OpenOptions::new()
-        .read(true)
-        .custom_flags(flags.cast_signed())
-        .open(path)
+#[cfg(unix)]
+mod system {
+    use std::{
+        fs::{File, Metadata, OpenOptions},
+        io,
+        os::unix::fs::{MetadataExt, OpenOptionsExt},
+        path::Path,
+    };
+
+    use rustix::fs::OFlags;
+
+    /// Device, inode, length, times of the last change.
+    pub(super) fn stamp(metadata: &Metadata) -> super::Stamp {
+        [
+            metadata.dev().cast_signed(),
+            metadata.ino().cast_signed(),
+            metadata.len().cast_signed(),
+            metadata.mtime(),
+            metadata.mtime_nsec(),
+            // `cp -p` and `rsync -t` restore the time of modification, but not this one.
+            metadata.ctime_nsec(),
+        ]
+    }
+
+    /// Without these flags, opening a pipe would wait for its writer, and opening a terminal make it the controlling one.
+    pub(super) fn open(path: &Path) -> io::Result<File> {
+        let flags = OFlags::NONBLOCK | OFlags::NOCTTY;
+        OpenOptions::new()
+            .read(true)
+            .custom_flags(flags.bits().cast_signed())
+            .open(path)
+    }
+}
+
+#[cfg(windows)]
+mod system {
+    use std::{
+        fs::{File, Metadata},
+        io,
+        os::windows::fs::MetadataExt,
+        path::Path,
+    };
+
+    /// Length and times; a stable std has no number of a file there.
+    pub(super) fn stamp(metadata: &Metadata) -> super::Stamp {
+        [
+            metadata.file_size().cast_signed(),
+            metadata.creation_time().cast_signed(),
+            metadata.last_write_time().cast_signed(),
+            0,
+            0,
+            0,
+        ]
+    }
+
+    pub(super) fn open(path: &Path) -> io::Result<File> {
+        File::open(path)
+    }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::{fs, process::Command};
+    use std::fs;
 
     use super::*;
 
+    #[cfg(unix)]
     #[test]
     fn a_device_a_pipe_and_a_directory_are_refused_at_once() {
         let directory = tempfile::tempdir().unwrap();
         let pipe = directory.path().join("pipe");
         assert!(
-            Command::new("mkfifo")
+            std::process::Command::new("mkfifo")
                 .arg(&pipe)
                 .status()
                 .unwrap()
@@ -120,6 +160,7 @@ mod tests {
         assert_eq!(read(file.path(), 100).unwrap().len(), 100);
         assert!(read(file.path(), 99).is_err());
         // A file that reports no length.
+        #[cfg(target_os = "linux")]
         assert!(
             !read(Path::new("/proc/self/status"), 100_000)
                 .unwrap()

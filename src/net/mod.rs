@@ -11,6 +11,7 @@ pub(crate) mod message;
 pub mod socket;
 pub(crate) mod tcp;
 pub mod tls;
+pub mod unix;
 pub(crate) mod watch;
 
 pub(crate) use self::{file::blocking, watch::FileWatch};

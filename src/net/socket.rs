@@ -3,19 +3,21 @@
 use std::{
     io::{self, IoSlice},
     net::SocketAddr,
-    os::fd::AsFd,
     pin::Pin,
     task::{Context, Poll},
     time::Duration,
 };
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    fd::AsFd,
+};
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
-    net::{TcpStream, UnixStream},
+    net::TcpStream,
 };
 
-use super::{bulk::BulkTcp, tcp};
+use super::{bulk::BulkTcp, tcp, unix::UnixStream};
 use crate::config::Keepalive;
 
 /// A byte stream, usually on top of a socket.
@@ -92,15 +94,10 @@ impl Socket {
     }
 
     fn hang_up_state(&self) -> HangUp {
-        // Only Linux reports that the peer has closed its half; other systems report that both are closed.
-        #[cfg(target_os = "linux")]
-        let half = PollFlags::RDHUP;
-        #[cfg(not(target_os = "linux"))]
-        let half = PollFlags::empty();
-        let found = self.poll(half);
-        if found.intersects(PollFlags::ERR | PollFlags::HUP) {
+        let found = self.poll(hang_up::REQUEST);
+        if found.intersects(hang_up::FULL) {
             HangUp::Full
-        } else if found.intersects(half) {
+        } else if found.intersects(hang_up::HALF) {
             HangUp::Half
         } else {
             HangUp::None
@@ -120,6 +117,36 @@ impl Socket {
             Err(_) => PollFlags::empty(),
         }
     }
+}
+
+/// Linux reports that the peer has closed its half.
+#[cfg(target_os = "linux")]
+mod hang_up {
+    use rustix::event::PollFlags;
+
+    pub(super) const REQUEST: PollFlags = PollFlags::RDHUP;
+    pub(super) const HALF: PollFlags = PollFlags::RDHUP;
+    pub(super) const FULL: PollFlags = PollFlags::ERR.union(PollFlags::HUP);
+}
+
+/// Windows reports both with the same flag (WSAPoll): the next write finds out that the connection is broken.
+#[cfg(windows)]
+mod hang_up {
+    use rustix::event::PollFlags;
+
+    pub(super) const REQUEST: PollFlags = PollFlags::empty();
+    pub(super) const HALF: PollFlags = PollFlags::HUP;
+    pub(super) const FULL: PollFlags = PollFlags::ERR;
+}
+
+/// Others report that both halves are closed.
+#[cfg(not(any(target_os = "linux", windows)))]
+mod hang_up {
+    use rustix::event::PollFlags;
+
+    pub(super) const REQUEST: PollFlags = PollFlags::empty();
+    pub(super) const HALF: PollFlags = PollFlags::empty();
+    pub(super) const FULL: PollFlags = PollFlags::ERR.union(PollFlags::HUP);
 }
 
 impl From<TcpStream> for Socket {

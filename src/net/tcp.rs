@@ -79,8 +79,11 @@ pub(crate) fn listen(address: SocketAddr, is_dual_stack: bool) -> io::Result<Tcp
         Type::STREAM,
         Some(Protocol::TCP),
     )?;
-    // A restart succeeds while connections of the last run are in TIME_WAIT, as with PostgreSQL.
-    socket.set_reuse_address(true)?;
+    // A restart succeeds while connections of the last run are in TIME_WAIT, as with PostgreSQL. On Windows that needs no
+    // option, and this one would let two programs listen on the same port.
+    if cfg!(unix) {
+        socket.set_reuse_address(true)?;
+    }
     if address.is_ipv6() {
         // Explicit, since the default is a setting of the system (net.ipv6.bindv6only).
         socket.set_only_v6(!is_dual_stack)?;

@@ -116,7 +116,8 @@ fn look(files: &[PathBuf]) -> Stamps {
     files.iter().map(|file| stamp(file)).collect()
 }
 
-#[cfg(test)]
+// Windows lets only administrators make symbolic links.
+#[cfg(all(test, unix))]
 mod tests {
     use std::{fs, os::unix::fs::symlink};
 

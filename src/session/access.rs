@@ -9,7 +9,6 @@ use std::{
 };
 
 use bytes::BytesMut;
-use rustix::process::geteuid;
 
 use super::{
     ListenerCertificate, LocalPassword, Session,
@@ -19,7 +18,7 @@ use super::{
     local_password::PasswordFailure,
 };
 use crate::{
-    net::socket::Transport,
+    net::{socket::Transport, unix::effective_uid},
     protocol::{
         backend::negotiation,
         error::{Report, sqlstate},
@@ -129,7 +128,7 @@ impl AccessPolicy {
             return Ok(());
         };
         // Root can become any user, and our own user can read the proxy's memory.
-        if uid == 0 || uid == geteuid().as_raw() || allowed.contains(&uid) {
+        if uid == 0 || uid == effective_uid() || allowed.contains(&uid) {
             return Ok(());
         }
         Err(Refusal {
@@ -240,7 +239,7 @@ mod tests {
     #[test]
     fn a_unix_socket_accepts_listed_users_our_own_user_and_root() {
         let unix = |uid| Peer::Unix { uid, pid: None };
-        let ours = geteuid().as_raw();
+        let ours = effective_uid();
         let access = AccessPolicy {
             allowed_uids: Some(vec![70_001]),
             ..AccessPolicy::default()

@@ -6,16 +6,13 @@
 //! written in time, which is exactly the case that must not block the exit.
 
 use std::{
-    fs::File,
     io::{self, Write},
-    os::fd::AsFd,
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
     thread,
     time::Duration,
 };
 
 use prometheus::IntCounter;
-use rustix::event::{PollFd, PollFlags, poll};
 
 /// Maximum bytes of unwritten lines; some 5,000 lines.
 const BUFFER: usize = 1 << 20;
@@ -74,7 +71,7 @@ impl Sink {
 
     /// Standard error.
     pub(super) fn stderr() -> io::Result<(Self, LogGuard)> {
-        Self::start(Stderr::open()?)
+        Self::start(stderr::Stderr::open()?)
     }
 
     fn start(output: impl Write + Send + 'static) -> io::Result<(Self, LogGuard)> {
@@ -216,31 +213,57 @@ fn count_lines(lines: &[u8]) -> u64 {
 }
 
 /// Standard error by a descriptor of its own: the lock of `io::stderr` would be held for as long as nothing is read.
-#[derive(Debug)]
-struct Stderr(File);
+#[cfg(unix)]
+mod stderr {
+    use std::{
+        fs::File,
+        io::{self, Write},
+        os::fd::AsFd,
+    };
 
-impl Stderr {
-    fn open() -> io::Result<Self> {
-        let descriptor = io::stderr().as_fd().try_clone_to_owned()?;
-        Ok(Self(descriptor.into()))
-    }
-}
+    use rustix::event::{PollFd, PollFlags, poll};
 
-impl Write for Stderr {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        loop {
-            match self.0.write(bytes) {
-                // Another process that shares the pipe may have made it non-blocking.
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    poll(&mut [PollFd::new(&self.0, PollFlags::OUT)], None)?;
-                }
-                written => return written,
-            }
+    #[derive(Debug)]
+    pub(super) struct Stderr(File);
+
+    impl Stderr {
+        pub(super) fn open() -> io::Result<Self> {
+            let descriptor = io::stderr().as_fd().try_clone_to_owned()?;
+            Ok(Self(descriptor.into()))
         }
     }
 
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
+    impl Write for Stderr {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            loop {
+                match self.0.write(bytes) {
+                    // Another process that shares the pipe may have made it non-blocking.
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                        poll(&mut [PollFd::new(&self.0, PollFlags::OUT)], None)?;
+                    }
+                    written => return written,
+                }
+            }
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+}
+
+/// std's, which converts the text for a console.
+#[cfg(windows)]
+mod stderr {
+    use std::io;
+
+    pub(super) struct Stderr;
+
+    impl Stderr {
+        #[expect(clippy::unnecessary_wraps, reason = "fails on Unix")]
+        pub(super) fn open() -> io::Result<io::Stderr> {
+            Ok(io::stderr())
+        }
     }
 }
 

@@ -126,36 +126,53 @@ const UNEXPLAINED: Failure = (&[], CallErrorKind::Refused, "the command failed",
 
 /// Every program of this name, by `PATH`; a name with a slash is a path already.
 pub(super) fn find(name: &str, variables: &Variables) -> Vec<PathBuf> {
-    let is_program = |path: &PathBuf| is_executable(path);
-    if name.contains('/') {
-        return Some(PathBuf::from(name))
-            .filter(is_program)
-            .into_iter()
-            .collect();
+    if name.contains(std::path::is_separator) {
+        return system::programs(PathBuf::from(name)).collect();
     }
     let path = variables.get("PATH").unwrap_or_default();
     split_paths(path)
         // A relative entry would run a program from the current directory.
         .filter(|directory| directory.is_absolute())
-        .map(|directory| directory.join(name))
-        .filter(is_program)
+        .flat_map(|directory| system::programs(directory.join(name)))
         .collect()
 }
 
 #[cfg(unix)]
-fn is_executable(path: &Path) -> bool {
-    use std::os::unix::fs::PermissionsExt;
+mod system {
+    use std::{os::unix::fs::PermissionsExt, path::PathBuf};
 
-    path.metadata()
-        .is_ok_and(|found| found.is_file() && found.permissions().mode() & 0o111 != 0)
+    /// The path, if it is executable.
+    pub(super) fn programs(path: PathBuf) -> impl Iterator<Item = PathBuf> {
+        let is_executable = path
+            .metadata()
+            .is_ok_and(|found| found.is_file() && found.permissions().mode() & 0o111 != 0);
+        is_executable.then_some(path).into_iter()
+    }
 }
 
-#[cfg(not(unix))]
-fn is_executable(path: &Path) -> bool {
-    path.is_file()
+#[cfg(windows)]
+mod system {
+    use std::path::PathBuf;
+
+    /// The path with each of the extensions of programs. A shell's script without one, which installers put beside it, cannot
+    /// be run.
+    pub(super) fn programs(path: PathBuf) -> impl Iterator<Item = PathBuf> {
+        let has_extension = path.extension().is_some();
+        let extensions: &[&str] = if has_extension {
+            &[""]
+        } else {
+            &[".exe", ".cmd", ".bat"]
+        };
+        extensions.iter().filter_map(move |extension| {
+            let mut program = path.clone().into_os_string();
+            program.push(extension);
+            let program = PathBuf::from(program);
+            program.is_file().then_some(program)
+        })
+    }
 }
 
-#[cfg(test)]
+#[cfg(all(test, unix))]
 mod tests {
     use super::*;
 

@@ -1,4 +1,5 @@
-//! One integration binary, a module by capability.
+//! One integration binary, a module by capability. They need the emulator's own Postgres, which Windows does not have.
+#![cfg(unix)]
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,

@@ -2,9 +2,12 @@
 //!
 //! Owns finding, starting and preparing it, and the control plane's questions to it. Knows nothing of the edge's rules.
 
+#[cfg(unix)]
 mod fetch;
+#[cfg(unix)]
 mod find;
 mod schema;
+#[cfg_attr(windows, path = "no_server.rs")]
 mod server;
 
 use std::{io, path::PathBuf, sync::Arc};
@@ -12,7 +15,7 @@ use std::{io, path::PathBuf, sync::Arc};
 use secrecy::{ExposeSecret, SecretString};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
-    net::{TcpStream, UnixStream},
+    net::TcpStream,
     sync::Mutex,
 };
 use tokio_postgres::{
@@ -26,9 +29,11 @@ use super::{
     EmulatorError, EmulatorOptions,
     identity::{Identities, hex, random},
 };
+use crate::net::unix::UnixStream;
 use schema::{Connected, OAUTH_MARK, identifier, query_error};
 
 /// The superuser of an own cluster.
+#[cfg(unix)]
 const SUPERUSER: &str = "databricks_control_plane";
 
 /// A byte stream to Postgres.
@@ -122,6 +127,7 @@ impl Database {
         let port = maintenance.get_ports().first().copied().unwrap_or(5432);
         let target = match maintenance.get_hosts().first() {
             Some(Host::Tcp(host)) => Target::Tcp(host.clone(), port),
+            #[cfg(unix)]
             Some(Host::Unix(directory)) => Target::Unix(directory.join(format!(".s.PGSQL.{port}"))),
             None => return Err(EmulatorError::PostgresUrlHost),
         };

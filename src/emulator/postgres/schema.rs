@@ -52,6 +52,7 @@ end $function$;
 
 /// Enters the extension in the catalog by hand, so that `CREATE EXTENSION IF NOT EXISTS databricks_auth` finds it there:
 /// its files cannot be installed without writing into the machine's Postgres.
+#[cfg(unix)]
 const EXTENSION: &str = "
 set allow_system_table_mods = on;
 insert into pg_extension (oid, extname, extowner, extnamespace, extrelocatable, extversion)
@@ -79,6 +80,7 @@ where not exists (select from public.notes);
 ";
 
 /// Readies `template1` of an own server, so that every database made later has the function and the extension.
+#[cfg(unix)]
 pub(super) async fn prepare_template(template: &Config) -> Result<(), EmulatorError> {
     run(template, &[ROLES, CREATE_ROLE, EXTENSION].concat()).await
 }

@@ -181,7 +181,7 @@ fn available(settings: &ResolvedSettings, host: &Host) -> Result<Vec<Source>, Wo
 
 #[cfg(test)]
 mod tests {
-    use std::{fs, os::unix::fs::PermissionsExt, path::Path};
+    use std::{env::consts::EXE_SUFFIX, fs, path::Path};
 
     use super::*;
     use crate::config::WorkspaceSettings;
@@ -225,10 +225,15 @@ mod tests {
     }
 
     fn program(directory: &Path, name: &str, size: u64) {
-        let path = directory.join(name);
+        let path = directory.join(format!("{name}{EXE_SUFFIX}"));
         let file = fs::File::create(&path).unwrap();
         file.set_len(size).unwrap();
-        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+        #[cfg(unix)]
+        {
+            use std::os::unix::fs::PermissionsExt;
+
+            fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+        }
     }
 
     #[test]
@@ -590,6 +595,7 @@ mod tests {
     }
 
     /// Version managers and packagers install a small script in place of the program.
+    #[cfg(unix)]
     #[test]
     fn the_old_cli_is_recognized_by_its_entry_point() {
         let bin = tempfile::tempdir().unwrap();

@@ -11,7 +11,7 @@ use std::{
     process::{Command, ExitCode},
 };
 
-use rustix::process::{Pid, Signal, getpid, getppid, set_parent_process_death_signal};
+use rustix::process::{Pid, Signal, getpid, getppid};
 
 use super::{
     SpawnError,
@@ -68,7 +68,10 @@ fn exec_program(
     };
     // A program that uses select(2) fails with descriptors above 1,023, which the raised limit would allow.
     DescriptorLimit::lower_to(limit).map_err(|error| spawn(error.into()))?;
-    set_parent_process_death_signal(Some(PARENT_DIED)).map_err(|error| spawn(error.into()))?;
+    // Other systems have no such signal: there the program survives a proxy that is killed.
+    #[cfg(target_os = "linux")]
+    rustix::process::set_parent_process_death_signal(Some(PARENT_DIED))
+        .map_err(|error| spawn(error.into()))?;
     // If the parent has died before, no signal is sent.
     if getppid() != Some(parent) {
         return Ok(ExitCode::from(killed_by(PARENT_DIED)));

@@ -57,7 +57,8 @@ impl Signals {
             }
         }
         let unforwarded = MEANINGLESS
-            .into_iter()
+            .iter()
+            .copied()
             .filter(|which| !ALWAYS.contains(which) && !is_ignored(*which));
         Ok(Self {
             forwarded,
