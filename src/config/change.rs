@@ -297,7 +297,7 @@ mod tests {
         std::fs::write(&file, "sesame").unwrap();
         let password = format!("local_password_file = {:?}", file.path());
         for (new, applied) in [
-            ("client_tls = \"self-signed\"", &["client_tls"][..]),
+            ("client_tls = \"off\"", &["client_tls"][..]),
             (&password, &["local_password_file", "local_auth"]),
             (
                 "unix_socket_allowed_uids = [7]",

@@ -34,7 +34,8 @@ fn incomplete(message: &str) -> ConfigError {
     )
 }
 
-/// Resolves TLS for clients. Certificate files enable it, unless it is explicitly off.
+/// Resolves TLS for clients. By default clients on this machine may use it, since some drivers insist; with listeners on other
+/// addresses that is the operator's choice, as no client can verify a self-signed certificate.
 pub(super) fn client_tls(settings: &Settings) -> Result<ClientTls, ConfigError> {
     let files = match (&settings.client_tls_cert, &settings.client_tls_key) {
         (Some(certificate), Some(key)) => Some(ClientTls::Files {
@@ -54,14 +55,13 @@ pub(super) fn client_tls(settings: &Settings) -> Result<ClientTls, ConfigError> 
         }
     };
     match (settings.client_tls, files) {
-        (Some(ClientTlsSetting::Required | ClientTlsSetting::SelfSigned), None) => {
-            Ok(ClientTls::SelfSigned)
-        }
+        (Some(ClientTlsSetting::Off), _) => Ok(ClientTls::Off),
+        (None, None) if settings.allow_remote() => Ok(ClientTls::Off),
+        (_, None) => Ok(ClientTls::SelfSigned),
         (Some(ClientTlsSetting::SelfSigned), Some(_)) => Err(incomplete(
             "--client-tls is `self-signed`, but there is --client-tls-cert, too",
         )),
         (None | Some(ClientTlsSetting::Required), Some(files)) => Ok(files),
-        (Some(ClientTlsSetting::Off), _) | (None, None) => Ok(ClientTls::Off),
     }
 }
 
@@ -121,7 +121,10 @@ mod tests {
     #[test]
     fn certificate_and_key_enable_tls_and_one_alone_is_an_error() {
         let tls = |file: &str| client_tls(&settings(file));
-        assert_eq!(tls("").unwrap(), ClientTls::Off);
+        assert_eq!(tls("").unwrap(), ClientTls::SelfSigned);
+        for off in ["client_tls = \"off\"", "allow_remote = true"] {
+            assert_eq!(tls(off).unwrap(), ClientTls::Off);
+        }
         assert_eq!(
             tls("client_tls = \"self-signed\"").unwrap(),
             ClientTls::SelfSigned

@@ -55,13 +55,13 @@ settings! {
         #[arg(value_name = "UID", value_delimiter = ',')]
         unix_socket_allowed_uids: Vec<u32>, "[1000, 1001]" => Live;
 
-        /// Offer TLS to clients; `required` refuses plain TCP connections from other machines [default: off, or on with
-        /// --client-tls-cert]
+        /// TLS for clients that request it; `required` refuses plain TCP connections from other machines [default: self-signed,
+        /// the certificate of --client-tls-cert, or off with --allow-remote]
         ///
-        /// "self-signed" creates a certificate in memory at startup and logs its fingerprint. "required" uses the certificate of
-        /// client_tls_cert or a self-signed one; loopback and Unix sockets are exempt.
+        /// "self-signed" creates a certificate in memory for the first client that requests TLS and logs its fingerprint. "required"
+        /// uses the certificate of client_tls_cert or a self-signed one; loopback and Unix sockets are exempt.
         #[arg(value_enum, value_name = "MODE")]
-        client_tls: ClientTlsSetting = ClientTlsSetting::Off => Live;
+        client_tls: ClientTlsSetting = ClientTlsSetting::SelfSigned => Live;
 
         /// PEM file with the certificate chain to present to clients; reloaded when it changes
         #[arg(value_name = "FILE")]

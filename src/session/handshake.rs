@@ -157,8 +157,9 @@ impl<'a> Handshake<'a> {
             return Ok(());
         };
         let accepting = async {
-            let config = certificate.config().await;
-            client.accept_tls(config).await.map_err(HandshakeError::Tls)
+            let config = certificate.config().await.map_err(io::Error::other);
+            let accepted = client.accept_tls(config.map_err(HandshakeError::Tls)?);
+            accepted.await.map_err(HandshakeError::Tls)
         };
         // In the middle of a TLS handshake the client cannot read an error message: it is closed silently.
         self.in_time(accepting).await.map_err(|error| match error {

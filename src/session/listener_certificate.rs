@@ -2,6 +2,7 @@
 
 use std::{
     fmt,
+    future::ready,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     path::{Path, PathBuf},
     sync::{
@@ -19,6 +20,7 @@ use rustls::{
         pem::{self, PemObject},
     },
 };
+use tokio::sync::OnceCell;
 
 use crate::{
     config::ClientTls,
@@ -65,14 +67,19 @@ impl ClientTlsError {
 }
 
 /// The certificate in use.
-pub(crate) struct ListenerCertificate {
-    // Handshakes take it without a lock, also while another one renews it.
-    current: ArcSwap<ServerConfig>,
-    files: Option<Files>,
+pub(crate) enum ListenerCertificate {
+    /// Made for the first client that requests TLS, so that it costs others neither time nor memory.
+    SelfSigned(OnceCell<Arc<ServerConfig>>),
+    /// Of files.
+    Files {
+        // Handshakes take it without a lock, also while another one renews it.
+        current: ArcSwap<ServerConfig>,
+        files: Files,
+    },
 }
 
 /// The files of a certificate that may be renewed.
-struct Files {
+pub(crate) struct Files {
     certificate: PathBuf,
     key: PathBuf,
     watch: FileWatch,
@@ -92,53 +99,58 @@ impl ListenerCertificate {
     pub(crate) fn new(settings: &ClientTls) -> Result<Option<Self>, ClientTlsError> {
         Ok(match settings {
             ClientTls::Off => None,
-            ClientTls::SelfSigned => Some(Self {
-                current: ArcSwap::new(self_signed()?),
-                files: None,
-            }),
+            ClientTls::SelfSigned => Some(Self::SelfSigned(OnceCell::new())),
             ClientTls::Files { certificate, key } => {
                 // Before the files are read, so that a change in between is noticed later.
                 let watch = FileWatch::marked(vec![certificate.clone(), key.clone()]);
-                Some(Self {
+                Some(Self::Files {
                     current: ArcSwap::new(read(certificate, key)?),
-                    files: Some(Files {
+                    files: Files {
                         certificate: certificate.clone(),
                         key: key.clone(),
                         watch,
                         failure_logged: AtomicBool::new(false),
-                    }),
+                    },
                 })
             }
         })
     }
 
     /// The configuration for a handshake, from new files if they have changed and are valid.
-    pub(super) async fn config(&self) -> Arc<ServerConfig> {
-        if let Some(files) = &self.files
-            && files.watch.is_changed().await
-        {
-            self.renew(files).await;
+    pub(super) async fn config(&self) -> Result<Arc<ServerConfig>, ClientTlsError> {
+        match self {
+            Self::SelfSigned(made) => {
+                let config = made.get_or_try_init(|| ready(self_signed())).await?;
+                Ok(Arc::clone(config))
+            }
+            Self::Files { current, files } => {
+                if files.watch.is_changed().await {
+                    files.renew(current).await;
+                }
+                Ok(current.load_full())
+            }
         }
-        self.current.load_full()
     }
+}
 
-    async fn renew(&self, files: &Files) {
+impl Files {
+    async fn renew(&self, current: &ArcSwap<ServerConfig>) {
         // Before the read, and also for files that turn out invalid: these are read again only after another change.
-        files.watch.mark().await;
-        let (certificate, key) = (files.certificate.clone(), files.key.clone());
+        self.watch.mark().await;
+        let (certificate, key) = (self.certificate.clone(), self.key.clone());
         // Another thread reads, as a disk may be slow. Other handshakes meanwhile get the certificate in use.
         match blocking(move || read(&certificate, &key)).await {
             Ok(config) => {
-                self.current.store(config);
-                files.failure_logged.store(false, Ordering::Relaxed);
+                current.store(config);
+                self.failure_logged.store(false, Ordering::Relaxed);
                 tracing::info!(
-                    certificate = %files.certificate.display(),
+                    certificate = %self.certificate.display(),
                     "new certificate for clients in use"
                 );
             }
             // Also while only one of the two files has been replaced: the next change is read again.
             Err(error) => {
-                if !files.failure_logged.swap(true, Ordering::Relaxed) {
+                if !self.failure_logged.swap(true, Ordering::Relaxed) {
                     tracing::warn!(
                         error = %chain(&error),
                         hint = error.hint(),
@@ -248,34 +260,34 @@ mod tests {
         let directory = TempDir::new().unwrap();
         let settings = write(&directory);
         let certificate = Arc::new(ListenerCertificate::new(&settings).unwrap().unwrap());
-        let first = certificate.config().await;
+        let first = certificate.config().await.unwrap();
         advance(INTERVAL).await;
         assert!(
-            is_same(&first, &certificate.config().await),
+            is_same(&first, &certificate.config().await.unwrap()),
             "nothing has changed"
         );
 
         write(&directory);
         assert!(
-            is_same(&first, &certificate.config().await),
+            is_same(&first, &certificate.config().await.unwrap()),
             "not looked at again yet"
         );
         advance(INTERVAL).await;
-        let second = certificate.config().await;
+        let second = certificate.config().await.unwrap();
         assert!(!is_same(&first, &second));
 
         // Another key than the certificate's, then no file at all.
         let key = directory.path().join("key");
         fs::write(&key, KeyPair::generate().unwrap().serialize_pem()).unwrap();
         advance(INTERVAL).await;
-        assert!(is_same(&second, &certificate.config().await));
+        assert!(is_same(&second, &certificate.config().await.unwrap()));
         fs::remove_file(&key).unwrap();
         advance(INTERVAL).await;
-        assert!(is_same(&second, &certificate.config().await));
+        assert!(is_same(&second, &certificate.config().await.unwrap()));
 
         write(&directory);
         advance(INTERVAL).await;
-        assert!(!is_same(&second, &certificate.config().await));
+        assert!(!is_same(&second, &certificate.config().await.unwrap()));
     }
 
     #[tokio::test]

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use futures_util::future::join_all;
 use lakebase_proxy::{
+    config::ClientTlsSetting,
     emulator::{Action, Counts, Site},
     telemetry::labels::CancelOutcome,
 };
@@ -42,7 +43,10 @@ async fn a_cancel_reaches_its_session_and_no_other() {
     let emulator = harness::emulator().await;
     let role = emulator.identities().app.name.clone();
     // Two proxies in front of one endpoint: a key means nothing to the other.
-    let (one, two) = (Proxy::start(&emulator).await, Proxy::start(&emulator).await);
+    let one = Proxy::with(&emulator, |settings| {
+        settings.client_tls = Some(ClientTlsSetting::Off);
+    });
+    let (one, two) = (one.await, Proxy::start(&emulator).await);
     let mut sessions = Vec::new();
     for n in 0..20 {
         let mut session = session(if n % 2 == 0 { &one } else { &two }).await;

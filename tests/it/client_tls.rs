@@ -257,11 +257,9 @@ async fn a_renewed_certificate_is_shown_without_a_restart() {
 }
 
 #[tokio::test]
-async fn a_certificate_of_our_own_needs_no_files() {
+async fn clients_that_insist_on_tls_are_served_without_any_setting() {
     let emulator = harness::emulator().await;
-    let mut binary = Binary::serve(&emulator, &["--client-tls", "self-signed"]).await;
-    let made = binary.logged("made a certificate for clients").await;
-    assert_eq!(made["sha256"].as_str().unwrap().len(), 95);
+    let mut binary = Binary::serve(&emulator, &[]).await;
     let psql = async |sslmode: &str| {
         let mut command = tokio::process::Command::new("psql");
         let query = "select 6 * 7";
@@ -280,12 +278,19 @@ async fn a_certificate_of_our_own_needs_no_files() {
     assert_eq!(psql("require").await.0, "42\n");
     let (_, refused) = psql("verify-full").await;
     assert!(refused.contains("root certificate"), "{refused}");
+    assert_eq!(psql("prefer").await.0, "42\n");
+    let made = binary.logged("made a certificate for clients").await;
+    assert_eq!(made["sha256"].as_str().unwrap().len(), 95);
+    binary.signal(Signal::TERM);
+    binary.until("shut down").await;
+    let made = |line: &&serde_json::Value| line["sha256"].is_string();
+    assert_eq!(binary.lines.iter().filter(made).count(), 1);
 }
 
 #[tokio::test]
 async fn a_hint_on_client_tls_is_logged_once() {
     let emulator = harness::emulator().await;
-    let mut binary = Binary::serve(&emulator, &[]).await;
+    let mut binary = Binary::serve(&emulator, &["--client-tls", "off"]).await;
     for first in [&SSL_REQUEST[..], b"\x16\x03\x01\x02\x00\x01", &SSL_REQUEST] {
         let mut wire = Wire::dial(binary.postgres).await;
         wire.send(first).await;

@@ -415,7 +415,7 @@ async fn changed_client_access_applies_to_the_next_client() {
     setup.change("").await;
     assert!(connect(None).await);
 
-    for (file, answer) in [("client_tls = \"self-signed\"", 'S'), ("", 'N')] {
+    for (file, answer) in [("client_tls = \"off\"", 'N'), ("", 'S')] {
         assert_eq!(setup.change(file).await.applied, ["client_tls"]);
         let mut wire = Wire::dial(setup.address()).await;
         wire.send(&SSL_REQUEST).await;

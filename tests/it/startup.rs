@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use lakebase_proxy::{
-    config::{DatabaseMapping, PortSetting},
+    config::{ClientTlsSetting, DatabaseMapping, PortSetting},
     telemetry::labels::Reason,
 };
 use tokio::io::AsyncWriteExt;
@@ -21,7 +21,10 @@ use crate::harness::{
 #[tokio::test]
 async fn packets_may_come_byte_by_byte_or_all_at_once() {
     let emulator = harness::emulator().await;
-    let proxy = Proxy::start(&emulator).await;
+    let proxy = Proxy::with(&emulator, |settings| {
+        settings.client_tls = Some(ClientTlsSetting::Off);
+    })
+    .await;
 
     // Each request, then each byte of the StartupMessage and of a query, in a segment of its own.
     let mut wire = proxy.dial().await;
@@ -63,6 +66,7 @@ async fn invalid_first_messages_are_refused_and_never_reach_the_endpoint() {
     let emulator = harness::emulator().await;
     let proxy = Proxy::with(&emulator, |settings| {
         settings.client_login_timeout = Some(harness::millis(700));
+        settings.client_tls = Some(ClientTlsSetting::Off);
     })
     .await;
     let refused = async |bytes: &[u8]| {
@@ -518,6 +522,7 @@ async fn clients_that_connect_and_leave_cost_nothing() {
     let emulator = harness::emulator().await;
     let proxy = Proxy::with(&emulator, |settings| {
         settings.http_port = Some(PortSetting::None);
+        settings.client_tls = Some(ClientTlsSetting::Off);
     })
     .await;
     for bytes in [&b""[..], &SSL_REQUEST, &[0, 0]] {
