@@ -1,7 +1,7 @@
 //! What one round trip and one idle session cost, counted exactly: the machine's load does not change these figures.
 //!
 //! ```text
-//! cargo build --release && cargo test --test exact   compare with record.toml; fails when a figure has grown by over 3 %
+//! cargo build-release && cargo test --test exact   compare with record.toml; fails when a figure has grown by over 3 %
 //! cargo test --test exact -- --renew                 put what was counted into the record
 //! cargo test --test exact -- --program PATH          count another build of the proxy
 //! ```
@@ -72,7 +72,7 @@ fn main() -> ExitCode {
         .map_or_else(release_build, PathBuf::from);
     assert!(
         program.is_file(),
-        "{} is missing: cargo build --release",
+        "{} is missing: cargo build-release",
         program.display()
     );
 

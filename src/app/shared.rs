@@ -14,10 +14,10 @@ use super::{
 use crate::{
     admin::deep::LoginTarget,
     clock::Clock,
-    config::{ClientTlsSetting, Config, EndpointConfig, Roots, Settings, WorkspaceSettings},
+    config::{ClientTlsSetting, Config, EndpointConfig, Settings, WorkspaceSettings},
     console::Console,
     listener::{AbsentSockets, SessionThreads},
-    net::{descriptors, tls},
+    net::descriptors,
     session::{
         AccessPolicy, KnownPassword, ListenerCertificate, LocalPassword, ProcessContext,
         SessionConfig, SharedConfig,
@@ -220,8 +220,7 @@ pub(super) fn open_workspace(
     clock: Clock,
     metrics: Arc<Metrics>,
 ) -> Result<Workspace, AppError> {
-    // The system's roots: PGSSLROOTCERT is for the endpoint.
-    let tls = tls::client_config(&Roots::System, tls::ALPN_HTTP_1_1)?;
+    let tls = Workspace::tls(&settings)?;
     Ok(Workspace::new(settings, &tls, clock, metrics)?)
 }
 

@@ -26,8 +26,7 @@ pub use report::{Outcome, Report, Setting, Step};
 
 use crate::{
     clock::Clock,
-    config::{Config, CredentialSource, Environment, Roots, Settings, WorkspaceSettings},
-    net::tls,
+    config::{Config, CredentialSource, Environment, Settings, WorkspaceSettings},
     telemetry::Metrics,
     workspace::Workspace,
 };
@@ -163,7 +162,7 @@ fn open(
     clock: &Clock,
     metrics: &Arc<Metrics>,
 ) -> Result<Workspace, Finding> {
-    let tls = tls::client_config(&Roots::System, tls::ALPN_HTTP_1_1)?;
+    let tls = Workspace::tls(&settings)?;
     Workspace::new(settings, &tls, clock.clone(), Arc::clone(metrics))
         .map_err(|error| Finding::failed(error.to_string()).hint(error.hint()))
 }

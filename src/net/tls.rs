@@ -83,6 +83,17 @@ pub(crate) fn client_config_with(
     Ok(Arc::new(config))
 }
 
+/// A configuration that trusts no server, for machines without roots that speak to none.
+pub(crate) fn client_config_without_roots(alpn: &[u8]) -> Result<Arc<ClientConfig>, TlsError> {
+    let mut config = ClientConfig::builder_with_provider(provider())
+        .with_safe_default_protocol_versions()
+        .map_err(TlsError::Unusable)?
+        .with_root_certificates(RootCertStore::empty())
+        .with_no_client_auth();
+    config.alpn_protocols = vec![alpn.to_vec()];
+    Ok(Arc::new(config))
+}
+
 /// Verifies chain and name against `roots`.
 pub(crate) fn verifier(roots: &Roots) -> Result<Arc<dyn ServerCertVerifier>, TlsError> {
     Ok(match roots {

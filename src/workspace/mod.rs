@@ -60,7 +60,8 @@ use times::Moment;
 
 use crate::{
     clock::Clock,
-    config::WorkspaceSettings,
+    config::{Roots, WorkspaceSettings},
+    net::tls::{self, TlsError},
     telemetry::{Metrics, labels::MintStep},
 };
 
@@ -94,6 +95,18 @@ struct Answer<T> {
 }
 
 impl Workspace {
+    /// Verification by the system's roots; PGSSLROOTCERT is for the endpoint. A workspace on this machine that is called by plain
+    /// HTTP, the emulator's, needs no roots, so that the demo runs where none are installed.
+    pub(crate) fn tls(settings: &WorkspaceSettings) -> Result<Arc<rustls::ClientConfig>, TlsError> {
+        let is_plain = |host: &String| host.starts_with("http://");
+        match tls::client_config(&Roots::System, tls::ALPN_HTTP_1_1) {
+            Err(_) if settings.host.as_ref().is_some_and(is_plain) => {
+                tls::client_config_without_roots(tls::ALPN_HTTP_1_1)
+            }
+            verified => verified,
+        }
+    }
+
     /// Checks the settings; sends nothing. `tls` holds the trusted roots and the crypto provider; its ALPN is set here.
     pub fn new(
         settings: WorkspaceSettings,

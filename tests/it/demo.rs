@@ -33,6 +33,9 @@ impl Demo {
             // A real workspace must not be met by accident.
             .env("DATABRICKS_HOST", "https://example.invalid")
             .env("PGHOST", "example.invalid")
+            // It runs where no root certificates are installed.
+            .env("SSL_CERT_FILE", "/nowhere")
+            .env("SSL_CERT_DIR", "/nowhere")
             .stdout(Stdio::piped())
             .kill_on_drop(true)
             .spawn()

@@ -5,7 +5,7 @@
 
 Installed into an empty virtual environment and an empty npm project by a user without rights, and run under Databricks
 Apps' conditions in front of an emulator that is the installed program, too. `--dist` names what `deploy/build` made;
-without it the program of `cargo build --release` is packed first. Chromium looks at each page.
+without it the program of `cargo build-release` is packed first. Chromium looks at each page.
 """
 
 import argparse
