@@ -87,7 +87,10 @@ impl Discovery {
                 opens_at: pace.awaited(),
             });
             self.endpoints.notify();
-            self.log(&error, &mut logged);
+            let retry_in = pace
+                .next_without(false)
+                .saturating_duration_since(Instant::now());
+            self.log(&error, retry_in, &mut logged);
             loop {
                 // A client that arrives during the wait moves the attempt forward, so that the wait is computed again.
                 let next = pace.next_without(self.publisher.demand().exists());
@@ -128,7 +131,7 @@ impl Discovery {
     }
 
     /// Logs each error once, except the one that ends the program.
-    fn log(&self, error: &AppError, logged: &mut Option<String>) {
+    fn log(&self, error: &AppError, retry_in: Duration, logged: &mut Option<String>) {
         let text = chain(error).to_string();
         if logged.as_ref() == Some(&text) {
             return;
@@ -139,6 +142,7 @@ impl Discovery {
                 endpoint,
                 error = text,
                 hint = error.hint(),
+                retry_in = ?Duration::from_secs(retry_in.as_secs().saturating_add(1)),
                 "cannot look up the endpoint, retrying"
             );
         } else if !self.ends_program {

@@ -118,6 +118,11 @@ impl App {
         self.shared.settings().max_sigterm_delay().0
     }
 
+    /// Whether credentials are minted on demand only.
+    pub(crate) fn is_lazy(&self) -> bool {
+        self.shared.settings().lazy_refresh()
+    }
+
     /// Whether SIGTERM leads to exit code 0.
     pub fn is_zero_on_sigterm(&self) -> bool {
         self.shared.settings().exit_zero_on_sigterm()

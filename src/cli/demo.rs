@@ -3,7 +3,7 @@
 //! Consists of public parts: the [`emulator`], and an [`App`] configured by the tutorial's variables, as in an app's
 //! environment. The surrounding environment is ignored, so that a demo never calls a real workspace.
 
-use std::{io::Write, time::Duration};
+use std::{io::Write, path::PathBuf, time::Duration};
 
 use anstyle::Style;
 use jiff::{SignedDuration, Timestamp, tz::TimeZone};
@@ -42,12 +42,16 @@ pub(super) struct DemoArgs {
     pub token_ttl: Duration,
     #[command(flatten)]
     pub postgres: PostgresArgs,
+    /// Write the variables of the emulated workspace to this file, for `doctor`, `token` and `exec`
+    #[arg(long, value_name = "FILE")]
+    pub env_file: Option<PathBuf>,
 }
 
-/// Warnings only: the panel shows normal events.
+/// Warnings only, as short lines: the panel shows normal events.
 pub(super) fn log_options() -> LogOptions {
     LogOptions {
-        filter: "warn".to_owned(),
+        filter: "error,lakebase_proxy=warn".to_owned(),
+        brief: true,
         ..LogOptions::default()
     }
 }
@@ -67,6 +71,10 @@ pub(super) async fn run(arguments: DemoArgs, signals: &mut Signals) -> Result<Ca
         }
     };
     let served = serve(&arguments, &emulator, signals).await;
+    if let Some(path) = &arguments.env_file {
+        // It names ports and a secret that are no more.
+        let _ = std::fs::remove_file(path);
+    }
     // Also after an error: the emulator has a Postgres server and its directory to remove.
     emulator.stop().await;
     served
@@ -81,6 +89,9 @@ async fn serve(
         proxy = start_proxy(arguments, emulator) => proxy?,
         cause = signals.next() => return Ok(cause),
     };
+    if let Some(path) = &arguments.env_file {
+        emulator.write_env_file(path)?;
+    }
     print(&panel(proxy.addresses(), emulator, arguments));
     let cause = tokio::select! {
         cause = signals.next() => cause,
@@ -140,6 +151,7 @@ fn config(ports: Ports, emulator: &Emulator) -> Result<Config, ConfigError> {
     let settings = Settings {
         port: Some(PortSetting::Port(ports.postgres)),
         http_port: Some(PortSetting::Port(ports.http)),
+        admin_console: Some(true),
         notes: Some(cfg!(feature = "notes")),
         notes_port: Some(PortSetting::Port(ports.notes)),
         ..Settings::default()
@@ -207,28 +219,40 @@ fn panel(addresses: &Addresses, emulator: &Emulator, arguments: &DemoArgs) -> St
     let port = addresses
         .postgres()
         .map_or(PORTS.postgres, |address| address.port());
-    let mut lines = vec![
-        String::new(),
+    let mut lines = vec![String::new()];
+    let requested = [arguments.port, arguments.http_port, arguments.notes_port];
+    let used = [
+        Some(port),
+        addresses.http.map(|address| address.port()),
+        addresses.notes.map(|address| address.port()),
+    ];
+    let known = [PORTS.postgres, PORTS.http, PORTS.notes];
+    for ((known, used), requested) in known.into_iter().zip(used).zip(requested) {
+        if let Some(text) = used.and_then(|used| replaced(known, used, requested)) {
+            lines.push(format!("  {bold}{text}{bold:#}"));
+        }
+    }
+    lines.extend([
         format!("  {bold}Lakebase on this machine{bold:#}"),
         String::new(),
-    ];
+    ]);
     let mut line = |label: &str, text: String| lines.push(format!("  {label:LABEL_WIDTH$}{text}"));
     line(
         "Postgres",
-        format!(
-            "localhost:{port}, any user, no password{}",
-            instead_of(port, PORTS.postgres, arguments.port)
-        ),
+        format!("localhost:{port}, any user, no password"),
     );
     if let Some(address) = addresses.notes {
-        let port = address.port();
-        let other = instead_of(port, PORTS.notes, arguments.notes_port);
-        line("Notes page", format!("http://localhost:{port}/{other}"));
+        line(
+            "Notes page",
+            format!("http://localhost:{}/", address.port()),
+        );
     }
     if let Some(address) = addresses.http {
         let port = address.port();
-        let other = instead_of(port, PORTS.http, arguments.http_port);
-        line("Metrics", format!("http://localhost:{port}/metrics{other}"));
+        line(
+            "Status page",
+            format!("http://localhost:{port}/ (metrics at /metrics)"),
+        );
     }
     line(
         "Workspace",
@@ -249,6 +273,17 @@ fn panel(addresses: &Addresses, emulator: &Emulator, arguments: &DemoArgs) -> St
         "Try",
         format!("{bold}psql -h localhost -p {port} -c 'select content from notes'{bold:#}"),
     );
+    line(
+        "",
+        format!("{bold}psql -h localhost -p {port} lakebase_proxy -c 'show clients'{bold:#}"),
+    );
+    if let Some(path) = &arguments.env_file {
+        let path = path.display();
+        line(
+            "",
+            format!("{bold}set -a; . {path}; set +a; lakebase-proxy doctor{bold:#}"),
+        );
+    }
     line("", String::new());
     let ttl = arguments.token_ttl.as_secs();
     lines.push(format!(
@@ -261,13 +296,11 @@ fn panel(addresses: &Addresses, emulator: &Emulator, arguments: &DemoArgs) -> St
         .collect()
 }
 
-/// The remark that the default port is taken.
-fn instead_of(port: u16, known: u16, requested: Option<u16>) -> String {
-    if requested.is_none() && port != known {
-        format!(" ({known} is taken)")
-    } else {
-        String::new()
-    }
+/// The remark that a default port is taken.
+fn replaced(known: u16, used: u16, requested: Option<u16>) -> Option<String> {
+    (requested.is_none() && used != known).then(|| {
+        format!("Port {known} is used by another program: wherever it is written, use {used}")
+    })
 }
 
 fn print(text: &str) {
@@ -292,8 +325,9 @@ mod tests {
 
     #[test]
     fn only_a_replaced_default_port_is_explained() {
-        assert_eq!(instead_of(40_000, 5432, None), " (5432 is taken)");
-        assert_eq!(instead_of(5432, 5432, None), "");
-        assert_eq!(instead_of(40_000, 5432, Some(0)), "");
+        let text = "Port 5432 is used by another program: wherever it is written, use 40000";
+        assert_eq!(replaced(5432, 40_000, None).unwrap(), text);
+        assert_eq!(replaced(5432, 5432, None), None);
+        assert_eq!(replaced(5432, 40_000, Some(0)), None);
     }
 }

@@ -11,7 +11,10 @@ use std::{
     time::Duration,
 };
 
-use clap::Args;
+use clap::{
+    Args,
+    error::{ContextKind, ContextValue, ErrorKind},
+};
 use tokio::time::{Instant, sleep};
 
 use super::{CommandError, serve::Prepared};
@@ -65,6 +68,24 @@ pub(super) struct ExecArgs {
     /// The program to run, and its arguments
     #[arg(last = true, required = true, value_name = "CMD")]
     command: Vec<OsString>,
+}
+
+/// The error for a command without the `--` in front of it, the most likely mistake.
+pub(super) fn without_separator(
+    arguments: &[OsString],
+    error: &clap::Error,
+) -> Option<CommandError> {
+    let Some(ContextValue::String(first)) = error.get(ContextKind::InvalidArg) else {
+        return None;
+    };
+    let is_exec = arguments.get(1).is_some_and(|verb| verb == "exec");
+    if !is_exec || error.kind() != ErrorKind::UnknownArgument || first.starts_with('-') {
+        return None;
+    }
+    Some(CommandError::new(
+        format!("`exec` needs `--` in front of `{first}`"),
+        Some(format!("lakebase-proxy exec [FLAGS] -- {first} ...")),
+    ))
 }
 
 pub(super) async fn run(

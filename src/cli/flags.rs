@@ -9,12 +9,40 @@ use clap::{Arg, Command, CommandFactory, error::ErrorKind};
 
 use super::{Cli, CommandError};
 use crate::config::{
-    ConfigError, Environment, PASSWORD_VARIABLE, Setting, Settings, VARIABLE_PREFIX, text, variable,
+    ConfigError, Environment, PASSWORD_VARIABLE, Setting, Settings, VARIABLE_PREFIX, most_similar,
+    text, variable,
 };
+
+const UNUSED_BY_DOCTOR: [&str; 5] = [
+    "Limits",
+    "Pooling",
+    "Health and metrics",
+    "Notes page",
+    "Shutdown",
+];
+const UNUSED_BY_TOKEN: [&str; 6] = [
+    "Listening",
+    "Limits",
+    "Pooling",
+    "Health and metrics",
+    "Notes page",
+    "Shutdown",
+];
 
 /// The command line. Each flag may be set by its variable; an empty variable counts as unset.
 pub fn command() -> Command {
     complete(Cli::command(), &Settings::declared())
+        .mut_subcommand("doctor", |doctor| without_help(doctor, &UNUSED_BY_DOCTOR))
+        .mut_subcommand("token", |token| without_help(token, &UNUSED_BY_TOKEN))
+}
+
+/// Hides the flags of sections that a command accepts, so that it can be tried with another's flags, but does not use.
+fn without_help(command: Command, sections: &'static [&str]) -> Command {
+    command.mut_args(|argument| {
+        let section = argument.get_help_heading().unwrap_or_default();
+        let is_unused = sections.contains(&section);
+        argument.hide(is_unused)
+    })
 }
 
 /// Adds to each flag what follows from its declaration: the variable, and the default in its help.
@@ -75,18 +103,24 @@ pub(super) fn usage(error: clap::Error) -> CommandError {
 
 /// Warns of variables that are named like settings but match none, most likely misspelled.
 pub(super) fn warn_of_unknown_variables() {
-    for variable in unknown_variables(&Cli::command(), Environment::inherited()) {
+    let known = known_variables(&Cli::command());
+    for variable in unknown_variables(&known, Environment::inherited()) {
+        let similar = most_similar(&variable, known.clone());
         tracing::warn!(
             variable,
+            similar,
             "this variable matches no setting; hint: `lakebase-proxy serve --help` lists the settings"
         );
     }
 }
 
-fn unknown_variables(command: &Command, all: Vec<(OsString, OsString)>) -> Vec<String> {
+fn known_variables(command: &Command) -> Vec<String> {
     let commands = std::iter::once(command).chain(command.get_subcommands());
     let flags = commands.flat_map(Command::get_arguments);
-    let known: Vec<String> = flags.filter_map(Arg::get_long).map(variable).collect();
+    flags.filter_map(Arg::get_long).map(variable).collect()
+}
+
+fn unknown_variables(known: &[String], all: Vec<(OsString, OsString)>) -> Vec<String> {
     // Set by Kubernetes for a Service named like the proxy.
     let is_of_service = |name: &str, value: &OsStr| {
         let mut words = name.split('_');
@@ -140,7 +174,7 @@ mod tests {
         ];
         let variables = variables.map(|(name, value)| (name.into(), value.into()));
         assert_eq!(
-            unknown_variables(&Cli::command(), variables.to_vec()),
+            unknown_variables(&known_variables(&Cli::command()), variables.to_vec()),
             ["LAKEBASE_PROXY_PROT"]
         );
     }

@@ -33,18 +33,28 @@ use crate::{
 const PROGRAM: &str = "lakebase-proxy";
 
 const AFTER_HELP: &str = "\
-Every flag may also be set as LAKEBASE_PROXY_<FLAG>, or in the file named by --config-file.
+Every flag may also be set as LAKEBASE_PROXY_<FLAG>, or in the file named by
+--config-file.
 
-Databricks' own variables configure the endpoint, as in its tutorial and in Databricks Apps:
-  ENDPOINT_NAME (or LAKEBASE_ENDPOINT)   projects/<project>/branches/<branch>/endpoints/<endpoint>
-  PGHOST PGPORT PGDATABASE PGUSER        looked up if unset
-  PGSSLMODE PGSSLROOTCERT                certificates are always verified, with the system's roots or this file
-  DATABRICKS_HOST                        the workspace, with one of
-  DATABRICKS_CLIENT_ID + _CLIENT_SECRET  a service principal
-  DATABRICKS_TOKEN                       a personal access token
-  DATABRICKS_OIDC_TOKEN_FILEPATH         an identity token to exchange, and others that Databricks SDKs support
-  DATABRICKS_CONFIG_PROFILE              or a profile of ~/.databrickscfg; without any of these, the user who is
-                                         logged in with `databricks auth login`
+Databricks' own variables configure the endpoint, as in its tutorial and in
+Databricks Apps:
+  ENDPOINT_NAME (or LAKEBASE_ENDPOINT)
+                      projects/<project>/branches/<branch>/endpoints/<endpoint>
+  PGHOST PGPORT PGDATABASE PGUSER
+                      looked up if unset
+  PGSSLMODE PGSSLROOTCERT
+                      certificates are always verified, with the system's roots
+                      or this file
+  DATABRICKS_HOST     the workspace, with one of
+  DATABRICKS_CLIENT_ID and DATABRICKS_CLIENT_SECRET
+                      a service principal
+  DATABRICKS_TOKEN    a personal access token
+  DATABRICKS_OIDC_TOKEN_FILEPATH
+                      an identity token to exchange, and others that Databricks
+                      SDKs support
+  DATABRICKS_CONFIG_PROFILE
+                      or a profile of ~/.databrickscfg; without any of these, the
+                      user who is logged in with `databricks auth login`
 
 Exit codes: 0 requested shutdown, 1 bad command or configuration, 130 SIGINT, 143 SIGTERM.";
 
@@ -94,9 +104,9 @@ struct CompletionsArgs {
 impl Cli {
     /// Parses the arguments, the first of which is the program's name.
     pub fn parse(arguments: &[OsString]) -> Result<Self, CommandError> {
-        let parsed = command()
-            .try_get_matches_from(arguments)
-            .map_err(flags::usage)?;
+        let parsed = command().try_get_matches_from(arguments).map_err(|error| {
+            exec::without_separator(arguments, &error).unwrap_or_else(|| flags::usage(error))
+        })?;
         Self::from_matches(&parsed).map_err(flags::usage)
     }
 

@@ -86,12 +86,32 @@ pub(super) async fn run(
     Ok(cause?.exit_code(zero_on_sigterm))
 }
 
+/// Logs how to connect, once the first endpoint has a credential or mints on demand.
+async fn announce(running: &App) {
+    let Ok(proxy) = running.proxy_address().await else {
+        return;
+    };
+    if !running.is_lazy() {
+        let mut credential = running.credentials().subscribe();
+        let _ = credential.wait_for(|status| status.generation > 0).await;
+    }
+    let host = proxy.address.host();
+    let host = match host.as_str() {
+        "127.0.0.1" | "::1" => "localhost",
+        other => other,
+    };
+    tracing::info!("ready: psql -h {host} -p {}", proxy.address.port());
+}
+
 /// Completes with a shutdown that was requested, or an error that retries cannot cure.
 async fn until_shutdown(running: &App) -> Result<Cause, AppError> {
     running.ready().await?;
     let failed = async {
         match running.found().await {
-            Ok(()) => pending().await,
+            Ok(()) => {
+                announce(running).await;
+                pending().await
+            }
             Err(error) => error,
         }
     };

@@ -98,7 +98,7 @@ impl EndpointConfig {
         if environment.workspace.host.is_none() && [&table.name, &table.host, &app] == [&None; 3] {
             return Err(ConfigError::new(
                 "no endpoint is named: neither ENDPOINT_NAME nor LAKEBASE_ENDPOINT is set",
-                "set ENDPOINT_NAME=projects/<project>/branches/<branch>/endpoints/<endpoint>; `databricks postgres list-endpoints projects/<project>/branches/<branch>` shows it. To try without an account: lakebase-proxy demo",
+                "set ENDPOINT_NAME=projects/<project>/branches/<branch>/endpoints/<endpoint> (`databricks postgres list-endpoints projects/<project>/branches/<branch>` shows it), and sign in to its workspace: run `databricks auth login`, or set DATABRICKS_HOST, DATABRICKS_CLIENT_ID and DATABRICKS_CLIENT_SECRET. To try without an account: lakebase-proxy demo",
             ));
         }
         let endpoint = display_name([&table.name, &table.host, &app]).to_owned();

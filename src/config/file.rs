@@ -6,7 +6,7 @@ use std::{
     path::Path,
 };
 
-use super::{ConfigError, Origin, Settings};
+use super::{ConfigError, Origin, Settings, similar::most_similar};
 
 /// In bytes, so that a device or the wrong file does not exhaust memory.
 const MAX_LEN: u64 = 1024 * 1024;
@@ -89,11 +89,28 @@ fn line_of(text: &str, error: &toml::de::Error) -> usize {
     before.matches('\n').count().saturating_add(1)
 }
 
-/// The message in one line, with the key if it lacks it, and without the list of all keys.
+/// The message in one line, with the key if it lacks it, and the most similar key in place of the list of all.
 fn message_of(text: &str, error: &toml::de::Error) -> String {
     let message = error.message();
-    let short = message.split(", expected one of").next().unwrap_or(message);
-    let short = short.replace('\n', "; ");
+    let (short, keys) = message
+        .split_once(", expected one of")
+        .unwrap_or((message, ""));
+    let mut short = short.replace('\n', "; ");
+    // The parser's terms for a string that does not end on its line.
+    if short.contains("invalid basic string") || short.contains("invalid literal string") {
+        "the text has no closing quote".clone_into(&mut short);
+    }
+    let names = |text: &str| {
+        text.split('`')
+            .skip(1)
+            .step_by(2)
+            .map(str::to_owned)
+            .collect::<Vec<_>>()
+    };
+    let unknown = names(&short).pop().unwrap_or_default();
+    if let Some(similar) = most_similar(&unknown, names(keys)) {
+        return format!("{short}, did you mean `{similar}`?");
+    }
     let short = match short.rsplit_once(", expected ") {
         // serde names Rust's type, which a user of the file need not know.
         Some((short, "usize" | "u16" | "u32" | "u64")) => {
@@ -137,7 +154,14 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("p.toml");
         for (text, expected) in [
-            ("port = 1\n\nprot = 2\n", "line 3: unknown field `prot`"),
+            (
+                "port = 1\n\nprot = 2\n",
+                "line 3: unknown field `prot`, did you mean `port`?",
+            ),
+            (
+                "port = \"1\n",
+                "line 1: port: the text has no closing quote",
+            ),
             (
                 "max_connections = -1",
                 "line 1: max_connections: invalid value: integer `-1`, expected a whole number",

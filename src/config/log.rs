@@ -12,6 +12,8 @@ pub struct LogOptions {
     pub filter: String,
     /// JSON, one object per line, instead of text.
     pub structured: bool,
+    /// Text without time, source and details, for the demo.
+    pub brief: bool,
 }
 
 impl Default for LogOptions {
@@ -26,6 +28,7 @@ impl Settings {
         LogOptions {
             filter: self.log_filter(),
             structured: self.structured_logs(),
+            brief: false,
         }
     }
 }

@@ -23,6 +23,7 @@ mod pool;
 mod reference;
 mod resolve;
 mod settings;
+mod similar;
 mod source;
 #[cfg(test)]
 mod tests;
@@ -63,6 +64,7 @@ pub(crate) use self::{
     listen::{SOCKET_NAME, socket_path},
     origin::{VARIABLE_PREFIX, variable},
     reference::text,
+    similar::most_similar,
     values::{LOCALHOST, without_userinfo},
     workspace::AuthFamily,
 };

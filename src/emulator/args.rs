@@ -175,12 +175,16 @@ fn print_environment(emulator: &Emulator) {
         .and_then(|()| out.flush());
 }
 
-/// Reads a flag such as `60s`, `15m`, `1h 30m`.
+/// Reads a flag such as `60s`, `15m`, `1h 30m`, or a number of seconds.
 pub(crate) fn duration(text: &str) -> Result<Duration, String> {
-    let parsed: SignedDuration = text
-        .parse()
-        .map_err(|error: jiff::Error| error.to_string())?;
-    let duration = Duration::try_from(parsed).map_err(|_| "must not be negative".to_owned())?;
+    let wrong = || {
+        "expected a length of time such as `60s`, `15m`, `1h 30m` or a number of seconds".to_owned()
+    };
+    let parsed = match text.parse() {
+        Ok(seconds) => SignedDuration::from_secs(seconds),
+        Err(_) => text.parse().map_err(|_| wrong())?,
+    };
+    let duration = Duration::try_from(parsed).map_err(|_| wrong())?;
     if duration > super::MAX_DURATION {
         return Err("must not be longer than 100 years".to_owned());
     }
@@ -220,6 +224,7 @@ mod tests {
         let options = cli.emulator.options();
         assert_eq!(options.settings.token_ttl, Duration::from_secs(90));
         assert_eq!(options.settings.suspend_after, Duration::from_mins(1));
+        assert_eq!(duration("5"), Ok(Duration::from_secs(5)));
         assert_eq!(options.pg_port, 7);
         assert!(Cli::try_parse_from(["x", "--token-ttl", "-3s"]).is_err());
         assert!(Cli::try_parse_from(["x", "--token-ttl", "soon"]).is_err());

@@ -10,7 +10,7 @@ pub fn raise(max_connections: usize) {
     let before = DescriptorLimit::now().soft();
     let limit = DescriptorLimit::raise().unwrap_or(before);
     let (supported, max_connections) = (sessions(limit), self::max_connections(max_connections));
-    tracing::info!(limit, before, max_connections, "file descriptor limit");
+    tracing::debug!(limit, before, max_connections, "file descriptor limit");
     if max_connections > supported {
         tracing::warn!(
             max_connections,

@@ -32,6 +32,39 @@ impl<'writer> FormatFields<'writer> for EscapedFields {
     }
 }
 
+/// The same with only what a person at a terminal needs: what happened, why, and what to do.
+pub(super) struct BriefFields;
+
+impl<'writer> FormatFields<'writer> for BriefFields {
+    fn format_fields<R: RecordFields>(&self, writer: Writer<'writer>, fields: R) -> fmt::Result {
+        let mut visitor = BriefVisitor(EscapingVisitor(DefaultVisitor::new(writer, true)));
+        fields.record(&mut visitor);
+        visitor.0.0.finish()
+    }
+}
+
+struct BriefVisitor<'a>(EscapingVisitor<'a>);
+
+impl BriefVisitor<'_> {
+    fn is_shown(field: &Field) -> bool {
+        ["message", "error", "hint"].contains(&field.name())
+    }
+}
+
+impl Visit for BriefVisitor<'_> {
+    fn record_str(&mut self, field: &Field, value: &str) {
+        if Self::is_shown(field) {
+            self.0.record_str(field, value);
+        }
+    }
+
+    fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
+        if Self::is_shown(field) {
+            self.0.record_debug(field, value);
+        }
+    }
+}
+
 struct EscapingVisitor<'a>(DefaultVisitor<'a>);
 
 impl Visit for EscapingVisitor<'_> {

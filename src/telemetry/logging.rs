@@ -9,7 +9,7 @@ use tracing_subscriber::{
 
 use super::{
     escape::Escaped,
-    line::{EscapedFields, JsonLines},
+    line::{BriefFields, EscapedFields, JsonLines},
     redact::redact,
     repeats::Repeats,
     sink::{LogGuard, Sink},
@@ -86,6 +86,17 @@ pub fn init(options: &LogOptions) -> Result<(LogHandle, LogGuard), LogError> {
             .flatten_event(true)
             .with_span_list(false)
             .with_writer(move || JsonLines(sink.clone()))
+            .log_internal_errors(false)
+            .with_filter(repeats.clone())
+            .boxed()
+    } else if options.brief {
+        let sink = sink.clone();
+        lines::layer()
+            .without_time()
+            .with_target(false)
+            .with_ansi(is_colored())
+            .fmt_fields(BriefFields)
+            .with_writer(move || sink.clone())
             .log_internal_errors(false)
             .with_filter(repeats.clone())
             .boxed()

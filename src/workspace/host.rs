@@ -14,7 +14,7 @@ const ACCOUNT_CONSOLES: [&str; 3] = [
     "accounts.gcp.databricks.com",
 ];
 
-pub(super) const SET_HOST: &str = "set `DATABRICKS_HOST` to the workspace's address, such as `https://dbc-1234.cloud.databricks.com`, or name a profile of ~/.databrickscfg with --profile";
+pub(super) const SET_HOST: &str = "set `DATABRICKS_HOST` to the workspace's address, such as `https://dbc-1234.cloud.databricks.com`, or run `databricks auth login`, or name a profile of ~/.databrickscfg with --profile";
 
 /// The address of a workspace: scheme, host and port, nothing else.
 #[derive(Clone, Debug, PartialEq, Eq)]

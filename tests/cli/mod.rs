@@ -155,6 +155,36 @@ fn every_flag_has_a_help_text_and_a_variable() {
 }
 
 #[test]
+fn a_command_without_its_separator_is_explained() {
+    let output = program(&["exec", "psql", "-c", "select 1"])
+        .output()
+        .unwrap();
+    let stderr = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(
+        stderr.contains("`exec` needs `--` in front of `psql`"),
+        "{stderr}"
+    );
+}
+
+#[test]
+fn the_help_of_a_command_shows_what_it_uses_in_80_columns() {
+    for (command, used, unused) in [
+        ("token", "--profile", "--pool-mode"),
+        ("doctor", "--port", "--notes"),
+    ] {
+        let output = program(&[command, "--help"])
+            .env("COLUMNS", "80")
+            .output()
+            .unwrap();
+        let help = text(&output.stdout);
+        assert!(help.contains(used) && !help.contains(unused), "{help}");
+        let long = help.lines().find(|line| line.chars().count() > 80);
+        assert_eq!(long, None, "{command}");
+    }
+}
+
+#[test]
 fn an_empty_variable_counts_as_unset() {
     let output = program(&["wait", "--max", "10ms"])
         .env("LAKEBASE_PROXY_HTTP_PORT", "")

@@ -14,7 +14,7 @@ use tokio_postgres::NoTls;
 
 use crate::{
     harness::{
-        binary::PROGRAM,
+        binary::{PROGRAM, command},
         emulator::{TIMEOUT, http},
     },
     process::{Signal, signal},
@@ -105,10 +105,12 @@ async fn the_demo_serves_all_addresses_of_its_panel() {
         "--token-ttl",
         "8s",
     ];
-    let mut demo = Demo::start(&arguments);
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("demo.env");
+    let mut demo = Demo::start(&[&arguments[..], &["--env-file", file.to_str().unwrap()]].concat());
     let postgres = port_in(&demo.line("Postgres").await);
     let notes = port_in(&demo.line("Notes page").await);
-    let metrics = port_in(&demo.line("Metrics").await);
+    let metrics = port_in(&demo.line("Status page").await);
     assert!(
         demo.line("Try")
             .await
@@ -130,9 +132,18 @@ async fn the_demo_serves_all_addresses_of_its_panel() {
             .contains("lakebase_proxy_")
     );
 
+    // Its variables serve the other commands.
+    let variables = std::fs::read_to_string(&file).unwrap();
+    let variables = variables.lines().filter_map(|line| line.split_once('='));
+    let mut token = command(&["token"]);
+    token.envs(variables).stdout(Stdio::piped());
+    let printed = timeout(TIMEOUT, token.output()).await.unwrap().unwrap();
+    assert!(printed.stdout.starts_with(b"eyJ"), "{printed:?}");
+
     demo.line("credential 2 refreshed").await;
     assert_eq!(contents(postgres, "anyone").await.len(), 3);
     assert_eq!(demo.interrupt().await, Some(130));
+    assert!(!file.exists());
 }
 
 #[tokio::test]
