@@ -1,6 +1,6 @@
 //! Settings of the connection pools.
 
-use std::time::Duration;
+use std::{num::NonZeroUsize, time::Duration};
 
 use serde::{Deserialize, Serialize};
 
@@ -51,6 +51,10 @@ pub struct PoolSettings {
     pub server_idle_timeout: Duration,
     /// The age from which a connection is closed between two clients.
     pub server_lifetime: Duration,
+    /// Prepared statements of a connection that clients share.
+    pub max_prepared_statements: NonZeroUsize,
+    /// Bytes of the texts that clients of shared connections have prepared.
+    pub prepared_statement_memory: usize,
 }
 
 impl PoolSettings {
@@ -87,6 +91,11 @@ impl Settings {
             spare_pool_size: self.spare_pool_size,
             server_idle_timeout: self.server_idle_timeout().0,
             server_lifetime: self.server_lifetime().0,
+            max_prepared_statements: self.max_prepared_statements(),
+            prepared_statement_memory: self
+                .prepared_statement_memory()
+                .get()
+                .saturating_mul(1024 * 1024),
         }
     }
 }

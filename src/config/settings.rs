@@ -163,8 +163,9 @@ settings! {
     "Pooling" {
         /// Share server connections: `session` gives a client one until it leaves, `transaction` one for each transaction
         ///
-        /// State that outlives transactions (SET, LISTEN, temporary tables, prepared statements and the like) is never another
-        /// client's: with `session` a reset removes it, with `transaction` its client keeps the connection until it leaves.
+        /// Prepared statements follow their client. Other state that outlives transactions (SET, LISTEN, temporary tables and the
+        /// like) is never another client's: with `session` a reset removes it, with `transaction` its client keeps the connection
+        /// until it leaves.
         /// An `[[endpoint]]` table may set its own, so that one port serves the application and another one migrations.
         #[arg(value_enum, value_name = "MODE")]
         pool_mode: PoolMode = PoolMode::None => Endpoint;
@@ -209,6 +210,16 @@ settings! {
         /// Keep it below the suspend timeout of the endpoint. Nothing is sent on an idle connection.
         #[arg(value_name = "TIME")]
         server_idle_timeout: DurationSetting = DurationSetting::from_secs(60) => Live;
+
+        /// Prepared statements that a server connection keeps when clients share it; one more drops the least recently used
+        #[arg(value_name = "N")]
+        max_prepared_statements: NonZeroUsize = NonZeroUsize::new(200).unwrap_or(NonZeroUsize::MIN) => Live;
+
+        /// Memory for the texts of prepared statements of clients that share server connections, in MiB
+        ///
+        /// Equal texts of several clients count once. A client that prepares one more is sent an error, SQLSTATE 53200.
+        #[arg(value_name = "MIB")]
+        prepared_statement_memory: NonZeroUsize = NonZeroUsize::new(64).unwrap_or(NonZeroUsize::MIN) => Live;
 
         /// Age at which a server connection is closed once its client has left, 20 % more or less at random
         #[arg(value_name = "TIME")]

@@ -8,7 +8,9 @@ use tokio::time::{Instant, sleep_until};
 use super::{
     Pool, Pools, Used,
     open::{NotOpened, Opened, Opening},
-    server::{Record, ServerConnection},
+    server::{Record, ServerConnection, Unusable},
+    settings::Settings,
+    shared::{ClientState, SharedStream},
     waiting::{Grant, Waiting},
 };
 use crate::{
@@ -36,12 +38,10 @@ const WAKE_CHECK: Duration = Duration::from_secs(1);
 pub(crate) struct LeaseRequest<'a> {
     /// Opens connections.
     pub(super) upstream: &'a Arc<Upstream>,
-    /// The client's login.
-    pub(super) login: Arc<LoginParameters>,
+    /// What its connection must be like.
+    pub(super) wanted: Wanted,
     /// Timeouts of opening one.
     pub(super) connect: &'a ConnectSettings,
-    /// The client's first request prepares the unnamed statement, or drops it.
-    pub(super) replaces_unnamed: bool,
 }
 
 impl<'a> LeaseRequest<'a> {
@@ -53,25 +53,41 @@ impl<'a> LeaseRequest<'a> {
         upstream.settle_database(&mut login);
         Self {
             upstream,
-            login: Arc::new(login),
+            wanted: Wanted::from(Arc::new(login)),
             connect,
-            replaces_unnamed: false,
         }
     }
 
-    /// For a client that has had a connection with `login`.
+    /// For a client that has had a connection.
     pub(crate) fn again(
         upstream: &'a Arc<Upstream>,
-        login: &Arc<LoginParameters>,
+        client: &ClientState,
         connect: &'a ConnectSettings,
-        replaces_unnamed: bool,
     ) -> Self {
         Self {
             upstream,
-            login: Arc::clone(login),
+            wanted: Wanted {
+                login: Arc::clone(&client.login),
+                settings: client.settings.clone(),
+            },
             connect,
-            replaces_unnamed,
         }
+    }
+}
+
+/// What a client expects of a server connection.
+#[derive(Clone)]
+pub(super) struct Wanted {
+    /// The login that it would have made.
+    pub(super) login: Arc<LoginParameters>,
+    /// What it has set since.
+    pub(super) settings: Settings,
+}
+
+impl From<Arc<LoginParameters>> for Wanted {
+    fn from(login: Arc<LoginParameters>) -> Self {
+        let settings = Settings::default();
+        Self { login, settings }
     }
 }
 
@@ -94,9 +110,9 @@ pub(crate) struct Leased {
     pub(crate) database: String,
     /// How long the whole connect took, if the endpoint was waking in it.
     pub(crate) woke_after: Option<Duration>,
-    /// The client's login, with which it [leases again](Pools::lease); present in a mode that parts a client from its connection
-    /// between two transactions.
-    pub(crate) shared: Option<Arc<LoginParameters>>,
+    /// With which the client [leases again](Pools::lease); present in a mode that parts it from its connection between two
+    /// transactions.
+    pub(crate) client: Option<Box<ClientState>>,
 }
 
 /// The right to use a server connection. Dropped, it closes the connection.
@@ -140,7 +156,7 @@ impl From<upstream::Connected> for Leased {
             leftover,
             database,
             woke_after,
-            shared: None,
+            client: None,
         }
     }
 }
@@ -193,10 +209,17 @@ impl Lease {
         });
     }
 
-    /// Returns the connection to its pool at rest, as the client leaves nothing on it, but an unnamed statement perhaps.
-    pub(crate) fn part(self, leaves_unnamed: bool) {
-        if let Owner::Pool(mut record) = self.owner {
-            record.has_unnamed |= leaves_unnamed;
+    /// The stream as a client sees it that shares the connection with others; `None` if the connection is the session's own.
+    pub(crate) fn share<'a>(&'a mut self, client: &'a mut ClientState) -> Option<SharedStream<'a>> {
+        match &mut self.owner {
+            Owner::Pool(record) => Some(SharedStream::new(&mut self.stream, record, client)),
+            Owner::Session(_) => None,
+        }
+    }
+
+    /// Returns the connection to its pool at rest, as the client leaves nothing on it but what it has prepared.
+    pub(crate) fn part(self) {
+        if let Owner::Pool(record) = self.owner {
             let stream = self.stream;
             ServerConnection { stream, record }.put_back();
         }
@@ -216,16 +239,17 @@ impl Pools {
     /// Cancel safe: dropping it gives up the place in the queue, and the login that was started for it.
     pub(crate) async fn connect(&self, request: &LeaseRequest<'_>) -> Result<Leased, Refusal> {
         // A replication stream has a state that no reset undoes.
-        let mode = if request.login.replication {
+        let login = &request.wanted.login;
+        let mode = if login.replication {
             PoolMode::None
         } else {
             self.mode()
         };
         let spares = self.settings().spares(mode);
-        if mode == PoolMode::None && (spares == 0 || request.login.replication) {
+        if mode == PoolMode::None && (spares == 0 || login.replication) {
             return request.log_in().await;
         }
-        let pool = self.pool(&request.login.database);
+        let pool = self.pool(&login.database);
         let leased = match mode {
             // A box, as a client that waits for a pool needs no room for it.
             PoolMode::None => Box::pin(pool.spare_or_login(request)).await,
@@ -233,7 +257,7 @@ impl Pools {
             PoolMode::Transaction => {
                 let leased = pool.lease_timed(request).await;
                 leased.map(|leased| Leased {
-                    shared: pool.shared(request, &leased),
+                    client: pool.client(request, &leased),
                     ..leased
                 })
             }
@@ -245,7 +269,7 @@ impl Pools {
     /// A server connection for the next transaction of a client, whatever the mode is now. Cancel safe like
     /// [`connect`](Self::connect).
     pub(crate) async fn lease(&self, request: &LeaseRequest<'_>) -> Result<Leased, Refusal> {
-        self.pool(&request.login.database)
+        self.pool(&request.wanted.login.database)
             .lease_timed(request)
             .await
     }
@@ -255,7 +279,7 @@ impl LeaseRequest<'_> {
     /// A connection that is the session's own.
     async fn log_in(&self) -> Result<Leased, Refusal> {
         // A box, as a client that waits for a pool needs no room for it.
-        let connected = Box::pin(self.upstream.connect(&self.login, self.connect)).await?;
+        let connected = Box::pin(self.upstream.connect(&self.wanted.login, self.connect)).await?;
         Ok(connected.into())
     }
 }
@@ -265,14 +289,15 @@ impl Pool {
         self: &Arc<Self>,
         request: &LeaseRequest<'_>,
     ) -> Result<Leased, Refusal> {
-        match self.take_spare(&request.login).await {
+        match self.take_spare(&request.wanted).await {
             Some(spare) => Ok(spare),
             None => request.log_in().await,
         }
     }
 
     /// A connection that no client has had, as the session's own; it is what a login of this client would have opened.
-    async fn take_spare(self: &Arc<Self>, client: &LoginParameters) -> Option<Leased> {
+    async fn take_spare(self: &Arc<Self>, wanted: &Wanted) -> Option<Leased> {
+        let client = &wanted.login;
         loop {
             let server = {
                 let mut state = self.lock();
@@ -282,7 +307,7 @@ impl Pool {
                 })?;
                 state.take_idle(at)
             };
-            if let Some(server) = server.prepare(client, true).await {
+            if let Ok(server) = server.prepare(wanted).await {
                 let mut leased = self.leased(server, PoolLease::Idle);
                 leased.lease.leave_pool();
                 return Some(leased);
@@ -290,8 +315,8 @@ impl Pool {
         }
     }
 
-    /// The login of a client that may part with its connection, `leased`.
-    fn shared(&self, request: &LeaseRequest<'_>, leased: &Leased) -> Option<Arc<LoginParameters>> {
+    /// The state of a client that may part with its connection, `leased`.
+    fn client(&self, request: &LeaseRequest<'_>, leased: &Leased) -> Option<Box<ClientState>> {
         // Not that of its login, which may set none, while its role does.
         let reported = Reported::parse(leased.parameter_status.clone());
         let encoding = reported.value("client_encoding").unwrap_or_default();
@@ -299,14 +324,15 @@ impl Pool {
             self.context.metrics.pool_pins[PinReason::Encoding].inc();
             return None;
         }
-        let mut login = Arc::clone(&request.login);
+        let mut login = Arc::clone(&request.wanted.login);
         if login.database != leased.database {
             // The one requested does not exist: connections of this pool return to another's.
             let login = Arc::make_mut(&mut login);
             login.database.clone_from(&leased.database);
             login.fallback_database = None;
         }
-        Some(login)
+        let reported = leased.parameter_status.clone();
+        Some(Box::new(ClientState::new(login, reported, &self.texts)))
     }
 
     async fn lease_timed(self: &Arc<Self>, request: &LeaseRequest<'_>) -> Result<Leased, Refusal> {
@@ -318,8 +344,8 @@ impl Pool {
     }
 
     async fn lease(self: &Arc<Self>, request: &LeaseRequest<'_>) -> Result<Leased, Refusal> {
-        let login = &request.login;
-        let waiting = self.enter(login);
+        let wanted = &request.wanted;
+        let waiting = self.enter(wanted);
         let at_once = if waiting.is_granted() {
             PoolLease::Idle
         } else {
@@ -332,6 +358,12 @@ impl Pool {
                 biased;
                 opened = result(&mut opening) => match opened {
                     Ok(Opened { server, notices, woke_after }) => {
+                        // A login sets what a new client has.
+                        let server = if wanted.settings == Settings::default() {
+                            server
+                        } else {
+                            Box::pin(server.prepare(wanted)).await.map_err(Unusable::refusal)?
+                        };
                         return Ok(Leased {
                             notices,
                             woke_after,
@@ -358,15 +390,18 @@ impl Pool {
             };
             match grant {
                 Grant::Server(server) => {
-                    // One that has ended is dropped, and the client still has its place in the queue.
                     // A box, as it has not begun while the client waits.
-                    if let Some(server) =
-                        Box::pin(server.prepare(login, request.replaces_unnamed)).await
-                    {
-                        if let Some(opening) = opening {
-                            opening.leave();
+                    match Box::pin(server.prepare(wanted)).await {
+                        Ok(server) => {
+                            if let Some(opening) = opening {
+                                opening.leave();
+                            }
+                            return Ok(self.leased(server, at_once));
                         }
-                        return Ok(self.leased(server, at_once));
+                        // Another connection would refuse it, too.
+                        Err(error) if error.is_of_settings() => return Err(error.refusal()),
+                        // One that has ended is dropped, and the client still has its place in the queue.
+                        Err(_) => {}
                     }
                 }
                 Grant::Open(slot) => opening = Some(Opening::start(slot, request)),
@@ -454,7 +489,7 @@ impl Pool {
             leftover: std::mem::take(&mut record.unread),
             database: record.login.database.clone(),
             woke_after: None,
-            shared: None,
+            client: None,
             lease: Lease {
                 stream,
                 owner: Owner::Pool(record),
@@ -464,25 +499,24 @@ impl Pool {
 }
 
 impl ServerConnection {
-    /// Makes an idle connection what a new login of this client would be; `None` if it has ended.
-    pub(super) async fn prepare(
-        self,
-        client: &LoginParameters,
-        replaces_unnamed: bool,
-    ) -> Option<Self> {
-        let mut server = self.move_here().ok()?;
+    /// Makes an idle connection what the client expects.
+    ///
+    /// # Errors
+    /// It has ended, or refuses that.
+    pub(super) async fn prepare(self, wanted: &Wanted) -> Result<Self, Unusable> {
+        let mut server = self.move_here()?;
         server.record.slot.close = PoolClose::Server;
         let adopted = async {
             // The watch may not have had its turn.
             server.take_input().await?;
-            server.adopt(client, replaces_unnamed).await
+            server.adopt(wanted).await
         };
         if let Err(error) = adopted.await {
             server.record.slot.pool().lost(&error);
-            return None;
+            return Err(error);
         }
         server.record.slot.close = PoolClose::Session;
-        Some(server)
+        Ok(server)
     }
 }
 

@@ -25,6 +25,7 @@ mod open;
 mod reset;
 mod server;
 pub mod settings;
+mod shared;
 mod slot;
 pub mod statements;
 #[cfg(test)]
@@ -35,7 +36,7 @@ use std::{
     collections::{BTreeMap, HashMap},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -47,18 +48,21 @@ use tokio_util::task::TaskTracker;
 
 use self::{
     idle::Idle,
+    lease::Wanted,
     limit::Limit,
     server::ServerConnection,
+    settings::SettingsTable,
     slot::Slot,
+    statements::Texts,
     waiting::{Grant, Waiter},
 };
 pub(crate) use self::{
     lease::{Lease, LeaseRequest, Leased},
     reset::Used,
+    shared::{ClientState, SharedStream},
 };
 use crate::{
     config::{PoolMode, PoolSettings},
-    protocol::options::LoginParameters,
     shutdown::{Phase, Shutdown},
     status::{EndpointSessions, PoolSnapshot},
     telemetry::{
@@ -74,6 +78,8 @@ const CONCURRENT_LOGINS: usize = 8;
 pub(crate) struct Pools {
     mode: ArcSwap<PoolMode>,
     context: Arc<PoolContext>,
+    texts: Arc<Texts>,
+    settings_table: Arc<SettingsTable>,
     by_database: Mutex<HashMap<String, Arc<Pool>>>,
     /// New pools are paused.
     is_paused: AtomicBool,
@@ -116,6 +122,12 @@ struct Pool {
     state: Mutex<State>,
     /// Notified of changes during a pause.
     changed: Notify,
+    /// What clients have prepared.
+    texts: Arc<Texts>,
+    /// What clients have set.
+    settings_table: Arc<SettingsTable>,
+    /// Raised by definitions: what is prepared from then on may be something else than the same text before.
+    epoch: AtomicU64,
 }
 
 /// What the lock of a pool protects; it is never held across an await.
@@ -140,6 +152,8 @@ impl Pools {
     pub(crate) fn new(mode: PoolMode, context: PoolContext) -> Self {
         Self {
             mode: ArcSwap::from_pointee(mode),
+            texts: Texts::new(context.settings.load().prepared_statement_memory),
+            settings_table: Arc::default(),
             context: Arc::new(context),
             by_database: Mutex::default(),
             is_paused: AtomicBool::new(false),
@@ -161,6 +175,7 @@ impl Pools {
     pub(crate) fn apply(&self, mode: PoolMode, settings: PoolSettings) {
         self.mode.store(Arc::new(mode));
         self.context.settings.store(Arc::new(settings));
+        self.texts.set_limit(settings.prepared_statement_memory);
         if mode == PoolMode::None {
             // No new client is given them.
             self.reconnect(None);
@@ -202,6 +217,9 @@ impl Pools {
                 ..State::default()
             }),
             changed: Notify::new(),
+            texts: Arc::clone(&self.texts),
+            settings_table: Arc::clone(&self.settings_table),
+            epoch: AtomicU64::new(0),
         });
         let settings = self.context.settings.load();
         pool.lock().limit.show(&settings, &self.context.metrics);
@@ -360,7 +378,7 @@ impl State {
                 continue;
             };
             let (since, is_opening) = (waiter.since, waiter.is_opening);
-            let suiting = self.suiting(&waiter.login, waiter.runtime);
+            let suiting = self.suiting(&waiter.wanted, waiter.runtime);
             let grant = if let Some(at) = suiting {
                 Grant::Server(self.take_idle(at))
             } else if is_opening {
@@ -399,7 +417,8 @@ impl State {
     }
 
     /// The position of the idle connection that suits a client best.
-    fn suiting(&self, login: &LoginParameters, runtime: runtime::Id) -> Option<usize> {
+    fn suiting(&self, wanted: &Wanted, runtime: runtime::Id) -> Option<usize> {
+        let Wanted { login, settings } = wanted;
         let suiting = self
             .idle
             .iter()
@@ -410,7 +429,11 @@ impl State {
             .max_by_key(|(_, idle)| {
                 let record = &idle.server.record;
                 // A statement more costs a round trip, another runtime two system calls.
-                (record.resets_to(login), record.runtime == runtime)
+                (
+                    record.settings == *settings,
+                    record.resets_to(login),
+                    record.runtime == runtime,
+                )
             })
             .map(|(at, _)| at)
     }

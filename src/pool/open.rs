@@ -95,7 +95,7 @@ fn open(
     request: &LeaseRequest<'_>,
 ) -> impl Future<Output = Result<Opened, NotOpened>> + Send + use<> {
     let upstream = Arc::clone(request.upstream);
-    let login = Arc::clone(&request.login);
+    let login = Arc::clone(&request.wanted.login);
     let mut connect = *request.connect;
     async move {
         let pool = Arc::clone(slot.pool());
@@ -135,7 +135,7 @@ impl Pool {
                 let suiting = state
                     .idle
                     .iter()
-                    .filter(|idle| idle.server.record.suits(&request.login));
+                    .filter(|idle| idle.server.record.suits(&request.wanted.login));
                 let spare = suiting.count()
                     + state.servers[PoolServer::Opening]
                     + state.servers[PoolServer::Resetting];

@@ -6,7 +6,10 @@
 
 use std::fmt::Write as _;
 
-use super::server::{ServerConnection, Unusable};
+use super::{
+    server::{ServerConnection, Unusable},
+    settings::Settings,
+};
 use crate::{protocol::requests::TransactionStatus, telemetry::labels::PoolClose};
 
 /// In this order: the role first, as it may lack the right to the rest, and the settings last, as they may have changed what
@@ -75,7 +78,8 @@ impl ServerConnection {
             });
         }
         self.record.is_encoding_set = false;
-        self.record.has_unnamed = false;
+        self.record.statements.clear();
+        self.record.settings = Settings::default();
         let mut columns = last.into_iter();
         if columns.next().flatten().as_deref() != Some(b"0") {
             return Err(PoolClose::Unresettable);

@@ -2,6 +2,7 @@
 
 use std::{
     future::poll_fn,
+    hash::{DefaultHasher, Hash, Hasher},
     net::SocketAddr,
     pin::Pin,
     task::{Context, Poll, ready},
@@ -15,21 +16,21 @@ use tokio::{
     time::{Instant, timeout},
 };
 
-use super::slot::Slot;
+use super::{lease::Wanted, settings::Settings, slot::Slot, statements::ServerStatements};
 use crate::{
     net::{
         message::{ReadError, read_message, write_and_flush},
         socket::Transport,
     },
     protocol::{
-        error::ErrorFields,
+        error::{ErrorFields, Report, sqlstate},
         frame::{FrameError, Message, SMALL_MESSAGE_LIMIT, tag, take_message},
         options::{LoginParameters, is_same_encoding, set},
         reported::Reported,
         startup::{CancelKey, query, terminate},
     },
-    telemetry::GaugeGuard,
-    upstream::{self, Stream},
+    telemetry::{GaugeGuard, labels::Reason},
+    upstream::{self, Refusal, Stream},
 };
 
 /// How long the server may take to answer a query of ours, or to accept a Terminate.
@@ -57,8 +58,10 @@ pub(super) struct Record {
     pub(super) is_used: bool,
     /// A SET of ours has changed the client encoding since the login or the last reset.
     pub(super) is_encoding_set: bool,
-    /// The unnamed statement may be a client's.
-    pub(super) has_unnamed: bool,
+    /// What its clients have set, in a mode that parts them from it between two transactions.
+    pub(super) settings: Settings,
+    /// What its clients have prepared, in a mode that parts them from it between two transactions.
+    pub(super) statements: ServerStatements,
     /// The server's own cancel key.
     pub(super) key: Option<CancelKey>,
     pub(super) address: SocketAddr,
@@ -80,12 +83,39 @@ pub(super) enum Unusable {
     Late,
     #[error("a message of the server has not arrived as a whole")]
     Partial,
-    #[error("the server reported: {0}")]
-    Reported(String),
+    #[error("the server reported: {}", .0.message)]
+    Reported(Box<ErrorFields>),
     #[error("unexpected message type {0:#04x}")]
     Unexpected(u8),
     #[error("a startup parameter holds a zero byte")]
     ZeroByte,
+}
+
+impl Unusable {
+    /// Whether the server refuses what a client has set, but not the client.
+    pub(super) fn is_of_settings(&self) -> bool {
+        matches!(self, Self::Reported(error) if error.severity == "ERROR")
+    }
+
+    /// What a client is told.
+    pub(super) fn refusal(self) -> Refusal {
+        let report = match self {
+            Self::Reported(error) => Report {
+                sqlstate: error.code,
+                message: error.message,
+                detail: error.detail,
+                hint: error.hint,
+            },
+            other => Report::new(
+                sqlstate::CONNECTION_FAILURE,
+                "the server connection was lost before the request was sent",
+            )
+            .with_detail(other.to_string())
+            .with_hint("Send the request again."),
+        };
+        let reason = Reason::Other;
+        Refusal { report, reason }
+    }
 }
 
 impl From<std::io::Error> for Unusable {
@@ -116,6 +146,7 @@ impl ServerConnection {
         } = connected.connection;
         login.database = connected.database;
         let now = Instant::now();
+        let max_statements = slot.pool().context.settings.load().max_prepared_statements;
         Self {
             stream,
             record: Box::new(Record {
@@ -124,7 +155,8 @@ impl ServerConnection {
                 gauge,
                 is_used: false,
                 is_encoding_set: login.client_encoding.is_some(),
-                has_unnamed: false,
+                settings: Settings::default(),
+                statements: ServerStatements::new(max_statements.get()),
                 login,
                 reported: Reported::parse(greeting.parameter_status),
                 key: greeting.key,
@@ -180,24 +212,13 @@ impl ServerConnection {
         }
     }
 
-    /// Sets what a new login of this client would set, where that differs, and drops the unnamed statement of another unless the
-    /// client's first request `replaces_unnamed`. Not cancel safe.
-    pub(super) async fn adopt(
-        &mut self,
-        client: &LoginParameters,
-        replaces_unnamed: bool,
-    ) -> Result<(), Unusable> {
-        let sql = match self.record.adoption(client) {
-            Some(sql) => {
-                self.record.is_encoding_set = client.client_encoding.is_some();
-                sql
-            }
-            // Any simple query drops it.
-            None if self.record.has_unnamed && !replaces_unnamed => String::new(),
-            None => return Ok(()),
-        };
-        self.query(&sql, |_| {}).await?;
-        self.record.has_unnamed = false;
+    /// Sets what a new login of this client would set, and what the client has set since, where that differs. Not cancel safe.
+    pub(super) async fn adopt(&mut self, wanted: &Wanted) -> Result<(), Unusable> {
+        if let Some(sql) = self.record.adoption(wanted) {
+            self.query(&sql, |_| {}).await?;
+            self.record.settings = wanted.settings.clone();
+            self.record.is_encoding_set = wanted.login.client_encoding.is_some();
+        }
         Ok(())
     }
 
@@ -215,6 +236,7 @@ impl ServerConnection {
     async fn exchange(&mut self, sql: &str, mut row: impl FnMut(&[u8])) -> Result<(), Unusable> {
         let message = query(sql).ok_or(Unusable::ZeroByte)?;
         write_and_flush(&mut self.stream, &message).await?;
+        self.record.statements.forget_unnamed();
         loop {
             let unread = &mut self.record.unread;
             let message = read_message(&mut self.stream, unread, SMALL_MESSAGE_LIMIT).await?;
@@ -268,22 +290,35 @@ impl Record {
             && self.login.client_encoding == client.client_encoding
     }
 
-    /// The statements that make it what a new login of the client would be.
-    fn adoption(&self, client: &LoginParameters) -> Option<String> {
-        let mut statements = Vec::new();
-        let wanted = application_name(client);
-        let current = self.reported.value(APPLICATION_NAME);
-        let current = current.unwrap_or(application_name(&self.login).as_bytes());
-        if current != wanted.as_bytes() {
-            statements.push(set(APPLICATION_NAME, wanted));
-        }
-        if let Some(wanted) = &client.client_encoding {
-            let current = self.reported.value(CLIENT_ENCODING).unwrap_or_default();
-            if !is_same_encoding(&String::from_utf8_lossy(current), wanted) {
-                statements.push(set(CLIENT_ENCODING, wanted));
+    /// The statements that make it what a new login of the client with these settings would be.
+    fn adoption(&self, wanted: &Wanted) -> Option<String> {
+        let Wanted { login, settings } = wanted;
+        let mut statements = Vec::from_iter(self.settings.difference(settings));
+        // What the client has set itself stands above already.
+        let is_set = |settings: &Settings, name| settings.names().any(|it| it == name);
+        if !is_set(settings, APPLICATION_NAME) {
+            let wanted = application_name(login);
+            let own = application_name(&self.login).as_bytes();
+            let current = match self.reported.value(APPLICATION_NAME) {
+                // Of a client before, whose setting is reset above.
+                _ if is_set(&self.settings, APPLICATION_NAME) => own,
+                reported => reported.unwrap_or(own),
+            };
+            if current != wanted.as_bytes() {
+                statements.push(set(APPLICATION_NAME, wanted));
             }
-        } else if self.is_encoding_set {
-            statements.push(format!("RESET {CLIENT_ENCODING}"));
+        }
+        if !is_set(settings, CLIENT_ENCODING) {
+            if let Some(wanted) = &login.client_encoding {
+                let current = self.reported.value(CLIENT_ENCODING).unwrap_or_default();
+                if is_set(&self.settings, CLIENT_ENCODING)
+                    || !is_same_encoding(&String::from_utf8_lossy(current), wanted)
+                {
+                    statements.push(set(CLIENT_ENCODING, wanted));
+                }
+            } else if self.is_encoding_set {
+                statements.push(format!("RESET {CLIENT_ENCODING}"));
+            }
         }
         (!statements.is_empty()).then(|| statements.join("; "))
     }
@@ -307,7 +342,7 @@ impl Record {
             tag::NOTICE_RESPONSE | tag::NOTIFICATION_RESPONSE => {}
             tag::ERROR_RESPONSE => {
                 let error = ErrorFields::parse(message.body());
-                return Err(Unusable::Reported(error.message));
+                return Err(Unusable::Reported(Box::new(error)));
             }
             other => return Err(Unusable::Unexpected(other)),
         }
@@ -316,12 +351,22 @@ impl Record {
 }
 
 const APPLICATION_NAME: &str = "application_name";
-const CLIENT_ENCODING: &str = "client_encoding";
+pub(super) const CLIENT_ENCODING: &str = "client_encoding";
 
 /// The parameters that [`ServerConnection::adopt`] does not set: a RESET by the client must restore them.
 fn fixed(login: &LoginParameters) -> impl Iterator<Item = &(String, String)> {
     let parameters = login.parameters.iter().chain(&login.folded);
     parameters.filter(|(name, _)| name != APPLICATION_NAME && name != CLIENT_ENCODING)
+}
+
+/// What decides, of a login, what the names in a statement mean.
+pub(super) fn scope(login: &LoginParameters) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    login.database.hash(&mut hasher);
+    for parameter in fixed(login) {
+        parameter.hash(&mut hasher);
+    }
+    hasher.finish()
 }
 
 /// Empty if the client sends none, as in PostgreSQL.

@@ -152,6 +152,11 @@ impl Settings {
             .map(String::as_str)
     }
 
+    /// What decides the meaning of names in statements.
+    pub(super) fn scope(&self) -> [Option<&str>; 2] {
+        [self.get(ROLE), self.get("search_path")]
+    }
+
     /// The query that changes `self` into `wanted`; `None` if they are equal.
     pub fn difference(&self, wanted: &Self) -> Option<String> {
         if self == wanted {
@@ -248,6 +253,11 @@ impl Pending {
             _ => {}
         }
         Ok(())
+    }
+
+    /// Whether a transaction may undo a change.
+    pub(super) fn is_pending(&self) -> bool {
+        !self.changes.is_empty() || !self.committed.is_empty()
     }
 
     /// Records an ErrorResponse.

@@ -91,6 +91,8 @@ pub struct ClientStatements {
     forgets_all: Option<u64>,
     /// The last Bind whose statement changes names by SQL.
     portal: Option<(Box<[u8]>, Sql)>,
+    /// The statement of the last CommandComplete, if it concerns settings.
+    completed: Option<Box<[u8]>>,
     /// Of the connection that is this client's alone.
     exclusive: Option<u64>,
     next_id: u64,
@@ -102,6 +104,7 @@ pub struct ClientStatements {
     is_skipping: bool,
     is_copying_in: bool,
     status: TransactionStatus,
+    had_large: bool,
     is_lost: bool,
 }
 
@@ -192,17 +195,32 @@ enum Effect {
     Compared(Arc<Prepared>),
 }
 
-/// A statement that changes the names of prepared statements.
+/// A statement whose end changes what is known of the session.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Sql {
     Deallocate(Box<[u8]>),
     DeallocateAll,
+    /// A SET or RESET, or a statement that decides what becomes of one.
+    OfSettings(Box<[u8]>),
 }
 
 impl Sql {
     fn of(statement: &Statement<'_>) -> Option<Self> {
         let mut tokens = statement.tokens().peekable();
         let first = tokens.next()?;
+        let decides = [
+            "set",
+            "reset",
+            "commit",
+            "end",
+            "rollback",
+            "abort",
+            "savepoint",
+            "release",
+        ];
+        if decides.iter().any(|word| first.is_word(word)) {
+            return Some(Self::OfSettings(statement.text.into()));
+        }
         if first.is_word("discard") {
             let is_all = tokens.next().is_some_and(|it| it.is_word("all"));
             return is_all.then_some(Self::DeallocateAll);
@@ -238,6 +256,11 @@ impl Sql {
         let mut all = statements(sql, Backslash::Plain);
         Self::of(&all.next()?).filter(|_| all.next().is_none())
     }
+
+    /// Whether it changes the names of prepared statements.
+    fn changes_names(&self) -> bool {
+        !matches!(self, Self::OfSettings(_))
+    }
 }
 
 impl ClientStatements {
@@ -252,6 +275,7 @@ impl ClientStatements {
             latest: HashMap::new(),
             forgets_all: None,
             portal: None,
+            completed: None,
             exclusive: None,
             next_id: 0,
             unit: 0,
@@ -260,6 +284,7 @@ impl ClientStatements {
             is_skipping: false,
             is_copying_in: false,
             status: TransactionStatus::Idle,
+            had_large: false,
             is_lost: false,
         }
     }
@@ -287,6 +312,11 @@ impl ClientStatements {
         self.is_lost
     }
 
+    /// The statement that the last CommandComplete has ended, if it concerns settings.
+    pub(super) fn take_completed(&mut self) -> Option<Box<[u8]>> {
+        self.completed.take()
+    }
+
     /// Named statements.
     pub fn len(&self) -> usize {
         self.names.len()
@@ -297,9 +327,15 @@ impl ClientStatements {
         self.names.is_empty()
     }
 
+    /// Whether nothing is in flight.
+    pub fn is_at_rest(&self) -> bool {
+        self.queue.is_empty() && !self.is_skipping
+    }
+
     /// Whether the client has a statement that cannot be prepared elsewhere.
     pub fn has_large(&self) -> bool {
-        self.names.values().any(|it| it.statement.is_large())
+        // The search is for those only that have ever had one.
+        self.had_large && self.names.values().any(|it| it.statement.is_large())
     }
 
     /// Records a message of the client. Appends what the server is to be sent, and what the client is to be sent at once.
@@ -635,6 +671,7 @@ impl ClientStatements {
 
     fn forget(&mut self, server: &mut ServerStatements, sql: &Sql) {
         match sql {
+            Sql::OfSettings(text) => self.completed = Some(text.clone()),
             Sql::Deallocate(name) => {
                 let of_client = self.forget_name(name).map(|it| it.number);
                 server.known.retain(|number, known| {

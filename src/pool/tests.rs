@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::*;
 use crate::{
-    protocol::frame::frame,
+    protocol::{frame::frame, options::LoginParameters},
     status::{Label, Registry},
     telemetry::{GaugeGuard, labels::PoolLease},
     upstream::{Connected, Connection, Greeting, Stream, tls_pair},
@@ -45,6 +45,10 @@ fn login() -> Arc<LoginParameters> {
         database: "db".to_owned(),
         ..LoginParameters::default()
     })
+}
+
+fn wanted() -> Wanted {
+    Wanted::from(login())
 }
 
 /// Both ends of a connection.
@@ -96,7 +100,7 @@ impl Pool {
 async fn a_panic_with_a_connection_frees_its_slot_for_the_client_that_waits() {
     let (_pools, pool) = pool();
     let slot = pool.slot();
-    let waiting = pool.enter(&login());
+    let waiting = pool.enter(&wanted());
     assert!(!waiting.is_granted());
     let panicked = catch_unwind(AssertUnwindSafe(move || {
         let _slot = slot;
@@ -141,10 +145,10 @@ async fn what_an_idle_server_sends_reaches_no_client_but_in_the_welcome() {
             tokio::task::yield_now().await;
         }
     }
-    let Grant::Server(connection) = pool.enter(&login()).granted().await else {
+    let Grant::Server(connection) = pool.enter(&wanted()).granted().await else {
         panic!("an idle connection");
     };
-    let connection = connection.prepare(&login(), true).await.unwrap();
+    let connection = connection.prepare(&wanted()).await.unwrap();
     let leased = pool.leased(connection, PoolLease::Idle);
     assert_eq!(
         leased.parameter_status,
@@ -163,7 +167,7 @@ async fn what_has_just_arrived_is_taken_before_a_client_gets_the_connection() {
     for _ in 0..3 {
         let bytes = unrequested();
         assert_eq!(server.try_write(&bytes).unwrap(), bytes.len());
-        connection = connection.prepare(&login(), true).await.unwrap();
+        connection = connection.prepare(&wanted()).await.unwrap();
     }
     let leased = pool.leased(connection, PoolLease::Returned);
     assert_eq!(
@@ -184,12 +188,12 @@ async fn what_tls_sends_to_an_idle_connection_is_no_reason_to_wait_or_to_close_i
     for _ in 0..3 {
         server.get_mut().1.refresh_traffic_keys().unwrap();
         server.flush().await.unwrap();
-        let prepared = timeout(Duration::from_secs(10), connection.prepare(&login(), true)).await;
+        let prepared = timeout(Duration::from_secs(10), connection.prepare(&wanted())).await;
         connection = prepared.expect("at once").unwrap();
     }
     server.write_all(&unrequested()).await.unwrap();
     server.flush().await.unwrap();
-    let connection = connection.prepare(&login(), true).await.unwrap();
+    let connection = connection.prepare(&wanted()).await.unwrap();
     let leased = pool.leased(connection, PoolLease::Idle);
     assert_eq!(
         leased.parameter_status,
@@ -215,10 +219,7 @@ async fn a_connection_whose_server_reports_an_error_ends_or_stops_within_a_messa
         if ends {
             server.shutdown().await.unwrap();
         }
-        assert!(
-            connection.prepare(&login(), true).await.is_none(),
-            "{bytes:?}"
-        );
+        assert!(connection.prepare(&wanted()).await.is_err(), "{bytes:?}");
         let metrics = &pool.context.metrics;
         assert_eq!(metrics.pool_closes[PoolClose::Server].get(), 1);
         assert_eq!(metrics.pool_hidden_losses.get(), 1);

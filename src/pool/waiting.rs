@@ -11,8 +11,8 @@ use tokio::{
     time::Instant,
 };
 
-use super::{Pool, server::ServerConnection, slot::Slot};
-use crate::{protocol::options::LoginParameters, telemetry::GaugeGuard, upstream::Refusal};
+use super::{Pool, lease::Wanted, server::ServerConnection, slot::Slot};
+use crate::{telemetry::GaugeGuard, upstream::Refusal};
 
 /// What a waiting client is given.
 pub(super) enum Grant {
@@ -26,7 +26,7 @@ pub(super) enum Grant {
 
 /// A client in the queue.
 pub(super) struct Waiter {
-    pub(super) login: Arc<LoginParameters>,
+    pub(super) wanted: Wanted,
     pub(super) runtime: runtime::Id,
     pub(super) since: Instant,
     /// It is opening a connection, and takes another one if that is there earlier.
@@ -56,12 +56,12 @@ pub(super) struct Waiting {
 
 impl Pool {
     /// Enters the queue.
-    pub(super) fn enter(self: &Arc<Self>, login: &Arc<LoginParameters>) -> Waiting {
+    pub(super) fn enter(self: &Arc<Self>, wanted: &Wanted) -> Waiting {
         let mut state = self.lock();
         let number = state.next_number();
         let since = Instant::now();
         let waiter = Waiter {
-            login: Arc::clone(login),
+            wanted: wanted.clone(),
             runtime: Handle::current().id(),
             since,
             is_opening: false,

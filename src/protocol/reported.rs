@@ -33,6 +33,30 @@ impl Reported {
         }
     }
 
+    /// Records a ParameterStatus. Returns its name and the value before, if that was another.
+    pub(crate) fn replace(&mut self, frame: &[u8]) -> Option<(String, Option<Vec<u8>>)> {
+        let mut parts = strings(frame);
+        let name = str::from_utf8(parts.next()?).ok()?.to_owned();
+        let before = self.value(&name).map(<[u8]>::to_vec);
+        if before.as_deref() == parts.next() {
+            return None;
+        }
+        self.record(&Message {
+            tag: tag::PARAMETER_STATUS,
+            frame: BytesMut::from(frame),
+        });
+        Some((name, before))
+    }
+
+    /// The messages that make another's values these.
+    pub(crate) fn difference(&self, other: &Self) -> BytesMut {
+        let mut frames = BytesMut::new();
+        for frame in self.0.iter().filter(|frame| !other.0.contains(frame)) {
+            frames.extend_from_slice(frame);
+        }
+        frames
+    }
+
     /// The value of a parameter.
     pub(crate) fn value(&self, name: &str) -> Option<&[u8]> {
         self.0.iter().find_map(|frame| {

@@ -6,7 +6,7 @@ use enum_map::{Enum, EnumMap};
 
 use super::{
     frame::{Part, Scanner, Seen, tag},
-    lexer::{Backslash, Kind, Statement, Token, statements},
+    lexer::{Backslash, Kind, Statement, statements},
     tag::Command,
     words::{Search, Verdict, Word, Words, verdict},
 };
@@ -37,24 +37,12 @@ enum Trace {
     Called,
     /// DO.
     Done,
-    /// An error came behind the last ParseComplete.
-    Failed,
     /// LOAD.
     Loaded,
     /// A message was sent that is an error by itself, although nothing else would have answered it.
     Malformed,
     /// A call of `set_config` that is not for the transaction alone may have been sent.
     MaySetConfig,
-    /// A SET or RESET that is not for the transaction alone may have been sent.
-    MaySet,
-    /// A statement with a name was prepared.
-    Named,
-    /// The unnamed statement was prepared.
-    Replaced,
-    /// SET or RESET.
-    Set,
-    /// The unnamed statement was prepared, and is not used yet.
-    Unnamed,
     /// The client has sent more than plain statements.
     Used,
 }
@@ -106,29 +94,17 @@ impl Traces {
         self.found[Trace::Malformed]
     }
 
-    /// Whether the unnamed statement may be the client's.
-    pub(crate) fn leaves_unnamed(&self) -> bool {
-        self.found[Trace::Replaced]
-    }
-
     /// Why the connection cannot be another client's without a reset, although client and server are at rest; the first of
     /// several reasons. In doubt there is one: a word may stand in a comment, or be the name of a column.
     pub(crate) fn pin(&self) -> Option<PinReason> {
         let words = &self.words;
         let is_hidden = self.found[Trace::Done] && (words[Word::Execute] || words[Word::Load]);
-        let is_set = self.found[Trace::MaySet] && self.found[Trace::Set]
-            || self.found[Trace::Done] && words[Word::Set];
+        let is_set = self.found[Trace::Done] && words[Word::Set];
         let unknown = [Word::Dblink, Word::Language, Word::Opaque];
         let is_unknown = self.found[Trace::Called]
             || self.found[Trace::Malformed]
             || unknown.iter().any(|word| words[*word]);
         let reasons = [
-            (
-                // At rest: a Parse that has failed leaves nothing to bind.
-                self.found[Trace::Named]
-                    || self.found[Trace::Unnamed] && !self.found[Trace::Failed],
-                PinReason::Prepared,
-            ),
             (is_set || words[Word::SetLimit], PinReason::Settings),
             (self.found[Trace::MaySetConfig], PinReason::SetConfig),
             (words[Word::Listen], PinReason::Listen),
@@ -172,21 +148,15 @@ impl Traces {
                 };
                 found[Trace::Malformed] |= !is_request(tag);
                 found[Trace::Used] |= !matches!(tag, tag::QUERY | tag::SYNC | tag::TERMINATE);
-                found[Trace::Unnamed] &= !matches!(tag, tag::BIND | tag::QUERY);
                 found[Trace::Called] |= tag == tag::FUNCTION_CALL;
             }
             Part::Event(Seen::Status(_)) => {}
             Part::Body(mut body) => {
                 found[Trace::Malformed] |= *reading == Reading::Excess && !body.is_empty();
                 if *reading == Reading::Name {
-                    let end = body.iter().position(|&byte| byte == 0);
-                    found[Trace::Named] |= end != Some(0) && !body.is_empty();
-                    let Some(end) = end else {
+                    let Some(end) = body.iter().position(|&byte| byte == 0) else {
                         return;
                     };
-                    let is_unnamed = end == 0 && !found[Trace::Named];
-                    found[Trace::Unnamed] |= is_unnamed;
-                    found[Trace::Replaced] |= is_unnamed;
                     body = body.get(end + 1..).unwrap_or_default();
                     *reading = Reading::Text;
                 }
@@ -199,21 +169,17 @@ impl Traces {
                 let is_whole = is_ended && !*is_cut;
                 *is_cut |= !text.is_empty();
                 // Once for each text, which may repeat the words without end.
-                let (mut has_set, mut has_set_config) = (false, false);
+                let mut has_set_config = false;
                 search.search(text, |word, _| {
                     words[word] = true;
-                    has_set |= word == Word::Set;
                     has_set_config |= word == Word::SetConfig;
                 });
-                found[Trace::MaySet] |= has_set && (!is_whole || sets_session(text));
                 found[Trace::MaySetConfig] |=
                     has_set_config && (!is_whole || configures_session(text));
                 if is_ended {
                     *reading = Reading::Nothing;
                     if let Some(word) = search.end() {
                         words[word] = true;
-                        // `reset` alone, or the end of a text in pieces.
-                        found[Trace::MaySet] |= word == Word::Set;
                     }
                 }
                 if !found[Trace::Used] {
@@ -238,11 +204,6 @@ impl Traces {
             Part::Event(Seen::Message { tag: message }) => {
                 tag.is_current = message == tag::COMMAND_COMPLETE;
                 tag.length = 0;
-                found[Trace::Failed] = match message {
-                    tag::ERROR_RESPONSE => true,
-                    tag::PARSE_COMPLETE => false,
-                    _ => found[Trace::Failed],
-                };
             }
             Part::Event(Seen::Status(_)) => {}
             Part::Body(body) => {
@@ -251,7 +212,6 @@ impl Traces {
                 {
                     found[Trace::Loaded] |= command == Command::Load;
                     found[Trace::Done] |= command == Command::Do;
-                    found[Trace::Set] |= matches!(command, Command::Set | Command::Reset);
                 }
             }
         });
@@ -285,22 +245,6 @@ fn is_request(tag: u8) -> bool {
     );
     let is_copy = matches!(tag, tag::COPY_DATA | tag::COPY_DONE | tag::COPY_FAIL);
     is_extended || is_copy || matches!(tag, tag::QUERY | tag::FUNCTION_CALL | tag::TERMINATE)
-}
-
-/// Whether a text holds a SET or RESET of the session.
-fn sets_session(text: &[u8]) -> bool {
-    // With a backslash, the server may see another statement than this does.
-    text.contains(&b'\\')
-        || statements(text, Backslash::Plain).any(|statement| {
-            let mut tokens = statement.tokens();
-            let is = |token: Option<Token<'_>>, words: &[&str]| {
-                token.is_some_and(|token| words.iter().any(|word| token.is_word(word)))
-            };
-            is(tokens.next(), &["set", "reset"])
-                && (!is(tokens.next(), &["local", "transaction", "constraints"])
-                    // The setting `local.name`.
-                    || tokens.next().is_some_and(|it| it.kind == Kind::Symbol(b'.')))
-        })
 }
 
 /// Whether a text calls `set_config` for the session.
@@ -391,21 +335,20 @@ mod tests {
 
     #[test]
     fn settings_are_found_wherever_the_stream_is_cut() {
-        let set = frame(b'C', b"SET\0");
+        let done = frame(b'C', b"DO\0");
         for (sql, answer, reason) in [
-            ("set work_mem = '1MB'", &set, Some(PinReason::Settings)),
-            ("select 1; set a.b = 1", &set, Some(PinReason::Settings)),
-            ("select ''; set a.b = 1", &set, Some(PinReason::Settings)),
-            ("/* a */ reset a.b", &set, Some(PinReason::Settings)),
-            ("set local.a = 1", &set, Some(PinReason::Settings)),
-            ("set transaction . a = 1", &set, Some(PinReason::Settings)),
-            ("reset constraints.a", &set, Some(PinReason::Settings)),
+            (
+                "do 'begin set a.b = 1; end'",
+                &done,
+                Some(PinReason::Settings),
+            ),
+            ("set a.b = 1", &frame(b'C', b"SET\0"), None),
             (
                 "select set_config('a.b', '', false)",
                 &Vec::new(),
                 Some(PinReason::SetConfig),
             ),
-            ("select 'a' as reset_", &set, None),
+            ("select 'a' as reset_", &done, None),
         ] {
             let text = query(sql);
             for cut in 0..=text.len() {
@@ -416,34 +359,6 @@ mod tests {
                 traces.server_sends(answer);
                 assert_eq!(traces.pin(), reason, "{sql}, cut at {cut}");
             }
-        }
-        // As a whole, it is read.
-        for sql in ["set local work_mem = '1MB'", "set transaction read only"] {
-            assert_eq!(after(&query(sql), &set).pin(), None, "{sql}");
-        }
-    }
-
-    #[test]
-    fn the_unnamed_statement_is_the_clients_until_it_is_bound_unless_it_has_failed() {
-        let parse = frame(b'P', b"\0select 1\0\0\0");
-        let complete = frame(b'1', b"");
-        let error = frame(b'E', b"\0");
-        let bind = frame(b'B', b"\0\0\0\0\0\0\0\0");
-        let again = [parse.clone(), parse.clone()].concat();
-        for (from_client, from_server, is_pinned) in [
-            (parse.clone(), complete.clone(), true),
-            (parse.clone(), error.clone(), false),
-            ([parse.clone(), bind].concat(), complete.clone(), false),
-            (
-                again.clone(),
-                [error.clone(), complete.clone()].concat(),
-                true,
-            ),
-            (again, [complete, error].concat(), false),
-        ] {
-            let traces = after(&from_client, &from_server);
-            assert_eq!(traces.pin().is_some(), is_pinned, "{from_client:?}");
-            assert!(traces.leaves_unnamed());
         }
     }
 

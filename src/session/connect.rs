@@ -13,7 +13,7 @@ use super::{
     client::Client,
     close::{Closing, shutting_down},
     database,
-    logged_in::{LoggedIn, Sharing},
+    logged_in::LoggedIn,
 };
 use crate::{
     net::socket::Transport,
@@ -208,13 +208,13 @@ impl<'a> Connected<'a> {
             address,
             leftover,
             woke_after,
-            shared,
+            client: state,
             ..
         } = self.leased;
         // Before the welcome: the client may cancel as soon as it has its key.
         let registration = server_key.map(|key| {
             let target = CancelTarget { address, key };
-            endpoint.cancel_keys.register(target, shared.is_some())
+            endpoint.cancel_keys.register(target, state.is_some())
         });
         let key = registration
             .as_ref()
@@ -238,11 +238,10 @@ impl<'a> Connected<'a> {
         }
         Ok(Box::new(LoggedIn {
             session,
+            traces: lease.is_pooled().then(Box::default),
             lease: Some(lease),
-            sharing: shared.map(|login| Sharing {
-                login,
-                reported: parameter_status,
-            }),
+            shares: state.is_some(),
+            state,
             leftover,
             began: self.began,
             entry: self.entry,

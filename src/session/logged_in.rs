@@ -1,7 +1,5 @@
 //! A session that is logged in: relayed to its end, and then closed on both sides.
 
-use std::sync::Arc;
-
 use bytes::BytesMut;
 use tokio::{
     io::AsyncWriteExt,
@@ -13,20 +11,20 @@ use super::{
     cancel::{CancelTarget, Registration},
     client::{CLOSE_TIMEOUT, Client},
     close::shut_down,
-    next_request::{Next, next_request, replaces_unnamed, take_request},
-    relay::{End, Observers, Relay, Side},
+    next_request::{Next, next_request, take_request},
+    relay::{End, Observers, Relay, ServerStream, Side},
 };
 use crate::{
     net::{message::write_and_flush, socket::Transport},
-    pool::{Lease, LeaseRequest, Leased, Used},
+    pool::{ClientState, Lease, LeaseRequest, Leased, Used},
     protocol::{
         backend::{TransactionStatus, ready_for_query},
         error::{Report, sqlstate},
-        options::LoginParameters,
         startup::terminate,
+        traces::Traces,
     },
     shutdown::Shutdown,
-    status::SessionEntry,
+    status::{ActivityRecord, SessionEntry},
     telemetry::labels::{Direction, PoolClose},
     upstream::Refusal,
 };
@@ -36,21 +34,18 @@ pub(super) struct LoggedIn<'a> {
     pub(super) session: &'a Session<'a>,
     /// `None` while the client is [at rest](Self::rest).
     pub(super) lease: Option<Lease>,
-    /// Present if the client parts with its server connection whenever it is at rest.
-    pub(super) sharing: Option<Sharing>,
+    /// Present if the client shares its server connections with others.
+    pub(super) state: Option<Box<ClientState>>,
+    /// What it has done on connections that others may get.
+    pub(super) traces: Option<Box<Traces>>,
+    /// It parts with them whenever it is at rest.
+    pub(super) shares: bool,
     /// Sent by the server behind its ReadyForQuery.
     pub(super) leftover: BytesMut,
     pub(super) began: Instant,
     pub(super) entry: SessionEntry,
     pub(super) shutdown: Shutdown,
     pub(super) registration: Option<Registration>,
-}
-
-/// What a client needs for its next server connection.
-pub(super) struct Sharing {
-    pub(super) login: Arc<LoginParameters>,
-    /// The ParameterStatus messages of its last one.
-    pub(super) reported: BytesMut,
 }
 
 /// How a session has ended.
@@ -79,54 +74,35 @@ impl Ended {
 impl LoggedIn<'_> {
     /// Relays until either side is done. [`close`](Self::close) must follow.
     pub(super) async fn relay<S: Transport>(&mut self, client: &mut Client<S>) -> Ended {
-        // The first connection was for the welcome. Whether it suits a request is known only once there is one.
-        if self.sharing.is_some()
+        // The first connection was for the welcome. Whether it is needed for longer is known only once there is a request.
+        if self.shares
             && self.leftover.is_empty()
-            && let Err(ended) = Box::pin(self.rest(client, false)).await
+            && let Err(ended) = Box::pin(self.rest(client)).await
         {
             return ended;
         }
         while let Some(lease) = &mut self.lease {
-            let endpoint = self.session.endpoint;
-            let metrics = &endpoint.metrics;
-            let bytes = |direction| metrics.relay_bytes[direction].clone();
-            let keeps_server = lease.is_pooled();
-            let mut relay = Relay::new(
-                Side {
-                    stream: &mut client.stream,
-                    received: std::mem::take(&mut client.received),
-                    bytes: bytes(Direction::FromClient),
-                },
-                Side {
-                    stream: &mut lease.stream,
-                    received: std::mem::take(&mut self.leftover),
-                    bytes: bytes(Direction::FromServer),
-                },
-                &self.shutdown,
-                Observers {
-                    activity: self.entry.activity(),
-                    metrics,
-                    loss_timeout: self.session.config.connect.keepalive.loss_timeout(),
-                    keeps_server,
-                    ends_at_rest: keeps_server && self.sharing.is_some(),
-                },
-            );
-            let end = relay.run().await;
-            if end == End::Server {
-                endpoint.lost_sessions.add(relay.server_error());
+            let leftover = std::mem::take(&mut self.leftover);
+            let relaying = Relaying {
+                session: self.session,
+                activity: self.entry.activity(),
+                shutdown: &self.shutdown,
+                traces: self.traces.as_deref_mut(),
+                ends_at_rest: self.shares,
+            };
+            let ended = if let Some(state) = &mut self.state
+                && let Some(mut shared) = lease.share(state)
+            {
+                // A box, as most sessions share nothing.
+                Box::pin(relaying.run(client, &mut shared, leftover)).await
+            } else {
+                relaying.run(client, &mut lease.stream, leftover).await
+            };
+            if ended.end != End::Rest {
+                return ended;
             }
-            if end != End::Rest {
-                return Ended {
-                    end,
-                    used: relay.used(),
-                    is_owed: relay.is_owed(),
-                    is_left: relay.is_left(),
-                };
-            }
-            let leaves_unnamed = relay.leaves_unnamed();
-            drop(relay);
             // A box, as most sessions never rest.
-            if let Err(ended) = Box::pin(self.rest(client, leaves_unnamed)).await {
+            if let Err(ended) = Box::pin(self.rest(client)).await {
                 return ended;
             }
         }
@@ -134,31 +110,29 @@ impl LoggedIn<'_> {
     }
 
     /// Parts with the server connection, and takes another one once the client sends a request.
-    async fn rest<S: Transport>(
-        &mut self,
-        client: &mut Client<S>,
-        leaves_unnamed: bool,
-    ) -> Result<(), Ended> {
+    async fn rest<S: Transport>(&mut self, client: &mut Client<S>) -> Result<(), Ended> {
         if !self.registration.as_mut().is_none_or(Registration::part) {
             // A cancel that is still on its way must not reach another client's request.
-            self.sharing = None;
+            self.shares = false;
             return Ok(());
         }
         if let Some(lease) = self.lease.take() {
             self.entry.unlink();
-            lease.part(leaves_unnamed);
+            lease.part();
         }
         loop {
+            let Some(state) = &self.state else {
+                return Ok(());
+            };
             match next_request(client, &self.shutdown).await {
                 Next::Request => {}
                 Next::Left => return Err(Ended::at_rest(End::Client)),
                 Next::Shutdown => return Err(self.end_at_rest(client).await),
             }
-            let replaces_unnamed = replaces_unnamed(&client.received);
             let refusal = tokio::select! {
                 // First: what a client sends before it leaves is executed, as on a direct connection, if it need not wait.
                 biased;
-                leased = self.lease_again(replaces_unnamed) => match leased {
+                leased = self.lease_again(state) => match leased {
                     Ok(leased) => return self.take(leased, client).await,
                     Err(refusal) => refusal.report,
                 },
@@ -177,15 +151,12 @@ impl LoggedIn<'_> {
         }
     }
 
-    async fn lease_again(&self, replaces_unnamed: bool) -> Result<Leased, Refusal> {
+    async fn lease_again(&self, state: &ClientState) -> Result<Leased, Refusal> {
         let Session {
             endpoint, config, ..
         } = self.session;
-        let login = self.sharing.as_ref().map(|sharing| &sharing.login);
-        // Present while the session shares connections, and it does.
-        let login = login.cloned().unwrap_or_default();
         let upstream = self.session.upstream().await?;
-        let request = LeaseRequest::again(&upstream, &login, &config.connect, replaces_unnamed);
+        let request = LeaseRequest::again(&upstream, state, &config.connect);
         endpoint.pools.lease(&request).await
     }
 
@@ -212,14 +183,14 @@ impl LoggedIn<'_> {
         }
         self.lease = Some(lease);
         self.leftover = leftover;
-        let Some(sharing) = &mut self.sharing else {
+        let Some(state) = &mut self.state else {
             return Ok(());
         };
-        if sharing.reported != parameter_status {
-            sharing.reported = parameter_status;
+        let changed = state.report(parameter_status);
+        if !changed.is_empty() {
             let timeout = timeout(
                 self.session.config.client_login_timeout,
-                client.send(&sharing.reported),
+                client.send(&changed),
             );
             if !matches!(timeout.await, Ok(Ok(()))) {
                 return Err(Ended::at_rest(End::Client));
@@ -330,6 +301,59 @@ impl LoggedIn<'_> {
             }
         }
         drop(entry);
+    }
+}
+
+/// One relay of a session.
+struct Relaying<'a> {
+    session: &'a Session<'a>,
+    activity: &'a ActivityRecord,
+    shutdown: &'a Shutdown,
+    traces: Option<&'a mut Traces>,
+    ends_at_rest: bool,
+}
+
+impl Relaying<'_> {
+    /// Relays between the client and a server connection, which has sent the `leftover`.
+    async fn run<S: Transport, U: ServerStream>(
+        self,
+        client: &mut Client<S>,
+        server: &mut U,
+        leftover: BytesMut,
+    ) -> Ended {
+        let endpoint = self.session.endpoint;
+        let metrics = &endpoint.metrics;
+        let bytes = |direction| metrics.relay_bytes[direction].clone();
+        let mut relay = Relay::new(
+            Side {
+                stream: &mut client.stream,
+                received: std::mem::take(&mut client.received),
+                bytes: bytes(Direction::FromClient),
+            },
+            Side {
+                stream: server,
+                received: leftover,
+                bytes: bytes(Direction::FromServer),
+            },
+            self.shutdown,
+            Observers {
+                activity: self.activity,
+                metrics,
+                loss_timeout: self.session.config.connect.keepalive.loss_timeout(),
+                traces: self.traces,
+                ends_at_rest: self.ends_at_rest,
+            },
+        );
+        let end = relay.run().await;
+        if end == End::Server {
+            endpoint.lost_sessions.add(relay.server_error());
+        }
+        Ended {
+            end,
+            used: relay.used(),
+            is_owed: relay.is_owed(),
+            is_left: relay.is_left(),
+        }
     }
 }
 

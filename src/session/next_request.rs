@@ -113,31 +113,6 @@ pub(super) fn take_request(received: &mut BytesMut) -> bool {
     true
 }
 
-/// Whether the message at the front prepares the unnamed statement or drops it, so that nothing behind it uses the one that
-/// another client may have left on the server connection. A message that the server cannot read does not.
-pub(super) fn replaces_unnamed(received: &[u8]) -> bool {
-    let Some((tag, body)) = messages(received).next() else {
-        return false;
-    };
-    let text = match tag {
-        tag::QUERY => body,
-        tag::PARSE => body.strip_prefix(b"\0").unwrap_or_default(),
-        _ => return false,
-    };
-    let Some(end) = text.iter().position(|&byte| byte == 0) else {
-        return false;
-    };
-    let (text, rest) = text.split_at(end);
-    let is_whole = match (tag, rest) {
-        (tag::PARSE, [0, a, b, types @ ..]) => {
-            types.len() == 4 * usize::from(u16::from_be_bytes([*a, *b]))
-        }
-        (tag::QUERY, [0]) => true,
-        _ => false,
-    };
-    is_whole && str::from_utf8(text).is_ok()
-}
-
 fn front(received: &[u8]) -> Front {
     let mut end = 0;
     for (tag, body) in messages(received) {

@@ -41,7 +41,7 @@ use self::{
 use super::close::shut_down;
 use crate::{
     net::socket::{HangUp, Transport},
-    pool::Used,
+    pool::{SharedStream, Used},
     protocol::{
         error::{ErrorFields, Report, sqlstate},
         frame::{HEADER_LEN, tag},
@@ -55,6 +55,7 @@ use crate::{
         labels::{PinReason, SessionEnd},
         metrics::Took,
     },
+    upstream::Stream,
 };
 
 /// Time for the server to close after the client has closed its half and no reply is owed.
@@ -97,6 +98,31 @@ impl End {
     }
 }
 
+/// The stream to a server, with what it knows of the session.
+pub(super) trait ServerStream: Transport {
+    /// Whether nothing is on its way that the session does not see.
+    fn is_at_rest(&self) -> bool {
+        true
+    }
+
+    /// Why the session needs this connection.
+    fn pin(&self) -> Option<PinReason> {
+        None
+    }
+}
+
+impl ServerStream for Stream {}
+
+impl ServerStream for SharedStream<'_> {
+    fn is_at_rest(&self) -> bool {
+        SharedStream::is_at_rest(self)
+    }
+
+    fn pin(&self) -> Option<PinReason> {
+        SharedStream::pin(self)
+    }
+}
+
 /// One side of a relay as it starts.
 pub(super) struct Side<'a, S> {
     pub(super) stream: &'a mut S,
@@ -107,15 +133,15 @@ pub(super) struct Side<'a, S> {
 }
 
 /// What a relay reports to while it runs.
-#[derive(Clone, Copy)]
 pub(super) struct Observers<'a> {
     pub(super) activity: &'a ActivityRecord,
     /// The endpoint's, which count and measure queries.
     pub(super) metrics: &'a Metrics,
     /// The path to the server counts as lost when it acknowledges nothing for this long.
     pub(super) loss_timeout: Option<Duration>,
-    /// The server connection outlives the client: neither the client's end nor its Terminate reaches the server.
-    pub(super) keeps_server: bool,
+    /// What the session has done, on a server connection that outlives the client: neither the client's end nor its Terminate
+    /// reaches the server.
+    pub(super) traces: Option<&'a mut Traces>,
     /// The relay ends as soon as client and server are at rest, unless the session is pinned.
     pub(super) ends_at_rest: bool,
 }
@@ -136,8 +162,7 @@ pub(super) struct Relay<'a, C, U> {
     server_error: TrailingError,
     keeps_server: bool,
     /// Of the session on a server connection that another client may get.
-    // A box, as other sessions have none.
-    traces: Option<Box<Traces>>,
+    traces: Option<&'a mut Traces>,
     ends_at_rest: bool,
     /// Why it does not.
     pin: Option<PinReason>,
@@ -147,7 +172,7 @@ pub(super) struct Relay<'a, C, U> {
     end: Option<End>,
 }
 
-impl<'a, C: Transport, U: Transport> Relay<'a, C, U> {
+impl<'a, C: Transport, U: ServerStream> Relay<'a, C, U> {
     pub(super) fn new(
         client: Side<'a, C>,
         server: Side<'a, U>,
@@ -172,8 +197,8 @@ impl<'a, C: Transport, U: Transport> Relay<'a, C, U> {
                 ..PathLoss::default()
             },
             server_error: TrailingError::default(),
-            keeps_server: observers.keeps_server,
-            traces: observers.keeps_server.then(Box::default),
+            keeps_server: observers.traces.is_some(),
+            traces: observers.traces,
             ends_at_rest: observers.ends_at_rest,
             pin: None,
             is_withheld: false,
@@ -215,7 +240,8 @@ impl<'a, C: Transport, U: Transport> Relay<'a, C, U> {
             && !self.to_server.unflushed
             && self.to_server.state != PipeState::Refused
             && self.to_client.is_at_boundary()
-            && self.requests.is_terminated() == self.is_withheld;
+            && self.requests.is_terminated() == self.is_withheld
+            && self.server.is_at_rest();
         let traces = self.traces.as_ref()?;
         (self.keeps_server && is_at_rest).then(|| Used {
             status: self.requests.status(),
@@ -223,13 +249,6 @@ impl<'a, C: Transport, U: Transport> Relay<'a, C, U> {
             is_reported: self.requests.is_reported(),
             is_resettable: traces.is_resettable(),
         })
-    }
-
-    /// Whether the unnamed statement on the server may be the client's.
-    pub(super) fn leaves_unnamed(&self) -> bool {
-        self.traces
-            .as_ref()
-            .is_some_and(|traces| traces.leaves_unnamed())
     }
 
     /// Whether the server owes an answer.
@@ -367,10 +386,8 @@ impl<'a, C: Transport, U: Transport> Relay<'a, C, U> {
         let Some(traces) = self.traces.as_ref().filter(|_| is_at_rest) else {
             return false;
         };
-        // A setting that is reported may have been changed by a function.
-        let reported = self.requests.is_reported().then_some(PinReason::Settings);
-        let Some(reason) = traces.pin().or(reported) else {
-            return true;
+        let Some(reason) = traces.pin().or_else(|| self.server.pin()) else {
+            return self.server.is_at_rest();
         };
         if self.pin.is_none() {
             self.pin = Some(reason);

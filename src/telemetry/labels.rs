@@ -297,8 +297,6 @@ label! {
         Listen = "listen",
         /// It has loaded a module.
         Load = "load",
-        /// It has prepared a statement that it may use again.
-        Prepared = "prepared",
         /// It is another replication origin.
         ReplicationOrigin = "replication_origin",
         /// It has another role.

@@ -34,6 +34,19 @@ pub enum Change {
     ResetAll,
 }
 
+impl Change {
+    /// Whether it changes this setting, by its name in lower case.
+    pub(crate) fn concerns(&self, setting: &str) -> bool {
+        match self {
+            Self::ResetAll => true,
+            Self::Set { name, .. } | Self::Add { name, .. } | Self::Reset { name } => {
+                // What a role may do is reported, too.
+                name == setting || name == ROLE && setting == "is_superuser"
+            }
+        }
+    }
+}
+
 /// How a session reads the texts of its client.
 #[derive(Clone, Copy, Debug)]
 pub struct Dialect {
@@ -91,8 +104,16 @@ fn of_reset(tokens: &[Token<'_>]) -> Result<Vec<Change>, PinReason> {
         [time, zone] if time.is_word("time") && zone.is_word("zone") => Change::Reset {
             name: "timezone".to_owned(),
         },
-        [transaction, ..] if transaction.is_word("transaction") => return Ok(Vec::new()),
-        [session, ..] if session.is_word("session") => return Err(PinReason::Role),
+        [transaction, isolation, ..]
+            if transaction.is_word("transaction") && isolation.kind == Kind::Word =>
+        {
+            return Ok(Vec::new());
+        }
+        [session, authorization]
+            if session.is_word("session") && authorization.is_word("authorization") =>
+        {
+            return Err(PinReason::Role);
+        }
         _ => match name(tokens)? {
             (name, []) => return special(&name, Change::Reset { name: name.clone() }),
             _ => return Err(PinReason::Settings),
@@ -104,8 +125,9 @@ fn of_reset(tokens: &[Token<'_>]) -> Result<Vec<Change>, PinReason> {
 fn of_set(tokens: &[Token<'_>], dialect: Dialect) -> Result<Vec<Change>, PinReason> {
     let is = |at: usize, word: &str| tokens.get(at).is_some_and(|it| it.is_word(word));
     // `local` and `session` may be names themselves.
-    let is_name =
-        matches!(tokens.get(1), Some(it) if it.is_word("to") || it.kind == Kind::Symbol(b'='));
+    let is_name = tokens.get(1).is_some_and(|it| {
+        it.is_word("to") || matches!(it.kind, Kind::Symbol(b'=' | b'.'))
+    });
     if is(0, "local") && !is_name {
         return Ok(Vec::new());
     }

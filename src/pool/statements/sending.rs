@@ -142,7 +142,7 @@ impl Sending<'_> {
             Effect::Closed { name, .. } => Some((&name[..], None)),
             Effect::Unnamed { statement, .. } => Some((&b""[..], statement.as_ref())),
             Effect::Sql(effects) => {
-                if effects.iter().any(Option::is_some) {
+                if effects.iter().flatten().any(Sql::changes_names) {
                     client.forgets_all = Some(id);
                 }
                 matches!(awaits, Awaits::Query).then_some((&b""[..], None))
@@ -185,8 +185,9 @@ impl Sending<'_> {
             }
             _ => Shown::All,
         };
+        let changes_names = sql.changes_names();
         self.record(Awaits::Execute, shown, Effect::Sql(vec![Some(sql)]));
-        if !is_exclusive {
+        if changes_names && !is_exclusive {
             // What follows in its own unit waits for it, too.
             put(self.out, tag::FLUSH, &[], 0);
         }
@@ -293,6 +294,7 @@ impl Sending<'_> {
     /// Passes a text that is not kept.
     fn parse_large(&mut self, message: ClientMessage<'_>, name: &[u8]) -> usize {
         let statement = self.client.texts.large();
+        self.client.had_large = true;
         let head = name.len() + 1;
         let shared = shared_name(statement.number);
         let server_name = if self.server.is_exclusive() {
@@ -565,9 +567,13 @@ impl Sending<'_> {
             Some((sql, _)) if message.length <= LARGE_STATEMENT => sql,
             _ => b"",
         };
-        let effects: Vec<Option<Sql>> = statements(sql, Backslash::Plain)
+        let mut effects: Vec<Option<Sql>> = statements(sql, Backslash::Plain)
             .map(|it| Sql::of(&it))
             .collect();
+        // Without an effect, none has to be counted.
+        if effects.iter().all(Option::is_none) {
+            effects = Vec::new();
+        }
         if let [Some(Sql::Deallocate(name))] = &effects[..]
             && !self.server.is_exclusive()
         {

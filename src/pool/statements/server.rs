@@ -75,6 +75,11 @@ impl ServerStatements {
     /// After a reset of all statements.
     pub fn clear(&mut self) {
         self.known.clear();
+        self.forget_unnamed();
+    }
+
+    /// After a simple query.
+    pub fn forget_unnamed(&mut self) {
         self.unnamed = None;
     }
 

@@ -5,7 +5,7 @@ use std::{
     hash::{BuildHasher, RandomState},
     sync::{
         Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicU64, AtomicUsize, Ordering},
     },
 };
 
@@ -38,7 +38,7 @@ pub struct Prepared {
 /// The texts in use.
 #[derive(Debug)]
 pub struct Texts {
-    limit: usize,
+    limit: AtomicUsize,
     numbers: AtomicU64,
     hasher: RandomState,
     table: Mutex<Table>,
@@ -54,12 +54,17 @@ impl Texts {
     /// For `limit` bytes of text.
     pub fn new(limit: usize) -> Arc<Self> {
         Arc::new(Self {
-            limit,
+            limit: AtomicUsize::new(limit),
             // 0 is the name of no statement.
             numbers: AtomicU64::new(1),
             hasher: RandomState::new(),
             table: Mutex::default(),
         })
+    }
+
+    /// Sets another limit. Texts beyond it stay.
+    pub fn set_limit(&self, limit: usize) {
+        self.limit.store(limit, Ordering::Relaxed);
     }
 
     /// Bytes of text in use.
@@ -68,7 +73,7 @@ impl Texts {
     }
 
     /// A number that is never used again.
-    pub(super) fn number(&self) -> u64 {
+    pub(in crate::pool) fn number(&self) -> u64 {
         self.numbers.fetch_add(1, Ordering::Relaxed)
     }
 
@@ -87,7 +92,7 @@ impl Texts {
         if let Some(known) = known {
             return Some((known, false));
         }
-        if table.length + body.len() > self.limit {
+        if table.length + body.len() > self.limit.load(Ordering::Relaxed) {
             return None;
         }
         table.length += body.len();

@@ -56,7 +56,7 @@ fn observers<'a>(activity: &'a ActivityRecord, metrics: &'a Metrics) -> Observer
         metrics,
         loss_timeout: None,
         ends_at_rest: false,
-        keeps_server: false,
+        traces: None,
     }
 }
 
@@ -226,6 +226,10 @@ impl Transport for Breakable {
         None
     }
 }
+
+impl ServerStream for Breakable {}
+
+impl ServerStream for DuplexStream {}
 
 impl Breakable {
     fn new(stream: DuplexStream, switch: &Arc<Switch>) -> Self {

@@ -112,9 +112,9 @@ async fn a_transaction_keeps_its_connection_and_others_wait_for_its_end() {
 async fn state_that_outlives_a_transaction_stays_the_clients_own() {
     for (statement, look, expected, reason) in [
         (
-            "set work_mem = '123kB'",
+            "do 'begin set work_mem = ''124kB''; end'",
             "show work_mem",
-            "123kB",
+            "124kB",
             PinReason::Settings,
         ),
         (
@@ -122,12 +122,6 @@ async fn state_that_outlives_a_transaction_stays_the_clients_own() {
             "select current_setting('app.user')",
             "a",
             PinReason::SetConfig,
-        ),
-        (
-            "do 'begin set work_mem = ''124kB''; end'",
-            "show work_mem",
-            "124kB",
-            PinReason::Settings,
         ),
         (
             "listen x",
@@ -212,6 +206,65 @@ async fn settings_of_a_transaction_pin_nothing() {
 }
 
 #[tokio::test]
+async fn settings_follow_their_client() {
+    let (_emulator, proxy) = sharing(1).await;
+    let (one, other) = (proxy.client().await, proxy.client().await);
+    let show = "select concat_ws(' ', current_setting('work_mem'), current_setting('search_path'), current_setting('TimeZone'), current_setting('app.name', true))";
+    let new = value(&other, show).await;
+    one.simple_query("set work_mem = '123kB'; set search_path = mine; set time zone 'Asia/Tokyo'")
+        .await
+        .unwrap();
+    one.simple_query("begin; set app.name = 'one'; commit")
+        .await
+        .unwrap();
+    one.simple_query("begin; set work_mem = '1MB'; rollback")
+        .await
+        .unwrap();
+    // By the extended protocol.
+    let prepared = other.prepare("set work_mem = '321kB'").await.unwrap();
+    other.execute(&prepared, &[]).await.unwrap();
+    for _ in 0..3 {
+        assert_eq!(value(&one, show).await, "123kB mine Asia/Tokyo one");
+        assert_eq!(
+            value(&other, show).await.trim_end(),
+            new.replace("4MB", "321kB").trim_end()
+        );
+    }
+    other.simple_query("reset work_mem").await.unwrap();
+    one.simple_query("discard all").await.unwrap();
+    assert_eq!(value(&one, show).await.trim_end(), new.trim_end());
+    assert_eq!(value(&other, show).await.trim_end(), new.trim_end());
+    let pins = proxy.metrics().pool_pins.values();
+    assert_eq!(pins.map(prometheus::IntCounter::get).sum::<u64>(), 0);
+}
+
+#[tokio::test]
+async fn a_setting_that_the_server_refuses_later_fails_the_request_alone() {
+    let (_emulator, proxy) = sharing(1).await;
+    let (one, other) = (proxy.client().await, proxy.client().await);
+    let superuser = harness::superuser().await;
+    let user = value(&one, "select current_user").await;
+    let grant = format!("create role for_a_while; grant for_a_while to \"{user}\"");
+    superuser.batch_execute(&grant).await.unwrap();
+    one.simple_query("set role for_a_while").await.unwrap();
+    assert_eq!(value(&other, "select current_user").await, user);
+    assert_eq!(value(&one, "select current_user").await, "for_a_while");
+    assert_eq!(value(&other, "select current_user").await, user);
+    let revoke = format!("revoke for_a_while from \"{user}\"");
+    superuser.batch_execute(&revoke).await.unwrap();
+    for _ in 0..2 {
+        let error = one.simple_query("select 1").await.unwrap_err();
+        assert_eq!(
+            error.code(),
+            Some(&SqlState::INSUFFICIENT_PRIVILEGE)
+        );
+        assert_eq!(value(&other, "select current_user").await, user);
+    }
+    let drop = "drop role for_a_while";
+    superuser.batch_execute(drop).await.unwrap();
+}
+
+#[tokio::test]
 async fn prepared_statements_stay_with_their_client() {
     let (_emulator, proxy) = sharing(2).await;
     let (one, other) = (proxy.client().await, proxy.client().await);
@@ -221,7 +274,8 @@ async fn prepared_statements_stay_with_their_client() {
         assert_eq!(row.get::<_, i32>(0), round + 1);
         assert_eq!(value(&other, "select 1").await, "1");
     }
-    assert_eq!(proxy.pins(PinReason::Prepared), 1);
+    let pins = proxy.metrics().pool_pins.values();
+    assert_eq!(pins.map(prometheus::IntCounter::get).sum::<u64>(), 0);
 }
 
 #[tokio::test]
@@ -241,18 +295,12 @@ async fn the_unnamed_statement_is_never_another_clients() {
     let replies = other.until('Z').await;
     assert_eq!(replies[0].error().code, "26000");
     assert_eq!(other.value("select 1").await, "1");
-    // Drivers that describe first bind in their next request: the connection is theirs until then.
+    // Drivers that describe first bind in their next request.
     let parse = message('P', b"\0select 'mine'\0\0\0");
     one.send(&[parse, message('D', b"S\0"), sync()].concat())
         .await;
     one.until('Z').await;
-    let waiting = other.value("select 2");
-    tokio::pin!(waiting);
-    assert!(
-        tokio::time::timeout(Duration::from_millis(100), &mut waiting)
-            .await
-            .is_err()
-    );
+    assert_eq!(other.value("select 2").await, "2");
     let bind = [
         message('B', b"\0\0\0\0\0\0\0\0"),
         message('E', b"\0\0\0\0\0"),

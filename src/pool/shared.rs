@@ -1,0 +1,637 @@
+//! A server connection that clients share, as one of them sees it.
+//!
+//! Between the relay, which has the client's view of the protocol, and the stream to the server: messages are renamed,
+//! added, removed and answered on the way, so that the client finds its own prepared statements on any connection.
+
+use std::{
+    hash::{DefaultHasher, Hash, Hasher},
+    io,
+    pin::Pin,
+    sync::{Arc, atomic::Ordering},
+    task::{Context, Poll, ready},
+};
+
+use bytes::{Buf, BytesMut};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+
+use super::{
+    server::{CLIENT_ENCODING, Record, scope},
+    settings::{Change, Dialect, Pending, Settings},
+    statements::{
+        Blocked, ClientMessage, ClientStatements, LARGE_STATEMENT, Meaning, Passage, Texts,
+    },
+};
+use crate::{
+    net::socket::{Socket, Transport},
+    protocol::{
+        frame::{HEADER_LEN, frame_body, tag},
+        lexer::{Backslash, is_ascii_safe, statements},
+        options::LoginParameters,
+        reported::Reported,
+        requests::TransactionStatus,
+        tag::Command,
+    },
+    telemetry::labels::PinReason,
+    upstream::Stream,
+};
+
+/// Bytes of a message that are kept until it is whole. What is longer is passed in pieces, and names no statement of the pool's.
+const MAX_HELD: usize = 1024 * 1024;
+
+/// What follows a client from one server connection to the next.
+pub(crate) struct ClientState {
+    /// Its login.
+    pub(super) login: Arc<LoginParameters>,
+    /// The ParameterStatus messages of its last connection.
+    reported: BytesMut,
+    pub(super) statements: ClientStatements,
+    /// What it has set.
+    pub(super) settings: Settings,
+    changes: Pending,
+    /// Decides what the names in its statements mean, besides its settings.
+    scope: u64,
+    /// Why it needs its connection until it leaves.
+    pin: Option<PinReason>,
+}
+
+impl ClientState {
+    /// Of a client that has a connection for the first time.
+    pub(super) fn new(login: Arc<LoginParameters>, reported: BytesMut, texts: &Arc<Texts>) -> Self {
+        Self {
+            scope: scope(&login),
+            login,
+            reported,
+            statements: ClientStatements::new(texts),
+            settings: Settings::default(),
+            changes: Pending::default(),
+            pin: None,
+        }
+    }
+
+    /// The ParameterStatus messages that the client lacks, on a connection that has these.
+    pub(crate) fn report(&mut self, reported: BytesMut) -> BytesMut {
+        if self.reported == reported {
+            return BytesMut::new();
+        }
+        let before = std::mem::replace(&mut self.reported, reported.clone());
+        Reported::parse(reported).difference(&Reported::parse(before))
+    }
+}
+
+/// The stream of a leased connection.
+pub(crate) struct SharedStream<'a> {
+    stream: &'a mut Stream,
+    record: &'a mut Record,
+    client: &'a mut ClientState,
+    from_client: Partial,
+    from_server: Partial,
+    /// Not yet written.
+    to_server: BytesMut,
+    /// Not yet read.
+    to_client: BytesMut,
+    /// A message of the client waits for an answer to an earlier one.
+    is_blocked: bool,
+    /// A definition was executed, and is perhaps not committed.
+    is_defining: bool,
+    /// Parameters that have been reported since the last transaction, with their values before.
+    reported: Vec<(String, Option<Vec<u8>>)>,
+    has_ended: bool,
+}
+
+/// The message that the bytes of one direction end in.
+#[derive(Default)]
+struct Partial {
+    /// As far as it has arrived, while it must be read as a whole.
+    held: BytesMut,
+    /// Bytes to come that are removed.
+    removed: usize,
+    /// Bytes to come behind those that pass as they are.
+    passed: usize,
+    /// No message can be read any more.
+    is_lost: bool,
+}
+
+/// A message as far as it has arrived.
+#[derive(Clone, Copy)]
+struct Arrived<'a> {
+    tag: u8,
+    /// Of the whole body.
+    length: usize,
+    body: &'a [u8],
+}
+
+/// What a stream begins with.
+enum Front<'a> {
+    /// Less than a header.
+    Nothing,
+    /// No message.
+    Invalid,
+    Message(Arrived<'a>),
+}
+
+impl<'a> Front<'a> {
+    fn of(bytes: &'a [u8]) -> Self {
+        let Some((&[tag, a, b, c, d], rest)) = bytes.split_first_chunk::<HEADER_LEN>() else {
+            return Self::Nothing;
+        };
+        let length = usize::try_from(i32::from_be_bytes([a, b, c, d])).ok();
+        let Some(length) = length.and_then(|it| it.checked_sub(4)) else {
+            return Self::Invalid;
+        };
+        let body = rest.get(..length).unwrap_or(rest);
+        Self::Message(Arrived { tag, length, body })
+    }
+}
+
+impl Arrived<'_> {
+    fn is_whole(&self) -> bool {
+        self.body.len() == self.length
+    }
+
+    /// Whether enough of a client's message is there to know what becomes of it.
+    fn is_enough_of_client(&self) -> bool {
+        let strings = self.body.iter().filter(|&&byte| byte == 0).count();
+        match self.tag {
+            _ if self.is_whole() || self.body.len() >= MAX_HELD => true,
+            tag::PARSE if self.length > LARGE_STATEMENT => strings >= 1,
+            tag::QUERY => self.length > LARGE_STATEMENT,
+            // The names of the portal and of the statement.
+            tag::BIND => strings >= 2,
+            tag::PARSE | tag::DESCRIBE | tag::EXECUTE | tag::CLOSE => false,
+            _ => true,
+        }
+    }
+
+    fn is_enough_of_server(&self) -> bool {
+        matches!(
+            self.tag,
+            tag::DATA_ROW | tag::COPY_DATA | tag::FUNCTION_CALL_RESPONSE
+        ) || self.is_whole()
+            || self.length > MAX_HELD
+    }
+}
+
+impl Partial {
+    /// Whether the bytes so far end between two messages.
+    fn is_at_boundary(&self) -> bool {
+        self.held.is_empty() && self.removed == 0 && self.passed == 0
+    }
+
+    /// Takes what belongs to the message before. Returns the part that passes as it is.
+    fn take_rest<'b>(&mut self, bytes: &mut &'b [u8]) -> &'b [u8] {
+        if self.is_lost {
+            return std::mem::take(bytes);
+        }
+        let removed = self.removed.min(bytes.len());
+        self.removed -= removed;
+        bytes.advance(removed);
+        let (passed, rest) = bytes.split_at(self.passed.min(bytes.len()));
+        self.passed -= passed.len();
+        *bytes = rest;
+        passed
+    }
+
+    /// Appends to what is held, as much as may be of the same message.
+    fn hold(&mut self, bytes: &mut &[u8]) {
+        // The header first, which has the length.
+        let length = |held: &[u8]| match Front::of(held) {
+            Front::Message(it) => HEADER_LEN + it.length,
+            Front::Nothing | Front::Invalid => HEADER_LEN,
+        };
+        for _ in 0..2 {
+            let missing = length(&self.held).saturating_sub(self.held.len());
+            let (taken, rest) = bytes.split_at(missing.min(bytes.len()));
+            self.held.extend_from_slice(taken);
+            *bytes = rest;
+        }
+    }
+}
+
+impl<'a> SharedStream<'a> {
+    pub(super) fn new(
+        stream: &'a mut Stream,
+        record: &'a mut Record,
+        client: &'a mut ClientState,
+    ) -> Self {
+        client.statements.begin(&mut record.statements);
+        Self {
+            stream,
+            record,
+            client,
+            from_client: Partial::default(),
+            from_server: Partial::default(),
+            to_server: BytesMut::new(),
+            to_client: BytesMut::new(),
+            is_blocked: false,
+            is_defining: false,
+            reported: Vec::new(),
+            has_ended: false,
+        }
+    }
+
+    /// Whether nothing is on its way but what the client knows of.
+    pub(crate) fn is_at_rest(&self) -> bool {
+        self.from_client.is_at_boundary()
+            && self.from_server.is_at_boundary()
+            && self.to_server.is_empty()
+            && self.to_client.is_empty()
+            && self.client.statements.is_at_rest()
+            && !self.is_lost()
+    }
+
+    /// Why the client needs this connection.
+    pub(crate) fn pin(&self) -> Option<PinReason> {
+        if self.is_lost() {
+            Some(PinReason::UnknownState)
+        } else if self.client.statements.has_large() {
+            Some(PinReason::LargeStatement)
+        } else {
+            self.client.pin
+        }
+    }
+
+    fn is_lost(&self) -> bool {
+        self.from_client.is_lost || self.from_server.is_lost || self.client.statements.is_lost()
+    }
+
+    fn meaning(&self) -> Meaning {
+        let client = &self.client;
+        let mut scope = client.scope;
+        if client.changes.is_pending() {
+            // Perhaps a setting that decides it, and only for now.
+            scope = self.record.slot.pool().texts.number();
+        } else if client.settings != Settings::default() {
+            let mut hasher = DefaultHasher::new();
+            (scope, client.settings.scope()).hash(&mut hasher);
+            scope = hasher.finish();
+        }
+        Meaning {
+            scope,
+            epoch: self.record.slot.pool().epoch.load(Ordering::Relaxed),
+        }
+    }
+
+    /// Takes the next piece of what the client sends. Nothing of it, if it must wait.
+    fn take_from_client(&mut self, bytes: &mut &[u8]) -> Result<(), Blocked> {
+        let passed = self.from_client.take_rest(bytes);
+        self.to_server.extend_from_slice(passed);
+        if bytes.is_empty() {
+            return Ok(());
+        }
+        match Front::of(bytes) {
+            Front::Message(message)
+                if self.from_client.held.is_empty() && message.is_enough_of_client() =>
+            {
+                self.client_sends(message)?;
+                bytes.advance(HEADER_LEN + message.body.len());
+                Ok(())
+            }
+            _ => {
+                self.from_client.hold(bytes);
+                self.take_held()
+            }
+        }
+    }
+
+    /// Takes the client's message that is held, once enough of it is there.
+    fn take_held(&mut self) -> Result<(), Blocked> {
+        let held = std::mem::take(&mut self.from_client.held);
+        match Front::of(&held) {
+            Front::Message(message) if message.is_enough_of_client() => {
+                if let Err(blocked) = self.client_sends(message) {
+                    self.from_client.held = held;
+                    return Err(blocked);
+                }
+            }
+            Front::Invalid => {
+                self.from_client.is_lost = true;
+                self.to_server.extend_from_slice(&held);
+            }
+            Front::Message(_) | Front::Nothing => self.from_client.held = held,
+        }
+        Ok(())
+    }
+
+    fn client_sends(&mut self, message: Arrived<'_>) -> Result<(), Blocked> {
+        let Arrived { tag, length, body } = message;
+        let meaning = self.meaning();
+        let sent = self.client.statements.client_sends(
+            &mut self.record.statements,
+            ClientMessage { tag, length, body },
+            meaning,
+            &mut self.to_server,
+            &mut self.to_client,
+        );
+        self.is_blocked = sent.is_err();
+        let replaced = sent?;
+        let arrived = body.len();
+        self.to_server
+            .extend_from_slice(body.get(replaced..).unwrap_or_default());
+        self.from_client.removed = replaced.saturating_sub(arrived);
+        self.from_client.passed = length - replaced.max(arrived);
+        Ok(())
+    }
+
+    /// Takes what the server has sent. As many of its bytes as are returned are the client's as they are; what else it gets is
+    /// appended to `to_client`.
+    fn take_from_server(&mut self, chunk: &[u8]) -> usize {
+        let mut bytes = chunk;
+        let mut unchanged = 0;
+        while !bytes.is_empty() {
+            let passed = self.from_server.take_rest(&mut bytes);
+            if !passed.is_empty() {
+                let at = chunk.len() - bytes.len() - passed.len();
+                self.emit(passed, Some(at), &mut unchanged);
+                continue;
+            }
+            let at = chunk.len() - bytes.len();
+            let is_whole = |bytes| match Front::of(bytes) {
+                Front::Message(message) => message.is_enough_of_server().then_some(message),
+                Front::Nothing | Front::Invalid => None,
+            };
+            if self.from_server.held.is_empty()
+                && let Some(message) = is_whole(bytes)
+            {
+                let (frame, rest) = bytes.split_at(HEADER_LEN + message.body.len());
+                bytes = rest;
+                self.server_sends(message, frame, Some(at), &mut unchanged);
+                continue;
+            }
+            self.from_server.hold(&mut bytes);
+            let held = std::mem::take(&mut self.from_server.held);
+            match Front::of(&held) {
+                Front::Message(message) if message.is_enough_of_server() => {
+                    self.server_sends(message, &held, None, &mut unchanged);
+                }
+                Front::Invalid => {
+                    self.from_server.is_lost = true;
+                    self.emit(&held, None, &mut unchanged);
+                }
+                Front::Message(_) | Front::Nothing => self.from_server.held = held,
+            }
+        }
+        unchanged
+    }
+
+    fn server_sends(
+        &mut self,
+        message: Arrived<'_>,
+        frame: &[u8],
+        at: Option<usize>,
+        unchanged: &mut usize,
+    ) {
+        let Arrived { tag, length, body } = message;
+        let left = length - body.len();
+        let mut behind = BytesMut::new();
+        let passage = match tag {
+            // The most frequent ones.
+            tag::DATA_ROW | tag::COPY_DATA => Passage::Pass,
+            _ => {
+                self.note_definition(tag, body);
+                let servers = &mut self.record.statements;
+                let statements = &mut self.client.statements;
+                let passage = statements.server_sends(servers, tag, body, &mut behind);
+                self.follow_settings(tag, frame);
+                passage
+            }
+        };
+        match passage {
+            Passage::Pass => {
+                self.from_server.passed = left;
+                self.emit(frame, at, unchanged);
+            }
+            Passage::Drop => self.from_server.removed = left,
+        }
+        self.to_client.extend_from_slice(&behind);
+    }
+
+    /// Statements that are prepared from now on may mean something else.
+    fn note_definition(&mut self, tag: u8, body: &[u8]) {
+        let is_definition = match tag {
+            tag::COMMAND_COMPLETE => {
+                let text = body.strip_suffix(b"\0").unwrap_or_default();
+                Command::of(text) == Command::Definition
+            }
+            // Another client may have prepared one before this was committed.
+            tag::READY_FOR_QUERY => body == b"I" && self.is_defining,
+            _ => return,
+        };
+        if is_definition {
+            self.is_defining = tag == tag::COMMAND_COMPLETE;
+            let epoch = &self.record.slot.pool().epoch;
+            epoch.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// Follows the settings of the session by a message of the server.
+    fn follow_settings(&mut self, tag: u8, frame: &[u8]) {
+        let body = frame_body(frame);
+        match tag {
+            tag::PARAMETER_STATUS => {
+                let Some((name, before)) = self.record.reported.replace(frame) else {
+                    return;
+                };
+                if self.reported.iter().all(|(it, _)| *it != name) {
+                    self.reported.push((name, before));
+                }
+            }
+            tag::COMMAND_COMPLETE => {
+                let text = self.client.statements.take_completed();
+                let command = Command::of(body.strip_suffix(b"\0").unwrap_or_default());
+                if matches!(command, Command::Other | Command::Definition) {
+                    return;
+                }
+                let dialect = Dialect {
+                    backslash: Backslash::Plain,
+                    is_utf8: self.reports(CLIENT_ENCODING, "UTF8"),
+                };
+                let text = text.unwrap_or_default();
+                let statement = statements(&text, dialect.backslash).next();
+                let changes = &mut self.client.changes;
+                let completed = changes.complete(command, statement.as_ref(), dialect);
+                self.learned(completed);
+            }
+            tag::ERROR_RESPONSE => self.client.changes.fail(),
+            tag::READY_FOR_QUERY => {
+                let status = match body {
+                    b"I" => TransactionStatus::Idle,
+                    b"T" => TransactionStatus::InTransaction,
+                    _ => TransactionStatus::Failed,
+                };
+                let changes = self.client.changes.ready(status);
+                if !changes.is_empty() {
+                    self.apply(&changes);
+                }
+                if status == TransactionStatus::Idle && !self.reported.is_empty() {
+                    self.check_reported(&changes);
+                }
+            }
+            _ => {}
+        }
+    }
+
+    fn apply(&mut self, changes: &[Change]) {
+        let none = Settings::default();
+        let table = Arc::clone(&self.record.slot.pool().settings_table);
+        let client = table.apply(&self.client.settings, &none, changes);
+        let server = table.apply(&self.record.settings, &none, changes);
+        let applied = match (client, server) {
+            (Ok(client), Ok(server)) => {
+                self.client.settings = client;
+                self.record.settings = server;
+                Ok(())
+            }
+            (Err(reason), _) | (_, Err(reason)) => Err(reason),
+        };
+        self.learned(applied);
+    }
+
+    /// Pins a client one of whose settings has been changed by something else than a SET, such as a function.
+    fn check_reported(&mut self, changes: &[Change]) {
+        for (name, before) in std::mem::take(&mut self.reported) {
+            let setting = name.to_ascii_lowercase();
+            let is_explained = self.record.reported.value(&name) == before.as_deref()
+                || changes.iter().any(|change| change.concerns(&setting))
+                // By the server.
+                || setting == "in_hot_standby";
+            if !is_explained {
+                self.learned(Err(PinReason::Settings));
+            }
+        }
+        self.client.reported = self.record.reported.frames();
+        if self.reports("standard_conforming_strings", "off") {
+            self.learned(Err(PinReason::Unparsed));
+        }
+        let encoding = self.record.reported.value(CLIENT_ENCODING);
+        if !is_ascii_safe(&String::from_utf8_lossy(encoding.unwrap_or_default())) {
+            self.learned(Err(PinReason::Encoding));
+        }
+    }
+
+    fn reports(&self, name: &str, value: &str) -> bool {
+        self.record.reported.value(name) == Some(value.as_bytes())
+    }
+
+    fn learned(&mut self, result: Result<(), PinReason>) {
+        if let Err(reason) = result {
+            self.client.pin.get_or_insert(reason);
+        }
+    }
+
+    /// Passes bytes to the client: in place, if they stand at this position, behind others that all pass.
+    fn emit(&mut self, bytes: &[u8], at: Option<usize>, unchanged: &mut usize) {
+        if at == Some(*unchanged) && self.to_client.is_empty() {
+            *unchanged += bytes.len();
+        } else {
+            self.to_client.extend_from_slice(bytes);
+        }
+    }
+
+    /// Writes what is to be written, and what can be sent of a message that had to wait.
+    fn poll_send(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        loop {
+            while !self.to_server.is_empty() {
+                let written = ready!(Pin::new(&mut *self.stream).poll_write(cx, &self.to_server))?;
+                if written == 0 {
+                    return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
+                }
+                self.to_server.advance(written);
+            }
+            // A client at rest holds no buffer.
+            self.to_server = BytesMut::new();
+            if !self.is_blocked || self.from_client.held.is_empty() {
+                return Poll::Ready(Ok(()));
+            }
+            if self.take_held().is_err() && self.to_server.is_empty() {
+                return self.poll_answer(cx);
+            }
+        }
+    }
+
+    /// What was sent must reach the server, so that it answers. Its answer wakes the task.
+    fn poll_answer(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        ready!(Pin::new(&mut *self.stream).poll_flush(cx))?;
+        Poll::Pending
+    }
+}
+
+impl AsyncRead for SharedStream<'_> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        space: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        loop {
+            if !self.to_client.is_empty() {
+                let length = self.to_client.len().min(space.remaining());
+                space.put_slice(&self.to_client.split_to(length));
+                if self.to_client.is_empty() {
+                    self.to_client = BytesMut::new();
+                }
+                return Poll::Ready(Ok(()));
+            }
+            if self.has_ended {
+                return Poll::Ready(Ok(()));
+            }
+            let before = space.filled().len();
+            ready!(Pin::new(&mut *self.stream).poll_read(cx, space))?;
+            let received = space.filled().get(before..).unwrap_or_default();
+            if received.is_empty() {
+                // In the middle of a message perhaps.
+                self.has_ended = true;
+                self.to_client = std::mem::take(&mut self.from_server.held);
+                continue;
+            }
+            let unchanged = self.take_from_server(received);
+            space.set_filled(before + unchanged);
+            if self.is_blocked {
+                cx.waker().wake_by_ref();
+            }
+            if unchanged > 0 {
+                return Poll::Ready(Ok(()));
+            }
+        }
+    }
+}
+
+impl AsyncWrite for SharedStream<'_> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        let mut rest = bytes;
+        loop {
+            ready!(self.poll_send(cx))?;
+            while !rest.is_empty() && self.take_from_client(&mut rest).is_ok() {}
+            let taken = bytes.len() - rest.len();
+            if taken > 0 {
+                // An error comes again with the next write, and what is left is written by the flush.
+                let _ = self.poll_send(cx);
+                return Poll::Ready(Ok(taken));
+            }
+            if bytes.is_empty() {
+                return Poll::Ready(Ok(0));
+            }
+            if self.to_server.is_empty() {
+                ready!(self.poll_answer(cx))?;
+            }
+        }
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        ready!(self.poll_send(cx))?;
+        Pin::new(&mut *self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        ready!(self.poll_send(cx))?;
+        Pin::new(&mut *self.stream).poll_shutdown(cx)
+    }
+}
+
+impl Transport for SharedStream<'_> {
+    fn socket(&self) -> Option<&Socket> {
+        self.stream.socket()
+    }
+}
