@@ -150,13 +150,13 @@ impl Arrived<'_> {
 
     /// Whether enough of a client's message is there to know what becomes of it.
     fn is_enough_of_client(&self) -> bool {
-        let strings = self.body.iter().filter(|&&byte| byte == 0).count();
+        let has_strings = |count| self.body.split(|&byte| byte == 0).nth(count).is_some();
         match self.tag {
             _ if self.is_whole() || self.body.len() >= MAX_HELD => true,
-            tag::PARSE if self.length > LARGE_STATEMENT => strings >= 1,
+            tag::PARSE if self.length > LARGE_STATEMENT => has_strings(1),
             tag::QUERY => self.length > LARGE_STATEMENT,
             // The names of the portal and of the statement.
-            tag::BIND => strings >= 2,
+            tag::BIND => has_strings(2),
             tag::PARSE | tag::DESCRIBE | tag::EXECUTE | tag::CLOSE => false,
             _ => true,
         }
@@ -254,10 +254,10 @@ impl<'a> SharedStream<'a> {
         self.from_client.is_lost || self.from_server.is_lost || self.client.statements.is_lost()
     }
 
-    fn meaning(&self) -> Meaning {
+    fn meaning(&self, tag: u8) -> Meaning {
         let client = &self.client;
         let mut scope = client.scope;
-        if client.changes.is_pending() {
+        if client.changes.is_pending() || tag == tag::PARSE && client.statements.is_setting() {
             // Perhaps a setting that decides it, and only for now.
             scope = self.record.slot.pool().texts.number();
         } else if client.settings != Settings::default() {
@@ -314,7 +314,7 @@ impl<'a> SharedStream<'a> {
 
     fn client_sends(&mut self, message: Arrived<'_>) -> Result<(), Blocked> {
         let Arrived { tag, length, body } = message;
-        let meaning = self.meaning();
+        let meaning = self.meaning(tag);
         let sent = self.client.statements.client_sends(
             &mut self.record.statements,
             ClientMessage { tag, length, body },
@@ -573,6 +573,14 @@ impl AsyncRead for SharedStream<'_> {
             if self.has_ended {
                 return Poll::Ready(Ok(()));
             }
+            if self.client.statements.is_lost() && !self.record.statements.is_exclusive() {
+                // Whatever follows might be taken for another answer.
+                tracing::warn!(
+                    connection = self.record.id,
+                    "the server's answers do not fit the requests; the session is closed"
+                );
+                return Poll::Ready(Err(io::ErrorKind::InvalidData.into()));
+            }
             let before = space.filled().len();
             ready!(Pin::new(&mut *self.stream).poll_read(cx, space))?;
             let received = space.filled().get(before..).unwrap_or_default();
@@ -584,7 +592,7 @@ impl AsyncRead for SharedStream<'_> {
             }
             let unchanged = self.take_from_server(received);
             space.set_filled(before + unchanged);
-            if self.is_blocked {
+            if self.is_blocked || self.client.statements.is_lost() {
                 cx.waker().wake_by_ref();
             }
             if unchanged > 0 {

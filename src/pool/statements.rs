@@ -317,6 +317,12 @@ impl ClientStatements {
         self.completed.take()
     }
 
+    /// Whether a statement in flight changes settings.
+    pub(super) fn is_setting(&self) -> bool {
+        let mut queue = self.queue.iter();
+        queue.any(|it| matches!(&it.effect, Effect::Sql(sql) if sql.iter().any(Option::is_some)))
+    }
+
     /// Named statements.
     pub fn len(&self) -> usize {
         self.names.len()
@@ -410,12 +416,20 @@ impl ClientStatements {
         };
         let is_end = match (&front.awaits, kind) {
             (Awaits::Query, tag::COMMAND_COMPLETE) => {
+                let is_copy = std::mem::take(&mut self.is_copying_in);
                 if let Effect::Sql(effects) = &mut front.effect
                     && !effects.is_empty()
                     && let Some(sql) = effects.remove(0)
                 {
                     self.forget(server, &sql);
                 }
+                if is_copy {
+                    self.end_copy_in();
+                }
+                false
+            }
+            (Awaits::Execute | Awaits::Query, tag::COPY_IN_RESPONSE) => {
+                self.is_copying_in = true;
                 false
             }
             (Awaits::Query, _) | (Awaits::Execute, tag::COPY_OUT_RESPONSE | tag::COPY_DONE) => {
@@ -445,10 +459,6 @@ impl ClientStatements {
                 }
                 true
             }
-            (Awaits::Execute, tag::COPY_IN_RESPONSE) => {
-                self.is_copying_in = true;
-                false
-            }
             _ => {
                 self.is_lost = true;
                 false
@@ -463,19 +473,15 @@ impl ClientStatements {
         passage
     }
 
-    /// Removes the Syncs that a COPY from the client has read before its CopyDone.
+    /// Removes the Syncs that a COPY from the client has read before its CopyDone. One that has failed may not have read them;
+    /// then their answers show it.
     fn end_copy_in(&mut self) {
-        let end = self
-            .queue
-            .iter()
-            .position(|it| matches!(it.awaits, Awaits::CopyEnd));
-        let Some(end) = end else {
-            self.is_lost = true;
-            return;
-        };
-        let is_read = |it: &Record| matches!(it.awaits, Awaits::Sync | Awaits::CopyEnd);
-        self.is_lost |= self.queue.range(1..=end).any(|it| !is_read(it));
-        self.queue.drain(1..=end);
+        let behind = || self.queue.iter().skip(1);
+        let syncs = behind().take_while(|it| matches!(it.awaits, Awaits::Sync));
+        let syncs = syncs.count();
+        let end = behind().nth(syncs).map(|it| &it.awaits);
+        let ends = usize::from(matches!(end, Some(Awaits::CopyEnd)));
+        self.queue.drain(1..=syncs + ends);
     }
 
     /// Ends the front message with success.
@@ -483,6 +489,13 @@ impl ClientStatements {
         let Some(record) = self.queue.pop_front() else {
             return;
         };
+        // The end of a COPY that there was not.
+        while matches!(
+            self.queue.front().map(|it| &it.awaits),
+            Some(Awaits::CopyEnd)
+        ) {
+            self.queue.pop_front();
+        }
         self.settle(server, &record);
         match record.effect {
             Effect::Parsed {
@@ -588,20 +601,15 @@ impl ClientStatements {
         body: &[u8],
         to_client: &mut BytesMut,
     ) -> Passage {
+        if std::mem::take(&mut self.is_copying_in) {
+            self.end_copy_in();
+        }
         match self.queue.front().map(|it| &it.awaits) {
             // Of a commit, or the reason for the end of the connection.
             None | Some(Awaits::Sync | Awaits::Query) => {
                 return self.show_error(body, to_client);
             }
             Some(_) => {}
-        }
-        if std::mem::take(&mut self.is_copying_in) {
-            // Whether it had read the Syncs behind it is not known.
-            self.is_lost |= self
-                .queue
-                .iter()
-                .any(|it| matches!(it.awaits, Awaits::CopyEnd))
-                || matches!(self.queue.get(1).map(|it| &it.awaits), Some(Awaits::Sync));
         }
         let passage = self.show_error(body, to_client);
         let Some(front) = self.queue.pop_front() else {
@@ -657,8 +665,28 @@ impl ClientStatements {
                 without_position(body, to_client);
                 Passage::Drop
             }
-            _ => Passage::Pass,
+            _ => match self.with_name_of_client(body) {
+                Some(renamed) => {
+                    put(to_client, tag::ERROR_RESPONSE, &[&renamed], 0);
+                    Passage::Drop
+                }
+                None => Passage::Pass,
+            },
         }
+    }
+
+    /// An error that names the front message's statement, by the name that the client knows.
+    fn with_name_of_client(&self, body: &[u8]) -> Option<Vec<u8>> {
+        let number = self.queue.front()?.statement?;
+        let (name, _) = self
+            .names
+            .iter()
+            .find(|(_, it)| it.statement.number == number)?;
+        let of_pool = [b"\"", &shared_name(number)[..], b"\""].concat();
+        let at = body.windows(of_pool.len()).position(|it| it == of_pool)?;
+        let (before, rest) = body.split_at(at);
+        let behind = rest.get(of_pool.len()..)?;
+        Some([before, b"\"", name, b"\"", behind].concat())
     }
 
     /// Appends the answers whose turn it is.
@@ -723,6 +751,11 @@ impl ClientStatements {
     fn has_earlier_unit(&self) -> bool {
         self.queue.front().is_some_and(|it| it.unit != self.unit)
     }
+}
+
+/// The name of the pool's for a statement.
+fn shared_name(number: u64) -> Box<[u8]> {
+    format!("lbp_{number}").into_bytes().into()
 }
 
 /// Appends a message whose last `rest` bytes follow.

@@ -281,7 +281,7 @@ const PARAMETERS: &[(&str, usize)] = &[
 ];
 
 /// Whether an unnamed statement is used again by a later request, which shared connections do not allow yet.
-const REUSES_UNNAMED: bool = false;
+const REUSES_UNNAMED: bool = true;
 
 /// What a program has more than plain statements.
 struct Flavor {

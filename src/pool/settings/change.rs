@@ -125,9 +125,9 @@ fn of_reset(tokens: &[Token<'_>]) -> Result<Vec<Change>, PinReason> {
 fn of_set(tokens: &[Token<'_>], dialect: Dialect) -> Result<Vec<Change>, PinReason> {
     let is = |at: usize, word: &str| tokens.get(at).is_some_and(|it| it.is_word(word));
     // `local` and `session` may be names themselves.
-    let is_name = tokens.get(1).is_some_and(|it| {
-        it.is_word("to") || matches!(it.kind, Kind::Symbol(b'=' | b'.'))
-    });
+    let is_name = tokens
+        .get(1)
+        .is_some_and(|it| it.is_word("to") || matches!(it.kind, Kind::Symbol(b'=' | b'.')));
     if is(0, "local") && !is_name {
         return Ok(Vec::new());
     }

@@ -7,7 +7,7 @@ use bytes::BytesMut;
 use super::{
     Awaits, Blocked, ClientMessage, ClientStatements, Effect, LARGE_STATEMENT, Latest, Lookup,
     MAX_CHARGE, MAX_NAMES, Meaning, POISON, Prepared, Record, ServerStatements, Shown, Sql, put,
-    split_string,
+    shared_name, split_string,
 };
 use crate::protocol::{
     error::{Report, sqlstate},
@@ -107,9 +107,9 @@ impl Sending<'_> {
             }
             tag::COPY_DONE | tag::COPY_FAIL => {
                 let sent = self.forward(message);
-                let front = self.client.queue.front().map(|it| &it.awaits);
-                if matches!(front, Some(Awaits::Execute)) {
-                    self.client.is_lost |= !self.client.is_copying_in;
+                let mut queue = self.client.queue.iter();
+                // A stray one is ignored by the server.
+                if queue.any(|it| matches!(it.awaits, Awaits::Execute | Awaits::Query)) {
                     self.record(Awaits::CopyEnd, Shown::All, Effect::None);
                 }
                 Ok(sent)
@@ -383,7 +383,7 @@ impl Sending<'_> {
                 // By the name that the server has it by.
                 let shared = match self.client.lookup(name) {
                     Lookup::Uncertain => return Err(Blocked),
-                    Lookup::Absent => shared_name(0),
+                    Lookup::Absent => self.name_by_sql(name),
                     Lookup::Present(prepared) => {
                         self.ensure(&prepared)?;
                         self.name(&prepared)
@@ -580,10 +580,15 @@ impl Sending<'_> {
             if self.client.has_earlier_unit() {
                 return Err(Blocked);
             }
-            let found = self.client.lookup(name);
-            self.deallocate(name, &found)?;
-            self.end_unit();
-            return Ok(message.length);
+            match self.client.lookup(name) {
+                // Prepared by SQL, or not at all.
+                Lookup::Absent if !self.is_of_pool(name) => {}
+                found => {
+                    self.deallocate(name, &found)?;
+                    self.end_unit();
+                    return Ok(message.length);
+                }
+            }
         }
         let sent = self.forward(message);
         self.record(Awaits::Query, Shown::All, Effect::Sql(effects));
@@ -618,7 +623,7 @@ impl Sending<'_> {
                 let sql = Sql::Deallocate(name.into());
                 (self.name(statement), vec![Some(sql)])
             }
-            // The server has perhaps a statement of the client's name, but this one never.
+            // The server has a statement of the pool's by that name, which is not the client's.
             _ => (shared_name(0), Vec::new()),
         };
         let sql = deallocate(&shared);
@@ -626,6 +631,22 @@ impl Sending<'_> {
         let shown = Shown::Instead(unknown_statement(name).encode_error());
         self.record(Awaits::Query, shown, Effect::Sql(effects));
         Ok(())
+    }
+
+    /// Whether a statement of other clients may have this name.
+    fn is_of_pool(&self, name: &[u8]) -> bool {
+        // What the connection's first client has prepared has its own names.
+        let mut known = self.server.known.values();
+        name.starts_with(b"lbp_") || known.any(|it| *it.name == *name)
+    }
+
+    /// The name for a statement that the client has not prepared by the protocol: one that SQL has prepared, or none.
+    fn name_by_sql(&self, name: &[u8]) -> Box<[u8]> {
+        if self.is_of_pool(name) {
+            shared_name(0)
+        } else {
+            name.into()
+        }
     }
 
     /// Has the server fail as it would for `report`.
@@ -655,8 +676,4 @@ fn unknown_statement(name: &[u8]) -> Report {
 fn deallocate(name: &[u8]) -> Vec<u8> {
     let name = String::from_utf8_lossy(name).replace('"', "\"\"");
     format!("DEALLOCATE \"{name}\"").into_bytes()
-}
-
-fn shared_name(number: u64) -> Box<[u8]> {
-    format!("lbp_{number}").into_bytes().into()
 }

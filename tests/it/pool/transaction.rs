@@ -254,10 +254,7 @@ async fn a_setting_that_the_server_refuses_later_fails_the_request_alone() {
     superuser.batch_execute(&revoke).await.unwrap();
     for _ in 0..2 {
         let error = one.simple_query("select 1").await.unwrap_err();
-        assert_eq!(
-            error.code(),
-            Some(&SqlState::INSUFFICIENT_PRIVILEGE)
-        );
+        assert_eq!(error.code(), Some(&SqlState::INSUFFICIENT_PRIVILEGE));
         assert_eq!(value(&other, "select current_user").await, user);
     }
     let drop = "drop role for_a_while";
