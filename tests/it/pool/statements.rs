@@ -113,7 +113,7 @@ async fn statements_of_the_same_name_stay_apart() {
     }
     within("the clients", clients.join_all()).await;
     assert!(emulator.counts().logins <= 2);
-    assert_eq!(proxy.pins(PinReason::Prepared), 0);
+    assert_eq!(proxy.pins(PinReason::LargeStatement), 0);
 }
 
 #[tokio::test]
