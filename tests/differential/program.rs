@@ -136,8 +136,8 @@ const TRANSACTIONS: &[&str] = &[
     "begin; savepoint a; select 1",
     "set transaction read only",
     "set local work_mem = '3MB'",
-    "set local app.user = 'local'",
-    "select set_config('app.user', 'local too', true)",
+    "set local app.owner = 'local'",
+    "select set_config('app.owner', 'local too', true)",
     "set constraints all deferred",
     "select pg_advisory_xact_lock({n}, 1)",
     "create temp table g (a int) on commit drop",
@@ -149,10 +149,10 @@ const SETTINGS: &[&str] = &[
     "set session work_mem = '7MB'",
     "set work_mem to default",
     "reset work_mem",
-    "set app.user = 'mine'",
-    "set app.user = 'it''s'",
-    "set \"app\".user to e'\\x41'",
-    "reset app.user",
+    "set app.owner = 'mine'",
+    "set app.owner = 'it''s'",
+    "set \"app\".owner to e'\\x41'",
+    "reset app.owner",
     "set search_path = d{n}",
     "set search_path = d{n}b, public",
     "set schema 'd{n}b'",
@@ -183,18 +183,18 @@ const SETTINGS: &[&str] = &[
     "reset session authorization",
     "reset all",
     "reset all",
-    "set work_mem = '8MB'; set app.user = 'second'",
+    "set work_mem = '8MB'; set app.owner = 'second'",
     "begin; set work_mem = '9MB'; rollback",
     "begin; set work_mem = '10MB'; commit",
     "begin; savepoint a; set work_mem = '11MB'; rollback to a; commit",
     "set work_mem = '12MB'; select 1 / 0",
-    "select 1; set app.user = 'third'",
+    "select 1; set app.owner = 'third'",
 ];
 
 const LOOKS: &[&str] = &[
     "show work_mem",
     // A custom setting that a backend has had is empty ever after, and not null: RESET does not undo that.
-    "select current_setting('work_mem'), coalesce(current_setting('app.user', true), '')",
+    "select current_setting('work_mem'), coalesce(current_setting('app.owner', true), '')",
     "show search_path",
     "select a from u",
     "select current_user, current_schema()",
@@ -259,9 +259,9 @@ const STATE: &[&str] = &[
     "select nextval('d{n}.s')",
     "select currval('d{n}.s')",
     "select setval('d{n}.s', 40)",
-    "select set_config('app.user', 'configured', false)",
+    "select set_config('app.owner', 'configured', false)",
     "do 'begin set work_mem = ''13MB''; end'",
-    "do 'begin perform set_config(''app.user'', ''within'', false); end'",
+    "do 'begin perform set_config(''app.owner'', ''within'', false); end'",
     "do 'begin execute ''select pg_adv'' || ''isory_lock({n}, 4)''; end'",
     "select setseed(0.25); select random()",
     "load 'plpgsql'",
@@ -279,9 +279,6 @@ const PARAMETERS: &[(&str, usize)] = &[
     ("select g from generate_series(1, $1::int * 3) g", 1),
     ("select 100 / ($1::int - 1)", 1),
 ];
-
-/// Whether an unnamed statement is used again by a later request, which shared connections do not allow yet.
-const REUSES_UNNAMED: bool = true;
 
 /// What a program has more than plain statements.
 struct Flavor {
@@ -355,42 +352,32 @@ impl Program {
 }
 
 /// Removes the uses of an unnamed portal of an earlier request: Postgres 15 reads freed memory if that was a Query that failed.
-/// And those of an unnamed statement, unless [`REUSES_UNNAMED`].
+/// And those of an unnamed statement that may be a COPY, whose data would not follow.
 fn remove_unbound(steps: &mut [Step]) {
-    let mut is_bound = false;
-    // Whether a Bind may follow, and whether it may in the next request: the Parse behind an error is skipped.
-    let (mut is_fresh, mut is_first, mut is_kept) = (false, true, false);
-    for step in steps {
-        step.messages.retain(|message| {
-            let is_request_first = std::mem::take(&mut is_first);
-            match message {
-                Message::Parse { name: "", .. } => {
-                    is_fresh = true;
-                    is_kept = is_request_first;
-                }
-                Message::Bind { statement: "", .. } | Message::DescribeStatement("")
-                    if !is_fresh && !REUSES_UNNAMED =>
-                {
-                    return false;
-                }
-                Message::Bind {
-                    portal, statement, ..
-                } => {
-                    is_kept &= !statement.is_empty();
-                    is_bound |= portal.is_empty();
-                }
-                Message::DescribePortal("") | Message::Execute { portal: "", .. } => {
-                    return is_bound;
-                }
-                Message::Sync | Message::Query(_) | Message::FunctionCall(_) => {
-                    is_first = true;
-                    is_fresh = std::mem::take(&mut is_kept);
-                    is_bound = false;
-                }
-                _ => {}
+    let (mut is_parsed, mut is_bound, mut has_copy) = (false, false, false);
+    for message in steps.iter_mut().flat_map(|step| &mut step.messages) {
+        let is_kept = match message {
+            Message::Parse { name: "", sql } => {
+                is_parsed = true;
+                has_copy |= sql.starts_with("copy") && sql.ends_with("stdin");
+                true
             }
-            true
-        });
+            Message::Bind { statement: "", .. } if has_copy && !is_parsed => false,
+            Message::Bind { portal: "", .. } => {
+                is_bound = true;
+                true
+            }
+            Message::DescribePortal("") | Message::Execute { portal: "", .. } => is_bound,
+            Message::Sync | Message::Query(_) | Message::FunctionCall(_) => {
+                (is_parsed, is_bound) = (false, false);
+                true
+            }
+            _ => true,
+        };
+        if !is_kept {
+            // It changes nothing.
+            *message = Message::Flush;
+        }
     }
 }
 
@@ -509,7 +496,8 @@ impl Generator {
         let message = match self.rng.random_range(0..8) {
             0 => self.parse(statement),
             1 => self.bind(portal, statement),
-            2 => Message::DescribeStatement(statement),
+            // One with a name is not described in a failed transaction, where a shared connection may lack it.
+            2 => Message::DescribeStatement(""),
             3 => Message::DescribePortal(portal),
             4 => Message::Execute { portal, rows: 1 },
             5 => Message::CloseStatement(statement),

@@ -12,7 +12,7 @@ use tokio::{
 use super::program::Message;
 
 /// Far longer than any statement takes, and than other clients' pins last.
-const TIMEOUT: Duration = Duration::from_mins(1);
+const TIMEOUT: Duration = Duration::from_secs(30);
 
 trait Stream: AsyncRead + AsyncWrite + Unpin + Send {}
 impl<S: AsyncRead + AsyncWrite + Unpin + Send> Stream for S {}
@@ -25,6 +25,7 @@ pub(super) struct Wire {
     parameters: BTreeMap<String, String>,
     /// After an error in an extended query, up to the next Sync.
     is_skipping: bool,
+    has_failed: bool,
 }
 
 /// The end of a connection, or none within [`TIMEOUT`], as the last reply of a step.
@@ -57,6 +58,7 @@ impl Wire {
             buffer: BytesMut::new(),
             parameters: BTreeMap::new(),
             is_skipping: false,
+            has_failed: false,
         };
         let body =
             format!("user\0{user}\0database\0{database}\0application_name\0differential\0\0");
@@ -170,6 +172,11 @@ impl Wire {
                 tag = self.until_one_of("C", replies).await?;
             }
             self.is_skipping = tag == 'E';
+            if self.is_skipping && self.has_failed {
+                // Which of several errors is first depends on whether the connection has the statement.
+                replies.pop();
+                replies.push("E in a failed transaction".to_owned());
+            }
         }
         Ok(())
     }
@@ -205,6 +212,9 @@ impl Wire {
                 self.parameters.insert(name, value);
             }
         } else {
+            if tag == 'Z' {
+                self.has_failed = body == "E";
+            }
             replies.push(shown(tag, body));
         }
         Ok(tag)
