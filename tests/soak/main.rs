@@ -107,11 +107,12 @@ impl Stage {
     }
 }
 
-const SCENARIOS: [&str; 16] = [
+const SCENARIOS: [&str; 17] = [
     "copy-out",
     "copy-in",
     "value",
     "slow-reader",
+    "volume-transaction",
     "churn",
     "canary",
     "canary-transaction",
@@ -184,7 +185,7 @@ fn main() -> ExitCode {
             }
             let more = match name {
                 "canary" => canary::arguments("session"),
-                "canary-transaction" => canary::arguments("transaction"),
+                "canary-transaction" | "volume-transaction" => canary::arguments("transaction"),
                 _ => Vec::new(),
             };
             let stage = Stage::set(&program, &more).await;
@@ -193,6 +194,7 @@ fn main() -> ExitCode {
                 "copy-in" => volume::copy_in(&stage).await,
                 "value" => volume::one_value(&stage).await,
                 "slow-reader" => volume::slow_reader(&stage).await,
+                "volume-transaction" => volume::of_shared(&stage).await,
                 "churn" => churn::churn(&stage).await,
                 "canary" => canary::clients(&stage, duration, false).await,
                 "canary-transaction" => canary::clients(&stage, duration, true).await,

@@ -108,6 +108,51 @@ pub(crate) async fn one_value(stage: &Stage) {
     report(stage, VALUE, began);
 }
 
+/// Through a pool whose connections clients share.
+pub(crate) async fn of_shared(stage: &Stage) {
+    copy_out(stage).await;
+    copy_in(stage).await;
+    one_value(stage).await;
+    value_in(stage).await;
+}
+
+/// A parameter that no buffer should hold as a whole.
+async fn value_in(stage: &Stage) {
+    let mut client = Wire::connect(stage.postgres).await.unwrap();
+    let began = Instant::now();
+    let parse = message(b'P', b"\0select octet_length($1::bytea)\0\0\0");
+    client.send(&parse).await.unwrap();
+    // As binary.
+    let head = [
+        &b"\0\0\0\x01\0\x01\0\x01"[..],
+        &u32::try_from(VALUE).unwrap().to_be_bytes(),
+    ]
+    .concat();
+    let length = u32::try_from(4 + head.len() + VALUE + 2).unwrap();
+    let bind = [&b"B"[..], &length.to_be_bytes(), &head].concat();
+    client.send(&bind).await.unwrap();
+    let block = vec![b'x'; 1 << 20];
+    for _ in 0..VALUE >> 20 {
+        client.send(&block).await.unwrap();
+    }
+    client
+        .send(b"\0\0E\0\0\0\x09\0\0\0\0\0S\0\0\0\x04")
+        .await
+        .unwrap();
+    let mut tags = Vec::new();
+    while tags.last() != Some(&b'Z') {
+        let (tag, length) = client.header().await.unwrap();
+        let body = client.body(length).await.unwrap();
+        if tag == b'D' {
+            assert_eq!(&body[6..], VALUE.to_string().as_bytes());
+        }
+        tags.push(tag);
+    }
+    assert_eq!(tags, b"12DCZ");
+    client.terminate().await.unwrap();
+    report(stage, VALUE, began);
+}
+
 pub(crate) async fn slow_reader(stage: &Stage) {
     let mut client = Wire::connect(stage.postgres).await.unwrap();
     let sql = format!("COPY (SELECT repeat('x', {ROW}) FROM generate_series(1, {ROWS})) TO STDOUT");
