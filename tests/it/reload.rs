@@ -816,3 +816,60 @@ async fn another_pool_mode_is_for_new_clients() {
     })
     .await;
 }
+
+/// Connected clients keep their mode, and the connections of a larger pool close as they come to rest.
+#[tokio::test]
+async fn clients_that_share_connections_outlive_reloads() {
+    let emulator = harness::emulator().await;
+    let file = |mode: &str, size: u32| {
+        format!("pool_mode = '{mode}'\nspare_pool_size = 0\ndefault_pool_size = {size}\n")
+    };
+    let mut setup = Setup::start(&emulator, &file("transaction", 6)).await;
+    let metrics = Arc::clone(setup.running.metrics());
+    let until = async |idle: i64, leased: i64| {
+        eventually("the connections", async || {
+            let servers = &metrics.pool_servers;
+            let now = (
+                servers[PoolServer::Idle].get(),
+                servers[PoolServer::Leased].get(),
+            );
+            (now == (idle, leased)).then_some(())
+        })
+        .await;
+    };
+    let mut clients = Vec::new();
+    for _ in 0..8 {
+        clients.push(session(setup.address()).await);
+    }
+    for client in &mut clients[..6] {
+        client.query("begin").await;
+    }
+    for client in &mut clients[..2] {
+        client.query("commit").await;
+    }
+    until(2, 4).await;
+    setup.change(&file("transaction", 2)).await;
+    until(0, 4).await;
+    for client in &mut clients[2..6] {
+        assert_eq!(client.value("select 1").await, "1");
+        client.query("commit").await;
+    }
+    until(2, 0).await;
+    for client in &mut clients {
+        assert_eq!(client.value("select 1").await, "1");
+    }
+    // A new client has a connection of its own, while the others go on as they were.
+    for (mode, leased) in [("session", 1), ("none", 0), ("transaction", 0)] {
+        setup.change(&file(mode, 2)).await;
+        let mut own = session(setup.address()).await;
+        own.query("select 1").await;
+        assert_eq!(
+            metrics.pool_servers[PoolServer::Leased].get(),
+            leased,
+            "{mode}"
+        );
+        for client in &mut clients {
+            assert_eq!(client.value("select 1").await, "1", "{mode}");
+        }
+    }
+}

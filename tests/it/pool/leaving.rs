@@ -5,6 +5,8 @@ use lakebase_proxy::telemetry::labels::Direction;
 use super::*;
 use crate::harness::wire::{Wire, extended};
 
+const MODES: [PoolMode; 2] = [PoolMode::Session, PoolMode::Transaction];
+
 #[tokio::test]
 async fn a_client_that_leaves_in_the_middle_of_a_request_leaves_no_connection_behind() {
     let (_emulator, proxy) = proxy(1).await;
@@ -26,7 +28,13 @@ async fn a_client_that_leaves_in_the_middle_of_a_request_leaves_no_connection_be
 
 #[tokio::test]
 async fn an_abandoned_query_is_cancelled_and_its_locks_are_released() {
-    let (emulator, proxy) = proxy(2).await;
+    for mode in MODES {
+        an_abandoned_query_is_cancelled_and_its_locks_are_released_in(mode).await;
+    }
+}
+
+async fn an_abandoned_query_is_cancelled_and_its_locks_are_released_in(mode: PoolMode) {
+    let (emulator, proxy) = proxy_in(mode, 2).await;
     let role = emulator.identities().app.name.clone();
     let mut wire = proxy.session().await;
     wire.send(&text('Q', "select pg_advisory_lock(77), pg_sleep(60)"))
@@ -82,7 +90,16 @@ impl Leave {
 
 #[tokio::test]
 async fn a_row_lock_of_a_client_that_left_is_released_at_once_and_the_connection_is_kept() {
-    let (emulator, proxy) = proxy(1).await;
+    for mode in MODES {
+        a_row_lock_of_a_client_that_left_is_released_at_once_and_the_connection_is_kept_in(mode)
+            .await;
+    }
+}
+
+async fn a_row_lock_of_a_client_that_left_is_released_at_once_and_the_connection_is_kept_in(
+    mode: PoolMode,
+) {
+    let (emulator, proxy) = proxy_in(mode, 1).await;
     let role = emulator.identities().app.name.clone();
     let table = "pool_row_lock";
     let mut wire = proxy.session().await;
@@ -130,8 +147,14 @@ async fn a_row_lock_of_a_client_that_left_is_released_at_once_and_the_connection
 /// Every one of them would leave the server in the middle of something.
 #[tokio::test]
 async fn leaving_anywhere_leaves_the_full_capacity_and_nothing_of_the_work() {
+    for mode in MODES {
+        leaving_anywhere_leaves_the_full_capacity_and_nothing_of_the_work_in(mode).await;
+    }
+}
+
+async fn leaving_anywhere_leaves_the_full_capacity_and_nothing_of_the_work_in(mode: PoolMode) {
     const SIZE: usize = 2;
-    let (emulator, proxy) = proxy(SIZE).await;
+    let (emulator, proxy) = proxy_in(mode, SIZE).await;
     let role = emulator.identities().app.name.clone();
     let mut wire = proxy.session().await;
     wire.query("create table pool_left (a text)").await;
@@ -179,7 +202,11 @@ async fn leaving_anywhere_leaves_the_full_capacity_and_nothing_of_the_work() {
         }
     }
     let clients = [proxy.client().await, proxy.client().await];
+    for client in &clients {
+        client.batch_execute("begin").await.unwrap();
+    }
     assert_ne!(pid(&clients[0]).await, pid(&clients[1]).await);
+    clients[0].batch_execute("commit").await.unwrap();
     clients[0]
         .batch_execute("drop table pool_left")
         .await
@@ -202,7 +229,13 @@ async fn leaving_anywhere_leaves_the_full_capacity_and_nothing_of_the_work() {
 
 #[tokio::test]
 async fn a_result_that_is_not_read_is_cancelled_and_not_drained() {
-    let (emulator, proxy) = proxy(1).await;
+    for mode in MODES {
+        a_result_that_is_not_read_is_cancelled_and_not_drained_in(mode).await;
+    }
+}
+
+async fn a_result_that_is_not_read_is_cancelled_and_not_drained_in(mode: PoolMode) {
+    let (emulator, proxy) = proxy_in(mode, 1).await;
     let role = emulator.identities().app.name.clone();
     let superuser = harness::superuser().await;
     for leave in [Leave::Fin, Leave::Reset] {
@@ -246,7 +279,13 @@ async fn a_client_that_leaves_at_its_login_leaves_the_connection_to_the_next_one
 
 #[tokio::test]
 async fn a_client_that_does_not_read_delays_no_other_client_and_fills_no_memory() {
-    let (_emulator, proxy) = proxy(4).await;
+    for mode in MODES {
+        a_client_that_does_not_read_delays_no_other_client_and_fills_no_memory_in(mode).await;
+    }
+}
+
+async fn a_client_that_does_not_read_delays_no_other_client_and_fills_no_memory_in(mode: PoolMode) {
+    let (_emulator, proxy) = proxy_in(mode, 4).await;
     let mut stalled = proxy.session().await;
     let copy = "copy (select repeat('x', 1000) from generate_series(1, 200000)) to stdout";
     stalled.send(&text('Q', copy)).await;
@@ -275,5 +314,5 @@ async fn a_client_that_does_not_read_delays_no_other_client_and_fills_no_memory(
     let rows = stalled.until('Z').await;
     assert_eq!(rows.iter().filter(|row| row.tag == 'd').count(), 200_000);
     drop(stalled);
-    proxy.until_idle(4).await;
+    proxy.until_at_rest().await;
 }

@@ -339,8 +339,10 @@ async fn a_flush_is_answered_while_another_client_waits_and_ends_no_lease() {
     .await;
     one.until('T').await;
     other.send(&text('Q', "select 'other'")).await;
-    sleep(Duration::from_millis(100)).await;
-    assert_eq!(proxy.metrics().pool_clients_waiting.get(), 1);
+    eventually("the other waits", async || {
+        (proxy.metrics().pool_clients_waiting.get() == 1).then_some(())
+    })
+    .await;
     one.send(&[plain_bound(), message('H', b"")].concat()).await;
     one.until('C').await;
     // An error in a block is due without a Sync or a Flush.
@@ -364,7 +366,7 @@ async fn a_flush_is_answered_while_another_client_waits_and_ends_no_lease() {
 
 #[tokio::test]
 async fn many_cancels_at_once_hit_their_own_requests() {
-    let (_emulator, proxy) = sharing(4).await;
+    let (emulator, proxy) = sharing(4).await;
     let mut clients = Vec::new();
     for _ in 0..4 {
         let mut wire = Wire::dial(proxy.address()).await;
@@ -379,7 +381,7 @@ async fn many_cancels_at_once_hit_their_own_requests() {
     spared
         .send(&text('Q', "select 'spared' from pg_sleep(2)"))
         .await;
-    sleep(Duration::from_millis(300)).await;
+    harness::until_running(&emulator.identities().app.name, 4).await;
     let mut requests = JoinSet::new();
     for turn in 0..40 {
         // That of the client at rest is among them.

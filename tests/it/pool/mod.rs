@@ -8,6 +8,7 @@ mod queue;
 mod reset;
 mod servers;
 mod settings;
+mod share;
 mod sleep;
 mod statements;
 mod transaction;
@@ -41,8 +42,16 @@ fn pooled(settings: &mut Settings, size: usize) {
 }
 
 async fn proxy(size: usize) -> (Emulator, Proxy) {
+    proxy_in(PoolMode::Session, size).await
+}
+
+async fn proxy_in(mode: PoolMode, size: usize) -> (Emulator, Proxy) {
     let emulator = harness::emulator().await;
-    let proxy = Proxy::with(&emulator, |settings| pooled(settings, size)).await;
+    let proxy = Proxy::with(&emulator, |settings| {
+        pooled(settings, size);
+        settings.pool_mode = Some(mode);
+    })
+    .await;
     (emulator, proxy)
 }
 

@@ -172,7 +172,13 @@ async fn a_burst_opens_eight_connections_at_once_and_the_next_as_soon_as_one_is_
 
 #[tokio::test]
 async fn a_burst_of_200_clients_opens_no_more_than_the_pool_has_and_serves_all() {
-    let (emulator, proxy) = proxy(20).await;
+    for mode in [PoolMode::Session, PoolMode::Transaction] {
+        a_burst_of_200_clients(mode).await;
+    }
+}
+
+async fn a_burst_of_200_clients(mode: PoolMode) {
+    let (emulator, proxy) = proxy_in(mode, 20).await;
     let burst: JoinSet<_> = (0..200)
         .map(|_| {
             let config = proxy.client_config();
@@ -184,6 +190,53 @@ async fn a_burst_of_200_clients_opens_no_more_than_the_pool_has_and_serves_all()
     assert!(opening <= 8 && open <= 20, "{opening} of {open}");
     assert!(emulator.counts().logins <= 20);
     assert_eq!(proxy.metrics().pool_clients_waiting.get(), 0);
+}
+
+/// Clients that are connected already, after all server connections have ended.
+#[tokio::test]
+async fn a_burst_of_200_requests_is_served_in_its_order_by_no_more_logins_than_connections() {
+    let (emulator, proxy) = proxy_in(PoolMode::Transaction, 20).await;
+    let mut clients = Vec::new();
+    for _ in 0..200 {
+        clients.push(proxy.session().await);
+    }
+    proxy.until_at_rest().await;
+    emulator.suspend().await;
+    proxy.until_idle(0).await;
+    let before = emulator.counts().logins;
+    let burst: JoinSet<_> = clients
+        .into_iter()
+        .map(|mut client| async move { client.value("select 1").await })
+        .collect();
+    let (answers, opening, open) = watched(&proxy, burst.join_all()).await;
+    assert_eq!(answers, ["1"; 200]);
+    assert!(opening <= 8 && open <= 20, "{opening} of {open}");
+    assert!(emulator.counts().logins <= before + 20);
+    // In their order, once there is one connection.
+    proxy.until_at_rest().await;
+    let (_emulator, proxy) = proxy_in(PoolMode::Transaction, 1).await;
+    let first = proxy.client().await;
+    let mut clients = Vec::new();
+    for _ in 0..20 {
+        clients.push(proxy.session().await);
+    }
+    first.batch_execute("begin").await.unwrap();
+    let served = Arc::new(Mutex::new(Vec::new()));
+    let mut waiting = JoinSet::new();
+    for (number, mut client) in (0..).zip(clients) {
+        let served = Arc::clone(&served);
+        waiting.spawn(async move {
+            client.query("select 1").await;
+            served.lock().unwrap().push(number);
+        });
+        eventually("it waits", async || {
+            (proxy.metrics().pool_clients_waiting.get() == number + 1).then_some(())
+        })
+        .await;
+    }
+    first.batch_execute("commit").await.unwrap();
+    within("the queue", waiting.join_all()).await;
+    assert_eq!(*served.lock().unwrap(), (0..20).collect::<Vec<_>>());
 }
 
 #[tokio::test]

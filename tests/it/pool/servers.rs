@@ -142,6 +142,57 @@ async fn a_setting_that_the_server_has_reloaded_is_in_the_next_welcome() {
     emulator.stop().await;
 }
 
+/// Each client is sent it once, whatever connection reports it, and a new client with its welcome.
+#[tokio::test]
+async fn a_setting_that_the_server_reloads_is_reported_to_each_connected_client_once() {
+    let (server, emulator) = harness::own_server().await;
+    let proxy = Proxy::with(&emulator, |settings| {
+        one(settings);
+        settings.pool_mode = Some(PoolMode::Transaction);
+    })
+    .await;
+    let mut clients = [
+        proxy.session().await,
+        proxy.session().await,
+        proxy.session().await,
+    ];
+    // One that sets its own keeps it.
+    clients[2].query("set datestyle = 'German'").await;
+    emulator
+        .execute("alter system set datestyle = 'SQL, DMY'")
+        .await
+        .unwrap();
+    emulator.execute("select pg_reload_conf()").await.unwrap();
+    eventually("the reload", async || {
+        let session = harness::superuser_of(&server).await;
+        (value(&session, "show datestyle").await == "SQL, DMY").then_some(())
+    })
+    .await;
+    for (number, client) in clients.iter_mut().enumerate() {
+        let mut reported = Vec::new();
+        for _ in 0..3 {
+            client.send(&text('Q', "select 1")).await;
+            let replies = within("an answer", client.until('Z')).await;
+            let of_style = replies
+                .into_iter()
+                .filter(|reply| reply.tag == 'S' && reply.body.starts_with(b"DateStyle"));
+            reported.extend(of_style.map(|reply| reply.body));
+        }
+        let expected: &[&[u8]] = match number {
+            2 => &[],
+            _ => &[b"DateStyle\0SQL, DMY\0"],
+        };
+        assert_eq!(reported, expected, "{number}");
+    }
+    assert_eq!(clients[2].value("show datestyle").await, "German, DMY");
+    let mut late = proxy.dial().await;
+    late.startup(&[("user", "anyone"), ("database", DATABASE)])
+        .await;
+    assert_eq!(late.welcome().await.parameters["DateStyle"], "SQL, DMY");
+    assert_eq!(emulator.counts().logins, 1, "{}", proxy.close_reasons());
+    emulator.stop().await;
+}
+
 /// The server reports it with the answer to the next request, which is the client's.
 #[tokio::test]
 async fn a_setting_that_the_server_reloads_while_idle_is_reported_to_the_next_client_once() {
@@ -180,7 +231,7 @@ async fn a_setting_that_the_server_reloads_while_idle_is_reported_to_the_next_cl
     emulator.stop().await;
 }
 
-/// Clients that connect, insert one row and leave, without a pause.
+/// Clients that insert one row after the other, without a pause, and connect again for each or after a loss.
 struct Ledger {
     is_over: Arc<AtomicBool>,
     /// The rows that were acknowledged, and those that were not.
@@ -188,7 +239,8 @@ struct Ledger {
 }
 
 impl Ledger {
-    async fn start(proxy: &Proxy) -> Self {
+    /// `stays` connected from one row to the next.
+    async fn start(proxy: &Proxy, stays: bool) -> Self {
         let client = proxy.client().await;
         client
             .batch_execute("create table pool_ledger (token text)")
@@ -196,7 +248,7 @@ impl Ledger {
             .unwrap();
         let is_over = Arc::<AtomicBool>::default();
         let clients = (0..30)
-            .map(|number| insert_rows(number, proxy.client_config(), Arc::clone(&is_over)))
+            .map(|number| insert_rows(number, proxy.client_config(), Arc::clone(&is_over), stays))
             .collect();
         Self { is_over, clients }
     }
@@ -228,18 +280,26 @@ async fn insert_rows(
     number: usize,
     config: tokio_postgres::Config,
     is_over: Arc<AtomicBool>,
+    stays: bool,
 ) -> (Vec<String>, Vec<String>) {
     let (mut done, mut unknown) = (Vec::new(), Vec::new());
+    let mut connected = None;
     for turn in 0.. {
         if is_over.load(Ordering::Relaxed) {
             break;
         }
         let token = format!("{number}-{turn}");
         // No login fails.
-        let client = connect(&config).await;
+        let client = match connected.take() {
+            Some(client) => client,
+            None => connect(&config).await,
+        };
         let insert = format!("insert into pool_ledger values ('{token}'); select pg_sleep(0.005)");
         match client.batch_execute(&insert).await {
-            Ok(()) => done.push(token),
+            Ok(()) => {
+                done.push(token);
+                connected = stays.then_some(client);
+            }
             Err(error) => {
                 // The server's reason, or ours where it sent none; tokio-postgres keeps none that came before the request.
                 let lost = [SqlState::ADMIN_SHUTDOWN, SqlState::CONNECTION_FAILURE];
@@ -256,13 +316,29 @@ async fn insert_rows(
 /// once.
 #[tokio::test]
 async fn clients_that_wait_notice_no_loss_and_no_acknowledged_row_is_lost_or_doubled() {
+    for mode in [PoolMode::Session, PoolMode::Transaction] {
+        losses(mode).await;
+    }
+}
+
+async fn losses(mode: PoolMode) {
     const SIZE: usize = 5;
     const LOSSES: u64 = 10;
-    let (emulator, proxy) = proxy(SIZE).await;
-    let ledger = Ledger::start(&proxy).await;
+    let (emulator, proxy) = proxy_in(mode, SIZE).await;
+    let ledger = Ledger::start(&proxy, mode == PoolMode::Transaction).await;
+    // A connected client at rest notices no loss, either.
+    let mut resting = Vec::new();
+    if mode == PoolMode::Transaction {
+        for _ in 0..10 {
+            resting.push(proxy.client().await);
+        }
+    }
     for _ in 0..LOSSES {
         sleep(Duration::from_millis(200)).await;
         emulator.terminate_sessions().await;
+    }
+    for client in &resting {
+        assert_eq!(value(client, "select 1").await, "1");
     }
     let lost = ledger.check(&proxy).await;
     let logins = emulator.counts().logins;
@@ -276,11 +352,21 @@ async fn clients_that_wait_notice_no_loss_and_no_acknowledged_row_is_lost_or_dou
 /// time, with waits that grow from 50 ms (ten in five seconds); then as many as connections were lost.
 #[tokio::test]
 async fn clients_that_wait_notice_no_restart_of_the_server() {
+    for mode in [PoolMode::Session, PoolMode::Transaction] {
+        restarts(mode).await;
+    }
+}
+
+async fn restarts(mode: PoolMode) {
     const SIZE: usize = 5;
     const RESTARTS: u64 = 3;
     let (server, emulator) = harness::own_server().await;
-    let proxy = Proxy::with(&emulator, |settings| pooled(settings, SIZE)).await;
-    let ledger = Ledger::start(&proxy).await;
+    let proxy = Proxy::with(&emulator, |settings| {
+        pooled(settings, SIZE);
+        settings.pool_mode = Some(mode);
+    })
+    .await;
+    let ledger = Ledger::start(&proxy, mode == PoolMode::Transaction).await;
     let leases = || proxy.metrics().pool_wait_seconds.get_sample_count();
     let busy = async || {
         let before = leases();
@@ -374,6 +460,43 @@ async fn a_pool_whose_credential_is_refused_serves_on_with_what_it_has() {
         proxy.client().await,
     ];
     assert_eq!(value(&four[3], "select 1").await, "1");
+}
+
+/// In `transaction` mode the refusal is an error of the request alone.
+#[tokio::test]
+async fn a_request_whose_login_is_refused_fails_and_its_session_goes_on() {
+    let (emulator, proxy) = proxy_in(PoolMode::Transaction, 4).await;
+    let mut clients = Vec::new();
+    for _ in 0..4 {
+        clients.push(proxy.session().await);
+    }
+    proxy.until_at_rest().await;
+    emulator.suspend().await;
+    proxy.until_idle(0).await;
+    // One connection each.
+    for client in &mut clients[..3] {
+        client.query("begin").await;
+    }
+    let refused = ServerError::fatal("28P01", "password authentication failed");
+    emulator
+        .faults()
+        .always(Site::Password, Action::Error(refused));
+    clients[3].send(&text('Q', "select 1")).await;
+    let replies = within("the refusal", clients[3].until('Z')).await;
+    let error = replies[0].error();
+    assert_eq!((&*error.code, &*error.severity), ("28P01", "ERROR"));
+    assert!(error.hint.is_some(), "{error:?}");
+    for client in &mut clients[..3] {
+        assert_eq!(client.value("select 1").await, "1");
+        client.query("commit").await;
+    }
+    // With a connection that is there, it needs no login.
+    assert_eq!(clients[3].value("select 2").await, "2");
+    emulator.faults().clear();
+    for client in &mut clients {
+        client.query("begin").await;
+    }
+    assert_eq!(clients[3].value("select 3").await, "3");
 }
 
 #[tokio::test]

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use lakebase_proxy::telemetry::labels::{CancelOutcome, PinReason};
-use tokio::time::{Instant, sleep};
+use tokio::time::Instant;
 use tokio_postgres::SimpleQueryMessage;
 
 use super::*;
@@ -358,7 +358,7 @@ async fn a_request_that_waits_too_long_fails_and_the_session_goes_on() {
 
 #[tokio::test]
 async fn a_cancel_reaches_its_own_request_or_its_place_in_the_queue() {
-    let (_emulator, proxy) = sharing(1).await;
+    let (emulator, proxy) = sharing(1).await;
     let mut one = Wire::dial(proxy.address()).await;
     one.startup(&[("user", "anyone")]).await;
     let key = one.welcome().await.key;
@@ -385,7 +385,7 @@ async fn a_cancel_reaches_its_own_request_or_its_place_in_the_queue() {
     other.simple_query("commit").await.unwrap();
     // At work; from then on the connection is its own, as the cancel may come late.
     one.send(&text('Q', "select pg_sleep(60)")).await;
-    until_sleeping(&proxy).await;
+    harness::until_running(&emulator.identities().app.name, 1).await;
     cancel(proxy.address(), key).await;
     let replies = one.until('Z').await;
     assert_eq!(
@@ -398,15 +398,6 @@ async fn a_cancel_reaches_its_own_request_or_its_place_in_the_queue() {
         "57014"
     );
     assert_eq!(one.value("select 3").await, "3");
-}
-
-async fn until_sleeping(proxy: &Proxy) {
-    eventually("the server is at work", async || {
-        (proxy.servers(PoolServer::Leased) == 1).then_some(())
-    })
-    .await;
-    // The query has been sent, and is to have begun.
-    sleep(Duration::from_millis(100)).await;
 }
 
 #[tokio::test]
