@@ -269,13 +269,14 @@ fn panel(addresses: &Addresses, emulator: &Emulator, arguments: &DemoArgs) -> St
         ),
     );
     line("", String::new());
+    let psql = psql(emulator);
     line(
         "Try",
-        format!("{bold}psql -h localhost -p {port} -c 'select content from notes'{bold:#}"),
+        format!("{bold}{psql} -h localhost -p {port} -c 'select content from notes'{bold:#}"),
     );
     line(
         "",
-        format!("{bold}psql -h localhost -p {port} lakebase_proxy -c 'show clients'{bold:#}"),
+        format!("{bold}{psql} -h localhost -p {port} lakebase_proxy -c 'show clients'{bold:#}"),
     );
     if let Some(path) = &arguments.env_file {
         let path = path.display();
@@ -294,6 +295,14 @@ fn panel(addresses: &Addresses, emulator: &Emulator, arguments: &DemoArgs) -> St
         .into_iter()
         .map(|line| line.trim_end().to_owned() + "\n")
         .collect()
+}
+
+/// How to call psql here: by its path where only the emulator's Postgres has one.
+fn psql(emulator: &Emulator) -> String {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let is_there = std::env::split_paths(&path).any(|directory| directory.join("psql").exists());
+    let own = emulator.psql().filter(|_| !is_there);
+    own.map_or_else(|| "psql".to_owned(), |path| path.display().to_string())
 }
 
 /// The remark that a default port is taken.

@@ -143,7 +143,7 @@ pub struct Emulator {
     authority: TempPath,
     /// Declared before the server, whose drop waits: connections end first.
     _stop: StopOnDrop,
-    _server: Option<Arc<LocalPostgres>>,
+    server: Option<Arc<LocalPostgres>>,
 }
 
 struct StopOnDrop(CancellationToken);
@@ -248,7 +248,7 @@ impl Emulator {
             pg_port,
             authority,
             _stop: stop_on_drop,
-            _server: server,
+            server,
         })
     }
 
@@ -306,6 +306,12 @@ impl Emulator {
     /// The faults to come.
     pub fn faults(&self) -> &Faults {
         &self.shared.faults
+    }
+
+    /// A client of its own Postgres's package, for machines without one.
+    pub(crate) fn psql(&self) -> Option<std::path::PathBuf> {
+        let psql = self.server.as_ref()?.bin_dir().join("psql");
+        psql.exists().then_some(psql)
     }
 
     /// The settings as they are.

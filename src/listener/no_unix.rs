@@ -25,7 +25,7 @@ impl SocketFile {
 }
 
 #[derive(Clone, Debug, Default)]
-pub(crate) struct AbsentSockets;
+pub(crate) struct AbsentSockets(());
 
 impl AbsentSockets {
     #[expect(

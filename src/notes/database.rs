@@ -18,7 +18,7 @@ use tokio::{
     task::JoinHandle,
     time::{interval, timeout},
 };
-use tokio_postgres::{Client, Config, NoTls, config::SslMode, error::SqlState};
+use tokio_postgres::{Client, Config, NoTls, config::SslMode, error::SqlState, types::Type};
 use tokio_util::task::TaskTracker;
 use tracing::debug;
 
@@ -26,7 +26,7 @@ use super::NotesOptions;
 use crate::session::KnownPassword;
 
 /// Longest note that is shown whole; a longer one is cut by the server, so that a page stays a page.
-const NOTE_CHARS: usize = 2_000;
+pub(super) const NOTE_CHARS: usize = 2_000;
 /// Time for the Terminate message of a closed connection.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 /// Required by the pool; checking a pooled connection sends nothing.
@@ -150,6 +150,19 @@ impl Database {
         .map_err(Failure::Database)
     }
 
+    /// Adds a note. Not repeated after a loss, as the row may be there. Cancel safe like [`newest`](Self::newest).
+    pub(super) async fn add(&self, content: &str) -> Result<(), Failure> {
+        self.pool.retain(|client, _| !client.is_closed());
+        let mut lease = self.lease().await?;
+        let statement = "INSERT INTO notes (content) VALUES ($1)";
+        let added = lease
+            .client()?
+            .query_typed(statement, &[(&content, Type::TEXT)])
+            .await;
+        lease.give_back();
+        added.map(drop).map_err(Failure::Database)
+    }
+
     /// Closes what has been idle for too long; never returns.
     pub(super) async fn tend(&self) -> Infallible {
         let mut ticks = interval((self.idle_timeout / 6).max(Duration::from_millis(10)));
@@ -171,19 +184,8 @@ impl Database {
 
     /// One attempt, and whether it was made on a connection used before.
     async fn read(&self) -> Result<(bool, Result<Vec<Note>, tokio_postgres::Error>), Failure> {
-        let mut lease = Lease(Some(self.pool.get().await.map_err(
-            |error| match error {
-                PoolError::Timeout(TimeoutType::Wait) => Failure::Busy,
-                PoolError::Timeout(_) => Failure::NoConnection,
-                PoolError::Backend(error) => Failure::Database(error),
-                PoolError::Closed
-                | PoolError::NoRuntimeSpecified
-                | PoolError::PostCreateHook(_) => Failure::Closed,
-            },
-        )?));
-        let Some(client) = &lease.0 else {
-            return Err(Failure::Closed);
-        };
+        let mut lease = self.lease().await?;
+        let client = lease.client()?;
         let reused = Object::metrics(client).recycle_count > 0;
         // In one round trip: `query` would prepare a statement first.
         let rows = client.query_typed(&self.query, &[]).await;
@@ -195,12 +197,29 @@ impl Database {
         });
         Ok((reused, notes))
     }
+
+    async fn lease(&self) -> Result<Lease, Failure> {
+        let leased = self.pool.get().await;
+        let client = leased.map_err(|error| match error {
+            PoolError::Timeout(TimeoutType::Wait) => Failure::Busy,
+            PoolError::Timeout(_) => Failure::NoConnection,
+            PoolError::Backend(error) => Failure::Database(error),
+            PoolError::Closed | PoolError::NoRuntimeSpecified | PoolError::PostCreateHook(_) => {
+                Failure::Closed
+            }
+        })?;
+        Ok(Lease(Some(client)))
+    }
 }
 
 /// A pooled connection that is closed unless given back: after a cancelled query an answer is still outstanding.
 struct Lease(Option<Object>);
 
 impl Lease {
+    fn client(&self) -> Result<&Object, Failure> {
+        self.0.as_ref().ok_or(Failure::Closed)
+    }
+
     fn give_back(&mut self) {
         self.0 = None;
     }

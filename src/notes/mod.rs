@@ -1,4 +1,4 @@
-//! The notes page: a small web app that reads its rows through the proxy's own listener, like any app.
+//! The notes page: a small web app that reads and adds its rows through the proxy's own listener, like any app.
 //!
 //! It has an address and knows nothing of credentials, endpoints or TLS: it shows that an app needs no more. It never
 //! refreshes itself and closes idle connections, so that an open page keeps no database awake.
@@ -14,19 +14,20 @@ use std::{
 };
 
 use axum::{
-    Router,
-    extract::State,
+    Form, Router,
+    extract::{State, rejection::FormRejection},
     http::{
         StatusCode,
-        header::{CONTENT_TYPE, RETRY_AFTER},
+        header::{CONTENT_SECURITY_POLICY, CONTENT_TYPE, REFERRER_POLICY, RETRY_AFTER},
         request::Parts,
     },
-    response::{Html, IntoResponse, Response},
+    response::{Html, IntoResponse, Redirect, Response},
     routing::get,
 };
+use serde::Deserialize;
 use tokio::{
     net::TcpListener,
-    time::{Instant, timeout_at},
+    time::{Instant, timeout, timeout_at},
 };
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
@@ -39,9 +40,13 @@ use crate::{
 };
 
 use self::{
-    database::{Database, Failure},
+    database::{Database, Failure, NOTE_CHARS},
     problem::Problem,
 };
+
+/// The guard's policy with the page's own form.
+const FORM_POLICY: &str = "default-src 'none'; style-src 'self'; img-src 'self'; base-uri 'none'; form-action 'self'; \
+                           frame-ancestors 'none'";
 
 /// The page's upstream, limits and timeouts.
 #[derive(Clone, Debug)]
@@ -129,7 +134,7 @@ impl Site {
 
 fn router(site: Arc<Site>) -> Router {
     Router::new()
-        .route("/", get(index))
+        .route("/", get(index).post(add))
         // Reads nothing, so that probes do not wake the endpoint.
         .route("/healthz", get(async || "ok\n"))
         .route(
@@ -157,7 +162,7 @@ fn router(site: Arc<Site>) -> Router {
         .method_not_allowed_fallback(async || {
             html(
                 StatusCode::METHOD_NOT_ALLOWED,
-                page::message("Not possible", "The notes can only be read here."),
+                page::message("Not possible", "The notes can be read and added here."),
             )
         })
         .with_state(site)
@@ -175,13 +180,67 @@ async fn index(State(site): State<Arc<Site>>, request: Parts) -> Response {
         );
     }
     match site.notes().await {
-        Ok(notes) => html(StatusCode::OK, page::notes(&notes)),
-        Err(problem) => (
-            [(RETRY_AFTER, problem.retry_after().to_string())],
-            html(StatusCode::SERVICE_UNAVAILABLE, page::problem(problem)),
+        Ok(notes) if http::is_on_loopback(&request) => (
+            [
+                (CONTENT_SECURITY_POLICY, FORM_POLICY),
+                // With `no-referrer` browsers send a form without its origin.
+                (REFERRER_POLICY, "same-origin"),
+            ],
+            html(StatusCode::OK, page::notes(&notes, true)),
         )
             .into_response(),
+        Ok(notes) => html(StatusCode::OK, page::notes(&notes, false)),
+        Err(problem) => unavailable(problem),
     }
+}
+
+/// The form of the page.
+#[derive(Deserialize)]
+struct NewNote {
+    content: String,
+}
+
+/// Adds a note, on loopback only: elsewhere every visitor of the page could. The guard has refused foreign origins; that of a name
+/// that its owner has led here is refused as well.
+async fn add(
+    State(site): State<Arc<Site>>,
+    request: Parts,
+    form: Result<Form<NewNote>, FormRejection>,
+) -> Response {
+    if !http::is_on_loopback(&request) {
+        let text = "On this address the notes can only be read.";
+        return html(StatusCode::FORBIDDEN, page::message("Not possible", text));
+    }
+    if let Err(refused) = http::check_intent(&request) {
+        return refused;
+    }
+    let content = form.ok().map(|Form(note)| note.content.trim().to_owned());
+    let is_note = |text: &String| !text.is_empty() && text.chars().count() <= NOTE_CHARS;
+    // PostgreSQL's text holds no NUL.
+    let Some(content) = content.filter(|text| is_note(text) && !text.contains('\0')) else {
+        let text = "A note is a text of up to 2,000 characters.";
+        return html(
+            StatusCode::UNPROCESSABLE_ENTITY,
+            page::message("No note", text),
+        );
+    };
+    let added = timeout(site.request_timeout, site.database.add(&content)).await;
+    match added.unwrap_or(Err(Failure::Slow)) {
+        // A reload then repeats the read, not the note.
+        Ok(()) => Redirect::to("/").into_response(),
+        Err(failure) => {
+            warn!(error = %chain(&failure), "the notes page cannot add a note");
+            unavailable(Problem::from(&failure))
+        }
+    }
+}
+
+fn unavailable(problem: Problem) -> Response {
+    (
+        [(RETRY_AFTER, problem.retry_after().to_string())],
+        html(StatusCode::SERVICE_UNAVAILABLE, page::problem(problem)),
+    )
+        .into_response()
 }
 
 fn html(status: StatusCode, page: Result<String, askama::Error>) -> Response {

@@ -4,11 +4,11 @@ use askama::Template;
 
 use super::{database::Note, problem::Problem};
 
-/// The page with the notes.
-pub(super) fn notes(notes: &[Note]) -> Result<String, askama::Error> {
+/// The page with the notes, and with a form where notes can be added.
+pub(super) fn notes(notes: &[Note], has_form: bool) -> Result<String, askama::Error> {
     Page {
         title: "Hello from Lakebase!",
-        view: View::Notes(notes),
+        view: View::Notes { notes, has_form },
     }
     .render()
 }
@@ -48,7 +48,10 @@ struct Page<'a> {
 }
 
 enum View<'a> {
-    Notes(&'a [Note]),
+    Notes {
+        notes: &'a [Note],
+        has_form: bool,
+    },
     Message {
         text: &'a str,
         statement: Option<&'a str>,
@@ -70,7 +73,7 @@ mod tests {
     #[test]
     fn a_note_that_holds_markup_shows_as_text() {
         let hostile = r#"</p><script>alert("1")</script><img src=x onerror='alert(2)'>&amp;"#;
-        let page = notes(&[note(hostile, None)]).unwrap();
+        let page = notes(&[note(hostile, None)], true).unwrap();
         assert!(
             !page.contains("<script") && !page.contains("<img src=x") && !page.contains("&amp;<"),
             "{page}"
@@ -87,10 +90,13 @@ mod tests {
 
     #[test]
     fn times_are_there_for_people_and_for_machines() {
-        let page = notes(&[
-            note("timed", Some("2026-03-01T09:05:07Z")),
-            note("timeless", None),
-        ])
+        let page = notes(
+            &[
+                note("timed", Some("2026-03-01T09:05:07Z")),
+                note("timeless", None),
+            ],
+            false,
+        )
         .unwrap();
         assert!(
             page.contains(
@@ -103,7 +109,7 @@ mod tests {
 
     #[test]
     fn an_empty_table_is_not_an_error_and_looks_like_none() {
-        let page = notes(&[]).unwrap();
+        let page = notes(&[], true).unwrap();
         assert!(
             page.contains("Recent Notes") && page.contains("No notes yet"),
             "{page}"
@@ -111,9 +117,18 @@ mod tests {
     }
 
     #[test]
+    fn the_form_is_there_where_notes_can_be_added() {
+        let page = |has_form| notes(&[], has_form).unwrap();
+        assert!(
+            page(true).contains("<form method=\"post\" action=\"/\"")
+                && !page(false).contains("<form")
+        );
+    }
+
+    #[test]
     fn no_page_refreshes_itself_or_carries_inline_code() {
         let pages = [
-            notes(&[note("x", None)]),
+            notes(&[note("x", None)], true),
             problem(Problem::Waking),
             problem(Problem::NoTable),
             message("a", "b"),

@@ -51,13 +51,12 @@ pub struct ReloadSignal(());
 
 impl ReloadSignal {
     /// As on Unix.
-    #[expect(clippy::unnecessary_wraps, reason = "fails on Unix")]
     pub fn catch() -> io::Result<Self> {
         Ok(Self(()))
     }
 
     /// Never completes.
     pub async fn next(&mut self) {
-        pending().await
+        pending::<()>().await;
     }
 }

@@ -8,7 +8,6 @@ use crate::config::ServiceManager;
 #[derive(Clone, Debug, Default)]
 pub struct Notifier(());
 
-#[expect(clippy::unused_self, clippy::unnecessary_wraps, reason = "as on Linux")]
 impl Notifier {
     /// Ignores a socket of the settings: whatever set it is no systemd.
     pub fn connect(_: &ServiceManager) -> io::Result<Self> {

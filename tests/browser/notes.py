@@ -13,6 +13,7 @@ import json
 import pathlib
 import sys
 import threading
+import time
 import urllib.parse
 
 from chromium import Chromium
@@ -154,6 +155,20 @@ def check_page(browser, url, checks, screenshots):
     checks.expect(not grounds["light"] & grounds["dark"], f"{url}: dark looks like light: {grounds}")
 
 
+def check_form(browser, url, checks):
+    """The page's own form adds a note, and a reload adds none."""
+    if browser.open(url) != 200 or not browser.evaluate("document.forms.length"):
+        return
+    note = f"<b>by the form</b> {time.time()}"
+    browser.evaluate(f"document.querySelector('#content').value = {json.dumps(note)}; document.querySelector('form').requestSubmit(); 1")
+    # The navigation that it starts has no answer to wait for here.
+    time.sleep(1)
+    browser.open(url)
+    texts = [found["text"] for found in browser.evaluate(FACTS)["notes"]]
+    checks.expect(texts[:1] == [note], f"{url}: the form's note is not the first of {texts}")
+    checks.expect(texts.count(note) == 1, f"{url}: the form's note is there {texts.count(note)} times")
+
+
 def check_other_origins(browser, targets, checks):
     """A page from another port of this machine, then one whose name has been rebound to this machine."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Stranger)
@@ -205,6 +220,7 @@ def main():
     rules = "MAP rebound.example 127.0.0.1, MAP stranger.example 127.0.0.1"
     with Chromium(f"--host-resolver-rules={rules}") as browser:
         check_page(browser, notes, checks, options.screenshots)
+        check_form(browser, notes, checks)
         check_other_origins(browser, targets, checks)
     for failure in checks.failures:
         print(failure, file=sys.stderr)

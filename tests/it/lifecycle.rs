@@ -121,6 +121,7 @@ async fn signals_without_a_meaning_do_not_end_it() {
         Signal::VTALARM,
         Signal::PROF,
         Signal::IO,
+        #[cfg(target_os = "linux")]
         Signal::POWER,
         Signal::XFSZ,
         Signal::PIPE,

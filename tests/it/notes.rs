@@ -15,7 +15,7 @@ use tokio_util::{
 };
 
 use crate::{
-    harness::eventually,
+    harness::{emulator::http, eventually},
     postgres::Cluster,
     web::{get, request},
 };
@@ -378,6 +378,88 @@ async fn without_a_proxy_the_page_reports_that_and_recovers_later() {
 }
 
 #[tokio::test]
+async fn a_note_is_added_by_the_page_s_own_form_and_by_no_other_page() {
+    let cluster = Cluster::start().await;
+    let front = cluster.front().await;
+    let admin = cluster.connect("postgres").await;
+    admin
+        .batch_execute("CREATE TABLE notes (id serial PRIMARY KEY, content text NOT NULL, created_at timestamp DEFAULT now())")
+        .await
+        .unwrap();
+    let site = site(options(front.address, "postgres")).await;
+    let port = site.address.port();
+    let submit = async |headers: String, content: &str| {
+        let head = format!("POST /\ncontent-type: application/x-www-form-urlencoded\n{headers}");
+        let answer = http(port, &head, &format!("content={content}"))
+            .await
+            .unwrap();
+        (answer.status, answer.headers.get("location").cloned())
+    };
+    let own = format!("origin: http://127.0.0.1:{port}\nsec-fetch-site: same-origin");
+    let added = submit(own.clone(), "%3Cb%3E+it%27s+new").await;
+    assert_eq!(added, (303, Some("/".to_owned())));
+    let page = get(site.address, "/").await;
+    assert!(
+        page.body.contains("&#60;b&#62; it&#39;s new"),
+        "{}",
+        page.body
+    );
+    assert!(
+        page.header("content-security-policy")
+            .unwrap()
+            .contains("form-action 'self'")
+    );
+    // Otherwise browsers send the form with the origin `null`, which is refused.
+    assert_eq!(page.header("referrer-policy"), Some("same-origin"));
+
+    for foreign in [
+        "origin: http://evil.example".to_owned(),
+        "origin: null".to_owned(),
+        format!("origin: http://127.0.0.1:{}", port ^ 1),
+        "sec-fetch-site: cross-site\nsec-fetch-mode: navigate\nsec-fetch-dest: document".to_owned(),
+        "sec-fetch-site: same-site".to_owned(),
+    ] {
+        assert_eq!(submit(foreign.clone(), "foreign").await.0, 403, "{foreign}");
+    }
+    assert_eq!(
+        submit(
+            "host: evil.example\norigin: http://evil.example".to_owned(),
+            "x"
+        )
+        .await
+        .0,
+        421
+    );
+    for wrong in ["", "+++", "%00", &"x".repeat(2001)] {
+        assert_eq!(submit(own.clone(), wrong).await.0, 422, "{wrong}");
+    }
+    let count: i64 = admin
+        .query_one("select count(*) from notes", &[])
+        .await
+        .unwrap()
+        .get(0);
+    assert_eq!(count, 1);
+}
+
+#[tokio::test]
+async fn other_machines_can_only_read() {
+    let (upstream, _gone, _tasks) = scripted(Some(("57P03", "asleep"))).await;
+    let listener = TcpListener::bind("0.0.0.0:0").await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let stop = CancellationToken::new();
+    let tasks = TaskTracker::new();
+    tasks.spawn(notes::serve(
+        listener,
+        NotesOptions::new(upstream),
+        stop.clone(),
+    ));
+    let head = "POST /\ncontent-type: application/x-www-form-urlencoded";
+    let answer = http(port, head, "content=x").await.unwrap();
+    assert_eq!(answer.status, 403);
+    stop.cancel();
+}
+
+#[tokio::test]
 async fn other_pages_are_plain_and_other_origins_get_nothing() {
     let (address, _gone, _tasks) = scripted(Some(("57P03", "asleep"))).await;
     let site = site(NotesOptions::new(address)).await;
@@ -385,8 +467,8 @@ async fn other_pages_are_plain_and_other_origins_get_nothing() {
     assert_eq!(missing.status, 404);
     assert!(missing.body.contains("Nothing here"));
     let own = site.address.to_string();
-    let posted = request(site.address, "POST", "/", &[("Host", &own)]).await;
-    assert_eq!(posted.status, 405);
+    let put = request(site.address, "PUT", "/", &[("Host", &own)]).await;
+    assert_eq!(put.status, 405);
     let style = get(site.address, "/style.css").await;
     assert_eq!(
         (style.status, style.header("content-type")),

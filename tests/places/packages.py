@@ -60,7 +60,7 @@ def main():
 
 def wheel(place, dist):
     """From the wheel alone: the program runs, and the demo with it."""
-    (file,) = dist.glob("*.whl")
+    (file,) = dist.glob("*linux*_x86_64.whl")
     small(file)
     file = place.bring(file)
     place.run("python3", "-m", "venv", "venv")
@@ -79,8 +79,8 @@ def wheel(place, dist):
 
 def npm(place, dist):
     """From the npm packages alone, without running any script of theirs."""
-    files = [file for file in dist.glob("lakebase-proxy-*.tgz")]
-    expect(len(files) == 2, f"two npm packages, not {files}")
+    version = project_version()
+    files = [dist / f"lakebase-proxy-{version}.tgz", dist / f"lakebase-proxy-linux-x64-{version}.tgz"]
     for file in files:
         small(file)
     project = place.folder / "npm-project"

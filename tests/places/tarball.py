@@ -49,7 +49,7 @@ def main():
     parser.add_argument("--dist", type=pathlib.Path, required=True)
     dist = parser.parse_args().dist
     passed = checksums(dist)
-    (archive,) = dist.glob("*.tar.gz")
+    (archive,) = dist.glob("*-x86_64-linux*.tar.gz")
     passed += contents(archive)
     if os.geteuid() != 0:
         print("only root may chroot: the two roots are not tried")

@@ -78,9 +78,13 @@ pub fn check_intent(request: &Parts) -> Result<(), Response> {
 /// Whether a link or a script of another site leads a browser here, on a loopback listener. On others links are normal:
 /// people come through a reverse proxy that authenticates them.
 pub fn is_led_from_another_site(request: &Parts) -> bool {
-    let is_local = request.extensions.get() == Some(&Reach::Loopback);
     let site = request.headers.get("sec-fetch-site");
-    is_local && site.is_some_and(|site| site != "none" && site != "same-origin")
+    is_on_loopback(request) && site.is_some_and(|site| site != "none" && site != "same-origin")
+}
+
+/// Whether the listener of a request is bound to loopback, so that only this machine's names lead to it.
+pub fn is_on_loopback(request: &Parts) -> bool {
+    request.extensions.get() == Some(&Reach::Loopback)
 }
 
 /// Whether a request was made on this machine, and by a name or address of this machine's. On a listener that others

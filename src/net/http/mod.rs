@@ -3,5 +3,5 @@
 mod guard;
 mod server;
 
-pub use guard::{check_intent, is_from_this_machine, is_led_from_another_site};
+pub use guard::{check_intent, is_from_this_machine, is_led_from_another_site, is_on_loopback};
 pub use server::{Limits, serve};

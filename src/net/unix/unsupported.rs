@@ -45,6 +45,7 @@ impl BoundUnix {
 }
 
 impl UnixListener {
+    #[expect(clippy::needless_pass_by_value, reason = "as the real one takes it")]
     pub(crate) fn from_std(bound: BoundUnix) -> io::Result<Self> {
         match bound {}
     }
