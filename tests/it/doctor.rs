@@ -17,7 +17,7 @@ use lakebase_proxy::{
 };
 use secrecy::ExposeSecret;
 
-use crate::harness::emulator;
+use crate::harness::{emulator, port::ReservedPort};
 
 const OTHER_ENDPOINT: &str = "projects/lakebase-local/branches/production/endpoints/primery";
 
@@ -354,11 +354,9 @@ async fn an_unreachable_workspace_is_reported_with_the_failed_step() {
         .fails_at("DNS", "DATABRICKS_HOST")
         .await;
     assert_eq!(step(&report, "workspace token").outcome, Outcome::Skipped);
-    let closed = TcpListener::bind("127.0.0.1:0").unwrap();
-    let address = closed.local_addr().unwrap();
-    drop(closed);
+    let closed = ReservedPort::new();
     setup()
-        .with("DATABRICKS_HOST", &format!("http://{address}"))
+        .with("DATABRICKS_HOST", &format!("http://{}", closed.address()))
         .fails_at("TCP", "firewall")
         .await;
     // The endpoint's port does not accept this TLS, and reports that soon.

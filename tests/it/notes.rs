@@ -15,7 +15,7 @@ use tokio_util::{
 };
 
 use crate::{
-    harness::{emulator::http, eventually},
+    harness::{emulator::http, eventually, port::ReservedPort},
     postgres::Cluster,
     web::{get, request},
 };
@@ -363,10 +363,8 @@ async fn a_sleeping_database_is_waited_for_within_bounds_and_not_held_awake() {
 
 #[tokio::test]
 async fn without_a_proxy_the_page_reports_that_and_recovers_later() {
-    let reserved = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let address = reserved.local_addr().unwrap();
-    drop(reserved);
-    let site = site(NotesOptions::new(address)).await;
+    let closed = ReservedPort::new();
+    let site = site(NotesOptions::new(closed.address())).await;
     let page = get(site.address, "/").await;
     assert_eq!(page.status, 503);
     assert!(
