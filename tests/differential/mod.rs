@@ -139,7 +139,8 @@ impl Stage {
         let number = self.runs.fetch_add(1, Ordering::Relaxed);
         let databases = [&self.direct, &self.proxied];
         for database in databases {
-            self.connect(database).await.query(&schema(number)).await;
+            let schema = schema(number, &self.group);
+            self.connect(database).await.query(&schema).await;
         }
         let numbered = program.numbered(number, &format!("\"{}\"", self.group));
         let differs = |step, direct, proxied| {
@@ -247,11 +248,12 @@ impl Stage {
     }
 }
 
-/// What the statements of a program find.
-fn schema(number: u64) -> String {
+/// What the statements of a program find. A statement that was prepared by one role is analyzed for another on a shared
+/// connection, so that both may look into the schemas.
+fn schema(number: u64, group: &str) -> String {
     let n = format!("d{number}");
     format!(
-        "create schema {n}; create schema {n}b; \
+        "create schema {n}; create schema {n}b; grant usage on schema {n}, {n}b to \"{group}\"; \
          create table {n}.t (a int primary key, b text); \
          insert into {n}.t values (1, 'one'), (2, 'two'), (3, null); \
          create table {n}.u (a text); insert into {n}.u values ('text'); \

@@ -252,7 +252,13 @@ fn shown(tag: char, mut body: Bytes) -> String {
             let fields =
                 fields.filter(|field| !matches!(field.first(), None | Some(b'F' | b'L' | b'R')));
             let fields = fields.map(String::from_utf8_lossy).collect::<Vec<_>>();
-            format!("{tag} {}", fields.join(" | "))
+            let text = fields.join(" | ");
+            // Of a client's names for the same text, the error of a Bind shows any.
+            let is_named = |rest: &str| rest.split_once('"').map(|(_, rest)| rest.to_owned());
+            match text.split_once("but prepared statement \"s") {
+                Some((before, rest)) => format!("{tag} {before}{:?}", is_named(rest)),
+                None => format!("{tag} {text}"),
+            }
         }
         'A' => format!("A {:?}", &body[4..]),
         'T' => {
