@@ -40,6 +40,9 @@
 //! | 11 | `config` | settings, each declared once |
 //! | | `clock`, `shutdown` | time, and the phases of the shutdown |
 //!
+//! What differs between systems has one module for each thing, with a twin for the others: `net::unix`, `listener::unix`,
+//! `shutdown`, `exec`, `systemd`, and small ones named `system` in the file of their users.
+//!
 //! The limits of clients, in the order in which a client meets them:
 //!
 //! | limit | enforced by | size |

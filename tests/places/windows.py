@@ -1,13 +1,16 @@
 #!/usr/bin/env python3
 """The Windows program, run by Wine, in front of an emulator of this machine.
 
-    tests/places/windows.py PROGRAM.exe
+    tests/places/windows.py --dist DIR      of what `deploy/build win32-x64` made
+    tests/places/windows.py --program FILE
 
 Clients of this machine connect to it, over TLS too; then `token`, `doctor`, `exec`, Ctrl-C and a killed proxy. The emulator
 is target/debug/lakebase-proxy, or what `LAKEBASE_PROXY` names.
 """
 
+import argparse
 import contextlib
+import json
 import os
 import pathlib
 import re
@@ -15,7 +18,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
+import zipfile
 
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
@@ -27,12 +32,19 @@ COMPILER = "x86_64-w64-mingw32-gcc"
 
 
 def main():
-    if len(sys.argv) != 2:
-        sys.exit(__doc__.strip())
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--dist", type=pathlib.Path)
+    which.add_argument("--program", type=pathlib.Path)
+    arguments = parser.parse_args()
     passed = 0
     with contextlib.ExitStack() as stack:
         scratch = scratch_directory(stack)
-        windows = Windows(stack, scratch, pathlib.Path(sys.argv[1]))
+        program = arguments.program
+        if arguments.dist:
+            program = packed(arguments.dist, scratch)
+            passed += 3
+        windows = Windows(stack, scratch, program)
         passed += windows.alone()
         env_file = scratch / "emulator.env"
         emulator_program = os.environ.get("LAKEBASE_PROXY", TARGET / "debug/lakebase-proxy")
@@ -42,6 +54,26 @@ def main():
         for part in (windows.serves, windows.has_a_token, windows.finds_nothing_wrong, windows.runs_a_child, windows.takes_its_child_along):
             passed += part(stack)
     print(f"\nwindows: {passed} passed, 0 failed")
+
+
+def packed(dist, scratch):
+    """The program of the zip, which is the wheel's and npm's, too."""
+    (archive,) = dist.glob("*-x86_64-windows.zip")
+    with zipfile.ZipFile(archive) as files:
+        files.extractall(scratch)
+    program = scratch / archive.stem / "lakebase-proxy.exe"
+    for name in ("lakebase-proxy.toml", "README.md", "LICENSE-MIT", "completions.ps1"):
+        expect((program.parent / name).is_file(), f"{archive.name} has {name}")
+    (wheel,) = dist.glob("*-win_amd64.whl")
+    # As pip on Windows installs it.
+    call("python3", "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-index", "--no-deps", "--only-binary=:all:", "--platform", "win_amd64", "--target", scratch / "wheel", wheel)
+    (npm,) = dist.glob("lakebase-proxy-win32-x64-*.tgz")
+    with tarfile.open(npm) as tar:
+        manifest = json.load(tar.extractfile("package/package.json"))
+        expect((manifest["os"], manifest["cpu"], manifest["bin"]) == (["win32"], ["x64"], {"lakebase-proxy": "bin/lakebase-proxy.exe"}), f"npm's package is {manifest}")
+        of_npm = tar.extractfile("package/bin/lakebase-proxy.exe").read()
+    expect(program.read_bytes() == of_npm == (scratch / "wheel/bin/lakebase-proxy.exe").read_bytes(), "all packages have the same program")
+    return program
 
 
 class Windows:
