@@ -155,8 +155,14 @@ impl ResolvedSettings {
             return Some(PathBuf::from(path));
         };
         // As in the SDKs, `~` is expanded here and not by the shell.
-        let home = self.variables.get("HOME");
-        let home = home.or_else(|| self.variables.get("USERPROFILE"))?;
+        let (first, second) = if cfg!(windows) {
+            // Shells of Unix set HOME there, to paths that only they understand.
+            ("USERPROFILE", "HOME")
+        } else {
+            ("HOME", "USERPROFILE")
+        };
+        let home = self.variables.get(first);
+        let home = home.or_else(|| self.variables.get(second))?;
         Some(PathBuf::from(format!("{home}{rest}")))
     }
 
