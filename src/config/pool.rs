@@ -17,6 +17,8 @@ pub enum PoolMode {
     Session,
     /// A client has a server connection for a transaction; state that outlives transactions keeps it until the client leaves
     Transaction,
+    /// A client keeps its server connection until another needs it; then they share it as with `transaction`
+    Auto,
 }
 
 impl PoolMode {
@@ -26,6 +28,7 @@ impl PoolMode {
             Self::None => "none",
             Self::Session => "session",
             Self::Transaction => "transaction",
+            Self::Auto => "auto",
         }
     }
 }
@@ -62,7 +65,7 @@ impl PoolSettings {
     pub fn spares(&self, mode: PoolMode) -> usize {
         self.spare_pool_size.unwrap_or(match mode {
             PoolMode::None => 0,
-            PoolMode::Session | PoolMode::Transaction => 1,
+            PoolMode::Session | PoolMode::Transaction | PoolMode::Auto => 1,
         })
     }
 

@@ -161,11 +161,11 @@ settings! {
         tcp_user_timeout: DurationSetting = DurationSetting::ZERO => Live;
     }
     "Pooling" {
-        /// Share server connections: `session` gives a client one until it leaves, `transaction` one for each transaction
+        /// Share server connections: until a client leaves, for each transaction, or once there are too few (`auto`)
         ///
         /// Prepared statements follow their client. Other state that outlives transactions (SET, LISTEN, temporary tables and the
-        /// like) is never another client's: with `session` a reset removes it, with `transaction` its client keeps the connection
-        /// until it leaves.
+        /// like) is never another client's: with `session` a reset removes it, with `transaction` and `auto` its client keeps the
+        /// connection until it leaves.
         /// An `[[endpoint]]` table may set its own, so that one port serves the application and another one migrations.
         #[arg(value_enum, value_name = "MODE")]
         pool_mode: PoolMode = PoolMode::None => Endpoint;

@@ -69,6 +69,7 @@ impl<'a> LeaseRequest<'a> {
             wanted: Wanted {
                 login: Arc::clone(&client.login),
                 settings: client.settings.clone(),
+                owner: client.owner,
             },
             connect,
         }
@@ -82,12 +83,17 @@ pub(super) struct Wanted {
     pub(super) login: Arc<LoginParameters>,
     /// What it has set since.
     pub(super) settings: Settings,
+    /// By which it has kept one.
+    pub(super) owner: Option<u64>,
 }
 
 impl From<Arc<LoginParameters>> for Wanted {
     fn from(login: Arc<LoginParameters>) -> Self {
-        let settings = Settings::default();
-        Self { login, settings }
+        Self {
+            login,
+            settings: Settings::default(),
+            owner: None,
+        }
     }
 }
 
@@ -181,32 +187,11 @@ impl Lease {
         let Owner::Pool(record) = self.owner else {
             return;
         };
-        let mut server = ServerConnection {
+        ServerConnection {
             stream: self.stream,
             record,
-        };
-        if used.is_clean() && !server.record.is_encoding_set {
-            return server.put_back();
         }
-        let pool = Arc::clone(server.record.slot.pool());
-        if !used.is_resettable {
-            return pool.close(server, PoolClose::Unresettable);
-        }
-        server.record.slot.enter(PoolServer::Resetting);
-        let tasks = pool.context.tasks.clone();
-        tasks.spawn(async move {
-            let resets = &pool.context.metrics.pool_resets;
-            match server.reset(used).await {
-                Ok(()) => {
-                    resets[PoolReset::Done].inc();
-                    server.put_back();
-                }
-                Err(reason) => {
-                    resets[PoolReset::Failed].inc();
-                    pool.close(server, reason);
-                }
-            }
-        });
+        .give_back(used);
     }
 
     /// The stream as a client sees it that shares the connection with others; `None` if the connection is the session's own.
@@ -217,9 +202,10 @@ impl Lease {
         }
     }
 
-    /// Returns the connection to its pool at rest, as the client leaves nothing on it but what it has prepared.
-    pub(crate) fn part(self) {
-        if let Owner::Pool(record) = self.owner {
+    /// Returns the connection to its pool at rest, as the client leaves nothing on it but what is followed.
+    pub(crate) fn part(self, client: Option<&ClientState>) {
+        if let Owner::Pool(mut record) = self.owner {
+            record.owner = client.and_then(|client| client.owner);
             let stream = self.stream;
             ServerConnection { stream, record }.put_back();
         }
@@ -254,16 +240,31 @@ impl Pools {
             // A box, as a client that waits for a pool needs no room for it.
             PoolMode::None => Box::pin(pool.spare_or_login(request)).await,
             PoolMode::Session => pool.lease_timed(request).await,
-            PoolMode::Transaction => {
+            PoolMode::Transaction | PoolMode::Auto => {
                 let leased = pool.lease_timed(request).await;
                 leased.map(|leased| Leased {
-                    client: pool.client(request, &leased),
+                    client: pool.client(request, &leased, mode),
                     ..leased
                 })
             }
         }?;
         pool.open_spares(spares, request);
         Ok(leased)
+    }
+
+    /// Takes back the connection that a client has kept, which has left for good.
+    pub(crate) fn release(&self, client: &ClientState, used: Used) {
+        let Some(owner) = client.owner else { return };
+        let pool = self.pool(&client.login.database);
+        let server = {
+            let mut state = pool.lock();
+            let mut idle = state.idle.iter();
+            let at = idle.position(|idle| idle.server.record.owner == Some(owner));
+            at.map(|at| state.take_idle(at))
+        };
+        if let Some(server) = server {
+            server.give_back(used);
+        }
     }
 
     /// A server connection for the next transaction of a client, whatever the mode is now. Cancel safe like
@@ -316,7 +317,12 @@ impl Pool {
     }
 
     /// The state of a client that may part with its connection, `leased`.
-    fn client(&self, request: &LeaseRequest<'_>, leased: &Leased) -> Option<Box<ClientState>> {
+    fn client(
+        &self,
+        request: &LeaseRequest<'_>,
+        leased: &Leased,
+        mode: PoolMode,
+    ) -> Option<Box<ClientState>> {
         // Not that of its login, which may set none, while its role does.
         let reported = Reported::parse(leased.parameter_status.clone());
         let encoding = reported.value("client_encoding").unwrap_or_default();
@@ -332,7 +338,13 @@ impl Pool {
             login.fallback_database = None;
         }
         let reported = leased.parameter_status.clone();
-        Some(Box::new(ClientState::new(login, reported, &self.texts)))
+        let is_retaining = mode == PoolMode::Auto;
+        Some(Box::new(ClientState::new(
+            login,
+            reported,
+            &self.texts,
+            is_retaining,
+        )))
     }
 
     async fn lease_timed(self: &Arc<Self>, request: &LeaseRequest<'_>) -> Result<Leased, Refusal> {
@@ -480,6 +492,7 @@ impl Pool {
         self.context.metrics.pool_leases[how].inc();
         let ServerConnection { stream, mut record } = server;
         record.is_used = true;
+        record.owner = None;
         Leased {
             id: Some(record.id),
             parameter_status: record.reported.frames(),
@@ -499,6 +512,33 @@ impl Pool {
 }
 
 impl ServerConnection {
+    /// Keeps the connection for another client, once it is reset.
+    fn give_back(mut self, used: Used) {
+        self.record.owner = None;
+        if used.is_clean() && !self.record.is_encoding_set {
+            return self.put_back();
+        }
+        let pool = Arc::clone(self.record.slot.pool());
+        if !used.is_resettable {
+            return pool.close(self, PoolClose::Unresettable);
+        }
+        self.record.slot.enter(PoolServer::Resetting);
+        let tasks = pool.context.tasks.clone();
+        tasks.spawn(async move {
+            let resets = &pool.context.metrics.pool_resets;
+            match self.reset(used).await {
+                Ok(()) => {
+                    resets[PoolReset::Done].inc();
+                    self.put_back();
+                }
+                Err(reason) => {
+                    resets[PoolReset::Failed].inc();
+                    pool.close(self, reason);
+                }
+            }
+        });
+    }
+
     /// Makes an idle connection what the client expects.
     ///
     /// # Errors

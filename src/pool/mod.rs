@@ -379,6 +379,7 @@ impl State {
             };
             let (since, is_opening) = (waiter.since, waiter.is_opening);
             let suiting = self.suiting(&waiter.wanted, waiter.runtime);
+            let kept = self.kept_by_another(&waiter.wanted);
             let grant = if let Some(at) = suiting {
                 Grant::Server(self.take_idle(at))
             } else if is_opening {
@@ -389,6 +390,8 @@ impl State {
                 continue;
             } else if let Some(slot) = self.open_slot(pool, since.elapsed()) {
                 Grant::Open(slot)
+            } else if let Some(at) = kept {
+                Grant::Server(self.take_idle(at))
             } else if self.servers[PoolServer::Opening] < CONCURRENT_LOGINS && !self.idle.is_empty()
             {
                 // Connections with other startup parameters are of no use to the client, and take the place of its own. Once
@@ -418,23 +421,33 @@ impl State {
 
     /// The position of the idle connection that suits a client best.
     fn suiting(&self, wanted: &Wanted, runtime: runtime::Id) -> Option<usize> {
-        let Wanted { login, settings } = wanted;
-        let suiting = self
-            .idle
-            .iter()
-            .enumerate()
-            .filter(|(_, idle)| idle.server.record.suits(login));
+        let Wanted {
+            login,
+            settings,
+            owner,
+        } = wanted;
+        let suiting = self.idle.iter().enumerate().filter(|(_, idle)| {
+            let record = &idle.server.record;
+            (record.owner.is_none() || record.owner == *owner) && record.suits(login)
+        });
         // The last one of several that are equally good: the one returned last.
         suiting
             .max_by_key(|(_, idle)| {
                 let record = &idle.server.record;
                 // A statement more costs a round trip, another runtime two system calls.
                 (
+                    record.owner.is_some(),
                     record.settings == *settings,
                     record.resets_to(login),
                     record.runtime == runtime,
                 )
             })
             .map(|(at, _)| at)
+    }
+
+    /// The position of the idle connection that another client keeps, and has not used for the longest time.
+    fn kept_by_another(&self, wanted: &Wanted) -> Option<usize> {
+        let mut idle = self.idle.iter();
+        idle.position(|idle| idle.server.record.suits(&wanted.login))
     }
 }

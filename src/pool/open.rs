@@ -135,7 +135,8 @@ impl Pool {
                 let suiting = state
                     .idle
                     .iter()
-                    .filter(|idle| idle.server.record.suits(&request.wanted.login));
+                    .map(|idle| &idle.server.record)
+                    .filter(|record| record.owner.is_none() && record.suits(&request.wanted.login));
                 let spare = suiting.count()
                     + state.servers[PoolServer::Opening]
                     + state.servers[PoolServer::Resetting];

@@ -56,6 +56,8 @@ pub(super) struct Record {
     pub(super) reported: Reported,
     /// A client has had it.
     pub(super) is_used: bool,
+    /// While it is idle: the client that gets it next, unless another needs it.
+    pub(super) owner: Option<u64>,
     /// A SET of ours has changed the client encoding since the login or the last reset.
     pub(super) is_encoding_set: bool,
     /// What its clients have set, in a mode that parts them from it between two transactions.
@@ -154,6 +156,7 @@ impl ServerConnection {
                 slot,
                 gauge,
                 is_used: false,
+                owner: None,
                 is_encoding_set: login.client_encoding.is_some(),
                 settings: Settings::default(),
                 statements: ServerStatements::new(max_statements.get()),
@@ -292,7 +295,9 @@ impl Record {
 
     /// The statements that make it what a new login of the client with these settings would be.
     fn adoption(&self, wanted: &Wanted) -> Option<String> {
-        let Wanted { login, settings } = wanted;
+        let Wanted {
+            login, settings, ..
+        } = wanted;
         let mut statements = Vec::from_iter(self.settings.difference(settings));
         // What the client has set itself stands above already.
         let is_set = |settings: &Settings, name| settings.names().any(|it| it == name);

@@ -52,11 +52,18 @@ pub(crate) struct ClientState {
     scope: u64,
     /// Why it needs its connection until it leaves.
     pin: Option<PinReason>,
+    /// By which it keeps its connection between two transactions, in a mode that leaves it that.
+    pub(super) owner: Option<u64>,
 }
 
 impl ClientState {
     /// Of a client that has a connection for the first time.
-    pub(super) fn new(login: Arc<LoginParameters>, reported: BytesMut, texts: &Arc<Texts>) -> Self {
+    pub(super) fn new(
+        login: Arc<LoginParameters>,
+        reported: BytesMut,
+        texts: &Arc<Texts>,
+        is_retaining: bool,
+    ) -> Self {
         Self {
             scope: scope(&login),
             login,
@@ -65,7 +72,13 @@ impl ClientState {
             settings: Settings::default(),
             changes: Pending::default(),
             pin: None,
+            owner: is_retaining.then(|| texts.number()),
         }
+    }
+
+    /// Whether the client has its last connection again, unless another needs that.
+    pub(crate) fn is_retaining(&self) -> bool {
+        self.owner.is_some()
     }
 
     /// The ParameterStatus messages that the client lacks, on a connection that has these.

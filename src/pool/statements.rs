@@ -294,7 +294,8 @@ impl ClientStatements {
         let is_new = self.names.is_empty() && self.unnamed.is_none();
         match server.names {
             Names::Exclusive(number) if self.exclusive == Some(number) => return,
-            Names::Fresh if is_new => {
+            // One that another client has had, but has prepared nothing on.
+            Names::Fresh | Names::Exclusive(_) if is_new && server.is_fresh() => {
                 let number = self.texts.number();
                 self.exclusive = Some(number);
                 server.names = Names::Exclusive(number);

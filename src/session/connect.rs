@@ -211,10 +211,12 @@ impl<'a> Connected<'a> {
             client: state,
             ..
         } = self.leased;
+        // A client that keeps its connection mostly compares the process id with that of its server.
+        let is_parting = state.as_ref().is_some_and(|state| !state.is_retaining());
         // Before the welcome: the client may cancel as soon as it has its key.
         let registration = server_key.map(|key| {
             let target = CancelTarget { address, key };
-            endpoint.cancel_keys.register(target, state.is_some())
+            endpoint.cancel_keys.register(target, is_parting)
         });
         let key = registration
             .as_ref()

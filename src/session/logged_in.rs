@@ -118,7 +118,7 @@ impl LoggedIn<'_> {
         }
         if let Some(lease) = self.lease.take() {
             self.entry.unlink();
-            lease.part();
+            lease.part(self.state.as_deref());
         }
         loop {
             let Some(state) = &self.state else {
@@ -242,6 +242,8 @@ impl LoggedIn<'_> {
         let Self {
             session,
             lease,
+            state,
+            traces,
             began,
             entry,
             shutdown,
@@ -255,6 +257,9 @@ impl LoggedIn<'_> {
         // From here on no cancel request finds the server connection; one that was forwarded may still be on its way.
         let may_be_cancelled = registration.is_some_and(Registration::end);
         let Some(mut lease) = lease else {
+            if let (Some(state), Some(traces)) = (&state, &traces) {
+                session.endpoint.pools.release(state, Used::at_rest(traces));
+            }
             if end != End::Client {
                 client.linger().await;
             }

@@ -13,7 +13,7 @@ use crate::{
 };
 
 /// Modes of the pool.
-const MODES: [&str; 2] = ["session", "transaction"];
+const MODES: [&str; 3] = ["session", "transaction", "auto"];
 
 /// Half of the programs in each mode.
 pub(crate) async fn programs(program: &Path, seed: u64, count: u64, deadline: Option<Instant>) {

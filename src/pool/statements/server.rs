@@ -62,6 +62,11 @@ impl ServerStatements {
         matches!(self.names, Names::Exclusive(_))
     }
 
+    /// Whether nothing is prepared on it.
+    pub(super) fn is_fresh(&self) -> bool {
+        self.known.is_empty() && self.leaving.is_empty() && self.unnamed.is_none()
+    }
+
     /// Statements that it has.
     pub fn len(&self) -> usize {
         self.known.len()
@@ -74,8 +79,7 @@ impl ServerStatements {
 
     /// After a reset of all statements.
     pub fn clear(&mut self) {
-        self.known.clear();
-        self.forget_unnamed();
+        *self = Self::new(self.limit);
     }
 
     /// After a simple query.

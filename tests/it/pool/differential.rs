@@ -43,3 +43,8 @@ async fn random_programs_do_the_same_as_on_connections_of_their_own_in_mode_sess
 async fn random_programs_do_the_same_as_on_connections_of_their_own_in_mode_transaction() {
     differential(PoolMode::Transaction).await;
 }
+
+#[tokio::test]
+async fn random_programs_do_the_same_as_on_connections_of_their_own_in_mode_auto() {
+    differential(PoolMode::Auto).await;
+}

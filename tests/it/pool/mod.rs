@@ -1,5 +1,6 @@
 //! Pooling in `session` mode: connections go from client to client, and nothing else does.
 
+mod auto;
 mod differential;
 mod follow;
 mod leaving;

@@ -1,0 +1,121 @@
+//! `auto` mode: a client keeps its server connection until another one needs it.
+
+use std::time::Duration;
+
+use super::*;
+
+async fn keeping(size: usize) -> (Emulator, Proxy) {
+    let emulator = harness::emulator().await;
+    let proxy = Proxy::with(&emulator, |settings| auto(settings, size)).await;
+    (emulator, proxy)
+}
+
+fn auto(settings: &mut Settings, size: usize) {
+    pooled(settings, size);
+    settings.pool_mode = Some(PoolMode::Auto);
+}
+
+#[tokio::test]
+async fn clients_that_fit_keep_their_connections() {
+    let (emulator, proxy) = keeping(3).await;
+    let mut clients = Vec::new();
+    for number in 0..3 {
+        let mut client = proxy.session().await;
+        let pid = client.value("select pg_backend_pid()").await;
+        client.query(&format!("set app.number = '{number}'")).await;
+        client
+            .send(&[message('P', b"mine\0select 1\0\0\0"), sync()].concat())
+            .await;
+        client.until('Z').await;
+        clients.push((client, pid));
+    }
+    for _ in 0..5 {
+        for (number, (client, pid)) in clients.iter_mut().enumerate() {
+            let look = "select concat_ws(' ', pg_backend_pid(), current_setting('app.number'), \
+                (select string_agg(name, ',') from pg_prepared_statements))";
+            let expected = format!("{pid} {number} mine");
+            assert_eq!(client.value(look).await, expected);
+        }
+    }
+    assert_eq!(emulator.counts().logins, 3);
+}
+
+#[tokio::test]
+async fn more_clients_than_connections_share_them() {
+    let (emulator, proxy) = keeping(2).await;
+    let mut clients = Vec::new();
+    for number in 0..6 {
+        let client = proxy.client().await;
+        let set = format!("set app.number = '{number}'");
+        client.simple_query(&set).await.unwrap();
+        clients.push(client);
+    }
+    let mut pids = BTreeSet::new();
+    for _ in 0..5 {
+        for (number, client) in clients.iter().enumerate() {
+            let own = value(client, "show app.number").await;
+            assert_eq!(own, number.to_string());
+            let row = client.query_one("select pg_backend_pid()", &[]).await;
+            pids.insert(row.unwrap().get::<_, i32>(0));
+        }
+    }
+    assert_eq!(pids.len(), 2);
+    assert_eq!(emulator.counts().logins, 2);
+}
+
+#[tokio::test]
+async fn what_a_client_leaves_is_reset_for_the_next_one() {
+    let (emulator, proxy) = keeping(1).await;
+    let mut one = proxy.session().await;
+    one.query("set work_mem = '123kB'").await;
+    one.send(&[message('P', b"mine\0select 1\0\0\0"), sync()].concat())
+        .await;
+    one.until('Z').await;
+    let pid = one.value("select pg_backend_pid()").await;
+    one.send(&terminate()).await;
+    one.closed().await;
+    let mut other = proxy.session().await;
+    let look = "select concat_ws(' ', pg_backend_pid(), current_setting('work_mem'), \
+        (select count(*) from pg_prepared_statements))";
+    assert_eq!(other.value(look).await, format!("{pid} 4MB 0"));
+    // Under its own name again.
+    other
+        .send(&[message('P', b"mine\0select 2\0\0\0"), sync()].concat())
+        .await;
+    other.until('Z').await;
+    let names = "select string_agg(name, ',') from pg_prepared_statements";
+    assert_eq!(other.value(names).await, "mine");
+    assert_eq!(emulator.counts().logins, 1);
+}
+
+#[tokio::test]
+async fn a_compute_suspends_under_clients_that_are_at_rest() {
+    let emulator = harness::emulator::start_with(|settings| {
+        settings.suspend_after = Duration::from_millis(1500);
+        settings.wake_delay = Duration::from_millis(300);
+    })
+    .await;
+    let proxy = Proxy::with(&emulator, |settings| {
+        auto(settings, 5);
+        settings.server_idle_timeout = Some(millis(300));
+    })
+    .await;
+    let mut clients = Vec::new();
+    for number in 0..5 {
+        let client = proxy.client().await;
+        let set = format!("set app.number = '{number}'");
+        client.simple_query(&set).await.unwrap();
+        clients.push((client.prepare("select $1::int + 1").await.unwrap(), client));
+    }
+    emulator
+        .wait_for(harness::TIMEOUT, |counts| counts.suspensions == 1)
+        .await
+        .expect("it suspends");
+    for (number, (statement, client)) in clients.iter().enumerate() {
+        let own = value(client, "show app.number").await;
+        assert_eq!(own, number.to_string());
+        let row = client.query_one(statement, &[&41]).await.unwrap();
+        assert_eq!(row.get::<_, i32>(0), 42);
+    }
+    assert_eq!(emulator.counts().wakes, 1);
+}
