@@ -253,7 +253,7 @@ impl Pools {
     }
 
     /// Takes back the connection that a client has kept, which has left for good.
-    pub(crate) fn release(&self, client: &ClientState, used: Used) {
+    pub(crate) fn release(&self, client: &ClientState) {
         let Some(owner) = client.owner else { return };
         let pool = self.pool(&client.login.database);
         let server = {
@@ -263,7 +263,7 @@ impl Pools {
             at.map(|at| state.take_idle(at))
         };
         if let Some(server) = server {
-            server.give_back(used);
+            server.give_back(client.used());
         }
     }
 

@@ -36,7 +36,7 @@ use std::{
     collections::{BTreeMap, HashMap},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
     time::Duration,
 };
@@ -122,6 +122,8 @@ struct Pool {
     state: Mutex<State>,
     /// Notified of changes during a pause.
     changed: Notify,
+    /// Clients in the queue.
+    waiting: AtomicUsize,
     /// What clients have prepared.
     texts: Arc<Texts>,
     /// What clients have set.
@@ -217,6 +219,7 @@ impl Pools {
                 ..State::default()
             }),
             changed: Notify::new(),
+            waiting: AtomicUsize::new(0),
             texts: Arc::clone(&self.texts),
             settings_table: Arc::clone(&self.settings_table),
             epoch: AtomicU64::new(0),

@@ -10,10 +10,7 @@ use super::{
     server::{ServerConnection, Unusable},
     settings::Settings,
 };
-use crate::{
-    protocol::{requests::TransactionStatus, traces::Traces},
-    telemetry::labels::PoolClose,
-};
+use crate::{protocol::requests::TransactionStatus, telemetry::labels::PoolClose};
 
 /// In this order: the role first, as it may lack the right to the rest, and the settings last, as they may have changed what
 /// the other statements do. Names are qualified, as the client may have changed `search_path`.
@@ -34,16 +31,6 @@ pub(crate) struct Used {
 }
 
 impl Used {
-    /// By a client at rest.
-    pub(crate) fn at_rest(traces: &Traces) -> Self {
-        Self {
-            status: TransactionStatus::Idle,
-            is_touched: traces.is_used(),
-            is_reported: traces.is_used(),
-            is_resettable: traces.is_resettable(),
-        }
-    }
-
     /// Whether the connection is as the session found it.
     pub(super) fn is_clean(self) -> bool {
         self.status == TransactionStatus::Idle && !self.is_touched && !self.is_reported

@@ -15,6 +15,7 @@ use bytes::{Buf, BytesMut};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use super::{
+    Used,
     server::{CLIENT_ENCODING, Record, scope},
     settings::{Change, Dialect, Pending, Settings},
     statements::{
@@ -30,6 +31,7 @@ use crate::{
         reported::Reported,
         requests::TransactionStatus,
         tag::Command,
+        traces::Traces,
     },
     telemetry::labels::PinReason,
     upstream::Stream,
@@ -37,6 +39,9 @@ use crate::{
 
 /// Bytes of a message that are kept until it is whole. What is longer is passed in pieces, and names no statement of the pool's.
 const MAX_HELD: usize = 1024 * 1024;
+
+/// Requests in flight, while none of other clients wait: those that are sent cannot give way any more.
+const MAX_UNITS: u64 = 16;
 
 /// What follows a client from one server connection to the next.
 pub(crate) struct ClientState {
@@ -48,6 +53,8 @@ pub(crate) struct ClientState {
     /// What it has set.
     pub(super) settings: Settings,
     changes: Pending,
+    /// What it has done.
+    traces: Traces,
     /// Decides what the names in its statements mean, besides its settings.
     scope: u64,
     /// Why it needs its connection until it leaves.
@@ -71,8 +78,19 @@ impl ClientState {
             statements: ClientStatements::new(texts),
             settings: Settings::default(),
             changes: Pending::default(),
+            traces: Traces::default(),
             pin: None,
             owner: is_retaining.then(|| texts.number()),
+        }
+    }
+
+    /// How it leaves a connection that it has kept.
+    pub(crate) fn used(&self) -> Used {
+        Used {
+            status: TransactionStatus::Idle,
+            is_touched: self.traces.is_used(),
+            is_reported: self.traces.is_used(),
+            is_resettable: self.traces.is_resettable(),
         }
     }
 
@@ -92,6 +110,10 @@ impl ClientState {
 }
 
 /// The stream of a leased connection.
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "independent facts about one stream, not states of a machine"
+)]
 pub(crate) struct SharedStream<'a> {
     stream: &'a mut Stream,
     record: &'a mut Record,
@@ -109,6 +131,10 @@ pub(crate) struct SharedStream<'a> {
     /// Parameters that have been reported since the last transaction, with their values before.
     reported: Vec<(String, Option<Vec<u8>>)>,
     has_ended: bool,
+    /// The client has been served with this connection.
+    has_served: bool,
+    /// The client's next request waits for another connection.
+    is_yielding: bool,
 }
 
 /// The message that the bytes of one direction end in.
@@ -239,6 +265,8 @@ impl<'a> SharedStream<'a> {
             is_defining: false,
             reported: Vec::new(),
             has_ended: false,
+            has_served: false,
+            is_yielding: false,
         }
     }
 
@@ -259,8 +287,44 @@ impl<'a> SharedStream<'a> {
         } else if self.client.statements.has_large() {
             Some(PinReason::LargeStatement)
         } else {
-            self.client.pin
+            self.client.pin.or_else(|| self.client.traces.pin())
         }
+    }
+
+    /// What the client has done.
+    pub(crate) fn traces(&self) -> &Traces {
+        &self.client.traces
+    }
+
+    /// Whether the connection is to be another client's, although this one has sent its next request already.
+    pub(crate) fn is_yielding(&self) -> bool {
+        self.is_yielding
+    }
+
+    /// The front of what the client has sent and the server has not been.
+    pub(crate) fn take_unsent(&mut self) -> BytesMut {
+        std::mem::take(&mut self.from_client.held)
+    }
+
+    /// Whether a request of the client must wait: for answers to earlier ones, or for another connection.
+    fn must_wait(&mut self, tag: u8) -> bool {
+        let statements = &self.client.statements;
+        let is_within = statements.is_within_request()
+            || matches!(tag, tag::COPY_DATA | tag::COPY_DONE | tag::COPY_FAIL);
+        if is_within {
+            return false;
+        }
+        let in_flight = statements.units_in_flight();
+        if in_flight >= MAX_UNITS {
+            return true;
+        }
+        let waiting = self.record.slot.pool().waiting.load(Ordering::Relaxed);
+        // One request at least, as it has waited for this connection.
+        if waiting == 0 || !self.has_served {
+            return false;
+        }
+        self.is_yielding = in_flight == 0 && statements.is_idle() && self.pin().is_none();
+        in_flight > 0 || self.is_yielding
     }
 
     fn is_lost(&self) -> bool {
@@ -286,8 +350,12 @@ impl<'a> SharedStream<'a> {
 
     /// Takes the next piece of what the client sends. Nothing of it, if it must wait.
     fn take_from_client(&mut self, bytes: &mut &[u8]) -> Result<(), Blocked> {
+        let before = *bytes;
         let passed = self.from_client.take_rest(bytes);
         self.to_server.extend_from_slice(passed);
+        let taken = before.len() - bytes.len();
+        let traces = &mut self.client.traces;
+        traces.client_sends(before.get(..taken).unwrap_or_default());
         if bytes.is_empty() {
             return Ok(());
         }
@@ -295,8 +363,9 @@ impl<'a> SharedStream<'a> {
             Front::Message(message)
                 if self.from_client.held.is_empty() && message.is_enough_of_client() =>
             {
-                self.client_sends(message)?;
-                bytes.advance(HEADER_LEN + message.body.len());
+                let (frame, rest) = bytes.split_at(HEADER_LEN + message.body.len());
+                self.client_sends(message, frame)?;
+                *bytes = rest;
                 Ok(())
             }
             _ => {
@@ -311,7 +380,7 @@ impl<'a> SharedStream<'a> {
         let held = std::mem::take(&mut self.from_client.held);
         match Front::of(&held) {
             Front::Message(message) if message.is_enough_of_client() => {
-                if let Err(blocked) = self.client_sends(message) {
+                if let Err(blocked) = self.client_sends(message, &held) {
                     self.from_client.held = held;
                     return Err(blocked);
                 }
@@ -325,8 +394,12 @@ impl<'a> SharedStream<'a> {
         Ok(())
     }
 
-    fn client_sends(&mut self, message: Arrived<'_>) -> Result<(), Blocked> {
+    fn client_sends(&mut self, message: Arrived<'_>, frame: &[u8]) -> Result<(), Blocked> {
         let Arrived { tag, length, body } = message;
+        if self.must_wait(tag) {
+            self.is_blocked = true;
+            return Err(Blocked);
+        }
         let meaning = self.meaning(tag);
         let sent = self.client.statements.client_sends(
             &mut self.record.statements,
@@ -337,6 +410,7 @@ impl<'a> SharedStream<'a> {
         );
         self.is_blocked = sent.is_err();
         let replaced = sent?;
+        self.client.traces.client_sends(frame);
         let arrived = body.len();
         self.to_server
             .extend_from_slice(body.get(replaced..).unwrap_or_default());
@@ -449,6 +523,7 @@ impl<'a> SharedStream<'a> {
                 }
             }
             tag::COMMAND_COMPLETE => {
+                self.client.traces.server_sends(frame);
                 let text = self.client.statements.take_completed();
                 let command = Command::of(body.strip_suffix(b"\0").unwrap_or_default());
                 if matches!(command, Command::Other | Command::Definition) {
@@ -466,6 +541,7 @@ impl<'a> SharedStream<'a> {
             }
             tag::ERROR_RESPONSE => self.client.changes.fail(),
             tag::READY_FOR_QUERY => {
+                self.has_served = true;
                 let status = match body {
                     b"I" => TransactionStatus::Idle,
                     b"T" => TransactionStatus::InTransaction,

@@ -318,6 +318,22 @@ impl ClientStatements {
         self.completed.take()
     }
 
+    /// Whether a request has begun, whose answer needs more of the client.
+    pub(super) fn is_within_request(&self) -> bool {
+        self.is_open || self.is_copying_in || self.is_skipping
+    }
+
+    /// Requests without their ReadyForQuery.
+    pub(super) fn units_in_flight(&self) -> u64 {
+        let front = self.queue.front();
+        front.map_or(0, |front| self.unit.saturating_sub(front.unit))
+    }
+
+    /// Whether no transaction is open, if nothing is in flight.
+    pub(super) fn is_idle(&self) -> bool {
+        self.status == TransactionStatus::Idle
+    }
+
     /// Whether a statement in flight changes settings.
     pub(super) fn is_setting(&self) -> bool {
         let mut queue = self.queue.iter();

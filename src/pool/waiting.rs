@@ -2,7 +2,7 @@
 
 use std::{
     future::poll_fn,
-    sync::Arc,
+    sync::{Arc, atomic::Ordering},
     task::{Poll, Waker},
 };
 
@@ -69,6 +69,7 @@ impl Pool {
             waker: None,
         };
         state.waiting.insert(number, waiter);
+        self.waiting.fetch_add(1, Ordering::Relaxed);
         let evicted = state.serve(self);
         // Dropped without the lock, which the drop takes.
         drop(state);
@@ -133,6 +134,7 @@ impl Waiting {
 
 impl Drop for Waiting {
     fn drop(&mut self) {
+        self.pool.waiting.fetch_sub(1, Ordering::Relaxed);
         let left = self.pool.lock().waiting.remove(&self.number);
         match left.and_then(|waiter| waiter.grant) {
             // The client has left before it could use the connection.

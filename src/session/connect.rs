@@ -240,7 +240,8 @@ impl<'a> Connected<'a> {
         }
         Ok(Box::new(LoggedIn {
             session,
-            traces: lease.is_pooled().then(Box::default),
+            traces: (lease.is_pooled() && state.is_none()).then(Box::default),
+            unsent: 0,
             lease: Some(lease),
             shares: state.is_some(),
             state,

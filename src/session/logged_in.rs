@@ -36,8 +36,10 @@ pub(super) struct LoggedIn<'a> {
     pub(super) lease: Option<Lease>,
     /// Present if the client shares its server connections with others.
     pub(super) state: Option<Box<ClientState>>,
-    /// What it has done on connections that others may get.
+    /// What it has done on a connection that others may get, if it has that until it leaves.
     pub(super) traces: Option<Box<Traces>>,
+    /// Bytes that are counted, but still to be sent to a server.
+    pub(super) unsent: usize,
     /// It parts with them whenever it is at rest.
     pub(super) shares: bool,
     /// Sent by the server behind its ReadyForQuery.
@@ -87,7 +89,9 @@ impl LoggedIn<'_> {
                 session: self.session,
                 activity: self.entry.activity(),
                 shutdown: &self.shutdown,
+                keeps_server: lease.is_pooled(),
                 traces: self.traces.as_deref_mut(),
+                unsent: std::mem::take(&mut self.unsent),
                 ends_at_rest: self.shares,
             };
             let ended = if let Some(state) = &mut self.state
@@ -101,6 +105,7 @@ impl LoggedIn<'_> {
             if ended.end != End::Rest {
                 return ended;
             }
+            self.unsent = client.received.len();
             // A box, as most sessions never rest.
             if let Err(ended) = Box::pin(self.rest(client)).await {
                 return ended;
@@ -243,7 +248,6 @@ impl LoggedIn<'_> {
             session,
             lease,
             state,
-            traces,
             began,
             entry,
             shutdown,
@@ -257,8 +261,8 @@ impl LoggedIn<'_> {
         // From here on no cancel request finds the server connection; one that was forwarded may still be on its way.
         let may_be_cancelled = registration.is_some_and(Registration::end);
         let Some(mut lease) = lease else {
-            if let (Some(state), Some(traces)) = (&state, &traces) {
-                session.endpoint.pools.release(state, Used::at_rest(traces));
+            if let Some(state) = &state {
+                session.endpoint.pools.release(state);
             }
             if end != End::Client {
                 client.linger().await;
@@ -314,7 +318,9 @@ struct Relaying<'a> {
     session: &'a Session<'a>,
     activity: &'a ActivityRecord,
     shutdown: &'a Shutdown,
+    keeps_server: bool,
     traces: Option<&'a mut Traces>,
+    unsent: usize,
     ends_at_rest: bool,
 }
 
@@ -333,11 +339,13 @@ impl Relaying<'_> {
             Side {
                 stream: &mut client.stream,
                 received: std::mem::take(&mut client.received),
+                counted: self.unsent,
                 bytes: bytes(Direction::FromClient),
             },
             Side {
                 stream: server,
                 received: leftover,
+                counted: 0,
                 bytes: bytes(Direction::FromServer),
             },
             self.shutdown,
@@ -345,6 +353,7 @@ impl Relaying<'_> {
                 activity: self.activity,
                 metrics,
                 loss_timeout: self.session.config.connect.keepalive.loss_timeout(),
+                keeps_server: self.keeps_server,
                 traces: self.traces,
                 ends_at_rest: self.ends_at_rest,
             },
@@ -353,12 +362,18 @@ impl Relaying<'_> {
         if end == End::Server {
             endpoint.lost_sessions.add(relay.server_error());
         }
-        Ended {
+        let ended = Ended {
             end,
             used: relay.used(),
             is_owed: relay.is_owed(),
             is_left: relay.is_left(),
+        };
+        let unsent = relay.take_unsent();
+        if end == End::Rest {
+            // Requests that give way to those of other clients.
+            client.received = unsent;
         }
+        ended
     }
 }
 

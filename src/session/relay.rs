@@ -109,6 +109,21 @@ pub(super) trait ServerStream: Transport {
     fn pin(&self) -> Option<PinReason> {
         None
     }
+
+    /// Whether the session is to go on with another connection, although it has sent its next request already.
+    fn is_yielding(&self) -> bool {
+        false
+    }
+
+    /// The front of what was written and has not reached the server.
+    fn take_unsent(&mut self) -> BytesMut {
+        BytesMut::new()
+    }
+
+    /// What the session has done, if the stream records it.
+    fn traces(&self) -> Option<&Traces> {
+        None
+    }
 }
 
 impl ServerStream for Stream {}
@@ -121,6 +136,18 @@ impl ServerStream for SharedStream<'_> {
     fn pin(&self) -> Option<PinReason> {
         SharedStream::pin(self)
     }
+
+    fn is_yielding(&self) -> bool {
+        SharedStream::is_yielding(self)
+    }
+
+    fn take_unsent(&mut self) -> BytesMut {
+        SharedStream::take_unsent(self)
+    }
+
+    fn traces(&self) -> Option<&Traces> {
+        Some(SharedStream::traces(self))
+    }
 }
 
 /// One side of a relay as it starts.
@@ -128,6 +155,8 @@ pub(super) struct Side<'a, S> {
     pub(super) stream: &'a mut S,
     /// Sent by this side already.
     pub(super) received: BytesMut,
+    /// How much of that is counted already.
+    pub(super) counted: usize,
     /// Counts the bytes that this side sends.
     pub(super) bytes: IntCounter,
 }
@@ -139,8 +168,9 @@ pub(super) struct Observers<'a> {
     pub(super) metrics: &'a Metrics,
     /// The path to the server counts as lost when it acknowledges nothing for this long.
     pub(super) loss_timeout: Option<Duration>,
-    /// What the session has done, on a server connection that outlives the client: neither the client's end nor its Terminate
-    /// reaches the server.
+    /// The server connection outlives the client: neither the client's end nor its Terminate reaches the server.
+    pub(super) keeps_server: bool,
+    /// Records what the session does on such a connection, unless the stream does.
     pub(super) traces: Option<&'a mut Traces>,
     /// The relay ends as soon as client and server are at rest, unless the session is pinned.
     pub(super) ends_at_rest: bool,
@@ -181,11 +211,12 @@ impl<'a, C: Transport, U: ServerStream> Relay<'a, C, U> {
     ) -> Self {
         // Of the relays before, if there were any.
         let [from_client, from_server] = observers.activity.bytes();
+        let counted = u64::try_from(client.counted).unwrap_or_default();
         let mut relay = Self {
             client: client.stream,
             server: server.stream,
             shutdown,
-            to_server: Pipe::new(client.bytes, from_client),
+            to_server: Pipe::new(client.bytes, from_client.wrapping_sub(counted)),
             to_client: Pipe::new(server.bytes, from_server),
             requests: Requests::new(),
             unsolicited: UnsolicitedPasswords::default(),
@@ -197,7 +228,7 @@ impl<'a, C: Transport, U: ServerStream> Relay<'a, C, U> {
                 ..PathLoss::default()
             },
             server_error: TrailingError::default(),
-            keeps_server: observers.traces.is_some(),
+            keeps_server: observers.keeps_server,
             traces: observers.traces,
             ends_at_rest: observers.ends_at_rest,
             pin: None,
@@ -209,6 +240,7 @@ impl<'a, C: Transport, U: ServerStream> Relay<'a, C, U> {
         relay
             .to_server
             .take_in(from_client, |seen| relay.requests.from_client(seen));
+        relay.to_server.skip(counted);
         if let Some(traces) = &mut relay.traces {
             traces.client_sends(from_client);
             traces.server_sends(&server.received);
@@ -242,7 +274,7 @@ impl<'a, C: Transport, U: ServerStream> Relay<'a, C, U> {
             && self.to_client.is_at_boundary()
             && self.requests.is_terminated() == self.is_withheld
             && self.server.is_at_rest();
-        let traces = self.traces.as_ref()?;
+        let traces = self.traces()?;
         (self.keeps_server && is_at_rest).then(|| Used {
             status: self.requests.status(),
             is_touched: traces.is_used(),
@@ -319,7 +351,7 @@ impl<'a, C: Transport, U: ServerStream> Relay<'a, C, U> {
             return Poll::Ready(End::Rest);
         }
         if self.keeps_server && self.to_server.state == PipeState::Closed && self.end.is_none() {
-            let is_malformed = self.traces.as_ref().is_some_and(|it| it.is_malformed());
+            let is_malformed = self.traces().is_some_and(Traces::is_malformed);
             if is_malformed || !self.requests.comes_to_rest() || !self.to_server.is_at_boundary() {
                 // The server waits for what the client does not send any more: it learns of the end, as on a direct connection.
                 self.keeps_server = false;
@@ -373,20 +405,38 @@ impl<'a, C: Transport, U: ServerStream> Relay<'a, C, U> {
         }
     }
 
+    fn traces(&self) -> Option<&Traces> {
+        self.traces.as_deref().or_else(|| self.server.traces())
+    }
+
+    /// What the client has sent and the server has not been.
+    pub(super) fn take_unsent(&mut self) -> BytesMut {
+        let mut unsent = self.server.take_unsent();
+        unsent.extend_from_slice(&std::mem::take(&mut self.to_server.kept));
+        unsent
+    }
+
     /// Whether the server connection can be another client's now.
     fn parts(&mut self) -> bool {
+        let is_delivered = self.to_client.is_between_messages() && !self.to_client.unflushed;
+        if self.ends_at_rest
+            && self.server.is_yielding()
+            && is_delivered
+            && self.to_server.state == PipeState::Open
+        {
+            return true;
+        }
         let is_at_rest = self.ends_at_rest
             && self.requests.is_at_rest()
             && self.requests.status() == TransactionStatus::Idle
             && self.to_server.state == PipeState::Open
             && self.to_server.is_between_messages()
-            && self.to_client.is_between_messages()
             && !self.to_server.unflushed
-            && !self.to_client.unflushed;
-        let Some(traces) = self.traces.as_ref().filter(|_| is_at_rest) else {
+            && is_delivered;
+        if !is_at_rest {
             return false;
-        };
-        let Some(reason) = traces.pin().or_else(|| self.server.pin()) else {
+        }
+        let Some(reason) = self.server.pin() else {
             return self.server.is_at_rest();
         };
         if self.pin.is_none() {
@@ -434,9 +484,9 @@ impl<'a, C: Transport, U: ServerStream> Relay<'a, C, U> {
                 |chunk| {
                     if let Some(traces) = traces {
                         traces.client_sends(chunk);
-                        if keeps_server && is_terminated.get() {
-                            *is_withheld = withhold_terminate(chunk);
-                        }
+                    }
+                    if keeps_server && is_terminated.get() {
+                        *is_withheld = withhold_terminate(chunk);
                     }
                 },
             )

@@ -115,6 +115,11 @@ impl Pipe {
         }
     }
 
+    /// Leaves bytes out of the counter.
+    pub(super) fn skip(&mut self, bytes: u64) {
+        self.counted = self.counted.wrapping_add(bytes);
+    }
+
     /// Updates the counter, once per poll because all sessions share it.
     pub(super) fn count(&mut self) {
         if self.counted != self.total {

@@ -56,6 +56,7 @@ fn observers<'a>(activity: &'a ActivityRecord, metrics: &'a Metrics) -> Observer
         metrics,
         loss_timeout: None,
         ends_at_rest: false,
+        keeps_server: false,
         traces: None,
     }
 }
@@ -100,11 +101,13 @@ impl Session {
                 Side {
                     stream: &mut client_end,
                     received: early,
+                    counted: 0,
                     bytes: counter(),
                 },
                 Side {
                     stream: &mut server_end,
                     received: leftover,
+                    counted: 0,
                     bytes: counter(),
                 },
                 &watched,
@@ -515,11 +518,13 @@ async fn an_idle_session_holds_no_buffer() {
         Side {
             stream: &mut our_client,
             received: BytesMut::new(),
+            counted: 0,
             bytes: counter(),
         },
         Side {
             stream: &mut our_server,
             received: BytesMut::new(),
+            counted: 0,
             bytes: counter(),
         },
         &shutdown,

@@ -239,7 +239,6 @@ async fn a_cancel_whose_sender_hangs_up_at_once_reaches_its_request() {
 
 /// A client that pipelines without end delays no other for longer than one request.
 #[tokio::test]
-#[ignore = "a pipeline keeps its connection until its end"]
 async fn a_pipeline_yields_to_a_client_that_waits() {
     const REQUESTS: usize = 1000;
     let (_emulator, proxy) = sharing(1).await;
