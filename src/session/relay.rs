@@ -303,13 +303,11 @@ impl<'a, C: Transport, U: ServerStream> Relay<'a, C, U> {
         let mut reached = None;
         let mut timer = None;
         poll_fn(|cx| {
-            let phase = poll_phase(
-                cx,
-                shutdown.phase(),
-                &mut reached,
-                next.as_mut(),
-                shutdown.cutting(),
-            );
+            let mut phase = shutdown.phase();
+            if reached != Some(phase) {
+                let next = next.as_mut();
+                phase = poll_phase(cx, phase, &mut reached, next, shutdown.cutting());
+            }
             self.poll(cx, phase, &mut timer)
         })
         .await
@@ -737,9 +735,6 @@ fn poll_phase<'a>(
     mut next: Pin<&mut WaitForCancellationFuture<'a>>,
     cutting: &'a CancellationToken,
 ) -> Phase {
-    if *reached == Some(now) {
-        return now;
-    }
     let mut phase = reached.unwrap_or(Phase::Serving);
     if phase == Phase::Serving && next.as_mut().poll(cx).is_ready() {
         phase = Phase::Draining;

@@ -204,6 +204,11 @@ impl Pipe {
     }
 
     /// Writes straight from the thread's buffer and keeps what the sink does not accept.
+    #[expect(
+        clippy::inline_always,
+        reason = "for each message; as there are two kinds of relay, it would be called"
+    )]
+    #[inline(always)]
     fn poll_write<W: AsyncWrite + Unpin>(
         &mut self,
         cx: &mut Context<'_>,
