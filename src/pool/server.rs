@@ -99,7 +99,7 @@ impl Unusable {
         matches!(self, Self::Reported(error) if error.severity == "ERROR")
     }
 
-    /// What a client is told.
+    /// What is reported to the client.
     pub(super) fn refusal(self) -> Refusal {
         let report = match self {
             Self::Reported(error) => Report {
