@@ -516,6 +516,7 @@ impl ServerConnection {
     fn give_back(mut self, used: Used) {
         self.record.owner = None;
         if used.is_clean() && !self.record.is_encoding_set {
+            self.record.statements.forget_client();
             return self.put_back();
         }
         let pool = Arc::clone(self.record.slot.pool());

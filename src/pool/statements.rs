@@ -17,7 +17,7 @@ mod server;
 mod text;
 
 use std::{
-    collections::{HashMap, VecDeque},
+    collections::{HashMap, HashSet, VecDeque},
     hash::{DefaultHasher, Hash, Hasher},
     sync::Arc,
 };
@@ -35,7 +35,7 @@ pub use self::{
 use crate::protocol::{
     error::{ErrorFields, sqlstate},
     frame::tag,
-    lexer::{Backslash, Kind, Statement, statements},
+    lexer::{Backslash, Kind, Statement, Token, statements},
     requests::TransactionStatus,
 };
 
@@ -83,6 +83,8 @@ pub struct ClientStatements {
     texts: Arc<Texts>,
     names: HashMap<Box<[u8]>, Named>,
     unnamed: Option<Arc<Prepared>>,
+    /// Names of statements that SQL has prepared.
+    by_sql: HashSet<Box<[u8]>>,
     charge: usize,
     queue: VecDeque<Record>,
     /// What the names are after the queue, where that differs; the unnamed statement has the empty name.
@@ -200,6 +202,7 @@ enum Effect {
 pub(super) enum Sql {
     Deallocate(Box<[u8]>),
     DeallocateAll,
+    Prepare(Box<[u8]>),
     /// A SET or RESET, or a statement that decides what becomes of one.
     OfSettings(Box<[u8]>),
 }
@@ -225,6 +228,9 @@ impl Sql {
             let is_all = tokens.next().is_some_and(|it| it.is_word("all"));
             return is_all.then_some(Self::DeallocateAll);
         }
+        if first.is_word("prepare") {
+            return identifier(&tokens.next()?).map(Self::Prepare);
+        }
         if !first.is_word("deallocate") {
             return None;
         }
@@ -237,18 +243,7 @@ impl Sql {
         if name.is_word("all") {
             return Some(Self::DeallocateAll);
         }
-        let name = match name.kind {
-            Kind::Word => name.text.to_ascii_lowercase(),
-            Kind::QuotedIdentifier => {
-                let inner = name.text.strip_prefix(b"\"")?.strip_suffix(b"\"")?;
-                String::from_utf8(inner.to_vec())
-                    .ok()?
-                    .replace("\"\"", "\"")
-                    .into_bytes()
-            }
-            _ => return None,
-        };
-        Some(Self::Deallocate(name.into()))
+        identifier(&name).map(Self::Deallocate)
     }
 
     fn of_parse(body: &[u8]) -> Option<Self> {
@@ -259,8 +254,22 @@ impl Sql {
 
     /// Whether it changes the names of prepared statements.
     fn changes_names(&self) -> bool {
-        !matches!(self, Self::OfSettings(_))
+        matches!(self, Self::Deallocate(_) | Self::DeallocateAll)
     }
+}
+
+/// A name as the server has it.
+fn identifier(token: &Token<'_>) -> Option<Box<[u8]>> {
+    let name = match token.kind {
+        Kind::Word => token.text.to_ascii_lowercase(),
+        Kind::QuotedIdentifier => {
+            let inner = token.text.strip_prefix(b"\"")?.strip_suffix(b"\"")?;
+            let inner = String::from_utf8(inner.to_vec()).ok()?;
+            inner.replace("\"\"", "\"").into_bytes()
+        }
+        _ => return None,
+    };
+    Some(name.into())
 }
 
 impl ClientStatements {
@@ -270,6 +279,7 @@ impl ClientStatements {
             texts: Arc::clone(texts),
             names: HashMap::new(),
             unnamed: None,
+            by_sql: HashSet::new(),
             charge: 0,
             queue: VecDeque::new(),
             latest: HashMap::new(),
@@ -294,8 +304,7 @@ impl ClientStatements {
         let is_new = self.names.is_empty() && self.unnamed.is_none();
         match server.names {
             Names::Exclusive(number) if self.exclusive == Some(number) => return,
-            // One that another client has had, but has prepared nothing on.
-            Names::Fresh | Names::Exclusive(_) if is_new && server.is_fresh() => {
+            Names::Fresh if is_new => {
                 let number = self.texts.number();
                 self.exclusive = Some(number);
                 server.names = Names::Exclusive(number);
@@ -717,13 +726,18 @@ impl ClientStatements {
     fn forget(&mut self, server: &mut ServerStatements, sql: &Sql) {
         match sql {
             Sql::OfSettings(text) => self.completed = Some(text.clone()),
+            Sql::Prepare(name) => {
+                self.by_sql.insert(name.clone());
+            }
             Sql::Deallocate(name) => {
+                self.by_sql.remove(name);
                 let of_client = self.forget_name(name).map(|it| it.number);
                 server.known.retain(|number, known| {
                     Some(*number) != of_client && known.name != *name || known.pending.is_some()
                 });
             }
             Sql::DeallocateAll => {
+                self.by_sql.clear();
                 self.names.clear();
                 self.charge = 0;
                 server.known.retain(|_, known| known.pending.is_some());

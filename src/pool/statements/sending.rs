@@ -581,8 +581,7 @@ impl Sending<'_> {
                 return Err(Blocked);
             }
             match self.client.lookup(name) {
-                // Prepared by SQL, or not at all.
-                Lookup::Absent if !self.is_of_pool(name) => {}
+                Lookup::Absent if self.client.by_sql.contains(name) => {}
                 found => {
                     self.deallocate(name, &found)?;
                     self.end_unit();
@@ -633,19 +632,13 @@ impl Sending<'_> {
         Ok(())
     }
 
-    /// Whether a statement of other clients may have this name.
-    fn is_of_pool(&self, name: &[u8]) -> bool {
-        // What the connection's first client has prepared has its own names.
-        let mut known = self.server.known.values();
-        name.starts_with(b"lbp_") || known.any(|it| *it.name == *name)
-    }
-
-    /// The name for a statement that the client has not prepared by the protocol: one that SQL has prepared, or none.
+    /// The name for a statement that the client has not prepared by the protocol: one that SQL has prepared, or none, as the
+    /// server may have one of that name which is another client's.
     fn name_by_sql(&self, name: &[u8]) -> Box<[u8]> {
-        if self.is_of_pool(name) {
-            shared_name(0)
-        } else {
+        if self.client.by_sql.contains(name) {
             name.into()
+        } else {
+            shared_name(0)
         }
     }
 

@@ -62,9 +62,11 @@ impl ServerStatements {
         matches!(self.names, Names::Exclusive(_))
     }
 
-    /// Whether nothing is prepared on it.
-    pub(super) fn is_fresh(&self) -> bool {
-        self.known.is_empty() && self.leaving.is_empty() && self.unnamed.is_none()
+    /// After the only client that has had it has left, and has prepared nothing.
+    pub fn forget_client(&mut self) {
+        if self.is_exclusive() {
+            self.clear();
+        }
     }
 
     /// Statements that it has.
