@@ -174,6 +174,8 @@ def check_failing(browser, checks, screenshots):
             except OSError:
                 time.sleep(0.1)
         environment = clean_environment() | {"PGHOST": "127.0.0.1", "PGPORT": str(port), "PGUSER": "x"}
+        # With its default, `prefer`, libpq connects again without TLS after any refusal.
+        environment["PGSSLMODE"] = "disable"
         for _ in range(3):
             subprocess.run(["psql", "-X", "-c", "select 1"], env=environment, stderr=subprocess.DEVNULL)
         facts = look(browser, url, "failing", checks, screenshots)
