@@ -23,7 +23,7 @@ use tokio_postgres::{
     config::{Host, SslMode},
 };
 
-pub use server::{LocalPostgres, LocalPostgresOptions};
+pub use server::LocalPostgres;
 
 use super::{
     EmulatorError, EmulatorOptions,
@@ -35,6 +35,30 @@ use schema::{Connected, OAUTH_MARK, identifier, query_error};
 /// The superuser of an own cluster.
 #[cfg(unix)]
 const SUPERUSER: &str = "databricks_control_plane";
+
+/// How to run the local Postgres.
+#[derive(Clone, Debug)]
+pub struct LocalPostgresOptions {
+    /// Where `initdb` and `postgres` are; absent: looked for.
+    pub bin_dir: Option<PathBuf>,
+    /// Whether Postgres may be downloaded if this machine has none.
+    pub download: bool,
+    /// Whether commits reach the disk before they are acknowledged. Off: nothing here is worth keeping.
+    pub fsync: bool,
+    /// `max_connections` of the server.
+    pub max_connections: u16,
+}
+
+impl Default for LocalPostgresOptions {
+    fn default() -> Self {
+        Self {
+            bin_dir: None,
+            download: true,
+            fsync: false,
+            max_connections: 1000,
+        }
+    }
+}
 
 /// A byte stream to Postgres.
 pub(crate) trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}

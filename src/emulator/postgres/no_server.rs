@@ -2,31 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
+use super::LocalPostgresOptions;
 use crate::emulator::EmulatorError;
-
-/// How to run the local Postgres.
-#[derive(Clone, Debug)]
-pub struct LocalPostgresOptions {
-    /// Ignored.
-    pub bin_dir: Option<PathBuf>,
-    /// Ignored.
-    pub download: bool,
-    /// Ignored.
-    pub fsync: bool,
-    /// Ignored.
-    pub max_connections: u16,
-}
-
-impl Default for LocalPostgresOptions {
-    fn default() -> Self {
-        Self {
-            bin_dir: None,
-            download: true,
-            fsync: false,
-            max_connections: 1000,
-        }
-    }
-}
 
 /// A running local Postgres, of which there is none.
 #[derive(Debug)]

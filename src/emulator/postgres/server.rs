@@ -21,7 +21,7 @@ use tokio::time::{Instant, sleep};
 use tokio_postgres::NoTls;
 
 use super::{
-    SUPERUSER, fetch, find,
+    LocalPostgresOptions, SUPERUSER, fetch, find,
     schema::{Connected, query_error},
 };
 use crate::emulator::EmulatorError;
@@ -50,30 +50,6 @@ while
 do :; done
 cd / && rm -rf "$0"
 "#;
-
-/// How to run the local Postgres.
-#[derive(Clone, Debug)]
-pub struct LocalPostgresOptions {
-    /// Where `initdb` and `postgres` are; absent: looked for.
-    pub bin_dir: Option<PathBuf>,
-    /// Whether Postgres may be downloaded if this machine has none.
-    pub download: bool,
-    /// Whether commits reach the disk before they are acknowledged. Off: nothing here is worth keeping.
-    pub fsync: bool,
-    /// `max_connections` of the server.
-    pub max_connections: u16,
-}
-
-impl Default for LocalPostgresOptions {
-    fn default() -> Self {
-        Self {
-            bin_dir: None,
-            download: true,
-            fsync: false,
-            max_connections: 1000,
-        }
-    }
-}
 
 /// A running local Postgres; stops, and its directory goes, when dropped.
 ///
