@@ -487,7 +487,9 @@ struct Terminal {
 
 impl Terminal {
     fn start(emulator: &Emulator, line: &str) -> Self {
-        let mut process = Command::new("script")
+        // A test runner in the background may ignore Ctrl-C, and so would whatever it starts.
+        let mut process = Command::new("env")
+            .args(["--default-signal=INT,QUIT,TSTP", "script"])
             .args(["-qefc", line, "/dev/null"])
             .envs(emulator.environment())
             .env("PROXY", PROGRAM)
