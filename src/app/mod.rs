@@ -243,14 +243,12 @@ impl App {
 
     /// As [`end`](Self::end), with another grace time.
     pub async fn end_within(self, grace: Duration, second_signal: impl Future<Output = ()>) {
-        tracing::info!(
-            sessions = self.shared.clients.len(),
-            ?grace,
-            "shutting down"
-        );
+        let sessions = self.shared.clients.len();
         self.shared.notifier.stopping();
         self.shared.observer.health.set_draining();
         self.shared.process.shutdown.drain();
+        // Only now, so that a reader of the log finds readiness and clients refused already.
+        tracing::info!(sessions, ?grace, "shutting down");
         // The accept loops run until the cut, so that late clients receive the reason.
         self.shared.clients.close();
         tokio::select! {
