@@ -33,10 +33,11 @@ Sites and their actions:
     {\"respond\":{\"status\":N,\"body\":TEXT,\"content_type\":TEXT,\"retry_after\":TEXT}}
     {\"merge\":{\"expire_time\":\"9999-12-31T23:59:59Z\"}} \"quote_numbers\" (the real
     answer, changed), and what is possible everywhere
-  accept ssl_request tls startup password session (the endpoint)
+  accept ssl_request tls startup password session cancel (the endpoint)
     {\"error\":{\"severity\":\"FATAL\",\"code\":\"53300\",\"message\":\"sorry, too many\"}}
     {\"answer\":TEXT}, at ssl_request \"no_tls\" and
-    {\"certificate\":\"expired\"|\"other_authority\"|\"wrong_name\"}, and what is possible
+    {\"certificate\":\"expired\"|\"other_authority\"|\"wrong_name\"}, at cancel
+    {\"defer\":MILLISECONDS} (closes before it sends the signal), and what is possible
     everywhere
   everywhere: {\"delay\":MILLISECONDS} \"stall\" \"close\" \"reset\"
     \"blackhole\" (no packet arrives or leaves, as when the network path is lost)

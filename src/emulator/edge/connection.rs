@@ -6,7 +6,7 @@ use socket2::SockRef;
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
     net::TcpStream,
-    time::{Instant, timeout, timeout_at},
+    time::{Instant, sleep, timeout, timeout_at},
 };
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
 
@@ -18,6 +18,7 @@ use super::{
 use crate::emulator::{
     faults::{Action, BadCertificate, Cleared, Login, Site, Struck},
     loss,
+    sessions::BackendKey,
     settings::WhileAsleep,
     shared::{Names, Shared},
 };
@@ -87,7 +88,7 @@ pub(super) async fn serve(mut tcp: TcpStream, shared: Arc<Shared>) {
 struct Certificate(Option<BadCertificate>);
 
 /// In plain text: `SSLRequest` or `CancelRequest`, nothing else. `None`: it was a cancel. Not cancel safe.
-async fn inspect(tcp: &mut TcpStream, shared: &Shared) -> Result<Option<Certificate>, Ending> {
+async fn inspect(tcp: &mut TcpStream, shared: &Arc<Shared>) -> Result<Option<Certificate>, Ending> {
     strike(shared, Site::Accept).await?;
     if shared.settings.borrow().while_asleep == WhileAsleep::Reset && !shared.compute.admit() {
         return Err(Ending::Reset);
@@ -115,7 +116,7 @@ async fn inspect(tcp: &mut TcpStream, shared: &Shared) -> Result<Option<Certific
     match code {
         CANCEL_REQUEST if length != 16 => Err(ServerError::cancel_request_length().into()),
         CANCEL_REQUEST => {
-            cancel(buffer.get(8..16).unwrap_or_default(), shared).await;
+            cancel(buffer.get(8..16).unwrap_or_default(), shared).await?;
             Ok(None)
         }
         SSL_REQUEST if length != 8 => Err(ServerError::ssl_request_length().into()),
@@ -165,7 +166,7 @@ async fn converse(
         return Err(ServerError::no_sni().into());
     };
     if packet.code == CANCEL_REQUEST {
-        cancel(packet.body.get(..8).unwrap_or_default(), shared).await;
+        cancel(packet.body.get(..8).unwrap_or_default(), shared).await?;
         return Ok(None);
     }
     if packet.code != PROTOCOL_3_0 {
@@ -247,12 +248,39 @@ async fn read_startup<S: AsyncRead + Unpin>(stream: &mut S) -> Result<Startup, E
 }
 
 /// Passes a cancel on with Postgres's own key; an unknown key is ignored, as Postgres does.
-async fn cancel(key: &[u8], shared: &Shared) {
+async fn cancel(key: &[u8], shared: &Arc<Shared>) -> Result<(), Ending> {
     shared.counters.change(|counts| counts.cancels += 1);
-    let Ok(key) = key.try_into() else { return };
-    let Some(backend) = shared.sessions.backend_of(key) else {
-        return;
+    let deferred = match shared.faults.strike(Site::Cancel).await {
+        None => None,
+        Some(Struck {
+            action: Action::Defer(millis),
+            ..
+        }) => Some(Duration::from_millis(millis)),
+        Some(struck) => return Err(ending(struck)),
     };
+    let Ok(key) = key.try_into() else {
+        return Ok(());
+    };
+    let Some(backend) = shared.sessions.backend_of(key) else {
+        return Ok(());
+    };
+    let signal = signal(backend, Arc::clone(shared));
+    match deferred {
+        None => signal.await,
+        Some(time) => {
+            let late = async move {
+                sleep(time).await;
+                signal.await;
+            };
+            let late = shared.stop.clone().run_until_cancelled_owned(late);
+            shared.tracker.spawn(late);
+        }
+    }
+    Ok(())
+}
+
+/// Sends the signal to the server process, whichever client uses it by then.
+async fn signal(backend: BackendKey, shared: Arc<Shared>) {
     let request = wire::cancel_request(backend.process_id, &backend.secret);
     let pass_on = async {
         let mut stream = shared.database.dial().await?;

@@ -34,6 +34,8 @@ pub enum Site {
     Password,
     /// A session that is logged in; see [`Fault::after_bytes`].
     Session,
+    /// The edge, after a `CancelRequest` and before the signal is sent.
+    Cancel,
 }
 
 /// What HTTP requests can meet.
@@ -70,9 +72,21 @@ const SSL_REQUEST: &[&str] = &[
     "blackhole",
 ];
 
+/// What a `CancelRequest` can meet.
+const CANCEL: &[&str] = &[
+    "defer",
+    "error",
+    "answer",
+    "delay",
+    "stall",
+    "close",
+    "reset",
+    "blackhole",
+];
+
 impl Site {
     /// Every site, the workspace's before the edge's.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 13] = [
         Self::Discovery,
         Self::Token,
         Self::Mint,
@@ -85,6 +99,7 @@ impl Site {
         Self::Startup,
         Self::Password,
         Self::Session,
+        Self::Cancel,
     ];
 
     /// Its name in JSON.
@@ -102,6 +117,7 @@ impl Site {
             Self::Startup => "startup",
             Self::Password => "password",
             Self::Session => "session",
+            Self::Cancel => "cancel",
         }
     }
 
@@ -115,6 +131,7 @@ impl Site {
             | Self::Whoami
             | Self::Voucher => HTTP,
             Self::SslRequest => SSL_REQUEST,
+            Self::Cancel => CANCEL,
             Self::Accept | Self::Tls | Self::Startup | Self::Password | Self::Session => EDGE,
         }
     }
@@ -147,6 +164,8 @@ pub enum Action {
     QuoteNumbers,
     /// Wait this many milliseconds, then go on to the next fault for the site, or to the real answer.
     Delay(u64),
+    /// Edge, at [`Site::Cancel`]: close at once, and send the signal this many milliseconds later.
+    Defer(u64),
     /// Never answer; the connection ends when the client leaves or the fault is cleared.
     Stall,
     /// Close (FIN) without an answer.
@@ -174,6 +193,7 @@ impl Action {
             Self::Merge(_) => "merge",
             Self::QuoteNumbers => "quote_numbers",
             Self::Delay(_) => "delay",
+            Self::Defer(_) => "defer",
             Self::Stall => "stall",
             Self::Close => "close",
             Self::Reset => "reset",
@@ -508,6 +528,7 @@ mod tests {
             r#"{"merge":{"a":null}}"#,
             r#""quote_numbers""#,
             r#"{"delay":1}"#,
+            r#"{"defer":1}"#,
             r#""stall""#,
             r#""close""#,
             r#""reset""#,
@@ -695,7 +716,7 @@ mod tests {
     proptest::proptest! {
         /// Only its kind decides whether a fault can happen, and what can is written as it is read.
         #[test]
-        fn faults_are_read_back(site in 0..Site::ALL.len(), action in 0..12_usize, times: Option<u32>, user: Option<String>, age: Option<u32>) {
+        fn faults_are_read_back(site in 0..Site::ALL.len(), action in 0..13_usize, times: Option<u32>, user: Option<String>, age: Option<u32>) {
             let fault = Fault {
                 times,
                 user,

@@ -4,5 +4,6 @@ mod edge;
 mod faults;
 mod lifecycle;
 mod login;
+mod proxied;
 mod sleep;
 mod workspace;
