@@ -5,7 +5,8 @@
     tests/places/manifests.py --bite     breaks each of them in one place, and demands that it is noticed
 
 Kubernetes objects against the API's schemas, Compose and Dockerfile by their own checkers, the bundle and app.yaml by
-Databricks' models; the Kustomize component is rendered onto several Deployments where `kubectl` is at hand.
+Databricks' models. Policy, chart and Kustomize component must add the same sidecar to several Pods; for that, `helm` and `kubectl`
+must be on the PATH (kubernetes_tools.py brings them).
 """
 
 import argparse
@@ -22,6 +23,7 @@ import yaml
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
+import injection
 from stage import ROOT
 
 BINARIES = pathlib.Path(sys.executable).parent
@@ -63,9 +65,17 @@ def checks(deploy):
     """Name and check of each file."""
     kubernetes = deploy / "kubernetes"
     for file in sorted(kubernetes.rglob("*.yaml")):
-        if file.name != "kustomization.yaml":
+        if file.name != "kustomization.yaml" and "chart" not in file.parts:
             yield file.relative_to(deploy), lambda file=file: kubernetes_objects(file)
-    yield "kubernetes/component, rendered", lambda: rendered(kubernetes / "component")
+    if missing := injection.missing():
+        print(f"no {' and '.join(missing)}: nothing is rendered", file=sys.stderr)
+        OPTIONAL["skipped"] += 4
+    else:
+        yield "kubernetes/component, rendered", lambda: rendered(kubernetes / "component")
+        yield "kubernetes/policy.yaml on Pods", lambda: injection.policy_makes_the_same(kubernetes)
+        yield "kubernetes/chart", lambda: chart(kubernetes)
+        yield "kubernetes/chart in the chart of an app", lambda: injection.chart_of_an_app(kubernetes)
+    yield "kubernetes/generate", lambda: injection.generated(kubernetes)
     yield "kubernetes: one sidecar in three files", lambda: same_sidecar(kubernetes)
     yield "kubernetes and the rest: one version", lambda: one_version(deploy)
     yield "docker/Dockerfile", lambda: dockerfile(deploy / "docker/Dockerfile")
@@ -98,11 +108,14 @@ def validate(thing):
         return
     import kubernetes_validate
 
-    for version in KUBERNETES:
-        try:
-            kubernetes_validate.validate(thing, version, strict=True)
-        except (kubernetes_validate.ValidationError, kubernetes_validate.utils.SchemaNotFoundError) as error:
-            raise Wrong(f"Kubernetes {version}: {getattr(error, 'message', error)}") from None
+    # A policy must be right for each version of its API.
+    is_policy = thing["apiVersion"].startswith("admissionregistration.k8s.io/")
+    for api_version, served in (injection.POLICY_VERSIONS if is_policy else {thing["apiVersion"]: KUBERNETES}).items():
+        for version in served:
+            try:
+                kubernetes_validate.validate({**thing, "apiVersion": api_version}, version, strict=True)
+            except (kubernetes_validate.ValidationError, kubernetes_validate.utils.SchemaNotFoundError) as error:
+                raise Wrong(f"Kubernetes {version}: {getattr(error, 'message', error)}") from None
     for spec in pod_specs(thing):
         sidecar(spec)
 
@@ -160,7 +173,8 @@ def same_sidecar(kubernetes):
         for thing in documents(kubernetes / file):
             for spec in pod_specs(thing):
                 (proxy,) = [container for container in spec["initContainers"] if container["name"] == "lakebase-proxy"]
-                security = {key: value for key, value in proxy["securityContext"].items() if key != "runAsNonRoot"}
+                # The complete manifests have these two for the whole Pod.
+                security = {key: value for key, value in proxy["securityContext"].items() if key not in ("runAsNonRoot", "seccompProfile")}
                 found.append((proxy["image"], proxy["resources"], security, proxy["volumeMounts"]))
     if any(other != found[0] for other in found):
         raise Wrong("they differ in image, resources, securityContext or volumeMounts")
@@ -168,7 +182,7 @@ def same_sidecar(kubernetes):
 
 def one_version(deploy):
     """Cargo.toml's, wherever an example names one."""
-    version = re.search(r'^version = "(.+)"', (ROOT / "Cargo.toml").read_text(), re.MULTILINE).group(1)
+    version = version_of_the_program()
     for file in deploy.rglob("*"):
         if file.suffix in (".yaml", ".md", ".json", ".txt") and "node_modules" not in file.parts:
             for named in re.findall(r"lakebase[-_]proxy(?:-linux-x64)?[-:](?:\": \")?(\d+\.\d+\.\d+)", file.read_text()):
@@ -176,44 +190,20 @@ def one_version(deploy):
                     raise Wrong(f"{file.name} names version {named}, Cargo.toml {version}")
 
 
-DEPLOYMENTS = {
-    # Bare; one with init containers and volumes of its own; one without labels and with two containers.
-    "bare": {"containers": [{"name": "web", "image": "web:1"}]},
-    "full": {
-        "initContainers": [{"name": "migrate", "image": "web:1", "command": ["migrate"]}],
-        "containers": [{"name": "web", "image": "web:1", "env": [{"name": "PGHOST", "value": "localhost"}], "volumeMounts": [{"name": "data", "mountPath": "/data"}]}],
-        "volumes": [{"name": "data", "emptyDir": {}}],
-    },
-    "pair": {"securityContext": {"runAsNonRoot": True}, "containers": [{"name": "web", "image": "web:1"}, {"name": "queue", "image": "queue:1"}]},
-}
+def version_of_the_program():
+    return re.search(r'^version = "(.+)"', (ROOT / "Cargo.toml").read_text(), re.MULTILINE).group(1)
 
 
 def rendered(component):
-    if not shutil.which("kubectl"):
-        print("kubectl is not at hand: the component is not rendered", file=sys.stderr)
-        OPTIONAL["skipped"] += 1
-        return
-    with tempfile.TemporaryDirectory() as scratch:
-        scratch = pathlib.Path(scratch)
-        shutil.copytree(component, scratch / "component")
-        base = scratch / "base"
-        base.mkdir()
-        for name, spec in DEPLOYMENTS.items():
-            labels = {"app": name}
-            (base / f"{name}.yaml").write_text(yaml.safe_dump({
-                "apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": name},
-                "spec": {"selector": {"matchLabels": labels}, "template": {"metadata": {"labels": labels}, "spec": spec}},
-            }))
-        (base / "service.yaml").write_text(yaml.safe_dump({"apiVersion": "v1", "kind": "Service", "metadata": {"name": "web"}, "spec": {"selector": {"app": "bare"}, "ports": [{"port": 80}]}}))
-        (base / "kustomization.yaml").write_text(yaml.safe_dump({"resources": [f"{name}.yaml" for name in (*DEPLOYMENTS, "service")], "components": ["../component"]}))
-        text = run("kubectl", "kustomize", base)
-    things = {thing["metadata"]["name"]: thing for thing in yaml.safe_load_all(text)}
-    if things.pop("web").get("spec", {}).get("template"):
+    things = injection.kustomized(component)
+    if things.pop(("Service", "web")).get("spec", {}).get("template"):
         raise Wrong("the Service was changed")
-    for name, thing in things.items():
+    if {name for _, name in things} != set(injection.PODS):
+        raise Wrong(f"rendered {set(things)}")
+    for (_, name), thing in things.items():
         validate(thing)
-        spec, before = thing["spec"]["template"]["spec"], DEPLOYMENTS[name]
-        if thing["spec"]["template"]["metadata"]["labels"] != {"app": name, "lakebase-proxy": "sidecar"}:
+        spec, before = thing["spec"]["template"]["spec"], injection.PODS[name]
+        if thing["spec"]["template"]["metadata"]["labels"] != {"app": name, **injection.LABEL}:
             raise Wrong(f"{name}: labels")
         if spec["containers"] != before["containers"]:
             raise Wrong(f"{name}: its containers were changed")
@@ -222,8 +212,14 @@ def rendered(component):
             raise Wrong(f"{name}: init containers, of which the sidecar must be the first")
         if not all(volume in spec["volumes"] for volume in before.get("volumes", ())):
             raise Wrong(f"{name}: volumes")
-    if set(things) != set(DEPLOYMENTS):
-        raise Wrong(f"rendered {set(things)}")
+
+
+def chart(kubernetes):
+    about = yaml.safe_load((kubernetes / "chart/Chart.yaml").read_text())
+    if {about["version"], about["appVersion"]} != {version_of_the_program()}:
+        raise Wrong("Chart.yaml has another version than Cargo.toml")
+    injection.chart_lints(kubernetes / "chart")
+    injection.chart_renders_the_manifests(kubernetes)
 
 
 # Containers
@@ -364,6 +360,21 @@ BITES = (
     ("kubernetes/component/sidecar.yaml", "containerPort", "containersPort"),
     ("kubernetes/component/sidecar.yaml", "- name: databricks-token\n              mountPath", "- name: databricks-tokem\n              mountPath"),
     ("kubernetes/component/kustomization.yaml", "kind: Deployment", "kind: Deploymemt"),
+    # What is generated is also compared as text; of these, another check reports the error first.
+    ("kubernetes/policy.yaml", "/spec/initContainers/0", "/spec/initContainers/-"),
+    ("kubernetes/policy.yaml", "periodSeconds: 10", "periodSeconds: 20"),
+    ("kubernetes/policy.yaml", "reinvocationPolicy", "reinvokationPolicy"),
+    ("kubernetes/policy.yaml", "failurePolicy: Fail", "failurePolicy: Ignore"),
+    ("kubernetes/chart/templates/policy.yaml", "containerPort: 9090", "containerPort: 9091"),
+    ("kubernetes/chart/templates/_sidecar.tpl", "mountPath: /var/run/secrets/databricks", "mountPath: /var/run/secrets/databrick"),
+    ("kubernetes/chart/templates/_sidecar.tpl", "| toJson }}", "| toYaml }}"),
+    ("kubernetes/chart/templates/config-map.yaml", "$value | toString | toJson", "$value | toString | upper"),
+    ("kubernetes/chart/templates/network-policy.yaml", "port: 5432", "port: 5433"),
+    ("kubernetes/chart/templates/pod-monitor.yaml", "path: /metrics", "path: /metric"),
+    ("kubernetes/chart/values.yaml", "memory: 192Mi", "memory: 192M"),
+    ("kubernetes/chart/values.yaml", "image: registry", "images: registry"),
+    ("kubernetes/chart/Chart.yaml", "appVersion: 0.1.0", "appVersion: 0.1.1"),
+    ("kubernetes/component/sidecar.yaml", "value: file-oidc", "value: file_oidc"),
     ("docker/Dockerfile", "USER 65532:65532\nEXPOSE", "USER lakebase\nEXPOSE"),
     ("docker/Dockerfile", "HEALTHCHECK --interval", "HEALTHCHEK --interval"),
     ("docker/compose.yaml", "read_only: true", "readonly: true"),
@@ -375,9 +386,25 @@ BITES = (
 )
 
 
+# Mistakes of the generator, with all that it then writes: only the Pods can show these.
+GENERATOR_BITES = (
+    ("/spec/initContainers/0", "/spec/initContainers/-"),
+    ("(has(object.spec.volumes) ? [] :", "(true ? [] :"),
+    ("(has(object.spec.initContainers) ? [] : [", "(false ? [] : ["),
+    ("volume.name == {volume_name})", 'volume.name == "data")'),
+    ("!(has(object.spec.initContainers)", "(has(object.spec.initContainers)"),
+    ("!object.spec.containers.exists", "object.spec.containers.exists"),
+    ("matchLabels: {{ lakebase-proxy: sidecar }}", "matchLabels: {{ lakebase-proxy: sidecars }}"),
+    ('("resources", "limits"), ', ""),
+    ('("args",), ', ""),
+    ('kind + "{", entries', 'kind.title() + "{", entries'),
+    ("return json.dumps(value)", "return json.dumps(str(value))"),
+)
+
+
 def bite():
     """A small mistake in a copy must be reported."""
-    for path, right, wrong in BITES:
+    for path, right, wrong in (*BITES, *(("kubernetes/generate", right, wrong) for right, wrong in GENERATOR_BITES)):
         with tempfile.TemporaryDirectory() as scratch:
             deploy = pathlib.Path(scratch) / "a/deploy"
             shutil.copytree(ROOT / "deploy", deploy)
@@ -386,6 +413,8 @@ def bite():
             if right not in text:
                 raise SystemExit(f"{path} has no {right!r}")
             (deploy / path).write_text(text.replace(right, wrong, 1))
+            if path == "kubernetes/generate":
+                run(sys.executable, deploy / path)
             folder = path.split("/")[0]
             result = None
             for what, check in checks(deploy):
@@ -398,7 +427,7 @@ def bite():
             if result is None:
                 raise SystemExit(f"{path}: {right!r} as {wrong!r} is not noticed")
             print(f"noticed: {right.strip()!r} as {wrong.strip()!r}\n         {result}")
-    return len(BITES)
+    return len(BITES) + len(GENERATOR_BITES)
 
 
 def documents(file):
