@@ -14,10 +14,28 @@ use rustls::{
 
 use super::{EmulatorError, faults::BadCertificate};
 
-/// What the edge can show, ready to accept with.
+/// Signs the certificates of all endpoints.
+pub(crate) struct Authorities {
+    trusted: Authority,
+    stranger: Authority,
+}
+
+impl Authorities {
+    pub(crate) fn generate() -> Result<Self, EmulatorError> {
+        Ok(Self {
+            trusted: authority("Lakebase emulator CA")?,
+            stranger: authority("An untrusted authority")?,
+        })
+    }
+
+    /// The certificate in PEM that a client must trust.
+    pub(crate) fn pem(&self) -> String {
+        self.trusted.pem()
+    }
+}
+
+/// What the edge can show for one endpoint, ready to accept with.
 pub(crate) struct Certificates {
-    /// The authority's certificate in PEM: what a client must trust.
-    pub(crate) authority_pem: String,
     good: Arc<ServerConfig>,
     expired: Arc<ServerConfig>,
     other_authority: Arc<ServerConfig>,
@@ -25,16 +43,17 @@ pub(crate) struct Certificates {
 }
 
 impl Certificates {
-    /// Makes an authority and one certificate for each of `names`, together.
-    pub(crate) fn generate(names: &[String]) -> Result<Self, EmulatorError> {
-        let authority = authority("Lakebase emulator CA")?;
-        let stranger = authority_unlike_any()?;
+    /// Makes one certificate for all of `names`.
+    pub(crate) fn generate(
+        authorities: &Authorities,
+        names: &[String],
+    ) -> Result<Self, EmulatorError> {
+        let Authorities { trusted, stranger } = authorities;
         Ok(Self {
-            good: server(&authority, names, false)?,
-            expired: server(&authority, names, true)?,
-            other_authority: server(&stranger, names, false)?,
-            wrong_name: server(&authority, &["elsewhere.invalid".to_owned()], false)?,
-            authority_pem: authority.pem(),
+            good: server(trusted, names, false)?,
+            expired: server(trusted, names, true)?,
+            other_authority: server(stranger, names, false)?,
+            wrong_name: server(trusted, &["elsewhere.invalid".to_owned()], false)?,
         })
     }
 
@@ -49,10 +68,6 @@ impl Certificates {
 }
 
 type Authority = CertifiedIssuer<'static, KeyPair>;
-
-fn authority_unlike_any() -> Result<Authority, EmulatorError> {
-    authority("An untrusted authority")
-}
 
 fn authority(name: &str) -> Result<Authority, EmulatorError> {
     let mut params = params(&[], name)?;

@@ -39,7 +39,26 @@ pub(crate) enum State {
     Waking,
 }
 
-/// The one compute behind the edge; cheap to clone.
+/// What all computes of an emulator share.
+#[derive(Clone)]
+pub(crate) struct Common {
+    pub(crate) settings: watch::Sender<Settings>,
+    pub(crate) counters: Counters,
+    pub(crate) tracker: TaskTracker,
+    /// Ends them.
+    pub(crate) stop: CancellationToken,
+}
+
+/// What the API sets for one compute.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Limits {
+    /// Zero: never suspend; `None`: [`Settings::suspend_after`].
+    pub(crate) suspend_after: Option<Duration>,
+    /// No connection is accepted or wakes it.
+    pub(crate) is_disabled: bool,
+}
+
+/// The compute of one endpoint; cheap to clone.
 #[derive(Clone)]
 pub(crate) struct Compute(Arc<Inner>);
 
@@ -48,44 +67,51 @@ struct Inner {
     started: Instant,
     /// Milliseconds from `started`.
     last_activity: AtomicU64,
-    settings: watch::Sender<Settings>,
+    limits: watch::Sender<Limits>,
     sessions: Sessions,
     database: Database,
-    counters: Counters,
-    tracker: TaskTracker,
-    stop: CancellationToken,
+    common: Common,
 }
 
 impl Compute {
-    pub(crate) fn start(
-        settings: watch::Sender<Settings>,
-        sessions: Sessions,
-        database: Database,
-        counters: Counters,
-        tracker: &TaskTracker,
-        stop: &CancellationToken,
-    ) -> Self {
+    pub(crate) fn start(common: Common, sessions: Sessions, database: Database) -> Self {
+        let (tracker, stop) = (common.tracker.clone(), common.stop.clone());
         let compute = Self(Arc::new(Inner {
             state: watch::Sender::new(State::Active),
             started: Instant::now(),
             last_activity: AtomicU64::new(0),
-            settings,
+            limits: watch::Sender::default(),
             sessions,
             database,
-            counters,
-            tracker: tracker.clone(),
-            stop: stop.clone(),
+            common,
         }));
         let watcher = compute.clone();
         tracker.spawn(
-            stop.clone()
-                .run_until_cancelled_owned(async move { watcher.suspend_when_idle().await }),
+            stop.run_until_cancelled_owned(async move { watcher.suspend_when_idle().await }),
         );
         compute
     }
 
     pub(crate) fn state(&self) -> State {
         *self.0.state.borrow()
+    }
+
+    pub(crate) fn limits(&self) -> Limits {
+        *self.0.limits.borrow()
+    }
+
+    /// Sets its limits; a compute that is disabled now goes to sleep.
+    pub(crate) async fn limit(&self, limits: Limits) {
+        self.0.limits.send_replace(limits);
+        if limits.is_disabled {
+            self.suspend().await;
+        }
+    }
+
+    /// How long it stays up without activity; zero: for ever.
+    pub(crate) fn suspend_after(&self) -> Duration {
+        let limit = self.limits().suspend_after;
+        limit.unwrap_or_else(|| self.0.common.settings.borrow().suspend_after)
     }
 
     /// Notes activity.
@@ -102,7 +128,7 @@ impl Compute {
 
     /// Whether a new connection finds the compute up; one that does not causes it to wake.
     pub(crate) fn admit(&self) -> bool {
-        let wake_delay = self.0.settings.borrow().wake_delay;
+        let wake_delay = self.0.common.settings.borrow().wake_delay;
         let mut must_wake = false;
         let mut is_active = false;
         self.0.state.send_if_modified(|state| {
@@ -119,18 +145,19 @@ impl Compute {
             before != *state
         });
         if must_wake && is_active {
-            self.0.counters.change(|counts| counts.wakes += 1);
+            self.0.common.counters.change(|counts| counts.wakes += 1);
         } else if must_wake {
             let compute = self.clone();
-            self.0
-                .tracker
-                .spawn(self.0.stop.clone().run_until_cancelled_owned(async move {
-                    sleep(wake_delay).await;
-                    compute.touch();
-                    if compute.become_active() {
-                        compute.0.counters.change(|counts| counts.wakes += 1);
-                    }
-                }));
+            let common = self.0.common.clone();
+            let waking = async move {
+                sleep(wake_delay).await;
+                compute.touch();
+                if compute.become_active() {
+                    common.counters.change(|counts| counts.wakes += 1);
+                }
+            };
+            let Common { tracker, stop, .. } = &self.0.common;
+            tracker.spawn(stop.clone().run_until_cancelled_owned(waking));
         }
         is_active
     }
@@ -150,8 +177,11 @@ impl Compute {
         if self.0.state.send_replace(State::Idle) == State::Idle {
             return;
         }
-        self.0.counters.change(|counts| counts.suspensions += 1);
-        let on_suspend = self.0.settings.borrow().on_suspend;
+        let Common {
+            counters, settings, ..
+        } = &self.0.common;
+        counters.change(|counts| counts.suspensions += 1);
+        let on_suspend = settings.borrow().on_suspend;
         match on_suspend {
             OnSuspend::Terminate => {
                 self.0
@@ -179,13 +209,17 @@ impl Compute {
     }
 
     async fn suspend_when_idle(&self) {
-        let mut settings = self.0.settings.subscribe();
+        let mut settings = self.0.common.settings.subscribe();
+        let mut limits = self.0.limits.subscribe();
         let mut state = self.0.state.subscribe();
         loop {
-            let suspend_after = settings.borrow_and_update().suspend_after;
+            settings.mark_unchanged();
+            limits.mark_unchanged();
+            let suspend_after = self.suspend_after();
             if suspend_after.is_zero() || self.state() != State::Active {
                 tokio::select! {
                     changed = settings.changed() => if changed.is_err() { return },
+                    changed = limits.changed() => if changed.is_err() { return },
                     changed = state.changed() => if changed.is_err() { return },
                 }
                 continue;
@@ -195,6 +229,7 @@ impl Compute {
                 tokio::select! {
                     () = sleep_until(deadline) => {}
                     changed = settings.changed() => if changed.is_err() { return },
+                    changed = limits.changed() => if changed.is_err() { return },
                 }
             } else if self.0.database.is_busy(self.0.sessions.process_ids()).await {
                 self.touch();

@@ -5,19 +5,21 @@
 //! sleeping compute refuses. What goes wrong on request is in [`Faults`].
 //!
 //! ```text
-//!  client ──TLS──▶ edge ──Unix socket──▶ Postgres
+//!  client ──TLS──▶ edge ──Unix socket──▶ Postgres, one for each branch
 //!                   ▲ signed by
 //!  SDK ──HTTP──▶ workspace        /emulator: faults, settings, events
 //! ```
 //!
-//! The proxy never imports this room, and this room imports none of the proxy's.
+//! The proxy never imports this module, and this module imports leaves only.
 
 mod app;
 mod args;
+mod catalog;
 mod certificates;
 mod compute;
 mod counts;
 mod edge;
+mod endpoint;
 mod environment;
 mod error;
 mod faults;
@@ -61,11 +63,12 @@ pub use sessions::Disruption;
 pub use settings::{OnSuspend, Settings, WhileAsleep};
 pub use tally::{CredentialCount, LoginCount, Tally};
 
-use certificates::Certificates;
-use compute::Compute;
+use catalog::{BranchPostgres, Catalog};
+use certificates::{Authorities, Certificates};
+use compute::Common;
 use counts::Counters;
+use endpoint::{Endpoint, Endpoints};
 use postgres::Database;
-use sessions::Sessions;
 use shared::{Names, Shared};
 use tally::Tallies;
 use token::{Audience, Signer};
@@ -126,12 +129,12 @@ impl Default for PostgresSource {
 }
 
 /// The authority's certificate is public, so anybody may read the file.
-fn write_authority(directory: &Path, certificates: &Certificates) -> io::Result<TempPath> {
+fn write_authority(directory: &Path, pem: &str) -> io::Result<TempPath> {
     let mut builder = tempfile::Builder::new();
     builder.prefix("lakebase-ca-").suffix(".pem");
     temporary::set_mode(&mut builder, 0o644);
     let mut file = builder.tempfile_in(directory)?;
-    file.write_all(certificates.authority_pem.as_bytes())?;
+    file.write_all(pem.as_bytes())?;
     Ok(file.into_temp_path())
 }
 
@@ -188,7 +191,10 @@ impl Emulator {
 
         let identities = Identities::generate()?;
         let names = Names::generate(&options.database)?;
-        let certificates = Certificates::generate(&names.certificate_names())?;
+        let authorities = Authorities::generate()?;
+        let uid = names.endpoint_uid();
+        let hosts = [vec![names.host.clone()], Names::hosts(&uid)].concat();
+        let certificates = Certificates::generate(&authorities, &hosts)?;
         let own = async |server: Arc<LocalPostgres>| {
             let database = Database::on_local(&server, &identities, &options).await?;
             Ok::<_, EmulatorError>((Some(server), database))
@@ -206,34 +212,41 @@ impl Emulator {
         let directory = server
             .as_ref()
             .map_or_else(std::env::temp_dir, |server| server.directory().to_owned());
-        let authority = write_authority(&directory, &certificates)
+        let authority = write_authority(&directory, &authorities.pem())
             .map_err(|source| EmulatorError::Directory { source })?;
 
         let tracker = TaskTracker::new();
         let counters = Counters::new();
-        let sessions = Sessions::new(counters.clone());
         let settings = watch::Sender::new(options.settings.clone());
-        let compute = Compute::start(
-            settings.clone(),
-            sessions.clone(),
-            database.clone(),
-            counters.clone(),
-            &tracker,
-            &stop,
-        );
+        let common = Common {
+            settings: settings.clone(),
+            counters: counters.clone(),
+            tracker: tracker.clone(),
+            stop: stop.clone(),
+        };
+        let name = Names::ENDPOINT.to_owned();
+        let main = Endpoint::start(name, hosts, certificates, database, common);
+        let main = Arc::new(main);
+        let endpoints = Endpoints::default();
+        endpoints.add(Arc::clone(&main));
+        let postgres = BranchPostgres {
+            server: server.clone(),
+            database: main.database.clone(),
+        };
+        let catalog = Catalog::new(&names, &identities, postgres);
         let shared = Arc::new(Shared {
             signer: Signer::generate(format!("{workspace_url}/oidc"))?,
             names,
             workspace_url,
             identities,
-            certificates,
+            authorities,
             counters,
             tally: Tallies::default(),
             faults,
             settings,
-            sessions,
-            compute,
-            database,
+            main,
+            endpoints,
+            catalog,
             tracker: tracker.clone(),
             stop,
             serial: AtomicU64::new(0),
@@ -258,9 +271,14 @@ impl Emulator {
         self.shared.tracker.close();
         // What takes longer is dropped with the runtime.
         let _ = timeout(STOP_TIMEOUT, self.shared.tracker.wait()).await;
-        self.shared.database.forget(&self.shared.identities).await;
+        self.shared
+            .main
+            .database
+            .forget(&self.shared.identities)
+            .await;
+        let branches = self.shared.catalog.take_postgres();
         // Waiting for Postgres to end blocks.
-        let _ = tokio::task::spawn_blocking(move || drop(self)).await;
+        let _ = tokio::task::spawn_blocking(move || drop((branches, self))).await;
     }
 
     /// The workspace's address: `http://127.0.0.1:PORT`.
@@ -345,25 +363,23 @@ impl Emulator {
 
     /// Whether the compute takes connections.
     pub fn is_active(&self) -> bool {
-        self.shared.compute.state() == compute::State::Active
+        self.shared.main.compute.state() == compute::State::Active
     }
 
     /// Sends the compute to sleep now.
     pub async fn suspend(&self) {
-        self.shared.compute.suspend().await;
+        self.shared.main.compute.suspend().await;
     }
 
     /// Ends the running sessions as an administrator does: FATAL 57P01.
     pub async fn terminate_sessions(&self) {
-        self.shared
-            .database
-            .terminate(self.shared.sessions.process_ids())
-            .await;
+        let main = &self.shared.main;
+        main.database.terminate(main.sessions.process_ids()).await;
     }
 
     /// Does something to the connections of the running sessions.
     pub fn disrupt_sessions(&self, disruption: Disruption) {
-        self.shared.sessions.disrupt(disruption);
+        self.shared.main.sessions.disrupt(disruption);
     }
 
     /// Makes the database credentials issued so far worthless at login; newly minted ones work.
@@ -468,19 +484,17 @@ impl Emulator {
         name: &str,
         password: &str,
     ) -> Result<(), EmulatorError> {
-        self.shared
-            .database
-            .create_native_role(name, password)
-            .await
+        let database = &self.shared.main.database;
+        database.create_native_role(name, password).await
     }
 
     /// Gives a role this security label, or none: the identity that it is bound to, as `id=NUMBER,type=SERVICE_PRINCIPAL`.
     pub async fn label_role(&self, role: &str, label: Option<&str>) -> Result<(), EmulatorError> {
-        self.shared.database.label(role, label).await
+        self.shared.main.database.label(role, label).await
     }
 
     /// Runs statements as the superuser, past the edge, in the maintenance database.
     pub async fn execute(&self, script: &str) -> Result<(), EmulatorError> {
-        self.shared.database.execute(script).await
+        self.shared.main.database.execute(script).await
     }
 }

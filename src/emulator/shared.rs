@@ -1,6 +1,9 @@
 //! What the workspace API, the edge and the compute all know.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{
+    Arc,
+    atomic::{AtomicU64, Ordering},
+};
 
 use jiff::{SignedDuration, Timestamp};
 use tokio::sync::watch;
@@ -8,13 +11,14 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use super::{
     EmulatorError,
-    certificates::Certificates,
-    compute::Compute,
+    catalog::Catalog,
+    certificates::{Authorities, Certificates},
+    compute::Common,
     counts::Counters,
+    endpoint::{Endpoint, Endpoints},
     faults::Faults,
     identity::{Identities, hex, random, uuid},
     postgres::Database,
-    sessions::Sessions,
     settings::Settings,
     tally::Tallies,
     token::{Audience, Claims, Signer},
@@ -67,28 +71,18 @@ impl Names {
         format!("ep-local-breeze-{}", self.suffix)
     }
 
-    /// Names on the edge's certificate.
-    pub(crate) fn certificate_names(&self) -> Vec<String> {
-        vec![
-            self.host.clone(),
-            format!("{}.localhost", self.endpoint_uid()),
-            format!("{}-ro.localhost", self.endpoint_uid()),
-            format!("{}-pooler.localhost", self.endpoint_uid()),
-            format!("{}-ro-pooler.localhost", self.endpoint_uid()),
-        ]
+    /// The TLS server names that mean the endpoint with this uid.
+    pub(crate) fn hosts(uid: &str) -> Vec<String> {
+        let suffixes = ["", "-ro", "-pooler", "-ro-pooler"];
+        suffixes
+            .map(|suffix| format!("{uid}{suffix}.localhost"))
+            .to_vec()
     }
 
     /// Whether a TLS server name is one of the built-in pooler's.
     pub(crate) fn is_pooler(server_name: &str) -> bool {
         let label = server_name.split('.').next().unwrap_or_default();
         label.to_ascii_lowercase().ends_with("-pooler")
-    }
-
-    /// Whether a TLS server name means this endpoint.
-    pub(crate) fn answers_to(&self, server_name: &str) -> bool {
-        self.certificate_names()
-            .iter()
-            .any(|name| name.eq_ignore_ascii_case(server_name))
     }
 }
 
@@ -97,14 +91,17 @@ pub(crate) struct Shared {
     pub(crate) workspace_url: String,
     pub(crate) identities: Identities,
     pub(crate) signer: Signer,
-    pub(crate) certificates: Certificates,
+    pub(crate) authorities: Authorities,
     pub(crate) counters: Counters,
     pub(crate) tally: Tallies,
     pub(crate) faults: Faults,
     pub(crate) settings: watch::Sender<Settings>,
-    pub(crate) sessions: Sessions,
-    pub(crate) compute: Compute,
-    pub(crate) database: Database,
+    /// The emulated endpoint.
+    pub(crate) main: Arc<Endpoint>,
+    /// It and those of branches made by the API.
+    pub(crate) endpoints: Endpoints,
+    /// The resources of the API.
+    pub(crate) catalog: Catalog,
     pub(crate) tracker: TaskTracker,
     pub(crate) stop: CancellationToken,
     pub(crate) serial: AtomicU64,
@@ -113,25 +110,41 @@ pub(crate) struct Shared {
 }
 
 impl Shared {
-    /// The uid of any endpoint, by its resource name.
-    pub(crate) fn uid_of(&self, endpoint: &str) -> String {
-        if endpoint == Names::ENDPOINT {
-            return self.names.endpoint_uid();
-        }
-        let words: Vec<&str> = endpoint
-            .split('/')
-            .filter(|word| !word.ends_with('s'))
-            .collect();
-        format!("ep-{}-{}", words.join("-"), self.names.suffix)
-    }
-
-    /// The host of any endpoint, by its resource name; that of the emulated one alone answers.
+    /// The host of any endpoint, by its resource name.
     pub(crate) fn host_of(&self, endpoint: &str) -> String {
         if endpoint == Names::ENDPOINT {
-            self.names.host.clone()
-        } else {
-            format!("{}.localhost", self.uid_of(endpoint))
+            return self.names.host.clone();
         }
+        let uid = self.catalog.uid_of(endpoint);
+        format!("{}.localhost", uid.unwrap_or_default())
+    }
+
+    /// What a compute needs that starts now.
+    pub(crate) fn common(&self) -> Common {
+        Common {
+            settings: self.settings.clone(),
+            counters: self.counters.clone(),
+            tracker: self.tracker.clone(),
+            stop: self.stop.child_token(),
+        }
+    }
+
+    /// Serves an endpoint on the hosts of this uid.
+    pub(crate) fn serve(
+        &self,
+        name: &str,
+        uid: &str,
+        database: Database,
+        is_read_only: bool,
+    ) -> Result<Arc<Endpoint>, EmulatorError> {
+        let hosts = Names::hosts(uid);
+        let certificates = Certificates::generate(&self.authorities, &hosts)?;
+        let common = self.common();
+        let mut endpoint = Endpoint::start(name.to_owned(), hosts, certificates, database, common);
+        endpoint.is_read_only = is_read_only;
+        let endpoint = Arc::new(endpoint);
+        self.endpoints.add(Arc::clone(&endpoint));
+        Ok(endpoint)
     }
 
     /// The workspace's wall clock.
@@ -178,9 +191,5 @@ impl Shared {
         let settings = self.settings.borrow();
         let mut without = settings.databases_without_extension.iter();
         without.any(|name| name == database)
-    }
-
-    pub(crate) fn role_password_or_empty(&self) -> &str {
-        self.database.role_password().unwrap_or_default()
     }
 }

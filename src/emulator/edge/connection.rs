@@ -2,13 +2,14 @@
 
 use std::{io, sync::Arc, time::Duration};
 
+use rustls::server::Acceptor;
 use socket2::SockRef;
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
     net::TcpStream,
     time::{Instant, sleep, timeout, timeout_at},
 };
-use tokio_rustls::{TlsAcceptor, server::TlsStream};
+use tokio_rustls::{LazyConfigAcceptor, server::TlsStream};
 
 use super::{
     error::ServerError,
@@ -16,8 +17,11 @@ use super::{
     wire::{self, CANCEL_REQUEST, MAX_STARTUP_LENGTH, PROTOCOL_3_0, Parameters, SSL_REQUEST},
 };
 use crate::emulator::{
+    counts::Counters,
+    endpoint::Endpoint,
     faults::{Action, BadCertificate, Cleared, Login, Site, Struck},
     loss,
+    postgres::Database,
     sessions::BackendKey,
     settings::WhileAsleep,
     shared::{Names, Shared},
@@ -69,13 +73,13 @@ pub(super) async fn serve(mut tcp: TcpStream, shared: Arc<Shared>) {
         // A cancel, served; or the listener's own timer, which closes without a word.
         Ok(Ok(None)) | Err(_) => return,
     };
-    let acceptor = TlsAcceptor::from(shared.certificates.server(certificate.0));
-    let Ok(Ok(mut tls)) = timeout_at(deadline, acceptor.accept(tcp)).await else {
+    let Ok(Ok((mut tls, host))) = timeout_at(deadline, handshake(tcp, certificate, &shared)).await
+    else {
         return;
     };
     shared.counters.change(|counts| counts.tls_handshakes += 1);
-    match converse(&mut tls, deadline, &shared).await {
-        Ok(Some((server, session))) => relay::run(tls, server, session, &shared).await,
+    match converse(&mut tls, &host, deadline, &shared).await {
+        Ok(Some((server, running))) => relay::run(tls, server, running).await,
         // The cancel is done. libpq 17 reports a close without TLS's close_notify as a failed cancel.
         Ok(None) => {
             let _ = timeout(LINGER, tls.shutdown()).await;
@@ -87,10 +91,39 @@ pub(super) async fn serve(mut tcp: TcpStream, shared: Arc<Shared>) {
 /// The certificate to go on with.
 struct Certificate(Option<BadCertificate>);
 
+/// What a client means by its TLS server name.
+struct Host {
+    /// As sent.
+    name: Option<String>,
+    /// `None`: nothing answers there.
+    endpoint: Option<Arc<Endpoint>>,
+}
+
+impl Host {
+    fn name(&self) -> &str {
+        self.name.as_deref().unwrap_or_default()
+    }
+}
+
+/// TLS, with the certificate of the endpoint that the client names. Not cancel safe.
+async fn handshake(
+    tcp: TcpStream,
+    certificate: Certificate,
+    shared: &Shared,
+) -> io::Result<(TlsStream<TcpStream>, Host)> {
+    let hello = LazyConfigAcceptor::new(Acceptor::default(), tcp).await?;
+    let name = hello.client_hello().server_name().map(str::to_owned);
+    let by_host = |name: &String| shared.endpoints.by_host(name);
+    let endpoint = name.as_ref().and_then(by_host);
+    let shown = &endpoint.as_ref().unwrap_or(&shared.main).certificates;
+    let tls = hello.into_stream(shown.server(certificate.0)).await?;
+    Ok((tls, Host { name, endpoint }))
+}
+
 /// In plain text: `SSLRequest` or `CancelRequest`, nothing else. `None`: it was a cancel. Not cancel safe.
 async fn inspect(tcp: &mut TcpStream, shared: &Arc<Shared>) -> Result<Option<Certificate>, Ending> {
     strike(shared, Site::Accept).await?;
-    if shared.settings.borrow().while_asleep == WhileAsleep::Reset && !shared.compute.admit() {
+    if shared.settings.borrow().while_asleep == WhileAsleep::Reset && !shared.main.compute.admit() {
         return Err(Ending::Reset);
     }
     let mut buffer = vec![0; INSPECTOR_BUFFER];
@@ -153,6 +186,7 @@ type Logged = (Box<dyn crate::emulator::postgres::Stream>, relay::Running);
 /// Inside TLS, up to the end of login. `None`: it was a cancel. Not cancel safe.
 async fn converse(
     tls: &mut TlsStream<TcpStream>,
+    host: &Host,
     deadline: Instant,
     shared: &Arc<Shared>,
 ) -> Result<Option<Logged>, Ending> {
@@ -161,10 +195,9 @@ async fn converse(
         Ok(packet) => packet?,
         Err(_) => return Err(ServerError::handshake_timeout().into()),
     };
-    let server_name = tls.get_ref().1.server_name().map(str::to_owned);
-    let Some(server_name) = server_name else {
+    if host.name.is_none() {
         return Err(ServerError::no_sni().into());
-    };
+    }
     if packet.code == CANCEL_REQUEST {
         cancel(packet.body.get(..8).unwrap_or_default(), shared).await?;
         return Ok(None);
@@ -174,47 +207,46 @@ async fn converse(
     }
     shared.counters.change(|counts| counts.startups += 1);
     let parameters = Parameters::parse(&packet.body);
-    let logged = log_in(&server_name, parameters.as_ref(), tls, shared).await;
+    let logged = log_in(host, parameters.as_ref(), tls, shared).await;
     if logged.is_err() {
         let login = parameters.as_ref().map(Parameters::login);
-        shared
-            .tally
-            .refused(&server_name, &login.unwrap_or_default());
+        let login = login.unwrap_or_default();
+        shared.tally.refused(host.name(), &login);
         shared.counters.change(|counts| counts.refusals += 1);
     }
     logged.map(Some)
 }
 
 async fn log_in(
-    server_name: &str,
+    host: &Host,
     parameters: Option<&Parameters>,
     tls: &mut TlsStream<TcpStream>,
     shared: &Arc<Shared>,
 ) -> Result<Logged, Ending> {
     let login = parameters.map(Parameters::login).unwrap_or_default();
     strike_login(shared, Site::Startup, &login).await?;
-    authorize(server_name, shared).await?;
+    let endpoint = authorize(host, shared).await?;
     let Some(parameters) = parameters else {
         return Err(ServerError::proxy("malformed startup packet").into());
     };
-    if Names::is_pooler(server_name) && !shared.settings.borrow().pooler_oauth {
+    if Names::is_pooler(host.name()) && !shared.settings.borrow().pooler_oauth {
         return Err(login::refuse_at_pooler(tls).await);
     }
-    login::run(tls, server_name, parameters, shared).await
+    login::run(tls, host.name(), endpoint, parameters, shared).await
 }
 
 /// The front's question to its control plane: may anybody connect to this host now?
-async fn authorize(server_name: &str, shared: &Shared) -> Result<(), Ending> {
-    if shared.settings.borrow().is_disabled {
+async fn authorize<'a>(host: &'a Host, shared: &Shared) -> Result<&'a Arc<Endpoint>, Ending> {
+    let Some(endpoint) = &host.endpoint else {
+        return Err(ServerError::external_authorization().into());
+    };
+    if endpoint.is_disabled() {
         return Err(
             ServerError::proxy("Control plane request failed: endpoint is disabled").into(),
         );
     }
-    if !shared.names.answers_to(server_name) {
-        return Err(ServerError::external_authorization().into());
-    }
-    if shared.compute.admit() {
-        return Ok(());
+    if endpoint.compute.admit() {
+        return Ok(endpoint);
     }
     let while_asleep = shared.settings.borrow().while_asleep;
     match while_asleep {
@@ -222,10 +254,10 @@ async fn authorize(server_name: &str, shared: &Shared) -> Result<(), Ending> {
         WhileAsleep::Reset => Err(Ending::Reset),
         WhileAsleep::Close => Err(Ending::Close),
         // Sent after the password.
-        WhileAsleep::StartingUp => Ok(()),
+        WhileAsleep::StartingUp => Ok(endpoint),
         WhileAsleep::Hold => {
-            shared.compute.until_active().await;
-            Ok(())
+            endpoint.compute.until_active().await;
+            Ok(endpoint)
         }
     }
 }
@@ -261,10 +293,11 @@ async fn cancel(key: &[u8], shared: &Arc<Shared>) -> Result<(), Ending> {
     let Ok(key) = key.try_into() else {
         return Ok(());
     };
-    let Some(backend) = shared.sessions.backend_of(key) else {
+    // A request in plain text names no host.
+    let Some((backend, database)) = shared.endpoints.by_key(key) else {
         return Ok(());
     };
-    let signal = signal(backend, Arc::clone(shared));
+    let signal = signal(backend, database, shared.counters.clone());
     match deferred {
         None => signal.await,
         Some(time) => {
@@ -280,14 +313,12 @@ async fn cancel(key: &[u8], shared: &Arc<Shared>) -> Result<(), Ending> {
 }
 
 /// Sends the signal to the server process, whichever client uses it by then.
-async fn signal(backend: BackendKey, shared: Arc<Shared>) {
+async fn signal(backend: BackendKey, database: Database, counters: Counters) {
     let request = wire::cancel_request(backend.process_id, &backend.secret);
     let pass_on = async {
-        let mut stream = shared.database.dial().await?;
+        let mut stream = database.dial().await?;
         stream.write_all(&request).await?;
-        shared
-            .counters
-            .change(|counts| counts.cancels_forwarded += 1);
+        counters.change(|counts| counts.cancels_forwarded += 1);
         // Postgres closes when the signal is sent.
         stream.read(&mut [0]).await
     };

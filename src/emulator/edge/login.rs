@@ -20,6 +20,7 @@ use super::{
 };
 use crate::emulator::{
     compute::State,
+    endpoint::Endpoint,
     faults::{Login, Site},
     identity::{Identity, random},
     postgres::{RoleKind, Stream},
@@ -42,38 +43,44 @@ type Client = TlsStream<TcpStream>;
 pub(super) async fn run(
     client: &mut Client,
     server_name: &str,
+    endpoint: &Arc<Endpoint>,
     parameters: &Parameters,
-    shared: &Arc<Shared>,
+    shared: &Shared,
 ) -> Result<(Box<dyn Stream>, Running), Ending> {
     let Some(user) = parameters.find("user").filter(|user| !user.is_empty()) else {
         return Err(ServerError::proxy("Parameter 'user' is missing in startup packet.").into());
     };
     let is_native = shared.settings.borrow().native_login
-        && shared
+        && endpoint
             .database
             .role(user)
             .await
             .is_ok_and(|role| role.kind == RoleKind::Native);
     let mut login = parameters.login();
     if !is_native {
-        login.credential_age = authenticate(client, user, &login, shared).await?;
+        login.credential_age = authenticate(client, user, &login, endpoint, shared).await?;
     }
     if shared.settings.borrow().while_asleep == WhileAsleep::StartingUp
-        && shared.compute.state() != State::Active
+        && endpoint.compute.state() != State::Active
     {
         return Err(ServerError::starting_up().into());
     }
     let backend = timeout(
         BACKEND_TIMEOUT,
-        backend(client, user, parameters, is_native, shared),
+        backend(client, user, parameters, is_native, endpoint),
     )
     .await;
     let (server, session) = backend.unwrap_or_else(|_| Err(unreachable_compute()))?;
-    shared.compute.touch();
+    endpoint.compute.touch();
     shared.tally.accepted(server_name, &login);
     shared.counters.change(|counts| counts.logins += 1);
     let fault = shared.faults.strike_login(Site::Session, &login).await;
-    Ok((server, Running { session, fault }))
+    let running = Running {
+        session,
+        fault,
+        endpoint: Arc::clone(endpoint),
+    };
+    Ok((server, running))
 }
 
 /// The built-in pooler supports native passwords only: it requests one by SCRAM, as PgBouncer does for roles it does not
@@ -104,6 +111,7 @@ async fn authenticate(
     client: &mut Client,
     user: &str,
     login: &Login<'_>,
+    endpoint: &Endpoint,
     shared: &Shared,
 ) -> Result<Option<i64>, Ending> {
     client
@@ -143,7 +151,7 @@ async fn authenticate(
     let Some(identity) = shared.identities.by_name(&claims.sub) else {
         return Err(ServerError::identity().into());
     };
-    let role = shared
+    let role = endpoint
         .database
         .role(user)
         .await
@@ -194,15 +202,18 @@ async fn backend(
     user: &str,
     parameters: &Parameters,
     is_native: bool,
-    shared: &Shared,
+    endpoint: &Endpoint,
 ) -> Result<(Box<dyn Stream>, Session), Ending> {
-    let mut server = shared
+    let mut server = endpoint
         .database
         .dial()
         .await
         .map_err(|_| unreachable_compute())?;
     server
-        .write_all(&wire::packet(PROTOCOL_3_0, &parameters.forwarded()))
+        .write_all(&wire::packet(
+            PROTOCOL_3_0,
+            &parameters.forwarded(endpoint.is_read_only),
+        ))
         .await?;
     let mut welcome = Vec::new();
     let mut session = None;
@@ -216,11 +227,11 @@ async fn backend(
             b'R' if wire::word(&message.body) == Some(0) => welcome.extend(message.encode()),
             b'R' if is_native => pass_challenge(client, &mut server, &message).await?,
             b'R' => {
-                let password = shared.role_password_or_empty();
+                let password = endpoint.database.role_password().unwrap_or_default();
                 answer_challenge(&mut server, &message.body, user, password).await?;
             }
             b'K' => {
-                let (key, entered) = replace_key(&message.body, shared)?;
+                let (key, entered) = replace_key(&message.body, endpoint)?;
                 welcome.extend(wire::message(b'K', &key));
                 session = Some(entered);
             }
@@ -237,7 +248,7 @@ async fn backend(
         }
     }
     let session = session.ok_or_else(unreachable_compute)?;
-    if shared.compute.state() == State::Idle {
+    if endpoint.compute.state() == State::Idle {
         // It fell asleep meanwhile, and did not know of this session to end.
         return Err(ServerError::proxy("endpoint is idle, retry request").into());
     }
@@ -321,14 +332,14 @@ async fn send_password(server: &mut Box<dyn Stream>, body: &[u8]) -> io::Result<
 }
 
 /// Gives the client a random key that stands for Postgres's.
-fn replace_key(body: &[u8], shared: &Shared) -> Result<([u8; 8], Session), Ending> {
+fn replace_key(body: &[u8], endpoint: &Endpoint) -> Result<([u8; 8], Session), Ending> {
     let process_id = wire::word(body).ok_or_else(unreachable_compute)?;
     let backend = BackendKey {
         process_id,
         secret: body.get(4..).unwrap_or_default().to_vec(),
     };
     let key = random().map_err(|_| unreachable_compute())?;
-    let session = shared
+    let session = endpoint
         .sessions
         .enter(key, backend)
         .ok_or_else(unreachable_compute)?;

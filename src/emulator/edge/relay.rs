@@ -3,6 +3,8 @@
 //! Either side's end becomes the other's: a client's FIN is passed on and replies still flow, Postgres's end closes the
 //! client's connection after its final error.
 
+use std::sync::Arc;
+
 use socket2::{SockRef, Socket};
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, split},
@@ -15,11 +17,11 @@ use tokio_rustls::server::TlsStream;
 use super::connection::{LINGER, linger, reset};
 use crate::emulator::{
     compute::Compute,
+    endpoint::Endpoint,
     faults::{Action, Struck},
     loss,
     postgres::Stream,
     sessions::{Disruption, Session},
-    shared::Shared,
 };
 
 /// Bytes moved at a time.
@@ -32,6 +34,7 @@ const TERMINATE: &[u8] = b"X\0\0\0\x04";
 pub(super) struct Running {
     pub(super) session: Session,
     pub(super) fault: Option<Struck>,
+    pub(super) endpoint: Arc<Endpoint>,
 }
 
 /// How a relay ended.
@@ -50,15 +53,18 @@ pub(super) async fn run(
     mut tls: TlsStream<TcpStream>,
     mut server: Box<dyn Stream>,
     running: Running,
-    shared: &Shared,
 ) {
-    let Running { mut session, fault } = running;
+    let Running {
+        mut session,
+        fault,
+        endpoint,
+    } = running;
     let end = pass(
         &mut tls,
         &mut server,
         fault,
         &mut session.disrupted,
-        &shared.compute,
+        &endpoint.compute,
     )
     .await;
     // Postgres first: what it holds must not wait for the client.

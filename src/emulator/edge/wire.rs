@@ -129,9 +129,10 @@ impl Parameters {
     /// What the proxy layer passes on: five names, UTF8 forced, its own options taken out.
     ///
     /// `options` holding `neon_proxy_params_compat:true` lets all names through.
-    pub(super) fn forwarded(&self) -> Vec<u8> {
+    pub(super) fn forwarded(&self, is_read_only: bool) -> Vec<u8> {
         let options = self.find("options").unwrap_or_default();
         let is_compat = words(options).any(|word| word == "neon_proxy_params_compat:true");
+        let mut kept = Vec::new();
         let mut body = Vec::new();
         let mut push = |name: &str, value: &str| {
             for text in [name, value] {
@@ -143,15 +144,17 @@ impl Parameters {
             match name.as_str() {
                 "user" | "database" | "application_name" | "replication" => push(name, value),
                 "options" => {
-                    let kept: Vec<&str> =
-                        words(value).filter(|word| !is_proxy_option(word)).collect();
-                    if !kept.is_empty() {
-                        push(name, &kept.join(" "));
-                    }
+                    kept.extend(words(value).filter(|word| !is_proxy_option(word)));
                 }
                 _ if is_compat => push(name, value),
                 _ => {}
             }
+        }
+        if is_read_only {
+            kept.push("-c default_transaction_read_only=on");
+        }
+        if !kept.is_empty() {
+            push("options", &kept.join(" "));
         }
         if !is_compat {
             push("client_encoding", "UTF8");
@@ -218,7 +221,7 @@ mod tests {
             ("client_encoding", "LATIN1"),
             ("options", "-c a=b"),
         ]);
-        let forwarded = Parameters::parse(&sent).unwrap().forwarded();
+        let forwarded = Parameters::parse(&sent).unwrap().forwarded(false);
         assert_eq!(
             forwarded,
             body(&[
@@ -237,7 +240,7 @@ mod tests {
             ("options", "neon_proxy_params_compat:true"),
         ]);
         assert_eq!(
-            Parameters::parse(&sent).unwrap().forwarded(),
+            Parameters::parse(&sent).unwrap().forwarded(false),
             body(&[("user", "ada"), ("search_path", "x")])
         );
     }
@@ -251,7 +254,7 @@ mod tests {
                 r" endpoint=ep-1  -c application_name=a\ b\\ -c x=y ",
             ),
         ]);
-        let forwarded = Parameters::parse(&sent).unwrap().forwarded();
+        let forwarded = Parameters::parse(&sent).unwrap().forwarded(false);
         let expected = body(&[
             ("user", "a"),
             ("options", r"-c application_name=a\ b\\ -c x=y"),
@@ -284,7 +287,7 @@ mod tests {
         fn no_packet_makes_it_panic(bytes in prop::collection::vec(any::<u8>(), 0..60)) {
             if let Some(parameters) = Parameters::parse(&bytes) {
                 let _ = parameters.login();
-                prop_assert!(parameters.forwarded().ends_with(b"\0"));
+                prop_assert!(parameters.forwarded(false).ends_with(b"\0"));
             }
         }
 

@@ -3,9 +3,12 @@
 //! Owns finding, starting and preparing it, and the control plane's questions to it. Knows nothing of the edge's rules.
 
 #[cfg(unix)]
+mod copy;
+#[cfg(unix)]
 mod fetch;
 #[cfg(unix)]
 mod find;
+mod objects;
 mod schema;
 #[cfg_attr(windows, path = "no_server.rs")]
 mod server;
@@ -23,6 +26,7 @@ use tokio_postgres::{
     config::{Host, SslMode},
 };
 
+pub(crate) use objects::{Attributes, NewRole};
 pub use server::LocalPostgres;
 
 use super::{
@@ -130,12 +134,17 @@ impl Database {
     ) -> Result<Self, EmulatorError> {
         let maintenance = server.config("postgres");
         schema::prepare(&maintenance, identities, options, None).await?;
-        Ok(Self::new(
+        Ok(Self::of_branch(server, &options.database))
+    }
+
+    /// A server that was prepared before it was copied.
+    pub(crate) fn of_branch(server: &LocalPostgres, database: &str) -> Self {
+        Self::new(
             Target::Unix(server.socket()),
-            maintenance,
-            &options.database,
+            server.config("postgres"),
+            database,
             None,
-        ))
+        )
     }
 
     /// Prepares the server that `url` names; its user must be a superuser.

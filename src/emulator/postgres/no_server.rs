@@ -16,6 +16,14 @@ impl LocalPostgres {
         Err(EmulatorError::NoLocalPostgres)
     }
 
+    pub(crate) fn options(&self) -> LocalPostgresOptions {
+        match *self {}
+    }
+
+    pub(crate) async fn branch(&self) -> Result<Self, EmulatorError> {
+        match *self {}
+    }
+
     /// As on Unix.
     pub async fn restart(&self) -> Result<(), EmulatorError> {
         match *self {}

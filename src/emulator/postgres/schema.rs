@@ -238,7 +238,7 @@ impl Connected {
     }
 }
 
-async fn run(config: &Config, script: &str) -> Result<(), EmulatorError> {
+pub(super) async fn run(config: &Config, script: &str) -> Result<(), EmulatorError> {
     let Connected { client, mut tasks } = Connected::open(config).await?;
     let done = client.batch_execute(script).await.map_err(query_error);
     drop(client);

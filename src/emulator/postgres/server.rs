@@ -17,11 +17,14 @@ use std::{
     time::Duration,
 };
 
+use tempfile::TempDir;
 use tokio::time::{Instant, sleep};
 use tokio_postgres::NoTls;
 
 use super::{
-    LocalPostgresOptions, SUPERUSER, fetch, find,
+    LocalPostgresOptions, SUPERUSER,
+    copy::{self, Backup},
+    fetch, find,
     schema::{Connected, query_error},
 };
 use crate::emulator::EmulatorError;
@@ -57,6 +60,7 @@ cd / && rm -rf "$0"
 #[derive(Debug)]
 pub struct LocalPostgres {
     bin_dir: PathBuf,
+    options: LocalPostgresOptions,
     directory: PathBuf,
     watchdog: Mutex<Child>,
 }
@@ -64,10 +68,31 @@ pub struct LocalPostgres {
 impl LocalPostgres {
     /// Makes a cluster and starts it; returns when it answers queries.
     pub async fn start(options: LocalPostgresOptions) -> Result<Self, EmulatorError> {
-        let started = tokio::task::spawn_blocking(move || Self::spawn(&options));
-        let server = started.await.map_err(|_| EmulatorError::Interrupted)??;
+        let server = blocking(move || Self::spawn(options)).await?;
         server.until_ready().await?;
         super::schema::prepare_template(&server.config("template1")).await?;
+        Ok(server)
+    }
+
+    /// Another server, with a copy of all databases and roles as they are now. Clients may use this one meanwhile.
+    pub(crate) async fn branch(&self) -> Result<Self, EmulatorError> {
+        let backup = Backup::start(&self.config("postgres")).await?;
+        let (bin_dir, options) = (self.bin_dir.clone(), self.options.clone());
+        let source = self.directory.join("data");
+        let (site, source) = blocking(move || {
+            let site = Site::make(Owner::choose()?)?;
+            copy::files(&source, &site.data).map_err(directory_error)?;
+            Ok((site, source))
+        })
+        .await?;
+        let log = backup.finish().await?;
+        let server = blocking(move || {
+            log.add(&source, &site.data).map_err(directory_error)?;
+            site.owner.hand_over_tree(&site.data)?;
+            site.launch(bin_dir, options)
+        })
+        .await?;
+        server.until_ready().await?;
         Ok(server)
     }
 
@@ -97,6 +122,14 @@ impl LocalPostgres {
         let query = "select pg_postmaster_start_time()::text";
         let row = server.client.query_one(query, &[]).await;
         row.and_then(|row| row.try_get(0)).map_err(query_error)
+    }
+
+    /// What another server like this one is started with.
+    pub(crate) fn options(&self) -> LocalPostgresOptions {
+        LocalPostgresOptions {
+            bin_dir: Some(self.bin_dir.clone()),
+            ..self.options.clone()
+        }
     }
 
     /// How to reach `database` as the superuser.
@@ -130,57 +163,15 @@ impl LocalPostgres {
         self.directory.join("s")
     }
 
-    fn spawn(options: &LocalPostgresOptions) -> Result<Self, EmulatorError> {
+    fn spawn(options: LocalPostgresOptions) -> Result<Self, EmulatorError> {
         let owner = Owner::choose()?;
-        let bin_dir = owner.programs(options)?;
+        let bin_dir = owner.programs(&options)?;
         // The other programs are beside the file itself: `PATH` may have symbolic links to some.
         let postgres = fs::canonicalize(bin_dir.join("postgres")).map_err(directory_error)?;
         let bin_dir = postgres.parent().unwrap_or(&bin_dir).to_owned();
-        // A socket's path may have 107 bytes at most, so names are short.
-        let scratch = tempfile::Builder::new()
-            .prefix("lakebase-")
-            .permissions(Permissions::from_mode(0o711))
-            .tempdir()
-            .map_err(directory_error)?;
-        let data = scratch.path().join("data");
-        owner.hand_over(scratch.path())?;
-        for directory in [&data, &scratch.path().join("s")] {
-            fs::create_dir(directory).map_err(directory_error)?;
-            fs::set_permissions(directory, Permissions::from_mode(0o700))
-                .map_err(directory_error)?;
-            owner.hand_over(directory)?;
-        }
-        initialize(&bin_dir, &data, &owner)?;
-        fs::write(
-            data.join("postgresql.auto.conf"),
-            settings(options, &scratch.path().join("s")),
-        )
-        .map_err(directory_error)?;
-        fs::write(data.join("pg_hba.conf"), ACCESS).map_err(directory_error)?;
-        let log = scratch.path().join("postgres.log");
-        File::create(&log).map_err(directory_error)?;
-        owner.hand_over(&log)?;
-
-        let mut command = Command::new("/bin/sh");
-        command.arg("-c").arg(WATCHDOG).arg(scratch.path());
-        command.arg(postgres).arg("-D").arg(&data);
-        let mut command = owner.run(command);
-        // Its own process group: Ctrl-C is for us, who then stop it in order.
-        let watchdog = command
-            .process_group(0)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .map_err(|source| EmulatorError::Spawn {
-                program: "postgres",
-                source,
-            })?;
-        Ok(Self {
-            bin_dir,
-            directory: scratch.keep(),
-            watchdog: Mutex::new(watchdog),
-        })
+        let site = Site::make(owner)?;
+        initialize(&bin_dir, &site.data, &site.owner)?;
+        site.launch(bin_dir, options)
     }
 
     async fn until_ready(&self) -> Result<(), EmulatorError> {
@@ -224,6 +215,89 @@ impl Drop for LocalPostgres {
         }
         let _ = fs::remove_dir_all(&self.directory);
     }
+}
+
+/// The directories of a server that does not run yet.
+struct Site {
+    owner: Owner,
+    scratch: TempDir,
+    data: PathBuf,
+}
+
+impl Site {
+    fn make(owner: Owner) -> Result<Self, EmulatorError> {
+        // A socket's path may have 107 bytes at most, so names are short.
+        let scratch = tempfile::Builder::new()
+            .prefix("lakebase-")
+            .permissions(Permissions::from_mode(0o711))
+            .tempdir()
+            .map_err(directory_error)?;
+        let data = scratch.path().join("data");
+        owner.hand_over(scratch.path())?;
+        for directory in [&data, &scratch.path().join("s")] {
+            fs::create_dir(directory).map_err(directory_error)?;
+            fs::set_permissions(directory, Permissions::from_mode(0o700))
+                .map_err(directory_error)?;
+            owner.hand_over(directory)?;
+        }
+        Ok(Self {
+            owner,
+            scratch,
+            data,
+        })
+    }
+
+    /// Starts the server of the files in `data`.
+    fn launch(
+        self,
+        bin_dir: PathBuf,
+        options: LocalPostgresOptions,
+    ) -> Result<LocalPostgres, EmulatorError> {
+        let Self {
+            owner,
+            scratch,
+            data,
+        } = self;
+        fs::write(
+            data.join("postgresql.auto.conf"),
+            settings(&options, &scratch.path().join("s")),
+        )
+        .map_err(directory_error)?;
+        fs::write(data.join("pg_hba.conf"), ACCESS).map_err(directory_error)?;
+        let log = scratch.path().join("postgres.log");
+        File::create(&log).map_err(directory_error)?;
+        owner.hand_over(&log)?;
+
+        let mut command = Command::new("/bin/sh");
+        command.arg("-c").arg(WATCHDOG).arg(scratch.path());
+        command.arg(bin_dir.join("postgres")).arg("-D").arg(&data);
+        let mut command = owner.run(command);
+        // Its own process group: Ctrl-C is for us, who then stop it in order.
+        let watchdog = command
+            .process_group(0)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .map_err(|source| EmulatorError::Spawn {
+                program: "postgres",
+                source,
+            })?;
+        Ok(LocalPostgres {
+            bin_dir,
+            options,
+            directory: scratch.keep(),
+            watchdog: Mutex::new(watchdog),
+        })
+    }
+}
+
+/// Runs what waits for files and programs.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, EmulatorError> + Send + 'static,
+) -> Result<T, EmulatorError> {
+    let done = tokio::task::spawn_blocking(work).await;
+    done.map_err(|_| EmulatorError::Interrupted)?
 }
 
 /// Who the server runs as: another user if we are root.
@@ -285,6 +359,20 @@ impl Owner {
             return Ok(());
         };
         chown(path, Some(uid), Some(gid)).map_err(directory_error)
+    }
+
+    /// [`Owner::hand_over`] for a directory and everything in it.
+    fn hand_over_tree(&self, path: &Path) -> Result<(), EmulatorError> {
+        if self.0.is_none() {
+            return Ok(());
+        }
+        self.hand_over(path)?;
+        if path.is_dir() {
+            for entry in fs::read_dir(path).map_err(directory_error)? {
+                self.hand_over_tree(&entry.map_err(directory_error)?.path())?;
+            }
+        }
+        Ok(())
     }
 
     fn run(&self, mut command: Command) -> Command {

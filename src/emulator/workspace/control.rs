@@ -18,10 +18,10 @@ use crate::emulator::{
 /// `GET /emulator`: what there is to see and to change.
 pub(super) async fn overview(State(shared): State<Arc<Shared>>) -> Json<Value> {
     Json(json!({
-        "state": format!("{:?}", shared.compute.state()).to_lowercase(),
+        "state": format!("{:?}", shared.main.compute.state()).to_lowercase(),
         "faults": shared.faults.pending(),
         "settings": *shared.settings.borrow(),
-        "sessions": shared.sessions.process_ids().len(),
+        "sessions": shared.main.sessions.process_ids().len(),
     }))
 }
 
@@ -149,20 +149,21 @@ pub(super) async fn event(
 ) -> Result<StatusCode, ApiError> {
     let EventBody { event } = parse(&body)?;
     match event {
-        Event::Suspend => shared.compute.suspend().await,
+        Event::Suspend => shared.main.compute.suspend().await,
         Event::RevokeCredentials => shared.revoke(Audience::Database),
         Event::RevokeTokens => shared.revoke(Audience::Workspace),
         Event::TerminateSessions => {
             shared
+                .main
                 .database
-                .terminate(shared.sessions.process_ids())
+                .terminate(shared.main.sessions.process_ids())
                 .await;
         }
-        Event::CloseSessions => shared.sessions.disrupt(Disruption::Close),
-        Event::ResetSessions => shared.sessions.disrupt(Disruption::Reset),
-        Event::StallSessions => shared.sessions.disrupt(Disruption::Stall),
-        Event::BlackholeSessions => shared.sessions.disrupt(Disruption::Blackhole),
-        Event::ResumeSessions => shared.sessions.disrupt(Disruption::None),
+        Event::CloseSessions => shared.main.sessions.disrupt(Disruption::Close),
+        Event::ResetSessions => shared.main.sessions.disrupt(Disruption::Reset),
+        Event::StallSessions => shared.main.sessions.disrupt(Disruption::Stall),
+        Event::BlackholeSessions => shared.main.sessions.disrupt(Disruption::Blackhole),
+        Event::ResumeSessions => shared.main.sessions.disrupt(Disruption::None),
     }
     Ok(StatusCode::NO_CONTENT)
 }

@@ -2,12 +2,16 @@
 
 use std::{sync::Arc, time::Duration};
 
-use axum::{Json, extract::State, http::StatusCode};
+use axum::{Json, extract::State};
 use jiff::Timestamp;
 use serde::{Deserialize, de::DeserializeOwned};
 use serde_json::{Value, json};
 
-use super::{catalog, error::ApiError, oidc::Caller};
+use super::{
+    error::ApiError,
+    oidc::Caller,
+    resources::{self, duration},
+};
 use crate::emulator::{
     shared::{Names, Shared},
     token::Audience,
@@ -52,7 +56,7 @@ pub(super) async fn mint(
     if request.endpoint.is_empty() {
         return Err(ApiError::required("endpoint"));
     }
-    catalog::find_endpoint(&request.endpoint)?;
+    resources::find_endpoint(&shared, &request.endpoint)?;
     check_claims(&request.claims)?;
     let now = shared.now();
     let lifetime = match (request.ttl, request.expire_time) {
@@ -61,9 +65,14 @@ pub(super) async fn mint(
                 "Only one of 'ttl' and 'expire_time' may be set.",
             ));
         }
-        (Some(ttl), None) => in_range("ttl", duration(&ttl).ok_or_else(|| malformed("ttl"))?)?,
+        (Some(ttl), None) => in_range(
+            "ttl",
+            duration(&ttl).ok_or_else(|| ApiError::malformed_field("ttl"))?,
+        )?,
         (None, Some(time)) => {
-            let time: Timestamp = time.parse().map_err(|_| malformed("expire_time"))?;
+            let time: Timestamp = time
+                .parse()
+                .map_err(|_| ApiError::malformed_field("expire_time"))?;
             in_range("expire_time", time.duration_since(now).as_secs_f64())?
         }
         (None, None) => shared.settings.borrow().token_ttl,
@@ -108,7 +117,7 @@ fn issue(
     let seconds = i64::try_from(lifetime.as_secs()).unwrap_or(i64::MAX);
     let (token, claims) = shared
         .issue(subject, Audience::Database, seconds)
-        .map_err(|_| ApiError::of_status(StatusCode::INTERNAL_SERVER_ERROR))?;
+        .map_err(|_| ApiError::internal())?;
     shared
         .counters
         .change(|counts| counts.credentials_issued += 1);
@@ -117,13 +126,8 @@ fn issue(
 }
 
 fn parse<T: DeserializeOwned>(body: &str) -> Result<T, ApiError> {
-    serde_json::from_str(if body.trim().is_empty() { "{}" } else { body }).map_err(|error| {
-        ApiError::new(
-            StatusCode::BAD_REQUEST,
-            "MALFORMED_REQUEST",
-            format!("Invalid JSON: {error}"),
-        )
-    })
+    let text = if body.trim().is_empty() { "{}" } else { body };
+    serde_json::from_str(text).map_err(|error| ApiError::malformed(&error))
 }
 
 fn check_claims(claims: &[Claim]) -> Result<(), ApiError> {
@@ -139,23 +143,11 @@ fn check_claims(claims: &[Claim]) -> Result<(), ApiError> {
     }
 }
 
-/// A protobuf Duration in JSON: decimal seconds with an `s`.
-fn duration(text: &str) -> Option<f64> {
-    text.strip_suffix('s')?
-        .parse()
-        .ok()
-        .filter(|seconds: &f64| seconds.is_finite())
-}
-
 fn in_range(field: &str, seconds: f64) -> Result<Duration, ApiError> {
     if !(MIN_SECONDS..=MAX_SECONDS).contains(&seconds) {
         return Err(ApiError::invalid(format!(
             "Field '{field}' must be between 300s and 3600s from now."
         )));
     }
-    Duration::try_from_secs_f64(seconds).map_err(|_| malformed(field))
-}
-
-fn malformed(field: &str) -> ApiError {
-    ApiError::invalid(format!("Field '{field}' is malformed."))
+    Duration::try_from_secs_f64(seconds).map_err(|_| ApiError::malformed_field(field))
 }

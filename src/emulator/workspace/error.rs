@@ -7,7 +7,10 @@ use axum::{
 };
 use serde_json::{Value, json};
 
-use crate::emulator::identity::{hex, random};
+use crate::emulator::{
+    catalog::Kind,
+    identity::{hex, random},
+};
 
 /// An error answer of the workspace API.
 #[derive(Debug)]
@@ -15,6 +18,8 @@ pub(super) struct ApiError {
     status: StatusCode,
     code: Value,
     message: String,
+    /// Before that of the request.
+    detail: Option<Value>,
 }
 
 impl ApiError {
@@ -23,7 +28,71 @@ impl ApiError {
             status,
             code: code.into(),
             message: message.into(),
+            detail: None,
         }
+    }
+
+    #[cfg(test)]
+    pub(super) fn message(&self) -> &str {
+        &self.message
+    }
+
+    /// A request that the state of a resource forbids.
+    pub(super) fn bad_request(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::BAD_REQUEST, "BAD_REQUEST", message)
+    }
+
+    /// A deletion of what goes with its parent only; declarative clients look for the detail.
+    pub(super) fn managed_by_parent(message: String) -> Self {
+        let detail = json!({
+            "@type": "type.googleapis.com/google.rpc.ErrorInfo",
+            "domain": "databricks.com",
+            "reason": "RESOURCE_CONFLICT",
+            "metadata": { "declarative_context": "MANAGED_BY_PARENT" },
+        });
+        Self {
+            detail: Some(detail),
+            ..Self::bad_request(message)
+        }
+    }
+
+    /// A resource that exists already.
+    pub(super) fn already_exists(kind: Kind) -> Self {
+        let word = kind.word();
+        match kind {
+            Kind::Project => Self::new(
+                StatusCode::CONFLICT,
+                "ALREADY_EXISTS",
+                "project with such id already exists in the workspace",
+            ),
+            Kind::Branch | Kind::Endpoint => Self::new(
+                StatusCode::CONFLICT,
+                "ALREADY_EXISTS",
+                format!("{word} with such id already exists"),
+            ),
+            Kind::Role | Kind::Database => {
+                Self::bad_request(format!("{word} with that name already exists"))
+            }
+        }
+    }
+
+    /// A body that is no JSON object.
+    pub(super) fn malformed(error: &serde_json::Error) -> Self {
+        Self::new(
+            StatusCode::BAD_REQUEST,
+            "MALFORMED_REQUEST",
+            format!("Invalid JSON: {error}"),
+        )
+    }
+
+    /// A field of another type or form.
+    pub(super) fn malformed_field(field: &str) -> Self {
+        Self::invalid(format!("Field '{field}' is malformed."))
+    }
+
+    /// A failure of the emulator itself.
+    pub(super) fn internal() -> Self {
+        Self::of_status(StatusCode::INTERNAL_SERVER_ERROR)
     }
 
     /// A request field that is wrong.
@@ -98,14 +167,16 @@ impl ApiError {
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
         let request_id = request_id();
+        let request = json!({
+            "@type": "type.googleapis.com/google.rpc.RequestInfo",
+            "request_id": request_id,
+            "serving_data": "",
+        });
+        let details: Vec<Value> = self.detail.into_iter().chain([request]).collect();
         let body = json!({
             "error_code": self.code,
             "message": self.message,
-            "details": [{
-                "@type": "type.googleapis.com/google.rpc.RequestInfo",
-                "request_id": request_id,
-                "serving_data": "",
-            }],
+            "details": details,
         });
         (self.status, [(REQUEST_ID, request_id)], Json(body)).into_response()
     }

@@ -10,13 +10,11 @@ use axum::{
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::{
-    catalog::{CREATED, Page},
-    error::ApiError,
-    oidc::Caller,
-};
+use super::{error::ApiError, oidc::Caller, page::Page};
 use crate::emulator::{
-    AppResource, compute, identity,
+    AppResource,
+    catalog::CREATED,
+    compute, identity,
     shared::{Names, Shared},
 };
 
@@ -146,7 +144,7 @@ pub(super) fn not_found(name: &str) -> ApiError {
 
 fn instance(shared: &Shared) -> Value {
     // Provisioned has no scale-to-zero: an instance that does not answer is starting.
-    let state = if shared.compute.state() == compute::State::Active {
+    let state = if shared.main.compute.state() == compute::State::Active {
         "AVAILABLE"
     } else {
         "STARTING"

@@ -3,13 +3,14 @@
 //! Every request passes, in this order: the guard against web pages, the count, the fault for its place, and then its
 //! handler, which checks the token. Names of fields, codes and shapes are the platform's.
 
-mod catalog;
 mod control;
 mod credentials;
 mod error;
 mod guard;
 mod instances;
 mod oidc;
+mod page;
+mod resources;
 mod rewrite;
 mod socket;
 mod vouchers;
@@ -65,7 +66,13 @@ fn router(shared: Arc<Shared>) -> Router {
         .route("/oidc/jwks.json", get(oidc::key_set))
         .route("/oidc/v1/token", post(oidc::token))
         .route("/api/2.0/postgres/credentials", post(credentials::mint))
-        .route("/api/2.0/postgres/{*name}", get(catalog::get))
+        .route(
+            "/api/2.0/postgres/{*name}",
+            get(resources::get)
+                .post(resources::post)
+                .patch(resources::patch)
+                .delete(resources::delete),
+        )
         .route(
             "/api/2.0/database/credentials",
             post(credentials::mint_provisioned),
