@@ -45,7 +45,8 @@ Conditions: at startup, password and session \"user\":NAME \"database\":NAME; at
   and session \"credential_younger_than\":SECONDS \"credential_older_than\":SECONDS;
   at session \"after_bytes\":N sent to the client.
 Events: suspend revoke_credentials revoke_tokens terminate_sessions close_sessions
-  reset_sessions stall_sessions blackhole_sessions resume_sessions";
+  reset_sessions stall_sessions blackhole_sessions resume_sessions, of another branch with
+  \"endpoint\":NAME; label_role with \"role\":NAME and \"label\":TEXT";
 
 /// Flags of `lakebase-proxy emulator`.
 #[derive(Clone, Debug, clap::Args)]

@@ -133,6 +133,8 @@ enum Event {
     BlackholeSessions,
     /// Sessions move again.
     ResumeSessions,
+    /// A role is bound to another identity.
+    LabelRole,
 }
 
 /// Body of an event.
@@ -140,6 +142,12 @@ enum Event {
 #[serde(deny_unknown_fields)]
 struct EventBody {
     event: Event,
+    /// The endpoint; the emulated one if absent.
+    endpoint: Option<String>,
+    /// For `label_role`: the role, the app's if absent.
+    role: Option<String>,
+    /// For `label_role`: its security label, as `id=NUMBER,type=SERVICE_PRINCIPAL`; absent: none.
+    label: Option<String>,
 }
 
 /// `POST /emulator/events`
@@ -147,23 +155,28 @@ pub(super) async fn event(
     State(shared): State<Arc<Shared>>,
     body: String,
 ) -> Result<StatusCode, ApiError> {
-    let EventBody { event } = parse(&body)?;
-    match event {
-        Event::Suspend => shared.main.compute.suspend().await,
+    let body: EventBody = parse(&body)?;
+    let endpoint = match &body.endpoint {
+        None => Some(Arc::clone(&shared.main)),
+        Some(name) => shared.endpoints.by_name(name),
+    };
+    let endpoint = endpoint.ok_or_else(|| ApiError::not_found("endpoint"))?;
+    let sessions = &endpoint.sessions;
+    match body.event {
+        Event::Suspend => endpoint.compute.suspend().await,
         Event::RevokeCredentials => shared.revoke(Audience::Database),
         Event::RevokeTokens => shared.revoke(Audience::Workspace),
-        Event::TerminateSessions => {
-            shared
-                .main
-                .database
-                .terminate(shared.main.sessions.process_ids())
-                .await;
+        Event::TerminateSessions => endpoint.database.terminate(sessions.process_ids()).await,
+        Event::CloseSessions => sessions.disrupt(Disruption::Close),
+        Event::ResetSessions => sessions.disrupt(Disruption::Reset),
+        Event::StallSessions => sessions.disrupt(Disruption::Stall),
+        Event::BlackholeSessions => sessions.disrupt(Disruption::Blackhole),
+        Event::ResumeSessions => sessions.disrupt(Disruption::None),
+        Event::LabelRole => {
+            let role = body.role.as_ref().unwrap_or(&shared.identities.app.name);
+            let labeled = endpoint.database.label(role, body.label.as_deref()).await;
+            labeled.map_err(|error| ApiError::bad_request(error.to_string()))?;
         }
-        Event::CloseSessions => shared.main.sessions.disrupt(Disruption::Close),
-        Event::ResetSessions => shared.main.sessions.disrupt(Disruption::Reset),
-        Event::StallSessions => shared.main.sessions.disrupt(Disruption::Stall),
-        Event::BlackholeSessions => shared.main.sessions.disrupt(Disruption::Blackhole),
-        Event::ResumeSessions => shared.main.sessions.disrupt(Disruption::None),
     }
     Ok(StatusCode::NO_CONTENT)
 }

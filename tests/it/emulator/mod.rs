@@ -1,5 +1,6 @@
 //! The emulator follows Lakebase's rules, except for the scripted faults.
 
+mod branches;
 mod edge;
 mod faults;
 mod lifecycle;

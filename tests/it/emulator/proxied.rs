@@ -5,11 +5,16 @@ use lakebase_proxy::{
     emulator::{Action, Emulator, Site},
     telemetry::labels::CancelOutcome,
 };
-use tokio_postgres::error::SqlState;
+use serde_json::{Value, json};
+use tokio_postgres::error::{DbError, SqlState};
 
+use super::workspace::port;
 use crate::harness::{
-    self, Proxy, TIMEOUT, until_running,
+    self, DATABASE, Proxy, TIMEOUT,
+    emulator::http,
+    until_running,
     wire::{Wire, cancel, text},
+    within,
 };
 
 async fn pooled(emulator: &Emulator, mode: Option<PoolMode>) -> Proxy {
@@ -81,4 +86,86 @@ async fn a_cancel_that_the_edge_drops_can_be_repeated() {
         assert_eq!(error.error().code, SqlState::QUERY_CANCELED.code());
     }
     assert_eq!(emulator.counts().cancels, 4);
+}
+
+async fn refusal(proxy: &Proxy, database: &str) -> DbError {
+    let mut config = proxy.client_config();
+    config.dbname(database);
+    let refused = within("a refusal", proxy.try_client(&config)).await;
+    let error = refused.map(|_| ()).unwrap_err();
+    error
+        .as_db_error()
+        .unwrap_or_else(|| panic!("{error}"))
+        .clone()
+}
+
+/// A request to the emulator's own interface, as other people's tests send it.
+async fn control(emulator: &Emulator, head: &str, body: &Value) {
+    let answer = http(port(emulator), head, &body.to_string()).await.unwrap();
+    assert!((200..300).contains(&answer.status), "{answer:?}");
+}
+
+#[tokio::test]
+async fn a_role_that_is_bound_to_another_identity_is_refused_with_the_statement_that_binds_it() {
+    let emulator = harness::emulator().await;
+    let app = emulator.identities().app.clone();
+    let proxy = Proxy::start(&emulator).await;
+    let event = async |label: Option<&str>| {
+        let body = json!({ "event": "label_role", "role": app.name, "label": label });
+        control(&emulator, "POST /emulator/events", &body).await;
+    };
+    for (label, text) in [
+        (
+            Some("id=1,type=USER"),
+            "did not match the security label configured for role",
+        ),
+        (None, "no security label"),
+    ] {
+        event(label).await;
+        let refusal = refusal(&proxy, DATABASE).await;
+        assert_eq!(refusal.code(), &SqlState::INVALID_PASSWORD);
+        assert!(refusal.detail().unwrap().contains(text), "{refusal:?}");
+        let statement = format!("ON ROLE \"{}\" IS 'id=", app.name);
+        assert!(refusal.hint().unwrap().contains(&statement), "{refusal:?}");
+    }
+    let right = format!("id={},type=SERVICE_PRINCIPAL", app.id);
+    event(Some(&right)).await;
+    proxy.client().await;
+}
+
+/// A plain `CREATE DATABASE` leaves the extension out, and nothing but the hint leads to it.
+#[tokio::test]
+async fn a_database_without_the_extension_is_refused_with_the_statement_that_adds_it() {
+    let emulator = harness::emulator().await;
+    let proxy = Proxy::start(&emulator).await;
+    let without = json!({ "databases_without_extension": ["postgres"] });
+    control(&emulator, "PATCH /emulator/settings", &without).await;
+    proxy.client().await;
+    let refusal = refusal(&proxy, "postgres").await;
+    assert_eq!(refusal.code(), &SqlState::INVALID_PASSWORD);
+    let hint = refusal.hint().unwrap();
+    assert!(
+        hint.contains("run in `postgres`: CREATE EXTENSION IF NOT EXISTS databricks_auth"),
+        "{hint}"
+    );
+}
+
+/// Another credential would be refused for as long, so the same one is tried again.
+#[tokio::test]
+async fn a_credential_that_is_not_known_yet_costs_the_client_time_only() {
+    let emulator = harness::emulator().await;
+    let fault = json!({ "faults": [{
+        "at": "password",
+        "do": { "error": {
+            "severity": "ERROR",
+            "code": "XX000",
+            "message": "password authentication failed for user 'x'",
+        } },
+        "credential_younger_than": 2,
+    }] });
+    control(&emulator, "PUT /emulator/faults", &fault).await;
+    let proxy = Proxy::start(&emulator).await;
+    proxy.client().await;
+    assert_ne!(emulator.faults().statuses()[0].struck, 0);
+    assert_eq!(emulator.counts().credentials_issued, 1);
 }
