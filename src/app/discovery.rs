@@ -21,7 +21,7 @@ use crate::{
     telemetry::{Metrics, chain, labels::Reason},
     upstream::{
         Addresses, DroppedParameters, Endpoint, Problem, Refusal, RoutePublisher, Security,
-        Upstream,
+        Upstream, probe,
     },
     workspace::{
         AppDatabases, CredentialMinter, HostName, LocateError, Located, Workspace, check_names,
@@ -167,9 +167,8 @@ async fn refuse_loop(endpoint: &Endpoint, endpoints: &Endpoints) -> Result<(), A
     // A name that does not resolve yet passes; the login reports the error.
     let resolved = match endpoint.addresses.as_fixed() {
         Some(fixed) => fixed.to_vec(),
-        None => tokio::net::lookup_host((endpoint.host.as_str(), endpoint.port))
+        None => probe::resolve(&endpoint.host, endpoint.port)
             .await
-            .map(Iterator::collect)
             .unwrap_or_default(),
     };
     let is_ours = |address: SocketAddr| ours.iter().any(|ours| leads_to(address, *ours));

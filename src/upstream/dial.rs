@@ -101,13 +101,19 @@ pub(crate) async fn resolve(host: &str, port: u16) -> Result<Vec<SocketAddr>, Fa
     // Cancel safe: getaddrinfo goes on on its blocking thread, and its result is dropped.
     match lookup_host((host, port)).await {
         Ok(addresses) => Ok(addresses.collect()),
-        // RFC 6761: such a name is the loopback address, which not every resolver knows.
-        Err(_) if host.to_ascii_lowercase().ends_with(".localhost") => Ok(vec![
+        // Not every resolver knows these names, least of all without /etc/hosts.
+        Err(_) if is_localhost(host) => Ok(vec![
             SocketAddr::from((Ipv4Addr::LOCALHOST, port)),
             SocketAddr::from((Ipv6Addr::LOCALHOST, port)),
         ]),
         Err(error) => Err(Failure::resolve(host, &error)),
     }
+}
+
+/// Whether RFC 6761, section 6.3, reserves the name for the loopback address.
+fn is_localhost(host: &str) -> bool {
+    let last = host.trim_end_matches('.').rsplit('.').next();
+    last.is_some_and(|label| label.eq_ignore_ascii_case("localhost"))
 }
 
 /// Connects to the first address that accepts.
@@ -281,6 +287,16 @@ mod tests {
                 .unwrap_err()
         };
         tokio::join!(dialed, server).0
+    }
+
+    #[test]
+    fn localhost_and_its_subdomains_are_the_loopback_address() {
+        for host in ["localhost", "LocalHost", "localhost.", "ep-1.localhost"] {
+            assert!(is_localhost(host), "{host}");
+        }
+        for host in ["", ".", "localhost.example", "notlocalhost", "localhost4"] {
+            assert!(!is_localhost(host), "{host}");
+        }
     }
 
     #[tokio::test]
