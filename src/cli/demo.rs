@@ -12,7 +12,7 @@ use super::CommandError;
 use crate::{
     app::{Addresses, App},
     config::{Config, ConfigError, Environment, LogOptions, PortSetting, Settings},
-    emulator::{self, Emulator, EmulatorOptions, PostgresArgs},
+    emulator::{self, Emulator, EmulatorOptions, EnvironmentFormat, PostgresArgs},
     shutdown::{Cause, Signals},
 };
 
@@ -90,7 +90,7 @@ async fn serve(
         cause = signals.next() => return Ok(cause),
     };
     if let Some(path) = &arguments.env_file {
-        emulator.write_env_file(path)?;
+        emulator.write_env_file(path, EnvironmentFormat::default())?;
     }
     print(&panel(proxy.addresses(), emulator, arguments));
     let cause = tokio::select! {

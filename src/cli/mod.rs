@@ -172,7 +172,8 @@ impl Cli {
                 let mut signals = Signals::catch().map_err(CommandError::signals)?;
                 let mut cause = None;
                 let stop = async { cause = Some(signals.next().await) };
-                crate::emulator::run(arguments.options(), arguments.env_file, stop).await?;
+                let options = arguments.options();
+                crate::emulator::run(options, arguments.env_file, arguments.format, stop).await?;
                 Ok(cause.map_or(ExitCode::SUCCESS, |cause| cause.exit_code(false)))
             }
             Some(Verb::Exec(arguments)) => Box::pin(exec::run(arguments, inherited, log)).await,

@@ -11,7 +11,8 @@ use jiff::SignedDuration;
 use secrecy::SecretString;
 
 use super::{
-    Emulator, EmulatorError, EmulatorOptions, Fault, LocalPostgresOptions, PostgresSource, Settings,
+    Emulator, EmulatorError, EmulatorOptions, EnvironmentFormat, Fault, LocalPostgresOptions,
+    PostgresSource, Settings,
 };
 
 const AFTER_HELP: &str = "\
@@ -77,6 +78,9 @@ pub struct EmulatorArgs {
     /// Write the variables that clients need to this file once the emulator is ready; without it they are printed
     #[arg(long, value_name = "FILE")]
     pub env_file: Option<PathBuf>,
+    /// How the variables are written
+    #[arg(long, value_name = "FORMAT", value_enum, default_value_t)]
+    pub format: EnvironmentFormat,
 }
 
 /// Flags that choose the Postgres behind the edge.
@@ -131,6 +135,7 @@ impl EmulatorArgs {
 pub async fn run(
     options: EmulatorOptions,
     env_file: Option<PathBuf>,
+    format: EnvironmentFormat,
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), EmulatorError> {
     tokio::pin!(shutdown);
@@ -147,9 +152,9 @@ pub async fn run(
         }
     };
     let written = match &env_file {
-        Some(path) => emulator.write_env_file(path),
+        Some(path) => emulator.write_env_file(path, format),
         None => {
-            print_environment(&emulator);
+            print_environment(&emulator, format);
             Ok(())
         }
     };
@@ -169,11 +174,11 @@ pub async fn run(
     written
 }
 
-fn print_environment(emulator: &Emulator) {
+fn print_environment(emulator: &Emulator, format: EnvironmentFormat) {
     let mut out = io::stdout().lock();
     // A closed pipe is the reader's choice.
     let _ = out
-        .write_all(emulator.environment_text().as_bytes())
+        .write_all(emulator.environment_text(format).as_bytes())
         .and_then(|()| out.flush());
 }
 

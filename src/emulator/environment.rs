@@ -9,6 +9,16 @@ use secrecy::ExposeSecret;
 
 use super::{Emulator, EmulatorError, shared::Names, temporary};
 
+/// How variables are written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum EnvironmentFormat {
+    /// `NAME=value`, for `docker --env-file`, systemd and dotenv libraries
+    #[default]
+    Dotenv,
+    /// `export NAME=value`, for `. FILE` in a shell
+    Shell,
+}
+
 impl Emulator {
     /// The variables with which the Databricks SDKs, libpq and the proxy find this emulator. Holds a secret.
     pub fn environment(&self) -> Vec<(&'static str, String)> {
@@ -31,18 +41,26 @@ impl Emulator {
         ]
     }
 
-    /// [`Emulator::environment`] as `NAME=value` lines, which a shell and an env-file reader both understand.
-    pub(super) fn environment_text(&self) -> String {
+    /// [`Emulator::environment`] in lines.
+    pub(super) fn environment_text(&self, format: EnvironmentFormat) -> String {
+        let export = match format {
+            EnvironmentFormat::Dotenv => "",
+            EnvironmentFormat::Shell => "export ",
+        };
         let lines = self.environment().into_iter();
         let lines: Vec<String> = lines
-            .map(|(name, value)| format!("{name}={}\n", quoted(&value)))
+            .map(|(name, value)| format!("{export}{name}={}\n", quoted(&value)))
             .collect();
         lines.concat()
     }
 
-    /// Writes [`Emulator::environment`] as `NAME=value` lines. The file is 0600 and appears whole.
-    pub fn write_env_file(&self, path: &Path) -> Result<(), EmulatorError> {
-        replace_file(path, &self.environment_text()).map_err(|source| {
+    /// Writes [`Emulator::environment`] to a file, which is 0600 and appears whole.
+    pub fn write_env_file(
+        &self,
+        path: &Path,
+        format: EnvironmentFormat,
+    ) -> Result<(), EmulatorError> {
+        replace_file(path, &self.environment_text(format)).map_err(|source| {
             EmulatorError::EnvironmentFile {
                 path: path.to_owned(),
                 source,

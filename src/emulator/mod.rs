@@ -53,6 +53,7 @@ pub(crate) use args::duration;
 pub use args::{EmulatorArgs, PostgresArgs, run};
 pub use counts::Counts;
 pub use edge::ServerError;
+pub use environment::EnvironmentFormat;
 pub use error::EmulatorError;
 pub use faults::{
     Action, BadCertificate, Fault, FaultError, FaultStatus, Faults, Response, Site, Strikes,

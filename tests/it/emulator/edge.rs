@@ -13,15 +13,27 @@ use tokio_rustls::{TlsConnector, client::TlsStream};
 
 use crate::harness::emulator::{TIMEOUT, connect, credential, start, start_with};
 
-const SSL_REQUEST: &[u8] = &[0, 0, 0, 8, 4, 210, 22, 47];
+pub(super) const SSL_REQUEST: &[u8] = &[0, 0, 0, 8, 4, 210, 22, 47];
 const CANCEL_REQUEST: u32 = 80_877_102;
-const PROTOCOL_3_0: u32 = 196_608;
+pub(super) const PROTOCOL_3_0: u32 = 196_608;
 
 /// An `ErrorResponse`, its fields by letter.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Refusal(Vec<(char, String)>);
 
 impl Refusal {
+    /// The fields of an `ErrorResponse`'s body.
+    pub(super) fn parse(body: &[u8]) -> Self {
+        let fields = body
+            .split(|byte| *byte == 0)
+            .filter(|field| !field.is_empty());
+        let parts = fields.map(|field| {
+            let text = String::from_utf8_lossy(&field[1..]).into_owned();
+            (char::from(field[0]), text)
+        });
+        Self(parts.collect())
+    }
+
     pub(super) fn field(&self, letter: char) -> &str {
         self.0
             .iter()
@@ -37,19 +49,7 @@ pub(super) async fn refusal<S: AsyncRead + Unpin>(stream: &mut S) -> Option<Refu
         .await
         .expect("an end in time");
     let start = bytes.iter().position(|byte| *byte == b'E')?;
-    let fields = bytes[start + 5..]
-        .split(|byte| *byte == 0)
-        .filter(|field| !field.is_empty());
-    Some(Refusal(
-        fields
-            .map(|field| {
-                (
-                    char::from(field[0]),
-                    String::from_utf8_lossy(&field[1..]).into_owned(),
-                )
-            })
-            .collect(),
-    ))
+    Some(Refusal::parse(&bytes[start + 5..]))
 }
 
 pub(super) async fn dial(emulator: &Emulator) -> TcpStream {
@@ -58,7 +58,10 @@ pub(super) async fn dial(emulator: &Emulator) -> TcpStream {
         .unwrap()
 }
 
-async fn dial_tls(emulator: &Emulator, server_name: Option<&str>) -> TlsStream<TcpStream> {
+pub(super) async fn dial_tls(
+    emulator: &Emulator,
+    server_name: Option<&str>,
+) -> TlsStream<TcpStream> {
     let mut tcp = dial(emulator).await;
     tcp.write_all(SSL_REQUEST).await.unwrap();
     assert_eq!(tcp.read_u8().await.unwrap(), b'S');
@@ -82,12 +85,12 @@ async fn dial_tls(emulator: &Emulator, server_name: Option<&str>) -> TlsStream<T
         .unwrap()
 }
 
-fn packet(code: u32, body: &[u8]) -> Vec<u8> {
+pub(super) fn packet(code: u32, body: &[u8]) -> Vec<u8> {
     let length = u32::try_from(body.len() + 8).unwrap();
     [&length.to_be_bytes()[..], &code.to_be_bytes(), body].concat()
 }
 
-fn startup(emulator: &Emulator) -> Vec<u8> {
+pub(super) fn startup(emulator: &Emulator) -> Vec<u8> {
     let user = &emulator.identities().app.name;
     packet(
         PROTOCOL_3_0,
@@ -272,7 +275,10 @@ async fn authenticate(emulator: &Emulator, more: &str) -> TlsStream<TcpStream> {
 }
 
 /// Logs in over a raw connection; returns it, Postgres's process id and the key the edge gave.
-async fn log_in(emulator: &Emulator, more: &str) -> (TlsStream<TcpStream>, i32, [u8; 8]) {
+pub(super) async fn log_in(
+    emulator: &Emulator,
+    more: &str,
+) -> (TlsStream<TcpStream>, i32, [u8; 8]) {
     let mut tls = authenticate(emulator, more).await;
     let mut key = [0; 8];
     loop {
@@ -288,7 +294,7 @@ async fn log_in(emulator: &Emulator, more: &str) -> (TlsStream<TcpStream>, i32, 
     (tls, pid.parse().unwrap(), key)
 }
 
-async fn message<S: AsyncRead + Unpin>(stream: &mut S) -> io::Result<(u8, Vec<u8>)> {
+pub(super) async fn message<S: AsyncRead + Unpin>(stream: &mut S) -> io::Result<(u8, Vec<u8>)> {
     let kind = stream.read_u8().await?;
     let mut body = vec![0; usize::try_from(stream.read_u32().await?).unwrap() - 4];
     stream.read_exact(&mut body).await?;

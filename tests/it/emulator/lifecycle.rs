@@ -8,7 +8,8 @@ use std::{
 };
 
 use lakebase_proxy::emulator::{
-    Emulator, EmulatorError, EmulatorOptions, LocalPostgres, LocalPostgresOptions, PostgresSource,
+    Emulator, EmulatorError, EmulatorOptions, EnvironmentFormat, LocalPostgres,
+    LocalPostgresOptions, PostgresSource,
 };
 
 use crate::harness::{
@@ -147,6 +148,26 @@ async fn postgres_outlives_no_parent_not_even_a_killed_one() {
         (!directory.exists() && processes_in(&directory).is_empty()).then_some(())
     })
     .await;
+}
+
+#[tokio::test]
+async fn the_variables_are_sourced_as_they_stand() {
+    let emulator = start().await;
+    let scratch = tempfile::tempdir().unwrap();
+    let file = scratch.path().join("env");
+    emulator
+        .write_env_file(&file, EnvironmentFormat::Shell)
+        .unwrap();
+    let output = Command::new("/bin/sh")
+        .args(["-c", ". \"$0\" && exec env"])
+        .arg(&file)
+        .output()
+        .unwrap();
+    let seen = String::from_utf8(output.stdout).unwrap();
+    for (name, value) in emulator.environment() {
+        let line = format!("{name}={value}");
+        assert!(seen.lines().any(|seen| seen == line), "{name}: {seen}");
+    }
 }
 
 #[tokio::test]

@@ -1,6 +1,7 @@
 //! The emulator follows Lakebase's rules, except for the scripted faults.
 
 mod branches;
+mod dialect;
 mod edge;
 mod faults;
 mod lifecycle;
