@@ -93,6 +93,9 @@ impl Pool {
         let mut state = self.lock();
         state.generation += 1;
         let idle = std::mem::take(&mut state.idle);
+        for retention in &state.retentions {
+            retention.want();
+        }
         drop(state);
         for idle in idle {
             self.close(idle.into_server(), PoolClose::Retired);

@@ -205,6 +205,10 @@ impl Lease {
     /// Returns the connection to its pool at rest, as the client leaves nothing on it but what is followed.
     pub(crate) fn part(self, client: Option<&ClientState>) {
         if let Owner::Pool(mut record) = self.owner {
+            if record.has_ended {
+                record.slot.close = PoolClose::Server;
+                return;
+            }
             record.owner = client.and_then(|client| client.owner);
             let stream = self.stream;
             ServerConnection { stream, record }.put_back();

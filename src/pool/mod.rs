@@ -23,6 +23,7 @@ mod lease;
 mod limit;
 mod open;
 mod reset;
+mod retention;
 mod server;
 pub mod settings;
 mod shared;
@@ -36,7 +37,7 @@ use std::{
     collections::{BTreeMap, HashMap},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -50,6 +51,7 @@ use self::{
     idle::Idle,
     lease::Wanted,
     limit::Limit,
+    retention::Retention,
     server::ServerConnection,
     settings::SettingsTable,
     slot::Slot,
@@ -122,8 +124,8 @@ struct Pool {
     state: Mutex<State>,
     /// Notified of changes during a pause.
     changed: Notify,
-    /// Clients in the queue.
-    waiting: AtomicUsize,
+    /// A client waits for a connection that others have.
+    is_short: AtomicBool,
     /// What clients have prepared.
     texts: Arc<Texts>,
     /// What clients have set.
@@ -136,6 +138,8 @@ struct Pool {
 #[derive(Default)]
 struct State {
     servers: EnumMap<PoolServer, usize>,
+    /// One for each of them.
+    retentions: Vec<Arc<Retention>>,
     /// The one returned last is at the end, and taken first: the others reach their idle timeout.
     idle: Vec<Idle>,
     /// The task that is about to watch them.
@@ -219,7 +223,7 @@ impl Pools {
                 ..State::default()
             }),
             changed: Notify::new(),
-            waiting: AtomicUsize::new(0),
+            is_short: AtomicBool::new(false),
             texts: Arc::clone(&self.texts),
             settings_table: Arc::clone(&self.settings_table),
             epoch: AtomicU64::new(0),
@@ -332,6 +336,7 @@ impl State {
 
     /// Counts a connection in another state.
     fn count(&mut self, slot: &mut Slot, new: PoolServer) {
+        slot.retention.end();
         let old = std::mem::replace(&mut slot.state, new);
         self.servers[old] = self.servers[old].saturating_sub(1);
         self.servers[new] += 1;
@@ -356,7 +361,9 @@ impl State {
         self.limit.show(&settings, &pool.context.metrics);
         self.servers[PoolServer::Opening] += 1;
         pool.context.metrics.pool_servers[PoolServer::Opening].inc();
-        Some(Slot::counted(pool, self.generation))
+        let retention = Arc::<Retention>::default();
+        self.retentions.push(Arc::clone(&retention));
+        Some(Slot::counted(pool, self.generation, retention))
     }
 
     /// Grants what there is to the clients that wait, the first one first: none is served before an earlier one that needs
@@ -373,9 +380,11 @@ impl State {
             .filter(|(_, waiter)| waiter.grant.is_none())
             .map(|(number, _)| *number)
             // Those that are being logged in, and as many as can be served.
-            .take(CONCURRENT_LOGINS + self.idle.len() + self.servers[PoolServer::Resetting] + 1)
+            .take(CONCURRENT_LOGINS + self.open() + 1)
             .collect();
         let mut returning = self.servers[PoolServer::Resetting];
+        let mut reclaimed = None;
+        let mut is_short = false;
         for number in numbers {
             let Some(waiter) = self.waiting.get(&number) else {
                 continue;
@@ -402,6 +411,12 @@ impl State {
                 evicted.push(self.idle.remove(0).into_server());
                 break;
             } else {
+                // Before the look at those that are kept: a session looks at this once it keeps its own.
+                is_short = true;
+                pool.is_short.store(true, Ordering::SeqCst);
+                if self.reclaim(&mut reclaimed) {
+                    continue;
+                }
                 break;
             };
             if let Some(waiter) = self.waiting.get_mut(&number) {
@@ -409,10 +424,31 @@ impl State {
                 waiter.give(grant);
             }
         }
+        if !is_short && pool.is_short.load(Ordering::Relaxed) {
+            pool.is_short.store(false, Ordering::SeqCst);
+        }
         for server in &mut evicted {
             server.record.slot.close = PoolClose::Surplus;
         }
         evicted
+    }
+
+    /// Has the client that has been at rest for the longest time part with its connection; `false` if there is none. Not one
+    /// more than clients wait: `reclaimed` are those that are on their way, if they have been counted.
+    fn reclaim(&self, reclaimed: &mut Option<usize>) -> bool {
+        let wanted = || self.retentions.iter().filter(|it| it.is_wanted()).count();
+        let reclaimed = reclaimed.get_or_insert_with(wanted);
+        if let Some(others) = reclaimed.checked_sub(1) {
+            *reclaimed = others;
+            return true;
+        }
+        let kept = self.retentions.iter();
+        let kept = kept.filter_map(|retention| Some((retention.since()?, retention)));
+        let longest = kept.min_by_key(|(since, _)| *since);
+        if let Some((_, retention)) = longest {
+            retention.want();
+        }
+        longest.is_some()
     }
 
     /// Takes the idle connection at this position for a client.

@@ -56,6 +56,8 @@ pub(super) struct Record {
     pub(super) reported: Reported,
     /// A client has had it.
     pub(super) is_used: bool,
+    /// The server has closed it under a client at rest.
+    pub(super) has_ended: bool,
     /// While it is idle: the client that gets it next, unless another needs it.
     pub(super) owner: Option<u64>,
     /// A SET of ours has changed the client encoding since the login or the last reset.
@@ -156,6 +158,7 @@ impl ServerConnection {
                 slot,
                 gauge,
                 is_used: false,
+                has_ended: false,
                 owner: None,
                 is_encoding_set: login.client_encoding.is_some(),
                 settings: Settings::default(),

@@ -7,15 +7,22 @@ use std::{
     hash::{DefaultHasher, Hash, Hasher},
     io,
     pin::Pin,
-    sync::{Arc, atomic::Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
     task::{Context, Poll, ready},
 };
 
 use bytes::{Buf, BytesMut};
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    time::{Instant, Sleep, sleep_until},
+};
 
 use super::{
     Used,
+    retention::RETENTION,
     server::{CLIENT_ENCODING, Record, scope},
     settings::{Change, Dialect, Pending, Settings},
     statements::{
@@ -25,6 +32,7 @@ use super::{
 use crate::{
     net::socket::{Socket, Transport},
     protocol::{
+        error::ErrorFields,
         frame::{HEADER_LEN, frame_body, tag},
         lexer::{Backslash, is_ascii_safe, statements},
         options::LoginParameters,
@@ -57,6 +65,8 @@ pub(crate) struct ClientState {
     traces: Traces,
     /// Decides what the names in its statements mean, besides its settings.
     scope: u64,
+    /// Requests that servers have canceled by a user's request.
+    canceled: Arc<AtomicU64>,
     /// Why it needs its connection until it leaves.
     pin: Option<PinReason>,
     /// By which it keeps its connection between two transactions, in a mode that leaves it that.
@@ -79,6 +89,7 @@ impl ClientState {
             settings: Settings::default(),
             changes: Pending::default(),
             traces: Traces::default(),
+            canceled: Arc::default(),
             pin: None,
             owner: is_retaining.then(|| texts.number()),
         }
@@ -92,6 +103,11 @@ impl ClientState {
             is_reported: self.traces.is_used(),
             is_resettable: self.traces.is_resettable(),
         }
+    }
+
+    /// Counts the requests of the client that a cancel request has ended.
+    pub(crate) fn canceled(&self) -> Arc<AtomicU64> {
+        Arc::clone(&self.canceled)
     }
 
     /// Whether the client has its last connection again, unless another needs that.
@@ -135,6 +151,11 @@ pub(crate) struct SharedStream<'a> {
     has_served: bool,
     /// The client's next request waits for another connection.
     is_yielding: bool,
+    /// Since when the client has been at rest, while it keeps the connection.
+    kept_since: Option<Instant>,
+    /// Wakes the task once that is long enough, or too early: it is not set for each transaction.
+    // A box, as it exists in one mode only.
+    timer: Option<Pin<Box<Sleep>>>,
 }
 
 /// The message that the bytes of one direction end in.
@@ -252,6 +273,10 @@ impl<'a> SharedStream<'a> {
         record: &'a mut Record,
         client: &'a mut ClientState,
     ) -> Self {
+        if record.slot.retention.end() {
+            // This client needs it for longer.
+            record.slot.pool().serve_again();
+        }
         client.statements.begin(&mut record.statements);
         Self {
             stream,
@@ -267,6 +292,8 @@ impl<'a> SharedStream<'a> {
             has_ended: false,
             has_served: false,
             is_yielding: false,
+            kept_since: None,
+            timer: None,
         }
     }
 
@@ -301,6 +328,50 @@ impl<'a> SharedStream<'a> {
         self.is_yielding
     }
 
+    /// Whether the client, at rest, keeps the connection. Wakes the task when it no longer does.
+    pub(crate) fn keeps(&mut self, cx: &mut Context<'_>) -> bool {
+        if self.record.has_ended || !self.client.is_retaining() {
+            return false;
+        }
+        let slot = &self.record.slot;
+        let since = *self.kept_since.get_or_insert_with(|| {
+            let now = Instant::now();
+            slot.retention.begin(now, cx.waker());
+            now
+        });
+        if slot.pool().is_short.load(Ordering::SeqCst) || slot.retention.is_wanted() {
+            return false;
+        }
+        let until = since + RETENTION;
+        let timer = &mut self.timer;
+        let timer = timer.get_or_insert_with(|| Box::pin(sleep_until(until)));
+        while timer.as_mut().poll(cx).is_ready() {
+            if until <= Instant::now() {
+                return false;
+            }
+            timer.as_mut().reset(until);
+        }
+        true
+    }
+
+    /// The client is not at rest any more.
+    fn leave_rest(&mut self) {
+        let slot = &self.record.slot;
+        if self.kept_since.take().is_some() && slot.retention.end() {
+            // Another client needs the connection of yet another.
+            slot.pool().serve_again();
+        }
+    }
+
+    /// The server has ended the connection; `true` if that is of no consequence to the client, which is at rest.
+    fn is_spared(&mut self) -> bool {
+        if self.kept_since.is_some() && !self.record.has_ended {
+            self.record.has_ended = true;
+            self.record.slot.pool().context.metrics.pool_hidden_losses.inc();
+        }
+        self.record.has_ended
+    }
+
     /// The front of what the client has sent and the server has not been.
     pub(crate) fn take_unsent(&mut self) -> BytesMut {
         std::mem::take(&mut self.from_client.held)
@@ -318,9 +389,8 @@ impl<'a> SharedStream<'a> {
         if in_flight >= MAX_UNITS {
             return true;
         }
-        let waiting = self.record.slot.pool().waiting.load(Ordering::Relaxed);
         // One request at least, as it has waited for this connection.
-        if waiting == 0 || !self.has_served {
+        if !self.has_served || !self.record.slot.pool().is_short.load(Ordering::Relaxed) {
             return false;
         }
         self.is_yielding = in_flight == 0 && statements.is_idle() && self.pin().is_none();
@@ -473,6 +543,8 @@ impl<'a> SharedStream<'a> {
         let passage = match tag {
             // The most frequent ones.
             tag::DATA_ROW | tag::COPY_DATA => Passage::Pass,
+            // Its last message.
+            tag::ERROR_RESPONSE if self.is_spared() => Passage::Drop,
             _ => {
                 self.note_definition(tag, body);
                 let servers = &mut self.record.statements;
@@ -539,7 +611,12 @@ impl<'a> SharedStream<'a> {
                 let completed = changes.complete(command, statement.as_ref(), dialect);
                 self.learned(completed);
             }
-            tag::ERROR_RESPONSE => self.client.changes.fail(),
+            tag::ERROR_RESPONSE => {
+                self.client.changes.fail();
+                if ErrorFields::parse(body).is_canceled_by_user() {
+                    self.client.canceled.fetch_add(1, Ordering::Relaxed);
+                }
+            }
             tag::READY_FOR_QUERY => {
                 self.has_served = true;
                 let status = match body {
@@ -671,8 +748,13 @@ impl AsyncRead for SharedStream<'_> {
                 return Poll::Ready(Err(io::ErrorKind::InvalidData.into()));
             }
             let before = space.filled().len();
-            ready!(Pin::new(&mut *self.stream).poll_read(cx, space))?;
+            let read = ready!(Pin::new(&mut *self.stream).poll_read(cx, space));
             let received = space.filled().get(before..).unwrap_or_default();
+            if (read.is_err() || received.is_empty()) && self.is_spared() {
+                // The relay ends at once.
+                return Poll::Pending;
+            }
+            read?;
             if received.is_empty() {
                 // In the middle of a message perhaps.
                 self.has_ended = true;
@@ -698,6 +780,9 @@ impl AsyncWrite for SharedStream<'_> {
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
         let mut rest = bytes;
+        if !bytes.is_empty() {
+            self.leave_rest();
+        }
         loop {
             ready!(self.poll_send(cx))?;
             while !rest.is_empty() && self.take_from_client(&mut rest).is_ok() {}

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::Pool;
+use super::{Pool, retention::Retention};
 use crate::telemetry::labels::{PoolClose, PoolServer};
 
 /// Counts one server connection in its pool, in the state that it is in. Dropped, it frees the slot for the next client.
@@ -13,16 +13,22 @@ pub(super) struct Slot {
     pub(super) generation: u64,
     /// Why the connection is closed, should this be dropped now.
     pub(super) close: PoolClose,
+    pub(super) retention: Arc<Retention>,
 }
 
 impl Slot {
     /// For [`Pool`], which has counted it.
-    pub(super) fn counted(pool: &Arc<Pool>, generation: u64) -> Self {
+    pub(super) fn counted(
+        pool: &Arc<Pool>,
+        generation: u64,
+        retention: Arc<Retention>,
+    ) -> Self {
         Self {
             pool: Arc::clone(pool),
             state: PoolServer::Opening,
             generation,
             close: PoolClose::Session,
+            retention,
         }
     }
 
@@ -54,6 +60,8 @@ impl Drop for Slot {
         metrics.pool_servers[self.state].dec();
         let mut state = self.pool.lock();
         state.servers[self.state] = state.servers[self.state].saturating_sub(1);
+        let own = &self.retention;
+        state.retentions.retain(|other| !Arc::ptr_eq(other, own));
         if state.is_paused {
             self.pool.changed.notify_waiters();
         }

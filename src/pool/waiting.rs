@@ -2,7 +2,7 @@
 
 use std::{
     future::poll_fn,
-    sync::{Arc, atomic::Ordering},
+    sync::Arc,
     task::{Poll, Waker},
 };
 
@@ -69,7 +69,6 @@ impl Pool {
             waker: None,
         };
         state.waiting.insert(number, waiter);
-        self.waiting.fetch_add(1, Ordering::Relaxed);
         let evicted = state.serve(self);
         // Dropped without the lock, which the drop takes.
         drop(state);
@@ -134,7 +133,6 @@ impl Waiting {
 
 impl Drop for Waiting {
     fn drop(&mut self) {
-        self.pool.waiting.fetch_sub(1, Ordering::Relaxed);
         let left = self.pool.lock().waiting.remove(&self.number);
         match left.and_then(|waiter| waiter.grant) {
             // The client has left before it could use the connection.

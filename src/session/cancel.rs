@@ -6,7 +6,10 @@
 use std::{
     collections::HashMap,
     net::SocketAddr,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
     time::Duration,
 };
 
@@ -97,10 +100,23 @@ struct Entry {
     secret: u32,
     /// `None` while the session has no server connection.
     target: Option<CancelTarget>,
-    /// A request was forwarded. It may arrive at the server after the session has ended.
-    is_used: bool,
+    /// Requests that were forwarded to the target.
+    forwarded: u64,
+    /// Requests of the session that its servers had canceled before.
+    canceled_before: u64,
+    canceled: Arc<AtomicU64>,
     /// Notified of a request without a target.
     queued: Arc<Notify>,
+}
+
+impl Entry {
+    /// Whether a request that was forwarded may not have arrived yet. That it was passed on proves nothing: the edge closes
+    /// the connection of a cancel request before it signals the server. A canceled request does, if there was one cancel.
+    fn may_arrive(&self) -> bool {
+        let is_proven =
+            self.forwarded == 1 && self.canceled.load(Ordering::Relaxed) > self.canceled_before;
+        self.forwarded > 0 && !is_proven
+    }
 }
 
 /// What a key belongs to.
@@ -124,11 +140,13 @@ impl Default for CancelKeys {
 }
 
 impl CancelKeys {
-    /// Creates a key for a session, valid until the registration is dropped.
+    /// Creates a key for a session, valid until the registration is dropped. `canceled` counts the requests of the session
+    /// that its servers report as canceled.
     pub(super) fn register(
         self: &Arc<Self>,
         target: CancelTarget,
         is_shared: bool,
+        canceled: Arc<AtomicU64>,
     ) -> Registration {
         let key = CancelKey {
             process_id: if is_shared {
@@ -144,7 +162,9 @@ impl CancelKeys {
         self.keys().entry(key.process_id).or_default().push(Entry {
             secret: key.secret,
             target: Some(target),
-            is_used: false,
+            forwarded: 0,
+            canceled_before: 0,
+            canceled,
             queued: Arc::clone(&queued),
         });
         Registration {
@@ -167,7 +187,10 @@ impl CancelKeys {
     pub(super) fn find(&self, key: CancelKey) -> Found {
         self.with_entry(key, |entry| match entry.target {
             Some(target) => {
-                entry.is_used = true;
+                if entry.forwarded == 0 {
+                    entry.canceled_before = entry.canceled.load(Ordering::Relaxed);
+                }
+                entry.forwarded += 1;
                 Found::Target(target)
             }
             None => {
@@ -205,18 +228,18 @@ impl CancelKeys {
         }
     }
 
-    /// Makes a key unknown; whether a request with it was forwarded.
+    /// Makes a key unknown; whether a request with it may still arrive at the target.
     fn remove(&self, key: CancelKey) -> bool {
         let mut keys = self.keys();
         let Some(entries) = keys.get_mut(&key.process_id) else {
             return false;
         };
         let at = entries.iter().position(|entry| entry.secret == key.secret);
-        let is_used = at.is_some_and(|at| entries.swap_remove(at).is_used);
+        let may_arrive = at.is_some_and(|at| entries.swap_remove(at).may_arrive());
         if entries.is_empty() {
             keys.remove(&key.process_id);
         }
-        is_used
+        may_arrive
     }
 
     fn keys(&self) -> MutexGuard<'_, HashMap<u32, Vec<Entry>>> {
@@ -246,17 +269,16 @@ impl Registration {
         self.target
     }
 
-    /// Takes the destination away; `false`, and nothing is changed, if a request was forwarded there, which may still be on its
-    /// way.
+    /// Takes the destination away; whether a request may still arrive there.
     pub(super) fn part(&mut self) -> bool {
-        let target = &mut self.target;
+        self.target = None;
         let parted = self.cancels.with_entry(self.key, |entry| {
-            if !entry.is_used {
-                (entry.target, *target) = (None, None);
-            }
-            !entry.is_used
+            entry.target = None;
+            let may_arrive = entry.may_arrive();
+            entry.forwarded = 0;
+            may_arrive
         });
-        parted.unwrap_or(true)
+        parted.unwrap_or(false)
     }
 
     /// Gives it another destination.
@@ -271,7 +293,7 @@ impl Registration {
         self.queued.notified().await;
     }
 
-    /// Makes the key unknown; whether a request with it was forwarded, which may still be on its way.
+    /// Makes the key unknown; whether a request with it may still arrive at the destination.
     pub(super) fn end(self) -> bool {
         self.cancels.remove(self.key)
     }
@@ -300,8 +322,8 @@ mod tests {
     #[tokio::test]
     async fn a_key_finds_its_session_only_as_a_whole_and_only_while_registered() {
         let cancels = Arc::new(CancelKeys::default());
-        let one = cancels.register(target(7, 1), false);
-        let two = cancels.register(target(7, 2), false);
+        let one = cancels.register(target(7, 1), false, Arc::default());
+        let two = cancels.register(target(7, 2), false, Arc::default());
         assert_eq!(
             one.key().process_id,
             7,
@@ -349,7 +371,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_flood_of_guesses_is_delayed_whatever_its_size() {
         let cancels = Arc::new(CancelKeys::default());
-        let known = cancels.register(target(7, 1), false);
+        let known = cancels.register(target(7, 1), false, Arc::default());
         let began = Instant::now();
         let mut guesses = tokio::task::JoinSet::new();
         for _ in 0..1000 {

@@ -77,7 +77,9 @@ impl LoggedIn<'_> {
     /// Relays until either side is done. [`close`](Self::close) must follow.
     pub(super) async fn relay<S: Transport>(&mut self, client: &mut Client<S>) -> Ended {
         // The first connection was for the welcome. Whether it is needed for longer is known only once there is a request.
+        let is_parting = self.state.as_ref().is_some_and(|it| !it.is_retaining());
         if self.shares
+            && is_parting
             && self.leftover.is_empty()
             && let Err(ended) = Box::pin(self.rest(client)).await
         {
@@ -116,14 +118,15 @@ impl LoggedIn<'_> {
 
     /// Parts with the server connection, and takes another one once the client sends a request.
     async fn rest<S: Transport>(&mut self, client: &mut Client<S>) -> Result<(), Ended> {
-        if !self.registration.as_mut().is_none_or(Registration::part) {
-            // A cancel that is still on its way must not reach another client's request.
-            self.shares = false;
-            return Ok(());
-        }
         if let Some(lease) = self.lease.take() {
             self.entry.unlink();
-            lease.part(self.state.as_deref());
+            let registration = self.registration.as_mut();
+            if registration.is_some_and(Registration::part) {
+                // A cancel that is still on its way must not reach another client's request, nor the next one of this client.
+                lease.close(PoolClose::Cancelled);
+            } else {
+                lease.part(self.state.as_deref());
+            }
         }
         loop {
             let Some(state) = &self.state else {

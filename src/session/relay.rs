@@ -105,6 +105,11 @@ pub(super) trait ServerStream: Transport {
         true
     }
 
+    /// Whether the session, at rest, keeps this connection for now.
+    fn keeps(&mut self, _cx: &mut Context<'_>) -> bool {
+        false
+    }
+
     /// Why the session needs this connection.
     fn pin(&self) -> Option<PinReason> {
         None
@@ -131,6 +136,10 @@ impl ServerStream for Stream {}
 impl ServerStream for SharedStream<'_> {
     fn is_at_rest(&self) -> bool {
         SharedStream::is_at_rest(self)
+    }
+
+    fn keeps(&mut self, cx: &mut Context<'_>) -> bool {
+        SharedStream::keeps(self, cx)
     }
 
     fn pin(&self) -> Option<PinReason> {
@@ -345,7 +354,7 @@ impl<'a, C: Transport, U: ServerStream> Relay<'a, C, U> {
         activity.record((&self.requests).into(), sent, received, now);
         // After both directions, so that a query that has just arrived is served and not cut off as idle.
         self.apply(phase);
-        if self.keeps_server && self.end.is_none() && self.parts() {
+        if self.keeps_server && self.end.is_none() && self.parts(cx) {
             return Poll::Ready(End::Rest);
         }
         if self.keeps_server && self.to_server.state == PipeState::Closed && self.end.is_none() {
@@ -415,7 +424,7 @@ impl<'a, C: Transport, U: ServerStream> Relay<'a, C, U> {
     }
 
     /// Whether the server connection can be another client's now.
-    fn parts(&mut self) -> bool {
+    fn parts(&mut self, cx: &mut Context<'_>) -> bool {
         let is_delivered = self.to_client.is_between_messages() && !self.to_client.unflushed;
         if self.ends_at_rest
             && self.server.is_yielding()
@@ -435,7 +444,7 @@ impl<'a, C: Transport, U: ServerStream> Relay<'a, C, U> {
             return false;
         }
         let Some(reason) = self.server.pin() else {
-            return self.server.is_at_rest();
+            return self.server.is_at_rest() && !self.server.keeps(cx);
         };
         if self.pin.is_none() {
             self.pin = Some(reason);

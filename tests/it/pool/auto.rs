@@ -119,3 +119,66 @@ async fn a_compute_suspends_under_clients_that_are_at_rest() {
     }
     assert_eq!(emulator.counts().wakes, 1);
 }
+
+/// Each would otherwise wait until the other one has been at rest for a second.
+#[tokio::test]
+async fn a_client_that_waits_has_the_connection_of_one_at_rest_at_once() {
+    let (emulator, proxy) = keeping(1).await;
+    let clients = [proxy.client().await, proxy.client().await];
+    let alternating = async {
+        for turn in 0..200 {
+            let sum = format!("select {turn} + 1");
+            let expected = (turn + 1).to_string();
+            assert_eq!(value(&clients[turn % 2], &sum).await, expected);
+        }
+    };
+    within("200 turns", alternating).await;
+    assert_eq!(emulator.counts().logins, 1);
+}
+
+#[tokio::test]
+async fn a_client_at_rest_does_not_notice_that_its_server_ends() {
+    let (emulator, proxy) = keeping(2).await;
+    let superuser = harness::superuser().await;
+    let mut client = proxy.session().await;
+    client.query("set app.number = '7'").await;
+    client
+        .send(&[message('P', b"mine\0select 42\0\0\0"), sync()].concat())
+        .await;
+    client.until('Z').await;
+    let mut pids = BTreeSet::new();
+    for _ in 0..5 {
+        let own = "select concat_ws(' ', pg_backend_pid(), current_setting('app.number'))";
+        let own = client.value(own).await;
+        let (pid, number) = own.split_once(' ').unwrap();
+        assert_eq!(number, "7");
+        let sql = format!("select pg_terminate_backend({pid}, 10000)");
+        superuser.query_one(&sql, &[]).await.unwrap();
+        pids.insert(pid.to_owned());
+        // It has ended; what the proxy has received of that is not known.
+        let closes = &proxy.metrics().pool_closes[PoolClose::Server];
+        let ended = u64::try_from(pids.len()).unwrap();
+        eventually("the proxy notices", async || {
+            (closes.get() == ended).then_some(())
+        })
+        .await;
+    }
+    assert_eq!(pids.len(), 5);
+    client
+        .send(&[statements::execute("mine", &[]), sync()].concat())
+        .await;
+    let replies = client.until('Z').await;
+    assert!(replies.iter().any(|reply| reply.tag == 'D'), "{replies:?}");
+    assert_eq!(emulator.counts().logins, 6);
+}
+
+#[tokio::test]
+async fn a_busy_client_that_no_other_waits_for_never_parts_with_its_connection() {
+    let (_emulator, proxy) = keeping(2).await;
+    let client = proxy.client().await;
+    for _ in 0..100 {
+        client.simple_query("select 1").await.unwrap();
+    }
+    let leases: u64 = proxy.metrics().pool_leases.values().map(|it| it.get()).sum();
+    assert_eq!(leases, 1);
+}

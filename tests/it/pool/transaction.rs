@@ -383,7 +383,7 @@ async fn a_cancel_reaches_its_own_request_or_its_place_in_the_queue() {
     assert_eq!(replies[0].error().code, "57014");
     assert_eq!(proxy.metrics().pool_clients_waiting.get(), 0);
     other.simple_query("commit").await.unwrap();
-    // At work; from then on the connection is its own, as the cancel may come late.
+    // At work. The error shows that the cancel has arrived, so that the connection can be another client's.
     one.send(&text('Q', "select pg_sleep(60)")).await;
     harness::until_running(&emulator.identities().app.name, 1).await;
     cancel(proxy.address(), key).await;
@@ -398,6 +398,26 @@ async fn a_cancel_reaches_its_own_request_or_its_place_in_the_queue() {
         "57014"
     );
     assert_eq!(one.value("select 3").await, "3");
+    assert_eq!(value(&other, "select 3").await, "3");
+    assert_eq!(proxy.metrics().pool_closes[PoolClose::Cancelled].get(), 0);
+}
+
+/// The edge closes the connection of a cancel request before the server has the signal.
+#[tokio::test]
+async fn a_connection_that_a_cancel_may_still_reach_is_closed_at_rest() {
+    let (emulator, proxy) = sharing(1).await;
+    let mut one = Wire::dial(proxy.address()).await;
+    one.startup(&[("user", "anyone")]).await;
+    let key = one.welcome().await.key;
+    let other = proxy.client().await;
+    let quiet = "do 'begin perform pg_sleep(60); exception when query_canceled then null; end'";
+    one.send(&text('Q', quiet)).await;
+    harness::until_running(&emulator.identities().app.name, 1).await;
+    cancel(proxy.address(), key).await;
+    one.until('Z').await;
+    assert_eq!(value(&other, "select 1").await, "1");
+    assert_eq!(one.value("select 2").await, "2");
+    assert_eq!(proxy.metrics().pool_closes[PoolClose::Cancelled].get(), 1);
 }
 
 #[tokio::test]
