@@ -1,6 +1,9 @@
 //! An endpoint that the process serves: its listener, its tasks and its state, until its last session has ended.
 
-use std::{net::SocketAddr, sync::Arc};
+use std::{
+    net::SocketAddr,
+    sync::{Arc, Mutex},
+};
 
 use arc_swap::ArcSwap;
 use tokio::sync::watch;
@@ -158,6 +161,7 @@ impl Served {
             metrics: Arc::clone(&metrics),
             shutdown: process.shutdown.clone(),
             tasks: shared.helpers.clone(),
+            reported_pins: Mutex::default(),
         };
         let pools = Pools::new(bound.config.pool_mode, pools);
         Self {

@@ -100,6 +100,11 @@ impl<'a> PoolRow<'a> {
             .map_or(self.endpoint.is_paused, |pool| pool.is_paused)
     }
 
+    /// Server connections that clients keep at rest, until another one needs them.
+    pub(super) fn retained(&self) -> usize {
+        self.pool.map_or(0, |pool| pool.retained)
+    }
+
     /// Server connections that are logged in.
     pub(super) fn logged_in(&self) -> usize {
         count(&self.servers)

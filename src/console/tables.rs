@@ -17,7 +17,7 @@ use crate::{
     protocol::rows::{Column, Kind, Value},
     shutdown::Phase,
     status::{
-        Counts, EndpointSnapshot, Peer, RefreshAttempt, RefreshError, SessionInfo, Snapshot,
+        Counts, EndpointSnapshot, Peer, Pin, RefreshAttempt, RefreshError, SessionInfo, Snapshot,
         UpstreamSnapshot, VERSION,
     },
     telemetry::{
@@ -55,6 +55,8 @@ static TABLES: &[Table] = &[
         state_seconds: Number = session.lasting.as_secs();
         bytes_received: Number = session.from_client;
         bytes_sent: Number = session.from_server;
+        pin: Text = session.pin.map(|pin| pin.reason.as_str());
+        pin_seconds: Number = session.pin.map(|pin| pin.lasting.as_secs());
     }),
     table!(config "settings in force, and their defaults"
         |snapshot| &snapshot.settings, |setting| {
@@ -124,15 +126,29 @@ static TABLES: &[Table] = &[
         list: Text = list;
         items: Number = items;
     }),
+    table!(pins "clients that cannot part with their server connections, and why"
+        |snapshot| pinned(snapshot), |(session, pin)| {
+        endpoint: Text = session.endpoint.label().name();
+        reason: Text = pin.reason.as_str();
+        pin_seconds: Number = pin.lasting.as_secs();
+        user: Text = session.user.as_str();
+        database: Text = session.database.as_str();
+        application_name: Text = session.application.as_str();
+        state: Text = session.activity.label();
+        link: Number = session.server.as_ref().map(|server| server.id);
+        id: Number = session.id;
+        advice: Text = pin.reason.advice();
+    }),
     table!(pools "clients and server connections of each database"
         |snapshot| PoolRow::all(snapshot), |row| {
         database: Text = row.name.as_str();
         user: Text = row.upstream().map(|upstream| upstream.user.as_str());
         cl_active: Number = row.active;
         cl_waiting: Number = row.waiting;
-        sv_active: Number = row.servers[PoolServer::Leased];
+        sv_active: Number = row.servers[PoolServer::Leased].saturating_sub(row.retained());
         sv_idle: Number = row.servers[PoolServer::Idle];
-        sv_used: Number = 0;
+        // Kept by clients at rest.
+        sv_used: Number = row.retained();
         sv_tested: Number = row.servers[PoolServer::Resetting];
         sv_login: Number = row.servers[PoolServer::Opening];
         maxwait: Number = row.max_wait.as_secs();
@@ -227,6 +243,11 @@ static TABLES: &[Table] = &[
         clients: Number = wake.clients;
     }),
 ];
+
+fn pinned(snapshot: &Snapshot) -> impl Iterator<Item = (SessionInfo, Pin)> {
+    let sessions = snapshot.registry.list(usize::MAX).into_iter();
+    sessions.filter_map(|session| session.pin.map(|pin| (session, pin)))
+}
 
 fn help() -> impl Iterator<Item = (String, &'static str)> {
     let tables = TABLES.iter();

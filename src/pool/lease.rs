@@ -134,6 +134,18 @@ enum Owner {
     Pool(Box<Record>),
 }
 
+/// What a verification has shown.
+pub(crate) enum Verified {
+    /// The client can part with the connection.
+    Clean(Lease),
+    /// It cannot, and goes on.
+    InUse {
+        lease: Lease,
+        /// ParameterStatus messages that it lacks.
+        changed: BytesMut,
+    },
+}
+
 impl From<upstream::Connected> for Leased {
     /// A connection that no pool has.
     fn from(connected: upstream::Connected) -> Self {
@@ -192,6 +204,34 @@ impl Lease {
             record,
         }
         .give_back(used);
+    }
+
+    /// Looks whether a [suspect](ClientState::is_suspect) client can part with the connection. Not cancel safe.
+    ///
+    /// # Errors
+    /// The connection is lost, and with it what the client may have had there.
+    pub(crate) async fn verify(self, client: &mut ClientState) -> Result<Verified, Refusal> {
+        let Self { stream, owner } = self;
+        let record = match owner {
+            Owner::Pool(record) => record,
+            owner @ Owner::Session(_) => {
+                return Ok(Verified::InUse {
+                    lease: Self { stream, owner },
+                    changed: BytesMut::new(),
+                });
+            }
+        };
+        let mut server = ServerConnection { stream, record };
+        let is_clean = server.verify(client).await.map_err(Unusable::refusal)?;
+        let ServerConnection { stream, record } = server;
+        let changed = client.report(record.reported.frames());
+        let owner = Owner::Pool(record);
+        let lease = Self { stream, owner };
+        Ok(if is_clean {
+            Verified::Clean(lease)
+        } else {
+            Verified::InUse { lease, changed }
+        })
     }
 
     /// The stream as a client sees it that shares the connection with others; `None` if the connection is the session's own.
@@ -331,7 +371,7 @@ impl Pool {
         let reported = Reported::parse(leased.parameter_status.clone());
         let encoding = reported.value("client_encoding").unwrap_or_default();
         if !is_ascii_safe(&String::from_utf8_lossy(encoding)) {
-            self.context.metrics.pool_pins[PinReason::Encoding].inc();
+            self.context.pinned(PinReason::Encoding);
             return None;
         }
         let mut login = Arc::clone(&request.wanted.login);
@@ -415,7 +455,7 @@ impl Pool {
                             return Ok(self.leased(server, at_once));
                         }
                         // Another connection would refuse it, too.
-                        Err(error) if error.is_of_settings() => return Err(error.refusal()),
+                        Err(error) if error.is_of_statement() => return Err(error.refusal()),
                         // One that has ended is dropped, and the client still has its place in the queue.
                         Err(_) => {}
                     }
@@ -557,7 +597,13 @@ impl ServerConnection {
             server.adopt(wanted).await
         };
         if let Err(error) = adopted.await {
-            server.record.slot.pool().lost(&error);
+            if error.is_of_statement() {
+                // All of it is undone, as it was one transaction.
+                server.record.slot.close = PoolClose::Session;
+                server.put_back();
+            } else {
+                server.record.slot.pool().lost(&error);
+            }
             return Err(error);
         }
         server.record.slot.close = PoolClose::Session;

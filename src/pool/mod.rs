@@ -31,6 +31,7 @@ mod slot;
 pub mod statements;
 #[cfg(test)]
 mod tests;
+mod verify;
 mod waiting;
 
 use std::{
@@ -44,7 +45,7 @@ use std::{
 
 use arc_swap::ArcSwap;
 use enum_map::EnumMap;
-use tokio::{runtime, sync::Notify, task::AbortHandle};
+use tokio::{runtime, sync::Notify, task::AbortHandle, time::Instant};
 use tokio_util::task::TaskTracker;
 
 use self::{
@@ -59,7 +60,7 @@ use self::{
     waiting::{Grant, Waiter},
 };
 pub(crate) use self::{
-    lease::{Lease, LeaseRequest, Leased},
+    lease::{Lease, LeaseRequest, Leased, Verified},
     reset::Used,
     shared::{ClientState, SharedStream},
 };
@@ -69,12 +70,15 @@ use crate::{
     status::{EndpointSessions, PoolSnapshot},
     telemetry::{
         Metrics,
-        labels::{PoolClose, PoolServer},
+        labels::{PinReason, PoolClose, PoolServer},
     },
 };
 
 /// Logins of one pool at the same time: more of them delay each other, and the compute's other work.
 const CONCURRENT_LOGINS: usize = 8;
+
+/// How often pins for the same reason are reported.
+const PIN_REPORT_INTERVAL: Duration = Duration::from_hours(1);
 
 /// The pools of an endpoint.
 pub(crate) struct Pools {
@@ -101,9 +105,31 @@ pub(crate) struct PoolContext {
     pub(crate) shutdown: Shutdown,
     /// The tasks that the end of the process waits for.
     pub(crate) tasks: TaskTracker,
+    /// When a pin for this reason was reported last.
+    pub(crate) reported_pins: Mutex<EnumMap<PinReason, Option<Instant>>>,
 }
 
 impl PoolContext {
+    /// Counts a client that cannot part with its connection, and reports it once an hour.
+    fn pinned(&self, reason: PinReason) {
+        self.metrics.pool_pins[reason].inc();
+        let now = Instant::now();
+        let mut reported = self
+            .reported_pins
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        let last = &mut reported[reason];
+        if last.is_none_or(|last| now.duration_since(last) >= PIN_REPORT_INTERVAL) {
+            *last = Some(now);
+            tracing::warn!(
+                endpoint = %self.registry.label(),
+                reason = reason.as_str(),
+                hint = reason.advice(),
+                "a client keeps its server connection of the pool until it leaves; reported once an hour, SHOW PINS lists all"
+            );
+        }
+    }
+
     fn is_over(&self) -> bool {
         self.registry.closed().is_cancelled() || self.shutdown.phase() != Phase::Serving
     }
@@ -282,6 +308,11 @@ impl Pool {
         PoolSnapshot {
             database: self.database.clone(),
             servers: state.servers,
+            retained: state
+                .retentions
+                .iter()
+                .filter(|it| it.since().is_some())
+                .count(),
             idle: state.idle.iter().map(Idle::snapshot).collect(),
             waiting: waiting().count(),
             max_wait: waiting()

@@ -94,7 +94,7 @@ impl ServerConnection {
 }
 
 /// The columns of a DataRow in text format, up to the first that is malformed.
-fn columns(mut body: &[u8]) -> Vec<Option<Vec<u8>>> {
+pub(super) fn columns(mut body: &[u8]) -> Vec<Option<Vec<u8>>> {
     let mut columns = Vec::new();
     let _count = body.split_off(..2);
     while let Some((length, rest)) = body.split_first_chunk::<4>() {

@@ -96,8 +96,8 @@ pub(super) enum Unusable {
 }
 
 impl Unusable {
-    /// Whether the server refuses what a client has set, but not the client.
-    pub(super) fn is_of_settings(&self) -> bool {
+    /// Whether the server refuses a statement, but not the client.
+    pub(super) fn is_of_statement(&self) -> bool {
         matches!(self, Self::Reported(error) if error.severity == "ERROR")
     }
 
@@ -243,12 +243,21 @@ impl ServerConnection {
         let message = query(sql).ok_or(Unusable::ZeroByte)?;
         write_and_flush(&mut self.stream, &message).await?;
         self.record.statements.forget_unnamed();
+        let mut result = Ok(());
         loop {
             let unread = &mut self.record.unread;
             let message = read_message(&mut self.stream, unread, SMALL_MESSAGE_LIMIT).await?;
             match message.tag {
                 tag::READY_FOR_QUERY if message.body() == b"I" => {
-                    return self.record.take_all_unrequested();
+                    return self.record.take_all_unrequested().and(result);
+                }
+                tag::ERROR_RESPONSE => {
+                    let error = ErrorFields::parse(message.body());
+                    let error = Unusable::Reported(Box::new(error));
+                    if !error.is_of_statement() {
+                        return Err(error);
+                    }
+                    result = Err(error);
                 }
                 tag::DATA_ROW => row(message.body()),
                 tag::COMMAND_COMPLETE | tag::EMPTY_QUERY_RESPONSE | tag::ROW_DESCRIPTION => {}

@@ -69,6 +69,10 @@ pub(crate) struct ClientState {
     canceled: Arc<AtomicU64>,
     /// Why it needs its connection until it leaves.
     pin: Option<PinReason>,
+    /// Reported at the end of its last transaction.
+    reported_pin: Option<PinReason>,
+    /// A [verification](super::verify) has failed, and the client has sent nothing since.
+    is_verified: bool,
     /// By which it keeps its connection between two transactions, in a mode that leaves it that.
     pub(super) owner: Option<u64>,
 }
@@ -91,6 +95,8 @@ impl ClientState {
             traces: Traces::default(),
             canceled: Arc::default(),
             pin: None,
+            reported_pin: None,
+            is_verified: false,
             owner: is_retaining.then(|| texts.number()),
         }
     }
@@ -103,6 +109,27 @@ impl ClientState {
             is_reported: self.traces.is_used(),
             is_resettable: self.traces.is_resettable(),
         }
+    }
+
+    /// Whether a query may show that the client can part with its connection.
+    pub(crate) fn is_suspect(&self) -> bool {
+        self.pin.is_none()
+            && !self.is_verified
+            && !self.statements.has_large()
+            && self.traces.is_suspect()
+    }
+
+    /// What a query has shown of it.
+    pub(super) fn verified(&mut self, is_clean: bool) {
+        self.is_verified = !is_clean;
+        if is_clean {
+            self.traces.verified();
+        }
+    }
+
+    /// Why it cannot part with its connection.
+    pub(crate) fn pin(&self) -> Option<PinReason> {
+        self.reported_pin
     }
 
     /// Counts the requests of the client that a cancel request has ended.
@@ -297,6 +324,25 @@ impl<'a> SharedStream<'a> {
         }
     }
 
+    /// Whether the client, at rest, parts with the connection now, perhaps after a verification. Wakes the task when it does.
+    pub(crate) fn parts(&mut self, cx: &mut Context<'_>) -> bool {
+        if !self.is_at_rest() {
+            return false;
+        }
+        let pin = self.pin();
+        if let Some(reason) = pin
+            && self.client.reported_pin != pin
+        {
+            self.record.slot.pool().context.pinned(reason);
+        }
+        self.client.reported_pin = pin;
+        (pin.is_none() || self.is_suspect()) && !self.keeps(cx)
+    }
+
+    fn is_suspect(&self) -> bool {
+        self.client.is_suspect() && !self.is_lost()
+    }
+
     /// Whether nothing is on its way but what the client knows of.
     pub(crate) fn is_at_rest(&self) -> bool {
         self.from_client.is_at_boundary()
@@ -308,7 +354,7 @@ impl<'a> SharedStream<'a> {
     }
 
     /// Why the client needs this connection.
-    pub(crate) fn pin(&self) -> Option<PinReason> {
+    fn pin(&self) -> Option<PinReason> {
         if self.is_lost() {
             Some(PinReason::UnknownState)
         } else if self.client.statements.has_large() {
@@ -316,6 +362,10 @@ impl<'a> SharedStream<'a> {
         } else {
             self.client.pin.or_else(|| self.client.traces.pin())
         }
+    }
+
+    pub(crate) fn client(&self) -> &ClientState {
+        self.client
     }
 
     /// What the client has done.
@@ -329,8 +379,9 @@ impl<'a> SharedStream<'a> {
     }
 
     /// Whether the client, at rest, keeps the connection. Wakes the task when it no longer does.
-    pub(crate) fn keeps(&mut self, cx: &mut Context<'_>) -> bool {
-        if self.record.has_ended || !self.client.is_retaining() {
+    fn keeps(&mut self, cx: &mut Context<'_>) -> bool {
+        let is_pinned = self.client.reported_pin.is_some();
+        if self.record.has_ended || !self.client.is_retaining() && !is_pinned {
             return false;
         }
         let slot = &self.record.slot;
@@ -341,6 +392,9 @@ impl<'a> SharedStream<'a> {
         });
         if slot.pool().is_short.load(Ordering::SeqCst) || slot.retention.is_wanted() {
             return false;
+        }
+        if is_pinned {
+            return true;
         }
         let until = since + RETENTION;
         let timer = &mut self.timer;
@@ -356,6 +410,7 @@ impl<'a> SharedStream<'a> {
 
     /// The client is not at rest any more.
     fn leave_rest(&mut self) {
+        self.client.is_verified = false;
         let slot = &self.record.slot;
         if self.kept_since.take().is_some() && slot.retention.end() {
             // Another client needs the connection of yet another.
@@ -365,9 +420,16 @@ impl<'a> SharedStream<'a> {
 
     /// The server has ended the connection; `true` if that is of no consequence to the client, which is at rest.
     fn is_spared(&mut self) -> bool {
-        if self.kept_since.is_some() && !self.record.has_ended {
+        if self.kept_since.is_some() && self.client.reported_pin.is_none() && !self.record.has_ended
+        {
             self.record.has_ended = true;
-            self.record.slot.pool().context.metrics.pool_hidden_losses.inc();
+            self.record
+                .slot
+                .pool()
+                .context
+                .metrics
+                .pool_hidden_losses
+                .inc();
         }
         self.record.has_ended
     }

@@ -18,11 +18,7 @@ pub(super) struct Slot {
 
 impl Slot {
     /// For [`Pool`], which has counted it.
-    pub(super) fn counted(
-        pool: &Arc<Pool>,
-        generation: u64,
-        retention: Arc<Retention>,
-    ) -> Self {
+    pub(super) fn counted(pool: &Arc<Pool>, generation: u64, retention: Arc<Retention>) -> Self {
         Self {
             pool: Arc::clone(pool),
             state: PoolServer::Opening,

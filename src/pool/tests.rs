@@ -5,6 +5,7 @@ use std::{
     panic::{AssertUnwindSafe, catch_unwind},
 };
 
+use bytes::BytesMut;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
@@ -34,6 +35,7 @@ fn pool() -> (Pools, Arc<Pool>) {
         metrics,
         shutdown: Shutdown::default(),
         tasks: TaskTracker::new(),
+        reported_pins: Mutex::default(),
     };
     let pools = Pools::new(PoolMode::Session, context);
     let pool = pools.pool("db");
@@ -224,5 +226,35 @@ async fn a_connection_whose_server_reports_an_error_ends_or_stops_within_a_messa
         assert_eq!(metrics.pool_closes[PoolClose::Server].get(), 1);
         assert_eq!(metrics.pool_hidden_losses.get(), 1);
         assert_eq!(metrics.pool_servers[PoolServer::Leased].get(), 0);
+    }
+}
+
+/// By a timeout of the client's own, for example.
+#[tokio::test]
+async fn a_verification_that_fails_leaves_the_client_its_connection() {
+    let (pools, pool) = pool();
+    let (mut connection, mut server) = pool.connection().await;
+    let mut client = ClientState::new(login(), BytesMut::new(), &pools.texts, false);
+    let row = |temporary: &str| {
+        let columns = ["0", "0", "0", temporary];
+        let columns = columns.map(|it| [&1_u32.to_be_bytes()[..], it.as_bytes()].concat());
+        frame(
+            b'D',
+            &[&4_u16.to_be_bytes()[..], &columns.concat()].concat(),
+        )
+    };
+    let error = "SERROR\0C57014\0Mcanceling statement due to statement timeout\0\0";
+    let error = frame(b'E', error.as_bytes());
+    for (answer, is_clean) in [(error, false), (row("1"), false), (row("0"), true)] {
+        let answer = [answer, frame(b'Z', b"I")].concat();
+        server.write_all(&answer).await.unwrap();
+        assert_eq!(connection.verify(&mut client).await.unwrap(), is_clean);
+    }
+    let fatal = frame(b'E', b"SFATAL\0C57P01\0Mterminating connection\0\0");
+    server.write_all(&fatal).await.unwrap();
+    connection.verify(&mut client).await.unwrap_err();
+    let counted = &pool.context.metrics.pool_verifications;
+    for (result, count) in counted {
+        assert_eq!(count.get(), 1, "{result:?}");
     }
 }

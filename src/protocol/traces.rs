@@ -23,6 +23,8 @@ pub(crate) struct Traces {
     reading: Reading,
     /// The text began in an earlier piece.
     is_cut: bool,
+    /// An extended query lacks its Sync.
+    is_open: bool,
     search: Search,
     words: Words,
     tag: Tag,
@@ -39,7 +41,8 @@ enum Trace {
     Done,
     /// LOAD.
     Loaded,
-    /// A message was sent that is an error by itself, although nothing else would have answered it.
+    /// A message was sent that is an error by itself, although nothing else would have answered it, or one that belongs to
+    /// another protocol than the request that it is in.
     Malformed,
     /// A call of `set_config` that is not for the transaction alone may have been sent.
     MaySetConfig,
@@ -97,7 +100,35 @@ impl Traces {
     /// Why the connection cannot be another client's without a reset, although client and server are at rest; the first of
     /// several reasons. In doubt there is one: a word may stand in a comment, or be the name of a column.
     pub(crate) fn pin(&self) -> Option<PinReason> {
-        let words = &self.words;
+        self.pin_of(&self.words)
+    }
+
+    /// Whether nothing is the reason but what the server shows on request.
+    pub(crate) fn is_suspect(&self) -> bool {
+        self.pin().is_some() && self.pin_of(&self.unverifiable()).is_none()
+    }
+
+    /// The server has shown that the client has nothing of what it shows.
+    pub(crate) fn verified(&mut self) {
+        self.words = self.unverifiable();
+    }
+
+    fn unverifiable(&self) -> Words {
+        let mut words = self.words;
+        for word in [
+            Word::AdvisoryLock,
+            Word::Hold,
+            // Not shown, but of no consequence as long as the client reads no value that the session remembers.
+            Word::NextValue,
+            Word::Prepare,
+            Word::Temporary,
+        ] {
+            words[word] = false;
+        }
+        words
+    }
+
+    fn pin_of(&self, words: &Words) -> Option<PinReason> {
         let is_hidden = self.found[Trace::Done] && (words[Word::Execute] || words[Word::Load]);
         let is_set = self.found[Trace::Done] && words[Word::Set];
         let unknown = [Word::Dblink, Word::Language, Word::Opaque];
@@ -129,6 +160,7 @@ impl Traces {
             from_client,
             reading,
             is_cut,
+            is_open,
             search,
             words,
             found,
@@ -146,7 +178,10 @@ impl Traces {
                     tag::FLUSH => Reading::Excess,
                     _ => Reading::Nothing,
                 };
-                found[Trace::Malformed] |= !is_request(tag);
+                // PostgreSQL 18 may end a simple query within an extended one in a state that fits neither.
+                let is_simple = matches!(tag, tag::QUERY | tag::FUNCTION_CALL);
+                found[Trace::Malformed] |= !is_request(tag) || *is_open && is_simple;
+                *is_open = is_extended(tag) || *is_open && tag != tag::SYNC;
                 found[Trace::Used] |= !matches!(tag, tag::QUERY | tag::SYNC | tag::TERMINATE);
                 found[Trace::Called] |= tag == tag::FUNCTION_CALL;
             }
@@ -239,12 +274,20 @@ impl Tag {
 
 /// Whether a client may send messages of this type once it is logged in.
 fn is_request(tag: u8) -> bool {
-    let is_extended = matches!(
-        tag,
-        tag::PARSE | tag::BIND | tag::DESCRIBE | tag::EXECUTE | tag::CLOSE | tag::FLUSH | tag::SYNC
-    );
     let is_copy = matches!(tag, tag::COPY_DATA | tag::COPY_DONE | tag::COPY_FAIL);
-    is_extended || is_copy || matches!(tag, tag::QUERY | tag::FUNCTION_CALL | tag::TERMINATE)
+    let is_other = matches!(
+        tag,
+        tag::QUERY | tag::FUNCTION_CALL | tag::SYNC | tag::FLUSH | tag::TERMINATE
+    );
+    is_extended(tag) || is_copy || is_other
+}
+
+/// Whether a message is of the extended query protocol, and a Sync must follow.
+fn is_extended(tag: u8) -> bool {
+    matches!(
+        tag,
+        tag::PARSE | tag::BIND | tag::DESCRIBE | tag::EXECUTE | tag::CLOSE
+    )
 }
 
 /// Whether a text calls `set_config` for the session.
@@ -331,6 +374,17 @@ mod tests {
         let parse = [frame(b'P', b"\0select 1\0\0\0"), frame(b'S', b"")].concat();
         assert!(after(&parse, b"").is_used());
         assert!(!after(&[frame(b'S', b""), frame(b'X', b"")].concat(), b"").is_used());
+    }
+
+    #[test]
+    fn a_simple_query_within_an_extended_one_is_not_understood() {
+        let parse = frame(b'P', b"\0select 1\0\0\0");
+        let sync = frame(b'S', b"");
+        let within = [&parse[..], &query("select 2"), &sync].concat();
+        assert!(after(&within, b"").is_malformed());
+        assert!(!after(&within, b"").is_resettable());
+        let behind = [&parse[..], &sync, &query("select 2")].concat();
+        assert!(!after(&behind, b"").is_malformed());
     }
 
     #[test]

@@ -16,7 +16,7 @@ use super::{
 };
 use crate::{
     net::{message::write_and_flush, socket::Transport},
-    pool::{ClientState, Lease, LeaseRequest, Leased, Used},
+    pool::{ClientState, Lease, LeaseRequest, Leased, Used, Verified},
     protocol::{
         backend::{TransactionStatus, ready_for_query},
         error::{Report, sqlstate},
@@ -118,7 +118,20 @@ impl LoggedIn<'_> {
 
     /// Parts with the server connection, and takes another one once the client sends a request.
     async fn rest<S: Transport>(&mut self, client: &mut Client<S>) -> Result<(), Ended> {
-        if let Some(lease) = self.lease.take() {
+        if let Some(mut lease) = self.lease.take() {
+            if let Some(state) = self.state.as_mut().filter(|state| state.is_suspect()) {
+                lease = match lease.verify(state).await {
+                    Ok(Verified::Clean(lease)) => lease,
+                    Ok(Verified::InUse { lease, changed }) => {
+                        (self.lease, self.leftover) = (Some(lease), changed);
+                        return Ok(());
+                    }
+                    Err(refusal) => {
+                        client.finish(&refusal.report.encode_fatal()).await;
+                        return Err(Ended::at_rest(End::Server));
+                    }
+                };
+            }
             self.entry.unlink();
             let registration = self.registration.as_mut();
             if registration.is_some_and(Registration::part) {

@@ -105,12 +105,12 @@ pub(super) trait ServerStream: Transport {
         true
     }
 
-    /// Whether the session, at rest, keeps this connection for now.
-    fn keeps(&mut self, _cx: &mut Context<'_>) -> bool {
+    /// Whether the session, at rest, parts with this connection now. Wakes the task when it does.
+    fn parts(&mut self, _cx: &mut Context<'_>) -> bool {
         false
     }
 
-    /// Why the session needs this connection.
+    /// Why the session does not.
     fn pin(&self) -> Option<PinReason> {
         None
     }
@@ -138,12 +138,12 @@ impl ServerStream for SharedStream<'_> {
         SharedStream::is_at_rest(self)
     }
 
-    fn keeps(&mut self, cx: &mut Context<'_>) -> bool {
-        SharedStream::keeps(self, cx)
+    fn parts(&mut self, cx: &mut Context<'_>) -> bool {
+        SharedStream::parts(self, cx)
     }
 
     fn pin(&self) -> Option<PinReason> {
-        SharedStream::pin(self)
+        self.client().pin()
     }
 
     fn is_yielding(&self) -> bool {
@@ -203,8 +203,6 @@ pub(super) struct Relay<'a, C, U> {
     /// Of the session on a server connection that another client may get.
     traces: Option<&'a mut Traces>,
     ends_at_rest: bool,
-    /// Why it does not.
-    pin: Option<PinReason>,
     /// The client's Terminate was not relayed.
     is_withheld: bool,
     /// Set once no more is read from the server.
@@ -240,7 +238,6 @@ impl<'a, C: Transport, U: ServerStream> Relay<'a, C, U> {
             keeps_server: observers.keeps_server,
             traces: observers.traces,
             ends_at_rest: observers.ends_at_rest,
-            pin: None,
             is_withheld: false,
             end: None,
         };
@@ -443,14 +440,9 @@ impl<'a, C: Transport, U: ServerStream> Relay<'a, C, U> {
         if !is_at_rest {
             return false;
         }
-        let Some(reason) = self.server.pin() else {
-            return self.server.is_at_rest() && !self.server.keeps(cx);
-        };
-        if self.pin.is_none() {
-            self.pin = Some(reason);
-            self.metrics.pool_pins[reason].inc();
-        }
-        false
+        let parts = self.server.parts(cx);
+        self.activity.pin(self.server.pin());
+        parts
     }
 
     /// Whether the client has closed its half and the server still owes it a reply.

@@ -1,6 +1,6 @@
 //! Whole sessions from accept to close.
 
-use std::{net::SocketAddr, time::Duration};
+use std::{net::SocketAddr, sync::Mutex, time::Duration};
 
 use arc_swap::ArcSwap;
 use bytes::BytesMut;
@@ -79,6 +79,7 @@ fn sessions(upstream: SocketAddr, client_login_timeout: Duration) -> Arc<Endpoin
         metrics: Arc::clone(&metrics),
         shutdown: process.shutdown.clone(),
         tasks: TaskTracker::new(),
+        reported_pins: Mutex::default(),
     };
     Arc::new(EndpointContext::new(
         Arc::new(process),

@@ -2,9 +2,13 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use enum_map::Enum;
 use tokio::time::{Duration, Instant};
 
-use crate::protocol::requests::{Requests, TransactionStatus};
+use crate::{
+    protocol::requests::{Requests, TransactionStatus},
+    telemetry::labels::PinReason,
+};
 
 /// What a session is doing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -79,10 +83,14 @@ pub struct ActivityRecord {
     activity: AtomicU64,
     from_client: AtomicU64,
     from_server: AtomicU64,
+    /// Why the session cannot part with its server connection in the same way: the number of the reason, above 0, and its start.
+    pin: AtomicU64,
 }
 
 const ACTIVITY_BITS: u32 = 3;
 const ACTIVITY_MASK: u64 = (1 << ACTIVITY_BITS) - 1;
+const PIN_BITS: u32 = 6;
+const PIN_MASK: u64 = (1 << PIN_BITS) - 1;
 
 impl ActivityRecord {
     pub(crate) fn new(origin: Instant) -> Self {
@@ -92,7 +100,29 @@ impl ActivityRecord {
             activity: AtomicU64::new((micros(origin.elapsed()) / 1000) << ACTIVITY_BITS),
             from_client: AtomicU64::new(0),
             from_server: AtomicU64::new(0),
+            pin: AtomicU64::new(0),
         }
+    }
+
+    /// Records why the session, at rest, cannot part with its server connection.
+    pub(crate) fn pin(&self, reason: Option<PinReason>) {
+        let code = reason.map_or(0, |reason| {
+            u64::try_from(reason.into_usize() + 1).unwrap_or_default()
+        });
+        if self.pin.load(Ordering::Relaxed) & PIN_MASK != code {
+            let since = (self.now() / 1000) << PIN_BITS;
+            let pin = if code == 0 { 0 } else { since | code };
+            self.pin.store(pin, Ordering::Relaxed);
+        }
+    }
+
+    /// Why the session cannot part with its server connection, and since when, counted from the registry's start.
+    pub(super) fn pinned(&self) -> Option<(PinReason, Duration)> {
+        let value = self.pin.load(Ordering::Relaxed);
+        let number = usize::try_from(value & PIN_MASK).ok()?.checked_sub(1)?;
+        let reason = (number < PinReason::LENGTH).then(|| PinReason::from_usize(number))?;
+        let since = Duration::from_millis(value >> PIN_BITS);
+        Some((reason, since))
     }
 
     /// Records the activity and the bytes relayed so far: two stores, and a third with the time of [`now`](Self::now) only

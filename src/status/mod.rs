@@ -18,7 +18,7 @@ pub use self::{
     label::Label,
     peer::{Encrypted, Peer},
     recent::{Recent, RecentFailure, RecentWake},
-    registry::{ClientInfo, Counts, Registry, Server, SessionEntry, SessionInfo},
+    registry::{ClientInfo, Counts, Pin, Registry, Server, SessionEntry, SessionInfo},
     snapshot::{
         CredentialSnapshot, CredentialState, EndpointSnapshot, HttpListener, IdleServer,
         PoolSnapshot, RefreshAttempt, RefreshError, Snapshot, TakeSnapshot, UpstreamSnapshot,

@@ -21,7 +21,7 @@ use tokio::{
 };
 
 use super::{Activity, ActivityRecord, Encrypted, EndpointSessions, Peer, Recent, Rejected};
-use crate::protocol::startup::StartupMessage;
+use crate::{protocol::startup::StartupMessage, telemetry::labels::PinReason};
 
 /// Bytes kept of each name; Postgres keeps 63.
 const NAME_LIMIT: usize = 128;
@@ -107,12 +107,23 @@ pub struct SessionInfo {
     pub began: Timestamp,
     /// The age of the session.
     pub age: Duration,
+    /// Why it keeps its server connection although others wait, and for how long already.
+    pub pin: Option<Pin>,
     /// Bytes received from the client.
     pub from_client: u64,
     /// Bytes received from the server.
     pub from_server: u64,
     /// The server connection; `None` while the client waits for one, or needs none.
     pub server: Option<Server>,
+}
+
+/// A session that cannot part with its server connection.
+#[derive(Clone, Copy, Debug)]
+pub struct Pin {
+    /// The first of its reasons.
+    pub reason: PinReason,
+    /// Since it was first at rest with it.
+    pub lasting: Duration,
 }
 
 /// Numbers of sessions by activity.
@@ -254,6 +265,10 @@ impl Registry {
             lasting: now.saturating_sub(since),
             began: self.timestamp(entry.began),
             age: now.saturating_sub(entry.began),
+            pin: entry.activity.pinned().map(|(reason, since)| Pin {
+                reason,
+                lasting: now.saturating_sub(since),
+            }),
             from_client,
             from_server,
             server: entry.server(),

@@ -88,6 +88,8 @@ pub struct PoolSnapshot {
     pub database: String,
     /// Its server connections by state.
     pub servers: EnumMap<PoolServer, usize>,
+    /// Those of the leased ones that clients keep at rest.
+    pub retained: usize,
     /// Those without a client, the one that is taken last first.
     pub idle: Vec<IdleServer>,
     /// Clients that wait for one.

@@ -322,6 +322,51 @@ label! {
     }
 }
 
+impl PinReason {
+    /// What helps against it.
+    pub const fn advice(self) -> &'static str {
+        match self {
+            Self::AdvisoryLock => {
+                "Use pg_advisory_xact_lock, or connect this client through an endpoint without pooling."
+            }
+            Self::Cursor => {
+                "Close cursors WITH HOLD, or declare them without HOLD in a transaction."
+            }
+            Self::Encoding => "Let the client use client_encoding UTF8.",
+            Self::LargeStatement => {
+                "Do not prepare statements longer than 64 KiB: pass lists as an array parameter."
+            }
+            Self::Listen => "Connect clients that LISTEN through an endpoint without pooling.",
+            Self::Load => "Connect clients that LOAD through an endpoint without pooling.",
+            Self::ReplicationOrigin => "Connect replication through an endpoint without pooling.",
+            Self::Role => "Use SET ROLE instead of SET SESSION AUTHORIZATION.",
+            Self::Sequence => "Use INSERT ... RETURNING instead of currval and lastval.",
+            Self::SetConfig => "Use SET, or set_config(..., true) within a transaction.",
+            Self::Setseed => "Pass the seed within the same transaction, or do without setseed.",
+            Self::Settings => "Change settings by SET, one statement each, and not in functions.",
+            Self::Snapshot => "End the transaction that exported the snapshot.",
+            Self::SqlPrepare => "Prepare statements by the driver, not by SQL PREPARE.",
+            Self::Temp => "Drop temporary tables, or create them with ON COMMIT DROP.",
+            Self::UnknownState => {
+                "Avoid DO with EXECUTE, dblink and languages with a state of their own, or connect without pooling."
+            }
+            Self::Unparsed => "Set standard_conforming_strings to on.",
+        }
+    }
+}
+
+label! {
+    /// What a query has shown of a client that may have something in its session.
+    PoolVerification("result") {
+        /// It has nothing.
+        Clean = "clean",
+        /// It was not answered.
+        Failed = "failed",
+        /// It has something.
+        InUse = "in_use",
+    }
+}
+
 label! {
     /// A step of minting a credential.
     MintStep("step") {

@@ -29,7 +29,7 @@ async fn proxy(emulator: &Emulator) -> Proxy {
     Proxy::with(emulator, open).await
 }
 
-async fn console(proxy: &Proxy) -> Client {
+pub(crate) async fn console(proxy: &Proxy) -> Client {
     let mut config = proxy.client_config();
     config.dbname("lakebase_proxy");
     within("the console", proxy.try_client(&config))
@@ -38,7 +38,7 @@ async fn console(proxy: &Proxy) -> Client {
 }
 
 /// The rows of a simple query.
-async fn rows(console: &Client, query: &str) -> Vec<SimpleQueryRow> {
+pub(crate) async fn rows(console: &Client, query: &str) -> Vec<SimpleQueryRow> {
     let reply = within(query, console.simple_query(query)).await.unwrap();
     reply
         .into_iter()
@@ -526,7 +526,7 @@ async fn the_extended_protocol_and_transactions_work() {
     let error = console.query("SELECT 1", &[]).await.unwrap_err();
     assert_eq!(error.code().unwrap().code(), "0A000");
     // And on it goes.
-    assert_eq!(console.query("SHOW HELP", &[]).await.unwrap().len(), 20);
+    assert_eq!(console.query("SHOW HELP", &[]).await.unwrap().len(), 21);
 }
 
 #[tokio::test]

@@ -108,6 +108,7 @@ mod tests {
         let mut pool = PoolSnapshot {
             database: "d".to_owned(),
             servers: enum_map! { PoolServer::Leased => 7, PoolServer::Opening => 1, _ => 0 },
+            retained: 0,
             idle: Vec::new(),
             waiting: 3,
             max_wait: Duration::from_millis(1250),

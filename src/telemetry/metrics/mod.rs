@@ -21,7 +21,7 @@ pub use self::{
 };
 use super::labels::{
     CancelOutcome, Direction, FailureClass, LoginPhase, PinReason, PoolClose, PoolLease, PoolReset,
-    PoolServer, Reason, RefreshOutcome, SessionEnd, TlsHandshake,
+    PoolServer, PoolVerification, Reason, RefreshOutcome, SessionEnd, TlsHandshake,
 };
 
 /// Before each name; the standard `process_*` metrics have none.
@@ -107,6 +107,8 @@ metrics! {
             "Clients that began to keep their server connections although they are at rest, by reason.";
         pool_resets: EnumMap<PoolReset, IntCounter> = "pool_resets_total",
             "Resets of server connections that a client had left, by result.";
+        pool_verifications: EnumMap<PoolVerification, IntCounter> = "pool_verifications_total",
+            "Queries that looked whether a client can part with its server connection, by result.";
         pool_hidden_losses: IntCounter = "pool_hidden_losses_total",
             "Server connections of pools that ended without a client, so that none noticed.";
         pool_wait_timeouts: IntCounter = "pool_wait_timeouts_total",

@@ -179,6 +179,11 @@ async fn a_busy_client_that_no_other_waits_for_never_parts_with_its_connection()
     for _ in 0..100 {
         client.simple_query("select 1").await.unwrap();
     }
-    let leases: u64 = proxy.metrics().pool_leases.values().map(|it| it.get()).sum();
+    let leases: u64 = proxy
+        .metrics()
+        .pool_leases
+        .values()
+        .map(|it| it.get())
+        .sum();
     assert_eq!(leases, 1);
 }

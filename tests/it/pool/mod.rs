@@ -13,6 +13,7 @@ mod share;
 mod sleep;
 mod statements;
 mod transaction;
+mod verify;
 
 use std::collections::BTreeSet;
 

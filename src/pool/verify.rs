@@ -1,0 +1,50 @@
+//! Looks whether a client still has what it may have left in its session.
+//!
+//! A watched word pins a client although it may only have been a column's name, or the lock may be released and the
+//! temporary table dropped. Once another client waits, one query shows that.
+
+use super::{
+    reset::columns,
+    server::{ServerConnection, Unusable},
+    shared::ClientState,
+};
+use crate::telemetry::labels::PoolVerification;
+
+/// Counts what a client has: statements prepared by SQL, cursors outside a transaction, advisory locks of the session, and
+/// objects in the temporary schema. Names are qualified, as the client may have changed `search_path`.
+const VERIFICATION: &str = "SELECT \
+    (SELECT pg_catalog.count(*) FROM pg_catalog.pg_prepared_statements WHERE from_sql), \
+    (SELECT pg_catalog.count(*) FROM pg_catalog.pg_cursors), \
+    (SELECT pg_catalog.count(*) FROM pg_catalog.pg_locks WHERE locktype OPERATOR(pg_catalog.=) 'advisory' \
+        AND pid OPERATOR(pg_catalog.=) pg_catalog.pg_backend_pid()), \
+    CASE WHEN pg_catalog.pg_my_temp_schema() OPERATOR(pg_catalog.=) '0' THEN '0' ELSE \
+        (SELECT pg_catalog.count(*) FROM pg_catalog.pg_class \
+            WHERE relnamespace OPERATOR(pg_catalog.=) pg_catalog.pg_my_temp_schema()) OPERATOR(pg_catalog.+) \
+        (SELECT pg_catalog.count(*) FROM pg_catalog.pg_proc \
+            WHERE pronamespace OPERATOR(pg_catalog.=) pg_catalog.pg_my_temp_schema()) OPERATOR(pg_catalog.+) \
+        (SELECT pg_catalog.count(*) FROM pg_catalog.pg_type \
+            WHERE typnamespace OPERATOR(pg_catalog.=) pg_catalog.pg_my_temp_schema()) END";
+
+impl ServerConnection {
+    /// Whether the client has nothing that the query would show. Not cancel safe.
+    ///
+    /// # Errors
+    /// The connection is of no use any more.
+    pub(super) async fn verify(&mut self, client: &mut ClientState) -> Result<bool, Unusable> {
+        let mut is_clean = false;
+        let verified = self.query(VERIFICATION, |row| {
+            let mut columns = columns(row).into_iter();
+            is_clean = columns.all(|value| value.as_deref() == Some(b"0"));
+        });
+        let result = match verified.await {
+            Ok(()) if is_clean => PoolVerification::Clean,
+            Ok(()) => PoolVerification::InUse,
+            // By the client's own `statement_timeout`, for example.
+            Err(error) if error.is_of_statement() => PoolVerification::Failed,
+            Err(error) => return Err(error),
+        };
+        self.record.slot.pool().context.metrics.pool_verifications[result].inc();
+        client.verified(result == PoolVerification::Clean);
+        Ok(result == PoolVerification::Clean)
+    }
+}

@@ -1,0 +1,162 @@
+//! What a client may have left in its session is looked for once another client waits.
+
+use lakebase_proxy::telemetry::labels::{PinReason, PoolVerification};
+
+use super::{
+    transaction::{shared, sharing},
+    *,
+};
+use crate::console::{console, rows};
+
+impl Proxy {
+    fn verifications(&self, result: PoolVerification) -> u64 {
+        self.metrics().pool_verifications[result].get()
+    }
+}
+
+/// Each is pinned by a word, and has nothing.
+#[tokio::test]
+async fn a_client_that_has_nothing_any_more_parts_with_its_connection() {
+    for (statement, reason) in [
+        ("select 1 as temp", PinReason::Temp),
+        (
+            "begin; create temp table t (a int) on commit drop; commit",
+            PinReason::Temp,
+        ),
+        ("create temp table t (a int); drop table t", PinReason::Temp),
+        (
+            "select pg_advisory_lock(7), pg_advisory_unlock(7)",
+            PinReason::AdvisoryLock,
+        ),
+        (
+            "prepare p as select 1; execute p; deallocate p",
+            PinReason::SqlPrepare,
+        ),
+        (
+            "begin; declare c cursor with hold for select 1; commit; close c",
+            PinReason::Cursor,
+        ),
+        ("select 'nextval'", PinReason::Sequence),
+    ] {
+        let (emulator, proxy) = sharing(1).await;
+        let (client, other) = (proxy.client().await, proxy.client().await);
+        client.simple_query(statement).await.unwrap();
+        client.simple_query("set app.owner = 'mine'").await.unwrap();
+        assert_eq!(proxy.pins(reason), 1, "{statement}");
+        for _ in 0..2 {
+            assert_eq!(value(&other, "select 1").await, "1", "{statement}");
+            assert_eq!(value(&client, "show app.owner").await, "mine");
+        }
+        assert_eq!(proxy.verifications(PoolVerification::Clean), 1);
+        assert_eq!(emulator.counts().logins, 1, "{statement}");
+    }
+}
+
+#[tokio::test]
+async fn a_client_keeps_its_connection_until_it_has_nothing_any_more() {
+    for (has, look, expected, ends) in [
+        (
+            "create temp table t as select 7 as a",
+            "select a from t",
+            "7",
+            "drop table t",
+        ),
+        (
+            "create function pg_temp.f() returns int language sql as 'select 8'",
+            "select pg_temp.f()",
+            "8",
+            "drop function pg_temp.f()",
+        ),
+        (
+            "create type pg_temp.e as enum ('a')",
+            "select 'a'::pg_temp.e",
+            "a",
+            "drop type pg_temp.e",
+        ),
+        (
+            "select pg_advisory_lock(9)",
+            "select count(*) from pg_locks where locktype = 'advisory' and pid = pg_backend_pid()",
+            "1",
+            "select pg_advisory_unlock(9)",
+        ),
+        ("prepare p as select 10", "execute p", "10", "deallocate p"),
+        (
+            "begin; declare c scroll cursor with hold for select 11; commit",
+            "fetch first c",
+            "11",
+            "close c",
+        ),
+    ] {
+        let (emulator, proxy) = sharing(1).await;
+        let (client, other) = (proxy.client().await, proxy.client().await);
+        client.simple_query(has).await.unwrap();
+        let mut waiting = tokio::spawn(async move { value(&other, "select 12").await });
+        for round in 1..4 {
+            eventually("it is looked for", async || {
+                (proxy.verifications(PoolVerification::InUse) >= round).then_some(())
+            })
+            .await;
+            assert_eq!(value(&client, look).await, expected, "{has}");
+        }
+        assert!(!waiting.is_finished(), "{has}");
+        client.simple_query(ends).await.unwrap();
+        let served = within("the other client", &mut waiting).await.unwrap();
+        assert_eq!(served, "12");
+        assert_eq!(emulator.counts().logins, 1, "{has}");
+    }
+}
+
+/// What the query does not show.
+#[tokio::test]
+async fn a_client_with_another_reason_is_not_verified() {
+    let (_emulator, proxy) = sharing(2).await;
+    let (client, other) = (proxy.client().await, proxy.client().await);
+    client.simple_query("listen temp").await.unwrap();
+    let own = pid(&client).await;
+    for _ in 0..5 {
+        assert_ne!(pid(&other).await, own);
+    }
+    assert_eq!(proxy.pins(PinReason::Listen), 1);
+    assert_eq!(
+        proxy
+            .metrics()
+            .pool_verifications
+            .values()
+            .map(|it| it.get())
+            .sum::<u64>(),
+        0
+    );
+}
+
+#[tokio::test]
+async fn pinned_clients_are_listed_with_their_reasons() {
+    let emulator = harness::emulator().await;
+    let proxy = Proxy::with(&emulator, |settings| {
+        shared(settings, 3);
+        settings.admin_console = Some(true);
+    })
+    .await;
+    let console = console(&proxy).await;
+    let free = proxy.client().await;
+    free.simple_query("select 1").await.unwrap();
+    assert_eq!(rows(&console, "SHOW PINS").await.len(), 0);
+    let client = proxy.client().await;
+    client.simple_query("listen a").await.unwrap();
+    let listed = eventually("it is listed", async || {
+        let listed = rows(&console, "SHOW PINS").await;
+        (listed.len() == 1).then_some(listed)
+    })
+    .await;
+    assert_eq!(listed[0].get("reason"), Some("listen"));
+    assert!(listed[0].get("advice").unwrap().contains("LISTEN"));
+    let clients = rows(&console, "SHOW CLIENTS").await;
+    let pins = clients
+        .iter()
+        .filter(|row| row.get("pin") == Some("listen"));
+    assert_eq!(pins.count(), 1);
+    drop(client);
+    eventually("it is gone", async || {
+        rows(&console, "SHOW PINS").await.is_empty().then_some(())
+    })
+    .await;
+}
