@@ -28,6 +28,8 @@ use self::{
 
 /// Clients at the same time.
 const CLIENTS: u64 = 8;
+/// The error of a server that has lost the state of its own transaction.
+const BROKEN: &str = "StartTransactionCommand: unexpected state";
 /// How long a program that differs is made smaller.
 const SHRINK_TIMEOUT: Duration = Duration::from_mins(1);
 
@@ -158,6 +160,7 @@ impl Stage {
             let [direct, proxied] = [direct, proxied].map(|it| shown(it.parameters()));
             return Err(differs(0, direct, proxied));
         }
+        let mut is_broken = false;
         for (at, Step { messages, cuts }) in numbered.steps.iter().enumerate() {
             let (direct, proxied) =
                 tokio::join!(direct.step(messages, cuts), proxied.step(messages, cuts));
@@ -167,6 +170,11 @@ impl Stage {
                 !is_over,
                 "Postgres ended the connection: {direct:?}\n{numbered}"
             );
+            // PostgreSQL 18 after a simple query within an extended one: what it does from then on is of no interest.
+            is_broken = direct.iter().any(|it| it.contains(BROKEN));
+            if is_broken {
+                break;
+            }
             if direct != proxied {
                 return Err(differs(at, direct, proxied));
             }
@@ -186,7 +194,7 @@ impl Stage {
             wire.query(&drop).await;
             contents.push(rows);
         }
-        if contents[0] != contents[1] {
+        if contents[0] != contents[1] && !is_broken {
             let proxied = contents.pop().unwrap_or_default();
             let direct = contents.pop().unwrap_or_default();
             return Err(differs(program.steps.len(), direct, proxied));
