@@ -21,6 +21,7 @@ mod control;
 mod idle;
 mod lease;
 mod limit;
+mod local;
 mod open;
 mod reset;
 mod retention;

@@ -127,6 +127,11 @@ impl ClientState {
         }
     }
 
+    /// Whether nothing ties it to a connection.
+    pub(super) fn is_free(&self) -> bool {
+        self.pin.is_none() && !self.changes.is_pending() && self.traces.pin().is_none()
+    }
+
     /// Why it cannot part with its connection.
     pub(crate) fn pin(&self) -> Option<PinReason> {
         self.reported_pin

@@ -359,6 +359,20 @@ impl ClientStatements {
         self.names.is_empty()
     }
 
+    /// Whether the client may have statements of PREPARE.
+    pub(super) fn has_by_sql(&self) -> bool {
+        !self.by_sql.is_empty()
+    }
+
+    /// Forgets what a simple query of the client ends: the unnamed statement, or all.
+    pub(super) fn forget_at_rest(&mut self, has_all_ended: bool) {
+        self.unnamed = None;
+        if has_all_ended {
+            self.names.clear();
+            self.charge = 0;
+        }
+    }
+
     /// Whether nothing is in flight.
     pub fn is_at_rest(&self) -> bool {
         self.queue.is_empty() && !self.is_skipping

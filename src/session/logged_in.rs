@@ -118,38 +118,21 @@ impl LoggedIn<'_> {
 
     /// Parts with the server connection, and takes another one once the client sends a request.
     async fn rest<S: Transport>(&mut self, client: &mut Client<S>) -> Result<(), Ended> {
-        if let Some(mut lease) = self.lease.take() {
-            if let Some(state) = self.state.as_mut().filter(|state| state.is_suspect()) {
-                lease = match lease.verify(state).await {
-                    Ok(Verified::Clean(lease)) => lease,
-                    Ok(Verified::InUse { lease, changed }) => {
-                        (self.lease, self.leftover) = (Some(lease), changed);
-                        return Ok(());
-                    }
-                    Err(refusal) => {
-                        client.finish(&refusal.report.encode_fatal()).await;
-                        return Err(Ended::at_rest(End::Server));
-                    }
-                };
-            }
-            self.entry.unlink();
-            let registration = self.registration.as_mut();
-            if registration.is_some_and(Registration::part) {
-                // A cancel that is still on its way must not reach another client's request, nor the next one of this client.
-                lease.close(PoolClose::Cancelled);
-            } else {
-                lease.part(self.state.as_deref());
-            }
+        if let Some(lease) = self.lease.take()
+            && !self.part(lease, client).await?
+        {
+            return Ok(());
         }
         loop {
-            let Some(state) = &self.state else {
-                return Ok(());
-            };
             match next_request(client, &self.shutdown).await {
+                Next::Request if self.answer_here(client).await? => continue,
                 Next::Request => {}
                 Next::Left => return Err(Ended::at_rest(End::Client)),
                 Next::Shutdown => return Err(self.end_at_rest(client).await),
             }
+            let Some(state) = &self.state else {
+                return Ok(());
+            };
             let refusal = tokio::select! {
                 // First: what a client sends before it leaves is executed, as on a direct connection, if it need not wait.
                 biased;
@@ -166,10 +149,60 @@ impl LoggedIn<'_> {
                     "canceling statement due to user request",
                 ),
             };
+            let before = client.received.len();
             if !self.refuse(client, &refusal).await {
                 return Err(Ended::at_rest(End::Server));
             }
+            self.taken(before - client.received.len());
         }
+    }
+
+    /// Parts with the server connection, unless a verification shows that the client needs it; whether it has parted.
+    async fn part<S: Transport>(
+        &mut self,
+        mut lease: Lease,
+        client: &mut Client<S>,
+    ) -> Result<bool, Ended> {
+        if let Some(state) = self.state.as_mut().filter(|state| state.is_suspect()) {
+            lease = match lease.verify(state).await {
+                Ok(Verified::Clean(lease)) => lease,
+                Ok(Verified::InUse { lease, changed }) => {
+                    (self.lease, self.leftover) = (Some(lease), changed);
+                    return Ok(false);
+                }
+                Err(refusal) => {
+                    client.finish(&refusal.report.encode_fatal()).await;
+                    return Err(Ended::at_rest(End::Server));
+                }
+            };
+        }
+        self.entry.unlink();
+        if self.registration.as_mut().is_some_and(Registration::part) {
+            // A cancel that is still on its way must not reach another client's request, nor the next one of this client.
+            lease.close(PoolClose::Cancelled);
+        } else {
+            lease.part(self.state.as_deref());
+        }
+        Ok(true)
+    }
+
+    /// Answers the next request if no server is needed for it.
+    async fn answer_here<S: Transport>(&mut self, client: &mut Client<S>) -> Result<bool, Ended> {
+        let before = client.received.len();
+        let answer = self.state.as_mut();
+        let answer = answer.and_then(|state| state.answer(&mut client.received));
+        let Some(answer) = answer else {
+            return Ok(false);
+        };
+        self.taken(before - client.received.len());
+        self.session.endpoint.metrics.pool_local_answers.inc();
+        self.answer(client, &answer).await?;
+        Ok(true)
+    }
+
+    /// So many bytes at the front of what the client has sent need no server any more.
+    fn taken(&mut self, length: usize) {
+        self.unsent = self.unsent.saturating_sub(length);
     }
 
     async fn lease_again(&self, state: &ClientState) -> Result<Leased, Refusal> {
@@ -209,13 +242,7 @@ impl LoggedIn<'_> {
         };
         let changed = state.report(parameter_status);
         if !changed.is_empty() {
-            let timeout = timeout(
-                self.session.config.client_login_timeout,
-                client.send(&changed),
-            );
-            if !matches!(timeout.await, Ok(Ok(()))) {
-                return Err(Ended::at_rest(End::Client));
-            }
+            self.answer(client, &changed).await?;
         }
         Ok(())
     }
@@ -237,11 +264,20 @@ impl LoggedIn<'_> {
         }
         let mut answer = report.encode_error();
         ready_for_query(&mut answer, TransactionStatus::Idle);
-        let sent = timeout(
-            self.session.config.client_login_timeout,
-            client.send(&answer),
-        );
-        matches!(sent.await, Ok(Ok(())))
+        self.answer(client, &answer).await.is_ok()
+    }
+
+    /// Sends an answer of the proxy's own.
+    async fn answer<S: Transport>(
+        &self,
+        client: &mut Client<S>,
+        answer: &[u8],
+    ) -> Result<(), Ended> {
+        let limit = self.session.config.client_login_timeout;
+        match timeout(limit, client.send(answer)).await {
+            Ok(Ok(())) => Ok(()),
+            _ => Err(Ended::at_rest(End::Client)),
+        }
     }
 
     /// Ends a session that has no server connection, as the relay ends one at rest.

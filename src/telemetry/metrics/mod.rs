@@ -107,6 +107,8 @@ metrics! {
             "Clients that began to keep their server connections although they are at rest, by reason.";
         pool_resets: EnumMap<PoolReset, IntCounter> = "pool_resets_total",
             "Resets of server connections that a client had left, by result.";
+        pool_local_answers: IntCounter = "pool_local_answers_total",
+            "Resets of clients at rest, such as DISCARD ALL, that were answered without a server connection.";
         pool_verifications: EnumMap<PoolVerification, IntCounter> = "pool_verifications_total",
             "Queries that looked whether a client can part with its server connection, by result.";
         pool_hidden_losses: IntCounter = "pool_hidden_losses_total",

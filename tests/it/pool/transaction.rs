@@ -469,3 +469,41 @@ async fn a_shutdown_ends_clients_at_rest_at_once() {
     within("the end", ended).await;
     assert!(began.elapsed() < Duration::from_secs(5));
 }
+
+/// By Npgsql, asyncpg and others, whenever a connection returns to the application's own pool.
+#[tokio::test]
+async fn a_reset_by_a_driver_needs_no_server_if_there_is_nothing_to_reset() {
+    let (_emulator, proxy) = sharing(1).await;
+    let local = || proxy.metrics().pool_local_answers.get();
+    let mut one = proxy.session().await;
+    let mut other = proxy.session().await;
+    for client in [&mut one, &mut other] {
+        let prepare = [message('P', b"mine\0select 1\0\0\0"), sync()].concat();
+        client.send(&prepare).await;
+        client.until('Z').await;
+    }
+    let asyncpg = "SELECT pg_advisory_unlock_all();\nCLOSE ALL;\nUNLISTEN *;\nRESET ALL;";
+    one.send(&text('Q', asyncpg)).await;
+    assert_eq!(one.tags().await, "TDCCCCZ");
+    one.send(&text('Q', "DISCARD ALL")).await;
+    let replies = one.until('Z').await;
+    assert_eq!(&replies[0].body[..], b"DISCARD ALL\0");
+    assert_eq!(local(), 2);
+    // Its own statement is gone, and not that of the other client on the same connection.
+    let execute = |name| [statements::execute(name, &[]), sync()].concat();
+    one.send(&execute("mine")).await;
+    assert_eq!(one.until('Z').await[0].error().code, "26000");
+    let names = "select count(*) from pg_prepared_statements";
+    assert_eq!(other.value(names).await, "1");
+    other.send(&execute("mine")).await;
+    assert_eq!(other.tags().await, "2TDCZ");
+    // With something to reset, and within a transaction, it is the server's.
+    one.query("set app.owner = 'mine'").await;
+    one.query("reset all").await;
+    assert_eq!(one.value("select current_setting('app.owner')").await, "");
+    one.query("begin").await;
+    one.send(&text('Q', "discard all")).await;
+    assert_eq!(one.until('Z').await[0].error().code, "25001");
+    one.query("rollback").await;
+    assert_eq!(local(), 2);
+}

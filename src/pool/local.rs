@@ -1,0 +1,178 @@
+//! Resets that drivers send whenever an application returns a connection to its own pool, answered without a server.
+//!
+//! Sent to the server they would cost a round trip, and `DISCARD ALL` would take the prepared statements of other clients away.
+//! Only where they would do nothing but what is known here, for a client at rest.
+
+use bytes::{Buf, BytesMut};
+use pgwire::messages::data::{DataRow, FieldDescription, RowDescription};
+
+use super::{settings::Settings, shared::ClientState};
+use crate::protocol::{
+    backend::{TransactionStatus, command_complete, encode, ready_for_query},
+    frame::{HEADER_LEN, tag},
+    lexer::{Backslash, Statement, statements},
+};
+
+/// Longer queries are the server's.
+const LONGEST: usize = 256;
+
+/// A statement that is answered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Reset {
+    CloseAll,
+    DeallocateAll,
+    DiscardAll,
+    ResetAll,
+    UnlistenAll,
+    UnlockAll,
+}
+
+impl Reset {
+    const ALL: [(Self, &'static [&'static str]); 6] = [
+        (Self::CloseAll, &["close", "all"]),
+        (Self::DeallocateAll, &["deallocate", "all"]),
+        (Self::DiscardAll, &["discard", "all"]),
+        (Self::ResetAll, &["reset", "all"]),
+        (Self::UnlistenAll, &["unlisten", "*"]),
+        (
+            Self::UnlockAll,
+            &["select", "pg_advisory_unlock_all", "(", ")"],
+        ),
+    ];
+
+    fn of(statement: &Statement<'_>) -> Option<Self> {
+        let is_same = |words: &[&str]| {
+            let mut tokens = statement.tokens();
+            let is_begun = words.iter().all(|word| {
+                let token = tokens.next();
+                token.is_some_and(|it| it.is_word(word) || it.text == word.as_bytes())
+            });
+            is_begun && tokens.next().is_none()
+        };
+        let mut all = Self::ALL.iter();
+        all.find(|(_, words)| is_same(words)).map(|(it, _)| *it)
+    }
+
+    fn answer(self, out: &mut BytesMut) {
+        let tag = match self {
+            Self::CloseAll => "CLOSE CURSOR ALL",
+            Self::DeallocateAll => "DEALLOCATE ALL",
+            Self::DiscardAll => "DISCARD ALL",
+            Self::ResetAll => "RESET",
+            Self::UnlistenAll => "UNLISTEN",
+            Self::UnlockAll => {
+                // `void`, which is shown as an empty text.
+                let column = FieldDescription::new(
+                    "pg_advisory_unlock_all".to_owned(),
+                    0,
+                    0,
+                    2278,
+                    4,
+                    -1,
+                    0,
+                );
+                encode(&RowDescription::new(vec![column]), out);
+                encode(&DataRow::new(BytesMut::from(&[0; 4][..]), 1), out);
+                "SELECT 1"
+            }
+        };
+        command_complete(out, tag);
+    }
+}
+
+impl ClientState {
+    /// Takes the query at the front of what a client at rest has sent, and returns its answer, if no server is needed for that.
+    pub(crate) fn answer(&mut self, received: &mut BytesMut) -> Option<BytesMut> {
+        let resets = resets(received)?;
+        if !self.has_nothing() {
+            return None;
+        }
+        let mut answer = BytesMut::new();
+        for reset in &resets {
+            reset.answer(&mut answer);
+        }
+        ready_for_query(&mut answer, TransactionStatus::Idle);
+        let ends_statements = [Reset::DeallocateAll, Reset::DiscardAll];
+        let ends_statements = resets.iter().any(|it| ends_statements.contains(it));
+        self.statements.forget_at_rest(ends_statements);
+        let length = received.get(1..HEADER_LEN).map_or(0, |mut it| it.get_u32());
+        received.advance(usize::try_from(length).unwrap_or_default() + 1);
+        Some(answer)
+    }
+
+    /// Whether it has nothing that such a statement would reset, but what it has prepared.
+    fn has_nothing(&self) -> bool {
+        self.settings == Settings::default() && self.is_free() && !self.statements.has_by_sql()
+    }
+}
+
+/// The statements of the query at the front, if it is whole and consists of nothing else.
+fn resets(received: &[u8]) -> Option<Vec<Reset>> {
+    let (&[tag, a, b, c, d], rest) = received.split_first_chunk::<HEADER_LEN>()?;
+    let length = usize::try_from(u32::from_be_bytes([a, b, c, d]))
+        .ok()?
+        .checked_sub(4)?;
+    if tag != tag::QUERY || length > LONGEST {
+        return None;
+    }
+    let text = rest.get(..length)?.strip_suffix(b"\0")?;
+    let statements: Vec<Statement<'_>> = statements(text, Backslash::Plain).collect();
+    let resets: Vec<Reset> = statements.iter().map(Reset::of).collect::<Option<_>>()?;
+    // Only alone: the server refuses it within a transaction block, which several statements are.
+    let is_refused = resets.len() > 1 && resets.contains(&Reset::DiscardAll);
+    (!resets.is_empty() && !text.contains(&0) && !is_refused).then_some(resets)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::protocol::frame::frame;
+
+    #[test]
+    fn only_whole_queries_of_resets_are_answered() {
+        let query = |sql: &str| frame(b'Q', format!("{sql}\0").as_bytes());
+        for (sql, expected) in [
+            ("DISCARD ALL", &[Reset::DiscardAll][..]),
+            ("reset all;", &[Reset::ResetAll]),
+            ("  deallocate ALL ; ", &[Reset::DeallocateAll]),
+            (
+                "SELECT pg_advisory_unlock_all();\nCLOSE ALL;\nUNLISTEN *;\nRESET ALL;",
+                &[
+                    Reset::UnlockAll,
+                    Reset::CloseAll,
+                    Reset::UnlistenAll,
+                    Reset::ResetAll,
+                ],
+            ),
+        ] {
+            let bytes = query(sql);
+            assert_eq!(resets(&bytes).as_deref(), Some(expected), "{sql}");
+            assert_eq!(
+                resets(&[&bytes[..], b"Q\0\0"].concat()).as_deref(),
+                Some(expected)
+            );
+            for cut in 0..bytes.len() {
+                assert_eq!(resets(&bytes[..cut]), None, "{sql}, cut at {cut}");
+            }
+        }
+        for sql in [
+            "",
+            ";",
+            "reset all; discard all",
+            "discard all; discard all",
+            "discard temp",
+            "discard",
+            "reset all x",
+            "reset \"all\"",
+            "unlisten a",
+            "select 1; reset all",
+            "select pg_advisory_unlock_all(1)",
+            "select s.pg_advisory_unlock_all()",
+            "begin; reset all",
+        ] {
+            assert_eq!(resets(&query(sql)), None, "{sql}");
+        }
+        assert_eq!(resets(&frame(b'P', b"\0reset all\0\0\0")), None);
+        assert_eq!(resets(&frame(b'Q', b"reset all\0; select 1\0")), None);
+    }
+}
