@@ -16,28 +16,25 @@ use crate::protocol::{
 /// Longer queries are the server's.
 const LONGEST: usize = 256;
 
-/// A statement that is answered.
+/// What a statement that is answered resets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Reset {
-    CloseAll,
-    DeallocateAll,
-    DiscardAll,
-    ResetAll,
-    UnlistenAll,
-    UnlockAll,
+    Cursors,
+    Statements,
+    Everything,
+    Settings,
+    Channels,
+    Locks,
 }
 
 impl Reset {
     const ALL: [(Self, &'static [&'static str]); 6] = [
-        (Self::CloseAll, &["close", "all"]),
-        (Self::DeallocateAll, &["deallocate", "all"]),
-        (Self::DiscardAll, &["discard", "all"]),
-        (Self::ResetAll, &["reset", "all"]),
-        (Self::UnlistenAll, &["unlisten", "*"]),
-        (
-            Self::UnlockAll,
-            &["select", "pg_advisory_unlock_all", "(", ")"],
-        ),
+        (Self::Cursors, &["close", "all"]),
+        (Self::Statements, &["deallocate", "all"]),
+        (Self::Everything, &["discard", "all"]),
+        (Self::Settings, &["reset", "all"]),
+        (Self::Channels, &["unlisten", "*"]),
+        (Self::Locks, &["select", "pg_advisory_unlock_all", "(", ")"]),
     ];
 
     fn of(statement: &Statement<'_>) -> Option<Self> {
@@ -55,12 +52,12 @@ impl Reset {
 
     fn answer(self, out: &mut BytesMut) {
         let tag = match self {
-            Self::CloseAll => "CLOSE CURSOR ALL",
-            Self::DeallocateAll => "DEALLOCATE ALL",
-            Self::DiscardAll => "DISCARD ALL",
-            Self::ResetAll => "RESET",
-            Self::UnlistenAll => "UNLISTEN",
-            Self::UnlockAll => {
+            Self::Cursors => "CLOSE CURSOR ALL",
+            Self::Statements => "DEALLOCATE ALL",
+            Self::Everything => "DISCARD ALL",
+            Self::Settings => "RESET",
+            Self::Channels => "UNLISTEN",
+            Self::Locks => {
                 // `void`, which is shown as an empty text.
                 let column = FieldDescription::new(
                     "pg_advisory_unlock_all".to_owned(),
@@ -92,7 +89,7 @@ impl ClientState {
             reset.answer(&mut answer);
         }
         ready_for_query(&mut answer, TransactionStatus::Idle);
-        let ends_statements = [Reset::DeallocateAll, Reset::DiscardAll];
+        let ends_statements = [Reset::Statements, Reset::Everything];
         let ends_statements = resets.iter().any(|it| ends_statements.contains(it));
         self.statements.forget_at_rest(ends_statements);
         let length = received.get(1..HEADER_LEN).map_or(0, |mut it| it.get_u32());
@@ -119,7 +116,7 @@ fn resets(received: &[u8]) -> Option<Vec<Reset>> {
     let statements: Vec<Statement<'_>> = statements(text, Backslash::Plain).collect();
     let resets: Vec<Reset> = statements.iter().map(Reset::of).collect::<Option<_>>()?;
     // Only alone: the server refuses it within a transaction block, which several statements are.
-    let is_refused = resets.len() > 1 && resets.contains(&Reset::DiscardAll);
+    let is_refused = resets.len() > 1 && resets.contains(&Reset::Everything);
     (!resets.is_empty() && !text.contains(&0) && !is_refused).then_some(resets)
 }
 
@@ -132,16 +129,16 @@ mod tests {
     fn only_whole_queries_of_resets_are_answered() {
         let query = |sql: &str| frame(b'Q', format!("{sql}\0").as_bytes());
         for (sql, expected) in [
-            ("DISCARD ALL", &[Reset::DiscardAll][..]),
-            ("reset all;", &[Reset::ResetAll]),
-            ("  deallocate ALL ; ", &[Reset::DeallocateAll]),
+            ("DISCARD ALL", &[Reset::Everything][..]),
+            ("reset all;", &[Reset::Settings]),
+            ("  deallocate ALL ; ", &[Reset::Statements]),
             (
                 "SELECT pg_advisory_unlock_all();\nCLOSE ALL;\nUNLISTEN *;\nRESET ALL;",
                 &[
-                    Reset::UnlockAll,
-                    Reset::CloseAll,
-                    Reset::UnlistenAll,
-                    Reset::ResetAll,
+                    Reset::Locks,
+                    Reset::Cursors,
+                    Reset::Channels,
+                    Reset::Settings,
                 ],
             ),
         ] {

@@ -133,7 +133,7 @@ impl ClientState {
     }
 
     /// Why it cannot part with its connection.
-    pub(crate) fn pin(&self) -> Option<PinReason> {
+    pub(crate) fn current_pin(&self) -> Option<PinReason> {
         self.reported_pin
     }
 

@@ -143,7 +143,7 @@ impl ServerStream for SharedStream<'_> {
     }
 
     fn pin(&self) -> Option<PinReason> {
-        self.client().pin()
+        self.client().current_pin()
     }
 
     fn is_yielding(&self) -> bool {
