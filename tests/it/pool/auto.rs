@@ -183,7 +183,7 @@ async fn a_busy_client_that_no_other_waits_for_never_parts_with_its_connection()
         .metrics()
         .pool_leases
         .values()
-        .map(|it| it.get())
+        .map(prometheus::IntCounter::get)
         .sum();
     assert_eq!(leases, 1);
 }

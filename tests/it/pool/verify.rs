@@ -90,7 +90,8 @@ async fn a_client_keeps_its_connection_until_it_has_nothing_any_more() {
         let (emulator, proxy) = sharing(1).await;
         let (client, other) = (proxy.client().await, proxy.client().await);
         client.simple_query(has).await.unwrap();
-        let mut waiting = tokio::spawn(async move { value(&other, "select 12").await });
+        let mut waiting = JoinSet::new();
+        waiting.spawn(async move { value(&other, "select 12").await });
         for round in 1..4 {
             eventually("it is looked for", async || {
                 (proxy.verifications(PoolVerification::InUse) >= round).then_some(())
@@ -98,10 +99,10 @@ async fn a_client_keeps_its_connection_until_it_has_nothing_any_more() {
             .await;
             assert_eq!(value(&client, look).await, expected, "{has}");
         }
-        assert!(!waiting.is_finished(), "{has}");
+        assert!(waiting.try_join_next().is_none(), "{has}");
         client.simple_query(ends).await.unwrap();
-        let served = within("the other client", &mut waiting).await.unwrap();
-        assert_eq!(served, "12");
+        let served = within("the other client", waiting.join_next()).await;
+        assert_eq!(served.unwrap().unwrap(), "12");
         assert_eq!(emulator.counts().logins, 1, "{has}");
     }
 }
@@ -122,7 +123,7 @@ async fn a_client_with_another_reason_is_not_verified() {
             .metrics()
             .pool_verifications
             .values()
-            .map(|it| it.get())
+            .map(prometheus::IntCounter::get)
             .sum::<u64>(),
         0
     );
