@@ -84,7 +84,9 @@ def kustomized(component):
 
 def policy_makes_the_same(kubernetes):
     rendered = kustomized(kubernetes / "component")
-    policy = Policy(next(iter(yaml.safe_load_all((kubernetes / "policy.yaml").read_text()))))
+    thing, binding = yaml.safe_load_all((kubernetes / "policy.yaml").read_text())
+    same("policy of the binding", binding["spec"], {"policyName": thing["metadata"]["name"]})
+    policy = Policy(thing)
     for name, spec in PODS.items():
         wanted = rendered["Deployment", name]["spec"]["template"]
         made = policy.admit(pod(spec, LABEL))
@@ -112,6 +114,8 @@ class Policy:
 
     def __init__(self, thing):
         spec = thing["spec"]
+        created = {"apiGroups": [""], "apiVersions": ["v1"], "operations": ["CREATE"], "resources": ["pods"]}
+        same("what the policy is for", spec["matchConstraints"]["resourceRules"], [created])
         self.labels = spec["matchConstraints"]["objectSelector"]["matchLabels"]
         conditions = [condition["expression"] for condition in spec["matchConditions"]]
         (mutation,) = spec["mutations"]

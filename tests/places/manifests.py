@@ -388,6 +388,8 @@ BITES = (
 
 # Mistakes of the generator, with all that it then writes: only the Pods can show these.
 GENERATOR_BITES = (
+    ("policyName: lakebase-proxy", "policyName: lakebase"),
+    ("operations: [CREATE]", "operations: [UPDATE]"),
     ("/spec/initContainers/0", "/spec/initContainers/-"),
     ("(has(object.spec.volumes) ? [] :", "(true ? [] :"),
     ("(has(object.spec.initContainers) ? [] : [", "(false ? [] : ["),
