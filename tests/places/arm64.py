@@ -47,7 +47,7 @@ def main():
 
 def packages(place, dist):
     """The program of the wheel, which npm's is too, and that of the tarball."""
-    (wheel,) = dist.glob("*manylinux2014_aarch64.whl")
+    (wheel,) = dist.glob("*manylinux2014_aarch64*.whl")
     # As pip on such a machine installs it.
     call("python3", "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-index", "--no-deps", "--only-binary=:all:", "--platform", "manylinux2014_aarch64", "--target", place.folder / "wheel", wheel)
     packed = place.folder / "wheel/bin/lakebase-proxy"
