@@ -173,6 +173,8 @@ struct Operation {
 /// All resources and operations.
 pub(crate) struct Catalog {
     state: Mutex<State>,
+    /// Held while a new resource is looked for and added: no two have the same name.
+    pub(crate) additions: Mutex<()>,
     /// Operations work one after another: a branch is not deleted while it is copied.
     pub(crate) work: tokio::sync::Mutex<()>,
 }
@@ -233,6 +235,7 @@ impl Catalog {
         state.postgres.insert(app::branch().to_owned(), main);
         Self {
             state: Mutex::new(state),
+            additions: Mutex::default(),
             work: tokio::sync::Mutex::default(),
         }
     }

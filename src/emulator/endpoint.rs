@@ -81,6 +81,11 @@ impl Endpoints {
         });
     }
 
+    pub(crate) fn list(&self) -> Vec<Arc<Endpoint>> {
+        let list = self.0.read().unwrap_or_else(PoisonError::into_inner);
+        list.clone()
+    }
+
     pub(crate) fn by_name(&self, name: &str) -> Option<Arc<Endpoint>> {
         self.find(|endpoint| endpoint.name == name)
     }

@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 
 use super::error::ApiError;
 use crate::emulator::{
+    endpoint::Endpoint,
     faults::{Fault, FaultError, FaultStatus},
     sessions::Disruption,
     settings::Settings,
@@ -18,11 +19,21 @@ use crate::emulator::{
 /// `GET /emulator`: what there is to see and to change.
 pub(super) async fn overview(State(shared): State<Arc<Shared>>) -> Json<Value> {
     Json(json!({
-        "state": format!("{:?}", shared.main.compute.state()).to_lowercase(),
+        "state": state_of(&shared.main),
         "faults": shared.faults.pending(),
         "settings": *shared.settings.borrow(),
         "sessions": shared.main.sessions.process_ids().len(),
+        "endpoints": shared.endpoints.list().iter().map(|endpoint| json!({
+            "name": endpoint.name,
+            "host": endpoint.hosts.first(),
+            "state": state_of(endpoint),
+            "sessions": endpoint.sessions.process_ids().len(),
+        })).collect::<Vec<_>>(),
     }))
+}
+
+fn state_of(endpoint: &Endpoint) -> String {
+    format!("{:?}", endpoint.compute.state()).to_lowercase()
 }
 
 /// Body of a change of faults.

@@ -128,6 +128,13 @@ async fn a_branch_is_a_copy_of_a_database_in_use_and_apart_from_it() {
     let other = connect_to(&emulator, other, &app).await.unwrap();
     assert_eq!(notes(&other).await, 5);
 
+    let overview = http(port(&emulator), "GET /emulator", "").await.unwrap();
+    let overview = overview.json();
+    let endpoints = overview["endpoints"].as_array().unwrap();
+    assert_eq!(endpoints.len(), 3, "{overview}");
+    assert_eq!(endpoints[1]["host"], host.as_str());
+    assert_eq!(endpoints[1]["sessions"], 1);
+
     // One compute sleeps, the others do not.
     emulator.suspend().await;
     assert_eq!(notes(&copy).await, 5);

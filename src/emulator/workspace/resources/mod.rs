@@ -118,6 +118,7 @@ pub(super) async fn post(
     let id = request::id(kind, &query)?;
     check_path(&shared, parent)?;
     let change = Change::parse(&body, None)?;
+    let _addition = shared.catalog.additions.lock();
     let name = format!("{name}/{id}");
     if let Some(existing) = shared.catalog.get(&name) {
         return if query.get("replace_existing").is_some_and(|it| it == "true") {
