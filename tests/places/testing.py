@@ -201,7 +201,7 @@ def passed(printed, count):
 
 
 def tap(printed):
-    expect(re.search(r"^# pass 2$", printed, re.MULTILINE) and re.search(r"^# fail 0$", printed, re.MULTILINE), printed[-2000:])
+    expect(re.search(r"^(#|ℹ) pass 2$", printed, re.MULTILINE) and re.search(r"^(#|ℹ) fail 0$", printed, re.MULTILINE), printed[-2000:])
 
 
 def expect(holds, what):
