@@ -183,6 +183,8 @@ pub(crate) struct SharedStream<'a> {
     has_served: bool,
     /// The client's next request waits for another connection.
     is_yielding: bool,
+    /// The client has reset what its login set: the next lease sets that again.
+    is_reset: bool,
     /// Since when the client has been at rest, while it keeps the connection.
     kept_since: Option<Instant>,
     /// Wakes the task once that is long enough, or too early: it is not set for each transaction.
@@ -324,6 +326,7 @@ impl<'a> SharedStream<'a> {
             has_ended: false,
             has_served: false,
             is_yielding: false,
+            is_reset: false,
             kept_since: None,
             timer: None,
         }
@@ -386,7 +389,8 @@ impl<'a> SharedStream<'a> {
     /// Whether the client, at rest, keeps the connection. Wakes the task when it no longer does.
     fn keeps(&mut self, cx: &mut Context<'_>) -> bool {
         let is_pinned = self.client.reported_pin.is_some();
-        if self.record.has_ended || !self.client.is_retaining() && !is_pinned {
+        let is_over = self.record.has_ended || self.is_reset || !self.client.is_retaining();
+        if is_over && !is_pinned {
             return false;
         }
         let slot = &self.record.slot;
@@ -694,6 +698,9 @@ impl<'a> SharedStream<'a> {
                 let changes = self.client.changes.ready(status);
                 if !changes.is_empty() {
                     self.apply(&changes);
+                    let login = &self.client.login;
+                    self.is_reset |= changes.iter().any(Change::is_reset_of_login)
+                        && (login.client_encoding.is_some() || !self.record.resets_to(login));
                 }
                 if status == TransactionStatus::Idle && !self.reported.is_empty() {
                     self.check_reported(&changes);

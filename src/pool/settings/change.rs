@@ -35,6 +35,15 @@ pub enum Change {
 }
 
 impl Change {
+    /// Whether it resets a setting that a pool sets by a SET for each client, and not by the login.
+    pub(in crate::pool) fn is_reset_of_login(&self) -> bool {
+        match self {
+            Self::ResetAll => true,
+            Self::Reset { name } => name == "application_name" || name == "client_encoding",
+            Self::Set { .. } | Self::Add { .. } => false,
+        }
+    }
+
     /// Whether it changes this setting, by its name in lower case.
     pub(crate) fn concerns(&self, setting: &str) -> bool {
         match self {

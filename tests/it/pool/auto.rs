@@ -187,3 +187,30 @@ async fn a_busy_client_that_no_other_waits_for_never_parts_with_its_connection()
         .sum();
     assert_eq!(leases, 1);
 }
+
+/// Its login may have been that of another client, as drivers reset whenever a connection returns to their own pool.
+#[tokio::test]
+async fn a_reset_restores_the_application_name_of_the_client() {
+    let (emulator, proxy) = keeping(1).await;
+    let named = async |name: &str| {
+        let mut config = proxy.client_config();
+        config.application_name(name);
+        connect(&config).await
+    };
+    let first = named("first").await;
+    assert_eq!(value(&first, "show application_name").await, "first");
+    drop(first);
+    let second = named("second").await;
+    for reset in [
+        "reset all",
+        "discard all",
+        "reset application_name",
+        "begin; reset all; commit",
+    ] {
+        second.simple_query("set work_mem = '9MB'").await.unwrap();
+        second.simple_query(reset).await.unwrap();
+        let name = value(&second, "show application_name").await;
+        assert_eq!(name, "second", "{reset}");
+    }
+    assert_eq!(emulator.counts().logins, 1);
+}
