@@ -15,12 +15,25 @@ use crate::{
 /// Modes of the pool.
 const MODES: [&str; 3] = ["session", "transaction", "auto"];
 
-/// Half of the programs in each mode.
-pub(crate) async fn programs(program: &Path, seed: u64, count: u64, deadline: Option<Instant>) {
+/// All of them, or the one requested.
+pub(crate) fn modes(requested: Option<&str>) -> Vec<&'static str> {
+    let mut modes = MODES.to_vec();
+    modes.retain(|mode| requested.is_none_or(|requested| requested == *mode));
+    modes
+}
+
+/// An equal part of the programs in each mode.
+pub(crate) async fn programs(
+    program: &Path,
+    modes: &[&str],
+    seed: u64,
+    count: u64,
+    deadline: Option<Instant>,
+) {
     let began = Instant::now();
     let deadline = deadline.map(|at| at.saturating_duration_since(began));
-    let modes = u32::try_from(MODES.len()).unwrap();
-    for mode in MODES {
+    let parts = u32::try_from(modes.len()).unwrap();
+    for mode in modes {
         let server = LocalPostgres::start(LocalPostgresOptions::default());
         let server = Arc::new(server.await.unwrap());
         let options = EmulatorOptions {
@@ -38,8 +51,8 @@ pub(crate) async fn programs(program: &Path, seed: u64, count: u64, deadline: Op
             superuser: "databricks_control_plane",
             role: emulator.identities().app.name.clone(),
         };
-        let count = count.div_ceil(modes.into());
-        let deadline = deadline.map(|duration| Instant::now() + duration / modes);
+        let count = count.div_ceil(parts.into());
+        let deadline = deadline.map(|duration| Instant::now() + duration / parts);
         let began = Instant::now();
         let runs = run(servers, seed, count, deadline).await;
         println!(

@@ -6,6 +6,7 @@
 //! cargo test --test soak -- visits --program PATH     of another build of the proxy
 //! cargo test --test soak -- canary canary-transaction --seconds 600      for so long each (default: 60)
 //! cargo test --test soak -- differential --programs 10000 --seed 2       so many of this sequence (default: 1)
+//! cargo test --test soak -- differential --pool-mode auto --seconds 600   in this mode only
 //! ```
 //!
 //! The proxy runs as a process of its own, since it is the process that is measured; the emulator runs in this one.
@@ -144,6 +145,7 @@ fn main() -> ExitCode {
     let seconds = option("--seconds").map(|seconds| seconds.parse().expect("a number of seconds"));
     let duration = Duration::from_secs(seconds.unwrap_or(60));
     let number = |value: String| value.parse().expect("a number");
+    let mode = option("--pool-mode");
     let programs = option("--programs").map(number);
     let seed = option("--seed").map_or(1, number);
     let requested: Vec<String> = arguments
@@ -179,7 +181,8 @@ fn main() -> ExitCode {
                 "differential" => {
                     let deadline = programs.is_none().then(|| Instant::now() + duration);
                     let count = programs.unwrap_or(u64::MAX);
-                    return differential::programs(&program, seed, count, deadline).await;
+                    let modes = differential::modes(mode.as_deref());
+                    return differential::programs(&program, &modes, seed, count, deadline).await;
                 }
                 _ => {}
             }

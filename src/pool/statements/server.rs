@@ -84,9 +84,12 @@ impl ServerStatements {
         *self = Self::new(self.limit);
     }
 
-    /// After a simple query.
+    /// After a simple query of the pool's own.
     pub fn forget_unnamed(&mut self) {
-        self.unnamed = None;
+        if self.unnamed.take().is_some() && self.is_exclusive() {
+            // Only on a shared connection is what its client lacks prepared again.
+            self.names = Names::Shared;
+        }
     }
 
     pub(super) fn add(&mut self, statement: &Arc<Prepared>, name: &[u8], unit: u64) {

@@ -107,6 +107,30 @@ async fn a_client_keeps_its_connection_until_it_has_nothing_any_more() {
     }
 }
 
+#[tokio::test]
+async fn a_verification_leaves_the_unnamed_statement() {
+    let (_emulator, proxy) = sharing(1).await;
+    let mut client = proxy.session().await;
+    let other = proxy.client().await;
+    client.query("select pg_advisory_lock(3)").await;
+    let unnamed = [message('P', b"\0select 42\0\0\0"), sync()].concat();
+    client.send(&unnamed).await;
+    client.until('Z').await;
+    let mut waiting = JoinSet::new();
+    waiting.spawn(async move { value(&other, "select 1").await });
+    eventually("it is looked for", async || {
+        (proxy.verifications(PoolVerification::InUse) > 0).then_some(())
+    })
+    .await;
+    for _ in 0..2 {
+        let execute = [super::statements::execute("", &[]), sync()].concat();
+        client.send(&execute).await;
+        assert_eq!(client.tags().await, "2TDCZ");
+    }
+    client.query("select pg_advisory_unlock(3)").await;
+    within("the other client", waiting.join_next()).await;
+}
+
 /// What the query does not show.
 #[tokio::test]
 async fn a_client_with_another_reason_is_not_verified() {
