@@ -2,7 +2,10 @@
 
 use std::time::Duration;
 
-use lakebase_proxy::telemetry::labels::{CancelOutcome, PinReason};
+use lakebase_proxy::{
+    emulator::{Action, Site},
+    telemetry::labels::{CancelOutcome, PinReason},
+};
 use tokio::time::Instant;
 use tokio_postgres::SimpleQueryMessage;
 
@@ -418,6 +421,40 @@ async fn a_connection_that_a_cancel_may_still_reach_is_closed_at_rest() {
     assert_eq!(value(&other, "select 1").await, "1");
     assert_eq!(one.value("select 2").await, "2");
     assert_eq!(proxy.metrics().pool_closes[PoolClose::Cancelled].get(), 1);
+}
+
+/// The edge closes the connection of the cancel request long before it signals the server, which is at another client's request
+/// by then if the connection is given away.
+#[tokio::test]
+async fn a_late_cancel_reaches_no_other_client_although_its_own_stays() {
+    for mode in [PoolMode::Session, PoolMode::Transaction, PoolMode::Auto] {
+        let emulator = harness::emulator().await;
+        let proxy = Proxy::with(&emulator, |settings| {
+            shared(settings, 1);
+            settings.pool_mode = Some(mode);
+        })
+        .await;
+        for _ in 0..3 {
+            emulator.faults().once(Site::Cancel, Action::Defer(300));
+            let mut one = Wire::dial(proxy.address()).await;
+            one.startup(&[("user", "anyone"), ("database", DATABASE)])
+                .await;
+            let key = one.welcome().await.key;
+            one.send(&text('Q', "select pg_sleep(0.1)")).await;
+            cancel(proxy.address(), key).await;
+            assert_eq!(one.tags().await, "TDCZ", "the cancel is late");
+            if mode == PoolMode::Session {
+                drop(one);
+            }
+            let mut other = Wire::dial(proxy.address()).await;
+            other
+                .startup(&[("user", "anyone"), ("database", DATABASE)])
+                .await;
+            other.welcome().await;
+            other.send(&text('Q', "select pg_sleep(0.6)")).await;
+            assert_eq!(other.tags().await, "TDCZ", "{mode:?}");
+        }
+    }
 }
 
 #[tokio::test]
