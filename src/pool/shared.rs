@@ -123,7 +123,8 @@ impl ClientState {
     pub(super) fn verified(&mut self, is_clean: bool) {
         self.is_verified = !is_clean;
         if is_clean {
-            self.traces.verified();
+            self.reported_pin = None;
+            self.traces.verified(&self.statements.words());
         }
     }
 

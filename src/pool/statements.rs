@@ -37,6 +37,7 @@ use crate::protocol::{
     frame::tag,
     lexer::{Backslash, Kind, Statement, Token, statements},
     requests::TransactionStatus,
+    words::{Search, Words},
 };
 
 /// Statements that one client may have prepared.
@@ -357,6 +358,21 @@ impl ClientStatements {
     /// Whether the client has no named statement.
     pub fn is_empty(&self) -> bool {
         self.names.is_empty()
+    }
+
+    /// The words that its statements mention.
+    pub(super) fn words(&self) -> Words {
+        let mut words = Words::default();
+        let named = self.names.values().map(|it| &it.statement);
+        for statement in named.chain(&self.unnamed) {
+            let mut search = Search::new();
+            let text = statement.body.split(|&byte| byte == 0).next();
+            search.search(text.unwrap_or_default(), |word, _| words[word] = true);
+            if let Some(last) = search.end() {
+                words[last] = true;
+            }
+        }
+        words
     }
 
     /// Whether the client may have statements of PREPARE.

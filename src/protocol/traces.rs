@@ -108,9 +108,13 @@ impl Traces {
         self.pin().is_some() && self.pin_of(&self.unverifiable()).is_none()
     }
 
-    /// The server has shown that the client has nothing of what it shows.
-    pub(crate) fn verified(&mut self) {
+    /// The server has shown that the client has nothing of what it shows. It may have that again at any time by the statements
+    /// that it has prepared, which mention these words.
+    pub(crate) fn verified(&mut self, prepared: &Words) {
         self.words = self.unverifiable();
+        for (word, is_mentioned) in prepared {
+            self.words[word] |= is_mentioned;
+        }
     }
 
     fn unverifiable(&self) -> Words {

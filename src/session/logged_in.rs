@@ -177,6 +177,7 @@ impl LoggedIn<'_> {
             };
         }
         self.entry.unlink();
+        self.entry.activity().pin(None);
         if self.registration.as_mut().is_some_and(Registration::part) {
             // A cancel that is still on its way must not reach another client's request, nor the next one of this client.
             lease.close(PoolClose::Cancelled);

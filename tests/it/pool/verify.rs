@@ -131,6 +131,48 @@ async fn a_verification_leaves_the_unnamed_statement() {
     within("the other client", waiting.join_next()).await;
 }
 
+/// Its text is not sent again.
+#[tokio::test]
+async fn a_statement_that_was_prepared_before_a_verification_is_remembered() {
+    let (_emulator, proxy) = sharing(1).await;
+    let mut client = proxy.session().await;
+    let other = proxy.client().await;
+    for (name, sql) in [
+        ("creates", "create temp table t as select 42 as a"),
+        ("drops", "drop table t"),
+    ] {
+        let prepare = format!("{name}\0{sql}\0\0\0");
+        let prepare = [message('P', prepare.as_bytes()), sync()].concat();
+        client.send(&prepare).await;
+        client.until('Z').await;
+    }
+    let execute = |name| {
+        let bind = format!("\0{name}\0\0\0\0\0\0\0");
+        let run = message('E', b"\0\0\0\0\0");
+        [message('B', bind.as_bytes()), run, sync()].concat()
+    };
+    for round in 1..4 {
+        // With nothing, it parts.
+        assert_eq!(value(&other, "select 1").await, "1");
+        client.send(&execute("creates")).await;
+        assert_eq!(client.tags().await, "2CZ");
+        let mut waiting = JoinSet::new();
+        let config = proxy.client_config();
+        waiting.spawn(async move { value(&connect(&config).await, "select 2").await });
+        eventually("it is looked for", async || {
+            (proxy.verifications(PoolVerification::InUse) >= round).then_some(())
+        })
+        .await;
+        assert_eq!(client.value("select a from t").await, "42");
+        client.send(&execute("drops")).await;
+        assert_eq!(client.tags().await, "2CZ");
+        within("the other client", waiting.join_next())
+            .await
+            .unwrap()
+            .unwrap();
+    }
+}
+
 /// What the query does not show.
 #[tokio::test]
 async fn a_client_with_another_reason_is_not_verified() {
