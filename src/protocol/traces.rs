@@ -122,8 +122,6 @@ impl Traces {
         for word in [
             Word::AdvisoryLock,
             Word::Hold,
-            // Not shown, but of no consequence as long as the client reads no value that the session remembers.
-            Word::NextValue,
             Word::Prepare,
             Word::Temporary,
         ] {

@@ -36,7 +36,6 @@ async fn a_client_that_has_nothing_any_more_parts_with_its_connection() {
             "begin; declare c cursor with hold for select 1; commit; close c",
             PinReason::Cursor,
         ),
-        ("select 'nextval'", PinReason::Sequence),
     ] {
         let (emulator, proxy) = sharing(1).await;
         let (client, other) = (proxy.client().await, proxy.client().await);
