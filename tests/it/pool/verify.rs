@@ -122,7 +122,7 @@ async fn a_verification_leaves_the_unnamed_statement() {
     })
     .await;
     for _ in 0..2 {
-        let execute = [super::statements::execute("", &[]), sync()].concat();
+        let execute = [statements::execute("", &[]), sync()].concat();
         client.send(&execute).await;
         assert_eq!(client.tags().await, "2TDCZ");
     }
