@@ -211,10 +211,12 @@ impl Session {
     /// Looks for what an earlier session left.
     async fn look(&mut self) -> io::Result<()> {
         let token = &self.token;
+        // On a connection that is shared, those of the protocol are the pool's.
+        let of_sql = if self.shares { "where from_sql" } else { "" };
         let sql = format!(
             "select concat_ws('|', '{token}', \
              (select count(*) from pg_locks where locktype = 'advisory' and pid = pg_backend_pid()), \
-             (select count(*) from pg_listening_channels()), (select count(*) from pg_prepared_statements), \
+             (select count(*) from pg_listening_channels()), (select count(*) from pg_prepared_statements {of_sql}), \
              (select count(*) from pg_cursors), pg_my_temp_schema(), coalesce(current_setting('app.token', true), ''), \
              current_setting('work_mem'), current_setting('statement_timeout'), current_setting('application_name'), \
              current_setting('search_path'), current_setting('transaction_isolation'), \
