@@ -145,7 +145,7 @@ fn main() -> ExitCode {
     let seconds = option("--seconds").map(|seconds| seconds.parse().expect("a number of seconds"));
     let duration = Duration::from_secs(seconds.unwrap_or(60));
     let number = |value: String| value.parse().expect("a number");
-    let mode = option("--pool-mode");
+    let pool_mode = option("--pool-mode");
     let programs = option("--programs").map(number);
     let seed = option("--seed").map_or(1, number);
     let requested: Vec<String> = arguments
@@ -181,7 +181,7 @@ fn main() -> ExitCode {
                 "differential" => {
                     let deadline = programs.is_none().then(|| Instant::now() + duration);
                     let count = programs.unwrap_or(u64::MAX);
-                    let modes = differential::modes(mode.as_deref());
+                    let modes = differential::modes(pool_mode.as_deref());
                     return differential::programs(&program, &modes, seed, count, deadline).await;
                 }
                 _ => {}
