@@ -618,11 +618,17 @@ impl<'a> SharedStream<'a> {
             // Its last message.
             tag::ERROR_RESPONSE if self.is_spared() => Passage::Drop,
             _ => {
-                self.note_definition(tag, body);
+                let command = (tag == tag::COMMAND_COMPLETE)
+                    .then(|| Command::of(body.strip_suffix(b"\0").unwrap_or_default()));
+                self.note_definition(tag, body, command);
                 let servers = &mut self.record.statements;
                 let statements = &mut self.client.statements;
                 let passage = statements.server_sends(servers, tag, body, &mut behind);
-                self.follow_settings(tag, frame);
+                if let Some(command) = command {
+                    self.follow_command(command);
+                } else {
+                    self.follow_settings(tag, frame);
+                }
                 passage
             }
         };
@@ -637,12 +643,9 @@ impl<'a> SharedStream<'a> {
     }
 
     /// Statements that are prepared from now on may mean something else.
-    fn note_definition(&mut self, tag: u8, body: &[u8]) {
+    fn note_definition(&mut self, tag: u8, body: &[u8], command: Option<Command>) {
         let is_definition = match tag {
-            tag::COMMAND_COMPLETE => {
-                let text = body.strip_suffix(b"\0").unwrap_or_default();
-                Command::of(text) == Command::Definition
-            }
+            tag::COMMAND_COMPLETE => command == Some(Command::Definition),
             // Another client may have prepared one before this was committed.
             tag::READY_FOR_QUERY => body == b"I" && self.is_defining,
             _ => return,
@@ -654,7 +657,25 @@ impl<'a> SharedStream<'a> {
         }
     }
 
-    /// Follows the settings of the session by a message of the server.
+    /// Follows the session by a command that the server has completed.
+    fn follow_command(&mut self, command: Command) {
+        self.client.traces.completed(command);
+        let text = self.client.statements.take_completed();
+        if matches!(command, Command::Other | Command::Definition) {
+            return;
+        }
+        let dialect = Dialect {
+            backslash: Backslash::Plain,
+            is_utf8: self.reports(CLIENT_ENCODING, "UTF8"),
+        };
+        let text = text.unwrap_or_default();
+        let statement = statements(&text, dialect.backslash).next();
+        let changes = &mut self.client.changes;
+        let completed = changes.complete(command, statement.as_ref(), dialect);
+        self.learned(completed);
+    }
+
+    /// Follows the settings of the session by another message of the server.
     fn follow_settings(&mut self, tag: u8, frame: &[u8]) {
         let body = frame_body(frame);
         match tag {
@@ -665,23 +686,6 @@ impl<'a> SharedStream<'a> {
                 if self.reported.iter().all(|(it, _)| *it != name) {
                     self.reported.push((name, before));
                 }
-            }
-            tag::COMMAND_COMPLETE => {
-                self.client.traces.server_sends(frame);
-                let text = self.client.statements.take_completed();
-                let command = Command::of(body.strip_suffix(b"\0").unwrap_or_default());
-                if matches!(command, Command::Other | Command::Definition) {
-                    return;
-                }
-                let dialect = Dialect {
-                    backslash: Backslash::Plain,
-                    is_utf8: self.reports(CLIENT_ENCODING, "UTF8"),
-                };
-                let text = text.unwrap_or_default();
-                let statement = statements(&text, dialect.backslash).next();
-                let changes = &mut self.client.changes;
-                let completed = changes.complete(command, statement.as_ref(), dialect);
-                self.learned(completed);
             }
             tag::ERROR_RESPONSE => {
                 self.client.changes.fail();

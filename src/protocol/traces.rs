@@ -229,6 +229,12 @@ impl Traces {
         });
     }
 
+    /// Records a command that the server has completed, for a caller that reads the server's messages itself.
+    pub(crate) fn completed(&mut self, command: Command) {
+        self.found[Trace::Loaded] |= command == Command::Load;
+        self.found[Trace::Done] |= command == Command::Do;
+    }
+
     /// Reads what the server sends.
     pub(crate) fn server_sends(&mut self, chunk: &[u8]) {
         let Self {
