@@ -3,13 +3,13 @@
 //! Sent to the server they would cost a round trip, and `DISCARD ALL` would take the prepared statements of other clients away.
 //! Only where they would do nothing but what is known here, for a client at rest.
 
-use bytes::{Buf, BytesMut};
+use bytes::BytesMut;
 use pgwire::messages::data::{DataRow, FieldDescription, RowDescription};
 
 use super::{settings::Settings, shared::ClientState};
 use crate::protocol::{
     backend::{TransactionStatus, command_complete, encode, ready_for_query},
-    frame::{HEADER_LEN, tag},
+    frame::{HEADER_LEN, SMALL_MESSAGE_LIMIT, tag, take_message},
     lexer::{Backslash, Statement, statements},
 };
 
@@ -92,8 +92,7 @@ impl ClientState {
         let ends_statements = [Reset::Statements, Reset::Everything];
         let ends_statements = resets.iter().any(|it| ends_statements.contains(it));
         self.statements.forget_at_rest(ends_statements);
-        let length = received.get(1..HEADER_LEN).map_or(0, |mut it| it.get_u32());
-        received.advance(usize::try_from(length).unwrap_or_default() + 1);
+        take_message(received, SMALL_MESSAGE_LIMIT).ok()?;
         Some(answer)
     }
 

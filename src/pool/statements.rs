@@ -37,7 +37,7 @@ use crate::protocol::{
     frame::tag,
     lexer::{Backslash, Kind, Statement, Token, statements},
     requests::TransactionStatus,
-    words::{Search, Words},
+    words::{Words, add_words},
 };
 
 /// Statements that one client may have prepared.
@@ -365,12 +365,8 @@ impl ClientStatements {
         let mut words = Words::default();
         let named = self.names.values().map(|it| &it.statement);
         for statement in named.chain(&self.unnamed) {
-            let mut search = Search::new();
             let text = statement.body.split(|&byte| byte == 0).next();
-            search.search(text.unwrap_or_default(), |word, _| words[word] = true);
-            if let Some(last) = search.end() {
-                words[last] = true;
-            }
+            add_words(text.unwrap_or_default(), &mut words);
         }
         words
     }
@@ -384,8 +380,7 @@ impl ClientStatements {
     pub(super) fn forget_at_rest(&mut self, has_all_ended: bool) {
         self.unnamed = None;
         if has_all_ended {
-            self.names.clear();
-            self.charge = 0;
+            self.forget_names();
         }
     }
 
@@ -767,12 +762,16 @@ impl ClientStatements {
                 });
             }
             Sql::DeallocateAll => {
-                self.by_sql.clear();
-                self.names.clear();
-                self.charge = 0;
+                self.forget_names();
                 server.known.retain(|_, known| known.pending.is_some());
             }
         }
+    }
+
+    fn forget_names(&mut self) {
+        self.by_sql.clear();
+        self.names.clear();
+        self.charge = 0;
     }
 
     fn forget_name(&mut self, name: &[u8]) -> Option<Arc<Prepared>> {

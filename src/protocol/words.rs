@@ -191,6 +191,15 @@ impl Default for Search {
     }
 }
 
+/// Adds the words that a whole text mentions.
+pub fn add_words(text: &[u8], words: &mut Words) {
+    let mut search = Search::new();
+    search.search(text, |word, _| words[word] = true);
+    if let Some(last) = search.end() {
+        words[last] = true;
+    }
+}
+
 /// What a text may leave in the session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
