@@ -19,7 +19,13 @@ use super::{
 };
 
 /// How work is shared out between workers depends on the moment.
-const ONE_WORKER: [&str; 2] = ["env", "TOKIO_WORKER_THREADS=1"];
+const ONE_WORKER: &[&str] = &["env", "TOKIO_WORKER_THREADS=1"];
+/// The same with a pool of 20 server connections.
+const POOL: &[&str] = &[
+    "env",
+    "TOKIO_WORKER_THREADS=1",
+    "LAKEBASE_PROXY_POOL_MODE=auto",
+];
 /// Round trips before anything is counted: the first ones find caches cold and lists empty.
 const WARM_UP: u32 = 200;
 const ROUND_TRIPS: u32 = 2000;
@@ -30,7 +36,8 @@ pub(crate) fn all(program: &Path, directory: &Path) -> BTreeMap<Figure, f64> {
     let upstream = Upstream::start(directory);
     let mut counted = BTreeMap::new();
     counted.insert(Figure::Resident, resident(program, &upstream));
-    counted.insert(Figure::Memory, memory(program, &upstream));
+    counted.insert(Figure::Memory, memory(program, ONE_WORKER, &upstream));
+    counted.insert(Figure::MemoryAtRest, memory(program, POOL, &upstream));
     if there_is("strace") {
         counted.insert(
             Figure::SystemCalls,
@@ -40,8 +47,10 @@ pub(crate) fn all(program: &Path, directory: &Path) -> BTreeMap<Figure, f64> {
         println!("system calls are not counted: there is no strace");
     }
     if there_is("valgrind") {
-        let (instructions, allocations) = instructions(program, &upstream, directory);
-        counted.insert(Figure::Instructions, instructions);
+        let (of_pool, _) = instructions(program, POOL, &upstream, directory);
+        counted.insert(Figure::InstructionsOfPool, of_pool);
+        let (own, allocations) = instructions(program, ONE_WORKER, &upstream, directory);
+        counted.insert(Figure::Instructions, own);
         counted.insert(Figure::Allocations, allocations);
     } else {
         println!("instructions and allocations are not counted: there is no valgrind");
@@ -68,8 +77,8 @@ fn resident(program: &Path, upstream: &Upstream) -> f64 {
 }
 
 /// kB that one more idle session takes.
-fn memory(program: &Path, upstream: &Upstream) -> f64 {
-    let proxy = Proxy::start(program, &ONE_WORKER.map(str::to_owned), upstream);
+fn memory(program: &Path, prefix: &[&str], upstream: &Upstream) -> f64 {
+    let proxy = Proxy::start(program, prefix, upstream);
     let mut clients = Vec::new();
     let mut grown_to = |count: usize| {
         while clients.len() < count {
@@ -86,7 +95,7 @@ fn memory(program: &Path, upstream: &Upstream) -> f64 {
 }
 
 fn system_calls(program: &Path, upstream: &Upstream, directory: &Path) -> f64 {
-    let proxy = Proxy::start(program, &ONE_WORKER.map(str::to_owned), upstream);
+    let proxy = Proxy::start(program, ONE_WORKER, upstream);
     let mut client = Client::connect(proxy.address).expect("a session");
     round_trips(&mut client, WARM_UP);
     let file = directory.join("strace");
@@ -115,11 +124,15 @@ fn system_calls(program: &Path, upstream: &Upstream, directory: &Path) -> f64 {
     total.unwrap_or_else(|| panic!("no total in\n{table}")) / f64::from(ROUND_TRIPS)
 }
 
-fn instructions(program: &Path, upstream: &Upstream, directory: &Path) -> (f64, f64) {
+fn instructions(
+    program: &Path,
+    prefix: &[&str],
+    upstream: &Upstream,
+    directory: &Path,
+) -> (f64, f64) {
     let out = directory.join("callgrind.out");
-    let mut prefix = ONE_WORKER.map(str::to_owned).to_vec();
-    prefix.extend(["valgrind", "--tool=callgrind", "-q"].map(str::to_owned));
-    prefix.push(format!("--callgrind-out-file={}", out.display()));
+    let out = format!("--callgrind-out-file={}", out.display());
+    let prefix = [prefix, &["valgrind", "--tool=callgrind", "-q", &out]].concat();
     let proxy = Proxy::start(program, &prefix, upstream);
     let mut client = Client::connect(proxy.address).expect("a session");
     round_trips(&mut client, WARM_UP);

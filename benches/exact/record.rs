@@ -11,8 +11,12 @@ pub(crate) enum Figure {
     Allocations,
     /// In user space, by one round trip.
     Instructions,
+    /// The same with a pool in mode `auto`, and no client that waits.
+    InstructionsOfPool,
     /// Of one session that does nothing.
     Memory,
+    /// Of one client that has given its server connection back to the pool.
+    MemoryAtRest,
     /// All of the process's, while it has no session.
     Resident,
     /// By one round trip.
@@ -24,10 +28,13 @@ pub(crate) enum Figure {
 pub(crate) struct Record {
     allocations: Option<f64>,
     memory_kb: Option<f64>,
+    memory_at_rest_kb: Option<f64>,
     system_calls: Option<f64>,
     /// By CPU model.
     #[serde(default)]
     instructions: BTreeMap<String, f64>,
+    #[serde(default)]
+    instructions_of_pool: BTreeMap<String, f64>,
 }
 
 impl Record {
@@ -54,7 +61,9 @@ impl Record {
         match figure {
             Figure::Allocations => self.allocations,
             Figure::Instructions => self.instructions.get(model).copied(),
+            Figure::InstructionsOfPool => self.instructions_of_pool.get(model).copied(),
             Figure::Memory => self.memory_kb,
+            Figure::MemoryAtRest => self.memory_at_rest_kb,
             Figure::Resident => None,
             Figure::SystemCalls => self.system_calls,
         }
@@ -65,7 +74,11 @@ impl Record {
         match figure {
             Figure::Allocations => self.allocations = Some(value),
             Figure::Instructions => drop(self.instructions.insert(model.to_owned(), value)),
+            Figure::InstructionsOfPool => {
+                drop(self.instructions_of_pool.insert(model.to_owned(), value));
+            }
             Figure::Memory => self.memory_kb = Some(value),
+            Figure::MemoryAtRest => self.memory_at_rest_kb = Some(value),
             Figure::Resident => {}
             Figure::SystemCalls => self.system_calls = Some(value),
         }

@@ -18,7 +18,7 @@ pub(crate) struct Proxy {
 
 impl Proxy {
     /// Starts `program` behind `prefix` (as valgrind is), leading to `upstream`.
-    pub(crate) fn start(program: &Path, prefix: &[String], upstream: &Upstream) -> Self {
+    pub(crate) fn start(program: &Path, prefix: &[&str], upstream: &Upstream) -> Self {
         let configuration = upstream.authority.with_file_name("proxy.toml");
         let endpoint = format!(
             "[[endpoint]]\nhost = \"localhost\"\nport = {}\nuser = \"app\"\ndatabase = \"d\"\n\
@@ -26,9 +26,9 @@ impl Proxy {
             upstream.port
         );
         std::fs::write(&configuration, endpoint).expect("the directory can be written");
-        let mut words: Vec<String> = prefix.to_vec();
-        words.push(program.display().to_string());
-        let mut child = Command::new(&words[0])
+        let program = program.display().to_string();
+        let words = [prefix, &[&program]].concat();
+        let mut child = Command::new(words[0])
             .args(&words[1..])
             .args([
                 "--http-port",
