@@ -2,7 +2,7 @@
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
-use bytes::BytesMut;
+use bytes::{Bytes, BytesMut};
 use tokio::time::{Instant, sleep_until};
 
 use super::{
@@ -103,7 +103,7 @@ pub(crate) struct Leased {
     /// The number of a pool's connection, from the same series as those of sessions.
     pub(crate) id: Option<u64>,
     /// ParameterStatus messages.
-    pub(crate) parameter_status: BytesMut,
+    pub(crate) parameter_status: Bytes,
     /// NoticeResponse messages.
     pub(crate) notices: BytesMut,
     /// The server's own cancel key.
@@ -167,7 +167,7 @@ impl From<upstream::Connected> for Leased {
                 owner: Owner::Session(connection.gauge),
             },
             id: None,
-            parameter_status,
+            parameter_status: parameter_status.freeze(),
             notices,
             key,
             address: connection.address,
@@ -243,8 +243,11 @@ impl Lease {
     }
 
     /// Returns the connection to its pool at rest, as the client leaves nothing on it but what is followed.
-    pub(crate) fn part(self, client: Option<&ClientState>) {
+    pub(crate) fn part(self, mut client: Option<&mut ClientState>) {
         if let Owner::Pool(mut record) = self.owner {
+            if let Some(client) = &mut client {
+                client.statements.end(&mut record.statements);
+            }
             if record.has_ended {
                 record.slot.close = PoolClose::Server;
                 return;
@@ -368,7 +371,7 @@ impl Pool {
         mode: PoolMode,
     ) -> Option<Box<ClientState>> {
         // Not that of its login, which may set none, while its role does.
-        let reported = Reported::parse(leased.parameter_status.clone());
+        let reported = Reported::parse(&leased.parameter_status);
         let encoding = reported.value("client_encoding").unwrap_or_default();
         if !is_ascii_safe(&String::from_utf8_lossy(encoding)) {
             self.context.pinned(PinReason::Encoding);
@@ -380,6 +383,12 @@ impl Pool {
             let login = Arc::make_mut(&mut login);
             login.database.clone_from(&leased.database);
             login.fallback_database = None;
+        }
+        if let Owner::Pool(record) = &leased.lease.owner
+            && record.login == login
+        {
+            // Equal ones take the memory of one.
+            login = Arc::clone(&record.login);
         }
         let reported = leased.parameter_status.clone();
         let is_retaining = mode == PoolMode::Auto;

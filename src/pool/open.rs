@@ -10,10 +10,7 @@ use tokio_util::task::AbortOnDropHandle;
 
 use super::{Pool, lease::LeaseRequest, server::ServerConnection, slot::Slot};
 use crate::{
-    protocol::{
-        error::{Report, sqlstate},
-        options::LoginParameters,
-    },
+    protocol::error::{Report, sqlstate},
     telemetry::labels::{PoolServer, Reason},
     upstream::{Connected, Refusal},
 };
@@ -111,7 +108,6 @@ fn open(
                 let Connected { connection, .. } = &mut connected;
                 let notices = std::mem::take(&mut connection.greeting.notices);
                 let woke_after = connected.woke_after;
-                let login = LoginParameters::clone(&login);
                 Ok(Opened {
                     notices,
                     woke_after,

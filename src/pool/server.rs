@@ -5,6 +5,7 @@ use std::{
     hash::{DefaultHasher, Hash, Hasher},
     net::SocketAddr,
     pin::Pin,
+    sync::Arc,
     task::{Context, Poll, ready},
     time::Duration,
 };
@@ -52,7 +53,7 @@ pub(super) struct Record {
     pub(super) slot: Slot,
     pub(super) gauge: GaugeGuard,
     /// The parameters of its login, with the database that was opened.
-    pub(super) login: LoginParameters,
+    pub(super) login: Arc<LoginParameters>,
     pub(super) reported: Reported,
     /// A client has had it.
     pub(super) is_used: bool,
@@ -138,7 +139,7 @@ impl ServerConnection {
     /// A connection that has just been opened with `login`.
     pub(super) fn new(
         connected: upstream::Connected,
-        mut login: LoginParameters,
+        mut login: Arc<LoginParameters>,
         slot: Slot,
         lifetime: Duration,
     ) -> Self {
@@ -148,7 +149,9 @@ impl ServerConnection {
             address,
             gauge,
         } = connected.connection;
-        login.database = connected.database;
+        if login.database != connected.database {
+            Arc::make_mut(&mut login).database = connected.database;
+        }
         let now = Instant::now();
         let max_statements = slot.pool().context.settings.load().max_prepared_statements;
         Self {
@@ -164,7 +167,7 @@ impl ServerConnection {
                 settings: Settings::default(),
                 statements: ServerStatements::new(max_statements.get()),
                 login,
-                reported: Reported::parse(greeting.parameter_status),
+                reported: Reported::parse(&greeting.parameter_status),
                 key: greeting.key,
                 address,
                 runtime: Handle::current().id(),

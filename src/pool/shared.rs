@@ -14,7 +14,7 @@ use std::{
     task::{Context, Poll, ready},
 };
 
-use bytes::{Buf, BytesMut};
+use bytes::{Buf, Bytes, BytesMut};
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     time::{Instant, Sleep, sleep_until},
@@ -51,12 +51,15 @@ const MAX_HELD: usize = 1024 * 1024;
 /// Requests in flight, while none of other clients wait: those that are sent cannot give way any more.
 const MAX_UNITS: u64 = 16;
 
+/// Bytes of memory for requests that a leased connection keeps from one to the next.
+const MAX_KEPT: usize = 4096;
+
 /// What follows a client from one server connection to the next.
 pub(crate) struct ClientState {
     /// Its login.
     pub(super) login: Arc<LoginParameters>,
     /// The ParameterStatus messages of its last connection.
-    reported: BytesMut,
+    reported: Bytes,
     pub(super) statements: ClientStatements,
     /// What it has set.
     pub(super) settings: Settings,
@@ -81,7 +84,7 @@ impl ClientState {
     /// Of a client that has a connection for the first time.
     pub(super) fn new(
         login: Arc<LoginParameters>,
-        reported: BytesMut,
+        reported: Bytes,
         texts: &Arc<Texts>,
         is_retaining: bool,
     ) -> Self {
@@ -149,12 +152,13 @@ impl ClientState {
     }
 
     /// The ParameterStatus messages that the client lacks, on a connection that has these.
-    pub(crate) fn report(&mut self, reported: BytesMut) -> BytesMut {
-        if self.reported == reported {
+    pub(crate) fn report(&mut self, reported: Bytes) -> BytesMut {
+        let before = std::mem::replace(&mut self.reported, reported);
+        // By address first: most clients have had the connection before.
+        if before.as_ptr() == self.reported.as_ptr() || before == self.reported {
             return BytesMut::new();
         }
-        let before = std::mem::replace(&mut self.reported, reported.clone());
-        Reported::parse(reported).difference(&Reported::parse(before))
+        Reported::parse(&self.reported).difference(&Reported::parse(&before))
     }
 }
 
@@ -782,8 +786,10 @@ impl<'a> SharedStream<'a> {
                 }
                 self.to_server.advance(written);
             }
-            // A client at rest holds no buffer.
-            self.to_server = BytesMut::new();
+            // The connection's next request takes the same memory, unless that is much.
+            if self.to_server.capacity() > MAX_KEPT {
+                self.to_server = BytesMut::new();
+            }
             if !self.is_blocked || self.from_client.held.is_empty() {
                 return Poll::Ready(Ok(()));
             }

@@ -47,6 +47,9 @@ const MAX_CHARGE: usize = 16 * 1024 * 1024;
 /// Longer texts are not kept.
 pub const LARGE_STATEMENT: usize = 64 * 1024;
 
+/// Messages in flight for which a connection keeps the memory.
+const MAX_QUEUE_KEPT: usize = 64;
+
 /// The body of a Bind of a statement that never exists.
 const POISON: &[u8] = b"\0lbp_0\0\0\0\0\0\0\0";
 
@@ -247,6 +250,27 @@ impl Sql {
         identifier(&name).map(Self::Deallocate)
     }
 
+    /// Those of a simple query; none if all of its statements are without one.
+    fn of_query(sql: &[u8]) -> Vec<Option<Self>> {
+        // Most queries are one statement, and its beginning shows that it has none.
+        let trimmed = sql.trim_ascii_end();
+        let text = trimmed.strip_suffix(b";").unwrap_or(trimmed);
+        let backslash = Backslash::Plain;
+        if !text.contains(&b';') && Self::of(&Statement { text, backslash }).is_none() {
+            return Vec::new();
+        }
+        let mut effects = Vec::new();
+        for (at, statement) in statements(sql, backslash).enumerate() {
+            let effect = Self::of(&statement);
+            // Before the first of them, none has to be counted.
+            if effect.is_some() || !effects.is_empty() {
+                effects.resize(at, None);
+                effects.push(effect);
+            }
+        }
+        effects
+    }
+
     fn of_parse(body: &[u8]) -> Option<Self> {
         let (sql, _) = split_string(body)?;
         let mut all = statements(sql, Backslash::Plain);
@@ -302,6 +326,7 @@ impl ClientStatements {
 
     /// Begins to use a connection, both at rest.
     pub fn begin(&mut self, server: &mut ServerStatements) {
+        (self.queue, self.latest) = std::mem::take(&mut server.in_flight);
         let is_new = self.names.is_empty() && self.unnamed.is_none();
         match server.names {
             Names::Exclusive(number) if self.exclusive == Some(number) => return,
@@ -316,6 +341,15 @@ impl ClientStatements {
         // What the client prepares here, its own connection does not have.
         self.exclusive = None;
         server.names = Names::Shared;
+    }
+
+    /// Parts with the connection, both at rest. The memory for messages in flight stays there, as clients may be many.
+    pub(super) fn end(&mut self, server: &mut ServerStatements) {
+        let queue = std::mem::take(&mut self.queue);
+        if queue.capacity() <= MAX_QUEUE_KEPT {
+            server.in_flight = (queue, std::mem::take(&mut self.latest));
+        }
+        self.latest = HashMap::new();
     }
 
     /// Whether the order of messages is not known any more, so that the connection must not be shared.

@@ -5,7 +5,7 @@ use std::{
     panic::{AssertUnwindSafe, catch_unwind},
 };
 
-use bytes::BytesMut;
+use bytes::Bytes;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
@@ -92,7 +92,7 @@ impl Pool {
             database: "db".to_owned(),
             woke_after: None,
         };
-        let login = LoginParameters::clone(&login());
+        let login = login();
         let lifetime = Duration::from_hours(1);
         ServerConnection::new(connected, login, self.slot(), lifetime)
     }
@@ -234,7 +234,7 @@ async fn a_connection_whose_server_reports_an_error_ends_or_stops_within_a_messa
 async fn a_verification_that_fails_leaves_the_client_its_connection() {
     let (pools, pool) = pool();
     let (mut connection, mut server) = pool.connection().await;
-    let mut client = ClientState::new(login(), BytesMut::new(), &pools.texts, false);
+    let mut client = ClientState::new(login(), Bytes::new(), &pools.texts, false);
     let row = |temporary: &str| {
         let columns = ["0", "0", "0", temporary];
         let columns = columns.map(|it| [&1_u32.to_be_bytes()[..], it.as_bytes()].concat());

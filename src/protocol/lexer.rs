@@ -261,7 +261,8 @@ impl<'a> Iterator for Tokens<'a> {
 pub struct Statement<'a> {
     /// From its first token to its last, without the semicolon.
     pub text: &'a [u8],
-    backslash: Backslash,
+    /// How its strings are read.
+    pub backslash: Backslash,
 }
 
 impl<'a> Statement<'a> {

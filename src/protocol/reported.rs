@@ -1,16 +1,23 @@
 //! The values of run-time parameters that a server reports (ParameterStatus).
 
-use bytes::{BufMut, BytesMut};
+use std::sync::OnceLock;
+
+use bytes::{BufMut, Bytes, BytesMut};
 
 use super::frame::{HEADER_LEN, Message, frame_body, tag, take_message};
 
 /// The latest ParameterStatus of each parameter, as the server sent it.
 #[derive(Debug, Default)]
-pub(crate) struct Reported(Vec<BytesMut>);
+pub(crate) struct Reported {
+    latest: Vec<BytesMut>,
+    /// All of them, for as long as none changes.
+    frames: OnceLock<Bytes>,
+}
 
 impl Reported {
     /// Those in `frames`, whole messages one after the other.
-    pub(crate) fn parse(mut frames: BytesMut) -> Self {
+    pub(crate) fn parse(frames: &[u8]) -> Self {
+        let mut frames = BytesMut::from(frames);
         let mut reported = Self::default();
         while let Ok(Some(message)) = take_message(&mut frames, usize::MAX) {
             reported.record(&message);
@@ -21,15 +28,16 @@ impl Reported {
     /// Records a ParameterStatus in place of an earlier one.
     pub(crate) fn record(&mut self, message: &Message) {
         let name = strings(&message.frame).next().unwrap_or_default();
+        self.frames = OnceLock::new();
         let earlier = self
-            .0
+            .latest
             .iter_mut()
             .find(|frame| strings(frame).next() == Some(name));
         // A copy: a part of a larger buffer would keep all of that.
         let latest = BytesMut::from(&message.frame[..]);
         match earlier {
             Some(earlier) => *earlier = latest,
-            None => self.0.push(latest),
+            None => self.latest.push(latest),
         }
     }
 
@@ -51,7 +59,11 @@ impl Reported {
     /// The messages that make another's values these.
     pub(crate) fn difference(&self, other: &Self) -> BytesMut {
         let mut frames = BytesMut::new();
-        for frame in self.0.iter().filter(|frame| !other.0.contains(frame)) {
+        for frame in self
+            .latest
+            .iter()
+            .filter(|frame| !other.latest.contains(frame))
+        {
             frames.extend_from_slice(frame);
         }
         frames
@@ -59,7 +71,7 @@ impl Reported {
 
     /// The value of a parameter.
     pub(crate) fn value(&self, name: &str) -> Option<&[u8]> {
-        self.0.iter().find_map(|frame| {
+        self.latest.iter().find_map(|frame| {
             let mut strings = strings(frame);
             (strings.next() == Some(name.as_bytes())).then(|| strings.next())?
         })
@@ -67,7 +79,7 @@ impl Reported {
 
     /// The names of all, as far as they are UTF-8.
     pub(crate) fn names(&self) -> Vec<String> {
-        let names = self.0.iter().filter_map(|frame| strings(frame).next());
+        let names = self.latest.iter().filter_map(|frame| strings(frame).next());
         let names = names.filter_map(|name| str::from_utf8(name).ok());
         names.map(str::to_owned).collect()
     }
@@ -83,13 +95,11 @@ impl Reported {
         }
     }
 
-    /// All of them, as messages.
-    pub(crate) fn frames(&self) -> BytesMut {
-        let mut frames = BytesMut::with_capacity(self.0.iter().map(BytesMut::len).sum());
-        for frame in &self.0 {
-            frames.extend_from_slice(frame);
-        }
-        frames
+    /// All of them, as messages. Their readers share the memory.
+    pub(crate) fn frames(&self) -> Bytes {
+        self.frames
+            .get_or_init(|| self.latest.concat().into())
+            .clone()
     }
 }
 
@@ -115,7 +125,7 @@ mod tests {
     fn the_latest_value_of_each_parameter_counts() {
         let status = |text: &[u8]| frame(b'S', text);
         let frames = [status(b"TimeZone\0UTC\0"), status(b"DateStyle\0ISO, MDY\0")].concat();
-        let mut reported = Reported::parse(BytesMut::from(&frames[..]));
+        let mut reported = Reported::parse(&frames);
         assert_eq!(reported.value("TimeZone"), Some(&b"UTC"[..]));
         assert_eq!(reported.value("timezone"), None);
         assert_eq!(&reported.frames()[..], frames);

@@ -118,43 +118,60 @@ impl LoggedIn<'_> {
 
     /// Parts with the server connection, and takes another one once the client sends a request.
     async fn rest<S: Transport>(&mut self, client: &mut Client<S>) -> Result<(), Ended> {
+        // Boxes, as a client that waits for nothing needs no room for them.
         if let Some(lease) = self.lease.take()
-            && !self.part(lease, client).await?
+            && !Box::pin(self.part(lease, client)).await?
         {
             return Ok(());
         }
         loop {
-            match next_request(client, &self.shutdown).await {
-                Next::Request if self.answer_here(client).await? => continue,
-                Next::Request => {}
-                Next::Left => return Err(Ended::at_rest(End::Client)),
-                Next::Shutdown => return Err(self.end_at_rest(client).await),
-            }
-            let Some(state) = &self.state else {
+            let next = next_request(client, &self.shutdown).await;
+            if Box::pin(self.serve_next(next, client)).await? {
                 return Ok(());
-            };
-            let refusal = tokio::select! {
-                // First: what a client sends before it leaves is executed, as on a direct connection, if it need not wait.
-                biased;
-                leased = self.lease_again(state) => match leased {
-                    Ok(leased) => return self.take(leased, client).await,
-                    Err(refusal) => refusal.report,
-                },
-                () = client.wait_for_hang_up() => return Err(Ended::at_rest(End::Client)),
-                () = self.shutdown.draining().cancelled() => {
-                    return Err(self.end_at_rest(client).await);
-                }
-                () = cancelled(self.registration.as_ref()) => Report::new(
-                    sqlstate::QUERY_CANCELED,
-                    "canceling statement due to user request",
-                ),
-            };
-            let before = client.received.len();
-            if !self.refuse(client, &refusal).await {
-                return Err(Ended::at_rest(End::Server));
             }
-            self.taken(before - client.received.len());
         }
+    }
+
+    /// Serves the next request, or takes a connection for it: then `true`.
+    async fn serve_next<S: Transport>(
+        &mut self,
+        next: Next,
+        client: &mut Client<S>,
+    ) -> Result<bool, Ended> {
+        match next {
+            Next::Request if self.answer_here(client).await? => return Ok(false),
+            Next::Request => {}
+            Next::Left => return Err(Ended::at_rest(End::Client)),
+            Next::Shutdown => return Err(self.end_at_rest(client).await),
+        }
+        let Some(state) = &self.state else {
+            return Ok(true);
+        };
+        let refusal = tokio::select! {
+            // First: what a client sends before it leaves is executed, as on a direct connection, if it need not wait.
+            biased;
+            leased = self.lease_again(state) => match leased {
+                Ok(leased) => {
+                    self.take(leased, client).await?;
+                    return Ok(true);
+                }
+                Err(refusal) => refusal.report,
+            },
+            () = client.wait_for_hang_up() => return Err(Ended::at_rest(End::Client)),
+            () = self.shutdown.draining().cancelled() => {
+                return Err(self.end_at_rest(client).await);
+            }
+            () = cancelled(self.registration.as_ref()) => Report::new(
+                sqlstate::QUERY_CANCELED,
+                "canceling statement due to user request",
+            ),
+        };
+        let before = client.received.len();
+        if !self.refuse(client, &refusal).await {
+            return Err(Ended::at_rest(End::Server));
+        }
+        self.taken(before - client.received.len());
+        Ok(false)
     }
 
     /// Parts with the server connection, unless a verification shows that the client needs it; whether it has parted.
@@ -182,7 +199,7 @@ impl LoggedIn<'_> {
             // A cancel that is still on its way must not reach another client's request, nor the next one of this client.
             lease.close(PoolClose::Cancelled);
         } else {
-            lease.part(self.state.as_deref());
+            lease.part(self.state.as_deref_mut());
         }
         Ok(true)
     }

@@ -12,7 +12,6 @@ use super::{
 use crate::protocol::{
     error::{Report, sqlstate},
     frame::tag,
-    lexer::{Backslash, statements},
     requests::TransactionStatus,
 };
 
@@ -145,7 +144,10 @@ impl Sending<'_> {
                 if effects.iter().flatten().any(Sql::changes_names) {
                     client.forgets_all = Some(id);
                 }
-                matches!(awaits, Awaits::Query).then_some((&b""[..], None))
+                // Most clients have no unnamed statement that a query could end.
+                let is_ended = client.unnamed.is_some() || !client.latest.is_empty();
+                let is_query = matches!(awaits, Awaits::Query);
+                (is_query && is_ended).then_some((&b""[..], None))
             }
             _ => None,
         };
@@ -567,13 +569,7 @@ impl Sending<'_> {
             Some((sql, _)) if message.length <= LARGE_STATEMENT => sql,
             _ => b"",
         };
-        let mut effects: Vec<Option<Sql>> = statements(sql, Backslash::Plain)
-            .map(|it| Sql::of(&it))
-            .collect();
-        // Without an effect, none has to be counted.
-        if effects.iter().all(Option::is_none) {
-            effects = Vec::new();
-        }
+        let effects = Sql::of_query(sql);
         if let [Some(Sql::Deallocate(name))] = &effects[..]
             && !self.server.is_exclusive()
         {

@@ -1,8 +1,11 @@
 //! The prepared statements of one server connection.
 
-use std::{collections::HashMap, sync::Arc};
+use std::{
+    collections::{HashMap, VecDeque},
+    sync::Arc,
+};
 
-use super::text::Prepared;
+use super::{Latest, Record, text::Prepared};
 
 /// What a server connection has prepared.
 #[derive(Debug)]
@@ -13,6 +16,8 @@ pub struct ServerStatements {
     /// Closed by the unit of the client with this number, which may be skipped.
     pub(super) leaving: HashMap<u64, u64>,
     pub(super) unnamed: Option<Arc<Prepared>>,
+    /// Empty: the memory of its last client's.
+    pub(super) in_flight: (VecDeque<Record>, HashMap<Box<[u8]>, Latest>),
     limit: usize,
     clock: u64,
 }
@@ -52,6 +57,7 @@ impl ServerStatements {
             known: HashMap::new(),
             leaving: HashMap::new(),
             unnamed: None,
+            in_flight: Default::default(),
             limit: limit.max(1),
             clock: 0,
         }
