@@ -224,7 +224,8 @@ impl Compute {
                 }
                 continue;
             }
-            let deadline = self.last_activity() + suspend_after;
+            let last_activity = self.last_activity();
+            let deadline = last_activity + suspend_after;
             if Instant::now() < deadline {
                 tokio::select! {
                     () = sleep_until(deadline) => {}
@@ -234,7 +235,8 @@ impl Compute {
             } else if self.0.database.is_busy(self.0.sessions.process_ids()).await {
                 self.touch();
                 sleep(BUSY_RECHECK.min(suspend_after)).await;
-            } else {
+            } else if self.last_activity() == last_activity {
+                // A transaction that ended while it was looked for has shown no busy session, and is activity.
                 self.suspend().await;
             }
         }

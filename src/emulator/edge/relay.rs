@@ -69,11 +69,19 @@ pub(super) async fn run(
     .await;
     // Postgres first: what it holds must not wait for the client.
     drop(server);
-    drop(session);
     match end {
-        End::Reset => reset(tls.get_ref().0),
-        End::Server => linger(&mut tls).await,
+        // The session last: once it is no longer counted, its client's connection has ended.
+        End::Abrupt => drop(tls),
+        End::Reset => {
+            reset(tls.get_ref().0);
+            drop(tls);
+        }
+        End::Server => {
+            drop(session);
+            linger(&mut tls).await;
+        }
         End::Send(bytes) => {
+            drop(session);
             let _ = timeout(LINGER, async {
                 tls.write_all(&bytes).await?;
                 tls.flush().await
@@ -81,7 +89,6 @@ pub(super) async fn run(
             .await;
             linger(&mut tls).await;
         }
-        End::Abrupt => {}
     }
 }
 
