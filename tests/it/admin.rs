@@ -28,7 +28,10 @@ use tokio_util::{
     task::TaskTracker,
 };
 
-use crate::web::{get, request};
+use crate::{
+    harness::port::ReservedPort,
+    web::{get, request},
+};
 
 struct Running {
     address: SocketAddr,
@@ -41,7 +44,10 @@ struct Running {
 }
 
 async fn start() -> Running {
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    start_on(TcpListener::bind("127.0.0.1:0").await.unwrap())
+}
+
+fn start_on(listener: TcpListener) -> Running {
     let address = listener.local_addr().unwrap();
     let has_credential = Arc::new(AtomicBool::new(false));
     let seen = Arc::clone(&has_credential);
@@ -268,13 +274,15 @@ async fn other_paths_and_methods_are_refused_plainly() {
 
 #[tokio::test]
 async fn the_server_ends_on_request_and_frees_its_port() {
+    // Or another test's server may answer there afterwards.
+    let port = ReservedPort::new();
     let Running {
         address,
         stop,
         admin,
         _stop,
         ..
-    } = start().await;
+    } = start_on(TcpListener::bind(port.address()).await.unwrap());
     // A silent connection does not delay it.
     let mut silent = TcpStream::connect(address).await.unwrap();
     assert_eq!(get(address, "/liveness").await.status, 200);

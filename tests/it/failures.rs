@@ -554,8 +554,9 @@ async fn a_name_that_does_not_resolve_is_given_up_sooner() {
     let began = Instant::now();
     let refusal = proxy.refusal().await;
     let took = began.elapsed();
+    // Not after `connect_timeout`, which is 60 s. How soon depends on this machine's resolver, too.
     assert!(
-        took >= Duration::from_secs(7) && took < Duration::from_secs(20),
+        took >= Duration::from_secs(7) && took < Duration::from_secs(45),
         "{took:?}"
     );
     assert_eq!(refusal.code, "08001");

@@ -317,6 +317,8 @@ async fn a_retry_after_of_minutes_is_reported_at_once() {
     let limit = Response::status(429).retry_after("300");
     emulator.faults().always(Site::Mint, Action::Respond(limit));
     let proxy = Proxy::cold(&emulator, &[], |_| {}).await.unwrap();
+    // Waits for the attempt itself, however long that takes on a busy machine.
+    proxy.refusal().await;
     let began = Instant::now();
     let refusals = join_all((0..10).map(|_| proxy.refusal())).await;
     assert!(

@@ -67,7 +67,8 @@ async fn lifetimes_pass_and_every_login_works() {
 #[tokio::test]
 async fn an_outage_is_noticed_only_once_the_credential_has_expired_and_heals_by_itself() {
     let emulator = harness::emulator().await;
-    emulator.configure(|settings| settings.token_ttl = Duration::from_secs(7));
+    // A login on a busy machine must fit between the refresh, at half of it, and its end.
+    emulator.configure(|settings| settings.token_ttl = Duration::from_secs(14));
     let proxy = Proxy::with(&emulator, |settings| {
         settings.connect_timeout = Some(millis(1500));
     })
@@ -140,7 +141,7 @@ async fn an_outage_is_noticed_only_once_the_credential_has_expired_and_heals_by_
 #[tokio::test]
 async fn a_refusal_by_the_workspace_does_not_cost_a_valid_credential() {
     let emulator = harness::emulator().await;
-    emulator.configure(|settings| settings.token_ttl = Duration::from_secs(9));
+    emulator.configure(|settings| settings.token_ttl = Duration::from_secs(14));
     let proxy = Proxy::start(&emulator).await;
     let body = r#"{"error_code":"PERMISSION_DENIED","message":"no longer allowed"}"#;
     emulator

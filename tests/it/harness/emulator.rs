@@ -22,7 +22,7 @@ use tokio_util::task::TaskTracker;
 pub(crate) use tls::Tls;
 
 /// Longer than anything a test waits for should take, also on a busy machine.
-pub(crate) const TIMEOUT: Duration = Duration::from_secs(30);
+pub(crate) const TIMEOUT: Duration = Duration::from_mins(1);
 
 /// Apart from the proxy's tests, as these tests write rows. Ends with the process: its watchdog sees to that.
 static SERVER: OnceCell<Arc<LocalPostgres>> = OnceCell::const_new();

@@ -33,7 +33,7 @@ use tokio_util::task::TaskTracker;
 use self::wire::Wire;
 
 /// What nothing here takes unless it hangs, on a busy machine too.
-pub(crate) const TIMEOUT: Duration = Duration::from_secs(30);
+pub(crate) const TIMEOUT: Duration = Duration::from_mins(1);
 
 /// The emulator's default database.
 pub(crate) const DATABASE: &str = "databricks_postgres";

@@ -545,6 +545,8 @@ async fn idle_connections_that_are_reset_at_once_reach_no_client() {
         drop(clients.join_all().await);
         proxy.until_idle(5).await;
         emulator.disrupt_sessions(disruption);
+        let ended = emulator.wait_for(harness::TIMEOUT, |counts| counts.sessions == 0);
+        ended.await.unwrap();
         let clients: JoinSet<_> = (0..20)
             .map(|_| {
                 let config = proxy.client_config();
@@ -553,6 +555,5 @@ async fn idle_connections_that_are_reset_at_once_reach_no_client() {
             .collect();
         let answers = within("the clients", clients.join_all()).await;
         assert!(answers.iter().all(|answer| answer == "1"), "{answers:?}");
-        emulator.disrupt_sessions(Disruption::None);
     }
 }

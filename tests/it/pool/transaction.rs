@@ -434,7 +434,8 @@ async fn a_late_cancel_reaches_no_other_client_although_its_own_stays() {
             settings.pool_mode = Some(mode);
         })
         .await;
-        for _ in 0..3 {
+        let mut late = 0;
+        while late < 3 {
             emulator.faults().once(Site::Cancel, Action::Defer(300));
             let mut one = Wire::dial(proxy.address()).await;
             one.startup(&[("user", "anyone"), ("database", DATABASE)])
@@ -442,7 +443,11 @@ async fn a_late_cancel_reaches_no_other_client_although_its_own_stays() {
             let key = one.welcome().await.key;
             one.send(&text('Q', "select pg_sleep(0.1)")).await;
             cancel(proxy.address(), key).await;
-            assert_eq!(one.tags().await, "TDCZ", "the cancel is late");
+            match one.tags().await.as_str() {
+                "TDCZ" => late += 1,
+                // The machine is busy: the query took until the cancel came.
+                tags => assert_eq!(tags, "TEZ"),
+            }
             if mode == PoolMode::Session {
                 drop(one);
             }
