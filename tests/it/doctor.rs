@@ -349,7 +349,7 @@ async fn a_wrong_clock_is_noticed_though_all_else_works() {
 async fn an_unreachable_workspace_is_reported_with_the_failed_step() {
     let emulator = emulator().await;
     let setup = || Setup::new(&emulator);
-    // A label of more than 63 characters: no name server is asked, whose time to answer would count.
+    // A label of more than 63 characters is sent to no name server, whose time to answer would count.
     let host = format!("https://{}", "x".repeat(64));
     let report = setup()
         .with("DATABRICKS_HOST", &host)

@@ -616,7 +616,7 @@ async fn two_hundred_clients_learn_as_fast_as_one_that_a_name_does_not_resolve()
             ..limits()
         },
     );
-    // No name server is asked for a label of more than 63 characters: the answer does not depend on this machine's.
+    // A label of more than 63 characters is sent to no name server, whose time to answer would count.
     let endpoint = Endpoint {
         host: "x".repeat(64),
         ..(*fixture.upstream.endpoint()).clone()
