@@ -5,7 +5,7 @@ use std::{
     ffi::{OsStr, OsString},
 };
 
-use clap::{Arg, Command, CommandFactory, error::ErrorKind};
+use clap::{Arg, Command, CommandFactory, builder::BoolishValueParser, error::ErrorKind};
 
 use super::{Cli, CommandError};
 use crate::config::{
@@ -69,6 +69,12 @@ fn described(argument: Arg, setting: Option<&Setting>) -> Arg {
     // The further paragraphs of a setting are for the annotated file.
     let argument = argument.long_help(None::<&str>);
     let is_bool = argument.get_value_parser().type_id() == TypeId::of::<bool>();
+    // In variables `1` and `yes` are as usual as `true`.
+    let argument = if is_bool {
+        argument.value_parser(BoolishValueParser::new())
+    } else {
+        argument
+    };
     if is_bool && argument.get_action().takes_values() {
         // `--flag` means `--flag=true`; `--flag=false` overrides a variable.
         return argument

@@ -246,6 +246,22 @@ fn variables_of_a_kubernetes_service_are_not_settings() {
 }
 
 #[test]
+fn a_switch_is_set_by_1_too() {
+    let output = program(&["emulator", "--postgres-bin-dir", "/nowhere"])
+        .env("LAKEBASE_PROXY_NO_DOWNLOAD", "1")
+        .output()
+        .unwrap();
+    let stderr = text(&output.stderr);
+    assert!(stderr.contains("no `initdb`"), "{stderr}");
+    let output = program(&["token", "--notes=no"])
+        .env("LAKEBASE_PROXY_ADMIN_CONSOLE", "1")
+        .output()
+        .unwrap();
+    let stderr = text(&output.stderr);
+    assert!(stderr.contains("DATABRICKS_HOST"), "{stderr}");
+}
+
+#[test]
 fn a_taken_port_names_the_flag_to_change() {
     let holder = TcpListener::bind("127.0.0.1:0").unwrap();
     let port = holder.local_addr().unwrap().port().to_string();
