@@ -13,6 +13,7 @@ import contextlib
 import json
 import os
 import pathlib
+import pwd
 import shutil
 import signal
 import socket
@@ -98,6 +99,26 @@ class Stage:
         request = urllib.request.Request(self.variables["DATABRICKS_HOST"] + path, body and body.encode(), headers)
         with urllib.request.urlopen(request, timeout=START_LIMIT) as answer:
             return json.load(answer)
+
+
+class Postgres:
+    """A throwaway Postgres without a password, of the newest version that is installed or of this one."""
+
+    def __init__(self, stack, version="*", settings=()):
+        scratch = scratch_directory(stack)
+        self.binaries = max(pathlib.Path("/usr/lib/postgresql").glob(f"{version}/bin"), key=lambda path: int(path.parent.name))
+        self.as_server = []
+        if os.geteuid() == 0:  # Postgres refuses to run as root
+            self.as_server = ["runuser", "-u", "postgres", "--"]
+            os.chown(scratch, pwd.getpwnam("postgres").pw_uid, -1)
+        data, self.port = scratch / "data", free_port()
+        self.call("initdb", "-D", data, "-A", "trust", "-U", "postgres", "--no-sync", "-E", "UTF8", "--locale=C.UTF-8")
+        options = " ".join(f"-c {setting}" for setting in ("fsync=off", *settings))
+        self.call("pg_ctl", "-w", "-D", data, "-l", scratch / "log", "-o", f"-p {self.port} -k {scratch} {options}", "start")
+        stack.callback(self.call, "pg_ctl", "-w", "-D", data, "-m", "fast", "stop")
+
+    def call(self, program, *arguments):
+        call(*self.as_server, self.binaries / program, *arguments, stdout=subprocess.DEVNULL, cwd="/")
 
 
 def clean_environment():
