@@ -1,6 +1,6 @@
 //! `transaction` mode: what a client has set is in force on whatever connection it is given, and for no other client.
 
-use std::time::Duration;
+use std::{env, time::Duration};
 
 use lakebase_proxy::telemetry::labels::PinReason;
 use tokio::time::Instant;
@@ -349,9 +349,21 @@ enum Tenancy {
     Transaction,
 }
 
+/// For how long: `TENANTS_SECONDS` by a nightly run.
+fn tenants_duration() -> Duration {
+    let seconds = env::var("TENANTS_SECONDS").map(|seconds| seconds.parse().unwrap());
+    Duration::from_secs(seconds.unwrap_or(2))
+}
+
 /// Row level security: two tenants on two connections.
-async fn no_client_sees_a_row_of_another_tenant(tenancy: Tenancy, duration: Duration) {
-    let (emulator, proxy) = sharing(2).await;
+async fn no_client_sees_a_row_of_another_tenant(tenancy: Tenancy) {
+    for mode in [PoolMode::Transaction, PoolMode::Auto] {
+        tenants_are_apart(tenancy, mode).await;
+    }
+}
+
+async fn tenants_are_apart(tenancy: Tenancy, mode: PoolMode) {
+    let (emulator, proxy) = proxy_in(mode, 2).await;
     let app = emulator.identities().app.name.clone();
     let superuser = harness::superuser().await;
     let tag = format!("tenant_{}", std::process::id());
@@ -372,7 +384,7 @@ async fn no_client_sees_a_row_of_another_tenant(tenancy: Tenancy, duration: Dura
         ))
         .await
         .unwrap();
-    let until = Instant::now() + duration;
+    let until = Instant::now() + tenants_duration();
     let clients: JoinSet<usize> = (0..20)
         .map(|number| {
             let (config, tenant) = (proxy.client_config(), roles[number % 2].clone());
@@ -412,7 +424,7 @@ async fn no_client_sees_a_row_of_another_tenant(tenancy: Tenancy, duration: Dura
             }
         })
         .collect();
-    let looks = within("the clients", clients.join_all()).await;
+    let looks = clients.join_all().await;
     assert!(looks.iter().all(|count| *count > 3), "{looks:?}");
     assert!(emulator.counts().logins <= 2);
     superuser
@@ -425,15 +437,15 @@ async fn no_client_sees_a_row_of_another_tenant(tenancy: Tenancy, duration: Dura
 
 #[tokio::test]
 async fn no_client_sees_a_row_of_another_tenant_by_a_setting() {
-    no_client_sees_a_row_of_another_tenant(Tenancy::Setting, Duration::from_secs(3)).await;
+    no_client_sees_a_row_of_another_tenant(Tenancy::Setting).await;
 }
 
 #[tokio::test]
 async fn no_client_sees_a_row_of_another_tenant_by_a_role() {
-    no_client_sees_a_row_of_another_tenant(Tenancy::Role, Duration::from_secs(3)).await;
+    no_client_sees_a_row_of_another_tenant(Tenancy::Role).await;
 }
 
 #[tokio::test]
 async fn no_client_sees_a_row_of_another_tenant_by_a_transaction() {
-    no_client_sees_a_row_of_another_tenant(Tenancy::Transaction, Duration::from_secs(3)).await;
+    no_client_sees_a_row_of_another_tenant(Tenancy::Transaction).await;
 }
