@@ -7,7 +7,7 @@ use tokio::{
     io::AsyncReadExt,
     sync::Semaphore,
     task::JoinSet,
-    time::{sleep, timeout},
+    time::{Instant, sleep, timeout},
 };
 
 use crate::{
@@ -55,13 +55,28 @@ impl Manner {
     }
 }
 
-pub(crate) async fn churn(stage: &Stage) {
+/// With a `duration`, crowd after crowd, and the memory after each.
+pub(crate) async fn churn(stage: &Stage, duration: Option<Duration>) {
     let process = stage.proxy.id();
     settled(stage, usize::MAX).await;
     let before = descriptors(process);
     crowd(stage, 0..WARM_UP).await;
     let warm = status(process, "VmRSS");
-    crowd(stage, WARM_UP..CLIENTS).await;
+    let began = Instant::now();
+    let mut crowds = 0;
+    while crowds == 0 || duration.is_some_and(|duration| began.elapsed() < duration) {
+        crowd(stage, WARM_UP..CLIENTS).await;
+        crowds += 1;
+        if duration.is_some() {
+            println!(
+                "   {:4} s: {} clients, resident {} kB, {} descriptors",
+                began.elapsed().as_secs(),
+                WARM_UP + crowds * (CLIENTS - WARM_UP),
+                status(process, "VmRSS"),
+                descriptors(process)
+            );
+        }
+    }
     settled(stage, before).await;
 
     let opened = metric(stage.http, "client_connections_opened_total").await;

@@ -5,6 +5,7 @@
 //! cargo test --test soak -- churn idle       only these
 //! cargo test --test soak -- visits --program PATH     of another build of the proxy
 //! cargo test --test soak -- canary canary-transaction --seconds 600      for so long each (default: 60)
+//! cargo test --test soak -- churn --pool-mode auto --seconds 3600        crowd after crowd for so long (default: one)
 //! cargo test --test soak -- differential --programs 10000 --seed 2       so many of this sequence (default: 1)
 //! cargo test --test soak -- differential --pool-mode auto --seconds 600   in this mode only
 //! ```
@@ -188,6 +189,9 @@ fn main() -> ExitCode {
             }
             let more = match name {
                 "canary" => canary::arguments("session"),
+                "churn" => pool_mode
+                    .as_deref()
+                    .map_or_else(Vec::new, canary::arguments),
                 "canary-transaction" | "volume-transaction" => canary::arguments("transaction"),
                 _ => Vec::new(),
             };
@@ -198,7 +202,7 @@ fn main() -> ExitCode {
                 "value" => volume::one_value(&stage).await,
                 "slow-reader" => volume::slow_reader(&stage).await,
                 "volume-transaction" => volume::of_shared(&stage).await,
-                "churn" => churn::churn(&stage).await,
+                "churn" => churn::churn(&stage, pool_mode.as_ref().map(|_| duration)).await,
                 "canary" => canary::clients(&stage, duration, false).await,
                 "canary-transaction" => canary::clients(&stage, duration, true).await,
                 "idle" => idle::sessions(&stage).await,
