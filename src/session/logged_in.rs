@@ -96,13 +96,13 @@ impl LoggedIn<'_> {
                 unsent: std::mem::take(&mut self.unsent),
                 ends_at_rest: self.shares,
             };
+            // Boxes, as each session needs the room of one at most, and a client at rest of none.
             let ended = if let Some(state) = &mut self.state
                 && let Some(mut shared) = lease.share(state)
             {
-                // A box, as most sessions share nothing.
                 Box::pin(relaying.run(client, &mut shared, leftover)).await
             } else {
-                relaying.run(client, &mut lease.stream, leftover).await
+                Box::pin(relaying.run(client, &mut lease.stream, leftover)).await
             };
             if ended.end != End::Rest {
                 return ended;
