@@ -17,7 +17,7 @@ mod server;
 mod text;
 
 use std::{
-    collections::{HashMap, HashSet, VecDeque},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     hash::{DefaultHasher, Hash, Hasher},
     sync::Arc,
 };
@@ -85,18 +85,18 @@ pub enum Passage {
 )]
 pub struct ClientStatements {
     texts: Arc<Texts>,
-    names: HashMap<Box<[u8]>, Named>,
+    names: BTreeMap<Box<[u8]>, Named>,
     unnamed: Option<Arc<Prepared>>,
     /// Names of statements that SQL has prepared.
-    by_sql: HashSet<Box<[u8]>>,
+    by_sql: BTreeSet<Box<[u8]>>,
     charge: usize,
     queue: VecDeque<Record>,
     /// What the names are after the queue, where that differs; the unnamed statement has the empty name.
-    latest: HashMap<Box<[u8]>, Latest>,
+    latest: BTreeMap<Box<[u8]>, Latest>,
     /// The last record that may forget any name.
     forgets_all: Option<u64>,
     /// The last Bind whose statement changes names by SQL.
-    portal: Option<(Box<[u8]>, Sql)>,
+    portal: Option<Box<(Box<[u8]>, Sql)>>,
     /// The statement of the last CommandComplete, if it concerns settings.
     completed: Option<Box<[u8]>>,
     /// Of the connection that is this client's alone.
@@ -302,12 +302,12 @@ impl ClientStatements {
     pub fn new(texts: &Arc<Texts>) -> Self {
         Self {
             texts: Arc::clone(texts),
-            names: HashMap::new(),
+            names: BTreeMap::new(),
             unnamed: None,
-            by_sql: HashSet::new(),
+            by_sql: BTreeSet::new(),
             charge: 0,
             queue: VecDeque::new(),
-            latest: HashMap::new(),
+            latest: BTreeMap::new(),
             forgets_all: None,
             portal: None,
             completed: None,
@@ -326,7 +326,7 @@ impl ClientStatements {
 
     /// Begins to use a connection, both at rest.
     pub fn begin(&mut self, server: &mut ServerStatements) {
-        (self.queue, self.latest) = std::mem::take(&mut server.in_flight);
+        self.queue = std::mem::take(&mut server.in_flight);
         let is_new = self.names.is_empty() && self.unnamed.is_none();
         match server.names {
             Names::Exclusive(number) if self.exclusive == Some(number) => return,
@@ -345,11 +345,11 @@ impl ClientStatements {
 
     /// Parts with the connection, both at rest. The memory for messages in flight stays there, as clients may be many.
     pub(super) fn end(&mut self, server: &mut ServerStatements) {
+        self.latest = BTreeMap::new();
         let queue = std::mem::take(&mut self.queue);
         if queue.capacity() <= MAX_QUEUE_KEPT {
-            server.in_flight = (queue, std::mem::take(&mut self.latest));
+            server.in_flight = queue;
         }
-        self.latest = HashMap::new();
     }
 
     /// Whether the order of messages is not known any more, so that the connection must not be shared.

@@ -85,35 +85,43 @@ impl LoggedIn<'_> {
         {
             return ended;
         }
-        while let Some(lease) = &mut self.lease {
-            let leftover = std::mem::take(&mut self.leftover);
-            let relaying = Relaying {
-                session: self.session,
-                activity: self.entry.activity(),
-                shutdown: &self.shutdown,
-                keeps_server: lease.is_pooled(),
-                traces: self.traces.as_deref_mut(),
-                unsent: std::mem::take(&mut self.unsent),
-                ends_at_rest: self.shares,
-            };
-            // Boxes, as each session needs the room of one at most, and a client at rest of none.
-            let ended = if let Some(state) = &mut self.state
-                && let Some(mut shared) = lease.share(state)
-            {
-                Box::pin(relaying.run(client, &mut shared, leftover)).await
-            } else {
-                Box::pin(relaying.run(client, &mut lease.stream, leftover)).await
-            };
+        while self.lease.is_some() {
+            // Boxes, as either is over before the other begins.
+            let ended = Box::pin(self.relay_lease(client)).await;
             if ended.end != End::Rest {
                 return ended;
             }
             self.unsent = client.received.len();
-            // A box, as most sessions never rest.
             if let Err(ended) = Box::pin(self.rest(client)).await {
                 return ended;
             }
         }
         Ended::at_rest(End::Client)
+    }
+
+    /// Relays for as long as the client has its server connection.
+    async fn relay_lease<S: Transport>(&mut self, client: &mut Client<S>) -> Ended {
+        let Some(lease) = &mut self.lease else {
+            return Ended::at_rest(End::Client);
+        };
+        let leftover = std::mem::take(&mut self.leftover);
+        let relaying = Relaying {
+            session: self.session,
+            activity: self.entry.activity(),
+            shutdown: &self.shutdown,
+            keeps_server: lease.is_pooled(),
+            traces: self.traces.as_deref_mut(),
+            unsent: std::mem::take(&mut self.unsent),
+            ends_at_rest: self.shares,
+        };
+        if let Some(state) = &mut self.state
+            && let Some(mut shared) = lease.share(state)
+        {
+            // A box, as most sessions share nothing.
+            Box::pin(relaying.run(client, &mut shared, leftover)).await
+        } else {
+            relaying.run(client, &mut lease.stream, leftover).await
+        }
     }
 
     /// Parts with the server connection, and takes another one once the client sends a request.

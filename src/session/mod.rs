@@ -111,9 +111,9 @@ pub(crate) async fn serve<S: Transport>(
     };
     tracing::trace!(peer = %session.peer, "client accepted");
     let mut client = Client::new(stream);
-    // `Err` is the end of a session without a relay, also of one that has all that it requested. A box for each phase, as
-    // the task lives as long as the relay, and should keep the memory of no other.
-    let logged_in = async {
+    // `Err` is the end of a session without a relay, also of one that has all that it requested. Boxes, as the
+    // task lives as long as the relay, and should keep the memory of no other phase.
+    let logged_in = Box::pin(async {
         let handshake = Handshake::new(&session, permit);
         let request = match Box::pin(handshake.receive(&mut client)).await? {
             Request::Cancel(cancel) => return Err(Box::pin(cancel.forward(&mut client)).await),
@@ -126,7 +126,7 @@ pub(crate) async fn serve<S: Transport>(
         };
         let connected = Box::pin(access.admit()?.connect(&mut client)).await?;
         Box::pin(connected.welcome(&mut client)).await
-    };
+    });
     let mut logged_in = match logged_in.await {
         Ok(logged_in) => logged_in,
         Err(closing) => return Box::pin(session.close(&mut client, closing)).await,

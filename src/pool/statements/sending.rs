@@ -80,8 +80,8 @@ impl Sending<'_> {
             tag::EXECUTE => {
                 let (portal, _) = split_string(body).unwrap_or_default();
                 let sql = self.client.portal.as_ref();
-                let sql = sql.filter(|(it, _)| **it == *portal);
-                match sql.map(|(_, sql)| sql.clone()) {
+                let sql = sql.filter(|it| *it.0 == *portal);
+                match sql.map(|it| it.1.clone()) {
                     Some(sql) if body.len() == message.length => self.execute(message, sql),
                     _ => {
                         self.forward(message);
@@ -492,12 +492,12 @@ impl Sending<'_> {
     /// Records what an Execute of the portal changes.
     fn bound(&mut self, portal: &[u8], statement: Option<&Prepared>) {
         if let Some(sql) = statement.and_then(|it| it.sql.clone()) {
-            self.client.portal = Some((portal.into(), sql));
+            self.client.portal = Some(Box::new((portal.into(), sql)));
         } else if self
             .client
             .portal
             .as_ref()
-            .is_some_and(|(it, _)| **it == *portal)
+            .is_some_and(|it| *it.0 == *portal)
         {
             self.client.portal = None;
         }

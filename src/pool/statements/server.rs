@@ -5,7 +5,7 @@ use std::{
     sync::Arc,
 };
 
-use super::{Latest, Record, text::Prepared};
+use super::{Record, text::Prepared};
 
 /// What a server connection has prepared.
 #[derive(Debug)]
@@ -17,7 +17,7 @@ pub struct ServerStatements {
     pub(super) leaving: HashMap<u64, u64>,
     pub(super) unnamed: Option<Arc<Prepared>>,
     /// Empty: the memory of its last client's.
-    pub(super) in_flight: (VecDeque<Record>, HashMap<Box<[u8]>, Latest>),
+    pub(super) in_flight: VecDeque<Record>,
     limit: usize,
     clock: u64,
 }
@@ -57,7 +57,7 @@ impl ServerStatements {
             known: HashMap::new(),
             leaving: HashMap::new(),
             unnamed: None,
-            in_flight: Default::default(),
+            in_flight: VecDeque::new(),
             limit: limit.max(1),
             clock: 0,
         }
