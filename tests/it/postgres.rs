@@ -37,8 +37,9 @@ impl Cluster {
         Self::start_at(5432, "").await
     }
 
-    /// Reached over TCP, too, with TLS on request; `ca_file` is the trusted root.
-    pub(crate) async fn start_with_tls() -> (Self, ReservedPort) {
+    /// Reached over TCP, too, with TLS on request; `ca_file` is the trusted root. `None` if this Postgres was built without
+    /// TLS, as the one that is fetched where none is installed.
+    pub(crate) async fn start_with_tls() -> Option<(Self, ReservedPort)> {
         let port = ReservedPort::new();
         let cluster = Self::start_at(port.number(), "127.0.0.1").await;
         let data = cluster.directory.path().join("data");
@@ -57,11 +58,15 @@ impl Cluster {
             Owner::of(&data).give(&path);
         }
         let admin = cluster.connect("postgres").await;
+        let library = admin.query_one("SHOW ssl_library", &[]).await.unwrap();
+        if library.get::<_, &str>(0).is_empty() {
+            return None;
+        }
         admin
             .batch_execute("ALTER SYSTEM SET ssl = on")
             .await
             .unwrap();
-        (cluster, port)
+        Some((cluster, port))
     }
 
     /// The certificate of [`start_with_tls`](Self::start_with_tls), which is its own authority.

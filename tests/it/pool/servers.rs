@@ -413,7 +413,11 @@ async fn connections_that_reach_their_lifetime_are_replaced_one_by_one_and_only_
         })
         .collect();
     within("the clients", clients.join_all()).await;
-    let logins = emulator.counts().logins;
+    let logins = eventually("no login is under way", async || {
+        let counts = emulator.counts();
+        (counts.dials == counts.logins).then_some(counts.logins)
+    })
+    .await;
     // Each lives for 0.8 s at least.
     assert!(
         (2 * SIZE..=7 * SIZE).contains(&logins),
