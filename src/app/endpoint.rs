@@ -157,7 +157,7 @@ impl Served {
         let registry = EndpointSessions::new(&shared.observer.registry, label, &metrics, closed);
         let pools = PoolContext {
             registry: registry.clone(),
-            settings: ArcSwap::from_pointee(shared.settings().pool()),
+            settings: ArcSwap::from_pointee(bound.config.pool(&shared.settings())),
             metrics: Arc::clone(&metrics),
             shutdown: process.shutdown.clone(),
             tasks: shared.helpers.clone(),
@@ -304,6 +304,7 @@ impl Served {
             pool_mode: self.context.pools.mode(),
             pool_settings: self.context.pools.settings(),
             is_paused: self.context.pools.is_paused(),
+            statements: self.context.pools.statements(),
             pools: self.context.pools.snapshot(),
             upstream,
             credential: CredentialSnapshot {

@@ -184,10 +184,12 @@ impl Shared {
         self.process.config.store(Arc::new(session_config));
         for served in self.endpoints.now().iter() {
             let its = |endpoint: &&EndpointConfig| endpoint.has_same_listener(&served.config);
-            // A removed endpoint keeps its mode; it has no new clients.
-            let mode = config.endpoints.iter().find(its);
-            let mode = mode.map_or(served.context.pools.mode(), |endpoint| endpoint.pool_mode);
-            served.context.pools.apply(mode, config.settings.pool());
+            let pools = &served.context.pools;
+            match config.endpoints.iter().find(its) {
+                Some(endpoint) => pools.apply(endpoint.pool_mode, endpoint.pool(&config.settings)),
+                // A removed endpoint keeps its mode; it has no new clients.
+                None => pools.apply(pools.mode(), config.settings.pool()),
+            }
         }
         self.announce(config);
     }

@@ -4,6 +4,7 @@ use secrecy::{ExposeSecret, SecretString};
 
 use super::{Config, EndpointConfig, declare::Reload};
 
+const PIN_SESSIONS: &str = "pin_sessions";
 const POOL_MODE: &str = "pool_mode";
 const SOCKET_MODE: &str = "unix_socket_mode";
 /// The keys of an endpoint's listener.
@@ -129,6 +130,10 @@ impl Config {
                 kept.pool_mode = endpoint.pool_mode;
                 change.apply(POOL_MODE);
             }
+            if kept.pin_sessions != endpoint.pin_sessions {
+                kept.pin_sessions = endpoint.pin_sessions;
+                change.apply(PIN_SESSIONS);
+            }
             change.config.endpoints.push(kept);
         }
         change.removed = old.into_iter().flatten().cloned().collect();
@@ -143,7 +148,7 @@ fn exposed(password: Option<&SecretString>) -> Option<&str> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{DurationSetting, Environment};
+    use crate::config::{DurationSetting, EndpointSettings, Environment, PinSessions, PoolMode};
 
     const NAME: &str = "projects/p/branches/b/endpoints/e";
 
@@ -216,6 +221,28 @@ mod tests {
         assert!(change.applied.is_empty());
         assert_eq!(change.config.http, old.http);
         assert_eq!(change.config.change_to(config(new)).restart, expected);
+    }
+
+    #[test]
+    fn how_an_endpoint_pools_is_applied() {
+        let of = |own: &str| {
+            let table = "host = \"h\"\nname = \"projects/p/branches/b/endpoints/e\"\nlisten = 5433";
+            format!("pin_sessions = \"refuse\"\n[[endpoint]]\n{table}\n{own}")
+        };
+        let own = "pool_mode = \"transaction\"\npin_sessions = \"pin\"";
+        let change = change(&of(""), &of(own));
+        assert_eq!(change.applied, ["pool_mode", "pin_sessions"]);
+        let endpoint = &change.config.endpoints[0];
+        let pool = endpoint.pool(&change.config.settings);
+        assert_eq!(
+            (endpoint.pool_mode, pool.pin_sessions),
+            (PoolMode::Transaction, PinSessions::Pin)
+        );
+        let before = config(&of(""));
+        let pool = before.endpoints[0].pool(&before.settings);
+        assert_eq!(pool.pin_sessions, PinSessions::Refuse);
+        let flag: EndpointSettings = "e?pin-sessions=refuse".parse().unwrap();
+        assert_eq!(flag.pin_sessions, Some(PinSessions::Refuse));
     }
 
     #[test]

@@ -6,7 +6,8 @@ use secrecy::{ExposeSecret, SecretString};
 
 use super::{
     ConfigError, CredentialSetting, DEFAULT_DATABASE, EndpointSettings, Environment,
-    ListenAddresses, POSTGRES_PORT, PoolMode, values::host_addresses, without_userinfo,
+    ListenAddresses, POSTGRES_PORT, PinSessions, PoolMode, PoolSettings, Settings,
+    values::host_addresses, without_userinfo,
 };
 
 /// The configuration of one endpoint.
@@ -32,6 +33,8 @@ pub struct EndpointConfig {
     pub read_only: bool,
     /// How its clients share server connections.
     pub pool_mode: PoolMode,
+    /// Whether they are refused what needs a connection for longer than a transaction.
+    pub pin_sessions: PinSessions,
     /// TLS to the endpoint.
     pub tls: TlsMode,
     /// The source of its credential.
@@ -82,7 +85,7 @@ impl EndpointConfig {
     pub(super) fn resolve(
         table: EndpointSettings,
         listen: ListenAddresses,
-        default_pool_mode: PoolMode,
+        settings: &Settings,
         environment: &Environment,
     ) -> Result<Self, ConfigError> {
         // Databricks Apps names an app's database only by its host.
@@ -159,10 +162,19 @@ impl EndpointConfig {
             database: table.database,
             app,
             read_only: table.read_only,
-            pool_mode: table.pool_mode.unwrap_or(default_pool_mode),
+            pool_mode: table.pool_mode.unwrap_or(settings.pool_mode()),
+            pin_sessions: table.pin_sessions.unwrap_or(settings.pin_sessions()),
             tls,
             credential,
         })
+    }
+
+    /// The settings of its pools.
+    pub fn pool(&self, settings: &Settings) -> PoolSettings {
+        PoolSettings {
+            pin_sessions: self.pin_sessions,
+            ..settings.pool()
+        }
     }
 
     /// The default database as far as the settings name it.

@@ -11,7 +11,7 @@ use clap::ValueEnum;
 use serde::Deserialize;
 
 use super::{
-    PoolMode,
+    PinSessions, PoolMode,
     values::{host_addresses, scalar},
 };
 
@@ -38,6 +38,8 @@ pub struct EndpointSettings {
     pub read_only: bool,
     /// How its clients share server connections, if not as the setting of this name has it.
     pub pool_mode: Option<PoolMode>,
+    /// Whether they are refused what needs a connection for longer than a transaction, if not as the setting of this name has it.
+    pub pin_sessions: Option<PinSessions>,
     /// The source of its credential, if not the workspace.
     pub credential: Option<CredentialSetting>,
 }
@@ -136,10 +138,14 @@ impl FromStr for EndpointSettings {
                     let mode = PoolMode::from_str(&value, true);
                     settings.pool_mode = Some(mode.map_err(|_| wrong())?);
                 }
+                "pin_sessions" | "pin-sessions" => {
+                    let pins = PinSessions::from_str(&value, true);
+                    settings.pin_sessions = Some(pins.map_err(|_| wrong())?);
+                }
                 "user" => settings.user = Some(value.into_owned()),
                 _ => {
                     return Err(format!(
-                        "`{key}` is no key of --endpoint; there are port, address, database, user, host, host_address, read_only, pool_mode"
+                        "`{key}` is no key of --endpoint; there are port, address, database, user, host, host_address, read_only, pool_mode, pin_sessions"
                     ));
                 }
             }

@@ -47,7 +47,7 @@ pub use self::{
     listen::{ListenAddresses, UnixSocket},
     log::{DEFAULT_FILTER, LogOptions},
     origin::{Origin, Origins},
-    pool::{PoolMode, PoolSettings},
+    pool::{PinSessions, PoolMode, PoolSettings},
     reference::ShownSetting,
     settings::Settings,
     source::Source,

@@ -1,6 +1,6 @@
 //! Settings of the connection pools.
 
-use std::{num::NonZeroUsize, time::Duration};
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
@@ -33,9 +33,24 @@ impl PoolMode {
     }
 }
 
+/// What becomes of a client that needs its server connection beyond the end of a transaction.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum PinSessions {
+    /// It keeps the connection until it leaves
+    #[default]
+    Pin,
+    /// With `transaction`, the request that would need it is refused
+    Refuse,
+}
+
 /// Sizes and times of the pools of an endpoint.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PoolSettings {
+    /// A connection that another client has left is reset, even if nothing that is known was left there.
+    pub pool_strict: bool,
+    /// What becomes of a client that needs its connection for longer than a transaction.
+    pub pin_sessions: PinSessions,
     /// Server connections of one database.
     pub default_pool_size: usize,
     /// Copies of the proxy that share the compute.
@@ -55,7 +70,7 @@ pub struct PoolSettings {
     /// The age from which a connection is closed between two clients.
     pub server_lifetime: Duration,
     /// Prepared statements of a connection that clients share.
-    pub max_prepared_statements: NonZeroUsize,
+    pub max_prepared_statements: usize,
     /// Bytes of the texts that clients of shared connections have prepared.
     pub prepared_statement_memory: usize,
 }
@@ -85,6 +100,8 @@ impl Settings {
     /// The settings of pools in force.
     pub fn pool(&self) -> PoolSettings {
         PoolSettings {
+            pool_strict: self.pool_strict(),
+            pin_sessions: self.pin_sessions(),
             default_pool_size: self.default_pool_size().get(),
             fleet_size: self.fleet_size().get(),
             reserve_pool_size: self.reserve_pool_size(),

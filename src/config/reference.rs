@@ -34,7 +34,7 @@ const ENDPOINTS: &str = "\
 # name = \"projects/my-project/branches/production/endpoints/primary\"
 # listen = 5433
 # read_only = true
-# pool_mode = \"session\"          # if unset, `pool_mode` above
+# pool_mode = \"session\"          # if unset, `pool_mode` above; `pin_sessions` likewise
 # host = \"ep-cool-breeze-1.database.us-east-1.cloud.databricks.com\"   # if unset, looked up
 # host_address = \"10.0.0.7\"      # dialed instead of the host's addresses; SNI and certificate check still use the host
 #

@@ -41,12 +41,18 @@ impl Config {
             .iter()
             .filter_map(|table| table.credential.as_ref().and_then(password_variable))
             .collect();
+        if settings.max_prepared_statements() == 0 {
+            return Err(ConfigError::new(
+                "max_prepared_statements is 0, so that no prepared statement could be executed",
+                "set it to 1 or more, or leave it out: prepared statements always follow their client, and cost nothing where there are none",
+            ));
+        }
         let mut addresses = AddressAssigner::new(&settings);
         let endpoints = tables
             .into_iter()
             .map(|table| {
                 let listen = addresses.next(table.listen)?;
-                EndpointConfig::resolve(table, listen, settings.pool_mode(), &environment)
+                EndpointConfig::resolve(table, listen, &settings, &environment)
             })
             .collect::<Result<Vec<_>, _>>()?;
         conflict::check(

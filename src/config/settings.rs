@@ -14,7 +14,7 @@ use std::{net::IpAddr, num::NonZeroUsize, path::PathBuf};
 
 use super::{
     ClientTlsSetting, DEFAULT_FILTER, DatabaseMapping, DurationSetting, LOCALHOST, LocalAuth,
-    ModeSetting, PoolMode, PortSetting, values,
+    ModeSetting, PinSessions, PoolMode, PortSetting, values,
 };
 
 settings! {
@@ -170,6 +170,20 @@ settings! {
         #[arg(value_enum, value_name = "MODE")]
         pool_mode: PoolMode = PoolMode::None => Endpoint;
 
+        /// Keep the connection of a client whose session state outlives its transaction, or refuse the request (`transaction` only)
+        ///
+        /// A refused request gets an ERROR with SQLSTATE 0A000 that names the feature, and the session goes on. What shows only
+        /// in the server's answer is not refused: its client keeps the connection.
+        /// An `[[endpoint]]` table may set its own.
+        #[arg(value_enum, value_name = "WHAT")]
+        pin_sessions: PinSessions = PinSessions::Pin => Endpoint;
+
+        /// Reset a server connection whenever another client gets it, also between two transactions
+        ///
+        /// One round trip for each change of client. It undoes what cannot be seen: settings and locks of functions whose text
+        /// the session has not sent. What a client has SET and prepared follows it as without.
+        pool_strict: bool = false => Live;
+
         /// Maximum server connections of a pool; there is one pool for each database
         ///
         /// All copies of the proxy share the limit of the compute (`SHOW max_connections`). A server that refuses a connection
@@ -212,8 +226,10 @@ settings! {
         server_idle_timeout: DurationSetting = DurationSetting::from_secs(60) => Live;
 
         /// Prepared statements that a server connection keeps when clients share it; one more drops the least recently used
+        ///
+        /// At least 1: statements always follow their client. PgBouncer's 0, which turns that off, has no counterpart.
         #[arg(value_name = "N")]
-        max_prepared_statements: NonZeroUsize = NonZeroUsize::new(200).unwrap_or(NonZeroUsize::MIN) => Live;
+        max_prepared_statements: usize = 200 => Live;
 
         /// Memory for the texts of prepared statements of clients that share server connections, in MiB
         ///

@@ -123,6 +123,11 @@ fn invalid_combinations_are_refused_with_a_hint() {
             "port = \"none\"",
             "--port is `none`, and there is no Unix socket",
         ),
+        (
+            &[],
+            "max_prepared_statements = 0",
+            "max_prepared_statements is 0",
+        ),
     ] {
         let error = resolve(variables, file).unwrap_err().to_string();
         assert!(error.contains(expected), "{expected}: {error}");

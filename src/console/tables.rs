@@ -157,6 +157,17 @@ static TABLES: &[Table] = &[
         sv_limit: Number = row.pool.map(|pool| pool.limit);
         sv_learned_limit: Number = row.pool.and_then(|pool| pool.learned_limit);
     }),
+    table!(prepared_statements "numbers of prepared statements of clients that share connections, never their texts"
+        |snapshot| &snapshot.endpoints, |endpoint| {
+        endpoint: Text = endpoint.name.as_str();
+        statements: Number = endpoint.statements.statements;
+        memory: Number = endpoint.statements.memory;
+        memory_limit: Number = endpoint.statements.memory_limit;
+        max_per_server: Number = endpoint.pool_settings.max_prepared_statements;
+        sent: Number = endpoint.statements.sent;
+        answered: Number = endpoint.statements.answered;
+        evicted: Number = endpoint.statements.evicted;
+    }),
     table!(refreshes "recent refreshes of credentials"
         |snapshot| refreshes(snapshot), |(endpoint, attempt, error)| {
         time: Text = attempt.at;

@@ -26,7 +26,7 @@ pub use report::{Outcome, Report, Setting, Step};
 
 use crate::{
     clock::Clock,
-    config::{Config, CredentialSource, Environment, Settings, WorkspaceSettings},
+    config::{Config, CredentialSource, Environment, PoolMode, Settings, WorkspaceSettings},
     telemetry::Metrics,
     workspace::Workspace,
 };
@@ -135,7 +135,7 @@ pub async fn run(
             let examine = |endpoint| Examined {
                 config: endpoint,
                 timeouts: config.settings.timeouts(),
-                pool: config.settings.pool(),
+                pool: endpoint.pool(&config.settings),
                 access: &access,
                 clock: &clock,
                 metrics: &metrics,

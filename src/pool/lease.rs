@@ -24,7 +24,7 @@ use crate::{
     },
     telemetry::{
         GaugeGuard,
-        labels::{PinReason, PoolClose, PoolLease, PoolReset, PoolServer, Reason},
+        labels::{PinReason, PoolClose, PoolLease, PoolServer, Reason},
     },
     upstream::{self, ConnectSettings, Refusal, Stream, Upstream},
 };
@@ -69,7 +69,8 @@ impl<'a> LeaseRequest<'a> {
             wanted: Wanted {
                 login: Arc::clone(&client.login),
                 settings: client.settings.clone(),
-                owner: client.owner,
+                client: Some(client.number),
+                owner: client.owner(),
             },
             connect,
         }
@@ -83,7 +84,9 @@ pub(super) struct Wanted {
     pub(super) login: Arc<LoginParameters>,
     /// What it has set since.
     pub(super) settings: Settings,
-    /// By which it has kept one.
+    /// Its number, if it has had one.
+    pub(super) client: Option<u64>,
+    /// The same, if it keeps one between two transactions.
     pub(super) owner: Option<u64>,
 }
 
@@ -92,6 +95,7 @@ impl From<Arc<LoginParameters>> for Wanted {
         Self {
             login,
             settings: Settings::default(),
+            client: None,
             owner: None,
         }
     }
@@ -247,12 +251,15 @@ impl Lease {
         if let Owner::Pool(mut record) = self.owner {
             if let Some(client) = &mut client {
                 client.statements.end(&mut record.statements);
+                if client.has_left_something() {
+                    record.left_by = Some(client.number);
+                }
             }
             if record.has_ended {
                 record.slot.close = PoolClose::Server;
                 return;
             }
-            record.owner = client.and_then(|client| client.owner);
+            record.owner = client.and_then(|client| client.owner());
             let stream = self.stream;
             ServerConnection { stream, record }.put_back();
         }
@@ -301,7 +308,7 @@ impl Pools {
 
     /// Takes back the connection that a client has kept, which has left for good.
     pub(crate) fn release(&self, client: &ClientState) {
-        let Some(owner) = client.owner else { return };
+        let Some(owner) = client.owner() else { return };
         let pool = self.pool(&client.login.database);
         let server = {
             let mut state = pool.lock();
@@ -391,12 +398,13 @@ impl Pool {
             login = Arc::clone(&record.login);
         }
         let reported = leased.parameter_status.clone();
-        let is_retaining = mode == PoolMode::Auto;
+        let pin_sessions = self.context.settings.load().pin_sessions;
         Some(Box::new(ClientState::new(
             login,
             reported,
             &self.texts,
-            is_retaining,
+            mode,
+            pin_sessions,
         )))
     }
 
@@ -579,16 +587,9 @@ impl ServerConnection {
         self.record.slot.enter(PoolServer::Resetting);
         let tasks = pool.context.tasks.clone();
         tasks.spawn(async move {
-            let resets = &pool.context.metrics.pool_resets;
             match self.reset(used).await {
-                Ok(()) => {
-                    resets[PoolReset::Done].inc();
-                    self.put_back();
-                }
-                Err(reason) => {
-                    resets[PoolReset::Failed].inc();
-                    pool.close(self, reason);
-                }
+                Ok(()) => self.put_back(),
+                Err(reason) => pool.close(self, reason),
             }
         });
     }
@@ -603,6 +604,7 @@ impl ServerConnection {
         let adopted = async {
             // The watch may not have had its turn.
             server.take_input().await?;
+            server.reset_for(wanted.client).await?;
             server.adopt(wanted).await
         };
         if let Err(error) = adopted.await {
@@ -610,6 +612,8 @@ impl ServerConnection {
                 // All of it is undone, as it was one transaction.
                 server.record.slot.close = PoolClose::Session;
                 server.put_back();
+            } else if let Unusable::NotReset(reason) = error {
+                server.record.slot.close = reason;
             } else {
                 server.record.slot.pool().lost(&error);
             }

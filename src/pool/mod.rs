@@ -23,6 +23,7 @@ mod lease;
 mod limit;
 mod local;
 mod open;
+mod refusal;
 mod reset;
 mod retention;
 mod server;
@@ -68,7 +69,7 @@ pub(crate) use self::{
 use crate::{
     config::{PoolMode, PoolSettings},
     shutdown::{Phase, Shutdown},
-    status::{EndpointSessions, PoolSnapshot},
+    status::{EndpointSessions, PoolSnapshot, StatementsSnapshot},
     telemetry::{
         Metrics,
         labels::{PinReason, PoolClose, PoolServer},
@@ -228,6 +229,11 @@ impl Pools {
         let mut pools = self.all();
         pools.sort_by(|one, other| one.database.cmp(&other.database));
         pools.iter().map(|pool| pool.snapshot()).collect()
+    }
+
+    /// What clients have prepared.
+    pub(crate) fn statements(&self) -> StatementsSnapshot {
+        self.texts.snapshot()
     }
 
     fn all(&self) -> Vec<Arc<Pool>> {
@@ -495,6 +501,7 @@ impl State {
         let Wanted {
             login,
             settings,
+            client: _,
             owner,
         } = wanted;
         let suiting = self.idle.iter().enumerate().filter(|(_, idle)| {

@@ -10,7 +10,10 @@ use super::{
     server::{ServerConnection, Unusable},
     settings::Settings,
 };
-use crate::{protocol::requests::TransactionStatus, telemetry::labels::PoolClose};
+use crate::{
+    protocol::requests::TransactionStatus,
+    telemetry::labels::{PoolClose, PoolReset},
+};
 
 /// In this order: the role first, as it may lack the right to the rest, and the settings last, as they may have changed what
 /// the other statements do. Names are qualified, as the client may have changed `search_path`.
@@ -31,6 +34,14 @@ pub(crate) struct Used {
 }
 
 impl Used {
+    /// What clients may have done that have parted with the connection between two transactions.
+    const UNKNOWN: Self = Self {
+        status: TransactionStatus::Idle,
+        is_touched: true,
+        is_reported: true,
+        is_resettable: true,
+    };
+
     /// Whether the connection is as the session found it.
     pub(super) fn is_clean(self) -> bool {
         self.status == TransactionStatus::Idle && !self.is_touched && !self.is_reported
@@ -61,6 +72,30 @@ impl ServerConnection {
     /// # Errors
     /// Why it must be closed.
     pub(super) async fn reset(&mut self, used: Used) -> Result<(), PoolClose> {
+        let done = self.reset_uncounted(used).await;
+        let result = if done.is_ok() {
+            PoolReset::Done
+        } else {
+            PoolReset::Failed
+        };
+        self.record.slot.pool().context.metrics.pool_resets[result].inc();
+        done
+    }
+
+    /// The same if another client than this one has left it, as far as the settings want that. Not cancel safe.
+    ///
+    /// # Errors
+    /// It must be closed.
+    pub(super) async fn reset_for(&mut self, client: Option<u64>) -> Result<(), Unusable> {
+        let record = &self.record;
+        let is_strict = record.slot.pool().context.settings.load().pool_strict;
+        if !is_strict || record.left_by.is_none() || record.left_by == client {
+            return Ok(());
+        }
+        self.reset(Used::UNKNOWN).await.map_err(Unusable::NotReset)
+    }
+
+    async fn reset_uncounted(&mut self, used: Used) -> Result<(), PoolClose> {
         // The parameters that changed may not all be the client's doing: those are not reported again.
         let parameters = if used.is_reported {
             self.record.reported.names()
@@ -77,6 +112,7 @@ impl ServerConnection {
                 _ => PoolClose::ResetFailed,
             });
         }
+        self.record.left_by = None;
         self.record.is_encoding_set = false;
         self.record.statements.clear();
         self.record.settings = Settings::default();

@@ -30,7 +30,10 @@ use crate::{
         reported::Reported,
         startup::{CancelKey, query, terminate},
     },
-    telemetry::{GaugeGuard, labels::Reason},
+    telemetry::{
+        GaugeGuard,
+        labels::{PoolClose, Reason},
+    },
     upstream::{self, Refusal, Stream},
 };
 
@@ -59,6 +62,8 @@ pub(super) struct Record {
     pub(super) is_used: bool,
     /// The server has closed it under a client at rest.
     pub(super) has_ended: bool,
+    /// The client that has used it since it was opened or reset, and has left it between two transactions.
+    pub(super) left_by: Option<u64>,
     /// While it is idle: the client that gets it next, unless another needs it.
     pub(super) owner: Option<u64>,
     /// A SET of ours has changed the client encoding since the login or the last reset.
@@ -94,6 +99,8 @@ pub(super) enum Unusable {
     Unexpected(u8),
     #[error("a startup parameter holds a zero byte")]
     ZeroByte,
+    #[error("it could not be reset after another client")]
+    NotReset(PoolClose),
 }
 
 impl Unusable {
@@ -162,10 +169,11 @@ impl ServerConnection {
                 gauge,
                 is_used: false,
                 has_ended: false,
+                left_by: None,
                 owner: None,
                 is_encoding_set: login.client_encoding.is_some(),
                 settings: Settings::default(),
-                statements: ServerStatements::new(max_statements.get()),
+                statements: ServerStatements::new(max_statements),
                 login,
                 reported: Reported::parse(&greeting.parameter_status),
                 key: greeting.key,

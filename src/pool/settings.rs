@@ -13,6 +13,7 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
+pub(super) use self::change::pin_of_change;
 pub use self::change::{Change, Dialect};
 use crate::{
     protocol::{

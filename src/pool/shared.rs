@@ -21,7 +21,7 @@ use tokio::{
 };
 
 use super::{
-    Used,
+    Used, refusal,
     retention::RETENTION,
     server::{CLIENT_ENCODING, Record, scope},
     settings::{Change, Dialect, Pending, Settings},
@@ -30,6 +30,7 @@ use super::{
     },
 };
 use crate::{
+    config::{PinSessions, PoolMode},
     net::socket::{Socket, Transport},
     protocol::{
         error::ErrorFields,
@@ -76,8 +77,12 @@ pub(crate) struct ClientState {
     reported_pin: Option<PinReason>,
     /// A [verification](super::verify) has failed, and the client has sent nothing since.
     is_verified: bool,
-    /// By which it keeps its connection between two transactions, in a mode that leaves it that.
-    pub(super) owner: Option<u64>,
+    /// Identifies it among the clients of the endpoint.
+    pub(super) number: u64,
+    /// It keeps its connection between two transactions, unless another client needs that.
+    is_retaining: bool,
+    /// Is refused what would [pin](refusal) it.
+    refuses_pins: bool,
 }
 
 impl ClientState {
@@ -86,8 +91,10 @@ impl ClientState {
         login: Arc<LoginParameters>,
         reported: Bytes,
         texts: &Arc<Texts>,
-        is_retaining: bool,
+        mode: PoolMode,
+        pin_sessions: PinSessions,
     ) -> Self {
+        let refuses_pins = mode == PoolMode::Transaction && pin_sessions == PinSessions::Refuse;
         Self {
             scope: scope(&login),
             login,
@@ -100,7 +107,9 @@ impl ClientState {
             pin: None,
             reported_pin: None,
             is_verified: false,
-            owner: is_retaining.then(|| texts.number()),
+            number: texts.number(),
+            is_retaining: mode == PoolMode::Auto,
+            refuses_pins,
         }
     }
 
@@ -148,7 +157,17 @@ impl ClientState {
 
     /// Whether the client has its last connection again, unless another needs that.
     pub(crate) fn is_retaining(&self) -> bool {
-        self.owner.is_some()
+        self.is_retaining
+    }
+
+    /// By which it is given its last connection again.
+    pub(super) fn owner(&self) -> Option<u64> {
+        self.is_retaining.then_some(self.number)
+    }
+
+    /// Whether it may have left anything on its connections.
+    pub(super) fn has_left_something(&self) -> bool {
+        self.traces.is_used()
     }
 
     /// The ParameterStatus messages that the client lacks, on a connection that has these.
@@ -546,10 +565,20 @@ impl<'a> SharedStream<'a> {
             self.is_blocked = true;
             return Err(Blocked);
         }
+        let message = ClientMessage { tag, length, body };
+        if let Some(reason) = self.refused(message) {
+            let report = refusal::report(reason);
+            let servers = &mut self.record.statements;
+            let statements = &mut self.client.statements;
+            statements.refuse(servers, tag, &report, &mut self.to_server);
+            self.client.traces.client_is_refused(frame);
+            self.from_client.removed = length - body.len();
+            return Ok(());
+        }
         let meaning = self.meaning(tag);
         let sent = self.client.statements.client_sends(
             &mut self.record.statements,
-            ClientMessage { tag, length, body },
+            message,
             meaning,
             &mut self.to_server,
             &mut self.to_client,
@@ -563,6 +592,25 @@ impl<'a> SharedStream<'a> {
         self.from_client.removed = replaced.saturating_sub(arrived);
         self.from_client.passed = length - replaced.max(arrived);
         Ok(())
+    }
+
+    /// Why a message is refused that would pin the client.
+    fn refused(&self, message: ClientMessage<'_>) -> Option<PinReason> {
+        // What the server discards is not looked at.
+        if !self.client.refuses_pins || self.client.statements.is_skipping() {
+            return None;
+        }
+        let reason = refusal::pin_of(message, self.dialect())?;
+        let metrics = &self.record.slot.pool().context.metrics;
+        metrics.pool_refused_pins[reason].inc();
+        Some(reason)
+    }
+
+    fn dialect(&self) -> Dialect {
+        Dialect {
+            backslash: Backslash::Plain,
+            is_utf8: self.reports(CLIENT_ENCODING, "UTF8"),
+        }
     }
 
     /// Takes what the server has sent. As many of its bytes as are returned are the client's as they are; what else it gets is
@@ -668,10 +716,7 @@ impl<'a> SharedStream<'a> {
         if matches!(command, Command::Other | Command::Definition) {
             return;
         }
-        let dialect = Dialect {
-            backslash: Backslash::Plain,
-            is_utf8: self.reports(CLIENT_ENCODING, "UTF8"),
-        };
+        let dialect = self.dialect();
         let text = text.unwrap_or_default();
         let statement = statements(&text, dialect.backslash).next();
         let changes = &mut self.client.changes;

@@ -33,7 +33,7 @@ pub use self::{
     text::{Meaning, Prepared, Texts},
 };
 use crate::protocol::{
-    error::{ErrorFields, sqlstate},
+    error::{ErrorFields, Report, sqlstate},
     frame::tag,
     lexer::{Backslash, Kind, Statement, Token, statements},
     requests::TransactionStatus,
@@ -172,6 +172,16 @@ enum Shown {
     ErrorsOfPool,
     /// This error, if the server reports that a statement does not exist.
     Instead(BytesMut),
+}
+
+impl Shown {
+    /// What becomes of an answer that is no error.
+    fn passage(&self) -> Passage {
+        match self {
+            Self::All | Self::Instead(_) => Passage::Pass,
+            Self::Errors | Self::ErrorsOfPool => Passage::Drop,
+        }
+    }
 }
 
 /// What an answer changes.
@@ -426,7 +436,9 @@ impl ClientStatements {
     /// Whether the client has a statement that cannot be prepared elsewhere.
     pub fn has_large(&self) -> bool {
         // The search is for those only that have ever had one.
-        self.had_large && self.names.values().any(|it| it.statement.is_large())
+        let mut named = self.names.values().map(|it| &it.statement);
+        let unnamed = self.unnamed.as_ref();
+        self.had_large && (named.any(|it| it.is_large()) || unnamed.is_some_and(|it| it.is_large()))
     }
 
     /// Records a message of the client. Appends what the server is to be sent, and what the client is to be sent at once.
@@ -477,16 +489,46 @@ impl ClientStatements {
                     _ => TransactionStatus::Idle,
                 };
                 self.is_copying_in = false;
-                match self.queue.front().map(|it| &it.awaits) {
-                    Some(Awaits::Sync | Awaits::Query) => self.complete(server),
-                    _ => self.is_lost = true,
+                match self.queue.front().map(|it| (&it.awaits, &it.shown)) {
+                    Some((Awaits::Sync | Awaits::Query, shown)) => {
+                        let passage = shown.passage();
+                        self.complete(server);
+                        passage
+                    }
+                    _ => {
+                        self.is_lost = true;
+                        Passage::Pass
+                    }
                 }
-                Passage::Pass
             }
             _ => self.progress(server, kind, body),
         };
         self.answer(server, to_client);
         passage
+    }
+
+    /// Has the server fail in the place of a message of the client, which is answered with this report.
+    pub(super) fn refuse(
+        &mut self,
+        server: &mut ServerStatements,
+        tag: u8,
+        report: &Report,
+        to_server: &mut BytesMut,
+    ) {
+        let mut sending = Sending {
+            client: self,
+            server,
+            out: to_server,
+        };
+        match tag {
+            tag::QUERY | tag::FUNCTION_CALL => sending.poison_query(report),
+            _ => sending.poison(report),
+        }
+    }
+
+    /// Whether the server discards what the client sends, up to the next Sync.
+    pub(super) fn is_skipping(&self) -> bool {
+        self.is_skipping
     }
 
     /// Records an answer that is part of the front message's, or ends it.
@@ -495,10 +537,7 @@ impl ClientStatements {
             self.is_lost = true;
             return Passage::Pass;
         };
-        let passage = match front.shown {
-            Shown::All | Shown::Instead(_) => Passage::Pass,
-            Shown::Errors | Shown::ErrorsOfPool => Passage::Drop,
-        };
+        let passage = front.shown.passage();
         let is_end = match (&front.awaits, kind) {
             (Awaits::Query, tag::COMMAND_COMPLETE) => {
                 let is_copy = std::mem::take(&mut self.is_copying_in);
@@ -696,7 +735,25 @@ impl ClientStatements {
             }
             Some(_) => {}
         }
-        let passage = self.show_error(body, to_client);
+        let is_sync = |it: &Record| matches!(it.awaits, Awaits::Sync);
+        let sync = self.queue.iter().position(is_sync);
+        let is_added = |at: &usize| {
+            let sync = self.queue.get(*at);
+            sync.is_some_and(|it| matches!(it.shown, Shown::Errors))
+        };
+        let passage = if let Some(sync) = sync.filter(is_added) {
+            // What the client has sent needs it, and has the error.
+            let mut report = BytesMut::new();
+            if self.show_error(body, &mut report) == Passage::Pass {
+                put(&mut report, tag::ERROR_RESPONSE, &[body], 0);
+            }
+            if let Some(behind) = self.queue.get_mut(sync + 1) {
+                behind.shown = Shown::Instead(report);
+            }
+            Passage::Drop
+        } else {
+            self.show_error(body, to_client)
+        };
         let Some(front) = self.queue.pop_front() else {
             return passage;
         };
@@ -721,10 +778,7 @@ impl ClientStatements {
                 self.unnamed = None;
             }
         }
-        let sync = self
-            .queue
-            .iter()
-            .position(|it| matches!(it.awaits, Awaits::Sync));
+        let sync = self.queue.iter().position(is_sync);
         self.is_skipping = sync.is_none();
         let discarded: Vec<Record> = self
             .queue
@@ -863,7 +917,7 @@ fn put(out: &mut BytesMut, tag: u8, parts: &[&[u8]], rest: usize) {
 }
 
 /// The string in front of a zero byte, and what follows that.
-fn split_string(body: &[u8]) -> Option<(&[u8], &[u8])> {
+pub(super) fn split_string(body: &[u8]) -> Option<(&[u8], &[u8])> {
     let end = body.iter().position(|&byte| byte == 0)?;
     Some((body.get(..end)?, body.get(end + 1..)?))
 }

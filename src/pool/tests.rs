@@ -15,6 +15,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::*;
 use crate::{
+    config::PinSessions,
     protocol::{frame::frame, options::LoginParameters},
     status::{Label, Registry},
     telemetry::{GaugeGuard, labels::PoolLease},
@@ -234,7 +235,13 @@ async fn a_connection_whose_server_reports_an_error_ends_or_stops_within_a_messa
 async fn a_verification_that_fails_leaves_the_client_its_connection() {
     let (pools, pool) = pool();
     let (mut connection, mut server) = pool.connection().await;
-    let mut client = ClientState::new(login(), Bytes::new(), &pools.texts, false);
+    let mut client = ClientState::new(
+        login(),
+        Bytes::new(),
+        &pools.texts,
+        PoolMode::Transaction,
+        PinSessions::Pin,
+    );
     let row = |temporary: &str| {
         let columns = ["0", "0", "0", temporary];
         let columns = columns.map(|it| [&1_u32.to_be_bytes()[..], it.as_bytes()].concat());

@@ -229,6 +229,12 @@ impl Traces {
         });
     }
 
+    /// Reads the start of a message that the server is not sent; the rest follows as of any other.
+    pub(crate) fn client_is_refused(&mut self, start: &[u8]) {
+        self.reading = Reading::Nothing;
+        self.from_client.scan_parts(start, |_| {});
+    }
+
     /// Records a command that the server has completed, for a caller that reads the server's messages itself.
     pub(crate) fn completed(&mut self, command: Command) {
         self.found[Trace::Loaded] |= command == Command::Load;

@@ -21,7 +21,7 @@ pub use self::{
     registry::{ClientInfo, Counts, Pin, Registry, Server, SessionEntry, SessionInfo},
     snapshot::{
         CredentialSnapshot, CredentialState, EndpointSnapshot, HttpListener, IdleServer,
-        PoolSnapshot, RefreshAttempt, RefreshError, Snapshot, TakeSnapshot, UpstreamSnapshot,
-        VERSION,
+        PoolSnapshot, RefreshAttempt, RefreshError, Snapshot, StatementsSnapshot, TakeSnapshot,
+        UpstreamSnapshot, VERSION,
     },
 };

@@ -73,12 +73,31 @@ pub struct EndpointSnapshot {
     pub pool_settings: PoolSettings,
     /// Whether all of its pools are paused, those to come included.
     pub is_paused: bool,
+    /// What its clients have prepared on connections that they share.
+    pub statements: StatementsSnapshot,
     /// Its pools, by database.
     pub pools: Vec<PoolSnapshot>,
     /// The upstream; `None` until discovery has found it.
     pub upstream: Option<UpstreamSnapshot>,
     /// Its credential.
     pub credential: CredentialSnapshot,
+}
+
+/// The prepared statements of shared connections at one moment, and since the start.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct StatementsSnapshot {
+    /// Different ones that clients have.
+    pub statements: usize,
+    /// Bytes of their texts.
+    pub memory: usize,
+    /// The most that these may be.
+    pub memory_limit: usize,
+    /// How often a server was sent one.
+    pub sent: u64,
+    /// How often a client was answered without that, as the server had it.
+    pub answered: u64,
+    /// How often a server gave up one for another.
+    pub evicted: u64,
 }
 
 /// The pool of one database at one moment.

@@ -323,6 +323,33 @@ label! {
 }
 
 impl PinReason {
+    /// What the client uses, as an error calls it.
+    pub const fn feature(self) -> &'static str {
+        match self {
+            Self::AdvisoryLock => "advisory locks of the session",
+            Self::Cursor => "cursors WITH HOLD",
+            Self::Encoding => "a client encoding whose texts cannot be read",
+            Self::LargeStatement => "named prepared statements of more than 64 KiB",
+            Self::Listen => "LISTEN",
+            Self::Load => "LOAD",
+            Self::ReplicationOrigin => "replication origins",
+            Self::Role => "SET SESSION AUTHORIZATION",
+            Self::Sequence => {
+                "values of sequences that the session remembers (nextval, setval, currval, lastval)"
+            }
+            Self::SetConfig => "set_config for the session",
+            Self::Setseed => "setseed",
+            Self::Settings => "settings changed by something else than SET",
+            Self::Snapshot => "exported snapshots",
+            Self::SqlPrepare => "SQL PREPARE",
+            Self::Temp => "temporary objects",
+            Self::UnknownState => {
+                "dynamic SQL in DO, dblink, languages with a state of their own, the function-call protocol"
+            }
+            Self::Unparsed => "standard_conforming_strings = off",
+        }
+    }
+
     /// What helps against it.
     pub const fn advice(self) -> &'static str {
         match self {

@@ -107,6 +107,17 @@ pub(super) fn of(statement: &Statement<'_>, dialect: Dialect) -> Result<Vec<Chan
     }
 }
 
+/// Why a statement would pin the session, if it is a SET or RESET of something else than a setting.
+pub(in crate::pool) fn pin_of_change(
+    statement: &Statement<'_>,
+    dialect: Dialect,
+) -> Option<PinReason> {
+    let is_change = statement.begins_with("set") || statement.begins_with("reset");
+    // What is not known as a form of SET is the server's to refuse.
+    let reason = is_change.then(|| of(statement, dialect).err()).flatten();
+    reason.filter(|reason| *reason != PinReason::Settings)
+}
+
 fn of_reset(tokens: &[Token<'_>]) -> Result<Vec<Change>, PinReason> {
     let change = match tokens {
         [all] if all.is_word("all") => Change::ResetAll,

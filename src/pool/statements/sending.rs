@@ -1,6 +1,9 @@
 //! What a message of the client becomes on its way to the server.
 
-use std::sync::Arc;
+use std::sync::{
+    Arc,
+    atomic::{AtomicU64, Ordering},
+};
 
 use bytes::BytesMut;
 
@@ -196,10 +199,15 @@ impl Sending<'_> {
     }
 
     fn parse_unnamed(&mut self, message: ClientMessage<'_>, rest: &[u8]) -> usize {
-        let statement = (message.length <= LARGE_STATEMENT).then(|| Arc::new(Prepared::new(rest)));
+        let statement = if message.length > LARGE_STATEMENT {
+            self.client.had_large = true;
+            self.client.texts.large()
+        } else {
+            Arc::new(Prepared::new(rest))
+        };
         let sent = self.forward(message);
         let effect = Effect::Unnamed {
-            statement,
+            statement: Some(statement),
             is_sent: true,
             is_clients: true,
         };
@@ -247,6 +255,7 @@ impl Sending<'_> {
             if is_sent {
                 self.server.add(&statement, name, self.client.unit);
             }
+            count(&self.client.texts.sent);
             let sent = self.forward(message);
             self.record(Awaits::Parse, Shown::All, parsed(statement, is_sent));
             return Ok(sent);
@@ -274,6 +283,7 @@ impl Sending<'_> {
             None => false,
         };
         if is_answered || !self.send_parse(&statement, Shown::All)? {
+            count(&self.client.texts.answered);
             let mut answer = BytesMut::new();
             put(&mut answer, tag::PARSE_COMPLETE, &[], 0);
             let effect = parsed(statement, false);
@@ -332,7 +342,12 @@ impl Sending<'_> {
         let old = self.server.known.remove(&statement.number);
         // More than one, when too many were in flight to evict any of them.
         let mut evicted = Vec::from_iter(old);
-        evicted.extend(std::iter::from_fn(|| self.server.evict()));
+        evicted.extend(std::iter::from_fn(|| {
+            self.server
+                .evict()
+                .inspect(|_| count(&self.client.texts.evicted))
+        }));
+        count(&self.client.texts.sent);
         for known in evicted {
             put(self.out, tag::CLOSE, &[b"S", &known.name, b"\0"], 0);
             let number = known.statement.number;
@@ -361,6 +376,13 @@ impl Sending<'_> {
             self.send_parse(statement, Shown::ErrorsOfPool)?;
         }
         Ok(())
+    }
+
+    /// Ends what was added before the first message of a unit: a Parse takes a snapshot, which the client's messages may not,
+    /// such as a BEGIN of another isolation level behind a Describe.
+    fn end_added(&mut self) {
+        put(self.out, tag::SYNC, &[], 0);
+        self.record(Awaits::Sync, Shown::Errors, Effect::None);
     }
 
     fn name(&self, statement: &Prepared) -> Box<[u8]> {
@@ -404,6 +426,10 @@ impl Sending<'_> {
                     .unnamed
                     .as_ref()
                     .is_some_and(|it| Arc::ptr_eq(it, &statement));
+            if !is_here && statement.is_large() {
+                self.poison(&unknown_statement(name));
+                return Ok(None);
+            }
             if !is_here {
                 self.parse_for_client(&statement, &[&statement.body]);
             }
@@ -518,9 +544,14 @@ impl Sending<'_> {
             self.record(Awaits::Describe(statement), Shown::All, Effect::None);
             return Ok(sent);
         }
+        // With nothing in flight: the server may be skipping, which this Sync would end too early.
+        let is_first = !self.client.is_open && self.client.queue.is_empty();
         let Some(Resolved { name, statement }) = self.resolve(name, meaning)? else {
             return Ok(message.length);
         };
+        if is_first && self.client.is_open {
+            self.end_added();
+        }
         put(self.out, tag::DESCRIBE, &[b"S", &name, b"\0"], 0);
         let number = (statement.number > 0).then_some(statement.number);
         let awaits = Awaits::Describe(Some(statement));
@@ -545,7 +576,8 @@ impl Sending<'_> {
             self.record(Awaits::Close, Shown::All, effect);
             return sent;
         }
-        if let Lookup::Present(statement) = self.client.lookup(name)
+        if !name.is_empty()
+            && let Lookup::Present(statement) = self.client.lookup(name)
             && statement.is_large()
         {
             let server_name = self.name(&statement);
@@ -621,11 +653,15 @@ impl Sending<'_> {
             // The server has a statement of the pool's by that name, which is not the client's.
             _ => (shared_name(0), Vec::new()),
         };
-        let sql = deallocate(&shared);
-        put(self.out, tag::QUERY, &[&sql, b"\0"], 0);
-        let shown = Shown::Instead(unknown_statement(name).encode_error());
-        self.record(Awaits::Query, shown, Effect::Sql(effects));
+        self.query_of_deallocate(&shared, effects, &unknown_statement(name));
         Ok(())
+    }
+
+    /// Sends a Query that deallocates a statement; if the server does not have it, the client gets this report.
+    fn query_of_deallocate(&mut self, name: &[u8], effects: Vec<Option<Sql>>, report: &Report) {
+        put(self.out, tag::QUERY, &[&deallocate(name), b"\0"], 0);
+        let shown = Shown::Instead(report.encode_error());
+        self.record(Awaits::Query, shown, Effect::Sql(effects));
     }
 
     /// The name for a statement that the client has not prepared by the protocol: one that SQL has prepared, or none, as the
@@ -639,11 +675,21 @@ impl Sending<'_> {
     }
 
     /// Has the server fail as it would for `report`.
-    fn poison(&mut self, report: &Report) {
+    pub(super) fn poison(&mut self, report: &Report) {
         put(self.out, tag::BIND, &[POISON], 0);
         let shown = Shown::Instead(report.encode_error());
         self.record(Awaits::Bind, shown, Effect::None);
     }
+
+    /// The same in the place of a Query or function call.
+    pub(super) fn poison_query(&mut self, report: &Report) {
+        self.query_of_deallocate(&shared_name(0), Vec::new(), report);
+        self.end_unit();
+    }
+}
+
+fn count(counter: &AtomicU64) {
+    counter.fetch_add(1, Ordering::Relaxed);
 }
 
 fn unknown_statement(name: &[u8]) -> Report {

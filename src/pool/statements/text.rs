@@ -10,6 +10,7 @@ use std::{
 };
 
 use super::Sql;
+use crate::status::StatementsSnapshot;
 
 /// What a text means, besides itself.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -42,6 +43,12 @@ pub struct Texts {
     numbers: AtomicU64,
     hasher: RandomState,
     table: Mutex<Table>,
+    /// Parse messages that a server was sent.
+    pub(super) sent: AtomicU64,
+    /// Those that were answered without one, as it had the statement.
+    pub(super) answered: AtomicU64,
+    /// Statements that a server had to give up for others.
+    pub(super) evicted: AtomicU64,
 }
 
 #[derive(Debug, Default)]
@@ -59,6 +66,9 @@ impl Texts {
             numbers: AtomicU64::new(1),
             hasher: RandomState::new(),
             table: Mutex::default(),
+            sent: AtomicU64::new(0),
+            answered: AtomicU64::new(0),
+            evicted: AtomicU64::new(0),
         })
     }
 
@@ -70,6 +80,24 @@ impl Texts {
     /// Bytes of text in use.
     pub fn length(&self) -> usize {
         self.lock().length
+    }
+
+    /// Their numbers.
+    pub(in crate::pool) fn snapshot(&self) -> StatementsSnapshot {
+        let (statements, memory) = {
+            let table = self.lock();
+            let same = table.by_hash.values();
+            (same.map(Vec::len).sum(), table.length)
+        };
+        let count = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        StatementsSnapshot {
+            statements,
+            memory,
+            memory_limit: self.limit.load(Ordering::Relaxed),
+            sent: count(&self.sent),
+            answered: count(&self.answered),
+            evicted: count(&self.evicted),
+        }
     }
 
     /// A number that is never used again.

@@ -105,6 +105,8 @@ metrics! {
             "Server connections of pools that were closed, by reason.";
         pool_pins: EnumMap<PinReason, IntCounter> = "pool_pins_total",
             "Clients that began to keep their server connections although they are at rest, by reason.";
+        pool_refused_pins: EnumMap<PinReason, IntCounter> = "pool_refused_pins_total",
+            "Requests refused because their clients would have kept their server connections, by reason.";
         pool_resets: EnumMap<PoolReset, IntCounter> = "pool_resets_total",
             "Resets of server connections that a client had left, by result.";
         pool_local_answers: IntCounter = "pool_local_answers_total",

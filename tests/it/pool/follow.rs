@@ -14,7 +14,7 @@ use super::{
 use crate::harness::wire::Wire;
 
 impl Proxy {
-    fn all_pins(&self) -> u64 {
+    pub(super) fn all_pins(&self) -> u64 {
         let pins = self.metrics().pool_pins.values();
         pins.map(prometheus::IntCounter::get).sum()
     }

@@ -6,12 +6,14 @@ mod follow;
 mod leaving;
 mod misuse;
 mod queue;
+mod refuse;
 mod reset;
 mod servers;
 mod settings;
 mod share;
 mod sleep;
 mod statements;
+mod strict;
 mod transaction;
 mod verify;
 

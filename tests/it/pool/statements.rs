@@ -2,10 +2,13 @@
 
 use super::{
     misuse::{answers, parse, plain_bound},
-    transaction::sharing,
+    transaction::{shared, sharing},
     *,
 };
-use crate::harness::wire::{Reply, Wire, extended};
+use crate::{
+    console::{console, rows},
+    harness::wire::{Reply, Wire, extended},
+};
 
 pub(super) fn prepare(name: &str, sql: &str) -> Vec<u8> {
     message('P', format!("{name}\0{sql}\0\0\0").as_bytes())
@@ -633,4 +636,105 @@ async fn a_sync_within_the_copy_of_a_query_is_no_request() {
         .await;
     assert_eq!(one.tags().await, "GEZ");
     assert_eq!(request(&mut one, &look).await, ["2"]);
+}
+
+/// Its text is not kept, so that it stays where it is.
+#[tokio::test]
+async fn a_large_unnamed_statement_keeps_its_connection_until_the_next_one() {
+    let (_emulator, proxy) = sharing(2).await;
+    let (mut one, mut other) = (proxy.session().await, proxy.session().await);
+    // Both connections have had several clients.
+    for client in [&mut one, &mut other] {
+        client.query("begin").await;
+    }
+    for client in [&mut one, &mut other] {
+        client.query("commit").await;
+    }
+    let large = format!("select 'large' /* {} */", "x".repeat(100_000));
+    for _ in 0..2 {
+        assert_eq!(request(&mut one, &[extended(&large)]).await, ["large"]);
+        disturb(&mut other).await;
+        // In a later request.
+        assert_eq!(request(&mut one, &[execute("", &[])]).await, ["large"]);
+        proxy.until_idle_beside(1, 1).await;
+        assert_eq!(request(&mut one, &[extended("select 1")]).await, ["1"]);
+        proxy.until_at_rest().await;
+    }
+}
+
+/// The Parse that is added for it takes a snapshot, behind which no BEGIN may choose its isolation level.
+#[tokio::test]
+async fn a_description_on_another_connection_takes_no_snapshot() {
+    let emulator = harness::emulator().await;
+    let proxy = Proxy::with(&emulator, |settings| {
+        shared(settings, 1);
+        // What another client prepares drops what this one has.
+        settings.max_prepared_statements = Some(1);
+    })
+    .await;
+    let (mut one, mut other) = (proxy.session().await, proxy.session().await);
+    for name in ["", "s"] {
+        assert_eq!(tags(&mut one, &[prepare(name, "select 1")]).await, "1Z");
+        disturb(&mut other).await;
+        let messages = [
+            describe(name),
+            extended("begin isolation level repeatable read"),
+            extended("show transaction_isolation"),
+        ];
+        let found = request(&mut one, &messages).await;
+        assert_eq!(found, ["repeatable read"], "{name:?}");
+        one.query("rollback").await;
+        let found = request(&mut one, &[describe(name), extended("select 7")]).await;
+        assert_eq!(found, if name.is_empty() { ["26000"] } else { ["7"] });
+    }
+    // What fails there fails the client's own request, and no more.
+    one.query("create table described_elsewhere ()").await;
+    for name in ["", "t"] {
+        let sql = "select * from described_elsewhere";
+        assert_eq!(tags(&mut one, &[prepare(name, sql)]).await, "1Z");
+        disturb(&mut other).await;
+        other
+            .query("drop table if exists described_elsewhere")
+            .await;
+        let pipeline = [
+            describe(name),
+            extended("select 7"),
+            sync(),
+            extended("select 8"),
+            sync(),
+        ];
+        one.send(&pipeline.concat()).await;
+        assert_eq!(answers(&mut one, 2).await, ["42P01", "8"], "{name:?}");
+        other.query("create table described_elsewhere ()").await;
+    }
+    one.query("drop table described_elsewhere").await;
+}
+
+#[tokio::test]
+async fn the_console_counts_statements_and_shows_no_text() {
+    let emulator = harness::emulator().await;
+    let proxy = Proxy::with(&emulator, |settings| {
+        shared(settings, 1);
+        settings.max_prepared_statements = Some(2);
+        settings.admin_console = Some(true);
+    })
+    .await;
+    let (mut one, mut other) = (proxy.session().await, proxy.session().await);
+    for sql in ["select 1", "select 2", "select 3"] {
+        for client in [&mut one, &mut other] {
+            assert_eq!(tags(client, &[prepare(sql, sql)]).await, "1Z");
+        }
+    }
+    let console = console(&proxy).await;
+    let shown = rows(&console, "SHOW PREPARED_STATEMENTS").await;
+    let number = |name| shown[0].get(name).unwrap().parse::<u64>().unwrap();
+    assert_eq!(shown.len(), 1);
+    assert_eq!(number("statements"), 3);
+    assert_eq!(number("max_per_server"), 2);
+    assert!((24..100).contains(&number("memory")));
+    assert_eq!(number("memory_limit"), 64 * 1024 * 1024);
+    assert_eq!((number("sent"), number("answered")), (3, 3));
+    assert_eq!(number("evicted"), 1);
+    let shows_text = |at| shown[0].get(at).is_some_and(|it| it.contains("select"));
+    assert!(!(0..shown[0].len()).any(shows_text));
 }
