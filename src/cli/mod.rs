@@ -1,6 +1,5 @@
 //! The command line: one file per subcommand, each thin.
 
-mod client;
 #[cfg(feature = "demo")]
 mod demo;
 mod error;

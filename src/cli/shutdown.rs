@@ -4,8 +4,11 @@ use std::{path::PathBuf, process::ExitCode};
 
 use clap::Args;
 
-use super::{CommandError, client::request, wait::address};
-use crate::config::{LOCALHOST, PortSetting, Settings};
+use super::{CommandError, wait::address};
+use crate::{
+    config::{LOCALHOST, PortSetting, Settings},
+    net::http::client::request,
+};
 
 const HINT: &str = "start the proxy with --quitquitquit, and use the same --admin-port for both";
 

@@ -10,8 +10,11 @@ use std::{
 use clap::Args;
 use tokio::time::{MissedTickBehavior, interval, timeout};
 
-use super::{CommandError, client::request};
-use crate::config::{DurationSetting, LOCALHOST, PortSetting, Settings};
+use super::CommandError;
+use crate::{
+    config::{DurationSetting, LOCALHOST, PortSetting, Settings},
+    net::http::client::request,
+};
 
 /// The interval of Cloud SQL Auth Proxy's `wait`.
 const INTERVAL: Duration = Duration::from_secs(1);

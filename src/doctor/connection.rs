@@ -385,7 +385,8 @@ fn judge_pools(mode: PoolMode, pool: &PoolSettings, limit: usize, now: usize) ->
     let share = (limit * 9 / 10).saturating_sub(RESERVED_CONNECTIONS) / pool.fleet_size;
     let size = pool.max_size();
     let message = format!(
-        "{message}; pools of {size} for each database, on {} proxies (--fleet-size)",
+        "{message}; pool_mode {} with {size} for each database, on {} proxies (--fleet-size)",
+        mode.as_str(),
         pool.fleet_size
     );
     if size > share {

@@ -13,6 +13,7 @@ mod endpoint;
 #[cfg(fuzzing)]
 pub mod fuzzing;
 mod grants;
+mod pins;
 mod port;
 mod report;
 mod settings;
@@ -153,6 +154,16 @@ pub async fn run(
         endpoint::check(&mut steps, endpoint).await;
         let port = async |endpoint: &Examined<'_>| Ok(port::check(&endpoint.config.listen).await);
         steps.run("local port", endpoint, port).await;
+    }
+    steps.endpoint = None;
+    let began = Instant::now();
+    let shares = |mode| matches!(mode, PoolMode::Transaction | PoolMode::Auto);
+    if let Ok(config) = &config
+        && let Some(metrics) = config.http
+        && config.endpoints.iter().any(|it| shares(it.pool_mode))
+        && let Some(finding) = pins::check(metrics).await
+    {
+        steps.note("pinned clients", began.elapsed(), finding);
     }
     steps.report
 }

@@ -1,5 +1,7 @@
-//! The HTTP server for the admin surface and the notes page: limits, and a guard against pages of other origins.
+//! The HTTP server for the admin surface and the notes page: limits, and a guard against pages of other origins; and requests
+//! to a running proxy.
 
+pub(crate) mod client;
 mod guard;
 mod server;
 

@@ -13,20 +13,20 @@ use tokio::{
 use crate::telemetry::chain;
 
 const TIMEOUT: Duration = Duration::from_secs(5);
-/// More than any answer of the proxy.
-const ANSWER_LIMIT: u64 = 64 * 1024;
+/// More than any answer of the proxy: its metrics are 50 KiB for each endpoint.
+const ANSWER_LIMIT: u64 = 4 * 1024 * 1024;
 
 /// The answer.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Answer {
+pub(crate) struct Answer {
     /// The HTTP status.
-    pub(super) status: u16,
+    pub(crate) status: u16,
     /// The body.
-    pub(super) body: String,
+    pub(crate) body: String,
 }
 
 /// Sends `method path` and reads the answer; the error is its text.
-pub(super) async fn request(
+pub(crate) async fn request(
     address: SocketAddr,
     method: &str,
     path: &str,
