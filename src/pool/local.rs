@@ -18,7 +18,7 @@ const LONGEST: usize = 256;
 
 /// What a statement that is answered resets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Reset {
+pub(super) enum Reset {
     Cursors,
     Statements,
     Everything,
@@ -103,7 +103,7 @@ impl ClientState {
 }
 
 /// The statements of the query at the front, if it is whole and consists of nothing else.
-fn resets(received: &[u8]) -> Option<Vec<Reset>> {
+pub(super) fn resets(received: &[u8]) -> Option<Vec<Reset>> {
     let (&[tag, a, b, c, d], rest) = received.split_first_chunk::<HEADER_LEN>()?;
     let length = usize::try_from(u32::from_be_bytes([a, b, c, d]))
         .ok()?

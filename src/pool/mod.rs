@@ -18,6 +18,8 @@
 //! Knows nothing of sessions. The terms are PgBouncer's where they mean the same.
 
 mod control;
+#[cfg(fuzzing)]
+pub mod fuzzing;
 mod idle;
 mod lease;
 mod limit;
