@@ -75,7 +75,7 @@ impl Record {
             Figure::Allocations => self.allocations = Some(value),
             Figure::Instructions => drop(self.instructions.insert(model.to_owned(), value)),
             Figure::InstructionsOfPool => {
-                drop(self.instructions_of_pool.insert(model.to_owned(), value));
+                self.instructions_of_pool.insert(model.to_owned(), value);
             }
             Figure::Memory => self.memory_kb = Some(value),
             Figure::MemoryAtRest => self.memory_at_rest_kb = Some(value),
