@@ -526,7 +526,7 @@ async fn the_extended_protocol_and_transactions_work() {
     let error = console.query("SELECT 1", &[]).await.unwrap_err();
     assert_eq!(error.code().unwrap().code(), "0A000");
     // And on it goes.
-    assert_eq!(console.query("SHOW HELP", &[]).await.unwrap().len(), 21);
+    assert_eq!(console.query("SHOW HELP", &[]).await.unwrap().len(), 22);
 }
 
 #[tokio::test]
