@@ -57,6 +57,7 @@ class Chromium:
         self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
+        self.call("Page.setLifecycleEventsEnabled", enabled=True)
 
     def __enter__(self):
         return self
@@ -87,13 +88,29 @@ class Chromium:
         """Goes to a page and waits until it has loaded; returns the status of the page itself."""
         self.events.clear()
         loader = self.call("Page.navigate", url=url).get("loaderId")
-        seen = any(event.get("method") == "Page.loadEventFired" for event in self.events)
-        if not seen:
-            self._until(lambda message: message.get("method") == "Page.loadEventFired", url)
+        # A load event alone could be the one of the page that stood there before.
+        self.await_load(lambda loaded: loaded == loader, url)
         for event in self.named("Network.responseReceived"):
             if event["loaderId"] == loader and event["type"] == "Document":
                 return event["response"]["status"]
         raise BrowserError(f"no response for {url}")
+
+    def submit(self, form):
+        """Submits the form of that selector as a click would, and waits until the page that answers has loaded."""
+        self.events.clear()
+        before = self.call("Page.getFrameTree")["frameTree"]["frame"]["loaderId"]
+        self.evaluate(f"document.querySelector({json.dumps(form)}).requestSubmit(); 1")
+        self.await_load(lambda loaded: loaded != before, form)
+
+    def await_load(self, wanted, what):
+        """Waits until the page of a loader that is wanted has loaded."""
+
+        def loaded(message):
+            params = message.get("params", {})
+            return message.get("method") == "Page.lifecycleEvent" and params["name"] == "load" and wanted(params["loaderId"])
+
+        if not any(map(loaded, self.events)):
+            self._until(loaded, what)
 
     def named(self, name):
         """The parameters of every event of that name."""
