@@ -6,7 +6,7 @@ use std::{
 };
 
 use arc_swap::ArcSwap;
-use tokio::sync::watch;
+use tokio::{runtime::Handle, sync::watch};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use super::{
@@ -161,6 +161,7 @@ impl Served {
             metrics: Arc::clone(&metrics),
             shutdown: process.shutdown.clone(),
             tasks: shared.helpers.clone(),
+            main_runtime: Handle::current(),
             reported_pins: Mutex::default(),
         };
         let pools = Pools::new(bound.config.pool_mode, pools);

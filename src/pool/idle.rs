@@ -3,14 +3,10 @@
 
 use std::{future::poll_fn, sync::Arc, task::Poll, time::Duration};
 
-use tokio::{
-    runtime::Handle,
-    task::AbortHandle,
-    time::{Instant, sleep, sleep_until},
-};
+use tokio::{runtime::Handle, task::AbortHandle, time::Instant};
 
 use super::{
-    Pool,
+    Pool, State,
     limit::Limit,
     server::{ServerConnection, Unusable},
 };
@@ -30,7 +26,15 @@ pub(super) struct Idle {
     since: Instant,
     /// The runtime that its socket is registered with.
     runtime: Handle,
-    watch: Option<AbortHandle>,
+    watch: Option<Watch>,
+}
+
+/// Of a connection that has been idle for a while.
+struct Watch {
+    task: AbortHandle,
+    /// When the connection is closed, and why.
+    ends_at: Instant,
+    reason: PoolClose,
 }
 
 impl Idle {
@@ -45,10 +49,16 @@ impl Idle {
         }
     }
 
+    /// When it is watched, or closed.
+    pub(super) fn due_at(&self) -> Instant {
+        let watch = self.watch.as_ref();
+        watch.map_or(self.since + WATCH_DELAY, |watch| watch.ends_at)
+    }
+
     /// Ends the watch.
     pub(super) fn into_server(self) -> ServerConnection {
         if let Some(watch) = self.watch {
-            watch.abort();
+            watch.task.abort();
         }
         self.server
     }
@@ -102,74 +112,81 @@ impl Pool {
         }
         state.count(&mut server.record.slot, PoolServer::Idle);
         let number = state.next_number();
+        let since = Instant::now();
         state.idle.push(Idle {
             number,
             server,
-            since: Instant::now(),
+            since,
             runtime: Handle::current(),
             watch: None,
         });
         let evicted = state.serve(self);
-        let is_due = state.watches.as_ref().is_none_or(AbortHandle::is_finished);
-        if is_due && !state.idle.is_empty() {
-            let watches = self.context.tasks.spawn(Arc::clone(self).watch_all());
-            state.watches = Some(watches.abort_handle());
-        }
         drop(state);
         drop(evicted);
+        self.attend_by(since + WATCH_DELAY);
     }
 
-    /// Watches the connections that stay idle; ends once all of them are watched.
-    async fn watch_all(self: Arc<Self>) {
-        loop {
-            sleep(WATCH_DELAY).await;
-            let settings = self.context.settings.load();
-            let mut state = self.lock();
-            let mut is_done = true;
-            for idle in state.idle.iter_mut().filter(|idle| idle.watch.is_none()) {
-                if idle.since.elapsed() < WATCH_DELAY {
-                    is_done = false;
-                    continue;
-                }
-                // Earlier than the timeout, so that a pool does not log in anew all at once.
-                let timeout = settings
-                    .server_idle_timeout
-                    .mul_f64(rand::random_range(0.8..=1.0));
-                let retire_at = idle.server.record.retire_at;
-                let (until, reason) = match idle.since + timeout {
-                    idle if idle < retire_at => (idle, PoolClose::IdleTimeout),
-                    _ => (retire_at, PoolClose::Lifetime),
-                };
-                let watch = Arc::clone(&self).watch(idle.number, until, reason);
-                let watch = self.context.tasks.track_future(watch);
-                idle.watch = Some(idle.runtime.spawn(watch).abort_handle());
+    /// Watches connections that have been idle for a while, and takes those whose time is over, for the caller to close.
+    pub(super) fn attend_to_idle(
+        self: &Arc<Self>,
+        state: &mut State,
+        now: Instant,
+    ) -> Vec<(ServerConnection, PoolClose)> {
+        let settings = self.context.settings.load();
+        let is_over = self.context.is_over();
+        let mut ending = Vec::new();
+        let due = state.idle.extract_if(.., |idle| {
+            if is_over || idle.due_at() > now {
+                return is_over;
             }
-            if is_done {
-                // With the lock held, under which others begin.
-                state.watches = None;
-                return;
+            if idle.watch.is_some() {
+                return true;
             }
+            // Earlier than the timeout, so that a pool does not log in anew all at once.
+            let timeout = settings
+                .server_idle_timeout
+                .mul_f64(rand::random_range(0.8..=1.0));
+            let retire_at = idle.server.record.retire_at;
+            let (ends_at, reason) = match idle.since + timeout {
+                idle if idle < retire_at => (idle, PoolClose::IdleTimeout),
+                _ => (retire_at, PoolClose::Lifetime),
+            };
+            let task = Arc::clone(self).watch(idle.number);
+            let task = self.context.tasks.track_future(task);
+            idle.watch = Some(Watch {
+                task: idle.runtime.spawn(task).abort_handle(),
+                ends_at,
+                reason,
+            });
+            false
+        });
+        for idle in due {
+            let reason = match &idle.watch {
+                Some(watch) if !is_over => watch.reason,
+                _ => PoolClose::Shutdown,
+            };
+            ending.push((idle.into_server(), reason));
         }
+        for (server, _) in &mut ending {
+            // Under the same lock: one that returns now must not count it.
+            state.count(&mut server.record.slot, PoolServer::Closing);
+        }
+        ending
     }
 
-    /// Closes an idle connection when the server does, or at `until`.
-    async fn watch(self: Arc<Self>, number: u64, until: Instant, at_end: PoolClose) {
-        let reason = tokio::select! {
-            unusable = self.until_unusable(number) => {
-                self.lost(&unusable);
-                PoolClose::Server
-            }
-            () = self.context.over() => PoolClose::Shutdown,
-            () = sleep_until(until) => at_end,
-        };
-        let Some(mut server) = self.end_watch(number) else {
+    /// Drops an idle connection once the server has closed it.
+    async fn watch(self: Arc<Self>, number: u64) {
+        let unusable = self.until_unusable(number).await;
+        self.lost(&unusable);
+        let mut state = self.lock();
+        let Some(at) = state.idle.iter().position(|idle| idle.number == number) else {
             return;
         };
-        if reason == PoolClose::Server {
-            server.record.slot.close = reason;
-        } else {
-            self.close(server, reason);
-        }
+        // Not aborted: its watch is this task.
+        let mut server = state.idle.remove(at).server;
+        // Dropped without the lock, which the drop takes.
+        drop(state);
+        server.record.slot.close = PoolClose::Server;
     }
 
     /// Records that a connection has ended without a client.
@@ -193,13 +210,5 @@ impl Pool {
                 return unusable;
             }
         }
-    }
-
-    /// Takes the connection from the idle ones, for its watch to close.
-    fn end_watch(&self, number: u64) -> Option<ServerConnection> {
-        let mut state = self.lock();
-        let at = state.idle.iter().position(|idle| idle.number == number)?;
-        // Not aborted: the caller is the watch.
-        Some(state.idle.remove(at).server)
     }
 }

@@ -35,6 +35,7 @@ mod slot;
 pub mod statements;
 #[cfg(test)]
 mod tests;
+mod upkeep;
 mod verify;
 mod waiting;
 
@@ -49,7 +50,11 @@ use std::{
 
 use arc_swap::ArcSwap;
 use enum_map::EnumMap;
-use tokio::{runtime, sync::Notify, task::AbortHandle, time::Instant};
+use tokio::{
+    runtime::{self, Handle},
+    sync::Notify,
+    time::Instant,
+};
 use tokio_util::task::TaskTracker;
 
 use self::{
@@ -61,6 +66,7 @@ use self::{
     settings::SettingsTable,
     slot::Slot,
     statements::Texts,
+    upkeep::Upkeep,
     waiting::{Grant, Waiter},
 };
 pub(crate) use self::{
@@ -109,6 +115,8 @@ pub(crate) struct PoolContext {
     pub(crate) shutdown: Shutdown,
     /// The tasks that the end of the process waits for.
     pub(crate) tasks: TaskTracker,
+    /// Not one of those that run sessions.
+    pub(crate) main_runtime: Handle,
     /// When a pin for this reason was reported last.
     pub(crate) reported_pins: Mutex<EnumMap<PinReason, Option<Instant>>>,
 }
@@ -152,6 +160,7 @@ struct Pool {
     database: String,
     context: Arc<PoolContext>,
     state: Mutex<State>,
+    upkeep: Upkeep,
     /// Notified of changes during a pause.
     changed: Notify,
     /// A client waits for a connection that others have.
@@ -172,8 +181,6 @@ struct State {
     retentions: Vec<Arc<Retention>>,
     /// The one returned last is at the end, and taken first: the others reach their idle timeout.
     idle: Vec<Idle>,
-    /// The task that is about to watch them.
-    watches: Option<AbortHandle>,
     /// By the order of their coming.
     waiting: BTreeMap<u64, Waiter>,
     limit: Limit,
@@ -257,6 +264,7 @@ impl Pools {
                 is_paused: self.is_paused.load(Ordering::Relaxed),
                 ..State::default()
             }),
+            upkeep: Upkeep::new(),
             changed: Notify::new(),
             is_short: AtomicBool::new(false),
             texts: Arc::clone(&self.texts),

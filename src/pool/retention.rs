@@ -29,8 +29,17 @@ struct State {
 #[derive(Debug)]
 struct Kept {
     since: Instant,
+    /// When its client parts with it in any case.
+    ends_at: Option<Instant>,
     /// Wakes the session.
     waker: Waker,
+}
+
+impl State {
+    /// Unless the connection is wanted already.
+    fn kept(&self) -> Option<&Kept> {
+        self.kept.as_ref().filter(|_| !self.is_wanted)
+    }
 }
 
 impl Retention {
@@ -39,9 +48,12 @@ impl Retention {
     }
 
     /// The client is at rest, and its session parts with the connection when it is woken.
-    pub(super) fn begin(&self, since: Instant, waker: &Waker) {
-        let waker = waker.clone();
-        self.lock().kept = Some(Kept { since, waker });
+    pub(super) fn begin(&self, since: Instant, ends_at: Option<Instant>, waker: &Waker) {
+        self.lock().kept = Some(Kept {
+            since,
+            ends_at,
+            waker: waker.clone(),
+        });
     }
 
     /// The client is not at rest any more, or has parted with the connection. Whether another client waits for it.
@@ -53,9 +65,19 @@ impl Retention {
 
     /// Since when the client has been at rest, unless the connection is wanted already.
     pub(super) fn since(&self) -> Option<Instant> {
-        let state = self.lock();
-        let kept = state.kept.as_ref().filter(|_| !state.is_wanted);
-        kept.map(|kept| kept.since)
+        self.lock().kept().map(|kept| kept.since)
+    }
+
+    /// When the client parts with the connection, unless it is wanted already.
+    pub(super) fn ends_at(&self) -> Option<Instant> {
+        self.lock().kept()?.ends_at
+    }
+
+    /// Has the client part with the connection, if it was to do so by now.
+    pub(super) fn end_by(&self, now: Instant) {
+        if self.ends_at().is_some_and(|at| at <= now) {
+            self.want();
+        }
     }
 
     /// Whether the client is to part with the connection.

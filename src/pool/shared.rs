@@ -17,7 +17,7 @@ use std::{
 use bytes::{Buf, Bytes, BytesMut};
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
-    time::{Instant, Sleep, sleep_until},
+    time::Instant,
 };
 
 use super::{
@@ -209,11 +209,8 @@ pub(crate) struct SharedStream<'a> {
     is_yielding: bool,
     /// The client has reset what its login set: the next lease sets that again.
     is_reset: bool,
-    /// Since when the client has been at rest, while it keeps the connection.
-    kept_since: Option<Instant>,
-    /// Wakes the task once that is long enough, or too early: it is not set for each transaction.
-    // A box, as it exists in one mode only.
-    timer: Option<Pin<Box<Sleep>>>,
+    /// The client is at rest, and keeps the connection.
+    is_kept: bool,
 }
 
 /// The message that the bytes of one direction end in.
@@ -351,8 +348,7 @@ impl<'a> SharedStream<'a> {
             has_served: false,
             is_yielding: false,
             is_reset: false,
-            kept_since: None,
-            timer: None,
+            is_kept: false,
         }
     }
 
@@ -418,34 +414,24 @@ impl<'a> SharedStream<'a> {
             return false;
         }
         let slot = &self.record.slot;
-        let since = *self.kept_since.get_or_insert_with(|| {
+        if !self.is_kept {
             let now = Instant::now();
-            slot.retention.begin(now, cx.waker());
-            now
-        });
-        if slot.pool().is_short.load(Ordering::SeqCst) || slot.retention.is_wanted() {
-            return false;
-        }
-        if is_pinned {
-            return true;
-        }
-        let until = since + RETENTION;
-        let timer = &mut self.timer;
-        let timer = timer.get_or_insert_with(|| Box::pin(sleep_until(until)));
-        while timer.as_mut().poll(cx).is_ready() {
-            if until <= Instant::now() {
-                return false;
+            let ends_at = (!is_pinned).then(|| now + RETENTION);
+            slot.retention.begin(now, ends_at, cx.waker());
+            if let Some(ends_at) = ends_at {
+                slot.pool().attend_by(ends_at);
             }
-            timer.as_mut().reset(until);
+            self.is_kept = true;
         }
-        true
+        // After the record of it: who waits looks at that once it has said so.
+        !slot.pool().is_short.load(Ordering::SeqCst) && !slot.retention.is_wanted()
     }
 
     /// The client is not at rest any more.
     fn leave_rest(&mut self) {
         self.client.is_verified = false;
         let slot = &self.record.slot;
-        if self.kept_since.take().is_some() && slot.retention.end() {
+        if std::mem::take(&mut self.is_kept) && slot.retention.end() {
             // Another client needs the connection of yet another.
             slot.pool().serve_again();
         }
@@ -453,8 +439,7 @@ impl<'a> SharedStream<'a> {
 
     /// The server has ended the connection; `true` if that is of no consequence to the client, which is at rest.
     fn is_spared(&mut self) -> bool {
-        if self.kept_since.is_some() && self.client.reported_pin.is_none() && !self.record.has_ended
-        {
+        if self.is_kept && self.client.reported_pin.is_none() && !self.record.has_ended {
             self.record.has_ended = true;
             self.record
                 .slot

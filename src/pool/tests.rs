@@ -36,6 +36,7 @@ fn pool() -> (Pools, Arc<Pool>) {
         metrics,
         shutdown: Shutdown::default(),
         tasks: TaskTracker::new(),
+        main_runtime: Handle::current(),
         reported_pins: Mutex::default(),
     };
     let pools = Pools::new(PoolMode::Session, context);

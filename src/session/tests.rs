@@ -8,6 +8,7 @@ use secrecy::SecretString;
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWriteExt, DuplexStream, duplex},
     net::TcpListener,
+    runtime::Handle,
     task::JoinSet,
     time::timeout,
 };
@@ -79,6 +80,7 @@ fn sessions(upstream: SocketAddr, client_login_timeout: Duration) -> Arc<Endpoin
         metrics: Arc::clone(&metrics),
         shutdown: process.shutdown.clone(),
         tasks: TaskTracker::new(),
+        main_runtime: Handle::current(),
         reported_pins: Mutex::default(),
     };
     Arc::new(EndpointContext::new(
