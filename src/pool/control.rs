@@ -17,6 +17,14 @@ impl Pools {
         }
     }
 
+    /// Closes the connections of a database, if it has any, as [`reconnect`](Self::reconnect) does.
+    pub(crate) fn retire(&self, database: &str) {
+        let pool = self.pools().get(database).cloned();
+        if let Some(pool) = pool {
+            pool.retire();
+        }
+    }
+
     /// Grants no connection any more, and closes them as [`reconnect`](Self::reconnect) does.
     pub(crate) fn pause(&self, database: Option<&str>) {
         if database.is_none() {

@@ -17,7 +17,7 @@ pub(super) use self::change::pin_of_change;
 pub use self::change::{Change, Dialect};
 use crate::{
     protocol::{
-        lexer::{Kind, Statement, Token},
+        lexer::{Statement, Token},
         requests::TransactionStatus,
         tag::{Command, Discard},
     },
@@ -311,7 +311,7 @@ fn name_behind(statement: &Statement<'_>, keywords: &[&str]) -> Result<String, P
     if !keywords.first().is_some_and(|it| first.is_word(it)) {
         return Err(PinReason::Settings);
     }
-    identifier(name).ok_or(PinReason::Settings)
+    name.identifier().ok_or(PinReason::Settings)
 }
 
 /// The savepoint of a ROLLBACK; `None` if it ends the transaction.
@@ -334,7 +334,7 @@ fn rollback_target(statement: &Statement<'_>) -> Result<Option<String>, PinReaso
         [word, name] if word.is_word("savepoint") => name,
         _ => return Err(PinReason::Settings),
     };
-    identifier(name).map(Some).ok_or(PinReason::Settings)
+    name.identifier().map(Some).ok_or(PinReason::Settings)
 }
 
 /// Whether the end of a transaction begins another one: AND CHAIN, and not AND NO CHAIN.
@@ -347,20 +347,6 @@ fn is_chained(statement: &Statement<'_>) -> bool {
         last = Some(token);
     }
     false
-}
-
-/// A name as the server compares it; `None` if that is not known.
-fn identifier(token: &Token<'_>) -> Option<String> {
-    // NAMEDATALEN - 1: longer ones are cut.
-    let text = str::from_utf8(token.text).ok().filter(|it| it.len() < 64)?;
-    match token.kind {
-        Kind::Word if text.is_ascii() => Some(text.to_ascii_lowercase()),
-        Kind::QuotedIdentifier => {
-            let name = text.strip_prefix('"')?.strip_suffix('"')?;
-            Some(name.replace("\"\"", "\""))
-        }
-        _ => None,
-    }
 }
 
 #[cfg(test)]

@@ -401,6 +401,10 @@ impl<'a> SharedStream<'a> {
         &self.client.traces
     }
 
+    pub(crate) fn traces_mut(&mut self) -> &mut Traces {
+        &mut self.client.traces
+    }
+
     /// Whether the connection is to be another client's, although this one has sent its next request already.
     pub(crate) fn is_yielding(&self) -> bool {
         self.is_yielding
@@ -423,7 +427,7 @@ impl<'a> SharedStream<'a> {
             }
             self.is_kept = true;
         }
-        // After the record of it: who waits looks at that once it has said so.
+        // After the record of it: a client that waits sets this before it looks for what is kept.
         !slot.pool().is_short.load(Ordering::SeqCst) && !slot.retention.is_wanted()
     }
 

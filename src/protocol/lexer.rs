@@ -47,6 +47,20 @@ impl Token<'_> {
     pub fn is_word(&self, word: &str) -> bool {
         self.kind == Kind::Word && self.text.eq_ignore_ascii_case(word.as_bytes())
     }
+
+    /// A name as the server compares it; `None` if that is not known.
+    pub fn identifier(&self) -> Option<String> {
+        // NAMEDATALEN - 1: longer ones are cut.
+        let text = str::from_utf8(self.text).ok().filter(|it| it.len() < 64)?;
+        match self.kind {
+            Kind::Word if text.is_ascii() => Some(text.to_ascii_lowercase()),
+            Kind::QuotedIdentifier => {
+                let name = text.strip_prefix('"')?.strip_suffix('"')?;
+                Some(name.replace("\"\"", "\""))
+            }
+            _ => None,
+        }
+    }
 }
 
 /// The tokens of a text.

@@ -30,6 +30,8 @@ pub(crate) struct Traces {
     tag: Tag,
     found: EnumMap<Trace, bool>,
     plain: u8,
+    /// The database that a statement needs for itself.
+    database: Option<Box<str>>,
 }
 
 /// What has been found in messages besides [`Word`]s.
@@ -167,6 +169,7 @@ impl Traces {
             words,
             found,
             plain,
+            database,
             ..
         } = self;
         from_client.scan_parts(chunk, |part| match part {
@@ -206,11 +209,17 @@ impl Traces {
                 let is_whole = is_ended && !*is_cut;
                 *is_cut |= !text.is_empty();
                 // Once for each text, which may repeat the words without end.
-                let mut has_set_config = false;
+                let (mut has_set_config, mut has_database) = (false, false);
                 search.search(text, |word, _| {
                     words[word] = true;
                     has_set_config |= word == Word::SetConfig;
+                    has_database |= word == Word::Database;
                 });
+                if has_database && is_whole {
+                    *database = statements(text, Backslash::Plain)
+                        .find_map(|it| needed_database(&it))
+                        .map(String::into_boxed_str);
+                }
                 found[Trace::MaySetConfig] |=
                     has_set_config && (!is_whole || configures_session(text));
                 if is_ended {
@@ -227,6 +236,11 @@ impl Traces {
                 }
             }
         });
+    }
+
+    /// The database that a statement since the last call drops, changes or copies.
+    pub(crate) fn take_database(&mut self) -> Option<Box<str>> {
+        self.database.take()
     }
 
     /// Reads the start of a message that the server is not sent; the rest follows as of any other.
@@ -302,6 +316,23 @@ fn is_extended(tag: u8) -> bool {
         tag,
         tag::PARSE | tag::BIND | tag::DESCRIBE | tag::EXECUTE | tag::CLOSE
     )
+}
+
+/// The database that must have no connections, or gets other settings for new ones, by a statement.
+fn needed_database(statement: &Statement<'_>) -> Option<String> {
+    let mut tokens = statement.tokens();
+    let first = tokens.next()?;
+    tokens.next().filter(|it| it.is_word("database"))?;
+    let name = if first.is_word("create") {
+        // CREATE DATABASE name [WITH] TEMPLATE [=] name
+        tokens.find(|it| it.is_word("template"))?;
+        tokens.find(|it| it.kind != Kind::Symbol(b'='))
+    } else if first.is_word("drop") || first.is_word("alter") {
+        tokens.find(|it| !it.is_word("if") && !it.is_word("exists"))
+    } else {
+        None
+    };
+    name?.identifier()
 }
 
 /// Whether a text calls `set_config` for the session.
@@ -388,6 +419,32 @@ mod tests {
         let parse = [frame(b'P', b"\0select 1\0\0\0"), frame(b'S', b"")].concat();
         assert!(after(&parse, b"").is_used());
         assert!(!after(&[frame(b'S', b""), frame(b'X', b"")].concat(), b"").is_used());
+    }
+
+    #[test]
+    fn a_database_that_a_statement_needs_for_itself_is_named() {
+        for (sql, database) in [
+            ("drop database a", Some("a")),
+            (
+                "DROP DATABASE IF EXISTS Test_A WITH (FORCE)",
+                Some("test_a"),
+            ),
+            ("/* x */ drop database \"Test \"\"A\"", Some("Test \"A")),
+            ("select 1; alter database a rename to b", Some("a")),
+            ("create database b with template = a", Some("a")),
+            ("create database b owner c template a", Some("a")),
+            ("create database b", None),
+            ("select database from drop_database", None),
+            ("comment on database a is 'drop database a'", None),
+            ("drop database", None),
+            ("drop database u&\"a\"", None),
+        ] {
+            for message in [query(sql), frame(b'P', format!("\0{sql}\0\0\0").as_bytes())] {
+                let mut traces = after(&message, b"");
+                assert_eq!(traces.take_database().as_deref(), database, "{sql}");
+                assert_eq!(traces.take_database(), None, "{sql}");
+            }
+        }
     }
 
     #[test]

@@ -23,6 +23,8 @@ pub enum Word {
     AdvisoryLock,
     /// The value of a sequence that the session remembers is read.
     CurrentValue,
+    /// DATABASE.
+    Database,
     /// The extension `dblink`, which keeps connections for the session.
     Dblink,
     /// DISCARD.
@@ -71,6 +73,7 @@ use Place::{Alone, Anywhere};
 
 const PATTERNS: &[(&str, Place, Word)] = &[
     ("currval", Anywhere, Word::CurrentValue),
+    ("database", Alone, Word::Database),
     ("dblink", Anywhere, Word::Dblink),
     ("discard", Alone, Word::Discard),
     ("do", Alone, Word::Do),

@@ -434,6 +434,7 @@ impl Relaying<'_> {
                 keeps_server: self.keeps_server,
                 traces: self.traces,
                 ends_at_rest: self.ends_at_rest,
+                pools: Some(&endpoint.pools),
             },
         );
         let end = relay.run().await;

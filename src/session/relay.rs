@@ -41,7 +41,7 @@ use self::{
 use super::close::shut_down;
 use crate::{
     net::socket::{HangUp, Transport},
-    pool::{SharedStream, Used},
+    pool::{Pools, SharedStream, Used},
     protocol::{
         error::{ErrorFields, Report, sqlstate},
         frame::{HEADER_LEN, tag},
@@ -129,6 +129,10 @@ pub(super) trait ServerStream: Transport {
     fn traces(&self) -> Option<&Traces> {
         None
     }
+
+    fn traces_mut(&mut self) -> Option<&mut Traces> {
+        None
+    }
 }
 
 impl ServerStream for Stream {}
@@ -157,6 +161,10 @@ impl ServerStream for SharedStream<'_> {
     fn traces(&self) -> Option<&Traces> {
         Some(SharedStream::traces(self))
     }
+
+    fn traces_mut(&mut self) -> Option<&mut Traces> {
+        Some(SharedStream::traces_mut(self))
+    }
 }
 
 /// One side of a relay as it starts.
@@ -183,6 +191,8 @@ pub(super) struct Observers<'a> {
     pub(super) traces: Option<&'a mut Traces>,
     /// The relay ends as soon as client and server are at rest, unless the session is pinned.
     pub(super) ends_at_rest: bool,
+    /// The endpoint's pools.
+    pub(super) pools: Option<&'a Pools>,
 }
 
 /// Both directions of one session.
@@ -203,6 +213,7 @@ pub(super) struct Relay<'a, C, U> {
     /// Of the session on a server connection that another client may get.
     traces: Option<&'a mut Traces>,
     ends_at_rest: bool,
+    pools: Option<&'a Pools>,
     /// The client's Terminate was not relayed.
     is_withheld: bool,
     /// Set once no more is read from the server.
@@ -238,6 +249,7 @@ impl<'a, C: Transport, U: ServerStream> Relay<'a, C, U> {
             keeps_server: observers.keeps_server,
             traces: observers.traces,
             ends_at_rest: observers.ends_at_rest,
+            pools: observers.pools,
             is_withheld: false,
             end: None,
         };
@@ -490,6 +502,16 @@ impl<'a, C: Transport, U: ServerStream> Relay<'a, C, U> {
                 },
             )
         };
+        if keeps_server {
+            let traces = self.traces.as_deref_mut();
+            let traces = traces.or_else(|| self.server.traces_mut());
+            // The server waits 5 s for connections to end (CountOtherDBBackends of PostgreSQL).
+            if let Some(database) = traces.and_then(Traces::take_database)
+                && let Some(pools) = self.pools
+            {
+                pools.retire(&database);
+            }
+        }
         if keeps_server && is_terminated.get() && self.to_server.state == PipeState::Open {
             // Nothing that follows counts. What came before is still to be written.
             self.to_server.state = PipeState::Ending;

@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use super::{ROLE, identifier};
+use super::ROLE;
 use crate::{
     protocol::lexer::{Backslash, Kind, Statement, Token, is_ascii_safe},
     telemetry::labels::PinReason,
@@ -211,7 +211,9 @@ fn name<'a, 'b>(tokens: &'a [Token<'b>]) -> Result<(String, &'a [Token<'b>]), Pi
         let [part, behind @ ..] = rest else {
             return Err(PinReason::Settings);
         };
-        let part = identifier(part).filter(|it| it.is_ascii() && !it.contains('"'));
+        let part = part
+            .identifier()
+            .filter(|it| it.is_ascii() && !it.contains('"'));
         name.push_str(&part.ok_or(PinReason::Settings)?.to_ascii_lowercase());
         let [Token { kind, .. }, next @ ..] = behind else {
             break (rest = behind);

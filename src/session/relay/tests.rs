@@ -58,6 +58,7 @@ fn observers<'a>(activity: &'a ActivityRecord, metrics: &'a Metrics) -> Observer
         ends_at_rest: false,
         keeps_server: false,
         traces: None,
+        pools: None,
     }
 }
 

@@ -535,6 +535,42 @@ async fn a_shutdown_closes_idle_connections_first_and_lets_requests_end() {
     .await;
 }
 
+/// As a test suite does with its database: a connection that its clients have left would be in the way.
+#[tokio::test]
+async fn a_database_is_dropped_once_its_clients_have_left() {
+    for (mode, name) in [
+        (PoolMode::Session, "pool_dropped_session"),
+        (PoolMode::Transaction, "pool_dropped_transaction"),
+        (PoolMode::Auto, "Pool \"dropped\" auto"),
+    ] {
+        let (emulator, proxy) = proxy_in(mode, 3).await;
+        let quoted = format!("\"{}\"", name.replace('"', "\"\""));
+        let role = emulator.identities().app.name.clone();
+        let drop_it = format!("drop database if exists {quoted}");
+        let create = format!("create database {quoted} owner \"{role}\"");
+        let mut config = proxy.client_config();
+        config.dbname(name);
+        for is_prepared in [false, true] {
+            emulator.execute(&drop_it).await.unwrap();
+            emulator.execute(&create).await.unwrap();
+            let client = proxy.try_client(&config).await.unwrap();
+            assert_eq!(value(&client, "select current_database()").await, name);
+            drop(client);
+            let others = i64::from(is_prepared);
+            proxy.until_idle(others + 1).await;
+            let other = proxy.client().await;
+            let dropped = if is_prepared {
+                other.execute(&drop_it, &[]).await.map(drop)
+            } else {
+                other.batch_execute(&drop_it).await
+            };
+            dropped.unwrap();
+            drop(other);
+            proxy.until_idle(1).await;
+        }
+    }
+}
+
 /// As on a laptop that wakes up: the sockets are dead, and their peers do not know them.
 #[tokio::test]
 async fn idle_connections_that_are_reset_at_once_reach_no_client() {
