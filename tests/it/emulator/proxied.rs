@@ -41,9 +41,17 @@ async fn a_cancel_that_arrives_late_reaches_no_other_client() {
         let emulator = harness::emulator().await;
         let role = emulator.identities().app.name.clone();
         let proxy = pooled(&emulator, mode).await;
-        emulator.faults().once(Site::Cancel, Action::Defer(600));
+        emulator.faults().once(Site::Cancel, Action::Defer(1500));
         let (mut wire, key) = session(&proxy).await;
-        wire.send(&text('Q', "select pg_sleep(0.2)")).await;
+        // It ends with the superuser's session, however slow the test is.
+        let superuser = harness::superuser().await;
+        let held = "select pg_advisory_lock(81027)";
+        superuser.batch_execute(held).await.unwrap();
+        wire.send(&text(
+            'Q',
+            "select pg_advisory_xact_lock(81027) /* asleep */",
+        ))
+        .await;
         until_running(&role, 1).await;
         cancel(proxy.address(), key).await;
         assert_eq!(emulator.counts().cancels_forwarded, 0, "{mode:?}: not yet");
@@ -53,12 +61,13 @@ async fn a_cancel_that_arrives_late_reaches_no_other_client() {
             "{mode:?}"
         );
         // The query has ended before the signal, and so has the session.
+        drop(superuser);
         let replies = wire.until('Z').await;
         assert!(replies.iter().all(|reply| reply.tag != 'E'), "{mode:?}");
         drop(wire);
         let client = proxy.client().await;
         client
-            .simple_query("select pg_sleep(1)")
+            .simple_query("select pg_sleep(2)")
             .await
             .unwrap_or_else(|error| panic!("{mode:?}: the late cancel hit it: {error:?}"));
         let arrived = emulator.wait_for(TIMEOUT, |counts| counts.cancels_forwarded == 1);
