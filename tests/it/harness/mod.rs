@@ -129,7 +129,9 @@ pub(crate) async fn backends(superuser: &Client, role: &str) -> i64 {
 /// Waits until so many `pg_sleep` queries of the role run: a cancel that comes too early reaches nothing.
 pub(crate) async fn until_running(role: &str, count: i64) {
     let superuser = superuser().await;
-    let query = "select count(*) from pg_stat_activity where usename = $1 and state = 'active' and query like '%sleep%'";
+    // Not before they sleep: a cancel that comes earlier ends them outside of their own exception handlers.
+    let query = "select count(*) from pg_stat_activity where usename = $1 and state = 'active' and query like '%sleep%' \
+         and wait_event_type in ('Timeout', 'Lock')";
     eventually("the queries run", async || {
         let running: i64 = superuser.query_one(query, &[&role]).await.unwrap().get(0);
         (running == count).then_some(())
