@@ -34,6 +34,13 @@ pub(crate) struct Used {
 }
 
 impl Used {
+    /// Of a client that has sent nothing.
+    pub(crate) const NOT: Self = Self {
+        status: TransactionStatus::Idle,
+        is_touched: false,
+        is_reported: false,
+        is_resettable: true,
+    };
     /// What clients may have done that have parted with the connection between two transactions.
     const UNKNOWN: Self = Self {
         status: TransactionStatus::Idle,

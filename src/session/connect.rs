@@ -234,13 +234,7 @@ impl<'a> Connected<'a> {
         // One write for all messages of the login, instead of a system call for each.
         let mut message = self.negotiation;
         message.extend_from_slice(&welcome(&parameter_status, key, &notices));
-        // A client that does not read would otherwise keep its server connection.
-        let sent = timeout(session.config.client_login_timeout, client.send(&message)).await;
-        if !matches!(sent, Ok(Ok(()))) {
-            tracing::debug!(session = session.id, "client did not take its welcome");
-            return Err(Closing::Silent);
-        }
-        Ok(Box::new(LoggedIn {
+        let logged_in = Box::new(LoggedIn {
             session,
             traces: (lease.is_pooled() && state.is_none()).then(Box::default),
             unsent: 0,
@@ -252,6 +246,15 @@ impl<'a> Connected<'a> {
             entry: self.entry,
             shutdown: self.shutdown,
             registration,
-        }))
+        });
+        // A client that does not read would otherwise keep its server connection.
+        let sent = timeout(session.config.client_login_timeout, client.send(&message)).await;
+        if !matches!(sent, Ok(Ok(()))) {
+            tracing::debug!(session = session.id, "client did not take its welcome");
+            let ended = logged_in.left_before_use();
+            logged_in.close(ended, client).await;
+            return Err(Closing::Silent);
+        }
+        Ok(logged_in)
     }
 }

@@ -267,10 +267,20 @@ impl LoggedIn<'_> {
             return Ok(());
         };
         let changed = state.report(parameter_status);
-        if !changed.is_empty() {
-            self.answer(client, &changed).await?;
+        if !changed.is_empty() && self.answer(client, &changed).await.is_err() {
+            return Err(self.left_before_use());
         }
         Ok(())
+    }
+
+    /// The end of a session whose client has left before it could use the server connection.
+    pub(super) fn left_before_use(&self) -> Ended {
+        let used = self.state.as_ref().map_or(Used::NOT, |state| state.used());
+        Ended {
+            // A part of a message must not reach another client.
+            used: self.leftover.is_empty().then_some(used),
+            ..Ended::at_rest(End::Client)
+        }
     }
 
     /// Refuses the request at the front of what the client has sent; `false` if that ends the session.
