@@ -291,7 +291,7 @@ async fn the_server_ends_on_request_and_frees_its_port() {
         .await
         .expect("it ends");
     assert_eq!(silent.read(&mut [0; 1]).await.unwrap_or(0), 0);
-    TcpStream::connect(address).await.unwrap_err();
+    port.until_refused().await;
 }
 
 /// Serves a plain page within `limits`.

@@ -1,8 +1,13 @@
 //! Ports for what binds a number that a test knows beforehand.
 
-use std::net::{Ipv4Addr, SocketAddr};
+use std::{
+    io::ErrorKind,
+    net::{Ipv4Addr, SocketAddr, TcpStream},
+};
 
 use socket2::{Domain, Socket, Type};
+
+use super::eventually;
 
 /// A port of this machine that only the owner's own listeners take, as long as it lives.
 ///
@@ -31,24 +36,29 @@ impl ReservedPort {
     pub(crate) fn address(&self) -> SocketAddr {
         SocketAddr::from((Ipv4Addr::LOCALHOST, self.number()))
     }
+
+    /// Waits until its listener has ended everywhere: a process that another test starts has all sockets until its `exec`.
+    pub(crate) async fn until_refused(&self) {
+        eventually("connections are refused", async || {
+            let error = TcpStream::connect(self.address()).err()?;
+            assert_eq!(error.kind(), ErrorKind::ConnectionRefused);
+            Some(())
+        })
+        .await;
+    }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::{
-        collections::HashSet,
-        io::ErrorKind,
-        net::{TcpListener, TcpStream},
-    };
+    use std::{collections::HashSet, net::TcpListener};
 
     use super::*;
 
-    #[test]
-    fn a_reserved_port_serves_its_owner_again_and_again() {
+    #[tokio::test]
+    async fn a_reserved_port_serves_its_owner_again_and_again() {
         let port = ReservedPort::new();
         for _ in 0..3 {
-            let refused = TcpStream::connect(port.address()).unwrap_err();
-            assert_eq!(refused.kind(), ErrorKind::ConnectionRefused);
+            port.until_refused().await;
             let listener = TcpListener::bind(port.address()).unwrap();
             let second = TcpListener::bind(port.address()).unwrap_err();
             assert_eq!(second.kind(), ErrorKind::AddrInUse);
