@@ -5,8 +5,7 @@ use std::{net::SocketAddr, time::Duration};
 use jiff::SignedDuration;
 
 use super::{
-    check::{Finding, Need, Steps},
-    connection::{self, Connection},
+    check::{Finding, Need},
     grants::{create_role, identifier},
     report::spoken,
     workspace::{Access, listed, resolve},
@@ -47,31 +46,8 @@ pub(super) struct Found<'a> {
     state: Option<EndpointState>,
 }
 
-/// Checks an endpoint, up to a query if it may be dialed.
-pub(super) async fn check(steps: &mut Steps<'_>, examined: Result<&Examined<'_>, &String>) {
-    let unknown = "the endpoint is unknown";
-    let found = steps
-        .check("endpoint", examined, unknown, Examined::locate)
-        .await;
-    let needed = found.as_ref();
-    let credential = steps
-        .check("credential", needed, "", Found::credential)
-        .await;
-    let unusable = "the endpoint's host cannot be used";
-    // Names are resolved even if nothing may be dialed: that wakes nothing.
-    let addresses = steps
-        .check("endpoint DNS", needed, unusable, Found::resolve)
-        .await;
-    let connection = addresses.and_then(|addresses| {
-        let found = needed.map_err(Clone::clone)?;
-        found.may_dial()?;
-        Connection::new(found, addresses, credential.ok())
-    });
-    connection::check(steps, needed.ok(), connection).await;
-}
-
 impl Examined<'_> {
-    async fn locate(&self) -> Result<(Found<'_>, Finding), Finding> {
+    pub(super) async fn locate(&self) -> Result<(Found<'_>, Finding), Finding> {
         let config = self.config;
         if !matches!(config.credential, CredentialSource::Workspace) {
             let finding = Finding::skipped("the workspace does not mint its credential");
@@ -137,7 +113,7 @@ impl Examined<'_> {
 }
 
 impl Found<'_> {
-    async fn credential(&self) -> Result<(Credential, Finding), Finding> {
+    pub(super) async fn credential(&self) -> Result<(Credential, Finding), Finding> {
         let own = credential::of_settings(&self.examined.config.credential);
         let minted = match (own, &self.target) {
             (Some(own), _) => own.mint().await?,
@@ -163,7 +139,7 @@ impl Found<'_> {
         Ok((credential, finding))
     }
 
-    async fn resolve(&self) -> Result<(Vec<SocketAddr>, Finding), Finding> {
+    pub(super) async fn resolve(&self) -> Result<(Vec<SocketAddr>, Finding), Finding> {
         let config = self.examined.config;
         let (host, port) = (self.host.as_str(), config.port);
         let fixed = config.host_addresses.iter();
@@ -189,7 +165,7 @@ impl Found<'_> {
     }
 
     /// Fails with the reason if the endpoint must not be dialed.
-    fn may_dial(&self) -> Need<()> {
+    pub(super) fn may_dial(&self) -> Need<()> {
         // A server of another provider, which takes a password, is not known to sleep.
         let name = self.host.parse::<HostName>();
         let is_elsewhere = self.target.is_none() && name.is_ok_and(|host| !host.is_lakebase());

@@ -1,6 +1,6 @@
 //! `doctor`: checks each step from the settings to `SELECT 1` by itself, with its time and a fix in one sentence.
 //!
-//! [`run`], `workspace::check` and `endpoint::check` list the checks in order, each with what it needs of earlier ones:
+//! [`run`], `workspace::check` and `check_endpoint` list the checks in order, each with what it needs of earlier ones:
 //! `check` runs it on that, or skips it with the reason why that is missing.
 //!
 //! The checks use the modules of the proxy. They wake a suspended compute only with `--connect`, change nothing, and print
@@ -32,7 +32,8 @@ use crate::{
     workspace::Workspace,
 };
 use check::{Finding, Need, Steps};
-use endpoint::Examined;
+use connection::Connection;
+use endpoint::{Examined, Found};
 
 /// The command line of `doctor`.
 #[derive(clap::Args, Clone, Debug, Default)]
@@ -151,7 +152,7 @@ pub async fn run(
         let endpoint = endpoint.as_ref();
         let shown = endpoint.ok().filter(|_| examined.len() > 1);
         steps.endpoint = shown.map(|endpoint| settings::display_name(endpoint.config));
-        endpoint::check(&mut steps, endpoint).await;
+        check_endpoint(&mut steps, endpoint).await;
         let port = async |endpoint: &Examined<'_>| Ok(port::check(&endpoint.config.listen).await);
         steps.run("local port", endpoint, port).await;
     }
@@ -166,6 +167,29 @@ pub async fn run(
         steps.note("pinned clients", began.elapsed(), finding);
     }
     steps.report
+}
+
+/// Checks an endpoint, up to a query if it may be dialed.
+async fn check_endpoint(steps: &mut Steps<'_>, examined: Result<&Examined<'_>, &String>) {
+    let unknown = "the endpoint is unknown";
+    let found = steps
+        .check("endpoint", examined, unknown, Examined::locate)
+        .await;
+    let needed = found.as_ref();
+    let credential = steps
+        .check("credential", needed, "", Found::credential)
+        .await;
+    let unusable = "the endpoint's host cannot be used";
+    // Names are resolved even if nothing may be dialed: that wakes nothing.
+    let addresses = steps
+        .check("endpoint DNS", needed, unusable, Found::resolve)
+        .await;
+    let connection = addresses.and_then(|addresses| {
+        let found = needed.map_err(Clone::clone)?;
+        found.may_dial()?;
+        Connection::new(found, addresses, credential.ok())
+    });
+    connection::check(steps, needed.ok(), connection).await;
 }
 
 fn open(

@@ -7,7 +7,7 @@ use aws_lc_rs::{
     rand,
 };
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
-use secrecy::SecretString;
+use secrecy::{ExposeSecret, SecretString};
 
 use super::EmulatorError;
 
@@ -49,6 +49,14 @@ pub struct Identity {
     pub groups: Vec<String>,
     /// Whether it has the Workspace access entitlement, without which the API refuses it.
     pub has_workspace_access: bool,
+}
+
+impl Identity {
+    /// Whether this is its OAuth client secret.
+    pub fn has_secret(&self, given: &SecretString) -> bool {
+        let expected = self.client_secret.as_ref();
+        expected.is_some_and(|secret| secret.expose_secret() == given.expose_secret())
+    }
 }
 
 impl fmt::Debug for Identity {
@@ -184,8 +192,6 @@ mod tests {
 
     #[test]
     fn secrets_do_not_print() {
-        use secrecy::ExposeSecret;
-
         let identities = Identities::generate().unwrap();
         let secret = identities.app.client_secret.clone().unwrap();
         let pat = identities.user.pat.clone().unwrap();

@@ -189,3 +189,12 @@ pub(super) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id"
 pub(super) fn request_id() -> String {
     random::<16>().map(|bytes| hex(&bytes)).unwrap_or_default()
 }
+
+/// The token endpoint's own error shape (RFC 6749, 5.2).
+pub(super) fn token_refusal(status: StatusCode, error: &str, description: &str) -> Response {
+    (
+        status,
+        Json(json!({ "error": error, "error_description": description })),
+    )
+        .into_response()
+}

@@ -13,7 +13,10 @@ use secrecy::{ExposeSecret, SecretString};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::{error::ApiError, vouchers};
+use super::{
+    error::{ApiError, token_refusal},
+    vouchers,
+};
 use crate::emulator::{
     identity::{Identity, IdentityKind},
     shared::Shared,
@@ -75,14 +78,14 @@ pub(super) async fn token(
         Some("client_credentials") => by_secret(&shared, &headers, &request)?,
         Some(TOKEN_EXCHANGE) => by_exchange(&shared, &request)?,
         Some(_) => {
-            return Err(refusal(
+            return Err(token_refusal(
                 StatusCode::BAD_REQUEST,
                 "unsupported_grant_type",
                 "Unsupported grant type",
             ));
         }
         None => {
-            return Err(refusal(
+            return Err(token_refusal(
                 StatusCode::BAD_REQUEST,
                 "invalid_request",
                 "Missing grant_type",
@@ -94,7 +97,7 @@ pub(super) async fn token(
         .split_ascii_whitespace()
         .all(|scope| matches!(scope, "all-apis" | "offline_access" | "postgres"))
     {
-        return Err(refusal(
+        return Err(token_refusal(
             StatusCode::BAD_REQUEST,
             "invalid_scope",
             "Unknown scope",
@@ -107,7 +110,7 @@ pub(super) async fn token(
         i64::try_from(seconds).unwrap_or(i64::MAX),
     );
     let (token, _) = issued.map_err(|_| {
-        refusal(
+        token_refusal(
             StatusCode::INTERNAL_SERVER_ERROR,
             "server_error",
             "Cannot sign a token",
@@ -126,7 +129,7 @@ fn by_secret<'a>(
     let given = basic(headers)
         .or_else(|| Some((request.client_id.clone()?, request.client_secret.clone()?)));
     let Some((client_id, secret)) = given else {
-        return Err(refusal(
+        return Err(token_refusal(
             StatusCode::UNAUTHORIZED,
             "invalid_client",
             "Missing client authentication",
@@ -134,9 +137,9 @@ fn by_secret<'a>(
     };
     let identity = shared.identities.by_name(&client_id);
     identity
-        .filter(|identity| is_secret(identity, &secret))
+        .filter(|identity| identity.has_secret(&secret))
         .ok_or_else(|| {
-            refusal(
+            token_refusal(
                 StatusCode::UNAUTHORIZED,
                 "invalid_client",
                 "Client authentication failed",
@@ -147,13 +150,13 @@ fn by_secret<'a>(
 /// RFC 8693. A service principal's policy admits tokens of its own name; the account's, those of people.
 fn by_exchange<'a>(shared: &'a Shared, request: &TokenRequest) -> Result<&'a Identity, Response> {
     if request.subject_token_type.as_deref() != Some(JWT) {
-        return Err(refusal(
+        return Err(token_refusal(
             StatusCode::BAD_REQUEST,
             "invalid_request",
             "Unsupported subject_token_type",
         ));
     }
-    let refuse = |text: &str| refusal(StatusCode::BAD_REQUEST, "invalid_grant", text);
+    let refuse = |text: &str| token_refusal(StatusCode::BAD_REQUEST, "invalid_grant", text);
     let token = request.subject_token.as_deref().unwrap_or_default();
     let claims = shared
         .signer
@@ -235,23 +238,9 @@ fn basic(headers: &HeaderMap) -> Option<(String, SecretString)> {
     Some((client_id.to_owned(), SecretString::from(secret)))
 }
 
-pub(super) fn is_secret(identity: &Identity, given: &SecretString) -> bool {
-    let expected = identity.client_secret.as_ref();
-    expected.is_some_and(|secret| secret.expose_secret() == given.expose_secret())
-}
-
 fn is_pat(identity: &Identity, given: &str) -> bool {
     identity
         .pat
         .as_ref()
         .is_some_and(|pat| pat.expose_secret() == given)
-}
-
-/// The token endpoint's own error shape (RFC 6749, 5.2).
-pub(super) fn refusal(status: StatusCode, error: &str, description: &str) -> Response {
-    (
-        status,
-        Json(json!({ "error": error, "error_description": description })),
-    )
-        .into_response()
 }

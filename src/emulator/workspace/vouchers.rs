@@ -16,7 +16,7 @@ use secrecy::SecretString;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::oidc::{is_secret, refusal};
+use super::error::token_refusal;
 use crate::emulator::{
     identity::Identity,
     shared::{Names, Shared},
@@ -137,7 +137,7 @@ pub(super) async fn entra_id(
     Path(tenant): Path<String>,
     Form(form): Form<EntraForm>,
 ) -> Result<Json<Value>, Response> {
-    let refuse = |status, code, text: &str| Err(refusal(status, code, text));
+    let refuse = |status, code, text: &str| Err(token_refusal(status, code, text));
     if tenant != Names::TENANT {
         let text = format!("AADSTS90002: Tenant '{tenant}' not found.");
         return refuse(StatusCode::BAD_REQUEST, "invalid_request", &text);
@@ -147,7 +147,7 @@ pub(super) async fn entra_id(
         return refuse(StatusCode::BAD_REQUEST, "unauthorized_client", text);
     };
     let given = form.client_secret.unwrap_or_default();
-    if !is_secret(identity, &given) {
+    if !identity.has_secret(&given) {
         let text = "AADSTS7000215: Invalid client secret provided.";
         return refuse(StatusCode::UNAUTHORIZED, "invalid_client", text);
     }
@@ -180,7 +180,13 @@ pub(super) async fn instance_metadata(
     headers: HeaderMap,
     Query(query): Query<InstanceQuery>,
 ) -> Result<Json<Value>, Response> {
-    let refuse = |text: &str| Err(refusal(StatusCode::BAD_REQUEST, "invalid_request", text));
+    let refuse = |text: &str| {
+        Err(token_refusal(
+            StatusCode::BAD_REQUEST,
+            "invalid_request",
+            text,
+        ))
+    };
     if headers.get("metadata").is_none_or(|value| value != "true") {
         return refuse("Required metadata header not specified");
     }

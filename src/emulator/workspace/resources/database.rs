@@ -5,27 +5,15 @@ use std::sync::Arc;
 use serde_json::json;
 
 use super::{
-    Answer, ApiError, operation,
-    request::Change,
-    role::{parent, postgres_role},
+    Answer, ApiError, operation, parent, postgres_of, request::Change, role::postgres_role,
 };
 use crate::emulator::{
     catalog::{Kind, Resource},
-    postgres::Database,
     shared::Shared,
 };
 
 /// Paths of an update mask.
 const FIELDS: &[&str] = &["spec", "spec.postgres_database", "spec.role"];
-
-/// The Postgres of a branch.
-pub(super) fn of_branch(shared: &Shared, branch: &str) -> Result<Database, ApiError> {
-    let postgres = shared.catalog.postgres(branch);
-    let postgres = postgres.ok_or_else(|| {
-        ApiError::bad_request("the branch has no data in the emulator, or is not ready yet")
-    })?;
-    Ok(postgres.database)
-}
 
 pub(super) fn create(shared: &Arc<Shared>, branch: &str, name: &str, change: &Change) -> Answer {
     let Some(role) = change.text("spec.role")? else {
@@ -35,7 +23,7 @@ pub(super) fn create(shared: &Arc<Shared>, branch: &str, name: &str, change: &Ch
         return Err(ApiError::required("database.spec.postgres_database"));
     };
     let owner = postgres_role(shared, role)?;
-    let postgres = of_branch(shared, branch)?;
+    let postgres = postgres_of(shared, branch)?;
     let status = json!({ "postgres_database": database, "role": role });
     let time = shared.now().to_string();
     let resource = Resource::new(Kind::Database, name, None, &time, status);
@@ -64,7 +52,7 @@ pub(super) fn update(shared: &Arc<Shared>, existing: &Resource, change: &Change)
     let role = change.text("spec.role")?.map(str::to_owned);
     let owner = role.as_deref().map(|role| postgres_role(shared, role));
     let owner = owner.transpose()?;
-    let postgres = of_branch(shared, parent(&existing.name))?;
+    let postgres = postgres_of(shared, parent(&existing.name))?;
     let (worker, name) = (Arc::clone(shared), existing.name.clone());
     Ok(operation::start(
         shared,
@@ -92,7 +80,7 @@ pub(super) fn update(shared: &Arc<Shared>, existing: &Resource, change: &Change)
 pub(super) fn delete(shared: &Arc<Shared>, existing: &Resource) -> Answer {
     let database = existing.document["status"]["postgres_database"].as_str();
     let database = database.unwrap_or_default().to_owned();
-    let postgres = of_branch(shared, parent(&existing.name))?;
+    let postgres = postgres_of(shared, parent(&existing.name))?;
     let (worker, name) = (Arc::clone(shared), existing.name.clone());
     Ok(operation::start(
         shared,

@@ -23,6 +23,7 @@ use super::{error::ApiError, oidc::Caller, page::Page};
 use crate::emulator::{
     catalog::{Kind, Resource},
     compute, identity,
+    postgres::Database,
     shared::Shared,
 };
 use request::Change;
@@ -281,4 +282,21 @@ fn endpoint_uid(branch: &str) -> String {
 /// The answer of a deletion.
 fn empty() -> Value {
     json!({ "@type": "type.googleapis.com/google.protobuf.Empty" })
+}
+
+/// The Postgres of a branch.
+fn postgres_of(shared: &Shared, branch: &str) -> Result<Database, ApiError> {
+    let postgres = shared.catalog.postgres(branch);
+    let postgres = postgres.ok_or_else(|| {
+        ApiError::bad_request("the branch has no data in the emulator, or is not ready yet")
+    })?;
+    Ok(postgres.database)
+}
+
+/// The branch of a role or database.
+fn parent(name: &str) -> &str {
+    let collection = name
+        .rsplit_once('/')
+        .map_or("", |(collection, _)| collection);
+    collection.rsplit_once('/').map_or("", |(parent, _)| parent)
 }

@@ -6,7 +6,7 @@ use axum::Json;
 use secrecy::{ExposeSecret, SecretString};
 use serde_json::{Value, json};
 
-use super::{Answer, ApiError, operation, request::Change};
+use super::{Answer, ApiError, operation, parent, postgres_of, request::Change};
 use crate::emulator::{
     catalog::{Kind, Resource},
     identity::{hex, random},
@@ -60,7 +60,7 @@ pub(super) fn create(shared: &Arc<Shared>, branch: &str, name: &str, change: &Ch
         "attributes": { "bypassrls": false, "createdb": false, "createrole": false },
     });
     apply(&mut status, change)?;
-    let database = super::database::of_branch(shared, branch)?;
+    let database = postgres_of(shared, branch)?;
     let new = NewRole {
         name: role.to_owned(),
         identity_type: identity.map(str::to_owned),
@@ -100,7 +100,7 @@ pub(super) fn update(shared: &Arc<Shared>, existing: &Resource, change: &Change)
     change.check(FIELDS, &[])?;
     let mut status = existing.document["status"].clone();
     apply(&mut status, change)?;
-    let database = super::database::of_branch(shared, parent(&existing.name))?;
+    let database = postgres_of(shared, parent(&existing.name))?;
     let (worker, name) = (Arc::clone(shared), existing.name.clone());
     Ok(operation::start(
         shared,
@@ -146,14 +146,6 @@ fn attributes(status: &Value) -> Attributes {
     }
 }
 
-/// The branch of a role or database.
-pub(super) fn parent(name: &str) -> &str {
-    let collection = name
-        .rsplit_once('/')
-        .map_or("", |(collection, _)| collection);
-    collection.rsplit_once('/').map_or("", |(parent, _)| parent)
-}
-
 /// The Postgres name of the role with this resource name.
 pub(super) fn postgres_role(shared: &Shared, name: &str) -> Result<String, ApiError> {
     let role = shared.catalog.get(name);
@@ -171,7 +163,7 @@ pub(super) fn delete(
     let role = postgres_role(shared, &existing.name)?;
     let heir = reassign_to.map(|name| postgres_role(shared, name));
     let heir = heir.transpose()?;
-    let database = super::database::of_branch(shared, parent(&existing.name))?;
+    let database = postgres_of(shared, parent(&existing.name))?;
     let (worker, name) = (Arc::clone(shared), existing.name.clone());
     Ok(operation::start(
         shared,
