@@ -134,7 +134,6 @@ impl Pool {
     ) -> Vec<(ServerConnection, PoolClose)> {
         let settings = self.context.settings.load();
         let is_over = self.context.is_over();
-        let mut ending = Vec::new();
         let due = state.idle.extract_if(.., |idle| {
             if is_over || idle.due_at() > now {
                 return is_over;
@@ -160,18 +159,18 @@ impl Pool {
             });
             false
         });
-        for idle in due {
+        let due: Vec<Idle> = due.collect();
+        let ending = due.into_iter().map(|idle| {
             let reason = match &idle.watch {
                 Some(watch) if !is_over => watch.reason,
                 _ => PoolClose::Shutdown,
             };
-            ending.push((idle.into_server(), reason));
-        }
-        for (server, _) in &mut ending {
+            let mut server = idle.into_server();
             // Under the same lock: one that returns now must not count it.
             state.count(&mut server.record.slot, PoolServer::Closing);
-        }
-        ending
+            (server, reason)
+        });
+        ending.collect()
     }
 
     /// Drops an idle connection once the server has closed it.

@@ -8,6 +8,7 @@ use tokio::time::{Instant, sleep_until};
 use super::{
     Pool, Pools, Used,
     open::{NotOpened, Opened, Opening},
+    request::{LeaseRequest, Wanted},
     server::{Record, ServerConnection, Unusable},
     settings::Settings,
     shared::{ClientState, SharedStream},
@@ -18,7 +19,6 @@ use crate::{
     protocol::{
         error::{Report, sqlstate},
         lexer::is_ascii_safe,
-        options::LoginParameters,
         reported::Reported,
         startup::CancelKey,
     },
@@ -26,80 +26,13 @@ use crate::{
         GaugeGuard,
         labels::{PinReason, PoolClose, PoolLease, PoolServer, Reason},
     },
-    upstream::{self, ConnectSettings, Refusal, Stream, Upstream},
+    upstream::{self, Refusal, Stream, Upstream},
 };
 
 /// A client that has waited this long shares the failure of another's whole budget, as one that comes now would.
 const SHARED_FAILURE: Duration = Duration::from_secs(10);
 /// How often the time of a wait is looked at again while the endpoint wakes.
 const WAKE_CHECK: Duration = Duration::from_secs(1);
-
-/// What a client needs.
-pub(crate) struct LeaseRequest<'a> {
-    /// Opens connections.
-    pub(super) upstream: &'a Arc<Upstream>,
-    /// What its connection must be like.
-    pub(super) wanted: Wanted,
-    /// Timeouts of opening one.
-    pub(super) connect: &'a ConnectSettings,
-}
-
-impl<'a> LeaseRequest<'a> {
-    pub(crate) fn new(
-        upstream: &'a Arc<Upstream>,
-        mut login: LoginParameters,
-        connect: &'a ConnectSettings,
-    ) -> Self {
-        upstream.settle_database(&mut login);
-        Self {
-            upstream,
-            wanted: Wanted::from(Arc::new(login)),
-            connect,
-        }
-    }
-
-    /// For a client that has had a connection.
-    pub(crate) fn again(
-        upstream: &'a Arc<Upstream>,
-        client: &ClientState,
-        connect: &'a ConnectSettings,
-    ) -> Self {
-        Self {
-            upstream,
-            wanted: Wanted {
-                login: Arc::clone(&client.login),
-                settings: client.settings.clone(),
-                client: Some(client.number),
-                owner: client.owner(),
-            },
-            connect,
-        }
-    }
-}
-
-/// What a client expects of a server connection.
-#[derive(Clone)]
-pub(super) struct Wanted {
-    /// The login that it would have made.
-    pub(super) login: Arc<LoginParameters>,
-    /// What it has set since.
-    pub(super) settings: Settings,
-    /// Its number, if it has had one.
-    pub(super) client: Option<u64>,
-    /// The same, if it keeps one between two transactions.
-    pub(super) owner: Option<u64>,
-}
-
-impl From<Arc<LoginParameters>> for Wanted {
-    fn from(login: Arc<LoginParameters>) -> Self {
-        Self {
-            login,
-            settings: Settings::default(),
-            client: None,
-            owner: None,
-        }
-    }
-}
 
 /// A lease with what the client is sent in its welcome.
 pub(crate) struct Leased {
@@ -287,7 +220,7 @@ impl Pools {
         };
         let spares = self.settings().spares(mode);
         if mode == PoolMode::None && (spares == 0 || login.replication) {
-            return request.log_in().await;
+            return log_in(request).await;
         }
         let pool = self.pool(&login.database);
         let leased = match mode {
@@ -330,13 +263,16 @@ impl Pools {
     }
 }
 
-impl LeaseRequest<'_> {
-    /// A connection that is the session's own.
-    async fn log_in(&self) -> Result<Leased, Refusal> {
-        // A box, as a client that waits for a pool needs no room for it.
-        let connected = Box::pin(self.upstream.connect(&self.wanted.login, self.connect)).await?;
-        Ok(connected.into())
-    }
+/// A connection that is the session's own.
+async fn log_in(request: &LeaseRequest<'_>) -> Result<Leased, Refusal> {
+    let LeaseRequest {
+        upstream,
+        wanted,
+        connect,
+    } = request;
+    // A box, as a client that waits for a pool needs no room for it.
+    let connected = Box::pin(upstream.connect(&wanted.login, connect)).await?;
+    Ok(connected.into())
 }
 
 impl Pool {
@@ -346,7 +282,7 @@ impl Pool {
     ) -> Result<Leased, Refusal> {
         match self.take_spare(&request.wanted).await {
             Some(spare) => Ok(spare),
-            None => request.log_in().await,
+            None => log_in(request).await,
         }
     }
 

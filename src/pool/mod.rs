@@ -26,6 +26,7 @@ mod limit;
 mod local;
 mod open;
 mod refusal;
+mod request;
 mod reset;
 mod retention;
 mod server;
@@ -59,8 +60,8 @@ use tokio_util::task::TaskTracker;
 
 use self::{
     idle::Idle,
-    lease::Wanted,
     limit::Limit,
+    request::Wanted,
     retention::Retention,
     server::ServerConnection,
     settings::SettingsTable,
@@ -70,7 +71,8 @@ use self::{
     waiting::{Grant, Waiter},
 };
 pub(crate) use self::{
-    lease::{Lease, LeaseRequest, Leased, Verified},
+    lease::{Lease, Leased, Verified},
+    request::LeaseRequest,
     reset::Used,
     shared::{ClientState, SharedStream},
 };

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use tokio::sync::oneshot;
 use tokio_util::task::AbortOnDropHandle;
 
-use super::{Pool, lease::LeaseRequest, server::ServerConnection, slot::Slot};
+use super::{Pool, request::LeaseRequest, server::ServerConnection, slot::Slot};
 use crate::{
     protocol::error::{Report, sqlstate},
     telemetry::labels::{PoolServer, Reason},

@@ -17,7 +17,7 @@ use tokio::{
     time::{Instant, timeout},
 };
 
-use super::{lease::Wanted, settings::Settings, slot::Slot, statements::ServerStatements};
+use super::{request::Wanted, settings::Settings, slot::Slot, statements::ServerStatements};
 use crate::{
     net::{
         message::{ReadError, read_message, write_and_flush},

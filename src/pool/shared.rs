@@ -22,6 +22,7 @@ use tokio::{
 
 use super::{
     Used, refusal,
+    request::{LeaseRequest, Wanted},
     retention::RETENTION,
     server::{CLIENT_ENCODING, Record, scope},
     settings::{Change, Dialect, Pending, Settings},
@@ -43,7 +44,7 @@ use crate::{
         traces::Traces,
     },
     telemetry::labels::PinReason,
-    upstream::Stream,
+    upstream::{ConnectSettings, Stream, Upstream},
 };
 
 /// Bytes of a message that are kept until it is whole. What is longer is passed in pieces, and names no statement of the pool's.
@@ -153,6 +154,24 @@ impl ClientState {
     /// Counts the requests of the client that a cancel request has ended.
     pub(crate) fn canceled(&self) -> Arc<AtomicU64> {
         Arc::clone(&self.canceled)
+    }
+
+    /// For its next connection.
+    pub(crate) fn request<'a>(
+        &self,
+        upstream: &'a Arc<Upstream>,
+        connect: &'a ConnectSettings,
+    ) -> LeaseRequest<'a> {
+        LeaseRequest {
+            upstream,
+            wanted: Wanted {
+                login: Arc::clone(&self.login),
+                settings: self.settings.clone(),
+                client: Some(self.number),
+                owner: self.owner(),
+            },
+            connect,
+        }
     }
 
     /// Whether the client has its last connection again, unless another needs that.

@@ -2,7 +2,7 @@
 //! parts with the one that it keeps.
 //!
 //! One task for each pool, on the main runtime of the process. A runtime of sessions has no timer to spare for this: while
-//! there is one, every wait of the runtime arms a timer of the kernel's, which costs 2 us of a query's 25.
+//! there is one, every wait of the runtime arms a timer of the kernel's, which costs about 1 us of a query's 20.
 
 use std::{
     sync::{
@@ -104,9 +104,10 @@ impl Pool {
             retention.end_by(now);
         }
         let idle = state.idle.iter().map(Idle::due_at);
+        let kept = state.retentions.iter().filter_map(|it| it.ends_at());
         // At the end sessions at rest end by themselves.
-        let kept = state.retentions.iter().filter(|_| !self.context.is_over());
-        let next = idle.chain(kept.filter_map(|it| it.ends_at())).min();
+        let is_over = self.context.is_over();
+        let next = idle.chain(kept.filter(|_| !is_over)).min();
         drop(state);
         for (server, reason) in ending {
             self.close(server, reason);

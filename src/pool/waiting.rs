@@ -11,7 +11,7 @@ use tokio::{
     time::Instant,
 };
 
-use super::{Pool, lease::Wanted, server::ServerConnection, slot::Slot};
+use super::{Pool, request::Wanted, server::ServerConnection, slot::Slot};
 use crate::{telemetry::GaugeGuard, upstream::Refusal};
 
 /// What a waiting client is given.

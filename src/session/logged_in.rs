@@ -16,7 +16,7 @@ use super::{
 };
 use crate::{
     net::{message::write_and_flush, socket::Transport},
-    pool::{ClientState, Lease, LeaseRequest, Leased, Used, Verified},
+    pool::{ClientState, Lease, Leased, Used, Verified},
     protocol::{
         backend::{TransactionStatus, ready_for_query},
         error::{Report, sqlstate},
@@ -236,7 +236,7 @@ impl LoggedIn<'_> {
             endpoint, config, ..
         } = self.session;
         let upstream = self.session.upstream().await?;
-        let request = LeaseRequest::again(&upstream, state, &config.connect);
+        let request = state.request(&upstream, &config.connect);
         endpoint.pools.lease(&request).await
     }
 
