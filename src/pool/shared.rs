@@ -27,7 +27,7 @@ use super::{
     server::{CLIENT_ENCODING, Record, scope},
     settings::{Change, Dialect, Pending, Settings},
     statements::{
-        Blocked, ClientMessage, ClientStatements, LARGE_STATEMENT, Meaning, Passage, Texts,
+        Blocked, ClientMessage, ClientStatements, LARGE_STATEMENT, Meaning, Passage, Sent, Texts,
     },
 };
 use crate::{
@@ -521,14 +521,23 @@ impl<'a> SharedStream<'a> {
         }
     }
 
-    /// Takes the next piece of what the client sends. Nothing of it, if it must wait.
-    fn take_from_client(&mut self, bytes: &mut &[u8]) -> Result<(), Blocked> {
+    /// Takes the next piece of what the client sends, which is the rest of `chunk`; nothing of it, if it must wait.
+    fn take_from_client(
+        &mut self,
+        chunk: &[u8],
+        bytes: &mut &[u8],
+        unchanged: &mut usize,
+    ) -> Result<(), Blocked> {
         let before = *bytes;
         let passed = self.from_client.take_rest(bytes);
-        self.to_server.extend_from_slice(passed);
+        let at = chunk.len() - bytes.len();
         let taken = before.len() - bytes.len();
-        let traces = &mut self.client.traces;
-        traces.client_sends(before.get(..taken).unwrap_or_default());
+        if taken > 0 {
+            let place = Some(at - passed.len());
+            emit(passed, place, unchanged, &mut self.to_server);
+            let taken = before.get(..taken).unwrap_or_default();
+            self.client.traces.client_continues(taken);
+        }
         if bytes.is_empty() {
             return Ok(());
         }
@@ -537,7 +546,7 @@ impl<'a> SharedStream<'a> {
                 if self.from_client.held.is_empty() && message.is_enough_of_client() =>
             {
                 let (frame, rest) = bytes.split_at(HEADER_LEN + message.body.len());
-                self.client_sends(message, frame)?;
+                self.client_sends(message, frame, Some(at), unchanged)?;
                 *bytes = rest;
                 Ok(())
             }
@@ -553,7 +562,7 @@ impl<'a> SharedStream<'a> {
         let held = std::mem::take(&mut self.from_client.held);
         match Front::of(&held) {
             Front::Message(message) if message.is_enough_of_client() => {
-                if let Err(blocked) = self.client_sends(message, &held) {
+                if let Err(blocked) = self.client_sends(message, &held, None, &mut 0) {
                     self.from_client.held = held;
                     return Err(blocked);
                 }
@@ -567,20 +576,27 @@ impl<'a> SharedStream<'a> {
         Ok(())
     }
 
-    fn client_sends(&mut self, message: Arrived<'_>, frame: &[u8]) -> Result<(), Blocked> {
+    fn client_sends(
+        &mut self,
+        message: Arrived<'_>,
+        frame: &[u8],
+        at: Option<usize>,
+        unchanged: &mut usize,
+    ) -> Result<(), Blocked> {
         let Arrived { tag, length, body } = message;
         if self.must_wait(tag) {
             self.is_blocked = true;
             return Err(Blocked);
         }
         let message = ClientMessage { tag, length, body };
+        let arrived = body.len();
         if let Some(reason) = self.refused(message) {
             let report = refusal::report(reason);
             let servers = &mut self.record.statements;
             let statements = &mut self.client.statements;
             statements.refuse(servers, tag, &report, &mut self.to_server);
-            self.client.traces.client_is_refused(frame);
-            self.from_client.removed = length - body.len();
+            self.client.traces.client_is_refused();
+            self.from_client.removed = length - arrived;
             return Ok(());
         }
         let meaning = self.meaning(tag);
@@ -592,13 +608,20 @@ impl<'a> SharedStream<'a> {
             &mut self.to_client,
         );
         self.is_blocked = sent.is_err();
-        let replaced = sent?;
-        self.client.traces.client_sends(frame);
-        let arrived = body.len();
-        self.to_server
-            .extend_from_slice(body.get(replaced..).unwrap_or_default());
-        self.from_client.removed = replaced.saturating_sub(arrived);
-        self.from_client.passed = length - replaced.max(arrived);
+        match sent? {
+            Sent::Unchanged => {
+                emit(frame, at, unchanged, &mut self.to_server);
+                self.from_client.passed = length - arrived;
+            }
+            Sent::Rest(from) => {
+                let rest = body.get(from..).unwrap_or_default();
+                self.to_server.extend_from_slice(rest);
+                self.from_client.removed = from.saturating_sub(arrived);
+                self.from_client.passed = length - from.max(arrived);
+            }
+        }
+        self.client.traces.client_begins(tag);
+        self.client.traces.client_continues(body);
         Ok(())
     }
 
@@ -630,7 +653,7 @@ impl<'a> SharedStream<'a> {
             let passed = self.from_server.take_rest(&mut bytes);
             if !passed.is_empty() {
                 let at = chunk.len() - bytes.len() - passed.len();
-                self.emit(passed, Some(at), &mut unchanged);
+                emit(passed, Some(at), &mut unchanged, &mut self.to_client);
                 continue;
             }
             let at = chunk.len() - bytes.len();
@@ -654,7 +677,7 @@ impl<'a> SharedStream<'a> {
                 }
                 Front::Invalid => {
                     self.from_server.is_lost = true;
-                    self.emit(&held, None, &mut unchanged);
+                    emit(&held, None, &mut unchanged, &mut self.to_client);
                 }
                 Front::Message(_) | Front::Nothing => self.from_server.held = held,
             }
@@ -671,31 +694,37 @@ impl<'a> SharedStream<'a> {
     ) {
         let Arrived { tag, length, body } = message;
         let left = length - body.len();
-        let mut behind = BytesMut::new();
-        let passage = match tag {
+        let is_plain = match tag {
             // The most frequent ones.
-            tag::DATA_ROW | tag::COPY_DATA => Passage::Pass,
-            // Its last message.
-            tag::ERROR_RESPONSE if self.is_spared() => Passage::Drop,
-            _ => {
-                let command = (tag == tag::COMMAND_COMPLETE)
-                    .then(|| Command::of(body.strip_suffix(b"\0").unwrap_or_default()));
-                self.note_definition(tag, body, command);
-                let servers = &mut self.record.statements;
-                let statements = &mut self.client.statements;
-                let passage = statements.server_sends(servers, tag, body, &mut behind);
-                if let Some(command) = command {
-                    self.follow_command(command);
-                } else {
-                    self.follow_settings(tag, frame);
-                }
-                passage
-            }
+            tag::DATA_ROW | tag::COPY_DATA => true,
+            tag::ROW_DESCRIPTION => self.client.statements.is_in_query(),
+            _ => false,
         };
+        if is_plain {
+            self.from_server.passed = left;
+            return emit(frame, at, unchanged, &mut self.to_client);
+        }
+        // Its last message.
+        if tag == tag::ERROR_RESPONSE && self.is_spared() {
+            self.from_server.removed = left;
+            return;
+        }
+        let command = (tag == tag::COMMAND_COMPLETE)
+            .then(|| Command::of(body.strip_suffix(b"\0").unwrap_or_default()));
+        self.note_definition(tag, body, command);
+        let mut behind = BytesMut::new();
+        let servers = &mut self.record.statements;
+        let statements = &mut self.client.statements;
+        let passage = statements.server_sends(servers, tag, body, &mut behind);
+        if let Some(command) = command {
+            self.follow_command(command);
+        } else {
+            self.follow_settings(tag, frame);
+        }
         match passage {
             Passage::Pass => {
                 self.from_server.passed = left;
-                self.emit(frame, at, unchanged);
+                emit(frame, at, unchanged, &mut self.to_client);
             }
             Passage::Drop => self.from_server.removed = left,
         }
@@ -820,15 +849,6 @@ impl<'a> SharedStream<'a> {
         }
     }
 
-    /// Passes bytes to the client: in place, if they stand at this position, behind others that all pass.
-    fn emit(&mut self, bytes: &[u8], at: Option<usize>, unchanged: &mut usize) {
-        if at == Some(*unchanged) && self.to_client.is_empty() {
-            *unchanged += bytes.len();
-        } else {
-            self.to_client.extend_from_slice(bytes);
-        }
-    }
-
     /// Writes what is to be written, and what can be sent of a message that had to wait.
     fn poll_send(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         loop {
@@ -852,10 +872,37 @@ impl<'a> SharedStream<'a> {
         }
     }
 
+    /// Writes bytes in front of all that is to be written. An error comes again with the next write.
+    fn write_first(&mut self, cx: &mut Context<'_>, bytes: &[u8]) {
+        if bytes.is_empty() {
+            return;
+        }
+        let written = match Pin::new(&mut *self.stream).poll_write(cx, bytes) {
+            Poll::Ready(Ok(written)) => written,
+            Poll::Ready(Err(_)) | Poll::Pending => 0,
+        };
+        let left = bytes.get(written..).unwrap_or_default();
+        if !left.is_empty() {
+            let behind = std::mem::replace(&mut self.to_server, left.into());
+            self.to_server.extend_from_slice(&behind);
+        }
+    }
+
     /// What was sent must reach the server, so that it answers. Its answer wakes the task.
     fn poll_answer(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         ready!(Pin::new(&mut *self.stream).poll_flush(cx))?;
         Poll::Pending
+    }
+}
+
+/// Passes bytes: in place, if they stand at this position of their chunk, behind others that all pass; else behind what was
+/// appended to `out`.
+#[inline]
+fn emit(bytes: &[u8], at: Option<usize>, unchanged: &mut usize, out: &mut BytesMut) {
+    if at == Some(*unchanged) && out.is_empty() {
+        *unchanged += bytes.len();
+    } else {
+        out.extend_from_slice(bytes);
     }
 }
 
@@ -923,9 +970,12 @@ impl AsyncWrite for SharedStream<'_> {
         }
         loop {
             ready!(self.poll_send(cx))?;
-            while !rest.is_empty() && self.take_from_client(&mut rest).is_ok() {}
+            let mut unchanged = 0;
+            let mut take = |rest: &mut _| self.take_from_client(bytes, rest, &mut unchanged);
+            while !rest.is_empty() && take(&mut rest).is_ok() {}
             let taken = bytes.len() - rest.len();
             if taken > 0 {
+                self.write_first(cx, bytes.get(..unchanged).unwrap_or_default());
                 // An error comes again with the next write, and what is left is written by the flush.
                 let _ = self.poll_send(cx);
                 return Poll::Ready(Ok(taken));

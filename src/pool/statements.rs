@@ -23,6 +23,7 @@ use std::{
 };
 
 use bytes::{BufMut, BytesMut};
+use memchr::memchr;
 
 use self::{
     sending::Sending,
@@ -67,6 +68,15 @@ pub struct ClientMessage<'a> {
 /// The message must be passed again when the server has answered something.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Blocked;
+
+/// How the server is sent a message of the client.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sent {
+    /// As it is.
+    Unchanged,
+    /// Behind what was appended, as the body from this position on.
+    Rest(usize),
+}
 
 /// What becomes of a message of the server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -428,6 +438,12 @@ impl ClientStatements {
         }
     }
 
+    /// Whether a simple query is being answered.
+    pub(super) fn is_in_query(&self) -> bool {
+        let front = self.queue.front();
+        front.is_some_and(|it| matches!(it.awaits, Awaits::Query))
+    }
+
     /// Whether nothing is in flight.
     pub fn is_at_rest(&self) -> bool {
         self.queue.is_empty() && !self.is_skipping
@@ -441,8 +457,8 @@ impl ClientStatements {
         self.had_large && (named.any(|it| it.is_large()) || unnamed.is_some_and(|it| it.is_large()))
     }
 
-    /// Records a message of the client. Appends what the server is to be sent, and what the client is to be sent at once.
-    /// The rest of the body, from the position returned, follows for the server as it is.
+    /// Records a message of the client. Appends what the server is to be sent in place of it, and what the client is to be sent
+    /// at once.
     ///
     /// # Errors
     /// An earlier message must have its answer first. Nothing was recorded, though the server may have to be sent something.
@@ -453,10 +469,10 @@ impl ClientStatements {
         meaning: Meaning,
         to_server: &mut BytesMut,
         to_client: &mut BytesMut,
-    ) -> Result<usize, Blocked> {
+    ) -> Result<Sent, Blocked> {
         if self.is_skipping && message.tag != tag::SYNC {
             // The server discards it.
-            return Ok(message.length);
+            return Ok(Sent::Rest(message.length));
         }
         let mut sending = Sending {
             client: self,
@@ -918,7 +934,7 @@ fn put(out: &mut BytesMut, tag: u8, parts: &[&[u8]], rest: usize) {
 
 /// The string in front of a zero byte, and what follows that.
 pub(super) fn split_string(body: &[u8]) -> Option<(&[u8], &[u8])> {
-    let end = body.iter().position(|&byte| byte == 0)?;
+    let end = memchr(0, body)?;
     Some((body.get(..end)?, body.get(end + 1..)?))
 }
 

@@ -3,6 +3,7 @@
 //! Reads SQL texts and command tags where they stand in the stream, which may be cut anywhere, and copies no text.
 
 use enum_map::{Enum, EnumMap};
+use memchr::memchr;
 
 use super::{
     frame::{Part, Scanner, Seen, tag},
@@ -133,6 +134,16 @@ impl Traces {
     }
 
     fn pin_of(&self, words: &Words) -> Option<PinReason> {
+        // At each rest, and most clients have done nothing of it.
+        let alone = [
+            Trace::Called,
+            Trace::Loaded,
+            Trace::Malformed,
+            Trace::MaySetConfig,
+        ];
+        if *words == Words::default() && !alone.iter().any(|it| self.found[*it]) {
+            return None;
+        }
         let is_hidden = self.found[Trace::Done] && (words[Word::Execute] || words[Word::Load]);
         let is_set = self.found[Trace::Done] && words[Word::Set];
         let unknown = [Word::Dblink, Word::Language, Word::Opaque];
@@ -160,11 +171,40 @@ impl Traces {
 
     /// Reads what the client sends.
     pub(crate) fn client_sends(&mut self, chunk: &[u8]) {
+        let mut scanner = std::mem::take(&mut self.from_client);
+        scanner.scan_parts(chunk, |part| match part {
+            Part::Event(Seen::Message { tag }) => self.client_begins(tag),
+            Part::Event(Seen::Status(_)) => {}
+            Part::Body(body) => self.client_continues(body),
+        });
+        self.from_client = scanner;
+    }
+
+    /// Reads the start of a message of the client's, for a caller that finds the messages itself.
+    pub(crate) fn client_begins(&mut self, tag: u8) {
+        let found = &mut self.found;
+        // The rest of a text without its zero byte, which the server rejects.
+        self.search = Search::new();
+        self.is_cut = false;
+        self.reading = match tag {
+            tag::QUERY => Reading::Text,
+            tag::PARSE => Reading::Name,
+            tag::FLUSH => Reading::Excess,
+            _ => Reading::Nothing,
+        };
+        // PostgreSQL 18 may end a simple query within an extended one in a state that fits neither.
+        let is_simple = matches!(tag, tag::QUERY | tag::FUNCTION_CALL);
+        found[Trace::Malformed] |= !is_request(tag) || self.is_open && is_simple;
+        self.is_open = is_extended(tag) || self.is_open && tag != tag::SYNC;
+        found[Trace::Used] |= !matches!(tag, tag::QUERY | tag::SYNC | tag::TERMINATE);
+        found[Trace::Called] |= tag == tag::FUNCTION_CALL;
+    }
+
+    /// Reads the next bytes of the message's body.
+    pub(crate) fn client_continues(&mut self, mut body: &[u8]) {
         let Self {
-            from_client,
             reading,
             is_cut,
-            is_open,
             search,
             words,
             found,
@@ -172,70 +212,47 @@ impl Traces {
             database,
             ..
         } = self;
-        from_client.scan_parts(chunk, |part| match part {
-            Part::Event(Seen::Message { tag }) => {
-                // The rest of a text without its zero byte, which the server rejects.
-                *search = Search::new();
-                *is_cut = false;
-                *reading = match tag {
-                    tag::QUERY => Reading::Text,
-                    tag::PARSE => Reading::Name,
-                    tag::FLUSH => Reading::Excess,
-                    _ => Reading::Nothing,
-                };
-                // PostgreSQL 18 may end a simple query within an extended one in a state that fits neither.
-                let is_simple = matches!(tag, tag::QUERY | tag::FUNCTION_CALL);
-                found[Trace::Malformed] |= !is_request(tag) || *is_open && is_simple;
-                *is_open = is_extended(tag) || *is_open && tag != tag::SYNC;
-                found[Trace::Used] |= !matches!(tag, tag::QUERY | tag::SYNC | tag::TERMINATE);
-                found[Trace::Called] |= tag == tag::FUNCTION_CALL;
-            }
-            Part::Event(Seen::Status(_)) => {}
-            Part::Body(mut body) => {
-                found[Trace::Malformed] |= *reading == Reading::Excess && !body.is_empty();
-                if *reading == Reading::Name {
-                    let Some(end) = body.iter().position(|&byte| byte == 0) else {
-                        return;
-                    };
-                    body = body.get(end + 1..).unwrap_or_default();
-                    *reading = Reading::Text;
-                }
-                if *reading != Reading::Text {
-                    return;
-                }
-                let text = body.split(|&byte| byte == 0).next().unwrap_or_default();
-                let is_ended = text.len() < body.len();
-                // A text in pieces is not kept, and so not read as a whole: it counts as anything.
-                let is_whole = is_ended && !*is_cut;
-                *is_cut |= !text.is_empty();
-                // Once for each text, which may repeat the words without end.
-                let (mut has_set_config, mut has_database) = (false, false);
-                search.search(text, |word, _| {
-                    words[word] = true;
-                    has_set_config |= word == Word::SetConfig;
-                    has_database |= word == Word::Database;
-                });
-                if has_database && is_whole {
-                    *database = statements(text, Backslash::Plain)
-                        .find_map(|it| needed_database(&it))
-                        .map(String::into_boxed_str);
-                }
-                found[Trace::MaySetConfig] |=
-                    has_set_config && (!is_whole || configures_session(text));
-                if is_ended {
-                    *reading = Reading::Nothing;
-                    if let Some(word) = search.end() {
-                        words[word] = true;
-                    }
-                }
-                if !found[Trace::Used] {
-                    *plain += u8::from(is_ended);
-                    found[Trace::Used] = !is_whole && !text.is_empty()
-                        || *plain > PLAIN_QUERIES
-                        || !statements(text, Backslash::Plain).all(|it| is_plain(&it));
-                }
-            }
+        found[Trace::Malformed] |= *reading == Reading::Excess && !body.is_empty();
+        if *reading == Reading::Name {
+            let Some(end) = memchr(0, body) else { return };
+            body = body.get(end + 1..).unwrap_or_default();
+            *reading = Reading::Text;
+        }
+        if *reading != Reading::Text {
+            return;
+        }
+        let (text, is_ended) = match memchr(0, body) {
+            Some(end) => (body.get(..end).unwrap_or_default(), true),
+            None => (body, false),
+        };
+        // A text in pieces is not kept, and so not read as a whole: it counts as anything.
+        let is_whole = is_ended && !*is_cut;
+        *is_cut |= !text.is_empty();
+        // Once for each text, which may repeat the words without end.
+        let (mut has_set_config, mut has_database) = (false, false);
+        search.search(text, |word, _| {
+            words[word] = true;
+            has_set_config |= word == Word::SetConfig;
+            has_database |= word == Word::Database;
         });
+        if has_database && is_whole {
+            *database = statements(text, Backslash::Plain)
+                .find_map(|it| needed_database(&it))
+                .map(String::into_boxed_str);
+        }
+        found[Trace::MaySetConfig] |= has_set_config && (!is_whole || configures_session(text));
+        if is_ended {
+            *reading = Reading::Nothing;
+            if let Some(word) = search.end() {
+                words[word] = true;
+            }
+        }
+        if !found[Trace::Used] {
+            *plain += u8::from(is_ended);
+            found[Trace::Used] = !is_whole && !text.is_empty()
+                || *plain > PLAIN_QUERIES
+                || !statements(text, Backslash::Plain).all(|it| is_plain(&it));
+        }
     }
 
     /// The database that a statement since the last call drops, changes or copies.
@@ -243,10 +260,9 @@ impl Traces {
         self.database.take()
     }
 
-    /// Reads the start of a message that the server is not sent; the rest follows as of any other.
-    pub(crate) fn client_is_refused(&mut self, start: &[u8]) {
+    /// Takes the rest of the body for that of a message which the server is not sent.
+    pub(crate) fn client_is_refused(&mut self) {
         self.reading = Reading::Nothing;
-        self.from_client.scan_parts(start, |_| {});
     }
 
     /// Records a command that the server has completed, for a caller that reads the server's messages itself.

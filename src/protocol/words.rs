@@ -151,32 +151,56 @@ impl Search {
 
     /// Searches another piece, and passes each word to `found` with the position behind it.
     pub fn search(&mut self, piece: &[u8], mut found: impl FnMut(Word, usize)) {
+        let Some(first) = piece.first() else { return };
+        if let Some(word) = self.pending.take()
+            && !is_identifier(*first)
+        {
+            found(word, 0);
+        }
         let (automaton, _) = &*AUTOMATON;
+        let mut state = self.state;
         for (at, &byte) in piece.iter().enumerate() {
-            if is_identifier(byte) {
-                self.identifier += 1;
-                self.pending = None;
-            } else {
-                self.identifier = 0;
-                if let Some(word) = self.pending.take() {
-                    found(word, at);
-                }
-            }
-            self.state = automaton.next_state(Anchored::No, self.state, byte);
-            if !automaton.is_match(self.state) {
+            state = automaton.next_state(Anchored::No, state, byte);
+            if !automaton.is_match(state) {
                 continue;
             }
-            for index in 0..automaton.match_len(self.state) {
-                let pattern = automaton.match_pattern(self.state, index);
+            let end = at + 1;
+            for index in 0..automaton.match_len(state) {
+                let pattern = automaton.match_pattern(state, index);
                 let Some((text, place, word)) = PATTERNS.get(pattern.as_usize()) else {
                     continue;
                 };
-                match place {
-                    Anywhere => found(*word, at + 1),
-                    Alone if self.identifier == text.len() => self.pending = Some(*word),
-                    Alone => {}
+                if *place == Alone {
+                    if !self.begins_identifier(piece, end, text.len()) {
+                        continue;
+                    }
+                    match piece.get(end) {
+                        Some(&next) if is_identifier(next) => continue,
+                        Some(_) => {}
+                        None => {
+                            self.pending = Some(*word);
+                            continue;
+                        }
+                    }
                 }
+                found(*word, end);
             }
+        }
+        self.state = state;
+        let (before, last) = split_identifier(piece);
+        let begun = if before.is_empty() {
+            self.identifier
+        } else {
+            0
+        };
+        self.identifier = begun + last.len();
+    }
+
+    /// Whether an identifier begins where a pattern of this length does, which has its `end` in the piece.
+    fn begins_identifier(&self, piece: &[u8], end: usize, length: usize) -> bool {
+        match end.checked_sub(length + 1) {
+            Some(before) => piece.get(before).is_some_and(|it| !is_identifier(*it)),
+            None => self.identifier + end == length,
         }
     }
 

@@ -9,8 +9,8 @@ use bytes::BytesMut;
 
 use super::{
     Awaits, Blocked, ClientMessage, ClientStatements, Effect, LARGE_STATEMENT, Latest, Lookup,
-    MAX_CHARGE, MAX_NAMES, Meaning, POISON, Prepared, Record, ServerStatements, Shown, Sql, put,
-    shared_name, split_string,
+    MAX_CHARGE, MAX_NAMES, Meaning, POISON, Prepared, Record, Sent, ServerStatements, Shown, Sql,
+    put, shared_name, split_string,
 };
 use crate::protocol::{
     error::{Report, sqlstate},
@@ -37,25 +37,26 @@ impl Sending<'_> {
         &mut self,
         message: ClientMessage<'_>,
         meaning: Meaning,
-    ) -> Result<usize, Blocked> {
+    ) -> Result<Sent, Blocked> {
         let ClientMessage { tag, body, .. } = message;
         match tag {
             tag::PARSE => {
                 let Some((name, rest)) = split_string(body) else {
-                    return Ok(self.forward(message));
+                    return Ok(Sent::Unchanged);
                 };
                 if name.is_empty() {
-                    Ok(self.parse_unnamed(message, rest))
+                    self.parse_unnamed(message, rest);
+                    Ok(Sent::Unchanged)
                 } else {
                     self.parse(message, name, rest, meaning)
                 }
             }
             tag::BIND => {
                 let Some((portal, rest)) = split_string(body) else {
-                    return Ok(self.forward(message));
+                    return Ok(Sent::Unchanged);
                 };
                 let Some((name, rest)) = split_string(rest) else {
-                    return Ok(self.forward(message));
+                    return Ok(Sent::Unchanged);
                 };
                 let head = body.len() - rest.len();
                 self.bind(message, portal, name, head, meaning)
@@ -71,32 +72,30 @@ impl Sending<'_> {
                 Ok(self.close(message, name))
             }
             tag::DESCRIBE => {
-                let sent = self.forward(message);
                 self.record(Awaits::Describe(None), Shown::All, Effect::None);
-                Ok(sent)
+                Ok(Sent::Unchanged)
             }
             tag::CLOSE => {
-                let sent = self.forward(message);
                 self.record(Awaits::Close, Shown::All, Effect::None);
-                Ok(sent)
+                Ok(Sent::Unchanged)
             }
             tag::EXECUTE => {
                 let (portal, _) = split_string(body).unwrap_or_default();
                 let sql = self.client.portal.as_ref();
                 let sql = sql.filter(|it| *it.0 == *portal);
                 match sql.map(|it| it.1.clone()) {
-                    Some(sql) if body.len() == message.length => self.execute(message, sql),
+                    Some(sql) if body.len() == message.length => {
+                        self.execute(message, sql);
+                        Ok(Sent::Rest(message.length))
+                    }
                     _ => {
-                        self.forward(message);
                         self.record(Awaits::Execute, Shown::All, Effect::None);
-                        return Ok(0);
+                        Ok(Sent::Unchanged)
                     }
                 }
-                Ok(message.length)
             }
             tag::QUERY => self.query(message),
             tag::SYNC | tag::FUNCTION_CALL => {
-                let sent = self.forward(message);
                 let awaits = if tag == tag::SYNC {
                     self.client.is_skipping = false;
                     Awaits::Sync
@@ -105,25 +104,18 @@ impl Sending<'_> {
                 };
                 self.record(awaits, Shown::All, Effect::None);
                 self.end_unit();
-                Ok(sent)
+                Ok(Sent::Unchanged)
             }
             tag::COPY_DONE | tag::COPY_FAIL => {
-                let sent = self.forward(message);
                 let mut queue = self.client.queue.iter();
                 // A stray one is ignored by the server.
                 if queue.any(|it| matches!(it.awaits, Awaits::Execute | Awaits::Query)) {
                     self.record(Awaits::CopyEnd, Shown::All, Effect::None);
                 }
-                Ok(sent)
+                Ok(Sent::Unchanged)
             }
-            _ => Ok(self.forward(message)),
+            _ => Ok(Sent::Unchanged),
         }
-    }
-
-    /// Passes the message as it is.
-    fn forward(&mut self, message: ClientMessage<'_>) -> usize {
-        put(self.out, message.tag, &[], message.length);
-        0
     }
 
     fn record(&mut self, awaits: Awaits, shown: Shown, effect: Effect) {
@@ -198,21 +190,19 @@ impl Sending<'_> {
         }
     }
 
-    fn parse_unnamed(&mut self, message: ClientMessage<'_>, rest: &[u8]) -> usize {
+    fn parse_unnamed(&mut self, message: ClientMessage<'_>, rest: &[u8]) {
         let statement = if message.length > LARGE_STATEMENT {
             self.client.had_large = true;
             self.client.texts.large()
         } else {
             Arc::new(Prepared::new(rest))
         };
-        let sent = self.forward(message);
         let effect = Effect::Unnamed {
             statement: Some(statement),
             is_sent: true,
             is_clients: true,
         };
         self.record(Awaits::Parse, Shown::All, effect);
-        sent
     }
 
     fn parse(
@@ -221,7 +211,7 @@ impl Sending<'_> {
         name: &[u8],
         rest: &[u8],
         meaning: Meaning,
-    ) -> Result<usize, Blocked> {
+    ) -> Result<Sent, Blocked> {
         let is_exclusive = self.server.is_exclusive();
         let found = match self.client.lookup(name) {
             Lookup::Uncertain if !is_exclusive => return Err(Blocked),
@@ -241,7 +231,7 @@ impl Sending<'_> {
                     "Deallocate statements that are not used, or raise --prepared-statement-memory.",
                 ),
             );
-            return Ok(message.length);
+            return Ok(Sent::Rest(message.length));
         };
         let number = statement.number;
         let charge = if is_new { rest.len() } else { 0 };
@@ -256,9 +246,8 @@ impl Sending<'_> {
                 self.server.add(&statement, name, self.client.unit);
             }
             count(&self.client.texts.sent);
-            let sent = self.forward(message);
             self.record(Awaits::Parse, Shown::All, parsed(statement, is_sent));
-            return Ok(sent);
+            return Ok(Sent::Unchanged);
         }
         if let Lookup::Present(_) = found {
             if self.server.is_uncertain(number, self.client.unit) {
@@ -269,7 +258,7 @@ impl Sending<'_> {
             let name = String::from_utf8_lossy(name);
             let message_text = format!("prepared statement \"{name}\" already exists");
             self.poison(&Report::new("42P05", message_text));
-            return Ok(message.length);
+            return Ok(Sent::Rest(message.length));
         }
         let unit = self.client.unit;
         let is_failed = self.client.status == TransactionStatus::Failed;
@@ -288,7 +277,7 @@ impl Sending<'_> {
             put(&mut answer, tag::PARSE_COMPLETE, &[], 0);
             let effect = parsed(statement, false);
             self.record(Awaits::Answer(answer), Shown::All, effect);
-            return Ok(message.length);
+            return Ok(Sent::Rest(message.length));
         }
         // The effect of the Parse is the client's, too.
         if let Some(last) = self.client.queue.back_mut() {
@@ -300,11 +289,11 @@ impl Sending<'_> {
             };
             self.client.latest.insert(name.into(), latest);
         }
-        Ok(message.length)
+        Ok(Sent::Rest(message.length))
     }
 
     /// Passes a text that is not kept.
-    fn parse_large(&mut self, message: ClientMessage<'_>, name: &[u8]) -> usize {
+    fn parse_large(&mut self, message: ClientMessage<'_>, name: &[u8]) -> Sent {
         let statement = self.client.texts.large();
         self.client.had_large = true;
         let head = name.len() + 1;
@@ -327,7 +316,7 @@ impl Sending<'_> {
             is_sent: true,
         };
         self.record(Awaits::Parse, Shown::All, effect);
-        head
+        Sent::Rest(head)
     }
 
     /// Has the server parse a statement, anew if it has it; `false` if messages of this unit name it.
@@ -490,7 +479,7 @@ impl Sending<'_> {
         name: &[u8],
         head: usize,
         meaning: Meaning,
-    ) -> Result<usize, Blocked> {
+    ) -> Result<Sent, Blocked> {
         if self.server.is_exclusive() {
             let statement = match self.client.lookup(name) {
                 Lookup::Present(statement) => Some(statement),
@@ -499,20 +488,19 @@ impl Sending<'_> {
                 Lookup::Absent | Lookup::Uncertain => None,
             };
             self.bound(portal, statement.as_deref());
-            let sent = self.forward(message);
             let number = statement.map(|it| it.number).filter(|it| *it > 0);
             self.record_use(Awaits::Bind, Shown::All, Effect::None, number);
-            return Ok(sent);
+            return Ok(Sent::Unchanged);
         }
         let Some(Resolved { name, statement }) = self.resolve(name, meaning)? else {
-            return Ok(message.length);
+            return Ok(Sent::Rest(message.length));
         };
         self.bound(portal, Some(&statement));
         let rest = message.length - head;
         put(self.out, tag::BIND, &[portal, b"\0", &name, b"\0"], rest);
         let number = (statement.number > 0).then_some(statement.number);
         self.record_use(Awaits::Bind, Shown::All, Effect::None, number);
-        Ok(head)
+        Ok(Sent::Rest(head))
     }
 
     /// Records what an Execute of the portal changes.
@@ -534,20 +522,19 @@ impl Sending<'_> {
         message: ClientMessage<'_>,
         name: &[u8],
         meaning: Meaning,
-    ) -> Result<usize, Blocked> {
+    ) -> Result<Sent, Blocked> {
         if self.server.is_exclusive() {
             let statement = match self.client.lookup(name) {
                 Lookup::Present(statement) => Some(statement),
                 Lookup::Absent | Lookup::Uncertain => None,
             };
-            let sent = self.forward(message);
             self.record(Awaits::Describe(statement), Shown::All, Effect::None);
-            return Ok(sent);
+            return Ok(Sent::Unchanged);
         }
         // With nothing in flight: the server may be skipping, which this Sync would end too early.
         let is_first = !self.client.is_open && self.client.queue.is_empty();
         let Some(Resolved { name, statement }) = self.resolve(name, meaning)? else {
-            return Ok(message.length);
+            return Ok(Sent::Rest(message.length));
         };
         if is_first && self.client.is_open {
             self.end_added();
@@ -556,10 +543,10 @@ impl Sending<'_> {
         let number = (statement.number > 0).then_some(statement.number);
         let awaits = Awaits::Describe(Some(statement));
         self.record_use(awaits, Shown::All, Effect::None, number);
-        Ok(message.length)
+        Ok(Sent::Rest(message.length))
     }
 
-    fn close(&mut self, message: ClientMessage<'_>, name: &[u8]) -> usize {
+    fn close(&mut self, message: ClientMessage<'_>, name: &[u8]) -> Sent {
         let is_sent = self.server.is_exclusive();
         let effect = if name.is_empty() {
             Effect::Unnamed {
@@ -572,9 +559,8 @@ impl Sending<'_> {
             Effect::Closed { name, is_sent }
         };
         if is_sent {
-            let sent = self.forward(message);
             self.record(Awaits::Close, Shown::All, effect);
-            return sent;
+            return Sent::Unchanged;
         }
         if !name.is_empty()
             && let Lookup::Present(statement) = self.client.lookup(name)
@@ -587,16 +573,16 @@ impl Sending<'_> {
                 is_sent: true,
             };
             self.record(Awaits::Close, Shown::All, effect);
-            return message.length;
+            return Sent::Rest(message.length);
         }
         // The server's own statement stays for others, and until it is evicted.
         let mut answer = BytesMut::new();
         put(&mut answer, tag::CLOSE_COMPLETE, &[], 0);
         self.record(Awaits::Answer(answer), Shown::All, effect);
-        message.length
+        Sent::Rest(message.length)
     }
 
-    fn query(&mut self, message: ClientMessage<'_>) -> Result<usize, Blocked> {
+    fn query(&mut self, message: ClientMessage<'_>) -> Result<Sent, Blocked> {
         let sql = match split_string(message.body) {
             Some((sql, _)) if message.length <= LARGE_STATEMENT => sql,
             _ => b"",
@@ -613,14 +599,13 @@ impl Sending<'_> {
                 found => {
                     self.deallocate(name, &found)?;
                     self.end_unit();
-                    return Ok(message.length);
+                    return Ok(Sent::Rest(message.length));
                 }
             }
         }
-        let sent = self.forward(message);
         self.record(Awaits::Query, Shown::All, Effect::Sql(effects));
         self.end_unit();
-        Ok(sent)
+        Ok(Sent::Unchanged)
     }
 
     /// Ends a statement by a Query of that alone.

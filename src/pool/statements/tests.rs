@@ -6,9 +6,9 @@ use std::collections::BTreeMap;
 
 use proptest::{prelude::*, sample::Index};
 
-use self::reference::{Client, Connection, Step, messages, run};
+use self::reference::{Client, Connection, Step, append, messages, run};
 use super::*;
-use crate::protocol::frame::{HEADER_LEN, frame};
+use crate::protocol::frame::HEADER_LEN;
 
 fn step() -> impl Strategy<Value = Step> {
     let tag = prop_oneof![
@@ -114,10 +114,10 @@ proptest! {
             let body = if is_cut { &body[..length / 2] } else { &body };
             let message = ClientMessage { tag, length, body };
             let mut to_server = BytesMut::new();
-            if let Ok(rest) =
+            if let Ok(Sent::Rest(from)) =
                 client.client_sends(&mut server, message, Meaning::default(), &mut to_server, &mut out)
             {
-                prop_assert!(rest <= length);
+                prop_assert!(from <= length);
             }
             for (tag, status) in replies.by_ref().take(2) {
                 client.server_sends(&mut server, tag, &b"ITEC"[usize::from(status)..], &mut out);
@@ -160,8 +160,8 @@ fn sent(client: &mut ClientStatements, server: &mut ServerStatements, steps: &[S
             body: &body,
         };
         let meaning = Meaning::default();
-        let rest = client.client_sends(server, message, meaning, &mut to_server, &mut to_client);
-        to_server.extend_from_slice(&body[rest.unwrap()..]);
+        let sent = client.client_sends(server, message, meaning, &mut to_server, &mut to_client);
+        append(sent.unwrap(), message, &mut to_server);
         tags.extend(messages(&to_server).iter().map(|(tag, _)| char::from(*tag)));
         if !to_client.is_empty() {
             tags.push('|');
@@ -227,20 +227,15 @@ fn an_exclusive_connection_gets_every_byte_as_it_is() {
                 length: body.len(),
                 body: &body,
             };
-            let rest = client
-                .client_sends(
-                    &mut server,
-                    message,
-                    Meaning::default(),
-                    &mut to_server,
-                    &mut to_client,
-                )
-                .unwrap();
-            to_server.extend_from_slice(&body[rest..]);
-            assert_eq!(
-                (&to_server[..], &to_client[..]),
-                (&frame(tag, &body)[..], &b""[..])
+            let sent = client.client_sends(
+                &mut server,
+                message,
+                Meaning::default(),
+                &mut to_server,
+                &mut to_client,
             );
+            assert_eq!(sent, Ok(Sent::Unchanged));
+            assert_eq!((&to_server[..], &to_client[..]), (&b""[..], &b""[..]));
         }
     }
 }
@@ -287,7 +282,7 @@ fn a_large_text_passes_and_stays_with_its_connection() {
         &mut to_server,
         &mut to_client,
     );
-    assert_eq!(rest, Ok(2));
+    assert_eq!(rest, Ok(Sent::Rest(2)));
     assert_eq!(&to_server[HEADER_LEN..], b"lbp_1\0");
     assert_eq!(
         to_server[1..HEADER_LEN],

@@ -7,7 +7,7 @@ mod reference;
 
 use lakebase_proxy::{
     pool::statements::{
-        ClientMessage, ClientStatements, Meaning, Passage, ServerStatements, Texts,
+        ClientMessage, ClientStatements, Meaning, Passage, Sent, ServerStatements, Texts,
     },
     protocol::{error::ErrorFields, frame::HEADER_LEN},
 };

@@ -9,8 +9,8 @@ use std::{
 use bytes::BytesMut;
 
 use super::{
-    ClientMessage, ClientStatements, ErrorFields, HEADER_LEN, Meaning, Passage, ServerStatements,
-    Texts,
+    ClientMessage, ClientStatements, ErrorFields, HEADER_LEN, Meaning, Passage, Sent,
+    ServerStatements, Texts,
 };
 
 /// A model of a server connection.
@@ -228,6 +228,20 @@ pub(crate) struct Connection {
     answered: VecDeque<Reply>,
 }
 
+/// Appends what the server is sent of a message.
+pub(crate) fn append(sent: Sent, message: ClientMessage<'_>, to_server: &mut BytesMut) {
+    let ClientMessage { tag, length, body } = message;
+    let from = match sent {
+        Sent::Unchanged => {
+            to_server.extend_from_slice(&[tag]);
+            to_server.extend_from_slice(&u32::try_from(length + 4).unwrap().to_be_bytes());
+            0
+        }
+        Sent::Rest(from) => from,
+    };
+    to_server.extend_from_slice(&body[from..]);
+}
+
 pub(crate) fn messages(mut bytes: &[u8]) -> Vec<(u8, Vec<u8>)> {
     let mut messages = Vec::new();
     while let [tag, a, b, c, d, ..] = *bytes {
@@ -293,8 +307,8 @@ impl Client {
                 &mut to_server,
                 &mut to_client,
             );
-            if let Ok(rest) = sent {
-                to_server.extend_from_slice(&body[rest..]);
+            if let Ok(sent) = sent {
+                append(sent, message, &mut to_server);
             }
             connection.sent.extend(messages(&to_server));
             self.received.extend(messages(&to_client));
