@@ -1,129 +1,26 @@
 //! An endpoint that the process serves: its listener, its tasks and its state, until its last session has ended.
 
-use std::{
-    net::SocketAddr,
-    sync::{Arc, Mutex},
-};
+use std::{net::SocketAddr, sync::Arc};
 
 use arc_swap::ArcSwap;
-use tokio::{runtime::Handle, sync::watch};
+use tokio::sync::watch;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-use super::{
-    AppError,
-    discovery::{Discovery, EndpointSource},
-    shared::Shared,
-};
 use crate::{
     config::{EndpointConfig, PoolMode, TlsMode},
     credential::{CallError, CredentialCell},
-    listener::{self, Bound, Listener},
+    listener::{self, Bound},
     net::{
         blocking,
         tcp::is_loopback,
         tls::{self, Fingerprint},
     },
-    pool::{PoolContext, Pools},
     session::{AccessPolicy, EndpointContext, SessionConfig},
     status::{
-        CredentialSnapshot, EndpointSessions, EndpointSnapshot, Label, RefreshAttempt,
-        RefreshError, UpstreamSnapshot,
+        CredentialSnapshot, EndpointSnapshot, RefreshAttempt, RefreshError, UpstreamSnapshot,
     },
-    systemd::Notifier,
-    telemetry::Metrics,
-    upstream::{Route, Security},
+    upstream::Security,
 };
-
-/// An endpoint with its listener bound; everything that can fail has succeeded.
-pub(super) struct BoundEndpoint {
-    pub(super) config: EndpointConfig,
-    pub(super) listener: Listener,
-    pub(super) source: EndpointSource,
-    roots: Option<Fingerprint>,
-}
-
-impl BoundEndpoint {
-    pub(super) async fn new(
-        shared: &Shared,
-        config: EndpointConfig,
-        listener: Listener,
-    ) -> Result<Self, AppError> {
-        Ok(Self {
-            source: EndpointSource::new(&config.credential, || shared.workspace())?,
-            roots: roots(&config).await,
-            config,
-            listener,
-        })
-    }
-}
-
-/// Starts the tasks that serve the clients of these endpoints. With `ends_program`, an error of discovery is left to the end of
-/// the program.
-pub(super) fn serve(
-    shared: &Arc<Shared>,
-    endpoints: Vec<(BoundEndpoint, Arc<Metrics>)>,
-    ends_program: bool,
-) -> Vec<Arc<Served>> {
-    let mut starting = Vec::with_capacity(endpoints.len());
-    // All before the first discovery, which compares its upstream with their addresses.
-    for (bound, metrics) in endpoints {
-        let label = Label::new(bound.config.display_name());
-        let (publisher, route) = Route::channel(label.clone());
-        let served = Arc::new(Served::new(shared, &bound, label, route, metrics));
-        shared.endpoints.add(&served);
-        let discovery = Discovery {
-            served,
-            source: bound.source,
-            publisher,
-            endpoints: shared.endpoints.clone(),
-            ends_program,
-        };
-        starting.push((bound.listener, discovery));
-    }
-    let start = |(listener, discovery): (Listener, Discovery)| {
-        let served = Arc::clone(&discovery.served);
-        served.announce(&shared.process.config.load());
-        listener.spawn(
-            &served.context,
-            &shared.threads,
-            &shared.clients,
-            &shared.helpers,
-            &served.accepting,
-            &shared.absent,
-        );
-        shared.helpers.spawn(discovery.run());
-        if shared.notifier.is_connected() {
-            let endpoints = shared.endpoints.clone();
-            let reporting = report_status(Arc::clone(&served), endpoints, shared.notifier.clone());
-            let stop = served.stop.clone();
-            shared
-                .helpers
-                .spawn(stop.run_until_cancelled_owned(reporting));
-        }
-        let removal = Arc::clone(&served).remove_when_drained(shared.endpoints.clone());
-        shared.helpers.spawn(removal);
-        served
-    };
-    starting.into_iter().map(start).collect()
-}
-
-/// Reports the result of discovery and each new credential to the service manager.
-async fn report_status(served: Arc<Served>, endpoints: Endpoints, notifier: Notifier) {
-    let mut credential = served.credentials.subscribe();
-    let mut discovery = endpoints.subscribe();
-    // The loop needs the channels only; it must not keep a removed endpoint alive.
-    drop(served);
-    loop {
-        notifier.status(&endpoints.summary());
-        let closed = tokio::select! {
-            result = discovery.changed() => result,
-            result = credential.changed() => result,
-        };
-        if closed.is_err() {
-            return;
-        }
-    }
-}
 
 /// The running state of one endpoint.
 pub struct Served {
@@ -144,51 +41,13 @@ pub struct Served {
 }
 
 impl Served {
-    fn new(
-        shared: &Shared,
-        bound: &BoundEndpoint,
-        label: Label,
-        route: Route,
-        metrics: Arc<Metrics>,
-    ) -> Self {
-        let process = Arc::clone(&shared.process);
-        // Of the cut, not of the drain, during which the listeners accept clients to refuse them with the reason.
-        let closed = process.shutdown.cutting().child_token();
-        let registry = EndpointSessions::new(&shared.observer.registry, label, &metrics, closed);
-        let pools = PoolContext {
-            registry: registry.clone(),
-            settings: ArcSwap::from_pointee(bound.config.pool(&shared.settings())),
-            metrics: Arc::clone(&metrics),
-            shutdown: process.shutdown.clone(),
-            tasks: shared.helpers.clone(),
-            main_runtime: Handle::current(),
-            reported_pins: Mutex::default(),
-        };
-        let pools = Pools::new(bound.config.pool_mode, pools);
-        Self {
-            config: bound.config.clone(),
-            bound: bound.listener.bound().clone(),
-            context: Arc::new(EndpointContext::new(
-                process, route, registry, metrics, pools,
-            )),
-            credentials: if shared.settings().lazy_refresh() {
-                CredentialCell::lazy(shared.clock.clone())
-            } else {
-                CredentialCell::new(shared.clock.clone())
-            },
-            roots: ArcSwap::from_pointee(bound.roots),
-            stop: shared.stop.child_token(),
-            accepting: TaskTracker::new(),
-        }
-    }
-
     /// Whether it has been removed from the settings and serves its last sessions.
     pub(super) fn is_draining(&self) -> bool {
         self.context.registry.is_draining()
     }
 
     /// Logs its addresses, with warnings about exposed ones.
-    fn announce(&self, session_config: &SessionConfig) {
+    pub(super) fn announce(&self, session_config: &SessionConfig) {
         let endpoint = self.config.display_name();
         let max_connections = session_config.max_connections;
         for address in &self.bound.tcp {
@@ -241,7 +100,7 @@ impl Served {
         }
     }
 
-    async fn remove_when_drained(self: Arc<Self>, endpoints: Endpoints) {
+    pub(super) async fn remove_when_drained(self: Arc<Self>, endpoints: Endpoints) {
         let drained = async {
             self.context.registry.drained().await;
             // A reload finds it here as long as it holds its addresses, and waits for their release.
@@ -384,7 +243,7 @@ impl Endpoints {
     }
 
     /// A status line for the service manager.
-    fn summary(&self) -> String {
+    pub(super) fn summary(&self) -> String {
         let now = self.now();
         let count = match now.len() {
             1 => String::new(),
@@ -405,7 +264,7 @@ impl Endpoints {
         }
     }
 
-    fn add(&self, served: &Arc<Served>) {
+    pub(super) fn add(&self, served: &Arc<Served>) {
         self.0
             .send_modify(|list| Arc::make_mut(list).push(Arc::clone(served)));
     }

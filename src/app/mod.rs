@@ -5,6 +5,7 @@ mod discovery;
 mod endpoint;
 mod error;
 mod reload;
+mod serving;
 mod shared;
 mod start;
 

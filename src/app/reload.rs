@@ -5,7 +5,8 @@ use std::{future::pending, path::PathBuf, sync::Arc};
 use super::{
     App, AppError, Served,
     discovery::security,
-    endpoint::{self, BoundEndpoint},
+    endpoint::roots,
+    serving::{BoundEndpoint, serve},
     shared::{self, Shared},
 };
 use crate::{
@@ -279,7 +280,7 @@ impl Reloader {
             }
         }
         // Discovery of an added endpoint never ends the program.
-        endpoint::serve(&self.shared, added, false);
+        serve(&self.shared, added, false);
         self.config = new.clone();
     }
 }
@@ -305,7 +306,7 @@ impl ModeChange {
 
 /// The roots of an endpoint whose file of them has changed.
 async fn new_roots(served: &Arc<Served>) -> Result<Option<NewRoots>, AppError> {
-    let fingerprint = endpoint::roots(&served.config).await;
+    let fingerprint = roots(&served.config).await;
     if fingerprint == **served.roots.load() {
         return Ok(None);
     }

@@ -7,7 +7,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     Addresses, App, AppError,
-    endpoint::{self, BoundEndpoint},
+    serving::{BoundEndpoint, serve},
     shared::Shared,
 };
 use crate::{
@@ -82,7 +82,7 @@ impl App {
             .transpose()?;
         start_helpers(&shared);
         let is_only = endpoints.len() == 1;
-        let initial = endpoint::serve(&shared, endpoints, is_only);
+        let initial = serve(&shared, endpoints, is_only);
         let first = initial.first().cloned().ok_or_else(AppError::no_endpoint)?;
         if let Some(listener) = notes {
             serve_notes(&shared, listener, &addresses);
