@@ -211,6 +211,11 @@ impl ResolvedSettings {
         let values = secrets.filter_map(|&attribute| self.text(attribute));
         values.map(SecretString::from).collect()
     }
+
+    /// The value of a setting is of no use.
+    pub(super) fn invalid(&self, attribute: Attribute, problem: &str) -> WorkspaceError {
+        WorkspaceError::new(format!("{} {problem}", self.named(attribute)))
+    }
 }
 
 /// The variables that hold secrets of the workspace: those of settings, those that settings name, and related ones.

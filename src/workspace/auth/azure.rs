@@ -4,7 +4,7 @@ use reqwest::header::{HeaderName, HeaderValue};
 use secrecy::ExposeSecret;
 use tracing::debug;
 
-use super::{AuthKind, kinds::invalid, token::WorkspaceToken};
+use super::{AuthKind, token::WorkspaceToken};
 use crate::{
     config::Attribute,
     workspace::{
@@ -71,8 +71,7 @@ pub(super) fn cloud(settings: &ResolvedSettings, host: &Host) -> Result<Cloud, W
         "public" | "azurepubliccloud" => Ok(PUBLIC),
         "usgovernment" | "azureusgovernmentcloud" => Ok(US_GOVERNMENT),
         "china" | "azurechinacloud" => Ok(CHINA),
-        _ => Err(invalid(
-            settings,
+        _ => Err(settings.invalid(
             Attribute::AzureEnvironment,
             "is none of Azure's clouds (public, usgovernment, china)",
         )),

@@ -5,11 +5,7 @@
 
 use std::collections::BTreeMap;
 
-use super::{
-    AuthKind, Source,
-    kinds::{azure_msi, invalid},
-    unsupported,
-};
+use super::{AuthKind, Source, kinds::azure_msi, unsupported};
 use crate::{
     config::{Attribute, AuthFamily},
     workspace::{WorkspaceError, error::Problem, host::Host, settings::ResolvedSettings},
@@ -26,7 +22,8 @@ pub(in crate::workspace) fn choose(
             unsupported::by_label(label).unwrap_or_else(|| {
                 let known: Vec<&str> = AuthKind::ALL.iter().map(|kind| kind.label()).collect();
                 let problem = format!("is `{label}`, which is no way to authenticate");
-                invalid(settings, Attribute::AuthType, &problem)
+                settings
+                    .invalid(Attribute::AuthType, &problem)
                     .with_hint(format!("one of `{}`", known.join("`, `")))
             })
         })?;

@@ -6,9 +6,8 @@ use secrecy::{ExposeSecret, SecretString};
 
 use super::{
     AuthKind,
-    kinds::CHECK_ASSIGNMENT,
     oauth::{self, Grant, TokenEndpointDiscovery},
-    token::{Boxed, Freshness, Source, TokenSource, WorkspaceToken, claim},
+    token::{Boxed, CHECK_ASSIGNMENT, Freshness, Source, TokenSource, WorkspaceToken, claim},
 };
 use crate::workspace::{
     WorkspaceError,

@@ -14,7 +14,6 @@ use url::Url;
 
 use super::{
     AuthKind,
-    kinds::invalid,
     token::{Expiry, WorkspaceToken},
 };
 use crate::{
@@ -91,7 +90,7 @@ impl TokenEndpointDiscovery {
         Ok(Self {
             discovery_url: url
                 .transpose()
-                .map_err(|_| invalid(settings, Attribute::DiscoveryUrl, problem))?,
+                .map_err(|_| settings.invalid(Attribute::DiscoveryUrl, problem))?,
             account_id: settings.account_id.clone(),
             endpoint: OnceCell::new(),
         })

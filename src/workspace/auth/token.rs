@@ -31,6 +31,9 @@ const COOL_DOWN: SignedDuration = SignedDuration::from_mins(1);
 /// The longest request for a token whose steps all succeed, each within its own timeout: that of `azure-cli`.
 pub(in crate::workspace) const TOKEN_TIMEOUT: Duration = Duration::from_secs(160);
 
+/// The hint of kinds whose tokens the workspace issues itself.
+pub(super) const CHECK_ASSIGNMENT: &str = "check that the service principal is assigned to this workspace and that `DATABRICKS_HOST` names it";
+
 /// A token that the workspace's API accepts.
 pub(in crate::workspace) struct WorkspaceToken {
     pub(in crate::workspace) secret: SecretString,

@@ -9,7 +9,7 @@ use url::Url;
 use super::{
     AuthKind, AuthRules, Boxed, Freshness, Source, TokenSource, WorkspaceToken,
     azure::{self, Rights},
-    invalid, oauth, required, required_secret,
+    oauth, required, required_secret,
 };
 use crate::{
     config::{Attribute, AuthFamily},
@@ -54,7 +54,7 @@ impl AzureClientSecret {
             .is_some_and(|tenant| !azure::is_tenant(tenant))
         {
             let problem = "is not a tenant's id or domain";
-            return Err(invalid(settings, Attribute::AzureTenantId, problem));
+            return Err(settings.invalid(Attribute::AzureTenantId, problem));
         }
         let used = [
             Attribute::AzureClientId,

@@ -8,7 +8,6 @@ use url::Url;
 use super::{
     AuthKind, AuthRules, Boxed, Freshness, Renewal, Source, TokenSource, WorkspaceToken,
     azure::{self, Rights},
-    invalid,
     oauth::TokenResponse,
 };
 use crate::{
@@ -59,7 +58,7 @@ impl AzureMsi {
         let url = Url::parse(&format!("{base}/metadata/identity/oauth2/token"));
         Ok(Self {
             url: url
-                .map_err(|_| invalid(settings, Attribute::AzureUseMsi, "leads to no address"))?,
+                .map_err(|_| settings.invalid(Attribute::AzureUseMsi, "leads to no address"))?,
             client_id: settings.azure_client_id.clone(),
             rights: Rights::new(settings, azure::cloud(settings, host)?)?,
         })

@@ -9,7 +9,7 @@ use url::Url;
 use super::{
     AuthKind, AuthRules, Boxed,
     exchange::{Exchange, IdentitySource},
-    invalid, required, required_secret,
+    required, required_secret,
 };
 use crate::{
     config::Attribute,
@@ -50,7 +50,7 @@ impl GithubToken {
         let attribute = Attribute::ActionsIdTokenRequestUrl;
         let url = required(settings, attribute, &because)?;
         Ok(Self {
-            url: Url::parse(&url).map_err(|_| invalid(settings, attribute, "is not an address"))?,
+            url: Url::parse(&url).map_err(|_| settings.invalid(attribute, "is not an address"))?,
             token: required_secret(settings, Attribute::ActionsIdTokenRequestToken, &because)?,
         })
     }

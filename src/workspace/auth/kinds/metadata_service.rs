@@ -6,8 +6,8 @@ use reqwest::header::{HeaderName, HeaderValue};
 use url::Url;
 
 use super::{
-    AuthKind, AuthRules, Boxed, Freshness, Renewal, Source, TokenSource, WorkspaceToken, invalid,
-    oauth, required,
+    AuthKind, AuthRules, Boxed, Freshness, Renewal, Source, TokenSource, WorkspaceToken, oauth,
+    required,
 };
 use crate::{
     config::{Attribute, AuthFamily},
@@ -45,7 +45,7 @@ impl MetadataService {
             attribute,
             "metadata-service requests tokens there",
         )?;
-        let wrong = |problem| invalid(settings, attribute, problem);
+        let wrong = |problem| settings.invalid(attribute, problem);
         let url = Url::parse(&text).map_err(|_| wrong("is not an address"))?;
         if !url.host_str().is_some_and(is_loopback) || !matches!(url.scheme(), "http" | "https") {
             return Err(wrong("must be an address of this machine (localhost)"));

@@ -28,7 +28,8 @@ use secrecy::{ExposeSecret, SecretString};
 use super::{
     azure, exchange, oauth,
     token::{
-        Boxed, Expiry, Freshness, Renewal, Source, TOKEN_TIMEOUT, TokenSource, WorkspaceToken,
+        Boxed, CHECK_ASSIGNMENT, Expiry, Freshness, Renewal, Source, TOKEN_TIMEOUT, TokenSource,
+        WorkspaceToken,
     },
 };
 use crate::{
@@ -123,9 +124,6 @@ pub(in crate::workspace) fn secret_variables() -> impl Iterator<Item = &'static 
     kinds.flat_map(|kind| kind.rules().secret_variables.iter().copied())
 }
 
-/// The hint of kinds whose tokens the workspace issues itself.
-pub(super) const CHECK_ASSIGNMENT: &str = "check that the service principal is assigned to this workspace and that `DATABRICKS_HOST` names it";
-
 /// A required setting.
 fn required(
     settings: &ResolvedSettings,
@@ -135,15 +133,6 @@ fn required(
     let value = settings.text(attribute).map(str::to_owned);
     let missing = attribute.variables().first().copied().unwrap_or_default();
     value.ok_or_else(|| WorkspaceError::incomplete(missing, because))
-}
-
-/// The value of a setting is of no use.
-pub(super) fn invalid(
-    settings: &ResolvedSettings,
-    attribute: Attribute,
-    problem: &str,
-) -> WorkspaceError {
-    WorkspaceError::new(format!("{} {problem}", settings.named(attribute)))
 }
 
 /// A required secret that a header or a form can carry.
