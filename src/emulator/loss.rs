@@ -2,7 +2,7 @@
 //!
 //! A peer that merely stops reading still acknowledges: its kernel answers probes, so a client's keepalive and
 //! `TCP_USER_TIMEOUT` see a healthy peer. On Linux a socket filter that accepts nothing discards every packet before TCP
-//! sees it. Elsewhere the connection is only left unread.
+//! sees it. Elsewhere, and where the kernel permits filters to root only, the connection is only left unread.
 
 use std::time::Duration;
 
@@ -15,7 +15,13 @@ pub(crate) fn begin(socket: &Socket) {
     {
         /// Classic BPF: return a constant, the number of bytes to keep.
         const RETURN: u16 = 0x06;
-        let _ = socket.attach_filter(&[socket2::SockFilter::new(RETURN, 0, 0, 0)]);
+        let nothing = socket2::SockFilter::new(RETURN, 0, 0, 0);
+        if let Err(error) = socket.attach_filter(&[nothing]) {
+            tracing::warn!(
+                %error,
+                "packets cannot be lost, the connection is only left unread; hint: run the emulator as root"
+            );
+        }
     }
 }
 

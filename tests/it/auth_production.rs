@@ -86,6 +86,9 @@ async fn every_authentication_kind_works_with_a_remote_workspace() {
     if errors.contains("ip: not found") {
         return; // A machine without iproute2, as minimal ones are.
     }
+    if !is_root && errors.contains("Operation not permitted") {
+        return; // No namespaces for other users here, such as in a container.
+    }
     assert!(
         text.contains("running 1 test"),
         "namespaces need root or user namespaces: {text}{errors}"
