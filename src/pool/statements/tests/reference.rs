@@ -38,6 +38,10 @@ fn tag_of(text: &str) -> Reply {
     (b'C', format!("{text}\0").into_bytes())
 }
 
+fn is_deallocate(sql: &str) -> bool {
+    sql.to_ascii_lowercase().starts_with("deallocate ")
+}
+
 fn ends_block(sql: &str) -> bool {
     sql == "commit" || sql == "rollback"
 }
@@ -65,10 +69,7 @@ impl Server {
         if tag == b'Q' {
             let sql = String::from_utf8_lossy(body.strip_suffix(b"\0").unwrap()).into_owned();
             self.unnamed = None;
-            // Postgres destroys it here, too. One that is answered by the pool keeps it, which no driver uses.
-            if !sql.to_ascii_lowercase().starts_with("deallocate ") {
-                self.portal = None;
-            }
+            self.portal = None;
             let mut replies = if sql == "bad" {
                 vec![self.fails(error("42601", "syntax error"))]
             } else {
@@ -217,6 +218,8 @@ pub(crate) struct Client {
     received: Vec<Reply>,
     /// The connection that it has, while it is not at rest.
     server: Option<usize>,
+    /// A DEALLOCATE by a Query may have been answered by the pool: then it has not ended the portal, as the server would.
+    is_portal_doubtful: bool,
 }
 
 pub(crate) struct Connection {
@@ -282,6 +285,7 @@ impl Client {
             expected: Vec::new(),
             received: Vec::new(),
             server: None,
+            is_portal_doubtful: false,
         }
     }
 
@@ -292,6 +296,14 @@ impl Client {
         body: &[u8],
         steps: &mut dyn FnMut() -> bool,
     ) {
+        match tag {
+            _ if self.direct.is_skipping => {}
+            b'Q' => self.is_portal_doubtful = is_deallocate(&String::from_utf8_lossy(body)),
+            b'B' => self.is_portal_doubtful = false,
+            // No driver executes it.
+            b'E' if self.is_portal_doubtful => return,
+            _ => {}
+        }
         self.expected.extend(self.direct.takes(tag, body));
         let message = ClientMessage {
             tag,
