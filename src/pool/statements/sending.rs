@@ -629,8 +629,10 @@ impl Sending<'_> {
             self.client.unnamed = None;
             return Ok(());
         }
+        let is_failed = self.client.status == TransactionStatus::Failed;
         let (shared, effects) = match found {
-            Lookup::Present(statement) if !is_alone => {
+            // A failed transaction refuses the query, and a Parse before it would have it discarded.
+            Lookup::Present(statement) if !is_alone && !is_failed => {
                 self.ensure(statement)?;
                 let sql = Sql::Deallocate(name.into());
                 (self.name(statement), vec![Some(sql)])

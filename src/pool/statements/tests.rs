@@ -126,6 +126,25 @@ proptest! {
     }
 }
 
+/// A Parse before the query would fail, and the server would discard the query up to the Sync: one answer too few.
+#[test]
+fn a_deallocate_by_query_behind_another_message_fails_in_a_failed_block() {
+    let program = [
+        (0, vec![Step('P', 0, 0), Step('P', 0, 0)]),
+        (1, vec![Step('Q', 0, 5), Step('P', 1, 0)]),
+        (1, vec![Step('P', 1, 1)]),
+        (1, vec![Step('C', 2, 0), Step('Q', 0, 9)]),
+    ];
+    for seed in 0..500_u32 {
+        let mut state = seed;
+        let choose = |count: usize| {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (state >> 16) as usize % count
+        };
+        run(&program, choose, 1, |_, _| {});
+    }
+}
+
 #[test]
 fn a_sync_that_a_copy_has_read_is_not_answered() {
     let texts = Texts::new(1 << 20);
