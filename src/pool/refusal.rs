@@ -5,12 +5,12 @@
 
 use super::{
     settings::{Dialect, pin_of_change},
-    statements::{ClientMessage, LARGE_STATEMENT, split_string},
+    statements::{ClientMessage, LARGE_STATEMENT},
 };
 use crate::{
     protocol::{
         error::{Report, sqlstate},
-        frame::tag,
+        frame::{split_string, tag},
         lexer::{Kind, Statement, Token, statements},
         words::{Verdict, verdict},
     },

@@ -23,7 +23,6 @@ use std::{
 };
 
 use bytes::{BufMut, BytesMut};
-use memchr::memchr;
 
 use self::{
     sending::Sending,
@@ -35,7 +34,7 @@ pub use self::{
 };
 use crate::protocol::{
     error::{ErrorFields, Report, sqlstate},
-    frame::tag,
+    frame::{split_string, tag},
     lexer::{Backslash, Kind, Statement, Token, statements},
     requests::TransactionStatus,
     words::{Words, add_words},
@@ -930,12 +929,6 @@ fn put(out: &mut BytesMut, tag: u8, parts: &[&[u8]], rest: usize) {
     for part in parts {
         out.put_slice(part);
     }
-}
-
-/// The string in front of a zero byte, and what follows that.
-pub(super) fn split_string(body: &[u8]) -> Option<(&[u8], &[u8])> {
-    let end = memchr(0, body)?;
-    Some((body.get(..end)?, body.get(end + 1..)?))
 }
 
 /// Appends an ErrorResponse without the position in the text.

@@ -1,6 +1,7 @@
 //! Message frames: one tag byte, a length that counts itself, a body.
 
 use bytes::{Buf, BytesMut};
+use memchr::memchr;
 
 /// Bytes before a frame's body: the tag and the length.
 pub const HEADER_LEN: usize = 5;
@@ -264,6 +265,12 @@ impl Scanner {
             }
         }
     }
+}
+
+/// The string in front of a zero byte, and what follows that.
+pub fn split_string(body: &[u8]) -> Option<(&[u8], &[u8])> {
+    let end = memchr(0, body)?;
+    Some((body.get(..end)?, body.get(end + 1..)?))
 }
 
 /// What a scan finds, by methods of its own: with one closure for both, the relay of every message pays for the bodies that

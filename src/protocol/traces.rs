@@ -3,10 +3,9 @@
 //! Reads SQL texts and command tags where they stand in the stream, which may be cut anywhere, and copies no text.
 
 use enum_map::{Enum, EnumMap};
-use memchr::memchr;
 
 use super::{
-    frame::{Part, Scanner, Seen, tag},
+    frame::{Part, Scanner, Seen, split_string, tag},
     lexer::{Backslash, Kind, Statement, statements},
     tag::Command,
     words::{Search, Verdict, Word, Words, verdict},
@@ -214,15 +213,17 @@ impl Traces {
         } = self;
         found[Trace::Malformed] |= *reading == Reading::Excess && !body.is_empty();
         if *reading == Reading::Name {
-            let Some(end) = memchr(0, body) else { return };
-            body = body.get(end + 1..).unwrap_or_default();
+            let Some((_, rest)) = split_string(body) else {
+                return;
+            };
+            body = rest;
             *reading = Reading::Text;
         }
         if *reading != Reading::Text {
             return;
         }
-        let (text, is_ended) = match memchr(0, body) {
-            Some(end) => (body.get(..end).unwrap_or_default(), true),
+        let (text, is_ended) = match split_string(body) {
+            Some((text, _)) => (text, true),
             None => (body, false),
         };
         // A text in pieces is not kept, and so not read as a whole: it counts as anything.

@@ -19,7 +19,7 @@ use crate::{
     protocol::{
         backend,
         error::{Report, sqlstate},
-        frame::tag,
+        frame::{split_string, tag},
         scram::{Exchange, ScramError, Verifier},
         startup::StartupMessage,
     },
@@ -157,9 +157,8 @@ async fn receive<S: Transport>(client: &mut Client<S>) -> Result<BytesMut, Passw
 
 /// The client's first SCRAM message, in the frame that names the mechanism.
 fn initial_response(body: &[u8]) -> Option<&[u8]> {
-    let end = body.iter().position(|&byte| byte == 0)?;
-    let (mechanism, rest) = body.split_at(end);
-    let (length, data) = rest.get(1..)?.split_first_chunk::<4>()?;
+    let (mechanism, rest) = split_string(body)?;
+    let (length, data) = rest.split_first_chunk::<4>()?;
     // -1 stands for no response, but in SCRAM the client's message is the first.
     let fits = usize::try_from(i32::from_be_bytes(*length)) == Ok(data.len());
     (mechanism == backend::SCRAM_SHA_256.as_bytes() && fits).then_some(data)

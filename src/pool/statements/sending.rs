@@ -10,11 +10,11 @@ use bytes::BytesMut;
 use super::{
     Awaits, Blocked, ClientMessage, ClientStatements, Effect, LARGE_STATEMENT, Latest, Lookup,
     MAX_CHARGE, MAX_NAMES, Meaning, POISON, Prepared, Record, Sent, ServerStatements, Shown, Sql,
-    put, shared_name, split_string,
+    put, shared_name,
 };
 use crate::protocol::{
     error::{Report, sqlstate},
-    frame::tag,
+    frame::{split_string, tag},
     requests::TransactionStatus,
 };
 
