@@ -576,11 +576,17 @@ impl ClientStatements {
             }
             (Awaits::Parse, tag::PARSE_COMPLETE)
             | (Awaits::Bind, tag::BIND_COMPLETE)
-            | (Awaits::Close, tag::CLOSE_COMPLETE)
-            | (
+            | (Awaits::Close, tag::CLOSE_COMPLETE) => true,
+            (
                 Awaits::Execute,
                 tag::COMMAND_COMPLETE | tag::EMPTY_QUERY_RESPONSE | tag::PORTAL_SUSPENDED,
-            ) => true,
+            ) => {
+                // A failed transaction executes nothing but what ends it, or its failure.
+                if self.status == TransactionStatus::Failed {
+                    self.status = TransactionStatus::InTransaction;
+                }
+                true
+            }
             (Awaits::Describe(_), tag::PARAMETER_DESCRIPTION) => {
                 self.parameters = hash(0, body);
                 false

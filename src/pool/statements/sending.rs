@@ -83,16 +83,14 @@ impl Sending<'_> {
                 let (portal, _) = split_string(body).unwrap_or_default();
                 let sql = self.client.portal.as_ref();
                 let sql = sql.filter(|it| *it.0 == *portal);
-                match sql.map(|it| it.1.clone()) {
-                    Some(sql) if body.len() == message.length => {
-                        self.execute(message, sql);
-                        Ok(Sent::Rest(message.length))
-                    }
-                    _ => {
-                        self.record(Awaits::Execute, Shown::All, Effect::None);
-                        Ok(Sent::Unchanged)
-                    }
+                let sql = sql.map(|it| it.1.clone());
+                let ends_failure = self.may_end_failure();
+                if body.len() == message.length && (sql.is_some() || ends_failure) {
+                    self.execute(message, sql, ends_failure);
+                    return Ok(Sent::Rest(message.length));
                 }
+                self.record(Awaits::Execute, Shown::All, Effect::None);
+                Ok(Sent::Unchanged)
             }
             tag::QUERY => self.query(message),
             tag::SYNC | tag::FUNCTION_CALL => {
@@ -172,19 +170,25 @@ impl Sending<'_> {
         self.client.is_open = false;
     }
 
-    /// Executes a statement that changes names.
-    fn execute(&mut self, message: ClientMessage<'_>, sql: Sql) {
+    /// Whether an Execute may end the failure of a transaction, on which the answers to what follows it depend.
+    fn may_end_failure(&self) -> bool {
+        self.client.status == TransactionStatus::Failed && !self.server.is_exclusive()
+    }
+
+    /// Executes a statement that changes what is known of the session.
+    fn execute(&mut self, message: ClientMessage<'_>, sql: Option<Sql>, ends_failure: bool) {
         put(self.out, message.tag, &[message.body], 0);
         let is_exclusive = self.server.is_exclusive();
         let shown = match &sql {
-            Sql::Deallocate(name) if !is_exclusive => {
+            Some(Sql::Deallocate(name)) if !is_exclusive => {
                 Shown::Instead(unknown_statement(name).encode_error())
             }
             _ => Shown::All,
         };
-        let changes_names = sql.changes_names();
-        self.record(Awaits::Execute, shown, Effect::Sql(vec![Some(sql)]));
-        if changes_names && !is_exclusive {
+        let changes_names = sql.as_ref().is_some_and(Sql::changes_names) && !is_exclusive;
+        let effect = sql.map_or(Effect::None, |sql| Effect::Sql(vec![Some(sql)]));
+        self.record(Awaits::Execute, shown, effect);
+        if changes_names || ends_failure {
             // What follows in its own unit waits for it, too.
             put(self.out, tag::FLUSH, &[], 0);
         }
@@ -630,6 +634,10 @@ impl Sending<'_> {
             return Ok(());
         }
         let is_failed = self.client.status == TransactionStatus::Failed;
+        let mut queue = self.client.queue.iter();
+        if is_failed && queue.any(|it| matches!(it.awaits, Awaits::Execute)) {
+            return Err(Blocked);
+        }
         let (shared, effects) = match found {
             // A failed transaction refuses the query, and a Parse before it would have it discarded.
             Lookup::Present(statement) if !is_alone && !is_failed => {

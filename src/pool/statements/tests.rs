@@ -129,19 +129,33 @@ proptest! {
 /// A Parse before the query would fail, and the server would discard the query up to the Sync: one answer too few.
 #[test]
 fn a_deallocate_by_query_behind_another_message_fails_in_a_failed_block() {
-    let program = [
+    run_in_500_orders(&[
         (0, vec![Step('P', 0, 0), Step('P', 0, 0)]),
         (1, vec![Step('Q', 0, 5), Step('P', 1, 0)]),
         (1, vec![Step('P', 1, 1)]),
         (1, vec![Step('C', 2, 0), Step('Q', 0, 9)]),
-    ];
+    ]);
+}
+
+#[test]
+fn a_deallocate_by_query_behind_the_end_of_a_failed_block_succeeds() {
+    run_in_500_orders(&[
+        (1, vec![Step('P', 2, 0), Step('P', 3, 6), Step('P', 0, 5)]),
+        (1, vec![Step('B', 0, 0), Step('E', 0, 0)]),
+        (1, vec![Step('P', 2, 0)]),
+        (1, vec![Step('B', 3, 0), Step('E', 0, 0), Step('Q', 0, 10)]),
+    ]);
+}
+
+/// The orders in which the server takes messages and the pool answers.
+fn run_in_500_orders(program: &[(usize, Vec<Step>)]) {
     for seed in 0..500_u32 {
         let mut state = seed;
         let choose = |count: usize| {
             state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
             (state >> 16) as usize % count
         };
-        run(&program, choose, 1, |_, _| {});
+        run(program, choose, 1, |_, _| {});
     }
 }
 
