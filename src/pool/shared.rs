@@ -7,10 +7,7 @@ use std::{
     hash::{DefaultHasher, Hash, Hasher},
     io,
     pin::Pin,
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::{Arc, atomic::Ordering},
     task::{Context, Poll, ready},
 };
 
@@ -34,7 +31,6 @@ use crate::{
     config::{PinSessions, PoolMode},
     net::socket::{Socket, Transport},
     protocol::{
-        error::ErrorFields,
         frame::{HEADER_LEN, frame_body, tag},
         lexer::{Backslash, is_ascii_safe, statements},
         options::LoginParameters,
@@ -70,8 +66,6 @@ pub(crate) struct ClientState {
     traces: Traces,
     /// Decides what the names in its statements mean, besides its settings.
     scope: u64,
-    /// Requests that servers have canceled by a user's request.
-    canceled: Arc<AtomicU64>,
     /// Why it needs its connection until it leaves.
     pin: Option<PinReason>,
     /// Reported at the end of its last transaction.
@@ -104,7 +98,6 @@ impl ClientState {
             settings: Settings::default(),
             changes: Pending::default(),
             traces: Traces::default(),
-            canceled: Arc::default(),
             pin: None,
             reported_pin: None,
             is_verified: false,
@@ -149,11 +142,6 @@ impl ClientState {
     /// Why it cannot part with its connection.
     pub(crate) fn current_pin(&self) -> Option<PinReason> {
         self.reported_pin
-    }
-
-    /// Counts the requests of the client that a cancel request has ended.
-    pub(crate) fn canceled(&self) -> Arc<AtomicU64> {
-        Arc::clone(&self.canceled)
     }
 
     /// For its next connection.
@@ -773,12 +761,7 @@ impl<'a> SharedStream<'a> {
                     self.reported.push((name, before));
                 }
             }
-            tag::ERROR_RESPONSE => {
-                self.client.changes.fail();
-                if ErrorFields::parse(body).is_canceled_by_user() {
-                    self.client.canceled.fetch_add(1, Ordering::Relaxed);
-                }
-            }
+            tag::ERROR_RESPONSE => self.client.changes.fail(),
             tag::READY_FOR_QUERY => {
                 self.has_served = true;
                 let status = match body {

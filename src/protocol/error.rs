@@ -91,13 +91,6 @@ impl ErrorFields {
         }
         fields
     }
-
-    /// Whether it is the end of a request by a CancelRequest. A timeout has the same SQLSTATE; a translated message is not
-    /// recognized.
-    pub(crate) fn is_canceled_by_user(&self) -> bool {
-        self.code == sqlstate::QUERY_CANCELED
-            && self.message == "canceling statement due to user request"
-    }
 }
 
 /// An error or notice of the proxy itself to a client.

@@ -6,10 +6,7 @@
 use std::{
     collections::HashMap,
     net::SocketAddr,
-    sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
@@ -100,23 +97,12 @@ struct Entry {
     secret: u32,
     /// `None` while the session has no server connection.
     target: Option<CancelTarget>,
-    /// Requests that were forwarded to the target.
-    forwarded: u64,
-    /// Requests of the session that its servers had canceled before.
-    canceled_before: u64,
-    canceled: Arc<AtomicU64>,
+    /// A request was forwarded to the target, and may arrive there at any time. Nothing proves that it has: the edge closes
+    /// the connection of a cancel request before it signals the server, and PostgreSQL up to 17 signals twice (`signal_child`
+    /// in postmaster.c), so that the second signal may follow the error of the canceled request.
+    is_forwarded: bool,
     /// Notified of a request without a target.
     queued: Arc<Notify>,
-}
-
-impl Entry {
-    /// Whether a request that was forwarded may not have arrived yet. That it was passed on proves nothing: the edge closes
-    /// the connection of a cancel request before it signals the server. A canceled request does, if there was one cancel.
-    fn may_arrive(&self) -> bool {
-        let is_proven =
-            self.forwarded == 1 && self.canceled.load(Ordering::Relaxed) > self.canceled_before;
-        self.forwarded > 0 && !is_proven
-    }
 }
 
 /// What a key belongs to.
@@ -140,13 +126,11 @@ impl Default for CancelKeys {
 }
 
 impl CancelKeys {
-    /// Creates a key for a session, valid until the registration is dropped. `canceled` counts the requests of the session
-    /// that its servers report as canceled.
+    /// Creates a key for a session, valid until the registration is dropped.
     pub(super) fn register(
         self: &Arc<Self>,
         target: CancelTarget,
         is_shared: bool,
-        canceled: Arc<AtomicU64>,
     ) -> Registration {
         let key = CancelKey {
             process_id: if is_shared {
@@ -162,9 +146,7 @@ impl CancelKeys {
         self.keys().entry(key.process_id).or_default().push(Entry {
             secret: key.secret,
             target: Some(target),
-            forwarded: 0,
-            canceled_before: 0,
-            canceled,
+            is_forwarded: false,
             queued: Arc::clone(&queued),
         });
         Registration {
@@ -187,10 +169,7 @@ impl CancelKeys {
     pub(super) fn find(&self, key: CancelKey) -> Found {
         self.with_entry(key, |entry| match entry.target {
             Some(target) => {
-                if entry.forwarded == 0 {
-                    entry.canceled_before = entry.canceled.load(Ordering::Relaxed);
-                }
-                entry.forwarded += 1;
+                entry.is_forwarded = true;
                 Found::Target(target)
             }
             None => {
@@ -235,7 +214,7 @@ impl CancelKeys {
             return false;
         };
         let at = entries.iter().position(|entry| entry.secret == key.secret);
-        let may_arrive = at.is_some_and(|at| entries.swap_remove(at).may_arrive());
+        let may_arrive = at.is_some_and(|at| entries.swap_remove(at).is_forwarded);
         if entries.is_empty() {
             keys.remove(&key.process_id);
         }
@@ -274,9 +253,7 @@ impl Registration {
         self.target = None;
         let parted = self.cancels.with_entry(self.key, |entry| {
             entry.target = None;
-            let may_arrive = entry.may_arrive();
-            entry.forwarded = 0;
-            may_arrive
+            std::mem::take(&mut entry.is_forwarded)
         });
         parted.unwrap_or(false)
     }
@@ -322,8 +299,8 @@ mod tests {
     #[tokio::test]
     async fn a_key_finds_its_session_only_as_a_whole_and_only_while_registered() {
         let cancels = Arc::new(CancelKeys::default());
-        let one = cancels.register(target(7, 1), false, Arc::default());
-        let two = cancels.register(target(7, 2), false, Arc::default());
+        let one = cancels.register(target(7, 1), false);
+        let two = cancels.register(target(7, 2), false);
         assert_eq!(
             one.key().process_id,
             7,
@@ -371,7 +348,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_flood_of_guesses_is_delayed_whatever_its_size() {
         let cancels = Arc::new(CancelKeys::default());
-        let known = cancels.register(target(7, 1), false, Arc::default());
+        let known = cancels.register(target(7, 1), false);
         let began = Instant::now();
         let mut guesses = tokio::task::JoinSet::new();
         for _ in 0..1000 {

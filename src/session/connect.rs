@@ -216,9 +216,7 @@ impl<'a> Connected<'a> {
         // Before the welcome: the client may cancel as soon as it has its key.
         let registration = server_key.map(|key| {
             let target = CancelTarget { address, key };
-            let canceled = state.as_ref().map(|state| state.canceled());
-            let canceled = canceled.unwrap_or_default();
-            endpoint.cancel_keys.register(target, is_parting, canceled)
+            endpoint.cancel_keys.register(target, is_parting)
         });
         let key = registration
             .as_ref()

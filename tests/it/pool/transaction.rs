@@ -386,7 +386,7 @@ async fn a_cancel_reaches_its_own_request_or_its_place_in_the_queue() {
     assert_eq!(replies[0].error().code, "57014");
     assert_eq!(proxy.metrics().pool_clients_waiting.get(), 0);
     other.simple_query("commit").await.unwrap();
-    // At work. The error shows that the cancel has arrived, so that the connection can be another client's.
+    // At work. The other client gets another connection, as PostgreSQL up to 17 signals twice.
     one.send(&text('Q', "select pg_sleep(60)")).await;
     harness::until_running(&emulator.identities().app.name, 1).await;
     cancel(proxy.address(), key).await;
@@ -402,7 +402,44 @@ async fn a_cancel_reaches_its_own_request_or_its_place_in_the_queue() {
     );
     assert_eq!(one.value("select 3").await, "3");
     assert_eq!(value(&other, "select 3").await, "3");
-    assert_eq!(proxy.metrics().pool_closes[PoolClose::Cancelled].get(), 0);
+    assert_eq!(proxy.metrics().pool_closes[PoolClose::Cancelled].get(), 1);
+}
+
+/// The error of a canceled request does not prove that the cancel has arrived: another may have ended the request.
+#[tokio::test]
+async fn a_late_cancel_reaches_no_other_client_although_another_has_ended_its_request() {
+    for mode in [PoolMode::Session, PoolMode::Transaction, PoolMode::Auto] {
+        let emulator = harness::emulator().await;
+        let proxy = Proxy::with(&emulator, |settings| {
+            shared(settings, 1);
+            settings.pool_mode = Some(mode);
+        })
+        .await;
+        emulator.faults().once(Site::Cancel, Action::Defer(300));
+        let mut one = Wire::dial(proxy.address()).await;
+        one.startup(&[("user", "anyone"), ("database", DATABASE)])
+            .await;
+        let key = one.welcome().await.key;
+        one.send(&text('Q', "select pg_sleep(60)")).await;
+        let role = &emulator.identities().app.name;
+        harness::until_running(role, 1).await;
+        cancel(proxy.address(), key).await;
+        let sql = "select pg_cancel_backend(pid) from pg_stat_activity where usename = $1";
+        let superuser = harness::superuser().await;
+        superuser.query_one(sql, &[role]).await.unwrap();
+        assert_eq!(one.tags().await, "TEZ");
+        if mode == PoolMode::Session {
+            drop(one);
+        }
+        let mut other = Wire::dial(proxy.address()).await;
+        other
+            .startup(&[("user", "anyone"), ("database", DATABASE)])
+            .await;
+        other.welcome().await;
+        other.send(&text('Q', "select pg_sleep(0.6)")).await;
+        assert_eq!(other.tags().await, "TDCZ", "{mode:?}");
+        assert_eq!(proxy.metrics().pool_closes[PoolClose::Cancelled].get(), 1);
+    }
 }
 
 /// The edge closes the connection of a cancel request before the server has the signal.
