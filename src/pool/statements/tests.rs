@@ -391,3 +391,37 @@ fn a_description_that_has_changed_is_an_error_and_no_wrong_row() {
         answers(&mut client, &mut other, b"Z");
     }
 }
+
+#[test]
+fn a_query_that_changes_what_is_known_of_the_session_is_found_by_its_beginning() {
+    for sql in [
+        "SET a = 1",
+        "reset all",
+        "Commit",
+        "end",
+        "rollback to x",
+        "abort;",
+        "savepoint a",
+        "release a",
+        "discard all",
+        "prepare p as select 1",
+        "DEALLOCATE p ; ",
+    ] {
+        for before in ["", " \n", "\x0b", "-- a\n", "/*b*/"] {
+            let sql = [before, sql].concat();
+            assert_eq!(Sql::of_query(sql.as_bytes()).len(), 1, "{sql}");
+        }
+    }
+    for sql in [
+        "",
+        "s",
+        "select 1",
+        "begin",
+        "settle",
+        "insert into t values (1)",
+        "\"set\"",
+        "discard temp",
+    ] {
+        assert!(Sql::of_query(sql.as_bytes()).is_empty(), "{sql}");
+    }
+}
