@@ -385,7 +385,7 @@ async fn tenants_are_apart(tenancy: Tenancy, mode: PoolMode) {
         .await
         .unwrap();
     let until = Instant::now() + tenants_duration();
-    let clients: JoinSet<usize> = (0..20)
+    let clients: JoinSet<()> = (0..20)
         .map(|number| {
             let (config, tenant) = (proxy.client_config(), roles[number % 2].clone());
             let look = format!("select string_agg(distinct tenant, ','), count(*) from {table}");
@@ -403,7 +403,8 @@ async fn tenants_are_apart(tenancy: Tenancy, mode: PoolMode) {
                     Tenancy::Transaction => {}
                 }
                 let mut looks = 0;
-                while Instant::now() < until {
+                // On a busy machine the time is not enough to have the connections change hands.
+                while Instant::now() < until || looks < 4 {
                     if let Tenancy::Transaction = tenancy {
                         let begin = format!("begin; set local app.tenant = '{tenant}'");
                         client.batch_execute(&begin).await.unwrap();
@@ -420,12 +421,10 @@ async fn tenants_are_apart(tenancy: Tenancy, mode: PoolMode) {
                     }
                     looks += 1;
                 }
-                looks
             }
         })
         .collect();
-    let looks = clients.join_all().await;
-    assert!(looks.iter().all(|count| *count > 3), "{looks:?}");
+    clients.join_all().await;
     assert!(emulator.counts().logins <= 2);
     superuser
         .batch_execute(&format!(
