@@ -5,6 +5,7 @@
 //! cargo test --test soak -- churn idle       only these
 //! cargo test --test soak -- visits --program PATH     of another build of the proxy
 //! cargo test --test soak -- canary canary-transaction --seconds 600      for so long each (default: 60)
+//! cargo test --test soak -- credentials --seconds 240     24 lifetimes of a credential (default: 6)
 //! cargo test --test soak -- churn --pool-mode auto --seconds 3600        crowd after crowd for so long (default: one)
 //! cargo test --test soak -- differential --programs 10000 --seed 2       so many of this sequence (default: 1)
 //! cargo test --test soak -- differential --pool-mode auto --seconds 600   in this mode only
@@ -26,6 +27,7 @@
 mod attack;
 mod canary;
 mod churn;
+mod credentials;
 mod differential;
 mod flood;
 mod idle;
@@ -48,7 +50,7 @@ use std::{
     time::Duration,
 };
 
-use lakebase_proxy::emulator::{Emulator, EmulatorOptions};
+use lakebase_proxy::emulator::{Emulator, EmulatorOptions, Settings};
 use tokio::time::Instant;
 
 use process::Process;
@@ -62,8 +64,12 @@ struct Stage {
 }
 
 impl Stage {
-    async fn set(program: &Path, more: &[&str]) -> Self {
-        let emulator = Emulator::start(EmulatorOptions::default()).await.unwrap();
+    async fn set(program: &Path, more: &[&str], settings: Settings) -> Self {
+        let options = EmulatorOptions {
+            settings,
+            ..EmulatorOptions::default()
+        };
+        let emulator = Emulator::start(options).await.unwrap();
         let arguments = [
             "--port",
             "0",
@@ -109,7 +115,7 @@ impl Stage {
     }
 }
 
-const SCENARIOS: [&str; 17] = [
+const SCENARIOS: [&str; 18] = [
     "copy-out",
     "copy-in",
     "value",
@@ -118,6 +124,7 @@ const SCENARIOS: [&str; 17] = [
     "churn",
     "canary",
     "canary-transaction",
+    "credentials",
     "differential",
     "idle",
     "calls",
@@ -193,9 +200,14 @@ fn main() -> ExitCode {
                     .as_deref()
                     .map_or_else(Vec::new, canary::arguments),
                 "canary-transaction" | "volume-transaction" => canary::arguments("transaction"),
+                "credentials" => credentials::arguments(pool_mode.as_deref().unwrap_or("auto")),
                 _ => Vec::new(),
             };
-            let stage = Stage::set(&program, &more).await;
+            let settings = match name {
+                "credentials" => credentials::settings(),
+                _ => Settings::default(),
+            };
+            let stage = Stage::set(&program, &more, settings).await;
             match name {
                 "copy-out" => volume::copy_out(&stage).await,
                 "copy-in" => volume::copy_in(&stage).await,
@@ -205,6 +217,7 @@ fn main() -> ExitCode {
                 "churn" => churn::churn(&stage, pool_mode.as_ref().map(|_| duration)).await,
                 "canary" => canary::clients(&stage, duration, false).await,
                 "canary-transaction" => canary::clients(&stage, duration, true).await,
+                "credentials" => credentials::day(&stage, duration).await,
                 "idle" => idle::sessions(&stage).await,
                 "calls" => idle::calls(&stage).await,
                 "secrets" => secrets::in_memory(&stage, &program).await,
