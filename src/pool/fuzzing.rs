@@ -5,7 +5,7 @@ use super::{
     settings::Dialect,
     statements::{ClientMessage, LARGE_STATEMENT},
 };
-use crate::protocol::lexer::Backslash;
+use crate::protocol::{frame::until_zero, lexer::Backslash};
 
 /// A message that is answered here is whole, whatever follows it.
 pub fn answered_locally(bytes: &[u8]) {
@@ -33,7 +33,7 @@ pub fn refused(tag: u8, body: &[u8]) {
         };
         of(tag, body, body.len());
         of(tag, body, LARGE_STATEMENT + 1);
-        let text = body.split(|&byte| byte == 0).next().unwrap_or_default();
+        let text = until_zero(body);
         let query = [text, b"\0"].concat();
         let parse = [b"name\0", text, b"\0\0\0"].concat();
         let reason = of(b'Q', &query, query.len());

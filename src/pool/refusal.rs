@@ -10,7 +10,7 @@ use super::{
 use crate::{
     protocol::{
         error::{Report, sqlstate},
-        frame::{split_string, tag},
+        frame::{split_string, tag, until_zero},
         lexer::{Kind, Statement, Token, statements},
         words::{Verdict, verdict},
     },
@@ -52,10 +52,6 @@ pub(super) fn report(reason: PinReason) -> Report {
         "Use pool_mode = \"auto\", or pool_mode = \"none\" on another listener. {}",
         reason.advice()
     ))
-}
-
-fn until_zero(text: &[u8]) -> &[u8] {
-    text.split(|&byte| byte == 0).next().unwrap_or_default()
 }
 
 fn pin_of_text(text: &[u8], dialect: Dialect) -> Option<PinReason> {

@@ -34,7 +34,7 @@ pub use self::{
 };
 use crate::protocol::{
     error::{ErrorFields, Report, sqlstate},
-    frame::{split_string, tag},
+    frame::{split_string, tag, until_zero},
     lexer::{Backslash, Kind, Statement, Token, statements},
     requests::TransactionStatus,
     words::{Words, add_words},
@@ -436,8 +436,7 @@ impl ClientStatements {
         let mut words = Words::default();
         let named = self.names.values().map(|it| &it.statement);
         for statement in named.chain(&self.unnamed) {
-            let text = statement.body.split(|&byte| byte == 0).next();
-            add_words(text.unwrap_or_default(), &mut words);
+            add_words(until_zero(&statement.body), &mut words);
         }
         words
     }

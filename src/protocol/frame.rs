@@ -273,6 +273,11 @@ pub fn split_string(body: &[u8]) -> Option<(&[u8], &[u8])> {
     Some((body.get(..end)?, body.get(end + 1..)?))
 }
 
+/// The string in front of the first zero byte, or all if there is none.
+pub fn until_zero(text: &[u8]) -> &[u8] {
+    split_string(text).map_or(text, |(string, _)| string)
+}
+
 /// What a scan finds, by methods of its own: with one closure for both, the relay of every message pays for the bodies that
 /// it does not look at.
 trait Visitor<'a> {

@@ -5,7 +5,7 @@
 use enum_map::{Enum, EnumMap};
 
 use super::{
-    frame::{Part, Scanner, Seen, split_string, tag},
+    frame::{Part, Scanner, Seen, split_string, tag, until_zero},
     lexer::{Backslash, Kind, Statement, statements},
     tag::Command,
     words::{Search, Verdict, Word, Words, verdict},
@@ -301,7 +301,7 @@ impl Traces {
 impl Tag {
     /// Takes another piece, and returns the command at the zero byte that ends the tag.
     fn add(&mut self, piece: &[u8]) -> Option<Command> {
-        let text = piece.split(|&byte| byte == 0).next().unwrap_or_default();
+        let text = until_zero(piece);
         for &byte in text {
             // Longer ones are of no interest, and stay longer than those that are.
             if let Some(place) = self.text.get_mut(self.length) {
