@@ -42,7 +42,11 @@ pub(crate) async fn day(stage: &Stage, duration: Duration) {
     // A login with an expired credential is refused, and tried again with another one. The emulator also counts as refused those
     // that the pool gives up, since its client has got another connection.
     let retries = metric(stage.http, "upstream_retries_total").await;
-    assert!(retries < 0.5, "{retries} logins were refused");
+    assert!(
+        retries < 0.5,
+        "{retries} logins were refused:\n{}",
+        stage.proxy.reply()
+    );
     let lifetimes = duration.as_secs() / LIFETIME.as_secs();
     assert!(credentials >= lifetimes, "{lifetimes} lifetimes");
     // Each is replaced at half of its lifetime, 10 % sooner at the soonest.

@@ -130,7 +130,7 @@ impl Wire {
 }
 
 pub(crate) fn startup() -> Vec<u8> {
-    let body = b"user\0soak\0application_name\0soak\0\0";
+    let body = b"user\0soak\0database\0databricks_postgres\0application_name\0soak\0\0";
     let length = u32::try_from(body.len() + 8).unwrap_or_default();
     [
         &length.to_be_bytes()[..],
