@@ -143,12 +143,6 @@ fn instructions(
     let dump = directory.join("callgrind.out.1");
     let text = std::fs::read_to_string(&dump).expect("callgrind writes its counts");
     if let Some(keep) = std::env::var_os("KEEP_CALLGRIND") {
-        let mut keep = keep;
-        keep.push(if prefix.iter().any(|it| it.contains("auto")) {
-            ".auto"
-        } else {
-            ".none"
-        });
         std::fs::write(keep, &text).expect("the counts can be kept");
     }
     let total = text
