@@ -269,35 +269,17 @@ impl Sql {
         identifier(&name).map(Self::Deallocate)
     }
 
-    /// Whether `text` may begin with one of them, by its first letters alone.
-    fn may_begin(text: &[u8]) -> bool {
-        let Some(first) = text.first_chunk::<3>() else {
-            return true;
-        };
-        match first.map(|it| it.to_ascii_lowercase()) {
-            [b's', b'e', third] => third == b't',
-            [b's', second, _] => second == b'a',
-            [b'r', second, _] => matches!(second, b'e' | b'o'),
-            [b'd', second, _] => matches!(second, b'e' | b'i'),
-            [b'c', second, _] => second == b'o',
-            [b'e', second, _] => second == b'n',
-            [b'a', second, _] => second == b'b',
-            [b'p', second, _] => second == b'r',
-            // A comment may stand in front.
-            [letter, ..] => !letter.is_ascii_lowercase(),
-        }
-    }
-
     /// Those of a simple query; none if all of its statements are without one.
     fn of_query(sql: &[u8]) -> Vec<Option<Self>> {
         // Most queries are one statement, and its beginning shows that it has none.
-        let trimmed = sql.trim_ascii();
+        let trimmed = sql.trim_ascii_end();
         let text = trimmed.strip_suffix(b";").unwrap_or(trimmed);
-        if !text.contains(&b';') && !Self::may_begin(text) {
+        let backslash = Backslash::Plain;
+        if !text.contains(&b';') && Self::of(&Statement { text, backslash }).is_none() {
             return Vec::new();
         }
         let mut effects = Vec::new();
-        for (at, statement) in statements(sql, Backslash::Plain).enumerate() {
+        for (at, statement) in statements(sql, backslash).enumerate() {
             let effect = Self::of(&statement);
             // Before the first of them, none has to be counted.
             if effect.is_some() || !effects.is_empty() {
