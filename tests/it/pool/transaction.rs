@@ -18,9 +18,7 @@ pub(super) fn shared(settings: &mut Settings, size: usize) {
 }
 
 pub(super) async fn sharing(size: usize) -> (Emulator, Proxy) {
-    let emulator = harness::emulator().await;
-    let proxy = Proxy::with(&emulator, |settings| shared(settings, size)).await;
-    (emulator, proxy)
+    proxy_in(PoolMode::Transaction, size).await
 }
 
 impl Proxy {
@@ -405,21 +403,32 @@ async fn a_cancel_reaches_its_own_request_or_its_place_in_the_queue() {
     assert_eq!(proxy.metrics().pool_closes[PoolClose::Cancelled].get(), 1);
 }
 
+/// A client with its cancel key.
+async fn logged_in(proxy: &Proxy) -> (Wire, [u8; 8]) {
+    let mut client = Wire::dial(proxy.address()).await;
+    client
+        .startup(&[("user", "anyone"), ("database", DATABASE)])
+        .await;
+    let key = client.welcome().await.key;
+    (client, key)
+}
+
+/// The request of another client than `one`, whose cancel is still on its way, is not canceled.
+async fn another_is_served(proxy: &Proxy, mode: PoolMode, one: Wire) {
+    // In session mode a client leaves before another gets its connection; else it stays.
+    let _one = (mode != PoolMode::Session).then_some(one);
+    let (mut other, _) = logged_in(proxy).await;
+    other.send(&text('Q', "select pg_sleep(0.6)")).await;
+    assert_eq!(other.tags().await, "TDCZ", "{mode:?}");
+}
+
 /// The error of a canceled request does not prove that the cancel has arrived: another may have ended the request.
 #[tokio::test]
 async fn a_late_cancel_reaches_no_other_client_although_another_has_ended_its_request() {
     for mode in [PoolMode::Session, PoolMode::Transaction, PoolMode::Auto] {
-        let emulator = harness::emulator().await;
-        let proxy = Proxy::with(&emulator, |settings| {
-            shared(settings, 1);
-            settings.pool_mode = Some(mode);
-        })
-        .await;
+        let (emulator, proxy) = proxy_in(mode, 1).await;
         emulator.faults().once(Site::Cancel, Action::Defer(300));
-        let mut one = Wire::dial(proxy.address()).await;
-        one.startup(&[("user", "anyone"), ("database", DATABASE)])
-            .await;
-        let key = one.welcome().await.key;
+        let (mut one, key) = logged_in(&proxy).await;
         one.send(&text('Q', "select pg_sleep(60)")).await;
         let role = &emulator.identities().app.name;
         harness::until_running(role, 1).await;
@@ -428,16 +437,7 @@ async fn a_late_cancel_reaches_no_other_client_although_another_has_ended_its_re
         let superuser = harness::superuser().await;
         superuser.query_one(sql, &[role]).await.unwrap();
         assert_eq!(one.tags().await, "TEZ");
-        if mode == PoolMode::Session {
-            drop(one);
-        }
-        let mut other = Wire::dial(proxy.address()).await;
-        other
-            .startup(&[("user", "anyone"), ("database", DATABASE)])
-            .await;
-        other.welcome().await;
-        other.send(&text('Q', "select pg_sleep(0.6)")).await;
-        assert_eq!(other.tags().await, "TDCZ", "{mode:?}");
+        another_is_served(&proxy, mode, one).await;
         assert_eq!(proxy.metrics().pool_closes[PoolClose::Cancelled].get(), 1);
     }
 }
@@ -465,19 +465,11 @@ async fn a_connection_that_a_cancel_may_still_reach_is_closed_at_rest() {
 #[tokio::test]
 async fn a_late_cancel_reaches_no_other_client_although_its_own_stays() {
     for mode in [PoolMode::Session, PoolMode::Transaction, PoolMode::Auto] {
-        let emulator = harness::emulator().await;
-        let proxy = Proxy::with(&emulator, |settings| {
-            shared(settings, 1);
-            settings.pool_mode = Some(mode);
-        })
-        .await;
+        let (emulator, proxy) = proxy_in(mode, 1).await;
         let mut late = 0;
         while late < 3 {
             emulator.faults().once(Site::Cancel, Action::Defer(300));
-            let mut one = Wire::dial(proxy.address()).await;
-            one.startup(&[("user", "anyone"), ("database", DATABASE)])
-                .await;
-            let key = one.welcome().await.key;
+            let (mut one, key) = logged_in(&proxy).await;
             one.send(&text('Q', "select pg_sleep(0.1)")).await;
             cancel(proxy.address(), key).await;
             match one.tags().await.as_str() {
@@ -485,16 +477,7 @@ async fn a_late_cancel_reaches_no_other_client_although_its_own_stays() {
                 // The machine is busy: the query took until the cancel came.
                 tags => assert_eq!(tags, "TEZ"),
             }
-            if mode == PoolMode::Session {
-                drop(one);
-            }
-            let mut other = Wire::dial(proxy.address()).await;
-            other
-                .startup(&[("user", "anyone"), ("database", DATABASE)])
-                .await;
-            other.welcome().await;
-            other.send(&text('Q', "select pg_sleep(0.6)")).await;
-            assert_eq!(other.tags().await, "TDCZ", "{mode:?}");
+            another_is_served(&proxy, mode, one).await;
         }
     }
 }
