@@ -17,9 +17,11 @@ LINES = [
     *[
         line
         for mode in ("simple", "extended", "prepared")
-        for clients in (1, 8, 32, 64)
+        for clients in (1, 8, 32, 64, *([1000] if mode == "simple" else []))
         for line in (
             (f"-S {mode} {clients}", "tps", f"pgbench -S {mode}, {clients} clients", "tps", 0, False),
+            (f"-S {mode} {clients}", "p50_us", "  p50", "µs", 0, True),
+            (f"-S {mode} {clients}", "p99_us", "  p99", "µs", 0, True),
             (f"-S {mode} {clients}", "cpu_us", "  the hop's processor time", "µs", 1, True),
         )
     ],
@@ -67,10 +69,19 @@ POOL_PROMISES = [
     ("COPY out 65536", "cpu_us_mb", "lakebase-proxy", 1.05, 1.0),
     ("COPY in 65536", "cpu_us_mb", "lakebase-proxy", 1.05, 1.0),
     ("crowd", "per_second", "PgBouncer", 1.0, 1.2),
+    *[(f"-S {mode} {clients}", "cpu_us", "lakebase-proxy", 1.05, 1.0) for mode in ("simple", "extended", "prepared") for clients in (1, 8)],
+]
+# The same of connections that pass from client to client by the transaction.
+SHARING_PROMISES = [
+    ("-S simple 1000", "cpu_us", "PgBouncer, transaction", 0.7, 0.6),
+    ("-S simple 1000", "tps", "PgBouncer, transaction", 1.0, 1.2),
+    *[(f"-S {mode} {clients}", field, "PgBouncer, transaction", 1.0, 0.85)
+      for mode in ("simple", "extended") for clients in (1, 32) for field in ("p50_us", "p99_us", "cpu_us")],
+    ("idle", "kb", None, 3, 1.5),
 ]
 RATES = {"tps", "mb_s", "per_second"}
 # Where a hop is no peer: PgBouncer connects by keeping connections.
-NO_PEERS = {("connect", "PgBouncer"), ("connect", "lakebase-proxy, pool")}
+NO_PEERS = {("connect", "PgBouncer"), ("connect", "lakebase-proxy, auto")}
 
 
 def median(samples, field):
@@ -134,7 +145,7 @@ def promises(results, ours, declared=None):
 def _ahead(workload, field, ways, ours):
     """The hops that did better than ours."""
     found = {way: ratio(ways[ours], samples, field) for way, samples in ways.items()
-             if way not in (ours, "direct TLS", "lakebase-proxy", "lakebase-proxy, pool") and (workload, way) not in NO_PEERS}
+             if way != "direct TLS" and not way.startswith("lakebase-proxy") and (workload, way) not in NO_PEERS}
     better = (lambda share: share < 1) if field in RATES else (lambda share: share > 1)
     return [f"{way} ({share[0]:.2f} of it)" for way, share in found.items() if share and better(share[0])]
 
@@ -143,7 +154,7 @@ PICTURE = [
     ("SELECT 1", "p50_us"), ("SELECT 1", "cpu_us"), ("connect", "p50_ms"), ("-S simple 64", "tps"),
     ("COPY out 65536", "cpu_us_mb"), ("COPY in 65536", "cpu_us_mb"), ("idle", "kb"), ("exact", "instructions"),
 ]
-COLORS = {"lakebase-proxy": "#1f6f6b", "lakebase-proxy, pool": "#37a39c", "PgBouncer": "#b3561f", "stunnel": "#8a6fae", "Go relay": "#4f83b8", "direct TLS": "#7d8590"}
+COLORS = {"lakebase-proxy": "#1f6f6b", "lakebase-proxy, auto": "#37a39c", "PgBouncer": "#b3561f", "stunnel": "#8a6fae", "Go relay": "#4f83b8", "direct TLS": "#7d8590"}
 
 
 def picture(results, ways):

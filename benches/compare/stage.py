@@ -197,22 +197,31 @@ class Ours(Way):
 class Pooled(Ours):
     """The same with a pool."""
 
-    name = "lakebase-proxy, pool"
-    pool_size = 9000
+    name = "lakebase-proxy, auto"
+    pool_mode, pool_size = "auto", 9000
 
     def flags(self):
-        return ["--pool-mode", "session", "--default-pool-size", str(self.pool_size)]
+        return ["--pool-mode", self.pool_mode, "--default-pool-size", str(self.pool_size)]
 
 
 class FewPooled(Pooled):
-    """For more clients than connections."""
+    """For more clients than connections that keep them to their end."""
 
+    pool_mode, pool_size = "session", 20
+
+
+class FewAuto(Pooled):
     pool_size = 20
+
+
+class Sharing(Pooled):
+    name = "lakebase-proxy, transaction"
+    pool_mode, pool_size = "transaction", 20
 
 
 class PgBouncer(Way):
     name = "PgBouncer"
-    pool_size = 9000
+    pool_mode, pool_size = "session", 9000
 
     def start(self):
         port = free_port()
@@ -220,7 +229,7 @@ class PgBouncer(Way):
         with open(file, "w") as settings:
             settings.write(
                 f"[databases]\n{DATABASE} = host=localhost port={self.server_port} dbname={DATABASE} user={ROLE} password={TOKEN}\n"
-                f"[pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {port}\nunix_socket_dir =\nauth_type = any\npool_mode = session\n"
+                f"[pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {port}\nunix_socket_dir =\nauth_type = any\npool_mode = {self.pool_mode}\n"
                 f"max_client_conn = 20000\ndefault_pool_size = {self.pool_size}\nserver_round_robin = 0\nlog_connections = 0\nlog_disconnections = 0\n"
                 f"server_tls_sslmode = verify-full\nserver_tls_ca_file = {self.authority}\nignore_startup_parameters = extra_float_digits\n")
         os.chmod(file, 0o644)
@@ -232,6 +241,11 @@ class FewPgBouncer(PgBouncer):
     """For more clients than connections."""
 
     pool_size = 20
+
+
+class SharingPgBouncer(FewPgBouncer):
+    name = "PgBouncer, transaction"
+    pool_mode = "transaction"
 
 
 class Stunnel(Way):

@@ -8,6 +8,7 @@ import signal
 import socket
 import struct
 import subprocess
+import tempfile
 import time
 
 import machine
@@ -66,10 +67,13 @@ def round_trips(way, count):
 
 
 def pgbench(way, mode, clients, seconds):
-    with Cost(way) as cost:
-        output = run(tool("pgbench"), "-n", "-S", "-M", mode, "-c", clients, "-j", min(clients, 2), "-T", seconds, way.conninfo())
+    with tempfile.TemporaryDirectory() as directory:
+        log = ["--log", "--log-prefix", os.path.join(directory, "log")]
+        with Cost(way) as cost:
+            output = run(tool("pgbench"), "-n", "-S", "-M", mode, "-c", clients, "-j", min(clients, 2), "-T", seconds, *log, way.conninfo())
+        taken = [int(line.split(b" ", 3)[2]) for name in os.listdir(directory) for line in open(os.path.join(directory, name), "rb")]
     count, tps = _pgbench_output(output)
-    return {"tps": tps, "cpu_us": cost.per(count)}
+    return {"tps": tps, "cpu_us": cost.per(count), "p50_us": percentile(taken, 0.5), "p99_us": percentile(taken, 0.99)}
 
 
 def _pgbench_output(output):
