@@ -89,6 +89,11 @@ use crate::{
 /// Logins of one pool at the same time: more of them delay each other, and the compute's other work.
 const CONCURRENT_LOGINS: usize = 8;
 
+/// Clients that have come within this time of each other have come at once: the one that is on a connection's runtime gets it.
+const AT_ONCE: Duration = Duration::from_millis(1);
+/// So many of the clients behind the first one are looked at for that.
+const MAX_LOOKED_AT: usize = 16;
+
 /// How often pins for the same reason are reported.
 const PIN_REPORT_INTERVAL: Duration = Duration::from_hours(1);
 
@@ -416,33 +421,29 @@ impl State {
         Some(Slot::counted(pool, self.generation, retention))
     }
 
-    /// Grants what there is to the clients that wait, the first one first: none is served before an earlier one that needs
-    /// the same. Returns connections to drop once the lock is released.
+    /// Grants what there is to the clients that wait, the first one first: but for those that have come at once and are
+    /// [nearer](Self::nearer), none is served before an earlier one that needs the same. Returns connections to drop once the
+    /// lock is released.
     #[must_use]
     fn serve(&mut self, pool: &Arc<Pool>) -> Vec<ServerConnection> {
         let mut evicted = Vec::new();
         if self.is_paused {
             return evicted;
         }
-        let numbers: Vec<u64> = self
-            .waiting
-            .iter()
-            .filter(|(_, waiter)| waiter.grant.is_none())
-            .map(|(number, _)| *number)
-            // Those that are being logged in, and as many as can be served.
-            .take(CONCURRENT_LOGINS + self.open() + 1)
-            .collect();
         let mut returning = self.servers[PoolServer::Resetting];
         let mut reclaimed = None;
         let mut is_short = false;
-        for number in numbers {
-            let Some(waiter) = self.waiting.get(&number) else {
-                continue;
-            };
+        let mut next = 0;
+        while let Some((number, waiter)) = self.first_waiting(next) {
+            next = number + 1;
             let (since, is_opening) = (waiter.since, waiter.is_opening);
             let suiting = self.suiting(&waiter.wanted, waiter.runtime);
-            let kept = self.kept_by_another(&waiter.wanted);
+            let mut given_to = number;
             let grant = if let Some(at) = suiting {
+                if let Some(nearer) = self.nearer(at, number) {
+                    // It is looked at again.
+                    (given_to, next) = (nearer, number);
+                }
                 Grant::Server(self.take_idle(at))
             } else if is_opening {
                 continue;
@@ -452,7 +453,7 @@ impl State {
                 continue;
             } else if let Some(slot) = self.open_slot(pool, since.elapsed()) {
                 Grant::Open(slot)
-            } else if let Some(at) = kept {
+            } else if let Some(at) = self.kept_by_another(number) {
                 Grant::Server(self.take_idle(at))
             } else if self.servers[PoolServer::Opening] < CONCURRENT_LOGINS && !self.idle.is_empty()
             {
@@ -469,7 +470,7 @@ impl State {
                 }
                 break;
             };
-            if let Some(waiter) = self.waiting.get_mut(&number) {
+            if let Some(waiter) = self.waiting.get_mut(&given_to) {
                 waiter.is_opening |= matches!(grant, Grant::Open(_));
                 waiter.give(grant);
             }
@@ -481,6 +482,36 @@ impl State {
             server.record.slot.close = PoolClose::Surplus;
         }
         evicted
+    }
+
+    /// The first client from this number on that waits and has been given nothing.
+    fn first_waiting(&self, from: u64) -> Option<(u64, &Waiter)> {
+        let mut waiting = self.waiting.range(from..);
+        let (number, waiter) = waiting.find(|(_, waiter)| waiter.grant.is_none())?;
+        Some((*number, waiter))
+    }
+
+    /// The client that gets the idle connection at this position instead of the first one, whose turn it is: the next of those
+    /// that came [at once](AT_ONCE) with it, on the connection's runtime. A connection that moves to another runtime costs four
+    /// system calls and a wakeup, a fifth of the whole transaction.
+    fn nearer(&self, at: usize, first: u64) -> Option<u64> {
+        let record = &self.idle.get(at)?.server.record;
+        let mut waiting = self.waiting.range(first..);
+        let (_, first) = waiting.next()?;
+        if first.runtime == record.runtime || record.owner.is_some() {
+            return None;
+        }
+        let at_once = waiting
+            .take(MAX_LOOKED_AT)
+            .take_while(|(_, waiter)| waiter.since.duration_since(first.since) <= AT_ONCE);
+        let mut nearer = at_once.filter(|(_, waiter)| {
+            waiter.runtime == record.runtime
+                && waiter.grant.is_none()
+                && !waiter.is_opening
+                && record.suits(&waiter.wanted.login)
+                && record.settings == waiter.wanted.settings
+        });
+        nearer.next().map(|(number, _)| *number)
     }
 
     /// Has the client that has been at rest for the longest time part with its connection; `false` if there is none. Not one
@@ -535,9 +566,10 @@ impl State {
             .map(|(at, _)| at)
     }
 
-    /// The position of the idle connection that another client keeps, and has not used for the longest time.
-    fn kept_by_another(&self, wanted: &Wanted) -> Option<usize> {
+    /// The position of the idle connection that another client than this one keeps, and has not used for the longest time.
+    fn kept_by_another(&self, number: u64) -> Option<usize> {
+        let login = &self.waiting.get(&number)?.wanted.login;
         let mut idle = self.idle.iter();
-        idle.position(|idle| idle.server.record.suits(&wanted.login))
+        idle.position(|idle| idle.server.record.suits(login))
     }
 }

@@ -5,7 +5,10 @@
 //! costs less memory, is watched, and reaches its idle timeout.
 
 use std::{
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{
+        Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     task::Waker,
     time::Duration,
 };
@@ -17,13 +20,10 @@ pub(super) const RETENTION: Duration = Duration::from_secs(1);
 
 /// Whether the client of a leased connection, at rest, keeps it.
 #[derive(Debug, Default)]
-pub(super) struct Retention(Mutex<State>);
-
-#[derive(Debug, Default)]
-struct State {
-    kept: Option<Kept>,
-    /// The client is to part with it, as another one waits.
-    is_wanted: bool,
+pub(super) struct Retention {
+    kept: Mutex<Option<Kept>>,
+    /// There is something behind the lock: a client that waits looks at all connections of its pool, and most modes keep none.
+    is_kept: AtomicBool,
 }
 
 #[derive(Debug)]
@@ -33,44 +33,53 @@ struct Kept {
     ends_at: Option<Instant>,
     /// Wakes the session.
     waker: Waker,
-}
-
-impl State {
-    /// Unless the connection is wanted already.
-    fn kept(&self) -> Option<&Kept> {
-        self.kept.as_ref().filter(|_| !self.is_wanted)
-    }
+    /// The client is to part with it, as another one waits.
+    is_wanted: bool,
 }
 
 impl Retention {
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, Option<Kept>> {
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn read<T>(&self, read: impl FnOnce(&mut Kept) -> T) -> Option<T> {
+        if !self.is_kept.load(Ordering::SeqCst) {
+            return None;
+        }
+        self.lock().as_mut().map(read)
     }
 
     /// The client is at rest, and its session parts with the connection when it is woken.
     pub(super) fn begin(&self, since: Instant, ends_at: Option<Instant>, waker: &Waker) {
-        self.lock().kept = Some(Kept {
+        let mut kept = self.lock();
+        let is_wanted = kept.as_ref().is_some_and(|kept| kept.is_wanted);
+        *kept = Some(Kept {
             since,
             ends_at,
             waker: waker.clone(),
+            is_wanted,
         });
+        self.is_kept.store(true, Ordering::SeqCst);
     }
 
     /// The client is not at rest any more, or has parted with the connection. Whether another client waits for it.
     pub(super) fn end(&self) -> bool {
-        let mut state = self.lock();
-        state.kept = None;
-        std::mem::take(&mut state.is_wanted)
+        if !self.is_kept.load(Ordering::SeqCst) {
+            return false;
+        }
+        let mut kept = self.lock();
+        self.is_kept.store(false, Ordering::SeqCst);
+        kept.take().is_some_and(|kept| kept.is_wanted)
     }
 
     /// Since when the client has been at rest, unless the connection is wanted already.
     pub(super) fn since(&self) -> Option<Instant> {
-        self.lock().kept().map(|kept| kept.since)
+        self.read(|kept| (!kept.is_wanted).then_some(kept.since))?
     }
 
     /// When the client parts with the connection, unless it is wanted already.
     pub(super) fn ends_at(&self) -> Option<Instant> {
-        self.lock().kept()?.ends_at
+        self.read(|kept| kept.ends_at.filter(|_| !kept.is_wanted))?
     }
 
     /// Has the client part with the connection, if it was to do so by now.
@@ -82,15 +91,14 @@ impl Retention {
 
     /// Whether the client is to part with the connection.
     pub(super) fn is_wanted(&self) -> bool {
-        self.lock().is_wanted
+        self.read(|kept| kept.is_wanted).unwrap_or_default()
     }
 
     /// Has the client part with the connection, if it is at rest.
     pub(super) fn want(&self) {
-        let mut state = self.lock();
-        if let Some(Kept { waker, .. }) = &state.kept {
-            waker.wake_by_ref();
-            state.is_wanted = true;
-        }
+        self.read(|kept| {
+            kept.waker.wake_by_ref();
+            kept.is_wanted = true;
+        });
     }
 }

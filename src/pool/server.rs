@@ -3,6 +3,7 @@
 use std::{
     future::poll_fn,
     hash::{DefaultHasher, Hash, Hasher},
+    mem::MaybeUninit,
     net::SocketAddr,
     pin::Pin,
     sync::Arc,
@@ -279,8 +280,8 @@ impl ServerConnection {
 
     /// Takes what the server sends without a request; ready once some has arrived, or why the connection is of no use any more.
     pub(super) fn poll_input(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Unusable>> {
-        let mut space = [0; INPUT_READ];
-        let mut space = ReadBuf::new(&mut space);
+        let mut space = [MaybeUninit::uninit(); INPUT_READ];
+        let mut space = ReadBuf::uninit(&mut space);
         ready!(Pin::new(&mut self.stream).poll_read(cx, &mut space))?;
         if space.filled().is_empty() {
             let end = std::io::Error::from(std::io::ErrorKind::UnexpectedEof);

@@ -117,6 +117,33 @@ async fn a_panic_with_a_connection_frees_its_slot_for_the_client_that_waits() {
     assert_eq!(metrics.pool_closes[PoolClose::Session].get(), 1);
 }
 
+/// Its socket need not be registered anew.
+#[tokio::test(start_paused = true)]
+async fn of_clients_that_come_at_once_the_one_on_the_runtime_of_a_connection_gets_it_but_no_later_one()
+ {
+    let (_pools, pool) = pool();
+    let (mut connection, _server) = pool.connection().await;
+    let other = runtime::Builder::new_current_thread().build().unwrap();
+    let elsewhere = {
+        let _entered = other.enter();
+        pool.enter(&wanted())
+    };
+    let at_once = [(); 3].map(|()| pool.enter(&wanted()));
+    tokio::time::advance(2 * AT_ONCE).await;
+    let later = pool.enter(&wanted());
+    for waiting in at_once {
+        connection.put_back();
+        assert!(waiting.is_granted() && !elsewhere.is_granted());
+        let Grant::Server(granted) = waiting.granted().await else {
+            panic!("the connection");
+        };
+        connection = granted;
+    }
+    connection.put_back();
+    assert!(elsewhere.is_granted() && !later.is_granted());
+    other.shutdown_background();
+}
+
 /// What the server may send at any time: a notice, a notification, and the new value of a parameter.
 fn unrequested() -> Vec<u8> {
     let frames = [
