@@ -509,6 +509,7 @@ impl State {
                 && waiter.grant.is_none()
                 && !waiter.is_opening
                 && record.suits(&waiter.wanted.login)
+                && record.resets_to(&waiter.wanted.login)
                 && record.settings == waiter.wanted.settings
         });
         nearer.next().map(|(number, _)| *number)

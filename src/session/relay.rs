@@ -230,11 +230,12 @@ impl<'a, C: Transport, U: ServerStream> Relay<'a, C, U> {
         // Of the relays before, if there were any.
         let [from_client, from_server] = observers.activity.bytes();
         let counted = u64::try_from(client.counted).unwrap_or_default();
+        let sent_before = from_client.wrapping_sub(counted);
         let mut relay = Self {
             client: client.stream,
             server: server.stream,
             shutdown,
-            to_server: Pipe::new(client.bytes, from_client.wrapping_sub(counted)),
+            to_server: Pipe::new(client.bytes, sent_before),
             to_client: Pipe::new(server.bytes, from_server),
             requests: Requests::new(),
             unsolicited: UnsolicitedPasswords::default(),
@@ -243,6 +244,7 @@ impl<'a, C: Transport, U: ServerStream> Relay<'a, C, U> {
             began: Began::default(),
             loss: PathLoss {
                 timeout: observers.loss_timeout,
+                answered: sent_before,
                 ..PathLoss::default()
             },
             server_error: TrailingError::default(),

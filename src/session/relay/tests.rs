@@ -1006,6 +1006,40 @@ fn the_loss_timeout_is_in_force_only_while_few_bytes_await_an_answer() {
     assert_eq!(loss.timeout_in_force(), timeout);
 }
 
+/// What it has sent on earlier ones has been answered there.
+#[tokio::test]
+async fn a_session_on_another_server_connection_waits_for_what_it_has_sent_there() {
+    let (_client, mut our_client) = duplex(ROOM);
+    let (_server, mut our_server) = duplex(ROOM);
+    let (shutdown, metrics) = (Shutdown::new(), Metrics::new().unwrap());
+    let activity = ActivityRecord::new(Instant::now());
+    let large = frame(b'Q', &vec![b' '; 17 * 1024]);
+    for (request, is_in_force) in [(&query(), true), (&large, false), (&query(), true)] {
+        let mut relay = Relay::new(
+            Side {
+                stream: &mut our_client,
+                received: request[..].into(),
+                counted: 0,
+                bytes: counter(),
+            },
+            Side {
+                stream: &mut our_server,
+                received: BytesMut::new(),
+                counted: 0,
+                bytes: counter(),
+            },
+            &shutdown,
+            Observers {
+                loss_timeout: Some(Duration::from_secs(80)),
+                ..observers(&activity, &metrics)
+            },
+        );
+        let mut cx = Context::from_waker(Waker::noop());
+        assert!(relay.poll(&mut cx, Phase::Serving, &mut None).is_pending());
+        assert_eq!(relay.loss.timeout_in_force().is_some(), is_in_force);
+    }
+}
+
 #[test]
 fn the_server_error_is_a_fatal_error_at_the_end() {
     let error_of = |chunks: &[&[u8]]| {
