@@ -496,14 +496,21 @@ impl Sending<'_> {
             self.record_use(Awaits::Bind, Shown::All, Effect::None, number);
             return Ok(Sent::Unchanged);
         }
-        let Some(Resolved { name, statement }) = self.resolve(name, meaning)? else {
+        let Some(resolved) = self.resolve(name, meaning)? else {
             return Ok(Sent::Rest(message.length));
         };
+        let Resolved {
+            name: own,
+            statement,
+        } = resolved;
         self.bound(portal, Some(&statement));
-        let rest = message.length - head;
-        put(self.out, tag::BIND, &[portal, b"\0", &name, b"\0"], rest);
         let number = (statement.number > 0).then_some(statement.number);
         self.record_use(Awaits::Bind, Shown::All, Effect::None, number);
+        if *own == *name {
+            return Ok(Sent::Unchanged);
+        }
+        let rest = message.length - head;
+        put(self.out, tag::BIND, &[portal, b"\0", &own, b"\0"], rest);
         Ok(Sent::Rest(head))
     }
 
@@ -537,16 +544,23 @@ impl Sending<'_> {
         }
         // With nothing in flight: the server may be skipping, which this Sync would end too early.
         let is_first = !self.client.is_open && self.client.queue.is_empty();
-        let Some(Resolved { name, statement }) = self.resolve(name, meaning)? else {
+        let Some(resolved) = self.resolve(name, meaning)? else {
             return Ok(Sent::Rest(message.length));
         };
         if is_first && self.client.is_open {
             self.end_added();
         }
-        put(self.out, tag::DESCRIBE, &[b"S", &name, b"\0"], 0);
+        let Resolved {
+            name: own,
+            statement,
+        } = resolved;
         let number = (statement.number > 0).then_some(statement.number);
         let awaits = Awaits::Describe(Some(statement));
         self.record_use(awaits, Shown::All, Effect::None, number);
+        if *own == *name {
+            return Ok(Sent::Unchanged);
+        }
+        put(self.out, tag::DESCRIBE, &[b"S", &own, b"\0"], 0);
         Ok(Sent::Rest(message.length))
     }
 
