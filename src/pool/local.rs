@@ -10,7 +10,7 @@ use super::{settings::Settings, shared::ClientState};
 use crate::protocol::{
     backend::{TransactionStatus, command_complete, encode, ready_for_query},
     frame::{HEADER_LEN, SMALL_MESSAGE_LIMIT, tag, take_message},
-    lexer::{Backslash, Statement, statements},
+    lexer::{Backslash, Statement, Tokens, statements, tokens},
 };
 
 /// Longer queries are the server's.
@@ -37,17 +37,24 @@ impl Reset {
         (Self::Locks, &["select", "pg_advisory_unlock_all", "(", ")"]),
     ];
 
-    fn of(statement: &Statement<'_>) -> Option<Self> {
-        let is_same = |words: &[&str]| {
-            let mut tokens = statement.tokens();
-            let is_begun = words.iter().all(|word| {
-                let token = tokens.next();
+    /// The one that these begin with, and what follows it.
+    fn begins(mut tokens: Tokens<'_>) -> Option<(Self, Tokens<'_>)> {
+        let first = tokens.next()?;
+        Self::ALL.iter().find_map(|(reset, words)| {
+            let (head, others) = words.split_first()?;
+            let mut rest = tokens.clone();
+            let mut follows = |word: &&str| {
+                let token = rest.next();
                 token.is_some_and(|it| it.is_word(word) || it.text == word.as_bytes())
-            });
-            is_begun && tokens.next().is_none()
-        };
-        let mut all = Self::ALL.iter();
-        all.find(|(_, words)| is_same(words)).map(|(it, _)| *it)
+            };
+            let begins = first.is_word(head) && others.iter().all(&mut follows);
+            begins.then_some((*reset, rest))
+        })
+    }
+
+    fn of(statement: &Statement<'_>) -> Option<Self> {
+        let (reset, mut others) = Self::begins(statement.tokens())?;
+        others.next().is_none().then_some(reset)
     }
 
     fn answer(self, out: &mut BytesMut) {
@@ -112,8 +119,10 @@ pub(super) fn resets(received: &[u8]) -> Option<Vec<Reset>> {
         return None;
     }
     let text = rest.get(..length)?.strip_suffix(b"\0")?;
-    let statements: Vec<Statement<'_>> = statements(text, Backslash::Plain).collect();
-    let resets: Vec<Reset> = statements.iter().map(Reset::of).collect::<Option<_>>()?;
+    // Most queries begin with another word, and need not be read to their end.
+    Reset::begins(tokens(text, Backslash::Plain))?;
+    let resets = statements(text, Backslash::Plain).map(|it| Reset::of(&it));
+    let resets: Vec<Reset> = resets.collect::<Option<_>>()?;
     // Only alone: the server refuses it within a transaction block, which several statements are.
     let is_refused = resets.len() > 1 && resets.contains(&Reset::Everything);
     (!resets.is_empty() && !text.contains(&0) && !is_refused).then_some(resets)
