@@ -470,6 +470,8 @@ impl<'a> SharedStream<'a> {
 
     /// Whether a request of the client must wait: for answers to earlier ones, or for another connection.
     fn must_wait(&mut self, tag: u8) -> bool {
+        // The shortage may be over since, and then the request is sent.
+        self.is_yielding = false;
         let statements = &self.client.statements;
         let is_within = statements.is_within_request()
             || matches!(tag, tag::COPY_DATA | tag::COPY_DONE | tag::COPY_FAIL);

@@ -6,6 +6,7 @@ use std::{
 };
 
 use bytes::Bytes;
+use futures_util::FutureExt;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
@@ -255,6 +256,35 @@ async fn a_connection_whose_server_reports_an_error_ends_or_stops_within_a_messa
         assert_eq!(metrics.pool_closes[PoolClose::Server].get(), 1);
         assert_eq!(metrics.pool_hidden_losses.get(), 1);
         assert_eq!(metrics.pool_servers[PoolServer::Leased].get(), 0);
+    }
+}
+
+/// A connection that goes to another client with a request in flight would give that one the answer.
+#[tokio::test]
+async fn a_request_that_is_sent_after_all_keeps_its_connection() {
+    let (pools, pool) = pool();
+    let (connection, mut server) = pool.connection().await;
+    let mut client = ClientState::new(
+        login(),
+        Bytes::new(),
+        &pools.texts,
+        PoolMode::Auto,
+        PinSessions::Pin,
+    );
+    let mut lease = pool.leased(connection, PoolLease::Idle).lease;
+    let mut shared = lease.share(&mut client).unwrap();
+    let query = frame(b'Q', b"select 1\0");
+    shared.write_all(&query).await.unwrap();
+    let answer = [frame(b'C', b"SELECT 1\0"), frame(b'Z', b"I")].concat();
+    server.write_all(&answer).await.unwrap();
+    let mut received = vec![0; answer.len()];
+    shared.read_exact(&mut received).await.unwrap();
+    // Another client waits, and then has been given the connection of yet another.
+    for is_short in [true, false] {
+        pool.is_short.store(is_short, Ordering::SeqCst);
+        let written = shared.write(&query).now_or_never();
+        assert_eq!(written.is_none(), is_short);
+        assert_eq!(shared.is_yielding(), is_short);
     }
 }
 
