@@ -183,6 +183,11 @@ impl Lease {
     pub(crate) fn part(self, mut client: Option<&mut ClientState>) {
         if let Owner::Pool(mut record) = self.owner {
             if let Some(client) = &mut client {
+                if !client.statements.is_at_rest() {
+                    debug_assert!(false, "a request is in flight");
+                    // Its answer would be another client's.
+                    return;
+                }
                 client.statements.end(&mut record.statements);
                 if client.has_left_something() {
                     record.left_by = Some(client.number);

@@ -239,6 +239,28 @@ async fn a_burst_of_200_requests_is_served_in_its_order_by_no_more_logins_than_c
     assert_eq!(*served.lock().unwrap(), (0..20).collect::<Vec<_>>());
 }
 
+/// Now and then one waits, and seldom for longer than it takes another to notice.
+#[tokio::test]
+async fn of_one_client_more_than_connections_each_gets_its_own_answers() {
+    for mode in [PoolMode::Transaction, PoolMode::Auto] {
+        let (_emulator, proxy) = proxy_in(mode, 7).await;
+        let clients: JoinSet<()> = (0..8)
+            .map(|client| {
+                let config = proxy.client_config();
+                async move {
+                    let session = connect(&config).await;
+                    for query in 0..500 {
+                        let own = format!("{client}: {query}");
+                        let answer = value(&session, &format!("select '{own}'")).await;
+                        assert_eq!(answer, own, "{mode:?}");
+                    }
+                }
+            })
+            .collect();
+        within("their queries", clients.join_all()).await;
+    }
+}
+
 #[tokio::test]
 async fn clients_in_a_loop_get_equal_shares_of_one_connection() {
     const CLIENTS: usize = 50;
