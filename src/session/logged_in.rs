@@ -160,7 +160,11 @@ impl LoggedIn<'_> {
             biased;
             leased = self.lease_again(state) => match leased {
                 Ok(leased) => {
-                    self.take(leased, client).await?;
+                    let changed = self.take(leased);
+                    // A box, as most connections are like the last one.
+                    if !changed.is_empty() && Box::pin(self.answer(client, &changed)).await.is_err() {
+                        return Err(self.left_before_use());
+                    }
                     return Ok(true);
                 }
                 Err(refusal) => refusal.report,
@@ -189,7 +193,8 @@ impl LoggedIn<'_> {
         client: &mut Client<S>,
     ) -> Result<bool, Ended> {
         if let Some(state) = self.state.as_mut().filter(|state| state.is_suspect()) {
-            lease = match lease.verify(state).await {
+            // A box, as most clients are not suspect.
+            lease = match Box::pin(lease.verify(state)).await {
                 Ok(Verified::Clean(lease)) => lease,
                 Ok(Verified::InUse { lease, changed }) => {
                     (self.lease, self.leftover) = (Some(lease), changed);
@@ -240,12 +245,8 @@ impl LoggedIn<'_> {
         endpoint.pools.lease(&request).await
     }
 
-    /// Takes the next server connection, and reports to the client what differs from the last one.
-    async fn take<S: Transport>(
-        &mut self,
-        leased: Leased,
-        client: &mut Client<S>,
-    ) -> Result<(), Ended> {
+    /// Takes the next server connection; returns what the client is to be sent, as it differs from the last one.
+    fn take(&mut self, leased: Leased) -> BytesMut {
         let Leased {
             lease,
             id,
@@ -263,14 +264,8 @@ impl LoggedIn<'_> {
         }
         self.lease = Some(lease);
         self.leftover = leftover;
-        let Some(state) = &mut self.state else {
-            return Ok(());
-        };
-        let changed = state.report(parameter_status);
-        if !changed.is_empty() && self.answer(client, &changed).await.is_err() {
-            return Err(self.left_before_use());
-        }
-        Ok(())
+        let state = self.state.as_mut();
+        state.map_or_else(BytesMut::new, |state| state.report(parameter_status))
     }
 
     /// The end of a session whose client has left before it could use the server connection.
