@@ -50,6 +50,15 @@ fn counter() -> IntCounter {
     IntCounter::new("bytes", "bytes").unwrap()
 }
 
+fn side<S>(stream: &mut S, received: BytesMut) -> Side<'_, S> {
+    Side {
+        stream,
+        received,
+        counted: 0,
+        bytes: counter(),
+    }
+}
+
 fn observers<'a>(activity: &'a ActivityRecord, metrics: &'a Metrics) -> Observers<'a> {
     Observers {
         activity,
@@ -99,18 +108,8 @@ impl Session {
         relay.spawn(async move {
             let activity = ActivityRecord::new(Instant::now());
             let mut relay = Relay::new(
-                Side {
-                    stream: &mut client_end,
-                    received: early,
-                    counted: 0,
-                    bytes: counter(),
-                },
-                Side {
-                    stream: &mut server_end,
-                    received: leftover,
-                    counted: 0,
-                    bytes: counter(),
-                },
+                side(&mut client_end, early),
+                side(&mut server_end, leftover),
                 &watched,
                 observers(&activity, &counted),
             );
@@ -516,18 +515,8 @@ async fn an_idle_session_holds_no_buffer() {
     let activity = ActivityRecord::new(Instant::now());
     let metrics = Metrics::new().unwrap();
     let mut relay = Relay::new(
-        Side {
-            stream: &mut our_client,
-            received: BytesMut::new(),
-            counted: 0,
-            bytes: counter(),
-        },
-        Side {
-            stream: &mut our_server,
-            received: BytesMut::new(),
-            counted: 0,
-            bytes: counter(),
-        },
+        side(&mut our_client, BytesMut::new()),
+        side(&mut our_server, BytesMut::new()),
         &shutdown,
         observers(&activity, &metrics),
     );
@@ -1016,18 +1005,8 @@ async fn a_session_on_another_server_connection_waits_for_what_it_has_sent_there
     let large = frame(b'Q', &vec![b' '; 17 * 1024]);
     for (request, is_in_force) in [(&query(), true), (&large, false), (&query(), true)] {
         let mut relay = Relay::new(
-            Side {
-                stream: &mut our_client,
-                received: request[..].into(),
-                counted: 0,
-                bytes: counter(),
-            },
-            Side {
-                stream: &mut our_server,
-                received: BytesMut::new(),
-                counted: 0,
-                bytes: counter(),
-            },
+            side(&mut our_client, request[..].into()),
+            side(&mut our_server, BytesMut::new()),
             &shutdown,
             Observers {
                 loss_timeout: Some(Duration::from_secs(80)),
