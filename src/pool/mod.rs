@@ -545,8 +545,8 @@ impl State {
         let Wanted {
             login,
             settings,
-            client: _,
             owner,
+            ..
         } = wanted;
         let suiting = self.idle.iter().enumerate().filter(|(_, idle)| {
             let record = &idle.server.record;

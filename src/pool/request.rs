@@ -44,6 +44,8 @@ pub(super) struct Wanted {
     pub(super) client: Option<u64>,
     /// The same, if it keeps one between two transactions.
     pub(super) owner: Option<u64>,
+    /// The connection that knows its statements by its own names.
+    pub(super) exclusive: Option<u64>,
 }
 
 impl From<Arc<LoginParameters>> for Wanted {
@@ -53,6 +55,7 @@ impl From<Arc<LoginParameters>> for Wanted {
             settings: Settings::default(),
             client: None,
             owner: None,
+            exclusive: None,
         }
     }
 }

@@ -232,10 +232,15 @@ impl ServerConnection {
 
     /// Sets what a new login of this client would set, and what the client has set since, where that differs. Not cancel safe.
     pub(super) async fn adopt(&mut self, wanted: &Wanted) -> Result<(), Unusable> {
+        // Before the query, which may end that the connection is the client's own.
+        let has_foreign_names = self.record.statements.has_foreign_names(wanted.exclusive);
         if let Some(sql) = self.record.adoption(wanted) {
             self.query(&sql, |_| {}).await?;
             self.record.settings = wanted.settings.clone();
             self.record.is_encoding_set = wanted.login.client_encoding.is_some();
+            if has_foreign_names {
+                self.record.statements.share();
+            }
         }
         Ok(())
     }
@@ -348,6 +353,10 @@ impl Record {
             } else if self.is_encoding_set {
                 statements.push(format!("RESET {CLIENT_ENCODING}"));
             }
+        }
+        if self.statements.has_foreign_names(wanted.exclusive) {
+            // Once: the pool gives them other names as they are needed again. Last, as an error before does not undo it.
+            statements.push("DEALLOCATE ALL".to_owned());
         }
         (!statements.is_empty()).then(|| statements.join("; "))
     }

@@ -157,6 +157,7 @@ impl ClientState {
                 settings: self.settings.clone(),
                 client: Some(self.number),
                 owner: self.owner(),
+                exclusive: self.statements.exclusive,
             },
             connect,
         }

@@ -109,7 +109,7 @@ pub struct ClientStatements {
     /// The statement of the last CommandComplete, if it concerns settings.
     completed: Option<Box<[u8]>>,
     /// Of the connection that is this client's alone.
-    exclusive: Option<u64>,
+    pub(super) exclusive: Option<u64>,
     next_id: u64,
     unit: u64,
     /// The unit has begun.
@@ -428,11 +428,15 @@ impl ClientStatements {
         !self.by_sql.is_empty()
     }
 
-    /// Forgets what a simple query of the client ends: the unnamed statement, or all.
+    /// Forgets what a simple query of the client ends that no server has seen: the unnamed statement, or all.
     pub(super) fn forget_at_rest(&mut self, has_all_ended: bool) {
-        self.unnamed = None;
+        let is_ended = self.unnamed.take().is_some() || has_all_ended && !self.names.is_empty();
         if has_all_ended {
             self.forget_names();
+        }
+        if is_ended {
+            // Messages pass as they are to the client's own connection, which still has what has ended.
+            self.exclusive = None;
         }
     }
 

@@ -11,6 +11,8 @@ use super::{Record, text::Prepared};
 #[derive(Debug)]
 pub struct ServerStatements {
     pub(super) names: Names,
+    /// Some statements have names that a client has given them.
+    has_client_names: bool,
     /// By number.
     pub(super) known: HashMap<u64, Known>,
     /// Closed by the unit of the client with this number, which may be skipped.
@@ -54,6 +56,7 @@ impl ServerStatements {
     pub fn new(limit: usize) -> Self {
         Self {
             names: Names::Fresh,
+            has_client_names: false,
             known: HashMap::new(),
             leaving: HashMap::new(),
             unnamed: None,
@@ -90,6 +93,17 @@ impl ServerStatements {
         *self = Self::new(self.limit);
     }
 
+    /// Whether statements have names of another client than this one, which it would find by SQL.
+    pub(in crate::pool) fn has_foreign_names(&self, client: Option<u64>) -> bool {
+        self.has_client_names && client.map(Names::Exclusive) != Some(self.names)
+    }
+
+    /// After a DEALLOCATE ALL for another client.
+    pub(in crate::pool) fn share(&mut self) {
+        self.clear();
+        self.names = Names::Shared;
+    }
+
     /// After a simple query of the pool's own.
     pub fn forget_unnamed(&mut self) {
         if self.unnamed.take().is_some() && self.is_exclusive() {
@@ -108,6 +122,7 @@ impl ServerStatements {
             uses: 0,
             used_at: self.tick(),
         };
+        self.has_client_names |= self.is_exclusive();
         self.known.insert(statement.number, known);
     }
 

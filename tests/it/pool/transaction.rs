@@ -532,6 +532,38 @@ async fn a_shutdown_ends_clients_at_rest_at_once() {
     assert!(began.elapsed() < Duration::from_secs(5));
 }
 
+/// Its messages pass as they are on a connection that no other client has had, which still has what the reset ends.
+#[tokio::test]
+async fn a_reset_without_a_server_ends_statements_of_the_clients_own_connection() {
+    let (_emulator, proxy) = sharing(1).await;
+    let mut one = proxy.session().await;
+    let prepare = |name: &str| {
+        let body = format!("{name}\0select 1\0\0\0");
+        [message('P', body.as_bytes()), sync()].concat()
+    };
+    let execute = |name| [statements::execute(name, &[]), sync()].concat();
+    for (reset, tags) in [
+        ("DISCARD ALL", "CZ"),
+        ("DEALLOCATE ALL", "CZ"),
+        ("CLOSE ALL; UNLISTEN *", "CCZ"),
+    ] {
+        for name in ["mine", ""] {
+            one.send(&prepare(name)).await;
+            assert_eq!(one.tags().await, "1Z", "{name:?} before {reset}");
+            one.send(&text('Q', reset)).await;
+            assert_eq!(one.tags().await, tags);
+            one.send(&execute(name)).await;
+            let replies = one.until('Z').await;
+            if name.is_empty() || tags == "CZ" {
+                assert_eq!(replies[0].error().code, "26000", "{name:?} after {reset}");
+            } else {
+                assert_eq!(replies[0].tag, '2', "{name:?} after {reset}");
+            }
+        }
+    }
+    assert_eq!(proxy.metrics().pool_local_answers.get(), 6);
+}
+
 /// By Npgsql, asyncpg and others, whenever a connection returns to the application's own pool.
 #[tokio::test]
 async fn a_reset_by_a_driver_needs_no_server_if_there_is_nothing_to_reset() {
