@@ -11,6 +11,7 @@ use std::{
     collections::BTreeMap,
     fmt,
     net::SocketAddr,
+    ops::Range,
     path::PathBuf,
     sync::{
         Arc,
@@ -26,8 +27,8 @@ use self::{
     wire::Wire,
 };
 
-/// Clients at the same time.
-const CLIENTS: u64 = 8;
+/// Clients at the same time: more than there are server connections, then fewer.
+const CLIENTS: [u64; 2] = [8, 2];
 /// The error of a server that has lost the state of its own transaction.
 const BROKEN: &str = "StartTransactionCommand: unexpected state";
 /// How long a program that differs is made smaller.
@@ -70,35 +71,14 @@ struct Stage {
 /// If one of them differs.
 pub(crate) async fn run(servers: Servers, seed: u64, count: u64, deadline: Option<Instant>) -> u64 {
     let stage = Arc::new(Stage::set(servers).await);
-    let next = Arc::new(AtomicU64::new(0));
-    let mut clients = JoinSet::new();
-    for _ in 0..CLIENTS {
-        let (stage, next) = (Arc::clone(&stage), Arc::clone(&next));
-        clients.spawn(async move {
-            loop {
-                let number = next.fetch_add(1, Ordering::Relaxed);
-                if number >= count || deadline.is_some_and(|at| at <= Instant::now()) {
-                    return Ok(());
-                }
-                let program = Program::random(seed, number);
-                let difference = stage.compare(&program).await;
-                difference.map_err(|difference| (number, difference))?;
-            }
-        });
-    }
-    let mut found = Vec::new();
-    while let Some(ended) = clients.join_next().await {
-        if let Err(difference) = ended.unwrap() {
-            found.push(difference);
-            // The others end with their program.
-            next.store(count, Ordering::Relaxed);
+    let halfway = deadline.map(|at| Instant::now() + (at - Instant::now()) / 2);
+    let parts = [(0..count / 2, halfway), (count / 2..count, deadline)];
+    for (clients, (numbers, deadline)) in CLIENTS.into_iter().zip(parts) {
+        let difference = stage.first_difference(clients, seed, numbers, deadline);
+        if let Some((number, difference)) = difference.await {
+            let smallest = stage.shrink(difference, clients).await;
+            panic!("program {number} of seed {seed} differs for {clients} clients\n{smallest}");
         }
-    }
-    // A client that cannot log in is delayed by another.
-    found.sort_by_key(|(_, difference)| difference.direct.is_empty());
-    if let Some((number, difference)) = found.into_iter().next() {
-        let smallest = stage.shrink(difference).await;
-        panic!("program {number} of seed {seed} differs\n{smallest}");
     }
     stage.runs.load(Ordering::Relaxed)
 }
@@ -129,6 +109,43 @@ impl Stage {
             runs: AtomicU64::new(0),
             servers,
         }
+    }
+
+    /// The first of these programs that differs.
+    async fn first_difference(
+        self: &Arc<Self>,
+        clients: u64,
+        seed: u64,
+        numbers: Range<u64>,
+        deadline: Option<Instant>,
+    ) -> Option<(u64, Box<Difference>)> {
+        let next = Arc::new(AtomicU64::new(numbers.start));
+        let mut runs = JoinSet::new();
+        for _ in 0..clients {
+            let (stage, next, end) = (Arc::clone(self), Arc::clone(&next), numbers.end);
+            runs.spawn(async move {
+                loop {
+                    let number = next.fetch_add(1, Ordering::Relaxed);
+                    if number >= end || deadline.is_some_and(|at| at <= Instant::now()) {
+                        return Ok(());
+                    }
+                    let program = Program::random(seed, number);
+                    let difference = stage.compare(&program).await;
+                    difference.map_err(|difference| (number, difference))?;
+                }
+            });
+        }
+        let mut found = Vec::new();
+        while let Some(ended) = runs.join_next().await {
+            if let Err(difference) = ended.unwrap() {
+                found.push(difference);
+                // The others end with their program.
+                next.store(numbers.end, Ordering::Relaxed);
+            }
+        }
+        // A client that cannot log in is delayed by another.
+        found.sort_by_key(|(_, difference)| difference.direct.is_empty());
+        found.into_iter().next()
     }
 
     async fn connect(&self, database: &str) -> Wire {
@@ -203,7 +220,11 @@ impl Stage {
     }
 
     /// Removes steps and messages as long as the rest differs.
-    async fn shrink(self: &Arc<Self>, mut smallest: Box<Difference>) -> Box<Difference> {
+    async fn shrink(
+        self: &Arc<Self>,
+        mut smallest: Box<Difference>,
+        clients: u64,
+    ) -> Box<Difference> {
         let until = Instant::now() + SHRINK_TIMEOUT;
         let mut size = smallest.program.steps.len();
         while size > 0 && Instant::now() < until {
@@ -212,7 +233,7 @@ impl Stage {
                 let mut program = smallest.program.clone();
                 let end = (at + size).min(program.steps.len());
                 program.steps.drain(at..end);
-                match self.differs(&program).await {
+                match self.differs(&program, clients).await {
                     Some(smaller) => smallest = smaller,
                     None => at += size,
                 }
@@ -232,7 +253,7 @@ impl Stage {
                     // Postgres would take what follows for data.
                     continue;
                 }
-                if let Some(smaller) = self.differs(&program).await {
+                if let Some(smaller) = self.differs(&program, clients).await {
                     smallest = smaller;
                     message = message.min(smallest.program.steps[step].messages.len() - 1);
                 }
@@ -243,13 +264,13 @@ impl Stage {
     }
 
     /// Runs a program by as many clients as there were, as it may differ only beside others.
-    async fn differs(self: &Arc<Self>, program: &Program) -> Option<Box<Difference>> {
-        let mut clients = JoinSet::new();
-        for _ in 0..CLIENTS {
+    async fn differs(self: &Arc<Self>, program: &Program, clients: u64) -> Option<Box<Difference>> {
+        let mut runs = JoinSet::new();
+        for _ in 0..clients {
             let (stage, program) = (Arc::clone(self), program.clone());
-            clients.spawn(async move { stage.compare(&program).await });
+            runs.spawn(async move { stage.compare(&program).await });
         }
-        let results = clients.join_all().await;
+        let results = runs.join_all().await;
         let mut differences = results.into_iter().filter_map(Result::err);
         // A client that cannot log in is delayed by another.
         differences.find(|it| !it.direct.is_empty())

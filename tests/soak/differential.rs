@@ -43,7 +43,9 @@ pub(crate) async fn programs(
         let emulator = Emulator::start(options).await.unwrap();
         let arguments = ["--port", "0", "--http-port", "none", "--pool-mode", mode];
         let size = ["--default-pool-size", "3", "--spare-pool-size", "0"];
-        let arguments = [&arguments[..], &size].concat();
+        // New ones again and again, which the first client has to itself.
+        let lifetime = ["--server-lifetime", "2s"];
+        let arguments = [&arguments[..], &size, &lifetime].concat();
         let process = Process::spawn(program, emulator.environment(), &arguments);
         let servers = Servers {
             proxy: process.address("listening for Postgres clients").await,
