@@ -223,11 +223,11 @@ impl Pools {
 
     /// Applies other settings to new clients; idle connections beyond the new size are closed.
     pub(crate) fn apply(&self, mode: PoolMode, settings: PoolSettings) {
-        self.mode.store(Arc::new(mode));
+        let before = self.mode.swap(Arc::new(mode));
         self.context.settings.store(Arc::new(settings));
         self.texts.set_limit(settings.prepared_statement_memory);
-        if mode == PoolMode::None {
-            // No new client is given them.
+        if *before != mode {
+            // What clients leave on a connection in one mode, such as statements, is not followed in another.
             self.reconnect(None);
         }
         for pool in self.all() {

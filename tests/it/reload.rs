@@ -28,7 +28,7 @@ use crate::{
         eventually,
         port::ReservedPort,
         until_running,
-        wire::{SSL_REQUEST, Wire, cancel, text},
+        wire::{SSL_REQUEST, Wire, cancel, message, sync, text},
         within,
     },
     process::Signal,
@@ -815,6 +815,33 @@ async fn another_pool_mode_is_for_new_clients() {
         (metrics.upstream_active.get() == 0).then_some(())
     })
     .await;
+}
+
+/// The unnamed statement of a client that shared the connection.
+#[tokio::test]
+async fn what_was_prepared_in_one_pool_mode_is_no_clients_in_another() {
+    let emulator = harness::emulator().await;
+    let file =
+        |mode: &str| format!("pool_mode = '{mode}'\nspare_pool_size = 0\ndefault_pool_size = 1\n");
+    let mut setup = Setup::start(&emulator, &file("transaction")).await;
+    let metrics = Arc::clone(setup.running.metrics());
+    let mut one = session(setup.address()).await;
+    one.send(&[message('P', b"\0select 'secret'\0\0\0"), sync()].concat())
+        .await;
+    one.until('Z').await;
+    eventually("it is given back", async || {
+        (metrics.pool_servers[PoolServer::Leased].get() == 0).then_some(())
+    })
+    .await;
+    setup.change(&file("session")).await;
+    let mut other = session(setup.address()).await;
+    let execute = [
+        message('B', b"\0\0\0\0\0\0\0\0"),
+        message('E', b"\0\0\0\0\0"),
+        sync(),
+    ];
+    other.send(&execute.concat()).await;
+    assert_eq!(other.until('Z').await[0].error().code, "26000");
 }
 
 /// Connected clients keep their mode, and the connections of a larger pool close as they come to rest.
