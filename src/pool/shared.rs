@@ -376,7 +376,7 @@ impl<'a> SharedStream<'a> {
     }
 
     fn is_suspect(&self) -> bool {
-        self.client.is_suspect() && !self.is_lost()
+        self.client.is_suspect() && !self.is_lost() && !self.client.statements.has_lost_names()
     }
 
     /// Whether nothing is on its way but what the client knows of.
@@ -391,7 +391,7 @@ impl<'a> SharedStream<'a> {
 
     /// Why the client needs this connection.
     fn pin(&self) -> Option<PinReason> {
-        if self.is_lost() {
+        if self.is_lost() || self.client.statements.has_lost_names() {
             Some(PinReason::UnknownState)
         } else if self.client.statements.has_large() {
             Some(PinReason::LargeStatement)

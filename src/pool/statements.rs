@@ -37,6 +37,7 @@ use crate::protocol::{
     frame::{split_string, tag, until_zero},
     lexer::{Backslash, Kind, Statement, Token, statements},
     requests::TransactionStatus,
+    tag::{Command, Discard},
     words::{Words, add_words},
 };
 
@@ -120,6 +121,8 @@ pub struct ClientStatements {
     is_copying_in: bool,
     status: TransactionStatus,
     had_large: bool,
+    /// A name may be recorded that the client does not have any more.
+    has_lost_names: bool,
     is_lost: bool,
 }
 
@@ -339,6 +342,7 @@ impl ClientStatements {
             is_copying_in: false,
             status: TransactionStatus::Idle,
             had_large: false,
+            has_lost_names: false,
             is_lost: false,
         }
     }
@@ -374,6 +378,11 @@ impl ClientStatements {
     /// Whether the order of messages is not known any more, so that the connection must not be shared.
     pub fn is_lost(&self) -> bool {
         self.is_lost
+    }
+
+    /// Whether the names of the client are not known for certain, so that it needs its connection.
+    pub(super) fn has_lost_names(&self) -> bool {
+        self.has_lost_names
     }
 
     /// The statement that the last CommandComplete has ended, if it concerns settings.
@@ -559,11 +568,13 @@ impl ClientStatements {
         let is_end = match (&front.awaits, kind) {
             (Awaits::Query, tag::COMMAND_COMPLETE) => {
                 let is_copy = std::mem::take(&mut self.is_copying_in);
-                if let Effect::Sql(effects) = &mut front.effect
-                    && !effects.is_empty()
-                    && let Some(sql) = effects.remove(0)
-                {
-                    self.forget(server, &sql);
+                let sql = match &mut front.effect {
+                    Effect::Sql(effects) if !effects.is_empty() => effects.remove(0),
+                    _ => None,
+                };
+                match sql {
+                    Some(sql) => self.forget(server, &sql),
+                    None => self.forget_unseen(server, body),
                 }
                 if is_copy {
                     self.end_copy_in();
@@ -584,6 +595,9 @@ impl ClientStatements {
                 Awaits::Execute,
                 tag::COMMAND_COMPLETE | tag::EMPTY_QUERY_RESPONSE | tag::PORTAL_SUSPENDED,
             ) => {
+                if kind == tag::COMMAND_COMPLETE && !matches!(front.effect, Effect::Sql(_)) {
+                    self.forget_unseen(server, body);
+                }
                 // A failed transaction executes nothing but what ends it, or its failure.
                 if self.status == TransactionStatus::Failed {
                     self.status = TransactionStatus::InTransaction;
@@ -788,6 +802,13 @@ impl ClientStatements {
                 known.is_stale = true;
             }
         }
+        if error.code == sqlstate::UNDEFINED_STATEMENT
+            && let Some(number) = front.statement
+            && !server.is_exclusive()
+        {
+            // Ended unseen, such as by a function. It is prepared anew when needed again.
+            server.known.remove(&number);
+        }
         if let Effect::Unnamed {
             is_sent,
             is_clients,
@@ -877,6 +898,18 @@ impl ClientStatements {
                 self.forget_names();
                 server.known.retain(|_, known| known.pending.is_some());
             }
+        }
+    }
+
+    /// After a statement without a known text, by its command tag: it was too long, or of a portal that is not recorded.
+    fn forget_unseen(&mut self, server: &mut ServerStatements, tag: &[u8]) {
+        match Command::of(until_zero(tag)) {
+            Command::DeallocateAll | Command::Discard(Discard::All) => {
+                self.forget(server, &Sql::DeallocateAll);
+            }
+            // Of which name is not known.
+            Command::Deallocate => self.has_lost_names = true,
+            _ => {}
         }
     }
 

@@ -221,7 +221,12 @@ impl Sending<'_> {
             Lookup::Uncertain if !is_exclusive => return Err(Blocked),
             found => found,
         };
-        if message.length > LARGE_STATEMENT && !matches!(found, Lookup::Present(_)) {
+        if message.length > LARGE_STATEMENT {
+            // The server has it by another name, and this text is not kept for the error that it may have first.
+            if !is_exclusive && matches!(found, Lookup::Present(_)) {
+                self.poison(&statement_exists(name));
+                return Ok(Sent::Rest(message.length));
+            }
             return Ok(self.parse_large(message, name));
         }
         let interned = self.client.texts.intern(rest, meaning);
@@ -259,9 +264,7 @@ impl Sending<'_> {
             }
             // The server parses it first, as it may have another error.
             self.send_parse(&statement, Shown::Errors)?;
-            let name = String::from_utf8_lossy(name);
-            let message_text = format!("prepared statement \"{name}\" already exists");
-            self.poison(&Report::new("42P05", message_text));
+            self.poison(&statement_exists(name));
             return Ok(Sent::Rest(message.length));
         }
         let unit = self.client.unit;
@@ -464,6 +467,14 @@ impl Sending<'_> {
         Ok(Some(Resolved { name, statement }))
     }
 
+    /// Whether a query of the pool's has ended the client's unnamed statement at the server.
+    fn lacks_unnamed(&self, name: &[u8]) -> bool {
+        name.is_empty()
+            && self.server.unnamed.is_none()
+            && self.client.unnamed.is_some()
+            && !self.client.latest.contains_key(name)
+    }
+
     /// Has the server parse the unnamed statement of the client.
     fn parse_for_client(&mut self, statement: &Arc<Prepared>, body: &[&[u8]]) {
         let body = body.concat();
@@ -484,7 +495,7 @@ impl Sending<'_> {
         head: usize,
         meaning: Meaning,
     ) -> Result<Sent, Blocked> {
-        if self.server.is_exclusive() {
+        if self.server.is_exclusive() && !self.lacks_unnamed(name) {
             let statement = match self.client.lookup(name) {
                 Lookup::Present(statement) => Some(statement),
                 // Of interest only if its Execute may change names.
@@ -534,7 +545,7 @@ impl Sending<'_> {
         name: &[u8],
         meaning: Meaning,
     ) -> Result<Sent, Blocked> {
-        if self.server.is_exclusive() {
+        if self.server.is_exclusive() && !self.lacks_unnamed(name) {
             let statement = match self.client.lookup(name) {
                 Lookup::Present(statement) => Some(statement),
                 Lookup::Absent | Lookup::Uncertain => None,
@@ -699,6 +710,12 @@ impl Sending<'_> {
 
 fn count(counter: &AtomicU64) {
     counter.fetch_add(1, Ordering::Relaxed);
+}
+
+fn statement_exists(name: &[u8]) -> Report {
+    let name = String::from_utf8_lossy(name);
+    let message = format!("prepared statement \"{name}\" already exists");
+    Report::new("42P05", message)
 }
 
 fn unknown_statement(name: &[u8]) -> Report {

@@ -27,11 +27,11 @@ pub struct ServerStatements {
 /// Whose names statements have at the server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Names {
-    /// No client has had the connection.
+    /// No client has prepared anything, since the login or the last reset.
     Fresh,
-    /// One client has had it, and no other connection since: its own.
+    /// The only client's that has had the connection; the number is that of [`ClientStatements`](super::ClientStatements).
     Exclusive(u64),
-    /// The pool's.
+    /// The pool's, once the next client has it.
     Shared,
 }
 
@@ -71,9 +71,9 @@ impl ServerStatements {
         matches!(self.names, Names::Exclusive(_))
     }
 
-    /// After the only client that has had it has left, and has prepared nothing.
+    /// After a client has left that has prepared nothing. What another has prepared before stays, and is not the next one's.
     pub fn forget_client(&mut self) {
-        if self.is_exclusive() {
+        if self.is_exclusive() && !self.has_client_names && self.unnamed.is_none() {
             self.clear();
         }
     }
@@ -106,10 +106,7 @@ impl ServerStatements {
 
     /// After a simple query of the pool's own.
     pub fn forget_unnamed(&mut self) {
-        if self.unnamed.take().is_some() && self.is_exclusive() {
-            // Only on a shared connection is what its client lacks prepared again.
-            self.names = Names::Shared;
-        }
+        self.unnamed = None;
     }
 
     pub(super) fn add(&mut self, statement: &Arc<Prepared>, name: &[u8], unit: u64) {

@@ -274,6 +274,30 @@ fn an_exclusive_connection_gets_every_byte_as_it_is() {
 }
 
 #[test]
+fn what_a_client_has_prepared_is_not_of_one_that_comes_after_a_client_that_prepares_nothing() {
+    let texts = Texts::new(1 << 20);
+    for name in 0..2 {
+        let mut server = ServerStatements::new(1);
+        let mut client = ClientStatements::new(&texts);
+        client.begin(&mut server);
+        let program = [Step('P', name, 0), Step('S', 0, 0)];
+        sent(&mut client, &mut server, &program);
+        answers(&mut client, &mut server, b"1Z");
+        client.end(&mut server);
+        // Of one that leaves before its first request.
+        server.forget_client();
+        let mut next = ClientStatements::new(&texts);
+        next.begin(&mut server);
+        assert!(!server.is_exclusive());
+        // A Bind that fails.
+        assert_eq!(sent(&mut next, &mut server, &[Step('B', name, 0)]), "B");
+        let mut out = BytesMut::new();
+        next.server_sends(&mut server, b'E', b"C26000\0M\0\0", &mut out);
+        assert_eq!(ErrorFields::parse(&out[HEADER_LEN..]).code, "26000");
+    }
+}
+
+#[test]
 fn a_text_beyond_the_limit_is_refused_by_an_error() {
     let texts = Texts::new(20);
     let mut server = shared(10);

@@ -578,6 +578,52 @@ async fn sql_prepares_by_the_name_of_a_statement_of_another_client() {
     assert_eq!(request(&mut one, &[execute("s", &[])]).await, ["one"]);
 }
 
+/// Such a query is not read; its command tag shows what it has done.
+#[tokio::test]
+async fn a_large_query_that_deallocates_all_ends_what_its_client_has_prepared() {
+    let (_emulator, proxy) = sharing(1).await;
+    let (mut one, mut other) = (proxy.session().await, proxy.session().await);
+    for (wire, mine) in [(&mut one, "select 'one'"), (&mut other, "select 'other'")] {
+        assert_eq!(tags(wire, &[prepare("s", mine)]).await, "1Z");
+        assert_eq!(tags(wire, &[execute("s", &[])]).await, "2TDCZ");
+    }
+    let comment = "-".repeat(70_000);
+    one.query(&format!("/*{comment}*/ deallocate all")).await;
+    assert_eq!(request(&mut other, &[execute("s", &[])]).await, ["other"]);
+    assert_eq!(request(&mut one, &[execute("s", &[])]).await, ["26000"]);
+    assert_eq!(tags(&mut one, &[prepare("s", "select 'one'")]).await, "1Z");
+}
+
+/// A function ends statements unseen.
+#[tokio::test]
+async fn a_statement_that_the_server_has_lost_is_prepared_again() {
+    let (_emulator, proxy) = sharing(1).await;
+    let (mut one, mut other) = (proxy.session().await, proxy.session().await);
+    one.query("create function f() returns void language plpgsql as 'begin execute ''deallocate'' || '' all''; end'")
+        .await;
+    disturb(&mut other).await;
+    one.query("select f()").await;
+    assert_eq!(request(&mut other, &[execute("s", &[])]).await, ["26000"]);
+    assert_eq!(
+        request(&mut other, &[execute("s", &[])]).await,
+        ["of another"]
+    );
+    one.query("drop function f()").await;
+}
+
+#[tokio::test]
+async fn a_large_text_by_a_name_in_use_is_refused() {
+    let (_emulator, proxy) = sharing(1).await;
+    let (mut one, mut other) = (proxy.session().await, proxy.session().await);
+    assert_eq!(tags(&mut one, &[prepare("s", "select 'one'")]).await, "1Z");
+    let large = format!("select '{}'", "-".repeat(70_000));
+    for _ in 0..2 {
+        assert_eq!(request(&mut one, &[prepare("s", &large)]).await, ["42P05"]);
+        disturb(&mut other).await;
+        assert_eq!(request(&mut one, &[execute("s", &[])]).await, ["one"]);
+    }
+}
+
 /// The statements of pgbench, prepared, by more clients than there are connections.
 #[tokio::test]
 async fn eight_clients_of_pgbench_share_two_connections() {

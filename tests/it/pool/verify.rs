@@ -130,6 +130,39 @@ async fn a_verification_leaves_the_unnamed_statement() {
     within("the other client", waiting.join_next()).await;
 }
 
+/// The connection is the client's own, where SQL finds statements of the protocol by their names.
+#[tokio::test]
+async fn a_verification_leaves_the_names_of_statements() {
+    let (_emulator, proxy) = sharing(1).await;
+    let mut client = proxy.session().await;
+    let other = proxy.client().await;
+    client.query("select pg_advisory_lock(4)").await;
+    for name in ["s", ""] {
+        let prepare = [statements::prepare(name, "select 42"), sync()].concat();
+        client.send(&prepare).await;
+        assert_eq!(client.tags().await, "1Z");
+    }
+    let mut waiting = JoinSet::new();
+    waiting.spawn(async move { value(&other, "select 1").await });
+    eventually("it is looked for", async || {
+        (proxy.verifications(PoolVerification::InUse) > 0).then_some(())
+    })
+    .await;
+    for tags in ["2TDCZ", "2TDCZ"] {
+        let unnamed = [statements::execute("", &[]), sync()].concat();
+        client.send(&unnamed).await;
+        assert_eq!(client.tags().await, tags);
+    }
+    assert_eq!(client.value("execute s").await, "42");
+    client.send(&[message('C', b"Ss\0"), sync()].concat()).await;
+    assert_eq!(client.tags().await, "3Z");
+    client.query("prepare s as select 43").await;
+    assert_eq!(client.value("execute s").await, "43");
+    client.query("deallocate s").await;
+    client.query("select pg_advisory_unlock(4)").await;
+    within("the other client", waiting.join_next()).await;
+}
+
 /// Its text is not sent again.
 #[tokio::test]
 async fn a_statement_that_was_prepared_before_a_verification_is_remembered() {
