@@ -61,6 +61,7 @@ impl BulkTcp {
         self.socket
     }
 
+    #[cold]
     fn await_batch(&mut self, cx: &mut Context<'_>) {
         wake_for(&self.socket, self.flow.begin_batches());
         let deadline = self
@@ -74,6 +75,7 @@ impl BulkTcp {
     }
 
     /// Reads what has arrived once the deadline of a batch has passed.
+    #[cold]
     fn read_after_pause(
         &mut self,
         cx: &mut Context<'_>,
@@ -106,7 +108,11 @@ impl BulkTcp {
 }
 
 impl AsyncRead for BulkTcp {
-    #[inline]
+    #[expect(
+        clippy::inline_always,
+        reason = "three times for each message, each time the same few instructions"
+    )]
+    #[inline(always)]
     fn poll_read(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,

@@ -280,7 +280,16 @@ impl<S: AsyncRead + AsyncWrite + Unpin> TlsStream<S> {
     }
 
     /// Writes the encrypted bytes that are left from before.
+    #[inline]
     fn poll_drain(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if self.encrypted.is_empty() {
+            return Poll::Ready(Ok(()));
+        }
+        self.poll_write_rest(cx)
+    }
+
+    #[cold]
+    fn poll_write_rest(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         while !self.encrypted.is_empty() {
             match ready!(Pin::new(&mut self.socket).poll_write(cx, &self.encrypted))? {
                 0 => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),

@@ -231,7 +231,20 @@ impl Pipe {
         Poll::Ready(Ok(()))
     }
 
+    #[inline]
     fn poll_write_kept<W: AsyncWrite + Unpin>(
+        &mut self,
+        cx: &mut Context<'_>,
+        sink: &mut W,
+    ) -> Poll<Result<(), Broken>> {
+        if self.kept.is_empty() {
+            return Poll::Ready(Ok(()));
+        }
+        self.poll_write_rest(cx, sink)
+    }
+
+    #[cold]
+    fn poll_write_rest<W: AsyncWrite + Unpin>(
         &mut self,
         cx: &mut Context<'_>,
         sink: &mut W,
