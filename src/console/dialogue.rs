@@ -15,11 +15,11 @@ use super::{
 use crate::protocol::{
     backend::{
         BindComplete, CloseComplete, EmptyQueryResponse, NoData, ParameterDescription,
-        ParseComplete, PortalSuspended, TransactionStatus, command_complete, encode,
-        ready_for_query,
+        ParseComplete, PortalSuspended, command_complete, encode, ready_for_query,
     },
     error::{Report, sqlstate},
     frame::{Message, tag},
+    requests::TransactionStatus,
     rows::{Column, Formats, Value, data_row, row_description},
 };
 

@@ -6,8 +6,8 @@ use super::{
     tables,
 };
 use crate::protocol::{
-    backend::TransactionStatus,
     error::{Report, sqlstate},
+    requests::TransactionStatus,
 };
 
 /// Characters of a statement that an error quotes.
@@ -102,7 +102,7 @@ pub(super) fn parse(statement: &str) -> Result<Statement, Report> {
         ["reconnect", ..] => return control(Action::Reconnect, statement),
         ["resume", ..] => return control(Action::Resume, statement),
         ["begin", ..] | ["start", "transaction", ..] => {
-            ("BEGIN", Some(TransactionStatus::Transaction))
+            ("BEGIN", Some(TransactionStatus::InTransaction))
         }
         ["commit" | "end", ..] => ("COMMIT", Some(TransactionStatus::Idle)),
         ["rollback" | "abort", ..] => ("ROLLBACK", Some(TransactionStatus::Idle)),

@@ -8,9 +8,10 @@ use pgwire::messages::data::{DataRow, FieldDescription, RowDescription};
 
 use super::{settings::Settings, shared::ClientState};
 use crate::protocol::{
-    backend::{TransactionStatus, command_complete, encode, ready_for_query},
+    backend::{command_complete, encode, ready_for_query},
     frame::{HEADER_LEN, SMALL_MESSAGE_LIMIT, tag, take_message},
     lexer::{Backslash, Statement, Tokens, statements, tokens},
+    requests::TransactionStatus,
 };
 
 /// Longer queries are the server's.

@@ -767,11 +767,8 @@ impl<'a> SharedStream<'a> {
             tag::ERROR_RESPONSE => self.client.changes.fail(),
             tag::READY_FOR_QUERY => {
                 self.has_served = true;
-                let status = match body {
-                    b"I" => TransactionStatus::Idle,
-                    b"T" => TransactionStatus::InTransaction,
-                    _ => TransactionStatus::Failed,
-                };
+                let status =
+                    TransactionStatus::from_byte(body.first().copied().unwrap_or_default());
                 let changes = self.client.changes.ready(status);
                 if !changes.is_empty() {
                     self.apply(&changes);

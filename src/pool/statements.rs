@@ -100,12 +100,12 @@ pub struct ClientStatements {
     /// Names of statements that SQL has prepared.
     by_sql: BTreeSet<Box<[u8]>>,
     charge: usize,
-    queue: VecDeque<Record>,
+    queue: VecDeque<InFlight>,
     /// What the names are after the queue, where that differs; the unnamed statement has the empty name.
     latest: BTreeMap<Box<[u8]>, Latest>,
     /// The last record that may forget any name.
     forgets_all: Option<u64>,
-    /// The last Bind whose statement changes names by SQL.
+    /// The last Bind whose statement changes names or settings by SQL.
     portal: Option<Box<(Box<[u8]>, Sql)>>,
     /// The statement of the last CommandComplete, if it concerns settings.
     completed: Option<Box<[u8]>>,
@@ -149,7 +149,7 @@ enum Lookup {
 
 /// A message in flight, or an answer in its place.
 #[derive(Debug)]
-struct Record {
+struct InFlight {
     id: u64,
     unit: u64,
     awaits: Awaits,
@@ -510,11 +510,8 @@ impl ClientStatements {
             }
             tag::ERROR_RESPONSE => self.fail(server, body, to_client),
             tag::READY_FOR_QUERY => {
-                self.status = match body.first() {
-                    Some(b'T') => TransactionStatus::InTransaction,
-                    Some(b'E') => TransactionStatus::Failed,
-                    _ => TransactionStatus::Idle,
-                };
+                self.status =
+                    TransactionStatus::from_byte(body.first().copied().unwrap_or_default());
                 self.is_copying_in = false;
                 match self.queue.front().map(|it| (&it.awaits, &it.shown)) {
                     Some((Awaits::Sync | Awaits::Query, shown)) => {
@@ -711,7 +708,7 @@ impl ClientStatements {
     }
 
     /// Ends a message that the server has not executed.
-    fn skip(&mut self, server: &mut ServerStatements, record: Record) {
+    fn skip(&mut self, server: &mut ServerStatements, record: InFlight) {
         self.settle(server, &record);
         match record.effect {
             Effect::Parsed {
@@ -729,7 +726,7 @@ impl ClientStatements {
     }
 
     /// What every end of a message has in common.
-    fn settle(&mut self, server: &mut ServerStatements, record: &Record) {
+    fn settle(&mut self, server: &mut ServerStatements, record: &InFlight) {
         if let Some(number) = record.statement {
             server.release(number);
         }
@@ -773,7 +770,7 @@ impl ClientStatements {
             }
             Some(_) => {}
         }
-        let is_sync = |it: &Record| matches!(it.awaits, Awaits::Sync);
+        let is_sync = |it: &InFlight| matches!(it.awaits, Awaits::Sync);
         let sync = self.queue.iter().position(is_sync);
         let is_added = |at: &usize| {
             let sync = self.queue.get(*at);
@@ -825,7 +822,7 @@ impl ClientStatements {
         }
         let sync = self.queue.iter().position(is_sync);
         self.is_skipping = sync.is_none();
-        let discarded: Vec<Record> = self
+        let discarded: Vec<InFlight> = self
             .queue
             .drain(..sync.unwrap_or(self.queue.len()))
             .collect();
@@ -941,8 +938,8 @@ impl ClientStatements {
         }
     }
 
-    /// Whether a statement that may have this name changes names by SQL.
-    fn may_change_names(&self, name: &[u8]) -> bool {
+    /// Whether a statement that may have this name changes what is known of the session.
+    fn may_change_session(&self, name: &[u8]) -> bool {
         let latest = self.latest.get(name).and_then(|it| it.statement.as_ref());
         let current = if name.is_empty() {
             self.unnamed.as_ref()

@@ -5,17 +5,20 @@ pub(crate) use pgwire::messages::{
     Message as Encode,
     data::{NoData, ParameterDescription},
     extendedquery::{BindComplete, CloseComplete, ParseComplete, PortalSuspended},
-    response::{EmptyQueryResponse, TransactionStatus},
+    response::EmptyQueryResponse,
 };
 use pgwire::messages::{
-    response::{CommandComplete, ReadyForQuery},
+    response::{self, CommandComplete, ReadyForQuery},
     startup::{
         Authentication, BackendKeyData, NegotiateProtocolVersion, ParameterStatus, SecretKey,
     },
 };
 pub(crate) use postgres_protocol::authentication::sasl::SCRAM_SHA_256;
 
-use super::startup::{CancelKey, StartupMessage};
+use super::{
+    requests::TransactionStatus,
+    startup::{CancelKey, StartupMessage},
+};
 
 /// 3.0, as PostgreSQL 15 to 18 send it in NegotiateProtocolVersion: the full number, not the minor version alone.
 const NEWEST_PROTOCOL: i32 = 0x0003_0000;
@@ -97,6 +100,11 @@ pub(crate) fn command_complete(out: &mut BytesMut, tag: &str) {
 
 /// Appends a ReadyForQuery.
 pub(crate) fn ready_for_query(out: &mut BytesMut, status: TransactionStatus) {
+    let status = match status {
+        TransactionStatus::Failed => response::TransactionStatus::Error,
+        TransactionStatus::Idle => response::TransactionStatus::Idle,
+        TransactionStatus::InTransaction => response::TransactionStatus::Transaction,
+    };
     encode(&ReadyForQuery::new(status), out);
 }
 

@@ -32,11 +32,12 @@ pub enum TransactionStatus {
 }
 
 impl TransactionStatus {
-    fn from_byte(byte: u8) -> Self {
+    /// That of a `ReadyForQuery`. Any byte but those of the protocol is one that no other client may follow.
+    pub(crate) fn from_byte(byte: u8) -> Self {
         match byte {
+            b'I' => Self::Idle,
             b'T' => Self::InTransaction,
-            b'E' => Self::Failed,
-            _ => Self::Idle,
+            _ => Self::Failed,
         }
     }
 }

@@ -18,8 +18,9 @@ use crate::{
     net::{message::write_and_flush, socket::Transport},
     pool::{ClientState, Lease, Leased, Used, Verified},
     protocol::{
-        backend::{TransactionStatus, ready_for_query},
+        backend::ready_for_query,
         error::{Report, sqlstate},
+        requests::TransactionStatus,
         startup::terminate,
         traces::Traces,
     },

@@ -11,8 +11,9 @@ use super::{client::Client, relay::pipe::poll_receive};
 use crate::{
     net::socket::Transport,
     protocol::{
-        backend::{TransactionStatus, ready_for_query},
+        backend::ready_for_query,
         frame::{HEADER_LEN, tag},
+        requests::TransactionStatus,
     },
     shutdown::Shutdown,
 };

@@ -8,8 +8,8 @@ use std::sync::{
 use bytes::BytesMut;
 
 use super::{
-    Awaits, Blocked, ClientMessage, ClientStatements, Effect, LARGE_STATEMENT, Latest, Lookup,
-    MAX_CHARGE, MAX_NAMES, Meaning, POISON, Prepared, Record, Sent, ServerStatements, Shown, Sql,
+    Awaits, Blocked, ClientMessage, ClientStatements, Effect, InFlight, LARGE_STATEMENT, Latest,
+    Lookup, MAX_CHARGE, MAX_NAMES, Meaning, POISON, Prepared, Sent, ServerStatements, Shown, Sql,
     put, shared_name,
 };
 use crate::protocol::{
@@ -155,7 +155,7 @@ impl Sending<'_> {
         if let Some(number) = used {
             self.server.use_one(number);
         }
-        client.queue.push_back(Record {
+        client.queue.push_back(InFlight {
             id,
             unit,
             awaits,
@@ -448,7 +448,7 @@ impl Sending<'_> {
             put(self.out, tag::FLUSH, &[], 0);
             return Err(Blocked);
         }
-        let is_compared = |it: &Record| matches!(&it.effect, Effect::Compared(it) if it.number == statement.number);
+        let is_compared = |it: &InFlight| matches!(&it.effect, Effect::Compared(it) if it.number == statement.number);
         if self.client.queue.iter().any(is_compared) {
             return Err(Blocked);
         }
@@ -499,7 +499,7 @@ impl Sending<'_> {
             let statement = match self.client.lookup(name) {
                 Lookup::Present(statement) => Some(statement),
                 // Of interest only if its Execute may change names.
-                Lookup::Uncertain if self.client.may_change_names(name) => return Err(Blocked),
+                Lookup::Uncertain if self.client.may_change_session(name) => return Err(Blocked),
                 Lookup::Absent | Lookup::Uncertain => None,
             };
             self.bound(portal, statement.as_deref());

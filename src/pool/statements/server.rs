@@ -5,7 +5,7 @@ use std::{
     sync::Arc,
 };
 
-use super::{Record, text::Prepared};
+use super::{InFlight, text::Prepared};
 
 /// What a server connection has prepared.
 #[derive(Debug)]
@@ -19,7 +19,7 @@ pub struct ServerStatements {
     pub(super) leaving: HashMap<u64, u64>,
     pub(super) unnamed: Option<Arc<Prepared>>,
     /// Empty: the memory of its last client's.
-    pub(super) in_flight: VecDeque<Record>,
+    pub(super) in_flight: VecDeque<InFlight>,
     limit: usize,
     clock: u64,
 }
@@ -93,9 +93,9 @@ impl ServerStatements {
         *self = Self::new(self.limit);
     }
 
-    /// Whether statements have names of another client than this one, which it would find by SQL.
-    pub(in crate::pool) fn has_foreign_names(&self, client: Option<u64>) -> bool {
-        self.has_client_names && client.map(Names::Exclusive) != Some(self.names)
+    /// Whether statements have names of another client than the one of this exclusive connection, which would find them by SQL.
+    pub(in crate::pool) fn has_foreign_names(&self, exclusive: Option<u64>) -> bool {
+        self.has_client_names && exclusive.map(Names::Exclusive) != Some(self.names)
     }
 
     /// After a DEALLOCATE ALL for another client.
