@@ -185,7 +185,7 @@ impl Sending<'_> {
             }
             _ => Shown::All,
         };
-        let changes_names = sql.as_ref().is_some_and(Sql::changes_names) && !is_exclusive;
+        let changes_names = sql.as_ref().is_some_and(Sql::changes_names);
         let effect = sql.map_or(Effect::None, |sql| Effect::Sql(vec![Some(sql)]));
         self.record(Awaits::Execute, shown, effect);
         if changes_names || ends_failure {

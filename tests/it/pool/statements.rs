@@ -578,6 +578,23 @@ async fn sql_prepares_by_the_name_of_a_statement_of_another_client() {
     assert_eq!(request(&mut one, &[execute("s", &[])]).await, ["one"]);
 }
 
+/// What follows in the same unit waits for its answer, which comes only behind a Flush; also on a connection of the client's own.
+#[tokio::test]
+async fn a_statement_is_not_found_behind_one_that_deallocates_all_in_its_unit() {
+    let (_emulator, proxy) = sharing(1).await;
+    let mut one = proxy.session().await;
+    for discard in ["discard all", "deallocate all"] {
+        let unit = [
+            prepare("s", discard),
+            prepare("t", "select 1"),
+            execute("s", &[]),
+            execute("s", &[]),
+        ];
+        assert_eq!(request(&mut one, &unit).await, ["26000"], "{discard}");
+        assert_eq!(request(&mut one, &[execute("t", &[])]).await, ["26000"]);
+    }
+}
+
 /// Such a query is not read; its command tag shows what it has done.
 #[tokio::test]
 async fn a_large_query_that_deallocates_all_ends_what_its_client_has_prepared() {
