@@ -106,7 +106,9 @@ pub struct ClientStatements {
     /// The last record that may forget any name.
     forgets_all: Option<u64>,
     /// The last Bind whose statement changes names or settings by SQL.
-    portal: Option<Box<(Box<[u8]>, Sql)>>,
+    portal: Option<Portal>,
+    /// The same of those that have succeeded.
+    bound: Option<Portal>,
     /// The statement of the last CommandComplete, if it concerns settings.
     completed: Option<Box<[u8]>>,
     /// Of the connection that is this client's alone.
@@ -138,6 +140,9 @@ struct Latest {
     unit: u64,
     statement: Option<Arc<Prepared>>,
 }
+
+/// A portal by its name, and the statement that it executes.
+type Portal = Box<(Box<[u8]>, Sql)>;
 
 /// What a name is.
 enum Lookup {
@@ -219,6 +224,8 @@ enum Effect {
     Evicted(Box<Known>),
     /// Of each CommandComplete in turn.
     Sql(Vec<Option<Sql>>),
+    /// What a portal executes, if that is of interest.
+    Bound(Option<Portal>),
     /// The description of a statement that was prepared anew.
     Compared(Arc<Prepared>),
 }
@@ -299,6 +306,19 @@ impl Sql {
         Self::of(&all.next()?).filter(|_| all.next().is_none())
     }
 
+    /// Whether a statement that ends with this tag can be it.
+    fn has_tag(&self, command: Command) -> bool {
+        match self {
+            Self::Deallocate(_) => command == Command::Deallocate,
+            Self::DeallocateAll => matches!(
+                command,
+                Command::DeallocateAll | Command::Discard(Discard::All)
+            ),
+            Self::Prepare(_) => command == Command::Prepare,
+            Self::OfSettings(_) => true,
+        }
+    }
+
     /// Whether it changes the names of prepared statements.
     fn changes_names(&self) -> bool {
         matches!(self, Self::Deallocate(_) | Self::DeallocateAll)
@@ -332,6 +352,7 @@ impl ClientStatements {
             latest: BTreeMap::new(),
             forgets_all: None,
             portal: None,
+            bound: None,
             completed: None,
             exclusive: None,
             next_id: 0,
@@ -565,13 +586,14 @@ impl ClientStatements {
         let is_end = match (&front.awaits, kind) {
             (Awaits::Query, tag::COMMAND_COMPLETE) => {
                 let is_copy = std::mem::take(&mut self.is_copying_in);
+                let command = Command::of(until_zero(body));
                 let sql = match &mut front.effect {
                     Effect::Sql(effects) if !effects.is_empty() => effects.remove(0),
                     _ => None,
                 };
-                match sql {
+                match sql.filter(|it| it.has_tag(command)) {
                     Some(sql) => self.forget(server, &sql),
-                    None => self.forget_unseen(server, body),
+                    None => self.forget_unseen(server, command),
                 }
                 if is_copy {
                     self.end_copy_in();
@@ -592,8 +614,14 @@ impl ClientStatements {
                 Awaits::Execute,
                 tag::COMMAND_COMPLETE | tag::EMPTY_QUERY_RESPONSE | tag::PORTAL_SUSPENDED,
             ) => {
-                if kind == tag::COMMAND_COMPLETE && !matches!(front.effect, Effect::Sql(_)) {
-                    self.forget_unseen(server, body);
+                let command = Command::of(until_zero(body));
+                let mut is_seen = false;
+                if let Effect::Sql(effects) = &mut front.effect {
+                    effects.retain(|it| it.as_ref().is_some_and(|it| it.has_tag(command)));
+                    is_seen = !effects.is_empty();
+                }
+                if !is_seen {
+                    self.forget_unseen(server, command);
                 }
                 // A failed transaction executes nothing but what ends it, or its failure.
                 if self.status == TransactionStatus::Failed {
@@ -703,6 +731,7 @@ impl ClientStatements {
                     }
                 }
             }
+            Effect::Bound(portal) => self.bound = portal,
             Effect::None | Effect::Evicted(_) | Effect::Compared(_) => {}
         }
     }
@@ -820,6 +849,7 @@ impl ClientStatements {
                 self.unnamed = None;
             }
         }
+        self.portal.clone_from(&self.bound);
         let sync = self.queue.iter().position(is_sync);
         self.is_skipping = sync.is_none();
         let discarded: Vec<InFlight> = self
@@ -899,8 +929,8 @@ impl ClientStatements {
     }
 
     /// After a statement without a known text, by its command tag: it was too long, or of a portal that is not recorded.
-    fn forget_unseen(&mut self, server: &mut ServerStatements, tag: &[u8]) {
-        match Command::of(until_zero(tag)) {
+    fn forget_unseen(&mut self, server: &mut ServerStatements, command: Command) {
+        match command {
             Command::DeallocateAll | Command::Discard(Discard::All) => {
                 self.forget(server, &Sql::DeallocateAll);
             }

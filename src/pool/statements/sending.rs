@@ -502,9 +502,9 @@ impl Sending<'_> {
                 Lookup::Uncertain if self.client.may_change_session(name) => return Err(Blocked),
                 Lookup::Absent | Lookup::Uncertain => None,
             };
-            self.bound(portal, statement.as_deref());
+            let effect = self.bound(portal, statement.as_deref());
             let number = statement.map(|it| it.number).filter(|it| *it > 0);
-            self.record_use(Awaits::Bind, Shown::All, Effect::None, number);
+            self.record_use(Awaits::Bind, Shown::All, effect, number);
             return Ok(Sent::Unchanged);
         }
         let Some(resolved) = self.resolve(name, meaning)? else {
@@ -514,9 +514,9 @@ impl Sending<'_> {
             name: own,
             statement,
         } = resolved;
-        self.bound(portal, Some(&statement));
+        let effect = self.bound(portal, Some(&statement));
         let number = (statement.number > 0).then_some(statement.number);
-        self.record_use(Awaits::Bind, Shown::All, Effect::None, number);
+        self.record_use(Awaits::Bind, Shown::All, effect, number);
         if *own == *name {
             return Ok(Sent::Unchanged);
         }
@@ -525,18 +525,19 @@ impl Sending<'_> {
         Ok(Sent::Rest(head))
     }
 
-    /// Records what an Execute of the portal changes.
-    fn bound(&mut self, portal: &[u8], statement: Option<&Prepared>) {
+    /// Records what an Execute of the portal changes; returns the effect of the Bind.
+    fn bound(&mut self, portal: &[u8], statement: Option<&Prepared>) -> Effect {
+        let client = &mut *self.client;
         if let Some(sql) = statement.and_then(|it| it.sql.clone()) {
-            self.client.portal = Some(Box::new((portal.into(), sql)));
-        } else if self
-            .client
-            .portal
-            .as_ref()
-            .is_some_and(|it| *it.0 == *portal)
-        {
-            self.client.portal = None;
+            client.portal = Some(Box::new((portal.into(), sql)));
+            return Effect::Bound(client.portal.clone());
         }
+        let mut recorded = client.portal.iter().chain(&client.bound);
+        if recorded.any(|it| *it.0 == *portal) {
+            client.portal = None;
+            return Effect::Bound(None);
+        }
+        Effect::None
     }
 
     fn describe(

@@ -147,6 +147,16 @@ fn a_deallocate_by_query_behind_the_end_of_a_failed_block_succeeds() {
     ]);
 }
 
+#[test]
+fn a_bind_that_fails_leaves_what_its_portal_executes() {
+    run_in_500_orders(&[
+        (0, vec![Step('P', 1, 8), Step('Q', 0, 5), Step('B', 3, 0)]),
+        (0, vec![Step('P', 0, 7), Step('B', 0, 0), Step('B', 1, 0)]),
+        (0, vec![Step('E', 0, 0)]),
+        (0, vec![Step('D', 1, 0)]),
+    ]);
+}
+
 /// The orders in which the server takes messages and the pool answers.
 fn run_in_500_orders(program: &[(usize, Vec<Step>)]) {
     for seed in 0..500_u32 {

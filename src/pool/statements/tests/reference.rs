@@ -206,7 +206,7 @@ impl Server {
                 }
             }
         }
-        vec![tag_of(sql)]
+        vec![tag_of(&sql.to_ascii_uppercase())]
     }
 }
 
