@@ -232,7 +232,6 @@ impl ServerConnection {
 
     /// Sets what a new login of this client would set, and what the client has set since, where that differs. Not cancel safe.
     pub(super) async fn adopt(&mut self, wanted: &Wanted) -> Result<(), Unusable> {
-        // Before the query, which may end that the connection is the client's own.
         let has_foreign_names = self.record.statements.has_foreign_names(wanted.exclusive);
         if let Some(sql) = self.record.adoption(wanted) {
             self.query(&sql, |_| {}).await?;
