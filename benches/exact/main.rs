@@ -8,8 +8,8 @@
 //!
 //! Instructions are those of user space and of one worker, as callgrind counts them; they depend on the CPU model a
 //! little (which variant of a function is taken), so each model has its own. A machine whose model has no record is held
-//! to the limits alone, and to what does not depend on the CPU. Resident memory has a limit and no record: how much of a
-//! file is mapped is the kernel's business. What a tool is missing for is left out, with a line.
+//! to the limits alone, and to what does not depend on the CPU. Resident memory and that of clients at rest have limits and
+//! no record: pages are the kernel's business. What a tool is missing for is left out, with a line.
 #![allow(
     clippy::expect_used,
     clippy::panic,

@@ -28,7 +28,6 @@ pub(crate) enum Figure {
 pub(crate) struct Record {
     allocations: Option<f64>,
     memory_kb: Option<f64>,
-    memory_at_rest_kb: Option<f64>,
     system_calls: Option<f64>,
     /// By CPU model.
     #[serde(default)]
@@ -63,8 +62,8 @@ impl Record {
             Figure::Instructions => self.instructions.get(model).copied(),
             Figure::InstructionsOfPool => self.instructions_of_pool.get(model).copied(),
             Figure::Memory => self.memory_kb,
-            Figure::MemoryAtRest => self.memory_at_rest_kb,
-            Figure::Resident => None,
+            // Counted in pages, repeated counts differ by more than the tolerance.
+            Figure::MemoryAtRest | Figure::Resident => None,
             Figure::SystemCalls => self.system_calls,
         }
     }
@@ -78,8 +77,7 @@ impl Record {
                 self.instructions_of_pool.insert(model.to_owned(), value);
             }
             Figure::Memory => self.memory_kb = Some(value),
-            Figure::MemoryAtRest => self.memory_at_rest_kb = Some(value),
-            Figure::Resident => {}
+            Figure::MemoryAtRest | Figure::Resident => {}
             Figure::SystemCalls => self.system_calls = Some(value),
         }
     }
