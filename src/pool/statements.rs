@@ -458,6 +458,14 @@ impl ClientStatements {
         !self.by_sql.is_empty()
     }
 
+    /// Whether SQL has prepared a statement by this name, or does in flight: if that fails, what follows in its unit is skipped.
+    fn may_have_by_sql(&self, name: &[u8]) -> bool {
+        let prepares = |sql: &Option<Sql>| matches!(sql, Some(Sql::Prepare(it)) if **it == *name);
+        let mut queue = self.queue.iter();
+        self.by_sql.contains(name)
+            || queue.any(|it| matches!(&it.effect, Effect::Sql(sql) if sql.iter().any(prepares)))
+    }
+
     /// Forgets what a simple query of the client ends that no server has seen: the unnamed statement, or all.
     pub(super) fn forget_at_rest(&mut self, has_all_ended: bool) {
         let is_ended = self.unnamed.take().is_some() || has_all_ended && !self.names.is_empty();

@@ -625,7 +625,7 @@ impl Sending<'_> {
                 return Err(Blocked);
             }
             match self.client.lookup(name) {
-                Lookup::Absent if self.client.by_sql.contains(name) => {}
+                Lookup::Absent if self.client.may_have_by_sql(name) => {}
                 found => {
                     self.deallocate(name, &found)?;
                     self.end_unit();
@@ -688,7 +688,7 @@ impl Sending<'_> {
     /// The name for a statement that the client has not prepared by the protocol: one that SQL has prepared, or none, as the
     /// server may have one of that name which is another client's.
     fn name_by_sql(&self, name: &[u8]) -> Box<[u8]> {
-        if self.client.by_sql.contains(name) {
+        if self.client.may_have_by_sql(name) {
             name.into()
         } else {
             shared_name(0)

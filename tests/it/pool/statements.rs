@@ -578,6 +578,23 @@ async fn sql_prepares_by_the_name_of_a_statement_of_another_client() {
     assert_eq!(request(&mut one, &[execute("s", &[])]).await, ["one"]);
 }
 
+#[tokio::test]
+async fn what_sql_prepares_is_there_for_the_rest_of_its_unit() {
+    let (_emulator, proxy) = sharing(1).await;
+    let (mut one, mut other) = (proxy.session().await, proxy.session().await);
+    disturb(&mut other).await;
+    let sql = |sql| [prepare("", sql), plain_bound()].concat();
+    for ends in [
+        text('Q', "deallocate q"),
+        [sql("deallocate q"), sync()].concat(),
+    ] {
+        one.send(&[sql("prepare q as select 1"), ends].concat())
+            .await;
+        let tags = within("the answers", one.tags()).await;
+        assert!(tags.ends_with("CZ"), "{tags}");
+    }
+}
+
 /// What follows in the same unit waits for its answer, which comes only behind a Flush; also on a connection of the client's own.
 #[tokio::test]
 async fn a_statement_is_not_found_behind_one_that_deallocates_all_in_its_unit() {
