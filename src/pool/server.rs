@@ -232,12 +232,11 @@ impl ServerConnection {
 
     /// Sets what a new login of this client would set, and what the client has set since, where that differs. Not cancel safe.
     pub(super) async fn adopt(&mut self, wanted: &Wanted) -> Result<(), Unusable> {
-        let has_foreign_names = self.record.statements.has_foreign_names(wanted.exclusive);
         if let Some(sql) = self.record.adoption(wanted) {
             self.query(&sql, |_| {}).await?;
             self.record.settings = wanted.settings.clone();
             self.record.is_encoding_set = wanted.login.client_encoding.is_some();
-            if has_foreign_names {
+            if self.record.statements.has_foreign_names(wanted.exclusive) {
                 self.record.statements.share();
             }
         }

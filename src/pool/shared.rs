@@ -376,7 +376,7 @@ impl<'a> SharedStream<'a> {
     }
 
     fn is_suspect(&self) -> bool {
-        self.client.is_suspect() && !self.is_lost() && !self.client.statements.has_lost_names()
+        self.client.is_suspect() && !self.is_unknown()
     }
 
     /// Whether nothing is on its way but what the client knows of.
@@ -391,7 +391,7 @@ impl<'a> SharedStream<'a> {
 
     /// Why the client needs this connection.
     fn pin(&self) -> Option<PinReason> {
-        if self.is_lost() || self.client.statements.has_lost_names() {
+        if self.is_unknown() {
             Some(PinReason::UnknownState)
         } else if self.client.statements.has_large() {
             Some(PinReason::LargeStatement)
@@ -489,6 +489,11 @@ impl<'a> SharedStream<'a> {
         }
         self.is_yielding = in_flight == 0 && statements.is_idle() && self.pin().is_none();
         in_flight > 0 || self.is_yielding
+    }
+
+    /// Whether what the client has is not known, so that no query shows it.
+    fn is_unknown(&self) -> bool {
+        self.is_lost() || self.client.statements.has_lost_names()
     }
 
     fn is_lost(&self) -> bool {

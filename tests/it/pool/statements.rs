@@ -583,7 +583,7 @@ async fn what_sql_prepares_is_there_for_the_rest_of_its_unit() {
     let (_emulator, proxy) = sharing(1).await;
     let (mut one, mut other) = (proxy.session().await, proxy.session().await);
     disturb(&mut other).await;
-    let sql = |sql| [prepare("", sql), plain_bound()].concat();
+    let sql = |sql| [parse(sql), plain_bound()].concat();
     for ends in [
         text('Q', "deallocate q"),
         [sql("deallocate q"), sync()].concat(),

@@ -537,10 +537,7 @@ async fn a_shutdown_ends_clients_at_rest_at_once() {
 async fn a_reset_without_a_server_ends_statements_of_the_clients_own_connection() {
     let (_emulator, proxy) = sharing(1).await;
     let mut one = proxy.session().await;
-    let prepare = |name: &str| {
-        let body = format!("{name}\0select 1\0\0\0");
-        [message('P', body.as_bytes()), sync()].concat()
-    };
+    let prepare = |name| [statements::prepare(name, "select 1"), sync()].concat();
     let execute = |name| [statements::execute(name, &[]), sync()].concat();
     for (reset, tags) in [
         ("DISCARD ALL", "CZ"),

@@ -148,10 +148,10 @@ async fn a_verification_leaves_the_names_of_statements() {
         (proxy.verifications(PoolVerification::InUse) > 0).then_some(())
     })
     .await;
-    for tags in ["2TDCZ", "2TDCZ"] {
+    for _ in 0..2 {
         let unnamed = [statements::execute("", &[]), sync()].concat();
         client.send(&unnamed).await;
-        assert_eq!(client.tags().await, tags);
+        assert_eq!(client.tags().await, "2TDCZ");
     }
     assert_eq!(client.value("execute s").await, "42");
     client.send(&[message('C', b"Ss\0"), sync()].concat()).await;
