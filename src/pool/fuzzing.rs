@@ -5,15 +5,17 @@ use super::{
     settings::Dialect,
     statements::{ClientMessage, LARGE_STATEMENT},
 };
-use crate::protocol::{frame::until_zero, lexer::Backslash};
+use crate::protocol::{
+    frame::{Header, until_zero},
+    lexer::Backslash,
+};
 
 /// A message that is answered here is whole, whatever follows it.
 pub fn answered_locally(bytes: &[u8]) {
     let is_answered = local::resets(bytes).is_some();
     if is_answered {
-        let length = bytes.get(1..5).and_then(<[u8]>::first_chunk);
-        let length = length.map_or(0, |it| u32::from_be_bytes(*it));
-        let end = usize::try_from(length).unwrap_or_default() + 1;
+        let header = Header::first(bytes).ok().flatten();
+        let end = header.map_or(0, Header::frame_len);
         assert!(local::resets(&bytes[..end]).is_some());
         for cut in 0..end {
             assert!(local::resets(&bytes[..cut]).is_none(), "cut at {cut}");

@@ -106,6 +106,58 @@ pub enum FrameError {
     },
 }
 
+/// What a message begins with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Header {
+    /// The message type.
+    pub tag: u8,
+    /// Bytes of the body.
+    pub body_len: usize,
+}
+
+impl Header {
+    /// Reads a header.
+    ///
+    /// # Errors
+    /// A length below 4, or above what a length is, a signed number of 32 bits.
+    #[inline]
+    pub fn of([tag, a, b, c, d]: [u8; HEADER_LEN]) -> Result<Self, FrameError> {
+        let length = i32::from_be_bytes([a, b, c, d]);
+        // The length counts itself, but not the tag.
+        match usize::try_from(length).map(|it| it.checked_sub(4)) {
+            Ok(Some(body_len)) => Ok(Self { tag, body_len }),
+            _ => Err(FrameError::InvalidLength { tag, length }),
+        }
+    }
+
+    /// The header at the front of `bytes`; `None` if more of them are needed.
+    ///
+    /// # Errors
+    /// As [`of`](Self::of).
+    #[inline]
+    pub fn first(bytes: &[u8]) -> Result<Option<Self>, FrameError> {
+        bytes
+            .first_chunk()
+            .map(|header| Self::of(*header))
+            .transpose()
+    }
+
+    /// Bytes of the whole frame.
+    pub fn frame_len(self) -> usize {
+        HEADER_LEN.saturating_add(self.body_len)
+    }
+}
+
+/// The whole messages at the front of `bytes`, by their types and bodies; what is no message ends them.
+pub(crate) fn whole_messages(mut bytes: &[u8]) -> impl Iterator<Item = (u8, &[u8])> {
+    std::iter::from_fn(move || {
+        let Header { tag, body_len } = Header::first(bytes).ok()??;
+        let (body, rest) = frame_body(bytes).split_at_checked(body_len)?;
+        bytes = rest;
+        Some((tag, body))
+    })
+}
+
 /// A whole message, for the phases that exchange whole messages.
 #[derive(Debug)]
 pub struct Message {
@@ -132,22 +184,14 @@ pub(crate) fn frame_body(frame: &[u8]) -> &[u8] {
 /// # Errors
 /// A length below 4, or a frame of more than `limit` bytes.
 pub fn take_message(buffer: &mut BytesMut, limit: usize) -> Result<Option<Message>, FrameError> {
-    let Some((&tag, &[a, b, c, d])) = buffer
-        .first_chunk::<HEADER_LEN>()
-        .map(|h| (&h[0], h.last_chunk::<4>().unwrap_or(&[0; 4])))
-    else {
+    let Some(header) = Header::first(buffer)? else {
         return Ok(None);
     };
-    let length = i32::from_be_bytes([a, b, c, d]);
-    let total = match usize::try_from(length) {
-        // The length counts itself, but not the tag.
-        Ok(length) if length >= 4 => length.saturating_add(1),
-        _ => return Err(FrameError::InvalidLength { tag, length }),
-    };
+    let total = header.frame_len();
     // Before the body has arrived: a length alone must not make the buffer grow.
     if total > limit {
         return Err(FrameError::TooLong {
-            tag,
+            tag: header.tag,
             length: total,
             limit,
         });
@@ -156,7 +200,7 @@ pub fn take_message(buffer: &mut BytesMut, limit: usize) -> Result<Option<Messag
         return Ok(None);
     }
     Ok(Some(Message {
-        tag,
+        tag: header.tag,
         frame: buffer.split_to(total),
     }))
 }
@@ -252,16 +296,15 @@ impl Scanner {
             if self.have < HEADER_LEN {
                 return;
             }
-            let [tag, a, b, c, d] = self.header;
             self.have = 0;
-            match usize::try_from(i32::from_be_bytes([a, b, c, d])) {
-                Ok(length) if length >= 4 => {
-                    self.body_left = length - 4;
+            match Header::of(self.header) {
+                Ok(Header { tag, body_len }) => {
+                    self.body_left = body_len;
                     // A client's stream has no `Z`, so that one scanner serves both directions.
                     self.status_next = tag == tag::READY_FOR_QUERY && self.body_left > 0;
                     visitor.event(Seen::Message { tag });
                 }
-                _ => self.lost = true,
+                Err(_) => self.lost = true,
             }
         }
     }

@@ -12,7 +12,7 @@ use crate::{
     net::socket::Transport,
     protocol::{
         backend::ready_for_query,
-        frame::{HEADER_LEN, tag},
+        frame::{HEADER_LEN, Header, tag, whole_messages},
         requests::TransactionStatus,
     },
     shutdown::Shutdown,
@@ -116,7 +116,7 @@ pub(super) fn take_request(received: &mut BytesMut) -> bool {
 
 fn front(received: &[u8]) -> Front {
     let mut end = 0;
-    for (tag, body) in messages(received) {
+    for (tag, body) in whole_messages(received) {
         let is_first = end == 0;
         end += HEADER_LEN + body.len();
         match tag {
@@ -131,21 +131,10 @@ fn front(received: &[u8]) -> Front {
             _ => {}
         }
     }
-    match received.get(end..).and_then(<[u8]>::first_chunk) {
+    match Header::first(received.get(end..).unwrap_or_default()) {
         // The server refuses it.
-        Some(&[_, a, b, c, d]) if i32::from_be_bytes([a, b, c, d]) < 4 => Front::Flushed,
+        Err(_) => Front::Flushed,
         _ if end == 0 => Front::Nothing,
         _ => Front::Begun,
     }
-}
-
-/// The whole messages in `received`; a malformed one ends them.
-fn messages(mut received: &[u8]) -> impl Iterator<Item = (u8, &[u8])> {
-    std::iter::from_fn(move || {
-        let (&[tag, a, b, c, d], rest) = received.split_first_chunk()?;
-        let length = usize::try_from(u32::from_be_bytes([a, b, c, d])).ok()?;
-        let (body, rest) = rest.split_at_checked(length.checked_sub(4)?)?;
-        received = rest;
-        Some((tag, body))
-    })
 }

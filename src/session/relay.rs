@@ -44,7 +44,7 @@ use crate::{
     pool::{Pools, SharedStream, Used},
     protocol::{
         error::{ErrorFields, Report, sqlstate},
-        frame::{HEADER_LEN, tag},
+        frame::{HEADER_LEN, Header, tag},
         requests::{Requests, TransactionStatus},
         traces::Traces,
     },
@@ -695,9 +695,10 @@ impl TrailingError {
     fn fatal(&self) -> Option<String> {
         let bytes = &self.0;
         let is_last = |&start: &usize| {
-            let header = bytes.get(start..).and_then(<[u8]>::first_chunk);
-            matches!(header, Some(&[tag::ERROR_RESPONSE, a, b, c, d])
-                if usize::try_from(u32::from_be_bytes([a, b, c, d])) == Ok(bytes.len() - start - 1))
+            let header = Header::first(bytes.get(start..).unwrap_or_default());
+            header.ok().flatten().is_some_and(|it| {
+                it.tag == tag::ERROR_RESPONSE && start + it.frame_len() == bytes.len()
+            })
         };
         let start = (0..bytes.len()).rev().find(is_last)?;
         let fields = ErrorFields::parse(bytes.get(start + HEADER_LEN..)?);

@@ -2,7 +2,7 @@
 
 use bytes::Buf;
 
-use crate::protocol::frame::{HEADER_LEN, tag};
+use crate::protocol::frame::{HEADER_LEN, Header, tag};
 
 /// Drops password messages sent before anything else, which only a client does that expects a request for one. They are
 /// not stored.
@@ -32,13 +32,9 @@ impl UnsolicitedPasswords {
             self.header[self.have..self.have + take].copy_from_slice(&chunk[..take]);
             self.have += take;
             chunk.advance(take);
-            if let [_, a, b, c, d] = self.header
-                && self.have == HEADER_LEN
-            {
+            if self.have == HEADER_LEN {
                 self.have = 0;
-                let length =
-                    usize::try_from(u32::from_be_bytes([a, b, c, d])).unwrap_or(usize::MAX);
-                self.left = length.saturating_sub(4);
+                self.left = Header::of(self.header).map_or(0, |it| it.body_len);
             }
         }
     }
