@@ -135,11 +135,11 @@ impl Upstream {
     }
 
     /// Names the database that a login would open, where an earlier login has shown that the one named does not exist.
-    pub(crate) fn settle_database(&self, settings: &mut LoginParameters) {
-        if self.missing_databases.contains(&settings.database)
-            && let Some(fallback) = settings.fallback_database.take()
+    pub(crate) fn settle_database(&self, parameters: &mut LoginParameters) {
+        if self.missing_databases.contains(&parameters.database)
+            && let Some(fallback) = parameters.fallback_database.take()
         {
-            settings.database = fallback;
+            parameters.database = fallback;
         }
     }
 
@@ -148,13 +148,13 @@ impl Upstream {
     /// Cancel safe: dropping it releases the lead, the attempt and the place in the queue.
     pub async fn connect(
         &self,
-        settings: &LoginParameters,
+        parameters: &LoginParameters,
         connect: &ConnectSettings,
     ) -> Result<Connected, Refusal> {
         let timeouts = &connect.timeouts;
         // Encoded once, before any wait: a message that is too long is refused at once.
         let endpoint = self.endpoint();
-        let startup = settings.startup(&endpoint.user, |name| endpoint.dropped.contains(name));
+        let startup = parameters.startup(&endpoint.user, |name| endpoint.dropped.contains(name));
         let startup = startup.map_err(|too_long| self.refusal(&too_long.into()))?;
         // An endpoint that did not wake within a whole budget is likely down: later clients fail sooner.
         let budget = if self.wake.has_spent_budget() {
@@ -165,7 +165,7 @@ impl Upstream {
         let attempts = Attempts {
             upstream: self,
             connect,
-            settings: Cow::Borrowed(settings),
+            parameters: Cow::Borrowed(parameters),
             startup: Some(startup),
             budget: Budget::new(budget),
             backoff: RETRY,
@@ -247,7 +247,7 @@ impl Upstream {
 struct Attempts<'a> {
     upstream: &'a Upstream,
     connect: &'a ConnectSettings,
-    settings: Cow<'a, LoginParameters>,
+    parameters: Cow<'a, LoginParameters>,
     /// The startup message for the first attempt.
     startup: Option<BytesMut>,
     budget: Budget,
@@ -284,7 +284,7 @@ impl<'a> Attempts<'a> {
                     return Ok(Connected {
                         connection,
                         woke_after: self.was_held.then(|| self.budget.spent()),
-                        database: self.settings.into_owned().database,
+                        database: self.parameters.into_owned().database,
                     });
                 }
                 Err(failure) => self.recover(failure, generation).await?,
@@ -352,7 +352,7 @@ impl<'a> Attempts<'a> {
     /// The cause that a rejection of the credential counts under.
     fn cause(&self) -> Cause {
         let user = &self.upstream.endpoint().user;
-        Cause::login(user, &self.settings.database, self.settings.replication)
+        Cause::login(user, &self.parameters.database, self.parameters.replication)
     }
 
     fn was_waking(&self) -> bool {
@@ -371,8 +371,10 @@ impl<'a> Attempts<'a> {
     async fn attempt(&mut self, prerequisites: Prerequisites<'a>) -> Result<Connection, Failure> {
         let upstream = self.upstream;
         self.budget.attempt();
-        if self.settings.fallback_database.is_some()
-            && upstream.missing_databases.contains(&self.settings.database)
+        if self.parameters.fallback_database.is_some()
+            && upstream
+                .missing_databases
+                .contains(&self.parameters.database)
         {
             self.open_fallback_database();
         }
@@ -390,7 +392,7 @@ impl<'a> Attempts<'a> {
         let endpoint = upstream.endpoint();
         // For the first attempt only: dropped parameters may change the next message.
         let startup = self.startup.take();
-        let login = Login::new(&endpoint.user, &credential, &self.settings);
+        let login = Login::new(&endpoint.user, &credential, &self.parameters);
         let attempt = login.run(&endpoint, startup, &self.connect.keepalive, &self.phases);
         // One attempt is bounded as well: a load balancer may accept a connection and not pass it on.
         let whole = Instant::now() + self.connect.timeouts.server_connect_timeout;
@@ -461,14 +463,14 @@ impl<'a> Attempts<'a> {
                 return self.pause().await;
             }
             Reaction::Refuse
-                if failure.is_missing_database() && self.settings.fallback_database.is_some() =>
+                if failure.is_missing_database() && self.parameters.fallback_database.is_some() =>
             {
-                let name = &self.settings.database;
+                let name = &self.parameters.database;
                 if self.upstream.missing_databases.insert(name) {
                     tracing::info!(
                         endpoint = %self.upstream.label,
                         database = %name,
-                        fallback = self.settings.fallback_database,
+                        fallback = self.parameters.fallback_database,
                         "database does not exist and is the client's default; the configured one is used; hint: name the database in the connection string, or set database_mapping to exact"
                     );
                 }
@@ -525,10 +527,10 @@ impl<'a> Attempts<'a> {
     }
 
     fn open_fallback_database(&mut self) {
-        if let Some(fallback) = self.settings.fallback_database.clone() {
-            let settings = self.settings.to_mut();
-            settings.database = fallback;
-            settings.fallback_database = None;
+        if let Some(fallback) = self.parameters.fallback_database.clone() {
+            let parameters = self.parameters.to_mut();
+            parameters.database = fallback;
+            parameters.fallback_database = None;
             // It names the other database.
             self.startup = None;
         }

@@ -69,7 +69,7 @@ pub struct Greeting {
 pub(super) struct Login<'a> {
     pub(super) user: &'a str,
     pub(super) credential: &'a Credential,
-    pub(super) settings: &'a LoginParameters,
+    pub(super) parameters: &'a LoginParameters,
     /// Set when the server has requested the password.
     pub(super) password_requested: SetOnce<()>,
 }
@@ -78,12 +78,12 @@ impl<'a> Login<'a> {
     pub(super) fn new(
         user: &'a str,
         credential: &'a Credential,
-        settings: &'a LoginParameters,
+        parameters: &'a LoginParameters,
     ) -> Self {
         Self {
             user,
             credential,
-            settings,
+            parameters,
             password_requested: SetOnce::new(),
         }
     }
@@ -97,7 +97,7 @@ impl<'a> Login<'a> {
         keepalive: &Keepalive,
         phases: &Phases<'_>,
     ) -> Result<Connection, Failure> {
-        for name in &self.settings.unusable {
+        for name in &self.parameters.unusable {
             endpoint.dropped.insert(name, "it cannot be a setting");
         }
         // Besides the shared list, from which other clients' names may push out this client's.
@@ -107,7 +107,7 @@ impl<'a> Login<'a> {
                 |name: &str| dropped.contains(&name) || endpoint.dropped.contains(name);
             let startup = match startup.take() {
                 Some(startup) => startup,
-                None => self.settings.startup(self.user, is_dropped)?,
+                None => self.parameters.startup(self.user, is_dropped)?,
             };
             let began = Instant::now();
             let attempt = async {
@@ -130,12 +130,12 @@ impl<'a> Login<'a> {
                 }
                 Err(failure) => failure,
             };
-            match failure.refused_parameter(&self.settings.folded) {
+            match failure.refused_parameter(&self.parameters.folded) {
                 Some(name) if dropped.len() < MAX_DROPS && !dropped.contains(&name) => {
                     endpoint.dropped.insert(name, &failure.to_string());
                     dropped.push(name);
                 }
-                _ => return Err(failure.explain(endpoint, self.credential, self.settings)),
+                _ => return Err(failure.explain(endpoint, self.credential, self.parameters)),
             }
         }
     }
@@ -147,10 +147,10 @@ impl<'a> Login<'a> {
         startup: &[u8],
         may_send_cleartext: bool,
     ) -> Result<Greeting, Failure> {
-        let settings = self.settings;
+        let parameters = self.parameters;
         let mut wire = Wire {
             stream,
-            settings,
+            parameters,
             buffer: BytesMut::with_capacity(2048),
             read: 0,
         };
@@ -158,8 +158,8 @@ impl<'a> Login<'a> {
         self.authenticate(&mut wire, may_send_cleartext).await?;
         let mut greeting = Greeting::default();
         wire.until_ready(&mut greeting, Until::LoggedIn).await?;
-        if let Some(wanted) = &settings.client_encoding
-            && !settings.replication
+        if let Some(wanted) = &parameters.client_encoding
+            && !parameters.replication
             && !greeting
                 .client_encoding
                 .as_ref()
@@ -225,7 +225,7 @@ impl<'a> Login<'a> {
 pub(super) async fn exchange_with<S: AsyncRead + AsyncWrite + Unpin>(
     stream: &mut S,
     secret: &str,
-    settings: &LoginParameters,
+    parameters: &LoginParameters,
     may_send_cleartext: bool,
 ) -> Result<Greeting, Failure> {
     let credential = Credential {
@@ -234,8 +234,8 @@ pub(super) async fn exchange_with<S: AsyncRead + AsyncWrite + Unpin>(
         minted_at: jiff::Timestamp::UNIX_EPOCH,
         generation: 1,
     };
-    let startup = settings.startup("me", |_| false).unwrap_or_default();
-    let login = Login::new("me", &credential, settings);
+    let startup = parameters.startup("me", |_| false).unwrap_or_default();
+    let login = Login::new("me", &credential, parameters);
     login.exchange(stream, &startup, may_send_cleartext).await
 }
 
@@ -257,7 +257,7 @@ fn unexpected(tag: u8) -> Failure {
 struct Wire<'a, S> {
     stream: &'a mut S,
     /// The client's texts, which the server may repeat in an error.
-    settings: &'a LoginParameters,
+    parameters: &'a LoginParameters,
     buffer: BytesMut,
     read: usize,
 }
@@ -271,7 +271,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Wire<'_, S> {
 
     fn refused(&self, error: &Message) -> Failure {
         let error = ErrorFields::parse(error.body());
-        Failure::server(error, self.settings.texts())
+        Failure::server(error, self.parameters.texts())
     }
 
     async fn message(&mut self) -> Result<Message, Failure> {
@@ -359,7 +359,7 @@ mod tests {
     use super::*;
     use crate::{protocol::frame::frame, upstream::Class};
 
-    fn settings(client_encoding: Option<&str>, replication: bool) -> LoginParameters {
+    fn parameters(client_encoding: Option<&str>, replication: bool) -> LoginParameters {
         LoginParameters {
             database: "db".to_owned(),
             fallback_database: None,
@@ -373,7 +373,7 @@ mod tests {
     /// Logs in at a server that sends `answers` one by one, each after whatever the client sent before it.
     async fn against(
         answers: &[&[u8]],
-        settings: LoginParameters,
+        parameters: LoginParameters,
     ) -> (Result<Greeting, Failure>, Vec<u8>) {
         let (mut ours, mut theirs) = duplex(1 << 16);
         let script: Vec<Vec<u8>> = answers.iter().map(|answer| answer.to_vec()).collect();
@@ -386,7 +386,7 @@ mod tests {
             drop(theirs);
             received
         };
-        let login = exchange_with(&mut ours, "token", &settings, true);
+        let login = exchange_with(&mut ours, "token", &parameters, true);
         let (result, received) = tokio::join!(login, server);
         (result, received)
     }
@@ -409,7 +409,7 @@ mod tests {
     async fn a_cleartext_login_returns_the_messages_for_the_client() {
         let (greeting, received) = against(
             &[&password_request(), &welcome()],
-            settings(Some("utf-8"), false),
+            parameters(Some("utf-8"), false),
         )
         .await;
         let greeting = greeting.unwrap();
@@ -437,7 +437,7 @@ mod tests {
         .concat();
         let (greeting, received) = against(
             &[&password_request(), &welcome(), &set],
-            settings(Some("LATIN1"), false),
+            parameters(Some("LATIN1"), false),
         )
         .await;
         assert!(received.ends_with(b"SET client_encoding TO E'LATIN1'\0"));
@@ -448,7 +448,7 @@ mod tests {
     async fn a_replication_session_gets_no_query_of_ours() {
         let (greeting, received) = against(
             &[&password_request(), &welcome()],
-            settings(Some("LATIN1"), true),
+            parameters(Some("LATIN1"), true),
         )
         .await;
         assert!(greeting.is_ok());
@@ -464,7 +464,7 @@ mod tests {
         .concat();
         let (result, _) = against(
             &[&password_request(), &welcome(), &refused],
-            settings(Some("nonsense"), false),
+            parameters(Some("nonsense"), false),
         )
         .await;
         let failure = result.unwrap_err();
@@ -478,15 +478,16 @@ mod tests {
             b'E',
             b"SERROR\0CXX000\0Mpassword authentication failed for user\0\0",
         );
-        let (result, _) = against(&[&password_request(), &refused], settings(None, false)).await;
+        let (result, _) = against(&[&password_request(), &refused], parameters(None, false)).await;
         assert_eq!(result.unwrap_err().class, Class::Identity);
     }
 
     #[tokio::test]
     async fn an_early_end_and_another_protocol_are_different_failures() {
-        let (result, _) = against(&[&password_request()], settings(None, false)).await;
+        let (result, _) = against(&[&password_request()], parameters(None, false)).await;
         assert_eq!(result.unwrap_err().class, Class::Waking);
-        let (result, _) = against(&[b"HTTP/1.1 400 Bad Request\r\n"], settings(None, false)).await;
+        let (result, _) =
+            against(&[b"HTTP/1.1 400 Bad Request\r\n"], parameters(None, false)).await;
         assert_eq!(result.unwrap_err().class, Class::Protocol);
     }
 
@@ -530,9 +531,9 @@ mod tests {
 
     /// What a login at this server comes to, and what is left of what it sent.
     fn outcome(data: &[u8], size: usize) -> Result<(Greeting, Vec<u8>), String> {
-        let settings = settings(Some("LATIN1"), false);
+        let parameters = parameters(Some("LATIN1"), false);
         let mut server = Pieces { data, size };
-        let login = exchange_with(&mut server, "token", &settings, true);
+        let login = exchange_with(&mut server, "token", &parameters, true);
         let done = login.now_or_never().expect("the server never waits");
         let left = server.data;
         done.map(|greeting| {
@@ -599,8 +600,8 @@ mod tests {
             drop(theirs);
             ticks.get() - before
         };
-        let settings = settings(None, false);
-        let login = exchange_with(&mut ours, "token", &settings, true);
+        let parameters = parameters(None, false);
+        let login = exchange_with(&mut ours, "token", &parameters, true);
         let ticking = async {
             loop {
                 tokio::time::sleep(std::time::Duration::from_millis(1)).await;

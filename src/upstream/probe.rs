@@ -54,16 +54,16 @@ impl Session {
         mut stream: Stream,
         endpoint: &Endpoint,
         credential: &Credential,
-        settings: &LoginParameters,
+        parameters: &LoginParameters,
     ) -> Result<Self, Failure> {
         let may_send_cleartext = stream.may_send_cleartext();
         // doctor sends parameters of its own only, none of which a server refuses.
-        let startup = settings.startup(&endpoint.user, |_| false)?;
-        let login = Login::new(&endpoint.user, credential, settings);
+        let startup = parameters.startup(&endpoint.user, |_| false)?;
+        let login = Login::new(&endpoint.user, credential, parameters);
         let greeting = login
             .exchange(&mut stream, &startup, may_send_cleartext)
             .await
-            .map_err(|failure| failure.explain(endpoint, credential, settings))?;
+            .map_err(|failure| failure.explain(endpoint, credential, parameters))?;
         Ok(Self {
             stream,
             buffer: greeting.leftover,

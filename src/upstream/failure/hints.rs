@@ -16,7 +16,7 @@ impl Failure {
         mut self,
         endpoint: &Endpoint,
         credential: &Credential,
-        settings: &LoginParameters,
+        parameters: &LoginParameters,
     ) -> Self {
         let Origin::Server(_) = &self.origin else {
             return self;
@@ -34,12 +34,12 @@ impl Failure {
         }
         if self.class == Class::Identity
             && identity.is_some()
-            && settings.database != DEFAULT_DATABASE
+            && parameters.database != DEFAULT_DATABASE
         {
             hint.push(' ');
             hint.push_str(NO_EXTENSION);
         }
-        if self.is_missing_database() && settings.database != endpoint.database {
+        if self.is_missing_database() && parameters.database != endpoint.database {
             OTHER_DATABASE.clone_into(&mut hint);
         }
         let is_refused = matches!(
@@ -78,7 +78,7 @@ impl Failure {
                 ("{user}", user),
                 ("{role}", &role),
                 ("{kind}", kind),
-                ("{database}", &settings.database),
+                ("{database}", &parameters.database),
                 ("{default}", &endpoint.database),
                 ("{direct}", &direct),
             ];
