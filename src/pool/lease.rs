@@ -7,11 +7,12 @@ use tokio::time::{Instant, sleep_until};
 
 use super::{
     Pool, Pools, Used,
+    client::ClientState,
     open::{NotOpened, Opened, Opening},
     request::{LeaseRequest, Wanted},
     server::{Record, ServerConnection, Unusable},
     settings::Settings,
-    shared::{ClientState, SharedStream},
+    shared::SharedStream,
     waiting::{Grant, Waiting},
 };
 use crate::{

@@ -6,10 +6,9 @@
 use bytes::BytesMut;
 use pgwire::messages::data::{DataRow, FieldDescription, RowDescription};
 
-use super::{settings::Settings, shared::ClientState};
 use crate::protocol::{
     backend::{command_complete, encode, ready_for_query},
-    frame::{HEADER_LEN, SMALL_MESSAGE_LIMIT, tag, take_message},
+    frame::{tag, whole_messages},
     lexer::{Backslash, Statement, Tokens, statements, tokens},
     requests::TransactionStatus,
 };
@@ -58,6 +57,11 @@ impl Reset {
         others.next().is_none().then_some(reset)
     }
 
+    /// Whether prepared statements end by it.
+    pub(super) fn ends_statements(self) -> bool {
+        matches!(self, Self::Statements | Self::Everything)
+    }
+
     fn answer(self, out: &mut BytesMut) {
         let tag = match self {
             Self::Cursors => "CLOSE CURSOR ALL",
@@ -85,41 +89,23 @@ impl Reset {
     }
 }
 
-impl ClientState {
-    /// Takes the query at the front of what a client at rest has sent, and returns its answer, if no server is needed for that.
-    pub(crate) fn answer(&mut self, received: &mut BytesMut) -> Option<BytesMut> {
-        let resets = resets(received)?;
-        if !self.has_nothing() {
-            return None;
-        }
-        let mut answer = BytesMut::new();
-        for reset in &resets {
-            reset.answer(&mut answer);
-        }
-        ready_for_query(&mut answer, TransactionStatus::Idle);
-        let ends_statements = [Reset::Statements, Reset::Everything];
-        let ends_statements = resets.iter().any(|it| ends_statements.contains(it));
-        self.statements.forget_at_rest(ends_statements);
-        take_message(received, SMALL_MESSAGE_LIMIT).ok()?;
-        Some(answer)
+/// The answer to a query of these.
+pub(super) fn answer(resets: &[Reset]) -> BytesMut {
+    let mut answer = BytesMut::new();
+    for reset in resets {
+        reset.answer(&mut answer);
     }
-
-    /// Whether it has nothing that such a statement would reset, but what it has prepared.
-    fn has_nothing(&self) -> bool {
-        self.settings == Settings::default() && self.is_free() && !self.statements.has_by_sql()
-    }
+    ready_for_query(&mut answer, TransactionStatus::Idle);
+    answer
 }
 
 /// The statements of the query at the front, if it is whole and consists of nothing else.
 pub(super) fn resets(received: &[u8]) -> Option<Vec<Reset>> {
-    let (&[tag, a, b, c, d], rest) = received.split_first_chunk::<HEADER_LEN>()?;
-    let length = usize::try_from(u32::from_be_bytes([a, b, c, d]))
-        .ok()?
-        .checked_sub(4)?;
-    if tag != tag::QUERY || length > LONGEST {
+    let (tag, body) = whole_messages(received).next()?;
+    if tag != tag::QUERY || body.len() > LONGEST {
         return None;
     }
-    let text = rest.get(..length)?.strip_suffix(b"\0")?;
+    let text = body.strip_suffix(b"\0")?;
     // Most queries begin with another word, and need not be read to their end.
     Reset::begins(tokens(text, Backslash::Plain))?;
     let resets = statements(text, Backslash::Plain).map(|it| Reset::of(&it));

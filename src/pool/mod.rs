@@ -17,6 +17,7 @@
 //!
 //! Knows nothing of sessions. The terms are PgBouncer's where they mean the same.
 
+mod client;
 mod control;
 #[cfg(fuzzing)]
 pub mod fuzzing;
@@ -58,6 +59,13 @@ use tokio::{
 };
 use tokio_util::task::TaskTracker;
 
+pub(crate) use self::{
+    client::ClientState,
+    lease::{Lease, Leased, Verified},
+    request::LeaseRequest,
+    reset::Used,
+    shared::SharedStream,
+};
 use self::{
     idle::Idle,
     limit::Limit,
@@ -69,12 +77,6 @@ use self::{
     statements::Texts,
     upkeep::Upkeep,
     waiting::{Grant, Waiter},
-};
-pub(crate) use self::{
-    lease::{Lease, Leased, Verified},
-    request::LeaseRequest,
-    reset::Used,
-    shared::{ClientState, SharedStream},
 };
 use crate::{
     config::{PoolMode, PoolSettings},

@@ -3,6 +3,8 @@
 //! Between the relay, which has the client's view of the protocol, and the stream to the server: messages are renamed,
 //! added, removed and answered on the way, so that the client finds its own prepared statements on any connection.
 
+mod partial;
+
 use std::{
     hash::{DefaultHasher, Hash, Hasher},
     io,
@@ -11,36 +13,31 @@ use std::{
     task::{Context, Poll, ready},
 };
 
-use bytes::{Buf, Bytes, BytesMut};
+use bytes::{Buf, BytesMut};
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     time::Instant,
 };
 
+use self::partial::{Arrived, Front, Partial, emit};
 use super::{
-    Used, refusal,
-    request::{LeaseRequest, Wanted},
+    ClientState, refusal,
     retention::RETENTION,
-    server::{CLIENT_ENCODING, Record, scope},
-    settings::{Change, Dialect, Pending, Settings},
-    statements::{
-        Blocked, ClientMessage, ClientStatements, LARGE_STATEMENT, Meaning, Passage, Sent, Texts,
-    },
+    server::{CLIENT_ENCODING, Record},
+    settings::{Change, Dialect, Settings},
+    statements::{Blocked, ClientMessage, Meaning, Passage, Sent},
 };
 use crate::{
-    config::{PinSessions, PoolMode},
     net::socket::{Socket, Transport},
     protocol::{
         frame::{HEADER_LEN, frame_body, tag},
         lexer::{Backslash, is_ascii_safe, statements},
-        options::LoginParameters,
-        reported::Reported,
         requests::TransactionStatus,
         tag::Command,
         traces::Traces,
     },
     telemetry::labels::PinReason,
-    upstream::{ConnectSettings, Stream, Upstream},
+    upstream::Stream,
 };
 
 /// Bytes of a message that are kept until it is whole. What is longer is passed in pieces, and names no statement of the pool's.
@@ -51,143 +48,6 @@ const MAX_UNITS: u64 = 16;
 
 /// Bytes of memory for requests that a leased connection keeps from one to the next.
 const MAX_KEPT: usize = 4096;
-
-/// What follows a client from one server connection to the next.
-pub(crate) struct ClientState {
-    /// Its login.
-    pub(super) login: Arc<LoginParameters>,
-    /// The ParameterStatus messages of its last connection.
-    reported: Bytes,
-    pub(super) statements: ClientStatements,
-    /// What it has set.
-    pub(super) settings: Settings,
-    changes: Pending,
-    /// What it has done.
-    traces: Traces,
-    /// Decides what the names in its statements mean, besides its settings.
-    scope: u64,
-    /// Why it needs its connection until it leaves.
-    pin: Option<PinReason>,
-    /// Reported at the end of its last transaction.
-    reported_pin: Option<PinReason>,
-    /// A [verification](super::verify) has failed, and the client has sent nothing since.
-    is_verified: bool,
-    /// Identifies it among the clients of the endpoint.
-    pub(super) number: u64,
-    /// It keeps its connection between two transactions, unless another client needs that.
-    is_retaining: bool,
-    /// Is refused what would [pin](refusal) it.
-    refuses_pins: bool,
-}
-
-impl ClientState {
-    /// Of a client that has a connection for the first time.
-    pub(super) fn new(
-        login: Arc<LoginParameters>,
-        reported: Bytes,
-        texts: &Arc<Texts>,
-        mode: PoolMode,
-        pin_sessions: PinSessions,
-    ) -> Self {
-        let refuses_pins = mode == PoolMode::Transaction && pin_sessions == PinSessions::Refuse;
-        Self {
-            scope: scope(&login),
-            login,
-            reported,
-            statements: ClientStatements::new(texts),
-            settings: Settings::default(),
-            changes: Pending::default(),
-            traces: Traces::default(),
-            pin: None,
-            reported_pin: None,
-            is_verified: false,
-            number: texts.number(),
-            is_retaining: mode == PoolMode::Auto,
-            refuses_pins,
-        }
-    }
-
-    /// How it leaves a connection that it has kept.
-    pub(crate) fn used(&self) -> Used {
-        Used {
-            status: TransactionStatus::Idle,
-            is_touched: self.traces.is_used(),
-            is_reported: self.traces.is_used(),
-            is_resettable: self.traces.is_resettable(),
-        }
-    }
-
-    /// Whether a query may show that the client can part with its connection.
-    pub(crate) fn is_suspect(&self) -> bool {
-        self.pin.is_none()
-            && !self.is_verified
-            && !self.statements.has_large()
-            && self.traces.is_suspect()
-    }
-
-    /// What a query has shown of it.
-    pub(super) fn verified(&mut self, is_clean: bool) {
-        self.is_verified = !is_clean;
-        if is_clean {
-            self.reported_pin = None;
-            self.traces.verified(&self.statements.words());
-        }
-    }
-
-    /// Whether nothing ties it to a connection.
-    pub(super) fn is_free(&self) -> bool {
-        self.pin.is_none() && !self.changes.is_pending() && self.traces.pin().is_none()
-    }
-
-    /// Why it cannot part with its connection.
-    pub(crate) fn current_pin(&self) -> Option<PinReason> {
-        self.reported_pin
-    }
-
-    /// For its next connection.
-    pub(crate) fn request<'a>(
-        &self,
-        upstream: &'a Arc<Upstream>,
-        connect: &'a ConnectSettings,
-    ) -> LeaseRequest<'a> {
-        LeaseRequest {
-            upstream,
-            wanted: Wanted {
-                login: Arc::clone(&self.login),
-                settings: self.settings.clone(),
-                client: Some(self.number),
-                owner: self.owner(),
-                exclusive: self.statements.exclusive,
-            },
-            connect,
-        }
-    }
-
-    /// Whether the client has its last connection again, unless another needs that.
-    pub(crate) fn is_retaining(&self) -> bool {
-        self.is_retaining
-    }
-
-    /// By which it is given its last connection again.
-    pub(super) fn owner(&self) -> Option<u64> {
-        self.is_retaining.then_some(self.number)
-    }
-
-    /// Whether it may have left anything on its connections.
-    pub(super) fn has_left_something(&self) -> bool {
-        self.traces.is_used()
-    }
-
-    /// The ParameterStatus messages that the client lacks, on a connection that has these.
-    pub(crate) fn report(&mut self, reported: Bytes) -> BytesMut {
-        let before = std::mem::replace(&mut self.reported, reported);
-        // By address first: most clients have had the connection before.
-        if before.as_ptr() == self.reported.as_ptr() || before == self.reported {
-            return BytesMut::new();
-        }
-        Reported::parse(&self.reported).difference(&Reported::parse(&before))
-    }
-}
 
 /// The stream of a leased connection.
 #[expect(
@@ -219,115 +79,6 @@ pub(crate) struct SharedStream<'a> {
     is_reset: bool,
     /// The client is at rest, and keeps the connection.
     is_kept: bool,
-}
-
-/// The message that the bytes of one direction end in.
-#[derive(Default)]
-struct Partial {
-    /// As far as it has arrived, while it must be read as a whole.
-    held: BytesMut,
-    /// Bytes to come that are removed.
-    removed: usize,
-    /// Bytes to come behind those that pass as they are.
-    passed: usize,
-    /// No message can be read any more.
-    is_lost: bool,
-}
-
-/// A message as far as it has arrived.
-#[derive(Clone, Copy)]
-struct Arrived<'a> {
-    tag: u8,
-    /// Of the whole body.
-    length: usize,
-    body: &'a [u8],
-}
-
-/// What a stream begins with.
-enum Front<'a> {
-    /// Less than a header.
-    Nothing,
-    /// No message.
-    Invalid,
-    Message(Arrived<'a>),
-}
-
-impl<'a> Front<'a> {
-    fn of(bytes: &'a [u8]) -> Self {
-        let Some((&[tag, a, b, c, d], rest)) = bytes.split_first_chunk::<HEADER_LEN>() else {
-            return Self::Nothing;
-        };
-        let length = usize::try_from(i32::from_be_bytes([a, b, c, d])).ok();
-        let Some(length) = length.and_then(|it| it.checked_sub(4)) else {
-            return Self::Invalid;
-        };
-        let body = rest.get(..length).unwrap_or(rest);
-        Self::Message(Arrived { tag, length, body })
-    }
-}
-
-impl Arrived<'_> {
-    fn is_whole(&self) -> bool {
-        self.body.len() == self.length
-    }
-
-    /// Whether enough of a client's message is there to know what becomes of it.
-    fn is_enough_of_client(&self) -> bool {
-        let has_strings = |count| self.body.split(|&byte| byte == 0).nth(count).is_some();
-        match self.tag {
-            _ if self.is_whole() || self.body.len() >= MAX_HELD => true,
-            tag::PARSE if self.length > LARGE_STATEMENT => has_strings(1),
-            tag::QUERY => self.length > LARGE_STATEMENT,
-            // The names of the portal and of the statement.
-            tag::BIND => has_strings(2),
-            tag::PARSE | tag::DESCRIBE | tag::EXECUTE | tag::CLOSE => false,
-            _ => true,
-        }
-    }
-
-    fn is_enough_of_server(&self) -> bool {
-        matches!(
-            self.tag,
-            tag::DATA_ROW | tag::COPY_DATA | tag::FUNCTION_CALL_RESPONSE
-        ) || self.is_whole()
-            || self.length > MAX_HELD
-    }
-}
-
-impl Partial {
-    /// Whether the bytes so far end between two messages.
-    fn is_at_boundary(&self) -> bool {
-        self.held.is_empty() && self.removed == 0 && self.passed == 0
-    }
-
-    /// Takes what belongs to the message before. Returns the part that passes as it is.
-    fn take_rest<'b>(&mut self, bytes: &mut &'b [u8]) -> &'b [u8] {
-        if self.is_lost {
-            return std::mem::take(bytes);
-        }
-        let removed = self.removed.min(bytes.len());
-        self.removed -= removed;
-        bytes.advance(removed);
-        let (passed, rest) = bytes.split_at(self.passed.min(bytes.len()));
-        self.passed -= passed.len();
-        *bytes = rest;
-        passed
-    }
-
-    /// Appends to what is held, as much as may be of the same message.
-    fn hold(&mut self, bytes: &mut &[u8]) {
-        // The header first, which has the length.
-        let length = |held: &[u8]| match Front::of(held) {
-            Front::Message(it) => HEADER_LEN + it.length,
-            Front::Nothing | Front::Invalid => HEADER_LEN,
-        };
-        for _ in 0..2 {
-            let missing = length(&self.held).saturating_sub(self.held.len());
-            let (taken, rest) = bytes.split_at(missing.min(bytes.len()));
-            self.held.extend_from_slice(taken);
-            *bytes = rest;
-        }
-    }
 }
 
 impl<'a> SharedStream<'a> {
@@ -885,17 +636,6 @@ impl<'a> SharedStream<'a> {
     fn poll_answer(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         ready!(Pin::new(&mut *self.stream).poll_flush(cx))?;
         Poll::Pending
-    }
-}
-
-/// Passes bytes: in place, if they stand at this position of their chunk, behind others that all pass; else behind what was
-/// appended to `out`.
-#[inline]
-fn emit(bytes: &[u8], at: Option<usize>, unchanged: &mut usize, out: &mut BytesMut) {
-    if at == Some(*unchanged) && out.is_empty() {
-        *unchanged += bytes.len();
-    } else {
-        out.extend_from_slice(bytes);
     }
 }
 

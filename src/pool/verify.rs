@@ -4,9 +4,9 @@
 //! temporary table dropped. Once another client waits, one query shows that.
 
 use super::{
+    client::ClientState,
     reset::columns,
     server::{ServerConnection, Unusable},
-    shared::ClientState,
 };
 use crate::telemetry::labels::PoolVerification;
 
