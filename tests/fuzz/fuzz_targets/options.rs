@@ -69,5 +69,8 @@ fuzz_target!(|data: &str| {
     else {
         panic!("not a startup message")
     };
-    assert_eq!(split(sent.parameter("options").unwrap_or_default()), expected);
+    assert_eq!(
+        split(sent.parameter("options").unwrap_or_default()),
+        expected
+    );
 });
