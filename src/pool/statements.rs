@@ -12,6 +12,7 @@
 //!   not exist, and the client the error that it should have (`POISON`).
 //! - Nothing is answered between an error and the Sync that ends its unit.
 
+mod queue;
 mod sending;
 mod server;
 mod sql;
@@ -26,6 +27,7 @@ use std::{
 use bytes::{BufMut, BytesMut};
 
 use self::{
+    queue::{Awaits, Effect, InFlight, Portal, Shown},
     sending::Sending,
     server::{Known, Names},
     sql::Sql,
@@ -96,139 +98,70 @@ pub enum Passage {
 )]
 pub struct ClientStatements {
     texts: Arc<Texts>,
+    /// Those prepared by a Parse, as of the last answer.
     names: BTreeMap<Box<[u8]>, Named>,
     unnamed: Option<Arc<Prepared>>,
-    /// Names of statements that SQL has prepared.
+    /// Names of those prepared by an SQL PREPARE.
     by_sql: BTreeSet<Box<[u8]>>,
+    /// Bytes of the texts that it was the first to prepare.
     charge: usize,
     queue: VecDeque<InFlight>,
-    /// What the names are after the queue, where that differs; the unnamed statement has the empty name.
+    /// What names stand for once the queue is answered, where that differs. The unnamed statement has the empty name.
     latest: BTreeMap<Box<[u8]>, Latest>,
-    /// The last record that may forget any name.
+    /// The last message in flight after which any name may be gone.
     forgets_all: Option<u64>,
-    /// The last Bind whose statement changes names or settings by SQL.
+    /// The last portal of a statement that changes names or settings, bound or to be bound by a message in flight.
     portal: Option<Portal>,
-    /// The same of those that have succeeded.
+    /// The same as of the last answer, which an error returns to.
     bound: Option<Portal>,
     /// The statement of the last CommandComplete, if it concerns settings.
     completed: Option<Box<[u8]>>,
-    /// Of the connection that is this client's alone.
+    /// The number of the connection that no other client has had, where messages pass as they are.
     pub(super) exclusive: Option<u64>,
     next_id: u64,
+    /// The number of the unit that the next message belongs to.
     unit: u64,
-    /// The unit has begun.
+    /// Messages of that unit have been sent.
     is_open: bool,
-    /// A ParameterDescription of a Describe in flight.
+    /// The hash of the ParameterDescription that a RowDescription or NoData follows.
     parameters: u64,
+    /// The server discards everything up to a Sync, which the client has not sent yet.
     is_skipping: bool,
+    /// The server reads a COPY from the client.
     is_copying_in: bool,
+    /// That of the last ReadyForQuery.
     status: TransactionStatus,
+    /// Has prepared a text that is not kept; perhaps it has none any more.
     had_large: bool,
     /// A name may be recorded that the client does not have any more.
     has_lost_names: bool,
+    /// An answer fitted no message in flight.
     is_lost: bool,
 }
 
 #[derive(Clone, Debug)]
 struct Named {
     statement: Arc<Prepared>,
+    /// Its share of the client's.
     charge: usize,
 }
 
+/// What a name stands for once a message in flight is answered.
 #[derive(Debug)]
 struct Latest {
+    /// Of the message.
     id: u64,
     unit: u64,
+    /// `None` if it closes the statement.
     statement: Option<Arc<Prepared>>,
 }
 
-/// A portal by its name, and the statement that it executes.
-type Portal = Box<(Box<[u8]>, Sql)>;
-
-/// What a name is.
+/// What a name stands for, when the server reads the client's next message.
 enum Lookup {
     Present(Arc<Prepared>),
     Absent,
-    /// An earlier unit decides.
+    /// An earlier unit decides, which has not been answered.
     Uncertain,
-}
-
-/// A message in flight, or an answer in its place.
-#[derive(Debug)]
-struct InFlight {
-    id: u64,
-    unit: u64,
-    awaits: Awaits,
-    shown: Shown,
-    effect: Effect,
-    /// The statement that it names.
-    statement: Option<u64>,
-}
-
-#[derive(Debug)]
-enum Awaits {
-    Parse,
-    Bind,
-    Close,
-    /// Of a statement, for its description.
-    Describe(Option<Arc<Prepared>>),
-    Execute,
-    Sync,
-    Query,
-    CopyEnd,
-    /// Nothing: these messages are the answer.
-    Answer(BytesMut),
-}
-
-/// What the client gets of an answer.
-#[derive(Debug)]
-enum Shown {
-    All,
-    /// Errors only.
-    Errors,
-    /// Errors only, and these without a position in a text that is not the client's.
-    ErrorsOfPool,
-    /// This error, if the server reports that a statement does not exist.
-    Instead(BytesMut),
-}
-
-impl Shown {
-    /// What becomes of an answer that is no error.
-    fn passage(&self) -> Passage {
-        match self {
-            Self::All | Self::Instead(_) => Passage::Pass,
-            Self::Errors | Self::ErrorsOfPool => Passage::Drop,
-        }
-    }
-}
-
-/// What an answer changes.
-#[derive(Debug)]
-enum Effect {
-    None,
-    /// The server has a statement, if it was sent; the client has it by a name, if there is one.
-    Parsed {
-        statement: Arc<Prepared>,
-        name: Option<(Box<[u8]>, usize)>,
-        is_sent: bool,
-    },
-    /// The unnamed statement of the server, and of the client.
-    Unnamed {
-        statement: Option<Arc<Prepared>>,
-        is_sent: bool,
-        is_clients: bool,
-    },
-    Closed {
-        name: Box<[u8]>,
-        is_sent: bool,
-    },
-    Evicted(Box<Known>),
-    /// Of each CommandComplete in turn.
-    Sql(Vec<Option<Sql>>),
-    /// What a portal executes, if that is of interest.
-    Bound(Option<Portal>),
-    /// The description of a statement that was prepared anew.
-    Compared(Arc<Prepared>),
 }
 
 impl ClientStatements {
