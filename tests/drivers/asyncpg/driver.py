@@ -232,25 +232,25 @@ async def backend(conn):
     return await conn.fetchval("select pg_backend_pid()")
 
 
-async def wait_until_active(pid):
+async def asleep():
+    """The process that sleeps: a pool may run each transaction at another one."""
     watcher = await connect()
     deadline = time.monotonic() + WAIT
     try:
         while time.monotonic() < deadline:
-            row = await watcher.fetchrow("select state, wait_event from pg_stat_activity where pid = $1", pid)
-            if row and tuple(row) == ("active", "PgSleep"):
-                return
+            pid = await watcher.fetchval("select max(pid) from pg_stat_activity where state = 'active' and wait_event = 'PgSleep'")
+            if pid:
+                return pid
             await asyncio.sleep(0.02)
     finally:
         await watcher.close()
-    raise TimeoutError(f"backend {pid} never began to sleep")
+    raise TimeoutError("no backend began to sleep")
 
 
 async def cancel(conn):
-    pid = await backend(conn)
     began = time.monotonic()
     query = asyncio.ensure_future(conn.execute("select pg_sleep(60)"))
-    await wait_until_active(pid)
+    await asleep()
     query.cancel()
     try:
         await query
@@ -291,9 +291,8 @@ async def pool():
 async def ended():
     """The client receives the server's own error when its backend is terminated."""
     victim, killer = await connect(), await connect()
-    pid = await backend(victim)
     query = asyncio.ensure_future(victim.execute("select pg_sleep(60)"))
-    await wait_until_active(pid)
+    pid = await asleep()
     await killer.execute(f"select pg_terminate_backend({pid})")
     try:
         await query

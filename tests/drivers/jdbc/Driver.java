@@ -312,26 +312,27 @@ public class Driver {
         }
     }
 
-    private static void untilAsleep(int pid) throws Exception {
+    /** The process that sleeps: a pool may run each transaction at another one. */
+    private static int asleep() throws Exception {
         long end = System.nanoTime() + WAIT * 1_000_000_000L;
         try (Connection watcher = connect()) {
             while (System.nanoTime() < end) {
-                if ("PgSleep".equals(one(watcher, "select max(wait_event) from pg_stat_activity where state = 'active' and pid = " + pid))) {
-                    return;
+                String pid = one(watcher, "select max(pid) from pg_stat_activity where state = 'active' and wait_event = 'PgSleep'");
+                if (pid != null) {
+                    return Integer.parseInt(pid);
                 }
                 Thread.sleep(20);
             }
         }
-        throw new IllegalStateException("the backend never began to sleep");
+        throw new IllegalStateException("no backend began to sleep");
     }
 
     private static void cancel(Connection connection) throws Exception {
-        int pid = backend(connection);
         long began = System.nanoTime();
         var worker = Executors.newSingleThreadExecutor();
         try (Statement statement = connection.createStatement()) {
             var striker = worker.submit(() -> {
-                untilAsleep(pid);
+                asleep();
                 statement.cancel();
                 return null;
             });
@@ -417,11 +418,9 @@ public class Driver {
     /** The client receives the server's own error when its backend is terminated. */
     private static void ended() throws Exception {
         try (Connection victim = connect(); Connection killer = connect()) {
-            int pid = backend(victim);
             var worker = Executors.newSingleThreadExecutor();
             var striker = worker.submit(() -> {
-                untilAsleep(pid);
-                run(killer, "select pg_terminate_backend(" + pid + ")");
+                run(killer, "select pg_terminate_backend(" + asleep() + ")");
                 return null;
             });
             try {

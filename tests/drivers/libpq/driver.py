@@ -213,7 +213,8 @@ def ctrl_c():
     pid = terminal.until(r"pid (\d+)\r")[1]
     for attempt in range(2):
         terminal.type("select pg_sleep(60);\n")
-        watch = ["psql", "-X", "-A", "-t", "-c", f"select wait_event from pg_stat_activity where pid = {pid} and state = 'active'"]
+        # Whichever process it is: a pool may run each transaction at another one.
+        watch = ["psql", "-X", "-A", "-t", "-c", "select wait_event from pg_stat_activity where state = 'active' and wait_event = 'PgSleep'"]
         deadline = time.monotonic() + WAIT
         while subprocess.run(watch, capture_output=True, text=True, timeout=WAIT).stdout.strip() != "PgSleep":
             if time.monotonic() > deadline:

@@ -176,25 +176,25 @@ async function notices(client) {
   report('notices', seen);
 }
 
-async function untilAsleep(pid) {
-  await withClient({}, async (watcher) => {
+// The process that sleeps: a pool may run each transaction at another one.
+async function asleep() {
+  return withClient({}, async (watcher) => {
     for (const end = Date.now() + WAIT; Date.now() < end;) {
-      const { rows: [row] } = await watcher.query('select state, wait_event from pg_stat_activity where pid = $1', [pid]);
-      if (row?.state === 'active' && row.wait_event === 'PgSleep') return;
+      const pid = await value(watcher, "select max(pid) from pg_stat_activity where state = 'active' and wait_event = 'PgSleep'");
+      if (pid) return pid;
       await new Promise((resolve) => { setTimeout(resolve, 20); });
     }
-    throw new Error(`backend ${pid} never began to sleep`);
+    throw new Error('no backend began to sleep');
   });
 }
 
 async function cancel() {
   await withClient({}, async (client) => {
-    const pid = await backend(client);
     const began = Date.now();
     const query = new pg.Query('select pg_sleep(60)');
     const ended = new Promise((resolve) => { query.on('error', resolve); query.on('end', () => resolve(undefined)); });
     client.query(query);
-    await untilAsleep(pid);
+    await asleep();
     // node-postgres sends a CancelRequest from a client that was never connected.
     new pg.Client(config()).cancel(client, query);
     failure('cancel', await ended);
@@ -236,9 +236,8 @@ async function ended() {
   const victim = new pg.Client(config());
   victim.on('error', () => {});
   await victim.connect();
-  const pid = await backend(victim);
   const query = victim.query('select pg_sleep(60)').then(() => undefined, (error) => error);
-  await untilAsleep(pid);
+  const pid = await asleep();
   await withClient({}, (killer) => killer.query('select pg_terminate_backend($1)', [pid]));
   failure('ended', await query);
 }

@@ -249,16 +249,15 @@ def backend(conn):
 
 
 class Striker(threading.Thread):
-    """Does something to a backend once that is seen asleep; a failure of it is not lost."""
+    """Does something to the backend that is seen asleep, by its process id; a failure of it is not lost."""
 
-    def __init__(self, pid, strike):
+    def __init__(self, strike):
         super().__init__()
-        self.pid, self.strike, self.error = pid, strike, None
+        self.strike, self.error = strike, None
 
     def run(self):
         try:
-            wait_until_active(self.pid)
-            self.strike()
+            self.strike(asleep())
         except Exception as error:  # reported after the join
             self.error = error
 
@@ -268,20 +267,21 @@ class Striker(threading.Thread):
             raise self.error
 
 
-def wait_until_active(pid):
+def asleep():
+    """The process that sleeps: a pool may run each transaction at another one."""
     with connect(autocommit=True) as watcher:
         deadline = time.monotonic() + WAIT
         while time.monotonic() < deadline:
-            row = watcher.execute("select state, wait_event from pg_stat_activity where pid = %s", (pid,)).fetchone()
-            if row == ("active", "PgSleep"):
-                return
+            (pid,) = watcher.execute("select max(pid) from pg_stat_activity where state = 'active' and wait_event = 'PgSleep'").fetchone()
+            if pid:
+                return pid
             time.sleep(0.02)
-    raise TimeoutError(f"backend {pid} never began to sleep")
+    raise TimeoutError("no backend began to sleep")
 
 
 def cancel(conn):
     for key, how in (("cancel", "cancel"), ("cancel_safe", "cancel_safe")):
-        striker = Striker(backend(conn), getattr(conn, how))
+        striker = Striker(lambda _pid, how=how: getattr(conn, how)())
         began = time.monotonic()
         striker.start()
         try:
@@ -337,12 +337,11 @@ def results(conn):
 def ended():
     """The client receives the server's own error when its backend is terminated."""
     with connect(autocommit=True) as victim:
-        pid = backend(victim)
-
-        def strike():
+        def strike(pid):
             with connect(autocommit=True) as killer:
                 killer.execute("select pg_terminate_backend(%s)", (pid,))
-        striker = Striker(pid, strike)
+
+        striker = Striker(strike)
         striker.start()
         try:
             victim.execute("select pg_sleep(60)")

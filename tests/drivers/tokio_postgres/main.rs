@@ -161,20 +161,20 @@ impl Server {
         Ok((client, messages))
     }
 
-    /// Waits until the backend is seen asleep in `pg_sleep`.
-    async fn until_asleep(&mut self, pid: i32) -> anyhow::Result<()> {
+    /// The process that is seen asleep in `pg_sleep`: a pool may run each transaction at another one.
+    async fn asleep(&mut self) -> anyhow::Result<i32> {
         let (watcher, _messages) = self.connect().await?;
         let end = Instant::now() + WAIT;
         while Instant::now() < end {
             let row = watcher
-                .query_opt("select 1 from pg_stat_activity where pid = $1 and state = 'active' and wait_event = 'PgSleep'", &[&pid])
+                .query_opt("select pid from pg_stat_activity where state = 'active' and wait_event = 'PgSleep'", &[])
                 .await?;
-            if row.is_some() {
-                return Ok(());
+            if let Some(row) = row {
+                return Ok(row.get(0));
             }
             sleep(Duration::from_millis(20)).await;
         }
-        bail!("backend {pid} never began to sleep")
+        bail!("no backend began to sleep")
     }
 }
 
@@ -601,15 +601,11 @@ async fn results(client: &Client) -> anyhow::Result<()> {
 
 async fn cancel(server: &mut Server) -> anyhow::Result<()> {
     let (client, _messages) = server.connect().await?;
-    let pid: i32 = client
-        .query_one("select pg_backend_pid()", &[])
-        .await?
-        .get(0);
     let began = Instant::now();
     let token = client.cancel_token();
     let tls = server.tls.clone();
     let strike = async {
-        server.until_asleep(pid).await?;
+        server.asleep().await?;
         // This driver hangs up as soon as the request is written.
         token.cancel_query(tls).await.context("the cancel request")
     };
@@ -656,12 +652,8 @@ async fn notifications(server: &mut Server) -> anyhow::Result<()> {
 async fn ended(server: &mut Server) -> anyhow::Result<()> {
     let (victim, _messages) = server.connect().await?;
     let (killer, _more) = server.connect().await?;
-    let pid: i32 = victim
-        .query_one("select pg_backend_pid()", &[])
-        .await?
-        .get(0);
     let strike = async {
-        server.until_asleep(pid).await?;
+        let pid = server.asleep().await?;
         killer
             .query_one("select pg_terminate_backend($1)", &[&pid])
             .await
