@@ -91,6 +91,24 @@ impl Tokens<'_> {
         self.at += length.unwrap_or(rest.len());
     }
 
+    /// Skips a number, and the letters and digits that follow it.
+    fn number(&mut self, start: usize) {
+        let is_part = |byte| byte != b'$' && is_identifier(byte) || byte == b'.';
+        self.skip_while(is_part);
+        let text = self.text.get(start..self.at).unwrap_or_default();
+        let is_signed = matches!(self.byte(0), Some(b'+' | b'-'))
+            && self.byte(1).is_some_and(|it| it.is_ascii_digit());
+        // Not of `0xe+1`, which is a sum.
+        let is_decimal = |it: &u8| it.is_ascii_digit() || matches!(it, b'.' | b'_');
+        if is_signed
+            && let [digits @ .., b'e' | b'E'] = text
+            && digits.iter().all(is_decimal)
+        {
+            self.at += 1;
+            self.skip_while(is_part);
+        }
+    }
+
     fn skip_space(&mut self) {
         loop {
             match (self.byte(0), self.byte(1)) {
@@ -256,8 +274,10 @@ impl<'a> Iterator for Tokens<'a> {
             b'$' => self.dollar(),
             _ if is_identifier_start(first) => self.word(),
             // A letter behind a digit begins no literal: `1e'\''` is an error (since PostgreSQL 15).
-            _ if first.is_ascii_digit() => {
-                self.skip_while(|byte| byte != b'$' && is_identifier(byte) || byte == b'.');
+            _ if first.is_ascii_digit()
+                || first == b'.' && self.byte(1).is_some_and(|it| it.is_ascii_digit()) =>
+            {
+                self.number(start);
                 Kind::Number
             }
             symbol => {
@@ -562,6 +582,25 @@ mod tests {
         );
         assert_eq!(split("create table function (a int); begin; end").len(), 3);
         assert_eq!(split("select 1); select 2").len(), 2);
+    }
+
+    #[test]
+    fn the_sign_of_an_exponent_is_part_of_its_number() {
+        for (text, expected) in [
+            ("1.5e+1", &["1.5e+1"][..]),
+            ("1e-1,", &["1e-1", ","]),
+            ("1_0E+10x", &["1_0E+10x"]),
+            ("1e+", &["1e", "+"]),
+            ("1e + 1", &["1e", "+", "1"]),
+            (".25E-1", &[".25E-1"]),
+            ("a.b", &["a", ".", "b"]),
+            ("0xe+1", &["0xe", "+", "1"]),
+            ("1+1", &["1", "+", "1"]),
+        ] {
+            let found = tokens(text.as_bytes(), Backslash::Plain).map(|it| it.text);
+            let found: Vec<_> = found.map(|it| String::from_utf8_lossy(it)).collect();
+            assert_eq!(found, expected);
+        }
     }
 
     #[test]

@@ -16,7 +16,8 @@ use crate::harness::wire::Wire;
 
 const PROGRAMS: u64 = 60;
 
-const NAMES: [&str; 14] = [
+const NAMES: [&str; 15] = [
+    "random_page_cost",
     "work_mem",
     "search_path",
     "timezone",
@@ -33,7 +34,9 @@ const NAMES: [&str; 14] = [
     "role",
 ];
 
-const STATEMENTS: [&str; 48] = [
+const STATEMENTS: [&str; 50] = [
+    "set random_page_cost = 1.5e+1",
+    "set random_page_cost to .25E-1",
     "set work_mem = '7MB'",
     "SET SESSION work_mem TO 9000",
     "set local work_mem = '5MB'",
