@@ -7,9 +7,9 @@ use bytes::{Bytes, BytesMut};
 use super::{
     Used, local,
     request::{LeaseRequest, Wanted},
-    server::scope,
+    server::{scope, values},
     settings::{Pending, Settings},
-    statements::{ClientStatements, Texts},
+    statements::{ClientStatements, Scope, Texts},
 };
 use crate::{
     config::{PinSessions, PoolMode},
@@ -19,6 +19,7 @@ use crate::{
         reported::Reported,
         requests::TransactionStatus,
         traces::Traces,
+        words::add_words,
     },
     telemetry::labels::PinReason,
     upstream::{ConnectSettings, Upstream},
@@ -36,19 +37,23 @@ pub(crate) struct ClientState {
     pub(super) changes: Pending,
     /// What it has done.
     pub(super) traces: Traces,
-    /// Decides what the names in its statements mean, besides its settings.
-    pub(super) scope: u64,
+    /// By its login and its settings.
+    scope: Scope,
+    /// The scope for what it prepares now, if its transaction has another one.
+    pub(super) scope_of_transaction: Option<Scope>,
     /// Why it needs its connection until it leaves.
     pub(super) pin: Option<PinReason>,
     /// Reported at the end of its last transaction.
     pub(super) reported_pin: Option<PinReason>,
+    /// Reported settings that something else than a SET has changed: a function, or a reload of the server's configuration.
+    pub(super) unexplained: Vec<String>,
     /// A [verification](super::verify) has failed, and the client has sent nothing since.
     pub(super) is_verified: bool,
     /// Identifies it among the clients of the endpoint.
     pub(super) number: u64,
     /// It keeps its connection between two transactions, unless another client needs that.
     is_retaining: bool,
-    /// Is refused what would [pin](refusal) it.
+    /// Is refused what would [pin](super::refusal) it.
     pub(super) refuses_pins: bool,
 }
 
@@ -62,21 +67,49 @@ impl ClientState {
         pin_sessions: PinSessions,
     ) -> Self {
         let refuses_pins = mode == PoolMode::Transaction && pin_sessions == PinSessions::Refuse;
+        let mut traces = Traces::default();
+        for value in values(&login) {
+            traces.mentions(value.as_bytes());
+        }
         Self {
-            scope: scope(&login),
+            scope: scope(&login, &Settings::default()),
+            scope_of_transaction: None,
             login,
             reported,
             statements: ClientStatements::new(texts),
             settings: Settings::default(),
             changes: Pending::default(),
-            traces: Traces::default(),
+            traces,
             pin: None,
             reported_pin: None,
+            unexplained: Vec::new(),
             is_verified: false,
             number: texts.number(),
             is_retaining: mode == PoolMode::Auto,
             refuses_pins,
         }
+    }
+
+    /// It has set this.
+    pub(super) fn set(&mut self, settings: Settings) {
+        self.scope = scope(&self.login, &settings);
+        self.settings = settings;
+    }
+
+    /// The scope for what it prepares now, by a Parse of its own or of the pool's.
+    pub(super) fn scope(&mut self, is_own: bool) -> Scope {
+        // What `set_config` has set is not known.
+        let is_unknown = self.traces.has_set_config() && self.statements.is_in_transaction();
+        let number = || Scope::Once(self.statements.number());
+        if is_own && (is_unknown || self.statements.is_setting()) {
+            // Perhaps another one, once the server reads it.
+            return number();
+        }
+        if !is_unknown && !self.changes.is_of_scope() {
+            return self.scope;
+        }
+        // The same until a command may have changed it.
+        *self.scope_of_transaction.get_or_insert_with(number)
     }
 
     /// How it leaves a connection that it has kept.
@@ -91,10 +124,15 @@ impl ClientState {
 
     /// Whether a query may show that the client can part with its connection.
     pub(crate) fn is_suspect(&self) -> bool {
-        self.pin.is_none()
-            && !self.is_verified
-            && !self.statements.has_large()
-            && self.traces.is_suspect()
+        let is_suspect =
+            self.traces.is_suspect() || !self.unexplained.is_empty() && self.traces.pin().is_none();
+        self.pin.is_none() && !self.is_verified && !self.statements.has_large() && is_suspect
+    }
+
+    /// Why it needs its connection, unless that cannot be known.
+    pub(super) fn pin(&self) -> Option<PinReason> {
+        let unexplained = (!self.unexplained.is_empty()).then_some(PinReason::Settings);
+        self.pin.or_else(|| self.traces.pin()).or(unexplained)
     }
 
     /// What a query has shown of it.
@@ -102,13 +140,19 @@ impl ClientState {
         self.is_verified = !is_clean;
         if is_clean {
             self.reported_pin = None;
-            self.traces.verified(&self.statements.words());
+            self.unexplained.clear();
+            // It may do the same again by what it has prepared, or in a temporary schema that it has set.
+            let mut words = self.statements.words();
+            for text in self.settings.texts().chain(values(&self.login)) {
+                add_words(text.as_bytes(), &mut words);
+            }
+            self.traces.verified(&words);
         }
     }
 
     /// Whether nothing ties it to a connection.
     pub(super) fn is_free(&self) -> bool {
-        self.pin.is_none() && !self.changes.is_pending() && self.traces.pin().is_none()
+        self.pin().is_none() && !self.changes.is_pending()
     }
 
     /// Why it cannot part with its connection.
@@ -162,6 +206,10 @@ impl ClientState {
         }
         let ends_statements = resets.iter().any(|it| it.ends_statements());
         self.statements.forget_at_rest(ends_statements);
+        if !self.is_retaining && resets.iter().any(|it| it.resets_settings()) {
+            // To `pool_strict` it is another client from now on: what functions have left is not this one's any more.
+            self.number = self.statements.number();
+        }
         take_message(received, SMALL_MESSAGE_LIMIT).ok()?;
         Some(local::answer(&resets))
     }

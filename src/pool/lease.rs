@@ -413,7 +413,7 @@ impl Pool {
                             }
                             return Ok(self.leased(server, at_once));
                         }
-                        // Another connection would refuse it, too.
+                        // A new connection would refuse it, too.
                         Err(error) if error.is_of_statement() => return Err(error.refusal()),
                         // One that has ended is dropped, and the client still has its place in the queue.
                         Err(_) => {}
@@ -547,7 +547,15 @@ impl ServerConnection {
             // The watch may not have had its turn.
             server.take_input().await?;
             server.reset_for(wanted.client).await?;
-            server.adopt(wanted).await
+            let adopted = server.adopt(wanted).await;
+            match adopted {
+                // Perhaps for what another client has set, such as a `statement_timeout`, or cannot undo.
+                Err(error) if error.is_of_statement() && server.record.left_by.is_some() => {
+                    server.reset_after_others().await?;
+                    server.adopt(wanted).await
+                }
+                adopted => adopted,
+            }
         };
         if let Err(error) = adopted.await {
             if error.is_of_statement() {

@@ -62,6 +62,11 @@ impl Reset {
         matches!(self, Self::Statements | Self::Everything)
     }
 
+    /// Whether settings get the values of a new session.
+    pub(super) fn resets_settings(self) -> bool {
+        matches!(self, Self::Settings | Self::Everything)
+    }
+
     fn answer(self, out: &mut BytesMut) {
         let tag = match self {
             Self::Cursors => "CLOSE CURSOR ALL",

@@ -99,6 +99,14 @@ impl ServerConnection {
         if !is_strict || record.left_by.is_none() || record.left_by == client {
             return Ok(());
         }
+        self.reset_after_others().await
+    }
+
+    /// Makes the connection like a new one after clients that have parted with it between two transactions. Not cancel safe.
+    ///
+    /// # Errors
+    /// It must be closed.
+    pub(super) async fn reset_after_others(&mut self) -> Result<(), Unusable> {
         self.reset(Used::UNKNOWN).await.map_err(Unusable::NotReset)
     }
 
@@ -121,6 +129,7 @@ impl ServerConnection {
         }
         self.record.left_by = None;
         self.record.is_encoding_set = false;
+        self.record.reset_name();
         self.record.statements.clear();
         self.record.settings = Settings::default();
         let mut columns = last.into_iter();

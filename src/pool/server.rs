@@ -18,7 +18,12 @@ use tokio::{
     time::{Instant, timeout},
 };
 
-use super::{request::Wanted, settings::Settings, slot::Slot, statements::ServerStatements};
+use super::{
+    request::Wanted,
+    settings::Settings,
+    slot::Slot,
+    statements::{Scope, ServerStatements},
+};
 use crate::{
     net::{
         message::{ReadError, read_message, write_and_flush},
@@ -67,6 +72,8 @@ pub(super) struct Record {
     pub(super) left_by: Option<u64>,
     /// While it is idle: the client that gets it next, unless another needs it.
     pub(super) owner: Option<u64>,
+    /// The `application_name` in force, as the login or a SET of ours has it; `None` if neither has set one.
+    pub(super) name: Option<String>,
     /// A SET of ours has changed the client encoding since the login or the last reset.
     pub(super) is_encoding_set: bool,
     /// What its clients have set, in a mode that parts them from it between two transactions.
@@ -172,6 +179,7 @@ impl ServerConnection {
                 has_ended: false,
                 left_by: None,
                 owner: None,
+                name: application_name(&login).map(str::to_owned),
                 is_encoding_set: login.client_encoding.is_some(),
                 settings: Settings::default(),
                 statements: ServerStatements::new(max_statements),
@@ -235,6 +243,7 @@ impl ServerConnection {
         if let Some(sql) = self.record.adoption(wanted) {
             self.query(&sql, |_| {}).await?;
             self.record.settings = wanted.settings.clone();
+            self.record.name = application_name(&wanted.login).map(str::to_owned);
             self.record.is_encoding_set = wanted.login.client_encoding.is_some();
             if self.record.statements.has_foreign_names(wanted.exclusive) {
                 self.record.statements.share();
@@ -329,15 +338,17 @@ impl Record {
         // What the client has set itself stands above already.
         let is_set = |settings: &Settings, name| settings.names().any(|it| it == name);
         if !is_set(settings, APPLICATION_NAME) {
-            let wanted = application_name(login);
-            let own = application_name(&self.login).as_bytes();
-            let current = match self.reported.value(APPLICATION_NAME) {
+            let own = application_name(&self.login);
+            let current = if is_set(&self.settings, APPLICATION_NAME) {
                 // Of a client before, whose setting is reset above.
-                _ if is_set(&self.settings, APPLICATION_NAME) => own,
-                reported => reported.unwrap_or(own),
+                own
+            } else {
+                self.name.as_deref()
             };
-            if current != wanted.as_bytes() {
-                statements.push(set(APPLICATION_NAME, wanted));
+            match application_name(login) {
+                wanted if wanted == current => {}
+                None if own.is_none() => statements.push(format!("RESET {APPLICATION_NAME}")),
+                wanted => statements.push(set(APPLICATION_NAME, wanted.unwrap_or_default())),
             }
         }
         if !is_set(settings, CLIENT_ENCODING) {
@@ -357,6 +368,11 @@ impl Record {
             statements.push("DEALLOCATE ALL".to_owned());
         }
         (!statements.is_empty()).then(|| statements.join("; "))
+    }
+
+    /// After a RESET of what the login has set.
+    pub(super) fn reset_name(&mut self) {
+        self.name = application_name(&self.login).map(str::to_owned);
     }
 
     fn take_all_unrequested(&mut self) -> Result<(), Unusable> {
@@ -395,19 +411,29 @@ fn fixed(login: &LoginParameters) -> impl Iterator<Item = &(String, String)> {
     parameters.filter(|(name, _)| name != APPLICATION_NAME && name != CLIENT_ENCODING)
 }
 
-/// What decides, of a login, what the names in a statement mean.
-pub(super) fn scope(login: &LoginParameters) -> u64 {
+/// The values of the parameters that are fixed.
+pub(super) fn values(login: &LoginParameters) -> impl Iterator<Item = &String> {
+    fixed(login).map(|(_, value)| value)
+}
+
+/// What decides how a server reads the statements of a client that has set this since its login.
+pub(super) fn scope(login: &LoginParameters, settings: &Settings) -> Scope {
     let mut hasher = DefaultHasher::new();
     login.database.hash(&mut hasher);
     for parameter in fixed(login) {
         parameter.hash(&mut hasher);
     }
-    hasher.finish()
+    let encoding = login.client_encoding.as_ref();
+    encoding.map(|it| it.to_ascii_lowercase()).hash(&mut hasher);
+    for setting in settings.of_scope() {
+        setting.hash(&mut hasher);
+    }
+    Scope::Settings(hasher.finish())
 }
 
-/// Empty if the client sends none, as in PostgreSQL.
-fn application_name(login: &LoginParameters) -> &str {
-    let mut parameters = login.parameters.iter();
+/// What a login sets, if it sets one: the parameter of that name goes before what `options` has.
+fn application_name(login: &LoginParameters) -> Option<&str> {
+    let mut parameters = login.parameters.iter().chain(&login.folded);
     let parameter = parameters.find(|(name, _)| name == APPLICATION_NAME);
-    parameter.map_or("", |(_, value)| value)
+    parameter.map(|(_, value)| value.as_str())
 }

@@ -153,9 +153,15 @@ impl Settings {
             .map(String::as_str)
     }
 
-    /// What decides the meaning of names in statements.
-    pub(super) fn scope(&self) -> [Option<&str>; 2] {
-        [self.get(ROLE), self.get("search_path")]
+    /// The statements that set it.
+    pub(super) fn texts(&self) -> impl Iterator<Item = &String> {
+        self.entries().into_iter().flat_map(BTreeMap::values)
+    }
+
+    /// Those that may decide how a server reads a statement.
+    pub(super) fn of_scope(&self) -> impl Iterator<Item = (&String, &String)> {
+        let entries = self.entries().into_iter().flatten();
+        entries.filter(|(name, _)| change::is_of_scope(name))
     }
 
     /// The query that changes `self` into `wanted`; `None` if they are equal.
@@ -197,6 +203,8 @@ pub struct Pending {
     savepoints: Vec<(String, usize)>,
     /// A transaction block is open, which an error does not end.
     is_block: bool,
+    /// The transaction has changed a setting for itself that may decide how the server reads a statement.
+    is_local: bool,
 }
 
 impl Pending {
@@ -214,11 +222,15 @@ impl Pending {
         let text = || statement.ok_or(PinReason::Settings);
         match command {
             Command::Set | Command::Reset => {
-                self.changes.extend(change::of(text()?, dialect)?);
+                let text = text()?;
+                self.is_local |= change::is_local_of_scope(text);
+                self.changes.extend(change::of(text, dialect)?);
             }
+            // It commits at once, also within a pipeline whose later statements fail.
             Command::Discard(Discard::All) => {
+                self.committed.append(&mut self.changes);
                 let name = ROLE.to_owned();
-                self.changes
+                self.committed
                     .extend([Change::ResetAll, Change::Reset { name }]);
             }
             Command::Begin => self.is_block = true,
@@ -261,6 +273,12 @@ impl Pending {
         !self.changes.is_empty() || !self.committed.is_empty()
     }
 
+    /// Whether the transaction has settings of its own that may decide how the server reads a statement.
+    pub(super) fn is_of_scope(&self) -> bool {
+        let mut changes = self.changes.iter().chain(&self.committed);
+        self.is_local || changes.any(Change::is_of_scope)
+    }
+
     /// Records an ErrorResponse.
     pub fn fail(&mut self) {
         // Without a block, all since the last Sync or in the same query is one transaction.
@@ -287,6 +305,7 @@ impl Pending {
     fn end(&mut self, is_chained: bool) {
         self.savepoints.clear();
         self.is_block = is_chained;
+        self.is_local = false;
     }
 
     /// The innermost savepoint of that name.

@@ -6,7 +6,6 @@
 mod partial;
 
 use std::{
-    hash::{DefaultHasher, Hash, Hasher},
     io,
     pin::Pin,
     sync::{Arc, atomic::Ordering},
@@ -75,6 +74,8 @@ pub(crate) struct SharedStream<'a> {
     has_served: bool,
     /// The client's next request waits for another connection.
     is_yielding: bool,
+    /// No request does any more.
+    stays: bool,
     /// The client has reset what its login set: the next lease sets that again.
     is_reset: bool,
     /// The client is at rest, and keeps the connection.
@@ -106,6 +107,7 @@ impl<'a> SharedStream<'a> {
             has_ended: false,
             has_served: false,
             is_yielding: false,
+            stays: false,
             is_reset: false,
             is_kept: false,
         }
@@ -147,7 +149,7 @@ impl<'a> SharedStream<'a> {
         } else if self.client.statements.has_large() {
             Some(PinReason::LargeStatement)
         } else {
-            self.client.pin.or_else(|| self.client.traces.pin())
+            self.client.pin()
         }
     }
 
@@ -167,6 +169,12 @@ impl<'a> SharedStream<'a> {
     /// Whether the connection is to be another client's, although this one has sent its next request already.
     pub(crate) fn is_yielding(&self) -> bool {
         self.is_yielding
+    }
+
+    /// The client has left, and what it has sent is sent to this connection, although others wait for one.
+    pub(crate) fn stay(&mut self) {
+        self.is_yielding = false;
+        self.stays = true;
     }
 
     /// Whether the client, at rest, keeps the connection. Wakes the task when it no longer does.
@@ -235,7 +243,10 @@ impl<'a> SharedStream<'a> {
             return true;
         }
         // One request at least, as it has waited for this connection.
-        if !self.has_served || !self.record.slot.pool().is_short.load(Ordering::Relaxed) {
+        if self.stays
+            || !self.has_served
+            || !self.record.slot.pool().is_short.load(Ordering::Relaxed)
+        {
             return false;
         }
         self.is_yielding = in_flight == 0 && statements.is_idle() && self.pin().is_none();
@@ -251,19 +262,9 @@ impl<'a> SharedStream<'a> {
         self.from_client.is_lost || self.from_server.is_lost || self.client.statements.is_lost()
     }
 
-    fn meaning(&self, tag: u8) -> Meaning {
-        let client = &self.client;
-        let mut scope = client.scope;
-        if client.changes.is_pending() || tag == tag::PARSE && client.statements.is_setting() {
-            // Perhaps a setting that decides it, and only for now.
-            scope = self.record.slot.pool().texts.number();
-        } else if client.settings != Settings::default() {
-            let mut hasher = DefaultHasher::new();
-            (scope, client.settings.scope()).hash(&mut hasher);
-            scope = hasher.finish();
-        }
+    fn meaning(&mut self, tag: u8) -> Meaning {
         Meaning {
-            scope,
+            scope: self.client.scope(tag == tag::PARSE),
             epoch: self.record.slot.pool().epoch.load(Ordering::Relaxed),
         }
     }
@@ -496,6 +497,7 @@ impl<'a> SharedStream<'a> {
     /// Follows the session by a command that the server has completed.
     fn follow_command(&mut self, command: Command) {
         self.client.traces.completed(command);
+        self.client.scope_of_transaction = None;
         let text = self.client.statements.take_completed();
         if matches!(command, Command::Other | Command::Definition) {
             return;
@@ -522,6 +524,10 @@ impl<'a> SharedStream<'a> {
             }
             tag::ERROR_RESPONSE => self.client.changes.fail(),
             tag::READY_FOR_QUERY => {
+                // At once, as texts are read differently within the transaction, too.
+                if !self.reported.is_empty() && self.reports("standard_conforming_strings", "off") {
+                    self.learned(Err(PinReason::Unparsed));
+                }
                 self.has_served = true;
                 let status =
                     TransactionStatus::from_byte(body.first().copied().unwrap_or_default());
@@ -529,7 +535,11 @@ impl<'a> SharedStream<'a> {
                 if !changes.is_empty() {
                     self.apply(&changes);
                     let login = &self.client.login;
-                    self.is_reset |= changes.iter().any(Change::is_reset_of_login)
+                    let is_reset = changes.iter().any(Change::is_reset_of_login);
+                    if is_reset {
+                        self.record.reset_name();
+                    }
+                    self.is_reset |= is_reset
                         && (login.client_encoding.is_some() || !self.record.resets_to(login));
                 }
                 if status == TransactionStatus::Idle && !self.reported.is_empty() {
@@ -547,7 +557,7 @@ impl<'a> SharedStream<'a> {
         let server = table.apply(&self.record.settings, &none, changes);
         let applied = match (client, server) {
             (Ok(client), Ok(server)) => {
-                self.client.settings = client;
+                self.client.set(client);
                 self.record.settings = server;
                 Ok(())
             }
@@ -556,7 +566,7 @@ impl<'a> SharedStream<'a> {
         self.learned(applied);
     }
 
-    /// Pins a client one of whose settings has been changed by something else than a SET, such as a function.
+    /// Suspects a client one of whose settings has been changed by something else than a SET.
     fn check_reported(&mut self, changes: &[Change]) {
         for (name, before) in std::mem::take(&mut self.reported) {
             let setting = name.to_ascii_lowercase();
@@ -564,14 +574,17 @@ impl<'a> SharedStream<'a> {
                 || changes.iter().any(|change| change.concerns(&setting))
                 // By the server.
                 || setting == "in_hot_standby";
-            if !is_explained {
+            if is_explained {
+                continue;
+            }
+            if self.client.settings.names().any(|it| it == setting) {
+                // The server would show the same for what it has set itself.
                 self.learned(Err(PinReason::Settings));
+            } else if !self.client.unexplained.contains(&name) {
+                self.client.unexplained.push(name);
             }
         }
         self.client.reported = self.record.reported.frames();
-        if self.reports("standard_conforming_strings", "off") {
-            self.learned(Err(PinReason::Unparsed));
-        }
         let encoding = self.record.reported.value(CLIENT_ENCODING);
         if !is_ascii_safe(&String::from_utf8_lossy(encoding.unwrap_or_default())) {
             self.learned(Err(PinReason::Encoding));

@@ -34,7 +34,7 @@ use self::{
 };
 pub use self::{
     server::ServerStatements,
-    text::{Meaning, Prepared, Texts},
+    text::{Meaning, Prepared, Scope, Texts},
 };
 use crate::protocol::{
     error::{ErrorFields, Report, sqlstate},
@@ -252,6 +252,16 @@ impl ClientStatements {
         self.status == TransactionStatus::Idle
     }
 
+    /// Whether a transaction is open, if only that of a request in flight.
+    pub(super) fn is_in_transaction(&self) -> bool {
+        !self.is_idle() || self.is_open || !self.queue.is_empty()
+    }
+
+    /// A number that is never used again.
+    pub(super) fn number(&self) -> u64 {
+        self.texts.number()
+    }
+
     /// Whether a statement in flight changes settings.
     pub(super) fn is_setting(&self) -> bool {
         let mut queue = self.queue.iter();
@@ -343,8 +353,9 @@ impl ClientStatements {
             client: self,
             server,
             out: to_server,
+            meaning,
         };
-        let sent = sending.message(message, meaning)?;
+        let sent = sending.message(message)?;
         self.answer(server, to_client);
         Ok(sent)
     }
@@ -397,6 +408,7 @@ impl ClientStatements {
             client: self,
             server,
             out: to_server,
+            meaning: Meaning::default(),
         };
         match tag {
             tag::QUERY | tag::FUNCTION_CALL => sending.poison_query(report),

@@ -130,7 +130,8 @@ async fn of_clients_that_come_at_once_the_one_on_the_runtime_of_a_connection_get
         pool.enter(&wanted())
     };
     let at_once = [(); 3].map(|()| pool.enter(&wanted()));
-    tokio::time::advance(2 * AT_ONCE).await;
+    // Far enough for the clock of the other runtime, which is not paused.
+    tokio::time::advance(AT_ONCE + Duration::from_mins(1)).await;
     let later = pool.enter(&wanted());
     for waiting in at_once {
         connection.put_back();
@@ -288,6 +289,54 @@ async fn a_request_that_is_sent_after_all_keeps_its_connection() {
     }
 }
 
+/// A row of columns of one character.
+fn row(columns: &[&str]) -> Vec<u8> {
+    let mut body = u16::try_from(columns.len()).unwrap().to_be_bytes().to_vec();
+    for column in columns {
+        body.extend(1_u32.to_be_bytes());
+        body.extend(column.as_bytes());
+    }
+    frame(b'D', &body)
+}
+
+/// A reload of the server's configuration changes it in all sessions.
+#[tokio::test]
+async fn a_setting_that_no_set_has_changed_pins_only_if_it_is_the_sessions_own() {
+    for is_own in [false, true] {
+        let (pools, pool) = pool();
+        let (connection, mut server) = pool.connection().await;
+        let mut client = ClientState::new(
+            login(),
+            Bytes::new(),
+            &pools.texts,
+            PoolMode::Transaction,
+            PinSessions::Pin,
+        );
+        let mut lease = pool.leased(connection, PoolLease::Idle).lease;
+        let mut shared = lease.share(&mut client).unwrap();
+        shared.write_all(&frame(b'Q', b"select 1\0")).await.unwrap();
+        let answer = [
+            frame(b'C', b"SELECT 1\0"),
+            frame(b'S', b"IntervalStyle\0iso_8601\0"),
+            frame(b'Z', b"I"),
+        ]
+        .concat();
+        server.write_all(&answer).await.unwrap();
+        let mut received = vec![0; answer.len()];
+        shared.read_exact(&mut received).await.unwrap();
+        assert!(client.is_suspect());
+        let row = row(&["0", "0", "0", "0", if is_own { "1" } else { "0" }]);
+        server
+            .write_all(&[row, frame(b'Z', b"I")].concat())
+            .await
+            .unwrap();
+        let verified = lease.verify(&mut client).await.unwrap();
+        assert_eq!(matches!(verified, Verified::Clean(_)), !is_own);
+        assert_eq!(client.pin(), is_own.then_some(PinReason::Settings));
+        assert!(!client.is_suspect());
+    }
+}
+
 /// By a timeout of the client's own, for example.
 #[tokio::test]
 async fn a_verification_that_fails_leaves_the_client_its_connection() {
@@ -300,17 +349,13 @@ async fn a_verification_that_fails_leaves_the_client_its_connection() {
         PoolMode::Transaction,
         PinSessions::Pin,
     );
-    let row = |temporary: &str| {
-        let columns = ["0", "0", "0", temporary];
-        let columns = columns.map(|it| [&1_u32.to_be_bytes()[..], it.as_bytes()].concat());
-        frame(
-            b'D',
-            &[&4_u16.to_be_bytes()[..], &columns.concat()].concat(),
-        )
-    };
     let error = "SERROR\0C57014\0Mcanceling statement due to statement timeout\0\0";
     let error = frame(b'E', error.as_bytes());
-    for (answer, is_clean) in [(error, false), (row("1"), false), (row("0"), true)] {
+    for (answer, is_clean) in [
+        (error, false),
+        (row(&["0", "0", "0", "1"]), false),
+        (row(&["0"; 4]), true),
+    ] {
         let answer = [answer, frame(b'Z', b"I")].concat();
         server.write_all(&answer).await.unwrap();
         assert_eq!(connection.verify(&mut client).await.unwrap(), is_clean);

@@ -3,27 +3,40 @@
 //! A watched word pins a client although it may only have been a column's name, or the lock may be released and the
 //! temporary table dropped. Once another client waits, one query shows that.
 
+use std::borrow::Cow;
+
 use super::{
     client::ClientState,
     reset::columns,
     server::{ServerConnection, Unusable},
 };
-use crate::telemetry::labels::PoolVerification;
+use crate::{protocol::options::literal, telemetry::labels::PoolVerification};
 
 /// Counts what a client has: statements prepared by SQL, cursors outside a transaction, advisory locks of the session, and
 /// objects in the temporary schema. Names are qualified, as the client may have changed `search_path`.
-const VERIFICATION: &str = "SELECT \
+///
+/// In a transaction that waits for no other, whatever the client has made the default.
+const VERIFICATION: &str = "SET TRANSACTION ISOLATION LEVEL READ COMMITTED; SELECT \
     (SELECT pg_catalog.count(*) FROM pg_catalog.pg_prepared_statements WHERE from_sql), \
     (SELECT pg_catalog.count(*) FROM pg_catalog.pg_cursors), \
     (SELECT pg_catalog.count(*) FROM pg_catalog.pg_locks WHERE locktype OPERATOR(pg_catalog.=) 'advisory' \
         AND pid OPERATOR(pg_catalog.=) pg_catalog.pg_backend_pid()), \
-    CASE WHEN pg_catalog.pg_my_temp_schema() OPERATOR(pg_catalog.=) '0' THEN '0' ELSE \
-        (SELECT pg_catalog.count(*) FROM pg_catalog.pg_class \
-            WHERE relnamespace OPERATOR(pg_catalog.=) pg_catalog.pg_my_temp_schema()) OPERATOR(pg_catalog.+) \
-        (SELECT pg_catalog.count(*) FROM pg_catalog.pg_proc \
-            WHERE pronamespace OPERATOR(pg_catalog.=) pg_catalog.pg_my_temp_schema()) OPERATOR(pg_catalog.+) \
-        (SELECT pg_catalog.count(*) FROM pg_catalog.pg_type \
-            WHERE typnamespace OPERATOR(pg_catalog.=) pg_catalog.pg_my_temp_schema()) END";
+    (SELECT pg_catalog.count(*) FROM pg_catalog.pg_depend WHERE refclassid OPERATOR(pg_catalog.=) '2615' \
+        AND refobjid OPERATOR(pg_catalog.=) pg_catalog.pg_my_temp_schema())";
+
+/// The query for a client. Of settings that something else than a SET has changed, it counts those that are the session's own.
+fn verification(unexplained: &[String]) -> Cow<'static, str> {
+    if unexplained.is_empty() {
+        return VERIFICATION.into();
+    }
+    let names = unexplained.iter().map(|name| literal(name));
+    let names = names.collect::<Vec<_>>().join(", ");
+    format!(
+        "{VERIFICATION}, (SELECT pg_catalog.count(*) FROM pg_catalog.pg_settings \
+            WHERE source OPERATOR(pg_catalog.=) 'session' AND name IN ({names}))"
+    )
+    .into()
+}
 
 impl ServerConnection {
     /// Whether the client has nothing that the query would show. Not cancel safe.
@@ -32,7 +45,8 @@ impl ServerConnection {
     /// The connection is of no use any more.
     pub(super) async fn verify(&mut self, client: &mut ClientState) -> Result<bool, Unusable> {
         let mut is_clean = false;
-        let verified = self.query(VERIFICATION, |row| {
+        let sql = verification(&client.unexplained);
+        let verified = self.query(&sql, |row| {
             let mut columns = columns(row).into_iter();
             is_clean = columns.all(|value| value.as_deref() == Some(b"0"));
         });

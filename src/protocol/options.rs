@@ -149,8 +149,13 @@ pub(crate) fn is_same_encoding(a: &str, b: &str) -> bool {
 
 /// A SET command. The value is an escape string, which means the same whatever `standard_conforming_strings` is.
 pub(crate) fn set(parameter: &str, value: &str) -> String {
+    format!("SET {parameter} TO {}", literal(value))
+}
+
+/// A string as SQL has it, whatever `standard_conforming_strings` is.
+pub(crate) fn literal(value: &str) -> String {
     let quoted = value.replace('\\', "\\\\").replace('\'', "''");
-    format!("SET {parameter} TO E'{quoted}'")
+    format!("E'{quoted}'")
 }
 
 fn fold(options: &mut String, name: &str, value: &str) {

@@ -8,7 +8,7 @@ use super::{
     frame::{Part, Scanner, Seen, split_string, tag, until_zero},
     lexer::{Backslash, Kind, Statement, statements},
     tag::Command,
-    words::{Search, Verdict, Word, Words, verdict},
+    words::{Search, Verdict, Word, Words, add_words, verdict},
 };
 use crate::telemetry::labels::PinReason;
 
@@ -94,6 +94,11 @@ impl Traces {
         !is_ruined && !is_hidden && !kept.iter().any(|word| self.words[*word])
     }
 
+    /// Whether the client has sent a text that mentions `set_config`.
+    pub(crate) fn has_set_config(&self) -> bool {
+        self.words[Word::SetConfig]
+    }
+
     /// Whether the client has sent what the server answers by no rule.
     pub(crate) fn is_malformed(&self) -> bool {
         self.found[Trace::Malformed]
@@ -166,6 +171,11 @@ impl Traces {
         ];
         let mut found = reasons.into_iter().filter(|(is_found, _)| *is_found);
         found.next().map(|(_, reason)| reason)
+    }
+
+    /// Reads what the session has been given with its login.
+    pub(crate) fn mentions(&mut self, text: &[u8]) {
+        add_words(text, &mut self.words);
     }
 
     /// Reads what the client sends.

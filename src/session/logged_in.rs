@@ -281,14 +281,21 @@ impl LoggedIn<'_> {
 
     /// Refuses the request at the front of what the client has sent; `false` if that ends the session.
     async fn refuse<S: Transport>(&self, client: &mut Client<S>, report: &Report) -> bool {
-        tracing::warn!(
-            session = self.session.id,
-            sqlstate = report.sqlstate,
-            detail = report.detail,
-            hint = report.hint,
-            "request refused: {}",
-            report.message
-        );
+        let (session, sqlstate) = (self.session.id, &report.sqlstate);
+        let hint = report.hint.as_deref();
+        if ["22", "42"].iter().any(|class| sqlstate.starts_with(class)) {
+            // The server's, of a setting of the client's that is not set again; it may quote the value.
+            tracing::warn!(session, sqlstate, "request refused");
+        } else {
+            let (detail, message) = (report.detail.as_deref(), &report.message);
+            tracing::warn!(
+                session,
+                sqlstate,
+                detail,
+                hint,
+                "request refused: {message}"
+            );
+        }
         if !take_request(&mut client.received) {
             // The rest of it would be taken for another.
             client.finish(&report.encode_fatal()).await;

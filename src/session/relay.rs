@@ -120,6 +120,9 @@ pub(super) trait ServerStream: Transport {
         false
     }
 
+    /// The session goes on with this connection to its end, although others wait for one.
+    fn stay(&mut self) {}
+
     /// The front of what was written and has not reached the server.
     fn take_unsent(&mut self) -> BytesMut {
         BytesMut::new()
@@ -152,6 +155,10 @@ impl ServerStream for SharedStream<'_> {
 
     fn is_yielding(&self) -> bool {
         SharedStream::is_yielding(self)
+    }
+
+    fn stay(&mut self) {
+        SharedStream::stay(self);
     }
 
     fn take_unsent(&mut self) -> BytesMut {
@@ -365,6 +372,11 @@ impl<'a, C: Transport, U: ServerStream> Relay<'a, C, U> {
         activity.record((&self.requests).into(), sent, received, now);
         // After both directions, so that a query that has just arrived is served and not cut off as idle.
         self.apply(phase);
+        if self.server.is_yielding() && self.to_server.state != PipeState::Open {
+            // The client has left: nothing would go on with another connection and send what is left.
+            self.server.stay();
+            cx.waker().wake_by_ref();
+        }
         if self.keeps_server && self.end.is_none() && self.parts(cx) {
             return Poll::Ready(End::Rest);
         }

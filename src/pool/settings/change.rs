@@ -44,6 +44,16 @@ impl Change {
         }
     }
 
+    /// Whether it may decide how the server reads a statement.
+    pub(super) fn is_of_scope(&self) -> bool {
+        match self {
+            Self::ResetAll => true,
+            Self::Set { name, .. } | Self::Add { name, .. } | Self::Reset { name } => {
+                is_of_scope(name)
+            }
+        }
+    }
+
     /// Whether it changes this setting, by its name in lower case.
     pub(crate) fn concerns(&self, setting: &str) -> bool {
         match self {
@@ -63,6 +73,31 @@ pub struct Dialect {
     pub backslash: Backslash,
     /// Whether `client_encoding` is UTF-8.
     pub is_utf8: bool,
+}
+
+/// Whether a setting may decide how a server reads a statement when that is prepared. Few certainly do not, which clients set
+/// often; of any other, only equal values have equal texts be one statement.
+pub(super) fn is_of_scope(name: &str) -> bool {
+    let is_other = name.contains('.')
+        || name.ends_with("_timeout")
+        || name.starts_with("default_transaction_")
+        || name.starts_with("log_")
+        || matches!(
+            name,
+            "application_name" | "client_min_messages" | "synchronous_commit" | "work_mem"
+        );
+    !is_other
+}
+
+/// Whether a SET is of its transaction alone, and of a setting that may decide how a server reads a statement.
+pub(super) fn is_local_of_scope(statement: &Statement<'_>) -> bool {
+    let tokens: Vec<Token<'_>> = statement.tokens().collect();
+    match &tokens[..] {
+        [set, local, rest @ ..] if set.is_word("set") && local.is_word("local") => {
+            name(rest).map_or(true, |(name, _)| is_of_scope(&name))
+        }
+        _ => false,
+    }
 }
 
 /// Whether SET changes a part of the value: the style, or the order of day and month.

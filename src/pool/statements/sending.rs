@@ -9,8 +9,8 @@ use bytes::BytesMut;
 
 use super::{
     Awaits, Blocked, ClientMessage, ClientStatements, Effect, InFlight, LARGE_STATEMENT, Latest,
-    Lookup, MAX_CHARGE, MAX_NAMES, Meaning, POISON, Prepared, Sent, ServerStatements, Shown, Sql,
-    put, shared_name,
+    Lookup, MAX_CHARGE, MAX_NAMES, Meaning, POISON, Prepared, Scope, Sent, ServerStatements, Shown,
+    Sql, put, shared_name,
 };
 use crate::protocol::{
     error::{Report, sqlstate},
@@ -23,6 +23,8 @@ pub(super) struct Sending<'a> {
     pub(super) client: &'a mut ClientStatements,
     pub(super) server: &'a mut ServerStatements,
     pub(super) out: &'a mut BytesMut,
+    /// Of what is prepared now.
+    pub(super) meaning: Meaning,
 }
 
 /// A statement of the client that the server has.
@@ -33,11 +35,7 @@ struct Resolved {
 }
 
 impl Sending<'_> {
-    pub(super) fn message(
-        &mut self,
-        message: ClientMessage<'_>,
-        meaning: Meaning,
-    ) -> Result<Sent, Blocked> {
+    pub(super) fn message(&mut self, message: ClientMessage<'_>) -> Result<Sent, Blocked> {
         let ClientMessage { tag, body, .. } = message;
         match tag {
             tag::PARSE => {
@@ -48,7 +46,7 @@ impl Sending<'_> {
                     self.parse_unnamed(message, rest);
                     Ok(Sent::Unchanged)
                 } else {
-                    self.parse(message, name, rest, meaning)
+                    self.parse(message, name, rest)
                 }
             }
             tag::BIND => {
@@ -59,12 +57,12 @@ impl Sending<'_> {
                     return Ok(Sent::Unchanged);
                 };
                 let head = body.len() - rest.len();
-                self.bind(message, portal, name, head, meaning)
+                self.bind(message, portal, name, head)
             }
             tag::DESCRIBE if body.first() == Some(&b'S') => {
                 let name = split_string(body.get(1..).unwrap_or_default());
                 let (name, _) = name.unwrap_or_default();
-                self.describe(message, name, meaning)
+                self.describe(message, name)
             }
             tag::CLOSE if body.first() == Some(&b'S') => {
                 let name = split_string(body.get(1..).unwrap_or_default());
@@ -214,7 +212,6 @@ impl Sending<'_> {
         message: ClientMessage<'_>,
         name: &[u8],
         rest: &[u8],
-        meaning: Meaning,
     ) -> Result<Sent, Blocked> {
         let is_exclusive = self.server.is_exclusive();
         let found = match self.client.lookup(name) {
@@ -229,7 +226,7 @@ impl Sending<'_> {
             }
             return Ok(self.parse_large(message, name));
         }
-        let interned = self.client.texts.intern(rest, meaning);
+        let interned = self.client.texts.intern(rest, self.meaning);
         let interned = interned.filter(|(_, is_new)| {
             let charge = if *is_new { rest.len() } else { 0 };
             self.client.names.len() < MAX_NAMES && self.client.charge + charge <= MAX_CHARGE
@@ -252,7 +249,8 @@ impl Sending<'_> {
         if is_exclusive {
             let is_sent = !self.server.known.contains_key(&number);
             if is_sent {
-                self.server.add(&statement, name, self.client.unit);
+                let unit = self.client.unit;
+                self.server.add(&statement, name, unit, self.meaning.scope);
             }
             count(&self.client.texts.sent);
             self.record(Awaits::Parse, Shown::All, parsed(statement, is_sent));
@@ -275,7 +273,10 @@ impl Sending<'_> {
         let is_answered = match self.server.known.get(&number) {
             Some(_) if self.client.has_earlier_unit() => return Err(Blocked),
             // What fails before it skips both.
-            Some(known) => known.pending.is_some() || !known.is_stale && !is_failed,
+            Some(known) => {
+                known.pending.is_some()
+                    || !known.is_stale && !is_failed && known.scope == self.meaning.scope
+            }
             None => false,
         };
         if is_answered || !self.send_parse(&statement, Shown::All)? {
@@ -316,7 +317,9 @@ impl Sending<'_> {
             &[server_name, b"\0"],
             message.length - head,
         );
-        self.server.add(&statement, server_name, self.client.unit);
+        let unit = self.client.unit;
+        let scope = statement.meaning.scope;
+        self.server.add(&statement, server_name, unit, scope);
         let effect = Effect::Parsed {
             statement,
             name: Some((name.into(), 0)),
@@ -353,7 +356,14 @@ impl Sending<'_> {
         }
         let name = shared_name(statement.number);
         put(self.out, tag::PARSE, &[&name, b"\0", &statement.body], 0);
-        self.server.add(statement, &name, self.client.unit);
+        let scope = if self.client.is_setting() {
+            // Perhaps another one, once the server reads this.
+            Scope::Once(self.client.texts.number())
+        } else {
+            self.meaning.scope
+        };
+        let unit = self.client.unit;
+        self.server.add(statement, &name, unit, scope);
         let effect = Effect::Parsed {
             statement: Arc::clone(statement),
             name: None,
@@ -368,10 +378,20 @@ impl Sending<'_> {
         if self.server.is_uncertain(statement.number, self.client.unit) {
             return Err(Blocked);
         }
-        if !self.server.known.contains_key(&statement.number) {
+        if !self.has(statement) {
             self.send_parse(statement, Shown::ErrorsOfPool)?;
         }
         Ok(())
+    }
+
+    /// Whether the server has a statement of the client's as the client has prepared it, or as it would be prepared now.
+    fn has(&self, statement: &Prepared) -> bool {
+        let known = self.server.known.get(&statement.number);
+        known.is_some_and(|known| match statement.meaning.scope {
+            // It is no other client's.
+            Scope::Once(_) => true,
+            scope @ Scope::Settings(_) => known.scope == scope || known.scope == self.meaning.scope,
+        })
     }
 
     /// Ends what was added before the first message of a unit: a Parse takes a snapshot, which the client's messages may not,
@@ -389,7 +409,7 @@ impl Sending<'_> {
     }
 
     /// What the server knows a statement by; `None` if the error is on its way.
-    fn resolve(&mut self, name: &[u8], meaning: Meaning) -> Result<Option<Resolved>, Blocked> {
+    fn resolve(&mut self, name: &[u8]) -> Result<Option<Resolved>, Blocked> {
         let statement = match self.client.lookup(name) {
             Lookup::Uncertain => return Err(Blocked),
             Lookup::Present(statement) => statement,
@@ -434,10 +454,13 @@ impl Sending<'_> {
                 statement,
             }));
         }
-        let is_known = self.server.known.contains_key(&statement.number);
+        let is_compared = |it: &InFlight| matches!(&it.effect, Effect::Compared(it) if it.number == statement.number);
+        if self.client.queue.iter().any(is_compared) {
+            return Err(Blocked);
+        }
         let is_described = statement.description.get().is_some();
-        if !is_known && is_described && statement.meaning.epoch != meaning.epoch {
-            // A definition since may have changed what it returns, which the client does not expect.
+        if !self.has(&statement) && is_described && statement.meaning != self.meaning {
+            // A definition or a setting since may have changed what it returns, which the client does not expect.
             self.ensure(&statement)?;
             let name = self.name(&statement);
             put(self.out, tag::DESCRIBE, &[b"S", &name, b"\0"], 0);
@@ -446,10 +469,6 @@ impl Sending<'_> {
             let effect = Effect::Compared(statement);
             self.record_use(awaits, Shown::ErrorsOfPool, effect, number);
             put(self.out, tag::FLUSH, &[], 0);
-            return Err(Blocked);
-        }
-        let is_compared = |it: &InFlight| matches!(&it.effect, Effect::Compared(it) if it.number == statement.number);
-        if self.client.queue.iter().any(is_compared) {
             return Err(Blocked);
         }
         if self
@@ -493,7 +512,6 @@ impl Sending<'_> {
         portal: &[u8],
         name: &[u8],
         head: usize,
-        meaning: Meaning,
     ) -> Result<Sent, Blocked> {
         if self.server.is_exclusive() && !self.lacks_unnamed(name) {
             let statement = match self.client.lookup(name) {
@@ -507,7 +525,7 @@ impl Sending<'_> {
             self.record_use(Awaits::Bind, Shown::All, effect, number);
             return Ok(Sent::Unchanged);
         }
-        let Some(resolved) = self.resolve(name, meaning)? else {
+        let Some(resolved) = self.resolve(name)? else {
             return Ok(Sent::Rest(message.length));
         };
         let Resolved {
@@ -540,12 +558,7 @@ impl Sending<'_> {
         Effect::None
     }
 
-    fn describe(
-        &mut self,
-        message: ClientMessage<'_>,
-        name: &[u8],
-        meaning: Meaning,
-    ) -> Result<Sent, Blocked> {
+    fn describe(&mut self, message: ClientMessage<'_>, name: &[u8]) -> Result<Sent, Blocked> {
         if self.server.is_exclusive() && !self.lacks_unnamed(name) {
             let statement = match self.client.lookup(name) {
                 Lookup::Present(statement) => Some(statement),
@@ -556,7 +569,7 @@ impl Sending<'_> {
         }
         // With nothing in flight: the server may be skipping, which this Sync would end too early.
         let is_first = !self.client.is_open && self.client.queue.is_empty();
-        let Some(resolved) = self.resolve(name, meaning)? else {
+        let Some(resolved) = self.resolve(name)? else {
             return Ok(Sent::Rest(message.length));
         };
         if is_first && self.client.is_open {

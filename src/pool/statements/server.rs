@@ -5,7 +5,10 @@ use std::{
     sync::Arc,
 };
 
-use super::{InFlight, text::Prepared};
+use super::{
+    InFlight,
+    text::{Prepared, Scope},
+};
 
 /// What a server connection has prepared.
 #[derive(Debug)]
@@ -40,6 +43,8 @@ pub(super) enum Names {
 pub(super) struct Known {
     pub(super) statement: Arc<Prepared>,
     pub(super) name: Box<[u8]>,
+    /// Where it was prepared.
+    pub(super) scope: Scope,
     /// The Parse of this unit of the client has not been answered.
     pub(super) pending: Option<u64>,
     /// Its plan is outdated.
@@ -109,10 +114,11 @@ impl ServerStatements {
         self.unnamed = None;
     }
 
-    pub(super) fn add(&mut self, statement: &Arc<Prepared>, name: &[u8], unit: u64) {
+    pub(super) fn add(&mut self, statement: &Arc<Prepared>, name: &[u8], unit: u64, scope: Scope) {
         let known = Known {
             statement: Arc::clone(statement),
             name: name.into(),
+            scope,
             pending: Some(unit),
             is_stale: false,
             is_changed: false,

@@ -401,6 +401,14 @@ fn a_description_that_has_changed_is_an_error_and_no_wrong_row() {
         assert_eq!(blocked, Err(Blocked));
         let tags: Vec<u8> = messages(&to_server).iter().map(|(tag, _)| *tag).collect();
         assert_eq!(tags, b"PDH");
+        // Looked at again before the answer, perhaps where it would be prepared differently.
+        let elsewhere = Meaning {
+            scope: Scope::Once(9),
+            ..later
+        };
+        let again =
+            client.client_sends(&mut other, bind, elsewhere, &mut to_server, &mut to_client);
+        assert_eq!((again, messages(&to_server).len()), (Err(Blocked), 3));
         for (tag, body) in [(b'1', &b""[..]), (b't', b""), (b'T', description)] {
             assert_eq!(
                 client.server_sends(&mut other, tag, body, &mut to_client),

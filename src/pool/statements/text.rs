@@ -15,10 +15,26 @@ use crate::status::StatementsSnapshot;
 /// What a text means, besides itself.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Meaning {
-    /// Of the settings that decide what its names are: role and `search_path`.
-    pub scope: u64,
+    /// Where it is prepared.
+    pub scope: Scope,
     /// Raised by definitions: later statements of the same text may return something else.
     pub epoch: u64,
+}
+
+/// What decides how a server reads a text. Names, operators and literals mean something from the time on that a statement is
+/// prepared, by the settings of that time: `search_path`, `TimeZone`, `DateStyle`, `client_encoding` and more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Scope {
+    /// A login with these settings, by a hash of both.
+    Settings(u64),
+    /// One client for now, as its transaction has settings of its own or some that are not known. The number is never used again.
+    Once(u64),
+}
+
+impl Default for Scope {
+    fn default() -> Self {
+        Self::Settings(0)
+    }
 }
 
 /// A statement that clients have prepared.

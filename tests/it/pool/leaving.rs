@@ -318,3 +318,30 @@ async fn a_client_that_does_not_read_delays_no_other_client_and_fills_no_memory_
     drop(stalled);
     proxy.until_at_rest().await;
 }
+
+/// Its next request waits for another connection, as another client waits for its own.
+#[tokio::test]
+async fn a_client_that_leaves_while_its_next_request_gives_way_leaves_no_connection_behind() {
+    for mode in [PoolMode::Transaction, PoolMode::Auto] {
+        for leave in [Leave::Terminate, Leave::Fin] {
+            let (_emulator, proxy) = proxy_in(mode, 1).await;
+            let (mut one, mut other) = (proxy.session().await, proxy.session().await);
+            one.query("begin").await;
+            other.send(&text('Q', "select 'served'")).await;
+            eventually("it waits", async || {
+                (proxy.metrics().pool_clients_waiting.get() == 1).then_some(())
+            })
+            .await;
+            let mut requests = [text('Q', "commit"), text('Q', "select 2")].concat();
+            if matches!(leave, Leave::Terminate) {
+                requests.extend(terminate());
+            }
+            one.send(&requests).await;
+            drop(one);
+            let replies = within("the client that waits", other.until('Z')).await;
+            assert_eq!(replies[1].value(), "served", "{mode:?}, {leave:?}");
+            let mut next = proxy.session().await;
+            assert_eq!(next.value("select 1").await, "1", "{mode:?}, {leave:?}");
+        }
+    }
+}

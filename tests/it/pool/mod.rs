@@ -8,6 +8,7 @@ mod misuse;
 mod queue;
 mod refuse;
 mod reset;
+mod scope;
 mod servers;
 mod settings;
 mod share;

@@ -14,7 +14,7 @@ pub(super) fn prepare(name: &str, sql: &str) -> Vec<u8> {
     message('P', format!("{name}\0{sql}\0\0\0").as_bytes())
 }
 
-fn describe(name: &str) -> Vec<u8> {
+pub(super) fn describe(name: &str) -> Vec<u8> {
     message('D', format!("S{name}\0").as_bytes())
 }
 

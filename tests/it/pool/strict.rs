@@ -45,6 +45,24 @@ async fn what_a_function_leaves_is_undone_for_the_next_client() {
     }
 }
 
+/// It is answered without a server, as the session has set nothing that can be seen.
+#[tokio::test]
+async fn what_a_function_leaves_is_undone_for_the_same_client_by_its_own_reset() {
+    let superuser = harness::superuser().await;
+    let function = "create or replace function sign_in() returns text language sql as \
+        $$ select set_config('app.owner', 'alice', false) $$";
+    superuser.batch_execute(function).await.unwrap();
+    let (_emulator, proxy) = strict(PoolMode::Transaction, true).await;
+    let mut one = proxy.session().await;
+    for reset in ["discard all", "reset all"] {
+        assert_eq!(one.value("select sign_in()").await, "alice");
+        one.query(reset).await;
+        let look = "select coalesce(current_setting('app.owner', true), '')";
+        assert_eq!(one.value(look).await, "", "{reset}");
+    }
+    assert_eq!(proxy.metrics().pool_local_answers.get(), 2);
+}
+
 #[tokio::test]
 async fn what_clients_have_set_and_prepared_follows_them_over_resets() {
     let (emulator, proxy) = strict(PoolMode::Transaction, true).await;

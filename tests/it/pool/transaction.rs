@@ -598,3 +598,99 @@ async fn a_reset_by_a_driver_needs_no_server_if_there_is_nothing_to_reset() {
     one.query("rollback").await;
     assert_eq!(local(), 2);
 }
+
+/// DISCARD ALL commits at once, and the error behind it undoes nothing of that.
+#[tokio::test]
+async fn settings_are_discarded_although_the_pipeline_fails_behind_that() {
+    let (_emulator, proxy) = sharing(1).await;
+    let superuser = harness::superuser().await;
+    let (mut one, mut other) = (proxy.session().await, proxy.session().await);
+    let user = one.value("select current_user").await;
+    let role = "discarded_role";
+    let grant =
+        format!("drop role if exists {role}; create role {role}; grant {role} to \"{user}\"");
+    superuser.batch_execute(&grant).await.unwrap();
+    for client in [&mut one, &mut other] {
+        client
+            .query(&format!("set role {role}; set work_mem = '123kB'"))
+            .await;
+    }
+    let pipeline = [extended("discard all"), extended("select 1/0"), sync()];
+    one.send(&pipeline.concat()).await;
+    one.until('Z').await;
+    let look = "select current_user || ' ' || current_setting('work_mem')";
+    for _ in 0..2 {
+        assert_eq!(other.value(look).await, format!("{role} 123kB"));
+        assert_eq!(one.value(look).await, format!("{user} 4MB"));
+    }
+    superuser
+        .batch_execute(&format!("drop role {role}"))
+        .await
+        .unwrap();
+}
+
+/// Postgres removes a setting of a prefix that an extension claims later, and then there is none to reset.
+#[tokio::test]
+async fn a_setting_that_cannot_be_reset_is_no_other_clients_concern() {
+    let (emulator, proxy) = sharing(1).await;
+    let superuser = harness::superuser().await;
+    let function = "create or replace function in_plpgsql() returns int language plpgsql as 'begin return 1; end'";
+    superuser.batch_execute(function).await.unwrap();
+    let (mut one, mut other) = (proxy.session().await, proxy.session().await);
+    one.query("set plpgsql.unknown = '1'").await;
+    assert_eq!(one.value("select in_plpgsql()").await, "1");
+    assert_eq!(other.value("select 7").await, "7");
+    let mut new = proxy.session().await;
+    assert_eq!(new.value("select 8").await, "8");
+    assert_eq!(emulator.counts().logins, 1);
+}
+
+#[tokio::test]
+async fn the_name_of_an_application_is_what_its_login_sets_wherever_that_stands() {
+    let (_emulator, proxy) = sharing(1).await;
+    let mut clients = Vec::new();
+    for (parameter, value, name) in [
+        ("options", "-c application_name=jobs", "jobs"),
+        ("application_name", "web", "web"),
+        ("client_encoding", "UTF8", ""),
+        // Longer than the server keeps.
+        ("application_name", &"x".repeat(70), &"x".repeat(63)),
+    ] {
+        let mut wire = proxy.dial().await;
+        let parameters = [
+            ("user", "anyone"),
+            ("database", DATABASE),
+            (parameter, value),
+        ];
+        wire.startup(&parameters).await;
+        wire.welcome().await;
+        clients.push((wire, name.to_owned()));
+    }
+    for _ in 0..2 {
+        for (client, name) in &mut clients {
+            assert_eq!(client.value("show application_name").await, *name);
+        }
+        let (client, name) = &mut clients[0];
+        client
+            .query("set application_name = 'other'; reset all")
+            .await;
+        assert_eq!(client.value("show application_name").await, *name);
+    }
+}
+
+/// Strings are read differently from then on, so that what is set is not known.
+#[tokio::test]
+async fn strings_of_another_standard_pin_from_their_first_statement_on() {
+    let (_emulator, proxy) = sharing(2).await;
+    let (mut one, mut other) = (proxy.session().await, proxy.session().await);
+    one.query("begin").await;
+    one.query("set local standard_conforming_strings = off; set local escape_string_warning = off")
+        .await;
+    one.query(r"set app.token = '\'secret'").await;
+    one.query("commit").await;
+    for _ in 0..2 {
+        assert_eq!(other.value("select 1").await, "1");
+        assert_eq!(one.value("show app.token").await, "'secret");
+    }
+    assert_eq!(proxy.pins(PinReason::Unparsed), 1);
+}

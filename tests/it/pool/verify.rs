@@ -259,3 +259,54 @@ async fn pinned_clients_are_listed_with_their_reasons() {
     })
     .await;
 }
+
+/// The statement that makes a temporary table need not name it.
+#[tokio::test]
+async fn a_path_of_the_temporary_schema_is_looked_at_again() {
+    let superuser = harness::superuser().await;
+    let table = "create table if not exists path_of_temp as select 'real' as a; grant all on path_of_temp to public";
+    superuser.batch_execute(table).await.unwrap();
+    let (emulator, proxy) = sharing(1).await;
+    let mut by_options = proxy.dial().await;
+    let options = [
+        ("user", "anyone"),
+        ("database", DATABASE),
+        ("options", "-c search_path=pg_temp,public"),
+    ];
+    by_options.startup(&options).await;
+    by_options.welcome().await;
+    let mut by_set = proxy.session().await;
+    by_set.query("set search_path = pg_temp, public").await;
+    for mut one in [by_set, by_options] {
+        let mut other = proxy.session().await;
+        assert_eq!(other.value("select a from path_of_temp").await, "real");
+        one.query("create table path_of_temp as select 'fake' as a")
+            .await;
+        assert_eq!(one.value("select a from path_of_temp").await, "fake");
+        other.send(&text('Q', "select a from path_of_temp")).await;
+        eventually("it waits", async || {
+            (proxy.metrics().pool_clients_waiting.get() == 1).then_some(())
+        })
+        .await;
+        drop(one);
+        let replies = within("another connection", other.until('Z')).await;
+        assert_eq!(replies[1].value(), "real");
+    }
+    assert!(emulator.counts().logins >= 2);
+}
+
+/// A deferrable transaction waits for others that write.
+#[tokio::test]
+async fn the_look_waits_for_no_other_transaction() {
+    let (_emulator, proxy) = sharing(1).await;
+    let (mut one, mut other) = (proxy.session().await, proxy.session().await);
+    let writer = harness::superuser().await;
+    let begin = "begin isolation level serializable; create table written_meanwhile (a int)";
+    writer.batch_execute(begin).await.unwrap();
+    one.query("select 'temp'; set session characteristics as transaction isolation level serializable, read only, deferrable")
+        .await;
+    assert_eq!(other.value("select 1").await, "1");
+    writer.batch_execute("rollback").await.unwrap();
+    assert_eq!(one.value("select 2").await, "2");
+    assert_eq!(proxy.verifications(PoolVerification::Clean), 1);
+}
