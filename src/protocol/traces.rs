@@ -8,7 +8,7 @@ use super::{
     frame::{Part, Scanner, Seen, split_string, tag, until_zero},
     lexer::{Backslash, Kind, Statement, statements},
     tag::Command,
-    words::{Search, Verdict, Word, Words, add_words, verdict},
+    words::{Search, Verdict, Word, Words, add_words, is_of_custom_setting, verdict},
 };
 use crate::telemetry::labels::PinReason;
 
@@ -48,6 +48,8 @@ enum Trace {
     Malformed,
     /// A call of `set_config` that is not for the transaction alone may have been sent.
     MaySetConfig,
+    /// A call of `set_config` that is not of a custom setting may have been sent.
+    SetConfig,
     /// The client has sent more than plain statements.
     Used,
 }
@@ -94,9 +96,9 @@ impl Traces {
         !is_ruined && !is_hidden && !kept.iter().any(|word| self.words[*word])
     }
 
-    /// Whether the client has sent a text that mentions `set_config`.
+    /// Whether the client has sent a text that may set a setting of the server's by `set_config`.
     pub(crate) fn has_set_config(&self) -> bool {
-        self.words[Word::SetConfig]
+        self.found[Trace::SetConfig]
     }
 
     /// Whether the client has sent what the server answers by no rule.
@@ -241,9 +243,13 @@ impl Traces {
         *is_cut |= !text.is_empty();
         // Once for each text, which may repeat the words without end.
         let (mut has_set_config, mut has_database) = (false, false);
-        search.search(text, |word, _| {
+        search.search(text, |word, behind| {
             words[word] = true;
-            has_set_config |= word == Word::SetConfig;
+            if word == Word::SetConfig {
+                has_set_config = true;
+                let rest = text.get(behind..).unwrap_or_default();
+                found[Trace::SetConfig] |= !is_of_custom_setting(rest);
+            }
             has_database |= word == Word::Database;
         });
         if has_database && is_whole {
@@ -251,6 +257,7 @@ impl Traces {
                 .find_map(|it| needed_database(&it))
                 .map(String::into_boxed_str);
         }
+        found[Trace::SetConfig] |= has_set_config && !is_whole;
         found[Trace::MaySetConfig] |= has_set_config && (!is_whole || configures_session(text));
         if is_ended {
             *reading = Reading::Nothing;

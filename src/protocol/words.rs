@@ -43,7 +43,8 @@ pub enum Word {
     Load,
     /// The session remembers the value of a sequence.
     NextValue,
-    /// SQL that a search cannot read: an identifier with escapes, or a function that executes its argument.
+    /// SQL that a search cannot read: an identifier with escapes, or a function that executes its argument; also a replication
+    /// slot, which may be temporary.
     Opaque,
     /// PREPARE.
     Prepare,
@@ -72,6 +73,9 @@ enum Place {
 use Place::{Alone, Anywhere};
 
 const PATTERNS: &[(&str, Place, Word)] = &[
+    ("create_logical_replication_slot", Anywhere, Word::Opaque),
+    ("create_physical_replication_slot", Anywhere, Word::Opaque),
+    ("crosstab", Anywhere, Word::Opaque),
     ("currval", Anywhere, Word::CurrentValue),
     ("database", Alone, Word::Database),
     ("dblink", Anywhere, Word::Dblink),
@@ -108,6 +112,8 @@ const PATTERNS: &[(&str, Place, Word)] = &[
     ("setval", Anywhere, Word::NextValue),
     ("temp", Alone, Word::Temporary),
     ("temporary", Alone, Word::Temporary),
+    ("ts_rewrite", Alone, Word::Opaque),
+    ("ts_stat", Alone, Word::Opaque),
     ("u&\"", Anywhere, Word::Opaque),
 ];
 
@@ -327,6 +333,20 @@ fn is_local_set_config(rest: &[u8], backslash: Backslash) -> bool {
     false
 }
 
+/// Whether the call of `set_config` whose arguments begin `rest` is literally of a custom setting, such as `app.user`.
+pub(super) fn is_of_custom_setting(rest: &[u8]) -> bool {
+    // A bound, as every call in the text is looked at.
+    let rest = rest.get(..256).unwrap_or(rest);
+    let rest = rest.strip_prefix(b"\"").unwrap_or(rest);
+    let mut tokens = tokens(rest, Backslash::Plain);
+    let begins = tokens.next().map(|it| it.kind) == Some(Kind::Symbol(b'('));
+    let name = tokens.next();
+    let is_custom = name.is_some_and(|it| {
+        it.text.starts_with(b"'") && it.text.contains(&b'.') && !it.text.contains(&b'\\')
+    });
+    begins && is_custom && tokens.next().map(|it| it.kind) == Some(Kind::Symbol(b','))
+}
+
 /// The pin of the statements in `text` that are DO: nothing but the text shows what they execute.
 fn pin_of_do(text: &[u8], backslash: Backslash, words: &Words) -> Option<PinReason> {
     let mut blocks = statements(text, backslash).filter(|it| it.begins_with("do"));
@@ -416,9 +436,30 @@ mod tests {
             "do $$ begin update t set a = 1; set local work_mem = '1MB'; end $$",
             "do $$ begin perform 1; end $$",
             "select lo_open(1, 2), pg_export_snapshot()",
+            "select ts_statistics, rewrite_ts_stat from ts_stats",
             "set work_mem = '1MB'",
         ] {
             assert_eq!(of(text), Verdict::Clean, "{text}");
+        }
+    }
+
+    #[test]
+    fn a_custom_setting_is_known_by_its_literal_name() {
+        for (arguments, is_custom) in [
+            ("('app.user', $1, true)", true),
+            ("\" ( 'app.user' , 'x', false)", true),
+            ("('search_path', 'app.x', true)", false),
+            ("($1, 'app.x', true)", false),
+            ("('search' || '_path.', 'x', true)", false),
+            ("(E'app\\.user', 'x', true)", false),
+            ("('app.user'", false),
+            ("", false),
+        ] {
+            assert_eq!(
+                is_of_custom_setting(arguments.as_bytes()),
+                is_custom,
+                "{arguments}"
+            );
         }
     }
 
@@ -455,6 +496,8 @@ mod tests {
         for (text, reason) in [
             ("select set_config('a', 'b', false)", PinReason::SetConfig),
             ("select set_config('a', 'b', $1)", PinReason::SetConfig),
+            ("select * from ts_stat('select 1')", PinReason::UnknownState),
+            ("select crosstab3($1)", PinReason::UnknownState),
             (
                 "select set_config('a', 'b', true and false)",
                 PinReason::SetConfig,
