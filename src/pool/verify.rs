@@ -33,7 +33,7 @@ fn verification(unexplained: &[String]) -> Cow<'static, str> {
     let names = names.collect::<Vec<_>>().join(", ");
     format!(
         "{VERIFICATION}, (SELECT pg_catalog.count(*) FROM pg_catalog.pg_settings \
-            WHERE source OPERATOR(pg_catalog.=) 'session' AND name IN ({names}))"
+            WHERE source OPERATOR(pg_catalog.=) 'session' AND name OPERATOR(pg_catalog.=) ANY (ARRAY[{names}]))"
     )
     .into()
 }

@@ -105,6 +105,9 @@ pub(crate) async fn own_server() -> (Arc<LocalPostgres>, Emulator) {
 
 /// A superuser's session at the shared server, past everything.
 pub(crate) async fn superuser() -> Client {
+    static DATABASE: OnceCell<()> = OnceCell::const_new();
+    // The first emulator makes it, and a test may begin with this.
+    DATABASE.get_or_init(async || drop(emulator().await)).await;
     superuser_of(&*server().await).await
 }
 

@@ -310,3 +310,34 @@ async fn the_look_waits_for_no_other_transaction() {
     assert_eq!(one.value("select 2").await, "2");
     assert_eq!(proxy.verifications(PoolVerification::Clean), 1);
 }
+
+/// The query is the same to a client that has operators of its own.
+#[tokio::test]
+async fn a_reported_setting_that_a_function_has_changed_keeps_its_connection() {
+    let superuser = harness::superuser().await;
+    let objects = "create schema if not exists own_operators; \
+        create or replace function own_operators.never(text, text) returns boolean language sql as 'select false'; \
+        drop operator if exists own_operators.= (text, text); \
+        create operator own_operators.= (leftarg = text, rightarg = text, function = own_operators.never); \
+        grant usage on schema own_operators to public; \
+        create or replace function set_style() returns text language sql as \
+        $$ select set_config('IntervalStyle', 'iso_8601', false) $$";
+    superuser.batch_execute(objects).await.unwrap();
+    for path in ["public", "own_operators, public, pg_catalog"] {
+        let (_emulator, proxy) = sharing(2).await;
+        let (mut one, mut other) = (proxy.session().await, proxy.session().await);
+        let mut third = proxy.session().await;
+        one.query(&format!("set search_path = {path}")).await;
+        assert_eq!(one.value("select set_style()").await, "iso_8601");
+        other.query("begin").await;
+        third.send(&text('Q', "show intervalstyle")).await;
+        eventually("it has been looked at", async || {
+            (proxy.verifications(PoolVerification::InUse) == 1).then_some(())
+        })
+        .await;
+        other.query("commit").await;
+        let replies = within("another connection", third.until('Z')).await;
+        assert_eq!(replies[1].value(), "postgres", "{path}");
+        assert_eq!(one.value("show intervalstyle").await, "iso_8601");
+    }
+}
