@@ -11,7 +11,7 @@ use super::{
     settings::Settings,
 };
 use crate::{
-    protocol::requests::TransactionStatus,
+    protocol::{options::literal, requests::TransactionStatus},
     telemetry::labels::{PoolClose, PoolReset},
 };
 
@@ -67,8 +67,7 @@ fn statements(used: Used, parameters: &[String], seed: f64) -> String {
     let _ = write!(sql, "SELECT pg_catalog.setseed({seed}); ");
     sql.push_str("SELECT pg_catalog.pg_my_temp_schema()");
     for name in parameters {
-        let quoted = name.replace('\\', "\\\\").replace('\'', "''");
-        let _ = write!(sql, ", pg_catalog.current_setting(E'{quoted}', true)");
+        let _ = write!(sql, ", pg_catalog.current_setting({}, true)", literal(name));
     }
     sql
 }

@@ -260,18 +260,17 @@ async fn a_connection_whose_server_reports_an_error_ends_or_stops_within_a_messa
     }
 }
 
+/// One that has just come.
+fn client(pools: &Pools, mode: PoolMode) -> ClientState {
+    ClientState::new(login(), Bytes::new(), &pools.texts, mode, PinSessions::Pin)
+}
+
 /// A connection that goes to another client with a request in flight would give that one the answer.
 #[tokio::test]
 async fn a_request_that_is_sent_after_all_keeps_its_connection() {
     let (pools, pool) = pool();
     let (connection, mut server) = pool.connection().await;
-    let mut client = ClientState::new(
-        login(),
-        Bytes::new(),
-        &pools.texts,
-        PoolMode::Auto,
-        PinSessions::Pin,
-    );
+    let mut client = client(&pools, PoolMode::Auto);
     let mut lease = pool.leased(connection, PoolLease::Idle).lease;
     let mut shared = lease.share(&mut client).unwrap();
     let query = frame(b'Q', b"select 1\0");
@@ -305,13 +304,7 @@ async fn a_setting_that_no_set_has_changed_pins_only_if_it_is_the_sessions_own()
     for is_own in [false, true] {
         let (pools, pool) = pool();
         let (connection, mut server) = pool.connection().await;
-        let mut client = ClientState::new(
-            login(),
-            Bytes::new(),
-            &pools.texts,
-            PoolMode::Transaction,
-            PinSessions::Pin,
-        );
+        let mut client = client(&pools, PoolMode::Transaction);
         let mut lease = pool.leased(connection, PoolLease::Idle).lease;
         let mut shared = lease.share(&mut client).unwrap();
         shared.write_all(&frame(b'Q', b"select 1\0")).await.unwrap();
@@ -342,13 +335,7 @@ async fn a_setting_that_no_set_has_changed_pins_only_if_it_is_the_sessions_own()
 async fn a_verification_that_fails_leaves_the_client_its_connection() {
     let (pools, pool) = pool();
     let (mut connection, mut server) = pool.connection().await;
-    let mut client = ClientState::new(
-        login(),
-        Bytes::new(),
-        &pools.texts,
-        PoolMode::Transaction,
-        PinSessions::Pin,
-    );
+    let mut client = client(&pools, PoolMode::Transaction);
     let error = "SERROR\0C57014\0Mcanceling statement due to statement timeout\0\0";
     let error = frame(b'E', error.as_bytes());
     for (answer, is_clean) in [

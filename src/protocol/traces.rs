@@ -48,8 +48,8 @@ enum Trace {
     Malformed,
     /// A call of `set_config` that is not for the transaction alone may have been sent.
     MaySetConfig,
-    /// A call of `set_config` that is not of a custom setting may have been sent.
-    SetConfig,
+    /// A call of `set_config` may have been sent that is not of a custom setting, and so may decide how texts are read.
+    MaySetScope,
     /// The client has sent more than plain statements.
     Used,
 }
@@ -96,9 +96,9 @@ impl Traces {
         !is_ruined && !is_hidden && !kept.iter().any(|word| self.words[*word])
     }
 
-    /// Whether the client has sent a text that may set a setting of the server's by `set_config`.
-    pub(crate) fn has_set_config(&self) -> bool {
-        self.found[Trace::SetConfig]
+    /// Whether the client has sent a text that may set, by `set_config`, what decides how the server reads statements.
+    pub(crate) fn may_set_scope(&self) -> bool {
+        self.found[Trace::MaySetScope]
     }
 
     /// Whether the client has sent what the server answers by no rule.
@@ -248,7 +248,7 @@ impl Traces {
             if word == Word::SetConfig {
                 has_set_config = true;
                 let rest = text.get(behind..).unwrap_or_default();
-                found[Trace::SetConfig] |= !is_of_custom_setting(rest);
+                found[Trace::MaySetScope] |= !is_of_custom_setting(rest);
             }
             has_database |= word == Word::Database;
         });
@@ -257,7 +257,7 @@ impl Traces {
                 .find_map(|it| needed_database(&it))
                 .map(String::into_boxed_str);
         }
-        found[Trace::SetConfig] |= has_set_config && !is_whole;
+        found[Trace::MaySetScope] |= has_set_config && !is_whole;
         found[Trace::MaySetConfig] |= has_set_config && (!is_whole || configures_session(text));
         if is_ended {
             *reading = Reading::Nothing;

@@ -282,12 +282,12 @@ impl LoggedIn<'_> {
     /// Refuses the request at the front of what the client has sent; `false` if that ends the session.
     async fn refuse<S: Transport>(&self, client: &mut Client<S>, report: &Report) -> bool {
         let (session, sqlstate) = (self.session.id, &report.sqlstate);
-        let hint = report.hint.as_deref();
         if ["22", "42"].iter().any(|class| sqlstate.starts_with(class)) {
             // The server's, of a setting of the client's that is not set again; it may quote the value.
             tracing::warn!(session, sqlstate, "request refused");
         } else {
-            let (detail, message) = (report.detail.as_deref(), &report.message);
+            let (detail, hint) = (report.detail.as_deref(), report.hint.as_deref());
+            let message = &report.message;
             tracing::warn!(
                 session,
                 sqlstate,
