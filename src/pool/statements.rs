@@ -12,7 +12,9 @@
 //!   not exist, and the client the error that it should have (`POISON`).
 //! - Nothing is answered between an error and the Sync that ends its unit.
 
+mod answers;
 mod queue;
+mod resolving;
 mod sending;
 mod server;
 mod sql;
@@ -20,7 +22,6 @@ mod text;
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
-    hash::{DefaultHasher, Hash, Hasher},
     sync::Arc,
 };
 
@@ -37,10 +38,9 @@ pub use self::{
     text::{Meaning, Prepared, Scope, Texts},
 };
 use crate::protocol::{
-    error::{ErrorFields, Report, sqlstate},
-    frame::{split_string, tag, until_zero},
+    error::Report,
+    frame::{tag, until_zero},
     requests::TransactionStatus,
-    tag::{Command, Discard},
     words::{Words, add_words},
 };
 
@@ -360,42 +360,6 @@ impl ClientStatements {
         Ok(sent)
     }
 
-    /// Records a message of the server, other than DataRow and CopyData. Appends what the client is to be sent behind it or in
-    /// place of it.
-    pub fn server_sends(
-        &mut self,
-        server: &mut ServerStatements,
-        kind: u8,
-        body: &[u8],
-        to_client: &mut BytesMut,
-    ) -> Passage {
-        let passage = match kind {
-            tag::NOTICE_RESPONSE | tag::NOTIFICATION_RESPONSE | tag::PARAMETER_STATUS => {
-                return Passage::Pass;
-            }
-            tag::ERROR_RESPONSE => self.fail(server, body, to_client),
-            tag::READY_FOR_QUERY => {
-                self.status =
-                    TransactionStatus::from_byte(body.first().copied().unwrap_or_default());
-                self.is_copying_in = false;
-                match self.queue.front().map(|it| (&it.awaits, &it.shown)) {
-                    Some((Awaits::Sync | Awaits::Query, shown)) => {
-                        let passage = shown.passage();
-                        self.complete(server);
-                        passage
-                    }
-                    _ => {
-                        self.is_lost = true;
-                        Passage::Pass
-                    }
-                }
-            }
-            _ => self.progress(server, kind, body),
-        };
-        self.answer(server, to_client);
-        passage
-    }
-
     /// Has the server fail in the place of a message of the client, which is answered with this report.
     pub(super) fn refuse(
         &mut self,
@@ -419,370 +383,6 @@ impl ClientStatements {
     /// Whether the server discards what the client sends, up to the next Sync.
     pub(super) fn is_skipping(&self) -> bool {
         self.is_skipping
-    }
-
-    /// Records an answer that is part of the front message's, or ends it.
-    fn progress(&mut self, server: &mut ServerStatements, kind: u8, body: &[u8]) -> Passage {
-        let Some(front) = self.queue.front_mut() else {
-            self.is_lost = true;
-            return Passage::Pass;
-        };
-        let passage = front.shown.passage();
-        let is_end = match (&front.awaits, kind) {
-            (Awaits::Query, tag::COMMAND_COMPLETE) => {
-                let is_copy = std::mem::take(&mut self.is_copying_in);
-                let command = Command::of(until_zero(body));
-                let sql = match &mut front.effect {
-                    Effect::Sql(effects) if !effects.is_empty() => effects.remove(0),
-                    _ => None,
-                };
-                match sql.filter(|it| it.has_tag(command)) {
-                    Some(sql) => self.forget(server, &sql),
-                    None => self.forget_unseen(server, command),
-                }
-                if is_copy {
-                    self.end_copy_in();
-                }
-                false
-            }
-            (Awaits::Execute | Awaits::Query, tag::COPY_IN_RESPONSE) => {
-                self.is_copying_in = true;
-                false
-            }
-            (Awaits::Query, _) | (Awaits::Execute, tag::COPY_OUT_RESPONSE | tag::COPY_DONE) => {
-                false
-            }
-            (Awaits::Parse, tag::PARSE_COMPLETE)
-            | (Awaits::Bind, tag::BIND_COMPLETE)
-            | (Awaits::Close, tag::CLOSE_COMPLETE) => true,
-            (
-                Awaits::Execute,
-                tag::COMMAND_COMPLETE | tag::EMPTY_QUERY_RESPONSE | tag::PORTAL_SUSPENDED,
-            ) => {
-                let command = Command::of(until_zero(body));
-                let mut is_seen = false;
-                if let Effect::Sql(effects) = &mut front.effect {
-                    effects.retain(|it| it.as_ref().is_some_and(|it| it.has_tag(command)));
-                    is_seen = !effects.is_empty();
-                }
-                if !is_seen {
-                    self.forget_unseen(server, command);
-                }
-                // A failed transaction executes nothing but what ends it, or its failure.
-                if self.status == TransactionStatus::Failed {
-                    self.status = TransactionStatus::InTransaction;
-                }
-                true
-            }
-            (Awaits::Describe(_), tag::PARAMETER_DESCRIPTION) => {
-                self.parameters = hash(0, body);
-                false
-            }
-            (Awaits::Describe(statement), tag::ROW_DESCRIPTION | tag::NO_DATA) => {
-                let description = hash(self.parameters, body);
-                if let Some(statement) = statement {
-                    let known = *statement.description.get_or_init(|| description);
-                    if let Effect::Compared(statement) = &front.effect
-                        && known != description
-                        && let Some(known) = server.known.get_mut(&statement.number)
-                    {
-                        known.is_changed = true;
-                    }
-                }
-                true
-            }
-            _ => {
-                self.is_lost = true;
-                false
-            }
-        };
-        if is_end {
-            if std::mem::take(&mut self.is_copying_in) {
-                self.end_copy_in();
-            }
-            self.complete(server);
-        }
-        passage
-    }
-
-    /// Removes the Syncs that a COPY from the client has read before its CopyDone. One that has failed may not have read them;
-    /// then their answers show it.
-    fn end_copy_in(&mut self) {
-        let behind = || self.queue.iter().skip(1);
-        let syncs = behind().take_while(|it| matches!(it.awaits, Awaits::Sync));
-        let syncs = syncs.count();
-        let end = behind().nth(syncs).map(|it| &it.awaits);
-        let ends = usize::from(matches!(end, Some(Awaits::CopyEnd)));
-        self.queue.drain(1..=syncs + ends);
-    }
-
-    /// Ends the front message with success.
-    fn complete(&mut self, server: &mut ServerStatements) {
-        let Some(record) = self.queue.pop_front() else {
-            return;
-        };
-        // The end of a COPY that there was not.
-        while matches!(
-            self.queue.front().map(|it| &it.awaits),
-            Some(Awaits::CopyEnd)
-        ) {
-            self.queue.pop_front();
-        }
-        self.settle(server, &record);
-        match record.effect {
-            Effect::Parsed {
-                statement,
-                name,
-                is_sent,
-            } => {
-                if is_sent && let Some(known) = server.known.get_mut(&statement.number) {
-                    known.pending = None;
-                }
-                if let Some((name, charge)) = name {
-                    self.charge += charge;
-                    self.names.insert(name, Named { statement, charge });
-                }
-            }
-            Effect::Unnamed {
-                statement,
-                is_sent,
-                is_clients,
-            } => {
-                if is_sent {
-                    server.unnamed.clone_from(&statement);
-                }
-                if is_clients {
-                    self.unnamed = statement;
-                }
-            }
-            Effect::Closed { name, is_sent } => {
-                let closed = self.forget_name(&name);
-                if is_sent && let Some(closed) = closed {
-                    // A statement of two names has one of them at the server.
-                    let is_closed = |known: &Known| known.name == name || closed.is_large();
-                    server
-                        .known
-                        .retain(|number, known| *number != closed.number || !is_closed(known));
-                }
-            }
-            Effect::Sql(effects) => {
-                if matches!(record.awaits, Awaits::Query) {
-                    // At its start, whatever has become of it.
-                    self.unnamed = None;
-                    server.unnamed = None;
-                } else {
-                    for sql in effects.into_iter().flatten() {
-                        self.forget(server, &sql);
-                    }
-                }
-            }
-            Effect::Bound(portal) => self.bound = portal,
-            Effect::None | Effect::Evicted(_) | Effect::Compared(_) => {}
-        }
-    }
-
-    /// Ends a message that the server has not executed.
-    fn skip(&mut self, server: &mut ServerStatements, record: InFlight) {
-        self.settle(server, &record);
-        match record.effect {
-            Effect::Parsed {
-                statement,
-                is_sent: true,
-                ..
-            } => {
-                server.known.remove(&statement.number);
-            }
-            Effect::Evicted(known) => {
-                server.known.insert(known.statement.number, *known);
-            }
-            _ => {}
-        }
-    }
-
-    /// What every end of a message has in common.
-    fn settle(&mut self, server: &mut ServerStatements, record: &InFlight) {
-        if let Some(number) = record.statement {
-            server.release(number);
-        }
-        let name: &[u8] = match &record.effect {
-            Effect::Parsed {
-                name: Some((name, _)),
-                ..
-            }
-            | Effect::Closed { name, .. } => name,
-            Effect::Unnamed { .. } => b"",
-            Effect::Evicted(known) => {
-                server.leaving.remove(&known.statement.number);
-                return;
-            }
-            Effect::Sql(_) => {
-                if self.forgets_all == Some(record.id) {
-                    self.forgets_all = None;
-                }
-                b""
-            }
-            _ => return,
-        };
-        if self.latest.get(name).is_some_and(|it| it.id == record.id) {
-            self.latest.remove(name);
-        }
-    }
-
-    fn fail(
-        &mut self,
-        server: &mut ServerStatements,
-        body: &[u8],
-        to_client: &mut BytesMut,
-    ) -> Passage {
-        if std::mem::take(&mut self.is_copying_in) {
-            self.end_copy_in();
-        }
-        match self.queue.front().map(|it| &it.awaits) {
-            // Of a commit, or the reason for the end of the connection.
-            None | Some(Awaits::Sync | Awaits::Query) => {
-                return self.show_error(body, to_client);
-            }
-            Some(_) => {}
-        }
-        let is_sync = |it: &InFlight| matches!(it.awaits, Awaits::Sync);
-        let sync = self.queue.iter().position(is_sync);
-        let is_added = |at: &usize| {
-            let sync = self.queue.get(*at);
-            sync.is_some_and(|it| matches!(it.shown, Shown::Errors))
-        };
-        let passage = if let Some(sync) = sync.filter(is_added) {
-            // What the client has sent needs it, and has the error.
-            let mut report = BytesMut::new();
-            if self.show_error(body, &mut report) == Passage::Pass {
-                put(&mut report, tag::ERROR_RESPONSE, &[body], 0);
-            }
-            if let Some(behind) = self.queue.get_mut(sync + 1) {
-                behind.shown = Shown::Instead(report);
-            }
-            Passage::Drop
-        } else {
-            self.show_error(body, to_client)
-        };
-        let Some(front) = self.queue.pop_front() else {
-            return passage;
-        };
-        let error = ErrorFields::parse(body);
-        if error.code == sqlstate::FEATURE_NOT_SUPPORTED && error.message.contains("cached plan") {
-            let known = front.statement.and_then(|it| server.known.get_mut(&it));
-            if let Some(known) = known {
-                known.is_stale = true;
-            }
-        }
-        if error.code == sqlstate::UNDEFINED_STATEMENT
-            && let Some(number) = front.statement
-            && !server.is_exclusive()
-        {
-            // Ended unseen, such as by a function. It is prepared anew when needed again.
-            server.known.remove(&number);
-        }
-        if let Effect::Unnamed {
-            is_sent,
-            is_clients,
-            ..
-        } = front.effect
-        {
-            // A Parse destroys the unnamed statement before it fails.
-            if is_sent {
-                server.unnamed = None;
-            }
-            if is_clients {
-                self.unnamed = None;
-            }
-        }
-        self.portal.clone_from(&self.bound);
-        let sync = self.queue.iter().position(is_sync);
-        self.is_skipping = sync.is_none();
-        let discarded: Vec<InFlight> = self
-            .queue
-            .drain(..sync.unwrap_or(self.queue.len()))
-            .collect();
-        // Backwards: a statement may have been evicted and prepared again.
-        for record in discarded.into_iter().rev().chain([front]) {
-            self.skip(server, record);
-        }
-        passage
-    }
-
-    /// What the client gets of an error of the front message.
-    fn show_error(&self, body: &[u8], to_client: &mut BytesMut) -> Passage {
-        match self.queue.front().map(|it| &it.shown) {
-            Some(Shown::Instead(report))
-                if ErrorFields::parse(body).code == sqlstate::UNDEFINED_STATEMENT =>
-            {
-                to_client.extend_from_slice(report);
-                Passage::Drop
-            }
-            Some(Shown::ErrorsOfPool) => {
-                without_position(body, to_client);
-                Passage::Drop
-            }
-            _ => match self.with_name_of_client(body) {
-                Some(renamed) => {
-                    put(to_client, tag::ERROR_RESPONSE, &[&renamed], 0);
-                    Passage::Drop
-                }
-                None => Passage::Pass,
-            },
-        }
-    }
-
-    /// An error that names the front message's statement, by the name that the client knows.
-    fn with_name_of_client(&self, body: &[u8]) -> Option<Vec<u8>> {
-        let number = self.queue.front()?.statement?;
-        let (name, _) = self
-            .names
-            .iter()
-            .find(|(_, it)| it.statement.number == number)?;
-        let of_pool = [b"\"", &shared_name(number)[..], b"\""].concat();
-        let at = body.windows(of_pool.len()).position(|it| it == of_pool)?;
-        let (before, rest) = body.split_at(at);
-        let behind = rest.get(of_pool.len()..)?;
-        Some([before, b"\"", name, b"\"", behind].concat())
-    }
-
-    /// Appends the answers whose turn it is.
-    fn answer(&mut self, server: &mut ServerStatements, to_client: &mut BytesMut) {
-        while let Some(Awaits::Answer(answer)) = self.queue.front().map(|it| &it.awaits) {
-            to_client.extend_from_slice(answer);
-            self.complete(server);
-        }
-    }
-
-    fn forget(&mut self, server: &mut ServerStatements, sql: &Sql) {
-        match sql {
-            Sql::OfSettings(text) => self.completed = Some(text.clone()),
-            Sql::Prepare(name) => {
-                self.by_sql.insert(name.clone());
-            }
-            Sql::Deallocate(name) => {
-                self.by_sql.remove(name);
-                let of_client = self.forget_name(name).map(|it| it.number);
-                server.known.retain(|number, known| {
-                    Some(*number) != of_client && known.name != *name || known.pending.is_some()
-                });
-            }
-            Sql::DeallocateAll => {
-                self.forget_names();
-                server.known.retain(|_, known| known.pending.is_some());
-            }
-        }
-    }
-
-    /// After a statement without a known text, by its command tag: it was too long, or of a portal that is not recorded.
-    fn forget_unseen(&mut self, server: &mut ServerStatements, command: Command) {
-        match command {
-            Command::DeallocateAll | Command::Discard(Discard::All) => {
-                self.forget(server, &Sql::DeallocateAll);
-            }
-            // Of which name is not known.
-            Command::Deallocate => self.has_lost_names = true,
-            _ => {}
-        }
     }
 
     fn forget_names(&mut self) {
@@ -843,27 +443,6 @@ fn put(out: &mut BytesMut, tag: u8, parts: &[&[u8]], rest: usize) {
     for part in parts {
         out.put_slice(part);
     }
-}
-
-/// Appends an ErrorResponse without the position in the text.
-fn without_position(mut body: &[u8], out: &mut BytesMut) {
-    let mut fields = Vec::new();
-    while let Some((field, rest)) = split_string(body).filter(|(field, _)| !field.is_empty()) {
-        if field.first() != Some(&b'P') {
-            fields.extend_from_slice(field);
-            fields.push(0);
-        }
-        body = rest;
-    }
-    fields.push(0);
-    put(out, tag::ERROR_RESPONSE, &[&fields], 0);
-}
-
-fn hash(seed: u64, body: &[u8]) -> u64 {
-    // Only within the process, and of what servers send.
-    let mut hasher = DefaultHasher::new();
-    (seed, body).hash(&mut hasher);
-    hasher.finish()
 }
 
 #[cfg(test)]

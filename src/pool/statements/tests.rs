@@ -8,7 +8,10 @@ use proptest::{prelude::*, sample::Index};
 
 use self::reference::{Client, Connection, Step, append, messages, run};
 use super::*;
-use crate::protocol::frame::HEADER_LEN;
+use crate::protocol::{
+    error::{ErrorFields, sqlstate},
+    frame::{HEADER_LEN, split_string},
+};
 
 fn step() -> impl Strategy<Value = Step> {
     let tag = prop_oneof![
