@@ -29,8 +29,9 @@ async fn differential(mode: PoolMode) {
     assert_eq!(proxy.metrics().pool_wait_timeouts.get(), 0);
     if mode != PoolMode::Session {
         let leases = proxy.metrics().pool_leases.values();
+        // How often a client parts with its connection in `auto` depends on time.
         let leases: u64 = leases.map(prometheus::IntCounter::get).sum();
-        assert!(leases > 150, "{leases} leases");
+        assert!(leases > 60, "{leases} leases");
     }
 }
 
