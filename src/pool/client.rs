@@ -98,8 +98,10 @@ impl ClientState {
 
     /// The scope for what it prepares now, by a Parse of its own or of the pool's.
     pub(super) fn scope(&mut self, is_own: bool) -> Scope {
-        // What `set_config` has set is not known.
-        let is_unknown = self.traces.may_set_scope() && self.statements.is_in_transaction();
+        // What `set_config` has set is not known, and no other client has what is defined here.
+        let is_unknown = self.traces.may_set_scope() && self.statements.is_in_transaction()
+            || self.statements.is_defining()
+            || self.traces.may_have_temporary();
         let number = || Scope::Once(self.statements.number());
         if is_own && (is_unknown || self.statements.is_setting()) {
             // Perhaps another one, once the server reads it.

@@ -65,8 +65,6 @@ pub(crate) struct SharedStream<'a> {
     to_client: BytesMut,
     /// A message of the client waits for an answer to an earlier one.
     is_blocked: bool,
-    /// A definition was executed, and is perhaps not committed.
-    is_defining: bool,
     /// Parameters that have been reported since the last transaction, with their values before.
     reported: Vec<(String, Option<Vec<u8>>)>,
     has_ended: bool,
@@ -102,7 +100,6 @@ impl<'a> SharedStream<'a> {
             to_server: BytesMut::new(),
             to_client: BytesMut::new(),
             is_blocked: false,
-            is_defining: false,
             reported: Vec::new(),
             has_ended: false,
             has_served: false,
@@ -249,7 +246,7 @@ impl<'a> SharedStream<'a> {
         {
             return false;
         }
-        self.is_yielding = in_flight == 0 && statements.is_idle() && self.pin().is_none();
+        self.is_yielding = statements.is_at_rest() && statements.is_idle() && self.pin().is_none();
         in_flight > 0 || self.is_yielding
     }
 
@@ -459,11 +456,11 @@ impl<'a> SharedStream<'a> {
         }
         let command = (tag == tag::COMMAND_COMPLETE)
             .then(|| Command::of(body.strip_suffix(b"\0").unwrap_or_default()));
-        self.note_definition(tag, body, command);
         let mut behind = BytesMut::new();
         let servers = &mut self.record.statements;
         let statements = &mut self.client.statements;
         let passage = statements.server_sends(servers, tag, body, &mut behind);
+        self.raise_epoch();
         if let Some(command) = command {
             self.follow_command(command);
         } else {
@@ -479,18 +476,17 @@ impl<'a> SharedStream<'a> {
         self.to_client.extend_from_slice(&behind);
     }
 
-    /// Statements that are prepared from now on may mean something else.
-    fn note_definition(&mut self, tag: u8, body: &[u8], command: Option<Command>) {
-        let is_definition = match tag {
-            tag::COMMAND_COMPLETE => command == Some(Command::Definition),
-            // Another client may have prepared one before this was committed.
-            tag::READY_FOR_QUERY => body == b"I" && self.is_defining,
-            _ => return,
-        };
-        if is_definition {
-            self.is_defining = tag == tag::COMMAND_COMPLETE;
-            let epoch = &self.record.slot.pool().epoch;
+    /// Raises the epoch if statements that are prepared from now on may mean something else.
+    fn raise_epoch(&mut self) {
+        let statements = &mut self.client.statements;
+        let epoch = &self.record.slot.pool().epoch;
+        if statements.take_defined() {
             epoch.fetch_add(1, Ordering::Relaxed);
+        }
+        if let Some(outdated) = statements.take_outdated() {
+            // By the first of many.
+            let next = outdated + 1;
+            let _ = epoch.compare_exchange(outdated, next, Ordering::Relaxed, Ordering::Relaxed);
         }
     }
 

@@ -18,6 +18,7 @@ mod resolving;
 mod sending;
 mod server;
 mod sql;
+mod statement;
 mod text;
 
 use std::{
@@ -32,6 +33,7 @@ use self::{
     sending::Sending,
     server::{Known, Names},
     sql::Sql,
+    statement::{Statement, hash},
 };
 pub use self::{
     server::ServerStatements,
@@ -54,8 +56,13 @@ pub const LARGE_STATEMENT: usize = 64 * 1024;
 /// Messages in flight for which a connection keeps the memory.
 const MAX_QUEUE_KEPT: usize = 64;
 
+/// What the pool's names for statements begin with; a number follows.
+const SHARED_NAME: &str = "lbp_";
 /// The body of a Bind of a statement that never exists.
 const POISON: &[u8] = b"\0lbp_0\0\0\0\0\0\0\0";
+
+/// Bytes of a name that the server looks at (`NAMEDATALEN` of PostgreSQL, without its zero byte).
+const MAX_NAME: usize = 63;
 
 /// A message of the client.
 #[derive(Clone, Copy, Debug)]
@@ -99,8 +106,8 @@ pub enum Passage {
 pub struct ClientStatements {
     texts: Arc<Texts>,
     /// Those prepared by a Parse, as of the last answer.
-    names: BTreeMap<Box<[u8]>, Named>,
-    unnamed: Option<Arc<Prepared>>,
+    names: BTreeMap<Box<[u8]>, Arc<Statement>>,
+    unnamed: Option<Arc<Statement>>,
     /// Names of those prepared by an SQL PREPARE.
     by_sql: BTreeSet<Box<[u8]>>,
     /// Bytes of the texts that it was the first to prepare.
@@ -119,16 +126,30 @@ pub struct ClientStatements {
     /// The number of the connection that no other client has had, where messages pass as they are.
     pub(super) exclusive: Option<u64>,
     next_id: u64,
+    /// What that was at the last Flush of the pool's.
+    flushed_at: u64,
     /// The number of the unit that the next message belongs to.
     unit: u64,
     /// Messages of that unit have been sent.
     is_open: bool,
     /// The hash of the ParameterDescription that a RowDescription or NoData follows.
-    parameters: u64,
+    parameters: Option<u64>,
+    /// The statement of the portal that was bound last, by the hash of the portal's name, if it has not been described.
+    undescribed: Option<(u64, Arc<Statement>)>,
+    /// The epoch of a statement whose result has turned out to be outdated.
+    outdated: Option<u64>,
+    /// A definition was executed, and is perhaps not committed.
+    is_defining: bool,
+    /// One was executed, committed or undone since [`take_defined`](Self::take_defined).
+    has_defined: bool,
     /// The server discards everything up to a Sync, which the client has not sent yet.
     is_skipping: bool,
     /// The server reads a COPY from the client.
     is_copying_in: bool,
+    /// Syncs that a COPY which failed has read, or not. Then each has its ReadyForQuery yet.
+    doubtful: usize,
+    /// The server has begun to answer the query at the front.
+    is_begun: bool,
     /// That of the last ReadyForQuery.
     status: TransactionStatus,
     /// Has prepared a text that is not kept; perhaps it has none any more.
@@ -139,13 +160,6 @@ pub struct ClientStatements {
     is_lost: bool,
 }
 
-#[derive(Clone, Debug)]
-struct Named {
-    statement: Arc<Prepared>,
-    /// Its share of the client's.
-    charge: usize,
-}
-
 /// What a name stands for once a message in flight is answered.
 #[derive(Debug)]
 struct Latest {
@@ -153,12 +167,12 @@ struct Latest {
     id: u64,
     unit: u64,
     /// `None` if it closes the statement.
-    statement: Option<Arc<Prepared>>,
+    statement: Option<Arc<Statement>>,
 }
 
 /// What a name stands for, when the server reads the client's next message.
 enum Lookup {
-    Present(Arc<Prepared>),
+    Present(Arc<Statement>),
     Absent,
     /// An earlier unit decides, which has not been answered.
     Uncertain,
@@ -181,11 +195,18 @@ impl ClientStatements {
             completed: None,
             exclusive: None,
             next_id: 0,
+            flushed_at: 0,
             unit: 0,
             is_open: false,
-            parameters: 0,
+            parameters: None,
+            undescribed: None,
+            outdated: None,
+            is_defining: false,
+            has_defined: false,
             is_skipping: false,
             is_copying_in: false,
+            doubtful: 0,
+            is_begun: false,
             status: TransactionStatus::Idle,
             had_large: false,
             has_lost_names: false,
@@ -215,6 +236,7 @@ impl ClientStatements {
     /// Parts with the connection, both at rest. The memory for messages in flight stays there, as clients may be many.
     pub(super) fn end(&mut self, server: &mut ServerStatements) {
         self.latest = BTreeMap::new();
+        self.undescribed = None;
         let queue = std::mem::take(&mut self.queue);
         if queue.capacity() <= MAX_QUEUE_KEPT {
             server.in_flight = queue;
@@ -234,6 +256,21 @@ impl ClientStatements {
     /// The statement that the last CommandComplete has ended, if it concerns settings.
     pub(super) fn take_completed(&mut self) -> Option<Box<[u8]>> {
         self.completed.take()
+    }
+
+    /// Whether a definition was executed, and is perhaps not committed.
+    pub(super) fn is_defining(&self) -> bool {
+        self.is_defining
+    }
+
+    /// Whether statements that are prepared from now on may mean something else than before the last call.
+    pub(super) fn take_defined(&mut self) -> bool {
+        std::mem::take(&mut self.has_defined)
+    }
+
+    /// The epoch of a statement whose result has turned out to be outdated, since the last call.
+    pub(super) fn take_outdated(&mut self) -> Option<u64> {
+        self.outdated.take()
     }
 
     /// Whether a request has begun, whose answer needs more of the client.
@@ -262,7 +299,7 @@ impl ClientStatements {
         self.texts.number()
     }
 
-    /// Whether a statement in flight changes settings.
+    /// Whether a statement in flight may change what others mean.
     pub(super) fn is_setting(&self) -> bool {
         let mut queue = self.queue.iter();
         queue.any(|it| matches!(&it.effect, Effect::Sql(sql) if sql.iter().any(Option::is_some)))
@@ -281,9 +318,8 @@ impl ClientStatements {
     /// The words that its statements mention.
     pub(super) fn words(&self) -> Words {
         let mut words = Words::default();
-        let named = self.names.values().map(|it| &it.statement);
-        for statement in named.chain(&self.unnamed) {
-            add_words(until_zero(&statement.body), &mut words);
+        for statement in self.names.values().chain(&self.unnamed) {
+            add_words(until_zero(&statement.prepared.body), &mut words);
         }
         words
     }
@@ -321,15 +357,14 @@ impl ClientStatements {
 
     /// Whether nothing is in flight.
     pub fn is_at_rest(&self) -> bool {
-        self.queue.is_empty() && !self.is_skipping
+        self.queue.is_empty() && !self.is_skipping && self.doubtful == 0
     }
 
     /// Whether the client has a statement that cannot be prepared elsewhere.
     pub fn has_large(&self) -> bool {
         // The search is for those only that have ever had one.
-        let mut named = self.names.values().map(|it| &it.statement);
-        let unnamed = self.unnamed.as_ref();
-        self.had_large && (named.any(|it| it.is_large()) || unnamed.is_some_and(|it| it.is_large()))
+        let mut all = self.names.values().chain(&self.unnamed);
+        self.had_large && all.any(|it| it.prepared.is_large())
     }
 
     /// Records a message of the client. Appends what the server is to be sent in place of it, and what the client is to be sent
@@ -346,7 +381,12 @@ impl ClientStatements {
         to_client: &mut BytesMut,
     ) -> Result<Sent, Blocked> {
         if self.is_skipping && message.tag != tag::SYNC {
-            // The server discards it.
+            // The server discards it, unless a Sync has ended that which is taken for one that a COPY has read.
+            let is_ignored = matches!(
+                message.tag,
+                tag::COPY_DATA | tag::COPY_DONE | tag::COPY_FAIL | tag::FLUSH
+            );
+            self.is_lost |= self.doubtful > 0 && !is_ignored;
             return Ok(Sent::Rest(message.length));
         }
         let mut sending = Sending {
@@ -391,10 +431,10 @@ impl ClientStatements {
         self.charge = 0;
     }
 
-    fn forget_name(&mut self, name: &[u8]) -> Option<Arc<Prepared>> {
-        let named = self.names.remove(name)?;
-        self.charge = self.charge.saturating_sub(named.charge);
-        Some(named.statement)
+    fn forget_name(&mut self, name: &[u8]) -> Option<Arc<Statement>> {
+        let statement = self.names.remove(name)?;
+        self.charge = self.charge.saturating_sub(statement.charge);
+        Some(statement)
     }
 
     fn lookup(&self, name: &[u8]) -> Lookup {
@@ -405,7 +445,7 @@ impl ClientStatements {
             Some(latest) if latest.unit != self.unit => return Lookup::Uncertain,
             Some(latest) => latest.statement.as_ref(),
             None if name.is_empty() => self.unnamed.as_ref(),
-            None => self.names.get(name).map(|it| &it.statement),
+            None => self.names.get(name),
         };
         match statement {
             Some(statement) => Lookup::Present(Arc::clone(statement)),
@@ -419,9 +459,15 @@ impl ClientStatements {
         let current = if name.is_empty() {
             self.unnamed.as_ref()
         } else {
-            self.names.get(name).map(|it| &it.statement)
+            self.names.get(name)
         };
-        latest.into_iter().chain(current).any(|it| it.sql.is_some())
+        let mut all = latest.into_iter().chain(current);
+        all.any(|it| it.prepared.sql.is_some())
+    }
+
+    fn end_unit(&mut self) {
+        self.unit += 1;
+        self.is_open = false;
     }
 
     /// Whether an earlier unit is outstanding.
@@ -430,9 +476,19 @@ impl ClientStatements {
     }
 }
 
+/// A name as the server has it.
+fn cut(name: &[u8]) -> &[u8] {
+    name.get(..MAX_NAME).unwrap_or(name)
+}
+
 /// The name of the pool's for a statement.
 fn shared_name(number: u64) -> Box<[u8]> {
-    format!("lbp_{number}").into_bytes().into()
+    format!("{SHARED_NAME}{number}").into_bytes().into()
+}
+
+/// Whether the pool may have given a statement this name.
+fn is_shared_name(name: &[u8]) -> bool {
+    name.starts_with(SHARED_NAME.as_bytes())
 }
 
 /// Appends a message whose last `rest` bytes follow.

@@ -288,6 +288,40 @@ async fn a_request_that_is_sent_after_all_keeps_its_connection() {
     }
 }
 
+/// Whether the COPY has read the first Sync is not known, and so neither whether an answer is to come.
+#[tokio::test]
+async fn a_client_whose_copy_has_failed_does_not_give_way() {
+    let (pools, pool) = pool();
+    let (connection, mut server) = pool.connection().await;
+    let mut client = client(&pools, PoolMode::Auto);
+    let mut lease = pool.leased(connection, PoolLease::Idle).lease;
+    let mut shared = lease.share(&mut client).unwrap();
+    let copy = [
+        frame(b'P', b"\0copy t from stdin\0\0\0"),
+        frame(b'B', b"\0\0\0\0\0\0\0\0"),
+        frame(b'E', b"\0\0\0\0\0"),
+        frame(b'S', b""),
+        frame(b'f', b"\0"),
+        frame(b'S', b""),
+    ];
+    shared.write_all(&copy.concat()).await.unwrap();
+    let answers = [
+        frame(b'1', b""),
+        frame(b'2', b""),
+        frame(b'G', b"\0\0\0"),
+        frame(b'E', b"C57014\0\0"),
+        frame(b'Z', b"I"),
+    ];
+    let answers = answers.concat();
+    server.write_all(&answers).await.unwrap();
+    let mut received = vec![0; answers.len()];
+    shared.read_exact(&mut received).await.unwrap();
+    pool.is_short.store(true, Ordering::SeqCst);
+    let query = frame(b'Q', b"select 1\0");
+    assert!(shared.write(&query).now_or_never().is_some());
+    assert!(!shared.is_yielding() && !shared.is_at_rest());
+}
+
 /// A row of columns of one character.
 fn row(columns: &[&str]) -> Vec<u8> {
     let mut body = u16::try_from(columns.len()).unwrap().to_be_bytes().to_vec();

@@ -101,6 +101,11 @@ impl Traces {
         self.found[Trace::MaySetScope]
     }
 
+    /// Whether the client may have temporary objects, which only its own statements mean.
+    pub(crate) fn may_have_temporary(&self) -> bool {
+        self.words[Word::Temporary]
+    }
+
     /// Whether the client has sent what the server answers by no rule.
     pub(crate) fn is_malformed(&self) -> bool {
         self.found[Trace::Malformed]

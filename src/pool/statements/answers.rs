@@ -1,12 +1,14 @@
 //! What becomes of a message of the server, and what it changes.
 
-use std::hash::{DefaultHasher, Hash, Hasher};
+use std::sync::Arc;
 
 use bytes::BytesMut;
 
 use super::{
-    Awaits, ClientStatements, Effect, InFlight, Known, Named, Passage, ServerStatements, Shown,
-    Sql, put, shared_name,
+    Awaits, ClientStatements, Effect, InFlight, Known, Passage, ServerStatements, Shown, Sql, put,
+    server::Unnamed,
+    shared_name,
+    statement::{Description, hash, hash_of_columns},
 };
 use crate::protocol::{
     error::{ErrorFields, sqlstate},
@@ -34,11 +36,25 @@ impl ClientStatements {
                 self.status =
                     TransactionStatus::from_byte(body.first().copied().unwrap_or_default());
                 self.is_copying_in = false;
+                if self.status == TransactionStatus::Idle {
+                    // Another client may have prepared one before this was committed.
+                    self.has_defined |= std::mem::take(&mut self.is_defining);
+                }
                 match self.queue.front().map(|it| (&it.awaits, &it.shown)) {
+                    Some((Awaits::Query, _)) if !self.is_begun && self.doubtful > 0 => {
+                        self.doubtful -= 1;
+                        Passage::Pass
+                    }
                     Some((Awaits::Sync | Awaits::Query, shown)) => {
                         let passage = shown.passage();
                         self.complete(server);
                         passage
+                    }
+                    _ if self.doubtful > 0 => {
+                        self.doubtful -= 1;
+                        self.is_skipping = false;
+                        self.end_unit();
+                        Passage::Pass
                     }
                     _ => {
                         self.is_lost = true;
@@ -59,6 +75,11 @@ impl ClientStatements {
             return Passage::Pass;
         };
         let passage = front.shown.passage();
+        if !self.is_begun {
+            // Every ReadyForQuery of a message before this one has come.
+            self.doubtful = 0;
+            self.is_begun = matches!(front.awaits, Awaits::Query);
+        }
         let is_end = match (&front.awaits, kind) {
             (Awaits::Query, tag::COMMAND_COMPLETE) => {
                 let is_copy = std::mem::take(&mut self.is_copying_in);
@@ -71,6 +92,7 @@ impl ClientStatements {
                     Some(sql) => self.forget(server, &sql),
                     None => self.forget_unseen(server, command),
                 }
+                self.note_definition(command);
                 if is_copy {
                     self.end_copy_in();
                 }
@@ -99,6 +121,7 @@ impl ClientStatements {
                 if !is_seen {
                     self.forget_unseen(server, command);
                 }
+                self.note_definition(command);
                 // A failed transaction executes nothing but what ends it, or its failure.
                 if self.status == TransactionStatus::Failed {
                     self.status = TransactionStatus::InTransaction;
@@ -106,18 +129,16 @@ impl ClientStatements {
                 true
             }
             (Awaits::Describe(_), tag::PARAMETER_DESCRIPTION) => {
-                self.parameters = hash(0, body);
+                self.parameters = Some(hash(body));
                 false
             }
             (Awaits::Describe(statement), tag::ROW_DESCRIPTION | tag::NO_DATA) => {
-                let description = hash(self.parameters, body);
+                let parameters = self.parameters.take();
                 if let Some(statement) = statement {
-                    let known = *statement.description.get_or_init(|| description);
-                    if let Effect::Compared(statement) = &front.effect
-                        && known != description
-                        && let Some(known) = server.known.get_mut(&statement.number)
-                    {
-                        known.is_changed = true;
+                    let columns = hash_of_columns(body);
+                    statement.description.learn(parameters, columns);
+                    if let Some(known) = server.description(statement) {
+                        known.learn(parameters, columns);
                     }
                 }
                 true
@@ -136,15 +157,30 @@ impl ClientStatements {
         passage
     }
 
-    /// Removes the Syncs that a COPY from the client has read before its CopyDone. One that has failed may not have read them;
-    /// then their answers show it.
-    fn end_copy_in(&mut self) {
+    /// Records what a command may change of the meaning of texts.
+    fn note_definition(&mut self, command: Command) {
+        match command {
+            Command::Definition => self.define(),
+            // Of what was defined since a savepoint, perhaps.
+            Command::Rollback => self.has_defined |= self.is_defining,
+            _ => {}
+        }
+    }
+
+    fn define(&mut self) {
+        self.is_defining = true;
+        self.has_defined = true;
+    }
+
+    /// Removes the Syncs that a COPY from the client has read before its CopyDone; returns how many.
+    fn end_copy_in(&mut self) -> usize {
         let behind = || self.queue.iter().skip(1);
         let syncs = behind().take_while(|it| matches!(it.awaits, Awaits::Sync));
         let syncs = syncs.count();
         let end = behind().nth(syncs).map(|it| &it.awaits);
         let ends = usize::from(matches!(end, Some(Awaits::CopyEnd)));
         self.queue.drain(1..=syncs + ends);
+        syncs
     }
 
     /// Ends the front message with success.
@@ -152,6 +188,7 @@ impl ClientStatements {
         let Some(record) = self.queue.pop_front() else {
             return;
         };
+        self.is_begun = false;
         // The end of a COPY that there was not.
         while matches!(
             self.queue.front().map(|it| &it.awaits),
@@ -162,16 +199,23 @@ impl ClientStatements {
         self.settle(server, &record);
         match record.effect {
             Effect::Parsed {
-                statement,
-                name,
+                prepared,
+                own,
                 is_sent,
             } => {
-                if is_sent && let Some(known) = server.known.get_mut(&statement.number) {
+                let is_exclusive = server.is_exclusive();
+                let known = server.known.get_mut(&prepared.number);
+                if is_sent && let Some(known) = known {
                     known.pending = None;
+                } else if let (Some((_, statement)), Some(known)) = (&own, known)
+                    && !is_exclusive
+                {
+                    // Answered here, and so the client has what the server has.
+                    statement.description.adopt(&known.description);
                 }
-                if let Some((name, charge)) = name {
-                    self.charge += charge;
-                    self.names.insert(name, Named { statement, charge });
+                if let Some((name, statement)) = own {
+                    self.charge += statement.charge;
+                    self.names.insert(name, statement);
                 }
             }
             Effect::Unnamed {
@@ -180,15 +224,19 @@ impl ClientStatements {
                 is_clients,
             } => {
                 if is_sent {
-                    server.unnamed.clone_from(&statement);
+                    server.unnamed = statement.clone().map(|statement| Unnamed {
+                        statement,
+                        description: Description::default(),
+                    });
                 }
                 if is_clients {
                     self.unnamed = statement;
                 }
             }
             Effect::Closed { name, is_sent } => {
+                self.by_sql.remove(&name);
                 let closed = self.forget_name(&name);
-                if is_sent && let Some(closed) = closed {
+                if is_sent && let Some(closed) = closed.map(|it| Arc::clone(&it.prepared)) {
                     // A statement of two names has one of them at the server.
                     let is_closed = |known: &Known| known.name == name || closed.is_large();
                     server
@@ -208,7 +256,7 @@ impl ClientStatements {
                 }
             }
             Effect::Bound(portal) => self.bound = portal,
-            Effect::None | Effect::Evicted(_) | Effect::Compared(_) => {}
+            Effect::None | Effect::Evicted(_) => {}
         }
     }
 
@@ -217,11 +265,11 @@ impl ClientStatements {
         self.settle(server, &record);
         match record.effect {
             Effect::Parsed {
-                statement,
+                prepared,
                 is_sent: true,
                 ..
             } => {
-                server.known.remove(&statement.number);
+                server.known.remove(&prepared.number);
             }
             Effect::Evicted(known) => {
                 server.known.insert(known.statement.number, *known);
@@ -237,7 +285,7 @@ impl ClientStatements {
         }
         let name: &[u8] = match &record.effect {
             Effect::Parsed {
-                name: Some((name, _)),
+                own: Some((name, _)),
                 ..
             }
             | Effect::Closed { name, .. } => name,
@@ -265,15 +313,17 @@ impl ClientStatements {
         body: &[u8],
         to_client: &mut BytesMut,
     ) -> Passage {
-        if std::mem::take(&mut self.is_copying_in) {
-            self.end_copy_in();
-        }
+        let is_copy = std::mem::take(&mut self.is_copying_in);
+        let doubtful = if is_copy { self.end_copy_in() } else { 0 };
         match self.queue.front().map(|it| &it.awaits) {
             // Of a commit, or the reason for the end of the connection.
-            None | Some(Awaits::Sync | Awaits::Query) => {
+            None | Some(Awaits::Sync) => return self.show_error(body, to_client),
+            Some(Awaits::Query) => {
+                self.is_begun = true;
+                self.doubtful = doubtful;
                 return self.show_error(body, to_client);
             }
-            Some(_) => {}
+            Some(_) => self.doubtful = doubtful,
         }
         let is_sync = |it: &InFlight| matches!(it.awaits, Awaits::Sync);
         let sync = self.queue.iter().position(is_sync);
@@ -297,19 +347,17 @@ impl ClientStatements {
         let Some(front) = self.queue.pop_front() else {
             return passage;
         };
-        let error = ErrorFields::parse(body);
-        if error.code == sqlstate::FEATURE_NOT_SUPPORTED && error.message.contains("cached plan") {
-            let known = front.statement.and_then(|it| server.known.get_mut(&it));
-            if let Some(known) = known {
-                known.is_stale = true;
-            }
+        self.undescribed = None;
+        let code = ErrorFields::parse(body).code;
+        let number = front.statement;
+        if code == sqlstate::FEATURE_NOT_SUPPORTED {
+            // "cached plan must not change result type", in any language.
+            let known = number.and_then(|it| server.known.get(&it));
+            self.outdated = known.map(|it| it.statement.meaning.epoch);
         }
-        if error.code == sqlstate::UNDEFINED_STATEMENT
-            && let Some(number) = front.statement
-            && !server.is_exclusive()
-        {
-            // Ended unseen, such as by a function. It is prepared anew when needed again.
-            server.known.remove(&number);
+        if code == sqlstate::UNDEFINED_STATEMENT && number.is_some() && !server.is_exclusive() {
+            // Deallocated unseen, such as by a function. It is prepared anew when needed again.
+            server.doubt();
         }
         if let Effect::Unnamed {
             is_sent,
@@ -368,7 +416,7 @@ impl ClientStatements {
         let (name, _) = self
             .names
             .iter()
-            .find(|(_, it)| it.statement.number == number)?;
+            .find(|(_, it)| it.prepared.number == number)?;
         let of_pool = [b"\"", &shared_name(number)[..], b"\""].concat();
         let at = body.windows(of_pool.len()).position(|it| it == of_pool)?;
         let (before, rest) = body.split_at(at);
@@ -387,12 +435,13 @@ impl ClientStatements {
     fn forget(&mut self, server: &mut ServerStatements, sql: &Sql) {
         match sql {
             Sql::OfSettings(text) => self.completed = Some(text.clone()),
+            Sql::Definition => self.define(),
             Sql::Prepare(name) => {
                 self.by_sql.insert(name.clone());
             }
             Sql::Deallocate(name) => {
                 self.by_sql.remove(name);
-                let of_client = self.forget_name(name).map(|it| it.number);
+                let of_client = self.forget_name(name).map(|it| it.prepared.number);
                 server.known.retain(|number, known| {
                     Some(*number) != of_client && known.name != *name || known.pending.is_some()
                 });
@@ -429,11 +478,4 @@ fn without_position(mut body: &[u8], out: &mut BytesMut) {
     }
     fields.push(0);
     put(out, tag::ERROR_RESPONSE, &[&fields], 0);
-}
-
-fn hash(seed: u64, body: &[u8]) -> u64 {
-    // Only within the process, and of what servers send.
-    let mut hasher = DefaultHasher::new();
-    (seed, body).hash(&mut hasher);
-    hasher.finish()
 }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use bytes::BytesMut;
 
-use super::{Passage, Prepared, server::Known, sql::Sql};
+use super::{Passage, Prepared, server::Known, sql::Sql, statement::Statement};
 
 /// A portal by its name, and the statement that it executes.
 pub(super) type Portal = Box<(Box<[u8]>, Sql)>;
@@ -29,8 +29,8 @@ pub(super) enum Awaits {
     Parse,
     Bind,
     Close,
-    /// Of a statement, for its description.
-    Describe(Option<Arc<Prepared>>),
+    /// Of this statement or a portal of it, if the client has it.
+    Describe(Option<Arc<Statement>>),
     Execute,
     Sync,
     Query,
@@ -65,15 +65,15 @@ impl Shown {
 #[derive(Debug)]
 pub(super) enum Effect {
     None,
-    /// The server has a statement, if it was sent; the client has it by a name, if there is one.
+    /// The server has a statement, if it was sent; the client has it by a name, if that is its own.
     Parsed {
-        statement: Arc<Prepared>,
-        name: Option<(Box<[u8]>, usize)>,
+        prepared: Arc<Prepared>,
+        own: Option<(Box<[u8]>, Arc<Statement>)>,
         is_sent: bool,
     },
     /// The unnamed statement of the server, and of the client.
     Unnamed {
-        statement: Option<Arc<Prepared>>,
+        statement: Option<Arc<Statement>>,
         is_sent: bool,
         is_clients: bool,
     },
@@ -86,6 +86,4 @@ pub(super) enum Effect {
     Sql(Vec<Option<Sql>>),
     /// What a portal executes, if that is of interest.
     Bound(Option<Portal>),
-    /// The description of a statement that was prepared anew.
-    Compared(Arc<Prepared>),
 }

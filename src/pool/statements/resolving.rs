@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::{
-    Awaits, Blocked, Effect, InFlight, Lookup, Prepared, Scope, Shown, Sql, put,
+    Awaits, Blocked, Effect, Lookup, Prepared, Scope, Shown, Sql, Statement, put,
     sending::{Sending, count, deallocate, unknown_statement},
     shared_name,
 };
@@ -16,24 +16,38 @@ use crate::protocol::{
 pub(super) struct Resolved {
     /// At the server.
     pub(super) name: Box<[u8]>,
-    pub(super) statement: Arc<Prepared>,
+    /// `None` if SQL has prepared it.
+    pub(super) statement: Option<Arc<Statement>>,
+}
+
+/// Why the server must have a statement.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Need<'a> {
+    /// The client prepares it, by this name.
+    Parse(&'a [u8], &'a Arc<Statement>),
+    /// The client prepares it by a name in use. The server parses it first, as it may have another error.
+    Check,
+    /// A Bind names it, whose rows must be those that the client expects.
+    Bind(&'a Arc<Statement>),
+    /// Another message names it.
+    Name,
 }
 
 impl Sending<'_> {
     /// Has the server parse a statement, anew if it has it; `false` if messages of this unit name it.
     pub(super) fn send_parse(
         &mut self,
-        statement: &Arc<Prepared>,
-        shown: Shown,
+        prepared: &Arc<Prepared>,
+        need: Need<'_>,
     ) -> Result<bool, Blocked> {
-        let known = self.server.known.get(&statement.number);
+        let known = self.server.known.get(&prepared.number);
         if known.is_some_and(|it| it.pending.is_some() || it.uses > 0) {
             if self.client.has_earlier_unit() {
                 return Err(Blocked);
             }
             return Ok(false);
         }
-        let old = self.server.known.remove(&statement.number);
+        let old = self.server.known.remove(&prepared.number);
         // More than one, when too many were in flight to evict any of them.
         let mut evicted = Vec::from_iter(old);
         evicted.extend(std::iter::from_fn(|| {
@@ -49,8 +63,8 @@ impl Sending<'_> {
             let effect = Effect::Evicted(Box::new(known));
             self.record(Awaits::Close, Shown::Errors, effect);
         }
-        let name = shared_name(statement.number);
-        put(self.out, tag::PARSE, &[&name, b"\0", &statement.body], 0);
+        let name = shared_name(prepared.number);
+        put(self.out, tag::PARSE, &[&name, b"\0", &prepared.body], 0);
         let scope = if self.client.is_setting() {
             // Perhaps another one, once the server reads this.
             Scope::Once(self.client.texts.number())
@@ -58,31 +72,56 @@ impl Sending<'_> {
             self.meaning.scope
         };
         let unit = self.client.unit;
-        self.server.add(statement, &name, unit, scope);
+        self.server.add(prepared, &name, unit, scope);
+        let (shown, own, described) = match need {
+            Need::Parse(name, statement) => {
+                let own = (name.into(), Arc::clone(statement));
+                (Shown::All, Some(own), Some(statement))
+            }
+            Need::Check => (Shown::Errors, None, None),
+            Need::Bind(statement) => (Shown::ErrorsOfPool, None, Some(statement)),
+            Need::Name => (Shown::ErrorsOfPool, None, None),
+        };
         let effect = Effect::Parsed {
-            statement: Arc::clone(statement),
-            name: None,
+            prepared: Arc::clone(prepared),
+            own,
             is_sent: true,
         };
         self.record(Awaits::Parse, shown, effect);
+        if let Some(statement) = described {
+            self.send_describe(statement, &name);
+        }
         Ok(true)
     }
 
+    /// Has the server describe a statement, for the pool.
+    fn send_describe(&mut self, statement: &Arc<Statement>, name: &[u8]) {
+        put(self.out, tag::DESCRIBE, &[b"S", name, b"\0"], 0);
+        let awaits = Awaits::Describe(Some(Arc::clone(statement)));
+        let number = Some(statement.prepared.number).filter(|it| *it > 0);
+        self.record_use(awaits, Shown::ErrorsOfPool, Effect::None, number);
+    }
+
     /// Sees to it that the server has a statement of the client's.
-    pub(super) fn ensure(&mut self, statement: &Arc<Prepared>) -> Result<(), Blocked> {
-        if self.server.is_uncertain(statement.number, self.client.unit) {
+    pub(super) fn ensure(
+        &mut self,
+        prepared: &Arc<Prepared>,
+        need: Need<'_>,
+    ) -> Result<(), Blocked> {
+        if self.server.is_uncertain(prepared.number, self.client.unit) {
             return Err(Blocked);
         }
-        if !self.has(statement) {
-            self.send_parse(statement, Shown::ErrorsOfPool)?;
+        if !self.has(prepared) {
+            self.send_parse(prepared, need)?;
         }
         Ok(())
     }
 
     /// Whether the server has a statement of the client's as the client has prepared it, or as it would be prepared now.
-    fn has(&self, statement: &Prepared) -> bool {
-        let known = self.server.known.get(&statement.number);
-        known.is_some_and(|known| match statement.meaning.scope {
+    fn has(&self, prepared: &Prepared) -> bool {
+        let known = self.server.known.get(&prepared.number);
+        known.is_some_and(|known| match prepared.meaning.scope {
+            _ if known.is_doubtful => false,
             // It is no other client's.
             Scope::Once(_) => true,
             scope @ Scope::Settings(_) => known.scope == scope || known.scope == self.meaning.scope,
@@ -96,89 +135,121 @@ impl Sending<'_> {
         self.record(Awaits::Sync, Shown::Errors, Effect::None);
     }
 
-    pub(super) fn name(&self, statement: &Prepared) -> Box<[u8]> {
-        match self.server.known.get(&statement.number) {
+    pub(super) fn name(&self, prepared: &Prepared) -> Box<[u8]> {
+        match self.server.known.get(&prepared.number) {
             Some(known) => known.name.clone(),
-            None => shared_name(statement.number),
+            None => shared_name(prepared.number),
         }
     }
 
-    /// What the server knows a statement by; `None` if the error is on its way.
-    pub(super) fn resolve(&mut self, name: &[u8]) -> Result<Option<Resolved>, Blocked> {
+    /// The statement that a message names, which the server has; `None` if the error is on its way.
+    pub(super) fn resolve(
+        &mut self,
+        name: &[u8],
+        is_bind: bool,
+    ) -> Result<Option<Resolved>, Blocked> {
         let statement = match self.client.lookup(name) {
             Lookup::Uncertain => return Err(Blocked),
             Lookup::Present(statement) => statement,
+            Lookup::Absent if self.client.may_have_by_sql(name) => {
+                return Ok(Some(Resolved {
+                    name: name.into(),
+                    statement: None,
+                }));
+            }
             Lookup::Absent => {
                 self.poison(&unknown_statement(name));
                 return Ok(None);
             }
         };
-        if name.is_empty() {
-            if let Some(Sql::Deallocate(name)) = &statement.sql {
-                // By the name that the server has it by.
-                let shared = match self.client.lookup(name) {
-                    Lookup::Uncertain => return Err(Blocked),
-                    Lookup::Absent => self.name_by_sql(name),
-                    Lookup::Present(prepared) => {
-                        self.ensure(&prepared)?;
-                        self.name(&prepared)
-                    }
-                };
-                let sql = deallocate(&shared);
-                self.parse_for_client(&statement, &[&sql, b"\0\0\0"]);
-                return Ok(Some(Resolved {
-                    name: Box::default(),
-                    statement,
-                }));
-            }
-            let is_here = self.client.latest.contains_key(name)
-                || self
-                    .server
-                    .unnamed
-                    .as_ref()
-                    .is_some_and(|it| Arc::ptr_eq(it, &statement));
-            if !is_here && statement.is_large() {
-                self.poison(&unknown_statement(name));
-                return Ok(None);
-            }
-            if !is_here {
-                self.parse_for_client(&statement, &[&statement.body]);
-            }
-            return Ok(Some(Resolved {
-                name: Box::default(),
-                statement,
-            }));
-        }
-        let is_compared = |it: &InFlight| matches!(&it.effect, Effect::Compared(it) if it.number == statement.number);
-        if self.client.queue.iter().any(is_compared) {
-            return Err(Blocked);
-        }
-        let is_described = statement.description.get().is_some();
-        if !self.has(&statement) && is_described && statement.meaning != self.meaning {
-            // A definition or a setting since may have changed what it returns, which the client does not expect.
-            self.ensure(&statement)?;
-            let name = self.name(&statement);
-            put(self.out, tag::DESCRIBE, &[b"S", &name, b"\0"], 0);
-            let awaits = Awaits::Describe(Some(Arc::clone(&statement)));
-            let number = Some(statement.number);
-            let effect = Effect::Compared(statement);
-            self.record_use(awaits, Shown::ErrorsOfPool, effect, number);
-            put(self.out, tag::FLUSH, &[], 0);
-            return Err(Blocked);
-        }
-        if self
-            .server
-            .known
-            .get(&statement.number)
-            .is_some_and(|it| it.is_changed)
-        {
+        let prepared = &statement.prepared;
+        let own = if !name.is_empty() {
+            let need = if is_bind {
+                Need::Bind(&statement)
+            } else {
+                Need::Name
+            };
+            self.ensure(prepared, need)?;
+            self.name(prepared)
+        } else if let Some(Sql::Deallocate(deallocated)) = &prepared.sql {
+            self.send_deallocate(&statement, deallocated)?;
+            Box::default()
+        } else if self.send_unnamed(&statement) {
+            Box::default()
+        } else {
+            self.poison(&unknown_statement(name));
+            return Ok(None);
+        };
+        if is_bind && !self.is_as_described(&statement, &own)? {
+            // As a server whose plan is outdated, and to the next Parse it is another statement.
+            self.client.outdated = Some(statement.prepared.meaning.epoch);
             let what = "cached plan must not change result type";
             self.poison(&Report::new(sqlstate::FEATURE_NOT_SUPPORTED, what));
             return Ok(None);
         }
-        self.ensure(&statement)?;
-        let name = self.name(&statement);
-        Ok(Some(Resolved { name, statement }))
+        Ok(Some(Resolved {
+            name: own,
+            statement: Some(statement),
+        }))
+    }
+
+    /// Whether the server's statement takes and returns what the client expects.
+    fn is_as_described(
+        &mut self,
+        statement: &Arc<Statement>,
+        name: &[u8],
+    ) -> Result<bool, Blocked> {
+        if !statement.description.is_known() || !statement.prepared.is_comparable() {
+            return Ok(true);
+        }
+        let described = self.server.description(statement);
+        if let Some(described) = described.filter(|it| it.is_whole()) {
+            return Ok(!described.differs(&statement.description));
+        }
+        let same = |it: &Arc<Statement>| {
+            let number = it.prepared.number;
+            Arc::ptr_eq(it, statement) || number > 0 && number == statement.prepared.number
+        };
+        let mut queue = self.client.queue.iter();
+        if !queue.any(|it| matches!(&it.awaits, Awaits::Describe(Some(it)) if same(it))) {
+            self.send_describe(statement, name);
+        }
+        self.flush();
+        Err(Blocked)
+    }
+
+    /// Has the server parse the client's unnamed statement, unless it has it; `false` if the text is not kept.
+    fn send_unnamed(&mut self, statement: &Arc<Statement>) -> bool {
+        let unnamed = self.server.unnamed.as_ref();
+        let is_here = self.client.latest.contains_key(&b""[..])
+            || unnamed.is_some_and(|it| Arc::ptr_eq(&it.statement, statement));
+        if is_here {
+            return true;
+        }
+        if statement.prepared.is_large() {
+            return false;
+        }
+        self.parse_for_client(statement, &[&statement.prepared.body]);
+        true
+    }
+
+    /// Has the server parse the client's unnamed DEALLOCATE of `deallocated`, with the name that the server has that by.
+    fn send_deallocate(
+        &mut self,
+        statement: &Arc<Statement>,
+        deallocated: &[u8],
+    ) -> Result<(), Blocked> {
+        let shared = match self.client.lookup(deallocated) {
+            Lookup::Uncertain => return Err(Blocked),
+            Lookup::Absent => self.name_by_sql(deallocated),
+            Lookup::Present(deallocated) => {
+                self.ensure(&deallocated.prepared, Need::Name)?;
+                self.name(&deallocated.prepared)
+            }
+        };
+        let sql = deallocate(&shared);
+        self.parse_for_client(statement, &[&sql, b"\0\0\0"]);
+        Ok(())
     }
 
     /// Whether a query of the pool's has ended the client's unnamed statement at the server.
@@ -190,7 +261,7 @@ impl Sending<'_> {
     }
 
     /// Has the server parse the unnamed statement of the client.
-    fn parse_for_client(&mut self, statement: &Arc<Prepared>, body: &[&[u8]]) {
+    fn parse_for_client(&mut self, statement: &Arc<Statement>, body: &[&[u8]]) {
         let body = body.concat();
         put(self.out, tag::PARSE, &[b"\0", &body], 0);
         let effect = Effect::Unnamed {

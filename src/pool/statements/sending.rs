@@ -8,9 +8,12 @@ use std::sync::{
 use bytes::BytesMut;
 
 use super::{
-    Awaits, Blocked, ClientMessage, ClientStatements, Effect, InFlight, LARGE_STATEMENT, Latest,
-    Lookup, MAX_CHARGE, MAX_NAMES, Meaning, POISON, Prepared, Sent, ServerStatements, Shown, Sql,
-    put, resolving::Resolved, shared_name,
+    Awaits, Blocked, ClientMessage, ClientStatements, Effect, InFlight, Known, LARGE_STATEMENT,
+    Latest, Lookup, MAX_CHARGE, MAX_NAMES, Meaning, POISON, Prepared, Scope, Sent,
+    ServerStatements, Shown, Sql, Statement, cut, hash, is_shared_name, put,
+    resolving::{Need, Resolved},
+    shared_name,
+    text::is_of_session,
 };
 use crate::protocol::{
     error::{Report, sqlstate},
@@ -63,7 +66,8 @@ impl Sending<'_> {
                 Ok(self.close(message, name))
             }
             tag::DESCRIBE => {
-                self.record(Awaits::Describe(None), Shown::All, Effect::None);
+                let statement = self.undescribed(body.get(1..).unwrap_or_default());
+                self.record(Awaits::Describe(statement), Shown::All, Effect::None);
                 Ok(Sent::Unchanged)
             }
             tag::CLOSE => {
@@ -92,7 +96,7 @@ impl Sending<'_> {
                     Awaits::Query
                 };
                 self.record(awaits, Shown::All, Effect::None);
-                self.end_unit();
+                self.client.end_unit();
                 Ok(Sent::Unchanged)
             }
             tag::COPY_DONE | tag::COPY_FAIL => {
@@ -124,8 +128,7 @@ impl Sending<'_> {
         let (id, unit) = (client.next_id, client.unit);
         let latest = match &effect {
             Effect::Parsed {
-                name: Some((name, _)),
-                statement,
+                own: Some((name, statement)),
                 ..
             } => Some((&name[..], Some(statement))),
             Effect::Closed { name, .. } => Some((&name[..], None)),
@@ -162,11 +165,6 @@ impl Sending<'_> {
         });
     }
 
-    fn end_unit(&mut self) {
-        self.client.unit += 1;
-        self.client.is_open = false;
-    }
-
     /// Whether an Execute may end the failure of a transaction, on which the answers to what follows it depend.
     fn may_end_failure(&self) -> bool {
         self.client.status == TransactionStatus::Failed && !self.server.is_exclusive()
@@ -187,19 +185,28 @@ impl Sending<'_> {
         self.record(Awaits::Execute, shown, effect);
         if changes_names || ends_failure {
             // What follows in its own unit waits for it, too.
+            self.flush();
+        }
+    }
+
+    /// Has the server send the answers of an open unit, unless it has that from before.
+    pub(super) fn flush(&mut self) {
+        let client = &mut *self.client;
+        if client.flushed_at != client.next_id {
+            client.flushed_at = client.next_id;
             put(self.out, tag::FLUSH, &[], 0);
         }
     }
 
     fn parse_unnamed(&mut self, message: ClientMessage<'_>, rest: &[u8]) {
-        let statement = if message.length > LARGE_STATEMENT {
+        let prepared = if message.length > LARGE_STATEMENT {
             self.client.had_large = true;
             self.client.texts.large()
         } else {
             Arc::new(Prepared::new(rest))
         };
         let effect = Effect::Unnamed {
-            statement: Some(statement),
+            statement: Some(Statement::new(prepared, 0)),
             is_sent: true,
             is_clients: true,
         };
@@ -213,24 +220,33 @@ impl Sending<'_> {
         rest: &[u8],
     ) -> Result<Sent, Blocked> {
         let is_exclusive = self.server.is_exclusive();
-        let found = match self.client.lookup(name) {
+        let key = cut(name);
+        let is_taken = match self.client.lookup(key) {
             Lookup::Uncertain if !is_exclusive => return Err(Blocked),
-            found => found,
+            Lookup::Uncertain | Lookup::Absent => self.client.by_sql.contains(key),
+            Lookup::Present(_) => true,
         };
-        if message.length > LARGE_STATEMENT {
+        let has_place = self.client.names.len() < MAX_NAMES;
+        if message.length > LARGE_STATEMENT && has_place {
             // The server has it by another name, and this text is not kept for the error that it may have first.
-            if !is_exclusive && matches!(found, Lookup::Present(_)) {
+            if !is_exclusive && is_taken {
                 self.poison(&statement_exists(name));
                 return Ok(Sent::Rest(message.length));
             }
             return Ok(self.parse_large(message, name));
         }
-        let interned = self.client.texts.intern(rest, self.meaning);
-        let interned = interned.filter(|(_, is_new)| {
-            let charge = if *is_new { rest.len() } else { 0 };
-            self.client.names.len() < MAX_NAMES && self.client.charge + charge <= MAX_CHARGE
+        let mut meaning = self.meaning;
+        if is_of_session(rest) {
+            meaning.scope = Scope::Once(self.client.texts.number());
+        }
+        let interned = has_place.then(|| self.client.texts.intern(rest, meaning));
+        let interned = interned.flatten().map(|(prepared, is_new)| {
+            let charge = if is_new { rest.len() } else { 0 };
+            Statement::new(prepared, charge)
         });
-        let Some((statement, is_new)) = interned else {
+        let interned =
+            interned.filter(|statement| self.client.charge + statement.charge <= MAX_CHARGE);
+        let Some(statement) = interned else {
             self.poison(
                 &Report::new("53200", "too many prepared statements").with_hint(
                     "Deallocate statements that are not used, or raise --prepared-statement-memory.",
@@ -238,75 +254,62 @@ impl Sending<'_> {
             );
             return Ok(Sent::Rest(message.length));
         };
-        let number = statement.number;
-        let charge = if is_new { rest.len() } else { 0 };
-        let parsed = |statement, is_sent| Effect::Parsed {
-            statement,
-            name: Some((name.into(), charge)),
-            is_sent,
-        };
+        let prepared = Arc::clone(&statement.prepared);
+        let (number, unit) = (prepared.number, self.client.unit);
         if is_exclusive {
             let is_sent = !self.server.known.contains_key(&number);
             if is_sent {
-                let unit = self.client.unit;
-                self.server.add(&statement, name, unit, self.meaning.scope);
+                self.server.add(&prepared, key, unit, meaning.scope);
             }
             count(&self.client.texts.sent);
-            self.record(Awaits::Parse, Shown::All, parsed(statement, is_sent));
+            let effect = Effect::Parsed {
+                prepared,
+                own: Some((key.into(), statement)),
+                is_sent,
+            };
+            self.record(Awaits::Parse, Shown::All, effect);
             return Ok(Sent::Unchanged);
         }
-        if let Lookup::Present(_) = found {
-            if self.server.is_uncertain(number, self.client.unit) {
-                return Err(Blocked);
-            }
-            // The server parses it first, as it may have another error.
-            self.send_parse(&statement, Shown::Errors)?;
-            self.poison(&statement_exists(name));
-            return Ok(Sent::Rest(message.length));
-        }
-        let unit = self.client.unit;
-        let is_failed = self.client.status == TransactionStatus::Failed;
         if self.server.is_uncertain(number, unit) {
             return Err(Blocked);
         }
+        if is_taken {
+            self.send_parse(&prepared, Need::Check)?;
+            self.poison(&statement_exists(name));
+            return Ok(Sent::Rest(message.length));
+        }
+        let is_failed = self.client.status == TransactionStatus::Failed;
         let is_answered = match self.server.known.get(&number) {
             Some(_) if self.client.has_earlier_unit() => return Err(Blocked),
             // What fails before it skips both.
             Some(known) => {
                 known.pending.is_some()
-                    || !known.is_stale && !is_failed && known.scope == self.meaning.scope
+                    || !known.is_doubtful && !is_failed && known.scope == meaning.scope
             }
             None => false,
         };
-        if is_answered || !self.send_parse(&statement, Shown::All)? {
+        if is_answered || !self.send_parse(&prepared, Need::Parse(key, &statement))? {
             count(&self.client.texts.answered);
             let mut answer = BytesMut::new();
             put(&mut answer, tag::PARSE_COMPLETE, &[], 0);
-            let effect = parsed(statement, false);
-            self.record(Awaits::Answer(answer), Shown::All, effect);
-            return Ok(Sent::Rest(message.length));
-        }
-        // The effect of the Parse is the client's, too.
-        if let Some(last) = self.client.queue.back_mut() {
-            last.effect = parsed(Arc::clone(&statement), true);
-            let latest = Latest {
-                id: last.id,
-                unit,
-                statement: Some(statement),
+            let effect = Effect::Parsed {
+                prepared,
+                own: Some((key.into(), statement)),
+                is_sent: false,
             };
-            self.client.latest.insert(name.into(), latest);
+            self.record(Awaits::Answer(answer), Shown::All, effect);
         }
         Ok(Sent::Rest(message.length))
     }
 
     /// Passes a text that is not kept.
     fn parse_large(&mut self, message: ClientMessage<'_>, name: &[u8]) -> Sent {
-        let statement = self.client.texts.large();
+        let prepared = self.client.texts.large();
         self.client.had_large = true;
         let head = name.len() + 1;
-        let shared = shared_name(statement.number);
+        let shared = shared_name(prepared.number);
         let server_name = if self.server.is_exclusive() {
-            name
+            cut(name)
         } else {
             &shared
         };
@@ -317,11 +320,12 @@ impl Sending<'_> {
             message.length - head,
         );
         let unit = self.client.unit;
-        let scope = statement.meaning.scope;
-        self.server.add(&statement, server_name, unit, scope);
+        let scope = prepared.meaning.scope;
+        self.server.add(&prepared, server_name, unit, scope);
+        let statement = Statement::new(Arc::clone(&prepared), 0);
         let effect = Effect::Parsed {
-            statement,
-            name: Some((name.into(), 0)),
+            prepared,
+            own: Some((cut(name).into(), statement)),
             is_sent: true,
         };
         self.record(Awaits::Parse, Shown::All, effect);
@@ -335,40 +339,38 @@ impl Sending<'_> {
         name: &[u8],
         head: usize,
     ) -> Result<Sent, Blocked> {
-        if self.server.is_exclusive() && !self.lacks_unnamed(name) {
-            let statement = match self.client.lookup(name) {
+        let key = cut(name);
+        let (own, statement) = if self.server.is_exclusive() && !self.lacks_unnamed(key) {
+            let statement = match self.client.lookup(key) {
                 Lookup::Present(statement) => Some(statement),
                 // Of interest only if its Execute may change names.
-                Lookup::Uncertain if self.client.may_change_session(name) => return Err(Blocked),
+                Lookup::Uncertain if self.client.may_change_session(key) => return Err(Blocked),
                 Lookup::Absent | Lookup::Uncertain => None,
             };
-            let effect = self.bound(portal, statement.as_deref());
-            let number = statement.map(|it| it.number).filter(|it| *it > 0);
-            self.record_use(Awaits::Bind, Shown::All, effect, number);
-            return Ok(Sent::Unchanged);
-        }
-        let Some(resolved) = self.resolve(name)? else {
-            return Ok(Sent::Rest(message.length));
+            (None, statement)
+        } else {
+            let Some(resolved) = self.resolve(key, true)? else {
+                return Ok(Sent::Rest(message.length));
+            };
+            (Some(resolved.name), resolved.statement)
         };
-        let Resolved {
-            name: own,
-            statement,
-        } = resolved;
-        let effect = self.bound(portal, Some(&statement));
-        let number = (statement.number > 0).then_some(statement.number);
+        let effect = self.bound(portal, statement.as_ref());
+        let number = statement.map(|it| it.prepared.number).filter(|it| *it > 0);
         self.record_use(Awaits::Bind, Shown::All, effect, number);
-        if *own == *name {
+        let Some(own) = own.filter(|it| **it != *name) else {
             return Ok(Sent::Unchanged);
-        }
+        };
         let rest = message.length - head;
         put(self.out, tag::BIND, &[portal, b"\0", &own, b"\0"], rest);
         Ok(Sent::Rest(head))
     }
 
-    /// Records what an Execute of the portal changes; returns the effect of the Bind.
-    fn bound(&mut self, portal: &[u8], statement: Option<&Prepared>) -> Effect {
+    /// Records what an Execute of the portal changes, and of which statement it is; returns the effect of the Bind.
+    fn bound(&mut self, portal: &[u8], statement: Option<&Arc<Statement>>) -> Effect {
         let client = &mut *self.client;
-        if let Some(sql) = statement.and_then(|it| it.sql.clone()) {
+        let undescribed = statement.filter(|it| !it.description.is_known());
+        client.undescribed = undescribed.map(|it| (hash(portal), Arc::clone(it)));
+        if let Some(sql) = statement.and_then(|it| it.prepared.sql.clone()) {
             client.portal = Some(Box::new((portal.into(), sql)));
             return Effect::Bound(client.portal.clone());
         }
@@ -380,9 +382,17 @@ impl Sending<'_> {
         Effect::None
     }
 
+    /// The statement that a portal is of, if that has not been described: then this describes it.
+    fn undescribed(&self, portal: &[u8]) -> Option<Arc<Statement>> {
+        let (hashed, statement) = self.client.undescribed.as_ref()?;
+        let (portal, _) = split_string(portal)?;
+        (*hashed == hash(portal)).then(|| Arc::clone(statement))
+    }
+
     fn describe(&mut self, message: ClientMessage<'_>, name: &[u8]) -> Result<Sent, Blocked> {
-        if self.server.is_exclusive() && !self.lacks_unnamed(name) {
-            let statement = match self.client.lookup(name) {
+        let key = cut(name);
+        if self.server.is_exclusive() && !self.lacks_unnamed(key) {
+            let statement = match self.client.lookup(key) {
                 Lookup::Present(statement) => Some(statement),
                 Lookup::Absent | Lookup::Uncertain => None,
             };
@@ -390,8 +400,8 @@ impl Sending<'_> {
             return Ok(Sent::Unchanged);
         }
         // With nothing in flight: the server may be skipping, which this Sync would end too early.
-        let is_first = !self.client.is_open && self.client.queue.is_empty();
-        let Some(resolved) = self.resolve(name)? else {
+        let is_first = !self.client.is_open && self.client.is_at_rest();
+        let Some(resolved) = self.resolve(key, false)? else {
             return Ok(Sent::Rest(message.length));
         };
         if is_first && self.client.is_open {
@@ -401,9 +411,14 @@ impl Sending<'_> {
             name: own,
             statement,
         } = resolved;
-        let number = (statement.number > 0).then_some(statement.number);
-        let awaits = Awaits::Describe(Some(statement));
-        self.record_use(awaits, Shown::All, Effect::None, number);
+        let number = statement.as_ref().map(|it| it.prepared.number);
+        let number = number.filter(|it| *it > 0);
+        self.record_use(
+            Awaits::Describe(statement),
+            Shown::All,
+            Effect::None,
+            number,
+        );
         if *own == *name {
             return Ok(Sent::Unchanged);
         }
@@ -412,7 +427,17 @@ impl Sending<'_> {
     }
 
     fn close(&mut self, message: ClientMessage<'_>, name: &[u8]) -> Sent {
-        let is_sent = self.server.is_exclusive();
+        let key = cut(name);
+        // The server's own statement of the pool's stays for others, and until it is evicted.
+        let at_server = match self.client.lookup(key) {
+            _ if self.server.is_exclusive() => Some(name.into()),
+            Lookup::Present(statement) if !name.is_empty() && statement.prepared.is_large() => {
+                Some(self.name(&statement.prepared))
+            }
+            Lookup::Absent if self.client.may_have_by_sql(key) => Some(name.into()),
+            _ => None,
+        };
+        let is_sent = at_server.is_some();
         let effect = if name.is_empty() {
             Effect::Unnamed {
                 statement: None,
@@ -420,30 +445,24 @@ impl Sending<'_> {
                 is_clients: true,
             }
         } else {
-            let name = name.into();
+            let name = key.into();
             Effect::Closed { name, is_sent }
         };
-        if is_sent {
-            self.record(Awaits::Close, Shown::All, effect);
-            return Sent::Unchanged;
+        match at_server {
+            Some(own) if *own == *name => {
+                self.record(Awaits::Close, Shown::All, effect);
+                return Sent::Unchanged;
+            }
+            Some(own) => {
+                put(self.out, tag::CLOSE, &[b"S", &own, b"\0"], 0);
+                self.record(Awaits::Close, Shown::All, effect);
+            }
+            None => {
+                let mut answer = BytesMut::new();
+                put(&mut answer, tag::CLOSE_COMPLETE, &[], 0);
+                self.record(Awaits::Answer(answer), Shown::All, effect);
+            }
         }
-        if !name.is_empty()
-            && let Lookup::Present(statement) = self.client.lookup(name)
-            && statement.is_large()
-        {
-            let server_name = self.name(&statement);
-            put(self.out, tag::CLOSE, &[b"S", &server_name, b"\0"], 0);
-            let effect = Effect::Closed {
-                name: name.into(),
-                is_sent: true,
-            };
-            self.record(Awaits::Close, Shown::All, effect);
-            return Sent::Rest(message.length);
-        }
-        // The server's own statement stays for others, and until it is evicted.
-        let mut answer = BytesMut::new();
-        put(&mut answer, tag::CLOSE_COMPLETE, &[], 0);
-        self.record(Awaits::Answer(answer), Shown::All, effect);
         Sent::Rest(message.length)
     }
 
@@ -460,16 +479,29 @@ impl Sending<'_> {
                 return Err(Blocked);
             }
             match self.client.lookup(name) {
-                Lookup::Absent if self.client.may_have_by_sql(name) => {}
+                Lookup::Absent if !self.is_of_others(name) => {}
                 found => {
                     self.deallocate(name, &found)?;
-                    self.end_unit();
+                    self.client.end_unit();
+                    return Ok(Sent::Rest(message.length));
+                }
+            }
+        }
+        if let [Some(Sql::Prepare(name))] = &effects[..]
+            && !self.server.is_exclusive()
+        {
+            // The server has the client's statement by another name.
+            match self.client.lookup(name) {
+                Lookup::Uncertain => return Err(Blocked),
+                Lookup::Absent => {}
+                Lookup::Present(_) => {
+                    self.poison_query(&statement_exists(name));
                     return Ok(Sent::Rest(message.length));
                 }
             }
         }
         self.record(Awaits::Query, Shown::All, Effect::Sql(effects));
-        self.end_unit();
+        self.client.end_unit();
         Ok(Sent::Unchanged)
     }
 
@@ -502,9 +534,9 @@ impl Sending<'_> {
         let (shared, effects) = match found {
             // A failed transaction refuses the query, and a Parse before it would have it discarded.
             Lookup::Present(statement) if !is_alone && !is_failed => {
-                self.ensure(statement)?;
+                self.ensure(&statement.prepared, Need::Name)?;
                 let sql = Sql::Deallocate(name.into());
-                (self.name(statement), vec![Some(sql)])
+                (self.name(&statement.prepared), vec![Some(sql)])
             }
             // The server has a statement of the pool's by that name, which is not the client's.
             _ => (shared_name(0), Vec::new()),
@@ -523,11 +555,21 @@ impl Sending<'_> {
     /// The name for a statement that the client has not prepared by the protocol: one that SQL has prepared, or none, as the
     /// server may have one of that name which is another client's.
     pub(super) fn name_by_sql(&self, name: &[u8]) -> Box<[u8]> {
-        if self.client.may_have_by_sql(name) {
-            name.into()
-        } else {
+        if self.is_of_others(name) {
             shared_name(0)
+        } else {
+            name.into()
         }
+    }
+
+    /// Whether the server may have a statement of the pool's, or of another client, by this name, which is none of the client's.
+    fn is_of_others(&self, name: &[u8]) -> bool {
+        let has_name = |known: &Known| *known.name == *name;
+        let mut queue = self.client.queue.iter();
+        !self.client.may_have_by_sql(name)
+            && (is_shared_name(name)
+                || self.server.known.values().any(has_name)
+                || queue.any(|it| matches!(&it.effect, Effect::Evicted(it) if has_name(it))))
     }
 
     /// Has the server fail as it would for `report`.
@@ -540,7 +582,7 @@ impl Sending<'_> {
     /// The same in the place of a Query or function call.
     pub(super) fn poison_query(&mut self, report: &Report) {
         self.query_of_deallocate(&shared_name(0), Vec::new(), report);
-        self.end_unit();
+        self.client.end_unit();
     }
 }
 

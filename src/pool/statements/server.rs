@@ -7,6 +7,7 @@ use std::{
 
 use super::{
     InFlight,
+    statement::{Description, Statement},
     text::{Prepared, Scope},
 };
 
@@ -20,7 +21,7 @@ pub struct ServerStatements {
     pub(super) known: HashMap<u64, Known>,
     /// Closed by the unit of the client with this number, which may be skipped.
     pub(super) leaving: HashMap<u64, u64>,
-    pub(super) unnamed: Option<Arc<Prepared>>,
+    pub(super) unnamed: Option<Unnamed>,
     /// Empty: the memory of its last client's.
     pub(super) in_flight: VecDeque<InFlight>,
     limit: usize,
@@ -47,13 +48,21 @@ pub(super) struct Known {
     pub(super) scope: Scope,
     /// The Parse of this unit of the client has not been answered.
     pub(super) pending: Option<u64>,
-    /// Its plan is outdated.
-    pub(super) is_stale: bool,
-    /// Its description is not the one that clients know.
-    pub(super) is_changed: bool,
+    /// As this server has it.
+    pub(super) description: Description,
+    /// A function has deallocated another statement, and perhaps this one.
+    pub(super) is_doubtful: bool,
     /// Messages in flight that name it.
     pub(super) uses: u32,
     used_at: u64,
+}
+
+/// The unnamed statement that the server has.
+#[derive(Debug)]
+pub(super) struct Unnamed {
+    pub(super) statement: Arc<Statement>,
+    /// As this server has it.
+    pub(super) description: Description,
 }
 
 impl ServerStatements {
@@ -120,13 +129,30 @@ impl ServerStatements {
             name: name.into(),
             scope,
             pending: Some(unit),
-            is_stale: false,
-            is_changed: false,
+            description: Description::default(),
+            is_doubtful: false,
             uses: 0,
             used_at: self.tick(),
         };
         self.has_client_names |= self.is_exclusive();
         self.known.insert(statement.number, known);
+    }
+
+    /// After a statement has turned out to be deallocated unseen. Others may be, too.
+    pub(super) fn doubt(&mut self) {
+        for known in self.known.values_mut() {
+            known.is_doubtful = known.pending.is_none() && !known.statement.is_large();
+        }
+    }
+
+    /// What the server has described of a statement that it has.
+    pub(super) fn description(&self, statement: &Arc<Statement>) -> Option<&Description> {
+        if let Some(known) = self.known.get(&statement.prepared.number) {
+            return Some(&known.description);
+        }
+        let unnamed = self.unnamed.as_ref();
+        let unnamed = unnamed.filter(|it| Arc::ptr_eq(&it.statement, statement));
+        unnamed.map(|it| &it.description)
     }
 
     /// Whether an earlier unit than this one decides if the server has a statement.

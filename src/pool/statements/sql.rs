@@ -1,5 +1,6 @@
 //! Statements of SQL after which a session has other prepared statements or settings.
 
+use super::cut;
 use crate::protocol::{
     frame::split_string,
     lexer::{Backslash, Kind, Statement, Token, statements},
@@ -12,47 +13,50 @@ pub(super) enum Sql {
     Deallocate(Box<[u8]>),
     DeallocateAll,
     Prepare(Box<[u8]>),
+    /// A statement after which others may mean or return something else.
+    Definition,
     /// A SET or RESET, or a statement that decides what becomes of one.
     OfSettings(Box<[u8]>),
 }
 
+/// Of a word that begins such a statement.
+const LONGEST_WORD: usize = b"deallocate".len();
+
 impl Sql {
     fn of(statement: &Statement<'_>) -> Option<Self> {
-        let mut tokens = statement.tokens().peekable();
-        let first = tokens.next()?;
-        let decides = [
-            "set",
-            "reset",
-            "commit",
-            "end",
-            "rollback",
-            "abort",
-            "savepoint",
-            "release",
-        ];
-        if decides.iter().any(|word| first.is_word(word)) {
-            return Some(Self::OfSettings(statement.text.into()));
+        let mut tokens = statement.tokens();
+        let first = tokens.next().filter(|it| it.kind == Kind::Word)?;
+        let mut lower = [0; LONGEST_WORD];
+        let word = lower.get_mut(..first.text.len())?;
+        word.copy_from_slice(first.text);
+        word.make_ascii_lowercase();
+        match &*word {
+            b"set" | b"reset" | b"commit" | b"end" | b"rollback" | b"abort" | b"savepoint"
+            | b"release" => Some(Self::OfSettings(statement.text.into())),
+            // Some have the tag of a SELECT, and dynamic SQL may be hidden in a procedure.
+            b"create" | b"alter" | b"drop" | b"do" | b"call" => Some(Self::Definition),
+            b"discard" => {
+                let is_all = tokens.next().is_some_and(|it| it.is_word("all"));
+                is_all.then_some(Self::DeallocateAll)
+            }
+            b"prepare" => identifier(&tokens.next()?).map(Self::Prepare),
+            b"deallocate" => {
+                let mut name = tokens.next()?;
+                if name.is_word("prepare") {
+                    // Also a name.
+                    name = tokens.next().unwrap_or(name);
+                }
+                if tokens.next().is_some() {
+                    // A syntax error.
+                    None
+                } else if name.is_word("all") {
+                    Some(Self::DeallocateAll)
+                } else {
+                    identifier(&name).map(Self::Deallocate)
+                }
+            }
+            _ => None,
         }
-        if first.is_word("discard") {
-            let is_all = tokens.next().is_some_and(|it| it.is_word("all"));
-            return is_all.then_some(Self::DeallocateAll);
-        }
-        if first.is_word("prepare") {
-            return identifier(&tokens.next()?).map(Self::Prepare);
-        }
-        if !first.is_word("deallocate") {
-            return None;
-        }
-        let mut name = tokens.next()?;
-        if name.is_word("prepare")
-            && let Some(next) = tokens.next()
-        {
-            name = next;
-        }
-        if name.is_word("all") {
-            return Some(Self::DeallocateAll);
-        }
-        identifier(&name).map(Self::Deallocate)
     }
 
     /// Those of a simple query; none if all of its statements are without one.
@@ -91,7 +95,7 @@ impl Sql {
                 Command::DeallocateAll | Command::Discard(Discard::All)
             ),
             Self::Prepare(_) => command == Command::Prepare,
-            Self::OfSettings(_) => true,
+            Self::Definition | Self::OfSettings(_) => true,
         }
     }
 
@@ -101,7 +105,7 @@ impl Sql {
     }
 }
 
-/// A name as the server has it.
+/// A name as the server has it. Beyond ASCII it cuts a long one between two characters.
 fn identifier(token: &Token<'_>) -> Option<Box<[u8]>> {
     let name = match token.kind {
         Kind::Word => token.text.to_ascii_lowercase(),
@@ -112,5 +116,9 @@ fn identifier(token: &Token<'_>) -> Option<Box<[u8]>> {
         }
         _ => return None,
     };
-    Some(name.into())
+    let mut cut = cut(&name);
+    while cut.len() < name.len() && str::from_utf8(cut).is_err() && str::from_utf8(&name).is_ok() {
+        cut = cut.get(..cut.len() - 1)?;
+    }
+    Some(cut.into())
 }

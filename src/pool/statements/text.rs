@@ -4,20 +4,33 @@ use std::{
     collections::HashMap,
     hash::{BuildHasher, RandomState},
     sync::{
-        Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak,
+        Arc, Mutex, MutexGuard, PoisonError, Weak,
         atomic::{AtomicU64, AtomicUsize, Ordering},
     },
 };
 
 use super::Sql;
-use crate::status::StatementsSnapshot;
+use crate::{
+    protocol::{
+        frame::until_zero,
+        lexer::{Backslash, tokens},
+    },
+    status::StatementsSnapshot,
+};
 
-/// What a text means, besides itself.
+/// What a text means, besides itself. Equal texts of equal meaning are one statement: what one client has prepared, another
+/// need not.
+///
+/// A statement is its client's alone ([`Scope::Once`]) while what decides its meaning is not known, or of no other client: within
+/// a transaction that has settings of its own or has defined something, behind a definition in the same pipeline, and while
+/// the client may have temporary objects. So no client is given a statement of tables that only another has.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Meaning {
     /// Where it is prepared.
     pub scope: Scope,
-    /// Raised by definitions: later statements of the same text may return something else.
+    /// Raised by definitions, as later statements of the same text may return something else: by each CREATE, ALTER or DROP,
+    /// DO and CALL of a client of the pool, at the end of its transaction or of a part of it, and by the first statement whose
+    /// result is not what its client expects. The last is how definitions of others are found.
     pub epoch: u64,
 }
 
@@ -27,7 +40,7 @@ pub struct Meaning {
 pub enum Scope {
     /// A login with these settings, by a hash of both.
     Settings(u64),
-    /// One client for now, as its transaction has settings of its own or some that are not known. The number is never used again.
+    /// One client for now. The number is never used again.
     Once(u64),
 }
 
@@ -46,8 +59,8 @@ pub struct Prepared {
     pub(super) body: Box<[u8]>,
     pub(super) meaning: Meaning,
     pub(super) sql: Option<Sql>,
-    /// Of what a client has been sent as its description.
-    pub(super) description: OnceLock<u64>,
+    /// Its result depends on what else the session has: a cursor, or a statement of PREPARE.
+    pub(super) is_of_session: bool,
     hash: u64,
     texts: Weak<Texts>,
 }
@@ -171,16 +184,28 @@ impl Prepared {
             body: body.into(),
             meaning: Meaning::default(),
             sql: Sql::of_parse(body),
-            description: OnceLock::new(),
+            is_of_session: is_of_session(body),
             hash: 0,
             texts: Weak::new(),
         }
+    }
+
+    /// Whether it returns the same as long as nothing is defined.
+    pub(super) fn is_comparable(&self) -> bool {
+        // A DEALLOCATE is prepared anew by each Bind.
+        !self.is_of_session && !matches!(self.sql, Some(Sql::Deallocate(_)))
     }
 
     /// Whether its text is not kept.
     pub(super) fn is_large(&self) -> bool {
         self.body.is_empty()
     }
+}
+
+/// Whether a statement to prepare is a FETCH or EXECUTE.
+pub(super) fn is_of_session(body: &[u8]) -> bool {
+    let first = tokens(until_zero(body), Backslash::Plain).next();
+    first.is_some_and(|it| it.is_word("fetch") || it.is_word("execute"))
 }
 
 impl Drop for Prepared {

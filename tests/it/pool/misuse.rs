@@ -22,7 +22,12 @@ fn bound(size: usize) -> Vec<u8> {
 }
 
 pub(super) fn plain_bound() -> Vec<u8> {
-    let bind = message('B', b"\0\0\0\0\0\0\0\0");
+    plain_bound_of("")
+}
+
+/// Bind and Execute of a statement without parameters.
+pub(super) fn plain_bound_of(name: &str) -> Vec<u8> {
+    let bind = message('B', format!("\0{name}\0\0\0\0\0\0\0").as_bytes());
     [bind, message('E', b"\0\0\0\0\0")].concat()
 }
 

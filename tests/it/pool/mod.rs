@@ -1,6 +1,7 @@
 //! Pooling in `session` mode: connections go from client to client, and nothing else does.
 
 mod auto;
+mod definitions;
 mod differential;
 mod follow;
 mod leaving;

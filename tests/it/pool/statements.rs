@@ -1,7 +1,7 @@
 //! `transaction` mode: prepared statements of the protocol follow their client to whatever connection it is given.
 
 use super::{
-    misuse::{answers, parse, plain_bound},
+    misuse::{answers, parse, plain_bound, plain_bound_of},
     transaction::{shared, sharing},
     *,
 };
@@ -18,7 +18,7 @@ pub(super) fn describe(name: &str) -> Vec<u8> {
     message('D', format!("S{name}\0").as_bytes())
 }
 
-fn close(name: &str) -> Vec<u8> {
+pub(super) fn close(name: &str) -> Vec<u8> {
     message('C', format!("S{name}\0").as_bytes())
 }
 
@@ -636,13 +636,81 @@ async fn a_statement_that_the_server_has_lost_is_prepared_again() {
     one.query("create function f() returns void language plpgsql as 'begin execute ''deallocate'' || '' all''; end'")
         .await;
     disturb(&mut other).await;
-    one.query("select f()").await;
-    assert_eq!(request(&mut other, &[execute("s", &[])]).await, ["26000"]);
     assert_eq!(
-        request(&mut other, &[execute("s", &[])]).await,
-        ["of another"]
+        tags(&mut other, &[prepare("t", "select 'second'")]).await,
+        "1Z"
     );
+    one.query("select f()").await;
+    // Once, however many statements it has.
+    assert_eq!(request(&mut other, &[execute("s", &[])]).await, ["26000"]);
+    let both = [execute("s", &[]), execute("t", &[])];
+    assert_eq!(request(&mut other, &both).await, ["of another", "second"]);
     one.query("drop function f()").await;
+    // One of them only.
+    let name = "select name from pg_prepared_statements where statement like '%second%' and statement not like '%name%'";
+    let mut third = proxy.session().await;
+    let name = third.value(name).await;
+    let end = format!("do 'begin deallocate {name}; end'");
+    third.query(&end).await;
+    assert_eq!(request(&mut other, &[execute("t", &[])]).await, ["26000"]);
+    assert_eq!(request(&mut other, &both).await, ["of another", "second"]);
+}
+
+/// PostgreSQL has one table of names for both.
+#[tokio::test]
+async fn statements_of_sql_and_of_the_protocol_have_the_same_names() {
+    let (_emulator, proxy) = sharing(2).await;
+    let (mut one, mut other) = (proxy.session().await, proxy.session().await);
+    disturb(&mut other).await;
+    one.query("prepare q as select 'by sql'").await;
+    for _ in 0..2 {
+        assert_eq!(request(&mut one, &[execute("q", &[])]).await, ["by sql"]);
+        assert_eq!(tags(&mut one, &[describe("q")]).await, "tTZ");
+        let again = prepare("q", "select 'by the protocol'");
+        assert_eq!(request(&mut one, &[again]).await, ["42P05"]);
+    }
+    assert_eq!(tags(&mut one, &[close("q")]).await, "3Z");
+    assert_eq!(request(&mut one, &[execute("q", &[])]).await, ["26000"]);
+    // The same the other way round.
+    tags(&mut one, &[prepare("q", "select 'by the protocol'")]).await;
+    disturb(&mut other).await;
+    one.send(&text('Q', "prepare q as select 'by sql'")).await;
+    assert_eq!(answers(&mut one, 1).await, ["42P05"]);
+    assert_eq!(
+        request(&mut one, &[execute("q", &[])]).await,
+        ["by the protocol"]
+    );
+    // One that is hidden in dynamic SQL.
+    one.query("do 'begin execute ''pre'' || ''pare hidden as select 1''; end'")
+        .await;
+    assert_eq!(one.query("deallocate hidden").await, [""; 0]);
+    // No statement.
+    for sql in ["deallocate q garbage", "deallocate prepare q 1"] {
+        one.send(&text('Q', sql)).await;
+        assert_eq!(answers(&mut one, 1).await, ["42601"]);
+    }
+    assert_eq!(
+        request(&mut one, &[execute("q", &[])]).await,
+        ["by the protocol"]
+    );
+}
+
+/// As in PostgreSQL, whose names have 63 bytes.
+#[tokio::test]
+async fn a_long_name_is_cut() {
+    let (_emulator, proxy) = sharing(1).await;
+    let (mut one, mut other) = (proxy.session().await, proxy.session().await);
+    let name = "n".repeat(63);
+    let (long, same) = (format!("{name}1"), format!("{name}2"));
+    for client in [&mut one, &mut other] {
+        tags(client, &[prepare(&long, "select 'of a long name'")]).await;
+        let again = prepare(&same, "select 'another'");
+        assert_eq!(request(client, &[again]).await, ["42P05"]);
+        let found = request(client, &[execute(&same, &[])]).await;
+        assert_eq!(found, ["of a long name"]);
+    }
+    assert_eq!(one.query(&format!("deallocate {same}")).await, [""; 0]);
+    assert_eq!(request(&mut one, &[execute(&long, &[])]).await, ["26000"]);
 }
 
 #[tokio::test]
@@ -727,6 +795,36 @@ async fn a_sync_within_the_copy_of_a_query_is_no_request() {
         .await;
     assert_eq!(one.tags().await, "GEZ");
     assert_eq!(request(&mut one, &look).await, ["2"]);
+}
+
+/// One into a view fails before it reads anything, and a Sync sent with its Execute is read after it.
+#[tokio::test]
+async fn a_copy_that_fails_before_it_reads_costs_no_session() {
+    let (_emulator, proxy) = sharing(1).await;
+    let (mut one, mut other) = (proxy.session().await, proxy.session().await);
+    one.query("create view seen as select 1 as a").await;
+    let copy = prepare("c", "copy seen from stdin");
+    assert_eq!(tags(&mut one, &[copy]).await, "1Z");
+    let execute = [plain_bound_of("c"), sync()].concat();
+    let data = [message('d', b"1\n"), message('c', b""), sync()].concat();
+    for _ in 0..3 {
+        disturb(&mut other).await;
+        one.send(&execute).await;
+        assert_eq!(one.tags().await, "2GEZ");
+        one.send(&data).await;
+        assert_eq!(one.tags().await, "Z");
+        assert_eq!(one.value("select 2").await, "2");
+        // All at once, with a request behind it.
+        one.send(&[&execute[..], &data, &text('Q', "select 3")].concat())
+            .await;
+        let found = [one.tags().await, one.tags().await, one.tags().await];
+        assert_eq!(found, ["2GEZ", "Z", "TDCZ"]);
+        let query = text('Q', "copy seen from stdin");
+        one.send(&[&query[..], &sync(), &text('Q', "select 4")].concat())
+            .await;
+        let found = [one.tags().await, one.tags().await, one.tags().await];
+        assert_eq!(found, ["GEZ", "Z", "TDCZ"]);
+    }
 }
 
 /// Its text is not kept, so that it stays where it is.
