@@ -48,8 +48,18 @@ pub(super) struct Step {
 #[derive(Clone, Debug)]
 pub(super) struct Program {
     pub(super) steps: Vec<Step>,
-    /// Whether it ends with Terminate.
-    pub(super) is_orderly: bool,
+    pub(super) end: End,
+}
+
+/// How a client leaves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum End {
+    /// Without a message.
+    Abrupt,
+    /// With Terminate.
+    Orderly,
+    /// With Terminate behind its last requests, whose answers it reads to the end.
+    InFlight,
 }
 
 const STATEMENTS: [&str; 4] = ["", "s0", "s1", "s2"];
@@ -59,6 +69,7 @@ const PLAIN: &[&str] = &[
     "select 1",
     "select 'one', null, 2.5",
     "select a, b from d{n}.t order by a",
+    "select * from d{n}.u order by a",
     "select count(*) from d{n}.t",
     "insert into d{n}.t select max(a) + 1, 'more' from d{n}.t",
     "insert into d{n}.t select max(a) + 1, 'returned' from d{n}.t returning a",
@@ -81,6 +92,9 @@ const PLAIN: &[&str] = &[
     "drop table if exists d{n}.v",
     "truncate d{n}.u",
     "alter table d{n}.u add column if not exists c int",
+    "alter table d{n}.u drop column if exists c",
+    "do 'begin alter table d{n}.u add column if not exists e text; end'",
+    "begin; alter table d{n}.u drop column if exists e",
     "select d{n}.f()",
     "do 'begin raise notice ''noticed''; end'",
     "vacuum d{n}.u",
@@ -203,6 +217,7 @@ const LOOKS: &[&str] = &[
     "select current_setting('work_mem'), coalesce(current_setting('app.owner', true), '')",
     "show search_path",
     "select a from u",
+    "select * from u",
     "select current_user, current_schema()",
     "select '2024-02-03 04:05:06+00'::timestamptz, '1 day 2 hours'::interval",
     "show timezone",
@@ -248,6 +263,8 @@ const STATE: &[&str] = &[
     "create temporary view y as select 1 as a",
     "select 1 as a into temp z",
     "create table pg_temp.x (a int)",
+    "create temp table u as select 5 as a, 6 as z",
+    "drop table if exists pg_temp.u",
     "insert into x values (1)",
     "select a from x",
     "select a from z",
@@ -336,7 +353,7 @@ impl Program {
         }
         Self {
             steps,
-            is_orderly: generator.rng.random_bool(0.5),
+            end: generator.one_of(&[End::Abrupt, End::Orderly, End::InFlight]),
         }
     }
 

@@ -29,7 +29,7 @@ pub(super) struct Wire {
 }
 
 /// The end of a connection, or none within [`TIMEOUT`], as the last reply of a step.
-#[derive(Debug)]
+#[derive(Debug, PartialEq, Eq)]
 struct Over(String);
 
 impl Wire {
@@ -116,6 +116,29 @@ impl Wire {
         if is_orderly {
             self.stream.write_all(b"X\0\0\0\x04").await.ok();
         }
+    }
+
+    /// Sends the messages and leaves; returns what the server sends until it closes.
+    pub(super) async fn finish(mut self, messages: &[Message]) -> Vec<String> {
+        let mut bytes: Vec<u8> = messages.iter().flat_map(Message::encode).collect();
+        bytes.extend(b"X\0\0\0\x04");
+        let mut replies = Vec::new();
+        let mut read = self
+            .send(&bytes, &[])
+            .await
+            .map_err(|error| Over(error.to_string()));
+        while read.is_ok() {
+            let tag = self.reply(&mut replies).await;
+            if tag == Ok('G') {
+                // Within a COPY, a server takes the Terminate for an error.
+                self.stream.shutdown().await.ok();
+            }
+            read = tag.map(drop);
+        }
+        if let Err(Over(reason)) = read {
+            replies.push(format!("! {reason}"));
+        }
+        replies
     }
 
     async fn send(&mut self, bytes: &[u8], cuts: &[usize]) -> std::io::Result<()> {
