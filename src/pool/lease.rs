@@ -368,22 +368,35 @@ impl Pool {
         };
         // The login for this client, while there is one.
         let mut opening: Option<Opening> = None;
+        let mut has_lost_opened = false;
         loop {
             let grant = tokio::select! {
                 biased;
                 opened = result(&mut opening) => match opened {
                     Ok(Opened { server, notices, woke_after }) => {
                         // A login sets what a new client has.
-                        let server = if wanted.settings == Settings::default() {
-                            server
+                        let prepared = if wanted.settings == Settings::default() {
+                            Ok(server)
                         } else {
-                            Box::pin(server.prepare(wanted)).await.map_err(Unusable::refusal)?
+                            Box::pin(server.prepare(wanted)).await
                         };
-                        return Ok(Leased {
-                            notices,
-                            woke_after,
-                            ..self.leased(server, PoolLease::Opened)
-                        });
+                        match prepared {
+                            Ok(server) => return Ok(Leased {
+                                notices,
+                                woke_after,
+                                ..self.leased(server, PoolLease::Opened)
+                            }),
+                            Err(error) if error.is_of_statement() || has_lost_opened => {
+                                return Err(error.refusal());
+                            }
+                            // As with an idle one, but once: an endpoint may lose every connection after its login.
+                            Err(_) => {
+                                has_lost_opened = true;
+                                opening = None;
+                                waiting.stops_opening();
+                                continue;
+                            }
+                        }
                     }
                     Err(NotOpened { is_full: true, .. }) => {
                         opening = None;

@@ -122,7 +122,7 @@ impl Waiting {
         self.pool.lock().is_granted(self.number)
     }
 
-    /// Waits like the others again, in the same place, because the server has no connection left.
+    /// Waits like the others again, in the same place: the server has no connection left, or the new one was lost.
     pub(super) fn stops_opening(&self) {
         if let Some(waiter) = self.pool.lock().waiting.get_mut(&self.number) {
             waiter.is_opening = false;

@@ -5,10 +5,10 @@ use std::{
     time::Duration,
 };
 
-use lakebase_proxy::emulator::{Action, Site};
+use lakebase_proxy::emulator::{Action, Fault, Site};
 use tokio::time::{Instant, sleep};
 
-use super::*;
+use super::{misuse::answers, *};
 
 #[tokio::test]
 async fn clients_wait_for_a_connection_and_are_served_in_the_order_of_their_coming() {
@@ -284,4 +284,26 @@ async fn clients_in_a_loop_get_equal_shares_of_one_connection() {
     let (least, most) = (served.iter().min().unwrap(), served.iter().max().unwrap());
     assert!(most * 10 <= least * 13, "{least} to {most}: {served:?}");
     assert_eq!(emulator.counts().logins, 1);
+}
+
+/// The settings of a client are set on a new connection, too, and the server may end it meanwhile.
+#[tokio::test]
+async fn a_client_waits_for_another_connection_once_if_its_new_one_is_lost_at_once() {
+    let (emulator, proxy) = proxy_in(PoolMode::Transaction, 1).await;
+    let mut client = proxy.session().await;
+    client.query("set app.owner = 'a'").await;
+    let close = Fault::new(Site::Session, Action::Close).after_bytes(1);
+    for (times, expected) in [(1, "a"), (2, "08006"), (0, "a")] {
+        proxy.until_at_rest().await;
+        emulator.suspend().await;
+        proxy.until_idle(0).await;
+        let before = emulator.counts().logins;
+        if times > 0 {
+            emulator.faults().add(close.clone().times(times)).unwrap();
+        }
+        client.send(&text('Q', "show app.owner")).await;
+        assert_eq!(answers(&mut client, 1).await, [expected], "{times}");
+        let logins = emulator.counts().logins - before;
+        assert_eq!(logins, [1, 2, 2][usize::try_from(times).unwrap()]);
+    }
 }
