@@ -8,7 +8,10 @@ use super::{
     frame::{Part, Scanner, Seen, split_string, tag, until_zero},
     lexer::{Backslash, Kind, Statement, statements},
     tag::Command,
-    words::{Search, Verdict, Word, Words, add_words, is_of_custom_setting, verdict},
+    words::{
+        Search, Verdict, Word, Words, add_words, is_of_custom_setting, is_of_insert,
+        sets_in_session, verdict,
+    },
 };
 use crate::telemetry::labels::PinReason;
 
@@ -43,11 +46,15 @@ enum Trace {
     Done,
     /// LOAD.
     Loaded,
+    /// A DO of which the text does not show all that it executes may have been sent.
+    MayExecuteInDo,
     /// A message was sent that is an error by itself, although nothing else would have answered it, or one that belongs to
     /// another protocol than the request that it is in.
     Malformed,
     /// A call of `set_config` that is not for the transaction alone may have been sent.
     MaySetConfig,
+    /// A DO that changes a setting may have been sent.
+    MaySetInDo,
     /// A call of `set_config` may have been sent that is not of a custom setting, and so may decide how texts are read.
     MaySetScope,
     /// The client has sent more than plain statements.
@@ -84,8 +91,7 @@ impl Traces {
 
     /// Whether a reset undoes everything, as far as that can be seen.
     pub(crate) fn is_resettable(&self) -> bool {
-        let is_hidden =
-            self.found[Trace::Done] && (self.words[Word::Execute] || self.words[Word::Load]);
+        let is_hidden = self.found[Trace::Done] && self.found[Trace::MayExecuteInDo];
         let kept = [
             Word::Dblink,
             Word::Language,
@@ -155,8 +161,8 @@ impl Traces {
         if *words == Words::default() && !alone.iter().any(|it| self.found[*it]) {
             return None;
         }
-        let is_hidden = self.found[Trace::Done] && (words[Word::Execute] || words[Word::Load]);
-        let is_set = self.found[Trace::Done] && words[Word::Set];
+        let is_hidden = self.found[Trace::Done] && self.found[Trace::MayExecuteInDo];
+        let is_set = self.found[Trace::Done] && self.found[Trace::MaySetInDo];
         let unknown = [Word::Dblink, Word::Language, Word::Opaque];
         let is_unknown = self.found[Trace::Called]
             || self.found[Trace::Malformed]
@@ -248,14 +254,22 @@ impl Traces {
         *is_cut |= !text.is_empty();
         // Once for each text, which may repeat the words without end.
         let (mut has_set_config, mut has_database) = (false, false);
+        let (mut has_do, mut has_set, mut has_execute) = (false, false, false);
         search.search(text, |word, behind| {
             words[word] = true;
-            if word == Word::SetConfig {
-                has_set_config = true;
-                let rest = text.get(behind..).unwrap_or_default();
-                found[Trace::MaySetScope] |= !is_of_custom_setting(rest);
+            let rest = text.get(behind..).unwrap_or_default();
+            match word {
+                Word::SetConfig => {
+                    has_set_config = true;
+                    found[Trace::MaySetScope] |= !is_of_custom_setting(rest);
+                }
+                Word::Database => has_database = true,
+                // The DO of an upsert would make each SET of its client one of the next block.
+                Word::Do => has_do |= !is_of_insert(rest),
+                Word::Set => has_set = true,
+                Word::Execute | Word::Load => has_execute = true,
+                _ => {}
             }
-            has_database |= word == Word::Database;
         });
         if has_database && is_whole {
             *database = statements(text, Backslash::Plain)
@@ -268,8 +282,13 @@ impl Traces {
             *reading = Reading::Nothing;
             if let Some(word) = search.end() {
                 words[word] = true;
+                has_do |= word == Word::Do;
+                has_set |= word == Word::Set;
+                has_execute |= matches!(word, Word::Execute | Word::Load);
             }
         }
+        found[Trace::MayExecuteInDo] |= has_execute && (has_do || !is_whole);
+        found[Trace::MaySetInDo] |= has_set && (!is_whole || has_do && sets_in_session(text));
         if !found[Trace::Used] {
             *plain += u8::from(is_ended);
             found[Trace::Used] = !is_whole && !text.is_empty()
@@ -524,6 +543,62 @@ mod tests {
                 assert_eq!(traces.pin(), reason, "{sql}, cut at {cut}");
             }
         }
+    }
+
+    /// The text of a DO may have come long before, as that of a prepared statement.
+    #[test]
+    fn what_a_block_executes_is_looked_for_in_the_text_of_a_block_only() {
+        let (pin, done) = (Traces::pin, frame(b'C', b"DO\0"));
+        let parse = |sql: &str| {
+            let parse = frame(b'P', format!("\0{sql}\0\0\0").as_bytes());
+            [parse, frame(b'S', b"")].concat()
+        };
+        let harmless = "do $$ begin perform 1; end $$";
+        for (sql, reason) in [
+            ("set a.b = 1", None),
+            ("execute p; load 'x'", None),
+            (
+                "insert into t values (1) on conflict (a) do update set a = 2",
+                None,
+            ),
+            (
+                "insert into t values (1) on conflict do nothing; set a.b = 1",
+                None,
+            ),
+            ("do $$ begin update t set a = 2; end $$", None),
+            ("do $$ begin set local a.b = 1; end $$", None),
+            ("do $$ begin set a.b = 1; end $$", Some(PinReason::Settings)),
+            (
+                "do $$ begin set local.b = 1; end $$",
+                Some(PinReason::Settings),
+            ),
+            (
+                "insert into t values (1) on conflict do nothing; do 'begin set a.b = 1; end'",
+                Some(PinReason::Settings),
+            ),
+            (
+                "do $$ begin execute 'x'; end $$",
+                Some(PinReason::UnknownState),
+            ),
+            ("do 'begin load ''x''; end'", Some(PinReason::UnknownState)),
+        ] {
+            for message in [query(sql), parse(sql)] {
+                let mut traces = after(&message, b"");
+                traces.client_sends(&query(harmless));
+                assert_eq!(pin(&traces), None, "{sql}");
+                traces.server_sends(&done);
+                assert_eq!(pin(&traces), reason, "{sql}");
+                let is_resettable = reason != Some(PinReason::UnknownState);
+                assert_eq!(traces.is_resettable(), is_resettable, "{sql}");
+            }
+        }
+        // A text in pieces counts as anything.
+        let text = query("set a.b = 1");
+        let (first, rest) = text.split_at(7);
+        let mut traces = after(first, b"");
+        traces.client_sends(rest);
+        traces.server_sends(&done);
+        assert_eq!(traces.pin(), Some(PinReason::Settings));
     }
 
     #[test]

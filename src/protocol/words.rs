@@ -360,16 +360,25 @@ fn pin_of_do(text: &[u8], backslash: Backslash, words: &Words) -> Option<PinReas
     }
 }
 
+/// Whether the DO in front of `rest` is that of an INSERT.
+pub(super) fn is_of_insert(rest: &[u8]) -> bool {
+    // A bound, as every DO in the text is looked at.
+    let rest = rest.get(..64).unwrap_or(rest);
+    let next = tokens(rest, Backslash::Plain).next();
+    next.is_some_and(|it| it.is_word("update") || it.is_word("nothing"))
+}
+
 /// Whether a SET or RESET in `text`, a block of statements, may be more than the SET of an UPDATE or a SET LOCAL.
-fn sets_in_session(text: &[u8]) -> bool {
-    // A comment may hide what stands before the word.
+pub(super) fn sets_in_session(text: &[u8]) -> bool {
+    // A comment may hide what stands before the word, and so may an escape.
     let has_comment = text.windows(2).any(|pair| pair == b"--" || pair == b"*/");
+    let is_hidden = has_comment || text.contains(&b'\\');
     let mut may_set = false;
     let mut search = Search::new();
     search.search(text, |word, end| {
         if word == Word::Set && !may_set {
             let (before, behind) = text.split_at(end);
-            may_set = !is_local(behind) && (has_comment || !is_of_update(before));
+            may_set = !is_local(behind) && (is_hidden || !is_of_update(before));
         }
     });
     may_set || search.end() == Some(Word::Set)
@@ -378,8 +387,10 @@ fn sets_in_session(text: &[u8]) -> bool {
 fn is_local(behind: &[u8]) -> bool {
     // A bound, as every SET in the text is looked at.
     let behind = behind.get(..64).unwrap_or(behind);
-    let first = tokens(behind, Backslash::Plain).next();
-    first.is_some_and(|it| it.is_word("local"))
+    let mut tokens = tokens(behind, Backslash::Plain);
+    let is_local = tokens.next().is_some_and(|it| it.is_word("local"));
+    // Not the name of a custom setting, `local.a`.
+    is_local && tokens.next().map(|it| it.kind) != Some(Kind::Symbol(b'.'))
 }
 
 /// Whether the SET that ends `text` follows a table or its alias, and not the end of a statement or the start of a block.
@@ -540,6 +551,11 @@ mod tests {
             ),
             (
                 "do $$ begin if true then reset all; end if; end $$",
+                PinReason::Settings,
+            ),
+            ("do $$ begin set local.a = 'b'; end $$", PinReason::Settings),
+            (
+                "do e'begin\\n set work_mem = ''1MB''; end'",
                 PinReason::Settings,
             ),
             (

@@ -198,6 +198,10 @@ async fn settings_of_a_transaction_pin_nothing() {
         "begin; select set_config('app.user', 'a', true); commit",
         "create table if not exists transaction_mode (a int); update transaction_mode set a = 1",
         "select pg_advisory_xact_lock(1)",
+        // Before a block that sets nothing.
+        "set app.before = 'a'",
+        "do $$ begin perform 1; end $$",
+        "do $$ begin update transaction_mode set a = 2; end $$",
     ] {
         one.simple_query(statement).await.unwrap();
         assert_eq!(value(&other, "select 1").await, "1", "{statement}");
