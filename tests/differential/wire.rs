@@ -28,6 +28,9 @@ pub(super) struct Wire {
     has_failed: bool,
 }
 
+/// Which of several errors is first depends on whether the connection has the statement.
+const IN_FAILED: &str = "E in a failed transaction";
+
 /// The end of a connection, or none within [`TIMEOUT`], as the last reply of a step.
 #[derive(Debug, PartialEq, Eq)]
 struct Over(String);
@@ -129,6 +132,10 @@ impl Wire {
             .map_err(|error| Over(error.to_string()));
         while read.is_ok() {
             let tag = self.reply(&mut replies).await;
+            if tag == Ok('E') && self.has_failed {
+                replies.pop();
+                replies.push(IN_FAILED.to_owned());
+            }
             if tag == Ok('G') {
                 // Within a COPY, a server takes the Terminate for an error.
                 self.stream.shutdown().await.ok();
@@ -196,9 +203,8 @@ impl Wire {
             }
             self.is_skipping = tag == 'E';
             if self.is_skipping && self.has_failed {
-                // Which of several errors is first depends on whether the connection has the statement.
                 replies.pop();
-                replies.push("E in a failed transaction".to_owned());
+                replies.push(IN_FAILED.to_owned());
             }
         }
         Ok(())

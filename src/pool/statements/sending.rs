@@ -8,9 +8,9 @@ use std::sync::{
 use bytes::BytesMut;
 
 use super::{
-    Awaits, Blocked, ClientMessage, ClientStatements, Effect, InFlight, Known, LARGE_STATEMENT,
-    Latest, Lookup, MAX_CHARGE, MAX_NAMES, Meaning, POISON, Prepared, Scope, Sent,
-    ServerStatements, Shown, Sql, Statement, cut, hash, is_shared_name, put,
+    Awaits, Blocked, ClientMessage, ClientStatements, Effect, InFlight, LARGE_STATEMENT, Latest,
+    Lookup, MAX_CHARGE, MAX_NAMES, Meaning, POISON, Prepared, Scope, Sent, ServerStatements, Shown,
+    Sql, Statement, cut, hash, is_shared_name, put,
     resolving::{Need, Resolved},
     shared_name,
     text::is_of_session,
@@ -562,14 +562,10 @@ impl Sending<'_> {
         }
     }
 
-    /// Whether the server may have a statement of the pool's, or of another client, by this name, which is none of the client's.
+    /// Whether the server may have a statement by this name which the client has not prepared.
     fn is_of_others(&self, name: &[u8]) -> bool {
-        let has_name = |known: &Known| *known.name == *name;
-        let mut queue = self.client.queue.iter();
         !self.client.may_have_by_sql(name)
-            && (is_shared_name(name)
-                || self.server.known.values().any(has_name)
-                || queue.any(|it| matches!(&it.effect, Effect::Evicted(it) if has_name(it))))
+            && (is_shared_name(name) || self.server.has_client_names())
     }
 
     /// Has the server fail as it would for `report`.

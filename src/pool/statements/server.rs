@@ -112,6 +112,12 @@ impl ServerStatements {
         self.has_client_names && exclusive.map(Names::Exclusive) != Some(self.names)
     }
 
+    /// Whether statements have names of a client that had the connection to itself, perhaps more than are recorded: of two
+    /// names for one text, one is.
+    pub(super) fn has_client_names(&self) -> bool {
+        self.has_client_names
+    }
+
     /// After a DEALLOCATE ALL for another client.
     pub(in crate::pool) fn share(&mut self) {
         self.clear();

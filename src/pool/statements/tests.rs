@@ -160,6 +160,17 @@ fn a_bind_that_fails_leaves_what_its_portal_executes() {
     ]);
 }
 
+/// Of two names for one text, a connection that has had one client only has both, and one is recorded.
+#[test]
+fn a_name_of_an_exclusive_connection_is_not_found_once_that_is_shared() {
+    run_in_500_orders(&[
+        (0, vec![Step('P', 1, 2), Step('P', 2, 2)]),
+        (1, vec![Step('P', 1, 0)]),
+        (0, vec![Step('C', 2, 0)]),
+        (0, vec![Step('Q', 0, 10)]),
+    ]);
+}
+
 /// The orders in which the server takes messages and the pool answers.
 fn run_in_500_orders(program: &[(usize, Vec<Step>)]) {
     for seed in 0..500_u32 {
