@@ -359,7 +359,7 @@ impl Tag {
 }
 
 /// Whether a client may send messages of this type once it is logged in.
-fn is_request(tag: u8) -> bool {
+pub(crate) fn is_request(tag: u8) -> bool {
     let is_copy = matches!(tag, tag::COPY_DATA | tag::COPY_DONE | tag::COPY_FAIL);
     let is_other = matches!(
         tag,
@@ -369,7 +369,7 @@ fn is_request(tag: u8) -> bool {
 }
 
 /// Whether a message is of the extended query protocol, and a Sync must follow.
-fn is_extended(tag: u8) -> bool {
+pub(crate) fn is_extended(tag: u8) -> bool {
     matches!(
         tag,
         tag::PARSE | tag::BIND | tag::DESCRIBE | tag::EXECUTE | tag::CLOSE

@@ -236,6 +236,7 @@ impl<'a> Connected<'a> {
             session,
             traces: (lease.is_pooled() && state.is_none()).then(Box::default),
             unsent: 0,
+            discarding: None,
             lease: Some(lease),
             shares: state.is_some(),
             state,

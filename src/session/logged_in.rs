@@ -11,7 +11,7 @@ use super::{
     cancel::{CancelTarget, Registration},
     client::{CLOSE_TIMEOUT, Client},
     close::shut_down,
-    next_request::{Next, next_request, take_request},
+    next_request::{Discarded, Discarding, Next, next_request},
     relay::{End, Observers, Relay, ServerStream, Side},
 };
 use crate::{
@@ -41,6 +41,8 @@ pub(super) struct LoggedIn<'a> {
     pub(super) traces: Option<Box<Traces>>,
     /// Bytes that are counted, but still to be sent to a server.
     pub(super) unsent: usize,
+    /// Present while the client sends what is ignored.
+    pub(super) discarding: Option<Discarding>,
     /// It parts with them whenever it is at rest.
     pub(super) shares: bool,
     /// Sent by the server behind its ReadyForQuery.
@@ -134,7 +136,7 @@ impl LoggedIn<'_> {
             return Ok(());
         }
         loop {
-            let next = next_request(client, &self.shutdown).await;
+            let next = next_request(client, &self.shutdown, &mut self.discarding).await;
             if Box::pin(self.serve_next(next, client)).await? {
                 return Ok(());
             }
@@ -280,7 +282,7 @@ impl LoggedIn<'_> {
     }
 
     /// Refuses the request at the front of what the client has sent; `false` if that ends the session.
-    async fn refuse<S: Transport>(&self, client: &mut Client<S>, report: &Report) -> bool {
+    async fn refuse<S: Transport>(&mut self, client: &mut Client<S>, report: &Report) -> bool {
         let (session, sqlstate) = (self.session.id, &report.sqlstate);
         if ["22", "42"].iter().any(|class| sqlstate.starts_with(class)) {
             // The server's, of a setting of the client's that is not set again; it may quote the value.
@@ -296,13 +298,18 @@ impl LoggedIn<'_> {
                 "request refused: {message}"
             );
         }
-        if !take_request(&mut client.received) {
-            // The rest of it would be taken for another.
+        let Some(mut discarding) = Discarding::request(&client.received) else {
+            // What follows could be anything.
             client.finish(&report.encode_fatal()).await;
             return false;
-        }
+        };
         let mut answer = report.encode_error();
-        ready_for_query(&mut answer, TransactionStatus::Idle);
+        if discarding.discard(&mut client.received) == Discarded::Request {
+            ready_for_query(&mut answer, TransactionStatus::Idle);
+        } else {
+            // The error is not due at the end only: a client may wait for it before it sends its Sync.
+            self.discarding = Some(discarding);
+        }
         self.answer(client, &answer).await.is_ok()
     }
 

@@ -8,7 +8,11 @@ use std::{
 use lakebase_proxy::emulator::{Action, Fault, Site};
 use tokio::time::{Instant, sleep};
 
-use super::{misuse::answers, *};
+use super::{
+    misuse::{answers, parse, plain_bound},
+    *,
+};
+use crate::harness::wire::extended;
 
 #[tokio::test]
 async fn clients_wait_for_a_connection_and_are_served_in_the_order_of_their_coming() {
@@ -306,4 +310,88 @@ async fn a_client_waits_for_another_connection_once_if_its_new_one_is_lost_at_on
         let logins = emulator.counts().logins - before;
         assert_eq!(logins, [1, 2, 2][usize::try_from(times).unwrap()]);
     }
+}
+
+/// A client that has sent the first part of a request is refused at once, and then sends the rest.
+#[tokio::test]
+async fn a_request_that_is_refused_before_its_end_leaves_the_session() {
+    let emulator = harness::emulator().await;
+    let proxy = Proxy::with(&emulator, |settings| {
+        pooled(settings, 1);
+        settings.pool_mode = Some(PoolMode::Transaction);
+        settings.query_wait_timeout = Some(millis(200));
+    })
+    .await;
+    let (mut one, mut other) = (proxy.session().await, proxy.session().await);
+    let flush = || message('H', b"");
+    let large = format!("select '{}'", "x".repeat(1 << 20));
+    let parse = parse(&large);
+    let (query, call) = (text('Q', &large), message('F', &vec![0; 1 << 20]));
+    let half = |message: &[u8]| {
+        let (first, rest) = message.split_at(message.len() / 2);
+        (first.to_vec(), rest.to_vec())
+    };
+    let ignored = [
+        message('d', &vec![b'd'; 100_000]),
+        message('c', b""),
+        text('f', "failed"),
+        text('Q', "select 'skipped'"),
+        extended("select 'skipped'"),
+        flush(),
+        sync(),
+    ];
+    let (begun_parse, rest_of_parse) = half(&parse);
+    for (name, first, rest) in [
+        (
+            "without its Sync",
+            [extended("select 1"), flush()].concat(),
+            sync(),
+        ),
+        ("late", extended("select 1"), sync()),
+        (
+            "with what a server skips",
+            extended("select 1"),
+            ignored.concat(),
+        ),
+        (
+            "in its second message",
+            [extended("select 1"), begun_parse.clone()].concat(),
+            [rest_of_parse.clone(), sync()].concat(),
+        ),
+        (
+            "in a large Parse",
+            begun_parse,
+            [rest_of_parse, plain_bound(), sync()].concat(),
+        ),
+        ("in a large Query", half(&query).0, half(&query).1),
+        ("in a large FunctionCall", half(&call).0, half(&call).1),
+    ] {
+        other.query("begin").await;
+        one.send(&first).await;
+        let error = one.next().await.error();
+        assert_eq!(error.severity, "ERROR", "{name}: {error:?}");
+        assert_eq!(error.code, "53300", "{name}");
+        other.query("commit").await;
+        // Nothing of it reaches a server.
+        let mut pieces = rest.chunks(rest.len().div_ceil(3));
+        for piece in pieces.by_ref() {
+            sleep(Duration::from_millis(5)).await;
+            one.send(piece).await;
+        }
+        assert_eq!(one.tags().await, "Z", "{name}");
+        assert_eq!(one.value("select 2").await, "2", "{name}");
+    }
+    // The end of a COPY that has failed is no request.
+    other.query("begin").await;
+    let (first, rest) = half(&message('d', &vec![b'd'; 100_000]));
+    one.send(&first).await;
+    sleep(Duration::from_millis(400)).await;
+    one.send(&[rest, sync()].concat()).await;
+    assert_eq!(one.tags().await, "Z");
+    // One that leaves.
+    one.send(&[extended("select 1"), flush()].concat()).await;
+    assert_eq!(one.next().await.error().code, "53300");
+    one.send(&[plain_bound(), terminate()].concat()).await;
+    one.closed().await;
+    other.query("commit").await;
 }
