@@ -97,8 +97,8 @@ pub(super) struct Record {
 pub(super) enum Unusable {
     #[error("the server closed the connection or the network failed: {0}")]
     Broken(#[from] ReadError),
-    #[error("the server did not answer within {} s", QUERY_TIMEOUT.as_secs())]
-    Late,
+    #[error("the server did not answer within {} s", .0.as_secs())]
+    Late(Duration),
     #[error("a message of the server has not arrived as a whole")]
     Partial,
     #[error("the server reported: {}", .0.message)]
@@ -258,9 +258,19 @@ impl ServerConnection {
         sql: &str,
         row: impl FnMut(&[u8]),
     ) -> Result<(), Unusable> {
-        timeout(QUERY_TIMEOUT, self.exchange(sql, row))
+        self.query_within(QUERY_TIMEOUT, sql, row).await
+    }
+
+    /// Runs a query of ours that may take up to `limit`. Not cancel safe.
+    pub(super) async fn query_within(
+        &mut self,
+        limit: Duration,
+        sql: &str,
+        row: impl FnMut(&[u8]),
+    ) -> Result<(), Unusable> {
+        timeout(limit, self.exchange(sql, row))
             .await
-            .unwrap_or(Err(Unusable::Late))
+            .unwrap_or(Err(Unusable::Late(limit)))
     }
 
     async fn exchange(&mut self, sql: &str, mut row: impl FnMut(&[u8])) -> Result<(), Unusable> {

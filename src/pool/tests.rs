@@ -10,7 +10,7 @@ use futures_util::FutureExt;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
-    time::timeout,
+    time::{sleep, timeout},
 };
 use tokio_util::sync::CancellationToken;
 
@@ -387,5 +387,23 @@ async fn a_verification_that_fails_leaves_the_client_its_connection() {
     let counted = &pool.context.metrics.pool_verifications;
     for (result, count) in counted {
         assert_eq!(count.get(), 1, "{result:?}");
+    }
+}
+
+/// What the client has there would be lost with the connection.
+#[tokio::test(start_paused = true)]
+async fn a_slow_verification_is_waited_for() {
+    for (takes, is_lost) in [(60, false), (180, true)] {
+        let (pools, pool) = pool();
+        let (connection, mut server) = pool.connection().await;
+        let mut client = client(&pools, PoolMode::Transaction);
+        let lease = pool.leased(connection, PoolLease::Idle).lease;
+        let answer = [row(&["0", "0", "0", "1"]), frame(b'Z', b"I")].concat();
+        let answering = async {
+            sleep(Duration::from_secs(takes)).await;
+            server.write_all(&answer).await
+        };
+        let (verified, _) = tokio::join!(lease.verify(&mut client), answering);
+        assert_eq!(verified.is_err(), is_lost, "{takes} s");
     }
 }

@@ -3,7 +3,7 @@
 //! A watched word pins a client although it may only have been a column's name, or the lock may be released and the
 //! temporary table dropped. Once another client waits, one query shows that.
 
-use std::borrow::Cow;
+use std::{borrow::Cow, time::Duration};
 
 use super::{
     client::ClientState,
@@ -11,6 +11,10 @@ use super::{
     server::{ServerConnection, Unusable},
 };
 use crate::{protocol::options::literal, telemetry::labels::PoolVerification};
+
+/// How long a verification may take: longer than another query of ours, as a slow server still has what the client has left
+/// there. A lost network path is noticed earlier, by the keepalive of the connection.
+const VERIFICATION_TIMEOUT: Duration = Duration::from_mins(2);
 
 /// Counts what a client has: statements prepared by SQL, cursors outside a transaction, advisory locks of the session, and
 /// objects in the temporary schema. Names are qualified, as the client may have changed `search_path`.
@@ -46,7 +50,7 @@ impl ServerConnection {
     pub(super) async fn verify(&mut self, client: &mut ClientState) -> Result<bool, Unusable> {
         let mut is_clean = false;
         let sql = verification(&client.unexplained);
-        let verified = self.query(&sql, |row| {
+        let verified = self.query_within(VERIFICATION_TIMEOUT, &sql, |row| {
             let mut columns = columns(row).into_iter();
             is_clean = columns.all(|value| value.as_deref() == Some(b"0"));
         });

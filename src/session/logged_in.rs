@@ -1,5 +1,7 @@
 //! A session that is logged in: relayed to its end, and then closed on both sides.
 
+use std::time::Duration;
+
 use bytes::BytesMut;
 use tokio::{
     io::AsyncWriteExt,
@@ -29,6 +31,10 @@ use crate::{
     telemetry::labels::{Direction, PoolClose},
     upstream::Refusal,
 };
+
+/// From this time on a verification is given up if the client leaves, and not sooner: a client that has closed its half gets the
+/// answer to its last request from a server that is not slow.
+const SLOW_VERIFICATION: Duration = Duration::from_secs(5);
 
 /// A session whose client is ready for queries.
 pub(super) struct LoggedIn<'a> {
@@ -197,7 +203,22 @@ impl LoggedIn<'_> {
     ) -> Result<bool, Ended> {
         if let Some(state) = self.state.as_mut().filter(|state| state.is_suspect()) {
             // A box, as most clients are not suspect.
-            lease = match Box::pin(lease.verify(state)).await {
+            let mut verifying = Box::pin(lease.verify(state));
+            let verified = if let Ok(verified) = timeout(SLOW_VERIFICATION, &mut verifying).await {
+                verified
+            } else {
+                tokio::select! {
+                    biased;
+                    verified = &mut verifying => verified,
+                    () = client.wait_for_hang_up() => return Err(Ended::at_rest(End::Client)),
+                    () = self.shutdown.draining().cancelled() => {
+                        drop(verifying);
+                        return Err(self.end_at_rest(client).await);
+                    }
+                }
+            };
+            drop(verifying);
+            lease = match verified {
                 Ok(Verified::Clean(lease)) => lease,
                 Ok(Verified::InUse { lease, changed }) => {
                     (self.lease, self.leftover) = (Some(lease), changed);

@@ -1,12 +1,19 @@
 //! What a client may have left in its session is looked for once another client waits.
 
+use std::time::Duration;
+
 use lakebase_proxy::telemetry::labels::{PinReason, PoolVerification};
+use tokio::time::sleep;
 
 use super::{
+    misuse::answers,
     transaction::{shared, sharing},
     *,
 };
-use crate::console::{console, rows};
+use crate::{
+    console::{console, rows},
+    harness::wire::Wire,
+};
 
 impl Proxy {
     fn verifications(&self, result: PoolVerification) -> u64 {
@@ -340,4 +347,62 @@ async fn a_reported_setting_that_a_function_has_changed_keeps_its_connection() {
         assert_eq!(replies[1].value(), "postgres", "{path}");
         assert_eq!(one.value("show intervalstyle").await, "iso_8601");
     }
+}
+
+/// A backend that does not run until this is dropped, as on a compute that is out of processor time.
+#[cfg(unix)]
+struct Stopped(String);
+
+#[cfg(unix)]
+impl Stopped {
+    fn new(pid: &str) -> Self {
+        Self::signal("STOP", pid);
+        Self(pid.to_owned())
+    }
+
+    fn signal(signal: &str, pid: &str) {
+        let mut kill = std::process::Command::new("kill");
+        let sent = kill.args([&format!("-{signal}"), pid]).status();
+        assert!(sent.unwrap().success());
+    }
+}
+
+#[cfg(unix)]
+impl Drop for Stopped {
+    fn drop(&mut self) {
+        Self::signal("CONT", &self.0);
+    }
+}
+
+/// A client with a temporary table whose server has not answered the look for five seconds, and another one that waits.
+#[cfg(unix)]
+async fn slow(proxy: &Proxy) -> (Wire, Wire, Stopped) {
+    let (mut client, mut other) = (proxy.session().await, proxy.session().await);
+    client.query("create temp table t as select 42 as a").await;
+    let stopped = Stopped::new(&client.value("select pg_backend_pid()").await);
+    other.send(&text('Q', "select 7")).await;
+    sleep(Duration::from_secs(6)).await;
+    (client, other, stopped)
+}
+
+#[cfg(unix)]
+#[tokio::test]
+async fn a_slow_verification_ends_no_session() {
+    let answered = async {
+        let (_emulator, proxy) = sharing(1).await;
+        let (mut client, mut other, stopped) = slow(&proxy).await;
+        client.send(&text('Q', "select a from t")).await;
+        drop(stopped);
+        assert_eq!(answers(&mut client, 1).await, ["42"]);
+        client.query("drop table t").await;
+        assert_eq!(answers(&mut other, 1).await, ["7"]);
+    };
+    // Another gets a new connection at once if the client leaves.
+    let left = async {
+        let (_emulator, proxy) = sharing(1).await;
+        let (client, mut other, _stopped) = slow(&proxy).await;
+        drop(client);
+        assert_eq!(answers(&mut other, 1).await, ["7"]);
+    };
+    tokio::join!(answered, left);
 }
