@@ -9,8 +9,8 @@ use super::{
     lexer::{Backslash, Kind, Statement, statements},
     tag::Command,
     words::{
-        Search, Verdict, Word, Words, add_words, is_of_custom_setting, is_of_insert,
-        sets_in_session, verdict,
+        Search, Verdict, Word, Words, add_words, is_escaped_block, is_of_custom_setting,
+        is_of_insert, sets_in_session, verdict,
     },
 };
 use crate::telemetry::labels::PinReason;
@@ -265,7 +265,11 @@ impl Traces {
                 }
                 Word::Database => has_database = true,
                 // The DO of an upsert would make each SET of its client one of the next block.
-                Word::Do => has_do |= !is_of_insert(rest),
+                Word::Do if is_of_insert(rest) => {}
+                Word::Do => {
+                    has_do = true;
+                    has_execute |= is_escaped_block(rest);
+                }
                 Word::Set => has_set = true,
                 Word::Execute | Word::Load => has_execute = true,
                 _ => {}
@@ -581,6 +585,11 @@ mod tests {
                 Some(PinReason::UnknownState),
             ),
             ("do 'begin load ''x''; end'", Some(PinReason::UnknownState)),
+            (
+                "do E'begin\\nset a.b = 1; end'",
+                Some(PinReason::UnknownState),
+            ),
+            ("do $$ begin perform E'\\n'; end $$", None),
         ] {
             for message in [query(sql), parse(sql)] {
                 let mut traces = after(&message, b"");

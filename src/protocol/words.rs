@@ -349,11 +349,12 @@ pub(super) fn is_of_custom_setting(rest: &[u8]) -> bool {
 
 /// The pin of the statements in `text` that are DO: nothing but the text shows what they execute.
 fn pin_of_do(text: &[u8], backslash: Backslash, words: &Words) -> Option<PinReason> {
-    let mut blocks = statements(text, backslash).filter(|it| it.begins_with("do"));
-    blocks.next()?;
+    let blocks = statements(text, backslash).filter(|it| it.begins_with("do"));
+    let mut are_escaped = blocks.map(|it| has_escapes(it.tokens().skip(1))).peekable();
+    are_escaped.peek()?;
     if words[Word::Load] {
         Some(PinReason::Load)
-    } else if words[Word::Execute] || words[Word::Discard] {
+    } else if words[Word::Execute] || words[Word::Discard] || are_escaped.any(|it| it) {
         Some(PinReason::UnknownState)
     } else {
         (words[Word::Set] && sets_in_session(text)).then_some(PinReason::Settings)
@@ -366,6 +367,19 @@ pub(super) fn is_of_insert(rest: &[u8]) -> bool {
     let rest = rest.get(..64).unwrap_or(rest);
     let next = tokens(rest, Backslash::Plain).next();
     next.is_some_and(|it| it.is_word("update") || it.is_word("nothing"))
+}
+
+/// Whether the DO in front of `rest` has a block that is a string with escapes, in which words cannot be found.
+pub(super) fn is_escaped_block(rest: &[u8]) -> bool {
+    // A bound, as every DO in the text is looked at.
+    let rest = rest.get(..256).unwrap_or(rest);
+    has_escapes(tokens(rest, Backslash::Plain))
+}
+
+/// Whether there are escapes in what follows a DO: `[LANGUAGE name] 'block'`.
+fn has_escapes<'a>(arguments: impl Iterator<Item = Token<'a>>) -> bool {
+    let mut strings = arguments.take(3).filter(|it| it.kind == Kind::String);
+    strings.any(|it| matches!(it.text.first(), Some(b'e' | b'E' | b'u' | b'U')))
 }
 
 /// Whether a SET or RESET in `text`, a block of statements, may be more than the SET of an UPDATE or a SET LOCAL.
@@ -555,8 +569,12 @@ mod tests {
             ),
             ("do $$ begin set local.a = 'b'; end $$", PinReason::Settings),
             (
-                "do e'begin\\n set work_mem = ''1MB''; end'",
-                PinReason::Settings,
+                "do e'begin\\nset work_mem = ''1MB''; end'",
+                PinReason::UnknownState,
+            ),
+            (
+                "do language plpgsql U&'begin\\0020set work_mem = ''1MB''; end'",
+                PinReason::UnknownState,
             ),
             (
                 "do $$ begin -- note\n set work_mem = '1MB'; end $$",
