@@ -11,6 +11,9 @@
 //! - No error is answered here, because it must also fail the transaction: the server is sent a Bind of a statement that does
 //!   not exist, and the client the error that it should have (`POISON`).
 //! - Nothing is answered between an error and the Sync that ends its unit.
+//! - What a statement takes and returns is described wherever it is prepared, by a Describe of the pool's behind the Parse, and
+//!   a Bind on a connection where that differs from what the client knows fails with 0A000, as one after a definition does on a
+//!   connection of its own.
 
 mod answers;
 mod queue;
