@@ -493,7 +493,9 @@ impl<'a> SharedStream<'a> {
     /// Follows the session by a command that the server has completed.
     fn follow_command(&mut self, command: Command) {
         self.client.traces.completed(command);
-        self.client.scope_of_transaction = None;
+        if command != Command::Other || self.client.traces.may_set_scope() {
+            self.client.scope_of_transaction = None;
+        }
         let text = self.client.statements.take_completed();
         if matches!(command, Command::Other | Command::Definition) {
             return;

@@ -398,7 +398,11 @@ impl ClientStatements {
             out: to_server,
             meaning,
         };
-        let sent = sending.message(message)?;
+        let sent = sending.message(message);
+        if sent.is_err() {
+            sending.flush_if_alone();
+        }
+        let sent = sent?;
         self.answer(server, to_client);
         Ok(sent)
     }
@@ -471,6 +475,8 @@ impl ClientStatements {
     fn end_unit(&mut self) {
         self.unit += 1;
         self.is_open = false;
+        // By then the portal may be another one.
+        self.undescribed = None;
     }
 
     /// Whether an earlier unit is outstanding.

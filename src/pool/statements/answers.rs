@@ -52,8 +52,10 @@ impl ClientStatements {
                     }
                     _ if self.doubtful > 0 => {
                         self.doubtful -= 1;
-                        self.is_skipping = false;
-                        self.end_unit();
+                        if std::mem::take(&mut self.is_skipping) {
+                            // That Sync has ended what was taken for open.
+                            self.end_unit();
+                        }
                         Passage::Pass
                     }
                     _ => {
@@ -397,7 +399,8 @@ impl ClientStatements {
                 Passage::Drop
             }
             Some(Shown::ErrorsOfPool) => {
-                without_position(body, to_client);
+                let renamed = self.with_name_of_client(body);
+                without_position(renamed.as_deref().unwrap_or(body), to_client);
                 Passage::Drop
             }
             _ => match self.with_name_of_client(body) {

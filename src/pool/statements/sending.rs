@@ -198,6 +198,13 @@ impl Sending<'_> {
         }
     }
 
+    /// The same for a message that must wait, if nothing before its own unit is in flight, whose answers come by themselves.
+    pub(super) fn flush_if_alone(&mut self) {
+        if self.client.is_open && !self.client.has_earlier_unit() {
+            self.flush();
+        }
+    }
+
     fn parse_unnamed(&mut self, message: ClientMessage<'_>, rest: &[u8]) {
         let prepared = if message.length > LARGE_STATEMENT {
             self.client.had_large = true;

@@ -205,6 +205,33 @@ fn a_sync_that_a_copy_has_read_is_not_answered() {
     assert!(!client.is_lost() && client.queue.is_empty());
 }
 
+/// Both Syncs are answered, and the second answer is not the end of a unit that has begun since.
+#[test]
+fn a_copy_that_fails_before_it_reads_leaves_the_next_unit() {
+    let texts = Texts::new(1 << 20);
+    let mut server = shared(10);
+    let mut client = ClientStatements::new(&texts);
+    let copy = [Step('B', 1, 0), Step('E', 0, 0), Step('S', 0, 0)];
+    let step = Step('P', 1, 0);
+    sent(&mut client, &mut server, &[step]);
+    sent(&mut client, &mut server, &copy);
+    assert_eq!(answers(&mut client, &mut server, b"1tn2G"), "12G");
+    let data = [Step('d', 0, 0), Step('c', 0, 0), Step('S', 0, 0)];
+    sent(&mut client, &mut server, &data);
+    assert_eq!(sent(&mut client, &mut server, &[Step('P', 2, 1)]), "PD");
+    assert_eq!(answers(&mut client, &mut server, b"EZZ"), "EZZ");
+    // By a text that the server has.
+    let next = [
+        Step('P', 3, 0),
+        Step('B', 3, 0),
+        Step('E', 0, 0),
+        Step('S', 0, 0),
+    ];
+    assert_eq!(sent(&mut client, &mut server, &next), "BES");
+    assert_eq!(answers(&mut client, &mut server, b"1tn2CZ"), "112CZ");
+    assert!(!client.is_lost() && client.is_at_rest());
+}
+
 /// The messages that the server gets for those of a client on a shared connection, one letter each.
 fn sent(client: &mut ClientStatements, server: &mut ServerStatements, steps: &[Step]) -> String {
     let mut tags = String::new();

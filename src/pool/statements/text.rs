@@ -13,7 +13,7 @@ use super::Sql;
 use crate::{
     protocol::{
         frame::until_zero,
-        lexer::{Backslash, tokens},
+        lexer::{Backslash, Kind, tokens},
     },
     status::StatementsSnapshot,
 };
@@ -204,7 +204,8 @@ impl Prepared {
 
 /// Whether a statement to prepare is a FETCH or EXECUTE.
 pub(super) fn is_of_session(body: &[u8]) -> bool {
-    let first = tokens(until_zero(body), Backslash::Plain).next();
+    let mut tokens = tokens(until_zero(body), Backslash::Plain);
+    let first = tokens.find(|it| it.kind != Kind::Symbol(b';'));
     first.is_some_and(|it| it.is_word("fetch") || it.is_word("execute"))
 }
 

@@ -827,6 +827,28 @@ async fn a_copy_that_fails_before_it_reads_costs_no_session() {
     }
 }
 
+/// Whether the block has failed is not known when its end is sent.
+#[tokio::test]
+async fn a_deallocate_behind_the_end_of_a_block_that_fails_meanwhile_is_answered() {
+    let (_emulator, proxy) = sharing(1).await;
+    let (mut one, mut other) = (proxy.session().await, proxy.session().await);
+    tags(
+        &mut one,
+        &[prepare("end", "rollback"), prepare("a", "select 1")],
+    )
+    .await;
+    disturb(&mut other).await;
+    one.query("begin").await;
+    let messages = [
+        text('Q', "select 1 / 0"),
+        plain_bound_of("end"),
+        text('Q', "deallocate a"),
+    ];
+    one.send(&messages.concat()).await;
+    assert_eq!(within("the error", one.tags()).await, "EZ");
+    assert_eq!(within("an answer", one.tags()).await, "2CCZ");
+}
+
 /// Its text is not kept, so that it stays where it is.
 #[tokio::test]
 async fn a_large_unnamed_statement_keeps_its_connection_until_the_next_one() {
