@@ -25,6 +25,12 @@ async fn table(name: &str) {
     .await;
 }
 
+/// Bind and Execute of the statement `s` with a binary int4.
+fn execute_with_seven() -> Vec<u8> {
+    let bind = b"\0s\0\0\x01\0\x01\0\x01\0\0\0\x04\0\0\0\x07\0\0";
+    [message('B', bind), message('E', b"\0\0\0\0\0")].concat()
+}
+
 /// Ends the only server connection, so that the next request is sent to another one.
 async fn move_on(proxy: &Proxy, client: &mut Wire) {
     let pid = client.value("select pg_backend_pid()").await;
@@ -105,9 +111,10 @@ async fn parameters_that_others_have_changed_are_an_error_and_no_wrong_value() {
         assert_eq!(tags(&mut client, &[insert]).await, "1Z");
         define("alter table changed_parameter alter a type real").await;
         move_on(&proxy, &mut other).await;
-        let bind = b"\0s\0\0\x01\0\x01\0\x01\0\0\0\x04\0\0\0\x07\0\0";
-        let bound = [message('B', bind), message('E', b"\0\0\0\0\0")].concat();
-        assert_eq!(request(&mut client, &[bound]).await, ["0A000"]);
+        assert_eq!(
+            request(&mut client, &[execute_with_seven()]).await,
+            ["0A000"]
+        );
         let count = "select count(*) from changed_parameter where a <> 1";
         assert_eq!(client.value(count).await, "0");
     }
@@ -170,11 +177,9 @@ async fn tables_of_one_client_decide_no_statement_of_another() {
             // The other connection is taken, and that of the one client free once it has no such table any more.
             third.query("begin").await;
             one.query(unmake).await;
-            let bind = b"\0s\0\0\x01\0\x01\0\x01\0\0\0\x04\0\0\0\x07\0\0";
-            let bound = [message('B', bind), message('E', b"\0\0\0\0\0")].concat();
             other.query("begin").await;
             assert_eq!(
-                request(&mut other, &[bound]).await,
+                request(&mut other, &[execute_with_seven()]).await,
                 [""; 0],
                 "{mode:?}: {make}"
             );
